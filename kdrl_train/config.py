@@ -1,0 +1,181 @@
+"""The run configuration: every number that changes a run, with its unit."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Which models run, and in which precision."""
+
+    policy: str = ""
+    """Folder or hub id of the policy (student) at step 0: any causal LM of transformers."""
+    teacher: str | None = None
+    """Folder or hub id of the teacher (same tokenizer). Needed when method.kd is set."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the policy's and the teacher's weights."""
+    device: str = "auto"
+    """Torch device of the run; auto: cuda where there is one, else cpu."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Where prompts and gold answers come from."""
+
+    path: str = ""
+    """A .jsonl or .parquet file, a folder of them, or a hub id."""
+    split: str = "train"
+    """Split to read, for hub ids and folders that have several."""
+    prompt_column: str = "question"
+    """Column with the problem's text."""
+    answer_column: str = "answer"
+    """Column with the gold answer; of a text with `####` the part after it counts (GSM8K)."""
+    prompt_template: str = "{prompt}"
+    """Text around each problem; {prompt} stands for the problem."""
+    chat_template: bool = True
+    """Apply the tokenizer's chat template where it has one; otherwise the text is sent as it is."""
+    system_prompt: str | None = None
+    """System message, when a chat template is applied."""
+    max_prompt_tokens: int = 1024
+    """A longer prompt stops the run before it starts, in tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingConfig:
+    """How completions are drawn: no top-k, no top-p, the policy's own distribution."""
+
+    prompts_per_step: int = 64
+    """P: prompts per optimiser step."""
+    group_size: int = 8
+    """G: completions per prompt. Advantages are centred inside a group."""
+    max_new_tokens: int = 1024
+    """Longest completion, in tokens; a longer one is cut, counted, and earns what it earns."""
+    temperature: float = 1.0
+    """Sampling temperature; log-probabilities and the loss are taken at the same temperature."""
+    batch_size: int = 256
+    """Completions generated at a time: bounds the memory of the key-value cache."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardConfig:
+    """How a completion becomes a number."""
+
+    function: str = "math"
+    """`math` (math-verify on the last boxed or stated answer), `exact`, or `module:function`."""
+    timeout_s: float = 5.0
+    """Deadline per completion, in seconds; past it it counts as wrong, and as a timeout."""
+    workers: int = 2
+    """Verifier processes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleConfig:
+    """A coefficient as a function of the step s."""
+
+    kind: Literal["constant", "linear", "cosine"] = "constant"
+    """constant: initial. linear, cosine: from initial to final over `steps`, then final."""
+    initial: float = 2e-3
+    """Value at step 0."""
+    final: float = 2e-3
+    """Value from step `steps` on; not read by `constant`."""
+    steps: int = 80
+    """Length of the change, in optimiser steps."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MethodConfig:
+    """The objective. A preset is a value of this class, never a code path."""
+
+    policy: Literal["clip", "none", "off"] = "clip"
+    """Policy gradient: clip (GRPO, PPO), none (no clip), off (distillation alone)."""
+    clip_low: float = 0.2
+    """The ratio is clipped from below at 1 - clip_low."""
+    clip_high: float = 0.2
+    """The ratio is clipped from above at 1 + clip_high."""
+    advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    """grpo: (reward - mean) / std of the group; dr_grpo: no std; rloo: leave-one-out mean."""
+    token_weights: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    """Mean over tokens; mean over completions of token means; sum / (R * max_new_tokens)."""
+    kd: Literal["k2", "k3", "rkl", "fkl"] | None = "k2"
+    """Distillation: k2, k3 on sampled tokens; rkl, fkl exact over the vocabulary; None: off."""
+    kd_coef: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Beta: weight of the distillation term against the policy gradient."""
+    kd_mask: Literal["none", "wrong", "wrong_group"] = "none"
+    """Distil everywhere; on wrong completions only; only where the whole group is wrong."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus, per nat."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW and the packing of its batches."""
+
+    learning_rate: float = 1e-6
+    """Peak learning rate."""
+    warmup_steps: int = 0
+    """Optimiser steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's two moments."""
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this norm."""
+    micro_batch_tokens: int = 8192
+    """Tokens packed into one forward and backward pass; results do not depend on it."""
+    workspace_bytes: int | None = None
+    """Memory of the one-pass head beyond inputs, outputs and gradients; None: its default."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """How a policy is measured."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """Held-out problems; an empty path means no evaluation during training."""
+    every: int = 0
+    """Optimiser steps between evaluations; 0: none."""
+    samples: int = 4
+    """k of avg@k and pass@k: completions per problem."""
+    max_problems: int | None = None
+    """Only the first so many problems; None: all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """One training run; saved as config.yaml in its folder."""
+
+    out: Path = Path("runs/train")
+    """Run folder: config.yaml, metrics.jsonl, samples/, checkpoints/."""
+    resume: bool = False
+    """Continue from the newest checkpoint in `out`; without it a used folder is refused."""
+    seed: int = 0
+    """All randomness is a function of (seed, step)."""
+    steps: int = 280
+    """Optimiser steps in all."""
+    save_every: int = 50
+    """Optimiser steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = 2
+    """Older checkpoints beyond this many are deleted."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+_FIXED = ScheduleConfig()
+_ANNEALED = ScheduleConfig(kind="linear", initial=5e-3, final=1e-3, steps=80)
+PRESETS: dict[str, MethodConfig] = {
+    "grpo": MethodConfig(kd=None),
+    "kd_rkl": MethodConfig(policy="off", kd_coef=ScheduleConfig(initial=1.0, final=1.0)),
+    "kdrl": MethodConfig(kd_coef=_FIXED),
+    "kdrl_annealed": MethodConfig(kd_coef=_ANNEALED),
+    "kdrl_masked": MethodConfig(kd_coef=_FIXED, kd_mask="wrong"),
+    "kdrl_group_masked": MethodConfig(kd_coef=_FIXED, kd_mask="wrong_group"),
+}
+"""The paper's methods (arXiv 2506.02208); beta(s) of kdrl_annealed is max(5e-3 - 5e-5 s, 1e-3)."""

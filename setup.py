@@ -1,0 +1,34 @@
+"""Distribution kdrl-kernels: names, dependencies and extras. Tool settings: pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TRAIN = [
+    "transformers>=5.17",  # policies, teachers, generation
+    "datasets>=4.0",  # jsonl, parquet and hub data
+    "math-verify>=0.9",  # is this answer equal to that one
+    "pebble>=5.1",  # verifier processes with a deadline
+    "tyro>=1.0",  # command line from the configuration dataclasses
+    "rich>=14.0",  # tables and progress
+    "PyYAML>=6.0",  # configuration files
+    "numpy>=1.26,<2.5",  # torch and datasets share arrays through it
+]
+TEST = ["pytest>=8.4", "hypothesis>=6.140", "ruff>=0.14", "mypy>=1.18", "types-PyYAML>=6.0"]
+BENCH = ["pytest-benchmark>=5.1", "matplotlib>=3.10"]
+GPU = ["flash-attn>=2.8; platform_system == 'Linux'", "liger-kernel>=0.6"]
+
+setup(
+    name="kdrl-kernels",
+    version="0.1.0",
+    description="One-pass LM-head kernels for GRPO with a teacher's reverse KL, and a trainer",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["kdrl_kernels*", "kdrl_train*"]),
+    package_data={"kdrl_kernels": ["py.typed", "rows/README.md"], "kdrl_train": ["py.typed"]},
+    install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
+    extras_require={"train": TRAIN, "dev": TRAIN + TEST, "bench": BENCH, "gpu": GPU},
+)
