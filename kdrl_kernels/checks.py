@@ -1,0 +1,165 @@
+"""Checks of arguments: each error names the argument, what it must be and what it is."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdrl_kernels.head import Head, TeacherHead
+from kdrl_kernels.objective import EXACT_KD, Objective
+
+IMPLS = ("triton", "torch", "reference")
+
+
+def choose_impl(impl: str | None, head: Head) -> str:
+    """The named implementation if it can run, or the best one for the device. No fallback."""
+    device, dtype = head.hidden.device, head.hidden.dtype
+    if impl is None:
+        usable = device.type == "cuda" and dtype != torch.float64 and _has_triton()
+        return "triton" if usable else "torch"
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {IMPLS} or None, got {impl!r}")
+    if impl == "triton":
+        if not _has_triton():
+            raise ValueError("impl must be 'torch' or 'reference' where Triton is not installed")
+        if device.type != "cuda" and not _interpreting():
+            raise ValueError(
+                f"impl='triton' must get GPU tensors, got hidden on {device}; "
+                "use impl='torch', or TRITON_INTERPRET=1 to debug"
+            )
+        if dtype == torch.float64:
+            raise TypeError("impl='triton' must get float32, float16 or bfloat16, got float64")
+    return impl
+
+
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401, PLC0415 (optional: not on macOS or Windows)
+    except ImportError:
+        return False
+    return True
+
+
+def _interpreting() -> bool:
+    import triton  # noqa: PLC0415 (optional)
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def check_tokens(tokens: Tensor, head: Head) -> None:
+    """[N] int64 on the device of hidden; the range is checked apart (bad_tokens)."""
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"tokens must be a tensor, got {type(tokens).__name__}")
+    if tokens.dtype != torch.int64:
+        raise TypeError(f"tokens must be int64, got {tokens.dtype}")
+    _check_rows("tokens", tokens, head)
+
+
+def row_tensor(name: str, value: Any, head: Head) -> Tensor | None:
+    """value as a detached [N] tensor of the accumulation dtype, or None."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor or None, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+    _check_rows(name, value, head)
+    return value.detach().to(torch.promote_types(head.hidden.dtype, torch.float32))
+
+
+def _check_rows(name: str, tensor: Tensor, head: Head) -> None:
+    N = head.hidden.shape[0]
+    if tensor.shape != (N,):
+        raise ValueError(f"{name} must be [N] with N = {N}, got {list(tensor.shape)}")
+    if tensor.device != head.hidden.device:
+        raise ValueError(
+            f"{name} must be on the device of hidden ({head.hidden.device}), got {tensor.device}"
+        )
+
+
+def check_vocab_size(vocab_size: int | None, head: Head, teacher: TeacherHead | None) -> int:
+    """The columns that exist in both models: vocab_size, or the smaller head."""
+    V = head.weight.shape[0]
+    limit = V if teacher is None else min(V, teacher.weight.shape[0])
+    if vocab_size is None:
+        return limit
+    if not 0 < vocab_size <= limit:
+        raise ValueError(f"vocab_size must be in [1, {limit}], got {vocab_size}")
+    return int(vocab_size)
+
+
+def bad_tokens(
+    tokens: Tensor, vocab_size: int, size_name: str, weights: Tensor | None = None
+) -> Tensor:
+    """0-d count of tokens outside [0, vocab_size), in rows of non-zero weight.
+
+    Raises: ValueError on a CPU; on a GPU raising would wait for the device.
+    """
+    bad = (tokens < 0) | (tokens >= vocab_size)
+    if weights is not None:
+        bad &= weights != 0
+    count = bad.sum()
+    if tokens.device.type == "cpu" and count:
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"tokens must be in [0, {size_name}) with {size_name} = {vocab_size}, "
+            f"got {int(tokens[row])} in row {row}; give padding a token_weight of 0"
+        )
+    return count
+
+
+def normalizer_tensor(normalizer: Any, weights: Tensor) -> Tensor:
+    """0-d, dtype and device of weights [N]; None: their sum, or 1 where none is left."""
+    if normalizer is None:
+        return torch.where((weights != 0).any(), weights.sum(), 1)
+    if isinstance(normalizer, Tensor) and normalizer.ndim:
+        raise ValueError(f"normalizer must be 0-d, got {list(normalizer.shape)}")
+    on_gpu = isinstance(normalizer, Tensor) and normalizer.device.type != "cpu"
+    if not on_gpu and not normalizer > 0:
+        raise ValueError(f"normalizer must be positive, got {float(normalizer)}")
+    if not isinstance(normalizer, Tensor):
+        return torch.full_like(weights[:0].sum(), float(normalizer))
+    return normalizer.detach().to(weights)
+
+
+def check_teacher(
+    objective: Objective, teacher: Any, teacher_logprobs: Tensor | None, head: Head
+) -> None:
+    """A teacher exactly where the objective has one, in the form it needs."""
+    if teacher is not None and not isinstance(teacher, TeacherHead):
+        raise TypeError(f"teacher must be a TeacherHead or None, got {type(teacher).__name__}")
+    given = [
+        name
+        for name, value in (("teacher", teacher), ("teacher_logprobs", teacher_logprobs))
+        if value is not None
+    ]
+    if objective.kd is None and given:
+        raise ValueError(f"{given[0]} must be None when objective.kd is None, got one: set kd")
+    if objective.kd is not None and not given:
+        exact = objective.kd in EXACT_KD
+        which = "teacher=TeacherHead(...)" if exact else "teacher or teacher_logprobs"
+        raise ValueError(f"{which} must be passed for kd={objective.kd!r}, got neither")
+    if len(given) == 2:
+        raise ValueError("teacher_logprobs must be None when teacher is given, got both")
+    if objective.kd in EXACT_KD and teacher is None:
+        raise ValueError(
+            f"teacher must be a TeacherHead for the exact kd={objective.kd!r}, "
+            "got teacher_logprobs: use kd='k2' with those"
+        )
+    if teacher is not None:
+        if teacher.hidden.shape[0] != head.hidden.shape[0]:
+            raise ValueError(
+                f"teacher.hidden must have N = {head.hidden.shape[0]} rows, "
+                f"got {list(teacher.hidden.shape)}"
+            )
+        if teacher.hidden.device != head.hidden.device:
+            raise ValueError(
+                f"teacher.hidden must be on the device of hidden ({head.hidden.device}), "
+                f"got {teacher.hidden.device}"
+            )
+
+
+def check_workspace(workspace_bytes: int | None) -> None:
+    """A positive number of bytes, or None."""
+    if workspace_bytes is not None and not workspace_bytes > 0:
+        raise ValueError(f"workspace_bytes must be positive or None, got {workspace_bytes}")

@@ -1,0 +1,64 @@
+"""The three GEMMs of a chunk, accumulated in float32 (float64 for float64 operands).
+
+On a GPU 16-bit operands go to cuBLAS with a float32 result. A CPU has no such GEMM: there 16-bit
+weights are widened a block of columns at a time, which computes the same products and sums.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+WIDEN_ELEMENTS = 1 << 22
+"""Weight elements widened at a time on a CPU: 16 MB of float32."""
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """float32 for dtypes of up to 32 bits, float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out [C, V] = hidden [C, H] · weight [V, H]ᵀ, one rounding, to the dtype of out."""
+    if _native(hidden, out):
+        torch.mm(hidden, weight.T, out=out)
+    elif hidden.is_cuda:
+        torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
+    else:
+        wide = hidden.to(out.dtype)
+        for cols in _blocks(weight):
+            out[:, cols] = wide @ weight[cols].to(out.dtype).T
+
+
+def grad_hidden(dz: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out [C, H] = dz [C, V] · weight [V, H]; dz and weight in one dtype."""
+    if _native(dz, out):
+        torch.mm(dz, weight, out=out)
+    elif dz.is_cuda:
+        torch.mm(dz, weight, out_dtype=out.dtype, out=out)
+    else:
+        out.zero_()
+        for cols in _blocks(weight):
+            out.addmm_(dz[:, cols].to(out.dtype), weight[cols].to(out.dtype))
+
+
+def add_grad_weight(dz: Tensor, hidden: Tensor, out: Tensor) -> None:
+    """out [V, H] += dz [C, V]ᵀ · hidden [C, H]; dz and hidden in one dtype."""
+    if _native(dz, out):
+        out.addmm_(dz.T, hidden)
+    elif dz.is_cuda:
+        torch.addmm(out, dz.T, hidden, out_dtype=out.dtype, out=out)
+    else:
+        wide = hidden.to(out.dtype)
+        for cols in _blocks(out):
+            out[cols].addmm_(dz[:, cols].to(out.dtype).T, wide)
+
+
+def _native(operand: Tensor, out: Tensor) -> bool:
+    return operand.dtype == out.dtype
+
+
+def _blocks(weight: Tensor) -> Iterator[slice]:
+    step = max(1, WIDEN_ELEMENTS // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        yield slice(start, start + step)

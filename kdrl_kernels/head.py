@@ -1,0 +1,121 @@
+"""An LM head: final hidden states and the matrix that turns them into logits."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """z = softcap(hidden · weightᵀ + bias) / temperature, where softcap(a) = cap · tanh(a / cap).
+
+    Args:
+        hidden: [N, H], float32, float16, bfloat16 or float64: final hidden states.
+        weight: [V, H], dtype and device of hidden.
+        bias: [V], same dtype and device, or None. -inf forbids a token.
+        temperature: positive float, or [N] tensor with one per row.
+        softcap: positive float (final_logit_softcapping of Gemma), or None.
+    Raises: ValueError for a shape, device or scalar; TypeError for a type or dtype.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    temperature: float | Tensor = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        check_head(self, prefix="")
+
+    def select(self, rows: Tensor) -> "Head":
+        """The same head on hidden[rows], for rows [R] int64."""
+        temperature = self.temperature
+        if isinstance(temperature, Tensor):
+            temperature = temperature[rows]
+        return replace(self, hidden=self.hidden.index_select(0, rows), temperature=temperature)
+
+    def temperature_rows(self, rows: slice) -> float | Tensor:
+        """The temperature of these rows: the float, or its [C] slice."""
+        return self.temperature[rows] if isinstance(self.temperature, Tensor) else self.temperature
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherHead(Head):
+    """The teacher's final hidden states and head: gives its log-probabilities or the exact KL.
+
+    Fields and errors as Head: hidden [N, H_t], weight [V_t, H_t], bias [V_t] or None, temperature,
+    softcap. H_t and V_t may differ from the student's. Never trained: gradients stop here.
+    """
+
+    def __post_init__(self) -> None:
+        check_head(self, prefix="teacher.")
+        for name in ("hidden", "weight", "bias"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                object.__setattr__(self, name, tensor.detach())
+
+
+def check_head(head: Head, prefix: str) -> None:
+    """Raise the error that names the field, what it must be and what it is."""
+    hidden, weight, bias = head.hidden, head.weight, head.bias
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{prefix}{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"{prefix}{name} must be a floating-point tensor, got {tensor.dtype}")
+        if tensor.ndim != 2:
+            dims = "[N, H]" if name == "hidden" else "[V, H]"
+            raise ValueError(f"{prefix}{name} must be {dims}, got {list(tensor.shape)}")
+    if weight.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"{prefix}weight must be [V, H] with H = {hidden.shape[1]}, got {list(weight.shape)}"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError(f"{prefix}weight must have at least one row, got {list(weight.shape)}")
+    check_like(f"{prefix}weight", weight, f"{prefix}hidden", hidden)
+    if bias is not None:
+        if not isinstance(bias, Tensor):
+            raise TypeError(f"{prefix}bias must be a tensor or None, got {type(bias).__name__}")
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"{prefix}bias must be [V] with V = {weight.shape[0]}, got {list(bias.shape)}"
+            )
+        check_like(f"{prefix}bias", bias, f"{prefix}hidden", hidden)
+    _check_temperature(head.temperature, hidden, f"{prefix}temperature")
+    if head.softcap is not None and not head.softcap > 0:
+        raise ValueError(f"{prefix}softcap must be positive or None, got {head.softcap}")
+
+
+def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless tensor has the dtype and device of other."""
+    if tensor.dtype != other.dtype:
+        raise TypeError(
+            f"{name} must have the dtype of {other_name} ({other.dtype}), got {tensor.dtype}"
+        )
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name} must be on the device of {other_name} ({other.device}), got {tensor.device}"
+        )
+
+
+def _check_temperature(temperature: float | Tensor, hidden: Tensor, name: str) -> None:
+    if not isinstance(temperature, Tensor):
+        if not temperature > 0:
+            raise ValueError(f"{name} must be positive, got {temperature}")
+        return
+    if temperature.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"{name} must be a float or [N] with N = {hidden.shape[0]}, "
+            f"got {list(temperature.shape)}"
+        )
+    if not temperature.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {temperature.dtype}")
+    if temperature.device != hidden.device:
+        raise ValueError(
+            f"{name} must be on the device of hidden ({hidden.device}), got {temperature.device}"
+        )
+    if temperature.device.type == "cpu" and temperature.numel() and not (temperature > 0).all():
+        raise ValueError(f"{name} must be positive, got a minimum of {temperature.min().item()}")

@@ -1,0 +1,195 @@
+"""The training objective: its settings, and the loss of each token as a function of its row.
+
+`token_losses` is the definition. The reference differentiates it through the logits; the PyTorch
+implementation differentiates it on [C] vectors to get the coefficients of each row; the Triton
+implementation fuses value and coefficients (rows/triton.py). Derivations: rows/README.md.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Policy = Literal["clip", "none", "off"]
+Kd = Literal["k2", "k3", "rkl", "fkl"]
+SAMPLED_KD = ("k2", "k3")
+EXACT_KD = ("rkl", "fkl")
+
+_REFUSED_KD = {
+    "k1": "k1 as a loss has no teacher in its gradient (the teacher's log-probability is a "
+    "constant there); use 'k2' for reverse KL on sampled tokens or 'rkl' for the exact one",
+    "jsd": "'jsd' is not implemented yet; use 'rkl' or 'fkl'",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What is minimised per token: PG + kd_coef · kd_weight · s · KD - entropy_coef · entropy.
+
+    With r = exp(lp - old), l = lp - lq, and s = min(r, kd_ratio_cap) detached:
+
+    Args:
+        policy: "clip": -min(r·A, clip(r, 1 - clip_low, 1 + clip_high)·A); "none": -r·A; "off": 0.
+        clip_low, clip_high: clip range of the ratio, clip_low in [0, 1), clip_high >= 0.
+        dual_clip: for A < 0 the term is at most -dual_clip·A; above 1, or None.
+        kd: "k2": l²/2, expected gradient of KL(p‖q); "k3": exp(-l) - 1 + l, expected gradient of
+            the forward KL(q‖p); "rkl": KL(p‖q) and "fkl": KL(q‖p), exact; None: no teacher.
+        kd_coef: beta, at least 0.
+        kd_ratio_cap: bound of the off-policy weight s of the KD term, positive.
+        jsd_alpha: in (0, 1); for "jsd", which is not implemented yet.
+        entropy_coef: weight of the entropy bonus.
+    Raises: ValueError for an unknown option or a number out of range.
+    Source: KDRL, arXiv:2506.02208; dual clip, arXiv:1912.09729.
+    """
+
+    policy: Policy = "clip"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    kd: Kd | None = "k2"
+    kd_coef: float = 0.002
+    kd_ratio_cap: float = 2.0
+    jsd_alpha: float = 0.5
+    entropy_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.policy not in get_args(Policy):
+            raise ValueError(f"policy must be one of {get_args(Policy)}, got {self.policy!r}")
+        if self.kd in _REFUSED_KD:
+            raise ValueError(f"kd must not be {self.kd!r}: {_REFUSED_KD[self.kd]}")
+        if self.kd is not None and self.kd not in get_args(Kd):
+            raise ValueError(f"kd must be one of {get_args(Kd)} or None, got {self.kd!r}")
+        if self.policy == "off" and self.kd is None:
+            raise ValueError("kd must be set when policy is 'off', got None: nothing to minimise")
+        ranges = {
+            "clip_low": 0 <= self.clip_low < 1,
+            "clip_high": 0 <= self.clip_high < math.inf,
+            "dual_clip": self.dual_clip is None or 1 < self.dual_clip < math.inf,
+            "kd_coef": 0 <= self.kd_coef < math.inf,
+            "kd_ratio_cap": self.kd_ratio_cap > 0,
+            "jsd_alpha": 0 < self.jsd_alpha < 1,
+            "entropy_coef": math.isfinite(self.entropy_coef),
+        }
+        limits = {
+            "clip_low": "in [0, 1)",
+            "clip_high": "finite and at least 0",
+            "dual_clip": "above 1 and finite, or None",
+            "kd_coef": "finite and at least 0",
+            "kd_ratio_cap": "positive",
+            "jsd_alpha": "in (0, 1)",
+            "entropy_coef": "finite",
+        }
+        for name, right in ranges.items():
+            if not right:
+                raise ValueError(f"{name} must be {limits[name]}, got {getattr(self, name)}")
+
+    @property
+    def samples_teacher(self) -> bool:
+        """KD reads only the teacher's log-probability of the sampled token."""
+        return self.kd in SAMPLED_KD
+
+    @property
+    def log_ratio_bounds(self) -> tuple[float, float, float]:
+        """Bounds of lp - old: (upper for A > 0, lower for A < 0, upper for A < 0), in nats."""
+        if self.policy != "clip":
+            return math.inf, -math.inf, math.inf
+        dual = math.inf if self.dual_clip is None else math.log(self.dual_clip)
+        return math.log1p(self.clip_high), math.log1p(-self.clip_low), dual
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What a token's loss may depend on; every field is [C], in nats where it is a log."""
+
+    logprobs: Tensor
+    """lp, log-probability of the sampled token."""
+    old_logprobs: Tensor | None = None
+    """At sampling time; None: strictly on-policy."""
+    advantages: Tensor | None = None
+    """A; None with policy "off"."""
+    kd_weight: Tensor | None = None
+    """Schedule and mask of the KD term; None: 1."""
+    teacher_logprobs: Tensor | None = None
+    """lq, the teacher's log-probability of the sampled token."""
+    kl: Tensor | None = None
+    """Exact KL(p‖q) for "rkl", KL(q‖p) for "fkl"."""
+    entropy: Tensor | None = None
+    """Entropy of the student."""
+
+
+def token_losses(objective: Objective, rows: Rows) -> Tensor:
+    """[C] losses, differentiable in logprobs, kl and entropy; neither weighted nor normalised."""
+    old = rows.logprobs.detach() if rows.old_logprobs is None else rows.old_logprobs
+    log_ratio = rows.logprobs - old
+    loss = torch.zeros_like(log_ratio)
+    if objective.policy != "off":
+        assert rows.advantages is not None
+        loss = loss - rows.advantages * _clipped(objective, log_ratio, rows.advantages).exp()
+    if objective.kd is not None:
+        loss = loss + _kd_term(objective, rows, log_ratio.detach())
+    if objective.entropy_coef:
+        assert rows.entropy is not None
+        loss = loss - objective.entropy_coef * rows.entropy
+    return loss
+
+
+def _clipped(objective: Objective, log_ratio: Tensor, advantages: Tensor) -> Tensor:
+    """lp - old within the bounds of its advantage's sign: no gradient outside, r = 1 where A = 0.
+
+    min(r·A, clip(r)·A) is A·min(r, 1 + high) for A > 0 and A·max(r, 1 - low) for A < 0. Bounding
+    the logarithm instead of the ratio keeps exp, and its gradient, from overflowing.
+    """
+    positive_max, negative_min, negative_max = objective.log_ratio_bounds
+
+    def by_sign(positive: float, negative: float) -> Tensor:
+        full = log_ratio.detach()  # full_like fills on the device: no copy from the host
+        return torch.where(
+            advantages > 0, torch.full_like(full, positive), torch.full_like(full, negative)
+        )
+
+    upper, lower = by_sign(positive_max, negative_max), by_sign(-math.inf, negative_min)
+    return torch.where(advantages == 0, 0, log_ratio.clamp(lower, upper))
+
+
+def _kd_term(objective: Objective, rows: Rows, log_ratio: Tensor) -> Tensor:
+    """[C] kd_coef · kd_weight · s · KD, exactly 0 where kd_weight is 0 even if KD is infinite."""
+    scale = log_ratio.clamp(max=math.log(objective.kd_ratio_cap)).exp() * objective.kd_coef
+    if rows.old_logprobs is None:
+        scale = torch.full_like(log_ratio, objective.kd_coef)
+    if rows.kd_weight is not None:
+        scale = scale * rows.kd_weight
+    if objective.kd in EXACT_KD:
+        assert rows.kl is not None
+        return scale * torch.where(scale == 0, 0, rows.kl)
+    assert rows.teacher_logprobs is not None
+    gap = torch.where(scale == 0, 0, rows.logprobs - rows.teacher_logprobs)
+    if objective.kd == "k2":
+        return scale * gap.square() / 2
+    return scale * (torch.expm1(-gap) + gap)
+
+
+def row_metrics(objective: Objective, rows: Rows) -> dict[str, Tensor]:
+    """0-d float32 tensors on the device; means and shares are over the C rows, 0 where C = 0."""
+    lp = rows.logprobs
+    log_ratio = torch.zeros_like(lp) if rows.old_logprobs is None else lp - rows.old_logprobs
+    ratio = log_ratio.exp()
+    metrics = {"ratio_mean": _mean(ratio), "ratio_max": ratio.amax() if len(lp) else lp.sum()}
+    advantages = rows.advantages
+    if objective.policy == "clip" and advantages is not None:
+        bounded = _clipped(objective, log_ratio, advantages)
+        metrics["clip_fraction"] = _mean((bounded != log_ratio) & (advantages != 0))
+    if rows.teacher_logprobs is not None:
+        gap = lp - rows.teacher_logprobs
+        metrics["teacher_gap_mean"] = _mean(gap)
+        metrics["k2_mean"] = _mean(gap.square() / 2)
+        if advantages is not None:
+            weight = 1.0 if rows.kd_weight is None else rows.kd_weight
+            pull = torch.where(gap == 0, 0, objective.kd_coef * weight * gap)
+            metrics["kd_flip_fraction"] = _mean((advantages * (advantages - pull)) < 0)
+    return metrics
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.float().sum() / max(len(values), 1)
