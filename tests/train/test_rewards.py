@@ -1,0 +1,164 @@
+"""rewards: what counts as the answer, what counts as equal, and how a bad gold answer is named."""
+
+import subprocess
+import sys
+
+import pytest
+
+from kdrl_train.rewards import (
+    MAX_ANSWER_CHARS,
+    UnparseableError,
+    check_answer,
+    exact_reward,
+    last_answer,
+    load_reward,
+    math_reward,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{5}.", "5"),
+        (r"\boxed{4}, no: \boxed{ 5 }", "5"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{x = \boxed{3}}", "3"),
+        (r"\boxed{3} and then \boxed{4", "3"),
+        (r"\fbox{204} minutes", "204"),
+        (r"a line\\ and { an open brace, \boxed{7}", "7"),
+        (r"}} stray braces \boxed{7}", "7"),
+        (r"\boxed{1}" + "\n#### 2", "1"),
+        (r"\boxed{}", ""),
+        ("3 + 4 = 7\n#### 7", "7"),
+        ("#### 1\n#### 2\nthe end", "2"),
+        ("#### Step 1\nAdd. The answer is 9.", "9"),
+        ("The answer is 4.\n#### 5", "5"),
+        ("The answer is -5.5. Done.", "-5.5"),
+        ("The answer is not 4. The answer is 5.", "5"),
+        ("The final answer to this is: **1,234**.", "1,234"),
+        ("**Answer:** 18 dollars per day.", "18 dollars per day"),
+        ("Answer:\n$$12$$", "12"),
+        (r"the answer is \(\frac{1}{2}\) of it", r"\frac{1}{2}"),
+        ("the answer is 3. And the answer is", "3"),
+        ("so 3 + 4 = 7", None),
+        ("The answer is", None),
+        ("####", None),
+        ("", None),
+    ],
+)
+def test_the_last_statement_is_the_answer(text: str, answer: str | None) -> None:
+    assert last_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("given", "gold"),
+    [
+        ("1,234", "1234"),
+        ("1{,}234.0", "1,234"),
+        ("025", "25"),
+        ("27", "27.0"),
+        (r"\$18", "18"),
+        ("18 dollars per day", "18"),
+        (r"18\text{ dollars}", "18"),
+        ("\N{MINUS SIGN}7", "-7"),
+        (".5", r"\frac{1}{2}"),
+        ("0.333333", "1/3"),
+        (r"\frac{\sqrt{12}}{2}", r"\sqrt{3}"),
+        ("x = 5", "5"),
+        (r"\{2, 1\}", "1, 2"),
+        (r"x \in [0, 1]", "[0,1]"),
+        ("(x+1)^2", "x^2 + 2x + 1"),
+        ("Monday", "Monday"),
+    ],
+)
+def test_equal_answers_in_different_spellings(given: str, gold: str) -> None:
+    assert math_reward(rf"so \boxed{{{given}}}", gold) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("given", "gold"),
+    [
+        ("1,235", "1234"),
+        ("7", "-7"),
+        ("27.1", "27"),
+        ("1.0000001", "1"),
+        ("1,2", "12"),
+        ("x + 1", "1"),
+        ("18 million", "18"),
+        ("(2, 1)", "(1, 2)"),
+        (r"\frac{1}{3}", "0.34"),
+        (r"\infty", "5"),
+        ("1/0", "0"),
+        ("no", "yes"),
+    ],
+)
+def test_different_answers(given: str, gold: str) -> None:
+    assert math_reward(rf"so \boxed{{{given}}}", gold) == 0.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I would say 18",
+        r"\boxed{}",
+        r"\boxed{\frac{}}",
+        r"\boxed{" + "9" * 1_000_000 + "}",
+        "{" * 1_000_000,
+        r"\boxed{" * 100_000,
+        "answer: " * 100_000,
+        "the answer is " + "\n" * 1_000_000,
+        "the answer is \ud800",
+    ],
+    ids=lambda text: ascii(text[:20]),
+)
+def test_no_readable_answer_is_told_apart_from_a_wrong_one(text: str) -> None:
+    with pytest.raises(UnparseableError, match=r"must (state an answer|parse)"):
+        math_reward(text, "18")
+
+
+@pytest.mark.parametrize("answer", ["", "  ", "#", r"\frac{", "9" * (MAX_ANSWER_CHARS + 1)])
+def test_a_gold_answer_that_does_not_parse_is_an_error(answer: str) -> None:
+    expected = r"answer must be .* got .*correct the row, name another data.answer_column"
+    with pytest.raises(ValueError, match=expected):
+        check_answer(answer)
+    with pytest.raises(ValueError, match=expected):
+        math_reward(r"\boxed{5}", answer)
+
+
+def test_exact_reward_reads_letter_by_letter() -> None:
+    assert exact_reward("#### 18 ", " 18") == 1.0
+    assert exact_reward("#### 18.0", "18") == 0.0
+    with pytest.raises(UnparseableError, match="must state an answer"):
+        exact_reward("18", "18")
+
+
+def test_load_reward_by_name() -> None:
+    assert load_reward("math") is math_reward
+    assert load_reward("exact") is exact_reward
+    assert load_reward("kdrl_train.rewards:exact_reward") is exact_reward
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("maths", "got 'maths'"),
+        ("", "got ''"),
+        ("json:", "got 'json:'"),
+        ("no_such_module:reward", "No module named 'no_such_module'; install it"),
+        ("json:reward", "reward is missing from json; name a function"),
+        ("math:pi", "pi is not callable in math; name a function"),
+    ],
+)
+def test_an_unknown_reward_is_refused(name: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=r"reward\.function must be math, exact or ") as error:
+        load_reward(name)
+    assert reason in str(error.value)
+
+
+def test_import_is_light() -> None:
+    """A worker process imports this module: a second of torch each would be felt."""
+    heavy = "{'torch', 'transformers', 'sympy', 'pebble'}"
+    code = f"import kdrl_train.rewards, sys; print({heavy} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
