@@ -1,0 +1,207 @@
+"""verifier: outcomes and counts, and what one bad completion costs the others: nothing."""
+
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from kdrl_train.config import RewardConfig
+from kdrl_train.rewards import UnparseableError
+from kdrl_train.verifier import Verifier
+
+HERE = f"{__name__}:scripted_reward"
+
+
+class StrangeError(Exception):
+    """Pickles, but cannot be read back: its constructor wants two arguments."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(first + second)
+
+
+def scripted_reward(completion: str, answer: str) -> object:
+    """Does what the completion says; the other tests name it as module:function."""
+    if completion == "hang in C":
+        return float(len(str(pow(9, 9**9))))
+    if completion == "hang":
+        time.sleep(3600)
+    if completion == "raise":
+        raise StrangeError("went", " wrong")
+    if completion == "exit":
+        raise SystemExit(3)
+    if completion == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if completion == "no answer":
+        raise UnparseableError("nothing there")
+    return {"nan": math.nan, "inf": math.inf, "none": None, "text": "1.0", "half": 0.5}.get(
+        completion, completion == answer
+    )
+
+
+@pytest.fixture(scope="module")
+def scripted() -> Iterator[Verifier]:
+    with Verifier(RewardConfig(function=HERE, timeout_s=0.5)) as verifier:
+        yield verifier
+
+
+@pytest.fixture(scope="module")
+def mathematics() -> Iterator[Verifier]:
+    with Verifier(RewardConfig(timeout_s=1.0)) as verifier:
+        yield verifier
+
+
+def test_rewards_and_counts_by_hand(mathematics: Verifier) -> None:
+    completions = [r"\boxed{5}", r"\boxed{6}", "I give up", "#### 1,234", r"\boxed{\frac{}}"]
+    verdicts = mathematics.score(completions, ["5", "5", "5", "1234", "5"])
+    assert verdicts.rewards == [1.0, 0.0, 0.0, 1.0, 0.0]
+    assert verdicts.outcomes == ["right", "wrong", "unparseable", "right", "unparseable"]
+    assert verdicts.counts == {"right": 2, "wrong": 1, "unparseable": 2, "timeout": 0, "error": 0}
+    assert verdicts.errors == {}
+
+
+@pytest.mark.parametrize("hang", ["hang", "hang in C"])
+def test_a_hang_costs_its_own_completion_only(scripted: Verifier, hang: str) -> None:
+    scripted.score(["a"], ["a"])  # the workers are up
+    start = time.monotonic()
+    completions = ["a", hang, "b", hang, hang, *["a"] * 40]
+    verdicts = scripted.score(completions, ["a"] * len(completions))
+    seconds = time.monotonic() - start
+    assert verdicts.rewards == [1.0, 0.0, 0.0, 0.0, 0.0, *[1.0] * 40]
+    expected = ["right", "timeout", "wrong", "timeout", "timeout", *["right"] * 40]
+    assert verdicts.outcomes == expected
+    assert 0.5 <= seconds < 6  # two rounds of 0.5 s on two workers, and their replacement
+    assert scripted.score(["a"] * 4, ["a"] * 4).counts["right"] == 4
+
+
+@pytest.mark.parametrize(
+    ("completion", "message"),
+    [
+        ("raise", "StrangeError: went wrong"),
+        ("nan", "must be a finite number, got nan"),
+        ("inf", "must be a finite number, got inf"),
+        ("none", "must be a finite number, got None"),
+        ("text", "must be a finite number, got '1.0'"),
+        ("exit", "SystemExit: 3"),
+        ("die", "worker died"),
+    ],
+)
+def test_a_failing_reward_is_nan_and_keeps_its_message(
+    scripted: Verifier, completion: str, message: str
+) -> None:
+    verdicts = scripted.score(["a", completion, "b"], ["a", "a", "a"])
+    assert verdicts.outcomes == ["right", "error", "wrong"]
+    assert math.isnan(verdicts.rewards[1])
+    assert [verdicts.rewards[0], verdicts.rewards[2]] == [1.0, 0.0]
+    assert list(verdicts.errors) == [1]
+    assert message in verdicts.errors[1]
+    assert scripted.score(["a"], ["a"]).rewards == [1.0]
+
+
+def test_own_rewards_may_be_partial_and_unparseable(scripted: Verifier) -> None:
+    verdicts = scripted.score(["half", "no answer"], ["a", "a"])
+    assert verdicts.rewards == [0.5, 0.0]
+    assert verdicts.outcomes == ["right", "unparseable"]
+
+
+def test_hostile_completions_end_within_the_deadline(mathematics: Verifier) -> None:
+    hostile = {
+        r"\boxed{10^{10^{10^{10}}}}": {"timeout"},
+        r"\boxed{9999!!!}": {"timeout"},
+        r"\boxed{" + "{" * 400 + "5" + "}" * 400 + "}": {"timeout", "unparseable"},
+        r"\boxed{" + r"\sqrt{" * 150 + "5" + "}" * 150 + "}": {"timeout", "unparseable", "wrong"},
+        r"\boxed{" + "9" * 900 + "}": {"wrong"},
+        r"\boxed{" + "9" * 1_000_000 + "}": {"unparseable"},
+        r"\boxed{" * 100_000 + "}" * 100_000: {"unparseable"},
+        "{" * 1_000_000: {"unparseable"},
+        "#### \ud800": {"unparseable"},
+        "\udfff" * 1000 + r"\boxed{5}": {"right"},
+        "\0" * 1000 + r"\boxed{5}": {"right"},
+    }
+    verdicts = mathematics.score([*hostile, r"\boxed{5}"], ["5"] * (len(hostile) + 1))
+    for completion, outcome in zip(hostile, verdicts.outcomes, strict=False):
+        assert outcome in hostile[completion], ascii(completion[:40])
+    assert verdicts.outcomes[-1] == "right"
+
+
+def test_a_gold_answer_that_does_not_parse_is_an_error(mathematics: Verifier) -> None:
+    verdicts = mathematics.score([r"\boxed{5}"], ["#"])
+    assert verdicts.outcomes == ["error"]
+    assert "answer must be a number or LaTeX that math-verify parses, got '#'" in verdicts.errors[0]
+
+
+def test_workers_killed_while_idle_are_replaced() -> None:
+    with Verifier(RewardConfig(function=f"{__name__}:pid_reward", workers=1)) as verifier:
+        (pid,) = verifier.score([""], [""]).rewards
+        os.kill(int(pid), signal.SIGKILL)
+        deadline = time.monotonic() + 5
+        while verifier._pool.active and time.monotonic() < deadline:
+            time.sleep(0.05)  # pebble looks at its workers ten times a second
+        (other,) = verifier.score([""], [""]).rewards
+    assert other not in (pid, os.getpid())
+
+
+def pid_reward(completion: str, answer: str) -> int:
+    assert completion == answer
+    return os.getpid()
+
+
+def imported_reward(completion: str, answer: str) -> bool:
+    """Whether the worker has imported the module that the completion names."""
+    return completion in sys.modules and not answer
+
+
+def test_workers_stay_light() -> None:
+    names = ["kdrl_train.rewards", "torch", "transformers"]
+    with Verifier(RewardConfig(function=f"{__name__}:imported_reward", workers=1)) as verifier:
+        assert verifier.score(names, [""] * 3).rewards == [1.0, 0.0, 0.0]
+
+
+memory_of_this_process: list[str] = []
+
+
+def inherited_reward(completion: str, answer: str) -> int:
+    """How much of the trainer's memory the worker sees."""
+    return len(memory_of_this_process) + len(completion + answer)
+
+
+def test_workers_are_not_forked_from_the_trainer() -> None:
+    """A fork would copy the locks that torch's threads hold at that moment."""
+    memory_of_this_process.append("seen only by a fork")
+    with Verifier(RewardConfig(function=f"{__name__}:inherited_reward", workers=1)) as verifier:
+        assert verifier.score([""], [""]).rewards == [0.0]
+
+
+def test_empty_batch(mathematics: Verifier) -> None:
+    verdicts = mathematics.score([], [])
+    assert verdicts.rewards == []
+    assert set(verdicts.counts.values()) == {0}
+
+
+def test_512_short_completions_take_well_under_a_second(mathematics: Verifier) -> None:
+    completions = [f"{'thinking ' * 30}\\boxed{{{number}}}" for number in range(512)]
+    answers = [str(number) for number in range(512)]
+    mathematics.score(completions[:2], answers[:2])
+    start = time.monotonic()
+    verdicts = mathematics.score(completions, answers)
+    seconds = time.monotonic() - start
+    assert verdicts.counts["right"] == 512
+    assert seconds < 1.0
+
+
+def test_an_unknown_reward_fails_before_any_worker_starts() -> None:
+    with pytest.raises(ValueError, match=r"reward\.function must be .*, got 'maths'"):
+        Verifier(RewardConfig(function="maths"))
+
+
+def test_bad_calls_are_named(scripted: Verifier) -> None:
+    with pytest.raises(ValueError, match=r"got 1 for 2 completions: repeat each answer"):
+        scripted.score(["a", "b"], ["a"])
+    closed = Verifier(RewardConfig(function="exact", workers=1))
+    closed.close()
+    closed.close()
+    with pytest.raises(ValueError, match="must be open to score, got a closed one"):
+        closed.score(["a"], ["a"])
