@@ -19,6 +19,8 @@ from kdrl_train.config import RewardConfig
 from kdrl_train.rewards import UnparseableError, load_reward
 
 Outcome = Literal["right", "wrong", "unparseable", "timeout", "error"]
+ORPHAN_GRACE_S = 10.0
+"""Seconds past the deadline after which a worker that nobody has killed ends by itself."""
 OUTCOMES: tuple[Outcome, ...] = ("right", "wrong", "unparseable", "timeout", "error")
 
 
@@ -74,9 +76,11 @@ class Verifier:
             self._pool = self._start()
         futures = [
             self._pool.schedule(
-                _score_one, args=(self.config.function, *pair), timeout=self.config.timeout_s
+                _score_one,
+                args=(self.config.function, completion, answer, self.config.timeout_s),
+                timeout=self.config.timeout_s,
             )
-            for pair in zip(completions, answers, strict=True)
+            for completion, answer in zip(completions, answers, strict=True)
         ]
         verdicts = Verdicts(rewards=[], outcomes=[])
         for index, future in enumerate(futures):
@@ -130,8 +134,8 @@ def _ready() -> None:
 
 def _start_worker(function: str) -> None:
     """Import the reward outside of any deadline; die at once when told to."""
-    # pebble's own handler runs between two byte codes, so never while one huge integer is computed;
-    # the pool would stand still for its 3 seconds of grace before the kill.
+    # pebble's own handler runs between two byte codes, so not while C code (gmpy2, numpy) works on;
+    # the whole pool would stand still for its 3 seconds of grace before the kill.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _reward(function)
 
@@ -139,8 +143,13 @@ def _start_worker(function: str) -> None:
 _reward = lru_cache(maxsize=1)(load_reward)
 
 
-def _score_one(function: str, completion: str, answer: str) -> tuple[float, Outcome, str]:
+def _score_one(
+    function: str, completion: str, answer: str, timeout_s: float
+) -> tuple[float, Outcome, str]:
     """In a worker: reward, outcome and, for `error`, the message."""
+    has_timer = hasattr(signal, "setitimer")  # not on Windows
+    if has_timer:  # SIGALRM ends the process: a hang must not outlive a trainer that was killed
+        signal.setitimer(signal.ITIMER_REAL, timeout_s + ORPHAN_GRACE_S)
     try:
         value = _reward(function)(completion, answer)
     except UnparseableError:
@@ -149,6 +158,9 @@ def _score_one(function: str, completion: str, answer: str) -> tuple[float, Outc
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{frame.filename}:{frame.lineno}"
         return math.nan, "error", f"{type(error).__name__}: {error} ({where})"
+    finally:
+        if has_timer:
+            signal.setitimer(signal.ITIMER_REAL, 0)
     reward = float(value) if isinstance(value, SupportsFloat) else math.nan
     if not math.isfinite(reward):
         return math.nan, "error", f"reward must be a finite number, got {value!r}"

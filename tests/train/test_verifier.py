@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ class StrangeError(Exception):
 def scripted_reward(completion: str, answer: str) -> object:
     """Does what the completion says; the other tests name it as module:function."""
     if completion == "hang in C":
-        return float(len(str(pow(9, 9**9))))
+        return sum(range(10**12))  # no byte code for an hour, so no Python signal handler either
     if completion == "hang":
         time.sleep(3600)
     if completion == "raise":
@@ -75,6 +76,19 @@ def test_a_hang_costs_its_own_completion_only(scripted: Verifier, hang: str) -> 
     assert verdicts.outcomes == expected
     assert 0.5 <= seconds < 6  # two rounds of 0.5 s on two workers, and their replacement
     assert scripted.score(["a"] * 4, ["a"] * 4).counts["right"] == 4
+
+
+def test_a_hang_does_not_outlive_a_killed_trainer() -> None:
+    code = f"""
+import kdrl_train.verifier as verifier
+verifier.ORPHAN_GRACE_S = 0.1
+verifier._score_one({HERE!r}, "hang in C", "a", timeout_s=0.1)
+"""
+    folders = os.pathsep.join(path for path in sys.path if path)
+    environment = os.environ | {"PYTHONPATH": folders}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, timeout=60, check=False)
+    assert done.returncode == -signal.SIGALRM
 
 
 @pytest.mark.parametrize(
@@ -184,12 +198,13 @@ def test_empty_batch(mathematics: Verifier) -> None:
 def test_512_short_completions_take_well_under_a_second(mathematics: Verifier) -> None:
     completions = [f"{'thinking ' * 30}\\boxed{{{number}}}" for number in range(512)]
     answers = [str(number) for number in range(512)]
-    mathematics.score(completions[:2], answers[:2])
-    start = time.monotonic()
-    verdicts = mathematics.score(completions, answers)
-    seconds = time.monotonic() - start
-    assert verdicts.counts["right"] == 512
-    assert seconds < 1.0
+    seconds = []
+    for _ in range(3):  # the machine may be busy with something else
+        start = time.monotonic()
+        verdicts = mathematics.score(completions, answers)
+        seconds.append(time.monotonic() - start)
+        assert verdicts.counts["right"] == 512
+    assert min(seconds) < 0.5
 
 
 def test_an_unknown_reward_fails_before_any_worker_starts() -> None:
