@@ -12,9 +12,10 @@ class ModelConfig:
     policy: str = ""
     """Folder or hub id of the policy (student) at step 0: any causal LM of transformers."""
     teacher: str | None = None
-    """Folder or hub id of the teacher (same tokenizer). Needed when method.kd is set."""
+    """Folder or hub id of the teacher, with the policy's tokenizer. Needed if method.kd is set."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the policy's and the teacher's weights."""
+    """Precision of the forward and backward pass, and of the teacher. The policy's weights and
+    AdamW's moments stay float32: at a learning rate of 1e-6 a bfloat16 weight would not move."""
     device: str = "auto"
     """Torch device of the run; auto: cuda where there is one, else cpu."""
     gradient_checkpointing: bool = False
@@ -42,6 +43,9 @@ class DataConfig:
     max_prompt_tokens: int = 1024
     """A longer prompt stops the run before it starts, in tokens."""
 
+    def __post_init__(self) -> None:
+        _positive("max_prompt_tokens", self.max_prompt_tokens)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig:
@@ -54,9 +58,15 @@ class SamplingConfig:
     max_new_tokens: int = 1024
     """Longest completion, in tokens; a longer one is cut, counted, and earns what it earns."""
     temperature: float = 1.0
-    """Sampling temperature; log-probabilities and the loss are taken at the same temperature."""
+    """Sampling temperature; log-probabilities and the loss, the teacher's included, are taken at
+    the same temperature."""
     batch_size: int = 256
     """Completions generated at a time: bounds the memory of the key-value cache."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompts_per_step", "group_size", "max_new_tokens", "batch_size"):
+            _positive(name, getattr(self, name))
+        _positive("temperature", self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +79,10 @@ class RewardConfig:
     """Deadline per completion, in seconds; past it it counts as wrong, and as a timeout."""
     workers: int = 2
     """Verifier processes."""
+
+    def __post_init__(self) -> None:
+        _positive("timeout_s", self.timeout_s)
+        _positive("workers", self.workers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +98,9 @@ class ScheduleConfig:
     steps: int = 80
     """Length of the change, in optimiser steps."""
 
+    def __post_init__(self) -> None:
+        _positive("steps", self.steps)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodConfig:
@@ -97,6 +114,8 @@ class MethodConfig:
     """The ratio is clipped from above at 1 + clip_high."""
     advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
     """grpo: (reward - mean) / std of the group; dr_grpo: no std; rloo: leave-one-out mean."""
+    std_floor: float = 1e-4
+    """Smallest standard deviation that `grpo` divides by, in units of the reward."""
     token_weights: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     """Mean over tokens; mean over completions of token means; sum / (R * max_new_tokens)."""
     kd: Literal["k2", "k3", "rkl", "fkl"] | None = "k2"
@@ -107,6 +126,14 @@ class MethodConfig:
     """Distil everywhere; on wrong completions only; only where the whole group is wrong."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus, per nat."""
+
+    def __post_init__(self) -> None:
+        _positive("std_floor", self.std_floor)
+        if self.policy == "off" and self.kd is None:
+            raise ValueError(
+                'method.kd must be "k2", "k3", "rkl" or "fkl" when method.policy is "off", '
+                "got None: nothing would be trained; set one of the two"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,23 +151,33 @@ class OptimConfig:
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm."""
     micro_batch_tokens: int = 8192
-    """Tokens packed into one forward and backward pass; results do not depend on it."""
+    """Tokens packed into one forward and backward pass; results do not depend on it. Without a
+    fused attention kernel the cost of attention grows with it: 1024 to 2048 suit a CPU."""
     workspace_bytes: int | None = None
     """Memory of the one-pass head beyond inputs, outputs and gradients; None: its default."""
+    head_impl: Literal["triton", "torch", "reference"] | None = None
+    """Implementation of the one-pass head; None: Triton on a GPU, PyTorch elsewhere."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "max_grad_norm", "micro_batch_tokens"):
+            _positive(name, getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
-    """How a policy is measured."""
+    """How a policy is measured during training."""
 
     data: DataConfig = field(default_factory=DataConfig)
     """Held-out problems; an empty path means no evaluation during training."""
     every: int = 0
-    """Optimiser steps between evaluations; 0: none."""
+    """Optimiser steps between evaluations; 0: none. The last step is evaluated too."""
     samples: int = 4
     """k of avg@k and pass@k: completions per problem."""
     max_problems: int | None = None
     """Only the first so many problems; None: all."""
+
+    def __post_init__(self) -> None:
+        _positive("samples", self.samples)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,7 +185,7 @@ class TrainConfig:
     """One training run; saved as config.yaml in its folder."""
 
     out: Path = Path("runs/train")
-    """Run folder: config.yaml, metrics.jsonl, samples/, checkpoints/."""
+    """Run folder: config.yaml, metrics.jsonl, samples/, checkpoints/, model/."""
     resume: bool = False
     """Continue from the newest checkpoint in `out`; without it a used folder is refused."""
     seed: int = 0
@@ -159,6 +196,8 @@ class TrainConfig:
     """Optimiser steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 2
     """Older checkpoints beyond this many are deleted."""
+    samples_per_step: int = 8
+    """Completions written to samples/ at each step, with their prompts and rewards."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -166,6 +205,42 @@ class TrainConfig:
     method: MethodConfig = field(default_factory=MethodConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "save_every", "keep_checkpoints"):
+            _positive(name, getattr(self, name))
+        if self.method.policy != "off" and self.sampling.group_size < 2:
+            raise ValueError(
+                "sampling.group_size must be at least 2 for a policy gradient, got "
+                f"{self.sampling.group_size}: advantages compare completions of one prompt"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """One measurement of a saved model: `python -m kdrl_train eval`."""
+
+    out: Path | None = None
+    """JSON file for the numbers; None: only the table on the screen."""
+    seed: int = 0
+    """Seed of the sampling."""
+    samples: int = 4
+    """k of avg@k and pass@k: completions per problem."""
+    max_problems: int | None = None
+    """Only the first so many problems; None: all."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+
+    def __post_init__(self) -> None:
+        _positive("samples", self.samples)
+
+
+def _positive(name: str, value: float) -> None:
+    """Raises ValueError unless value > 0 (nan is refused too)."""
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
 
 
 _FIXED = ScheduleConfig()
