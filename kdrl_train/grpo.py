@@ -1,0 +1,247 @@
+"""Advantages, distillation weights, token weights and step metrics: pure functions, no model.
+
+P prompts, G completions per prompt, R = P * G completions, N tokens of one micro-batch.
+
+Departures from KDRL (arXiv 2506.02208) and GRPO, each a setting of MethodConfig where it matters:
+
+- The advantage divides by max(std, std_floor), std with G - 1 degrees of freedom as in the public
+  trainers; GRPO writes std alone. A group whose rewards are all equal has advantage exactly 0.
+- Token weights default to the mean over all tokens of the step (`token_mean`); GRPO's own mean of
+  completion means is `sequence_mean`.
+- A completion whose reward is NaN (the reward function failed) leaves its group: it enters neither
+  mean nor std, its tokens have weight 0 and are not counted in the normaliser.
+- Both models are read at the sampling temperature, so that the KL is that of the distributions
+  that are sampled from.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kdrl_train.config import MethodConfig, ScheduleConfig
+
+
+def group_advantages(rewards_PG: Tensor, estimator: str, std_floor: float = 1e-4) -> Tensor:
+    """Group advantages; the arithmetic is float64.
+
+    grpo: (r - mean) / max(std, std_floor) · dr_grpo: r - mean · rloo: r - mean of the others
+
+    Args:
+        rewards_PG: [P, G] float. NaN marks a completion without a reward: it enters no mean or std.
+        estimator: "grpo", "dr_grpo" or "rloo".
+        std_floor: smallest standard deviation that "grpo" divides by, in units of the reward.
+    Returns: [P, G] float32; 0 where the reward is NaN, where a group has one reward only, and,
+        exactly, where all rewards of a group are equal.
+    Raises: ValueError for an unknown estimator, a rank other than 2, or a group without any number.
+    """
+    if rewards_PG.ndim != 2:
+        raise ValueError(f"rewards_PG must be [P, G], got {list(rewards_PG.shape)}")
+    rewards = rewards_PG.double()
+    valid = ~rewards.isnan()
+    count = valid.sum(dim=1, keepdim=True)
+    if (count == 0).any():
+        group = int((count == 0).flatten().nonzero()[0])
+        raise ValueError(
+            f"rewards_PG must hold a number in every group, got only NaN in group {group} of this "
+            "step: the reward function failed on all of its completions; see the verifier's errors"
+        )
+    rewards = rewards.where(valid, 0.0)
+    mean = rewards.sum(dim=1, keepdim=True) / count
+    centred = (rewards - mean).where(valid & ~_equal(rewards_PG), 0.0)
+    others = (count - 1).clamp_min(1)
+    if estimator == "grpo":
+        std = (centred.square().sum(dim=1, keepdim=True) / others).sqrt()
+        return (centred / std.clamp_min(std_floor)).float()
+    if estimator == "dr_grpo":
+        return centred.float()
+    if estimator == "rloo":
+        return (centred * count / others).float()
+    raise ValueError(f'estimator must be "grpo", "dr_grpo" or "rloo", got "{estimator}"')
+
+
+def _equal(rewards_PG: Tensor) -> Tensor:
+    """[P, 1] bool: all rewards of the group that are numbers are the same number."""
+    high = rewards_PG.nan_to_num(nan=-math.inf).amax(dim=1, keepdim=True)
+    low = rewards_PG.nan_to_num(nan=math.inf).amin(dim=1, keepdim=True)
+    return high == low
+
+
+def kd_mask(rewards_PG: Tensor, mask: str) -> Tensor:
+    """Which completions are distilled: the reward-guided mask. A reward above 0 is right.
+
+    Args:
+        rewards_PG: [P, G] float; NaN counts as not right.
+        mask: "none" (all), "wrong" (not right), "wrong_group" (no right one in the whole group).
+    Returns: [P, G] float32 of 0 and 1.
+    Raises: ValueError for an unknown mask.
+    """
+    wrong = ~(rewards_PG > 0)
+    if mask == "none":
+        return torch.ones_like(rewards_PG, dtype=torch.float32)
+    if mask == "wrong":
+        return wrong.float()
+    if mask == "wrong_group":
+        return wrong.all(dim=1, keepdim=True).expand_as(wrong).float()
+    raise ValueError(f'mask must be "none", "wrong" or "wrong_group", got "{mask}"')
+
+
+def schedule_value(schedule: ScheduleConfig, step: int) -> float:
+    """Value of a scheduled coefficient at optimiser step `step`, counted from 0."""
+    done = min(step / schedule.steps, 1.0)
+    if schedule.kind == "linear":
+        return (1 - done) * schedule.initial + done * schedule.final
+    if schedule.kind == "cosine":
+        rest = (1 + math.cos(math.pi * done)) / 2
+        return schedule.final + (schedule.initial - schedule.final) * rest
+    return schedule.initial
+
+
+def learning_rate(peak: float, warmup_steps: int, step: int) -> float:
+    """Linear warm-up: peak · (step + 1) / warmup_steps, from then on the peak."""
+    return peak * min(1.0, (step + 1) / max(warmup_steps, 1))
+
+
+def token_weights(
+    lengths_R: Tensor, rewards_R: Tensor, mode: str, max_new_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Weight of each token of a completion, and what the weighted sum is divided by.
+
+    token_mean: 1, divided by the step's tokens · sequence_mean: 1 / length, divided by the
+    step's completions · constant: 1, divided by completions · max_new_tokens
+
+    Args:
+        lengths_R: [R] int, tokens of each completion, at least 1.
+        rewards_R: [R] float; NaN takes the completion out of weights and normaliser.
+        mode: "token_mean", "sequence_mean" or "constant".
+        max_new_tokens: longest completion allowed, in tokens.
+    Returns: weights [R] float32, one for all tokens of a completion; normaliser, 0-d float64.
+    Raises: ValueError for an unknown mode.
+    """
+    kept = (~rewards_R.isnan()).double()
+    if mode == "token_mean":
+        return kept.float(), (kept * lengths_R).sum()
+    if mode == "sequence_mean":
+        return (kept / lengths_R).float(), kept.sum()
+    if mode == "constant":
+        return kept.float(), kept.sum() * max_new_tokens
+    raise ValueError(
+        f'mode must be "token_mean", "sequence_mean" or "constant", got "{mode}": '
+        "set method.token_weights"
+    )
+
+
+def completion_terms(rewards_PG: Tensor, method: MethodConfig, step: int) -> tuple[Tensor, Tensor]:
+    """Advantage and distillation weight (beta of this step times the mask) of each completion.
+
+    Args:
+        rewards_PG: [P, G] float; NaN marks a completion without a reward.
+        method: estimator, mask and schedule.
+        step: optimiser step, from 0.
+    Returns: advantages [R] and kd weights [R], float32; 0 where the method has no such term.
+    """
+    advantages = group_advantages(rewards_PG, method.advantage, method.std_floor)
+    if method.policy == "off":
+        advantages = torch.zeros_like(advantages)
+    if method.kd is None:
+        return advantages.flatten(), torch.zeros_like(advantages).flatten()
+    beta = schedule_value(method.kd_coef, step)
+    mask = kd_mask(rewards_PG, method.kd_mask)
+    return advantages.flatten(), (beta * mask).flatten()
+
+
+def reward_metrics(rewards_PG: Tensor) -> dict[str, float]:
+    """Mean reward, share of right completions, and share of groups with signal; NaN is left out.
+
+    A group has signal when two of its rewards differ: only then has it a policy gradient.
+    """
+    known = rewards_PG[~rewards_PG.isnan()].double()
+    return {
+        "reward": known.mean().item(),
+        "accuracy": (known > 0).double().mean().item(),
+        "groups_with_signal": (~_equal(rewards_PG)).double().mean().item(),
+        "rewards_missing": float(rewards_PG.isnan().sum()),
+    }
+
+
+def token_sums(
+    *,
+    logprobs: Tensor,
+    sampled_logprobs: Tensor,
+    entropy: Tensor | None,
+    teacher_logprobs: Tensor | None,
+    kl: Tensor | None,
+    clip_fraction: Tensor | None,
+    token_weights: Tensor,
+    kd_weight: Tensor,
+) -> dict[str, Tensor]:
+    """Sums over the tokens of one micro-batch, on the device, float64: `token_means` divides them.
+
+    Args:
+        logprobs, sampled_logprobs: [N] nats, of the trainer and as sampled.
+        entropy: [N] nats, or None.
+        teacher_logprobs: [N] nats, or None where no token of the micro-batch is distilled.
+        kl: [N] nats, exact KL(student ‖ teacher), or None.
+        clip_fraction: 0-d share of clipped tokens, or None.
+        token_weights: [N]; tokens of weight 0 are left out.
+        kd_weight: [N]; KL sums run over the tokens with a positive one, whatever shares their
+            micro-batch, so that the means do not depend on packing.
+    """
+    used = token_weights > 0
+    gap = (logprobs.detach() - sampled_logprobs).abs().double()[used]
+    sums = {
+        "tokens": used.sum().double(),
+        "gap_sum": gap.sum(),
+        "gap_max": gap.max() if gap.numel() else gap.new_zeros(()),
+    }
+    if entropy is not None:
+        sums["entropy_sum"] = entropy.detach().double()[used].sum()
+    if clip_fraction is not None:
+        sums["clipped"] = clip_fraction.detach().double() * used.sum()
+    if teacher_logprobs is not None:
+        distilled = used & (kd_weight > 0)
+        log_ratio = (logprobs.detach() - teacher_logprobs).double()[distilled]
+        sums["kd_tokens"] = distilled.sum().double()
+        sums["log_ratio_sum"] = log_ratio.sum()
+        sums["k2_sum"] = (log_ratio.square() / 2).sum()
+        if kl is not None:
+            sums["kl_sum"] = kl.detach().double()[distilled].sum()
+    return sums
+
+
+def add_sums(total: dict[str, Tensor], part: dict[str, Tensor]) -> dict[str, Tensor]:
+    """total + part key by key (the larger one for gap_max); a key one of them lacks counts as 0."""
+    out = dict(total)
+    for key, value in part.items():
+        if key not in out:
+            out[key] = value
+        else:
+            out[key] = torch.maximum(out[key], value) if key == "gap_max" else out[key] + value
+    return out
+
+
+def token_means(sums: dict[str, Tensor]) -> dict[str, float | None]:
+    """Per-token means of a step from its sums; None where the step has no such token.
+
+    kl_teacher is the exact KL(student ‖ teacher) where the loss computes it, otherwise its
+    unbiased estimate, the mean of l = log p - log q over the sampled tokens; nats per token.
+    """
+    values = {key: value.item() for key, value in sums.items()}
+
+    def mean(key: str, count: str) -> float | None:
+        if key not in values or values.get(count, 0.0) == 0.0:
+            return None
+        return values[key] / values[count]
+
+    kl = mean("kl_sum", "kd_tokens")
+    log_ratio = mean("log_ratio_sum", "kd_tokens")
+    return {
+        "entropy": mean("entropy_sum", "tokens"),
+        "clip_fraction": mean("clipped", "tokens"),
+        "kl_teacher": log_ratio if kl is None else kl,
+        "log_ratio_teacher": log_ratio,
+        "k2": mean("k2_sum", "kd_tokens"),
+        "kd_share": values.get("kd_tokens", 0.0) / max(values.get("tokens", 0.0), 1.0),
+        "sampler_gap_mean": mean("gap_sum", "tokens"),
+        "sampler_gap_max": values.get("gap_max"),
+    }
