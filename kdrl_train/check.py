@@ -1,0 +1,279 @@
+"""Preflight: everything that would waste a run, found before its first training minute."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from kdrl_train.config import TrainConfig
+from kdrl_train.data import Example, encode_prompt, load_examples
+from kdrl_train.policy import (
+    HeadedModel,
+    Policy,
+    Teacher,
+    load_policy,
+    load_teacher,
+    load_tokenizer,
+    probe,
+)
+from kdrl_train.rollout import eos_ids
+from kdrl_train.verifier import Verifier
+
+GOLD_AT_START = 64
+"""Gold answers that `train` checks before step 0; `check` takes all of them."""
+PROBE_PROMPTS = 4
+"""Prompts that the teacher probe reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the preflight table."""
+
+    name: str
+    passed: bool
+    detail: str
+    """What was found; on failure also the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What the checks look at."""
+
+    tokenizer: Any
+    policy: Policy
+    teacher_tokenizer: Any | None
+    teacher: Teacher | None
+    examples: list[Example]
+
+
+def load(config: TrainConfig) -> Loaded:
+    """Models, tokenizers and problems of a run. Raises ValueError or OSError, as they do."""
+    examples = load_examples(config.data)
+    teacher = load_teacher(config)
+    policy = load_policy(config, teacher)
+    return Loaded(
+        tokenizer=load_tokenizer(config.model.policy),
+        policy=policy,
+        teacher_tokenizer=None if teacher is None else load_tokenizer(str(config.model.teacher)),
+        teacher=teacher,
+        examples=examples,
+    )
+
+
+def preflight(
+    config: TrainConfig, loaded: Loaded, verifier: Verifier, gold: int | None = None
+) -> list[Finding]:
+    """Run every check.
+
+    Args:
+        gold: how many gold answers are judged against themselves; None: all.
+    """
+    packed = config.optim.micro_batch_tokens > 1
+    policy, teacher = loaded.policy, loaded.teacher
+    checks: dict[str, Callable[[], str]] = {
+        "prompts": lambda: check_prompts(config, loaded),
+        "gold answers": lambda: check_gold(config, loaded.examples[:gold], verifier),
+        "end of sequence": lambda: check_eos(loaded),
+        "policy head": lambda: _probed(policy, "model.policy", packed),
+    }
+    if teacher is not None:
+        checks |= {
+            "tokenizers": lambda: check_tokenizers(loaded.tokenizer, loaded.teacher_tokenizer),
+            "teacher head": lambda: _probed(teacher, "model.teacher", packed),
+            "teacher probe": lambda: check_teacher_reads(config, loaded),
+        }
+    checks["vocabulary"] = lambda: check_vocabulary(loaded)
+    return [_examine(name, run) for name, run in checks.items()]
+
+
+def _examine(name: str, run: Callable[[], str]) -> Finding:
+    try:
+        return Finding(name, passed=True, detail=run())
+    except (ValueError, OSError) as error:
+        return Finding(name, passed=False, detail=str(error))
+
+
+def check_tokenizers(policy: Any, teacher: Any) -> str:
+    """The two vocabularies are the same map from token to id.
+
+    Raises: ValueError naming the first token (by id) that differs.
+    """
+    ours = {i: token for token, i in policy.get_vocab().items()}
+    theirs = {i: token for token, i in teacher.get_vocab().items()}
+    for i in sorted(ours.keys() | theirs.keys()):
+        if ours.get(i) != theirs.get(i):
+            raise ValueError(
+                f"model.teacher must have the policy's tokenizer, got another: token {i} is "
+                f"{ours.get(i)!r} for the policy and {theirs.get(i)!r} for the teacher; choose "
+                "two models of one family, or distil nothing with --preset grpo"
+            )
+    return f"the same {len(ours):,} tokens"
+
+
+def check_vocabulary(loaded: Loaded) -> str:
+    """Every token of the tokenizer has a column in every head; padding columns are counted.
+
+    Raises: ValueError for a tokenizer larger than a head.
+    """
+    highest = max(loaded.tokenizer.get_vocab().values())
+    heads: dict[str, HeadedModel] = {"policy": loaded.policy}
+    if loaded.teacher is not None:
+        heads["teacher"] = loaded.teacher
+    for name, head in heads.items():
+        if highest >= head.vocab_size:
+            raise ValueError(
+                f"model.{name} must have a column for every token, got {head.vocab_size:,} columns "
+                f"and a token with id {highest:,}: resize its embeddings, or use its own tokenizer"
+            )
+    used = min(head.vocab_size for head in heads.values())
+    sizes = ", ".join(f"{name} {head.vocab_size:,}" for name, head in heads.items())
+    return f"{highest + 1:,} tokens; columns: {sizes}; those from {used:,} on are left out"
+
+
+def check_eos(loaded: Loaded) -> str:
+    """Tokenizer, policy and teacher end a sequence with the same tokens.
+
+    Raises: ValueError where the tokenizer's token is unknown to the policy, or the teacher's to
+        the policy: completions would run on, or the teacher would ask for an end nobody honours.
+    """
+    model, tokenizer = loaded.policy.model, loaded.tokenizer
+    ids = eos_ids(model, tokenizer)
+    declared = model.generation_config.eos_token_id
+    declared = [declared] if isinstance(declared, int) else declared or []
+    own = tokenizer.eos_token_id
+    if declared and own is not None and own not in declared:
+        raise ValueError(
+            f"the policy's end-of-sequence tokens must agree, got {own} ({tokenizer.eos_token!r}) "
+            f"from its tokenizer and {declared} from its generation_config.json: put both into "
+            "eos_token_id of generation_config.json"
+        )
+    if loaded.teacher is not None:
+        extra = sorted(set(eos_ids(loaded.teacher.model, loaded.teacher_tokenizer)) - set(ids))
+        if extra:
+            raise ValueError(
+                f"the teacher must end sequences as the policy does, got {extra} "
+                f"({tokenizer.convert_ids_to_tokens(extra)}) beside the policy's {ids}: put them "
+                "into eos_token_id of the policy's generation_config.json"
+            )
+    return f"{ids} {tokenizer.convert_ids_to_tokens(ids)}"
+
+
+def check_prompts(config: TrainConfig, loaded: Loaded) -> str:
+    """Every prompt encodes within data.max_prompt_tokens, and fits the window with its completion.
+
+    Raises: ValueError for a prompt that is too long, or a window that is too short.
+    """
+    lengths = [len(encode_prompt(loaded.tokenizer, e, config.data)) for e in loaded.examples]
+    needed = max(lengths) + config.sampling.max_new_tokens
+    models = {"model.policy": loaded.policy, "model.teacher": loaded.teacher}
+    for name, model in models.items():
+        if model is None:
+            continue
+        window = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+        if window is not None and needed > window:
+            raise ValueError(
+                f"{name} must hold the longest prompt and completion, got a window of {window} "
+                f"tokens for {max(lengths)} + {config.sampling.max_new_tokens}: lower "
+                "sampling.max_new_tokens or choose another model"
+            )
+    template = config.data.chat_template and loaded.tokenizer.chat_template is not None
+    return (
+        f"{len(lengths):,} problems, {min(lengths)} to {max(lengths)} tokens, "
+        f"{'with the chat template' if template else 'without a chat template'}; at most {needed} "
+        "tokens with the completion"
+    )
+
+
+def check_gold(config: TrainConfig, examples: Sequence[Example], verifier: Verifier) -> str:
+    """Each gold answer, in a box, is right against itself.
+
+    A reward function of the user's own may want another format, so it is only run, not judged.
+
+    Raises: ValueError naming the first gold answer that fails, and the error if there was one.
+    """
+    answers = [example.answer for example in examples]
+    verdicts = verifier.score([f"\\boxed{{{answer}}}" for answer in answers], answers)
+    counts = verdicts.counts
+    summary = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
+    judged = config.reward.function in ("math", "exact")
+    for i, outcome in enumerate(verdicts.outcomes):
+        if outcome == "error" or (judged and outcome != "right"):
+            raise ValueError(
+                f"gold answers must be right against themselves, got {summary}; first: "
+                f"{examples[i].id}, answer {answers[i]!r}, {outcome} "
+                f"{verdicts.errors.get(i, '')}".rstrip()
+                + ": correct the row, or set data.answer_column or reward.function"
+            )
+    return summary
+
+
+def _probed(model: HeadedModel, name: str, packed: bool) -> str:
+    gap = probe(model, name, packed=packed)
+    kind = "tied" if _tied(model) else "untied"
+    rows = "packed rows keep sequences apart" if packed else "one sequence per row"
+    return f"{type(model.model).__name__}, {kind} head: own logits to {gap:.0e}; {rows}"
+
+
+def _tied(model: HeadedModel) -> bool:
+    embeddings = model.model.get_input_embeddings()
+    return embeddings.weight is model.model.get_output_embeddings().weight
+
+
+@torch.no_grad()
+def check_teacher_reads(config: TrainConfig, loaded: Loaded) -> str:
+    """The teacher's mean log-probability of a few prompts, beside that of a uniform guess.
+
+    Raises: ValueError when it is not a finite number.
+    """
+    assert loaded.teacher is not None
+    model, total, count = loaded.teacher.model, 0.0, 0
+    for example in loaded.examples[:PROBE_PROMPTS]:
+        ids = torch.tensor([encode_prompt(loaded.tokenizer, example, config.data)])
+        ids = ids.to(model.device)
+        logprobs = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(dim=1)
+        total += logprobs.gather(1, ids[0, 1:, None]).sum().item()
+        count += ids.shape[1] - 1
+    mean = total / max(count, 1)
+    if not abs(mean) < float("inf"):
+        raise ValueError(f"model.teacher must give finite log-probabilities, got {mean}")
+    uniform = -torch.log(torch.tensor(float(loaded.teacher.vocab_size))).item()
+    return f"{mean:.2f} nats per prompt token (uniform guess: {uniform:.2f})"
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """The preflight as a rich table."""
+    table = Table(title="preflight")
+    for name in ("check", "", "found"):
+        table.add_column(name, overflow="fold")
+    for finding in findings:
+        mark = "[green]ok[/]" if finding.passed else "[bold red]failed[/]"
+        table.add_row(finding.name, mark, _plain(finding.detail))
+    return table
+
+
+def _plain(text: str) -> str:
+    """Square brackets that rich must not read as markup."""
+    return text.replace("[", r"\[")
+
+
+def require(findings: Sequence[Finding]) -> None:
+    """Raise ValueError listing the findings that failed, if any."""
+    failed = [f"  {f.name}: {f.detail}" for f in findings if not f.passed]
+    if failed:
+        raise ValueError("the run must pass its preflight, got:\n" + "\n".join(failed))
+
+
+def main(config: TrainConfig) -> int:
+    """Preflight of a run: a table, and 0 if all is well, else 1."""
+    try:
+        loaded = load(config)
+    except (ValueError, OSError) as error:
+        findings = [Finding("loading", passed=False, detail=str(error))]
+    else:
+        with Verifier(config.reward) as verifier:
+            findings = preflight(config, loaded, verifier)
+    Console().print(findings_table(findings))
+    return 0 if all(finding.passed for finding in findings) else 1

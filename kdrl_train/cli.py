@@ -1,0 +1,134 @@
+"""Command line: `python -m kdrl_train <command>`. Defaults < preset < YAML file < options."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+
+from kdrl_train.config import PRESETS, EvaluateConfig, MethodConfig, TrainConfig
+from kdrl_train.config_file import load_yaml, update
+
+T = TypeVar("T")
+PresetName = Literal["grpo", "kd_rkl", "kdrl", "kdrl_annealed", "kdrl_masked", "kdrl_group_masked"]
+
+COMMANDS = {
+    "demo": "small models on a made-up task, trained with KDRL in minutes; needs nothing",
+    "train": "train a policy with a reward and a teacher",
+    "eval": "measure a saved model: avg@k, pass@k, length",
+    "check": "preflight of a training run: a table, and an exit code of 1 if it would fail",
+    "sft": "train a small model and its tokenizer from scratch on solved problems",
+}
+EPILOG = """Settings come from, each overriding those before it: the defaults, --preset, the YAML
+file given with --config, the options. A run's own config.yaml can be given with --config."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments(Generic[T]):
+    """What every command takes beside its own settings."""
+
+    config: Path | None = None
+    """YAML file with any part of the settings below; an unknown key is an error."""
+    run: Annotated[T, tyro.conf.arg(name="")] = field()
+    """The command's settings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PresetArguments(Arguments[T]):
+    """The same for commands that train."""
+
+    preset: PresetName | None = None
+    """Method to start from; options under --method change parts of it."""
+
+
+def parse(default: T, argv: Sequence[str], command: str) -> T:
+    """Settings of a command.
+
+    Args:
+        default: the configuration dataclass with its defaults; `method` makes it take --preset.
+        argv: arguments after the command's name.
+        command: for the usage line.
+    Raises: ValueError for a YAML file with an unknown key, a wrong value, or that leaves nothing
+        to --preset; SystemExit from tyro for --help and for a wrong option.
+    """
+    names = {f.name for f in fields(default)}  # type: ignore[arg-type]
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    if "method" in names:
+        first.add_argument("--preset")
+    early, _ = first.parse_known_args(list(argv))
+    file = {} if early.config is None else load_yaml(Path(early.config))
+    preset = getattr(early, "preset", None)
+    if preset in PRESETS:
+        default = replace(default, method=PRESETS[preset])  # type: ignore[type-var]
+        if {f.name for f in fields(MethodConfig)} <= set(file.get("method") or {}):
+            raise ValueError(
+                f"--preset must leave something to set, got {preset} and {early.config}, which "
+                "sets every key of method: remove that section, or the preset"
+            )
+    default = update(default, file)
+    arguments: Any = PresetArguments if "method" in names else Arguments
+    parsed = tyro.cli(
+        arguments[type(default)],
+        default=arguments(run=default),
+        args=list(argv),
+        prog=f"python -m kdrl_train {command}",
+        description=f"{COMMANDS[command]}.\n\n{EPILOG}",
+    )
+    return parsed.run
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """One command; returns its exit code. Each imports only what it needs."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # one per weight file, otherwise
+    if command in ("demo", "sft"):
+        module = importlib.import_module(f"kdrl_train.{command}")
+        config_class = module.DemoConfig if command == "demo" else module.SftConfig
+        module.main(parse(config_class(), argv, command))
+        return 0
+    if command == "eval":
+        config = parse(EvaluateConfig(), argv, command)
+        importlib.import_module("kdrl_train.evaluate").main(config)
+        return 0
+    run_config = parse(TrainConfig(), argv, command)
+    result = importlib.import_module(f"kdrl_train.{command}").main(run_config)
+    return result if command == "check" else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 done, 1 refused with a message, 2 wrong usage."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    console = Console(stderr=True, highlight=False)
+    if not argv or argv[0] in ("-h", "--help"):
+        Console(highlight=False).print(usage())
+        return 0 if argv else 2
+    if argv[0] not in COMMANDS:
+        names = ", ".join(COMMANDS)
+        console.print(f"[bold red]error[/]: command must be one of {names}, got {escape(argv[0])}")
+        return 2
+    try:
+        return run(argv[0], argv[1:])
+    except (ValueError, OSError, FloatingPointError) as error:
+        console.print(f"[bold red]error[/]: {escape(str(error))}", soft_wrap=True)
+        return 1
+
+
+def usage() -> str:
+    """The list of commands, as rich markup."""
+    lines = [f"  [bold]{name:6}[/] {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: python -m kdrl_train <command> \\[options]",
+            "",
+            *lines,
+            "",
+            "python -m kdrl_train <command> --help explains every option with its unit.",
+        ]
+    )
