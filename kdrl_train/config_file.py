@@ -1,9 +1,7 @@
 """Configuration dataclasses as YAML: written with each run, read back with every key checked."""
 
 import types
-from collections.abc import Hashable
 from dataclasses import MISSING, fields, is_dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -58,7 +56,7 @@ def update(config: T, values: dict[str, Any], key: str = "") -> T:
         key: dotted path of `config` inside the whole, for messages.
     Raises: ValueError for an unknown key, with the valid ones, or a value of the wrong type.
     """
-    hints = _hints(config.__class__)
+    hints = _hints(config)
     changes = {}
     for name, value in values.items():
         path = f"{key}.{name}" if key else str(name)
@@ -107,11 +105,10 @@ def _scalar(value: Any, hint: type, path: str) -> Any:
     raise ValueError(f"{path} must be of type {hint.__name__}, got {value!r}")
 
 
-@cache
-def _hints(cls: Hashable) -> dict[str, Any]:
+def _hints(config: Any) -> dict[str, Any]:
     """Field -> annotated type of a dataclass."""
-    hints = get_type_hints(cls)
-    return {f.name: hints[f.name] for f in fields(cls)}  # type: ignore[arg-type]
+    hints = get_type_hints(type(config))
+    return {f.name: hints[f.name] for f in fields(config)}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], key: str = "") -> dict[str, tuple]:

@@ -337,12 +337,20 @@ def load_teacher(config: TrainConfig) -> Teacher | None:
     return Teacher(model, temperature=config.sampling.temperature, compute_dtype=dtype)
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Recompute activations in the backward pass; transformers renamed the method after 5.17."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_enable()
+
+
 def load_policy(config: TrainConfig, teacher: Teacher | None) -> Policy:
     """The policy, its weights in float32; its vocabulary ends where the teacher's does."""
     device = device_of(config.model)
     model = load_model(config.model.policy, "model.policy", torch.float32, device)
     if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        checkpoint_activations(model)
     columns = model.get_output_embeddings().weight.shape[0]
     return Policy(
         model,

@@ -1,0 +1,76 @@
+"""Tiny models and their tokenizer, built here: nothing is downloaded."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+import transformers
+
+EOS, PAD = "<|endoftext|>", "<|pad|>"  # AutoTokenizer adds the first one to any qwen2 folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """256 bytes, an end-of-sequence and a padding token; one token per character of a problem."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {EOS: 0, PAD: 1, **{char: i + 2 for i, char in enumerate(alphabet)}}
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token=EOS, pad_token=PAD)
+
+
+@pytest.fixture(scope="session")
+def tiny(tokenizer: Any) -> Callable[..., Any]:
+    """tiny("qwen2", seed=0, tied=True, hidden=32, **config) -> a random causal LM, evaluating.
+
+    Weights are drawn wide (standard deviation 0.2), so that attention, and hence a leak between
+    packed sequences, is far above rounding.
+    """
+
+    def make(family: str, *, seed: int = 0, hidden: int = 32, **config: Any) -> Any:
+        settings = {
+            "vocab_size": len(tokenizer),
+            "hidden_size": hidden,
+            "intermediate_size": 2 * hidden,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": hidden // 2,
+            "max_position_embeddings": 256,
+            "initializer_range": 0.2,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": None,
+        } | config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            made = transformers.AutoConfig.for_model(family, **settings)
+            return transformers.AutoModelForCausalLM.from_config(made).float().eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def folders(
+    tokenizer: Any, tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Saved models: a tied Qwen2 `student`, an untied Llama `llama`, two teachers; and `task`."""
+    root = tmp_path_factory.mktemp("models")
+    models = {
+        "student": tiny("qwen2", seed=1, tie_word_embeddings=True),
+        "llama": tiny("llama", seed=2, tie_word_embeddings=False),
+        "teacher": tiny("llama", seed=3, hidden=48, tie_word_embeddings=False),
+        "other_teacher": tiny("qwen2", seed=4, hidden=48, tie_word_embeddings=True),
+    }
+    for name, model in models.items():
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    rows = [{"question": f"{a}+{b}=", "answer": str(a + b)} for a in range(5) for b in range(4)]
+    task = root / "task.jsonl"
+    task.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return {name: root / name for name in models} | {"task": task}

@@ -1,0 +1,211 @@
+"""grpo: advantages, masks, schedules, weights and metrics, all by hand."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from kdrl_train import grpo
+from kdrl_train.config import PRESETS, MethodConfig, ScheduleConfig
+
+NAN = math.nan
+REWARDS = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0]])
+ROOT3 = math.sqrt(3)
+
+
+def test_advantages_with_std() -> None:
+    # group 0: mean 1/2, squared deviations sum to 1, std = sqrt(1/3); group 2: mean 1/4, sum 3/4,
+    # std = 1/2
+    found = grpo.group_advantages(REWARDS, "grpo")
+    expected = torch.tensor(
+        [[ROOT3 / 2, -ROOT3 / 2, -ROOT3 / 2, ROOT3 / 2], [0] * 4, [-0.5, -0.5, 1.5, -0.5]]
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_advantages_without_std() -> None:
+    found = grpo.group_advantages(REWARDS, "dr_grpo")
+    expected = torch.tensor([[0.5, -0.5, -0.5, 0.5], [0] * 4, [-0.25, -0.25, 0.75, -0.25]])
+    torch.testing.assert_close(found, expected)
+
+
+def test_advantages_leave_one_out() -> None:
+    # 1 - (0 + 0 + 1) / 3 = 2/3 and 0 - 2/3; in group 2, 1 - 0 and 0 - 1/3
+    found = grpo.group_advantages(REWARDS, "rloo")
+    third = 1 / 3
+    expected = torch.tensor(
+        [[2 / 3, -2 / 3, -2 / 3, 2 / 3], [0] * 4, [-third, -third, 1.0, -third]]
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo"])
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e6])
+def test_equal_rewards_give_exactly_zero(estimator: str, value: float) -> None:
+    # 0.1 summed seven times is not 0.7: a mean that is off by one ulp, divided by the floor of the
+    # standard deviation, would be a gradient out of nothing
+    found = grpo.group_advantages(torch.full((1, 7), value), estimator)
+    assert torch.equal(found, torch.zeros(1, 7))
+
+
+def test_std_floor_bounds_the_advantage() -> None:
+    rewards = torch.tensor([[0.0, 1e-6]], dtype=torch.float64)
+    found = grpo.group_advantages(rewards, "grpo", std_floor=0.1)
+    torch.testing.assert_close(found, torch.tensor([[-5e-6, 5e-6]]))
+
+
+def test_missing_reward_leaves_its_group() -> None:
+    rewards = torch.tensor([[1.0, NAN, 0.0, 0.0], [NAN, 1.0, NAN, NAN]])
+    # group 0 without it: mean 1/3, squared deviations 4/9 + 1/9 + 1/9 = 2/3, std = sqrt(1/3);
+    # group 1 has one reward: nothing to compare
+    expected = torch.tensor([[2 / 3 * ROOT3, 0, -ROOT3 / 3, -ROOT3 / 3], [0] * 4])
+    torch.testing.assert_close(grpo.group_advantages(rewards, "grpo"), expected)
+    leave_one_out = torch.tensor([[1.0, 0, -0.5, -0.5], [0] * 4])
+    torch.testing.assert_close(grpo.group_advantages(rewards, "rloo"), leave_one_out)
+
+
+def test_a_group_without_any_reward_raises() -> None:
+    with pytest.raises(ValueError, match="got only NaN in group 1 of this step"):
+        grpo.group_advantages(torch.tensor([[1.0, NAN], [NAN, NAN]]), "grpo")
+
+
+def test_unknown_options_raise() -> None:
+    with pytest.raises(ValueError, match='estimator must be "grpo".*got "ppo"'):
+        grpo.group_advantages(REWARDS, "ppo")
+    with pytest.raises(ValueError, match='mask must be "none".*got "right"'):
+        grpo.kd_mask(REWARDS, "right")
+    with pytest.raises(ValueError, match='mode must be "token_mean".*got "sum"'):
+        grpo.token_weights(torch.ones(2), torch.ones(2), "sum", 8)
+    with pytest.raises(ValueError, match=r"rewards_PG must be \[P, G\], got \[3\]"):
+        grpo.group_advantages(torch.ones(3), "grpo")
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        ("none", [[1, 1, 1], [1, 1, 1], [1, 1, 1]]),
+        ("wrong", [[0, 1, 1], [1, 1, 1], [0, 0, 1]]),
+        ("wrong_group", [[0, 0, 0], [1, 1, 1], [0, 0, 0]]),
+    ],
+)
+def test_masks(mask: str, expected: list[list[int]]) -> None:
+    rewards = torch.tensor([[1.0, 0.0, NAN], [0.0, NAN, -0.5], [1.0, 0.1, 0.0]])
+    assert torch.equal(grpo.kd_mask(rewards, mask), torch.tensor(expected, dtype=torch.float32))
+
+
+def test_annealed_preset_follows_the_paper() -> None:
+    schedule = PRESETS["kdrl_annealed"].kd_coef
+    for step in (0, 1, 40, 79, 80, 81, 280):
+        paper = max(5e-3 - 5e-5 * step, 1e-3)
+        assert grpo.schedule_value(schedule, step) == pytest.approx(paper, rel=1e-12)
+    assert [round(grpo.schedule_value(schedule, s), 12) for s in (0, 80, 280)] == [5e-3, 1e-3, 1e-3]
+
+
+def test_other_schedules() -> None:
+    assert grpo.schedule_value(PRESETS["kdrl"].kd_coef, 280) == 2e-3
+    cosine = ScheduleConfig(kind="cosine", initial=1.0, final=0.5, steps=4)
+    values = [grpo.schedule_value(cosine, step) for step in (0, 1, 2, 4, 9)]
+    assert values == pytest.approx([1.0, 0.75 + math.sqrt(2) / 8, 0.75, 0.5, 0.5])
+
+
+def test_warm_up() -> None:
+    assert [grpo.learning_rate(1.0, 4, s) for s in (0, 1, 3, 9)] == [0.25, 0.5, 1.0, 1.0]
+    assert grpo.learning_rate(1.0, 0, 0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("mode", "weights", "normalizer"),
+    [
+        ("token_mean", [1, 1, 0], 6),
+        ("sequence_mean", [1 / 2, 1 / 4, 0], 2),
+        ("constant", [1, 1, 0], 16),
+    ],
+)
+def test_token_weights(mode: str, weights: list[float], normalizer: float) -> None:
+    lengths, rewards = torch.tensor([2, 4, 3]), torch.tensor([1.0, 0.0, NAN])
+    found, total = grpo.token_weights(lengths, rewards, mode, 8)
+    torch.testing.assert_close(found, torch.tensor(weights, dtype=torch.float32))
+    assert total.item() == normalizer
+
+
+def test_completion_terms_follow_the_method() -> None:
+    rewards = torch.tensor([[1.0, 0.0]])
+    half = math.sqrt(0.5)  # deviations of 1/2, std = sqrt(1/2)
+    masked = PRESETS["kdrl_masked"]
+    for method, advantages, weights in (
+        (PRESETS["grpo"], [half, -half], [0.0, 0.0]),
+        (masked, [half, -half], [0.0, 2e-3]),
+        (PRESETS["kd_rkl"], [0.0, 0.0], [1.0, 1.0]),
+    ):
+        found = grpo.completion_terms(rewards, method, step=0)
+        torch.testing.assert_close(found, (torch.tensor(advantages), torch.tensor(weights)))
+
+
+def test_reward_metrics() -> None:
+    found = grpo.reward_metrics(torch.tensor([[1.0, 0.0, NAN], [0.5, 0.5, 0.5]]))
+    assert found == {
+        "reward": 0.5,
+        "accuracy": 0.8,
+        "groups_with_signal": 0.5,
+        "rewards_missing": 1.0,
+    }
+
+
+def sums(part: slice, kl: Tensor | None = None, kd_weight: Tensor | None = None) -> dict:
+    """token_sums of some of four tokens."""
+    return grpo.token_sums(
+        logprobs=torch.tensor([-1.0, -2.0, -3.0, -4.0])[part],
+        sampled_logprobs=torch.tensor([-1.0, -2.5, -3.0, -9.0])[part],
+        entropy=torch.tensor([1.0, 2.0, 3.0, NAN])[part],
+        teacher_logprobs=torch.tensor([-2.0, -2.0, -1.0, NAN])[part],
+        kl=None if kl is None else kl[part],
+        clip_fraction=torch.tensor(0.5),
+        token_weights=torch.tensor([1.0, 1.0, 1.0, 0.0])[part],
+        kd_weight=torch.tensor([1.0, 0.0, 0.1, 1.0])[part] if kd_weight is None else kd_weight,
+    )
+
+
+def test_token_means_by_hand() -> None:
+    # three tokens carry weight; the first and third are distilled, with l = 1 and -2
+    found = grpo.token_means(sums(slice(None)))
+    assert found == {
+        "entropy": 2.0,
+        "clip_fraction": 0.5,
+        "kl_teacher": -0.5,
+        "log_ratio_teacher": -0.5,
+        "k2": 1.25,
+        "kd_share": pytest.approx(2 / 3),
+        "sampler_gap_mean": pytest.approx(0.5 / 3),
+        "sampler_gap_max": 0.5,
+    }
+    exact = grpo.token_means(sums(slice(None), kl=torch.tensor([0.5, NAN, 0.1, NAN])))
+    assert exact["kl_teacher"] == pytest.approx(0.3)
+
+
+def test_token_means_do_not_depend_on_how_the_step_is_cut() -> None:
+    together = grpo.token_means(sums(slice(None)))
+    cut = grpo.add_sums(sums(slice(0, 1)), sums(slice(1, 4)))
+    assert grpo.token_means(cut) == pytest.approx(together)
+
+
+def test_without_a_teacher_its_metrics_are_absent() -> None:
+    found = grpo.token_sums(
+        logprobs=torch.tensor([-1.0]),
+        sampled_logprobs=torch.tensor([-1.0]),
+        entropy=None,
+        teacher_logprobs=None,
+        kl=None,
+        clip_fraction=None,
+        token_weights=torch.ones(1),
+        kd_weight=torch.ones(1),
+    )
+    means = grpo.token_means(found)
+    assert means["kl_teacher"] is None
+    assert means["entropy"] is None
+    assert means["kd_share"] == 0.0
+
+
+def test_distillation_alone_needs_a_teacher_term() -> None:
+    with pytest.raises(ValueError, match=r"method\.kd must be .* got None: nothing would be"):
+        MethodConfig(policy="off", kd=None)

@@ -1,0 +1,72 @@
+"""packing: what stands where in a packed row, and which completions share one."""
+
+import pytest
+import torch
+
+from kdrl_train.packing import bins, pack
+from kdrl_train.rollout import Rollouts
+
+
+def rollouts() -> Rollouts:
+    """Two prompts of 2 and 1 tokens, completions of 3 and 1, log-probs that name their token."""
+    completions = [torch.tensor([12, 13, 14]), torch.tensor([22])]
+    return Rollouts(
+        prompt_ids=[torch.tensor([10, 11]), torch.tensor([21])],
+        completion_ids=completions,
+        logprobs=[-c / 100 for c in completions],
+        truncated=torch.tensor([False, True]),
+        texts=["", ""],
+    )
+
+
+def packed(weights: tuple[float, float] = (1.0, 1.0), budget: int = 100) -> list:
+    return list(
+        pack(
+            rollouts(),
+            advantages_R=torch.tensor([0.5, -0.5]),
+            weights_R=torch.tensor(weights),
+            kd_weight_R=torch.tensor([0.0, 0.1]),
+            micro_batch_tokens=budget,
+        )
+    )
+
+
+def test_one_row_by_hand() -> None:
+    (row,) = packed()
+    # the last token of a completion predicts nothing and is not fed
+    assert row.input_ids.tolist() == [[10, 11, 12, 13, 21]]
+    assert row.position_ids.tolist() == [[0, 1, 2, 3, 0]]
+    assert row.rows.tolist() == [1, 2, 3, 4]
+    assert row.tokens.tolist() == [12, 13, 14, 22]
+    assert row.rollout.tolist() == [0, 0, 0, 1]
+    assert row.advantages.tolist() == [0.5, 0.5, 0.5, -0.5]
+    torch.testing.assert_close(row.sampled_logprobs, -row.tokens / 100)
+    torch.testing.assert_close(row.kd_weight, torch.tensor([0.0, 0.0, 0.0, 0.1]))
+    assert row.needs_teacher
+
+
+def test_a_budget_cuts_the_step_and_only_rows_with_kd_need_a_teacher() -> None:
+    first, second = packed(budget=4)
+    assert first.tokens.tolist() == [12, 13, 14]
+    assert second.tokens.tolist() == [22]
+    assert second.rows.tolist() == [0]
+    assert [first.needs_teacher, second.needs_teacher] == [False, True]
+
+
+def test_completions_of_weight_zero_are_left_out() -> None:
+    (row,) = packed(weights=(1.0, 0.0))
+    assert row.rollout.tolist() == [0, 0, 0]
+    assert not packed(weights=(0.0, 0.0))
+
+
+@pytest.mark.parametrize("budget", [1, 7, 16, 1000])
+def test_bins_hold_everything_once_within_the_budget(budget: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 12, (50,), generator=draw).tolist()
+    found = bins(lengths, budget)
+    assert sorted(i for members in found for i in members) == list(range(50))
+    for members in found:
+        assert len(members) == 1 or sum(lengths[i] for i in members) <= budget
+    # first fit decreasing: no two bins could be one (the best packing has at most 2 half-full ones)
+    loads = sorted(sum(lengths[i] for i in members) for members in found)
+    assert len(loads) == 1 or loads[0] + loads[1] > budget
