@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -87,7 +86,6 @@ def parse(default: T, argv: Sequence[str], command: str) -> T:
 
 def run(command: str, argv: Sequence[str]) -> int:
     """One command; returns its exit code. Each imports only what it needs."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # one per weight file, otherwise
     if command in ("demo", "sft"):
         module = importlib.import_module(f"kdrl_train.{command}")
         config_class = module.DemoConfig if command == "demo" else module.SftConfig

@@ -71,11 +71,11 @@ def test_a_group_without_any_reward_raises() -> None:
 
 
 def test_unknown_options_raise() -> None:
-    with pytest.raises(ValueError, match='estimator must be "grpo".*got "ppo"'):
+    with pytest.raises(ValueError, match=r'estimator must be "grpo".*got "ppo"'):
         grpo.group_advantages(REWARDS, "ppo")
-    with pytest.raises(ValueError, match='mask must be "none".*got "right"'):
+    with pytest.raises(ValueError, match=r'mask must be "none".*got "right"'):
         grpo.kd_mask(REWARDS, "right")
-    with pytest.raises(ValueError, match='mode must be "token_mean".*got "sum"'):
+    with pytest.raises(ValueError, match=r'mode must be "token_mean".*got "sum"'):
         grpo.token_weights(torch.ones(2), torch.ones(2), "sum", 8)
     with pytest.raises(ValueError, match=r"rewards_PG must be \[P, G\], got \[3\]"):
         grpo.group_advantages(torch.ones(3), "grpo")

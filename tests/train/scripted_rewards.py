@@ -1,0 +1,17 @@
+"""Rewards of the loop's tests; a module of their own, since verifier workers import it whole."""
+
+import math
+
+
+def early_bytes(completion: str, answer: str) -> float:
+    """1 where most characters are ASCII: about half of the completions of a random model."""
+    assert int(answer) >= 0
+    return float(sum(char.isascii() for char in completion) > len(completion) / 2)
+
+
+def one_missing(completion: str, answer: str) -> float:
+    return early_bytes(completion, answer) if completion[:1].isascii() else math.nan
+
+
+def always_right(_completion: str, _answer: str) -> float:
+    return 1.0

@@ -1,0 +1,141 @@
+"""config, config_file and the command line: who overrides whom, and what is refused."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kdrl_train import cli
+from kdrl_train.config import PRESETS, DataConfig, OptimConfig, SamplingConfig, TrainConfig
+from kdrl_train.config_file import differences, load_yaml, save_yaml, to_dict, update
+
+
+def parse(*options: str) -> TrainConfig:
+    return cli.parse(TrainConfig(), options, "train")
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_saved_configuration_loads_as_it_was(tmp_path: Path) -> None:
+    config = replace(
+        TrainConfig(),
+        out=tmp_path / "run",
+        method=PRESETS["kdrl_annealed"],
+        optim=OptimConfig(betas=(0.8, 0.95), learning_rate=1e-7, workspace_bytes=10**8),
+        data=DataConfig(system_prompt="Antwort: ≤ 3 Wörter"),
+    )
+    save_yaml(config, tmp_path / "config.yaml")
+    assert update(TrainConfig(), load_yaml(tmp_path / "config.yaml")) == config
+    assert parse("--config", str(tmp_path / "config.yaml")) == config
+
+
+def test_options_override_the_file_overrides_the_preset(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "run.yaml",
+        "steps: 7\nmethod: {kd_mask: wrong, clip_high: 0.3}\noptim: {learning_rate: 1e-5}\n",
+    )
+    options = ("--preset", "kdrl_annealed", "--config", file, "--method.clip-high", "0.4")
+    config = parse(*options, "--optim.betas", "0.5", "0.6")
+    assert config.method == replace(
+        PRESETS["kdrl_annealed"],  # the preset, over the default schedule
+        kd_mask="wrong",  # the file, over the preset
+        clip_high=0.4,  # the option, over the file
+    )
+    assert (config.steps, config.optim.learning_rate) == (7, 1e-5)
+    assert config.optim.betas == (0.5, 0.6)
+    assert config.sampling == SamplingConfig()
+    assert parse("--preset=grpo").method.kd is None
+    assert parse("--preset", "kdrl", "--method.kd", "rkl").method.kd == "rkl"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_an_option(name: str) -> None:
+    assert parse("--preset", name).method == PRESETS[name]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz: 3", r"unknown key stepz; there are out, resume, seed, steps"),
+        ("optim: {lr: 1}", r"unknown key optim\.lr; optim has learning_rate, warmup_steps"),
+        ("method: {kd_coef: {end: 1}}", r"unknown key method\.kd_coef\.end; .*kind, initial"),
+        ("steps: many", r"steps must be of type int, got 'many'"),
+        ("steps: true", r"steps must be of type int, got True"),
+        ("resume: 1", r"resume must be of type bool, got 1"),
+        ("optim: {betas: [0.9]}", r"optim\.betas must be a list of 2 values, got \[0\.9\]"),
+        ("optim: 3", r"optim must hold keys and values, got 3"),
+        ("method: {kd: k1}", r"method\.kd must be one of k2, k3, rkl, fkl, got 'k1'"),
+        ("optim: {learning_rate: high}", r"optim\.learning_rate must be of type float"),
+        ("steps: 0", r"steps must be positive, got 0"),
+        ("sampling: {temperature: .nan}", r"temperature must be positive, got nan"),
+        ("sampling: {group_size: 1}", r"group_size must be at least 2 for a policy gradient"),
+        ("- 1", r"must hold keys and values, got a list"),
+        ("a: [", r"--config must be a YAML file"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse("--config", write(tmp_path / "run.yaml", text))
+
+
+def test_null_and_empty_files(tmp_path: Path) -> None:
+    assert parse("--config", write(tmp_path / "a.yaml", "method: {kd: null}")).method.kd is None
+    assert parse("--config", write(tmp_path / "b.yaml", "")) == TrainConfig()
+    with pytest.raises(ValueError, match="there is no such file"):
+        parse("--config", str(tmp_path / "absent.yaml"))
+
+
+def test_a_preset_without_effect_is_refused(tmp_path: Path) -> None:
+    save_yaml(TrainConfig(), tmp_path / "config.yaml")
+    with pytest.raises(ValueError, match="--preset must leave something to set, got grpo"):
+        parse("--preset", "grpo", "--config", str(tmp_path / "config.yaml"))
+
+
+def test_differences_name_nested_keys() -> None:
+    old, new = to_dict(TrainConfig()), to_dict(replace(TrainConfig(), seed=1))
+    new["optim"] = new["optim"] | {"learning_rate": 1.0, "extra": 2}
+    assert differences(old, new) == {
+        "seed": (0, 1),
+        "optim.learning_rate": (1e-6, 1.0),
+        "optim.extra": ("absent", 2),
+    }
+
+
+def test_usage_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name}" in out for name in ("demo", "train", "eval", "check", "sft"))
+    assert cli.main([]) == 2
+    assert cli.main(["trian"]) == 2
+    assert "command must be one of demo, train" in capsys.readouterr().err
+
+
+def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for section in to_dict(TrainConfig()).values():
+        for name in section if isinstance(section, dict) else ():
+            assert name.replace("_", "-") in out, name
+    assert "--preset" in out
+    assert "Longest completion, in tokens" in out
+
+
+def test_an_error_is_one_message_and_exit_code_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "run.yaml", "stepz: 3")
+    assert cli.main(["train", "--config", file]) == 1
+    assert "unknown key stepz" in capsys.readouterr().err
+
+
+def test_yaml_is_plain(tmp_path: Path) -> None:
+    save_yaml(TrainConfig(), tmp_path / "config.yaml")
+    content = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
+    assert content["out"] == str(Path("runs/train"))
+    assert content["optim"]["betas"] == [0.9, 0.999]

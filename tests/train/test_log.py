@@ -1,0 +1,106 @@
+"""log: what is in the files of a run folder, after a clean end and after a kill."""
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from kdrl_train.log import RunLog, Stages, read_rows
+from kdrl_train.rollout import Rollouts
+
+ROW = {
+    "reward": 0.5,
+    "accuracy": 0.25,
+    "groups_with_signal": 1.0,
+    "response_length": 12.3,
+    "truncated": 0.0,
+    "entropy": None,
+    "kl_teacher": math.nan,
+    "kd_coef": 2e-3,
+    "loss": 0.1,
+    "grad_norm": 1.5,
+    "tokens_per_s": 100.0,
+    "seconds": 2.0,
+}
+
+
+def log(folder: Path, first: int = 0) -> tuple[RunLog, io.StringIO]:
+    out = io.StringIO()
+    return RunLog(folder, first, 10, Console(file=out, width=400)), out
+
+
+def test_a_step_is_one_row_and_one_line(tmp_path: Path) -> None:
+    run, out = log(tmp_path)
+    run.step({"step": 3} | ROW)
+    run.step({"step": 4} | ROW)
+    rows = read_rows(tmp_path)
+    assert rows == [{"step": s} | ROW | {"kl_teacher": None} for s in (3, 4)]
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("step  4/10  reward 0.500  right 25.0%  signal 100%  tokens 12")
+    assert "entropy -" in lines[0]
+
+
+def test_resuming_drops_the_rows_after_the_checkpoint(tmp_path: Path) -> None:
+    run, _ = log(tmp_path)
+    for step in range(4):
+        run.step({"step": step} | ROW)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "rew')  # killed in the middle of a line
+    log(tmp_path, first=2)
+    assert [row["step"] for row in read_rows(tmp_path)] == [0, 1]
+
+
+def test_samples_are_spread_over_the_step(tmp_path: Path) -> None:
+    run, _ = log(tmp_path)
+    rollouts = Rollouts(
+        prompt_ids=[torch.tensor([1])] * 4,
+        completion_ids=[torch.arange(r + 1) for r in range(4)],
+        logprobs=[torch.zeros(r + 1) for r in range(4)],
+        truncated=torch.tensor([False, False, True, False]),
+        texts=["a", "b", "c", "ü"],
+    )
+    rewards = torch.tensor([1.0, 0.0, math.nan, 1.0])
+    texts = ["p"] * 4, ["g"] * 4
+    run.samples(7, rollouts, *texts, rewards, count=2)
+    lines = (tmp_path / "samples" / "step_000007.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {
+            "step": 7,
+            "prompt": "p",
+            "completion": text,
+            "answer": "g",
+            "reward": reward,
+            "tokens": tokens,
+            "truncated": cut,
+        }
+        for text, reward, tokens, cut in [("a", 1.0, 1, False), ("c", None, 3, True)]
+    ]
+    run.samples(8, rollouts, *texts, rewards, count=100)
+    assert len((tmp_path / "samples" / "step_000008.jsonl").read_text("utf-8").splitlines()) == 4
+
+
+def test_stages_add_up_and_evaluation_costs_no_speed() -> None:
+    stages = Stages()
+    stages.seconds = {"rollout": 1.5, "eval": 4.0}
+    with stages("rollout"):
+        pass
+    assert stages.seconds["rollout"] > 1.5
+    stages.seconds["rollout"] = 2.0
+    assert stages.metrics(tokens=10) == {
+        "tokens_per_s": 5.0,
+        "seconds": 6.0,
+        "seconds_rollout": 2.0,
+        "seconds_eval": 4.0,
+    }
+
+
+def test_a_stage_is_timed_even_if_it_fails() -> None:
+    stages = Stages()
+    with pytest.raises(KeyError), stages("rollout"):
+        raise KeyError
+    assert stages.seconds["rollout"] > 0

@@ -1,0 +1,242 @@
+"""train: the whole loop on tiny models, in seconds."""
+
+import io
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from kdrl_train import train
+from kdrl_train.config import (
+    PRESETS,
+    DataConfig,
+    EvalConfig,
+    MethodConfig,
+    ModelConfig,
+    OptimConfig,
+    RewardConfig,
+    SamplingConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from kdrl_train.config_file import load_yaml, update
+from kdrl_train.log import read_rows
+from kdrl_train.policy import Teacher
+from tests.train import scripted_rewards
+
+TIMES = ("seconds", "tokens_per_s", "peak_memory_bytes")
+METRICS = {
+    *("step", "reward", "accuracy", "groups_with_signal", "rewards_missing", "response_length"),
+    *("truncated", "entropy", "clip_fraction", "kl_teacher", "log_ratio_teacher", "k2", "kd_share"),
+    *("kd_coef", "sampler_gap_mean", "sampler_gap_max", "loss", "grad_norm", "learning_rate"),
+    *("verifier_right", "verifier_wrong", "verifier_unparseable", "verifier_timeout"),
+    *("verifier_error", "tokens_per_s", "seconds", "seconds_rollout", "seconds_verify"),
+    *("seconds_teacher", "seconds_update", "peak_memory_bytes"),
+}
+EXACT = MethodConfig(kd="rkl", kd_coef=ScheduleConfig(initial=0.5, final=0.5))
+
+
+@pytest.fixture
+def config(folders: dict[str, Path], tmp_path: Path) -> Callable[..., TrainConfig]:
+    """config(out="run", policy="student", teacher="teacher", reward="early_bytes", **fields)."""
+
+    def make(
+        out: str = "run",
+        policy: str = "student",
+        teacher: str = "teacher",
+        reward: str = "early_bytes",
+        **fields: Any,
+    ) -> TrainConfig:
+        base = TrainConfig(
+            out=tmp_path / out,
+            steps=3,
+            model=ModelConfig(policy=str(folders[policy]), teacher=str(folders[teacher])),
+            data=DataConfig(path=str(folders["task"])),
+            sampling=SamplingConfig(prompts_per_step=4, group_size=4, max_new_tokens=8),
+            reward=RewardConfig(function=f"{scripted_rewards.__name__}:{reward}", workers=1),
+            method=EXACT,
+            optim=OptimConfig(learning_rate=1e-3, micro_batch_tokens=64),
+        )
+        return replace(base, **fields)
+
+    return make
+
+
+def run(config: TrainConfig) -> list[dict[str, Any]]:
+    """Train quietly; the rows of metrics.jsonl."""
+    folder = train.main(config, Console(file=io.StringIO()))
+    assert folder == config.out
+    return read_rows(folder)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+
+
+def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows]
+
+
+def test_resumed_run_equals_the_uninterrupted_one(config: Callable[..., TrainConfig]) -> None:
+    method = replace(PRESETS["kdrl_annealed"], kd_coef=replace(EXACT.kd_coef, kind="cosine"))
+    whole = config("whole", method=method)
+    parts = config("parts", method=method)
+    expected = run(whole)
+    first = run(replace(parts, steps=1, save_every=1))
+    assert without_times(first) == without_times(expected[:1])
+    with pytest.raises(ValueError, match=r"out must be a new folder, got .*pass --resume"):
+        run(parts)
+    with pytest.raises(ValueError, match=r"(?s)keep the settings of.*  seed: 0 there, 1 now"):
+        run(replace(parts, resume=True, seed=1))
+    rows = run(replace(parts, resume=True))
+    assert without_times(rows) == without_times(expected)
+    theirs = weights(whole.out / "model")
+    for name, tensor in weights(parts.out / "model").items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize("policy", ["student", "llama"])
+def test_a_run_leaves_what_it_should(
+    config: Callable[..., TrainConfig], folders: dict[str, Path], policy: str
+) -> None:
+    settings = config(policy=policy, samples_per_step=3, steps=2, method=PRESETS["kdrl"])
+    rows = run(settings)
+    assert [row["step"] for row in rows] == [0, 1]
+    for row in rows:
+        assert set(row) == METRICS
+        assert all(isinstance(v, (int, float)) and math.isfinite(v) for v in row.values())
+        assert row["verifier_right"] + row["verifier_wrong"] == 16
+        assert row["accuracy"] == row["verifier_right"] / 16
+        assert row["sampler_gap_max"] < 1e-4
+        assert row["clip_fraction"] == 0.0
+        assert row["kd_share"] == 1.0
+        assert (row["kd_coef"], row["learning_rate"]) == (2e-3, 1e-3)
+        assert 0 < row["entropy"] < math.log(258)
+    saved = update(TrainConfig(), load_yaml(settings.out / "config.yaml"))
+    assert saved == settings
+    assert [p.name for p in (settings.out / "checkpoints").iterdir()] == ["step_000002"]
+    samples = (settings.out / "samples" / "step_000001.jsonl").read_text("utf-8").splitlines()
+    assert len(samples) == 3
+    assert {json.loads(line)["reward"] for line in samples} <= {0.0, 1.0}
+    before, after = weights(folders[policy]), weights(settings.out / "model")
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_changing_only_the_teacher_changes_the_update(config: Callable[..., TrainConfig]) -> None:
+    after = []
+    for teacher in ("teacher", "other_teacher"):
+        settings = config(teacher, teacher=teacher, steps=1, method=PRESETS["kdrl"])
+        after.append((run(settings)[0], weights(settings.out / "model")))
+    (first, first_weights), (second, second_weights) = after
+    for key in ("reward", "response_length", "entropy", "kd_coef"):
+        assert first[key] == second[key]
+    assert first["kl_teacher"] != second["kl_teacher"]
+    assert first["grad_norm"] != second["grad_norm"]
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert (first_weights[name] - second_weights[name]).abs().max() > 1e-6
+
+
+def test_distilling_from_itself_is_no_gradient(config: Callable[..., TrainConfig]) -> None:
+    method = MethodConfig(policy="off", kd="rkl", kd_coef=ScheduleConfig(initial=1.0))
+    itself = run(config("a", teacher="student", steps=1, method=method))[0]
+    other = run(config("b", steps=1, method=method))[0]
+    assert itself["kl_teacher"] == pytest.approx(0, abs=1e-6)
+    assert itself["grad_norm"] < 1e-6
+    assert other["grad_norm"] > 1e-2
+
+
+def test_distillation_brings_the_policy_to_its_teacher(config: Callable[..., TrainConfig]) -> None:
+    method = MethodConfig(policy="off", kd="rkl", kd_coef=ScheduleConfig(initial=1.0))
+    optim = OptimConfig(learning_rate=1e-2, micro_batch_tokens=256, max_grad_norm=10)
+    rows = run(config(steps=12, method=method, optim=optim))
+    assert rows[-1]["kl_teacher"] < 0.6 * rows[0]["kl_teacher"]
+
+
+def test_rewards_alone_raise_the_reward(config: Callable[..., TrainConfig]) -> None:
+    sampling = SamplingConfig(prompts_per_step=4, group_size=16, max_new_tokens=8)
+    optim = OptimConfig(learning_rate=3e-3, micro_batch_tokens=512)
+    model = replace(config().model, teacher=None)
+    rows = run(
+        config(steps=12, method=PRESETS["grpo"], optim=optim, sampling=sampling, model=model)
+    )
+    assert rows[-1]["reward"] > rows[0]["reward"] + 0.25
+    assert rows[0]["kl_teacher"] is None
+    assert rows[0]["kd_coef"] is None
+
+
+def test_masked_completions_cost_no_teacher(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the teacher ran")
+
+    monkeypatch.setattr(Teacher, "forward", refuse)
+    for mask in ("wrong", "wrong_group"):
+        method = replace(EXACT, kd_mask=mask, policy="off")
+        rows = run(config(mask, reward="always_right", steps=1, method=method))
+        assert rows[0]["kd_share"] == 0.0
+        assert rows[0]["kl_teacher"] is None
+        assert rows[0]["grad_norm"] == 0.0
+        assert rows[0]["entropy"] > 0
+    with pytest.raises(AssertionError, match="the teacher ran"):
+        run(config("unmasked", reward="always_right", steps=1))
+
+
+def test_a_missing_reward_is_counted_and_left_out(config: Callable[..., TrainConfig]) -> None:
+    sampling = SamplingConfig(prompts_per_step=2, group_size=16, max_new_tokens=4)
+    row = run(config(reward="one_missing", steps=1, sampling=sampling))[0]
+    assert 0 < row["verifier_error"] < 32
+    assert row["rewards_missing"] == row["verifier_error"]
+    assert math.isfinite(row["loss"])
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(steps=2, save_every=1)
+    terms = train.grpo.completion_terms
+
+    def break_second_step(rewards: Tensor, method: Any, step: int) -> tuple[Tensor, Tensor]:
+        advantages, kd_weight = terms(rewards, method, step)
+        return (advantages * math.inf if step else advantages), kd_weight
+
+    monkeypatch.setattr(train.grpo, "completion_terms", break_second_step)
+    with pytest.raises(FloatingPointError, match=r"at step 1: stopped before the optimiser step"):
+        run(settings)
+    dump = torch.load(settings.out / "failed_step_000001.pt")
+    assert dump["rewards"].shape == (4, 4)
+    assert len(dump["completion_ids"]) == 16
+    assert [row["step"] for row in read_rows(settings.out)] == [0]
+    monkeypatch.undo()
+    rows = run(replace(settings, resume=True))
+    assert [row["step"] for row in rows] == [0, 1]
+
+
+def test_held_out_problems_are_measured_at_their_steps(
+    config: Callable[..., TrainConfig],
+) -> None:
+    base = config()
+    evaluation = EvalConfig(data=base.data, every=2, samples=2, max_problems=3)
+    with_evaluation = run(replace(base, eval=evaluation))
+    assert ["eval_avg_at_k" in row for row in with_evaluation] == [False, True, True]
+    assert 0 <= with_evaluation[1]["eval_avg_at_k"] <= with_evaluation[1]["eval_pass_at_k"] <= 1
+    without = run(config("without"))
+    for row, plain in zip(without_times(with_evaluation), without_times(without), strict=True):
+        assert {k: v for k, v in row.items() if not k.startswith("eval_")} == plain
+
+
+def test_preflight_stops_a_run_before_its_folder_exists(
+    config: Callable[..., TrainConfig],
+) -> None:
+    sampling = SamplingConfig(max_new_tokens=4096)
+    with pytest.raises(ValueError, match=r"(?s)must pass its preflight.*a window of 256 tokens"):
+        run(config(sampling=sampling))
+    assert not config().out.exists()
