@@ -87,17 +87,24 @@ def parse(default: T, argv: Sequence[str], command: str) -> T:
 def run(command: str, argv: Sequence[str]) -> int:
     """One command; returns its exit code. Each imports only what it needs."""
     if command in ("demo", "sft"):
-        module = importlib.import_module(f"kdrl_train.{command}")
+        module = _module(command)
         config_class = module.DemoConfig if command == "demo" else module.SftConfig
         module.main(parse(config_class(), argv, command))
         return 0
     if command == "eval":
         config = parse(EvaluateConfig(), argv, command)
-        importlib.import_module("kdrl_train.evaluate").main(config)
+        _module("evaluate").main(config)
         return 0
     run_config = parse(TrainConfig(), argv, command)
-    result = importlib.import_module(f"kdrl_train.{command}").main(run_config)
+    result = _module(command).main(run_config)
     return result if command == "check" else 0
+
+
+def _module(name: str) -> Any:
+    """A command's module, imported when it is needed: --help must not wait for torch."""
+    module = importlib.import_module(f"kdrl_train.{name}")
+    importlib.import_module("transformers").logging.disable_progress_bar()  # one bar per model file
+    return module
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -58,7 +58,9 @@ def config(folders: dict[str, Path], tmp_path: Path) -> Callable[..., TrainConfi
         base = TrainConfig(
             out=tmp_path / out,
             steps=3,
-            model=ModelConfig(policy=str(folders[policy]), teacher=str(folders[teacher])),
+            model=ModelConfig(
+                policy=str(folders[policy]), teacher=str(folders[teacher]), device="cpu"
+            ),
             data=DataConfig(path=str(folders["task"])),
             sampling=SamplingConfig(prompts_per_step=4, group_size=4, max_new_tokens=8),
             reward=RewardConfig(function=f"{scripted_rewards.__name__}:{reward}", workers=1),
@@ -218,6 +220,23 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(
     monkeypatch.undo()
     rows = run(replace(settings, resume=True))
     assert [row["step"] for row in rows] == [0, 1]
+
+
+def test_bfloat16_computes_what_float32_does_but_for_rounding(
+    config: Callable[..., TrainConfig], folders: dict[str, Path]
+) -> None:
+    base = config("bfloat16", steps=1)
+    settings = replace(base, model=replace(base.model, dtype="bfloat16"))
+    row, exact = run(settings)[0], run(config("float32", steps=1))[0]
+    assert row["kl_teacher"] == pytest.approx(exact["kl_teacher"], rel=0.1)
+    assert row["entropy"] == pytest.approx(exact["entropy"], rel=0.1)
+    assert 1e-6 < row["sampler_gap_mean"] < 0.1  # generate rounds its logits to bfloat16
+    after = weights(settings.out / "model")
+    before = weights(folders["student"])
+    for name, tensor in after.items():  # a step of 1e-3 on float32 weights, not a rounded one
+        assert tensor.dtype == torch.float32
+        moved = (tensor - before[name]).abs().max().item()
+        assert moved == pytest.approx(1e-3, rel=1e-2), name
 
 
 def test_held_out_problems_are_measured_at_their_steps(
