@@ -1,0 +1,135 @@
+"""Small models from nothing: a tokenizer trained on texts, a causal LM with fresh weights."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tokenizers
+import torch
+import transformers
+
+PAD, BOS, EOS = "<|pad|>", "<|begin|>", "<|endoftext|>"
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Where no merge crosses: Qwen's rule, one digit at a time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArchitectureConfig:
+    """Shape of a small causal LM."""
+
+    family: Literal["qwen2", "qwen3", "llama"] = "qwen2"
+    """Architecture, as transformers implements it."""
+    hidden: int = 256
+    """H: width of the residual stream; a multiple of heads."""
+    layers: int = 4
+    """Transformer blocks."""
+    heads: int = 4
+    """Attention heads, each hidden / heads wide."""
+    kv_heads: int = 4
+    """Key-value heads; divides heads."""
+    intermediate: int = 768
+    """Width of the gated MLP."""
+    tied: bool = False
+    """Share the LM head's weight with the embedding."""
+    max_positions: int = 1024
+    """Longest sequence the model is declared for, in tokens."""
+
+    def __post_init__(self) -> None:
+        if self.hidden % (2 * self.heads):
+            raise ValueError(
+                "hidden must be a multiple of 2 * heads (rotary positions need an even head "
+                f"width), got hidden = {self.hidden}, heads = {self.heads}"
+            )
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"kv_heads must divide heads = {self.heads}, got kv_heads = {self.kv_heads}"
+            )
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, folder: Path | None = None
+) -> transformers.PreTrainedTokenizerFast:
+    """Byte-level BPE with pad, begin and end tokens; every digit stays a token of its own.
+
+    Any text (in Unicode's NFC) round-trips, since all 256 bytes are in the vocabulary. Encoding
+    adds no special token, and there is no chat template. The rules and the name of the end token
+    are Qwen's to the letter: AutoTokenizer puts them, whatever was saved, on the tokenizer in a
+    folder whose model is a Qwen2 (transformers 5.23).
+
+    Args:
+        texts: what the merges are learnt from.
+        vocab_size: most entries, at least 259; fewer where the texts hold too few pairs to merge.
+        folder: also saved there, for AutoTokenizer.
+    Raises: ValueError for a vocab_size below 259.
+    """
+    special = [PAD, BOS, EOS]
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(special) + len(alphabet):
+        raise ValueError(
+            f"vocab_size must be at least {len(special) + len(alphabet)} (256 bytes and "
+            f"{len(special)} special tokens), got {vocab_size}"
+        )
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.normalizer = tokenizers.normalizers.NFC()
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT), behavior="isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    core.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=PAD, bos_token=BOS, eos_token=EOS, padding_side="left"
+    )
+    if folder is not None:
+        tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def make_model(architecture: ArchitectureConfig, tokenizer: Any, seed: int) -> Any:
+    """A causal LM with fresh weights, float32, on the CPU; its EOS and pad are the tokenizer's.
+
+    Args:
+        tokenizer: gives the vocabulary size and the special ids.
+        seed: of the initial weights; the global random state is left as it was.
+    Raises: ValueError for a tokenizer without an EOS token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"tokenizer must have an eos_token, got none in {tokenizer.name_or_path!r}: "
+            "solutions could never end; set eos_token in its tokenizer_config.json"
+        )
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = transformers.AutoConfig.for_model(
+        architecture.family,
+        vocab_size=len(tokenizer),
+        hidden_size=architecture.hidden,
+        num_hidden_layers=architecture.layers,
+        num_attention_heads=architecture.heads,
+        num_key_value_heads=architecture.kv_heads,
+        head_dim=architecture.hidden // architecture.heads,  # Qwen3's default is 128
+        intermediate_size=architecture.intermediate,
+        max_position_embeddings=architecture.max_positions,
+        tie_word_embeddings=architecture.tied,
+        **special,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    model.generation_config = transformers.GenerationConfig(**special)
+    return model.float()
