@@ -37,6 +37,7 @@ MAY_CHANGE = (
     "eval",
     "reward.workers",
     "model.device",
+    "model.attention",
     "model.gradient_checkpointing",
     "optim.micro_batch_tokens",
     "optim.workspace_bytes",

@@ -18,6 +18,9 @@ class ModelConfig:
     AdamW's moments stay float32: at a learning rate of 1e-6 a bfloat16 weight would not move."""
     device: str = "auto"
     """Torch device of the run; auto: cuda where there is one, else cpu."""
+    attention: str | None = None
+    """Attention of transformers, e.g. flash_attention_2, whose cost in a packed row grows with the
+    sequences and not with the row; None: its default (sdpa)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from kdrl_train.config import DataConfig, EvaluateConfig, SamplingConfig
 from kdrl_train.data import Example, encode_prompt, load_examples
-from kdrl_train.policy import device_of, load_model, load_tokenizer
+from kdrl_train.policy import load_model, load_tokenizer
 from kdrl_train.rollout import generate_rollouts
 from kdrl_train.verifier import Verifier
 
@@ -115,7 +115,7 @@ def evaluate_folder(config: EvaluateConfig) -> EvalResult:
     examples = load_examples(config.data)[: config.max_problems]
     tokenizer = load_tokenizer(config.model.policy)
     dtype = getattr(torch, config.model.dtype)
-    model = load_model(config.model.policy, "model.policy", dtype, device_of(config.model))
+    model = load_model(config.model.policy, "model.policy", config.model, dtype)
     with Verifier(config.reward) as verifier:
         return evaluate(
             model,

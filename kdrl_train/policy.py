@@ -301,23 +301,28 @@ def load_tokenizer(folder: str) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def load_model(folder: str, key: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """A causal LM from a folder or hub id, in evaluation mode.
+def load_model(folder: str, key: str, config: ModelConfig, dtype: torch.dtype) -> Any:
+    """A causal LM from a folder or hub id, on the run's device, in evaluation mode.
 
     Args:
+        folder: config.policy or config.teacher.
         key: "model.policy" or "model.teacher", for messages.
+        config: device and attention.
+        dtype: of the weights.
     Raises: ValueError for a name that is neither a model folder nor a loadable hub id.
     """
     if not folder:
         raise ValueError(f"{key} must name a folder or hub id, got nothing: set {key}")
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    except (OSError, ValueError) as error:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=config.attention
+        )
+    except (OSError, ValueError, ImportError) as error:
         raise ValueError(
             f"{key} must be a folder with a causal LM of transformers, or a hub id, got "
             f"{folder!r} (looked in {Path.cwd()}): {error}"
         ) from error
-    return model.to(device).eval()
+    return model.to(device_of(config)).eval()
 
 
 def load_teacher(config: TrainConfig) -> Teacher | None:
@@ -333,7 +338,7 @@ def load_teacher(config: TrainConfig) -> Teacher | None:
             "got nothing: set model.teacher, or use --preset grpo"
         )
     dtype = getattr(torch, config.model.dtype)
-    model = load_model(config.model.teacher, "model.teacher", dtype, device_of(config.model))
+    model = load_model(config.model.teacher, "model.teacher", config.model, dtype)
     return Teacher(model, temperature=config.sampling.temperature, compute_dtype=dtype)
 
 
@@ -347,8 +352,7 @@ def checkpoint_activations(model: Any) -> None:
 
 def load_policy(config: TrainConfig, teacher: Teacher | None) -> Policy:
     """The policy, its weights in float32; its vocabulary ends where the teacher's does."""
-    device = device_of(config.model)
-    model = load_model(config.model.policy, "model.policy", torch.float32, device)
+    model = load_model(config.model.policy, "model.policy", config.model, torch.float32)
     if config.model.gradient_checkpointing:
         checkpoint_activations(model)
     columns = model.get_output_embeddings().weight.shape[0]

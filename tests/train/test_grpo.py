@@ -43,10 +43,11 @@ def test_advantages_leave_one_out() -> None:
 @pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo"])
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 1e6])
 def test_equal_rewards_give_exactly_zero(estimator: str, value: float) -> None:
-    # 0.1 summed seven times is not 0.7: a mean that is off by one ulp, divided by the floor of the
-    # standard deviation, would be a gradient out of nothing
-    found = grpo.group_advantages(torch.full((1, 7), value), estimator)
-    assert torch.equal(found, torch.zeros(1, 7))
+    # 0.1 summed six times is not 0.6: a mean that is off by one ulp would be a gradient out of
+    # nothing
+    rewards = torch.full((1, 6), value, dtype=torch.float64)
+    found = grpo.group_advantages(rewards, estimator)
+    assert torch.equal(found, torch.zeros(1, 6))
 
 
 def test_std_floor_bounds_the_advantage() -> None:
