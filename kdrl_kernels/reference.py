@@ -26,9 +26,14 @@ def head_logprobs(head: Head, vocab_size: int) -> Tensor:
 
 
 def kl_divergence(logp: Tensor, logq: Tensor) -> Tensor:
-    """KL(p‖q) of each row, [N], from log-probabilities [N, V]; a column with p = 0 counts 0."""
+    """KL(p‖q) of each row, [N], from log-probabilities [N, V]; a column with p = 0 counts 0.
+
+    An infinite term is a constant, so that a row of KD weight 0 keeps a gradient of 0, not NaN.
+    """
     p = logp.exp()
-    return (p * torch.where(p > 0, logp - logq, 0)).sum(dim=1)
+    gap = torch.where(p > 0, logp - logq, 0)
+    finite = gap.isfinite()
+    return (p * torch.where(finite, gap, 0) + torch.where(finite, 0, gap).detach()).sum(dim=1)
 
 
 def row_terms(

@@ -1,0 +1,25 @@
+"""Device, gpu marker, and Triton's interpreter where there is no GPU."""
+
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if HAS_GPU:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS
+else:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    for item in items:
+        if not HAS_GPU and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture
+def device() -> str:
+    """Where kernel tests run."""
+    return "cuda" if HAS_GPU else "cpu"

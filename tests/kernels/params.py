@@ -1,0 +1,19 @@
+"""Implementations and dtypes that can run here, as pytest parameters with readable ids."""
+
+import pytest
+import torch
+
+F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+
+
+def _param(impl: str, dtype: torch.dtype) -> object:
+    # the interpreter gets bfloat16 wrong
+    marks = [pytest.mark.gpu] if (impl, dtype) == ("triton", BF16) else []
+    return pytest.param(impl, dtype, marks=marks, id=f"{impl}-{str(dtype).removeprefix('torch.')}")
+
+
+IMPL_DTYPES = [
+    _param(impl, dtype) for impl in ("torch", "triton") for dtype in (F32, F16, BF16)
+] + [_param("torch", F64), _param("reference", F32)]
+IMPLS = ["reference", "torch", "triton"]
+KDS = [None, "k2", "k3", "rkl", "fkl"]

@@ -1,0 +1,147 @@
+"""Random problems for kdrl_loss, run by any implementation at any precision."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kdrl_kernels as kk
+from kdrl_kernels.objective import Rows, token_losses
+from tests.tolerance import SIBLINGS, assert_within_budget, relative_error
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Inputs of kdrl_loss; tensors that carry a gradient are in `student`."""
+
+    student: dict[str, Tensor]
+    tokens: Tensor
+    teacher: dict[str, Tensor] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    teacher_options: dict[str, Any] = field(default_factory=dict)
+
+    def map(self, fn: Any) -> "Problem":
+        """fn of every floating-point tensor."""
+
+        def over(values: dict[str, Any]) -> dict[str, Any]:
+            return {k: fn(v) if _is_float(v) else v for k, v in values.items()}
+
+        teacher = None if self.teacher is None else over(self.teacher)
+        return replace(
+            self, student=over(self.student), teacher=teacher, options=over(self.options)
+        )
+
+    def solve(self, upstream: float = 1.0, **options: Any) -> dict[str, Tensor]:
+        """Loss, per-token outputs and gradients of upstream · loss."""
+        student = {k: v.detach().clone().requires_grad_() for k, v in self.student.items()}
+        teacher = self.teacher and kk.TeacherHead(**self.teacher, **self.teacher_options)
+        result = kk.kdrl_loss(
+            student["hidden"],
+            student["weight"],
+            self.tokens,
+            bias=student.get("bias"),
+            teacher=teacher,
+            **{**self.options, **options},
+        )
+        (result.loss * upstream).backward()
+        names = ("logprobs", "teacher_logprobs", "kl", "entropy")
+        found = {"loss": result.loss.detach()} | {n: getattr(result, n) for n in names}
+        found |= {f"d{k}": v.grad for k, v in student.items()}
+        return {k: v for k, v in found.items() if v is not None}
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def make_problem(
+    N: int = 7,
+    H: int = 16,
+    V: int = 37,
+    *,
+    kd: str | None = "k2",
+    V_t: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+    off_policy: bool = True,
+    bias: bool = True,
+    server: bool = False,
+    objective: dict[str, Any] | None = None,
+    teacher_options: dict[str, Any] | None = None,
+    **options: Any,
+) -> Problem:
+    """A problem whose logits have a spread of a few nats and whose maximum moves along V."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng)
+
+    V_t = V if V_t is None else V_t
+    vocab = min(V, V_t) if kd and not server else V
+    student = {"hidden": randn(N, H), "weight": randn(V, H) * (2 / H**0.5)}
+    if bias:
+        student["bias"] = torch.linspace(0, 2, V)
+    teacher = None
+    if kd and not server:
+        teacher = {"hidden": randn(N, H + 3), "weight": randn(V_t, H + 3) * (2 / H**0.5)}
+    tokens = torch.randint(vocab, (N,), generator=rng)
+    options |= {"advantages": randn(N), "token_weights": torch.rand(N, generator=rng) + 0.1}
+    if kd:
+        options["kd_weight"] = torch.rand(N, generator=rng)
+    if server:
+        options["teacher_logprobs"] = -randn(N).abs()
+    if off_policy:
+        options["old_logprobs"] = randn(N) - 3
+    options["objective"] = kk.Objective(**{"kd": kd, "kd_coef": 0.5, **(objective or {})})
+    problem = Problem(student, tokens.to(device), teacher, options, teacher_options or {})
+    return problem.map(lambda x: x.to(dtype).to(device))
+
+
+def assert_matches_definition(
+    impl: str, *, seed: int = 0, upstream: float = 1.0, **kind: Any
+) -> dict[str, Tensor]:
+    """impl on make_problem(**kind) against the reference in float32 and in float64."""
+    problem = make_problem(seed=seed, **kind)
+    ours, exact = problem.solve(upstream, impl=impl), _solve(problem, Tensor.double, upstream)
+    assert ours.keys() == exact.keys()
+    eager: dict[str, list[float]] = {name: [] for name in ours}
+    for sibling in (
+        problem,
+        *(make_problem(seed=seed + 1000 + k, **kind) for k in range(SIBLINGS)),
+    ):
+        true = _solve(sibling, Tensor.double, upstream)
+        for name, value in _solve(sibling, Tensor.float, upstream).items():
+            rounded = value.to(ours[name].dtype)
+            eager[name].append(relative_error(rounded, true[name], _size(name, sibling, true)))
+    for name, value in ours.items():
+        error = relative_error(value, exact[name], _size(name, problem, exact))
+        assert_within_budget(name, error, eager[name], torch.finfo(value.dtype).eps)
+    return ours
+
+
+def _solve(problem: Problem, cast: Any, upstream: float) -> dict[str, Tensor]:
+    return problem.map(cast).solve(upstream, impl="reference")
+
+
+def _size(name: str, problem: Problem, found: dict[str, Tensor]) -> float | None:
+    """The loss sums terms that cancel; tensors have a largest element."""
+    return loss_size(problem, found) if name == "loss" else None
+
+
+def loss_size(problem: Problem, found: dict[str, Tensor]) -> float:
+    """sum_n |weighted loss of row n| / normalizer: what rounding of the summed loss relates to."""
+    options = {k: v.double() if _is_float(v) else v for k, v in problem.options.items()}
+    rows = Rows(
+        found["logprobs"],
+        options.get("old_logprobs"),
+        options["advantages"],
+        options.get("kd_weight"),
+        found.get("teacher_logprobs"),
+        found.get("kl"),
+        found.get("entropy"),
+    )
+    weights = options["token_weights"]
+    total = (weights * token_losses(options["objective"], rows)).abs().sum()
+    return float(total / options.get("normalizer", weights.sum()))

@@ -1,0 +1,128 @@
+"""Bad input: the error names the argument, what it must be, and what it is."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import kdrl_kernels as kk
+from tests.kernels.problem import make_problem
+
+F = torch.float32
+
+
+def _call(**changes: Any) -> kk.LossOutput:
+    arguments: dict[str, Any] = {
+        "hidden": torch.randn(4, 8),
+        "weight": torch.randn(10, 8),
+        "tokens": torch.arange(4),
+        "advantages": torch.ones(4),
+        "teacher": kk.TeacherHead(torch.randn(4, 6), torch.randn(12, 6)),
+    }
+    arguments |= changes
+    return kk.kdrl_loss(**arguments)
+
+
+ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"hidden": [1.0]}, TypeError, "hidden must be a tensor, got list"),
+    ({"hidden": torch.ones(4, 8, dtype=torch.int32)}, TypeError, "floating-point tensor, got torch.int32"),
+    ({"hidden": torch.ones(2, 4, 8)}, ValueError, r"hidden must be \[N, H\], got \[2, 4, 8\]"),
+    ({"weight": torch.ones(8)}, ValueError, r"weight must be \[V, H\], got \[8\]"),
+    ({"weight": torch.ones(10, 9)}, ValueError, r"weight must be \[V, H\] with H = 8, got \[10, 9\]"),
+    ({"weight": torch.ones(0, 8)}, ValueError, r"weight must have at least one row, got \[0, 8\]"),
+    ({"weight": torch.ones(10, 8).half()}, TypeError, r"weight must have the dtype of hidden"),
+    ({"weight": torch.ones(10, 8, device="meta")}, ValueError, "weight must be on the device of hidden"),
+    ({"tokens": [0, 1]}, TypeError, "tokens must be a tensor, got list"),
+    ({"tokens": torch.ones(4, dtype=torch.int32)}, TypeError, "tokens must be int64, got torch.int32"),
+    ({"tokens": torch.zeros(5, dtype=torch.int64)}, ValueError, r"tokens must be \[N\] with N = 4, got \[5\]"),
+    ({"tokens": torch.tensor([0, 1, 10, 2])}, ValueError, r"vocab_size = 10, got 10 in row 2"),
+    ({"tokens": torch.tensor([0, -100, 1, 2])}, ValueError, r"got -100 in row 1; give padding"),
+    ({"advantages": None}, ValueError, r"advantages must be \[N\] for policy='clip', got None"),
+    ({"advantages": torch.ones(4, 1)}, ValueError, r"advantages must be \[N\] with N = 4, got \[4, 1\]"),
+    ({"advantages": torch.ones(4).long()}, TypeError, "advantages must be floating point, got torch.int64"),
+    ({"token_weights": torch.ones(3)}, ValueError, r"token_weights must be \[N\] with N = 4, got \[3\]"),
+    ({"old_logprobs": torch.ones(3)}, ValueError, r"old_logprobs must be \[N\]"),
+    ({"kd_weight": [1.0] * 4}, TypeError, "kd_weight must be a tensor or None, got list"),
+    ({"bias": torch.ones(9)}, ValueError, r"bias must be \[V\] with V = 10, got \[9\]"),
+    ({"bias": torch.ones(10).double()}, TypeError, "bias must have the dtype of hidden"),
+    ({"temperature": 0.0}, ValueError, "temperature must be positive, got 0.0"),
+    ({"temperature": torch.ones(3)}, ValueError, r"temperature must be a float or \[N\] with N = 4, got \[3\]"),
+    ({"temperature": torch.tensor([1.0, 0, 1, 1])}, ValueError, "temperature must be positive, got a minimum of 0.0"),
+    ({"softcap": -1.0}, ValueError, "softcap must be positive or None, got -1.0"),
+    ({"vocab_size": 11}, ValueError, r"vocab_size must be in \[1, 10\], got 11"),
+    ({"vocab_size": 0}, ValueError, r"vocab_size must be in \[1, 10\], got 0"),
+    ({"normalizer": 0}, ValueError, "normalizer must be positive, got 0.0"),
+    ({"normalizer": torch.ones(2)}, ValueError, r"normalizer must be 0-d, got \[2\]"),
+    ({"workspace_bytes": 0}, ValueError, "workspace_bytes must be positive or None, got 0"),
+    ({"workspace_bytes": 7}, ValueError, r"workspace_bytes must be at least \d+ \(one row at V = 10\), got 7"),
+    ({"impl": "cuda"}, ValueError, r"impl must be one of \('triton', 'torch', 'reference'\) or None, got 'cuda'"),
+    ({"teacher": None}, ValueError, "teacher or teacher_logprobs must be passed for kd='k2', got neither"),
+    ({"teacher": None, "objective": kk.Objective(kd="rkl")}, ValueError, r"teacher=TeacherHead\(...\) must be passed for kd='rkl'"),
+    ({"teacher": torch.ones(4)}, TypeError, "teacher must be a TeacherHead or None, got Tensor"),
+    ({"objective": kk.Objective(kd=None)}, ValueError, "teacher must be None when objective.kd is None"),
+    ({"teacher_logprobs": torch.ones(4)}, ValueError, "teacher_logprobs must be None when teacher is given"),
+    ({"teacher": None, "teacher_logprobs": torch.ones(4), "objective": kk.Objective(kd="fkl")}, ValueError, "teacher must be a TeacherHead for the exact kd='fkl'"),
+    ({"teacher": kk.TeacherHead(torch.ones(5, 6), torch.ones(12, 6))}, ValueError, r"teacher.hidden must have N = 4 rows, got \[5, 6\]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"), ERRORS, ids=[m[:40] for _, _, m in ERRORS]
+)
+def test_kdrl_loss(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        _call(impl=changes.pop("impl", "torch"), **changes)
+
+
+OBJECTIVES: list[tuple[dict[str, Any], str]] = [
+    ({"kd": "k1"}, "kd must not be 'k1': k1 as a loss has no teacher in its gradient"),
+    ({"kd": "jsd"}, "'jsd' is not implemented yet; use 'rkl' or 'fkl'"),
+    ({"kd": "kl"}, r"kd must be one of \('k2', 'k3', 'rkl', 'fkl'\) or None, got 'kl'"),
+    ({"policy": "ppo"}, r"policy must be one of \('clip', 'none', 'off'\), got 'ppo'"),
+    ({"policy": "off", "kd": None}, "kd must be set when policy is 'off'"),
+    ({"clip_low": 1.0}, r"clip_low must be in \[0, 1\), got 1.0"),
+    ({"clip_high": -0.1}, "clip_high must be finite and at least 0, got -0.1"),
+    ({"dual_clip": 1.0}, "dual_clip must be above 1 and finite, or None, got 1.0"),
+    ({"kd_coef": -1}, "kd_coef must be finite and at least 0, got -1"),
+    ({"kd_ratio_cap": 0}, "kd_ratio_cap must be positive, got 0"),
+    ({"jsd_alpha": 1}, r"jsd_alpha must be in \(0, 1\), got 1"),
+    ({"entropy_coef": float("nan")}, "entropy_coef must be finite, got nan"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), OBJECTIVES, ids=[str(o) for o, _ in OBJECTIVES])
+def test_objective(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kk.Objective(**options)
+
+
+def test_teacher_fields_are_named_as_the_teachers() -> None:
+    with pytest.raises(ValueError, match=r"teacher.weight must be \[V, H\] with H = 6, got"):
+        kk.TeacherHead(torch.ones(4, 6), torch.ones(12, 7))
+
+
+def test_linear_logprobs_checks_tokens() -> None:
+    with pytest.raises(
+        ValueError, match=r"tokens must be in \[0, V\) with V = 10, got 10 in row 1"
+    ):
+        kk.linear_logprobs(torch.ones(2, 8), torch.ones(10, 8), torch.tensor([0, 10]))
+
+
+def test_triton_refuses_float64() -> None:
+    problem = make_problem(dtype=torch.float64)
+    with pytest.raises(TypeError, match="impl='triton' must get float32"):
+        problem.solve(impl="triton")
+
+
+@pytest.mark.gpu
+def test_a_bad_token_on_a_gpu_makes_the_loss_nan() -> None:
+    problem = make_problem(device="cuda")
+    tokens = problem.tokens.clone()
+    tokens[2] = 37
+    student = {k: v.requires_grad_() for k, v in problem.student.items()}
+    teacher = kk.TeacherHead(**problem.teacher)
+    result = kk.kdrl_loss(tokens=tokens, teacher=teacher, **student, **problem.options)
+    result.loss.backward()
+    assert result.loss.isnan()
+    assert result.metrics["bad_tokens"] == 1
+    assert student["weight"].grad.isnan().all()

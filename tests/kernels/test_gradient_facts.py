@@ -1,0 +1,151 @@
+"""What each KD form optimises, by exact enumeration on a tiny vocabulary in float64.
+
+One prefix, token y drawn from the student p (or, off-policy, from a behaviour policy b): the
+expected gradient is the sum over every y of its probability times the gradient kdrl_loss returns.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import kdrl_kernels as kk
+
+V = 6
+
+
+def _distributions(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of student, teacher and behaviour policy, [V] each."""
+    rng = torch.Generator().manual_seed(seed)
+    student, teacher, behaviour = torch.randn(3, V, generator=rng, dtype=torch.float64)
+    return student, teacher, behaviour
+
+
+def _head_gradient(
+    student: Tensor, teacher: Tensor, weights: Tensor, impl: str, old: Tensor | None, kd: str
+) -> Tensor:
+    """Gradient [V] of sum_y weights[y] · KD(y), the logits being hidden · identity."""
+    hidden = student.expand(V, V).clone().requires_grad_()
+    identity = torch.eye(V, dtype=torch.float64)
+    objective = kk.Objective(policy="off", kd=kd, kd_coef=1.0, kd_ratio_cap=1e9)
+    kk.kdrl_loss(
+        hidden,
+        identity,
+        torch.arange(V),
+        advantages=None,
+        token_weights=weights,
+        normalizer=1.0,
+        old_logprobs=old,
+        teacher=kk.TeacherHead(teacher.expand(V, V), identity),
+        objective=objective,
+        impl=impl,
+    ).loss.backward()
+    return hidden.grad.sum(dim=0)
+
+
+def _true_gradient(divergence: Callable[[Tensor, Tensor], Tensor], student: Tensor, q: Tensor):
+    logits = student.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(divergence(torch.log_softmax(logits, 0), q), logits)
+    return gradient
+
+
+def _reverse_kl(logp: Tensor, logq: Tensor) -> Tensor:
+    return (logp.exp() * (logp - logq)).sum()
+
+
+def _forward_kl(logp: Tensor, logq: Tensor) -> Tensor:
+    return (logq.exp() * (logq - logp)).sum()
+
+
+CASES = [
+    ("k2", _reverse_kl, False),
+    ("k2", _reverse_kl, True),
+    ("k3", _forward_kl, False),
+    ("rkl", _reverse_kl, False),
+    ("fkl", _forward_kl, False),
+]
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize(
+    ("kd", "divergence", "off_policy"), CASES, ids=["k2", "k2_off_policy", "k3", "rkl", "fkl"]
+)
+def test_expected_gradient(
+    kd: str, divergence: Callable[[Tensor, Tensor], Tensor], off_policy: bool, impl: str
+) -> None:
+    student, teacher, behaviour = _distributions()
+    sampler = torch.log_softmax(behaviour if off_policy else student, 0)
+    old = sampler if off_policy else None
+    found = _head_gradient(student, teacher, sampler.exp(), impl, old, kd)
+    expected = _true_gradient(divergence, student, torch.log_softmax(teacher, 0))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_k2_off_policy_needs_the_ratio() -> None:
+    """Without old log-probabilities, samples of another policy give another gradient."""
+    student, teacher, behaviour = _distributions()
+    sampler = torch.log_softmax(behaviour, 0)
+    found = _head_gradient(student, teacher, sampler.exp(), "torch", None, "k2")
+    expected = _true_gradient(_reverse_kl, student, torch.log_softmax(teacher, 0))
+    assert (found - expected).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_expected_policy_gradient_is_that_of_the_expected_advantage(impl: str) -> None:
+    student, _, _ = _distributions()
+    advantages = torch.linspace(-1, 2, V, dtype=torch.float64)
+    hidden = student.expand(V, V).clone().requires_grad_()
+    p = torch.softmax(student, 0)
+    objective = kk.Objective(kd=None)
+    options = {"advantages": advantages, "token_weights": p, "normalizer": 1.0, "impl": impl}
+    kk.kdrl_loss(
+        hidden, torch.eye(V).double(), torch.arange(V), objective=objective, **options
+    ).loss.backward()
+    logits = student.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(-(torch.softmax(logits, 0) * advantages).sum(), logits)
+    torch.testing.assert_close(hidden.grad.sum(0), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("kd", ["k2", "k3", "rkl", "fkl"])
+def test_only_the_teacher_changed_changes_the_gradient(kd: str, impl: str, device: str) -> None:
+    gradients = []
+    for shift in (0.0, 0.5):
+        torch.manual_seed(0)
+        hidden = torch.randn(5, 8, device=device).requires_grad_()
+        weight = torch.randn(11, 8, device=device)
+        other = weight + shift * torch.randn(11, 8, device=device)
+        kk.kdrl_loss(
+            hidden,
+            weight,
+            torch.arange(5, device=device),
+            advantages=torch.ones(5, device=device),
+            teacher=kk.TeacherHead(hidden.detach() * 0.9, other),
+            objective=kk.Objective(kd=kd),
+            impl=impl,
+        ).loss.backward()
+        gradients.append(hidden.grad)
+    assert (gradients[0] - gradients[1]).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("kd", ["k2", "k3", "rkl", "fkl"])
+def test_a_teacher_equal_to_the_student_gives_exactly_zero(kd: str, impl: str, device: str) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(9, 8, device=device).requires_grad_()
+    weight = torch.randn(5000, 8, device=device).requires_grad_()
+    result = kk.kdrl_loss(
+        hidden,
+        weight,
+        torch.arange(9, device=device),
+        advantages=None,
+        teacher=kk.TeacherHead(hidden, weight),
+        objective=kk.Objective(policy="off", kd=kd, kd_coef=1.0),
+        impl=impl,
+        workspace_bytes=4 * 5000 * 32,
+    )
+    result.loss.backward()
+    assert result.loss == 0
+    assert hidden.grad.abs().max() == 0
+    assert weight.grad.abs().max() == 0

@@ -1,0 +1,116 @@
+"""What must not change a result: chunk size, micro-batches, order of rows, a second run."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kdrl_kernels as kk
+from tests.kernels.params import F32, F64
+from tests.kernels.problem import Problem, make_problem
+
+V = 37
+ROW_BYTES = {F32: V * 4 * (2 + 6), F64: V * 8 * (2 + 6)}
+"""Two streams and the six temporaries of the PyTorch row work."""
+BOUNDS = {F32: 1e-6, F64: 1e-10}
+
+
+def _assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float) -> None:
+    for name, value in expected.items():
+        error = (found[name] - value).abs().max() / value.abs().max()
+        assert error <= bound, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("kd", ["k2", "rkl"])
+def test_rows_per_chunk(kd: str, rows: int, dtype: torch.dtype, device: str) -> None:
+    problem = make_problem(20, V=V, kd=kd, dtype=dtype, device=device)
+    budget = {"workspace_bytes": rows * ROW_BYTES[dtype]}
+    found = problem.solve(impl="torch", **budget)
+    _assert_same(found, problem.solve(impl="torch"), BOUNDS[dtype])
+
+
+def _micro_batches(problem: Problem, parts: list[Tensor], impl: str) -> dict[str, Tensor]:
+    """Gradients added up over micro-batches that share one normalizer."""
+    student = {k: v.clone().requires_grad_() for k, v in problem.student.items()}
+    normalizer = problem.options["token_weights"].sum()
+    loss = torch.zeros_like(normalizer)
+    for part in parts:
+        cut = {k: v[part] if isinstance(v, Tensor) else v for k, v in problem.options.items()}
+        result = kk.kdrl_loss(
+            student["hidden"][part],
+            student["weight"],
+            problem.tokens[part],
+            bias=student["bias"],
+            teacher=kk.TeacherHead(problem.teacher["hidden"][part], problem.teacher["weight"]),
+            impl=impl,
+            **cut | {"normalizer": normalizer},
+        )
+        result.loss.backward()
+        loss += result.loss.detach()
+    return {"loss": loss} | {f"d{k}": v.grad for k, v in student.items()}
+
+
+@pytest.mark.parametrize(("impl", "dtype"), [("torch", F64), ("torch", F32), ("triton", F32)])
+@pytest.mark.parametrize("kd", ["k2", "rkl"])
+def test_micro_batches_and_order(kd: str, impl: str, dtype: torch.dtype, device: str) -> None:
+    problem = make_problem(20, V=V, kd=kd, dtype=dtype, device=device)
+    expected = problem.solve(impl=impl)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0)).to(device)
+    for parts in ([order], list(order.split(7)), list(order.split(1))):
+        found = _micro_batches(problem, parts, impl)
+        _assert_same(found, {k: expected[k] for k in found}, BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("kd", ["k2", "rkl", "fkl"])
+def test_two_runs_are_bitwise_equal(kd: str, impl: str, device: str) -> None:
+    problem = make_problem(33, kd=kd, device=device)
+    first, second = problem.solve(impl=impl), problem.solve(impl=impl)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_constant_added_to_all_logits_changes_nothing(impl: str, device: str) -> None:
+    problem = make_problem(kd="rkl", device=device, dtype=F32)
+    shifted = problem.map(lambda x: x)
+    shifted.student["bias"] = problem.student["bias"] + 8.0
+    expected = problem.solve(impl=impl)
+    found = shifted.solve(impl=impl)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_layout_of_inputs_does_not_matter(impl: str, device: str) -> None:
+    """A transposed weight and a strided hidden give the same gradients, in their own layout."""
+    problem = make_problem(device=device)
+    expected = problem.solve(impl=impl)
+    strided: dict[str, Any] = problem.student | {
+        "weight": problem.student["weight"].T.contiguous().T,
+        "hidden": torch.stack([problem.student["hidden"]] * 2, dim=2)[:, :, 0],
+    }
+    student = {k: v.detach().requires_grad_() for k, v in strided.items()}
+    assert not student["weight"].is_contiguous()
+    assert not student["hidden"].is_contiguous()
+    teacher = kk.TeacherHead(**problem.teacher)
+    options = {**problem.options, "teacher": teacher, "impl": impl}
+    kk.kdrl_loss(tokens=problem.tokens, **student, **options).loss.backward()
+    for name, tensor in student.items():
+        torch.testing.assert_close(tensor.grad, expected[f"d{name}"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_tied_embedding_gets_both_gradients(device: str) -> None:
+    """The head weight is used before the head too: autograd adds the two gradients."""
+    problem = make_problem(kd=None, device=device, dtype=F64, bias=False)
+    options = problem.options
+    gradients = []
+    for impl in ("torch", "reference"):
+        weight = problem.student["weight"].clone().requires_grad_()
+        hidden = weight[problem.tokens] * 2 + problem.student["hidden"]
+        kk.kdrl_loss(hidden, weight, problem.tokens, impl=impl, **options).loss.backward()
+        gradients.append(weight.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)

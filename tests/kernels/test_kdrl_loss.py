@@ -1,0 +1,238 @@
+"""kdrl_loss against its definition in float64: every option, value and gradient."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kdrl_kernels as kk
+from tests.kernels.params import F32, F64, IMPL_DTYPES, KDS
+from tests.kernels.problem import Problem, assert_matches_definition, loss_size, make_problem
+from tests.tolerance import relative_error
+
+
+@pytest.mark.parametrize("off_policy", [False, True], ids=["on_policy", "off_policy"])
+@pytest.mark.parametrize("kd", KDS)
+@pytest.mark.parametrize(("impl", "dtype"), IMPL_DTYPES)
+def test_every_kd_term(
+    impl: str, dtype: torch.dtype, kd: str | None, off_policy: bool, device: str
+) -> None:
+    objective = {"entropy_coef": 0.05}
+    kind = {"kd": kd, "dtype": dtype, "device": device, "off_policy": off_policy}
+    assert_matches_definition(impl, upstream=3.0, objective=objective, **kind)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "no_clip": {"objective": {"policy": "none"}},
+    "distillation_only": {"objective": {"policy": "off"}},
+    "dual_clip": {"objective": {"dual_clip": 1.5, "clip_low": 0.1, "clip_high": 0.3}},
+    "tight_ratio_cap": {"objective": {"kd_ratio_cap": 0.25}},
+    "softcap": {"softcap": 3.0, "teacher_options": {"softcap": 4.0}},
+    "temperature": {"temperature": 0.6, "teacher_options": {"temperature": 1.7}},
+    "softcap_and_temperature": {"softcap": 3.0, "temperature": 0.7},
+    "no_bias": {"bias": False},
+    "entropy_output": {"entropy": True},
+    "normalizer": {"normalizer": torch.tensor(123.0)},
+    "vocab_size": {"V": 37, "V_t": 41, "vocab_size": 37},
+    "student_vocab_larger": {"V": 41, "V_t": 37},
+    "teacher_vocab_larger": {"V": 37, "V_t": 64},
+    "one_row": {"N": 1},
+    "one_column": {"V": 1, "V_t": 1},
+    "one_hidden": {"H": 1},
+}
+
+
+@pytest.mark.parametrize("kd", ["k2", "rkl", "fkl"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_every_option(impl: str, options: dict[str, Any], kd: str, device: str) -> None:
+    assert_matches_definition(impl, kd=kd, device=device, **options)
+
+
+@pytest.mark.parametrize("kd", ["k2", "k3"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_teacher_logprobs_from_a_server(impl: str, kd: str, device: str) -> None:
+    found = assert_matches_definition(impl, kd=kd, server=True, device=device)
+    assert found["teacher_logprobs"].abs().min() > 0
+
+
+@pytest.mark.parametrize(
+    ("N", "H", "V"), [(1, 1, 2), (3, 5, 127), (129, 31, 130), (4, 8, 3 * 4096 + 5)]
+)
+@pytest.mark.parametrize("kd", ["k2", "rkl"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_ragged_shapes(impl: str, kd: str, N: int, H: int, V: int, device: str) -> None:
+    assert_matches_definition(impl, N=N, H=H, V=V, kd=kd, device=device)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_temperature_of_each_row(impl: str, device: str) -> None:
+    temperature = torch.linspace(0.5, 1.5, 7)
+    assert_matches_definition(impl, kd="rkl", device=device, softcap=5.0, temperature=temperature)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_small_weights_survive_float16(impl: str, device: str) -> None:
+    problem = make_problem(kd="rkl", dtype=torch.float16, device=device)
+    expected = problem.solve(impl=impl)
+    # float16 has nothing below 6e-8: weights of 1e-7 must not reach the 16-bit logit gradients
+    problem.options["token_weights"] = problem.options["token_weights"].float() * 1e-7
+    found = problem.solve(impl=impl)
+    for name in ("loss", "dhidden", "dweight"):
+        torch.testing.assert_close(found[name], expected[name], rtol=2e-3, atol=1e-5)
+
+
+@st.composite
+def kinds(draw: st.DrawFn) -> dict[str, Any]:
+    """Arguments of make_problem: any options that go together."""
+    kd = draw(st.sampled_from(KDS))
+    objective = {
+        "policy": draw(st.sampled_from(["clip", "none", "off"] if kd else ["clip", "none"])),
+        "clip_low": draw(st.sampled_from([0.0, 0.2])),
+        "clip_high": draw(st.sampled_from([0.0, 0.28])),
+        "dual_clip": draw(st.sampled_from([None, 2.0])),
+        "entropy_coef": draw(st.sampled_from([0.0, 0.01, -0.01])),
+        "kd_ratio_cap": draw(st.sampled_from([0.5, 2.0])),
+    }
+    return {
+        "N": draw(st.integers(1, 9)),
+        "H": draw(st.integers(1, 9)),
+        "V": draw(st.integers(2, 40)),
+        "V_t": draw(st.integers(2, 40)),
+        "kd": kd,
+        "seed": draw(st.integers(0, 99)),
+        "objective": objective,
+        "off_policy": draw(st.booleans()),
+        "bias": draw(st.booleans()),
+        "server": kd in ("k2", "k3") and draw(st.booleans()),
+        "softcap": draw(st.sampled_from([None, 2.0])),
+        "temperature": draw(st.sampled_from([1.0, 0.7])),
+        "entropy": draw(st.booleans()),
+    }
+
+
+def _assert_same(impl: str, problem: Problem, bound: float) -> None:
+    """impl gives what the reference gives, to a bound that only a wrong formula passes."""
+    exact = problem.map(torch.Tensor.double).solve(impl="reference")
+    for name, value in problem.solve(impl=impl).items():
+        size = loss_size(problem, exact) if name == "loss" else None
+        assert relative_error(value, exact[name], size) <= bound, name
+
+
+@settings(deadline=None, max_examples=100)
+@given(kind=kinds())
+def test_options_together_in_float64(kind: dict[str, Any]) -> None:
+    _assert_same("torch", make_problem(dtype=F64, **kind), bound=1e-10)
+
+
+@settings(deadline=None, max_examples=25)
+@given(kind=kinds())
+def test_options_together_on_triton(kind: dict[str, Any]) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    _assert_same("triton", make_problem(device=device, **kind), bound=1e-4)
+
+
+@pytest.mark.parametrize("kd", KDS)
+def test_reference_passes_gradcheck(kd: str | None) -> None:
+    # numerical differences do not see stop-gradients: so off-policy without KD, or KD alone
+    policy, off_policy = ("clip", True) if kd is None else ("off", False)
+    objective = {"entropy_coef": 0.1, "policy": policy}
+    problem = make_problem(3, 4, 5, kd=kd, dtype=F64, objective=objective, off_policy=off_policy)
+    teacher = problem.teacher and kk.TeacherHead(**problem.teacher)
+
+    def loss(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        options = {**problem.options, "teacher": teacher, "impl": "reference"}
+        return kk.kdrl_loss(hidden, weight, problem.tokens, bias=bias, **options).loss
+
+    inputs = tuple(x.clone().requires_grad_() for x in problem.student.values())
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch", "triton"])
+def test_no_grad_computes_no_gradient(impl: str, device: str) -> None:
+    problem = make_problem(kd="rkl", device=device)
+    student = {k: v.requires_grad_() for k, v in problem.student.items()}
+    with torch.no_grad():
+        result = kk.kdrl_loss(
+            tokens=problem.tokens,
+            teacher=kk.TeacherHead(**problem.teacher),
+            impl=impl,
+            **student,
+            **problem.options,
+        )
+    assert not result.loss.requires_grad
+    assert torch.equal(result.loss, problem.solve(impl=impl)["loss"])
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_frozen_inputs_get_no_gradient(impl: str, frozen: str, device: str) -> None:
+    problem = make_problem(device=device)
+    expected = problem.solve(impl=impl)
+    student = {k: v.clone().requires_grad_(k != frozen) for k, v in problem.student.items()}
+    teacher = kk.TeacherHead(**problem.teacher)
+    options = {**problem.options, "teacher": teacher, "impl": impl}
+    kk.kdrl_loss(tokens=problem.tokens, **student, **options).loss.backward()
+    assert student[frozen].grad is None
+    for name in student.keys() - {frozen}:
+        assert torch.equal(student[name].grad, expected[f"d{name}"])
+
+
+def test_gradients_accumulate(device: str) -> None:
+    problem = make_problem(device=device)
+    once = problem.solve()
+    student = {k: v.clone().requires_grad_() for k, v in problem.student.items()}
+    for _ in range(2):
+        teacher = kk.TeacherHead(**problem.teacher)
+        kk.kdrl_loss(
+            tokens=problem.tokens, teacher=teacher, **student, **problem.options
+        ).loss.backward()
+    for name, tensor in student.items():
+        torch.testing.assert_close(tensor.grad, 2 * once[f"d{name}"], rtol=1e-6, atol=0)
+
+
+def test_second_derivative_is_refused(device: str) -> None:
+    problem = make_problem(device=device, dtype=F32)
+    student = {k: v.requires_grad_() for k, v in problem.student.items()}
+    teacher = kk.TeacherHead(**problem.teacher)
+    loss = kk.kdrl_loss(tokens=problem.tokens, teacher=teacher, **student, **problem.options).loss
+    (grad,) = torch.autograd.grad(loss, student["hidden"], create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        grad.sum().backward()
+
+
+def test_autocast_changes_nothing(device: str) -> None:
+    problem = make_problem(kd="rkl", device=device)
+    expected = problem.solve(impl="torch")
+    with torch.autocast(device, dtype=torch.bfloat16):
+        found = problem.solve(impl="torch")
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_metrics_on_hand_worked_rows() -> None:
+    logits = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    half = torch.tensor(0.5).log()
+    result = kk.kdrl_loss(
+        logits,
+        torch.eye(2),
+        torch.tensor([0, 1, 0]),
+        advantages=torch.tensor([1.0, -1.0, 1.0]),
+        token_weights=torch.tensor([1.0, 1.0, 0.0]),
+        old_logprobs=half - torch.tensor([0.5, 0.25, 0.0]).log() + half.exp().log() * 0,
+        teacher_logprobs=half + torch.tensor([-4.0, 2.0, 0.0]),
+        objective=kk.Objective(kd="k2", kd_coef=0.5),
+    )
+    # ratios: p / old = 0.5 / (0.5 / 0.5) = 0.5 and 0.5 / (0.5 / 0.25) = 0.25
+    metrics = {name: value.item() for name, value in result.metrics.items()}
+    assert metrics["tokens"] == 2
+    assert metrics["bad_tokens"] == 0
+    assert metrics["ratio_mean"] == pytest.approx((0.5 + 0.25) / 2)
+    assert metrics["ratio_max"] == pytest.approx(0.5)
+    assert metrics["clip_fraction"] == pytest.approx(0.5)  # A < 0 below 1 - 0.2; A > 0 is not cut
+    assert metrics["teacher_gap_mean"] == pytest.approx((4 - 2) / 2)
+    assert metrics["k2_mean"] == pytest.approx((16 / 2 + 4 / 2) / 2)
+    # 1 - 0.5·4 = -1 flips; -1 - 0.5·(-2) = 0 does not
+    assert metrics["kd_flip_fraction"] == pytest.approx(0.5)

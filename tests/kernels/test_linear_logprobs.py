@@ -1,0 +1,92 @@
+"""linear_logprobs against its definition in float64, and under a caller's own loss."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kdrl_kernels as kk
+from tests.kernels.params import F64, IMPL_DTYPES
+from tests.kernels.problem import make_problem
+from tests.tolerance import SIBLINGS, assert_within_budget, relative_error
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "softcap": {"softcap": 3.0},
+    "temperature": {"temperature": 0.6},
+    "temperature_of_each_row": {"temperature": torch.linspace(0.5, 1.5, 7)},
+}
+
+
+def _solve(
+    seed: int, dtype: torch.dtype, device: str, cast: Any, impl: str, **options: Any
+) -> dict[str, Tensor]:
+    """Outputs, and gradients of a sum with random weights."""
+    problem = make_problem(kd=None, dtype=dtype, device=device, seed=seed).map(cast)
+    student = {k: v.requires_grad_() for k, v in problem.student.items()}
+    options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
+    out = kk.linear_logprobs(tokens=problem.tokens, entropy=True, impl=impl, **student, **options)
+    upstream = torch.randn(2, 7, generator=torch.Generator().manual_seed(1)).to(out.logprobs)
+    (out.logprobs @ upstream[0] + out.entropy @ upstream[1]).backward()
+    found = {"logprobs": out.logprobs.detach(), "entropy": out.entropy.detach()}
+    return found | {f"d{k}": v.grad for k, v in student.items()}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(("impl", "dtype"), IMPL_DTYPES)
+def test_matches_definition(
+    impl: str, dtype: torch.dtype, options: dict[str, Any], device: str
+) -> None:
+    ours = _solve(0, dtype, device, lambda x: x, impl, **options)
+    eager: dict[str, list[float]] = {name: [] for name in ours}
+    for seed in range(1 + SIBLINGS):
+        exact = _solve(seed, dtype, device, Tensor.double, "reference", **options)
+        rounded = _solve(seed, dtype, device, Tensor.float, "reference", **options)
+        for name, value in rounded.items():
+            eager[name].append(relative_error(value.to(ours[name].dtype), exact[name]))
+    exact = _solve(0, dtype, device, Tensor.double, "reference", **options)
+    for name, value in ours.items():
+        eps = torch.finfo(value.dtype).eps
+        assert_within_budget(name, relative_error(value, exact[name]), eager[name], eps)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_sequence_level_ratio(impl: str, device: str) -> None:
+    """GSPO: the ratio of a sequence needs all its log-probabilities before the loss is known."""
+    dtype = F64 if impl == "torch" else torch.float32
+    problem = make_problem(8, kd=None, device=device, dtype=dtype)
+    gradients = []
+    for name in (impl, "reference"):
+        weight = problem.student["weight"].clone().requires_grad_()
+        lp = kk.linear_logprobs(
+            problem.student["hidden"], weight, problem.tokens, impl=name
+        ).logprobs
+        ratio = (lp - problem.options["old_logprobs"]).view(2, 4).mean(1).exp()
+        (ratio * torch.tensor([1.0, -2.0], device=device)).sum().backward()
+        gradients.append(weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_chunks_do_not_change_a_bit_of_the_ratio(impl: str, device: str) -> None:
+    """Same weights, same rows per chunk: lp of linear_logprobs is lp of kdrl_loss, to the bit."""
+    problem = make_problem(16, kd=None, device=device, off_policy=False)
+    budget = {"workspace_bytes": 64 * 37, "impl": impl}
+    old = kk.linear_logprobs(tokens=problem.tokens, **problem.student, **budget).logprobs
+    student = problem.student | {"tokens": problem.tokens}
+    options = problem.options | {"old_logprobs": old, "token_weights": None}
+    result = kk.kdrl_loss(**student, **options, **budget)
+    assert torch.equal(result.logprobs, old)
+    assert result.metrics["ratio_max"] == 1
+    assert result.metrics["ratio_mean"] == 1
+
+
+def test_gradient_through_entropy_alone(device: str) -> None:
+    problem = make_problem(kd=None, device=device)
+    weights = [problem.student["weight"].clone().requires_grad_() for _ in range(2)]
+    for weight, impl in zip(weights, ("torch", "reference"), strict=True):
+        hidden = problem.student["hidden"]
+        out = kk.linear_logprobs(hidden, weight, problem.tokens, entropy=True, impl=impl)
+        out.entropy.sum().backward()
+    torch.testing.assert_close(weights[0].grad, weights[1].grad, rtol=1e-4, atol=1e-5)
