@@ -17,6 +17,7 @@ from kdrl_kernels.rows import Coefficients, Stats, Stream
 
 BLOCK_BUFFERS = 0
 SWEEP_BLOCK_V = 4096
+PAIR_BLOCK_V = 2048  # two streams: 4096 columns take 128 registers, and spill on sm_100
 GRADIENT_BLOCK_V = 2048
 OBJECTIVE_BLOCK = 256
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}  # fusion is said, since its default changes
@@ -149,9 +150,10 @@ def sweep(
     teacher: Stream | None = None,
     kd: str | None = None,
     entropy: bool = False,
-    BLOCK_V: int = SWEEP_BLOCK_V,
+    BLOCK_V: int | None = None,
 ) -> Stats:
     """Statistics of one stream, or of two with their exact KL."""
+    BLOCK_V = BLOCK_V or (PAIR_BLOCK_V if teacher else SWEEP_BLOCK_V)
     C, V = student.logits.shape
     other = teacher or student
     found = torch.empty(8, C, device=tokens.device)

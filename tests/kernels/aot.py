@@ -31,7 +31,7 @@ def variants() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str]]]:
         for softcap in (False, True):
             flags = FLAGS | {"HAS_SOFTCAP": softcap, "KD": CODES[kd]}
             name = f"{kd}-{'softcap' if softcap else 'plain'}"
-            sweep = flags | {"BLOCK_V": kernels.SWEEP_BLOCK_V}
+            sweep = flags | {"BLOCK_V": kernels.PAIR_BLOCK_V if kd else kernels.SWEEP_BLOCK_V}
             yield f"sweep-{name}", kernels._sweep_kernel, sweep, {}
             gradient = flags | {"BLOCK_V": kernels.GRADIENT_BLOCK_V}
             yield f"gradient-{name}-bf16", kernels._gradient_kernel, gradient, {"dz_ptr": "*bf16"}

@@ -40,6 +40,6 @@ def test_shared_memory_is_bounded(report: list[dict[str, object]]) -> None:
     assert max(int(str(row["shared_bytes"])) for row in report) <= SHARED_LIMIT_BYTES
 
 
-def test_registers_leave_four_blocks_an_sm(report: list[dict[str, object]]) -> None:
-    """65,536 registers an SM, 256 threads a block: four blocks hide the latency of the loads."""
-    assert max(int(str(row["REG"])) for row in report) <= 65_536 // (4 * 256)
+def test_registers_leave_three_blocks_an_sm(report: list[dict[str, object]]) -> None:
+    """65,536 registers an SM, 256 threads a block: three blocks hide the latency of the loads."""
+    assert max(int(str(row["REG"])) for row in report) <= 65_536 // (3 * 256)
