@@ -1,5 +1,6 @@
 """Synthetic tasks: problems with worked solutions, made from a seed, written as jsonl."""
 
+import itertools
 import json
 import os
 import random
@@ -7,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+Operation = tuple[str, int]  # operator, operand
+SLIPS = (-10, -2, -1, 1, 2, 10)
 TRIES_PER_ROW = 200  # draws before "no new problem" is called exhaustion
 
 
@@ -38,7 +41,7 @@ class ArithmeticConfig:
 
 
 def make_arithmetic(
-    n: int, seed: int, config: ArithmeticConfig | None = None
+    n: int, seed: int, config: ArithmeticConfig | None = None, slips: float = 0.0
 ) -> list[dict[str, str]]:
     """n different problems of several-step arithmetic, each with its solution worked out.
 
@@ -46,33 +49,51 @@ def make_arithmetic(
 
     Args:
         n: rows, all with different questions; so rows[:k] and rows[k:] share no problem.
-        seed: rows are a function of (seed, config), and a smaller n gives a prefix of them.
+        seed: rows are a function of (seed, config, slips), and a smaller n gives a prefix of them.
         config: which expressions; None: the default.
+        slips: chance in [0, 1] that a step of a solution is off by 1, 2 or 10. The solution goes on
+            from there to its own wrong end; questions and answers are those of slips = 0. A step
+            where any slip would leave [1, max_total] further on is left right.
     Returns: n dicts of question, solution and answer. Questions are evaluated by the usual rules
         of precedence; numbers are whole and positive throughout.
-    Raises: ValueError if the configuration has too few different expressions for n rows.
+    Raises: ValueError if the configuration has too few different expressions for n rows, or slips
+        is not in [0, 1].
     """
+    if not 0 <= slips <= 1:
+        raise ValueError(f"slips must be in [0, 1], got {slips}")
     config = config or ArithmeticConfig()
-    rng = random.Random(seed)
+    rng, slip_rng = random.Random(seed), random.Random(f"{seed}/slips")
     rows: dict[str, dict[str, str]] = {}
     for _ in range(n):
         for _ in range(TRIES_PER_ROW):
-            row = _draw(rng, config)
-            if row["question"] not in rows:
+            start, operations = _draw(rng, config)
+            question = _expression(start, operations) + "=?"
+            if question not in rows:
                 break
         else:
             raise ValueError(
                 f"n must be at most the number of different problems of {config}, got {n}: "
                 f"no new one after {len(rows)}; raise max_steps, max_operand or max_total"
             )
-        rows[row["question"]] = row
+        steps, end = [], start
+        for i, (operator, operand) in enumerate(operations):
+            result = _apply(end, operator, operand)
+            if slip_rng.random() < slips:
+                result = _slip(slip_rng, result, operations[i + 1 :], config)
+            steps.append(f"{end}{operator}{operand}={result}\n")
+            end = result
+        rows[question] = {
+            "question": question,
+            "solution": "".join(steps) + f"#### {end}",
+            "answer": str(_results(start, operations)[-1]),
+        }
     return list(rows.values())
 
 
-def _draw(rng: random.Random, config: ArithmeticConfig) -> dict[str, str]:
-    """One row. The running total stays in [1, max_total]."""
-    total = rng.randint(1, config.max_operand)
-    expression, is_sum, steps = str(total), False, []
+def _draw(rng: random.Random, config: ArithmeticConfig) -> tuple[int, list[Operation]]:
+    """A first number and what is done to it; every result stays in [1, max_total]."""
+    start = total = rng.randint(1, config.max_operand)
+    operations: list[Operation] = []
     for _ in range(rng.randint(config.min_steps, config.max_steps)):
         room = min(config.max_operand, config.max_total - total)
         largest_factor = min(config.max_operand, config.max_total // total)
@@ -80,20 +101,45 @@ def _draw(rng: random.Random, config: ArithmeticConfig) -> dict[str, str]:
         operator = rng.choice(operators)  # a product, the hardest to learn, is half as frequent
         if operator == "+":
             operand = rng.randint(1, room)
-            result = total + operand
         elif operator == "-":
             operand = rng.randint(1, min(config.max_operand, total - 1))
-            result = total - operand
         else:
             operand = rng.randint(2, largest_factor)
-            result = total * operand
+        operations.append((operator, operand))
+        total = _apply(total, operator, operand)
+    return start, operations
+
+
+def _apply(number: int, operator: str, operand: int) -> int:
+    return {"+": number + operand, "-": number - operand, "*": number * operand}[operator]
+
+
+def _results(start: int, operations: list[Operation]) -> list[int]:
+    """The result after each operation."""
+    steps = itertools.accumulate(
+        operations, lambda total, step: _apply(total, *step), initial=start
+    )
+    return list(steps)[1:]
+
+
+def _expression(start: int, operations: list[Operation]) -> str:
+    """The question: a product of a sum needs parentheses."""
+    text, is_sum = str(start), False
+    for operator, operand in operations:
         if operator == "*" and is_sum:
-            expression = f"({expression})"
-        expression, is_sum = f"{expression}{operator}{operand}", operator != "*"
-        steps.append(f"{total}{operator}{operand}={result}")
-        total = result
-    solution = "\n".join([*steps, f"#### {total}"])
-    return {"question": f"{expression}=?", "solution": solution, "answer": str(total)}
+            text = f"({text})"
+        text, is_sum = f"{text}{operator}{operand}", operator != "*"
+    return text
+
+
+def _slip(rng: random.Random, right: int, rest: list[Operation], config: ArithmeticConfig) -> int:
+    """A wrong result from which the rest of the operations stays in [1, max_total]; else right."""
+    wrong = []
+    for off in SLIPS:
+        results = [right + off, *_results(right + off, rest)]
+        if min(results) >= 1 and max(results) <= config.max_total:
+            wrong.append(right + off)
+    return rng.choice(wrong) if wrong else right
 
 
 def write_jsonl(rows: Iterable[Mapping[str, object]], path: Path) -> None:

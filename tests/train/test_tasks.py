@@ -52,6 +52,33 @@ def test_questions_differ_and_use_every_operator() -> None:
     assert all(symbol in text for symbol in "+-*()")
 
 
+def test_slips_change_solutions_and_nothing_else() -> None:
+    clean, sloppy = make_arithmetic(2000, seed=0), make_arithmetic(2000, seed=0, slips=0.3)
+    steps = wrong_steps = right_ends = 0
+    for right, row in zip(clean, sloppy, strict=True):
+        assert (row["question"], row["answer"]) == (right["question"], right["answer"])
+        *lines, last = row["solution"].split("\n")
+        carried = lines[0].split("=")[0]
+        for line in lines:
+            left, result = line.split("=")
+            assert re.split(r"[+*-]", left)[0] == re.split(r"[+*-]", carried)[0]
+            off = int(result) - value(left)
+            assert off in (0, -10, -2, -1, 1, 2, 10)
+            assert 1 <= int(result) <= 99
+            steps, wrong_steps, carried = steps + 1, wrong_steps + (off != 0), result
+        assert last == f"#### {carried}"
+        right_ends += carried == row["answer"]
+    # 5,700 steps, 30% each: the standard deviation is 0.6%; a few steps have no slip within range
+    assert wrong_steps / steps == pytest.approx(0.3, abs=0.02)
+    assert 0.3 < right_ends / 2000 < 0.45  # 0.7 ** 2.85, and some slips cancel
+
+
+@pytest.mark.parametrize("slips", [-0.1, 1.5])
+def test_slips_out_of_range_are_refused(slips: float) -> None:
+    with pytest.raises(ValueError, match=rf"slips must be in \[0, 1\], got {slips}"):
+        make_arithmetic(1, 0, slips=slips)
+
+
 def test_a_space_too_small_is_named() -> None:
     config = ArithmeticConfig(min_steps=1, max_steps=1, max_operand=2, max_total=2)
     # 1+1, 1*2, 2-1: three problems in all
