@@ -37,6 +37,9 @@ class ArchitectureConfig:
     """Share the LM head's weight with the embedding."""
     max_positions: int = 1024
     """Longest sequence the model is declared for, in tokens."""
+    rope_theta: float = 10000.0
+    """Base of the rotary positions: wavelengths run from 2 pi to 2 pi * rope_theta tokens. About
+    the longest sequence serves a small model: the others carry no information."""
 
     def __post_init__(self) -> None:
         if self.hidden % (2 * self.heads):
@@ -126,6 +129,7 @@ def make_model(architecture: ArchitectureConfig, tokenizer: Any, seed: int) -> A
         intermediate_size=architecture.intermediate,
         max_position_embeddings=architecture.max_positions,
         tie_word_embeddings=architecture.tied,
+        rope_parameters={"rope_type": "default", "rope_theta": architecture.rope_theta},
         **special,
     )
     with torch.random.fork_rng(devices=[]):

@@ -80,7 +80,7 @@ def test_a_saved_folder_is_the_model_and_the_tokenizer(
 ) -> None:
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     shape = ArchitectureConfig(
-        family=family, hidden=16, layers=1, heads=2, kv_heads=1, intermediate=32, tied=tied
+        family=family, hidden=16, layers=1, heads=2, kv_heads=1, tied=tied, rope_theta=50.0
     )
     config = config_for(
         task,
@@ -94,6 +94,7 @@ def test_a_saved_folder_is_the_model_and_the_tokenizer(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert model.config.model_type == family
     assert model.dtype == torch.float32
+    assert model.config.rope_parameters["rope_theta"] == 50.0
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     assert (embedding is head) == tied
     assert len(embedding) == len(tokenizer)
