@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 import kdrl_kernels as kk
+from kdrl_kernels import gemm
+from kdrl_kernels.rows import torch as row_work
 from tests.kernels.params import F32, F64
 from tests.kernels.problem import Problem, make_problem
 
@@ -30,6 +32,24 @@ def test_rows_per_chunk(kd: str, rows: int, dtype: torch.dtype, device: str) -> 
     budget = {"workspace_bytes": rows * ROW_BYTES[dtype]}
     found = problem.solve(impl="torch", **budget)
     _assert_same(found, problem.solve(impl="torch"), BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("kd", ["k2", "rkl"])
+def test_rows_per_block(kd: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem(20, V=V, kd=kd, dtype=F64, device=device)
+    expected = problem.solve(impl="torch")
+    for name in ("CPU_BLOCK_ELEMENTS", "GPU_BLOCK_ELEMENTS"):
+        monkeypatch.setattr(row_work, name, 3 * V)  # 20 rows: six blocks and a rest
+    _assert_same(problem.solve(impl="torch"), expected, BOUNDS[F64])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_columns_widened_at_a_time(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem(20, V=V, kd="rkl", dtype=dtype)
+    expected = problem.solve(impl="torch")
+    monkeypatch.setattr(gemm, "WIDEN_ELEMENTS", 8 * 16)  # 37 columns: four blocks and a rest
+    bound = 4 * torch.finfo(dtype).eps  # the sums over columns are taken in another order
+    _assert_same(problem.solve(impl="torch"), expected, bound)
 
 
 def _micro_batches(problem: Problem, parts: list[Tensor], impl: str) -> dict[str, Tensor]:
