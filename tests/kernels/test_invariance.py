@@ -37,6 +37,8 @@ def test_rows_per_chunk(kd: str, rows: int, dtype: torch.dtype, device: str) -> 
 @pytest.mark.parametrize("kd", ["k2", "rkl"])
 def test_rows_per_block(kd: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem(20, V=V, kd=kd, dtype=F64, device=device)
+    problem.options["temperature"] = torch.linspace(0.5, 1.5, 20, device=device)
+    problem.options["softcap"] = 4.0
     expected = problem.solve(impl="torch")
     for name in ("CPU_BLOCK_ELEMENTS", "GPU_BLOCK_ELEMENTS"):
         monkeypatch.setattr(row_work, name, 3 * V)  # 20 rows: six blocks and a rest
