@@ -70,3 +70,24 @@ def test_minus_infinity_in_the_first_blocks_of_one_stream(device: str) -> None:
         infinite = [False, True, True] if kd == "rkl" else [True, False, True]
         infinite[2] = kd == "fkl"  # there the student's support is inside the teacher's
         assert stats["triton"].kl.isinf().tolist() == infinite
+
+
+def test_a_gap_that_underflows_after_it_was_infinite(device: str) -> None:
+    """A column the teacher excludes leads the first block, then sinks to p = 0: it counts 0."""
+    student, teacher = torch.zeros(2, 1, V, device=device)
+    student[0, 3], student[0, 140] = 5.0, 500.0
+    teacher[0, 3] = -torch.inf
+    tokens = torch.tensor([140], device=device)
+    found = [
+        load(impl).sweep(
+            Stream(student.clone(), 1.0, None),
+            tokens,
+            teacher=Stream(teacher.clone(), 1.0, None),
+            kd="rkl",
+            **tile,
+        )
+        for impl, tile in (("torch", {}), ("triton", {"BLOCK_V": 16}))
+    ]
+    expected = torch.tensor([149.0], device=device).log()  # p is one-hot, q uniform over the rest
+    for stats in found:
+        torch.testing.assert_close(stats.kl, expected)
