@@ -4,10 +4,10 @@
     checkpoints/.tmp_*         being written or deleted; ignored, and removed by the next save
 
 A folder gets its final name by a rename after everything in it has reached the disk, so a process
-killed at any moment leaves the previous checkpoint as the newest.
+killed at any moment leaves the previous checkpoint as the newest. Of the random state the CPU
+generator suffices: dropout is off, and every other draw is seeded by (seed, step).
 """
 
-import hashlib
 import json
 import os
 import re
@@ -59,12 +59,6 @@ class Checkpoint:
     """Resolved configuration of the run that wrote it."""
 
 
-def config_hash(config: dict[str, Any]) -> str:
-    """Short hash of the settings that a resumed run must share."""
-    text = json.dumps(_fixed(config), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def _fixed(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """The keys outside MAY_CHANGE."""
     out = {}
@@ -103,7 +97,7 @@ def save(
     Args:
         folder: the run's checkpoints folder; made if absent.
         step: optimiser steps done.
-        config: its hash and content go in; config.keep_checkpoints are kept.
+        config: it goes in whole; config.keep_checkpoints are kept.
     Returns: the checkpoint's folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,13 +107,7 @@ def save(
     work = folder / f".tmp_{final.name}"
     with _single_process():
         dcp.save(_state(model, optimizer), checkpoint_id=work, no_dist=True)
-    settings = to_dict(config)
-    meta = {
-        "step": step,
-        "config": settings,
-        "config_hash": config_hash(settings),
-        "torch": torch.__version__,
-    }
+    meta = {"step": step, "config": to_dict(config), "torch": torch.__version__}
     with (work / "meta.json").open("w", encoding="utf-8") as file:
         json.dump(meta, file, indent=1)
         file.flush()
@@ -194,6 +182,8 @@ def _remove(folder: Path) -> None:
 
 def _sync(folder: Path) -> None:
     """Flush every file of a folder, and its directory entry, to the disk."""
+    if os.name == "nt":  # refuses it for directories; the files were flushed as they were written
+        return
     for path in [*folder.iterdir(), folder]:
         if path.is_dir() and path != folder:
             continue
