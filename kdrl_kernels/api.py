@@ -1,5 +1,7 @@
 """The public functions: contract, checks and choice of implementation."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import overload
 
@@ -17,17 +19,20 @@ class LogprobOutput:
     """What linear_logprobs returns."""
 
     logprobs: Tensor
-    """[N] float32, log-probability of each row's token, in nats."""
+    """[N] float32 (float64 for float64 inputs), log-probability of each row's token, in nats."""
     entropy: Tensor | None
-    """[N] float32 in nats, where asked for."""
+    """[N] in nats, dtype of logprobs, where asked for."""
 
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """What kdrl_loss returns. [N] fields are float32, detached, and 0 in rows of weight 0."""
+    """What kdrl_loss returns, in float32 (float64 for float64 inputs).
+
+    [N] fields are detached, and 0 in rows of weight 0.
+    """
 
     loss: Tensor
-    """0-d float32, differentiable once."""
+    """0-d, differentiable once."""
     logprobs: Tensor
     """[N], the student's log-probability of each token, in nats."""
     teacher_logprobs: Tensor | None
@@ -66,8 +71,9 @@ def linear_logprobs(
         temperature: positive float or [N] tensor.
         softcap: positive float or None.
         entropy: also return the entropy of each row.
-        workspace_bytes: bound of the memory beyond inputs, outputs and gradients; None: a quarter
-            of what is free, at most 1.25 GB or 2,048 rows.
+        workspace_bytes: bound of the memory beyond inputs, outputs and gradients; None: 2,048
+            rows or 1.25 GB, the larger, and at most a quarter of what is free; on a CPU 256 MB,
+            where 16-bit weights are widened 16 MB at a time beside it.
         impl: "triton", "torch" or "reference" (full logits, the definition). None: Triton on GPU
             tensors, PyTorch elsewhere. A named one never falls back.
     Returns: LogprobOutput in nats, float32 (float64 for float64 inputs); differentiable once in
@@ -82,7 +88,7 @@ def linear_logprobs(
     impl = checks.choose_impl(impl, head)
     bad = checks.bad_tokens(tokens, weight.shape[0], "V")
     tokens = tokens.clamp(0, weight.shape[0] - 1)  # a kernel must not read elsewhere
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _as_given(hidden.device):
         if impl == "reference":
             terms = reference.row_terms(head, tokens, weight.shape[0], entropy=entropy)
             lp, entropies = terms.logprobs, terms.entropy
@@ -132,8 +138,8 @@ def kdrl_loss(
         vocab_size: columns from here on do not exist in either model; None: min(V, V_t).
         entropy: also return the entropy of each row.
     Returns: LossOutput. metrics: tokens, bad_tokens, ratio_mean, ratio_max, clip_fraction (policy
-        "clip"), and with a teacher teacher_gap_mean (mean lp - lq, nats), k2_mean and
-        kd_flip_fraction (share of tokens where KD turns the sign of the advantage).
+        "clip"), with a teacher teacher_gap_mean (mean lp - lq, nats) and k2_mean, and with a
+        sampled KD kd_flip_fraction (share of tokens where it turns the sign of the advantage).
     Raises: ValueError for a shape, device, token or option; TypeError for a type or dtype.
     Memory: as linear_logprobs, two buffers for exact KD; gradients are taken in the forward pass
         and kept in float32 until backward rounds them once. Under no_grad none are computed.
@@ -169,7 +175,7 @@ def kdrl_loss(
     active = None
     if token_weights is not None:
         call, active = call.drop_masked_rows()
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _as_given(hidden.device):
         if impl == "reference":
             loss, terms = reference.kdrl_loss(call)
         else:
@@ -185,6 +191,14 @@ def kdrl_loss(
         entropy=_spread(rows.entropy, active, len(tokens)),
         metrics=metrics,
     )
+
+
+@contextmanager
+def _as_given(device: torch.device) -> Iterator[None]:
+    """Compute in the dtypes given, whatever autocast says, and launch on the tensors' own GPU."""
+    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with on_device, torch.autocast(device.type, enabled=False):
+        yield
 
 
 def _poison(values: Tensor, bad: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Checks of arguments: each error names the argument, what it must be and what it is."""
 
+import math
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def check_tokens(tokens: Tensor, head: Head) -> None:
 
 
 def row_tensor(name: str, value: Any, head: Head) -> Tensor | None:
-    """value as a detached [N] tensor of the accumulation dtype, or None."""
+    """value as a detached, contiguous [N] tensor of the accumulation dtype, or None."""
     if value is None:
         return None
     if not isinstance(value, Tensor):
@@ -64,7 +65,7 @@ def row_tensor(name: str, value: Any, head: Head) -> Tensor | None:
     if not value.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {value.dtype}")
     _check_rows(name, value, head)
-    return value.detach().to(torch.promote_types(head.hidden.dtype, torch.float32))
+    return value.detach().to(torch.promote_types(head.hidden.dtype, torch.float32)).contiguous()
 
 
 def _check_rows(name: str, tensor: Tensor, head: Head) -> None:
@@ -115,8 +116,8 @@ def normalizer_tensor(normalizer: Any, weights: Tensor) -> Tensor:
     if isinstance(normalizer, Tensor) and normalizer.ndim:
         raise ValueError(f"normalizer must be 0-d, got {list(normalizer.shape)}")
     on_gpu = isinstance(normalizer, Tensor) and normalizer.device.type != "cpu"
-    if not on_gpu and not normalizer > 0:
-        raise ValueError(f"normalizer must be positive, got {float(normalizer)}")
+    if not on_gpu and not 0 < normalizer < math.inf:
+        raise ValueError(f"normalizer must be positive and finite, got {float(normalizer)}")
     if not isinstance(normalizer, Tensor):
         return torch.full_like(weights[:0].sum(), float(normalizer))
     return normalizer.detach().to(weights)
@@ -126,6 +127,8 @@ def check_teacher(
     objective: Objective, teacher: Any, teacher_logprobs: Tensor | None, head: Head
 ) -> None:
     """A teacher exactly where the objective has one, in the form it needs."""
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be an Objective, got {type(objective).__name__}")
     if teacher is not None and not isinstance(teacher, TeacherHead):
         raise TypeError(f"teacher must be a TeacherHead or None, got {type(teacher).__name__}")
     given = [
@@ -147,6 +150,11 @@ def check_teacher(
             "got teacher_logprobs: use kd='k2' with those"
         )
     if teacher is not None:
+        if (teacher.hidden.dtype == torch.float64) != (head.hidden.dtype == torch.float64):
+            raise TypeError(
+                f"teacher.hidden must be float64 where hidden is, and only there: hidden is "
+                f"{head.hidden.dtype}, got {teacher.hidden.dtype}"
+            )
         if teacher.hidden.shape[0] != head.hidden.shape[0]:
             raise ValueError(
                 f"teacher.hidden must have N = {head.hidden.shape[0]} rows, "

@@ -27,7 +27,7 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     else:
         wide = hidden.to(out.dtype)
         for cols in _blocks(weight):
-            out[:, cols] = wide @ weight[cols].to(out.dtype).T
+            torch.mm(wide, weight[cols].to(out.dtype).T, out=out[:, cols])
 
 
 def grad_hidden(dz: Tensor, weight: Tensor, out: Tensor) -> None:

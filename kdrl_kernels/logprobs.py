@@ -54,6 +54,13 @@ class LinearLogprobs(torch.autograd.Function):
     def backward(
         ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad_logprobs.device.type, enabled=False):
+            return LinearLogprobs._gradients(ctx, grad_logprobs, grad_entropy)
+
+    @staticmethod
+    def _gradients(
+        ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, tokens, top, log_sum, entropy = ctx.saved_tensors
         temperature, softcap, impl, workspace_bytes, needs = ctx.settings
         head = Head(hidden, weight, bias, temperature, softcap)

@@ -171,7 +171,7 @@ def _kd_term(objective: Objective, rows: Rows, log_ratio: Tensor) -> Tensor:
 
 
 def row_metrics(objective: Objective, rows: Rows) -> dict[str, Tensor]:
-    """0-d float32 tensors on the device; means and shares are over the C rows, 0 where C = 0."""
+    """0-d tensors on the device; means and shares are over the C rows, 0 where C = 0."""
     lp = rows.logprobs
     log_ratio = torch.zeros_like(lp) if rows.old_logprobs is None else lp - rows.old_logprobs
     ratio = log_ratio.exp()
@@ -184,10 +184,11 @@ def row_metrics(objective: Objective, rows: Rows) -> dict[str, Tensor]:
         gap = lp - rows.teacher_logprobs
         metrics["teacher_gap_mean"] = _mean(gap)
         metrics["k2_mean"] = _mean(gap.square() / 2)
-        if advantages is not None:
+        if advantages is not None and objective.samples_teacher:
+            pull = gap if objective.kd == "k2" else -torch.expm1(-gap)
             weight = 1.0 if rows.kd_weight is None else rows.kd_weight
-            pull = torch.where(gap == 0, 0, objective.kd_coef * weight * gap)
-            metrics["kd_flip_fraction"] = _mean((advantages * (advantages - pull)) < 0)
+            left = advantages - objective.kd_coef * weight * pull
+            metrics["kd_flip_fraction"] = _mean(advantages * left < 0)
     return metrics
 
 

@@ -17,6 +17,7 @@ from kdrl_kernels import gemm
 from kdrl_kernels import rows as row_work
 from kdrl_kernels.call import LossCall, RowTerms
 from kdrl_kernels.head import Head
+from kdrl_kernels.objective import token_losses
 from kdrl_kernels.plan import rows_per_chunk
 from kdrl_kernels.rows import Stream
 
@@ -129,11 +130,12 @@ def run(call: LossCall, impl: str, needs: Needs) -> Pass:
         stats = chunks.work.sweep(p, tokens, teacher=q, kd=objective.kd, entropy=call.wants_entropy)
         lq = stats.teacher_logprobs if lq is None else lq
         terms.append(RowTerms(stats.logprobs, stats.entropy, lq, stats.kl))
-        row_losses, coef = chunks.work.coefficients(
-            objective, call.rows(terms[-1], rows), weights[rows]
-        )
-        losses.append(row_losses)
-        if any(needs):
+        inputs = call.rows(terms[-1], rows)
+        if not any(needs):
+            losses.append(weights[rows] * token_losses(objective, inputs))
+        else:
+            row_losses, coef = chunks.work.coefficients(objective, inputs, weights[rows])
+            losses.append(row_losses)
             dz = chunks.work.gradient_(
                 p, tokens, stats, coef, teacher=q, kd=objective.kd, dtype=student.hidden.dtype
             )

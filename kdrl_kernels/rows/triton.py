@@ -19,6 +19,7 @@ BLOCK_BUFFERS = 0
 SWEEP_BLOCK_V = 4096
 PAIR_BLOCK_V = 2048  # two streams: 4096 columns take 128 registers, and spill on sm_100
 GRADIENT_BLOCK_V = 2048
+SOFTCAP_PAIR_BLOCK_V = 1024  # two streams and a softcap: 2048 spill on sm_90
 OBJECTIVE_BLOCK = 256
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}  # fusion is said, since its default changes
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # a start of the running maximum that is not -inf
@@ -30,6 +31,19 @@ RKL = tl.constexpr(KD_CODES["rkl"])  # this code and those above it read the tea
 def block_rows(V: int, device: torch.device) -> int:  # noqa: ARG001 (interface of row modules)
     """No temporaries beside the logits."""
     return 0
+
+
+def sweep_block(student: Stream, teacher: Stream | None) -> int:
+    """Columns a block of the sweep: what leaves three blocks an SM and spills nothing."""
+    if teacher is None:
+        return SWEEP_BLOCK_V
+    return SOFTCAP_PAIR_BLOCK_V if student.softcap or teacher.softcap else PAIR_BLOCK_V
+
+
+def gradient_block(student: Stream, teacher: Stream | None) -> int:
+    """Columns a block of the gradient, by the same rule."""
+    softcap = teacher is not None and (student.softcap or teacher.softcap)
+    return SOFTCAP_PAIR_BLOCK_V if softcap else GRADIENT_BLOCK_V
 
 
 def activate_(stream: Stream) -> None:
@@ -153,10 +167,10 @@ def sweep(
     BLOCK_V: int | None = None,
 ) -> Stats:
     """Statistics of one stream, or of two with their exact KL."""
-    BLOCK_V = BLOCK_V or (PAIR_BLOCK_V if teacher else SWEEP_BLOCK_V)
+    BLOCK_V = BLOCK_V or sweep_block(student, teacher)
     C, V = student.logits.shape
     other = teacher or student
-    found = torch.empty(8, C, device=tokens.device)
+    found = torch.empty(8, C, device=tokens.device, dtype=torch.float32)
     if C:
         _sweep_kernel[(C,)](
             student.logits, other.logits, tokens, _temperatures(student), _temperatures(other),
@@ -219,7 +233,7 @@ def coefficients(
 ) -> tuple[Tensor, Coefficients]:
     """([C] weighted losses, their derivatives)."""
     C, lp = len(weights), rows.logprobs
-    out = torch.empty(4, C, device=lp.device)
+    out = torch.empty(4, C, device=lp.device, dtype=torch.float32)
     high, low, dual = objective.log_ratio_bounds
     cap = math.inf if rows.old_logprobs is None else math.log(objective.kd_ratio_cap)
     kd_weight = torch.ones_like(lp) if rows.kd_weight is None else rows.kd_weight
@@ -298,9 +312,10 @@ def gradient_(
     dtype: torch.dtype,
     teacher: Stream | None = None,
     kd: str | None = None,
-    BLOCK_V: int = GRADIENT_BLOCK_V,
+    BLOCK_V: int | None = None,
 ) -> Tensor:
     """dL/dlogits [C, V] in dtype, written over the student's logits."""
+    BLOCK_V = BLOCK_V or gradient_block(student, teacher)
     z = student.logits
     C, V = z.shape
     other = teacher or student

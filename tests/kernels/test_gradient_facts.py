@@ -82,6 +82,24 @@ def test_expected_gradient(
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
+def test_k1_as_a_loss_has_no_teacher_and_no_expected_gradient() -> None:
+    """Why it is refused: E[d(lp - lq)] = sum_y p_y dlog p_y = 0, whatever the teacher is."""
+    student, teacher, _ = _distributions()
+    logits = student.clone().requires_grad_()
+    logp = torch.log_softmax(logits, 0)
+    k1 = logp - torch.log_softmax(teacher, 0)
+    (gradient,) = torch.autograd.grad((logp.detach().exp() * k1).sum(), logits)
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-15)
+
+
+def test_k3_off_policy_is_not_the_reverse_kl() -> None:
+    student, teacher, behaviour = _distributions()
+    sampler = torch.log_softmax(behaviour, 0)
+    found = _head_gradient(student, teacher, sampler.exp(), "torch", sampler, "k3")
+    expected = _true_gradient(_reverse_kl, student, torch.log_softmax(teacher, 0))
+    assert (found - expected).abs().max() > 0.01
+
+
 def test_k2_off_policy_needs_the_ratio() -> None:
     """Without old log-probabilities, samples of another policy give another gradient."""
     student, teacher, behaviour = _distributions()

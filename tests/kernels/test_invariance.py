@@ -125,6 +125,23 @@ def test_layout_of_inputs_does_not_matter(impl: str, device: str) -> None:
         torch.testing.assert_close(tensor.grad, expected[f"d{name}"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("layout", ["strided", "expanded"])
+def test_layout_of_row_tensors_does_not_matter(layout: str, impl: str, device: str) -> None:
+    problem = make_problem(device=device)
+    names = ("advantages", "old_logprobs", "kd_weight")
+    if layout == "expanded":
+        problem.options.update({k: problem.options[k][:1].expand(7) for k in names})
+    problem.options["token_weights"] = None  # weights would gather, and so copy, the rows
+    expected = problem.solve(impl="reference")
+    if layout == "strided":
+        for name in names:
+            problem.options[name] = torch.stack([problem.options[name]] * 3, dim=1)[:, 1]
+    assert not problem.options["advantages"].is_contiguous()
+    for name, value in problem.solve(impl=impl).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+
+
 def test_a_tied_embedding_gets_both_gradients(device: str) -> None:
     """The head weight is used before the head too: autograd adds the two gradients."""
     problem = make_problem(kd=None, device=device, dtype=F64, bias=False)

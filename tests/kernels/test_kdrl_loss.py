@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kdrl_kernels as kk
+from kdrl_kernels import one_pass
 from tests.kernels.params import F32, F64, IMPL_DTYPES, KDS
 from tests.kernels.problem import Problem, assert_matches_definition, loss_size, make_problem
 from tests.tolerance import relative_error
@@ -150,11 +151,16 @@ def test_reference_passes_gradcheck(kd: str | None) -> None:
     assert torch.autograd.gradcheck(loss, inputs)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("impl", ["reference", "torch", "triton"])
-def test_no_grad_computes_no_gradient(impl: str, device: str) -> None:
+def test_no_grad_computes_no_gradient(
+    impl: str, mode: Any, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     problem = make_problem(kd="rkl", device=device)
+    expected = problem.solve(impl=impl)["loss"]
+    monkeypatch.delattr(one_pass.Gradients, "add")  # called: an AttributeError
     student = {k: v.requires_grad_() for k, v in problem.student.items()}
-    with torch.no_grad():
+    with mode():
         result = kk.kdrl_loss(
             tokens=problem.tokens,
             teacher=kk.TeacherHead(**problem.teacher),
@@ -163,7 +169,7 @@ def test_no_grad_computes_no_gradient(impl: str, device: str) -> None:
             **problem.options,
         )
     assert not result.loss.requires_grad
-    assert torch.equal(result.loss, problem.solve(impl=impl)["loss"])
+    torch.testing.assert_close(result.loss, expected)
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
@@ -212,6 +218,19 @@ def test_autocast_changes_nothing(device: str) -> None:
         assert torch.equal(found[name], value), name
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_the_default_dtype_changes_nothing(impl: str, device: str) -> None:
+    problem = make_problem(kd="rkl", device=device)
+    expected = problem.solve(impl=impl)
+    torch.set_default_dtype(torch.float16)
+    try:
+        found = problem.solve(impl=impl)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
 def test_metrics_on_hand_worked_rows() -> None:
     logits = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
     half = torch.tensor(0.5).log()
@@ -236,3 +255,23 @@ def test_metrics_on_hand_worked_rows() -> None:
     assert metrics["k2_mean"] == pytest.approx((16 / 2 + 4 / 2) / 2)
     # 1 - 0.5·4 = -1 flips; -1 - 0.5·(-2) = 0 does not
     assert metrics["kd_flip_fraction"] == pytest.approx(0.5)
+
+
+def test_flips_of_k3_use_its_own_coefficient() -> None:
+    """l = 5 pulls by 1 - exp(-5) < 1 under k3, and by 5 under k2; exact KD acts on all columns."""
+    flips = {}
+    for kd in ("k2", "k3"):
+        result = kk.kdrl_loss(
+            torch.zeros(1, 2),
+            torch.eye(2),
+            torch.tensor([0]),
+            advantages=torch.tensor([1.5]),
+            teacher_logprobs=torch.tensor([0.5]).log() - 5,
+            objective=kk.Objective(kd=kd, kd_coef=1.0),
+        )
+        flips[kd] = result.metrics["kd_flip_fraction"].item()
+    assert flips == {"k2": 1.0, "k3": 0.0}
+    exact = make_problem(kd="rkl")
+    teacher = kk.TeacherHead(**exact.teacher)
+    result = kk.kdrl_loss(tokens=exact.tokens, teacher=teacher, **exact.student, **exact.options)
+    assert "kd_flip_fraction" not in result.metrics
