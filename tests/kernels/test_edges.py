@@ -192,6 +192,24 @@ def test_far_off_policy_rows_overflow_nothing_that_is_clipped(impl: str, device:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("policy", ["clip", "none"])
+def test_a_zero_advantage_times_an_infinite_ratio_is_zero(
+    policy: str, impl: str, device: str
+) -> None:
+    student = {"hidden": torch.zeros(1, 2, device=device), "weight": torch.eye(2, device=device)}
+    result, grads = _run(
+        impl,
+        student,
+        torch.zeros(1, dtype=torch.int64, device=device),
+        advantages=torch.zeros(1, device=device),
+        old_logprobs=torch.full((1,), -1e4, device=device),
+        objective=kk.Objective(policy=policy, kd=None),
+    )
+    assert result.loss == 0
+    assert torch.equal(grads["hidden"], torch.zeros(1, 2, device=device))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", ["advantages", "old_logprobs", "token_weights", "kd_weight"])
 def test_a_nan_input_makes_the_loss_nan(name: str, impl: str, device: str) -> None:
     problem = make_problem(device=device)
