@@ -62,8 +62,8 @@ class Verifier:
     def score(self, completions: Sequence[str], answers: Sequence[str]) -> Verdicts:
         """Score R completions against R gold answers; waits for all of them.
 
-        Raises: ValueError where the lengths differ or the Verifier is closed; RuntimeError where
-            the workers cannot start.
+        Raises: ValueError where the lengths differ or the Verifier is closed; ChildProcessError
+            where the workers cannot start.
         """
         if self._closed:
             raise ValueError("Verifier must be open to score, got a closed one: make a new one")
@@ -175,7 +175,7 @@ def _verdict(future: ProcessFuture) -> tuple[float, Outcome, str]:
     if isinstance(error, FutureTimeoutError):
         return 0.0, "timeout", ""
     if isinstance(error, BrokenProcessPool):
-        raise RuntimeError(
+        raise ChildProcessError(
             "verifier workers must start, but all of them died: call the reward function "
             "by hand on one completion to see why"
         ) from error
