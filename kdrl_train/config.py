@@ -1,5 +1,6 @@
 """The run configuration: every number that changes a run, with its unit."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -46,9 +47,6 @@ class DataConfig:
     max_prompt_tokens: int = 1024
     """A longer prompt stops the run before it starts, in tokens."""
 
-    def __post_init__(self) -> None:
-        _positive("max_prompt_tokens", self.max_prompt_tokens)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig:
@@ -68,8 +66,8 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         for name in ("prompts_per_step", "group_size", "max_new_tokens", "batch_size"):
-            _positive(name, getattr(self, name))
-        _positive("temperature", self.temperature)
+            _at_least(1, f"sampling.{name}", getattr(self, name))
+        _positive("sampling.temperature", self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,13 +82,13 @@ class RewardConfig:
     """Verifier processes."""
 
     def __post_init__(self) -> None:
-        _positive("timeout_s", self.timeout_s)
-        _positive("workers", self.workers)
+        _positive("reward.timeout_s", self.timeout_s)
+        _at_least(1, "reward.workers", self.workers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig:
-    """A coefficient as a function of the step s."""
+    """A coefficient as a function of the step s: method.kd_coef."""
 
     kind: Literal["constant", "linear", "cosine"] = "constant"
     """constant: initial. linear, cosine: from initial to final over `steps`, then final."""
@@ -102,7 +100,9 @@ class ScheduleConfig:
     """Length of the change, in optimiser steps."""
 
     def __post_init__(self) -> None:
-        _positive("steps", self.steps)
+        for name in ("initial", "final"):
+            _at_least(0, f"method.kd_coef.{name}", getattr(self, name))
+        _at_least(1, "method.kd_coef.steps", self.steps)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,7 +131,11 @@ class MethodConfig:
     """Weight of the entropy bonus, per nat."""
 
     def __post_init__(self) -> None:
-        _positive("std_floor", self.std_floor)
+        _in_unit_interval("method.clip_low", self.clip_low)
+        _at_least(0, "method.clip_high", self.clip_high)
+        _positive("method.std_floor", self.std_floor)
+        if not math.isfinite(self.entropy_coef):
+            raise ValueError(f"method.entropy_coef must be finite, got {self.entropy_coef}")
         if self.policy == "off" and self.kd is None:
             raise ValueError(
                 'method.kd must be "k2", "k3", "rkl" or "fkl" when method.policy is "off", '
@@ -162,8 +166,17 @@ class OptimConfig:
     """Implementation of the one-pass head; None: Triton on a GPU, PyTorch elsewhere."""
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "max_grad_norm", "micro_batch_tokens"):
-            _positive(name, getattr(self, name))
+        _positive("optim.learning_rate", self.learning_rate)
+        _at_least(0, "optim.warmup_steps", self.warmup_steps)
+        _at_least(0, "optim.weight_decay", self.weight_decay)
+        for i, beta in enumerate(self.betas):
+            _in_unit_interval(f"optim.betas[{i}]", beta)
+        if not self.max_grad_norm > 0:
+            raise ValueError(
+                f"optim.max_grad_norm must be positive, got {self.max_grad_norm}: inf never clips"
+            )
+        _at_least(1, "optim.micro_batch_tokens", self.micro_batch_tokens)
+        _at_least(1, "optim.workspace_bytes", self.workspace_bytes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,7 +193,10 @@ class EvalConfig:
     """Only the first so many problems; None: all."""
 
     def __post_init__(self) -> None:
-        _positive("samples", self.samples)
+        _at_least(1, "eval.data.max_prompt_tokens", self.data.max_prompt_tokens)
+        _at_least(0, "eval.every", self.every)
+        _at_least(1, "eval.samples", self.samples)
+        _at_least(1, "eval.max_problems", self.max_problems)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,7 +227,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "save_every", "keep_checkpoints"):
-            _positive(name, getattr(self, name))
+            _at_least(1, name, getattr(self, name))
+        for name in ("seed", "samples_per_step"):
+            _at_least(0, name, getattr(self, name))
+        _at_least(1, "data.max_prompt_tokens", self.data.max_prompt_tokens)
         if self.method.policy != "off" and self.sampling.group_size < 2:
             raise ValueError(
                 "sampling.group_size must be at least 2 for a policy gradient, got "
@@ -237,13 +256,29 @@ class EvaluateConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
 
     def __post_init__(self) -> None:
-        _positive("samples", self.samples)
+        _at_least(0, "seed", self.seed)
+        _at_least(1, "samples", self.samples)
+        _at_least(1, "max_problems", self.max_problems)
+        _at_least(1, "data.max_prompt_tokens", self.data.max_prompt_tokens)
 
 
-def _positive(name: str, value: float) -> None:
-    """Raises ValueError unless value > 0 (nan is refused too)."""
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}")
+def _positive(key: str, value: float) -> None:
+    """Raises ValueError unless 0 < value < inf (nan is refused too)."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{key} must be positive and finite, got {value}")
+
+
+def _at_least(least: int, key: str, value: float | None) -> None:
+    """Raises ValueError unless value is None or least <= value < inf (nan is refused too)."""
+    if value is not None and not least <= value < math.inf:
+        kind = "finite and " if isinstance(value, float) else ""
+        raise ValueError(f"{key} must be {kind}at least {least}, got {value}")
+
+
+def _in_unit_interval(key: str, value: float) -> None:
+    """Raises ValueError unless 0 <= value < 1 (nan is refused too)."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{key} must be at least 0 and below 1, got {value}")
 
 
 _FIXED = ScheduleConfig()

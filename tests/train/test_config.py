@@ -1,5 +1,7 @@
 """config, config_file and the command line: who overrides whom, and what is refused."""
 
+import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +9,15 @@ import pytest
 import yaml
 
 from kdrl_train import cli
-from kdrl_train.config import PRESETS, DataConfig, OptimConfig, SamplingConfig, TrainConfig
+from kdrl_train.config import (
+    PRESETS,
+    DataConfig,
+    EvalConfig,
+    EvaluateConfig,
+    OptimConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 from kdrl_train.config_file import differences, load_yaml, save_yaml, to_dict, update
 
 
@@ -70,8 +80,6 @@ def test_every_preset_is_an_option(name: str) -> None:
         ("optim: 3", r"optim must hold keys and values, got 3"),
         ("method: {kd: k1}", r"method\.kd must be one of k2, k3, rkl, fkl, got 'k1'"),
         ("optim: {learning_rate: high}", r"optim\.learning_rate must be of type float"),
-        ("steps: 0", r"steps must be positive, got 0"),
-        ("sampling: {temperature: .nan}", r"temperature must be positive, got nan"),
         ("sampling: {group_size: 1}", r"group_size must be at least 2 for a policy gradient"),
         ("- 1", r"must hold keys and values, got a list"),
         ("a: [", r"--config must be a YAML file"),
@@ -80,6 +88,70 @@ def test_every_preset_is_an_option(name: str) -> None:
 def test_a_wrong_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse("--config", write(tmp_path / "run.yaml", text))
+
+
+BELOW_ONE = ("0", "at least 1, got 0")
+BELOW_ZERO = ("-1", "at least 0, got -1")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("seed", *BELOW_ZERO),
+        ("steps", *BELOW_ONE),
+        ("save_every", *BELOW_ONE),
+        ("keep_checkpoints", *BELOW_ONE),
+        ("samples_per_step", *BELOW_ZERO),
+        ("data.max_prompt_tokens", *BELOW_ONE),
+        ("sampling.prompts_per_step", *BELOW_ONE),
+        ("sampling.group_size", *BELOW_ONE),
+        ("sampling.max_new_tokens", *BELOW_ONE),
+        ("sampling.batch_size", *BELOW_ONE),
+        ("sampling.temperature", ".nan", "positive and finite, got nan"),
+        ("sampling.temperature", "0", "positive and finite, got 0.0"),
+        ("reward.timeout_s", "-1", "positive and finite, got -1.0"),
+        ("reward.timeout_s", ".inf", "positive and finite, got inf"),
+        ("reward.workers", *BELOW_ONE),
+        ("method.clip_low", "1", "at least 0 and below 1, got 1.0"),
+        ("method.clip_high", "-0.5", "finite and at least 0, got -0.5"),
+        ("method.std_floor", "0", "positive and finite, got 0.0"),
+        ("method.entropy_coef", ".nan", "finite, got nan"),
+        ("method.kd_coef.initial", "-0.002", "finite and at least 0, got -0.002"),
+        ("method.kd_coef.initial", ".inf", "finite and at least 0, got inf"),
+        ("method.kd_coef.final", ".nan", "finite and at least 0, got nan"),
+        ("method.kd_coef.steps", *BELOW_ONE),
+        ("optim.learning_rate", ".inf", "positive and finite, got inf"),
+        ("optim.warmup_steps", *BELOW_ZERO),
+        ("optim.weight_decay", "-0.1", "finite and at least 0, got -0.1"),
+        ("optim.max_grad_norm", "0", "positive, got 0.0: inf never clips"),
+        ("optim.micro_batch_tokens", *BELOW_ONE),
+        ("optim.workspace_bytes", *BELOW_ONE),
+        ("eval.data.max_prompt_tokens", *BELOW_ONE),
+        ("eval.every", *BELOW_ZERO),
+        ("eval.samples", *BELOW_ONE),
+        ("eval.max_problems", *BELOW_ONE),
+    ],
+)
+def test_a_number_out_of_range_is_refused(
+    tmp_path: Path, key: str, value: str, message: str
+) -> None:
+    text = value
+    for name in reversed(key.split(".")):
+        text = f"{{{name}: {text}}}"
+    with pytest.raises(ValueError, match=rf"^{re.escape(f'{key} must be {message}')}$"):
+        parse("--config", write(tmp_path / "run.yaml", text))
+
+
+def test_ranges_beyond_one_number() -> None:
+    with pytest.raises(ValueError, match=r"optim\.betas\[1\] must be .* below 1, got 1\.0"):
+        OptimConfig(betas=(0.9, 1.0))
+    for key, value in (("seed", -1), ("samples", 0), ("max_problems", 0)):
+        with pytest.raises(ValueError, match=rf"^{key} must be at least \d, got {value}"):
+            EvaluateConfig(**{key: value})
+    with pytest.raises(ValueError, match=r"data\.max_prompt_tokens must be at least 1, got 0"):
+        EvaluateConfig(data=DataConfig(max_prompt_tokens=0))
+    assert OptimConfig(max_grad_norm=math.inf).max_grad_norm == math.inf
+    assert EvalConfig(every=0, max_problems=None).samples == 4
 
 
 def test_null_and_empty_files(tmp_path: Path) -> None:
