@@ -84,6 +84,32 @@ def latest(folder: Path) -> Checkpoint | None:
     return Checkpoint(found[-1], meta["step"], meta["config"])
 
 
+def open_folder(config: TrainConfig) -> Checkpoint | None:
+    """The checkpoint that a run continues from; None for a new run. Changes nothing.
+
+    Raises: ValueError for a used folder without resume, and for resume where there is no
+        checkpoint, or one of another configuration.
+    """
+    newest = latest(config.out / "checkpoints")
+    if config.resume:
+        if newest is None:
+            raise ValueError(
+                f"out must hold a checkpoint to resume from, got {config.out}, which has none: "
+                "drop --resume, or correct --out"
+            )
+        check_config(newest, config)
+        return newest
+    used = [n for n in ("config.yaml", "metrics.jsonl", "checkpoints") if (config.out / n).exists()]
+    if used:
+        remedy = "choose another --out"
+        if newest is not None:
+            remedy = f"pass --resume to continue that run, or {remedy}"
+        raise ValueError(
+            f"out must be a new folder, got {config.out}, which holds {', '.join(used)}: {remedy}"
+        )
+    return None
+
+
 def save(
     folder: Path,
     *,

@@ -1,6 +1,6 @@
 """The training loop, to be read from top to bottom: sample, score, learn, log."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,10 @@ def main(config: TrainConfig, console: Console | None = None) -> Path:
         config: the whole run.
         console: where progress goes; None: standard output.
     Raises: ValueError for a configuration, data or models that do not fit together, a used folder
-        without resume, a checkpoint of another configuration; FloatingPointError for a loss or
-        gradient that is not finite, before the optimiser step.
+        without resume, resume without a checkpoint or with one of another configuration;
+        FloatingPointError for a loss or gradient that is not finite, before the optimiser step.
     """
-    newest = open_folder(config)
+    newest = checkpoint.open_folder(config)
     torch.manual_seed(config.seed)
     with Verifier(config.reward) as verifier:
         loaded = check.load(config)
@@ -67,7 +67,7 @@ def main(config: TrainConfig, console: Console | None = None) -> Path:
         if newest is not None:
             first = checkpoint.load(newest, model=loaded.policy, optimizer=optimizer, config=config)
         config.out.mkdir(parents=True, exist_ok=True)
-        save_yaml(config, config.out / "config.yaml")
+        save_yaml(replace(config, resume=False), config.out / "config.yaml")
         run = Run(
             config=config,
             tokenizer=loaded.tokenizer,
@@ -86,24 +86,6 @@ def main(config: TrainConfig, console: Console | None = None) -> Path:
                 save(run, step + 1)
         checkpoint.export(run.policy.model, run.tokenizer, config.out / "model")
     return config.out
-
-
-def open_folder(config: TrainConfig) -> checkpoint.Checkpoint | None:
-    """The checkpoint to continue from, if any; a used folder is refused unless resume is set."""
-    if not config.resume:
-        used = [
-            n for n in ("config.yaml", "metrics.jsonl", "checkpoints") if (config.out / n).exists()
-        ]
-        if used:
-            raise ValueError(
-                f"out must be a new folder, got {config.out}, which holds {', '.join(used)}: "
-                "pass --resume to continue that run, or choose another --out"
-            )
-        return None
-    newest = checkpoint.latest(config.out / "checkpoints")
-    if newest is not None:
-        checkpoint.check_config(newest, config)
-    return newest
 
 
 def make_optimizer(config: TrainConfig, policy: Policy) -> torch.optim.Optimizer:

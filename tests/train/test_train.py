@@ -100,9 +100,27 @@ def test_resumed_run_equals_the_uninterrupted_one(config: Callable[..., TrainCon
         run(replace(parts, resume=True, seed=1))
     rows = run(replace(parts, resume=True))
     assert without_times(rows) == without_times(expected)
+    saved = [load_yaml(c.out / "config.yaml") for c in (whole, parts)]
+    assert saved[1] == saved[0] | {"out": str(parts.out)}  # --config does not inherit resume
     theirs = weights(whole.out / "model")
     for name, tensor in weights(parts.out / "model").items():
         assert torch.equal(tensor, theirs[name]), name
+
+
+def test_resume_needs_a_checkpoint(config: Callable[..., TrainConfig]) -> None:
+    settings = config(resume=True)
+    with pytest.raises(ValueError, match=r"out must hold a checkpoint .*run, which has none: drop"):
+        run(settings)
+    assert not settings.out.exists()
+    settings.out.mkdir()
+    files = {"config.yaml": "steps: 3\n", "metrics.jsonl": '{"step": 0}\n'}
+    for name, text in files.items():
+        (settings.out / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="drop --resume, or correct --out"):
+        run(settings)
+    assert {p.name: p.read_text("utf-8") for p in settings.out.iterdir()} == files
+    with pytest.raises(ValueError, match=r"holds config.yaml, metrics.jsonl: choose another --out"):
+        run(replace(settings, resume=False))
 
 
 @pytest.mark.parametrize("policy", ["student", "llama"])
