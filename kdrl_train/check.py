@@ -47,11 +47,15 @@ class Loaded:
     teacher_tokenizer: Any | None
     teacher: Teacher | None
     examples: list[Example]
+    held_out: list[Example]
+    """Problems of the evaluation during training; none where it is off."""
 
 
 def load(config: TrainConfig) -> Loaded:
     """Models, tokenizers and problems of a run. Raises ValueError or OSError, as they do."""
-    examples = load_examples(config.data)
+    examples, held_out = load_examples(config.data), []
+    if config.eval.every and config.eval.data.path:
+        held_out = load_examples(config.eval.data)[: config.eval.max_problems]
     teacher = load_teacher(config)
     policy = load_policy(config, teacher)
     return Loaded(
@@ -60,6 +64,7 @@ def load(config: TrainConfig) -> Loaded:
         teacher_tokenizer=None if teacher is None else load_tokenizer(str(config.model.teacher)),
         teacher=teacher,
         examples=examples,
+        held_out=held_out,
     )
 
 
@@ -162,29 +167,40 @@ def check_eos(loaded: Loaded) -> str:
 
 
 def check_prompts(config: TrainConfig, loaded: Loaded) -> str:
-    """Every prompt encodes within data.max_prompt_tokens, and fits the window with its completion.
+    """Every prompt encodes within max_prompt_tokens, and fits the window with its completion:
+    those to learn from in both models, held-out ones (eval.data) in the policy.
 
     Raises: ValueError for a prompt that is too long, or a window that is too short.
     """
     lengths = [len(encode_prompt(loaded.tokenizer, e, config.data)) for e in loaded.examples]
+    try:
+        held_out = [
+            len(encode_prompt(loaded.tokenizer, e, config.eval.data)) for e in loaded.held_out
+        ]
+    except ValueError as error:
+        raise ValueError(f"in eval.data: {error}") from error
     needed = max(lengths) + config.sampling.max_new_tokens
-    models = {"model.policy": loaded.policy, "model.teacher": loaded.teacher}
-    for name, model in models.items():
-        if model is None:
-            continue
-        window = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
-        if window is not None and needed > window:
-            raise ValueError(
-                f"{name} must hold the longest prompt and completion, got a window of {window} "
-                f"tokens for {max(lengths)} + {config.sampling.max_new_tokens}: lower "
-                "sampling.max_new_tokens or choose another model"
-            )
+    _check_window("model.policy", loaded.policy, max(lengths + held_out), config)
+    if loaded.teacher is not None:
+        _check_window("model.teacher", loaded.teacher, max(lengths), config)
+    extra = f"{len(held_out):,} held out of at most {max(held_out)}, " if held_out else ""
     template = config.data.chat_template and loaded.tokenizer.chat_template is not None
     return (
-        f"{len(lengths):,} problems, {min(lengths)} to {max(lengths)} tokens, "
+        f"{len(lengths):,} problems, {min(lengths)} to {max(lengths)} tokens, {extra}"
         f"{'with the chat template' if template else 'without a chat template'}; at most {needed} "
         "tokens with the completion"
     )
+
+
+def _check_window(name: str, model: HeadedModel, longest: int, config: TrainConfig) -> None:
+    """Raises ValueError where a model's positions end before the longest prompt's completion."""
+    window = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+    if window is not None and longest + config.sampling.max_new_tokens > window:
+        raise ValueError(
+            f"{name} must hold the longest prompt and completion, got a window of {window} "
+            f"tokens for {longest} + {config.sampling.max_new_tokens}: lower "
+            "sampling.max_new_tokens or choose another model"
+        )
 
 
 def check_gold(config: TrainConfig, examples: Sequence[Example], verifier: Verifier) -> str:

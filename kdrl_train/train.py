@@ -11,7 +11,7 @@ from torch import Tensor
 from kdrl_train import check, checkpoint, grpo
 from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import save_yaml
-from kdrl_train.data import Example, encode_prompt, load_examples, step_indices
+from kdrl_train.data import Example, encode_prompt, step_indices
 from kdrl_train.evaluate import evaluate
 from kdrl_train.log import RunLog, Stages, peak_memory_bytes
 from kdrl_train.packing import pack
@@ -75,7 +75,7 @@ def main(config: TrainConfig, console: Console | None = None) -> Path:
             teacher=loaded.teacher,
             optimizer=optimizer,
             examples=loaded.examples,
-            held_out=load_held_out(config),
+            held_out=loaded.held_out,
             verifier=verifier,
             log=RunLog(config.out, first, config.steps, console),
         )
@@ -96,13 +96,6 @@ def make_optimizer(config: TrainConfig, policy: Policy) -> torch.optim.Optimizer
         betas=config.optim.betas,
         weight_decay=config.optim.weight_decay,
     )
-
-
-def load_held_out(config: TrainConfig) -> list[Example]:
-    """Problems of the evaluation during training; none where it is off."""
-    if not (config.eval.every and config.eval.data.path):
-        return []
-    return load_examples(config.eval.data)[: config.eval.max_problems]
 
 
 def train_step(run: Run, step: int) -> None:

@@ -12,6 +12,7 @@ import pytest
 from kdrl_train import check, cli
 from kdrl_train.config import (
     DataConfig,
+    EvalConfig,
     ModelConfig,
     OptimConfig,
     RewardConfig,
@@ -111,6 +112,28 @@ def test_prompts_must_fit(config: TrainConfig, loaded: check.Loaded) -> None:
     long = replace(config, sampling=SamplingConfig(max_new_tokens=253))
     with pytest.raises(ValueError, match=r"a window of 256 tokens for 4 \+ 253: lower"):
         check.check_prompts(long, loaded)
+
+
+def test_held_out_prompts_must_fit(config: TrainConfig, tmp_path: Path) -> None:
+    rows = ['{"question": "1+1=", "answer": "2"}', '{"question": "10+10+10=", "answer": "30"}']
+    path = tmp_path / "held.jsonl"
+    path.write_text("\n".join(rows), encoding="utf-8")
+    evaluation = EvalConfig(data=DataConfig(path=str(path)), every=1)
+    held = replace(config, eval=evaluation)
+    loaded = check.load(held)
+    assert "20 problems, 4 to 4 tokens, 2 held out of at most 9," in check.check_prompts(
+        held, loaded
+    )
+    data = replace(evaluation.data, max_prompt_tokens=8)
+    short = replace(held, eval=replace(evaluation, data=data))
+    with pytest.raises(ValueError, match=r"in eval\.data: prompt held\.jsonl:2 .* 8 tokens, got 9"):
+        check.check_prompts(short, loaded)
+    long = replace(held, sampling=SamplingConfig(max_new_tokens=250))
+    with pytest.raises(ValueError, match=r"model\.policy must .* 256 tokens for 9 \+ 250: lower"):
+        check.check_prompts(long, loaded)
+    first = replace(held, eval=replace(evaluation, max_problems=1))
+    assert len(check.load(first).held_out) == 1
+    assert check.load(replace(held, eval=replace(evaluation, every=0))).held_out == []
 
 
 def test_gold_answers_must_be_right(config: TrainConfig) -> None:
