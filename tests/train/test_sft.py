@@ -139,25 +139,24 @@ def test_training_learns_and_two_runs_are_equal(task: Path, tmp_path: Path) -> N
     assert sum(losses[0][-5:]) / 5 < 2.5  # which tokens occur, and in what order
 
 
-def test_loss_is_that_of_each_row_alone(tokenizer) -> None:
+@pytest.mark.parametrize("learn_prompts", [False, True])
+def test_gradient_is_that_of_each_row_alone(tokenizer, learn_prompts: bool) -> None:
     model = make_model(TINY, tokenizer, seed=0).double()
-    rows = [Row([5, 6, 7], [8, 9, 2]), Row([5], [6, 2]), Row([], [7, 8, 2])]
-    for learn_prompts in (False, True):
-        nll, tokens = torch.zeros((), dtype=torch.float64), 0
-        for row in rows:
-            ids = torch.tensor(row.prompt + row.solution)
-            first = 1 if learn_prompts else max(1, len(row.prompt))
-            logits = model(input_ids=ids[None]).logits[0, first - 1 : -1]
-            nll = nll + F.cross_entropy(logits, ids[first:], reduction="sum")
-            tokens += len(ids) - first
-        batch = sft.collate(rows, tokenizer.pad_token_id, learn_prompts)
-        assert len(batch.targets) == tokens
-        ours = sft.sft_loss(model, batch)
-        torch.testing.assert_close(ours.double(), nll / tokens, rtol=1e-6, atol=0)
-        grads = [
-            torch.autograd.grad(loss, model.lm_head.weight)[0] for loss in (ours, nll / tokens)
-        ]
-        torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
+    rows = [Row([5, 6, 7], [8, 9, 2]), Row([5], [6, 2]), Row([], [7, 8, 2]), Row([9], [7] * 9)]
+    assert len(sft.parts(rows)) > 1
+    nll, tokens = torch.zeros((), dtype=torch.float64), 0
+    for row in rows:
+        ids = torch.tensor(row.prompt + row.solution)
+        first = 1 if learn_prompts else max(1, len(row.prompt))
+        logits = model(input_ids=ids[None]).logits[0, first - 1 : -1]
+        nll = nll + F.cross_entropy(logits, ids[first:], reduction="sum")
+        tokens += len(ids) - first
+    expected = torch.autograd.grad(nll / tokens, list(model.parameters()))
+    loss, counted = sft.backward(model, rows, tokenizer.pad_token_id, learn_prompts)
+    assert counted == tokens
+    assert loss == pytest.approx((nll / tokens).item(), rel=1e-6)
+    for parameter, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, grad, rtol=1e-5, atol=1e-7)
 
 
 def test_batches_hold_every_row_once_within_the_budget() -> None:
@@ -165,13 +164,22 @@ def test_batches_hold_every_row_once_within_the_budget() -> None:
     found = sft.batches(lengths, 128, seed=3, epoch=0)
     assert sorted(i for batch in found for i in batch) == list(range(201))
     for batch in found:
-        assert batch == [200] or len(batch) * max(lengths[i] for i in batch) <= 128
+        assert batch == [200] or sum(lengths[i] for i in batch) <= 128
     for left, right in itertools.pairwise(found):  # none could have taken one more
-        longest = max(lengths[i] for i in [*left, right[0]])
-        assert (len(left) + 1) * longest > 128
+        assert sum(lengths[i] for i in [*left, right[0]]) > 128
     assert sft.batches(lengths, 128, seed=3, epoch=0) == found
     assert sft.batches(lengths, 128, seed=3, epoch=1) != found
     assert sft.batches(lengths, 128, seed=4, epoch=0) != found
+
+
+def test_parts_hold_every_row_once_with_little_padding() -> None:
+    rows = [Row([i], [0] * ((7 * i) % 40 + 1)) for i in range(60)]
+    found = sft.parts(rows)
+    assert sorted(row.prompt[0] for part in found for row in part) == list(range(60))
+    for part in found:
+        assert len(part) * max(map(len, part)) <= 1.25 * sum(map(len, part))
+    assert 1 < len(found) < 12
+    assert len(sft.parts([rows[0]] * 9)) == 1
 
 
 def test_learning_rate_by_hand(task: Path) -> None:
