@@ -44,7 +44,7 @@ def group_advantages(rewards_PG: Tensor, estimator: str, std_floor: float = 1e-4
         group = int((count == 0).flatten().nonzero()[0])
         raise ValueError(
             f"rewards_PG must hold a number in every group, got only NaN in group {group} of this "
-            "step: the reward function failed on all of its completions; see the verifier's errors"
+            "step: the reward function failed on all of its completions; leave the group out"
         )
     rewards = rewards.where(valid, 0.0)
     mean = rewards.sum(dim=1, keepdim=True) / count

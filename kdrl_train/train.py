@@ -106,7 +106,7 @@ def train_step(run: Run, step: int) -> None:
     with stages("rollout"):
         examples, rollouts = sample(run, step)
     with stages("verify"):
-        batch = score(run, examples, rollouts)
+        batch = score(run, examples, rollouts, step)
     sums, loss = accumulate(run, batch, step, stages)
     with stages("update"):
         grad_norm = torch.nn.utils.clip_grad_norm_(
@@ -166,11 +166,25 @@ def sample(run: Run, step: int) -> tuple[list[Example], Rollouts]:
     return [e for e in examples for _ in range(config.sampling.group_size)], rollouts
 
 
-def score(run: Run, examples: list[Example], rollouts: Rollouts) -> Batch:
-    """Rewards of R completions, from the verifier's processes."""
+def score(run: Run, examples: list[Example], rollouts: Rollouts, step: int) -> Batch:
+    """Rewards of R completions, from the verifier's processes; the first failure is logged.
+
+    Raises: ValueError where the reward function failed on all completions of a prompt.
+    """
     verdicts = run.verifier.score(rollouts.texts, [example.answer for example in examples])
-    rewards = torch.tensor(verdicts.rewards, dtype=torch.float64)
-    return Batch(examples, rollouts, verdicts, rewards.view(-1, run.config.sampling.group_size))
+    size = run.config.sampling.group_size
+    rewards = torch.tensor(verdicts.rewards, dtype=torch.float64).view(-1, size)
+    if verdicts.errors:
+        r, message = next(iter(verdicts.errors.items()))
+        failed = f"step {step + 1}: {len(verdicts.errors)} of {rewards.numel()} rewards failed"
+        run.log.say(f"{failed}; first: {examples[r].id}: {message}")
+    for group in rewards.isnan().all(dim=1).nonzero().flatten().tolist():
+        raise ValueError(
+            f"reward.function must return a number for some completion of each prompt, got none "
+            f"for the {size} of {examples[group * size].id} at step {step}; first: "
+            f"{verdicts.errors[group * size]}: correct the function, or remove the row"
+        )
+    return Batch(examples, rollouts, verdicts, rewards)
 
 
 def accumulate(
@@ -223,14 +237,15 @@ def stop_if_not_finite(run: Run, batch: Batch, step: int, loss: float, grad_norm
         "grad_norm": grad_norm,
         "rewards": batch.rewards,
         "outcomes": batch.verdicts.outcomes,
+        "errors": batch.verdicts.errors,
         "example_ids": [example.id for example in batch.examples],
         **asdict(batch.rollouts),
     }
     torch.save(dump, path)
     raise FloatingPointError(
         f"loss and gradient norm must be finite, got loss {loss} and gradient norm {grad_norm} at "
-        f"step {step}: stopped before the optimiser step; the batch is in {path}, and --resume "
-        "continues from the newest checkpoint, e.g. with a lower optim.learning_rate"
+        f"step {step}: stopped before the optimiser step; the batch is in {path}. --resume would "
+        "repeat the step: start a new run, e.g. with a lower optim.learning_rate"
     )
 
 

@@ -13,5 +13,11 @@ def one_missing(completion: str, answer: str) -> float:
     return early_bytes(completion, answer) if completion[:1].isascii() else math.nan
 
 
+def fails_on_three(completion: str, answer: str) -> float:
+    if answer == "3":
+        raise ValueError("three is [unlucky]")
+    return early_bytes(completion, answer)
+
+
 def always_right(_completion: str, _answer: str) -> float:
     return 1.0

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -212,16 +213,39 @@ def test_masked_completions_cost_no_teacher(
 
 def test_a_missing_reward_is_counted_and_left_out(config: Callable[..., TrainConfig]) -> None:
     sampling = SamplingConfig(prompts_per_step=2, group_size=16, max_new_tokens=4)
-    row = run(config(reward="one_missing", steps=1, sampling=sampling))[0]
+    lines = io.StringIO()
+    settings = config(reward="one_missing", steps=1, sampling=sampling)
+    train.main(settings, Console(file=lines))
+    (row,) = read_rows(settings.out)
     assert 0 < row["verifier_error"] < 32
+    first = re.search(r"step 1: (\d+) of 32 rewards failed; first: (\S+): (.*)", lines.getvalue())
+    assert int(first[1]) == row["verifier_error"]
+    assert first[2].startswith("task.jsonl:")
+    assert first[3] == "reward must be a finite number, got nan"
     assert row["rewards_missing"] == row["verifier_error"]
     assert math.isfinite(row["loss"])
+
+
+def test_a_prompt_without_any_reward_stops_the_run(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train.check, "GOLD_AT_START", 3)  # the preflight would find it
+    lines = io.StringIO()
+    sampling = SamplingConfig(prompts_per_step=20, group_size=2, max_new_tokens=2)
+    settings = config(reward="fails_on_three", sampling=sampling)
+    message = r"got none for the 2 of task\.jsonl:\d+ at step 0; first: ValueError: three is \[unl"
+    with pytest.raises(ValueError, match=message):
+        train.main(settings, Console(file=lines))
+    assert "step 1: 8 of 40 rewards failed; first: task.jsonl:" in lines.getvalue()
+    assert "ValueError: three is [unlucky]" in lines.getvalue()
+    assert read_rows(settings.out) == []
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step(
     config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = config(steps=2, save_every=1)
+    sampling = SamplingConfig(prompts_per_step=2, group_size=16, max_new_tokens=4)
+    settings = config(reward="one_missing", steps=2, save_every=1, sampling=sampling)
     terms = train.grpo.completion_terms
 
     def break_second_step(rewards: Tensor, method: Any, step: int) -> tuple[Tensor, Tensor]:
@@ -232,8 +256,11 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(
     with pytest.raises(FloatingPointError, match=r"at step 1: stopped before the optimiser step"):
         run(settings)
     dump = torch.load(settings.out / "failed_step_000001.pt")
-    assert dump["rewards"].shape == (4, 4)
-    assert len(dump["completion_ids"]) == 16
+    failed = [r for r, reward in enumerate(dump["rewards"].flatten()) if reward.isnan()]
+    assert failed
+    assert dump["errors"] == dict.fromkeys(failed, "reward must be a finite number, got nan")
+    assert dump["rewards"].shape == (2, 16)
+    assert len(dump["completion_ids"]) == 32
     assert [row["step"] for row in read_rows(settings.out)] == [0]
     monkeypatch.undo()
     rows = run(replace(settings, resume=True))
