@@ -13,7 +13,8 @@ class ModelConfig:
     policy: str = ""
     """Folder or hub id of the policy (student) at step 0: any causal LM of transformers."""
     teacher: str | None = None
-    """Folder or hub id of the teacher, with the policy's tokenizer. Needed if method.kd is set."""
+    """Folder or hub id of the teacher, with the policy's tokenizer. Needed if method.kd is set;
+    `eval` reads only its vocabulary's size: columns that it lacks were not sampled in training."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward and backward pass, and of the teacher. The policy's weights and
     AdamW's moments stay float32: at a learning rate of 1e-6 a bfloat16 weight would not move."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoConfig
 
 from kdrl_train.config import DataConfig, EvaluateConfig, SamplingConfig
 from kdrl_train.data import Example, encode_prompt, load_examples
@@ -71,6 +72,7 @@ def evaluate(
     verifier: Verifier,
     samples: int,
     seed: int = 0,
+    vocab_size: int | None = None,
 ) -> EvalResult:
     """Sample `samples` completions of each example and score them.
 
@@ -83,15 +85,15 @@ def evaluate(
         data: how a prompt is encoded.
         sampling: max_new_tokens, temperature, batch_size; its group_size is replaced by `samples`.
         verifier: open.
+        vocab_size: columns from here on are never drawn; None: the model's own width.
     Raises: ValueError for an empty list of examples.
     """
     if not examples:
         raise ValueError("examples must hold at least one problem, got none")
     start = time.perf_counter()
     prompts = [encode_prompt(tokenizer, example, data) for example in examples]
-    rollouts = generate_rollouts(
-        model, tokenizer, prompts, replace(sampling, group_size=samples), seed, EVAL_STEP
-    )
+    sampling = replace(sampling, group_size=samples)
+    rollouts = generate_rollouts(model, tokenizer, prompts, sampling, seed, EVAL_STEP, vocab_size)
     answers = [example.answer for example in examples for _ in range(samples)]
     verdicts = verifier.score(rollouts.texts, answers)
     right_P = torch.tensor([o == "right" for o in verdicts.outcomes]).view(-1, samples).sum(dim=1)
@@ -126,7 +128,17 @@ def evaluate_folder(config: EvaluateConfig) -> EvalResult:
             verifier=verifier,
             samples=config.samples,
             seed=config.seed,
+            vocab_size=common_width(model, config.model.teacher),
         )
+
+
+def common_width(model: Any, teacher: str | None) -> int:
+    """Columns that a policy trained with `teacher` (folder or hub id) samples from: those that
+    both heads have; without a teacher all of its own. Of the teacher only the config is read."""
+    columns = model.get_output_embeddings().weight.shape[0]
+    if teacher is None:
+        return columns
+    return min(columns, AutoConfig.from_pretrained(teacher).get_text_config().vocab_size)
 
 
 def result_table(results: dict[str, EvalResult]) -> Table:

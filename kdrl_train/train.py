@@ -278,6 +278,7 @@ def evaluation(run: Run) -> dict[str, float]:
             verifier=run.verifier,
             samples=config.eval.samples,
             seed=config.seed,
+            vocab_size=run.policy.limit,
         ).metrics()
 
 

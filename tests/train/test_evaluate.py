@@ -1,17 +1,30 @@
 """evaluate: unbiased pass@k, and numbers that come from the completions."""
 
+import io
 import json
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdrl_train import cli
-from kdrl_train.config import DataConfig, RewardConfig, SamplingConfig
+from kdrl_train import cli, rollout, train
+from kdrl_train import evaluate as evaluation
+from kdrl_train.config import (
+    DataConfig,
+    EvalConfig,
+    EvaluateConfig,
+    ModelConfig,
+    RewardConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 from kdrl_train.data import load_examples
-from kdrl_train.evaluate import evaluate, pass_at_k
+from kdrl_train.evaluate import evaluate, evaluate_folder, pass_at_k
 from kdrl_train.verifier import Verifier
 from tests.train import scripted_rewards
 
@@ -58,6 +71,57 @@ def test_a_measurement_of_a_model(folders: dict[str, Path], tokenizer: Any) -> N
             evaluate(
                 model, tokenizer, [], data=data, sampling=SAMPLING, verifier=verifier, samples=1
             )
+
+
+@pytest.fixture
+def padded(folders: dict[str, Path], tokenizer: Any, tiny: Any, tmp_path: Path) -> Path:
+    """The student with 6 columns of padding, whose logits are all but sure to be drawn."""
+    model = tiny("qwen2", seed=1, vocab_size=len(tokenizer) + 6, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight[len(tokenizer) :] *= 100
+    model.save_pretrained(tmp_path / "padded")
+    AutoTokenizer.from_pretrained(folders["student"]).save_pretrained(tmp_path / "padded")
+    return tmp_path / "padded"
+
+
+def test_columns_that_the_teacher_lacks_are_not_drawn(
+    folders: dict[str, Path], padded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    highest = []
+    generate = rollout.generate_rollouts
+
+    def watch(*args: Any, **named: Any) -> Any:
+        out = generate(*args, **named)
+        highest.append(max(int(ids.max()) for ids in out.completion_ids))
+        return out
+
+    monkeypatch.setattr(evaluation, "generate_rollouts", watch)
+    own = EvaluateConfig(
+        model=ModelConfig(policy=str(padded), device="cpu"),
+        data=DataConfig(path=str(folders["task"])),
+        sampling=SAMPLING,
+        reward=REWARD,
+        samples=1,
+    )
+    evaluate_folder(own)
+    model = replace(own.model, teacher=str(folders["teacher"]))
+    evaluate_folder(replace(own, model=model))
+    assert highest[0] >= 258 > highest[1]
+    held = EvalConfig(data=own.data, every=1, samples=1, max_problems=5)
+    train.main(
+        TrainConfig(
+            out=padded.with_name("run"),
+            steps=1,
+            model=model,
+            data=own.data,
+            sampling=replace(SAMPLING, prompts_per_step=2, group_size=2),
+            reward=REWARD,
+            eval=held,
+        ),
+        Console(file=io.StringIO()),
+    )
+    assert len(highest) == 3
+    assert highest[2] < 258
 
 
 def test_command_writes_table_and_json(
