@@ -296,6 +296,14 @@ def device_of(config: ModelConfig) -> torch.device:
     return torch.device(config.device)
 
 
+def use_device(config: ModelConfig) -> torch.device:
+    """The run's device; a GPU named by its index becomes the current one, where kernels launch."""
+    device = device_of(config)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
+
+
 def load_tokenizer(folder: str) -> Any:
     """The tokenizer of a model folder or hub id."""
     return AutoTokenizer.from_pretrained(folder)
@@ -313,6 +321,7 @@ def load_model(folder: str, key: str, config: ModelConfig, dtype: torch.dtype) -
     """
     if not folder:
         raise ValueError(f"{key} must name a folder or hub id, got nothing: set {key}")
+    device = use_device(config)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation=config.attention
@@ -322,7 +331,7 @@ def load_model(folder: str, key: str, config: ModelConfig, dtype: torch.dtype) -
             f"{key} must be a folder with a causal LM of transformers, or a hub id, got "
             f"{folder!r} (looked in {Path.cwd()}): {error}"
         ) from error
-    return model.to(device_of(config)).eval()
+    return model.to(device).eval()
 
 
 def load_teacher(config: TrainConfig) -> Teacher | None:

@@ -102,7 +102,7 @@ def train_step(run: Run, step: int) -> None:
     """One optimiser step, from prompts to the log."""
     config, stages = run.config, Stages()
     if run.policy.model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(run.policy.model.device)
     with stages("rollout"):
         examples, rollouts = sample(run, step)
     with stages("verify"):

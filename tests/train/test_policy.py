@@ -16,6 +16,7 @@ from kdrl_train.policy import (
     Policy,
     Teacher,
     checkpoint_activations,
+    load_model,
     load_policy,
     load_teacher,
     probe,
@@ -274,3 +275,12 @@ def test_vocabulary_ends_where_the_shorter_head_does(
     config = TrainConfig(model=ModelConfig(policy=str(folders["student"])))
     assert load_policy(config, teacher).limit == V - 4
     assert load_policy(config, None).limit == V
+
+
+def test_a_gpu_named_by_its_index_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("cpu", "cuda", "cuda:1"):  # the folder is looked for only then
+        with pytest.raises(ValueError, match=r"model\.policy must be a folder with a causal LM"):
+            load_model("absent/", "model.policy", ModelConfig(device=name), torch.float32)
+    assert chosen == [torch.device("cuda:1")]
