@@ -44,7 +44,7 @@ KL_STEP = 2**31 + 1  # seeds of the completions that the KL is measured on; eval
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoConfig:
-    """The whole demo. The defaults take about three minutes on two idle cores."""
+    """The whole demo. The defaults take about three and a half minutes on two cores."""
 
     out: Path | None = None
     """New folder for everything; None: the first free one of runs/demo, runs/demo-2, ..."""
