@@ -167,3 +167,22 @@ def test_a_teacher_equal_to_the_student_gives_exactly_zero(kd: str, impl: str, d
     assert result.loss == 0
     assert hidden.grad.abs().max() == 0
     assert weight.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("kd", ["k2", "rkl"])
+def test_the_teacher_is_never_trained(kd: str, impl: str, device: str) -> None:
+    hidden, t_hidden = torch.randn(2, 5, 8, device=device).requires_grad_().unbind()
+    weight, t_weight = (torch.randn(11, 8, device=device).requires_grad_() for _ in range(2))
+    result = kk.kdrl_loss(
+        hidden,
+        weight,
+        torch.arange(5, device=device),
+        advantages=torch.ones(5, device=device),
+        teacher=kk.TeacherHead(t_hidden, t_weight),
+        objective=kk.Objective(kd=kd),
+        impl=impl,
+    )
+    gradients = torch.autograd.grad(result.loss, [weight, t_weight, t_hidden], allow_unused=True)
+    assert gradients[0].abs().max() > 0
+    assert gradients[1:] == (None, None)
