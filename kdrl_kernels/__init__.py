@@ -1,16 +1,27 @@
 """One pass over the LM head: log-probabilities, teacher KL, policy-gradient loss and gradients."""
 
-from kdrl_kernels.api import LogprobOutput, LossOutput, kdrl_loss, linear_logprobs
+from kdrl_kernels.api import (
+    LogprobOutput,
+    LossOutput,
+    kdrl_loss,
+    linear_logprobs,
+    linear_token_loss,
+)
 from kdrl_kernels.head import TeacherHead
-from kdrl_kernels.objective import Objective
+from kdrl_kernels.objective import Objective, Rows
+from kdrl_kernels.plan import ChunkPlan, chunk_plan
 
 __version__ = "0.1.0"
 __all__ = [
+    "ChunkPlan",
     "LogprobOutput",
     "LossOutput",
     "Objective",
+    "Rows",
     "TeacherHead",
     "__version__",
+    "chunk_plan",
     "kdrl_loss",
     "linear_logprobs",
+    "linear_token_loss",
 ]

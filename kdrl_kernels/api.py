@@ -1,17 +1,25 @@
 """The public functions: contract, checks and choice of implementation."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import overload
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from kdrl_kernels import checks, gemm, logprobs, one_pass, reference
+from kdrl_kernels import checks, library, logprobs, reference, token_loss
 from kdrl_kernels.call import LossCall
-from kdrl_kernels.head import Head, TeacherHead
-from kdrl_kernels.objective import Objective, row_metrics
+from kdrl_kernels.head import Head, TeacherHead, gathered
+from kdrl_kernels.objective import (
+    CallerLoss,
+    ExactKd,
+    Objective,
+    Rows,
+    TokenLoss,
+    row_metrics,
+)
+from kdrl_kernels.one_pass import needs_gradient
+from kdrl_kernels.plan import Geometry, max_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +46,7 @@ class LossOutput:
     teacher_logprobs: Tensor | None
     """[N], the teacher's; None without a teacher."""
     kl: Tensor | None
-    """[N], exact KL(p‖q) for "rkl", KL(q‖p) for "fkl", in nats; else None."""
+    """[N] in nats: KL(p‖q) for "rkl", KL(q‖p) for "fkl", Jensen-Shannon for "jsd"; else None."""
     entropy: Tensor | None
     """[N] in nats, where asked for or part of the loss."""
     metrics: dict[str, Tensor]
@@ -55,6 +63,7 @@ def linear_logprobs(
     softcap: float | None = None,
     entropy: bool = False,
     workspace_bytes: int | None = None,
+    cache_bytes: int = 0,
     impl: str | None = None,
 ) -> LogprobOutput:
     """Log-probability of one token per row, and entropy, without [N, V] logits.
@@ -64,7 +73,8 @@ def linear_logprobs(
 
     Args:
         hidden: [N, H], float32, float16, bfloat16 or float64. A non-contiguous one is fine.
-        weight: [V, H], dtype and device of hidden.
+        weight: [V, H], dtype and device of hidden. A DTensor (FSDP2) is gathered once; its
+            gradient comes back in its own layout, summed over the ranks. bias: the same.
         tokens: [N] int64 in [0, V). One outside raises on a CPU; on a GPU, where raising would
             wait for the device, every log-probability is NaN.
         bias: [V] or None.
@@ -74,6 +84,9 @@ def linear_logprobs(
         workspace_bytes: bound of the memory beyond inputs, outputs and gradients; None: 2,048
             rows or 1.25 GB, the larger, and at most a quarter of what is free; on a CPU 256 MB,
             where 16-bit weights are widened 16 MB at a time beside it.
+        cache_bytes: where a gradient is wanted, keep the float32 logits of as many chunks as fit
+            until backward, which then does not compute them again: 3u in place of 4u for those,
+            the same gradients to the bit.
         impl: "triton", "torch" or "reference" (full logits, the definition). None: Triton on GPU
             tensors, PyTorch elsewhere. A named one never falls back.
     Returns: LogprobOutput in nats, float32 (float64 for float64 inputs); differentiable once in
@@ -82,19 +95,23 @@ def linear_logprobs(
     Memory: C rows of float32 logits; backward float32 gradients, each rounded once.
     Source: chunked recomputation; the log-sum-exp of arXiv:1805.02867. Maths: rows/README.md.
     """
+    weight, bias = gathered(weight), gathered(bias)
     head = Head(hidden, weight, bias, temperature, softcap)
     checks.check_tokens(tokens, head)
-    checks.check_workspace(workspace_bytes)
+    checks.check_bytes("workspace_bytes", workspace_bytes)
     impl = checks.choose_impl(impl, head)
-    bad = checks.bad_tokens(tokens, weight.shape[0], "V")
-    tokens = tokens.clamp(0, weight.shape[0] - 1)  # a kernel must not read elsewhere
-    with _as_given(hidden.device):
-        if impl == "reference":
-            terms = reference.row_terms(head, tokens, weight.shape[0], entropy=entropy)
-            lp, entropies = terms.logprobs, terms.entropy
-        else:
-            lp, entropies = logprobs.linear_logprobs(head, tokens, entropy, impl, workspace_bytes)
-    return LogprobOutput(_poison(lp, bad), entropies)
+    if impl == "reference":
+        return LogprobOutput(*reference.linear_logprobs(head, tokens, entropy))
+    rows = max_rows(_geometry(head, None, None, impl), workspace_bytes)
+    cached = 0
+    if any(needs_gradient(head)):
+        V, dtype = weight.shape[0], hidden.dtype
+        cached = logprobs.cached_rows(len(tokens), V, dtype, rows, cache_bytes)
+    return LogprobOutput(
+        *library.linear_logprobs(
+            head, tokens, entropy=entropy, impl=impl, max_rows=rows, cached=cached
+        )
+    )
 
 
 def kdrl_loss(
@@ -115,6 +132,7 @@ def kdrl_loss(
     softcap: float | None = None,
     vocab_size: int | None = None,
     entropy: bool = False,
+    compact: bool | None = None,
     workspace_bytes: int | None = None,
     impl: str | None = None,
 ) -> LossOutput:
@@ -137,81 +155,180 @@ def kdrl_loss(
         normalizer: number or 0-d tensor, e.g. the global token count; None: sum(token_weights).
         vocab_size: columns from here on do not exist in either model; None: min(V, V_t).
         entropy: also return the entropy of each row.
-    Returns: LossOutput. metrics: tokens, bad_tokens, ratio_mean, ratio_max, clip_fraction (policy
-        "clip"), with a teacher teacher_gap_mean (mean lp - lq, nats) and k2_mean, and with a
-        sampled KD kd_flip_fraction (share of tokens where it turns the sign of the advantage).
+        compact: leave rows whose logits have no gradient (clipped, or advantage 0 and no KD) out
+            of dX and dW. On a GPU the host then waits, once a chunk, for their number while the
+            gradient kernel runs. None: on a CPU, and where token_weights are given.
+    Returns: LossOutput. metrics: tokens (rows projected), gradient_rows (rows of dX and dW),
+        bad_tokens, ratio_mean, ratio_max, clip_fraction (policy "clip"), with a teacher
+        teacher_gap_mean (mean lp - lq, nats) and k2_mean, and with a sampled KD
+        kd_flip_fraction (share of tokens where it turns the sign of the advantage).
     Raises: ValueError for a shape, device, token or option; TypeError for a type or dtype.
     Memory: as linear_logprobs, two buffers for exact KD; gradients are taken in the forward pass
         and kept in float32 until backward rounds them once. Under no_grad none are computed.
     Source: KDRL, arXiv:2506.02208. Derivations: rows/README.md.
     """
-    student = Head(hidden, weight, bias, temperature, softcap)
-    checks.check_tokens(tokens, student)
-    checks.check_workspace(workspace_bytes)
-    checks.check_teacher(objective, teacher, teacher_logprobs, student)
+    checks.check_objective(objective, teacher, teacher_logprobs)
+    student = Head(hidden, gathered(weight), gathered(bias), temperature, softcap)
     if advantages is None and objective.policy != "off":
         raise ValueError(f"advantages must be [N] for policy={objective.policy!r}, got None")
-    weights = checks.row_tensor("token_weights", token_weights, student)
-    if weights is None:
-        weights = torch.ones_like(tokens, dtype=gemm.accumulator(hidden.dtype))
+    call, impl = _loss_call(
+        student,
+        tokens,
+        objective,
+        token_weights=token_weights,
+        teacher=teacher,
+        teacher_logprobs=teacher_logprobs,
+        normalizer=normalizer,
+        vocab_size=vocab_size,
+        entropy=entropy,
+        compact=compact,
+        workspace_bytes=workspace_bytes,
+        impl=impl,
+    )
+    call = replace(
+        call,
+        advantages=checks.row_tensor("advantages", advantages, student),
+        old_logprobs=checks.row_tensor("old_logprobs", old_logprobs, student),
+        kd_weight=checks.row_tensor("kd_weight", kd_weight, student),
+    )
+    if impl == "reference":
+        loss, terms, counts = reference.loss(call)
+    else:
+        loss, terms, counts = library.kdrl_loss(call, impl)
+    used = None if call.weights is None else call.weights != 0
+    rows = call.rows(terms.map(Tensor.detach), slice(0, len(tokens)))
+    return _output(loss, rows, used, row_metrics(objective, rows, used), counts)
+
+
+def linear_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    loss_fn: Callable[[Rows], Tensor],
+    *,
+    token_weights: Tensor | None = None,
+    teacher: TeacherHead | None = None,
+    teacher_logprobs: Tensor | None = None,
+    kl: ExactKd | None = None,
+    jsd_alpha: float = 0.5,
+    normalizer: float | Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    entropy: bool = False,
+    compact: bool | None = None,
+    workspace_bytes: int | None = None,
+    impl: str | None = None,
+) -> LossOutput:
+    """A caller's own loss of each token, in one pass over the head, at the cost of kdrl_loss.
+
+    loss = (1 / normalizer) · sum_n token_weights[n] · loss_fn(rows)[n]
+
+    Args:
+        loss_fn: rows -> [C] losses, called once a chunk under autograd. rows.index [C] says which
+            of the N rows these are (advantages[rows.index]); rows.logprobs, rows.kl and
+            rows.entropy carry the gradient; rows.teacher_logprobs does not. The loss of a row may
+            depend on that row alone: which rows come together is the chunk plan's business.
+            Gradients reach hidden, weight and bias, no other tensor.
+        teacher, teacher_logprobs: give rows.teacher_logprobs.
+        kl: "rkl", "fkl" or "jsd" gives rows.kl; needs a TeacherHead.
+        entropy: gives rows.entropy, and returns it.
+        The rest: as kdrl_loss.
+    Returns: LossOutput; metrics: tokens, gradient_rows, bad_tokens.
+    Raises: as kdrl_loss; ValueError or TypeError where loss_fn does not return [C] losses that
+        depend on the rows.
+    Memory: as kdrl_loss. Under torch.compile a caller's function breaks the graph here.
+    """
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
+    if kl is not None and kl not in get_args(ExactKd):
+        raise ValueError(f"kl must be one of {get_args(ExactKd)} or None, got {kl!r}")
+    if kl is not None and teacher is None:
+        raise ValueError(f"teacher must be a TeacherHead for kl={kl!r}, got None")
+    if not 0 < jsd_alpha < 1:
+        raise ValueError(f"jsd_alpha must be in (0, 1), got {jsd_alpha}")
+    call, impl = _loss_call(
+        Head(hidden, gathered(weight), gathered(bias), temperature, softcap),
+        tokens,
+        CallerLoss(loss_fn, kl, jsd_alpha, entropy),
+        token_weights=token_weights,
+        teacher=teacher,
+        teacher_logprobs=teacher_logprobs,
+        normalizer=normalizer,
+        vocab_size=vocab_size,
+        entropy=entropy,
+        compact=compact,
+        workspace_bytes=workspace_bytes,
+        impl=impl,
+    )
+    if impl == "reference":
+        loss, terms, counts = reference.loss(call)
+    else:
+        loss, terms, counts = token_loss.token_loss(call, impl)
+    used = None if call.weights is None else call.weights != 0
+    rows = call.rows(terms.map(Tensor.detach), slice(0, len(tokens)))
+    return _output(loss, rows, used, {}, counts)
+
+
+def _loss_call(
+    student: Head,
+    tokens: Tensor,
+    loss: TokenLoss,
+    *,
+    token_weights: Tensor | None,
+    teacher: TeacherHead | None,
+    teacher_logprobs: Tensor | None,
+    normalizer: float | Tensor | None,
+    vocab_size: int | None,
+    entropy: bool,
+    compact: bool | None,
+    workspace_bytes: int | None,
+    impl: str | None,
+) -> tuple[LossCall, str]:
+    """(the call after every check that reads no value, the implementation)."""
+    checks.check_tokens(tokens, student)
+    checks.check_bytes("workspace_bytes", workspace_bytes)
+    checks.check_teacher(teacher, teacher_logprobs, student)
+    impl = checks.choose_impl(impl, student)
+    if teacher is not None:
+        teacher = replace(teacher, weight=gathered(teacher.weight), bias=gathered(teacher.bias))
+    if compact is None:
+        compact = student.hidden.device.type == "cpu" or token_weights is not None
     call = LossCall(
         student=student,
         tokens=tokens,
         vocab_size=checks.check_vocab_size(vocab_size, student, teacher),
-        objective=objective,
-        weights=weights,
-        normalizer=checks.normalizer_tensor(normalizer, weights),
-        advantages=checks.row_tensor("advantages", advantages, student),
-        old_logprobs=checks.row_tensor("old_logprobs", old_logprobs, student),
-        kd_weight=checks.row_tensor("kd_weight", kd_weight, student),
+        loss=loss,
+        weights=checks.row_tensor("token_weights", token_weights, student),
+        normalizer=checks.normalizer_tensor(normalizer, student),
         teacher=teacher,
         teacher_logprobs=checks.row_tensor("teacher_logprobs", teacher_logprobs, student),
         entropy=entropy,
-        workspace_bytes=workspace_bytes,
+        compact=compact,
     )
-    impl = checks.choose_impl(impl, student)
-    bad = checks.bad_tokens(tokens, call.vocab_size, "vocab_size", weights)
-    call = replace(call, tokens=tokens.clamp(0, call.vocab_size - 1))
-    active = None
-    if token_weights is not None:
-        call, active = call.drop_masked_rows()
-    with _as_given(hidden.device):
-        if impl == "reference":
-            loss, terms = reference.kdrl_loss(call)
-        else:
-            loss, terms = one_pass.kdrl_loss(call, impl)
-    rows = call.rows(terms.detach())
-    metrics = row_metrics(objective, rows)
-    metrics |= {"tokens": torch.full_like(bad, len(call.tokens)), "bad_tokens": bad}
+    if impl == "reference":
+        return call, impl
+    geometry = _geometry(student, teacher, loss.kd, impl)
+    return replace(call, max_rows=max_rows(geometry, workspace_bytes)), impl
+
+
+def _geometry(student: Head, teacher: Head | None, kd: str | None, impl: str) -> Geometry:
+    (N, H), V = student.hidden.shape, student.weight.shape[0]
+    V_t, H_t = (0, 0) if teacher is None else teacher.weight.shape
+    return Geometry(N, H, V, H_t, V_t, kd, student.hidden.dtype, student.hidden.device, impl)
+
+
+def _output(
+    loss: Tensor, rows: Rows, used: Tensor | None, metrics: dict[str, Tensor], counts: Tensor
+) -> LossOutput:
+    names = ("tokens", "gradient_rows", "bad_tokens")
+    lq = rows.teacher_logprobs
     return LossOutput(
-        loss=_poison(loss, bad),
-        logprobs=_spread(rows.logprobs, active, len(tokens)),
-        teacher_logprobs=_spread(rows.teacher_logprobs, active, len(tokens)),
-        kl=_spread(rows.kl, active, len(tokens)),
-        entropy=_spread(rows.entropy, active, len(tokens)),
-        metrics=metrics,
+        loss=loss,
+        logprobs=rows.logprobs,
+        teacher_logprobs=lq if lq is None or used is None else torch.where(used, lq, 0),
+        kl=rows.kl,
+        entropy=rows.entropy,
+        metrics=metrics | dict(zip(names, counts.unbind(), strict=True)),
     )
-
-
-@contextmanager
-def _as_given(device: torch.device) -> Iterator[None]:
-    """Compute in the dtypes given, whatever autocast says, and launch on the tensors' own GPU."""
-    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with on_device, torch.autocast(device.type, enabled=False):
-        yield
-
-
-def _poison(values: Tensor, bad: Tensor) -> Tensor:
-    """values, or NaN in value and gradient where a token was out of range."""
-    return values * torch.where(bad > 0, torch.nan, 1.0).to(values.dtype)
-
-
-@overload
-def _spread(values: Tensor, active: Tensor | None, N: int) -> Tensor: ...
-@overload
-def _spread(values: None, active: Tensor | None, N: int) -> None: ...
-def _spread(values: Tensor | None, active: Tensor | None, N: int) -> Tensor | None:
-    """[N] with values in the active rows and 0 elsewhere."""
-    if values is None or active is None:
-        return values
-    return values.new_zeros(N).index_copy_(0, active, values)

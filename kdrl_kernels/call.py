@@ -2,12 +2,25 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
+import torch
 from torch import Tensor
 
 from kdrl_kernels.head import Head
-from kdrl_kernels.objective import EXACT_KD, Objective, Rows
+from kdrl_kernels.objective import EXACT_KD, CallerLoss, Rows, TokenLoss
+
+RowSet = slice | Tensor
+"""Some of N rows: a slice, or their int64 numbers."""
+
+
+def take(tensor: Tensor, rows: RowSet) -> Tensor:
+    """tensor[rows]: a view for a slice, a copy for numbers."""
+    return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
+
+
+def size_of(rows: RowSet) -> int:
+    """How many rows these are."""
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,19 +32,21 @@ class RowTerms:
     teacher_logprobs: Tensor | None = None
     kl: Tensor | None = None
 
-    def detach(self) -> "RowTerms":
-        """The same numbers outside the graph."""
-        return self.map(Tensor.detach)
-
     def map(self, fn: Callable[[Tensor], Tensor]) -> "RowTerms":
         """fn of every field that is there."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{k: fn(v) for k, v in found.items() if v is not None})
 
+    def spread(self, rows: RowSet, N: int) -> "RowTerms":
+        """[N] with these terms in `rows` and 0 elsewhere."""
+        if isinstance(rows, slice):
+            return self
+        return self.map(lambda values: values.new_zeros(N).index_copy(0, rows, values))
+
 
 @dataclass(frozen=True, slots=True)
 class LossCall:
-    """Arguments of kdrl_loss after its checks.
+    """Arguments of kdrl_loss or linear_token_loss after the checks that read no value.
 
     [N] floats are float32, or float64 where hidden is. Columns from vocab_size on are not used.
     """
@@ -39,41 +54,51 @@ class LossCall:
     student: Head
     tokens: Tensor
     vocab_size: int
-    objective: Objective
-    weights: Tensor
-    normalizer: Tensor
-    """0-d."""
+    loss: TokenLoss
+    weights: Tensor | None = None
+    """None: 1 each, and no row is looked at for a 0."""
+    normalizer: Tensor | None = None
+    """0-d; None: sum of the weights."""
     advantages: Tensor | None = None
     old_logprobs: Tensor | None = None
     kd_weight: Tensor | None = None
     teacher: Head | None = None
     teacher_logprobs: Tensor | None = None
     entropy: bool = False
-    workspace_bytes: int | None = None
+    compact: bool = False
+    """Rows of coefficient 0 are left out of dX and dW."""
+    max_rows: int = 0
+    """Rows of logits that may be held at once; the reference holds all."""
 
     @property
-    def exact_kd(self) -> bool:
-        """The KD term needs the teacher's whole distribution."""
-        return self.objective.kd in EXACT_KD
+    def exact_kd(self) -> str | None:
+        """The divergence that needs the teacher's whole distribution."""
+        return self.loss.kd if self.loss.kd in EXACT_KD else None
 
     @property
     def wants_entropy(self) -> bool:
         """Entropy is an output or a term of the loss."""
-        return self.entropy or self.objective.entropy_coef != 0
+        return self.entropy or self.loss.entropy
 
-    def drop_masked_rows(self) -> tuple["LossCall", Tensor]:
-        """(the call without rows of weight 0, the numbers of its rows). Waits for a GPU."""
+    def active_rows(self) -> RowSet:
+        """The rows of non-zero weight. With weights on a GPU, this waits for it."""
+        everything = slice(0, len(self.tokens))
+        if self.weights is None:
+            return everything
         active = self.weights.nonzero().squeeze(1)
-        names = ("tokens", "weights", "advantages", "old_logprobs", "kd_weight", "teacher_logprobs")
-        cut = {name: _take(getattr(self, name), active) for name in names}
-        teacher = None if self.teacher is None else self.teacher.select(active)
-        return replace(self, student=self.student.select(active), teacher=teacher, **cut), active
+        return everything if len(active) == len(self.weights) else active
 
-    def rows(self, terms: RowTerms, part: slice = slice(None)) -> Rows:
-        """What the loss of the tokens in `part` depends on; terms hold only those tokens."""
+    def row_weights(self, rows: RowSet, dtype: torch.dtype) -> Tensor:
+        """[C] weights of these rows, in dtype."""
+        if self.weights is None:
+            return torch.ones_like(take(self.tokens, rows), dtype=dtype)
+        return take(self.weights, rows)
+
+    def rows(self, terms: RowTerms, rows: RowSet) -> Rows:
+        """What the loss of these rows depends on; terms hold only them."""
 
         def cut(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[part]
+            return None if tensor is None else take(tensor, rows)
 
         teacher_logprobs = terms.teacher_logprobs
         if teacher_logprobs is None:
@@ -86,8 +111,10 @@ class LossCall:
             teacher_logprobs=teacher_logprobs,
             kl=terms.kl,
             entropy=terms.entropy,
+            index=self._numbers(rows) if isinstance(self.loss, CallerLoss) else None,
         )
 
-
-def _take(tensor: Tensor | None, rows: Tensor) -> Any:
-    return None if tensor is None else tensor.index_select(0, rows)
+    def _numbers(self, rows: RowSet) -> Tensor:
+        if isinstance(rows, Tensor):
+            return rows
+        return torch.arange(rows.start, rows.stop, device=self.tokens.device)

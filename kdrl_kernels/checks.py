@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdrl_kernels.call import LossCall
 from kdrl_kernels.head import Head, TeacherHead
 from kdrl_kernels.objective import EXACT_KD, Objective
+from kdrl_kernels.plan import accumulator
 
 IMPLS = ("triton", "torch", "reference")
 
@@ -65,7 +67,7 @@ def row_tensor(name: str, value: Any, head: Head) -> Tensor | None:
     if not value.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {value.dtype}")
     _check_rows(name, value, head)
-    return value.detach().to(torch.promote_types(head.hidden.dtype, torch.float32)).contiguous()
+    return value.detach().to(accumulator(head.hidden.dtype)).contiguous()
 
 
 def _check_rows(name: str, tensor: Tensor, head: Head) -> None:
@@ -109,28 +111,60 @@ def bad_tokens(
     return count
 
 
-def normalizer_tensor(normalizer: Any, weights: Tensor) -> Tensor:
-    """0-d, dtype and device of weights [N]; None: their sum, or 1 where none is left."""
+def poison(values: Tensor, bad: Tensor) -> Tensor:
+    """values, or NaN where a token was out of range."""
+    return values * torch.where(bad > 0, torch.nan, 1.0).to(values.dtype)
+
+
+def check_head_values(head: Head, prefix: str = "") -> None:
+    """A temperature of each row must be positive: looked at on a CPU only."""
+    temperature = head.temperature
+    if not isinstance(temperature, Tensor) or temperature.device.type != "cpu":
+        return
+    if temperature.numel() and not (temperature > 0).all():
+        raise ValueError(
+            f"{prefix}temperature must be positive, got a minimum of {temperature.min().item()}"
+        )
+
+
+def check_values(call: LossCall) -> Tensor:
+    """0-d count of bad tokens, after every check that reads a value; those wait for no GPU.
+
+    Apart from the checks of shapes, so that a compiled caller has no branch on a value.
+    Raises: ValueError, on a CPU.
+    """
+    check_head_values(call.student)
+    if call.teacher is not None:
+        check_head_values(call.teacher, "teacher.")
+    normalizer = call.normalizer
+    if normalizer is not None and normalizer.device.type == "cpu":
+        _check_normalizer(float(normalizer))
+    return bad_tokens(call.tokens, call.vocab_size, "vocab_size", call.weights)
+
+
+def normalizer_tensor(normalizer: Any, head: Head) -> Tensor | None:
+    """0-d, in the accumulation dtype and on the device of the head, or None."""
     if normalizer is None:
-        return torch.where((weights != 0).any(), weights.sum(), 1)
-    if isinstance(normalizer, Tensor) and normalizer.ndim:
-        raise ValueError(f"normalizer must be 0-d, got {list(normalizer.shape)}")
-    on_gpu = isinstance(normalizer, Tensor) and normalizer.device.type != "cpu"
-    if not on_gpu and not 0 < normalizer < math.inf:
-        raise ValueError(f"normalizer must be positive and finite, got {float(normalizer)}")
-    if not isinstance(normalizer, Tensor):
-        return torch.full_like(weights[:0].sum(), float(normalizer))
-    return normalizer.detach().to(weights)
+        return None
+    hidden, dtype = head.hidden, accumulator(head.hidden.dtype)
+    if isinstance(normalizer, Tensor):
+        if normalizer.ndim:
+            raise ValueError(f"normalizer must be 0-d, got {list(normalizer.shape)}")
+        if normalizer.device == hidden.device:
+            return normalizer.detach().to(dtype)
+    _check_normalizer(float(normalizer))
+    return torch.full((), float(normalizer), dtype=dtype, device=hidden.device)
 
 
-def check_teacher(
-    objective: Objective, teacher: Any, teacher_logprobs: Tensor | None, head: Head
-) -> None:
+def _check_normalizer(value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"normalizer must be positive and finite, got {value}")
+
+
+def check_objective(objective: Any, teacher: Any, teacher_logprobs: Tensor | None) -> None:
     """A teacher exactly where the objective has one, in the form it needs."""
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be an Objective, got {type(objective).__name__}")
-    if teacher is not None and not isinstance(teacher, TeacherHead):
-        raise TypeError(f"teacher must be a TeacherHead or None, got {type(teacher).__name__}")
     given = [
         name
         for name, value in (("teacher", teacher), ("teacher_logprobs", teacher_logprobs))
@@ -142,32 +176,39 @@ def check_teacher(
         exact = objective.kd in EXACT_KD
         which = "teacher=TeacherHead(...)" if exact else "teacher or teacher_logprobs"
         raise ValueError(f"{which} must be passed for kd={objective.kd!r}, got neither")
-    if len(given) == 2:
-        raise ValueError("teacher_logprobs must be None when teacher is given, got both")
     if objective.kd in EXACT_KD and teacher is None:
         raise ValueError(
             f"teacher must be a TeacherHead for the exact kd={objective.kd!r}, "
             "got teacher_logprobs: use kd='k2' with those"
         )
-    if teacher is not None:
-        if (teacher.hidden.dtype == torch.float64) != (head.hidden.dtype == torch.float64):
-            raise TypeError(
-                f"teacher.hidden must be float64 where hidden is, and only there: hidden is "
-                f"{head.hidden.dtype}, got {teacher.hidden.dtype}"
-            )
-        if teacher.hidden.shape[0] != head.hidden.shape[0]:
-            raise ValueError(
-                f"teacher.hidden must have N = {head.hidden.shape[0]} rows, "
-                f"got {list(teacher.hidden.shape)}"
-            )
-        if teacher.hidden.device != head.hidden.device:
-            raise ValueError(
-                f"teacher.hidden must be on the device of hidden ({head.hidden.device}), "
-                f"got {teacher.hidden.device}"
-            )
 
 
-def check_workspace(workspace_bytes: int | None) -> None:
+def check_teacher(teacher: Any, teacher_logprobs: Tensor | None, head: Head) -> None:
+    """At most one of the two; a TeacherHead with the rows, device and precision of head."""
+    if teacher is None:
+        return
+    if not isinstance(teacher, TeacherHead):
+        raise TypeError(f"teacher must be a TeacherHead or None, got {type(teacher).__name__}")
+    if teacher_logprobs is not None:
+        raise ValueError("teacher_logprobs must be None when teacher is given, got both")
+    if (teacher.hidden.dtype == torch.float64) != (head.hidden.dtype == torch.float64):
+        raise TypeError(
+            f"teacher.hidden must be float64 where hidden is, and only there: hidden is "
+            f"{head.hidden.dtype}, got {teacher.hidden.dtype}"
+        )
+    if teacher.hidden.shape[0] != head.hidden.shape[0]:
+        raise ValueError(
+            f"teacher.hidden must have N = {head.hidden.shape[0]} rows, "
+            f"got {list(teacher.hidden.shape)}"
+        )
+    if teacher.hidden.device != head.hidden.device:
+        raise ValueError(
+            f"teacher.hidden must be on the device of hidden ({head.hidden.device}), "
+            f"got {teacher.hidden.device}"
+        )
+
+
+def check_bytes(name: str, value: int | None) -> None:
     """A positive number of bytes, or None."""
-    if workspace_bytes is not None and not workspace_bytes > 0:
-        raise ValueError(f"workspace_bytes must be positive or None, got {workspace_bytes}")
+    if value is not None and not value > 0:
+        raise ValueError(f"{name} must be positive or None, got {value}")

@@ -13,11 +13,6 @@ WIDEN_ELEMENTS = 1 << 22
 """Weight elements widened at a time on a CPU: 16 MB of float32."""
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """float32 for dtypes of up to 32 bits, float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """out [C, V] = hidden [C, H] · weight [V, H]ᵀ, one rounding, to the dtype of out."""
     if _native(hidden, out):

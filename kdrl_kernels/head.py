@@ -1,9 +1,11 @@
 """An LM head: final hidden states and the matrix that turns them into logits."""
 
 from dataclasses import dataclass, replace
+from typing import overload
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -30,16 +32,12 @@ class Head:
     def __post_init__(self) -> None:
         check_head(self, prefix="")
 
-    def select(self, rows: Tensor) -> "Head":
-        """The same head on hidden[rows], for rows [R] int64."""
+    def select(self, rows: slice | Tensor) -> "Head":
+        """The same head on these rows: a slice, or int64 numbers."""
         temperature = self.temperature
         if isinstance(temperature, Tensor):
             temperature = temperature[rows]
-        return replace(self, hidden=self.hidden.index_select(0, rows), temperature=temperature)
-
-    def temperature_rows(self, rows: slice) -> float | Tensor:
-        """The temperature of these rows: the float, or its [C] slice."""
-        return self.temperature[rows] if isinstance(self.temperature, Tensor) else self.temperature
+        return replace(self, hidden=self.hidden[rows], temperature=temperature)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +54,21 @@ class TeacherHead(Head):
             tensor = getattr(self, name)
             if tensor is not None:
                 object.__setattr__(self, name, tensor.detach())
+
+
+@overload
+def gathered(tensor: Tensor) -> Tensor: ...
+@overload
+def gathered(tensor: None) -> None: ...
+def gathered(tensor: Tensor | None) -> Tensor | None:
+    """A DTensor as a plain tensor of full size; its gradient is summed over the ranks.
+
+    Each rank has rows of its own, so its gradient is a partial sum, which goes back in the layout
+    of the DTensor (a reduce-scatter for FSDP2's shards).
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.full_tensor(grad_placements=[Partial()] * tensor.device_mesh.ndim)
 
 
 def check_head(head: Head, prefix: str) -> None:
@@ -117,5 +130,3 @@ def _check_temperature(temperature: float | Tensor, hidden: Tensor, name: str) -
         raise ValueError(
             f"{name} must be on the device of hidden ({hidden.device}), got {temperature.device}"
         )
-    if temperature.device.type == "cpu" and temperature.numel() and not (temperature > 0).all():
-        raise ValueError(f"{name} must be positive, got a minimum of {temperature.min().item()}")

@@ -1,85 +1,105 @@
-"""linear_logprobs as autograd: log-probability and entropy for a loss that is not known yet.
+"""linear_logprobs: log-probability and entropy for a loss that is not known yet.
 
-Forward keeps two numbers a row; backward projects each chunk again (4u in all, u = 2NHV FLOP).
+Forward keeps two numbers a row; backward projects each chunk again (4u in all, u = 2NHV FLOP),
+but for the first chunks, whose logits may be kept (3u for those).
 """
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kdrl_kernels.call import take
+from kdrl_kernels.checks import bad_tokens, check_head_values, poison
 from kdrl_kernels.head import Head
-from kdrl_kernels.one_pass import Chunks, Gradients, Needs, needs_gradient, scaled
-from kdrl_kernels.rows import Coefficients, Stats
+from kdrl_kernels.objective import Coefficients
+from kdrl_kernels.one_pass import Buffers, Gradients, Needs, gradient_view
+from kdrl_kernels.plan import accumulator, balanced, chunks_of, padded
+from kdrl_kernels.rows import Stats, Stream
 
 
-class LinearLogprobs(torch.autograd.Function):
-    """hidden, weight, bias -> logprobs [N], entropy [N] or None. Saves inputs and 2 N numbers."""
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What the forward pass leaves: [N] each, and the logits of the first rows."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        head: Head,
-        tokens: Tensor,
-        entropy: bool,
-        impl: str,
-        workspace_bytes: int | None,
-        needs: Needs,
-    ) -> tuple[Tensor, Tensor | None]:
-        chunks = Chunks(head, len(weight), 1, impl, workspace_bytes)
-        found = [
-            chunks.work.sweep(chunks.project(head, rows), tokens[rows], entropy=entropy)
-            for rows in chunks
-        ]
-        logprobs = torch.cat([stats.logprobs for stats in found])
-        entropies = torch.cat([stats.entropy for stats in found]) if entropy else None
-        ctx.save_for_backward(
-            hidden,
-            weight,
-            bias,
-            tokens,
-            torch.cat([stats.max for stats in found]),
-            torch.cat([stats.log_sum for stats in found]),
-            entropies,
+    logprobs: Tensor
+    max: Tensor
+    log_sum: Tensor
+    entropy: Tensor | None
+    cache: Tensor
+    """[rows, width], as the sweep left them; 0 rows where nothing is kept."""
+
+
+def cached_rows(N: int, V: int, dtype: torch.dtype, max_rows: int, cache_bytes: int) -> int:
+    """Rows of whole chunks whose logits fit into cache_bytes."""
+    size = balanced(N, max_rows)
+    fit = cache_bytes // (padded(V) * accumulator(dtype).itemsize)
+    return N if fit >= N else fit // size * size
+
+
+def score(
+    head: Head, tokens: Tensor, *, entropy: bool, impl: str, max_rows: int, cached: int
+) -> Scores:
+    """The forward pass; logits of the first `cached` rows stay."""
+    V, N = len(head.weight), len(tokens)
+    check_head_values(head)
+    bad = bad_tokens(tokens, V, "V")
+    tokens = tokens.clamp(0, V - 1)  # reads stay inside
+    size = balanced(N, max_rows)
+    cache = head.hidden.new_empty(cached, padded(V), dtype=accumulator(head.hidden.dtype))
+    buffers = Buffers(head, V, size if cached < N else 0, 1, impl)
+    found = []
+    for rows in chunks_of(N, size):
+        kept = cache[rows, :V] if rows.stop <= cached else None
+        stream = buffers.project(head, rows, out=kept)
+        found.append(buffers.work.sweep(stream, tokens[rows], entropy=entropy))
+    return Scores(
+        poison(torch.cat([stats.logprobs for stats in found]), bad),
+        torch.cat([stats.max for stats in found]),
+        torch.cat([stats.log_sum for stats in found]),
+        torch.cat([stats.entropy for stats in found]) if entropy else None,
+        cache,
+    )
+
+
+def gradients(
+    head: Head,
+    tokens: Tensor,
+    scores: Scores,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    *,
+    impl: str,
+    max_rows: int,
+    needs: Needs,
+) -> tuple[Gradients, Tensor]:
+    """(gradients, 0-d scale), whose product is the true one, of upstream gradients [N]."""
+    V, N = len(head.weight), len(tokens)
+    size = balanced(N, max_rows)
+    buffers = Buffers(head, V, size, 1, impl)
+    found = Gradients(head, needs)
+    unit = _unit(head.hidden.dtype, grad_logprobs, grad_entropy)
+    bad = bad_tokens(tokens, V, "V")
+    tokens = tokens.clamp(0, V - 1)
+    for rows in chunks_of(N, size):
+        entropy = None if scores.entropy is None else scores.entropy[rows]
+        stats = Stats(scores.max[rows], scores.log_sum[rows], scores.logprobs[rows], entropy)
+        buffer = buffers.streams[0][: rows.stop - rows.start]
+        if rows.stop <= len(scores.cache):
+            temperature = head.temperature
+            if isinstance(temperature, Tensor):
+                temperature = take(temperature, rows)
+            stream = Stream(scores.cache[rows, :V], temperature, head.softcap)
+        else:
+            stream = buffers.project(head, rows)
+            buffers.work.resume_(stream, stats)
+        coef = Coefficients(
+            grad_logprobs[rows] / unit, None if grad_entropy is None else grad_entropy[rows] / unit
         )
-        ctx.settings = head.temperature, head.softcap, impl, workspace_bytes, needs
-        return logprobs, entropies
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        with torch.autocast(grad_logprobs.device.type, enabled=False):
-            return LinearLogprobs._gradients(ctx, grad_logprobs, grad_entropy)
-
-    @staticmethod
-    def _gradients(
-        ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, tokens, top, log_sum, entropy = ctx.saved_tensors
-        temperature, softcap, impl, workspace_bytes, needs = ctx.settings
-        head = Head(hidden, weight, bias, temperature, softcap)
-        chunks = Chunks(head, len(weight), 1, impl, workspace_bytes)
-        gradients = Gradients(head, needs)
-        unit = _unit(hidden.dtype, grad_logprobs, grad_entropy)
-        for rows in chunks:
-            part = None if entropy is None else entropy[rows]
-            stats = Stats(top[rows], log_sum[rows], logprobs=top[rows], entropy=part)
-            coef = Coefficients(
-                grad_logprobs[rows] / unit,
-                None if grad_entropy is None else grad_entropy[rows] / unit,
-            )
-            dz = chunks.work.gradient_(
-                chunks.project(head, rows), tokens[rows], stats, coef, dtype=hidden.dtype
-            )
-            gradients.add(head, rows, dz)
-        found = (scaled(gradient, unit, hidden.dtype) for gradient in gradients.tensors())
-        return *found, None, None, None, None, None, None
+        out = gradient_view(buffer, head.hidden.dtype)
+        dz = buffers.work.gradient(stream, tokens[rows], stats, coef, out=out)
+        found.add(head, rows, dz)
+    return found, poison(unit, bad)
 
 
 def _unit(dtype: torch.dtype, *gradients: Tensor | None) -> Tensor:
@@ -89,21 +109,3 @@ def _unit(dtype: torch.dtype, *gradients: Tensor | None) -> Tensor:
         return present[0].new_ones(())
     largest = torch.stack([gradient.abs().amax() for gradient in present]).amax()
     return torch.where(largest > 0, largest, 1)
-
-
-def linear_logprobs(
-    head: Head, tokens: Tensor, entropy: bool, impl: str, workspace_bytes: int | None
-) -> tuple[Tensor, Tensor | None]:
-    """(logprobs [N], entropy [N] or None), differentiable once in hidden, weight and bias."""
-    result: tuple[Tensor, Tensor | None] = LinearLogprobs.apply(
-        head.hidden,
-        head.weight,
-        head.bias,
-        head,
-        tokens,
-        entropy,
-        impl,
-        workspace_bytes,
-        needs_gradient(head),
-    )
-    return result

@@ -6,21 +6,22 @@ implementation fuses value and coefficients (rows/triton.py). Derivations: rows/
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 Policy = Literal["clip", "none", "off"]
-Kd = Literal["k2", "k3", "rkl", "fkl"]
+ExactKd = Literal["rkl", "fkl", "jsd"]
+Kd = Literal["k2", "k3", "rkl", "fkl", "jsd"]
 SAMPLED_KD = ("k2", "k3")
-EXACT_KD = ("rkl", "fkl")
+EXACT_KD = get_args(ExactKd)
 
 _REFUSED_KD = {
     "k1": "k1 as a loss has no teacher in its gradient (the teacher's log-probability is a "
     "constant there); use 'k2' for reverse KL on sampled tokens or 'rkl' for the exact one",
-    "jsd": "'jsd' is not implemented yet; use 'rkl' or 'fkl'",
 }
 
 
@@ -35,10 +36,12 @@ class Objective:
         clip_low, clip_high: clip range of the ratio, clip_low in [0, 1), clip_high >= 0.
         dual_clip: for A < 0 the term is at most -dual_clip·A; above 1, or None.
         kd: "k2": l²/2, expected gradient of KL(p‖q); "k3": exp(-l) - 1 + l, expected gradient of
-            the forward KL(q‖p); "rkl": KL(p‖q) and "fkl": KL(q‖p), exact; None: no teacher.
+            the forward KL(q‖p); exact: "rkl": KL(p‖q), "fkl": KL(q‖p), and "jsd":
+            jsd_alpha·KL(q‖m) + (1 - jsd_alpha)·KL(p‖m), m = jsd_alpha·q + (1 - jsd_alpha)·p;
+            None: no teacher.
         kd_coef: beta, at least 0.
         kd_ratio_cap: bound of the off-policy weight s of the KD term, positive.
-        jsd_alpha: in (0, 1); for "jsd", which is not implemented yet.
+        jsd_alpha: the teacher's share of the mixture m of "jsd", in (0, 1).
         entropy_coef: weight of the entropy bonus.
     Raises: ValueError for an unknown option or a number out of range.
     Source: KDRL, arXiv:2506.02208; dual clip, arXiv:1912.09729.
@@ -91,6 +94,15 @@ class Objective:
         return self.kd in SAMPLED_KD
 
     @property
+    def entropy(self) -> bool:
+        """The loss reads the entropy of each row."""
+        return self.entropy_coef != 0
+
+    def losses(self, rows: "Rows") -> Tensor:
+        """[C], differentiable: token_losses."""
+        return token_losses(self, rows)
+
+    @property
     def log_ratio_bounds(self) -> tuple[float, float, float]:
         """Bounds of lp - old: (upper for A > 0, lower for A < 0, upper for A < 0), in nats."""
         if self.policy != "clip":
@@ -114,9 +126,41 @@ class Rows:
     teacher_logprobs: Tensor | None = None
     """lq, the teacher's log-probability of the sampled token."""
     kl: Tensor | None = None
-    """Exact KL(p‖q) for "rkl", KL(q‖p) for "fkl"."""
+    """Exact KL(p‖q) for "rkl", KL(q‖p) for "fkl", the Jensen-Shannon divergence for "jsd"."""
     entropy: Tensor | None = None
     """Entropy of the student."""
+    index: Tensor | None = None
+    """int64, where these rows are in the [N] tensors of the call; linear_token_loss gives it."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallerLoss:
+    """A caller's own loss of each token, in the place of an Objective."""
+
+    fn: Callable[[Rows], Tensor]
+    kd: ExactKd | None
+    jsd_alpha: float
+    entropy: bool
+
+    def losses(self, rows: Rows) -> Tensor:
+        """[C], checked."""
+        losses = self.fn(rows)
+        if not isinstance(losses, Tensor):
+            raise TypeError(f"loss_fn must return a tensor, got {type(losses).__name__}")
+        if losses.shape != rows.logprobs.shape:
+            raise ValueError(
+                f"loss_fn must return one loss a row, [C] with C = {len(rows.logprobs)}, "
+                f"got {list(losses.shape)}"
+            )
+        if rows.logprobs.requires_grad and not losses.requires_grad and len(losses):
+            raise ValueError(
+                "loss_fn must return losses that depend on rows.logprobs, rows.entropy or "
+                "rows.kl with a gradient, got constants"
+            )
+        return losses
+
+
+TokenLoss = Objective | CallerLoss
 
 
 def token_losses(objective: Objective, rows: Rows) -> Tensor:
@@ -170,27 +214,63 @@ def _kd_term(objective: Objective, rows: Rows, log_ratio: Tensor) -> Tensor:
     return scale * (torch.expm1(-gap) + gap)
 
 
-def row_metrics(objective: Objective, rows: Rows) -> dict[str, Tensor]:
-    """0-d tensors on the device; means and shares are over the C rows, 0 where C = 0."""
+@dataclass(frozen=True, slots=True)
+class Coefficients:
+    """Derivatives of the weighted loss of each row, [C]; None where the loss has no such term."""
+
+    logprobs: Tensor
+    entropy: Tensor | None = None
+    kl: Tensor | None = None
+
+    def used(self) -> Tensor:
+        """[C] bool: rows whose logits have a gradient at all."""
+        given = [x for x in (self.logprobs, self.entropy, self.kl) if x is not None]
+        return torch.stack([x != 0 for x in given]).any(dim=0)
+
+
+def coefficients(loss: TokenLoss, rows: Rows, weights: Tensor) -> tuple[Tensor, Coefficients]:
+    """([C] weighted losses, their derivatives): the loss under autograd on [C] vectors."""
+    names = ["logprobs"]
+    names += ["entropy"] if loss.entropy else []
+    names += ["kl"] if rows.kl is not None else []
+    leaves = {name: getattr(rows, name).detach().requires_grad_() for name in names}
+    with torch.enable_grad():
+        losses = weights * loss.losses(replace(rows, **leaves))
+        grads = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
+    return losses.detach(), Coefficients(**dict(zip(names, grads, strict=True)))
+
+
+def row_metrics(objective: Objective, rows: Rows, used: Tensor | None) -> dict[str, Tensor]:
+    """0-d tensors on the device; means and shares over the used rows ([N] bool, None: all).
+
+    0 where none is used. Rows that are not may hold anything.
+    """
     lp = rows.logprobs
+    count = torch.full_like(lp[:0].sum(), len(lp)) if used is None else used.sum()
+
+    def kept(values: Tensor) -> Tensor:
+        return values.float() if used is None else torch.where(used, values, 0).float()
+
+    def mean(values: Tensor) -> Tensor:
+        return kept(values).sum() / count.clamp_min(1)
+
     log_ratio = torch.zeros_like(lp) if rows.old_logprobs is None else lp - rows.old_logprobs
     ratio = log_ratio.exp()
-    metrics = {"ratio_mean": _mean(ratio), "ratio_max": ratio.amax() if len(lp) else lp.sum()}
+    metrics = {
+        "ratio_mean": mean(ratio),
+        "ratio_max": kept(ratio).amax() if len(lp) else lp.sum(),
+    }
     advantages = rows.advantages
     if objective.policy == "clip" and advantages is not None:
         bounded = _clipped(objective, log_ratio, advantages)
-        metrics["clip_fraction"] = _mean((bounded != log_ratio) & (advantages != 0))
+        metrics["clip_fraction"] = mean((bounded != log_ratio) & (advantages != 0))
     if rows.teacher_logprobs is not None:
         gap = lp - rows.teacher_logprobs
-        metrics["teacher_gap_mean"] = _mean(gap)
-        metrics["k2_mean"] = _mean(gap.square() / 2)
+        metrics["teacher_gap_mean"] = mean(gap)
+        metrics["k2_mean"] = mean(gap.square() / 2)
         if advantages is not None and objective.samples_teacher:
             pull = gap if objective.kd == "k2" else -torch.expm1(-gap)
             weight = 1.0 if rows.kd_weight is None else rows.kd_weight
             left = advantages - objective.kd_coef * weight * pull
-            metrics["kd_flip_fraction"] = _mean(advantages * left < 0)
+            metrics["kd_flip_fraction"] = mean(advantages * left < 0)
     return metrics
-
-
-def _mean(values: Tensor) -> Tensor:
-    return values.float().sum() / max(len(values), 1)

@@ -1,88 +1,82 @@
-"""The chunk loop: project, sweep, coefficients, gradient in place, dX, dW; and its autograd.
+"""The chunk loop: project, sweep, coefficients, gradient in place, dX, dW.
 
 The loss depends on the logits of a row only through its log-probability, entropy and KL, so the
 gradient of every logit is known as soon as the row has been swept: it is taken in the forward
 pass, chunk by chunk, and [N, V] logits never exist. Backward only scales what is there.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kdrl_kernels import gemm
 from kdrl_kernels import rows as row_work
-from kdrl_kernels.call import LossCall, RowTerms
+from kdrl_kernels.call import LossCall, RowSet, RowTerms, size_of, take
+from kdrl_kernels.checks import check_values, poison
 from kdrl_kernels.head import Head
-from kdrl_kernels.objective import token_losses
-from kdrl_kernels.plan import rows_per_chunk
-from kdrl_kernels.rows import Stream
+from kdrl_kernels.objective import Coefficients
+from kdrl_kernels.plan import accumulator, balanced, chunks_of, padded
+from kdrl_kernels.rows import Stats, Stream, TeacherStream
 
 Needs = tuple[bool, bool, bool]
 """Whether hidden, weight and bias want a gradient."""
 
 
-class Chunks:
-    """Slices of N rows, and one logits buffer per stream, used again by each slice."""
+class Buffers:
+    """One logits buffer [rows, vocab_size] per stream, used again by each chunk."""
 
-    def __init__(
-        self, head: Head, vocab_size: int, streams: int, impl: str, workspace_bytes: int | None
-    ) -> None:
+    def __init__(self, head: Head, vocab_size: int, rows: int, streams: int, impl: str) -> None:
         self.work = row_work.load(impl)
         self.vocab_size = vocab_size
-        self.N = len(head.hidden)
         hidden = head.hidden
-        dtype = gemm.accumulator(hidden.dtype)
-        self.size = rows_per_chunk(
-            self.N,
-            vocab_size,
-            streams=streams,
-            dtype=dtype,
-            device=hidden.device,
-            block_rows=self.work.block_rows(vocab_size, hidden.device),
-            block_buffers=self.work.BLOCK_BUFFERS,
-            workspace_bytes=workspace_bytes,
-        )
-        self.buffers = [
-            hidden.new_empty(self.size, vocab_size, dtype=dtype) for _ in range(streams)
+        shape = rows, padded(vocab_size)
+        dtype = accumulator(hidden.dtype)
+        self.streams = [
+            hidden.new_empty(shape, dtype=dtype)[:, :vocab_size] for _ in range(streams)
         ]
 
-    def __iter__(self) -> Iterator[slice]:
-        for start in range(0, max(self.N, 1), self.size):  # no rows: one empty chunk
-            yield slice(start, min(start + self.size, self.N))
-
-    def project(self, head: Head, rows: slice, buffer: int = 0) -> Stream:
-        """Logits of these rows in one of the buffers."""
-        logits = self.buffers[buffer][: rows.stop - rows.start]
-        gemm.project(head.hidden[rows], head.weight[: self.vocab_size], logits)
+    def project(
+        self, head: Head, rows: RowSet, stream: int = 0, out: Tensor | None = None
+    ) -> Stream:
+        """Logits of these rows, in the buffer of a stream or in out."""
+        hidden = take(head.hidden, rows)
+        logits = self.streams[stream][: len(hidden)] if out is None else out
+        gemm.project(hidden, head.weight[: self.vocab_size], logits)
         if head.bias is not None:
             logits += head.bias[: self.vocab_size]
-        stream = Stream(logits, head.temperature_rows(rows), head.softcap)
-        self.work.activate_(stream)
-        return stream
+        temperature = head.temperature
+        if isinstance(temperature, Tensor):
+            temperature = take(temperature, rows)
+        return Stream(logits, temperature, head.softcap)
+
+
+def gradient_view(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """The memory of float32 logits [C, V] as [C, V] of dtype, each row at the start of its own."""
+    return logits if logits.dtype == dtype else logits.view(dtype)[:, : logits.shape[1]]
 
 
 class Gradients:
     """dX, dW and db of one pass, in float32, before their common scale."""
 
     def __init__(self, head: Head, needs: Needs) -> None:
-        dtype = gemm.accumulator(head.hidden.dtype)
-        hidden, weight, bias = (
+        dtype = accumulator(head.hidden.dtype)
+        self.hidden, self.weight, self.bias = (
             tensor.new_zeros(tensor.shape, dtype=dtype) if need and tensor is not None else None
             for tensor, need in zip((head.hidden, head.weight, head.bias), needs, strict=True)
         )
-        self.hidden, self.weight, self.bias = hidden, weight, bias
 
-    def add(self, head: Head, rows: slice, dz: Tensor) -> None:
+    def add(self, head: Head, rows: RowSet, dz: Tensor) -> None:
         """Add the terms of dz [C, V], the gradient of these rows' logits."""
         V = dz.shape[1]
-        if self.hidden is not None:
+        if self.hidden is not None and isinstance(rows, slice):
             gemm.grad_hidden(dz, head.weight[:V], self.hidden[rows])
+        elif self.hidden is not None and isinstance(rows, Tensor):
+            part = self.hidden.new_empty(len(dz), self.hidden.shape[1])
+            gemm.grad_hidden(dz, head.weight[:V], part)
+            self.hidden.index_copy_(0, rows, part)
         if self.weight is not None:
-            gemm.add_grad_weight(dz, head.hidden[rows], self.weight[:V])
+            gemm.add_grad_weight(dz, take(head.hidden, rows), self.weight[:V])
         if self.bias is not None:
             self.bias[:V] += dz.sum(dim=0, dtype=self.bias.dtype)
 
@@ -91,12 +85,38 @@ class Gradients:
         return self.hidden, self.weight, self.bias
 
 
-def scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """gradient · scale, rounded once to dtype; scale is 0-d."""
-    if gradient is None:
-        return None
-    out = torch.empty_like(gradient, dtype=dtype)
-    return torch.mul(gradient, scale, out=out)
+class Compaction:
+    """Moves the rows whose logits have a gradient to the front of a chunk, in place.
+
+    A used row beyond the count goes into the slot of an unused one before it, whose logits nobody
+    needs any more: no slot is written while a row in it is still to be read.
+    """
+
+    def __init__(self, coef: Coefficients) -> None:
+        used = coef.used()
+        n = torch.arange(len(used), device=used.device)
+        count = used.sum()
+        holes = ~used & (n < count)
+        movers = torch.where(used & (n >= count), n, len(used)).sort().values
+        source = torch.where(holes, movers[(holes.cumsum(0) - 1).clamp_min(0)], n)
+        self.source = torch.where(n < count, source, -1)
+        self._count = count.to("cpu", non_blocking=True)
+        self._ready = torch.cuda.Event() if count.is_cuda else None
+        if self._ready is not None:
+            self._ready.record()
+
+    def rows(self, rows: RowSet) -> RowSet:
+        """The rows that are left, in the order of their slots. Waits for their number.
+
+        Called after the gradient kernel has been queued: the GPU has work while the host waits.
+        """
+        if self._ready is not None:
+            self._ready.synchronize()
+        count = int(self._count)
+        if count == len(self.source):
+            return rows
+        source = self.source[:count]
+        return rows[source] if isinstance(rows, Tensor) else source + rows.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +126,9 @@ class Pass:
     loss: Tensor
     """0-d, normalised."""
     terms: RowTerms
+    """[N], 0 in rows of weight 0."""
+    counts: Tensor
+    """[3] int64: rows projected, rows that went into dX and dW, tokens out of range."""
     gradients: Gradients
     scale: Tensor
     """0-d; the true gradients are scale · gradients."""
@@ -113,44 +136,82 @@ class Pass:
 
 def run(call: LossCall, impl: str, needs: Needs) -> Pass:
     """All chunks of a loss; gradients only where `needs` asks for one."""
-    student, teacher, objective = call.student, call.teacher, call.objective
-    exact_teacher = teacher if call.exact_kd else None
-    streams = 1 if exact_teacher is None else 2
-    chunks = Chunks(student, call.vocab_size, streams, impl, call.workspace_bytes)
-    weights, scale = _weights_near_one(call)
+    student = call.student
+    bad = check_values(call)
+    call = replace(call, tokens=call.tokens.clamp(0, call.vocab_size - 1))  # reads stay inside
+    active = call.active_rows()
+    N = size_of(active)
+    size = balanced(N, call.max_rows)
+    buffers = Buffers(student, call.vocab_size, size, 2 if call.exact_kd else 1, impl)
+    work = buffers.work
+    weights, scale = _weights_near_one(call, active)
+    scale = poison(scale, bad)
     gradients = Gradients(student, needs)
-    losses, terms = [], []
-    for rows in chunks:
-        tokens = call.tokens[rows]
-        lq = None
-        if teacher is not None and exact_teacher is None:  # its logits go before the student's come
-            lq = chunks.work.sweep(chunks.project(teacher, rows), tokens).logprobs
-        q = None if exact_teacher is None else chunks.project(exact_teacher, rows, buffer=1)
-        p = chunks.project(student, rows)
-        stats = chunks.work.sweep(p, tokens, teacher=q, kd=objective.kd, entropy=call.wants_entropy)
-        lq = stats.teacher_logprobs if lq is None else lq
-        terms.append(RowTerms(stats.logprobs, stats.entropy, lq, stats.kl))
-        inputs = call.rows(terms[-1], rows)
+    losses, terms, gradient_rows = [], [], 0
+    for part in chunks_of(N, size):
+        rows = active[part] if isinstance(active, Tensor) else part
+        p, q, stats, terms_here = _statistics(call, buffers, rows)
+        terms.append(terms_here)
+        inputs = call.rows(terms_here, rows)
         if not any(needs):
-            losses.append(weights[rows] * token_losses(objective, inputs))
-        else:
-            row_losses, coef = chunks.work.coefficients(objective, inputs, weights[rows])
-            losses.append(row_losses)
-            dz = chunks.work.gradient_(
-                p, tokens, stats, coef, teacher=q, kd=objective.kd, dtype=student.hidden.dtype
-            )
-            gradients.add(student, rows, dz)
-    return Pass(torch.cat(losses).sum() * scale, _concatenate(terms), gradients, scale)
+            losses.append(weights[part] * call.loss.losses(inputs))
+            continue
+        row_losses, coef = work.coefficients(call.loss, inputs, weights[part])
+        losses.append(row_losses)
+        compaction = Compaction(coef) if call.compact else None
+        dz = work.gradient(
+            p,
+            take(call.tokens, rows),
+            stats,
+            coef,
+            out=gradient_view(p.logits, student.hidden.dtype),
+            teacher=q,
+            source=compaction and compaction.source,
+        )
+        kept = compaction.rows(rows) if compaction else rows
+        gradients.add(student, kept, dz[: size_of(kept)])
+        gradient_rows += size_of(kept)
+    return Pass(
+        loss=torch.cat(losses).sum() * scale,
+        terms=_concatenate(terms).spread(active, len(call.tokens)),
+        counts=torch.stack([torch.full_like(bad, n) for n in (N, gradient_rows)] + [bad]),
+        gradients=gradients,
+        scale=scale,
+    )
 
 
-def _weights_near_one(call: LossCall) -> tuple[Tensor, Tensor]:
-    """([N] weights, 0-d scale) whose product is weights / normalizer.
+def _statistics(
+    call: LossCall, buffers: Buffers, rows: RowSet
+) -> tuple[Stream, TeacherStream | None, Stats, RowTerms]:
+    """Streams of the student and, for exact KD, of the teacher, and what sweeping them found."""
+    tokens, teacher, kd = take(call.tokens, rows), call.teacher, call.exact_kd
+    q, lq = None, None
+    if teacher is not None and kd is not None:
+        logits = buffers.project(teacher, rows, stream=1)
+        q = TeacherStream(
+            logits.logits, logits.temperature, logits.softcap, kd, call.loss.jsd_alpha
+        )
+    elif teacher is not None:  # its logits go before the student's come
+        lq = buffers.work.sweep(buffers.project(teacher, rows), tokens).logprobs
+    p = buffers.project(call.student, rows)
+    stats = buffers.work.sweep(p, tokens, teacher=q, entropy=call.wants_entropy)
+    lq = stats.teacher_logprobs if lq is None else lq
+    return p, q, stats, RowTerms(stats.logprobs, stats.entropy, lq, stats.kl)
+
+
+def _weights_near_one(call: LossCall, active: RowSet) -> tuple[Tensor, Tensor]:
+    """([C] weights of the active rows, 0-d scale) whose product is weights / normalizer.
 
     Normalising the float32 gradients at the end, not the weights, keeps float16 logit gradients
     clear of 6e-8, where they flush to zero; so does a largest weight of 1.
     """
-    weights, scale = call.weights, call.normalizer.reciprocal()
-    if call.student.hidden.dtype == torch.float16 and len(weights):
+    dtype = call.student.hidden.dtype
+    weights = call.row_weights(active, accumulator(dtype))
+    total = call.normalizer
+    if total is None:
+        total = weights.sum() if len(weights) else weights.new_ones(())
+    scale = total.reciprocal()
+    if dtype == torch.float16 and len(weights):
         unit = weights.abs().amax().clamp_min(torch.finfo(weights.dtype).tiny)
         weights, scale = weights / unit, scale * unit
     return weights, scale
@@ -162,46 +223,10 @@ def _concatenate(terms: list[RowTerms]) -> RowTerms:
     return RowTerms(**{name: torch.cat([getattr(t, name) for t in terms]) for name in names})
 
 
-class KdrlLoss(torch.autograd.Function):
-    """hidden, weight, bias -> loss and detached row terms. Saves float32 gradients, no logits."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,  # noqa: ARG004 (an input of the graph; call.student holds it)
-        bias: Tensor | None,  # noqa: ARG004 (the same)
-        call: LossCall,
-        impl: str,
-        needs: Needs,
-    ) -> tuple[Tensor | None, ...]:
-        result = run(call, impl, needs)
-        ctx.save_for_backward(*result.gradients.tensors(), result.scale)
-        ctx.dtype = hidden.dtype
-        terms = result.terms
-        detached = (terms.logprobs, terms.entropy, terms.teacher_logprobs, terms.kl)
-        ctx.mark_non_differentiable(*(t for t in detached if t is not None))
-        return result.loss, *detached
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        *gradients, scale = ctx.saved_tensors
-        scale = scale * grad_loss
-        return *(scaled(gradient, scale, ctx.dtype) for gradient in gradients), None, None, None
-
-
-def kdrl_loss(call: LossCall, impl: str) -> tuple[Tensor, RowTerms]:
-    """(0-d loss, row terms); the loss is differentiable once in hidden, weight and bias."""
-    student = call.student
-    needs = needs_gradient(student)
-    if not any(needs):
-        result = run(call, impl, needs)
-        return result.loss, result.terms
-    loss, logprobs, entropy, teacher_logprobs, kl = KdrlLoss.apply(
-        student.hidden, student.weight, student.bias, call, impl, needs
-    )
-    return loss, RowTerms(logprobs, entropy, teacher_logprobs, kl)
+def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient · scale, rounded once to dtype; scale is 0-d."""
+    out = torch.empty_like(gradient, dtype=dtype)
+    return torch.mul(gradient, scale, out=out)
 
 
 def needs_gradient(head: Head) -> Needs:

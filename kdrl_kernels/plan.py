@@ -1,6 +1,12 @@
-"""How many rows of logits are held at once, from a byte budget."""
+"""How a pass over the head is cut into chunks of rows, from a byte budget, and what it costs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
+
+from kdrl_kernels import rows as row_work
+from kdrl_kernels.objective import EXACT_KD
 
 CPU_BYTES = 1 << 28
 """Default budget a stream on a CPU: GEMMs gain nothing from more rows than this holds."""
@@ -10,53 +16,206 @@ FLOOR_ROWS = 2048
 """Below about 735 rows an update of a float32 dW waits for memory, not for arithmetic."""
 
 
-def rows_per_chunk(
-    N: int,
-    V: int,
-    *,
-    streams: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    block_rows: int = 0,
-    block_buffers: int = 0,
-    workspace_bytes: int | None = None,
-) -> int:
-    """C, the rows of one chunk: what the budget holds, in chunks of equal size, at least 1.
+ALIGN_COLUMNS = 64
+"""Rows of logits start at multiples of this, so that every load may be 16 bytes wide."""
 
-    C rows take C · V · itemsize · streams bytes of logits, and block_buffers temporaries of
-    min(C, block_rows) rows beside them.
 
-    Args:
-        streams: logits held together: 2 (student and teacher) for exact KD, else 1.
-        dtype: of the logits, float32 or float64.
-        workspace_bytes: the budget; None: a default for each stream, at least FLOOR_ROWS rows and
-            at most a quarter of the free memory on a GPU.
+def padded(V: int) -> int:
+    """Columns a row of logits takes in memory."""
+    return -(-V // ALIGN_COLUMNS) * ALIGN_COLUMNS
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """float32 for dtypes of up to 32 bits, float64 for float64: logits, sums and gradients."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Sizes of one pass: what its memory and its arithmetic depend on."""
+
+    N: int
+    H: int
+    V: int
+    H_t: int
+    """0: no teacher head."""
+    V_t: int
+    kd: str | None
+    dtype: torch.dtype
+    device: torch.device
+    impl: str
+
+    @property
+    def streams(self) -> int:
+        """Logits held together: 2 (student and teacher) for exact KD, else 1."""
+        return 2 if self.H_t and self.kd in EXACT_KD else 1
+
+    @property
+    def logit_bytes(self) -> int:
+        """One row of logits of one stream."""
+        return padded(min(self.V, self.V_t or self.V)) * accumulator(self.dtype).itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        """One row of a chunk: logits, and the hidden states and dX of a row that was gathered."""
+        gathered = (self.H + self.H_t) * self.dtype.itemsize
+        return (
+            self.logit_bytes * self.streams + gathered + self.H * accumulator(self.dtype).itemsize
+        )
+
+    def chunk_bytes(self, rows: int) -> int:
+        """What a chunk of so many rows holds, with the temporaries of its row work."""
+        work = row_work.load(self.impl)
+        block = min(rows, work.block_rows(self.V, self.device))
+        return rows * self.row_bytes + block * work.BLOCK_BUFFERS * self.logit_bytes
+
+
+def max_rows(geometry: Geometry, workspace_bytes: int | None) -> int:
+    """Rows that the budget holds at once, at least 1.
+
+    workspace_bytes: the budget; None: a default for each stream, at least FLOOR_ROWS rows and at
+    most a quarter of the free memory on a GPU.
     Raises: ValueError when the budget does not hold one row.
     """
-    row_bytes = V * dtype.itemsize
+    work = row_work.load(geometry.impl)
+    block = work.block_rows(geometry.V, geometry.device)
+    buffers = work.BLOCK_BUFFERS * geometry.logit_bytes
     budget = workspace_bytes
     if budget is None:
-        budget = _default_budget(row_bytes * streams, streams, device)
-        budget += block_rows * block_buffers * row_bytes
-    if budget >= block_rows * (streams + block_buffers) * row_bytes:
-        rows = (budget - block_rows * block_buffers * row_bytes) // (streams * row_bytes)
-    else:
-        rows = budget // ((streams + block_buffers) * row_bytes)
+        budget = _default_budget(geometry) + block * buffers
+    rows = (budget - block * buffers) // geometry.row_bytes
+    if rows < block:  # then a block is no more than the chunk
+        rows = budget // (geometry.row_bytes + buffers)
     if rows < 1:
-        need = (streams + block_buffers) * row_bytes
         raise ValueError(
-            f"workspace_bytes must be at least {need} (one row at V = {V}), got {budget}"
+            f"workspace_bytes must be at least {geometry.row_bytes + buffers} "
+            f"(one row at V = {geometry.V}), got {budget}"
         )
-    chunks = -(-N // rows)
-    return -(-N // max(1, chunks)) or 1
+    return int(rows)
 
 
-def _default_budget(row_bytes: int, streams: int, device: torch.device) -> int:
+def balanced(N: int, rows: int) -> int:
+    """Rows of one chunk where at most `rows` fit: N in as few chunks, of equal size, at least 1."""
+    chunks = max(1, -(-N // rows))
+    return max(1, -(-N // chunks))
+
+
+def chunks_of(N: int, size: int) -> Iterator[slice]:
+    """N rows in chunks; one empty chunk where there are none."""
+    for start in range(0, max(N, 1), size):
+        yield slice(start, min(start + size, N))
+
+
+def _default_budget(geometry: Geometry) -> int:
+    streams, device = geometry.streams, geometry.device
     if device.type == "cpu":
-        return max(CPU_BYTES * streams, row_bytes)
-    wanted = max(GPU_BYTES * streams, FLOOR_ROWS * row_bytes)
-    if device.type != "cuda":
+        return max(CPU_BYTES * streams, geometry.row_bytes)
+    wanted = max(GPU_BYTES * streams, FLOOR_ROWS * geometry.row_bytes)
+    if not torch.cuda.is_available() or torch.compiler.is_compiling():
         return wanted
     free = torch.cuda.mem_get_info(device)[0]
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(min(wanted, free // 4), row_bytes)
+    return max(min(wanted, free // 4), geometry.row_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkPlan:
+    """What a pass over the head holds and computes; print it to read it."""
+
+    geometry: Geometry
+    rows: int
+    """Rows of one chunk."""
+    chunks: int
+    workspace_bytes: int
+    """Held beside inputs, outputs and gradients: logits, gathered rows, row work."""
+    gradient_bytes: int
+    """dX and dW, in float32 until backward rounds them."""
+    flop: dict[str, int]
+    """Of each GEMM: project, teacher, dX, dW."""
+    row_work_bytes: int
+    """Read and written by the row kernels."""
+
+    def gemm_ms(self, tflops: float) -> float:
+        """All GEMMs at this rate, in TFLOP/s."""
+        return sum(self.flop.values()) / tflops / 1e9
+
+    def row_work_ms(self, terabytes_per_s: float) -> float:
+        """All row kernels at this bandwidth, bytes read plus bytes written."""
+        return self.row_work_bytes / terabytes_per_s / 1e9
+
+    def predicted_ms(self, tflops: float, terabytes_per_s: float) -> float:
+        """Forward and backward at these rates, one after the other."""
+        return self.gemm_ms(tflops) + self.row_work_ms(terabytes_per_s)
+
+    def __str__(self) -> str:
+        g = self.geometry
+        gemms = ", ".join(f"{name} {flop / 1e12:.2f}" for name, flop in self.flop.items() if flop)
+        logits = g.streams * self.rows * g.logit_bytes / 1e9
+        teacher = f", teacher H {g.H_t:,}, V {g.V_t:,}" if g.H_t else ""
+        return "\n".join(
+            (
+                f"{g.N:,} tokens, H {g.H:,}, V {g.V:,}{teacher}, {str(g.dtype)[6:]}, {g.impl}",
+                f"chunks       {self.chunks} of {self.rows:,} rows, {g.streams} logits buffer(s)",
+                f"workspace    {self.workspace_bytes / 1e9:.3f} GB, of which logits {logits:.3f}",
+                f"gradients    {self.gradient_bytes / 1e9:.3f} GB until backward rounds them",
+                f"GEMMs        {sum(self.flop.values()) / 1e12:.2f} TFLOP: {gemms}",
+                f"row kernels  {self.row_work_bytes / 1e9:.1f} GB read and written",
+            )
+        )
+
+
+def chunk_plan(
+    N: int,
+    H: int,
+    V: int,
+    *,
+    teacher: tuple[int, int] | None = None,
+    kd: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cuda",
+    hidden_grad: bool = True,
+    weight_grad: bool = True,
+    workspace_bytes: int | None = None,
+    impl: str | None = None,
+) -> ChunkPlan:
+    """How kdrl_loss would cut N tokens over a head [V, H], and what it would hold and compute.
+
+    Args:
+        teacher: (H_t, V_t) of a TeacherHead, or None.
+        kd: as in Objective; "rkl", "fkl" and "jsd" hold the teacher's logits beside the student's.
+        dtype: of hidden and weight.
+        device: "cuda" needs no GPU here; where there is one, its free memory bounds the default.
+        hidden_grad, weight_grad: a frozen backbone or head costs no dX or dW.
+        workspace_bytes, impl: as kdrl_loss; impl None: "triton" on "cuda", else "torch".
+    Returns: ChunkPlan. plan.predicted_ms(tflops, terabytes_per_s) is the time at given rates.
+    Raises: ValueError for a size below 1 or a budget that does not hold one row.
+    """
+    H_t, V_t = teacher or (0, 0)
+    for name, value in (("N", N), ("H", H), ("V", V)):
+        if value < (0 if name == "N" else 1):
+            raise ValueError(f"{name} must be positive, got {value}")
+    device = torch.device(device)
+    impl = impl or ("triton" if device.type == "cuda" else "torch")
+    geometry = Geometry(N, H, V, H_t, V_t, kd, dtype, device, impl)
+    rows = balanced(N, max_rows(geometry, workspace_bytes))
+    wide = accumulator(dtype).itemsize
+    u = 2 * N * H * V
+    flop = {
+        "project": u,
+        "teacher": 2 * N * H_t * V_t,
+        "dX": u if hidden_grad else 0,
+        "dW": u if weight_grad else 0,
+    }
+    passes = 1 + (hidden_grad or weight_grad) + (kd == "jsd")
+    sampled = 1 if H_t and geometry.streams == 1 else 0
+    reads = (geometry.streams * passes + sampled) * N * geometry.logit_bytes
+    writes = N * V * dtype.itemsize if hidden_grad or weight_grad else 0
+    return ChunkPlan(
+        geometry=geometry,
+        rows=rows,
+        chunks=max(1, -(-N // rows)),
+        workspace_bytes=geometry.chunk_bytes(rows),
+        gradient_bytes=wide * (N * H * hidden_grad + V * H * weight_grad),
+        flop=flop,
+        row_work_bytes=reads + writes,
+    )

@@ -6,9 +6,9 @@ float64 inputs are the measuring stick of the tests; lower precisions are comput
 import torch
 from torch import Tensor
 
-from kdrl_kernels.call import LossCall, RowTerms
+from kdrl_kernels.call import LossCall, RowTerms, take
+from kdrl_kernels.checks import bad_tokens, check_head_values, check_values, poison
 from kdrl_kernels.head import Head
-from kdrl_kernels.objective import token_losses
 
 
 def head_logprobs(head: Head, vocab_size: int) -> Tensor:
@@ -43,6 +43,7 @@ def row_terms(
     *,
     teacher: Head | None = None,
     kd: str | None = None,
+    jsd_alpha: float = 0.5,
     entropy: bool = False,
 ) -> RowTerms:
     """Every per-token quantity a loss may use, differentiable in the student's tensors."""
@@ -58,18 +59,39 @@ def row_terms(
         kl = kl_divergence(logp, logq)
     elif kd == "fkl":
         kl = kl_divergence(logq, logp)
+    elif kd == "jsd":
+        m = jsd_alpha * logq.exp() + (1 - jsd_alpha) * p
+        logm = torch.where(m > 0, m, 1).log()
+        kl = jsd_alpha * kl_divergence(logq, logm) + (1 - jsd_alpha) * kl_divergence(logp, logm)
     return RowTerms(logprobs, entropies, logq.gather(1, tokens[:, None]).squeeze(1), kl)
 
 
-def kdrl_loss(call: LossCall) -> tuple[Tensor, RowTerms]:
-    """(0-d loss, row terms), both differentiable in hidden, weight and bias."""
+def linear_logprobs(head: Head, tokens: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """(logprobs [N], entropy [N] or None), differentiable in hidden, weight and bias."""
+    check_head_values(head)
+    V = head.weight.shape[0]
+    bad = bad_tokens(tokens, V, "V")
+    terms = row_terms(head, tokens.clamp(0, V - 1), V, entropy=entropy)
+    return poison(terms.logprobs, bad), terms.entropy
+
+
+def loss(call: LossCall) -> tuple[Tensor, RowTerms, Tensor]:
+    """(0-d loss, row terms, counts as one_pass.Pass); differentiable in hidden, weight and bias."""
+    bad = check_values(call)
+    active = call.active_rows()
     terms = row_terms(
-        call.student,
-        call.tokens,
+        call.student.select(active),
+        take(call.tokens.clamp(0, call.vocab_size - 1), active),
         call.vocab_size,
-        teacher=call.teacher,
-        kd=call.objective.kd,
+        teacher=None if call.teacher is None else call.teacher.select(active),
+        kd=call.loss.kd,
+        jsd_alpha=call.loss.jsd_alpha,
         entropy=call.wants_entropy,
     )
-    losses = token_losses(call.objective, call.rows(terms))
-    return (call.weights * losses).sum() / call.normalizer, terms
+    weights = call.row_weights(active, terms.logprobs.dtype)
+    total = call.normalizer
+    if total is None:
+        total = weights.sum() if len(weights) else weights.new_ones(())
+    value = (weights * call.loss.losses(call.rows(terms, active))).sum() / total
+    counts = torch.stack([torch.full_like(bad, len(weights)) for _ in range(2)] + [bad])
+    return poison(value, bad), terms.spread(active, len(call.tokens)), counts

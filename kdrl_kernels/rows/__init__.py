@@ -1,6 +1,6 @@
 """Row work of one chunk: statistics of logits, coefficients, logits into gradients.
 
-Two modules with the same four names: `torch` (any device) and `triton` (GPU). Maths: README.md.
+Two modules with the same names: `torch` (any device) and `triton` (GPU). Maths: README.md.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from torch import Tensor
 class Stream:
     """Logits [C, V] of one head, as the GEMM left them, and what turns them into z.
 
-    z = softcap(logits) / temperature. `activate_` may replace logits by z; `sweep` and
-    `gradient_` of the same module expect what it leaves.
+    z = a / temperature, a = softcap(logits). `sweep` may put something else in the place of the
+    logits, which `gradient` of the same module expects; `resume_` does it without the statistics.
     """
 
     logits: Tensor
@@ -24,32 +24,35 @@ class Stream:
 
 
 @dataclass(frozen=True, slots=True)
-class Stats:
-    """What one sweep over a stream, or two, finds out per row: [C], in nats.
+class TeacherStream(Stream):
+    """The second stream of a sweep, and the divergence taken to it."""
 
-    log p_v = (z_v - max) - log_sum. Their sum, the usual lse, would lose 1e-3 at |z| = 1e4.
+    kd: str
+    """"rkl", "fkl" or "jsd"."""
+    jsd_alpha: float = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What the sweeps over a stream, or two, find out per row: [C], in nats.
+
+    log p_v = (a_v - max) / temperature - log_sum. Their sum, the usual lse, would lose 1e-3 nat
+    at |z| = 1e4.
     """
 
     max: Tensor
-    """max_v z_v."""
+    """max_v a_v: before the temperature."""
     log_sum: Tensor
-    """log(sum_v exp(z_v - max))."""
+    """log(sum_v exp((a_v - max) / temperature))."""
     logprobs: Tensor
     entropy: Tensor | None = None
     teacher_max: Tensor | None = None
     teacher_log_sum: Tensor | None = None
     teacher_logprobs: Tensor | None = None
     kl: Tensor | None = None
-    """KL(p‖q) for "rkl", KL(q‖p) for "fkl"."""
-
-
-@dataclass(frozen=True, slots=True)
-class Coefficients:
-    """Derivatives of the weighted loss of each row, [C]; None where the loss has no such term."""
-
-    logprobs: Tensor
-    entropy: Tensor | None = None
-    kl: Tensor | None = None
+    """KL(p‖q) for "rkl", KL(q‖p) for "fkl", the Jensen-Shannon divergence for "jsd"."""
+    mixture_kl: Tensor | None = None
+    """KL(p‖m) for "jsd", which its gradient needs."""
 
 
 def load(impl: str) -> ModuleType:

@@ -1,13 +1,19 @@
-"""Row work in plain PyTorch, in blocks of rows that stay in a CPU's cache. Maths: README.md."""
+"""Row work in plain PyTorch, in place and in blocks of rows that stay in a CPU's cache.
 
+The sweep leaves exp(d), d = z - max z, where the student's logits were, and in the teacher's place
+what the gradient needs of both: it is then a sum of two or three buffers times a number each row.
+Maths: README.md.
+"""
+
+import math
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from kdrl_kernels.objective import Objective, Rows, token_losses
-from kdrl_kernels.rows import Coefficients, Stats, Stream
+from kdrl_kernels.objective import Coefficients, Objective, Rows, TokenLoss
+from kdrl_kernels.objective import coefficients as autograd_coefficients
+from kdrl_kernels.rows import Stats, Stream, TeacherStream
 
 CPU_BLOCK_ELEMENTS = 1 << 18
 """Logits of one block of rows on a CPU: 1 MB of float32."""
@@ -23,153 +29,233 @@ def block_rows(V: int, device: torch.device) -> int:
     return max(1, elements // V)
 
 
-def activate_(stream: Stream) -> None:
-    """Replace logits by z = softcap(logits) / temperature; nothing to do without either."""
-    z = stream.logits
-    if stream.softcap is not None:
-        z.div_(stream.softcap).tanh_().mul_(stream.softcap)
-    if isinstance(stream.temperature, Tensor) or stream.temperature != 1:
-        z.div_(_column(stream.temperature))
-
-
 def sweep(
-    student: Stream,
-    tokens: Tensor,
-    *,
-    teacher: Stream | None = None,
-    kd: str | None = None,
-    entropy: bool = False,
+    student: Stream, tokens: Tensor, *, teacher: TeacherStream | None = None, entropy: bool = False
 ) -> Stats:
-    """Statistics of one stream, or of two with their exact KL."""
+    """Statistics of one stream, or of two with their divergence; what is left: see above."""
     blocks = [
-        _sweep_block(student, tokens, rows, teacher, kd, entropy)
-        for rows in _blocks(student.logits)
+        _sweep_block(student, tokens[rows], rows, teacher, entropy)
+        for rows in _blocks(len(tokens), student.logits)
     ]
     return Stats(**{name: torch.cat([block[name] for block in blocks]) for name in blocks[0]})
 
 
 def _sweep_block(
-    student: Stream,
-    tokens: Tensor,
-    rows: slice,
-    teacher: Stream | None,
-    kd: str | None,
-    entropy: bool,
+    student: Stream, tokens: Tensor, rows: slice, teacher: TeacherStream | None, entropy: bool
 ) -> dict[str, Tensor]:
-    found, d, e, total = _shift(student, rows)
-    found["logprobs"] = _pick(d, tokens[rows]) - found["log_sum"]
-    if entropy:
-        found["entropy"] = found["log_sum"] - _expectation(e, d) / total
+    d, top = _lower_(student, rows)
+    d_y = _pick(d, tokens)
+    found = {"max": top}
     if teacher is None:
-        return found
-    other, d_t, e_t, total_t = _shift(teacher, rows)
-    gap = other["log_sum"] - found["log_sum"]
-    if kd == "rkl":
-        found["kl"] = _expectation(e, d - d_t) / total + gap
+        e = d.exp_()
+        total = e.sum(dim=1)
     else:
-        found["kl"] = _expectation(e_t, d_t - d) / total_t - gap
-    found["teacher_max"], found["teacher_log_sum"] = other["max"], other["log_sum"]
-    found["teacher_logprobs"] = _pick(d_t, tokens[rows]) - other["log_sum"]
+        d_t, top_t = _lower_(teacher, rows)
+        d_t_y = _pick(d_t, tokens)
+        e, total, total_t, other = _divergence_(d, d_t, teacher)
+        log_sum_t = total_t.log()
+        found |= other | {"teacher_max": top_t, "teacher_log_sum": log_sum_t}
+        found["teacher_logprobs"] = d_t_y - log_sum_t
+    found["log_sum"] = total.log()
+    found["logprobs"] = d_y - found["log_sum"]
+    if entropy:
+        found["entropy"] = found["log_sum"] - torch.xlogy(e, e).sum(dim=1) / total
     return found
 
 
-def _shift(stream: Stream, rows: slice) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
-    """({max, log_sum}, d = z - max, exp(d), sum of exp(d)) of a block of rows."""
-    z = stream.logits[rows]
-    top = z.amax(dim=1, keepdim=True)
-    d = z - top
-    e = d.exp()
+def _lower_(stream: Stream, rows: slice, top: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(d in the place of the logits, max a)."""
+    d = stream.logits[rows]
+    if stream.softcap is not None:
+        d.div_(stream.softcap).tanh_().mul_(stream.softcap)
+    top = d.amax(dim=1) if top is None else top
+    d.sub_(top[:, None])
+    if isinstance(stream.temperature, Tensor) or stream.temperature != 1:
+        d.div_(_column(stream.temperature, rows))
+    return d, top
+
+
+def _divergence_(
+    d: Tensor, d_t: Tensor, teacher: TeacherStream
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """(exp(d) over d, its sum, that of exp(d_t), the divergences of a block).
+
+    Over d_t: "rkl" exp(d) (d - d_t), "fkl" exp(d_t), "jsd" exp(d) (log p - log m).
+    """
+    e_t = d_t.exp()
+    total_t = e_t.sum(dim=1)
+    if teacher.kd == "fkl":
+        gap = (d_t - d).mul_(e_t)
+        d_t.copy_(e_t)
+        e = d.exp_()
+        total = e.sum(dim=1)
+        kl = _sum_(gap) / total_t - (total_t.log() - total.log())
+        return e, total, total_t, {"kl": kl}
+    gap = d_t.sub_(d)
+    e = d.exp_()
     total = e.sum(dim=1)
-    return {"max": top.squeeze(1), "log_sum": total.log()}, d, e, total
+    log_ratio = total_t.log() - total.log()
+    if teacher.kd == "rkl":
+        kl = _sum_(gap.mul_(e).neg_()) / total + log_ratio
+        return e, total, total_t, {"kl": kl}
+    alpha = teacher.jsd_alpha
+    t = _mixture_gap(gap.sub_(log_ratio[:, None]), alpha)
+    q_kl = _sum_((t + gap.clamp(max=0)).mul_(e_t)) / total_t
+    p_kl = _sum_(torch.sub(t, gap.clamp_(min=0), out=gap).mul_(e)) / total
+    return e, total, total_t, {"kl": alpha * q_kl + (1 - alpha) * p_kl, "mixture_kl": p_kl}
 
 
-def coefficients(objective: Objective, rows: Rows, weights: Tensor) -> tuple[Tensor, Coefficients]:
-    """([C] weighted losses, their derivatives): token_losses under autograd on [C] vectors."""
-    names = ["logprobs"]
-    names += ["entropy"] if objective.entropy_coef else []
-    names += ["kl"] if rows.kl is not None else []
-    leaves = {name: getattr(rows, name).detach().requires_grad_() for name in names}
-    with torch.enable_grad():
-        losses = weights * token_losses(objective, replace(rows, **leaves))
-        grads = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
-    return losses.detach(), Coefficients(**dict(zip(names, grads, strict=True)))
+def _sum_(terms: Tensor) -> Tensor:
+    """Sum of each row; NaN, which is 0 · inf, becomes 0."""
+    return _nan_to_0(terms).sum(dim=1)
 
 
-def gradient_(
+def _mixture_gap(gap: Tensor, alpha: float) -> Tensor:
+    """t of log p - log m = t - max(gap, 0) and log q - log m = t + min(gap, 0).
+
+    gap = log q - log p, m = alpha q + (1 - alpha) p, t = -log(1 + w (exp(-|gap|) - 1)) with w the
+    share of the smaller one: no cancellation.
+    """
+    share = torch.where(gap > 0, gap.new_full((), 1 - alpha), alpha)
+    return gap.abs().neg_().expm1_().mul_(share).log1p_().neg_()
+
+
+def resume_(stream: Stream, stats: Stats) -> None:
+    """What sweep left of one stream, out of the same logits projected again."""
+    for rows in _blocks(len(stream.logits), stream.logits):
+        _lower_(stream, rows, stats.max[rows])[0].exp_()
+
+
+def coefficients(loss: TokenLoss, rows: Rows, weights: Tensor) -> tuple[Tensor, Coefficients]:
+    """([C] weighted losses, their derivatives); a caller's own loss goes through autograd."""
+    if not isinstance(loss, Objective):
+        return autograd_coefficients(loss, rows, weights)
+    lp = rows.logprobs
+    log_ratio = torch.zeros_like(lp) if rows.old_logprobs is None else lp - rows.old_logprobs
+    value, c, g = torch.zeros_like(lp), torch.zeros_like(lp), None
+    if loss.policy != "off":
+        value, c = _policy(loss, log_ratio, rows.advantages)
+    if loss.kd is not None:
+        cap = math.inf if rows.old_logprobs is None else math.log(loss.kd_ratio_cap)
+        scale = log_ratio.clamp(max=cap).exp_().mul_(loss.kd_coef)
+        if rows.kd_weight is not None:
+            scale *= rows.kd_weight
+        if rows.kl is not None:
+            value += scale * torch.where(scale == 0, 0, rows.kl)
+            g = scale * weights
+        else:
+            assert rows.teacher_logprobs is not None
+            gap = torch.where(scale == 0, 0, lp - rows.teacher_logprobs)
+            pull = gap if loss.kd == "k2" else -torch.expm1(-gap)
+            value += scale * (gap.square() / 2 if loss.kd == "k2" else gap - pull)
+            c += scale * pull
+    e = None
+    if loss.entropy:
+        assert rows.entropy is not None
+        value -= loss.entropy_coef * rows.entropy
+        e = -loss.entropy_coef * weights
+    return weights * value, Coefficients(weights * c, e, g)
+
+
+def _policy(
+    objective: Objective, log_ratio: Tensor, advantages: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(-A r within its bounds, its derivative in lp): 0 outside them, and where A = 0."""
+    assert advantages is not None
+    high, low, dual = (log_ratio.new_full((), x) for x in objective.log_ratio_bounds)
+    upper = torch.where(advantages > 0, high, dual)
+    lower = torch.where(advantages < 0, low, -math.inf)
+    value = -advantages * torch.where(advantages == 0, 0, log_ratio.clamp(lower, upper)).exp_()
+    outside = (log_ratio > upper) | (log_ratio < lower) | (advantages == 0)
+    return value, torch.where(outside, 0, value)
+
+
+def gradient(
     student: Stream,
     tokens: Tensor,
     stats: Stats,
     coef: Coefficients,
     *,
-    dtype: torch.dtype,
-    teacher: Stream | None = None,
-    kd: str | None = None,
+    out: Tensor,
+    teacher: TeacherStream | None = None,
+    source: Tensor | None = None,
 ) -> Tensor:
-    """dL/dlogits [C, V] in dtype, written over the student's z."""
-    z = student.logits
-    out = z if z.dtype == dtype else z.view(dtype)[:, : z.shape[1]]
-    for rows in _blocks(z):
-        dz = _gradient_block(student, tokens[rows], stats, coef, rows, teacher, kd)
-        if student.softcap is not None:
-            tanh = z[rows] * (_column(student.temperature, rows) / student.softcap)
-            dz *= 1 - tanh.square_()
-        out[rows] = dz.div_(_column(student.temperature, rows))
+    """dL/dlogits of row source[n] in out[n]; source None: of row n. Rows with source -1 are left.
+
+    out [C, V] may be the student's own memory, as it is or as a 16-bit view: source[n] is n, or
+    a row that no slot of out lies over. The teacher's memory is used up.
+    """
+    source = None if source is None else source[source >= 0]
+    own, of_teacher, of_entropy = _scales(stats, coef, teacher)
+    for slots in _blocks(len(tokens) if source is None else len(source), student.logits):
+        rows = slots if source is None else source[slots]
+        e = student.logits[rows]
+        slope = None if student.softcap is None else _softcap_slope(student, e, stats.max, rows)
+        surprise = None if of_entropy is None else torch.xlogy(e, e).mul_(of_entropy[rows, None])
+        direct = source is None and out.dtype == e.dtype
+        dz = torch.mul(e, own[rows, None], out=out[slots] if direct else None)
+        if surprise is not None:
+            dz += surprise
+        if teacher is not None and of_teacher is not None:
+            dz += _nan_to_0(teacher.logits[rows].mul_(of_teacher[rows, None]))
+        dz.scatter_add_(1, tokens[rows, None], coef.logprobs[rows, None])
+        if slope is not None:
+            dz *= slope
+        if isinstance(student.temperature, Tensor) or student.temperature != 1:
+            dz /= _column(student.temperature, rows)
+        if not direct:
+            out[slots] = dz
     return out
 
 
-def _gradient_block(
-    student: Stream,
-    tokens: Tensor,
-    stats: Stats,
-    coef: Coefficients,
-    rows: slice,
-    teacher: Stream | None,
-    kd: str | None,
-) -> Tensor:
-    """c (1[v = y] - p) + g · dKL/dz + e · dentropy/dz of one block: dL/dz."""
-    logp = _log_softmax(student.logits[rows], stats.max[rows], stats.log_sum[rows])
-    p = logp.exp()
-    c = coef.logprobs[rows, None]
-    dz = p * -c
+def _scales(
+    stats: Stats, coef: Coefficients, teacher: TeacherStream | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """[C] factors of exp(d), of what lies in the teacher's place, and of exp(d) d; 0 where g is."""
+    total = stats.log_sum.exp()
+    own, of_teacher, of_entropy = -coef.logprobs, None, None
     if coef.kl is not None:
         assert teacher is not None
-        assert stats.teacher_max is not None
         assert stats.teacher_log_sum is not None
-        assert stats.kl is not None
-        g = coef.kl[rows, None]
-        logq = _log_softmax(
-            teacher.logits[rows], stats.teacher_max[rows], stats.teacher_log_sum[rows]
-        )
-        if kd == "rkl":
-            pull = (logp - logq).sub_(stats.kl[rows, None])
-            dz += torch.where((p > 0) & (g != 0), pull, 0).mul_(p).mul_(g)
+        g, log_sum_t = coef.kl, stats.teacher_log_sum
+        if teacher.kd == "fkl":
+            of_teacher, pull = -g / log_sum_t.exp(), torch.ones_like(g)
+        elif teacher.kd == "rkl":
+            assert stats.kl is not None
+            of_teacher, pull = g / total, log_sum_t - stats.log_sum - stats.kl
         else:
-            dz += (p - logq.exp_()).mul_(g)
+            assert stats.mixture_kl is not None
+            g = g * (1 - teacher.jsd_alpha)
+            of_teacher, pull = g / total, -stats.mixture_kl
+        own = own + torch.where(g == 0, 0, g * pull)
     if coef.entropy is not None:
         assert stats.entropy is not None
-        surprise = torch.where(p > 0, logp, 0).add_(stats.entropy[rows, None])
-        dz -= surprise.mul_(p).mul_(coef.entropy[rows, None])
-    return dz.scatter_add_(1, tokens[:, None], c)
+        own = own - coef.entropy * (stats.entropy - stats.log_sum)
+        of_entropy = -coef.entropy / total
+    return own / total, of_teacher, of_entropy
 
 
-def _log_softmax(z: Tensor, top: Tensor, log_sum: Tensor) -> Tensor:
-    return (z - top[:, None]).sub_(log_sum[:, None])
+def _softcap_slope(stream: Stream, e: Tensor, top: Tensor, rows: slice | Tensor) -> Tensor:
+    """d softcap(x) / dx = 1 - tanh², with tanh = (temperature · log(e) + max) / softcap."""
+    assert stream.softcap is not None
+    a = e.log().mul_(_column(stream.temperature, rows)).add_(top[rows, None])
+    return 1 - a.div_(stream.softcap).clamp_(-1, 1).square_()
 
 
-def _expectation(e: Tensor, values: Tensor) -> Tensor:
-    """sum_v e_v · values_v of each row, where 0 · inf counts 0."""
-    return torch.where(e > 0, values, 0).mul_(e).sum(dim=1)
+def _nan_to_0(terms: Tensor) -> Tensor:
+    """0 · inf counts 0."""
+    return terms.nan_to_num_(nan=0, posinf=math.inf, neginf=-math.inf)
 
 
 def _pick(d: Tensor, tokens: Tensor) -> Tensor:
     return d.gather(1, tokens[:, None]).squeeze(1)
 
 
-def _column(value: float | Tensor, rows: slice = slice(None)) -> float | Tensor:
+def _column(value: float | Tensor, rows: slice | Tensor) -> float | Tensor:
     return value[rows, None] if isinstance(value, Tensor) else value
 
 
-def _blocks(logits: Tensor) -> Iterator[slice]:
+def _blocks(rows: int, logits: Tensor) -> Iterator[slice]:
     step = block_rows(logits.shape[1], logits.device)
-    for start in range(0, max(len(logits), 1), step):  # no rows: one empty block
-        yield slice(start, start + step)
+    for start in range(0, max(rows, 1), step):  # no rows: one empty block
+        yield slice(start, min(start + step, rows))

@@ -1,7 +1,7 @@
 """Row work on Triton: kernels and launchers, one program a row. Maths: README.md.
 
-z = logits [C, V] of the student, t = those of the teacher, p and q their softmax. Logits are
-float32; a 16-bit gradient is written over the row it came from.
+a = softcap(logits) [C, V], d = (a - max a) / temperature; the same of the teacher with _t. Logits
+are float32. Kernels keep d in units of log 2, so that an exponential is one exp2.
 """
 
 import math
@@ -12,20 +12,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdrl_kernels.objective import Objective, Rows
-from kdrl_kernels.rows import Coefficients, Stats, Stream
+from kdrl_kernels.objective import Coefficients, Objective, Rows, TokenLoss
+from kdrl_kernels.objective import coefficients as autograd_coefficients
+from kdrl_kernels.rows import Stats, Stream, TeacherStream
+from kdrl_kernels.rows.tiles import GRADIENT, JSD, OBJECTIVE_BLOCK, SWEEP, Tile, tile_of
 
 BLOCK_BUFFERS = 0
-SWEEP_BLOCK_V = 4096
-PAIR_BLOCK_V = 2048  # two streams: 4096 columns take 128 registers, and spill on sm_100
-GRADIENT_BLOCK_V = 2048
-SOFTCAP_PAIR_BLOCK_V = 1024  # two streams and a softcap: 2048 spill on sm_90
-OBJECTIVE_BLOCK = 256
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}  # fusion is said, since its default changes
+OPTIONS = {"enable_fp_fusion": True}  # said, since its default changes
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # a start of the running maximum that is not -inf
-KD_CODES = {None: 0, "k2": 1, "k3": 2, "rkl": 3, "fkl": 4}
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)
+KD_CODES = {None: 0, "k2": 1, "k3": 2, "rkl": 3, "fkl": 4, "jsd": 5}
 K2 = tl.constexpr(KD_CODES["k2"])
 RKL = tl.constexpr(KD_CODES["rkl"])  # this code and those above it read the teacher's logits
+FKL = tl.constexpr(KD_CODES["fkl"])
+JSD_CODE = tl.constexpr(KD_CODES["jsd"])
+STATS = len(fields(Stats))
 
 
 def block_rows(V: int, device: torch.device) -> int:  # noqa: ARG001 (interface of row modules)
@@ -33,28 +35,15 @@ def block_rows(V: int, device: torch.device) -> int:  # noqa: ARG001 (interface 
     return 0
 
 
-def sweep_block(student: Stream, teacher: Stream | None) -> int:
-    """Columns a block of the sweep: what leaves three blocks an SM and spills nothing."""
-    if teacher is None:
-        return SWEEP_BLOCK_V
-    return SOFTCAP_PAIR_BLOCK_V if student.softcap or teacher.softcap else PAIR_BLOCK_V
-
-
-def gradient_block(student: Stream, teacher: Stream | None) -> int:
-    """Columns a block of the gradient, by the same rule."""
-    softcap = teacher is not None and (student.softcap or teacher.softcap)
-    return SOFTCAP_PAIR_BLOCK_V if softcap else GRADIENT_BLOCK_V
-
-
-def activate_(stream: Stream) -> None:
-    """Nothing: the kernels apply softcap and temperature to what they load."""
+def resume_(stream: Stream, stats: Stats) -> None:
+    """Nothing: the kernels leave logits as they are."""
 
 
 @triton.jit
 def _tanh(x):
     """tanh to 2 ulp: its series near 0, where 1 - exp(-2|x|) would cancel."""
     x2 = x * x
-    series = x * (1 - x2 * (1 / 3 - x2 * (2 / 15 - x2 * (17 / 315 - x2 * 62 / 2835))))
+    series = x * (1 - x2 * (1 / 3 - x2 * (2 / 15 - x2 * (17 / 315 - x2 * (62 / 2835)))))
     decay = tl.exp(-2 * tl.abs(x))
     far = (1 - decay) / (1 + decay)
     return tl.where(x2 < 0.0625, series, tl.where(x < 0, -far, far))
@@ -63,123 +52,183 @@ def _tanh(x):
 @triton.jit
 def _expm1(x):
     """exp(x) - 1 without cancellation near 0."""
-    tail = 1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7)))
-    return tl.where(tl.abs(x) < 0.3, x * (1 + x / 2 * (1 + x / 3 * tail)), tl.exp(x) - 1)
+    tail = 1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040)))
+    return tl.where(tl.abs(x) < 0.3, x * (1 + x * (0.5 + x * (1 / 6 + x * tail))), tl.exp(x) - 1)
 
 
 @triton.jit
-def _activate(logits, temperature, softcap, HAS_SOFTCAP: tl.constexpr):
-    """z = softcap · tanh(logits / softcap) / temperature."""
-    if HAS_SOFTCAP:
-        logits = softcap * _tanh(logits / softcap)
-    return tl.math.div_rn(logits, temperature)
+def _log1p(x):
+    """log(1 + x) without cancellation near 0, for x > -1: log(u) x / (u - 1) with u = 1 + x."""
+    u = 1 + x
+    return tl.where(u == 1, x, tl.log(u) * (x / tl.where(u == 1, 1.0, u - 1)))
 
 
 @triton.jit
-def _load_z(row_ptr, v, V, temperature, softcap, HAS_SOFTCAP: tl.constexpr):
-    """[BLOCK_V] z, -inf from V on."""
-    logits = tl.load(row_ptr + v, mask=v < V, other=0.0)
-    return tl.where(v < V, _activate(logits, temperature, softcap, HAS_SOFTCAP), float("-inf"))
+def _load_a(row_ptr, v, V, width, softcap):
+    """a = softcap · tanh(logits / softcap) at columns v; -inf from V on.
 
-
-@triton.jit
-def _expectation(e, values):
-    """sum_v e[v] · values[v], where 0 · inf counts 0."""
-    return tl.sum(tl.where(e > 0, e * values, 0.0), axis=0)
+    Memory is read up to `width`, a multiple of 16 where rows are padded: 16 bytes at a time.
+    """
+    a = tl.load(row_ptr + v, mask=v < width, other=0.0)
+    if softcap is not None:
+        a = softcap * _tanh(a * (1 / softcap))
+    return tl.where(v < V, a, float("-inf"))
 
 
 @triton.jit
 def _rescale(running, shift):
-    """running · exp(shift): an accumulator of exp(z - m) moved to a maximum higher by -shift."""
-    scale = tl.exp(shift)
+    """running · exp2(shift): a sum of terms exp2(d) moved to a maximum higher by -shift."""
+    scale = tl.exp2(shift)
     return tl.where(scale > 0, scale * running, 0.0)
 
 
 @triton.jit
+def _expectation(e, values):
+    """sum over dim 0 of e · values, where 0 · inf counts 0."""
+    return tl.sum(tl.where(e > 0, e * values, 0.0), axis=0)
+
+
+@triton.jit
+def _mixture_gap(gap, alpha):
+    """(t, gap) -> t of log p - log m = t - max(gap, 0), log q - log m = t + min(gap, 0)."""
+    share = tl.where(gap > 0, 1 - alpha, alpha)
+    return -_log1p(share * _expm1(-tl.abs(gap)))
+
+
+@triton.jit
+def _step(row_ptr, v, V, width, top, k, softcap):
+    """(new top, shift to it, d, exp2(d)) of a [DEPTH, LANES] tile; d, shift in units of log 2."""
+    a = _load_a(row_ptr, v, V, width, softcap)
+    new_top = tl.maximum(top, tl.max(a, axis=0))
+    d = (a - new_top[None, :]) * k
+    return new_top, (top - new_top) * k, d, tl.exp2(d)
+
+
+@triton.jit
+def _finish(row_ptr, stats_ptr, y, C, V, top, s, k, softcap):
+    """Store max, log sum and log-probability; (shift of each lane to the row's top, row's s)."""
+    row_top = tl.max(top, axis=0)
+    shift = (top - row_top) * k
+    row_s = tl.sum(_rescale(s, shift), axis=0)
+    a_y = _load_a(row_ptr, y, V, V, softcap)
+    tl.store(stats_ptr, row_top)
+    tl.store(stats_ptr + C, tl.log(row_s))
+    tl.store(stats_ptr + 2 * C, (a_y - row_top) * k * LN2 - tl.log(row_s))
+    return shift, row_s
+
+
+@triton.jit
 def _sweep_kernel(
-    z_ptr, t_ptr, token_ptr, temperature_ptr, t_temperature_ptr, stats_ptr,
-    stride_zn, stride_tn, V, C, softcap, t_softcap,
-    HAS_SOFTCAP: tl.constexpr, T_HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
-    KD: tl.constexpr, BLOCK_V: tl.constexpr,
+    z_ptr, t_ptr, token_ptr, temperature_ptr, stats_ptr,
+    stride_zn, stride_tn, V, width, C, softcap, t_softcap,
+    HAS_ENTROPY: tl.constexpr, KD: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """stats[:, n] = Stats in the order of its fields, in one read of each stream.
 
-    d = z - max z, s = sum_v exp(d), and for the teacher d_t, s_t:
-    entropy = log s - sum_v exp(d) d / s;  KL(p‖q) = sum_v exp(d) (d - d_t) / s - log s + log s_t.
+    s = sum_v exp(d), entropy = log s - sum_v exp(d) d / s, and for the teacher d_t, s_t:
+    KL(p‖q) = sum_v exp(d) (d - d_t) / s - log s + log s_t.
+    Each of LANES columns keeps its own maximum and sums over [DEPTH, LANES] tiles, so that the
+    loop has no barrier; they meet after it.
     """
     n = tl.program_id(0).to(tl.int64)  # n · stride passes 2**31 at real vocabulary sizes
     z_ptr += n * stride_zn
     t_ptr += n * stride_tn
     stats_ptr += n
     y = tl.load(token_ptr + n)
-    temperature = tl.load(temperature_ptr + n)
-    t_temperature = tl.load(t_temperature_ptr + n)
-    top = tl.full((), LOWEST, tl.float32)
-    top_t = tl.full((), LOWEST, tl.float32)
-    s, surprise, s_t, gap = 0.0, 0.0, 0.0, 0.0
-    for start in range(0, V, BLOCK_V):
-        v = start + tl.arange(0, BLOCK_V)
-        z = _load_z(z_ptr, v, V, temperature, softcap, HAS_SOFTCAP)
-        new_top = tl.maximum(top, tl.max(z, axis=0))
-        shift, d = top - new_top, z - new_top
-        e = tl.exp(d)
+    k = LOG2_E / tl.load(temperature_ptr + n)
+    k_t = LOG2_E / tl.load(temperature_ptr + C + n)
+    columns = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    top = tl.full((LANES,), LOWEST, tl.float32)
+    top_t = tl.full((LANES,), LOWEST, tl.float32)
+    s, surprise = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
+    s_t, gap = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
+    for start in range(0, V, DEPTH * LANES):
+        v = start + columns
+        top, shift, d, e = _step(z_ptr, v, V, width, top, k, softcap)
         if HAS_ENTROPY:
             surprise = _rescale(surprise + s * shift, shift) + _expectation(e, d)
         if KD >= RKL:
-            t = _load_z(t_ptr, v, V, t_temperature, t_softcap, T_HAS_SOFTCAP)
-            new_top_t = tl.maximum(top_t, tl.max(t, axis=0))
-            shift_t, d_t = top_t - new_top_t, t - new_top_t
-            e_t = tl.exp(d_t)
+            top_t, shift_t, d_t, e_t = _step(t_ptr, v, V, width, top_t, k_t, t_softcap)
             if KD == RKL:
                 gap = _rescale(gap + s * (shift - shift_t), shift) + _expectation(e, d - d_t)
-            else:
+            if KD == FKL:
                 gap = _rescale(gap + s_t * (shift_t - shift), shift_t) + _expectation(e_t, d_t - d)
             s_t = _rescale(s_t, shift_t) + tl.sum(e_t, axis=0)
-            top_t = new_top_t
         s = _rescale(s, shift) + tl.sum(e, axis=0)
-        top = new_top
-    log_s = tl.log(s)
-    z_y = _activate(tl.load(z_ptr + y), temperature, softcap, HAS_SOFTCAP)
-    tl.store(stats_ptr, top)
-    tl.store(stats_ptr + C, log_s)
-    tl.store(stats_ptr + 2 * C, z_y - top - log_s)
+    shift, row_s = _finish(z_ptr, stats_ptr, y, C, V, top, s, k, softcap)
     if HAS_ENTROPY:
-        tl.store(stats_ptr + 3 * C, log_s - surprise / s)
+        row_surprise = tl.sum(_rescale(surprise + s * shift, shift), axis=0)
+        tl.store(stats_ptr + 3 * C, tl.log(row_s) - row_surprise * LN2 / row_s)
     if KD >= RKL:
-        log_s_t = tl.log(s_t)
-        t_y = _activate(tl.load(t_ptr + y), t_temperature, t_softcap, T_HAS_SOFTCAP)
-        tl.store(stats_ptr + 4 * C, top_t)
-        tl.store(stats_ptr + 5 * C, log_s_t)
-        tl.store(stats_ptr + 6 * C, t_y - top_t - log_s_t)
+        stats_t_ptr = stats_ptr + 4 * C
+        shift_t, row_s_t = _finish(t_ptr, stats_t_ptr, y, C, V, top_t, s_t, k_t, t_softcap)
+        log_ratio = tl.log(row_s_t) - tl.log(row_s)
         if KD == RKL:
-            tl.store(stats_ptr + 7 * C, gap / s + (log_s_t - log_s))
-        else:
-            tl.store(stats_ptr + 7 * C, gap / s_t + (log_s - log_s_t))
+            row_gap = tl.sum(_rescale(gap + s * (shift - shift_t), shift), axis=0)
+            tl.store(stats_ptr + 7 * C, row_gap * LN2 / row_s + log_ratio)
+        if KD == FKL:
+            row_gap = tl.sum(_rescale(gap + s_t * (shift_t - shift), shift_t), axis=0)
+            tl.store(stats_ptr + 7 * C, row_gap * LN2 / row_s_t - log_ratio)
+
+
+@triton.jit
+def _jsd_kernel(
+    z_ptr, t_ptr, temperature_ptr, stats_ptr,
+    stride_zn, stride_tn, V, width, C, softcap, t_softcap, alpha, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """stats[7:9, n] = alpha KL(q‖m) + (1 - alpha) KL(p‖m), KL(p‖m); m = alpha q + (1 - alpha) p."""
+    n = tl.program_id(0).to(tl.int64)
+    z_ptr += n * stride_zn
+    t_ptr += n * stride_tn
+    stats_ptr += n
+    k, k_t = LOG2_E / tl.load(temperature_ptr + n), LOG2_E / tl.load(temperature_ptr + C + n)
+    top, log2_s = tl.load(stats_ptr), tl.load(stats_ptr + C) * LOG2_E
+    top_t, log2_s_t = tl.load(stats_ptr + 4 * C), tl.load(stats_ptr + 5 * C) * LOG2_E
+    p_gap, q_gap = tl.zeros((BLOCK_V,), tl.float32), tl.zeros((BLOCK_V,), tl.float32)
+    for start in range(0, V, BLOCK_V):
+        v = start + tl.arange(0, BLOCK_V)
+        log2_p = (_load_a(z_ptr, v, V, width, softcap) - top) * k - log2_s
+        log2_q = (_load_a(t_ptr, v, V, width, t_softcap) - top_t) * k_t - log2_s_t
+        p, q, gap = tl.exp2(log2_p), tl.exp2(log2_q), (log2_q - log2_p) * LN2
+        t = _mixture_gap(gap, alpha)
+        p_gap += tl.where(p > 0, p * (t - tl.where(gap > 0, gap, 0.0)), 0.0)
+        q_gap += tl.where(q > 0, q * (t + tl.where(gap < 0, gap, 0.0)), 0.0)
+    mixture_kl = tl.sum(p_gap, axis=0)
+    tl.store(stats_ptr + 7 * C, alpha * tl.sum(q_gap, axis=0) + (1 - alpha) * mixture_kl)
+    tl.store(stats_ptr + 8 * C, mixture_kl)
 
 
 def sweep(
     student: Stream,
     tokens: Tensor,
     *,
-    teacher: Stream | None = None,
-    kd: str | None = None,
+    teacher: TeacherStream | None = None,
     entropy: bool = False,
-    BLOCK_V: int | None = None,
+    tile: Tile | None = None,
 ) -> Stats:
-    """Statistics of one stream, or of two with their exact KL."""
-    BLOCK_V = BLOCK_V or sweep_block(student, teacher)
+    """Statistics of one stream, or of two with their divergence."""
+    kd = teacher.kd if teacher else None
+    tile = tile or tile_of(SWEEP, student, teacher)
     C, V = student.logits.shape
     other = teacher or student
-    found = torch.empty(8, C, device=tokens.device, dtype=torch.float32)
+    found = torch.empty(STATS, C, device=tokens.device, dtype=torch.float32)
+    temperatures = torch.stack([_temperatures(student), _temperatures(other)])
+    strides = student.logits.stride(0), other.logits.stride(0)
+    sizes = V, _width(V, *strides), C
     if C:
         _sweep_kernel[(C,)](
-            student.logits, other.logits, tokens, _temperatures(student), _temperatures(other),
-            found, student.logits.stride(0), other.logits.stride(0), V, C,
-            float(student.softcap or 1), float(other.softcap or 1),
-            student.softcap is not None, other.softcap is not None, entropy,
-            KD_CODES[kd if teacher else None], BLOCK_V, **OPTIONS,
+            student.logits, other.logits, tokens, temperatures, found, *strides, *sizes,
+            student.softcap, other.softcap, entropy, KD_CODES[kd], tile.depth, tile.lanes,
+            num_warps=tile.warps, **OPTIONS,
+        )  # fmt: skip
+    if C and teacher is not None and kd == "jsd":
+        tile = tile_of(JSD, student, teacher)
+        _jsd_kernel[(C,)](
+            student.logits, other.logits, temperatures, found, *strides, *sizes, student.softcap,
+            other.softcap, teacher.jsd_alpha, tile.columns, num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
     top, log_sum, logprobs, entropies, *rest = found
+    rest = rest if kd == "jsd" else rest[:-1]
     return Stats(top, log_sum, logprobs, entropies if entropy else None, *(rest if teacher else []))
 
 
@@ -229,13 +278,15 @@ def _objective_kernel(
 
 
 def coefficients(
-    objective: Objective, rows: Rows, weights: Tensor, BLOCK: int = OBJECTIVE_BLOCK
+    loss: TokenLoss, rows: Rows, weights: Tensor, BLOCK: int = OBJECTIVE_BLOCK
 ) -> tuple[Tensor, Coefficients]:
-    """([C] weighted losses, their derivatives)."""
+    """([C] weighted losses, their derivatives); a caller's own loss goes through autograd."""
+    if not isinstance(loss, Objective):
+        return autograd_coefficients(loss, rows, weights)
     C, lp = len(weights), rows.logprobs
     out = torch.empty(4, C, device=lp.device, dtype=torch.float32)
-    high, low, dual = objective.log_ratio_bounds
-    cap = math.inf if rows.old_logprobs is None else math.log(objective.kd_ratio_cap)
+    high, low, dual = loss.log_ratio_bounds
+    cap = math.inf if rows.old_logprobs is None else math.log(loss.kd_ratio_cap)
     kd_weight = torch.ones_like(lp) if rows.kd_weight is None else rows.kd_weight
     given = (rows.old_logprobs, rows.advantages, rows.teacher_logprobs, rows.kl, rows.entropy)
     # lp stands for what is missing: old = lp is a ratio of 1, the rest is never read
@@ -243,103 +294,128 @@ def coefficients(
     if C:
         _objective_kernel[(triton.cdiv(C, BLOCK),)](
             lp, old, advantages, kd_weight, lq, kl, entropy, weights, out, C, high, low, dual, cap,
-            float(objective.kd_coef), float(objective.entropy_coef), objective.policy != "off",
-            KD_CODES[objective.kd], objective.entropy_coef != 0, BLOCK, **OPTIONS,
+            float(loss.kd_coef), float(loss.entropy_coef), loss.policy != "off",
+            KD_CODES[loss.kd], loss.entropy, BLOCK, **OPTIONS,
         )  # fmt: skip
     return out[0], Coefficients(
         logprobs=out[1],
-        entropy=out[2] if objective.entropy_coef else None,
+        entropy=out[2] if loss.entropy else None,
         kl=None if rows.kl is None else out[3],
     )
 
 
 @triton.jit
 def _gradient_kernel(
-    z_ptr, t_ptr, dz_ptr, token_ptr, temperature_ptr, t_temperature_ptr, stats_ptr, coef_ptr,
-    stride_zn, stride_tn, stride_dn, V, C, softcap, t_softcap,
-    HAS_SOFTCAP: tl.constexpr, T_HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
-    KD: tl.constexpr, BLOCK_V: tl.constexpr,
+    z_ptr, t_ptr, dz_ptr, token_ptr, source_ptr, row_ptr,
+    stride_zn, stride_tn, stride_dn, V, width, C, softcap, t_softcap, alpha,
+    HAS_ENTROPY: tl.constexpr, KD: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dz[n, v] = dL/dlogits, over the row's own logits; c, e, g = coef[:, n].
+    """dz[slot, v] = dL/dlogits of row n = source[slot]; rows of row_ptr: _record.
 
-    c (1[v = y] - p_v) - e p_v (log p_v + entropy) + g p_v (log p_v - log q_v - KL), or for the
-    forward KL + g (p_v - q_v); all times dz/dlogits.
+    c (1[v = y] - p_v) - e p_v (log p_v + entropy) + g p_v (log p_v - log q_v - KL), or with
+    + g (p_v - q_v), "fkl", or + g (1 - alpha) p_v (log p_v - log m_v - KL(p‖m)), "jsd"; all times
+    dz/dlogits.
     """
-    n = tl.program_id(0).to(tl.int64)
+    slot = tl.program_id(0).to(tl.int64)
+    n = slot
+    if source_ptr is not None:
+        n = tl.load(source_ptr + slot)
+        if n < 0:
+            return
     z_ptr += n * stride_zn
     t_ptr += n * stride_tn
-    dz_ptr += n * stride_dn
-    stats_ptr += n
-    coef_ptr += n
+    dz_ptr += slot * stride_dn
+    row_ptr += n
     y = tl.load(token_ptr + n)
-    temperature = tl.load(temperature_ptr + n)
-    t_temperature = tl.load(t_temperature_ptr + n)
-    top, log_s = tl.load(stats_ptr), tl.load(stats_ptr + C)
-    c = tl.load(coef_ptr)
+    c = tl.load(row_ptr + 9 * C)
+    scale = 1 / tl.load(row_ptr + 12 * C)
+    top, log2_s, k = tl.load(row_ptr), tl.load(row_ptr + C) * LOG2_E, scale * LOG2_E
     for start in range(0, V, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
-        z = _load_z(z_ptr, v, V, temperature, softcap, HAS_SOFTCAP)
-        logp = z - top - log_s
-        p = tl.exp(logp)
+        a = _load_a(z_ptr, v, V, width, softcap)
+        log2_p = (a - top) * k - log2_s
+        p = tl.exp2(log2_p)
         dz = tl.where(v == y, c, 0.0) - c * p
         if HAS_ENTROPY:
-            e = tl.load(coef_ptr + C)
-            dz -= tl.where(p > 0, e * p * (logp + tl.load(stats_ptr + 3 * C)), 0.0)
+            e = tl.load(row_ptr + 10 * C)
+            surprise = log2_p * LN2 + tl.load(row_ptr + 3 * C)
+            dz -= tl.where(p > 0, e * p * surprise, 0.0)
         if KD >= RKL:
-            g = tl.load(coef_ptr + 2 * C)
-            t = _load_z(t_ptr, v, V, t_temperature, t_softcap, T_HAS_SOFTCAP)
-            logq = t - tl.load(stats_ptr + 4 * C) - tl.load(stats_ptr + 5 * C)
-            if KD == RKL:
-                pull = logp - logq - tl.load(stats_ptr + 7 * C)
-                dz += tl.where(p > 0, tl.where(g == 0, 0.0, g * p * pull), 0.0)
+            g = tl.load(row_ptr + 11 * C)
+            top_t, log_s_t = tl.load(row_ptr + 4 * C), tl.load(row_ptr + 5 * C)
+            k_t = LOG2_E / tl.load(row_ptr + 13 * C)
+            a_t = _load_a(t_ptr, v, V, width, t_softcap)
+            log2_q = (a_t - top_t) * k_t - log_s_t * LOG2_E
+            if KD == FKL:
+                dz += g * (p - tl.exp2(log2_q))
             else:
-                dz += g * (p - tl.exp(logq))
-        if HAS_SOFTCAP:
-            tanh = z * temperature / softcap
+                pull = (log2_p - log2_q) * LN2
+                if KD == JSD_CODE:
+                    t = _mixture_gap(-pull, alpha)
+                    pull = (1 - alpha) * (t + tl.where(pull < 0, pull, 0.0))
+                    pull -= (1 - alpha) * tl.load(row_ptr + 8 * C)
+                else:
+                    pull -= tl.load(row_ptr + 7 * C)
+                dz += tl.where(p > 0, tl.where(g == 0, 0.0, g * p * pull), 0.0)
+        if softcap is not None:
+            tanh = a * (1 / softcap)
             dz *= 1 - tanh * tanh
-        dz = tl.math.div_rn(dz, temperature)
+        dz *= scale
         # a 16-bit dz of block 0 lies over float32 logits of block 0 that other threads still read
         tl.debug_barrier()
-        tl.store(dz_ptr + v, dz, mask=v < V)  # the only rounding of dz
+        tl.store(dz_ptr + v, dz, mask=v < width)  # the only rounding of dz
 
 
-def gradient_(
+def gradient(
     student: Stream,
     tokens: Tensor,
     stats: Stats,
     coef: Coefficients,
     *,
-    dtype: torch.dtype,
-    teacher: Stream | None = None,
-    kd: str | None = None,
-    BLOCK_V: int | None = None,
+    out: Tensor,
+    teacher: TeacherStream | None = None,
+    source: Tensor | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
-    """dL/dlogits [C, V] in dtype, written over the student's logits."""
-    BLOCK_V = BLOCK_V or gradient_block(student, teacher)
-    z = student.logits
-    C, V = z.shape
+    """dL/dlogits of row source[n] in out[n]; source None: of row n. Rows with source -1 are left.
+
+    out [C, V] may be the student's own memory, as it is or as a 16-bit view: source[n] is n, or
+    a row that no slot of out lies over.
+    """
+    if coef.kl is None:
+        teacher = None
+    tile = tile or tile_of(GRADIENT, student, teacher)
+    C, V = student.logits.shape
     other = teacher or student
-    out = z if z.dtype == dtype else z.view(dtype)[:, :V]
+    strides = student.logits.stride(0), other.logits.stride(0), out.stride(0)
     if C:
         _gradient_kernel[(C,)](
-            z, other.logits, out, tokens, _temperatures(student), _temperatures(other),
-            _stack(stats), _stack(coef), z.stride(0), other.logits.stride(0), out.stride(0), V, C,
-            float(student.softcap or 1), float(other.softcap or 1),
-            student.softcap is not None, other.softcap is not None, coef.entropy is not None,
-            KD_CODES[kd if coef.kl is not None else None], BLOCK_V, **OPTIONS,
+            student.logits, other.logits, out, tokens, source,
+            _record(stats, coef, _temperatures(student), _temperatures(other)),
+            *strides, V, _width(V, *strides), C, student.softcap, other.softcap,
+            teacher.jsd_alpha if teacher else 0.5, coef.entropy is not None,
+            KD_CODES[teacher.kd if teacher else None], tile.columns, num_warps=tile.warps,
+            **OPTIONS,
         )  # fmt: skip
     return out
+
+
+def _width(V: int, *strides: int) -> int:
+    """Columns that a row has in memory: V rounded up to 16 where rows are padded."""
+    padded = -(-V // 16) * 16
+    return padded if min(strides) >= padded else V
 
 
 def _temperatures(stream: Stream) -> Tensor:
     """[C] float32."""
     logits, temperature = stream.logits, stream.temperature
     if isinstance(temperature, Tensor):
-        return temperature.to(logits.dtype).contiguous()
+        return temperature.to(logits.dtype)
     return torch.full((len(logits),), temperature, dtype=logits.dtype, device=logits.device)
 
 
-def _stack(record: Stats | Coefficients) -> Tensor:
-    """[fields, C] of a record of [C] tensors; a missing one is never read."""
-    values = [getattr(record, field.name) for field in fields(record)]
-    return torch.stack([values[0] if value is None else value for value in values])
+def _record(stats: Stats, coef: Coefficients, *temperatures: Tensor) -> Tensor:
+    """[14, C]: the fields of stats, of coef, the temperatures; a missing one is never read."""
+    values = [getattr(part, field.name) for part in (stats, coef) for field in fields(part)]
+    filled = [stats.max if value is None else value for value in values]
+    return torch.stack([*filled, *temperatures])

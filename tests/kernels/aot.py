@@ -1,7 +1,8 @@
 """Compile every row kernel ahead of time, without a GPU, and print its resources as JSON lines.
 
 Run in a process without TRITON_INTERPRET: `python -m tests.kernels.aot`. sm_* give a cubin, whose
-resource report comes from the cuobjdump inside the triton wheel.
+resource report comes from the cuobjdump inside the triton wheel; gfx942 gives assembly, which ends
+in a report of its own.
 """
 
 import json
@@ -14,69 +15,91 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kdrl_kernels.rows import Stream
+from kdrl_kernels.rows import tiles
 from kdrl_kernels.rows import triton as kernels
+from kdrl_kernels.rows.tiles import GRADIENT, JSD, SWEEP, Tile
 
-ARCHES = (80, 90, 100)
+TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
+TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 CODES = kernels.KD_CODES
 DIVISIBLE = [["tt.divisibility", 16]]
 
-Variant = tuple[str, Any, dict[str, Any], dict[str, str]]
-"""Name, kernel, constexprs, and pointer types that differ from *fp32."""
+Variant = tuple[str, Any, dict[str, Any], dict[str, str | None], int]
+"""Name, kernel, constexprs, types that differ from the usual ones (None: not there), warps."""
 
 
-def variants() -> Iterator[Variant]:
-    """What the launchers run: every KD term and softcap, at the launchers' own block sizes."""
-    for kd in (None, "rkl", "fkl"):
-        for cap, cap_t in product((None, 30.0), (None, 30.0) if kd else (None,)):
-            student = Stream(torch.empty(0), 1.0, cap)
-            teacher = Stream(torch.empty(0), 1.0, cap_t) if kd else None
-            flags = {"HAS_SOFTCAP": cap is not None, "T_HAS_SOFTCAP": cap_t is not None}
-            flags |= {"HAS_ENTROPY": True, "KD": CODES[kd]}
-            name = f"{kd}-{cap}-{cap_t}"
-            sweep = flags | {"BLOCK_V": kernels.sweep_block(student, teacher)}
-            yield f"sweep-{name}", kernels._sweep_kernel, sweep, {}
-            gradient = flags | {"BLOCK_V": kernels.gradient_block(student, teacher)}
-            yield f"gradient-{name}-bf16", kernels._gradient_kernel, gradient, {"dz_ptr": "*bf16"}
-    flags = {"HAS_SOFTCAP": False, "T_HAS_SOFTCAP": False, "HAS_ENTROPY": True}
-    gradient = flags | {"KD": CODES["rkl"], "BLOCK_V": kernels.GRADIENT_BLOCK_V}
-    for dtype in ("fp16", "fp32"):
-        yield f"gradient-rkl-{dtype}", kernels._gradient_kernel, gradient, {"dz_ptr": f"*{dtype}"}
+def variants(table: dict[tuple[str, int, bool], Tile] = tiles.TILES) -> Iterator[Variant]:
+    """What the launchers run: every KD term and softcap, at the tiles of the table."""
+    for kd, cap in product((None, "rkl", "fkl", "jsd"), (None, "fp32")):
+        caps = {"softcap": cap, "t_softcap": cap}
+        name = f"{kd}{'-softcap' if cap else ''}"
+        key = 2 if kd else 1, cap is not None
+        tile = table[SWEEP, *key]
+        flags = {"HAS_ENTROPY": True, "KD": CODES[kd]}
+        shape = {"DEPTH": tile.depth, "LANES": tile.lanes}
+        yield f"sweep-{name}", kernels._sweep_kernel, flags | shape, caps, tile.warps
+        if kd == "jsd":
+            tile = table[JSD, *key]
+            block = {"BLOCK_V": tile.columns}
+            yield f"jsd-{name}", kernels._jsd_kernel, block, caps, tile.warps
+        tile = table[GRADIENT, *key]
+        block = flags | {"BLOCK_V": tile.columns}
+        for dtype in ("bf16", "fp16", "fp32") if name == "rkl" else ("bf16",):
+            types = caps | {"dz_ptr": f"*{dtype}"}
+            yield f"gradient-{name}-{dtype}", kernels._gradient_kernel, block, types, tile.warps
     for kd, code in CODES.items():
         flags = {"HAS_POLICY": True, "HAS_ENTROPY": True, "KD": code}
-        block = {"BLOCK": kernels.OBJECTIVE_BLOCK}
-        yield f"objective-{kd}", kernels._objective_kernel, flags | block, {}
+        block = flags | {"BLOCK": tiles.OBJECTIVE_BLOCK}
+        yield f"objective-{kd}", kernels._objective_kernel, block, {}, 4
 
 
-def compile_one(variant: Variant, arch: int, aligned: bool) -> Any:
-    """The compiled kernel. aligned: strides divisible by 16, as in most vocabularies."""
-    _, kernel, constexprs, pointers = variant
+def compile_one(variant: Variant, target: GPUTarget, aligned: bool) -> Any:
+    """The compiled kernel, for padded rows; aligned: V is a multiple of 16 as well."""
+    _, kernel, constexprs, types, warps = variant
+    constexprs = constexprs | {name: None for name, kind in types.items() if kind is None}
 
     def type_of(name: str) -> str:
         if name in constexprs:
             return "constexpr"
-        if name == "token_ptr":
+        if name in ("token_ptr", "source_ptr"):
             return "*i64"
         if name.endswith("_ptr"):
-            return pointers.get(name, "*fp32")
-        return "i32" if name in ("V", "C") or name.startswith("stride_") else "fp32"
+            return types.get(name) or "*fp32"
+        return "i32" if name in ("V", "C", "width") or name.startswith("stride_") else "fp32"
 
     names = kernel.arg_names
-    divisible = ("_ptr",) if not aligned else ("_ptr", "_zn", "_tn", "_dn")
-    attrs = {(i,): DIVISIBLE for i, name in enumerate(names) if name.endswith(divisible)}
+    divisible = {name for name in names if name.endswith(("_ptr", "_zn", "_tn", "_dn", "width"))}
+    divisible |= {"V"} if aligned else set()
+    attrs = {(i,): DIVISIBLE for i, name in enumerate(names) if name in divisible}
     signature = {name: type_of(name) for name in names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-    target = GPUTarget("cuda", arch, 32)
-    return triton.compile(source, target=target, options=kernels.OPTIONS)
+    options = kernels.OPTIONS | {"num_warps": warps}
+    return triton.compile(source, target=target, options=options)
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, LOCAL and SHARED of a cubin: per thread, bytes."""
+def resources(compiled: Any) -> dict[str, int]:
+    """Registers a thread, bytes of stack and spills a thread, bytes of shared memory."""
+    if "amdgcn" in compiled.asm:
+        report = compiled.asm["amdgcn"]
+        names = {"registers": "vgpr_count", "spills": "vgpr_spill_count"}
+        names |= {"stack": "private_segment_fixed_size"}
+        found = {key: re.search(rf"\.{name}:\s+(\d+)", report) for key, name in names.items()}
+        numbers = {key: int(match[1]) for key, match in found.items()}
+    else:
+        report = _cuobjdump(compiled.asm["cubin"])
+        numbers = {
+            key: report[name]
+            for key, name in {"registers": "REG", "spills": "LOCAL", "stack": "STACK"}.items()
+        }
+    return numbers | {"shared_bytes": compiled.metadata.shared}
+
+
+def _cuobjdump(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, LOCAL and SHARED of a cubin."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -87,15 +110,30 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def main() -> None:
-    """One JSON line for each kernel variant, alignment and architecture."""
-    for variant, aligned, arch in product(variants(), (True, False), ARCHES):
-        if not aligned and variant[0].startswith("objective"):
-            continue  # it has no strides
-        compiled = compile_one(variant, arch, aligned)
+    """One JSON line for each kernel variant, alignment and target."""
+    for variant, aligned, (arch, target) in product(variants(), (True, False), TARGETS.items()):
+        if not aligned and (variant[0].startswith("objective") or "softcap" in variant[0]):
+            continue  # the first has no V; the others differ by nothing more
+        compiled = compile_one(variant, target, aligned)
         name = f"{variant[0]}-{'aligned' if aligned else 'ragged'}"
-        row = {"kernel": name, "arch": arch, "shared_bytes": compiled.metadata.shared}
-        sys.stdout.write(json.dumps(row | resources(compiled.asm["cubin"])) + "\n")
+        row = {"kernel": name, "arch": arch, "warps": variant[-1]} | resources(compiled)
+        if aligned and arch == "sm_90":
+            row["wide_loads"] = len(re.findall(r"ld\.global\.v4", compiled.asm["ptx"]))
+            row["barriers_in_loops"] = barriers_in_loops(compiled.asm["ptx"])
+        sys.stdout.write(json.dumps(row) + "\n")
         sys.stdout.flush()
+
+
+def barriers_in_loops(ptx: str) -> int:
+    """Barriers between a label and a later branch back to it."""
+    lines = ptx.splitlines()
+    labels = {line.split(":")[0]: i for i, line in enumerate(lines) if line.startswith("$L__BB")}
+    inside = set()
+    for i, line in enumerate(lines):
+        target = re.search(r"\bbra(?:\.uni)?\s+(\$L__BB\w+);", line)
+        if target and labels[target[1]] < i:
+            inside |= set(range(labels[target[1]], i))
+    return sum("bar.sync" in lines[i] for i in inside)
 
 
 if __name__ == "__main__":

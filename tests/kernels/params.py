@@ -16,4 +16,4 @@ IMPL_DTYPES = [
     _param(impl, dtype) for impl in ("torch", "triton") for dtype in (F32, F16, BF16)
 ] + [_param("torch", F64), _param("reference", F32)]
 IMPLS = ["reference", "torch", "triton"]
-KDS = [None, "k2", "k3", "rkl", "fkl"]
+KDS = [None, "k2", "k3", "rkl", "fkl", "jsd"]

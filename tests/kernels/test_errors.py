@@ -84,8 +84,7 @@ def test_kdrl_loss(changes: dict[str, Any], error: type[Exception], message: str
 
 OBJECTIVES: list[tuple[dict[str, Any], str]] = [
     ({"kd": "k1"}, "kd must not be 'k1': k1 as a loss has no teacher in its gradient"),
-    ({"kd": "jsd"}, "'jsd' is not implemented yet; use 'rkl' or 'fkl'"),
-    ({"kd": "kl"}, r"kd must be one of \('k2', 'k3', 'rkl', 'fkl'\) or None, got 'kl'"),
+    ({"kd": "kl"}, r"kd must be one of \('k2', 'k3', 'rkl', 'fkl', 'jsd'\) or None, got 'kl'"),
     ({"policy": "ppo"}, r"policy must be one of \('clip', 'none', 'off'\), got 'ppo'"),
     ({"policy": "off", "kd": None}, "kd must be set when policy is 'off'"),
     ({"clip_low": 1.0}, r"clip_low must be in \[0, 1\), got 1.0"),

@@ -13,6 +13,7 @@ from torch import Tensor
 import kdrl_kernels as kk
 
 V = 6
+JSD_ALPHA = 0.3
 
 
 def _distributions(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,7 +29,9 @@ def _head_gradient(
     """Gradient [V] of sum_y weights[y] · KD(y), the logits being hidden · identity."""
     hidden = student.expand(V, V).clone().requires_grad_()
     identity = torch.eye(V, dtype=torch.float64)
-    objective = kk.Objective(policy="off", kd=kd, kd_coef=1.0, kd_ratio_cap=1e9)
+    objective = kk.Objective(
+        policy="off", kd=kd, kd_coef=1.0, kd_ratio_cap=1e9, jsd_alpha=JSD_ALPHA
+    )
     kk.kdrl_loss(
         hidden,
         identity,
@@ -58,18 +61,27 @@ def _forward_kl(logp: Tensor, logq: Tensor) -> Tensor:
     return (logq.exp() * (logq - logp)).sum()
 
 
+def _jensen_shannon(logp: Tensor, logq: Tensor) -> Tensor:
+    """a KL(q‖m) + (1 - a) KL(p‖m), m = a q + (1 - a) p, written out."""
+    logm = (JSD_ALPHA * logq.exp() + (1 - JSD_ALPHA) * logp.exp()).log()
+    return JSD_ALPHA * _reverse_kl(logq, logm) + (1 - JSD_ALPHA) * _reverse_kl(logp, logm)
+
+
 CASES = [
     ("k2", _reverse_kl, False),
     ("k2", _reverse_kl, True),
     ("k3", _forward_kl, False),
     ("rkl", _reverse_kl, False),
     ("fkl", _forward_kl, False),
+    ("jsd", _jensen_shannon, False),
 ]
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])
 @pytest.mark.parametrize(
-    ("kd", "divergence", "off_policy"), CASES, ids=["k2", "k2_off_policy", "k3", "rkl", "fkl"]
+    ("kd", "divergence", "off_policy"),
+    CASES,
+    ids=["k2", "k2_off_policy", "k3", "rkl", "fkl", "jsd"],
 )
 def test_expected_gradient(
     kd: str, divergence: Callable[[Tensor, Tensor], Tensor], off_policy: bool, impl: str
@@ -126,7 +138,7 @@ def test_expected_policy_gradient_is_that_of_the_expected_advantage(impl: str) -
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch", "triton"])
-@pytest.mark.parametrize("kd", ["k2", "k3", "rkl", "fkl"])
+@pytest.mark.parametrize("kd", ["k2", "k3", "rkl", "fkl", "jsd"])
 def test_only_the_teacher_changed_changes_the_gradient(kd: str, impl: str, device: str) -> None:
     gradients = []
     for shift in (0.0, 0.5):
@@ -148,7 +160,7 @@ def test_only_the_teacher_changed_changes_the_gradient(kd: str, impl: str, devic
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("kd", ["k2", "k3", "rkl", "fkl"])
+@pytest.mark.parametrize("kd", ["k2", "k3", "rkl", "fkl", "jsd"])
 def test_a_teacher_equal_to_the_student_gives_exactly_zero(kd: str, impl: str, device: str) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(9, 8, device=device).requires_grad_()

@@ -1,45 +1,96 @@
-"""Rows per chunk: within the budget, balanced, at least one."""
+"""Rows per chunk: within the budget, balanced, at least one; and what the plan says of a pass."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdrl_kernels.plan import rows_per_chunk
+import kdrl_kernels as kk
+from kdrl_kernels.plan import Geometry, balanced, max_rows
 
-CPU, GPU_LIKE = torch.device("cpu"), torch.device("xpu")
+F32, BF16 = torch.float32, torch.bfloat16
 
 
 @given(
     N=st.integers(0, 5000),
+    H=st.integers(1, 5000),
     V=st.integers(1, 200_000),
-    streams=st.integers(1, 2),
-    block_rows=st.integers(0, 64),
-    budget_rows=st.integers(8, 4000),
+    kd=st.sampled_from([None, "k2", "rkl"]),
+    impl=st.sampled_from(["torch", "triton"]),
+    budget_rows=st.integers(10, 4000),
 )
-def test_budget_holds(N: int, V: int, streams: int, block_rows: int, budget_rows: int) -> None:
-    budget = budget_rows * V * 4
-    buffers = 6 if block_rows else 0
-    rows = rows_per_chunk(
-        N, V, streams=streams, dtype=torch.float32, device=CPU, block_rows=block_rows,
-        block_buffers=buffers, workspace_bytes=budget,
-    )  # fmt: skip
-    assert rows >= 1
-    assert (rows * streams + min(rows, block_rows) * buffers) * V * 4 <= budget
-    if rows < N:
-        chunks = -(-N // rows)
-        assert rows * chunks - N < chunks  # the last chunk is short by less than one row a chunk
+def test_budget_holds(N: int, H: int, V: int, kd: str | None, impl: str, budget_rows: int) -> None:
+    teacher = (H + 1, V + 5) if kd else None
+    budget = budget_rows * (V * 4 + 256 + H * 24)
+    plan = kk.chunk_plan(
+        N, H, V, teacher=teacher, kd=kd, dtype=F32, device="cpu", impl=impl, workspace_bytes=budget
+    )
+    assert 1 <= plan.rows <= max(N, 1)
+    assert plan.workspace_bytes <= budget
+    assert plan.rows * plan.chunks >= N
+    assert plan.rows * plan.chunks - max(N, 1) < plan.chunks  # the last is hardly shorter
+
+
+@given(N=st.integers(0, 10_000), rows=st.integers(1, 5000))
+def test_balanced(N: int, rows: int) -> None:
+    size = balanced(N, rows)
+    assert 1 <= size <= rows
+    assert -(-N // size) == -(-N // rows)  # no chunk too many
 
 
 def test_default_is_2048_rows_at_the_reference_shape() -> None:
-    options = {"dtype": torch.float32, "device": GPU_LIKE}
-    assert rows_per_chunk(16_384, 152_064, streams=1, **options) == 2048
-    assert rows_per_chunk(16_384, 152_064, streams=2, **options) == 2048
-    assert rows_per_chunk(16_384, 256_000, streams=1, **options) == 2048
+    for V, kd in ((152_064, None), (152_064, "rkl"), (256_000, None)):
+        geometry = Geometry(16_384, 3584, V, 3584, V, kd, BF16, torch.device("xpu"), "triton")
+        assert balanced(16_384, max_rows(geometry, None)) == 2048
 
 
 def test_too_small_a_budget_says_what_one_row_needs() -> None:
-    with pytest.raises(ValueError, match="workspace_bytes must be at least 1216512"):
-        rows_per_chunk(
-            8, 152_064, streams=2, dtype=torch.float32, device=CPU, workspace_bytes=1_000_000
-        )
+    with pytest.raises(ValueError, match=r"workspace_bytes must be at least 1245184 \(one row at"):
+        kk.chunk_plan(
+            8, 3584, 152_064, teacher=(3584, 152_064), kd="rkl", impl="triton",
+            workspace_bytes=1_000_000,
+        )  # fmt: skip
+
+
+def test_a_bad_size_is_named() -> None:
+    with pytest.raises(ValueError, match="V must be positive, got 0"):
+        kk.chunk_plan(8, 16, 0)
+
+
+def test_flop_bytes_and_time_of_the_reference_shape() -> None:
+    """DESIGN's numbers: 1u = 22.6 ms at 790 TFLOP/s; two streams of float32 are 2.5 GB."""
+    plan = kk.chunk_plan(
+        16_384, 3584, 152_064, teacher=(3584, 152_064), kd="rkl", workspace_bytes=2_600_000_000
+    )
+    u = 2 * 16_384 * 3584 * 152_064
+    assert plan.flop == {"project": u, "teacher": u, "dX": u, "dW": u}
+    assert plan.gemm_ms(790) == pytest.approx(4 * 22.6, rel=0.01)
+    assert (plan.rows, plan.chunks) == (2048, 8)
+    assert plan.workspace_bytes == 2048 * (2 * 4 * 152_064 + 2 * 2 * 3584 + 4 * 3584)
+    assert plan.gradient_bytes == 4 * 3584 * (16_384 + 152_064)
+    # sweep 8, gradient 8 + 2 bytes a logit
+    assert plan.row_work_bytes == 18 * 16_384 * 152_064
+    assert plan.row_work_ms(4.3) == pytest.approx(10.4, rel=0.01)
+    assert plan.predicted_ms(790, 4.3) == plan.gemm_ms(790) + plan.row_work_ms(4.3)
+    text = str(plan)
+    assert "8 of 2,048 rows" in text
+    assert "project 17.86, teacher 17.86, dX 17.86, dW 17.86" in text
+
+
+def test_what_is_frozen_costs_nothing() -> None:
+    frozen = kk.chunk_plan(64, 16, 128, weight_grad=False)
+    assert frozen.flop["dW"] == 0
+    assert frozen.flop["dX"] == frozen.flop["project"]
+    assert frozen.gradient_bytes == 4 * 64 * 16
+    forward = kk.chunk_plan(64, 16, 128, weight_grad=False, hidden_grad=False)
+    assert sum(forward.flop.values()) == forward.flop["project"]
+    assert forward.row_work_bytes == 64 * 128 * 4
+
+
+def test_a_sampled_kd_takes_one_buffer_and_one_more_sweep() -> None:
+    exact = kk.chunk_plan(64, 16, 128, teacher=(8, 128), kd="rkl")
+    sampled = kk.chunk_plan(64, 16, 128, teacher=(8, 128), kd="k2")
+    assert exact.geometry.streams == 2
+    assert sampled.geometry.streams == 1
+    assert sampled.flop == exact.flop
+    assert exact.row_work_bytes - sampled.row_work_bytes == 64 * 128 * 4

@@ -3,46 +3,59 @@
 import pytest
 import torch
 
-from kdrl_kernels.rows import Coefficients, Stream, load
+from kdrl_kernels.objective import Coefficients
+from kdrl_kernels.one_pass import Compaction, gradient_view
+from kdrl_kernels.rows import Stream, TeacherStream, load
+from kdrl_kernels.rows.tiles import Tile
 
 N, V = 5, 150
+TILES = [Tile(1, 16, 4), Tile(4, 16, 4), Tile(2, 128, 4)]
+"""Many blocks, several deep, and one that the row does not fill."""
 
 
-def _streams(softcap: float | None, device: str) -> tuple[Stream, Stream]:
+def _teacher(logits: torch.Tensor, kd: str) -> TeacherStream:
+    return TeacherStream(logits, 1.0, None, kd, 0.3)
+
+
+def _streams(
+    kd: str | None, softcap: float | None, device: str
+) -> tuple[Stream, TeacherStream | None]:
     rng = torch.Generator().manual_seed(0)
     ramp = torch.linspace(0, 8, V)  # the running maximum moves in every block
     student = torch.randn(N, V, generator=rng) + ramp
     teacher = torch.randn(N, V, generator=rng) + ramp.flip(0)
     return (
         Stream(student.to(device), torch.linspace(0.7, 1.3, N).to(device), softcap),
-        Stream(teacher.to(device), 1.0, None),
+        _teacher(teacher.to(device), kd) if kd else None,
     )
 
 
-@pytest.mark.parametrize("block", [16, 64, 256])
+def _coefficients(kd: str | None, device: str) -> Coefficients:
+    coef = torch.randn(3, N, generator=torch.Generator().manual_seed(1)).to(device)
+    return Coefficients(coef[0], coef[1], coef[2] if kd else None)
+
+
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.depth}x{tile.lanes}")
 @pytest.mark.parametrize("softcap", [None, 5.0], ids=["plain", "softcap"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("kd", [None, "rkl", "fkl"])
-def test_blocks(
-    kd: str | None, dtype: torch.dtype, softcap: float | None, block: int, device: str
+@pytest.mark.parametrize("kd", [None, "rkl", "fkl", "jsd"])
+def test_tiles(
+    kd: str | None, dtype: torch.dtype, softcap: float | None, tile: Tile, device: str
 ) -> None:
     tokens = torch.tensor([0, 15, 16, 149, 77], device=device)
-    coef = Coefficients(*torch.randn(3, N, generator=torch.Generator().manual_seed(1)).to(device))
-    if kd is None:
-        coef = Coefficients(coef.logprobs, coef.entropy)
+    coef = _coefficients(kd, device)
     found = {}
-    for impl, tile in (("torch", {}), ("triton", {"BLOCK_V": block})):
+    for impl, options in (("torch", {}), ("triton", {"tile": tile})):
         work = load(impl)
-        student, teacher = _streams(softcap, device)
-        options = {"teacher": teacher if kd else None, "kd": kd}
-        work.activate_(student)
-        stats = work.sweep(student, tokens, entropy=True, **options, **tile)
-        dz = work.gradient_(student, tokens, stats, coef, dtype=dtype, **options, **tile)
-        assert dz.dtype == dtype
+        student, teacher = _streams(kd, softcap, device)
+        stats = work.sweep(student, tokens, entropy=True, teacher=teacher, **options)
+        out = gradient_view(student.logits, dtype)
+        dz = work.gradient(student, tokens, stats, coef, out=out, teacher=teacher, **options)
         assert dz.data_ptr() == student.logits.data_ptr()  # in place
         found[impl] = stats, dz.float()
     (expected, expected_dz), (stats, dz) = found["torch"], found["triton"]
     names = ["max", "log_sum", "logprobs", "entropy"] + (["teacher_logprobs", "kl"] if kd else [])
+    names += ["mixture_kl"] if kd == "jsd" else []
     for name in names:
         torch.testing.assert_close(
             getattr(stats, name), getattr(expected, name), rtol=1e-5, atol=2e-6, msg=name
@@ -51,24 +64,50 @@ def test_blocks(
     torch.testing.assert_close(dz, expected_dz, rtol=rounding, atol=rounding)
 
 
+@pytest.mark.parametrize("used", ["00000", "11111", "00011", "10101", "01100", "00001"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_compaction_in_place(impl: str, dtype: torch.dtype, used: str, device: str) -> None:
+    """The gradient of each used row, once, in the first slots, to the bit."""
+    work = load(impl)
+    tokens = torch.tensor([0, 15, 16, 149, 77], device=device)
+    keep = torch.tensor([flag == "1" for flag in used], device=device)
+    coef = Coefficients(torch.where(keep, _coefficients(None, device).logprobs, 0))
+    gradients = []
+    for compact in (False, True):
+        student, _ = _streams(None, None, device)
+        stats = work.sweep(student, tokens)
+        compaction = Compaction(coef)
+        out = gradient_view(student.logits, dtype)
+        source = compaction.source if compact else None
+        dz = work.gradient(student, tokens, stats, coef, out=out, source=source)
+        rows = compaction.rows(torch.arange(N, device=device))
+        gradients.append(dz[: len(rows)] if compact else dz[rows])
+    assert sorted(rows.tolist()) == keep.nonzero().squeeze(1).tolist()
+    assert torch.equal(*gradients)
+
+
 def test_minus_infinity_in_the_first_blocks_of_one_stream(device: str) -> None:
     """A running maximum that starts late, in the student, the teacher or both."""
     tokens = torch.tensor([140, 140, 140], device=device)
     student, teacher = torch.randn(2, 3, V, generator=torch.Generator().manual_seed(0)).to(device)
     student[0, :100] = student[2, :100] = -torch.inf
     teacher[1, :40] = teacher[2, :40] = -torch.inf
-    for kd in ("rkl", "fkl"):
+    for kd in ("rkl", "fkl", "jsd"):
         stats = {}
-        for impl, tile in (("torch", {}), ("triton", {"BLOCK_V": 16})):
-            streams = [Stream(z.clone(), 1.0, None) for z in (student, teacher)]
+        for impl, tile in (("torch", {}), ("triton", {"tile": Tile(1, 16, 4)})):
             stats[impl] = load(impl).sweep(
-                streams[0], tokens, teacher=streams[1], kd=kd, entropy=True, **tile
+                Stream(student.clone(), 1.0, None),
+                tokens,
+                teacher=_teacher(teacher.clone(), kd),
+                entropy=True,
+                **tile,
             )
         for name in ("logprobs", "entropy", "teacher_logprobs", "kl"):
             expected = getattr(stats["torch"], name)
             torch.testing.assert_close(getattr(stats["triton"], name), expected, msg=f"{kd} {name}")
-        infinite = [False, True, True] if kd == "rkl" else [True, False, True]
-        infinite[2] = kd == "fkl"  # there the student's support is inside the teacher's
+        # in the last row the student's support lies inside the teacher's
+        infinite = {"rkl": [False, True, False], "fkl": [True, False, True], "jsd": [False] * 3}[kd]
         assert stats["triton"].kl.isinf().tolist() == infinite
 
 
@@ -82,11 +121,10 @@ def test_a_gap_that_underflows_after_it_was_infinite(device: str) -> None:
         load(impl).sweep(
             Stream(student.clone(), 1.0, None),
             tokens,
-            teacher=Stream(teacher.clone(), 1.0, None),
-            kd="rkl",
+            teacher=_teacher(teacher.clone(), "rkl"),
             **tile,
         )
-        for impl, tile in (("torch", {}), ("triton", {"BLOCK_V": 16}))
+        for impl, tile in (("torch", {}), ("triton", {"tile": Tile(1, 16, 4)}))
     ]
     expected = torch.tensor([149.0], device=device).log()  # p is one-hot, q uniform over the rest
     for stats in found:

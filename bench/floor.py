@@ -1,0 +1,70 @@
+"""The floor: nothing but the GEMMs of an operation, into buffers that already exist.
+
+A chunk of C rows is projected, and its gradient GEMMs read a dz of the same shape and of the kind
+that softmax leaves. No row work, no allocation, no conversion.
+"""
+
+import torch
+from torch import Tensor
+
+from bench.inputs import Inputs
+from bench.ops import Op
+
+ROWS = 2048
+"""C: from here on a GEMM over a head is as fast as it gets."""
+
+
+class Floor:
+    """The bare GEMMs of the operations on one set of inputs; buffers are shared by all of them."""
+
+    def __init__(self, inputs: Inputs, rows: int = ROWS) -> None:
+        self.inputs, self.rows = inputs, min(rows, inputs.shape.N)
+        self.hidden, self.weight = inputs.hidden.detach(), inputs.weight.detach()
+        V = max(inputs.shape.V, inputs.shape.V_t)
+        self.logits = self._new(self.rows * V)
+        self.dx = self._new(self.rows, inputs.shape.H)
+        self.dw = self._new(inputs.shape.V, inputs.shape.H)
+        z = self._logits(inputs.shape.V, self.rows)
+        _mm(self.hidden[: self.rows], self.weight.T, z)
+        self.dz = (torch.softmax(z, dim=1) * inputs.advantages[: self.rows, None]).to(
+            self.hidden.dtype
+        )
+
+    def run(self, op: Op) -> None:
+        """All GEMMs of one call of the operation: op.flop(shape) FLOP."""
+        shape, inputs = self.inputs.shape, self.inputs
+        for start in range(0, shape.N, self.rows):
+            part = slice(start, min(start + self.rows, shape.N))
+            C = part.stop - part.start
+            if op.kd:
+                teacher = inputs.teacher_hidden[part]
+                _mm(teacher, inputs.teacher_weight.T, self._logits(shape.V_t, C))
+            _mm(self.hidden[part], self.weight.T, self._logits(shape.V, C))
+            active = round(C * op.active)
+            dz = self.dz[:active]
+            if "hidden" in op.gradients:
+                _mm(dz, self.weight, self.dx[:active])
+            if "weight" in op.gradients:
+                _add_mm(dz.T, self.hidden[part][:active], self.dw)
+
+    def _new(self, *size: int) -> Tensor:
+        return torch.zeros(*size, dtype=torch.float32, device=self.hidden.device)
+
+    def _logits(self, V: int, C: int) -> Tensor:
+        return self.logits[: C * V].view(C, V)
+
+
+def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a · b in float32."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def _add_mm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out += a · b in float32."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+    else:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)

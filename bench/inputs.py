@@ -1,0 +1,138 @@
+"""Seeded inputs whose logits look like a language model's. `python -m bench.inputs` checks that.
+
+Heads have rows of length about 1, so that noise of length s in a hidden state gives logits of
+standard deviation s. A hidden state is such noise plus a multiple of one head row, which lifts
+that token's logit above the log-sum-exp of the rest by a margin drawn for each row:
+
+    about half of the tokens have an entropy below 0.01 nat, a fifth above 0.67 nat
+
+as on the reasoning models of arXiv:2506.01939. The teacher is a noisy copy, so that its KL is a
+fraction of a nat.
+"""
+
+import argparse
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.machine import DEVICE, use_threads
+from bench.shapes import SHAPES, Shape, default_shape
+
+SPREAD = 2.5
+"""Standard deviation of the logits that nobody lifts, in nats."""
+MARGIN_MEAN, MARGIN_SPREAD = 7.7, 5.2
+"""Of the lifted logit over the log-sum-exp of the rest, in nats: chosen for the profile above."""
+TEACHER_NOISE = 0.35
+"""Share of the teacher's head and hidden states that is its own."""
+SAMPLE_ROWS = 256
+"""Rows of logits held while tokens are sampled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What the benchmarked calls take; hidden and weight want gradients."""
+
+    shape: Shape
+    hidden: Tensor
+    """[N, H]."""
+    weight: Tensor
+    """[V, H]."""
+    teacher_hidden: Tensor
+    """[N, H_t]."""
+    teacher_weight: Tensor
+    """[V_t, H_t]."""
+    tokens: Tensor
+    """[N] int64, sampled from the student."""
+    entropy: Tensor
+    """[N] float32, of the student, in nats: to check the profile."""
+    advantages: Tensor
+    """[N] float32, none of them 0."""
+    half_advantages: Tensor
+    """[N] float32, half of them 0, at random places."""
+    old_logprobs: Tensor
+    """[N] float32, nats: a little off, so that the ratio is not 1, and inside the clip range."""
+
+
+def make_inputs(shape: Shape, device: str = DEVICE, seed: int = 0) -> Inputs:
+    """Inputs of a shape; the same on every call with this device and seed."""
+    rng = torch.Generator(device).manual_seed(seed)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(*size, generator=rng, device=device)
+
+    N, V = shape.N, min(shape.V, shape.V_t)
+    weight = randn(shape.V, shape.H) / math.sqrt(shape.H)
+    lifted = torch.randint(V, (N,), generator=rng, device=device)
+    margin = MARGIN_MEAN + MARGIN_SPREAD * randn(N)
+    lift = math.log(V) + SPREAD**2 / 2 + margin
+    hidden = SPREAD * randn(N, shape.H) + lift[:, None] * weight[lifted]
+    teacher_weight = _noisy_copy(weight, randn(shape.V_t, shape.H_t) / math.sqrt(shape.H_t))
+    teacher_hidden = _noisy_copy(hidden, SPREAD * randn(N, shape.H_t))
+    heads = (t.to(shape.dtype) for t in (hidden, weight, teacher_hidden, teacher_weight))
+    hidden, weight, teacher_hidden, teacher_weight = heads
+    tokens, logprobs, entropy = _sample(hidden, weight[:V], rng)
+    advantages = randn(N)
+    advantages += advantages.sign() * 0.1
+    kept = torch.randperm(N, generator=rng, device=device) < N // 2
+    return Inputs(
+        shape,
+        hidden.requires_grad_(),
+        weight.requires_grad_(),
+        teacher_hidden,
+        teacher_weight,
+        tokens,
+        entropy,
+        advantages,
+        half_advantages=torch.where(kept, advantages, 0),
+        old_logprobs=logprobs + 0.02 * randn(N),
+    )
+
+
+def _noisy_copy(student: Tensor, own: Tensor) -> Tensor:
+    """own, with the student's numbers, of the same length, where both have some."""
+    rows, cols = (min(a, b) for a, b in zip(student.shape, own.shape, strict=True))
+    keep = math.sqrt((1 - TEACHER_NOISE**2) * student.shape[1] / own.shape[1])
+    own[:rows, :cols].mul_(TEACHER_NOISE).add_(student[:rows, :cols], alpha=keep)
+    return own
+
+
+def _sample(hidden: Tensor, weight: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """(token, its log-probability, entropy of the row), each [N]; by the Gumbel trick."""
+    found = []
+    wide = weight.float()  # 16-bit logits near 30 are off by a third of the clip range
+    for x in hidden.split(SAMPLE_ROWS):
+        logp = (x.float() @ wide.T).log_softmax(dim=1)
+        noise = torch.empty_like(logp).exponential_(generator=rng).clamp_min_(1e-30).log_()
+        token = (logp - noise).argmax(dim=1)
+        logprob = logp.gather(1, token[:, None]).squeeze(1)
+        found.append((token, logprob, -(logp.exp() * logp).sum(dim=1)))
+    token, logprob, entropy = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return token, logprob, entropy
+
+
+def print_profile(inputs: Inputs) -> None:
+    """Shares of tokens by entropy, and by distance to the teacher, of these inputs."""
+    gap = []
+    for x, t, token in zip(
+        *(v.split(SAMPLE_ROWS) for v in (inputs.hidden, inputs.teacher_hidden, inputs.tokens)),
+        strict=True,
+    ):
+        pair = ((x, inputs.weight), (t, inputs.teacher_weight))
+        logp, logq = ((a @ w.T).float().log_softmax(dim=1) for a, w in pair)
+        gap.append((logp - logq).gather(1, token[:, None]).squeeze(1))
+    low, high = ((m.float().mean().item()) for m in (inputs.entropy < 0.01, inputs.entropy > 0.67))
+    print(
+        f"shape {inputs.shape.name}: entropy below 0.01 nat in {low:.0%} of the tokens, above "
+        f"0.67 nat in {high:.0%}, at most {inputs.entropy.max():.1f} nats; "
+        f"mean log p - log q {torch.cat(gap).mean():.2f} nats"
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default=default_shape().name)
+    use_threads()
+    with torch.no_grad():
+        print_profile(make_inputs(SHAPES[parser.parse_args().shape]))

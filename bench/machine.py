@@ -1,0 +1,84 @@
+"""The machine a figure comes from, and its clock."""
+
+import platform
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+THREADS = 2
+"""CPU threads of every CPU figure."""
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def use_threads() -> None:
+    """Fix the CPU threads, where the work runs on the CPU."""
+    if DEVICE == "cpu":
+        torch.set_num_threads(THREADS)
+
+
+def clock() -> float:
+    """Seconds, once the GPU has done what was asked of it so far."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def machine_info() -> dict[str, Any]:
+    """Device, versions, commit, threads."""
+    info: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else _cpu_name(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted": _git("status", "--porcelain", "--", "kdrl_kernels"),
+        "threads": torch.get_num_threads(),
+    }
+    if DEVICE == "cuda":
+        info["cuda"] = torch.version.cuda
+        info["memory_bytes"] = torch.cuda.get_device_properties(0).total_memory
+    return info
+
+
+def one_line(info: dict[str, Any]) -> str:
+    """The machine as a table's caption."""
+    commit = (info["commit"] or "unknown")[:7] + ("+" if info["uncommitted"] else "")
+    return (
+        f"{info['device']}, {info['threads']} threads, torch {info['torch']}, "
+        f"triton {info['triton']}, python {info['python']}, commit {commit}"
+    )
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if _is_linux() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]} ({len(names)} cores)" if names else platform.machine()
+
+
+def _is_linux() -> bool:
+    return platform.system() == "Linux"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of a git command in this repository; None without git or without a repository."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parents[1]), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

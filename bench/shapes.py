@@ -1,0 +1,57 @@
+"""Named shapes: the heads of real models, and the two shapes that the targets are stated for."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A student's head, its teacher's head, and how many tokens go through both."""
+
+    name: str
+    N: int
+    """Tokens that carry a loss."""
+    H: int
+    V: int
+    H_t: int
+    V_t: int
+    dtype: torch.dtype
+    """Of hidden states and heads."""
+    source: str
+    """The models that have these sizes."""
+
+    @property
+    def unit_flop(self) -> float:
+        """u = 2 N H V FLOP: one GEMM over the student's head."""
+        return 2.0 * self.N * self.H * self.V
+
+    @property
+    def tau(self) -> float:
+        """Cost of the teacher's projection in u."""
+        return self.H_t * self.V_t / (self.H * self.V)
+
+
+TOKENS = 16384
+BF16 = torch.bfloat16
+
+MODELS = (
+    Shape("qwen2.5-0.5b", TOKENS, 896, 151936, 3584, 152064, BF16, "Qwen2.5-0.5B, teacher 7B"),
+    Shape("qwen2.5-3b", TOKENS, 2048, 151936, 3584, 152064, BF16, "Qwen2.5-3B (1.7B of 3), 7B"),
+    Shape("qwen2.5-7b", TOKENS, 3584, 152064, 3584, 152064, BF16, "Qwen2.5-7B, teacher the same"),
+    Shape("llama-3.1-8b", TOKENS, 4096, 128256, 8192, 128256, BF16, "Llama-3.1-8B, teacher 70B"),
+    Shape("qwen3-14b", TOKENS, 5120, 151936, 5120, 151936, BF16, "Qwen3-14B, teacher 32B"),
+    Shape("gemma-2-2b", TOKENS, 2304, 256000, 3584, 256000, BF16, "Gemma-2-2B, teacher 9B"),
+)
+REFERENCE = Shape(
+    "reference", TOKENS, 3584, 152064, 3584, 152064, BF16, "Qwen2.5-7B taught by Qwen2.5-7B"
+)
+CPU = Shape("cpu", 1024, 1024, 32768, 1024, 32768, torch.float32, "none: small enough for 2 cores")
+TINY = Shape("tiny", 32, 64, 512, 64, 512, torch.float32, "none: warm-up before memory is measured")
+
+SHAPES = {shape.name: shape for shape in (*MODELS, REFERENCE, CPU, TINY)}
+
+
+def default_shape() -> Shape:
+    """REFERENCE where there is a GPU, else CPU."""
+    return REFERENCE if torch.cuda.is_available() else CPU
