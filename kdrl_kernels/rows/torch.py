@@ -80,15 +80,15 @@ def _divergence_(
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """(exp(d) over d, its sum, that of exp(d_t), the divergences of a block).
 
-    Over d_t: "rkl" exp(d) (d - d_t), "fkl" exp(d_t), "jsd" exp(d) (log p - log m).
+    Over d_t: "rkl" exp(d) (d - d_t), "fkl" (q - p) sum exp(d_t), "jsd" exp(d) (log p - log m).
     """
     e_t = d_t.exp()
     total_t = e_t.sum(dim=1)
     if teacher.kd == "fkl":
         gap = (d_t - d).mul_(e_t)
-        d_t.copy_(e_t)
         e = d.exp_()
         total = e.sum(dim=1)
+        torch.sub(e_t, torch.mul(e, (total_t / total)[:, None], out=d_t), out=d_t)
         kl = _sum_(gap) / total_t - (total_t.log() - total.log())
         return e, total, total_t, {"kl": kl}
     gap = d_t.sub_(d)
@@ -219,7 +219,7 @@ def _scales(
         assert stats.teacher_log_sum is not None
         g, log_sum_t = coef.kl, stats.teacher_log_sum
         if teacher.kd == "fkl":
-            of_teacher, pull = -g / log_sum_t.exp(), torch.ones_like(g)
+            of_teacher, pull = -g / log_sum_t.exp(), torch.zeros_like(g)
         elif teacher.kd == "rkl":
             assert stats.kl is not None
             of_teacher, pull = g / total, log_sum_t - stats.log_sum - stats.kl

@@ -115,11 +115,16 @@ def kinds(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def _assert_same(impl: str, problem: Problem, bound: float) -> None:
-    """impl gives what the reference gives, to a bound that only a wrong formula passes."""
+    """impl gives what the reference gives, to a bound that only a wrong formula passes.
+
+    Where terms cancel, the reference at the dtype of the problem says how much is lost anyway.
+    """
     exact = problem.map(torch.Tensor.double).solve(impl="reference")
+    eager = problem.solve(impl="reference")
     for name, value in problem.solve(impl=impl).items():
         size = loss_size(problem, exact) if name == "loss" else None
-        assert relative_error(value, exact[name], size) <= bound, name
+        lost = relative_error(eager[name], exact[name], size)
+        assert relative_error(value, exact[name], size) <= bound + 10 * lost, name
 
 
 @settings(deadline=None, max_examples=100)
