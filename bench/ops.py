@@ -84,6 +84,7 @@ def ours(inputs: Inputs, op: Op, workspace_bytes: int | None = None) -> dict[str
         old_logprobs=inputs.old_logprobs if policy else None,
         teacher=kk.TeacherHead(inputs.teacher_hidden, inputs.teacher_weight) if op.kd else None,
         objective=op.objective,
+        compact=op.active < 1 or None,  # on a GPU it is asked for
         workspace_bytes=workspace_bytes,
     )
     out.loss.backward()

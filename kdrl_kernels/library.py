@@ -249,10 +249,15 @@ def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tup
     *gradients, scale = ctx.saved_tensors
     scale = scale * grad_loss
     found = (
-        _scaled(gradient, scale, ctx.dtype) if need else None
+        _rounded(gradient, scale, ctx.dtype) if need else None
         for gradient, need in zip(gradients, ctx.needs, strict=True)
     )
     return *found, *nothing
+
+
+def _rounded(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    needed = one_pass.needs_scaling(gradient, scale, dtype)
+    return _scaled(gradient, scale, dtype) if needed else gradient
 
 
 _loss.register_autograd(_loss_backward, setup_context=_save_loss)
@@ -363,7 +368,7 @@ def _linear_logprobs_backward(*args: Any) -> tuple[Tensor, ...]:
             needs=(hidden_need, weight_need, bias_need),
         )
         return tuple(
-            hidden.new_empty(0) if x is None else one_pass.scaled(x, scale, hidden.dtype)
+            hidden.new_empty(0) if x is None else one_pass.scaled_(x, scale, hidden.dtype)
             for x in gradients.tensors()
         )
 

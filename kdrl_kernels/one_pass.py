@@ -84,6 +84,15 @@ class Gradients:
         """(dX, dW, db), None where not needed."""
         return self.hidden, self.weight, self.bias
 
+    def apply_(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """Scale what is not rounded later, and return the scale that is left to apply."""
+        if dtype != accumulator(dtype):
+            return scale
+        for gradient in self.tensors():
+            if gradient is not None:
+                gradient.mul_(scale)
+        return torch.ones_like(scale)
+
 
 class Compaction:
     """Moves the rows whose logits have a gradient to the front of a chunk, in place.
@@ -171,12 +180,13 @@ def run(call: LossCall, impl: str, needs: Needs) -> Pass:
         kept = compaction.rows(rows) if compaction else rows
         gradients.add(student, kept, dz[: size_of(kept)])
         gradient_rows += size_of(kept)
+    loss = torch.cat(losses).sum() * scale
     return Pass(
-        loss=torch.cat(losses).sum() * scale,
+        loss=loss,
         terms=_concatenate(terms).spread(active, len(call.tokens)),
         counts=torch.stack([torch.full_like(bad, n) for n in (N, gradient_rows)] + [bad]),
         gradients=gradients,
-        scale=scale,
+        scale=gradients.apply_(scale, student.hidden.dtype),
     )
 
 
@@ -227,6 +237,20 @@ def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient · scale, rounded once to dtype; scale is 0-d."""
     out = torch.empty_like(gradient, dtype=dtype)
     return torch.mul(gradient, scale, out=out)
+
+
+def scaled_(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same, in place where the dtype is already right."""
+    return gradient.mul_(scale) if gradient.dtype == dtype else scaled(gradient, scale, dtype)
+
+
+def needs_scaling(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> bool:
+    """False where gradient itself is the answer; asked on a CPU only, where it costs no wait.
+
+    The second copy of dW it saves is most of what a small model would hold.
+    """
+    plain = gradient.dtype == dtype and scale.device.type == "cpu"
+    return not plain or torch.is_grad_enabled() or torch.compiler.is_compiling() or bool(scale != 1)
 
 
 def needs_gradient(head: Head) -> Needs:

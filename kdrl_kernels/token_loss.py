@@ -37,7 +37,12 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         *gradients, scale = ctx.saved_tensors
         scale = scale * grad_loss
-        found = (None if x is None else one_pass.scaled(x, scale, ctx.dtype) for x in gradients)
+        found = (
+            one_pass.scaled(x, scale, ctx.dtype)
+            if x is not None and one_pass.needs_scaling(x, scale, ctx.dtype)
+            else x
+            for x in gradients
+        )
         return *found, None, None, None, None
 
 

@@ -4,7 +4,6 @@ a = softcap(logits) [C, V], d = (a - max a) / temperature; the same of the teach
 are float32. Kernels keep d in units of log 2, so that an exponential is one exp2.
 """
 
-import math
 from dataclasses import fields
 
 import torch
@@ -12,21 +11,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdrl_kernels.objective import Coefficients, Objective, Rows, TokenLoss
-from kdrl_kernels.objective import coefficients as autograd_coefficients
+from kdrl_kernels.objective import Coefficients
 from kdrl_kernels.rows import Stats, Stream, TeacherStream
-from kdrl_kernels.rows.tiles import GRADIENT, JSD, OBJECTIVE_BLOCK, SWEEP, Tile, tile_of
+from kdrl_kernels.rows.tiles import GRADIENT, JSD, SWEEP, Tile, tile_of
+from kdrl_kernels.rows.triton_math import (
+    FKL,
+    JSD_CODE,
+    KD_CODES,
+    LN2,
+    LOG2_E,
+    LOWEST,
+    OPTIONS,
+    RKL,
+    expectation,
+    mixture_gap,
+    rescale,
+    tanh,
+)
+from kdrl_kernels.rows.triton_objective import coefficients
+
+__all__ = ["BLOCK_BUFFERS", "block_rows", "coefficients", "gradient", "resume_", "sweep"]
 
 BLOCK_BUFFERS = 0
-OPTIONS = {"enable_fp_fusion": True}  # said, since its default changes
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # a start of the running maximum that is not -inf
-LN2 = tl.constexpr(0.6931471805599453)
-LOG2_E = tl.constexpr(1.4426950408889634)
-KD_CODES = {None: 0, "k2": 1, "k3": 2, "rkl": 3, "fkl": 4, "jsd": 5}
-K2 = tl.constexpr(KD_CODES["k2"])
-RKL = tl.constexpr(KD_CODES["rkl"])  # this code and those above it read the teacher's logits
-FKL = tl.constexpr(KD_CODES["fkl"])
-JSD_CODE = tl.constexpr(KD_CODES["jsd"])
 STATS = len(fields(Stats))
 
 
@@ -40,30 +46,6 @@ def resume_(stream: Stream, stats: Stats) -> None:
 
 
 @triton.jit
-def _tanh(x):
-    """tanh to 2 ulp: its series near 0, where 1 - exp(-2|x|) would cancel."""
-    x2 = x * x
-    series = x * (1 - x2 * (1 / 3 - x2 * (2 / 15 - x2 * (17 / 315 - x2 * (62 / 2835)))))
-    decay = tl.exp(-2 * tl.abs(x))
-    far = (1 - decay) / (1 + decay)
-    return tl.where(x2 < 0.0625, series, tl.where(x < 0, -far, far))
-
-
-@triton.jit
-def _expm1(x):
-    """exp(x) - 1 without cancellation near 0."""
-    tail = 1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040)))
-    return tl.where(tl.abs(x) < 0.3, x * (1 + x * (0.5 + x * (1 / 6 + x * tail))), tl.exp(x) - 1)
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x) without cancellation near 0, for x > -1: log(u) x / (u - 1) with u = 1 + x."""
-    u = 1 + x
-    return tl.where(u == 1, x, tl.log(u) * (x / tl.where(u == 1, 1.0, u - 1)))
-
-
-@triton.jit
 def _load_a(row_ptr, v, V, width, softcap):
     """a = softcap · tanh(logits / softcap) at columns v; -inf from V on.
 
@@ -71,28 +53,8 @@ def _load_a(row_ptr, v, V, width, softcap):
     """
     a = tl.load(row_ptr + v, mask=v < width, other=0.0)
     if softcap is not None:
-        a = softcap * _tanh(a * (1 / softcap))
+        a = softcap * tanh(a * (1 / softcap))
     return tl.where(v < V, a, float("-inf"))
-
-
-@triton.jit
-def _rescale(running, shift):
-    """running · exp2(shift): a sum of terms exp2(d) moved to a maximum higher by -shift."""
-    scale = tl.exp2(shift)
-    return tl.where(scale > 0, scale * running, 0.0)
-
-
-@triton.jit
-def _expectation(e, values):
-    """sum over dim 0 of e · values, where 0 · inf counts 0."""
-    return tl.sum(tl.where(e > 0, e * values, 0.0), axis=0)
-
-
-@triton.jit
-def _mixture_gap(gap, alpha):
-    """(t, gap) -> t of log p - log m = t - max(gap, 0), log q - log m = t + min(gap, 0)."""
-    share = tl.where(gap > 0, 1 - alpha, alpha)
-    return -_log1p(share * _expm1(-tl.abs(gap)))
 
 
 @triton.jit
@@ -109,7 +71,7 @@ def _finish(row_ptr, stats_ptr, y, C, V, top, s, k, softcap):
     """Store max, log sum and log-probability; (shift of each lane to the row's top, row's s)."""
     row_top = tl.max(top, axis=0)
     shift = (top - row_top) * k
-    row_s = tl.sum(_rescale(s, shift), axis=0)
+    row_s = tl.sum(rescale(s, shift), axis=0)
     a_y = _load_a(row_ptr, y, V, V, softcap)
     tl.store(stats_ptr, row_top)
     tl.store(stats_ptr + C, tl.log(row_s))
@@ -146,28 +108,28 @@ def _sweep_kernel(
         v = start + columns
         top, shift, d, e = _step(z_ptr, v, V, width, top, k, softcap)
         if HAS_ENTROPY:
-            surprise = _rescale(surprise + s * shift, shift) + _expectation(e, d)
+            surprise = rescale(surprise + s * shift, shift) + expectation(e, d)
         if KD >= RKL:
             top_t, shift_t, d_t, e_t = _step(t_ptr, v, V, width, top_t, k_t, t_softcap)
             if KD == RKL:
-                gap = _rescale(gap + s * (shift - shift_t), shift) + _expectation(e, d - d_t)
+                gap = rescale(gap + s * (shift - shift_t), shift) + expectation(e, d - d_t)
             if KD == FKL:
-                gap = _rescale(gap + s_t * (shift_t - shift), shift_t) + _expectation(e_t, d_t - d)
-            s_t = _rescale(s_t, shift_t) + tl.sum(e_t, axis=0)
-        s = _rescale(s, shift) + tl.sum(e, axis=0)
+                gap = rescale(gap + s_t * (shift_t - shift), shift_t) + expectation(e_t, d_t - d)
+            s_t = rescale(s_t, shift_t) + tl.sum(e_t, axis=0)
+        s = rescale(s, shift) + tl.sum(e, axis=0)
     shift, row_s = _finish(z_ptr, stats_ptr, y, C, V, top, s, k, softcap)
     if HAS_ENTROPY:
-        row_surprise = tl.sum(_rescale(surprise + s * shift, shift), axis=0)
+        row_surprise = tl.sum(rescale(surprise + s * shift, shift), axis=0)
         tl.store(stats_ptr + 3 * C, tl.log(row_s) - row_surprise * LN2 / row_s)
     if KD >= RKL:
         stats_t_ptr = stats_ptr + 4 * C
         shift_t, row_s_t = _finish(t_ptr, stats_t_ptr, y, C, V, top_t, s_t, k_t, t_softcap)
         log_ratio = tl.log(row_s_t) - tl.log(row_s)
         if KD == RKL:
-            row_gap = tl.sum(_rescale(gap + s * (shift - shift_t), shift), axis=0)
+            row_gap = tl.sum(rescale(gap + s * (shift - shift_t), shift), axis=0)
             tl.store(stats_ptr + 7 * C, row_gap * LN2 / row_s + log_ratio)
         if KD == FKL:
-            row_gap = tl.sum(_rescale(gap + s_t * (shift_t - shift), shift_t), axis=0)
+            row_gap = tl.sum(rescale(gap + s_t * (shift_t - shift), shift_t), axis=0)
             tl.store(stats_ptr + 7 * C, row_gap * LN2 / row_s_t - log_ratio)
 
 
@@ -190,7 +152,7 @@ def _jsd_kernel(
         log2_p = (_load_a(z_ptr, v, V, width, softcap) - top) * k - log2_s
         log2_q = (_load_a(t_ptr, v, V, width, t_softcap) - top_t) * k_t - log2_s_t
         p, q, gap = tl.exp2(log2_p), tl.exp2(log2_q), (log2_q - log2_p) * LN2
-        t = _mixture_gap(gap, alpha)
+        t = mixture_gap(gap, alpha)
         p_gap += tl.where(p > 0, p * (t - tl.where(gap > 0, gap, 0.0)), 0.0)
         q_gap += tl.where(q > 0, q * (t + tl.where(gap < 0, gap, 0.0)), 0.0)
     mixture_kl = tl.sum(p_gap, axis=0)
@@ -221,87 +183,30 @@ def sweep(
             student.softcap, other.softcap, entropy, KD_CODES[kd], tile.depth, tile.lanes,
             num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
-    if C and teacher is not None and kd == "jsd":
-        tile = tile_of(JSD, student, teacher)
-        _jsd_kernel[(C,)](
-            student.logits, other.logits, temperatures, found, *strides, *sizes, student.softcap,
-            other.softcap, teacher.jsd_alpha, tile.columns, num_warps=tile.warps, **OPTIONS,
-        )  # fmt: skip
+    if teacher is not None and kd == "jsd":
+        add_mixture_kl(student, teacher, temperatures, found)
     top, log_sum, logprobs, entropies, *rest = found
     rest = rest if kd == "jsd" else rest[:-1]
     return Stats(top, log_sum, logprobs, entropies if entropy else None, *(rest if teacher else []))
 
 
-@triton.jit
-def _objective_kernel(
-    lp_ptr, old_ptr, advantage_ptr, kd_weight_ptr, lq_ptr, kl_ptr, entropy_ptr, weight_ptr, out_ptr,
-    C, log_high, log_low, log_dual, log_cap, kd_coef, entropy_coef,
-    HAS_POLICY: tl.constexpr, KD: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """out[:, n] = loss, dloss/dlp, dloss/dentropy, dloss/dKL: token_losses of objective.py."""
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = n < C
-    lp = tl.load(lp_ptr + n, mask=mask, other=0.0)
-    log_ratio = lp - tl.load(old_ptr + n, mask=mask, other=0.0)
-    loss, c, g = tl.zeros_like(lp), tl.zeros_like(lp), tl.zeros_like(lp)
-    if HAS_POLICY:  # comparisons, not minimum and maximum: those would lose a NaN
-        a = tl.load(advantage_ptr + n, mask=mask, other=0.0)
-        upper = tl.where(a > 0, log_high, log_dual)
-        lower = tl.where(a < 0, log_low, float("-inf"))
-        bounded = tl.where(log_ratio > upper, upper, tl.where(log_ratio < lower, lower, log_ratio))
-        surrogate = a * tl.exp(tl.where(a == 0, 0.0, bounded))
-        loss -= surrogate
-        c -= tl.where((log_ratio > upper) | (log_ratio < lower) | (a == 0), 0.0, surrogate)
-    if KD != 0:
-        scale = kd_coef * tl.exp(tl.where(log_ratio > log_cap, log_cap, log_ratio))
-        scale *= tl.load(kd_weight_ptr + n, mask=mask, other=0.0)
-        if KD >= RKL:
-            kl = tl.load(kl_ptr + n, mask=mask, other=0.0)
-            loss += scale * tl.where(scale == 0, 0.0, kl)
-            g += scale
-        else:
-            lq = tl.load(lq_ptr + n, mask=mask, other=0.0)
-            gap = tl.where(scale == 0, 0.0, lp - lq)
-            if KD == K2:
-                loss += scale * gap * gap / 2
-                c += scale * gap
-            else:
-                loss += scale * (_expm1(-gap) + gap)
-                c -= scale * _expm1(-gap)
-    if HAS_ENTROPY:
-        loss -= entropy_coef * tl.load(entropy_ptr + n, mask=mask, other=0.0)
-    w = tl.load(weight_ptr + n, mask=mask, other=0.0)
-    tl.store(out_ptr + n, w * loss, mask=mask)
-    tl.store(out_ptr + C + n, w * c, mask=mask)
-    tl.store(out_ptr + 2 * C + n, -w * entropy_coef, mask=mask)
-    tl.store(out_ptr + 3 * C + n, w * g, mask=mask)
-
-
-def coefficients(
-    loss: TokenLoss, rows: Rows, weights: Tensor, BLOCK: int = OBJECTIVE_BLOCK
-) -> tuple[Tensor, Coefficients]:
-    """([C] weighted losses, their derivatives); a caller's own loss goes through autograd."""
-    if not isinstance(loss, Objective):
-        return autograd_coefficients(loss, rows, weights)
-    C, lp = len(weights), rows.logprobs
-    out = torch.empty(4, C, device=lp.device, dtype=torch.float32)
-    high, low, dual = loss.log_ratio_bounds
-    cap = math.inf if rows.old_logprobs is None else math.log(loss.kd_ratio_cap)
-    kd_weight = torch.ones_like(lp) if rows.kd_weight is None else rows.kd_weight
-    given = (rows.old_logprobs, rows.advantages, rows.teacher_logprobs, rows.kl, rows.entropy)
-    # lp stands for what is missing: old = lp is a ratio of 1, the rest is never read
-    old, advantages, lq, kl, entropy = (lp if x is None else x for x in given)
+def add_mixture_kl(
+    student: Stream,
+    teacher: TeacherStream,
+    temperatures: Tensor,
+    found: Tensor,
+    tile: Tile | None = None,
+) -> None:
+    """The last two rows of found [STATS, C], the statistics of a sweep over both streams."""
+    tile = tile or tile_of(JSD, student, teacher)
+    C, V = student.logits.shape
+    strides = student.logits.stride(0), teacher.logits.stride(0)
     if C:
-        _objective_kernel[(triton.cdiv(C, BLOCK),)](
-            lp, old, advantages, kd_weight, lq, kl, entropy, weights, out, C, high, low, dual, cap,
-            float(loss.kd_coef), float(loss.entropy_coef), loss.policy != "off",
-            KD_CODES[loss.kd], loss.entropy, BLOCK, **OPTIONS,
+        _jsd_kernel[(C,)](
+            student.logits, teacher.logits, temperatures, found, *strides, V, _width(V, *strides),
+            C, student.softcap, teacher.softcap, teacher.jsd_alpha, tile.columns,
+            num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
-    return out[0], Coefficients(
-        logprobs=out[1],
-        entropy=out[2] if loss.entropy else None,
-        kl=None if rows.kl is None else out[3],
-    )
 
 
 @triton.jit
@@ -351,7 +256,7 @@ def _gradient_kernel(
             else:
                 pull = (log2_p - log2_q) * LN2
                 if KD == JSD_CODE:
-                    t = _mixture_gap(-pull, alpha)
+                    t = mixture_gap(-pull, alpha)
                     pull = (1 - alpha) * (t + tl.where(pull < 0, pull, 0.0))
                     pull -= (1 - alpha) * tl.load(row_ptr + 8 * C)
                 else:

@@ -19,13 +19,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kdrl_kernels.rows import tiles
+from kdrl_kernels.rows import tiles, triton_objective
 from kdrl_kernels.rows import triton as kernels
 from kdrl_kernels.rows.tiles import GRADIENT, JSD, SWEEP, Tile
+from kdrl_kernels.rows.triton_math import KD_CODES, OPTIONS
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
-CODES = kernels.KD_CODES
 DIVISIBLE = [["tt.divisibility", 16]]
 
 Variant = tuple[str, Any, dict[str, Any], dict[str, str | None], int]
@@ -39,7 +39,7 @@ def variants(table: dict[tuple[str, int, bool], Tile] = tiles.TILES) -> Iterator
         name = f"{kd}{'-softcap' if cap else ''}"
         key = 2 if kd else 1, cap is not None
         tile = table[SWEEP, *key]
-        flags = {"HAS_ENTROPY": True, "KD": CODES[kd]}
+        flags = {"HAS_ENTROPY": True, "KD": KD_CODES[kd]}
         shape = {"DEPTH": tile.depth, "LANES": tile.lanes}
         yield f"sweep-{name}", kernels._sweep_kernel, flags | shape, caps, tile.warps
         if kd == "jsd":
@@ -51,10 +51,10 @@ def variants(table: dict[tuple[str, int, bool], Tile] = tiles.TILES) -> Iterator
         for dtype in ("bf16", "fp16", "fp32") if name == "rkl" else ("bf16",):
             types = caps | {"dz_ptr": f"*{dtype}"}
             yield f"gradient-{name}-{dtype}", kernels._gradient_kernel, block, types, tile.warps
-    for kd, code in CODES.items():
+    for kd, code in KD_CODES.items():
         flags = {"HAS_POLICY": True, "HAS_ENTROPY": True, "KD": code}
         block = flags | {"BLOCK": tiles.OBJECTIVE_BLOCK}
-        yield f"objective-{kd}", kernels._objective_kernel, block, {}, 4
+        yield f"objective-{kd}", triton_objective._objective_kernel, block, {}, 4
 
 
 def compile_one(variant: Variant, target: GPUTarget, aligned: bool) -> Any:
@@ -77,7 +77,7 @@ def compile_one(variant: Variant, target: GPUTarget, aligned: bool) -> Any:
     attrs = {(i,): DIVISIBLE for i, name in enumerate(names) if name in divisible}
     signature = {name: type_of(name) for name in names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-    options = kernels.OPTIONS | {"num_warps": warps}
+    options = OPTIONS | {"num_warps": warps}
     return triton.compile(source, target=target, options=options)
 
 

@@ -1,4 +1,4 @@
-"""Every kernel compiles for sm_80, sm_90 and sm_100 without a GPU, and spills nothing."""
+"""Every kernel compiles without a GPU, spills nothing, and loads as its docstring says."""
 
 import json
 import os
@@ -9,13 +9,16 @@ import pytest
 
 pytest.importorskip("triton", reason="no Triton on this platform")
 
-SHARED_LIMIT_BYTES = 48 * 1024
-"""What every architecture gives a block without opting in to more."""
+ARCHES = {"sm_80", "sm_90", "sm_100", "gfx942"}
+SHARED_LIMIT_BYTES = {"sm_80": 48 * 1024, "sm_90": 48 * 1024, "sm_100": 48 * 1024, "gfx942": 65_536}
+"""What a block gets without opting in to more; on AMD all that a compute unit has."""
+
+Row = dict[str, int | str]
 
 
 @pytest.fixture(scope="module")
-def report() -> list[dict[str, object]]:
-    """Resources of every kernel variant and architecture, from a process without interpreter."""
+def report() -> list[Row]:
+    """Resources of every kernel variant and target, from a process without interpreter."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "error", "-m", "tests.kernels.aot"]
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -23,23 +26,36 @@ def report() -> list[dict[str, object]]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-def test_every_kernel_and_architecture_is_there(report: list[dict[str, object]]) -> None:
-    kernels = {row["kernel"] for row in report}
-    assert {str(name).split("-")[0] for name in kernels} == {"sweep", "gradient", "objective"}
-    assert {(row["kernel"], row["arch"]) for row in report} == {
-        (kernel, arch) for kernel in kernels for arch in (80, 90, 100)
-    }
+def test_every_kernel_and_target_is_there(report: list[Row]) -> None:
+    kernels = {str(row["kernel"]) for row in report}
+    assert {name.split("-")[0] for name in kernels} == {"sweep", "jsd", "gradient", "objective"}
+    for kd in ("None", "rkl", "fkl", "jsd"):
+        assert {f"sweep-{kd}-aligned", f"sweep-{kd}-ragged"} <= kernels
+        assert {f"gradient-{kd}-bf16-aligned", f"gradient-{kd}-softcap-bf16-aligned"} <= kernels
+    found = {(row["kernel"], row["arch"]) for row in report}
+    assert found == {(kernel, arch) for kernel in kernels for arch in ARCHES}
 
 
-def test_no_kernel_spills(report: list[dict[str, object]]) -> None:
-    spilling = [row for row in report if row["STACK"] or row["LOCAL"]]
-    assert not spilling
+def test_no_kernel_spills(report: list[Row]) -> None:
+    assert not [row for row in report if row["spills"] or row["stack"]]
 
 
-def test_shared_memory_is_bounded(report: list[dict[str, object]]) -> None:
-    assert max(int(str(row["shared_bytes"])) for row in report) <= SHARED_LIMIT_BYTES
+def test_shared_memory_is_bounded(report: list[Row]) -> None:
+    assert not [row for row in report if row["shared_bytes"] > SHARED_LIMIT_BYTES[row["arch"]]]
 
 
-def test_registers_leave_three_blocks_an_sm(report: list[dict[str, object]]) -> None:
-    """65,536 registers an SM, 256 threads a block: three blocks hide the latency of the loads."""
-    assert max(int(str(row["REG"])) for row in report) <= 65_536 // (3 * 256)
+def test_registers_leave_640_threads_an_sm(report: list[Row]) -> None:
+    """Enough loads in flight to hide the latency of memory; an SM has 65,536 registers."""
+    assert not [
+        row for row in report if row["arch"] != "gfx942" and row["registers"] > 65_536 // 640
+    ]
+
+
+def test_loads_are_16_bytes_wide_and_the_sweeps_loop_has_no_barrier(report: list[Row]) -> None:
+    looked_at = [row for row in report if "wide_loads" in row and "objective" not in row["kernel"]]
+    assert looked_at
+    for row in looked_at:
+        streams = 1 if "None" in row["kernel"] else 2
+        assert row["wide_loads"] >= streams, row
+        # a 16-bit gradient is written over the logits: one barrier, between load and store
+        assert row["barriers_in_loops"] == ("gradient" in row["kernel"]), row

@@ -1,0 +1,176 @@
+"""Which tile each row kernel should use: python -m bench.tiles --out DIR
+
+Compiles the row kernels over a grid of tiles for sm_90: registers, spills, blocks an SM, bytes of
+loads in flight an SM. On a GPU each is timed too, over [2048, 152064] float32 logits, against a
+device copy. Prints a table, and the lines of kdrl_kernels/rows/tiles.py it would write: the
+fastest tile; or without a GPU, of those with three blocks an SM and at most 64 registers, one with
+enough bytes in flight to hide the latency of memory, the deepest, the smallest.
+"""
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.machine import DEVICE, clock, machine_info, one_line
+from kdrl_kernels.objective import Coefficients
+from kdrl_kernels.rows import Stream, TeacherStream
+from kdrl_kernels.rows import triton as kernels
+from kdrl_kernels.rows.tiles import GRADIENT, JSD, SWEEP, TILES, Tile
+from tests.kernels import aot
+
+GRID = [
+    Tile(depth, 128 * warps, warps)  # one 16-byte load a thread for each depth
+    for warps in (4, 8, 16)
+    for depth in (1, 2, 4)
+]
+ENOUGH_IN_FLIGHT = 48 << 10
+"""Bytes an SM: 4.8 TB/s times a latency of about 1 us, over 132 SMs, and a third."""
+ROWS, COLUMNS = 2048, 152_064
+ROUNDS = 20
+
+Key = tuple[str, int, bool]
+Row = dict[str, Any]
+
+
+def compiled(tile: Tile) -> Iterator[tuple[Key, dict[str, int]]]:
+    """(key of the table, resources on sm_90) of every variant at one tile."""
+    for variant in aot.variants(dict.fromkeys(TILES, tile)):
+        kernel, kd, *rest = variant[0].split("-")
+        if kernel == "objective" or "fp16" in rest or "fp32" in rest:
+            continue
+        key = kernel, 1 if kd == "None" else 2, "softcap" in rest
+        yield key, aot.resources(aot.compile_one(variant, aot.TARGETS["sm_90"], aligned=True))
+
+
+def describe(key: Key, tile: Tile, found: list[dict[str, int]]) -> Row:
+    """What one tile means for one line of the table; the worst of its variants."""
+    registers = max(one["registers"] for one in found)
+    threads = 32 * tile.warps
+    blocks = min(65_536 // (-(-registers // 8) * 8 * threads), 2048 // threads, 32)
+    return {
+        "kernel": key[0],
+        "streams": key[1],
+        "softcap": key[2],
+        "tile": [tile.depth, tile.lanes, tile.warps],
+        "registers": registers,
+        "spills": max(one["spills"] + one["stack"] for one in found),
+        "blocks_per_sm": blocks,
+        "in_flight_bytes_per_sm": blocks * tile.columns * 4 * key[1],
+        "ms": _measure(key, tile) if DEVICE == "cuda" else None,
+    }
+
+
+def _measure(key: Key, tile: Tile) -> float:
+    """Median time of one launch, ms."""
+    kernel, streams, softcap = key
+    cap = 30.0 if softcap else None
+    z, t = (torch.randn(ROWS, COLUMNS, device="cuda").mul_(4) for _ in range(2))
+    tokens = torch.randint(COLUMNS, (ROWS,), device="cuda")
+    student = Stream(z, 1.0, cap)
+    kd = "jsd" if kernel == JSD else "rkl"
+    teacher = TeacherStream(t, 1.0, cap, kd) if streams == 2 else None
+    stats = kernels.sweep(student, tokens, teacher=teacher)
+    coef = Coefficients(torch.randn(ROWS, device="cuda"), kl=stats.max if teacher else None)
+    out = torch.empty(ROWS, COLUMNS, device="cuda", dtype=torch.bfloat16)
+    temperatures = torch.ones(2, ROWS, device="cuda")
+    found = torch.randn(kernels.STATS, ROWS, device="cuda")
+
+    def call() -> None:
+        if kernel == GRADIENT:
+            kernels.gradient(student, tokens, stats, coef, out=out, teacher=teacher, tile=tile)
+        elif kernel == SWEEP:
+            kernels.sweep(student, tokens, teacher=teacher, tile=tile)
+        elif teacher is not None:
+            kernels.add_mixture_kl(student, teacher, temperatures, found, tile)
+
+    return _median_ms(call)
+
+
+def _median_ms(call: Callable[[], None]) -> float:
+    samples = []
+    for _ in range(ROUNDS + 3):
+        start = clock()
+        call()
+        samples.append(1e3 * (clock() - start))
+    return statistics.median(samples[3:])
+
+
+def copy_ms() -> float:
+    """Time to copy one buffer of logits: as many bytes read as written."""
+    source = torch.randn(ROWS, COLUMNS, device="cuda")
+    target = torch.empty_like(source)
+    return _median_ms(lambda: target.copy_(source) and None)
+
+
+def best(rows: list[Row]) -> Row:
+    """The tile to take among those of one key."""
+    usable = [row for row in rows if not row["spills"] and row["blocks_per_sm"] >= 3]
+    if DEVICE == "cuda":
+        return min(usable, key=lambda row: row["ms"])
+    return max(
+        (row for row in usable if row["registers"] <= 64),
+        key=lambda row: (
+            min(row["in_flight_bytes_per_sm"], ENOUGH_IN_FLIGHT),
+            row["tile"][0],
+            row["blocks_per_sm"],
+        ),
+    )
+
+
+def markdown(rows: list[Row]) -> str:
+    """One line a tile; the one taken is marked."""
+    taken = [best(group) for group in _by_key(rows).values()]
+    lines = [
+        "| kernel | streams | softcap | depth x lanes, warps | registers | spills | blocks an SM "
+        "| KB in flight an SM | ms | |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        depth, lanes, warps = row["tile"]
+        ms = "" if row["ms"] is None else f"{row['ms']:.3f}"
+        lines.append(
+            f"| {row['kernel']} | {row['streams']} | {row['softcap']} | {depth} x {lanes}, {warps} "
+            f"| {row['registers']} | {row['spills']} | {row['blocks_per_sm']} "
+            f"| {row['in_flight_bytes_per_sm'] >> 10} | {ms} | {'taken' if row in taken else ''} |"
+        )
+    return "\n".join(lines)
+
+
+def _by_key(rows: list[Row]) -> dict[Key, list[Row]]:
+    groups: dict[Key, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["kernel"], row["streams"], row["softcap"]].append(row)
+    return groups
+
+
+def main() -> None:
+    """Sweep, save tiles.json, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for tiles.json, tiles.md")
+    out: Path = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    for tile in GRID:
+        found: dict[Key, list[dict[str, int]]] = defaultdict(list)
+        for key, resources in compiled(tile):
+            found[key].append(resources)
+        rows += [describe(key, tile, resources) for key, resources in found.items()]
+    rows.sort(key=lambda row: (row["kernel"], row["streams"], row["softcap"]))
+    info = machine_info() | {"copy_ms": copy_ms() if DEVICE == "cuda" else None}
+    (out / "tiles.json").write_text(json.dumps({"machine": info, "rows": rows}, indent=1))
+    table = f"{one_line(info)}\n\n{markdown(rows)}\n"
+    (out / "tiles.md").write_text(table)
+    lines = [
+        f"    {key}: Tile{tuple(best(group)['tile'])}," for key, group in _by_key(rows).items()
+    ]
+    print(table, *lines, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
