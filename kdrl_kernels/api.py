@@ -99,6 +99,8 @@ def linear_logprobs(
     head = Head(hidden, weight, bias, temperature, softcap)
     checks.check_tokens(tokens, head)
     checks.check_bytes("workspace_bytes", workspace_bytes)
+    if cache_bytes < 0:
+        raise ValueError(f"cache_bytes must be at least 0, got {cache_bytes}")
     impl = checks.choose_impl(impl, head)
     if impl == "reference":
         return LogprobOutput(*reference.linear_logprobs(head, tokens, entropy))
@@ -196,7 +198,7 @@ def kdrl_loss(
     else:
         loss, terms, counts = library.kdrl_loss(call, impl)
     used = None if call.weights is None else call.weights != 0
-    rows = call.rows(terms.map(Tensor.detach), slice(0, len(tokens)))
+    rows = call.rows(terms.map(Tensor.detach), slice(None))  # a number would fix N in a graph
     return _output(loss, rows, used, row_metrics(objective, rows, used), counts)
 
 
@@ -230,7 +232,8 @@ def linear_token_loss(
             of the N rows these are (advantages[rows.index]); rows.logprobs, rows.kl and
             rows.entropy carry the gradient; rows.teacher_logprobs does not. The loss of a row may
             depend on that row alone: which rows come together is the chunk plan's business.
-            Gradients reach hidden, weight and bias, no other tensor.
+            Gradients reach hidden, weight and bias, no other tensor (but for the reference,
+            which is plain autograd).
         teacher, teacher_logprobs: give rows.teacher_logprobs.
         kl: "rkl", "fkl" or "jsd" gives rows.kl; needs a TeacherHead.
         entropy: gives rows.entropy, and returns it.

@@ -37,16 +37,21 @@ def grad_hidden(dz: Tensor, weight: Tensor, out: Tensor) -> None:
             out.addmm_(dz[:, cols].to(out.dtype), weight[cols].to(out.dtype))
 
 
-def add_grad_weight(dz: Tensor, hidden: Tensor, out: Tensor) -> None:
-    """out [V, H] += dz [C, V]ᵀ · hidden [C, H]; dz and hidden in one dtype."""
-    if _native(dz, out):
-        out.addmm_(dz.T, hidden)
-    elif dz.is_cuda:
-        torch.addmm(out, dz.T, hidden, out_dtype=out.dtype, out=out)
-    else:
-        wide = hidden.to(out.dtype)
-        for cols in _blocks(out):
-            out[cols].addmm_(dz[:, cols].to(out.dtype).T, wide)
+def add_grad_weight(dz: Tensor, hidden: Tensor, out: Tensor, *, first: bool = False) -> None:
+    """out [V, H] += dz [C, V]ᵀ · hidden [C, H], or first: = ; dz and hidden in one dtype."""
+    if dz.is_cuda and not _native(dz, out):
+        if first:
+            torch.mm(dz.T, hidden, out_dtype=out.dtype, out=out)
+        else:
+            torch.addmm(out, dz.T, hidden, out_dtype=out.dtype, out=out)
+        return
+    wide = hidden.to(out.dtype)
+    for cols in [slice(None)] if _native(dz, out) else _blocks(out):
+        part = dz[:, cols].to(out.dtype).T
+        if first:
+            torch.mm(part, wide, out=out[cols])
+        else:
+            out[cols].addmm_(part, wide)
 
 
 def _native(operand: Tensor, out: Tensor) -> bool:

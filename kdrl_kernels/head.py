@@ -74,6 +74,8 @@ def gathered(tensor: Tensor | None) -> Tensor | None:
 def check_head(head: Head, prefix: str) -> None:
     """Raise the error that names the field, what it must be and what it is."""
     hidden, weight, bias = head.hidden, head.weight, head.bias
+    if isinstance(hidden, DTensor):
+        raise TypeError(f"{prefix}hidden must be a plain tensor, this rank's rows, got a DTensor")
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{prefix}{name} must be a tensor, got {type(tensor).__name__}")

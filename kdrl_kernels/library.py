@@ -29,7 +29,7 @@ SCHEMA_TYPES = {
     list[bool]: "bool[]",
     str: "str",
     str | None: "str?",
-    int: "int",
+    int: "SymInt",
     bool: "bool",
 }
 
@@ -212,7 +212,7 @@ def _loss(*args: Any) -> tuple[Tensor, ...]:
 @_loss.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
     given = LossArguments(*args)
-    hidden, N, dtype = given.hidden, len(given.tokens), accumulator(given.hidden.dtype)
+    hidden, (N,), dtype = given.hidden, given.tokens.shape, accumulator(given.hidden.dtype)
     entropy = given.entropy or given.objective[NUMBERS.index("entropy_coef")] != 0
     teacher = given.teacher_hidden is not None
     heads = (hidden, given.weight, given.bias)
@@ -249,15 +249,18 @@ def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tup
     *gradients, scale = ctx.saved_tensors
     scale = scale * grad_loss
     found = (
-        _rounded(gradient, scale, ctx.dtype) if need else None
+        rounded(gradient, scale, ctx.dtype) if need else None
         for gradient, need in zip(gradients, ctx.needs, strict=True)
     )
     return *found, *nothing
 
 
-def _rounded(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    needed = one_pass.needs_scaling(gradient, scale, dtype)
-    return _scaled(gradient, scale, dtype) if needed else gradient
+def rounded(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient · scale in dtype: gradient itself where that is all there is to it."""
+    traced = type(scale) is not Tensor  # a graph has no branch on the value of scale
+    if traced or one_pass.needs_scaling(gradient, scale, dtype):
+        return _scaled(gradient, scale, dtype)
+    return gradient
 
 
 _loss.register_autograd(_loss_backward, setup_context=_save_loss)
@@ -341,9 +344,9 @@ def _linear_logprobs(*args: Any) -> tuple[Tensor, ...]:
 @_linear_logprobs.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
     given = LogprobArguments(*args)
-    hidden, N, dtype = given.hidden, len(given.tokens), accumulator(given.hidden.dtype)
+    hidden, (N,), dtype = given.hidden, given.tokens.shape, accumulator(given.hidden.dtype)
     rows = (hidden.new_empty(n, dtype=dtype) for n in (N, N if given.entropy else 0, N, N))
-    return *rows, hidden.new_empty((given.cached, padded(len(given.weight))), dtype=dtype)
+    return *rows, hidden.new_empty((given.cached, padded(given.weight.shape[0])), dtype=dtype)
 
 
 @torch.library.custom_op(

@@ -19,6 +19,10 @@ Kd = Literal["k2", "k3", "rkl", "fkl", "jsd"]
 SAMPLED_KD = ("k2", "k3")
 EXACT_KD = get_args(ExactKd)
 
+NO_GRADIENT = (
+    "loss_fn must return losses that depend on rows.logprobs, rows.entropy or rows.kl with a "
+    "gradient, got constants"
+)
 _REFUSED_KD = {
     "k1": "k1 as a loss has no teacher in its gradient (the teacher's log-probability is a "
     "constant there); use 'k2' for reverse KL on sampled tokens or 'rkl' for the exact one",
@@ -153,10 +157,7 @@ class CallerLoss:
                 f"got {list(losses.shape)}"
             )
         if rows.logprobs.requires_grad and not losses.requires_grad and len(losses):
-            raise ValueError(
-                "loss_fn must return losses that depend on rows.logprobs, rows.entropy or "
-                "rows.kl with a gradient, got constants"
-            )
+            raise ValueError(NO_GRADIENT)
         return losses
 
 
@@ -236,8 +237,12 @@ def coefficients(loss: TokenLoss, rows: Rows, weights: Tensor) -> tuple[Tensor, 
     leaves = {name: getattr(rows, name).detach().requires_grad_() for name in names}
     with torch.enable_grad():
         losses = weights * loss.losses(replace(rows, **leaves))
-        grads = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
-    return losses.detach(), Coefficients(**dict(zip(names, grads, strict=True)))
+        grads = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
+    if all(grad is None for grad in grads):
+        raise ValueError(NO_GRADIENT)
+    zero = torch.zeros_like(rows.logprobs)
+    found = (zero if grad is None else grad for grad in grads)
+    return losses.detach(), Coefficients(**dict(zip(names, found, strict=True)))
 
 
 def row_metrics(objective: Objective, rows: Rows, used: Tensor | None) -> dict[str, Tensor]:

@@ -61,10 +61,12 @@ class Gradients:
 
     def __init__(self, head: Head, needs: Needs) -> None:
         dtype = accumulator(head.hidden.dtype)
-        self.hidden, self.weight, self.bias = (
-            tensor.new_zeros(tensor.shape, dtype=dtype) if need and tensor is not None else None
-            for tensor, need in zip((head.hidden, head.weight, head.bias), needs, strict=True)
-        )
+        self.hidden = head.hidden.new_zeros(head.hidden.shape, dtype=dtype) if needs[0] else None
+        self.weight = head.weight.new_empty(head.weight.shape, dtype=dtype) if needs[1] else None
+        self.bias = None
+        if needs[2] and head.bias is not None:
+            self.bias = head.bias.new_zeros(head.bias.shape, dtype=dtype)
+        self.first = True
 
     def add(self, head: Head, rows: RowSet, dz: Tensor) -> None:
         """Add the terms of dz [C, V], the gradient of these rows' logits."""
@@ -76,9 +78,12 @@ class Gradients:
             gemm.grad_hidden(dz, head.weight[:V], part)
             self.hidden.index_copy_(0, rows, part)
         if self.weight is not None:
-            gemm.add_grad_weight(dz, take(head.hidden, rows), self.weight[:V])
+            gemm.add_grad_weight(dz, take(head.hidden, rows), self.weight[:V], first=self.first)
+            if self.first:
+                self.weight[V:] = 0
         if self.bias is not None:
             self.bias[:V] += dz.sum(dim=0, dtype=self.bias.dtype)
+        self.first = False
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """(dX, dW, db), None where not needed."""
@@ -108,11 +113,13 @@ class Compaction:
         holes = ~used & (n < count)
         movers = torch.where(used & (n >= count), n, len(used)).sort().values
         source = torch.where(holes, movers[(holes.cumsum(0) - 1).clamp_min(0)], n)
-        self.source = torch.where(n < count, source, -1)
+        self.source: Tensor | None = torch.where(n < count, source, -1)
         self._count = count.to("cpu", non_blocking=True)
         self._ready = torch.cuda.Event() if count.is_cuda else None
         if self._ready is not None:
             self._ready.record()
+        elif int(count) == len(used):
+            self.source = None  # known at once: nothing moves
 
     def rows(self, rows: RowSet) -> RowSet:
         """The rows that are left, in the order of their slots. Waits for their number.
@@ -122,7 +129,7 @@ class Compaction:
         if self._ready is not None:
             self._ready.synchronize()
         count = int(self._count)
-        if count == len(self.source):
+        if self.source is None or count == len(self.source):
             return rows
         source = self.source[:count]
         return rows[source] if isinstance(rows, Tensor) else source + rows.start
@@ -175,7 +182,7 @@ def run(call: LossCall, impl: str, needs: Needs) -> Pass:
             coef,
             out=gradient_view(p.logits, student.hidden.dtype),
             teacher=q,
-            source=compaction and compaction.source,
+            source=compaction.source if compaction else None,
         )
         kept = compaction.rows(rows) if compaction else rows
         gradients.add(student, kept, dz[: size_of(kept)])

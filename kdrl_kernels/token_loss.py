@@ -4,15 +4,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kdrl_kernels import one_pass
 from kdrl_kernels.call import LossCall, RowTerms
-from kdrl_kernels.library import as_given
+from kdrl_kernels.library import as_given, rounded
 
 
 class _TokenLoss(torch.autograd.Function):
-    """hidden, weight, bias -> loss; the gradients are taken here, and scaled in backward."""
+    """hidden, weight, bias -> loss, and its gradients as outputs, which backward scales.
+
+    As outputs they depend on the inputs, so that a second derivative raises.
+    """
 
     @staticmethod
     def forward(
@@ -24,25 +26,23 @@ class _TokenLoss(torch.autograd.Function):
         impl: str,
         needs: one_pass.Needs,
         found: list[one_pass.Pass],
-    ) -> Tensor:
+    ) -> tuple[Tensor | None, ...]:
         with as_given(hidden.device):
             result = one_pass.run(call, impl, needs)
         found.append(result)
+        outputs = *result.gradients.tensors(), result.scale
         ctx.dtype = hidden.dtype
-        ctx.save_for_backward(*result.gradients.tensors(), result.scale)
-        return result.loss
+        ctx.save_for_backward(*outputs)
+        ctx.set_materialize_grads(False)
+        return result.loss, *outputs
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
         *gradients, scale = ctx.saved_tensors
+        if grad_loss is None:
+            return (None,) * 7
         scale = scale * grad_loss
-        found = (
-            one_pass.scaled(x, scale, ctx.dtype)
-            if x is not None and one_pass.needs_scaling(x, scale, ctx.dtype)
-            else x
-            for x in gradients
-        )
+        found = (None if x is None else rounded(x, scale, ctx.dtype) for x in gradients)
         return *found, None, None, None, None
 
 
@@ -50,5 +50,7 @@ def token_loss(call: LossCall, impl: str) -> tuple[Tensor, RowTerms, Tensor]:
     """(0-d loss, row terms, counts); the loss is differentiable once in hidden, weight, bias."""
     student, found = call.student, list[one_pass.Pass]()
     needs = one_pass.needs_gradient(student)
-    loss = _TokenLoss.apply(student.hidden, student.weight, student.bias, call, impl, needs, found)
+    loss, *_ = _TokenLoss.apply(
+        student.hidden, student.weight, student.bias, call, impl, needs, found
+    )
     return loss, found[0].terms, found[0].counts

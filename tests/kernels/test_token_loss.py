@@ -1,0 +1,301 @@
+"""linear_token_loss: losses of a caller, against autograd through full logits in float64."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kdrl_kernels as kk
+from kdrl_kernels import gemm
+from tests.kernels.params import F32, F64, IMPL_DTYPES, IMPLS
+from tests.kernels.token_losses import (
+    CASES,
+    UNUSED,
+    Case,
+    Given,
+    N,
+    V,
+    call,
+    dapo,
+    kl_and_entropy,
+    make_setup,
+    sft,
+    sibling_errors,
+    smallest_budget,
+    solve,
+    solve_plainly,
+    with_leaves,
+)
+from tests.tolerance import assert_within_budget, relative_error
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("impl", "dtype"), IMPL_DTYPES)
+def test_matches_autograd_through_full_logits(
+    impl: str, dtype: torch.dtype, case: Case, masked: bool, device: str
+) -> None:
+    ours = solve(make_setup(case, dtype, device, masked=masked), impl)
+    siblings = sibling_errors(case, dtype, masked, device)
+    assert ours.keys() == siblings[0][1].keys()
+    for name, value in ours.items():
+        eager = [
+            relative_error(rounded[name].to(value.dtype), true[name], _size(name, size))
+            for rounded, true, size in siblings
+        ]
+        _, exact, size = siblings[0]
+        error = relative_error(value, exact[name], _size(name, size))
+        assert_within_budget(name, error, eager, torch.finfo(value.dtype).eps)
+    if masked:
+        assert torch.equal(ours["dhidden"][UNUSED], torch.zeros_like(ours["dhidden"][UNUSED]))
+
+
+def _size(name: str, size: float) -> float | None:
+    """The loss sums terms that cancel; tensors have a largest element."""
+    return size if name == "loss" else None
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_matches_autograd_in_float64(case: Case, masked: bool, impl: str, device: str) -> None:
+    setup = make_setup(case, F64, device, masked=masked)
+    ours, (exact, _) = solve(setup, impl), solve_plainly(setup)
+    assert ours.keys() == exact.keys()
+    for name, value in ours.items():
+        error = relative_error(value, exact[name])
+        assert error <= 1e-10, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize(("impl", "rows"), [("reference", N), ("torch", 3), ("triton", 3)])
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_every_row_of_non_zero_weight_is_seen_once(
+    impl: str, rows: int, masked: bool, grad: bool, device: str
+) -> None:
+    setup = with_leaves(make_setup(CASES["dapo"], F32, device, masked=masked))
+    seen: list[Tensor] = []
+
+    def loss_fn(rows: kk.Rows) -> Tensor:
+        seen.append(rows.index)
+        return dapo(rows, setup.given)
+
+    with torch.set_grad_enabled(grad):
+        result = call(setup, loss_fn, impl=impl, rows=rows)
+    expected = [n for n in range(N) if not (masked and n in UNUSED)]
+    assert torch.cat(seen).tolist() == expected
+    chunks = -(-len(expected) // rows)
+    assert len(seen) == chunks
+    assert result.metrics["tokens"] == len(expected)
+    assert result.metrics["bad_tokens"] == 0
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_gradient_rows_are_those_whose_loss_has_a_gradient(impl: str, device: str) -> None:
+    setup = with_leaves(make_setup(CASES["sft"], F32, device, masked=True))
+    dropped = torch.tensor([1, 4, 6, 7], device=device)  # 4 has weight 0 already
+
+    def loss_fn(rows: kk.Rows) -> Tensor:
+        return torch.where(torch.isin(rows.index, dropped), 0, -rows.logprobs)
+
+    result = call(setup, loss_fn, impl=impl)
+    result.loss.backward()
+    assert (result.metrics["tokens"], result.metrics["gradient_rows"]) == (7, 4)
+    zero = (setup.student["hidden"].grad == 0).all(dim=1).nonzero().squeeze(1)
+    assert zero.tolist() == sorted({1, 6, 7, *UNUSED})
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])  # the reference is plain autograd
+def test_only_hidden_weight_and_bias_get_a_gradient(impl: str, device: str) -> None:
+    setup = with_leaves(make_setup(CASES["dapo"], F32, device))
+    given = {k: v.requires_grad_() for k, v in setup.given.items()}
+    call(setup, lambda rows: dapo(rows, given), impl=impl).loss.backward()
+    assert setup.student["weight"].grad.abs().max() > 0
+    assert given["advantages"].grad is None
+    assert given["old"].grad is None
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_log_probabilities_of_a_teacher_on_a_server(impl: str, device: str) -> None:
+    setup = make_setup(CASES["limited_kd"], F32, device, masked=True)
+    expected = with_leaves(setup)
+    with_head = call(expected, impl=impl)
+    with_head.loss.backward()
+    server = replace(with_leaves(setup), teacher=None)
+    options = {"vocab_size": V - 4, "teacher_logprobs": with_head.teacher_logprobs}
+    result = call(server, impl=impl, **options)
+    result.loss.backward()
+    assert torch.equal(result.logprobs, with_head.logprobs)
+    assert torch.equal(result.teacher_logprobs, with_head.teacher_logprobs)
+    for name, tensor in server.student.items():
+        assert relative_error(tensor.grad, expected.student[name].grad) <= 1e-6, name
+
+
+def _by_hand(objective: kk.Objective, given: Given) -> Callable[[kk.Rows], Tensor]:
+    """The formulas of Objective, written out on ratios."""
+
+    def loss_fn(rows: kk.Rows) -> Tensor:
+        A, kd_weight = given["advantages"][rows.index], given["kd_weight"][rows.index]
+        ratio = (rows.logprobs - given["old"][rows.index]).exp()
+        low, high = 1 - objective.clip_low, 1 + objective.clip_high
+        bounded = torch.where(A > 0, ratio.clamp(max=high), ratio.clamp(low, objective.dual_clip))
+        gap = rows.logprobs - rows.teacher_logprobs
+        kd = rows.kl
+        if objective.kd == "k2":
+            kd = gap.square() / 2
+        elif objective.kd == "k3":
+            kd = (-gap).exp() - 1 + gap
+        weight = kd_weight * ratio.detach().clamp(max=objective.kd_ratio_cap)
+        return (
+            -A * bounded + objective.kd_coef * weight * kd - objective.entropy_coef * rows.entropy
+        )
+
+    return loss_fn
+
+
+@pytest.mark.parametrize("kd", ["k2", "k3", "rkl", "fkl", "jsd"])
+@pytest.mark.parametrize(
+    ("impl", "dtype", "bound"),
+    [("torch", F64, 1e-12), ("torch", F32, 3e-6), ("triton", F32, 3e-6)],
+    ids=["torch-float64", "torch-float32", "triton-float32"],
+)
+def test_kdrl_loss_is_one_of_these_losses(
+    impl: str, dtype: torch.dtype, bound: float, kd: str, device: str
+) -> None:
+    exact_kd = kd if kd in ("rkl", "fkl", "jsd") else None
+    setup = make_setup(Case(sft, exact_kd, True, True), dtype, device, masked=True)
+    objective = kk.Objective(
+        clip_high=0.28, dual_clip=1.5, kd=kd, kd_coef=0.5, jsd_alpha=0.3, entropy_coef=0.1
+    )
+    own, fused = with_leaves(setup), with_leaves(setup)
+    options = {"workspace_bytes": smallest_budget(setup, impl, 3), "impl": impl}
+    found = call(own, _by_hand(objective, setup.given), **options)
+    not_of_kdrl_loss = ("kl", "jsd_alpha")
+    options |= {k: v for k, v in setup.options.items() if k not in not_of_kdrl_loss}
+    expected = kk.kdrl_loss(
+        tokens=setup.tokens,
+        **fused.student,
+        advantages=setup.given["advantages"],
+        old_logprobs=setup.given["old"],
+        kd_weight=setup.given["kd_weight"],
+        teacher=kk.TeacherHead(**setup.teacher),
+        objective=objective,
+        **options,
+    )
+    for name in ("logprobs", "teacher_logprobs", "entropy", *(["kl"] if exact_kd else [])):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    found.loss.backward()
+    expected.loss.backward()
+    assert relative_error(found.loss, expected.loss) <= bound
+    for name, tensor in own.student.items():
+        error = relative_error(tensor.grad, fused.student[name].grad)
+        assert error <= bound, f"d{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["no_grad", "frozen"])
+def test_no_gradient_is_computed_that_nobody_wants(
+    frozen: bool, impl: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = make_setup(CASES["rkl_and_entropy"], F32, device, masked=True)
+    expected = call(with_leaves(setup), impl=impl).loss
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a gradient was computed")
+
+    monkeypatch.setattr(gemm, "grad_hidden", refuse)
+    monkeypatch.setattr(gemm, "add_grad_weight", refuse)
+    wants: list[bool] = []
+
+    def loss_fn(rows: kk.Rows) -> Tensor:
+        wants.append(rows.logprobs.requires_grad or torch.is_grad_enabled() > frozen)
+        return kl_and_entropy(rows, setup.given)
+
+    with torch.set_grad_enabled(frozen):
+        result = call(setup if frozen else with_leaves(setup), loss_fn, impl=impl)
+    assert not any(wants)
+    assert not result.loss.requires_grad
+    assert result.metrics["gradient_rows"] == 0
+    assert torch.equal(result.loss, expected)
+
+
+def test_a_gradient_that_is_not_wanted_is_not_computed(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = with_leaves(make_setup(CASES["dapo"], F32, device))
+    setup.student["weight"].requires_grad_(False)
+    monkeypatch.delattr(gemm, "add_grad_weight")
+    call(setup).loss.backward()
+    assert setup.student["hidden"].grad.abs().max() > 0
+    assert setup.student["weight"].grad is None
+
+
+@pytest.mark.parametrize("square", [False, True], ids=["loss", "square"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_second_derivative_raises(impl: str, square: bool, device: str) -> None:
+    """Also beside a term that has one, where a gradient without a graph would go unnoticed."""
+    setup = with_leaves(make_setup(CASES["dapo"], F32, device))
+    hidden = setup.student["hidden"]
+    loss = call(setup, impl=impl).loss
+    value = loss.square() if square else loss
+    (gradient,) = torch.autograd.grad(value, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once|autograd"):
+        (gradient.square().sum() + hidden.sum()).backward()
+
+
+# ruff: noqa: E501 (two tables, one case a line)
+RESULTS: list[tuple[Callable[[kk.Rows], Any], type[Exception], str]] = [
+    (lambda rows: rows.logprobs.sum(), ValueError, r"loss_fn must return one loss a row, \[C\] with C = \d+, got \[\]"),
+    (lambda rows: rows.logprobs[:, None], ValueError, r"with C = \d+, got \[\d+, 1\]"),
+    (lambda rows: rows.logprobs[1:], ValueError, r"with C = \d+, got \[\d+\]"),
+    (lambda _: 1.0, TypeError, "loss_fn must return a tensor, got float"),
+    (lambda _: None, TypeError, "loss_fn must return a tensor, got NoneType"),
+    (lambda rows: -rows.logprobs.detach(), ValueError, "rows.kl with a gradient, got constants"),
+    (lambda rows: -rows.teacher_logprobs, ValueError, "rows.kl with a gradient, got constants"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("loss_fn", "error", "message"), RESULTS, ids=[message[:40] for _, _, message in RESULTS]
+)
+def test_what_a_loss_must_return(
+    loss_fn: Callable[[kk.Rows], Any], error: type[Exception], message: str, impl: str, device: str
+) -> None:
+    setup = with_leaves(make_setup(CASES["limited_kd"], F32, device))
+    with pytest.raises(error, match=message):
+        call(setup, loss_fn, impl=impl)
+
+
+ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"kl": "rkl", "teacher": None}, ValueError, "teacher must be a TeacherHead for kl='rkl', got None"),
+    ({"kl": "k2"}, ValueError, r"kl must be one of \('rkl', 'fkl', 'jsd'\) or None, got 'k2'"),
+    ({"kl": "jsd", "jsd_alpha": 0.0}, ValueError, r"jsd_alpha must be in \(0, 1\), got 0.0"),
+    ({"kl": "jsd", "jsd_alpha": 1}, ValueError, r"jsd_alpha must be in \(0, 1\), got 1"),
+    ({"kl": "jsd", "jsd_alpha": float("nan")}, ValueError, r"jsd_alpha must be in \(0, 1\), got nan"),
+    ({"loss_fn": "dapo"}, TypeError, "loss_fn must be callable, got str"),
+    ({"teacher_logprobs": torch.zeros(N)}, ValueError, "teacher_logprobs must be None when teacher is given"),
+    ({"kl": "rkl", "teacher": None, "teacher_logprobs": torch.zeros(N)}, ValueError, "teacher must be a TeacherHead for kl='rkl'"),
+    ({"token_weights": torch.ones(3)}, ValueError, r"token_weights must be \[N\] with N = 11, got \[3\]"),
+    ({"normalizer": -1.0}, ValueError, "normalizer must be positive and finite, got -1.0"),
+    ({"vocab_size": V}, ValueError, r"vocab_size must be in \[1, 33\], got 37"),
+    ({"workspace_bytes": 7}, ValueError, r"workspace_bytes must be at least \d+ \(one row at V = 37\), got 7"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"), ARGUMENTS, ids=[message[:40] for _, _, message in ARGUMENTS]
+)
+def test_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    setup = make_setup(CASES["limited_kd"], F32, "cpu")
+    with pytest.raises(error, match=message):
+        call(setup, **changes)
+
+
+def test_an_error_in_the_loss_is_not_hidden(device: str) -> None:
+    setup = with_leaves(make_setup(CASES["dapo"], F32, device))
+    with pytest.raises(KeyError, match="rewards"):
+        call(setup, lambda rows: rows.logprobs * setup.given["rewards"])

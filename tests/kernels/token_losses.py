@@ -1,0 +1,293 @@
+"""Losses of a caller for linear_token_loss, and the same by autograd through full logits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kdrl_kernels as kk
+from tests.tolerance import SIBLINGS
+
+Given = dict[str, Tensor]
+"""[N] tensors of the caller, which a loss reads at rows.index."""
+N, H, V = 11, 16, 37
+UNUSED = [0, 4, 5, 10]
+"""Rows of weight 0 in a masked setup."""
+
+
+def dapo(rows: kk.Rows, given: Given) -> Tensor:
+    """Clip with a higher upper bound."""
+    A = given["advantages"][rows.index]
+    ratio = (rows.logprobs - given["old"][rows.index]).exp()
+    return -torch.minimum(ratio * A, ratio.clamp(1 - 0.2, 1 + 0.28) * A)
+
+
+def cispo(rows: kk.Rows, given: Given) -> Tensor:
+    """A clipped ratio as a constant: no token loses its gradient."""
+    ratio = (rows.logprobs.detach() - given["old"][rows.index]).exp().clamp(max=1.28)
+    return -ratio * given["advantages"][rows.index] * rows.logprobs
+
+
+def two_sided(rows: kk.Rows, given: Given) -> Tensor:
+    """GRPO with a bound delta on the ratio of negative advantages too."""
+    A = given["advantages"][rows.index]
+    ratio = (rows.logprobs - given["old"][rows.index]).exp()
+    return -torch.minimum(ratio.clamp(max=1.5) * A, ratio.clamp(1 - 0.2, 1 + 0.2) * A)
+
+
+def sft(rows: kk.Rows, given: Given) -> Tensor:  # noqa: ARG001 (needs nothing of the caller)
+    return -rows.logprobs
+
+
+def limited_kd(rows: kk.Rows, given: Given) -> Tensor:  # noqa: ARG001 (the same)
+    """Reverse KL on sampled tokens, whose coefficient tanh keeps within ±0.5."""
+    pull = 0.5 * torch.tanh((rows.logprobs - rows.teacher_logprobs) / 0.5)
+    return pull.detach() * rows.logprobs
+
+
+def exact_kl(rows: kk.Rows, given: Given) -> Tensor:
+    """Policy gradient and exact KL, with a weight of each row."""
+    policy = -given["advantages"][rows.index] * rows.logprobs
+    return policy + given["kd_weight"][rows.index] * rows.kl
+
+
+def kl_and_entropy(rows: kk.Rows, given: Given) -> Tensor:
+    """Every quantity at once, none of them linearly."""
+    return rows.kl.sqrt() * given["kd_weight"][rows.index] - rows.entropy * rows.logprobs
+
+
+def entropy_bonus(rows: kk.Rows, given: Given) -> Tensor:
+    """Policy gradient with a bonus for entropy below a target."""
+    short = (given["target"][rows.index] - rows.entropy).relu()
+    return short.square() - given["advantages"][rows.index] * rows.logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A loss, and what it asks linear_token_loss for."""
+
+    loss: Callable[[kk.Rows, Given], Tensor]
+    kl: str | None = None
+    entropy: bool = False
+    teacher: bool = False
+
+
+CASES = {
+    "dapo": Case(dapo),
+    "cispo": Case(cispo),
+    "two_sided": Case(two_sided),
+    "sft": Case(sft),
+    "limited_kd": Case(limited_kd, teacher=True),
+    "rkl": Case(exact_kl, "rkl", teacher=True),
+    "fkl": Case(exact_kl, "fkl", teacher=True),
+    "jsd": Case(exact_kl, "jsd", teacher=True),
+    "rkl_and_entropy": Case(kl_and_entropy, "rkl", entropy=True, teacher=True),
+    "entropy": Case(entropy_bonus, entropy=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """Arguments of one call; tensors that carry a gradient are in `student`."""
+
+    case: Case
+    student: dict[str, Tensor]
+    tokens: Tensor
+    given: Given
+    teacher: dict[str, Any] | None
+    options: dict[str, Any]
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Setup":
+        """fn of every floating-point tensor."""
+
+        def over(values: dict[str, Any]) -> dict[str, Any]:
+            floats = {k for k, v in values.items() if isinstance(v, Tensor)}
+            return {k: fn(v) if k in floats else v for k, v in values.items()}
+
+        return replace(
+            self,
+            student=over(self.student),
+            given=over(self.given),
+            teacher=self.teacher and over(self.teacher),
+            options=over(self.options),
+        )
+
+
+def make_setup(
+    case: Case, dtype: torch.dtype, device: str, *, masked: bool = False, seed: int = 0
+) -> Setup:
+    """Masked: rows of weight 0 that hold NaN, and every other option away from its default."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng)
+
+    V_t = V - 4  # columns beyond the smaller head do not exist
+    vocab = V_t if case.teacher else V
+    student = {"hidden": randn(N, H), "weight": randn(V, H) * (2 / H**0.5)}
+    student["bias"] = torch.linspace(0, 2, V)
+    teacher: dict[str, Any] | None = None
+    if case.teacher:
+        teacher = {"hidden": randn(N, H + 3), "weight": randn(V_t, H + 3) * (2 / H**0.5)}
+    given = {"advantages": randn(N), "old": randn(N) - 3, "kd_weight": torch.rand(N, generator=rng)}
+    given["target"] = torch.full((N,), 2.5)
+    options: dict[str, Any] = {"kl": case.kl, "entropy": case.entropy}
+    if masked:
+        weights = torch.rand(N, generator=rng) + 0.1
+        weights[UNUSED] = 0
+        temperature = torch.linspace(0.6, 1.4, N)
+        options |= {"token_weights": weights, "temperature": temperature, "jsd_alpha": 0.3}
+        options |= {"normalizer": 5.5, "softcap": 4.0}
+        student["hidden"][UNUSED] = torch.nan
+        if teacher is not None:
+            teacher["hidden"][UNUSED] = torch.nan
+            teacher |= {"temperature": 1.3, "softcap": 5.0}
+    tokens = torch.randint(vocab, (N,), generator=rng)
+    setup = Setup(case, student, tokens.to(device), given, teacher, options)
+    return setup.map(lambda x: x.to(dtype).to(device))
+
+
+def smallest_budget(setup: Setup, impl: str, rows: int) -> int:
+    """The smallest workspace that holds so many rows."""
+    hidden, weight = setup.student["hidden"], setup.student["weight"]
+    teacher = setup.teacher and (setup.teacher["hidden"].shape[1], len(setup.teacher["weight"]))
+    return kk.chunk_plan(
+        rows,
+        *(hidden.shape[1], len(weight)),
+        teacher=teacher,
+        kd=setup.case.kl,
+        dtype=hidden.dtype,
+        device=hidden.device,
+        impl="torch" if impl == "reference" else impl,
+    ).workspace_bytes
+
+
+def call(
+    setup: Setup,
+    loss_fn: Callable[[kk.Rows], Tensor] | None = None,
+    *,
+    impl: str = "torch",
+    rows: int = 3,
+    **options: Any,
+) -> kk.LossOutput:
+    """linear_token_loss in chunks of at most so many rows, without backward."""
+    student, given = setup.student, setup.given
+    teacher = setup.teacher and kk.TeacherHead(**setup.teacher)
+    return kk.linear_token_loss(
+        student["hidden"],
+        student["weight"],
+        setup.tokens,
+        loss_fn or (lambda rows: setup.case.loss(rows, given)),
+        bias=student["bias"],
+        **{
+            "teacher": teacher,
+            "workspace_bytes": smallest_budget(setup, impl, rows),
+            "impl": impl,
+            **setup.options,
+            **options,
+        },
+    )
+
+
+def with_leaves(setup: Setup) -> Setup:
+    student = {k: v.detach().clone().requires_grad_() for k, v in setup.student.items()}
+    return replace(setup, student=student)
+
+
+def found_by(setup: Setup, result: Any) -> dict[str, Tensor]:
+    """Loss, per-token outputs and the gradients of 0.7 · loss."""
+    (result.loss * 0.7).backward()
+    names = ("loss", "logprobs", "teacher_logprobs", "kl", "entropy")
+    found = {name: getattr(result, name) for name in names}
+    found |= {f"d{k}": v.grad for k, v in setup.student.items()}
+    return {k: v.detach() for k, v in found.items() if v is not None}
+
+
+def solve(setup: Setup, impl: str) -> dict[str, Tensor]:
+    setup = with_leaves(setup)
+    return found_by(setup, call(setup, impl=impl))
+
+
+def log_softmax(head: dict[str, Any], temperature: Any, softcap: Any, vocab: int) -> Tensor:
+    z = head["hidden"] @ head["weight"][:vocab].T
+    if "bias" in head:
+        z = z + head["bias"][:vocab]
+    if softcap is not None:
+        z = softcap * (z / softcap).tanh()
+    if isinstance(temperature, Tensor):
+        temperature = temperature[:, None]
+    return (z / temperature).log_softmax(dim=1)
+
+
+def divergence(kind: str, logp: Tensor, logq: Tensor, alpha: float) -> Tensor:
+    p, q = logp.exp(), logq.exp()
+    if kind == "rkl":
+        return (p * (logp - logq)).sum(1)
+    if kind == "fkl":
+        return (q * (logq - logp)).sum(1)
+    logm = (alpha * q + (1 - alpha) * p).log()
+    return alpha * (q * (logq - logm)).sum(1) + (1 - alpha) * (p * (logp - logm)).sum(1)
+
+
+@dataclass(slots=True)
+class Plain:
+    """What autograd through full logits gives, in the shape of LossOutput."""
+
+    loss: Tensor
+    logprobs: Tensor
+    teacher_logprobs: Tensor | None
+    kl: Tensor | None
+    entropy: Tensor | None
+
+
+def solve_plainly(setup: Setup) -> tuple[dict[str, Tensor], float]:
+    """(what solve gives, the size of the loss) with [N, V] logits of the rows of weight > 0."""
+    setup = with_leaves(setup)
+    student, teacher, options = setup.student, setup.teacher, setup.options
+    weights = options.get("token_weights", torch.ones_like(student["hidden"][:, 0]))
+    index = weights.nonzero().squeeze(1)
+    vocab = V if teacher is None else min(V, len(teacher["weight"]))
+    tokens = setup.tokens[index][:, None]
+
+    def logprobs_of(head: dict[str, Any], temperature: Any, softcap: Any) -> Tensor:
+        temperature = temperature[index] if isinstance(temperature, Tensor) else temperature
+        used = head | {"hidden": head["hidden"][index]}
+        return log_softmax(used, temperature, softcap, vocab)
+
+    logp = logprobs_of(student, options.get("temperature", 1.0), options.get("softcap"))
+    rows = kk.Rows(logp.gather(1, tokens).squeeze(1), index=index)
+    if teacher is not None:
+        logq = logprobs_of(teacher, teacher.get("temperature", 1.0), teacher.get("softcap"))
+        rows = replace(rows, teacher_logprobs=logq.gather(1, tokens).squeeze(1))
+        if setup.case.kl:
+            kl = divergence(setup.case.kl, logp, logq, options.get("jsd_alpha", 0.5))
+            rows = replace(rows, kl=kl)
+    if setup.case.entropy:
+        rows = replace(rows, entropy=-(logp.exp() * logp).sum(1))
+    losses = weights[index] * setup.case.loss(rows, setup.given)
+    total = options.get("normalizer", weights.sum())
+
+    def spread(values: Tensor | None) -> Tensor | None:
+        return values if values is None else torch.zeros_like(weights).index_put((index,), values)
+
+    names = ("logprobs", "teacher_logprobs", "kl", "entropy")
+    fields = {name: spread(getattr(rows, name)) for name in names}
+    size = float(losses.detach().abs().sum() / total)
+    return found_by(setup, Plain(losses.sum() / total, **fields)), size
+
+
+@cache
+def sibling_errors(
+    case: Case, dtype: torch.dtype, masked: bool, device: str
+) -> list[tuple[dict[str, Tensor], dict[str, Tensor], float]]:
+    """(float32, float64, size of the loss) of problems of one kind; the first is the one tested."""
+    found = []
+    for seed in range(1 + SIBLINGS):
+        setup = make_setup(case, dtype, device, masked=masked, seed=1000 * seed)
+        found.append(
+            (solve_plainly(setup.map(Tensor.float))[0], *solve_plainly(setup.map(Tensor.double)))
+        )
+    return found
