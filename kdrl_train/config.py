@@ -122,8 +122,10 @@ class MethodConfig:
     """Smallest standard deviation that `grpo` divides by, in units of the reward."""
     token_weights: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     """Mean over tokens; mean over completions of token means; sum / (R * max_new_tokens)."""
-    kd: Literal["k2", "k3", "rkl", "fkl"] | None = "k2"
-    """Distillation: k2, k3 on sampled tokens; rkl, fkl exact over the vocabulary; None: off."""
+    kd: Literal["k2", "k3", "rkl", "fkl", "jsd"] | None = "k2"
+    """Distillation: k2, k3 on sampled tokens; rkl, fkl, jsd over the vocabulary; None: off."""
+    jsd_alpha: float = 0.5
+    """The teacher's share of the mixture of jsd, in (0, 1)."""
     kd_coef: ScheduleConfig = field(default_factory=ScheduleConfig)
     """Beta: weight of the distillation term against the policy gradient."""
     kd_mask: Literal["none", "wrong", "wrong_group"] = "none"
@@ -135,11 +137,13 @@ class MethodConfig:
         _in_unit_interval("method.clip_low", self.clip_low)
         _at_least(0, "method.clip_high", self.clip_high)
         _positive("method.std_floor", self.std_floor)
+        if not 0 < self.jsd_alpha < 1:
+            raise ValueError(f"method.jsd_alpha must be in (0, 1), got {self.jsd_alpha}")
         if not math.isfinite(self.entropy_coef):
             raise ValueError(f"method.entropy_coef must be finite, got {self.entropy_coef}")
         if self.policy == "off" and self.kd is None:
             raise ValueError(
-                'method.kd must be "k2", "k3", "rkl" or "fkl" when method.policy is "off", '
+                'method.kd must be "k2", "k3", "rkl", "fkl" or "jsd" when method.policy is "off", '
                 "got None: nothing would be trained; set one of the two"
             )
 

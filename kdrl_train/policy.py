@@ -217,6 +217,7 @@ def objective(method: MethodConfig, *, distil: bool) -> kk.Objective:
         clip_high=method.clip_high,
         kd=method.kd if distil else None,
         kd_coef=1.0,
+        jsd_alpha=method.jsd_alpha,
         entropy_coef=method.entropy_coef,
     )
 
