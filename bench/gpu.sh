@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command and without a network: bash bench/gpu.sh OUT
+# (tiles of the row kernels apart, since they take minutes to compile: python3 -m bench.tiles)
 # Runs on the machine's own Python, from the repository, with nothing installed but pytest and
 # hypothesis beside torch and Triton; pytest-benchmark too, for the speed and memory of each
 # operation. Prints a report last, tables at its end. Each part has its own time limit, 530 s in

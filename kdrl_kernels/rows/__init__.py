@@ -4,7 +4,6 @@ Two modules with the same names: `torch` (any device) and `triton` (GPU). Maths:
 """
 
 from dataclasses import dataclass
-from importlib import import_module
 from types import ModuleType
 
 from torch import Tensor
@@ -57,4 +56,11 @@ class Stats:
 
 def load(impl: str) -> ModuleType:
     """The row module of an implementation; Triton is imported only when it is asked for."""
-    return import_module(f"{__name__}.{impl}")
+    # plain imports: torch.compile traces them, but not import_module
+    if impl == "triton":
+        from kdrl_kernels.rows import triton  # noqa: PLC0415 (optional)
+
+        return triton
+    from kdrl_kernels.rows import torch  # noqa: PLC0415 (it imports this package)
+
+    return torch

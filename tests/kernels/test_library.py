@@ -1,0 +1,247 @@
+"""The operators: registered as PyTorch wants them, and one graph in a compiled caller."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import kdrl_kernels as kk
+from kdrl_kernels import library
+from tests.kernels.params import BF16, F32, F64
+from tests.kernels.problem import make_problem
+
+CASES: dict[str, dict[str, Any]] = {
+    "no_teacher": {"kd": None},
+    "server": {"kd": "k2", "server": True},
+    "sampled_teacher": {"kd": "k3", "bias": False, "entropy": True},
+    "exact_teacher": {"kd": "rkl", "teacher_options": {"softcap": 4.0}, "softcap": 3.0},
+    "entropy_bonus": {"kd": "jsd", "objective": {"entropy_coef": 0.1}, "compact": True},
+    "temperature_of_each_row": {"kd": "fkl", "temperature": torch.linspace(0.5, 1.5, 7)},
+    "distillation_only": {"kd": "rkl", "objective": {"policy": "off"}, "off_policy": False},
+    "normalizer": {"kd": "k2", "normalizer": torch.tensor(9.0), "V_t": 30},
+}
+DTYPES = pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+
+
+def _recorded(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[Any, ...]]:
+    """The arguments of each call of an operator from here on."""
+    operator, seen = getattr(library, name), list[tuple[Any, ...]]()
+
+    def record(*args: Any) -> Any:
+        seen.append(args)
+        return operator(*args)
+
+    monkeypatch.setattr(library, name, record)
+    return seen
+
+
+def _opcheck(operator: Any, args: tuple[Any, ...]) -> None:
+    """Every check of torch.library.opcheck, of which one that fails raises."""
+    copies = torch.utils._pytree.tree_map_only(
+        Tensor, lambda x: x.detach().clone().requires_grad_(x.requires_grad), args
+    )
+    found = torch.library.opcheck(operator, copies)
+    assert set(found.values()) == {"SUCCESS"}
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize("trained", [("hidden", "weight", "bias"), ("hidden",), ()], ids=len)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@DTYPES
+def test_loss(
+    dtype: torch.dtype,
+    case: dict[str, Any],
+    trained: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = _recorded(monkeypatch, "_loss")
+    problem = make_problem(dtype=dtype, **case)
+    problem.options["token_weights"][2] = 0
+    student = {k: v.requires_grad_(k in trained) for k, v in problem.student.items()}
+    teacher = problem.teacher and kk.TeacherHead(**problem.teacher, **problem.teacher_options)
+    kk.kdrl_loss(tokens=problem.tokens, teacher=teacher, impl="torch", **student, **problem.options)
+    _opcheck(torch.ops.kdrl.loss.default, *seen)
+
+
+@pytest.mark.parametrize("cached", [0, 3, 7], ids="cached{}".format)
+@pytest.mark.parametrize("trained", [("hidden", "weight", "bias"), ("hidden",)], ids=len)
+@pytest.mark.parametrize("entropy", [False, True], ids=["logprobs", "entropy"])
+@DTYPES
+def test_linear_logprobs(
+    dtype: torch.dtype,
+    entropy: bool,
+    trained: tuple[str, ...],
+    cached: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forward = _recorded(monkeypatch, "_linear_logprobs")
+    backward = _recorded(monkeypatch, "_linear_logprobs_backward")
+    problem = make_problem(V=64, kd=None, dtype=dtype)  # no columns of padding, which are NaN here
+    student = {k: v.requires_grad_(k in trained) for k, v in problem.student.items()}
+    out = kk.linear_logprobs(
+        tokens=problem.tokens,
+        entropy=entropy,
+        cache_bytes=cached * 64 * 4,
+        workspace_bytes=9 * 64 * 4 + 3 * 16 * 8,
+        **student,
+    )
+    sum(x.sum() for x in (out.logprobs, out.entropy) if x is not None).backward()
+    ((given,), (upstream,)) = forward.copy(), backward.copy()
+    assert library.LogprobArguments(*given).cached == cached
+    _opcheck(torch.ops.kdrl.linear_logprobs.default, given)
+    upstream = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, upstream)
+    _opcheck(torch.ops.kdrl.linear_logprobs_backward.default, upstream)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F64], ids=str)
+def test_scaled(dtype: torch.dtype) -> None:
+    wide = torch.promote_types(dtype, F32)
+    args = torch.randn(5, 3, dtype=wide), torch.tensor(0.3, dtype=wide), dtype
+    _opcheck(torch.ops.kdrl.scaled.default, args)
+
+
+def _inputs(seed: int, N: int = 8) -> dict[str, Tensor]:
+    """Everything a caller may pass as a tensor; other values for another seed."""
+    problem = make_problem(N, 5, 11, kd="rkl", V_t=13, dtype=F64, seed=seed)
+    rng = torch.Generator().manual_seed(seed)
+    assert problem.teacher is not None
+    inputs = problem.student | {f"teacher_{k}": v for k, v in problem.teacher.items()}
+    inputs["x"] = torch.randn(N, 6, generator=rng, dtype=F64)
+    inputs["A"] = torch.randn(6, 5, generator=rng, dtype=F64)
+    inputs["tokens"] = problem.tokens
+    for name in ("advantages", "token_weights", "old_logprobs", "kd_weight"):
+        inputs[name] = problem.options[name]
+    inputs["token_weights"][[1, 3 + seed]] = 0
+    inputs["kd_weight"][2] = 0
+    inputs["normalizer"] = torch.tensor(5.0 + seed, dtype=F64)
+    inputs["temperature"] = torch.rand(N, generator=rng, dtype=F64) + 0.5
+    for name in ("A", "weight", "bias"):
+        inputs[name].requires_grad_()
+    return inputs
+
+
+def _loss_caller(
+    x: Tensor,
+    A: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """kdrl_loss as one step of a model."""
+    result = kk.kdrl_loss(
+        hidden + x @ A,
+        weight,
+        tokens,
+        teacher=kk.TeacherHead(teacher_hidden, teacher_weight, temperature=1.3),
+        objective=kk.Objective(kd="rkl", kd_coef=0.5, entropy_coef=0.1),
+        entropy=True,
+        **options,
+    )
+    assert result.kl is not None
+    assert result.entropy is not None
+    per_row = torch.stack([result.logprobs, result.kl, result.entropy])
+    return result.loss.square() + (A * A).sum(), per_row
+
+
+def _logprob_caller(
+    x: Tensor,
+    A: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    bias: Tensor,
+    temperature: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor,
+    **_: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """A sequence-level loss of the caller's own."""
+    out = kk.linear_logprobs(
+        hidden + x @ A, weight, tokens, bias=bias, temperature=temperature, entropy=True
+    )
+    assert out.entropy is not None
+    ratio = (out.logprobs - old_logprobs).mean().exp()
+    return ratio * advantages.mean() - out.entropy.square().sum(), out.logprobs.detach()
+
+
+def _solve(fn: Callable[..., tuple[Tensor, Tensor]], inputs: dict[str, Tensor]) -> dict[str, Any]:
+    given = {k: v.detach().clone().requires_grad_(v.requires_grad) for k, v in inputs.items()}
+    loss, per_row = fn(**given)
+    loss.backward()
+    gradients = {k: v.grad for k, v in given.items() if v.requires_grad}
+    return {"loss": loss.detach(), "rows": per_row} | gradients
+
+
+CALLERS = pytest.mark.parametrize("caller", [_loss_caller, _logprob_caller])
+
+
+@CALLERS
+def test_compiled_caller_is_one_graph(caller: Any) -> None:
+    """Same numbers as eager; other values, other zeros among the weights: no other graph."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(caller, fullgraph=True, backend=counter)
+    counts = []
+    for seed in range(3):
+        inputs = _inputs(seed)
+        expected = _solve(caller, inputs)
+        assert all(value is not None and value.abs().max() > 0 for value in expected.values())
+        torch.testing.assert_close(_solve(compiled, inputs), expected, rtol=1e-12, atol=1e-12)
+        counts.append(counter.frame_count)
+    assert counts == counts[:1] * 3
+
+
+@CALLERS
+def test_compiled_caller_takes_any_number_of_rows(caller: Any) -> None:
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(caller, fullgraph=True, backend=counter, dynamic=True)
+    counts = []  # PyTorch may start a compilation again: the count after it must stay
+    for N in (10, 12, 23):
+        inputs = _inputs(1, N)
+        expected = _solve(caller, inputs)
+        torch.testing.assert_close(_solve(compiled, inputs), expected, rtol=1e-12, atol=1e-12)
+        counts.append(counter.frame_count)
+    assert counts == counts[:1] * 3
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own
+def test_compiled_caller_of_a_token_loss_gets_the_right_numbers() -> None:
+    """A Python function cannot be in an operator: the graph breaks there."""
+    torch.compiler.reset()
+
+    def caller(
+        x: Tensor, A: Tensor, hidden: Tensor, weight: Tensor, tokens: Tensor, **given: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        result = kk.linear_token_loss(
+            hidden + x @ A,
+            weight,
+            tokens,
+            lambda rows: -given["advantages"][rows.index] * rows.logprobs + rows.entropy.square(),
+            bias=given["bias"],
+            token_weights=given["token_weights"],
+            entropy=True,
+        )
+        return result.loss * 3, result.logprobs
+
+    for seed in range(2):
+        inputs = _inputs(seed)
+        compiled = torch.compile(caller, backend="aot_eager")
+        torch.testing.assert_close(
+            _solve(compiled, inputs), _solve(caller, inputs), rtol=1e-12, atol=1e-12
+        )
+
+
+@CALLERS
+def test_a_second_derivative_raises(caller: Any) -> None:
+    inputs = _inputs(0)
+    loss, _ = caller(**inputs)
+    (first,) = torch.autograd.grad(loss, inputs["weight"], create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        first.square().sum().backward()

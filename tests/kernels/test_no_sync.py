@@ -1,0 +1,172 @@
+"""Without token weights the host never waits for the device.
+
+Meta tensors have no values: whatever reads one (.item(), nonzero, a boolean index, a branch, a
+copy to the host) raises. So it shows without a GPU; with one, CUDA itself reports a wait.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kdrl_kernels as kk
+from kdrl_kernels import logprobs, one_pass, token_loss
+from kdrl_kernels.call import LossCall
+from kdrl_kernels.head import Head
+from tests.kernels.params import BF16, F16, F32, KDS
+from tests.kernels.problem import Problem, make_problem
+
+DTYPES = pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+READS_A_VALUE = "meta"
+"""What PyTorch says of it, in several sentences, always names the device."""
+
+
+def _call(problem: Problem, **changes: Any) -> LossCall:
+    options = problem.options
+    teacher = problem.teacher and kk.TeacherHead(**problem.teacher, **problem.teacher_options)
+    arguments: dict[str, Any] = {
+        "student": Head(**problem.student, temperature=0.7, softcap=5.0),
+        "tokens": problem.tokens,
+        "vocab_size": 37,
+        "loss": options["objective"],
+        "normalizer": torch.ones((), device="meta"),
+        "advantages": options["advantages"].float(),
+        "old_logprobs": options["old_logprobs"].float(),
+        "teacher": teacher,
+        "entropy": True,
+        "max_rows": 3,  # three chunks
+    }
+    if options["objective"].kd:
+        arguments["kd_weight"] = options["kd_weight"].float()
+    return LossCall(**arguments | changes)
+
+
+def _meta_problem(**kind: Any) -> Problem:
+    problem = make_problem(objective={"entropy_coef": 0.1}, **kind).map(lambda x: x.to("meta"))
+    return replace(problem, tokens=problem.tokens.to("meta"))
+
+
+@pytest.mark.parametrize("kd", KDS)
+@DTYPES
+def test_one_pass(kd: str | None, dtype: torch.dtype) -> None:
+    problem = _meta_problem(kd=kd, dtype=dtype)
+    for normalizer in (torch.ones((), device="meta"), None):
+        call = _call(problem, normalizer=normalizer)
+        result = one_pass.run(call, "torch", (True, True, True))
+        assert all(x is not None and x.is_meta for x in result.gradients.tensors())
+        assert one_pass.scaled(result.loss, result.scale, dtype).is_meta
+
+
+@pytest.mark.parametrize("reason", ["weights", "compact"])
+def test_it_is_seen_where_the_host_waits(reason: str) -> None:
+    """Both are documented to wait: for the number of rows."""
+    problem = _meta_problem(kd="rkl")
+    changes = {"compact": True}
+    if reason == "weights":
+        changes = {"weights": problem.options["token_weights"]}
+    with pytest.raises((RuntimeError, NotImplementedError), match=READS_A_VALUE):
+        one_pass.run(_call(problem, **changes), "torch", (True, True, True))
+
+
+@pytest.mark.parametrize("entropy", [False, True], ids=["logprobs", "entropy"])
+@pytest.mark.parametrize("cached", [0, 3], ids="cached{}".format)
+@DTYPES
+def test_logprobs(dtype: torch.dtype, cached: int, entropy: bool) -> None:
+    problem = _meta_problem(kd=None, dtype=dtype)
+    head = Head(**problem.student, temperature=0.7, softcap=5.0)
+    options: dict[str, Any] = {"impl": "torch", "max_rows": 3}
+    scores = logprobs.score(head, problem.tokens, entropy=entropy, cached=cached, **options)
+    upstream = torch.ones_like(scores.logprobs)
+    found, scale = logprobs.gradients(
+        head,
+        problem.tokens,
+        scores,
+        upstream,
+        upstream if entropy else None,
+        needs=(True, True, True),
+        **options,
+    )
+    assert scale.is_meta
+    assert all(x is not None and x.is_meta for x in found.tensors())
+
+
+def _step(problem: Problem, impl: str, **changes: Any) -> dict[str, Tensor]:
+    student = {k: v.detach().requires_grad_() for k, v in problem.student.items()}
+    teacher = problem.teacher and kk.TeacherHead(**problem.teacher)
+    options = problem.options | {"token_weights": None, "impl": impl} | changes
+    result = kk.kdrl_loss(tokens=problem.tokens, teacher=teacher, **student, **options)
+    result.loss.backward()
+    gradients = {k: v.grad for k, v in student.items() if v.grad is not None}
+    assert gradients.keys() == student.keys()
+    return {"loss": result.loss.detach()} | result.metrics | gradients
+
+
+@pytest.mark.parametrize("kd", KDS)
+@DTYPES
+def test_checks_and_metrics(kd: str | None, dtype: torch.dtype) -> None:
+    """What the public function does around the pass."""
+    for normalizer in (torch.ones((), device="meta"), None):
+        found = _step(_meta_problem(kd=kd, dtype=dtype), "torch", normalizer=normalizer)
+        assert all(value.is_meta for value in found.values())
+
+
+def test_checks_and_metrics_of_a_token_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_loss, "as_given", nullcontext)  # meta tensors have no autocast
+    problem = _meta_problem(kd="rkl")
+    student = {k: v.requires_grad_() for k, v in problem.student.items()}
+    result = kk.linear_token_loss(
+        loss_fn=lambda rows: rows.kl - rows.logprobs,
+        tokens=problem.tokens,
+        teacher=kk.TeacherHead(**problem.teacher or {}),
+        kl="rkl",
+        compact=False,
+        **student,
+    )
+    assert all(x.is_meta for x in (result.loss, *result.metrics.values()))
+
+
+@pytest.fixture
+def waiting_is_an_error() -> Iterator[None]:
+    """A call that waits for the GPU raises."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kd", KDS)
+@DTYPES
+def test_on_a_gpu(kd: str | None, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+    problem = make_problem(kd=kd, dtype=dtype, device="cuda")
+    expected = _step(problem, "triton")  # compiles
+    torch.cuda.synchronize()
+    request.getfixturevalue("waiting_is_an_error")
+    found = _step(problem, "triton")
+    torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("waiting_is_an_error")
+def test_a_gpu_reports_a_wait() -> None:
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        torch.ones(3, device="cuda").nonzero()
+
+
+@pytest.mark.parametrize("kd", KDS)
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_compaction_gives_the_same_numbers(impl: str, kd: str | None, device: str) -> None:
+    """The way that waits, and the way that does not; some rows have no gradient."""
+    problem = make_problem(8, kd=kd, device=device)
+    problem.options["advantages"][[1, 4]] = 0
+    if kd:
+        problem.options["kd_weight"][[1, 4]] = 0
+    found, expected = (_step(problem, impl, compact=compact) for compact in (True, False))
+    assert found.pop("gradient_rows") <= 6
+    assert expected.pop("gradient_rows") == 8
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
