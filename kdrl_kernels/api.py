@@ -7,7 +7,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from kdrl_kernels import checks, library, logprobs, reference, token_loss
+from kdrl_kernels import checks, logprobs, operators, reference, token_loss
 from kdrl_kernels.call import LossCall
 from kdrl_kernels.head import Head, TeacherHead, gathered
 from kdrl_kernels.objective import (
@@ -110,7 +110,7 @@ def linear_logprobs(
         V, dtype = weight.shape[0], hidden.dtype
         cached = logprobs.cached_rows(len(tokens), V, dtype, rows, cache_bytes)
     return LogprobOutput(
-        *library.linear_logprobs(
+        *operators.linear_logprobs(
             head, tokens, entropy=entropy, impl=impl, max_rows=rows, cached=cached
         )
     )
@@ -196,7 +196,7 @@ def kdrl_loss(
     if impl == "reference":
         loss, terms, counts = reference.loss(call)
     else:
-        loss, terms, counts = library.kdrl_loss(call, impl)
+        loss, terms, counts = operators.kdrl_loss(call, impl)
     used = None if call.weights is None else call.weights != 0
     rows = call.rows(terms.map(Tensor.detach), slice(None))  # a number would fix N in a graph
     return _output(loss, rows, used, row_metrics(objective, rows, used), counts)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from kdrl_kernels import one_pass
 from kdrl_kernels.call import LossCall, RowTerms
-from kdrl_kernels.library import as_given, rounded
+from kdrl_kernels.operators.flat import as_given
+from kdrl_kernels.operators.loss import rounded
 
 
 class _TokenLoss(torch.autograd.Function):

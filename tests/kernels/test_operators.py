@@ -9,7 +9,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import kdrl_kernels as kk
-from kdrl_kernels import library
+from kdrl_kernels.operators import logprobs as logprobs_op
+from kdrl_kernels.operators import loss as loss_op
 from tests.kernels.params import BF16, F32, F64
 from tests.kernels.problem import make_problem
 
@@ -26,15 +27,15 @@ CASES: dict[str, dict[str, Any]] = {
 DTYPES = pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 
 
-def _recorded(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[Any, ...]]:
+def _recorded(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[tuple[Any, ...]]:
     """The arguments of each call of an operator from here on."""
-    operator, seen = getattr(library, name), list[tuple[Any, ...]]()
+    operator, seen = getattr(module, name), list[tuple[Any, ...]]()
 
     def record(*args: Any) -> Any:
         seen.append(args)
         return operator(*args)
 
-    monkeypatch.setattr(library, name, record)
+    monkeypatch.setattr(module, name, record)
     return seen
 
 
@@ -57,7 +58,7 @@ def test_loss(
     trained: tuple[str, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    seen = _recorded(monkeypatch, "_loss")
+    seen = _recorded(monkeypatch, loss_op, "_loss")
     problem = make_problem(dtype=dtype, **case)
     problem.options["token_weights"][2] = 0
     student = {k: v.requires_grad_(k in trained) for k, v in problem.student.items()}
@@ -77,8 +78,8 @@ def test_linear_logprobs(
     cached: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    forward = _recorded(monkeypatch, "_linear_logprobs")
-    backward = _recorded(monkeypatch, "_linear_logprobs_backward")
+    forward = _recorded(monkeypatch, logprobs_op, "_linear_logprobs")
+    backward = _recorded(monkeypatch, logprobs_op, "_linear_logprobs_backward")
     problem = make_problem(V=64, kd=None, dtype=dtype)  # no columns of padding, which are NaN here
     student = {k: v.requires_grad_(k in trained) for k, v in problem.student.items()}
     out = kk.linear_logprobs(
@@ -90,7 +91,7 @@ def test_linear_logprobs(
     )
     sum(x.sum() for x in (out.logprobs, out.entropy) if x is not None).backward()
     ((given,), (upstream,)) = forward.copy(), backward.copy()
-    assert library.LogprobArguments(*given).cached == cached
+    assert logprobs_op.LogprobArguments(*given).cached == cached
     _opcheck(torch.ops.kdrl.linear_logprobs.default, given)
     upstream = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, upstream)
     _opcheck(torch.ops.kdrl.linear_logprobs_backward.default, upstream)
