@@ -42,7 +42,7 @@ def compiled(tile: Tile) -> Iterator[tuple[Key, dict[str, int]]]:
     """(key of the table, resources on sm_90) of every variant at one tile."""
     for variant in aot.variants(dict.fromkeys(TILES, tile)):
         kernel, kd, *rest = variant[0].split("-")
-        if kernel == "objective" or "fp16" in rest or "fp32" in rest:
+        if kernel == "objective" or {"fp16", "fp32", "plain"} & set(rest):
             continue
         key = kernel, 1 if kd == "None" else 2, "softcap" in rest
         yield key, aot.resources(aot.compile_one(variant, aot.TARGETS["sm_90"], aligned=True))

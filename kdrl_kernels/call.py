@@ -94,6 +94,12 @@ class LossCall:
             return torch.ones_like(take(self.tokens, rows), dtype=dtype)
         return take(self.weights, rows)
 
+    def total(self, weights: Tensor) -> Tensor:
+        """0-d, what the loss is divided by, where the weights of the active rows are these."""
+        if self.normalizer is not None:
+            return self.normalizer
+        return weights.sum() if len(weights) else weights.new_ones(())
+
     def rows(self, terms: RowTerms, rows: RowSet) -> Rows:
         """What the loss of these rows depends on; terms hold only them."""
 

@@ -116,11 +116,13 @@ def poison(values: Tensor, bad: Tensor) -> Tensor:
     return values * torch.where(bad > 0, torch.nan, 1.0).to(values.dtype)
 
 
-def check_head_values(head: Head, prefix: str = "") -> None:
-    """A temperature of each row must be positive: looked at on a CPU only."""
+def check_head_values(head: Head, weights: Tensor | None = None, prefix: str = "") -> None:
+    """A temperature of each row of non-zero weight must be positive: looked at on a CPU only."""
     temperature = head.temperature
     if not isinstance(temperature, Tensor) or temperature.device.type != "cpu":
         return
+    if weights is not None:
+        temperature = temperature[weights != 0]
     if temperature.numel() and not (temperature > 0).all():
         raise ValueError(
             f"{prefix}temperature must be positive, got a minimum of {temperature.min().item()}"
@@ -133,12 +135,19 @@ def check_values(call: LossCall) -> Tensor:
     Apart from the checks of shapes, so that a compiled caller has no branch on a value.
     Raises: ValueError, on a CPU.
     """
-    check_head_values(call.student)
+    check_head_values(call.student, call.weights)
     if call.teacher is not None:
-        check_head_values(call.teacher, "teacher.")
+        check_head_values(call.teacher, call.weights, "teacher.")
     normalizer = call.normalizer
     if normalizer is not None and normalizer.device.type == "cpu":
         _check_normalizer(float(normalizer))
+    weights = call.weights
+    if normalizer is None and weights is not None and weights.device.type == "cpu":
+        total = float(weights.sum())
+        if total <= 0 and (weights != 0).any():
+            raise ValueError(
+                f"token_weights must have a positive sum where normalizer is None, got {total}"
+            )
     return bad_tokens(call.tokens, call.vocab_size, "vocab_size", call.weights)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 WIDEN_ELEMENTS = 1 << 22
-"""Weight elements widened at a time on a CPU: 16 MB of float32."""
+"""Elements of weight and dz widened at a time on a CPU: 16 MB of float32."""
 
 
 def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -21,7 +21,7 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
     else:
         wide = hidden.to(out.dtype)
-        for cols in _blocks(weight):
+        for cols in _blocks(weight, len(hidden)):
             torch.mm(wide, weight[cols].to(out.dtype).T, out=out[:, cols])
 
 
@@ -33,7 +33,7 @@ def grad_hidden(dz: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(dz, weight, out_dtype=out.dtype, out=out)
     else:
         out.zero_()
-        for cols in _blocks(weight):
+        for cols in _blocks(weight, len(dz)):
             out.addmm_(dz[:, cols].to(out.dtype), weight[cols].to(out.dtype))
 
 
@@ -46,7 +46,7 @@ def add_grad_weight(dz: Tensor, hidden: Tensor, out: Tensor, *, first: bool = Fa
             torch.addmm(out, dz.T, hidden, out_dtype=out.dtype, out=out)
         return
     wide = hidden.to(out.dtype)
-    for cols in [slice(None)] if _native(dz, out) else _blocks(out):
+    for cols in [slice(None)] if _native(dz, out) else _blocks(out, len(dz)):
         part = dz[:, cols].to(out.dtype).T
         if first:
             torch.mm(part, wide, out=out[cols])
@@ -58,7 +58,8 @@ def _native(operand: Tensor, out: Tensor) -> bool:
     return operand.dtype == out.dtype
 
 
-def _blocks(weight: Tensor) -> Iterator[slice]:
-    step = max(1, WIDEN_ELEMENTS // weight.shape[1])
+def _blocks(weight: Tensor, rows: int) -> Iterator[slice]:
+    """Columns of the logits, so that their rows of weight and of dz are widened together."""
+    step = max(1, WIDEN_ELEMENTS // (weight.shape[1] + rows))
     for start in range(0, weight.shape[0], step):
         yield slice(start, start + step)

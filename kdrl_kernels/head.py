@@ -1,5 +1,6 @@
 """An LM head: final hidden states and the matrix that turns them into logits."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import overload
 
@@ -17,7 +18,8 @@ class Head:
     Args:
         hidden: [N, H], float32, float16, bfloat16 or float64: final hidden states.
         weight: [V, H], dtype and device of hidden.
-        bias: [V], same dtype and device, or None. -inf forbids a token.
+        bias: [V], same dtype and device, or None. -inf forbids a token, unless a softcap makes
+            it finite.
         temperature: positive float, or [N] tensor with one per row.
         softcap: positive float (final_logit_softcapping of Gemma), or None.
     Raises: ValueError for a shape, device or scalar; TypeError for a type or dtype.
@@ -64,7 +66,8 @@ def gathered(tensor: Tensor | None) -> Tensor | None:
     """A DTensor as a plain tensor of full size; its gradient is summed over the ranks.
 
     Each rank has rows of its own, so its gradient is a partial sum, which goes back in the layout
-    of the DTensor (a reduce-scatter for FSDP2's shards).
+    of the DTensor (a reduce-scatter for FSDP2's shards). So every dimension of its mesh must be one
+    over which the rows differ, as for FSDP2: no tensor parallelism.
     """
     if not isinstance(tensor, DTensor):
         return tensor
@@ -100,8 +103,8 @@ def check_head(head: Head, prefix: str) -> None:
             )
         check_like(f"{prefix}bias", bias, f"{prefix}hidden", hidden)
     _check_temperature(head.temperature, hidden, f"{prefix}temperature")
-    if head.softcap is not None and not head.softcap > 0:
-        raise ValueError(f"{prefix}softcap must be positive or None, got {head.softcap}")
+    if head.softcap is not None and not 0 < head.softcap < math.inf:
+        raise ValueError(f"{prefix}softcap must be positive and finite or None, got {head.softcap}")
 
 
 def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:

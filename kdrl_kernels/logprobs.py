@@ -78,7 +78,6 @@ def gradients(
     size = balanced(N, max_rows)
     buffers = Buffers(head, V, size, 1, impl)
     found = Gradients(head, needs)
-    unit = _unit(head.hidden.dtype, grad_logprobs, grad_entropy)
     bad = bad_tokens(tokens, V, "V")
     tokens = tokens.clamp(0, V - 1)
     for rows in chunks_of(N, size):
@@ -93,19 +92,11 @@ def gradients(
         else:
             stream = buffers.project(head, rows)
             buffers.work.resume_(stream, stats)
-        coef = Coefficients(
-            grad_logprobs[rows] / unit, None if grad_entropy is None else grad_entropy[rows] / unit
+        upstream = Coefficients(
+            grad_logprobs[rows], None if grad_entropy is None else grad_entropy[rows]
         )
+        coef = found.in_unit(upstream)
         out = gradient_view(buffer, head.hidden.dtype)
         dz = buffers.work.gradient(stream, tokens[rows], stats, coef, out=out)
         found.add(head, rows, dz)
-    return found, poison(unit, bad)
-
-
-def _unit(dtype: torch.dtype, *gradients: Tensor | None) -> Tensor:
-    """0-d divisor of the coefficients: keeps float16 logit gradients clear of 6e-8; else 1."""
-    present = [gradient for gradient in gradients if gradient is not None]
-    if dtype != torch.float16 or not len(present[0]):
-        return present[0].new_ones(())
-    largest = torch.stack([gradient.abs().amax() for gradient in present]).amax()
-    return torch.where(largest > 0, largest, 1)
+    return found, found.finish_(poison(grad_logprobs.new_ones(()), bad), head.hidden.dtype)

@@ -1,8 +1,8 @@
 """The training objective: its settings, and the loss of each token as a function of its row.
 
-`token_losses` is the definition. The reference differentiates it through the logits; the PyTorch
-implementation differentiates it on [C] vectors to get the coefficients of each row; the Triton
-implementation fuses value and coefficients (rows/triton.py). Derivations: rows/README.md.
+`token_losses` is the definition, which the reference differentiates through the logits. Value and
+coefficients of each row are written out in rows/torch.py and rows/triton_objective.py, by the table
+of rows/README.md; a caller's own loss gets its coefficients by autograd on [C] vectors.
 """
 
 import math
@@ -156,9 +156,7 @@ class CallerLoss:
                 f"loss_fn must return one loss a row, [C] with C = {len(rows.logprobs)}, "
                 f"got {list(losses.shape)}"
             )
-        if rows.logprobs.requires_grad and not losses.requires_grad and len(losses):
-            raise ValueError(NO_GRADIENT)
-        return losses
+        return losses.to(rows.logprobs.dtype)
 
 
 TokenLoss = Objective | CallerLoss
@@ -223,23 +221,38 @@ class Coefficients:
     entropy: Tensor | None = None
     kl: Tensor | None = None
 
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Coefficients":
+        """fn of every field that is there."""
+        found = {"logprobs": self.logprobs, "entropy": self.entropy, "kl": self.kl}
+        return replace(self, **{k: fn(v) for k, v in found.items() if v is not None})
+
     def used(self) -> Tensor:
         """[C] bool: rows whose logits have a gradient at all."""
-        given = [x for x in (self.logprobs, self.entropy, self.kl) if x is not None]
-        return torch.stack([x != 0 for x in given]).any(dim=0)
+        return self._stack().ne(0).any(dim=0)
+
+    def largest(self) -> Tensor:
+        """0-d, the largest absolute value; 0 without rows."""
+        return self._stack().abs().amax() if len(self.logprobs) else self.logprobs.sum()
+
+    def _stack(self) -> Tensor:
+        return torch.stack([x for x in (self.logprobs, self.entropy, self.kl) if x is not None])
 
 
-def coefficients(loss: TokenLoss, rows: Rows, weights: Tensor) -> tuple[Tensor, Coefficients]:
-    """([C] weighted losses, their derivatives): the loss under autograd on [C] vectors."""
+def coefficients(
+    loss: TokenLoss, rows: Rows, weights: Tensor
+) -> tuple[Tensor, Coefficients | None]:
+    """([C] weighted losses, their derivatives or None if constant): autograd on [C] vectors."""
     names = ["logprobs"]
     names += ["entropy"] if loss.entropy else []
     names += ["kl"] if rows.kl is not None else []
     leaves = {name: getattr(rows, name).detach().requires_grad_() for name in names}
     with torch.enable_grad():
         losses = weights * loss.losses(replace(rows, **leaves))
+        if not losses.requires_grad:
+            return losses, None
         grads = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
     if all(grad is None for grad in grads):
-        raise ValueError(NO_GRADIENT)
+        return losses.detach(), None
     zero = torch.zeros_like(rows.logprobs)
     found = (zero if grad is None else grad for grad in grads)
     return losses.detach(), Coefficients(**dict(zip(names, found, strict=True)))

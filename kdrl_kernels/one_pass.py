@@ -15,7 +15,7 @@ from kdrl_kernels import rows as row_work
 from kdrl_kernels.call import LossCall, RowSet, RowTerms, size_of, take
 from kdrl_kernels.checks import check_values, poison
 from kdrl_kernels.head import Head
-from kdrl_kernels.objective import Coefficients
+from kdrl_kernels.objective import NO_GRADIENT, Coefficients
 from kdrl_kernels.plan import accumulator, balanced, chunks_of, padded
 from kdrl_kernels.rows import Stats, Stream, TeacherStream
 
@@ -67,16 +67,36 @@ class Gradients:
         if needs[2] and head.bias is not None:
             self.bias = head.bias.new_zeros(head.bias.shape, dtype=dtype)
         self.first = True
+        self.unit = None
+        if head.hidden.dtype == torch.float16:
+            self.unit = head.hidden.new_full((), torch.finfo(dtype).tiny, dtype=dtype)
+
+    def in_unit(self, coef: Coefficients) -> Coefficients:
+        """coef over the largest so far, which float16 logit gradients can hold; others as given.
+
+        A float16 below 6e-8 is 0, above 65,504 infinite. dW and db so far move to the new unit.
+        """
+        if self.unit is None:
+            return coef
+        unit = torch.maximum(self.unit, coef.largest())
+        for gradient in (self.weight, self.bias):
+            if gradient is not None and not self.first:
+                gradient.mul_(self.unit / unit)
+        self.unit = unit
+        return coef.map(lambda values: values / unit)
 
     def add(self, head: Head, rows: RowSet, dz: Tensor) -> None:
         """Add the terms of dz [C, V], the gradient of these rows' logits."""
         V = dz.shape[1]
         if self.hidden is not None and isinstance(rows, slice):
-            gemm.grad_hidden(dz, head.weight[:V], self.hidden[rows])
+            part = self.hidden[rows]
+            gemm.grad_hidden(dz, head.weight[:V], part)
+            if self.unit is not None:
+                part *= self.unit
         elif self.hidden is not None and isinstance(rows, Tensor):
             part = self.hidden.new_empty(len(dz), self.hidden.shape[1])
             gemm.grad_hidden(dz, head.weight[:V], part)
-            self.hidden.index_copy_(0, rows, part)
+            self.hidden.index_copy_(0, rows, part if self.unit is None else part * self.unit)
         if self.weight is not None:
             gemm.add_grad_weight(dz, take(head.hidden, rows), self.weight[:V], first=self.first)
             if self.first:
@@ -89,8 +109,13 @@ class Gradients:
         """(dX, dW, db), None where not needed."""
         return self.hidden, self.weight, self.bias
 
-    def apply_(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """Scale what is not rounded later, and return the scale that is left to apply."""
+    def finish_(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """Leave the unit, scale what is not rounded later; the scale that is left to apply."""
+        if self.weight is not None and self.first:
+            self.weight.zero_()  # no row had a gradient
+        for gradient in (self.weight, self.bias):
+            if gradient is not None and self.unit is not None:
+                gradient.mul_(self.unit)
         if dtype != accumulator(dtype):
             return scale
         for gradient in self.tensors():
@@ -160,10 +185,10 @@ def run(call: LossCall, impl: str, needs: Needs) -> Pass:
     size = balanced(N, call.max_rows)
     buffers = Buffers(student, call.vocab_size, size, 2 if call.exact_kd else 1, impl)
     work = buffers.work
-    weights, scale = _weights_near_one(call, active)
-    scale = poison(scale, bad)
+    weights = call.row_weights(active, accumulator(student.hidden.dtype))
+    scale = poison(call.total(weights).reciprocal(), bad)
     gradients = Gradients(student, needs)
-    losses, terms, gradient_rows = [], [], 0
+    losses, terms, gradient_rows, constant = [], [], 0, any(needs) and N > 0
     for part in chunks_of(N, size):
         rows = active[part] if isinstance(active, Tensor) else part
         p, q, stats, terms_here = _statistics(call, buffers, rows)
@@ -174,6 +199,10 @@ def run(call: LossCall, impl: str, needs: Needs) -> Pass:
             continue
         row_losses, coef = work.coefficients(call.loss, inputs, weights[part])
         losses.append(row_losses)
+        if coef is None:
+            continue
+        coef = gradients.in_unit(coef)
+        constant = False
         compaction = Compaction(coef) if call.compact else None
         dz = work.gradient(
             p,
@@ -187,13 +216,15 @@ def run(call: LossCall, impl: str, needs: Needs) -> Pass:
         kept = compaction.rows(rows) if compaction else rows
         gradients.add(student, kept, dz[: size_of(kept)])
         gradient_rows += size_of(kept)
+    if constant:
+        raise ValueError(NO_GRADIENT)
     loss = torch.cat(losses).sum() * scale
     return Pass(
         loss=loss,
         terms=_concatenate(terms).spread(active, len(call.tokens)),
         counts=torch.stack([torch.full_like(bad, n) for n in (N, gradient_rows)] + [bad]),
         gradients=gradients,
-        scale=gradients.apply_(scale, student.hidden.dtype),
+        scale=gradients.finish_(scale, student.hidden.dtype),
     )
 
 
@@ -214,24 +245,6 @@ def _statistics(
     stats = buffers.work.sweep(p, tokens, teacher=q, entropy=call.wants_entropy)
     lq = stats.teacher_logprobs if lq is None else lq
     return p, q, stats, RowTerms(stats.logprobs, stats.entropy, lq, stats.kl)
-
-
-def _weights_near_one(call: LossCall, active: RowSet) -> tuple[Tensor, Tensor]:
-    """([C] weights of the active rows, 0-d scale) whose product is weights / normalizer.
-
-    Normalising the float32 gradients at the end, not the weights, keeps float16 logit gradients
-    clear of 6e-8, where they flush to zero; so does a largest weight of 1.
-    """
-    dtype = call.student.hidden.dtype
-    weights = call.row_weights(active, accumulator(dtype))
-    total = call.normalizer
-    if total is None:
-        total = weights.sum() if len(weights) else weights.new_ones(())
-    scale = total.reciprocal()
-    if dtype == torch.float16 and len(weights):
-        unit = weights.abs().amax().clamp_min(torch.finfo(weights.dtype).tiny)
-        weights, scale = weights / unit, scale * unit
-    return weights, scale
 
 
 def _concatenate(terms: list[RowTerms]) -> RowTerms:

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 
 from kdrl_kernels import rows as row_work
-from kdrl_kernels.objective import EXACT_KD
+from kdrl_kernels.objective import EXACT_KD, Kd
 
 CPU_BYTES = 1 << 28
 """Default budget a stream on a CPU: GEMMs gain nothing from more rows than this holds."""
@@ -73,8 +74,8 @@ class Geometry:
 def max_rows(geometry: Geometry, workspace_bytes: int | None) -> int:
     """Rows that the budget holds at once, at least 1.
 
-    workspace_bytes: the budget; None: a default for each stream, at least FLOOR_ROWS rows and at
-    most a quarter of the free memory on a GPU.
+    workspace_bytes: the budget; None: as many rows as GPU_BYTES (on a CPU CPU_BYTES) hold of the
+    student's logits, at least FLOOR_ROWS on a GPU, and within a quarter of its free memory.
     Raises: ValueError when the budget does not hold one row.
     """
     work = row_work.load(geometry.impl)
@@ -82,7 +83,10 @@ def max_rows(geometry: Geometry, workspace_bytes: int | None) -> int:
     buffers = work.BLOCK_BUFFERS * geometry.logit_bytes
     budget = workspace_bytes
     if budget is None:
-        budget = _default_budget(geometry) + block * buffers
+        rows = _default_rows(geometry)
+        budget = _free_budget(geometry)
+        if budget is None or rows * geometry.row_bytes + block * buffers <= budget:
+            return rows
     rows = (budget - block * buffers) // geometry.row_bytes
     if rows < block:  # then a block is no more than the chunk
         rows = budget // (geometry.row_bytes + buffers)
@@ -106,16 +110,23 @@ def chunks_of(N: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, N))
 
 
-def _default_budget(geometry: Geometry) -> int:
-    streams, device = geometry.streams, geometry.device
-    if device.type == "cpu":
-        return max(CPU_BYTES * streams, geometry.row_bytes)
-    wanted = max(GPU_BYTES * streams, FLOOR_ROWS * geometry.row_bytes)
-    if not torch.cuda.is_available() or torch.compiler.is_compiling():
-        return wanted
+def _default_rows(geometry: Geometry) -> int:
+    """The same for every loss on one head, so that old and new pass are equal to the bit."""
+    logits = padded(geometry.V) * accumulator(geometry.dtype).itemsize
+    if geometry.device.type == "cpu":
+        return max(1, CPU_BYTES // logits)
+    return max(FLOOR_ROWS, GPU_BYTES // logits)
+
+
+def _free_budget(geometry: Geometry) -> int | None:
+    """A quarter of the free memory of a GPU, at least one row; None where it is not known."""
+    device = geometry.device
+    known = device.type == "cuda" and torch.cuda.is_available()
+    if not known or torch.compiler.is_compiling():
+        return None
     free = torch.cuda.mem_get_info(device)[0]
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(min(wanted, free // 4), geometry.row_bytes)
+    return max(free // 4, geometry.row_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,11 +202,19 @@ def chunk_plan(
     Raises: ValueError for a size below 1 or a budget that does not hold one row.
     """
     H_t, V_t = teacher or (0, 0)
-    for name, value in (("N", N), ("H", H), ("V", V)):
-        if value < (0 if name == "N" else 1):
-            raise ValueError(f"{name} must be positive, got {value}")
+    least = {"H": (H, 1), "V": (V, 1), "N": (N, 0)}
+    least |= {"teacher[0]": (H_t, 1), "teacher[1]": (V_t, 1)} if teacher else {}
+    for name, (value, lowest) in least.items():
+        if value < lowest:
+            raise ValueError(f"{name} must be at least {lowest}, got {value}")
+    if kd is not None and kd not in get_args(Kd):
+        raise ValueError(f"kd must be one of {get_args(Kd)} or None, got {kd!r}")
+    if kd in EXACT_KD and teacher is None:
+        raise ValueError(f"teacher must be (H_t, V_t) for kd={kd!r}, got None")
     device = torch.device(device)
     impl = impl or ("triton" if device.type == "cuda" else "torch")
+    if impl not in ("triton", "torch"):
+        raise ValueError(f"impl must be 'triton', 'torch' or None, got {impl!r}")
     geometry = Geometry(N, H, V, H_t, V_t, kd, dtype, device, impl)
     rows = balanced(N, max_rows(geometry, workspace_bytes))
     wide = accumulator(dtype).itemsize

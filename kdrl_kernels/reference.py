@@ -9,6 +9,7 @@ from torch import Tensor
 from kdrl_kernels.call import LossCall, RowTerms, take
 from kdrl_kernels.checks import bad_tokens, check_head_values, check_values, poison
 from kdrl_kernels.head import Head
+from kdrl_kernels.objective import NO_GRADIENT
 
 
 def head_logprobs(head: Head, vocab_size: int) -> Tensor:
@@ -21,7 +22,7 @@ def head_logprobs(head: Head, vocab_size: int) -> Tensor:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     temperature = head.temperature
     if isinstance(temperature, Tensor):
-        temperature = temperature.to(dtype)[:, None]
+        temperature = temperature.detach().to(dtype)[:, None]
     return torch.log_softmax(logits / temperature, dim=1)
 
 
@@ -89,9 +90,9 @@ def loss(call: LossCall) -> tuple[Tensor, RowTerms, Tensor]:
         entropy=call.wants_entropy,
     )
     weights = call.row_weights(active, terms.logprobs.dtype)
-    total = call.normalizer
-    if total is None:
-        total = weights.sum() if len(weights) else weights.new_ones(())
-    value = (weights * call.loss.losses(call.rows(terms, active))).sum() / total
+    losses = call.loss.losses(call.rows(terms, active))
+    if terms.logprobs.requires_grad and not losses.requires_grad and len(losses):
+        raise ValueError(NO_GRADIENT)
+    value = (weights * losses).sum() / call.total(weights)
     counts = torch.stack([torch.full_like(bad, len(weights)) for _ in range(2)] + [bad])
     return poison(value, bad), terms.spread(active, len(call.tokens)), counts

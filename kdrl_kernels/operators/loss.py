@@ -186,9 +186,10 @@ def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tup
 def rounded(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient · scale in dtype: gradient itself where that is all there is to it."""
     traced = type(scale) is not Tensor  # a graph has no branch on the value of scale
-    if traced or one_pass.needs_scaling(gradient, scale, dtype):
+    again = traced or torch._C._autograd._get_current_graph_task_keep_graph()
+    if again or one_pass.needs_scaling(gradient, scale, dtype):
         return _scaled(gradient, scale, dtype)
-    return gradient
+    return gradient  # nobody asks for it a second time
 
 
 _loss.register_autograd(_loss_backward, setup_context=_save_loss)

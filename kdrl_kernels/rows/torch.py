@@ -1,7 +1,8 @@
 """Row work in plain PyTorch, in place and in blocks of rows that stay in a CPU's cache.
 
-The sweep leaves exp(d), d = z - max z, where the student's logits were, and in the teacher's place
-what the gradient needs of both: it is then a sum of two or three buffers times a number each row.
+The sweep leaves exp(d), d = z - max z, where the student's logits were (with a softcap d: its slope
+is not 0 where exp(d) is), and in the teacher's place what the gradient needs of both: it is then a
+sum of two or three buffers times a number each row.
 Maths: README.md.
 """
 
@@ -46,13 +47,14 @@ def _sweep_block(
     d, top = _lower_(student, rows)
     d_y = _pick(d, tokens)
     found = {"max": top}
+    keep = student.softcap is not None
     if teacher is None:
-        e = d.exp_()
+        e = _exp(d, keep)
         total = e.sum(dim=1)
     else:
         d_t, top_t = _lower_(teacher, rows)
         d_t_y = _pick(d_t, tokens)
-        e, total, total_t, other = _divergence_(d, d_t, teacher)
+        e, total, total_t, other = _divergence_(d, d_t, teacher, keep)
         log_sum_t = total_t.log()
         found |= other | {"teacher_max": top_t, "teacher_log_sum": log_sum_t}
         found["teacher_logprobs"] = d_t_y - log_sum_t
@@ -75,10 +77,15 @@ def _lower_(stream: Stream, rows: slice, top: Tensor | None = None) -> tuple[Ten
     return d, top
 
 
+def _exp(d: Tensor, keep: bool) -> Tensor:
+    """exp(d), over d unless it is kept."""
+    return d.exp() if keep else d.exp_()
+
+
 def _divergence_(
-    d: Tensor, d_t: Tensor, teacher: TeacherStream
+    d: Tensor, d_t: Tensor, teacher: TeacherStream, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """(exp(d) over d, its sum, that of exp(d_t), the divergences of a block).
+    """(exp(d), its sum, that of exp(d_t), the divergences of a block).
 
     Over d_t: "rkl" exp(d) (d - d_t), "fkl" (q - p) sum exp(d_t), "jsd" exp(d) (log p - log m).
     """
@@ -86,13 +93,13 @@ def _divergence_(
     total_t = e_t.sum(dim=1)
     if teacher.kd == "fkl":
         gap = (d_t - d).mul_(e_t)
-        e = d.exp_()
+        e = _exp(d, keep)
         total = e.sum(dim=1)
         torch.sub(e_t, torch.mul(e, (total_t / total)[:, None], out=d_t), out=d_t)
         kl = _sum_(gap) / total_t - (total_t.log() - total.log())
         return e, total, total_t, {"kl": kl}
     gap = d_t.sub_(d)
-    e = d.exp_()
+    e = _exp(d, keep)
     total = e.sum(dim=1)
     log_ratio = total_t.log() - total.log()
     if teacher.kd == "rkl":
@@ -123,10 +130,14 @@ def _mixture_gap(gap: Tensor, alpha: float) -> Tensor:
 def resume_(stream: Stream, stats: Stats) -> None:
     """What sweep left of one stream, out of the same logits projected again."""
     for rows in _blocks(len(stream.logits), stream.logits):
-        _lower_(stream, rows, stats.max[rows])[0].exp_()
+        d, _ = _lower_(stream, rows, stats.max[rows])
+        if stream.softcap is None:
+            d.exp_()
 
 
-def coefficients(loss: TokenLoss, rows: Rows, weights: Tensor) -> tuple[Tensor, Coefficients]:
+def coefficients(
+    loss: TokenLoss, rows: Rows, weights: Tensor
+) -> tuple[Tensor, Coefficients | None]:
     """([C] weighted losses, their derivatives); a caller's own loss goes through autograd."""
     if not isinstance(loss, Objective):
         return autograd_coefficients(loss, rows, weights)
@@ -189,8 +200,9 @@ def gradient(
     own, of_teacher, of_entropy = _scales(stats, coef, teacher)
     for slots in _blocks(len(tokens) if source is None else len(source), student.logits):
         rows = slots if source is None else source[slots]
-        e = student.logits[rows]
-        slope = None if student.softcap is None else _softcap_slope(student, e, stats.max, rows)
+        e, slope = student.logits[rows], None
+        if student.softcap is not None:
+            e, slope = e.exp(), _softcap_slope(student, e, stats.max, rows)
         surprise = None if of_entropy is None else torch.xlogy(e, e).mul_(of_entropy[rows, None])
         direct = source is None and out.dtype == e.dtype
         dz = torch.mul(e, own[rows, None], out=out[slots] if direct else None)
@@ -235,11 +247,11 @@ def _scales(
     return own / total, of_teacher, of_entropy
 
 
-def _softcap_slope(stream: Stream, e: Tensor, top: Tensor, rows: slice | Tensor) -> Tensor:
-    """d softcap(x) / dx = 1 - tanh², with tanh = (temperature · log(e) + max) / softcap."""
+def _softcap_slope(stream: Stream, d: Tensor, top: Tensor, rows: slice | Tensor) -> Tensor:
+    """d softcap(x) / dx = 1 - tanh², with tanh = (temperature · d + max) / softcap."""
     assert stream.softcap is not None
-    a = e.log().mul_(_column(stream.temperature, rows)).add_(top[rows, None])
-    return 1 - a.div_(stream.softcap).clamp_(-1, 1).square_()
+    a = (d * _column(stream.temperature, rows)).add_(top[rows, None])
+    return 1 - a.div_(stream.softcap).square_()
 
 
 def _nan_to_0(terms: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def _objective_kernel(
 
 def coefficients(
     loss: TokenLoss, rows: Rows, weights: Tensor, BLOCK: int = OBJECTIVE_BLOCK
-) -> tuple[Tensor, Coefficients]:
+) -> tuple[Tensor, Coefficients | None]:
     """([C] weighted losses, their derivatives); a caller's own loss goes through autograd."""
     if not isinstance(loss, Objective):
         return autograd_coefficients(loss, rows, weights)

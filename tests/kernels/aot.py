@@ -38,16 +38,23 @@ def variants(table: dict[tuple[str, int, bool], Tile] = tiles.TILES) -> Iterator
         caps = {"softcap": cap, "t_softcap": cap}
         name = f"{kd}{'-softcap' if cap else ''}"
         key = 2 if kd else 1, cap is not None
-        tile = table[SWEEP, *key]
+        swept = table[SWEEP, *key]
         flags = {"HAS_ENTROPY": True, "KD": KD_CODES[kd]}
-        shape = {"DEPTH": tile.depth, "LANES": tile.lanes}
-        yield f"sweep-{name}", kernels._sweep_kernel, flags | shape, caps, tile.warps
+        shape = {"DEPTH": swept.depth, "LANES": swept.lanes}
+        yield f"sweep-{name}", kernels._sweep_kernel, flags | shape, caps, swept.warps
         if kd == "jsd":
             tile = table[JSD, *key]
             block = {"BLOCK_V": tile.columns}
             yield f"jsd-{name}", kernels._jsd_kernel, block, caps, tile.warps
         tile = table[GRADIENT, *key]
         block = flags | {"BLOCK_V": tile.columns}
+        if kd in (None, "rkl") and cap is None:  # no entropy, nothing left out: the default call
+            plain = {"HAS_ENTROPY": False, "KD": KD_CODES[kd]}
+            yield f"sweep-{name}-plain", kernels._sweep_kernel, plain | shape, caps, swept.warps
+            types = caps | {"dz_ptr": "*bf16", "source_ptr": None}
+            columns = {"BLOCK_V": tile.columns}
+            kernel = kernels._gradient_kernel
+            yield f"gradient-{name}-plain", kernel, plain | columns, types, tile.warps
         for dtype in ("bf16", "fp16", "fp32") if name == "rkl" else ("bf16",):
             types = caps | {"dz_ptr": f"*{dtype}"}
             yield f"gradient-{name}-{dtype}", kernels._gradient_kernel, block, types, tile.warps

@@ -219,3 +219,50 @@ def test_a_nan_input_makes_the_loss_nan(name: str, impl: str, device: str) -> No
     options = problem.options | {name: value, "teacher": teacher}
     result, _ = _run(impl, problem.student, problem.tokens, **options)
     assert result.loss.isnan()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("temperature", [0.1, 0.2])
+def test_a_softcap_where_the_sampled_token_has_no_probability_left(
+    impl: str, temperature: float, device: str
+) -> None:
+    """p of the token is 0 in float32, but its own logit still has a gradient, and a slope."""
+    hidden, weight = torch.tensor([[1.0, 0.0]]), torch.tensor([[25.0, 1], [-15, 2], [0, 3]])
+    found = []
+    for name, dtype in ((impl, torch.float32), ("reference", torch.float64)):
+        inputs = [x.to(device, dtype).clone().requires_grad_() for x in (hidden, weight)]
+        kk.kdrl_loss(
+            *inputs,
+            torch.tensor([1], device=device),
+            advantages=torch.ones(1, device=device),
+            objective=kk.Objective(kd=None),
+            softcap=30.0,
+            temperature=temperature,
+            impl=name,
+        ).loss.backward()
+        found.append([x.grad.double() for x in inputs])
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("size", [1e-8, 1e-4, 1e5])
+@pytest.mark.parametrize("kd", [None, "k2", "rkl", "fkl", "jsd"])
+def test_float16_gradients_of_any_size(kd: str | None, size: float, impl: str, device: str) -> None:
+    """Coefficients that float16 cannot hold: the first rows' are the smallest, chunk by chunk."""
+    problem = make_problem(12, kd=kd, dtype=torch.float16, device=device, off_policy=False)
+    sizes = torch.logspace(-3, 0, 12, device=device) * size
+    options = {"advantages": sizes, "normalizer": size, "token_weights": None, "kd_weight": None}
+    if kd:
+        objective = kk.Objective(policy="off", kd=kd, kd_coef=size)
+        options |= {"objective": objective, "advantages": None, "kd_weight": sizes / size}
+    found = problem.solve(impl=impl, workspace_bytes=3 * 64 * 4 * 10, **options)
+    exact = problem.map(torch.Tensor.double).solve(
+        impl="reference", **{k: _double(v) for k, v in options.items()}
+    )
+    for name in ("dhidden", "dweight", "dbias"):
+        assert relative_error(found[name], exact[name]) <= 2e-3, name
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, torch.Tensor) else value

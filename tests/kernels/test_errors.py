@@ -52,7 +52,7 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"temperature": 0.0}, ValueError, "temperature must be positive, got 0.0"),
     ({"temperature": torch.ones(3)}, ValueError, r"temperature must be a float or \[N\] with N = 4, got \[3\]"),
     ({"temperature": torch.tensor([1.0, 0, 1, 1])}, ValueError, "temperature must be positive, got a minimum of 0.0"),
-    ({"softcap": -1.0}, ValueError, "softcap must be positive or None, got -1.0"),
+    ({"softcap": -1.0}, ValueError, "softcap must be positive and finite or None, got -1.0"),
     ({"vocab_size": 11}, ValueError, r"vocab_size must be in \[1, 10\], got 11"),
     ({"vocab_size": 0}, ValueError, r"vocab_size must be in \[1, 10\], got 0"),
     ({"normalizer": 0}, ValueError, "normalizer must be positive and finite, got 0.0"),

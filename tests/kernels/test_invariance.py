@@ -154,3 +154,31 @@ def test_a_tied_embedding_gets_both_gradients(device: str) -> None:
         kk.kdrl_loss(hidden, weight, problem.tokens, impl=impl, **options).loss.backward()
         gradients.append(weight.grad)
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("upstream", [1.0, 3.0])
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=str)
+def test_backward_any_number_of_times(dtype: torch.dtype, upstream: float) -> None:
+    """Each gives the whole gradient, whatever was done to what the one before gave."""
+    problem = make_problem(20, V=V, kd="rkl", dtype=dtype)
+    expected = problem.solve(upstream, impl="torch")
+    student = {k: v.clone().requires_grad_() for k, v in problem.student.items()}
+    teacher = kk.TeacherHead(**problem.teacher)
+    options = problem.options | {"impl": "torch", "teacher": teacher}
+    loss = kk.kdrl_loss(tokens=problem.tokens, **student, **options).loss * upstream
+    for last in (False, False, True):
+        loss.backward(retain_graph=not last)
+        for name, tensor in student.items():
+            assert torch.equal(tensor.grad, expected[f"d{name}"])
+            tensor.grad.zero_()
+            tensor.grad = None
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kd", ["k2", "rkl", "jsd"])
+def test_on_policy_ratio_is_exactly_1_by_default(kd: str, dtype: torch.dtype) -> None:
+    """The same rows a chunk for every loss: the old pass and the new give the same bits."""
+    problem = make_problem(20, V=V, kd=kd, dtype=dtype, off_policy=False)
+    old = kk.linear_logprobs(tokens=problem.tokens, impl="torch", **problem.student).logprobs
+    found = problem.solve(impl="torch", old_logprobs=old)
+    assert torch.equal(found["logprobs"], old)

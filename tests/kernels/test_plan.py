@@ -53,7 +53,7 @@ def test_too_small_a_budget_says_what_one_row_needs() -> None:
 
 
 def test_a_bad_size_is_named() -> None:
-    with pytest.raises(ValueError, match="V must be positive, got 0"):
+    with pytest.raises(ValueError, match="V must be at least 1, got 0"):
         kk.chunk_plan(8, 16, 0)
 
 
@@ -94,3 +94,29 @@ def test_a_sampled_kd_takes_one_buffer_and_one_more_sweep() -> None:
     assert sampled.geometry.streams == 1
     assert sampled.flop == exact.flop
     assert exact.row_work_bytes - sampled.row_work_bytes == 64 * 128 * 4
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "xpu"])
+def test_every_loss_on_a_head_has_the_same_default_rows(device: str) -> None:
+    impl = "torch" if device == "cpu" else "triton"
+    rows = {
+        max_rows(
+            Geometry(9999, 4096, 128_256, H_t, V_t, kd, BF16, torch.device(device), impl), None
+        )
+        for H_t, V_t, kd in ((0, 0, None), (8192, 128_256, "k2"), (8192, 128_000, "rkl"))
+    }
+    assert len(rows) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kd": "k1"}, "kd must be one of"),
+        ({"kd": "rkl"}, r"teacher must be \(H_t, V_t\) for kd='rkl', got None"),
+        ({"teacher": (-1, 5)}, r"teacher\[0\] must be at least 1, got -1"),
+        ({"impl": "reference"}, "impl must be 'triton', 'torch' or None, got 'reference'"),
+    ],
+)
+def test_what_cannot_be_planned_is_named(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kk.chunk_plan(64, 16, 100, **changes)

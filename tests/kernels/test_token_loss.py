@@ -299,3 +299,21 @@ def test_an_error_in_the_loss_is_not_hidden(device: str) -> None:
     setup = with_leaves(make_setup(CASES["dapo"], F32, device))
     with pytest.raises(KeyError, match="rewards"):
         call(setup, lambda rows: rows.logprobs * setup.given["rewards"])
+
+
+def test_a_loss_that_is_constant_in_some_chunks(device: str) -> None:
+    """The cut into chunks decides nothing: rows without a gradient are rows without a gradient."""
+    setup = with_leaves(make_setup(CASES["sft"], F64, device))
+
+    def early(rows: kk.Rows) -> Tensor:
+        first = rows.index < 3
+        return -rows.logprobs * first if first.any() else torch.zeros_like(rows.logprobs)
+
+    budget = smallest_budget(setup, "torch", 3)
+    result = call(setup, early, impl="torch", workspace_bytes=budget)
+    result.loss.backward()
+    assert result.metrics["gradient_rows"] == 3
+    other = with_leaves(make_setup(CASES["sft"], F64, device))
+    call(other, lambda rows: -rows.logprobs * (rows.index < 3), impl="reference").loss.backward()
+    for name, tensor in setup.student.items():
+        torch.testing.assert_close(tensor.grad, other.student[name].grad, msg=name)
