@@ -16,7 +16,9 @@ SMALL_BYTES = 100_000
 
 def _peak_bytes(call: Callable[[], object]) -> int:
     """The most that the allocator had given out at once during the call, beyond what it had."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    # acc_events: without it torch 2.11 warns
+    options = {"profile_memory": True, "acc_events": True}
+    with profile(activities=[ProfilerActivity.CPU], **options) as profiler:
         call()
     held = peak = 0
     for event in profiler.profiler.kineto_results.events():
