@@ -48,8 +48,8 @@ def scalars_of(head: Head | None) -> list[float]:
 
 def temperature_of(head: Head | None) -> Tensor | None:
     """[N] temperatures of a head that has one for each row."""
-    of_rows = isinstance(head, Head) and isinstance(head.temperature, Tensor)
-    return head.temperature if of_rows else None  # type: ignore[union-attr, return-value]
+    temperature = None if head is None else head.temperature
+    return temperature if isinstance(temperature, Tensor) else None
 
 
 def join_head(

@@ -33,7 +33,7 @@ Variant = tuple[str, Any, dict[str, Any], dict[str, str | None], int]
 
 
 def variants(table: dict[tuple[str, int, bool], Tile] = tiles.TILES) -> Iterator[Variant]:
-    """What the launchers run: every KD term and softcap, at the tiles of the table."""
+    """Every KD term, with a softcap in all streams or in none, at the tiles of the table."""
     for kd, cap in product((None, "rkl", "fkl", "jsd"), (None, "fp32")):
         caps = {"softcap": cap, "t_softcap": cap}
         name = f"{kd}{'-softcap' if cap else ''}"
