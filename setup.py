@@ -15,7 +15,10 @@ TRAIN = [
     "numpy>=1.26,<2.5",  # torch and datasets share arrays through it
 ]
 TEST = ["pytest>=8.4", "hypothesis>=6.140", "ruff>=0.14", "mypy>=1.18", "types-PyYAML>=6.0"]
-BENCH = ["pytest-benchmark>=5.1", "matplotlib>=3.10"]
+PEERS = ["liger-kernel==0.8.5", "trl==1.16.0", "cut-cross-entropy==25.1.1"]
+PEERS += ["flash-linear-attention==0.6.0", "quack-kernels==0.6.5"]
+BENCH = ["pytest-benchmark>=5.1", "matplotlib>=3.10", "jinja2>=3.1"]  # figures, plots, page
+BENCH += [f"{peer}; platform_system == 'Linux'" for peer in PEERS]  # what they are compared with
 GPU = ["flash-attn>=2.8; platform_system == 'Linux'", "liger-kernel>=0.6"]
 
 setup(

@@ -1,7 +1,7 @@
 """pytest-benchmark: which shape, how many rounds, and the machine beside the figures."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -9,16 +9,26 @@ import torch
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton's default will change
 
-from bench import machine
-from bench.floor import Floor
-from bench.inputs import Inputs, make_inputs
+from bench import machine, providers
+from bench.inputs import PROFILES, Inputs, make_inputs
+from bench.measures import speed
+from bench.ops import OPS_BY_NAME
+from bench.results_file import Record
 from bench.shapes import SHAPES, Shape, default_shape
+
+Lookup = Callable[[str, str], Record]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of this folder."""
     parser.addoption("--shape", choices=SHAPES, default=default_shape().name)
-    parser.addoption("--rounds", type=int, default=20 if machine.DEVICE == "cuda" else 10)
+    parser.addoption("--profile", choices=PROFILES, default="reasoning", help="of the entropy")
+    parser.addoption("--rounds", type=int, default=10, help="timed calls each")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Say why a case has no figure, without being asked."""
+    config.option.reportchars += "s"
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -38,24 +48,33 @@ def threads() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shape(pytestconfig: pytest.Config) -> Shape:
-    """The shape asked for; else that of the targets on this machine."""
+    """The shape asked for."""
     return SHAPES[pytestconfig.getoption("--shape")]
 
 
 @pytest.fixture(scope="session")
-def rounds(pytestconfig: pytest.Config) -> int:
-    """Timed rounds of each operation."""
-    return int(pytestconfig.getoption("--rounds"))
+def profile(pytestconfig: pytest.Config) -> str:
+    """The entropy profile asked for."""
+    return str(pytestconfig.getoption("--profile"))
 
 
 @pytest.fixture(scope="session")
-def inputs(shape: Shape) -> Inputs:
-    """One set for all operations."""
-    with torch.no_grad():
-        return make_inputs(shape)
+def inputs(shape: Shape, profile: str) -> list[Inputs]:
+    """Two sets for all operations, used in turn."""
+    return [make_inputs(shape, profile, seed=seed) for seed in range(2)]
 
 
 @pytest.fixture(scope="session")
-def floor(inputs: Inputs) -> Floor:
-    """The bare GEMMs on these inputs."""
-    return Floor(inputs)
+def speed_of(inputs: list[Inputs], pytestconfig: pytest.Config) -> Lookup:
+    """(operation, provider) -> its record; the first of an operation times everybody."""
+    found: dict[tuple[str, str], Record] = {}
+
+    def look_up(op: str, provider: str) -> Record:
+        if (op, provider) not in found:
+            rounds = pytestconfig.getoption("--rounds")
+            everybody = providers.load()
+            for one in speed.records(OPS_BY_NAME[op], inputs, everybody, rounds, float("inf")):
+                found[op, one["provider"]] = one
+        return found[op, provider]
+
+    return look_up

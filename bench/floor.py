@@ -19,36 +19,35 @@ class Floor:
 
     def __init__(self, inputs: Inputs, rows: int = ROWS) -> None:
         self.inputs, self.rows = inputs, min(rows, inputs.shape.N)
-        self.hidden, self.weight = inputs.hidden.detach(), inputs.weight.detach()
+        hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
         V = max(inputs.shape.V, inputs.shape.V_t)
         self.logits = self._new(self.rows * V)
         self.dx = self._new(self.rows, inputs.shape.H)
         self.dw = self._new(inputs.shape.V, inputs.shape.H)
         z = self._logits(inputs.shape.V, self.rows)
-        _mm(self.hidden[: self.rows], self.weight.T, z)
-        self.dz = (torch.softmax(z, dim=1) * inputs.advantages[: self.rows, None]).to(
-            self.hidden.dtype
-        )
+        _mm(hidden[: self.rows], weight.T, z)
+        self.dz = (torch.softmax(z, dim=1) * inputs.advantages[: self.rows, None]).to(hidden.dtype)
 
-    def run(self, op: Op) -> None:
-        """All GEMMs of one call of the operation: op.flop(shape) FLOP."""
-        shape, inputs = self.inputs.shape, self.inputs
+    def run(self, op: Op, given: Inputs | None = None) -> None:
+        """All GEMMs of one call of the operation on other inputs of this shape: op.flop(shape)."""
+        inputs = given or self.inputs
+        shape, hidden, weight = inputs.shape, inputs.hidden.detach(), inputs.weight.detach()
         for start in range(0, shape.N, self.rows):
             part = slice(start, min(start + self.rows, shape.N))
             C = part.stop - part.start
             if op.kd:
                 teacher = inputs.teacher_hidden[part]
                 _mm(teacher, inputs.teacher_weight.T, self._logits(shape.V_t, C))
-            _mm(self.hidden[part], self.weight.T, self._logits(shape.V, C))
+            _mm(hidden[part], weight.T, self._logits(shape.V, C))
             active = round(C * op.active)
             dz = self.dz[:active]
             if "hidden" in op.gradients:
-                _mm(dz, self.weight, self.dx[:active])
+                _mm(dz, weight, self.dx[:active])
             if "weight" in op.gradients:
-                _add_mm(dz.T, self.hidden[part][:active], self.dw)
+                _add_mm(dz.T, hidden[part][:active], self.dw)
 
     def _new(self, *size: int) -> Tensor:
-        return torch.zeros(*size, dtype=torch.float32, device=self.hidden.device)
+        return torch.zeros(*size, dtype=torch.float32, device=self.inputs.hidden.device)
 
     def _logits(self, V: int, C: int) -> Tensor:
         return self.logits[: C * V].view(C, V)

@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command and without a network: bash bench/gpu.sh OUT
-# (tiles of the row kernels apart, since they take minutes to compile: python3 -m bench.tiles)
-# Runs on the machine's own Python, from the repository, with nothing installed but pytest and
-# hypothesis beside torch and Triton; pytest-benchmark too, for the speed and memory of each
-# operation. Prints a report last, tables at its end. Each part has its own time limit, 530 s in
-# all, and leaves what it has under OUT when it is stopped: eight files.
+# (tiles of the row kernels apart, since they take minutes to compile: python3 -m bench.tiles;
+# the scoreboard at its full length too: python3 -m bench --minutes 8 --out OUT)
+# Runs on the machine's own Python, from the repository. Wheels in ./wheels, if there are any, are
+# installed first, without their dependencies. The tests want pytest and hypothesis, the scoreboard
+# nothing; it times whichever libraries it finds:
+#   pip download --no-deps -d wheels pytest hypothesis liger-kernel==0.8.5 trl==1.16.0 \
+#       cut-cross-entropy==25.1.1 flash-linear-attention==0.6.0 fla-core==0.6.0 verl==0.9.1
+# Prints a report last, tables at its end. Each part has its own time limit, 570 s in all, and
+# leaves what it has under OUT when it is stopped.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?usage: bash bench/gpu.sh OUT}
@@ -12,6 +16,11 @@ mkdir -p "$out"
 export TRITON_DEFAULT_FP_FUSION=1 PYTHONUNBUFFERED=1
 limit() { timeout --signal=INT --kill-after=5 "$@"; } # on SIGINT pytest still writes its reports
 
+wheels=(wheels/*.whl)
+if [ -e "${wheels[0]}" ]; then
+    python3 -m pip install --no-index --no-deps "${wheels[@]}" > "$out/wheels.log" 2>&1 \
+        || echo "some wheels were not installed: see wheels.log"
+fi
 python3 - > "$out/machine.txt" <<'PY'
 import platform, torch, triton
 print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__,
@@ -19,26 +28,14 @@ print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton
 PY
 limit 200 python3 -m pytest tests/kernels --junitxml="$out/kernels.xml" > "$out/kernels.log" 2>&1
 code=$?
-limit 80 python3 -m bench.gemms --out "$out" --seconds 50 > "$out/bench.log" 2>&1
-if python3 -c "import pytest_benchmark" 2> /dev/null; then
-    limit 150 python3 -m pytest bench/ -k speed --benchmark-json="$out/speed.json" \
-        >> "$out/bench.log" 2>&1 || code=$?
-    limit 80 python3 -m pytest bench/ -k memory --benchmark-json="$out/memory.json" \
-        >> "$out/bench.log" 2>&1 || code=$?
-else
-    echo "pytest-benchmark is not installed: no speed or memory of the operations" \
-        >> "$out/bench.log"
-fi
+limit 60 python3 -m bench.gemms --out "$out" --seconds 50 > "$out/gemms.log" 2>&1
+limit 300 python3 -m bench --minutes 4.5 --out "$out" > "$out/bench.log" 2>&1 || code=$?
 {
     cat "$out/machine.txt"
-    grep -hE "^(FAILED|ERROR|E  )|passed|failed|not installed" "$out/kernels.log" "$out/bench.log" \
-        | tail -60
+    grep -hE "^(FAILED|ERROR|E  )|passed|failed" "$out/kernels.log" | tail -40
+    grep -hE "not installed|failed|differs" "$out/bench.log" | tail -40
     [ -s "$out/gemms.json" ] && python3 -m bench.gemms --show "$out/gemms.json"
-    reports=()
-    for report in "$out/speed.json" "$out/memory.json"; do
-        [ -s "$report" ] && reports+=("$report")
-    done
-    [ ${#reports[@]} -gt 0 ] && python3 -m bench.table "${reports[@]}"
+    [ -s "$out/results.json" ] && python3 bench/report.py "$out" --short
 } > "$out/report.md" 2>&1
 cat "$out/report.md"
 exit "$code"

@@ -6,8 +6,9 @@ that token's logit above the log-sum-exp of the rest by a margin drawn for each 
 
     about half of the tokens have an entropy below 0.01 nat, a fifth above 0.67 nat
 
-as on the reasoning models of arXiv:2506.01939. The teacher is a noisy copy, so that its KL is a
-fraction of a nat.
+as on the reasoning models of arXiv:2506.01939. That is the profile "reasoning"; in "flat" nothing
+is lifted, and every token is hard. The teacher is a noisy copy, so that its KL is a fraction of a
+nat.
 """
 
 import argparse
@@ -26,6 +27,7 @@ MARGIN_MEAN, MARGIN_SPREAD = 7.7, 5.2
 """Of the lifted logit over the log-sum-exp of the rest, in nats: chosen for the profile above."""
 TEACHER_NOISE = 0.35
 """Share of the teacher's head and hidden states that is its own."""
+PROFILES = ("reasoning", "flat")
 SAMPLE_ROWS = 256
 """Rows of logits held while tokens are sampled."""
 
@@ -35,6 +37,8 @@ class Inputs:
     """What the benchmarked calls take; hidden and weight want gradients."""
 
     shape: Shape
+    profile: str
+    """Of the entropy: "reasoning" or "flat"."""
     hidden: Tensor
     """[N, H]."""
     weight: Tensor
@@ -54,9 +58,33 @@ class Inputs:
     old_logprobs: Tensor
     """[N] float32, nats: a little off, so that the ratio is not 1, and inside the clip range."""
 
+    @property
+    def shared_weight(self) -> Tensor:
+        """[min(V, V_t), H]: rows of the tokens that both models have, for who cannot cut."""
+        return _cut(self.weight, self.shape)
 
-def make_inputs(shape: Shape, device: str = DEVICE, seed: int = 0) -> Inputs:
-    """Inputs of a shape; the same on every call with this device and seed."""
+    @property
+    def shared_teacher_weight(self) -> Tensor:
+        """[min(V, V_t), H_t]: the same of the teacher's head."""
+        return _cut(self.teacher_weight, self.shape)
+
+
+def _cut(weight: Tensor, shape: Shape) -> Tensor:
+    V = min(shape.V, shape.V_t)
+    # a slice, even of everything, costs a copy of its gradient
+    return weight if len(weight) == V else weight[:V]
+
+
+@torch.no_grad()
+def make_inputs(
+    shape: Shape, profile: str = "reasoning", device: str = DEVICE, seed: int = 0
+) -> Inputs:
+    """Inputs of a shape; the same on every call with this device and seed.
+
+    Raises: ValueError for a profile that is not one of PROFILES.
+    """
+    if profile not in PROFILES:
+        raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
     rng = torch.Generator(device).manual_seed(seed)
 
     def randn(*size: int) -> Tensor:
@@ -67,7 +95,9 @@ def make_inputs(shape: Shape, device: str = DEVICE, seed: int = 0) -> Inputs:
     lifted = torch.randint(V, (N,), generator=rng, device=device)
     margin = MARGIN_MEAN + MARGIN_SPREAD * randn(N)
     lift = math.log(V) + SPREAD**2 / 2 + margin
-    hidden = SPREAD * randn(N, shape.H) + lift[:, None] * weight[lifted]
+    hidden = SPREAD * randn(N, shape.H)
+    if profile == "reasoning":
+        hidden += lift[:, None] * weight[lifted]
     teacher_weight = _noisy_copy(weight, randn(shape.V_t, shape.H_t) / math.sqrt(shape.H_t))
     teacher_hidden = _noisy_copy(hidden, SPREAD * randn(N, shape.H_t))
     heads = (t.to(shape.dtype) for t in (hidden, weight, teacher_hidden, teacher_weight))
@@ -78,6 +108,7 @@ def make_inputs(shape: Shape, device: str = DEVICE, seed: int = 0) -> Inputs:
     kept = torch.randperm(N, generator=rng, device=device) < N // 2
     return Inputs(
         shape,
+        profile,
         hidden.requires_grad_(),
         weight.requires_grad_(),
         teacher_hidden,
@@ -119,13 +150,13 @@ def print_profile(inputs: Inputs) -> None:
         *(v.split(SAMPLE_ROWS) for v in (inputs.hidden, inputs.teacher_hidden, inputs.tokens)),
         strict=True,
     ):
-        pair = ((x, inputs.weight), (t, inputs.teacher_weight))
+        pair = ((x, inputs.shared_weight), (t, inputs.shared_teacher_weight))
         logp, logq = ((a @ w.T).float().log_softmax(dim=1) for a, w in pair)
         gap.append((logp - logq).gather(1, token[:, None]).squeeze(1))
     low, high = ((m.float().mean().item()) for m in (inputs.entropy < 0.01, inputs.entropy > 0.67))
     print(
-        f"shape {inputs.shape.name}: entropy below 0.01 nat in {low:.0%} of the tokens, above "
-        f"0.67 nat in {high:.0%}, at most {inputs.entropy.max():.1f} nats; "
+        f"shape {inputs.shape.name}, {inputs.profile}: entropy below 0.01 nat in {low:.0%} of the "
+        f"tokens, above 0.67 nat in {high:.0%}, at most {inputs.entropy.max():.1f} nats; "
         f"mean log p - log q {torch.cat(gap).mean():.2f} nats"
     )
 
@@ -133,6 +164,8 @@ def print_profile(inputs: Inputs) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default=default_shape().name)
+    parser.add_argument("--profile", choices=PROFILES, default="reasoning")
+    args = parser.parse_args()
     use_threads()
     with torch.no_grad():
-        print_profile(make_inputs(SHAPES[parser.parse_args().shape]))
+        print_profile(make_inputs(SHAPES[args.shape], args.profile))

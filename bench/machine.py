@@ -27,6 +27,26 @@ def clock() -> float:
     return time.perf_counter()
 
 
+def readings() -> dict[str, float]:
+    """Of the device now, those that it offers: clock_mhz, temperature_c, power_w."""
+    if DEVICE == "cuda":
+        return _gpu_readings()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if _is_linux() else []
+    clocks = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
+    return {"clock_mhz": sum(clocks) / len(clocks)} if clocks else {}
+
+
+def _gpu_readings() -> dict[str, float]:
+    names = ("clocks.sm", "temperature.gpu", "power.draw")
+    command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        values = [float(value) for value in done.stdout.splitlines()[0].split(",")]
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return {}  # no nvidia-smi here, or it does not tell
+    return dict(zip(("clock_mhz", "temperature_c", "power_w"), values, strict=True))
+
+
 def machine_info() -> dict[str, Any]:
     """Device, versions, commit, threads."""
     info: dict[str, Any] = {
@@ -40,6 +60,7 @@ def machine_info() -> dict[str, Any]:
     }
     if DEVICE == "cuda":
         info["cuda"] = torch.version.cuda
+        info["driver"] = _driver()
         info["memory_bytes"] = torch.cuda.get_device_properties(0).total_memory
     return info
 
@@ -51,6 +72,11 @@ def one_line(info: dict[str, Any]) -> str:
         f"{info['device']}, {info['threads']} threads, torch {info['torch']}, "
         f"triton {info['triton']}, python {info['python']}, commit {commit}"
     )
+
+
+def _driver() -> str | None:
+    version = Path("/proc/driver/nvidia/version")
+    return version.read_text().splitlines()[0] if version.exists() else None
 
 
 def _cpu_name() -> str:

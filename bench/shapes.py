@@ -46,12 +46,18 @@ MODELS = (
 REFERENCE = Shape(
     "reference", TOKENS, 3584, 152064, 3584, 152064, BF16, "Qwen2.5-7B taught by Qwen2.5-7B"
 )
-CPU = Shape("cpu", 1024, 1024, 32768, 1024, 32768, torch.float32, "none: small enough for 2 cores")
-TINY = Shape("tiny", 32, 64, 512, 64, 512, torch.float32, "none: warm-up before memory is measured")
+FP32 = torch.float32
+CPU = Shape("cpu", 1024, 1024, 32768, 1024, 32768, FP32, "none: small enough for 2 cores")
+CPU_SMALL = Shape("cpu-small", 256, 768, 8192, 768, 8192, FP32, "none: everybody in minutes")
+CPU_RAGGED = Shape("cpu-ragged", 251, 769, 8093, 897, 8191, FP32, "none: no size is round")
+TINY = Shape("tiny", 32, 64, 512, 64, 512, FP32, "none: tests, warm-up before memory is measured")
+RAGGED = Shape("ragged", 16381, 3584, 151937, 3584, 152063, BF16, "Qwen2.5-7B, less a few rows")
 
-SHAPES = {shape.name: shape for shape in (*MODELS, REFERENCE, CPU, TINY)}
+SHAPES = {
+    shape.name: shape for shape in (*MODELS, REFERENCE, RAGGED, CPU, CPU_SMALL, CPU_RAGGED, TINY)
+}
 
 
 def default_shape() -> Shape:
-    """REFERENCE where there is a GPU, else CPU."""
-    return REFERENCE if torch.cuda.is_available() else CPU
+    """REFERENCE where there is a GPU, else CPU_SMALL."""
+    return REFERENCE if torch.cuda.is_available() else CPU_SMALL

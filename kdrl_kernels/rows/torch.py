@@ -61,7 +61,7 @@ def _sweep_block(
     found["log_sum"] = total.log()
     found["logprobs"] = d_y - found["log_sum"]
     if entropy:
-        found["entropy"] = found["log_sum"] - torch.xlogy(e, e).sum(dim=1) / total
+        found["entropy"] = found["log_sum"] - _times_log(e).sum(dim=1) / total
     return found
 
 
@@ -112,6 +112,11 @@ def _divergence_(
     return e, total, total_t, {"kl": alpha * q_kl + (1 - alpha) * p_kl, "mixture_kl": p_kl}
 
 
+def _times_log(e: Tensor) -> Tensor:
+    """e log e, 0 at 0. torch.xlogy, which branches on each number, takes three times as long."""
+    return e.clamp_min(torch.finfo(e.dtype).tiny).log_().mul_(e)
+
+
 def _sum_(terms: Tensor) -> Tensor:
     """Sum of each row; NaN, which is 0 · inf, becomes 0."""
     return _nan_to_0(terms).sum(dim=1)
@@ -123,7 +128,8 @@ def _mixture_gap(gap: Tensor, alpha: float) -> Tensor:
     gap = log q - log p, m = alpha q + (1 - alpha) p, t = -log(1 + w (exp(-|gap|) - 1)) with w the
     share of the smaller one: no cancellation.
     """
-    share = torch.where(gap > 0, gap.new_full((), 1 - alpha), alpha)
+    # where(gap > 0, 1 - alpha, alpha), whose numbers would be broadcast at the price of an exp
+    share = torch.gt(gap, 0, out=torch.empty_like(gap)).mul_(1 - 2 * alpha).add_(alpha)
     return gap.abs().neg_().expm1_().mul_(share).log1p_().neg_()
 
 

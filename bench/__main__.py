@@ -1,0 +1,166 @@
+"""The whole scoreboard in one command: python -m bench --minutes 8 --out DIR
+
+Needs no network. results.json is written anew after every record, so that a run which is stopped
+keeps what it has; then come the tables, plots and the page of bench/report.py. Stages, in this
+order, and the share of the minutes by which each has ended: what comes first is what matters most.
+"""
+
+import argparse
+import os
+import shlex
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton's default will change
+
+from bench import providers, report
+from bench.inputs import PROFILES, make_inputs
+from bench.machine import DEVICE, use_threads
+from bench.measures import memory, rows, scaling, speed, step
+from bench.ops import OPS, OPS_BY_NAME, Op
+from bench.providers import Provider, Setting
+from bench.results_file import OURS, Record, new_run, save
+from bench.shapes import CPU_RAGGED, MODELS, RAGGED, SHAPES, Shape, default_shape
+
+STAGES = {"speed": 0.5, "memory": 0.66, "rows": 0.67, "step": 0.72, "scaling": 0.9, "shapes": 1.0}
+"""{stage: the share of the time by which it must have ended}."""
+KEY_OPS = tuple(OPS_BY_NAME[name] for name in ("GRPO", "KDRL exact"))
+"""Those measured on further shapes and profiles."""
+SCALING_ROUNDS = 3
+INPUT_SETS = 2
+"""Used in turn."""
+
+
+class Scoreboard:
+    """One run: what is measured, and until when."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.shape: Shape = SHAPES[args.shape]
+        self.profile: str = args.profile
+        self.ops = tuple(OPS_BY_NAME[name] for name in args.ops)
+        self.stages = [stage for stage in STAGES if stage in args.stages]
+        self.rounds: int = args.rounds
+        self.contestants = providers.load()
+        if args.providers:
+            self.contestants = [one for one in self.contestants if one.name in args.providers]
+        self.start, self.seconds = time.monotonic(), 60 * args.minutes
+        self.settings: dict[tuple[str, str], Setting] = {}
+
+    def records(self) -> Iterator[Record]:
+        """Everything that was asked for, the most important first."""
+        for stage in self.stages:
+            yield from getattr(self, f"_{stage}")(self._deadline(stage))
+
+    def _deadline(self, stage: str) -> float:
+        last = stage == self.stages[-1]
+        return self.start + self.seconds * (1.0 if last else STAGES[stage])
+
+    def _speed(self, deadline: float) -> Iterator[Record]:
+        for one in self._timed(self.shape, self.profile, self.ops, deadline):
+            self.settings[one["op"], one["provider"]] = one["setting"]
+            yield one
+
+    def _timed(
+        self, shape: Shape, profile: str, ops: Sequence[Op], deadline: float
+    ) -> Iterator[Record]:
+        inputs = [make_inputs(shape, profile, seed=seed) for seed in range(INPUT_SETS)]
+        for op in ops:
+            yield from speed.records(op, inputs, self.contestants, self.rounds, deadline)
+
+    def _memory(self, deadline: float) -> Iterator[Record]:
+        for op in memory.OPS:
+            pairs = [(one, self._setting(op, one)) for one in self.contestants]
+            late = lambda: time.monotonic() > deadline  # noqa: E731
+            yield from memory.records(op, self.shape, self.profile, pairs, late)
+
+    def _setting(self, op: Op, provider: Provider) -> Setting:
+        """The one it was timed with."""
+        return self.settings.get((op.name, provider.name), provider.settings[0])
+
+    def _rows(self, deadline: float) -> Iterator[Record]:
+        yield from rows.records(make_inputs(self.shape, self.profile), self.rounds, deadline)
+
+    def _step(self, deadline: float) -> Iterator[Record]:
+        yield from step.records(self.rounds, deadline)
+
+    def _scaling(self, deadline: float) -> Iterator[Record]:
+        yield from scaling.records(SCALING_ROUNDS, deadline, memory.in_own_process)
+
+    def _shapes(self, deadline: float) -> Iterator[Record]:
+        """The other entropy profile, sizes that are not round, and other models' heads."""
+        other = next(name for name in PROFILES if name != self.profile)
+        cases = [(self.shape, other), (RAGGED if DEVICE == "cuda" else CPU_RAGGED, self.profile)]
+        if DEVICE == "cuda":
+            cases += [(shape, self.profile) for shape in MODELS]
+        for shape, profile in cases:
+            yield from self._timed(shape, profile, KEY_OPS, deadline)
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    lines = (__doc__ or "").split("\n\n", 1)
+    parser = argparse.ArgumentParser(prog="python -m bench", description=lines[0], epilog=lines[1])
+    parser.add_argument("--out", type=Path, required=True, help="folder of results.json")
+    parser.add_argument("--minutes", type=float, default=8, help="of all stages (default: 8)")
+    parser.add_argument("--rounds", type=int, default=10, help="timed calls each (default: 10)")
+    parser.add_argument("--shape", choices=SHAPES, default=default_shape().name)
+    parser.add_argument("--profile", choices=PROFILES, default="reasoning")
+    parser.add_argument("--ops", nargs="+", choices=OPS_BY_NAME, default=[op.name for op in OPS])
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    names = [one.name for one in providers.load()]
+    parser.add_argument("--providers", nargs="+", choices=names, help="default: all")
+    return parser
+
+
+def main() -> int:
+    """Run, save, report. 1 where a result of this library is wrong or fails, 130 if stopped."""
+    args = arguments().parse_args()
+    use_threads()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` too leaves a whole file
+    run, stopped = new_run(_command(sys.argv[1:])), False
+    try:
+        for one in Scoreboard(args).records():
+            run["records"].append(one)
+            save(run, args.out)
+            _progress(one)
+    except KeyboardInterrupt:
+        stopped = True
+    save(run, args.out, done=not stopped)
+    print(report.write(args.out))
+    wrong = [one for one in run["records"] if _is_wrong(one)]
+    for one in wrong:
+        print(f"{one['kind']} {one['op']}, {one['shape']}: {one['status']}", file=sys.stderr)
+    return 130 if stopped else int(bool(wrong))
+
+
+def _command(arguments_given: list[str]) -> str:
+    """As typed, but for the folder: it is nobody's business in a file that is published."""
+    shown = list(arguments_given)
+    if "--out" in shown:
+        shown[shown.index("--out") + 1] = "DIR"
+    return shlex.join(["python", "-m", "bench", *shown])
+
+
+def _progress(one: Record) -> None:
+    figure = one["status"]
+    if figure == "ok" and "total_ms" in one:
+        figure = f"{statistics.median(one['total_ms']):.4g} ms"
+    elif figure == "ok" and "extra_bytes" in one:
+        figure = f"{one['extra_bytes'] / 1e6:.4g} MB"
+    value = f" {one['axis']} = {one['value']}" if "axis" in one else ""
+    print(
+        f"{one['kind']} {one['shape']}{value} | {one['op']} | {one['provider']}: {figure}",
+        flush=True,
+    )
+
+
+def _is_wrong(one: Record) -> bool:
+    return one["provider"] == OURS and one["status"].startswith(("differs", "failed"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

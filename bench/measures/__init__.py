@@ -1,0 +1,1 @@
+"""What is measured: each module gives records of results_file.py."""

@@ -1,0 +1,152 @@
+"""Memory of one call beyond inputs, outputs and gradients, each in a process of its own.
+
+On a CPU (Linux) it is growth of the resident set's high-water mark, which is first set back to
+what is resident, with an allocator that gives every large block back to the system; on a GPU it
+is growth of the allocator's peak. The call is made once before, so that what is compiled and
+loaded is there.
+"""
+
+import ctypes
+import gc
+import multiprocessing
+import platform
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import TimeoutError as NoAnswer
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import providers
+from bench.inputs import Inputs, make_inputs
+from bench.machine import DEVICE, use_threads
+from bench.measures.timing import OUT_OF_TIME, clear_gradients, failure
+from bench.ops import OPS_BY_NAME, Op
+from bench.providers import Provider, Refusal, Setting
+from bench.results_file import Record, record
+from bench.shapes import Shape
+
+OPS = tuple(OPS_BY_NAME[name] for name in ("GRPO", "KDRL exact", "reverse KL", "logprob + entropy"))
+"""A process each takes its time: those that differ in what they must hold."""
+LARGE_BYTES = 1 << 16
+"""On a CPU blocks of this size and more are mapped each, and unmapped when they are freed."""
+M_MMAP_THRESHOLD = -3
+"""glibc's name for that number, malloc.h."""
+CASE_SECONDS = 120.0
+"""A case that takes longer is given up."""
+
+
+def measure(
+    shape: Shape, profile: str, op_name: str, provider_name: str, setting: Setting
+) -> dict[str, int]:
+    """{"extra_bytes", "input_bytes", "output_bytes", "gradient_bytes"} of one call, right here."""
+    use_threads()
+    if DEVICE == "cpu":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
+    op = OPS_BY_NAME[op_name]
+    provider = next(one for one in providers.load() if one.name == provider_name)
+    inputs = make_inputs(shape, profile)
+    _call(provider, inputs, op, setting)
+    clear_gradients(inputs, op)
+    gc.collect()
+    before = _reset_peak()
+    outputs = _call(provider, inputs, op, setting)
+    grown = _peak() - before
+    output_bytes = sum(tensor.nbytes for tensor in outputs.values())
+    gradients = [getattr(inputs, name).grad for name in op.gradients]
+    gradient_bytes = sum(gradient.nbytes for gradient in gradients)
+    read = [inputs.hidden, inputs.weight, inputs.tokens]
+    read += [inputs.teacher_hidden, inputs.teacher_weight] if op.kd else []
+    return {
+        "extra_bytes": grown - output_bytes - gradient_bytes,
+        "input_bytes": sum(tensor.nbytes for tensor in read),
+        "output_bytes": output_bytes,
+        "gradient_bytes": gradient_bytes,
+    }
+
+
+def in_own_process(
+    shape: Shape, profile: str, op_name: str, provider_name: str, setting: Setting
+) -> dict[str, int]:
+    """`measure` in a process made for it.
+
+    Raises: RuntimeError where that process dies (killed for want of memory, say) or gives no
+    answer, and whatever the provider raises.
+    """
+    # forkserver: libraries are imported once; but CUDA must not be alive where one forks
+    context = multiprocessing.get_context("spawn" if DEVICE == "cuda" else "forkserver")
+    if DEVICE == "cpu":
+        context.set_forkserver_preload(["bench.measures.memory"])
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        call = pool.submit(measure, shape, profile, op_name, provider_name, setting)
+        try:
+            return call.result(CASE_SECONDS)
+        except NoAnswer:
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise RuntimeError(f"no answer in {CASE_SECONDS:.0f} s") from None
+        except BrokenProcessPool:
+            raise RuntimeError("its process died, for want of memory perhaps") from None
+
+
+def records(
+    op: Op,
+    shape: Shape,
+    profile: str,
+    contestants: Sequence[tuple[Provider, Setting]],
+    late: Any,
+) -> Iterator[Record]:
+    """Records of kind "memory"; late(): there is no time for another case."""
+    for provider, setting in contestants:
+        made = record(
+            "memory",
+            op.name,
+            shape,
+            profile,
+            provider.name,
+            package=provider.package,
+            version=providers.version(provider),
+            setting=dict(setting),
+        )
+        try:
+            providers.check(provider, op)
+            if late():
+                made["status"] = OUT_OF_TIME
+            else:
+                made |= in_own_process(shape, profile, op.name, provider.name, setting)
+        except Refusal as refusal:
+            made["status"] = str(refusal)
+        except Exception as error:  # of other people's code: it stands in the table
+            made["status"] = failure(error)
+        yield made
+
+
+def _call(provider: Provider, inputs: Inputs, op: Op, setting: Setting) -> providers.Outputs:
+    clear_gradients(inputs, op)
+    outputs = providers.forward(provider, inputs, op, setting)
+    if op.gradients:
+        outputs["loss"].backward()
+    return {name: value.detach() for name, value in outputs.items()}
+
+
+def _reset_peak() -> int:
+    """Make the peak what is in use now, and return it in bytes."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    elif platform.system() == "Linux":
+        Path("/proc/self/clear_refs").write_text("5")
+    else:
+        raise OSError(f"the peak of a CPU process is read on Linux alone, not {platform.system()}")
+    return _peak()
+
+
+def _peak() -> int:
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated()
+    # not getrusage: its maximum counts the parent's, from before the exec
+    status = Path("/proc/self/status").read_text().split("VmHWM:")[1]
+    return int(status.split()[0]) * 1024

@@ -1,0 +1,152 @@
+"""Time of one operation, by everybody who can do it, side by side.
+
+First every provider is compared with float64; who computes something else, or fails, has no time.
+Of several settings the faster in a trial is kept. Then come the rounds: in each one everybody is
+called once, in an order drawn for that round, so that what slows the machine for a while slows
+all of them alike; inputs alternate, so that nothing stays in a cache.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from bench import machine, providers
+from bench.floor import Floor
+from bench.inputs import Inputs
+from bench.measures import accuracy
+from bench.measures.timing import (
+    OUT_OF_TIME,
+    Samples,
+    clear_gradients,
+    failure,
+    sample_rounds,
+    timed_call,
+)
+from bench.ops import Op
+from bench.providers import Outputs, Provider, Refusal, Setting
+from bench.results_file import FLOOR, OURS, Record, record
+
+
+class Case:
+    """One operation on one shape: who takes part, and with which setting."""
+
+    def __init__(self, op: Op, inputs: Sequence[Inputs], deadline: float) -> None:
+        """inputs: at least one set, used in turn. deadline: of time.monotonic(), in seconds."""
+        self.op, self.inputs, self.deadline = op, inputs, deadline
+        self.truth = accuracy.exact(inputs[0], op)
+        self.chosen: dict[str, tuple[Provider, Setting]] = {}
+        self.entries: dict[str, dict[str, Any]] = {}
+
+    def enter(self, provider: Provider) -> None:
+        """Try its settings; it takes part if one of them is right, else its status says why not."""
+        entry = self.entries[provider.name] = {
+            "package": provider.package,
+            "version": providers.version(provider),
+            "setting": {},
+        }
+        try:
+            providers.check(provider, self.op)
+        except Refusal as refusal:
+            entry["status"] = str(refusal)
+            return
+        if self._late():
+            entry["status"] = OUT_OF_TIME
+            return
+        trials = [self._trial(provider, setting) for setting in provider.settings]
+        right = [one for one in trials if one["status"] == "ok"]
+        best = min(right, key=lambda one: one["ms"]) if right else trials[0]
+        entry |= {name: best[name] for name in ("status", "setting", "errors") if name in best}
+        if right:
+            self.chosen[provider.name] = provider, best["setting"]
+        if len(trials) > 1:
+            entry["tried"] = [
+                {name: one.get(name) for name in ("setting", "ms", "status")} for one in trials
+            ]
+
+    def race(self, floor: Floor, rounds: int) -> Iterator[Record]:
+        """Time those who take part against the bare GEMMs; then the records of everybody."""
+        before = machine.readings()
+        measures: dict[str, Callable[[int], tuple[float, float]]] = {
+            FLOOR: lambda n: (_floor_ms(floor, self.op, self._given(n)), 0.0)
+        }
+        for name, (provider, setting) in self.chosen.items():
+            measures[name] = self._call(provider, setting)
+        samples = sample_rounds(measures, rounds, self.deadline, warm_up=False)
+        clear_gradients(self.inputs[0], self.op)
+        clock = {"before": before, "after": machine.readings()}
+        floor_entry = {"package": None, "version": None, "setting": {}}
+        for name, entry in ({FLOOR: floor_entry} | self.entries).items():
+            if name in samples:
+                entry["status"] = samples[name].status
+            yield self._record(name, entry, samples.get(name), clock)
+
+    def _late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def _trial(self, provider: Provider, setting: Setting) -> dict[str, Any]:
+        """Accuracy of one setting, and its time where there is another one to choose from."""
+        first, trial = self.inputs[0], {"setting": dict(setting), "status": "ok"}
+        try:
+            clear_gradients(first, self.op)
+            outputs = providers.forward(provider, first, self.op, setting)
+            if self.op.gradients:
+                outputs["loss"].backward()
+            found = accuracy.with_gradients(outputs, first, self.op)
+            trial["errors"] = accuracy.errors(found, self.truth)
+            trial["status"] = self._judge(provider, found, trial["errors"]) or "ok"
+            del outputs, found
+            if len(provider.settings) > 1 and trial["status"] == "ok":
+                trial["ms"] = sum(timed_call(provider, first, self.op, setting))
+            else:
+                trial["ms"] = 0.0
+        except Refusal as refusal:
+            trial["status"] = str(refusal)
+        except Exception as error:  # of other people's code: it stands in the table
+            trial["status"] = failure(error)
+        return trial
+
+    def _judge(self, provider: Provider, found: Outputs, errors: accuracy.Errors) -> str | None:
+        different = accuracy.difference(found, self.truth, errors, self.op)
+        if different or provider.name != OURS:
+            return different
+        return accuracy.beyond_budget(found, errors, self.truth, self.inputs[0], self.op)
+
+    def _given(self, n: int) -> Inputs:
+        return self.inputs[n % len(self.inputs)]
+
+    def _call(self, provider: Provider, setting: Setting) -> Callable[[int], tuple[float, float]]:
+        return lambda n: timed_call(provider, self._given(n), self.op, setting)
+
+    def _record(
+        self,
+        name: str,
+        entry: dict[str, Any],
+        samples: Samples[tuple[float, float]] | None,
+        clock: Any,
+    ) -> Record:
+        shape = self.inputs[0].shape
+        made = record("speed", self.op.name, shape, self.inputs[0].profile, name, **entry)
+        if made["status"] != "ok" or samples is None:
+            return made
+        made |= {"total_ms": [sum(pair) for pair in samples.values], "clock": clock}
+        made["flop"] = self.op.flop(shape)
+        if name != FLOOR:
+            pairs = zip(*samples.values, strict=True)
+            made["forward_ms"], made["backward_ms"] = (list(part) for part in pairs)
+        return made
+
+
+def _floor_ms(floor: Floor, op: Op, given: Inputs) -> float:
+    start = machine.clock()
+    floor.run(op, given)
+    return 1e3 * (machine.clock() - start)
+
+
+def records(
+    op: Op, inputs: Sequence[Inputs], contestants: Sequence[Provider], rounds: int, deadline: float
+) -> Iterator[Record]:
+    """Everybody on one operation: records of kind "speed", that of the floor first."""
+    case = Case(op, inputs, deadline)
+    for provider in contestants:
+        case.enter(provider)
+    yield from case.race(Floor(inputs[0]), rounds)

@@ -1,0 +1,171 @@
+"""The time of one call of a provider, and samples of many calls taken in turns.
+
+Gradients of the call before are dropped outside of the clock: adding to them would be timed too.
+"""
+
+import math
+import random
+import time
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+from bench.inputs import Inputs
+from bench.machine import DEVICE, clock
+from bench.ops import Op
+from bench.providers import Provider, Setting, forward
+
+LEAVES = ("hidden", "weight")
+"""Inputs that may want a gradient."""
+ENOUGH_ROUNDS = 3
+"""Rounds that make a figure, where time ends before all of them."""
+OUT_OF_TIME = "out of time"
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+
+def clear_gradients(inputs: Inputs, op: Op) -> None:
+    """Drop the gradients of the last call; the weight wants one unless the operation freezes it."""
+    inputs.hidden.grad = inputs.weight.grad = None
+    inputs.weight.requires_grad_(not op.frozen_head)
+
+
+def gradients_left(inputs: Inputs) -> tuple[str, ...]:
+    """Names of the inputs that hold a gradient."""
+    return tuple(name for name in LEAVES if getattr(inputs, name).grad is not None)
+
+
+def timed_call(provider: Provider, inputs: Inputs, op: Op, setting: Setting) -> tuple[float, float]:
+    """(forward, backward) of one call in ms; backward is 0 where the operation has none.
+
+    The gradients stay in inputs until the next call.
+    Raises: RuntimeError where the call did not leave the gradients of the operation, all of them.
+    """
+    clear_gradients(inputs, op)
+    start = clock()
+    outputs = forward(provider, inputs, op, setting)
+    middle = clock()
+    if op.gradients:
+        outputs["loss"].backward()
+    end = clock()
+    left = gradients_left(inputs)
+    if left != op.gradients:
+        raise RuntimeError(
+            f"{provider.name}, {op.name} must leave gradients of {op.gradients}, got {left}"
+        )
+    return 1e3 * (middle - start), 1e3 * (end - middle) if op.gradients else 0.0
+
+
+def device_ms(prepare: Callable[[], object], call: Callable[[], object]) -> float:
+    """Time that the device spends in a call after prepare, which is outside of the clock.
+
+    On a GPU prepare must keep the device busy for longer than the host takes to ask for the call:
+    a kernel of a fifth of a millisecond is not timed with the Python in front of it.
+    """
+    if DEVICE == "cpu":
+        prepare()
+        start = clock()
+        call()
+        return 1e3 * (clock() - start)
+    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    prepare()
+    start_event.record()
+    call()
+    end_event.record()
+    end_event.synchronize()
+    return start_event.elapsed_time(end_event)
+
+
+@dataclass(frozen=True, slots=True)
+class Samples(Generic[Value]):
+    """What one thing measured in every round."""
+
+    status: str
+    """Of results_file.py."""
+    values: list[Value]
+    """One a round; none unless status is "ok"."""
+
+
+def sample_rounds(
+    measures: Mapping[Key, Callable[[int], Value]],
+    rounds: int,
+    deadline: float,
+    warm_up: bool = True,
+) -> dict[Key, Samples[Value]]:
+    """All measures once a round, in an order drawn for it.
+
+    Args:
+        measures: called with the number of the round, by which it may choose its inputs.
+        warm_up: a round comes first that does not count.
+        deadline: of time.monotonic. At it the round that is not complete is dropped, and all of
+            them if fewer than ENOUGH_ROUNDS of the rounds are complete.
+    Returns: samples by key. What raises is left out from then on, and has no values.
+    """
+    values: dict[Key, list[Value]] = {key: [] for key in measures}
+    failed: dict[Key, str] = {}
+    numbers = range(-1 if warm_up else 0, rounds)
+    done = _run_rounds(measures, numbers, deadline, values, failed)
+    status = "ok" if done >= min(rounds, ENOUGH_ROUNDS) else OUT_OF_TIME
+    found = {}
+    for key, taken in values.items():
+        state = failed.get(key, status)
+        found[key] = Samples(state, taken[:done] if state == "ok" else [])
+    return found
+
+
+def _run_rounds(
+    measures: Mapping[Key, Callable[[int], Value]],
+    numbers: range,
+    deadline: float,
+    values: dict[Key, list[Value]],
+    failed: dict[Key, str],
+) -> int:
+    """Fill values and failed; how many rounds are complete. That of a negative number warms up."""
+    for n in numbers:
+        keys = [key for key in measures if key not in failed]
+        random.Random(n).shuffle(keys)
+        for key in keys:
+            if time.monotonic() > deadline:
+                return max(0, n)
+            try:
+                value = measures[key](max(0, n))
+            except Exception as error:
+                failed[key] = failure(error)
+                continue
+            if n >= 0:
+                values[key].append(value)
+    return len(numbers) + min(numbers.start, 0)
+
+
+def failure(error: Exception) -> str:
+    """The status of a call that raised, in one line; frees what it left on a GPU."""
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+    if isinstance(error, torch.OutOfMemoryError):
+        return "failed: out of memory"
+    text = str(error).strip()
+    return f"failed: {type(error).__name__}: {text.splitlines()[0][:120] if text else ''}"
+
+
+def fastest_setting(provider: Provider, inputs: Inputs, op: Op, deadline: float) -> Setting:
+    """Of the provider's settings, by the second call of each; the first where none was tried."""
+    if len(provider.settings) == 1:
+        return provider.settings[0]
+    tried: list[float] = []
+    for setting in provider.settings:
+        ms = math.inf
+        if time.monotonic() < deadline:
+            try:
+                ms = min(sum(timed_call(provider, inputs, op, setting)) for _ in range(2))
+            except Exception as error:
+                failure(error)
+        tried.append(ms)
+    return provider.settings[tried.index(min(tried))]
+
+
+def share(deadline: float, part: int, parts: int) -> float:
+    """Deadline of one part of several, of which the ones before are over: what they left counts."""
+    now = time.monotonic()
+    return now + (deadline - now) / (parts - part)

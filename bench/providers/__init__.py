@@ -1,0 +1,145 @@
+"""Everybody who computes a part of the same job, behind one interface.
+
+A library offers pieces (log-probabilities, a divergence, a whole GRPO loss); an operation is put
+together from the fewest of its pieces, or refused with the reason. Libraries are imported by
+`load`, so that a missing one costs nothing and is named in the table.
+"""
+
+import importlib
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import definition
+from bench.inputs import Inputs
+from bench.machine import DEVICE
+from bench.ops import Op
+
+Setting = Mapping[str, Any]
+"""Named arguments of a provider's calls, such as a chunk size."""
+Outputs = dict[str, Tensor]
+"""By name: "loss" 0-d, differentiable; and what there is of "logprobs", "entropy" and "kl" [N]."""
+MODULES = ("home", "liger", "trl", "cce", "torch_lce", "verl", "fla", "quack", "unsloth", "flash")
+
+
+class Refusal(Exception):  # noqa: N818 (nothing is wrong)
+    """The provider does not do this: the message is the reason shown in the table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provider:
+    """One library, or one way of using it. Calls take (inputs, ..., **setting)."""
+
+    name: str
+    package: str | None = None
+    """Distribution on PyPI; None: nothing to install."""
+    gpu_only: str | None = None
+    """Why it does not run on a CPU."""
+    settings: tuple[Setting, ...] = ({},)
+    """Tried once each; the fastest is timed."""
+    whole: Callable[..., Outputs] | None = None
+    """(inputs, op, **setting): every operation, in one call."""
+    score: Callable[..., tuple[Tensor, Tensor | None]] | None = None
+    """(hidden, weight, tokens, entropy: bool, **setting) -> log-probabilities [N], entropy [N]."""
+    divergence: Callable[..., Tensor] | None = None
+    """(inputs, kd, **setting) -> divergence to the teacher, 0-d mean or [N]."""
+    policy: Callable[..., Tensor] | None = None
+    """(inputs, op, **setting) -> mean clipped policy-gradient loss, 0-d."""
+    cross_entropy: Callable[..., Tensor] | None = None
+    """(inputs, **setting) -> mean of -log p, 0-d."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """{operation or KD term: why not}, beside those that no piece computes."""
+
+
+def load() -> list[Provider]:
+    """All providers that this project knows, installed or not."""
+    found: list[Provider] = []
+    for name in MODULES:
+        found += importlib.import_module(f"bench.providers.{name}").PROVIDERS
+    return found
+
+
+def version(provider: Provider) -> str | None:
+    """Version of its package; None where there is none to install, or none installed."""
+    try:
+        return metadata.version(provider.package) if provider.package else None
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def check(provider: Provider, op: Op) -> None:
+    """Raises: Refusal where the provider cannot do this here, with the reason."""
+    if provider.package and version(provider) is None:
+        raise Refusal("not installed")
+    if DEVICE == "cpu" and provider.gpu_only:
+        raise Refusal(f"not supported: {provider.gpu_only}")
+    for key in (op.name, op.kd):
+        if key in provider.refused:
+            raise Refusal(f"not supported: {provider.refused[key]}")
+    if provider.whole is None:
+        _check_pieces(provider, op)
+
+
+def _check_pieces(provider: Provider, op: Op) -> None:
+    needed = {
+        "log-probabilities": (not op.gradients or op.kd == "k2", provider.score),
+        "divergence": (op.kd not in (None, "k2"), provider.divergence),
+        "policy gradient": (op.policy, provider.policy or provider.score),
+        "cross entropy": (op.cross_entropy, provider.cross_entropy or provider.score),
+    }
+    missing = [name for name, (wanted, piece) in needed.items() if wanted and piece is None]
+    if missing:
+        raise Refusal(f"not supported: no {' and no '.join(missing)}")
+
+
+def forward(provider: Provider, inputs: Inputs, op: Op, setting: Setting) -> Outputs:
+    """The operation's forward pass; call .backward() on its "loss", where it has one, after it.
+
+    A whole call where there is one, else the sum of the calls that the operation needs.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of other people's code
+        if provider.whole is not None:
+            return provider.whole(inputs, op, **setting)
+        return _composed(provider, inputs, op, setting)
+
+
+def _composed(provider: Provider, inputs: Inputs, op: Op, setting: Setting) -> Outputs:
+    if not op.gradients:
+        with torch.no_grad():
+            return _score(provider, inputs, setting, entropy=True)
+    found: Outputs = {}
+    fused = provider.cross_entropy if op.cross_entropy else provider.policy
+    if op.kd == "k2" or (fused is None and (op.policy or op.cross_entropy)):
+        found = _score(provider, inputs, setting, entropy=False)
+    losses: list[Tensor] = []
+    if op.cross_entropy:
+        losses.append(fused(inputs, **setting) if fused else -found["logprobs"].mean())
+    if op.policy and "logprobs" in found:
+        losses.append(definition.policy_loss(found["logprobs"], inputs, op).mean())
+    elif op.policy:
+        assert provider.policy is not None
+        losses.append(provider.policy(inputs, op, **setting))
+    if op.kd == "k2":
+        with torch.no_grad():
+            assert provider.score is not None
+            teacher = inputs.teacher_hidden, inputs.shared_teacher_weight, inputs.tokens
+            lq, _ = provider.score(*teacher, False, **setting)
+        losses.append((found["logprobs"] - lq).square().mean() / 2)
+    elif op.kd:
+        assert provider.divergence is not None
+        kl = provider.divergence(inputs, op.kd, **setting)
+        found |= {"kl": kl} if kl.ndim else {}
+        losses.append(kl.mean())
+    return found | {"loss": sum(losses[1:], losses[0])}
+
+
+def _score(provider: Provider, inputs: Inputs, setting: Setting, entropy: bool) -> Outputs:
+    assert provider.score is not None
+    lp, h = provider.score(inputs.hidden, inputs.shared_weight, inputs.tokens, entropy, **setting)
+    return {"logprobs": lp} | ({"entropy": h} if h is not None else {})

@@ -1,0 +1,102 @@
+"""This library, and three baselines that anybody can write: full logits, compiled, in chunks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kdrl_kernels as kk
+from bench import definition
+from bench.inputs import Inputs
+from bench.machine import DEVICE
+from bench.ops import Op
+from bench.providers import Outputs, Provider
+
+CHUNKS = ({"rows": 1024}, {"rows": 4096}) if DEVICE == "cuda" else ({"rows": 64}, {"rows": 256})
+
+
+def _ours(inputs: Inputs, op: Op, workspace_bytes: int | None = None) -> Outputs:
+    """This library, as README calls it."""
+    head: tuple[Tensor, ...] = (inputs.hidden, inputs.shared_weight, inputs.tokens)
+    options: dict[str, Any] = {"workspace_bytes": workspace_bytes}
+    if not op.gradients:
+        with torch.no_grad():
+            lp = kk.linear_logprobs(*head, entropy=True, **options)
+        assert lp.entropy is not None
+        return {"logprobs": lp.logprobs, "entropy": lp.entropy}
+    if op.cross_entropy:
+        out = kk.linear_token_loss(*head, lambda rows: -rows.logprobs, **options)
+    else:
+        out = kk.kdrl_loss(
+            *head,
+            advantages=definition.advantages(inputs, op) if op.policy else None,
+            old_logprobs=inputs.old_logprobs if op.old_logprobs else None,
+            teacher=kk.TeacherHead(inputs.teacher_hidden, inputs.teacher_weight) if op.kd else None,
+            objective=kk.Objective(policy="clip" if op.policy else "off", kd=op.kd, kd_coef=1.0),
+            compact=op.active < 1 or None,  # on a GPU it is asked for
+            **options,
+        )
+    found = {"loss": out.loss, "logprobs": out.logprobs, "kl": out.kl}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _full_logits(inputs: Inputs, op: Op) -> Outputs:
+    """The usual way to write it: all logits at once, gradients by autograd."""
+    with torch.set_grad_enabled(bool(op.gradients)):
+        logp = definition.log_softmax(inputs.hidden, inputs.shared_weight)
+        logq = None
+        if op.kd:
+            with torch.no_grad():
+                logq = definition.log_softmax(inputs.teacher_hidden, inputs.shared_teacher_weight)
+        found = definition.terms(inputs, op, logp, logq)
+    if found.losses is None:
+        return found.outputs
+    return found.outputs | {"loss": found.losses.mean()}
+
+
+_compiled: dict[str, Any] = {}
+"""One function an operation."""
+
+
+def _full_logits_compiled(inputs: Inputs, op: Op) -> Outputs:
+    """The same under torch.compile, one graph an operation."""
+    if op.name not in _compiled:
+
+        def call(given: Inputs) -> Outputs:
+            return _full_logits(given, op)
+
+        _compiled[op.name] = torch.compile(call, dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=1000):  # one for each operation and shape
+        return _compiled[op.name](inputs)
+
+
+def _chunked(inputs: Inputs, op: Op, rows: int) -> Outputs:
+    """Thirty lines of PyTorch: each chunk's gradient is taken while its logits are there."""
+    outputs, gradients = definition.by_rows(inputs, op, inputs.hidden.dtype, rows)
+    if not op.gradients:
+        return outputs
+    leaves = [getattr(inputs, name) for name in op.gradients]
+    taken = [gradients[f"d{name}"] for name in op.gradients]
+    return outputs | {"loss": _Taken.apply(outputs["loss"], *leaves, *taken)}
+
+
+class _Taken(torch.autograd.Function):
+    """A loss whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *leaves_and_gradients: Tensor) -> Tensor:
+        ctx.gradients = leaves_and_gradients[len(leaves_and_gradients) // 2 :]
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        scaled = [gradient.mul_(upstream[0]) for gradient in ctx.gradients]
+        return None, *scaled, *(None for _ in scaled)
+
+
+PROVIDERS = (
+    Provider(name="kdrl-kernels", whole=_ours),
+    Provider(name="PyTorch, full logits", whole=_full_logits),
+    Provider(name="PyTorch, compiled", whole=_full_logits_compiled),
+    Provider(name="PyTorch, chunk loop", whole=_chunked, settings=CHUNKS),
+)

@@ -1,0 +1,105 @@
+"""results.json -> table.md, plots and report.html in the same folder.
+
+python bench/report.py DIR [MORE_JSON...]    more files: of the same machine; a later case wins
+python bench/report.py DIR --short           print one row an operation instead, for README
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # run as a file: what is imported is the package, not its neighbours
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from bench import results_file
+from bench.machine import one_line
+from bench.reporting import figures, page
+from bench.reporting.tables import markdown
+from bench.results_file import Run
+
+
+def read(paths: list[Path]) -> Run:
+    """Runs of one machine as one, finished if all of them are.
+
+    Raises: ValueError where a file is no run, or the machines differ.
+    """
+    runs = [results_file.load(path) for path in paths]
+    for index, run in enumerate(runs):
+        for one in run["records"]:
+            one["run"] = index  # samples align by round within a run only
+    merged = results_file.merge(runs)
+    ends = [run.get("finished") for run in runs]
+    commits = dict.fromkeys(str(run["machine"].get("commit"))[:7] for run in runs)
+    return {
+        **merged,
+        "command": "; ".join(dict.fromkeys(str(run.get("command")) for run in runs)),
+        "started": min((run["started"] for run in runs if run.get("started")), default=None),
+        "finished": None if None in ends else max(str(end) for end in ends),
+        "commits": list(commits) if len(commits) > 1 else [],
+    }
+
+
+def write(folder: Path, more: Sequence[Path] = ()) -> str:
+    """Write all files of the report into a run's folder; returns the short tables and their names.
+
+    Without matplotlib there are no plots, and the text says so.
+    Raises: as read.
+    """
+    run = read([folder, *more])
+    made = page.make(run)
+    for name in page.PLOTS:
+        (folder / name).unlink(missing_ok=True)  # of an earlier run
+    lines = [short(made)]
+    try:
+        draw(run, folder)
+    except ModuleNotFoundError as missing:
+        if missing.name != "matplotlib":
+            raise
+        lines.append("matplotlib is not installed: no plots")
+    (folder / "table.md").write_text(page.as_markdown(made))
+    (folder / "report.html").write_text(page.as_html(made, folder))
+    names = [name for name in ("table.md", *page.PLOTS, "report.html") if (folder / name).exists()]
+    return "\n\n".join([*lines, f"{folder}: {', '.join(names)}"])
+
+
+def short(made: page.Report) -> str:
+    """One row an operation."""
+    return "\n\n".join([made.machine, *(markdown(table) for table in made.short)])
+
+
+def draw(run: Run, folder: Path) -> None:
+    """The plots, of the shape with the most records."""
+    from bench.reporting import curves, plots  # noqa: PLC0415  slow, and not everywhere: matplotlib
+
+    machine = one_line(run["machine"])
+    found = figures.groups(run)
+    if found:
+        plots.time_plot(found[0], machine, folder / "time.png")
+        plots.memory_plot(found[0], machine, folder / "memory.png")
+        plots.accuracy_plot(found[0], machine, folder / "accuracy.png")
+    scaling = figures.scaling(run)
+    if scaling:
+        curves.scaling_plot(scaling, machine, folder / "scaling.png")
+
+
+def main() -> None:
+    """Read, then print or write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="holds results.json")
+    parser.add_argument("more", type=Path, nargs="*", metavar="MORE_JSON", help="further files")
+    parser.add_argument("--short", action="store_true", help="print the short table, write nothing")
+    args = parser.parse_args()
+    try:
+        if args.short:
+            print(short(page.make(read([args.folder, *args.more]))))
+        else:
+            print(write(args.folder, args.more))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""From records to tables, plots and the page; bench/report.py is the command."""

@@ -1,0 +1,394 @@
+"""step, rows and scaling of bench/ on tiny sizes: what is timed is the right thing."""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import definition
+from bench.inputs import Inputs, make_inputs
+from bench.measures import rows, scaling, step
+from bench.ops import OPS_BY_NAME
+from bench.providers import Provider
+from bench.providers.home import PROVIDERS
+from bench.results_file import FLOOR, OURS, Record
+from bench.shapes import TINY
+from kdrl_kernels.rows import load
+from tests.tolerance import assert_within_budget
+
+GRPO, KDRL = (OPS_BY_NAME[name] for name in ("GRPO", "KDRL exact"))
+HOME = {one.name: one for one in PROVIDERS}
+FULL, CHUNKS = "PyTorch, full logits", "PyTorch, chunk loop"
+ROUNDS = 4
+MODEL = step.Sizes(replace(TINY, N=16), 2, 4, 2, 96, 8, tied=True)
+SIZES = scaling.Sizes(
+    TINY,
+    tokens=(8, 24),
+    vocabularies=(128, 300),
+    workspaces=(1 << 16, 1 << 18),
+    workspace_tokens=40,
+)
+FIGURES = ("total_ms", "copy_ms", "step_ms", "head_ms", "extra_bytes", "bytes", "model")
+no_head = Provider(name="no head", whole=lambda inputs, _: {"loss": inputs.weight.sum()})
+"""Its loss does not depend on the hidden states."""
+
+
+def later() -> float:
+    return time.monotonic() + 600
+
+
+@pytest.fixture(scope="module")
+def inputs() -> Inputs:
+    return make_inputs(TINY)
+
+
+@pytest.fixture(scope="module")
+def trainee() -> step.Trainee:
+    return step.Trainee(MODEL)
+
+
+def assert_samples(one: Record, *names: str) -> None:
+    """These are times, as many as rounds."""
+    assert one["status"] == "ok", one
+    for name in names:
+        assert len(one[name]) == ROUNDS, (name, one)
+        assert all(math.isfinite(ms) and ms > 0 for ms in one[name]), (name, one)
+
+
+def assert_no_figure(one: Record, status: str) -> None:
+    assert one["status"] == status
+    assert not set(FIGURES) & one.keys()
+
+
+# step
+
+
+def test_step_records() -> None:
+    found = list(step.records(ROUNDS, later(), models=(MODEL,)))
+    assert [(one["op"], one["provider"]) for one in found] == [
+        (op, provider) for op in ("GRPO", "KDRL exact") for provider in (OURS, FULL)
+    ]
+    H, V, kv, wide = 64, 512, 32, 96
+    attention = 2 * H * H + H + 2 * (H * kv + kv)  # q with bias, o without, k and v with
+    parameters = V * H + H + 2 * (attention + 3 * H * wide + 2 * H)
+    for one in found:
+        assert_samples(one, "step_ms", "head_ms")
+        assert one["kind"] == "step"
+        assert one["sizes"]["N"] == 16
+        model = one["model"]
+        assert (model["layers"], model["tokens"], model["sequence_length"]) == (2, 16, 8)
+        assert model["parameters"] == parameters
+        assert ("not timed" in model.get("teacher", "")) == (one["op"] == "KDRL exact")
+
+
+def test_step_out_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "Trainee", None)  # no model is built any more
+    found = list(step.records(ROUNDS, time.monotonic() - 1, models=(MODEL,)))
+    assert len(found) == 4
+    for one in found:
+        assert_no_figure(one, "out of time")
+
+
+def test_step_names_why_a_provider_is_not_timed() -> None:
+    others = (Provider(name="other", package="kdrl-not-on-any-index"), no_head)
+    found = list(step.records(ROUNDS, later(), others, (MODEL,)))
+    assert_no_figure(found[0], "not installed")
+    assert found[1]["status"].startswith("failed: RuntimeError: no head, GRPO: the backbone got no")
+    assert "step_ms" not in found[1]
+
+
+def test_step_without_memory_for_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: step.Sizes) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(step, "Trainee", fails)
+    for one in step.records(ROUNDS, later(), models=(MODEL,)):
+        assert_no_figure(one, "failed: out of memory")
+
+
+def model_gradients(model: Any, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("op", [GRPO, KDRL], ids=lambda op: op.name)
+def test_the_steps_gradient_reaches_every_parameter(trainee: step.Trainee, op: Any) -> None:
+    batch = trainee.batches[1]
+
+    def by_definition(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+        def loss() -> Tensor:
+            given = replace(batch.inputs, old_logprobs=batch.inputs.old_logprobs.to(dtype))
+            hidden = model.model(input_ids=batch.ids).last_hidden_state.flatten(0, 1)
+            logp = (hidden @ model.lm_head.weight.T).log_softmax(dim=1)
+            t_logits = given.teacher_hidden.to(dtype) @ given.teacher_weight.to(dtype).T
+            losses = definition.terms(given, op, logp, t_logits.log_softmax(dim=1)).losses
+            assert losses is not None
+            return losses.mean()
+
+        return model_gradients(model, loss)
+
+    assert trainee.step_ms(HOME[OURS], op, {}, batch) > 0
+    found = {name: p.grad.clone() for name, p in trainee.model.named_parameters()}
+    exact = by_definition(copy.deepcopy(trainee.model).double(), torch.float64)
+    eager = by_definition(trainee.model, torch.float32)
+    assert len(found) == 26
+    for name, gradient in found.items():
+        largest = exact[name].abs().max()
+        if largest < 1e-12:  # k's bias moves all scores of a query alike
+            assert name.endswith("k_proj.bias")
+            continue
+        errors = [((x[name] - exact[name]).abs().max() / largest).item() for x in (found, eager)]
+        assert gradient.abs().max() > 0
+        assert_within_budget(name, errors[0], errors[1:], torch.finfo(torch.float32).eps)
+
+
+def test_a_step_that_stops_at_the_head_is_no_sample(trainee: step.Trainee) -> None:
+    with pytest.raises(RuntimeError, match="the backbone got no gradient"):
+        trainee.step_ms(no_head, GRPO, {}, trainee.batches[0])
+
+
+def test_the_head_alone_has_the_steps_hidden_states(trainee: step.Trainee) -> None:
+    first, second = trainee.batches
+    for batch in (first, second):
+        with torch.no_grad():
+            hidden = trainee.model.model(input_ids=batch.ids).last_hidden_state
+        torch.testing.assert_close(batch.inputs.hidden.detach(), hidden.view(16, 64))
+        assert batch.inputs.weight is trainee.model.lm_head.weight
+    assert not torch.equal(first.ids, second.ids)
+    assert trainee.head_ms(HOME[OURS], GRPO, {}, first) > 0
+    untouched = [p.grad for name, p in trainee.model.named_parameters() if "layers" in name]
+    assert untouched == [None] * len(untouched)
+
+
+def test_no_row_of_a_step_is_clipped(trainee: step.Trainee) -> None:
+    for batch in trainee.batches:
+        given = batch.inputs
+        logp = (given.hidden @ given.weight.T).detach().log_softmax(dim=1)
+        gap = logp.gather(1, given.tokens[:, None]).squeeze(1) - given.old_logprobs
+        assert 0 < gap.abs().max() < math.log1p(definition.CLIP)
+        assert torch.equal(given.tokens.view(2, 8)[:, :-1], batch.ids[:, 1:])
+        assert 1 < (given.hidden @ given.weight.T).std() < 4  # as long as those of inputs.py
+
+
+# rows
+
+BYTES = {
+    "sweep": 4,
+    "sweep, two streams": 8,
+    "jsd": 16,
+    "gradient": 4 + 4,
+    "gradient, two streams": 8 + 4,
+}
+"""An element of [C, V], dz in float32."""
+
+
+def test_rows_records(inputs: Inputs) -> None:
+    found = list(rows.records(inputs, ROUNDS, later()))
+    assert [one["op"] for one in found] == [*BYTES]
+    for one in found:
+        assert_samples(one, "total_ms", "copy_ms")
+        assert (one["kind"], one["provider"], one["shape"]) == ("rows", OURS, "tiny")
+        assert one["bytes"] == BYTES[one["op"]] * TINY.N * TINY.V
+        assert one["setting"] == {"rows": TINY.N}
+
+
+def test_rows_bytes_of_a_16_bit_gradient() -> None:
+    chunk: Any = SimpleNamespace(C=3, V=1000, dtype=torch.bfloat16)
+    found = {kernel.name: kernel.moved(chunk) for kernel in rows.KERNELS}
+    assert found == {
+        "sweep": 12_000,
+        "sweep, two streams": 24_000,
+        "jsd": 48_000,
+        "gradient": 18_000,
+        "gradient, two streams": 30_000,
+    }
+
+
+def test_rows_out_of_time(inputs: Inputs) -> None:
+    found = list(rows.records(inputs, ROUNDS, time.monotonic() - 1))
+    assert len(found) == len(BYTES)
+    for one in found:
+        assert_no_figure(one, "out of time")
+
+
+@pytest.mark.parametrize("kernel", rows.KERNELS, ids=lambda kernel: kernel.name)
+def test_copy_moves_as_many_bytes(inputs: Inputs, kernel: rows.Kernel) -> None:
+    chunk = rows.Chunk(inputs, 32)
+    chunk.work.fill_(math.nan)
+    chunk.copy(kernel.moved(chunk))
+    written = 4 * int((~chunk.work.isnan()).sum())
+    assert 2 * written == kernel.moved(chunk)
+
+
+def test_rows_are_timed_on_the_heads_logits(
+    monkeypatch: pytest.MonkeyPatch, inputs: Inputs
+) -> None:
+    """At every sweep of every round the buffers hold the logits, though sweeps write over them."""
+    work = load(rows._impl(inputs.hidden.device))
+    real, seen = work.sweep, []
+    logits = (inputs.hidden @ inputs.weight.T).detach()
+    t_logits = inputs.teacher_hidden @ inputs.teacher_weight.T
+
+    def spy(student: Any, tokens: Tensor, *, teacher: Any = None, **more: Any) -> Any:
+        torch.testing.assert_close(student.logits, logits)
+        if teacher is not None:
+            torch.testing.assert_close(teacher.logits, t_logits)
+        assert torch.equal(tokens, inputs.tokens)
+        seen.append(teacher and teacher.kd)
+        return real(student, tokens, teacher=teacher, **more)
+
+    monkeypatch.setattr(work, "sweep", spy)
+    found = list(rows.records(inputs, ROUNDS, later()))
+    assert {one["status"] for one in found} == {"ok"}
+    each = ROUNDS + 1  # and the one that warms up
+    assert [seen.count(kd) for kd in (None, "rkl", "jsd")] == [2 * each, 2 * each, each]
+    assert logits.std() > 1
+
+
+def test_rows_gradient_is_one(monkeypatch: pytest.MonkeyPatch, inputs: Inputs) -> None:
+    """What is timed is dL/dlogits of c · log p_y + g · KL(p‖q), in place."""
+    work = load(rows._impl(inputs.hidden.device))
+    real, checked = work.gradient, []
+
+    def exact(coef: Any, dtype: torch.dtype) -> Tensor:
+        heads = (
+            (inputs.hidden, inputs.weight),
+            (inputs.teacher_hidden, inputs.teacher_weight),
+        )
+        z, t = (x.detach().to(dtype) @ w.detach().to(dtype).T for x, w in heads)
+        logp, logq = z.requires_grad_().log_softmax(dim=1), t.log_softmax(dim=1)
+        loss = (coef.logprobs * logp.gather(1, inputs.tokens[:, None]).squeeze(1)).sum()
+        if coef.kl is not None:
+            loss = loss + (coef.kl * definition.divergence("rkl", logp, logq)).sum()
+        return torch.autograd.grad(loss, z)[0]
+
+    def spy(student: Any, tokens: Tensor, stats: Any, coef: Any, **more: Any) -> Any:
+        out = real(student, tokens, stats, coef, **more)
+        assert out.data_ptr() == student.logits.data_ptr()
+        want, eager = (exact(coef, dtype) for dtype in (torch.float64, torch.float32))
+        errors = [((x - want).abs().max() / want.abs().max()).item() for x in (out, eager)]
+        assert_within_budget("dz", errors[0], errors[1:], torch.finfo(torch.float32).eps)
+        checked.append(coef.kl is not None)
+        return out
+
+    monkeypatch.setattr(work, "gradient", spy)
+    found = list(rows.records(inputs, ROUNDS, later()))
+    assert {one["status"] for one in found} == {"ok"}
+    assert sorted(checked) == [False] * (ROUNDS + 1) + [True] * (ROUNDS + 1)
+
+
+# scaling
+
+
+def test_scaling_records() -> None:
+    found = list(scaling.records(ROUNDS, later(), None, SIZES))
+    curves = {
+        "N": (SIZES.tokens, (FLOOR, OURS, FULL, CHUNKS)),
+        "V": (SIZES.vocabularies, (FLOOR, OURS, FULL, CHUNKS)),
+        "workspace": (SIZES.workspaces, (OURS,)),
+    }
+    assert {(r["axis"], r["value"], r["op"], r["provider"]) for r in found} == {
+        (axis, value, op, provider)
+        for axis, (values, providers) in curves.items()
+        for value in values
+        for provider in providers
+        for op in ("GRPO", "KDRL exact")
+    }
+    assert len(found) == 36
+    for one in found:
+        assert_samples(one, "total_ms")
+        assert one["kind"] == "scaling"
+        assert one["extra_bytes"] is None
+        N = {"N": one["value"], "V": TINY.N, "workspace": 40}[one["axis"]]
+        V = one["value"] if one["axis"] == "V" else TINY.V
+        assert one["sizes"] == {"N": N, "H": 64, "V": V, "H_t": 64, "V_t": V}
+        if one["axis"] == "workspace":
+            assert one["setting"] == {"workspace_bytes": one["value"]}
+        if one["provider"] == CHUNKS:
+            assert one["setting"] in HOME[CHUNKS].settings
+
+
+def test_scaling_times_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+
+    def fake(provider: Provider, given: Inputs, op: Any, setting: Any) -> tuple[float, float]:
+        called.append((provider.name, given.hidden.shape, given.weight.shape, op.name, setting))
+        return 1.0, 2.0
+
+    monkeypatch.setattr(scaling, "timed_call", fake)
+    for one in scaling.records(ROUNDS, later(), None, SIZES):
+        if one["provider"] == FLOOR:
+            continue
+        assert one["total_ms"] == [3.0] * ROUNDS
+        N, V = one["sizes"]["N"], one["sizes"]["V"]
+        case = one["provider"], (N, 64), (V, 64), one["op"], one["setting"]
+        assert called.count(case) == ROUNDS + 1
+
+
+def test_scaling_memory_is_that_of_its_case() -> None:
+    asked = []
+
+    def fake(shape: Any, profile: str, op: str, provider: str, setting: Any) -> dict[str, int]:
+        asked.append((shape.N, shape.V, shape.V_t, profile, op, provider, tuple(setting.items())))
+        if provider == FULL:
+            raise RuntimeError("its process died")
+        return {"extra_bytes": len(asked), "input_bytes": -1}
+
+    found = list(scaling.records(ROUNDS, later(), fake, SIZES))
+    for one in found:
+        if one["provider"] == FLOOR:
+            assert one["extra_bytes"] is None
+            continue
+        sizes = [one["sizes"][name] for name in ("N", "V", "V_t")]
+        rest = one["profile"], one["op"], one["provider"], tuple(one["setting"].items())
+        number = asked.index((*sizes, *rest)) + 1
+        if one["provider"] == FULL:
+            assert one["extra_bytes"] is None
+            assert one["memory_status"] == "failed: RuntimeError: its process died"
+        else:
+            assert one["extra_bytes"] == number
+    assert len(asked) == len(set(asked)) == 28
+
+
+def test_scaling_out_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "make_inputs", None)  # nothing is made any more
+    found = list(scaling.records(ROUNDS, time.monotonic() - 1, None, SIZES))
+    assert len(found) == 36
+    for one in found:
+        assert_no_figure(one, "out of time")
+
+
+def test_scaling_skips_full_logits_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    most = 4 * 24 * 512 / scaling.LOGITS_SHARE
+    monkeypatch.setattr(scaling, "free_bytes", lambda: math.ceil(most))
+    found = list(scaling.records(ROUNDS, later(), None, SIZES))
+    skipped = {
+        (one["axis"], one["value"], one["op"]): one["status"]
+        for one in found
+        if one["status"] != "ok"
+    }
+    assert all(one["provider"] == FULL for one in found if one["status"] != "ok")
+    assert skipped == {  # one stream: 24 x 512 and 32 x 300 fit; two: half of that
+        ("N", 24, "KDRL exact"): "not supported: 24 x 512 logits need 0.0 GB",
+        ("V", 300, "KDRL exact"): "not supported: 32 x 300 logits need 0.0 GB",
+    }
+    for one in found:
+        if one["status"] != "ok":
+            assert_no_figure(one, one["status"])
+
+
+def test_scaling_says_how_much_full_logits_need() -> None:
+    shape = replace(TINY, N=131_072, V=152_064, V_t=152_064)
+    assert scaling.too_large(shape, GRPO, None) is None
+    assert scaling.too_large(shape, GRPO, 140 << 30) is None
+    assert scaling.too_large(shape, KDRL, 140 << 30) == (
+        "not supported: 131,072 x 152,064 logits need 159.5 GB"
+    )

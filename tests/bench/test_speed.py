@@ -1,0 +1,249 @@
+"""Who is timed, who is not and why; what a sample is; what is left of a run that is stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import definition, results_file
+from bench.inputs import Inputs, make_inputs
+from bench.measures import accuracy, memory, speed, timing
+from bench.ops import OPS, OPS_BY_NAME, Op
+from bench.providers import Outputs, Provider
+from bench.providers.home import PROVIDERS as HOME
+from bench.results_file import FLOOR, OURS
+from bench.shapes import TINY
+
+ROOT = Path(__file__).parents[2]
+GRPO, KDRL = OPS_BY_NAME["GRPO"], OPS_BY_NAME["KDRL exact"]
+OUR_OWN, FULL_LOGITS = HOME[0], HOME[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors here are tiny."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def inputs() -> list[Inputs]:
+    return [make_inputs(TINY, device="cpu", seed=seed) for seed in range(2)]
+
+
+def _records(
+    inputs: list[Inputs], *contestants: Provider, op: Op = GRPO, deadline: float = float("inf")
+) -> dict[str, dict[str, Any]]:
+    found = speed.records(op, inputs, contestants, rounds=4, deadline=deadline)
+    return {one["provider"]: one for one in found}
+
+
+def _scaled(factor: float) -> Provider:
+    """The right outputs, and gradients times a factor."""
+
+    def call(given: Inputs, op: Op) -> Outputs:
+        outputs, _ = definition.by_rows(given, op, torch.float32, 8)
+        logp = definition.log_softmax(given.hidden, given.weight)
+        whole = definition.terms(given, op, logp, None).losses
+        assert whole is not None
+        graph = whole.mean()
+        return outputs | {"loss": factor * graph + (1 - factor) * graph.detach()}
+
+    return Provider(name=f"scaled by {factor}", whole=call)
+
+
+def test_everybody_has_a_sample_for_each_round(inputs: list[Inputs]) -> None:
+    found = _records(inputs, OUR_OWN, FULL_LOGITS)
+    assert list(found) == [FLOOR, OURS, FULL_LOGITS.name]
+    for one in found.values():
+        assert one["status"] == "ok"
+        assert len(one["total_ms"]) == 4
+        assert min(one["total_ms"]) > 0
+        assert one["flop"] == 3 * 2 * 32 * 64 * 512
+    ours = found[OURS]
+    parts = zip(ours["forward_ms"], ours["backward_ms"], ours["total_ms"], strict=True)
+    assert all(a + b == total for a, b, total in parts)
+    assert set(ours["errors"]) == {"logprobs", "loss", "dhidden", "dweight"}
+
+
+def test_orders_differ_and_inputs_alternate(
+    inputs: list[Inputs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, int]] = []
+
+    def spy(provider: Provider, given: Inputs, *_: object) -> tuple[float, float]:
+        seen.append((provider.name, inputs.index(given)))
+        return 1.0, 2.0
+
+    monkeypatch.setattr(speed, "timed_call", spy)
+    monkeypatch.setattr(Inputs, "__eq__", lambda a, b: a is b)
+    _records(inputs, OUR_OWN, FULL_LOGITS)
+    rounds = [seen[i : i + 2] for i in range(0, 8, 2)]
+    assert [given for one in rounds for _, given in one] == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert all({name for name, _ in one} == {OURS, FULL_LOGITS.name} for one in rounds)
+    assert len({one[0][0] for one in rounds}) == 2, "the same one always goes first"
+
+
+@pytest.mark.parametrize("factor", [0.9, 1.1, -1.0])
+def test_another_gradient_is_marked_and_not_timed(inputs: list[Inputs], factor: float) -> None:
+    one = _records(inputs, _scaled(factor))[f"scaled by {factor}"]
+    assert one["status"].startswith("differs: d")
+    assert f"{abs(1 - factor):.1%}" in one["status"]
+    assert "total_ms" not in one
+    assert _records(inputs, _scaled(1.0))["scaled by 1.0"]["status"] == "ok"
+
+
+def test_nan_differs(inputs: list[Inputs]) -> None:
+    one = _records(inputs, _scaled(float("nan")))["scaled by nan"]
+    assert one["status"].startswith("differs"), one["status"]
+
+
+def test_our_own_budget_is_the_tests(inputs: list[Inputs], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that others may have, of a percent, is too much for us."""
+    slightly = _scaled(1.01)
+    assert _records(inputs, slightly)[slightly.name]["status"] == "ok"
+    monkeypatch.setattr(speed, "OURS", slightly.name)
+    one = _records(inputs, slightly)[slightly.name]
+    assert one["status"].startswith("differs: error of d")
+    assert "budget" in one["status"]
+
+
+def test_no_gradient_differs(inputs: list[Inputs]) -> None:
+    def call(given: Inputs, _: Op) -> Outputs:
+        return {"loss": given.hidden.sum()}  # the head is left out
+
+    one = _records(inputs, Provider(name="half", whole=call))["half"]
+    assert one["status"] == "differs: no dweight"
+
+
+def test_failure_stands_in_the_record(inputs: list[Inputs]) -> None:
+    calls = 0
+
+    def later(given: Inputs, op: Op) -> Outputs:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise RuntimeError("illegal memory access\nand a long trace")
+        assert FULL_LOGITS.whole is not None
+        return FULL_LOGITS.whole(given, op)
+
+    found = _records(inputs, Provider(name="later", whole=later), OUR_OWN)
+    assert found["later"]["status"] == "failed: RuntimeError: illegal memory access"
+    assert "total_ms" not in found["later"]
+    assert len(found[OURS]["total_ms"]) == 4, "one failure costs nobody else a round"
+
+
+def test_the_faster_right_setting_is_kept(inputs: list[Inputs]) -> None:
+    def call(given: Inputs, op: Op, pause: float, factor: float) -> Outputs:
+        time.sleep(pause)
+        found = _scaled(factor).whole
+        assert found is not None
+        return found(given, op)
+
+    choices = ({"pause": 0.05, "factor": 1.0}, {"pause": 0.0, "factor": 1.0})
+    wrong = {"pause": 0.0, "factor": 2.0}
+    provider = Provider(name="choosy", whole=call, settings=(*choices, wrong))
+    one = _records(inputs, provider)["choosy"]
+    assert one["setting"] == choices[1]
+    assert [trial["status"][:7] for trial in one["tried"]] == ["ok", "ok", "differs"]
+
+
+def test_out_of_time(inputs: list[Inputs]) -> None:
+    found = _records(inputs, OUR_OWN, deadline=time.monotonic() - 1)
+    assert {one["status"] for one in found.values()} == {speed.OUT_OF_TIME}
+    assert not any("total_ms" in one for one in found.values())
+
+
+def test_errors_are_relative_to_the_largest() -> None:
+    truth = {"dhidden": torch.arange(1.0, 2001.0).double(), "loss": torch.tensor(1e-9).double()}
+    found = {"dhidden": truth["dhidden"].clone(), "loss": torch.tensor(2e-9)}
+    found["dhidden"][3] += 20
+    errors = accuracy.errors(found, truth)
+    assert errors["dhidden"]["max"] == pytest.approx(0.01)
+    assert errors["dhidden"]["p999"] == pytest.approx(0.0, abs=1e-9)
+    assert errors["loss"]["max"] < 1e-8, "a mean that cancels is not 100% off"
+
+
+def test_flop_of_the_operations() -> None:
+    unit = TINY.unit_flop
+    units = {op.name: op.flop(TINY) / unit for op in OPS}
+    assert units == {
+        "logprob + entropy": 1,
+        "GRPO": 3,
+        "KDRL exact": 4,
+        "KDRL k2": 4,
+        "reverse KL": 4,
+        "forward KL": 4,
+        "JSD": 4,
+        "GRPO, half at 0": 2,
+        "GRPO, frozen head": 2,
+        "cross entropy": 3,
+    }
+
+
+def test_a_call_that_leaves_too_few_gradients_is_refused(inputs: list[Inputs]) -> None:
+    partial = Provider(name="partial", whole=lambda given, _: {"loss": given.hidden.sum()})
+    with pytest.raises(RuntimeError, match="partial, GRPO must leave gradients"):
+        timing.timed_call(partial, inputs[0], GRPO, {})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="sizes are of the CPU allocator")
+def test_memory_counts_the_logits() -> None:
+    """Full logits hold [N, V] several times, ours one chunk of them."""
+    shape = results_file_shape(N=512, V=8192)
+    full, own = (
+        memory.in_own_process(shape, "reasoning", "GRPO", one.name, setting)
+        for one, setting in ((FULL_LOGITS, {}), (OUR_OWN, {"workspace_bytes": 4 << 20}))
+    )
+    logits = 4 * 512 * 8192
+    assert full["gradient_bytes"] == own["gradient_bytes"] == 4 * 64 * (512 + 8192)
+    assert full["extra_bytes"] > 2 * logits
+    assert 0 < own["extra_bytes"] < logits / 2
+
+
+def results_file_shape(N: int, V: int) -> Any:
+    """TINY with other sizes."""
+    import dataclasses  # noqa: PLC0415
+
+    return dataclasses.replace(TINY, name="memory", N=N, V=V, V_t=V)
+
+
+def test_a_file_is_whole_or_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = results_file.new_run("python -m bench")
+    run["records"] = [results_file.record("speed", "GRPO", TINY, "reasoning", OURS, total_ms=[1.0])]
+    results_file.save(run, tmp_path)
+    before = (tmp_path / "results.json").read_text()
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    run["records"] *= 2
+    with pytest.raises(OSError, match="disk full"):
+        results_file.save(run, tmp_path)
+    assert (tmp_path / "results.json").read_text() == before
+    assert results_file.load(tmp_path)["finished"] is None
+    assert len(json.loads(before)["records"]) == 1
+
+
+def test_a_run_that_is_stopped_keeps_what_it_has(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench", "--minutes", "2", "--shape", "tiny", "--rounds", "3"]
+    command += ["--stages", "speed", "--providers", OURS, "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()  # the first record is there
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    run = results_file.load(tmp_path / "run")
+    assert run["finished"] is None
+    assert run["records"]
+    assert "--out DIR" in run["command"]
+    assert str(tmp_path) not in json.dumps(run["command"])
