@@ -1,8 +1,8 @@
 """The whole scoreboard in one command: python -m bench --minutes 8 --out DIR
 
 Needs no network. results.json is written anew after every record, so that a run which is stopped
-keeps what it has; then come the tables, plots and the page of bench/report.py. Stages, in this
-order, and the share of the minutes by which each has ended: what comes first is what matters most.
+keeps what it has; then come the tables, plots and the page of bench/report.py. The stages follow
+each other in the order of --stages's choices: what comes first is what matters most.
 """
 
 import argparse
@@ -21,13 +21,14 @@ from bench import providers, report
 from bench.inputs import PROFILES, make_inputs
 from bench.machine import DEVICE, use_threads
 from bench.measures import memory, rows, scaling, speed, step
+from bench.measures.timing import failure, free_cache, share
 from bench.ops import OPS, OPS_BY_NAME, Op
 from bench.providers import Provider, Setting
 from bench.results_file import OURS, Record, new_run, save
 from bench.shapes import CPU_RAGGED, MODELS, RAGGED, SHAPES, Shape, default_shape
 
-STAGES = {"speed": 0.5, "memory": 0.66, "rows": 0.67, "step": 0.72, "scaling": 0.9, "shapes": 1.0}
-"""{stage: the share of the time by which it must have ended}."""
+STAGES = {"speed": 50, "rows": 2, "step": 6, "memory": 16, "scaling": 16, "shapes": 10}
+"""{stage: its share of the time}, in their order; what one leaves is the next one's."""
 KEY_OPS = tuple(OPS_BY_NAME[name] for name in ("GRPO", "KDRL exact"))
 """Those measured on further shapes and profiles."""
 SCALING_ROUNDS = 3
@@ -49,37 +50,48 @@ class Scoreboard:
             self.contestants = [one for one in self.contestants if one.name in args.providers]
         self.start, self.seconds = time.monotonic(), 60 * args.minutes
         self.settings: dict[tuple[str, str], Setting] = {}
+        self.failed: list[str] = []
+        """Stages that an error ended, and the error."""
 
     def records(self) -> Iterator[Record]:
         """Everything that was asked for, the most important first."""
         for stage in self.stages:
-            yield from getattr(self, f"_{stage}")(self._deadline(stage))
+            free_cache()
+            try:
+                yield from getattr(self, f"_{stage}")(self._deadline(stage))
+            except Exception as error:  # the next stage may well do better
+                self.failed.append(f"{stage} {failure(error)}")
 
     def _deadline(self, stage: str) -> float:
-        last = stage == self.stages[-1]
-        return self.start + self.seconds * (1.0 if last else STAGES[stage])
+        shares = [STAGES[one] for one in self.stages]
+        spent = sum(shares[: self.stages.index(stage) + 1])
+        return self.start + self.seconds * spent / sum(shares)
 
     def _speed(self, deadline: float) -> Iterator[Record]:
-        for one in self._timed(self.shape, self.profile, self.ops, deadline):
+        for one in self._timed([(self.shape, self.profile)], self.ops, deadline):
             self.settings[one["op"], one["provider"]] = one["setting"]
             yield one
 
     def _timed(
-        self, shape: Shape, profile: str, ops: Sequence[Op], deadline: float
+        self, places: Sequence[tuple[Shape, str]], ops: Sequence[Op], deadline: float
     ) -> Iterator[Record]:
-        inputs = [make_inputs(shape, profile, seed=seed) for seed in range(INPUT_SETS)]
-        for op in ops:
-            yield from speed.records(op, inputs, self.contestants, self.rounds, deadline)
+        """Every operation at every shape and profile, each with its share of the time left."""
+        parts = len(places) * len(ops)
+        for index, (shape, profile) in enumerate(places):
+            inputs = [make_inputs(shape, profile, seed=seed) for seed in range(INPUT_SETS)]
+            for part, op in enumerate(ops, index * len(ops)):
+                until = share(deadline, part, parts)
+                yield from speed.records(op, inputs, self.contestants, self.rounds, until)
+                free_cache()
 
     def _memory(self, deadline: float) -> Iterator[Record]:
-        for op in memory.OPS:
+        for op in (one for one in memory.OPS if one in self.ops):
             pairs = [(one, self._setting(op, one)) for one in self.contestants]
-            late = lambda: time.monotonic() > deadline  # noqa: E731
-            yield from memory.records(op, self.shape, self.profile, pairs, late)
+            yield from memory.records(op, self.shape, self.profile, pairs, deadline)
 
     def _setting(self, op: Op, provider: Provider) -> Setting:
         """The one it was timed with."""
-        return self.settings.get((op.name, provider.name), provider.settings[0])
+        return self.settings.get((op.name, provider.name)) or provider.settings[0]
 
     def _rows(self, deadline: float) -> Iterator[Record]:
         yield from rows.records(make_inputs(self.shape, self.profile), self.rounds, deadline)
@@ -95,9 +107,8 @@ class Scoreboard:
         other = next(name for name in PROFILES if name != self.profile)
         cases = [(self.shape, other), (RAGGED if DEVICE == "cuda" else CPU_RAGGED, self.profile)]
         if DEVICE == "cuda":
-            cases += [(shape, self.profile) for shape in MODELS]
-        for shape, profile in cases:
-            yield from self._timed(shape, profile, KEY_OPS, deadline)
+            cases += [(shape, self.profile) for shape in MODELS if not shape.same(self.shape)]
+        yield from self._timed(cases, KEY_OPS, deadline)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -122,19 +133,23 @@ def main() -> int:
     use_threads()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` too leaves a whole file
     run, stopped = new_run(_command(sys.argv[1:])), False
+    scoreboard = Scoreboard(args)
     try:
-        for one in Scoreboard(args).records():
+        for one in scoreboard.records():
             run["records"].append(one)
             save(run, args.out)
             _progress(one)
     except KeyboardInterrupt:
         stopped = True
+    run["failed"] = scoreboard.failed
     save(run, args.out, done=not stopped)
     print(report.write(args.out))
     wrong = [one for one in run["records"] if _is_wrong(one)]
     for one in wrong:
         print(f"{one['kind']} {one['op']}, {one['shape']}: {one['status']}", file=sys.stderr)
-    return 130 if stopped else int(bool(wrong))
+    for stage in scoreboard.failed:
+        print(f"stage {stage}", file=sys.stderr)
+    return 130 if stopped else int(bool(wrong or scoreboard.failed))
 
 
 def _command(arguments_given: list[str]) -> str:

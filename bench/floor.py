@@ -9,9 +9,10 @@ from torch import Tensor
 
 from bench.inputs import Inputs
 from bench.ops import Op
+from kdrl_kernels.plan import padded
 
 ROWS = 2048
-"""C: from here on a GEMM over a head is as fast as it gets."""
+"""C, of the library's own plans."""
 
 
 class Floor:
@@ -21,12 +22,16 @@ class Floor:
         self.inputs, self.rows = inputs, min(rows, inputs.shape.N)
         hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
         V = max(inputs.shape.V, inputs.shape.V_t)
-        self.logits = self._new(self.rows * V)
+        self.logits = self._new(self.rows * padded(V))
         self.dx = self._new(self.rows, inputs.shape.H)
         self.dw = self._new(inputs.shape.V, inputs.shape.H)
         z = self._logits(inputs.shape.V, self.rows)
         _mm(hidden[: self.rows], weight.T, z)
-        self.dz = (torch.softmax(z, dim=1) * inputs.advantages[: self.rows, None]).to(hidden.dtype)
+        self.dz = torch.empty_like(
+            self.logits[: self.rows * padded(inputs.shape.V)], dtype=hidden.dtype
+        )
+        self.dz = self.dz.view(self.rows, -1)[:, : inputs.shape.V]
+        self.dz.copy_(torch.softmax(z, dim=1) * inputs.advantages[: self.rows, None])
 
     def run(self, op: Op, given: Inputs | None = None) -> None:
         """All GEMMs of one call of the operation on other inputs of this shape: op.flop(shape)."""
@@ -44,13 +49,16 @@ class Floor:
             if "hidden" in op.gradients:
                 _mm(dz, weight, self.dx[:active])
             if "weight" in op.gradients:
-                _add_mm(dz.T, hidden[part][:active], self.dw)
+                into = _mm if start == 0 else _add_mm
+                into(dz.T, hidden[part][:active], self.dw)
 
     def _new(self, *size: int) -> Tensor:
         return torch.zeros(*size, dtype=torch.float32, device=self.inputs.hidden.device)
 
     def _logits(self, V: int, C: int) -> Tensor:
-        return self.logits[: C * V].view(C, V)
+        """[C, V] of the buffer, rows apart as the library has them: odd sizes cost GEMMs time."""
+        stride = padded(V)
+        return self.logits[: C * stride].view(C, stride)[:, :V]
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:

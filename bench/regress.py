@@ -5,11 +5,12 @@ python -m bench.regress OLD NEW [--tolerance 0.1]
 OLD and NEW are folders or files. Time is compared as ours / floor, in the same round, so that a
 machine that is slower today is no regression. A case is slower when the median of that ratio grew
 by more than the tolerance and the lower quartile of the new ratios is above the upper quartile of
-the old ones. Extra memory does not scatter: there the tolerance decides alone. Exits with 1 if any
-case got worse, or if there is nothing to compare.
+the old ones. Extra memory grows by more than the tolerance, and 1 MB. A case that is wrong or fails
+now is worse too. Exits with 1 if any case got worse, or if there is nothing to compare.
 """
 
 import argparse
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,10 @@ from bench.results_file import OURS, Run
 
 Key = tuple[str, str, str]
 """(op, shape, profile)."""
+
+
+SLACK_BYTES = 1e6
+"""Growth of memory that may be the allocator's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +55,17 @@ def compare(old: Run, new: Run, tolerance: float) -> tuple[list[Change], list[st
         now = after.get(key)
         for what in ("time / floor", "extra MB"):
             is_time = what == "time / floor"
-            if not (case.per_floor if is_time else case.extra_bytes is not None):
+            was = _spread(case.per_floor) if is_time else megabytes(case.extra_bytes)
+            if not was:
                 continue  # there was nothing to compare with
             change = now and (_time if is_time else _memory)(key, case, now, tolerance)
+            why = _why(now, is_time)
             if change:
                 changes.append(change)
+            elif why.startswith(("differs", "failed")):
+                changes.append(Change(key, what, was, why, math.inf, True))
             else:
-                vanished.append(f"{_name(key)}: {what} has vanished ({_why(now, is_time)})")
+                vanished.append(f"{_name(key)}: {what} has vanished ({why})")
     return changes, vanished
 
 
@@ -85,7 +94,14 @@ def _memory(key: Key, old: Case, new: Case, tolerance: float) -> Change | None:
     if a is None or b is None:
         return None
     growth = b / a if a > 0 else 1.0 if b <= a else float("inf")
-    return Change(key, "extra MB", megabytes(a), megabytes(b), growth, growth > 1 + tolerance)
+    return Change(
+        key,
+        "extra MB",
+        megabytes(a),
+        megabytes(b),
+        growth,
+        growth > 1 + tolerance and b - a > SLACK_BYTES,
+    )
 
 
 def _why(now: Case | None, is_time: bool) -> str:
@@ -95,7 +111,9 @@ def _why(now: Case | None, is_time: bool) -> str:
     return one_line(status) if status and status != "ok" else "no such figure in the new run"
 
 
-def _spread(ratio: Spread) -> str:
+def _spread(ratio: Spread | None) -> str:
+    if ratio is None:
+        return ""
     return f"{times(ratio.median)} ({times(ratio.low)}-{times(ratio.high)})"
 
 
@@ -109,7 +127,9 @@ def as_text(changes: list[Change], vanished: list[str]) -> str:
     rows = []
     for one in changes:
         verdict = "" if not one.worse else "slower" if one.what == "time / floor" else "more memory"
-        cells = (_name(one.case), one.what, one.old, one.new, f"{one.growth - 1:+.1%}", verdict)
+        wrong = one.growth == math.inf
+        change = ("", "no figure") if wrong else (f"{one.growth - 1:+.1%}", verdict)
+        cells = (_name(one.case), one.what, one.old, one.new, *change)
         rows.append(Row(tuple(Cell(text) for text in cells)))
     columns = ("case", "figure", "old (quartiles)", "new (quartiles)", "change", "verdict")
     table = markdown(Table(f"{OURS}: old and new", columns, tuple(rows)))

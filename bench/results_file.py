@@ -1,6 +1,9 @@
 """results.json: what a benchmark run leaves, and how it is read.
 
-    {"machine": {...}, "command": ..., "started": ..., "finished": ... or null, "records": [...]}
+    {"machine": {...}, "command": ..., "started": ..., "finished": ... or null, "failed": [...],
+     "records": [...]}
+
+failed: stages that an error ended, and the error.
 
 Every record has
 
@@ -42,6 +45,8 @@ from bench.shapes import Shape
 FLOOR = "bare GEMMs"
 OURS = "kdrl-kernels"
 NAME = "results.json"
+OUT_OF_TIME = "out of time"
+"""Status of a case whose turn did not come."""
 Record = dict[str, Any]
 Run = dict[str, Any]
 
@@ -53,6 +58,7 @@ def new_run(command: str) -> Run:
         "command": command,
         "started": _now(),
         "finished": None,
+        "failed": [],
         "records": [],
     }
 
@@ -105,7 +111,7 @@ def load(path: Path) -> Run:
 
 
 def merge(runs: list[Run]) -> Run:
-    """Runs of one machine as one; of the same case a later one wins.
+    """Runs of one machine as one; of the same case a later one wins, if it was run.
 
     Raises: ValueError where machines, threads or versions differ: such figures never share a table.
     """
@@ -115,7 +121,10 @@ def merge(runs: list[Run]) -> Run:
             theirs, own = run["machine"][name], first["machine"][name]
             if theirs != own:
                 raise ValueError(f"runs must be of one machine, got {name} {own} and {theirs}")
-    cases = {case_of(one): one for run in runs for one in run["records"]}
+    cases: dict[tuple[Any, ...], Record] = {}
+    for one in (one for run in runs for one in run["records"]):
+        if case_of(one) not in cases or one["status"] != OUT_OF_TIME:
+            cases[case_of(one)] = one
     return {**runs[-1], "records": list(cases.values())}
 
 

@@ -10,10 +10,9 @@ import ctypes
 import gc
 import multiprocessing
 import platform
+import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures import TimeoutError as NoAnswer
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,10 @@ import torch
 from bench import providers
 from bench.inputs import Inputs, make_inputs
 from bench.machine import DEVICE, use_threads
-from bench.measures.timing import OUT_OF_TIME, clear_gradients, failure
+from bench.measures.timing import clear_gradients, failure, free_cache
 from bench.ops import OPS_BY_NAME, Op
 from bench.providers import Provider, Refusal, Setting
-from bench.results_file import Record, record
+from bench.results_file import OUT_OF_TIME, Record, record
 from bench.shapes import Shape
 
 OPS = tuple(OPS_BY_NAME[name] for name in ("GRPO", "KDRL exact", "reverse KL", "logprob + entropy"))
@@ -75,20 +74,36 @@ def in_own_process(
     Raises: RuntimeError where that process dies (killed for want of memory, say) or gives no
     answer, and whatever the provider raises.
     """
+    free_cache()  # of this process, which holds inputs perhaps
     # forkserver: libraries are imported once; but CUDA must not be alive where one forks
     context = multiprocessing.get_context("spawn" if DEVICE == "cuda" else "forkserver")
     if DEVICE == "cpu":
         context.set_forkserver_preload(["bench.measures.memory"])
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        call = pool.submit(measure, shape, profile, op_name, provider_name, setting)
-        try:
-            return call.result(CASE_SECONDS)
-        except NoAnswer:
-            for process in multiprocessing.active_children():
-                process.kill()
-            raise RuntimeError(f"no answer in {CASE_SECONDS:.0f} s") from None
-        except BrokenProcessPool:
-            raise RuntimeError("its process died, for want of memory perhaps") from None
+    receiver, sender = context.Pipe(duplex=False)
+    case = (shape, profile, op_name, provider_name, setting)
+    process = context.Process(target=_answer, args=(sender, case), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(CASE_SECONDS):
+            raise RuntimeError(f"no answer in {CASE_SECONDS:.0f} s")
+        found = receiver.recv()
+    except EOFError:
+        raise RuntimeError("its process died, for want of memory perhaps") from None
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _answer(sender: Connection, case: tuple[Any, ...]) -> None:
+    """Send what `measure` finds, or the error it raises."""
+    try:
+        sender.send(measure(*case))
+    except Exception as error:  # raised again by the one who asked
+        sender.send(RuntimeError(failure(error).removeprefix("failed: ")))
 
 
 def records(
@@ -96,9 +111,9 @@ def records(
     shape: Shape,
     profile: str,
     contestants: Sequence[tuple[Provider, Setting]],
-    late: Any,
+    deadline: float,
 ) -> Iterator[Record]:
-    """Records of kind "memory"; late(): there is no time for another case."""
+    """Records of kind "memory"; no case is begun after the deadline, of time.monotonic(), in s."""
     for provider, setting in contestants:
         made = record(
             "memory",
@@ -112,7 +127,7 @@ def records(
         )
         try:
             providers.check(provider, op)
-            if late():
+            if time.monotonic() > deadline:
                 made["status"] = OUT_OF_TIME
             else:
                 made |= in_own_process(shape, profile, op.name, provider.name, setting)

@@ -206,7 +206,7 @@ def _record(point: Point, shape: Shape) -> Record:
 def _memory(one: Record, shape: Shape, deadline: float, measure: MeasureMemory) -> dict[str, Any]:
     """What to add to a record: extra_bytes, or why there is no figure."""
     if time.monotonic() > deadline:
-        return {}
+        return {"memory_status": OUT_OF_TIME}
     try:
         found = measure(shape, PROFILE, one["op"], one["provider"], one["setting"])
     except Exception as error:  # of a process of its own: the times are still good

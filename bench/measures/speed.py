@@ -26,6 +26,11 @@ from bench.ops import Op
 from bench.providers import Outputs, Provider, Refusal, Setting
 from bench.results_file import FLOOR, OURS, Record, record
 
+TRIALS = 2
+"""Timed calls of each setting, of which the faster counts."""
+ENTRY_SHARE = 0.6
+"""Of the time of a case: who has not been tried by then is left out, and the rest has rounds."""
+
 
 class Case:
     """One operation on one shape: who takes part, and with which setting."""
@@ -33,7 +38,8 @@ class Case:
     def __init__(self, op: Op, inputs: Sequence[Inputs], deadline: float) -> None:
         """inputs: at least one set, used in turn. deadline: of time.monotonic(), in seconds."""
         self.op, self.inputs, self.deadline = op, inputs, deadline
-        self.truth = accuracy.exact(inputs[0], op)
+        self.entry_deadline = time.monotonic() + (deadline - time.monotonic()) * ENTRY_SHARE
+        self.truth = {} if self._late() else accuracy.exact(inputs[0], op)
         self.chosen: dict[str, tuple[Provider, Setting]] = {}
         self.entries: dict[str, dict[str, Any]] = {}
 
@@ -71,7 +77,7 @@ class Case:
         }
         for name, (provider, setting) in self.chosen.items():
             measures[name] = self._call(provider, setting)
-        samples = sample_rounds(measures, rounds, self.deadline, warm_up=False)
+        samples = sample_rounds(measures, rounds, self.deadline)
         clear_gradients(self.inputs[0], self.op)
         clock = {"before": before, "after": machine.readings()}
         floor_entry = {"package": None, "version": None, "setting": {}}
@@ -81,7 +87,7 @@ class Case:
             yield self._record(name, entry, samples.get(name), clock)
 
     def _late(self) -> bool:
-        return time.monotonic() > self.deadline
+        return time.monotonic() > self.entry_deadline
 
     def _trial(self, provider: Provider, setting: Setting) -> dict[str, Any]:
         """Accuracy of one setting, and its time where there is another one to choose from."""
@@ -95,10 +101,10 @@ class Case:
             trial["errors"] = accuracy.errors(found, self.truth)
             trial["status"] = self._judge(provider, found, trial["errors"]) or "ok"
             del outputs, found
+            trial["ms"] = 0.0
             if len(provider.settings) > 1 and trial["status"] == "ok":
-                trial["ms"] = sum(timed_call(provider, first, self.op, setting))
-            else:
-                trial["ms"] = 0.0
+                again = (timed_call(provider, first, self.op, setting) for _ in range(TRIALS))
+                trial["ms"] = min(sum(pair) for pair in again)
         except Refusal as refusal:
             trial["status"] = str(refusal)
         except Exception as error:  # of other people's code: it stands in the table

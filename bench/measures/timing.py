@@ -3,6 +3,8 @@
 Gradients of the call before are dropped outside of the clock: adding to them would be timed too.
 """
 
+import contextlib
+import gc
 import math
 import random
 import time
@@ -16,12 +18,12 @@ from bench.inputs import Inputs
 from bench.machine import DEVICE, clock
 from bench.ops import Op
 from bench.providers import Provider, Setting, forward
+from bench.results_file import OUT_OF_TIME
 
 LEAVES = ("hidden", "weight")
 """Inputs that may want a gradient."""
 ENOUGH_ROUNDS = 3
 """Rounds that make a figure, where time ends before all of them."""
-OUT_OF_TIME = "out of time"
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
@@ -139,10 +141,17 @@ def _run_rounds(
     return len(numbers) + min(numbers.start, 0)
 
 
+def free_cache() -> None:
+    """Give a GPU's unused memory back, to other processes too; not after a fault of the device."""
+    gc.collect()
+    if DEVICE == "cuda":
+        with contextlib.suppress(RuntimeError):  # a peer's illegal access fails every later call
+            torch.cuda.empty_cache()
+
+
 def failure(error: Exception) -> str:
     """The status of a call that raised, in one line; frees what it left on a GPU."""
-    if DEVICE == "cuda":
-        torch.cuda.empty_cache()
+    free_cache()
     if isinstance(error, torch.OutOfMemoryError):
         return "failed: out of memory"
     text = str(error).strip()

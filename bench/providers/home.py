@@ -76,22 +76,24 @@ def _chunked(inputs: Inputs, op: Op, rows: int) -> Outputs:
     if not op.gradients:
         return outputs
     leaves = [getattr(inputs, name) for name in op.gradients]
-    taken = [gradients[f"d{name}"] for name in op.gradients]
-    return outputs | {"loss": _Taken.apply(outputs["loss"], *leaves, *taken)}
+    taken = [gradients.pop(f"d{name}") for name in op.gradients]
+    return outputs | {"loss": _Taken.apply(outputs["loss"], taken, *leaves)}
 
 
 class _Taken(torch.autograd.Function):
     """A loss whose gradients are known already."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, *leaves_and_gradients: Tensor) -> Tensor:
-        ctx.gradients = leaves_and_gradients[len(leaves_and_gradients) // 2 :]
+    def forward(ctx: Any, loss: Tensor, taken: list[Tensor], *leaves: Tensor) -> Tensor:  # noqa: ARG004
+        ctx.taken = taken
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
-        scaled = [gradient.mul_(upstream[0]) for gradient in ctx.gradients]
-        return None, *scaled, *(None for _ in scaled)
+        taken, ctx.taken = ctx.taken, None  # another owner, and each would be copied into .grad
+        if DEVICE == "cuda" or upstream[0] != 1:  # as this library does: no wait on a GPU
+            taken = [gradient.mul_(upstream[0]) for gradient in taken]
+        return None, None, *taken
 
 
 PROVIDERS = (

@@ -24,17 +24,20 @@ TRITON = "Triton kernels"
 BETA = {"fkl": 0.0, "rkl": 1.0, "jsd": 0.5}
 """The teacher's share of the mixture that its Jensen-Shannon divergence is against."""
 CHUNK_ROWS = (1024, 4096, 16384) if DEVICE == "cuda" else (64, 256)
+CHUNKED = tuple({"chunk_size": rows, "compiled": True} for rows in CHUNK_ROWS)
+CHUNKED += ({"chunk_size": CHUNK_ROWS[1], "compiled": False},)
 BUDGETS = (1, 8)
 """Logits held by the fused cross entropy, as multiples of the hidden states' size. 1: default."""
 
 
-def _chunked_policy(inputs: Inputs, op: Op, chunk_size: int) -> Tensor:
+def _chunked_policy(inputs: Inputs, op: Op, chunk_size: int, compiled: bool) -> Tensor:
     """A token is a sequence of length 1, so that each has an advantage of its own."""
     column = {"old_per_token_logps": inputs.old_logprobs[:, None]} if op.old_logprobs else {}
     loss = import_module("liger_kernel.chunked_loss").LigerFusedLinearGRPOLoss(
         beta=0.0,
         use_ref_model=False,
         chunk_size=chunk_size,
+        compiled=compiled,
         epsilon_low=definition.CLIP,
         epsilon_high=definition.CLIP,
         loss_type="grpo",
@@ -51,12 +54,12 @@ def _chunked_policy(inputs: Inputs, op: Op, chunk_size: int) -> Tensor:
     return value
 
 
-def _chunked_divergence(inputs: Inputs, kd: str, chunk_size: int) -> Tensor:
+def _chunked_divergence(inputs: Inputs, kd: str, **options: Any) -> Tensor:
     """Of heads with the same rows: where the teacher has more, it would take logits of 0 for p."""
     student = (inputs.hidden, inputs.shared_weight)
     teacher = (inputs.teacher_hidden, inputs.shared_teacher_weight)
     loss = import_module("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=BETA[kd], chunk_size=chunk_size
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=BETA[kd], **options
     )
     with torch._dynamo.config.patch(recompile_limit=1000):
         return loss(*student, *teacher, true_labels=inputs.tokens)
@@ -144,7 +147,7 @@ def _provider(way: str, **rest: Any) -> Provider:
 PROVIDERS = (
     _provider(
         "chunked",
-        settings=tuple({"chunk_size": rows} for rows in CHUNK_ROWS),
+        settings=CHUNKED,
         policy=_chunked_policy,
         divergence=_chunked_divergence,
     ),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from bench.reporting.figures import Case, Group, Spread
 from bench.reporting.tables import (
     error,
+    holds_less,
     median,
     megabytes,
     number,
@@ -67,7 +68,7 @@ def _of_case(group: Group, case: Case, ours: Case | None) -> list[Loss]:
         return found
     if case.per_ours and case.per_ours.median < 1:
         found.append(Loss("time", case.per_ours.median, _time(where, case.per_ours, case, ours)))
-    if case.extra_bytes is not None and ours.extra_bytes and case.extra_bytes < ours.extra_bytes:
+    if case.extra_bytes and ours.extra_bytes and holds_less(case.extra_bytes, ours.extra_bytes):
         both = (megabytes(case.extra_bytes), megabytes(ours.extra_bytes))
         share = case.extra_bytes / ours.extra_bytes
         sentence = f"{where} holds {both[0]} MB extra against {both[1]} MB: {times(share)} of ours."

@@ -35,11 +35,17 @@ NOTES = (
     f"{MARK} marks what is to our disadvantage: `/ ours` below 1, less memory, a smaller error of "
     "dX, and a ratio of ours above its target. ≈: the two were timed in different runs, so it is a "
     "ratio of two medians.",
+    "Times of different operations were taken minutes apart: compare them by their ratios. The "
+    "loss is not scaled before its backward pass, so who takes gradients in the forward pass has "
+    "nothing left to do there.",
     "Who computes something else (`differs`), fails, or does not offer the operation has no "
-    "figure, and the reason in its place.",
+    "figure, and the reason in its place. Liger's Triton GRPO loss takes one advantage a sequence; "
+    "here each token has its own, which costs it a padded copy of the logits.",
     "Extra memory: the peak beyond inputs, outputs and gradients, of a process of its own, in MB "
-    "of 10^6 bytes. Errors: |found - exact| against float64, relative to max|exact|: the largest, "
-    "and the 99.9% quantile.",
+    "of 10^6 bytes; differences of less than half a MB are not marked. Errors: |found - exact| "
+    "against float64, relative to max|exact|: the largest, and the 99.9% quantile.",
+    "A whole step is forward and backward of the student, without an optimiser step, a rollout, or "
+    "the teacher's own layers. On a CPU the copy beside the row kernels may stay in the cache.",
 )
 
 
@@ -80,6 +86,7 @@ def _facts(run: Run) -> tuple[tuple[str, str], ...]:
     found.append(("command", run["command"]))
     found.append(("started", run.get("started") or "not known"))
     found.append(("finished", run.get("finished") or "stopped before it was done"))
+    found += [("failed", stage) for stage in run.get("failed", [])]
     rounds = figures.rounds(run)
     if rounds:
         fewest, most = rounds

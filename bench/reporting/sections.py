@@ -9,6 +9,7 @@ from bench.reporting.tables import (
     Table,
     describe,
     error,
+    holds_less,
     is_less,
     kind_of,
     label,
@@ -88,7 +89,7 @@ def _row(group: Group, case: Case) -> Row:
     peer = kind == "peer"
     memory = Cell(
         megabytes(case.extra_bytes),
-        peer and is_less(case.extra_bytes, ours.extra_bytes if ours else None),
+        peer and holds_less(case.extra_bytes, ours.extra_bytes if ours else None),
     )
     if not memory.text and case.memory_status:
         memory = Cell(one_line(case.memory_status))
@@ -158,7 +159,7 @@ def _short_row(group: Group, op: str) -> Row:
             Cell(median(best.total) if best else ""),
             Cell(ratio_text(per_ours), per_ours is not None and per_ours.median < 1),
             Cell(megabytes(own_bytes)),
-            Cell(megabytes(peer_bytes), is_less(peer_bytes, own_bytes)),
+            Cell(megabytes(peer_bytes), holds_less(peer_bytes, own_bytes)),
         )
     )
 

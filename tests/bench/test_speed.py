@@ -1,5 +1,6 @@
 """Who is timed, who is not and why; what a sample is; what is left of a run that is stopped."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -88,7 +89,8 @@ def test_orders_differ_and_inputs_alternate(
     monkeypatch.setattr(speed, "timed_call", spy)
     monkeypatch.setattr(Inputs, "__eq__", lambda a, b: a is b)
     _records(inputs, OUR_OWN, FULL_LOGITS)
-    rounds = [seen[i : i + 2] for i in range(0, 8, 2)]
+    assert len(seen) == 10, "four rounds, and one that warms up"
+    rounds = [seen[i : i + 2] for i in range(2, 10, 2)]
     assert [given for one in rounds for _, given in one] == [0, 0, 1, 1, 0, 0, 1, 1]
     assert all({name for name, _ in one} == {OURS, FULL_LOGITS.name} for one in rounds)
     assert len({one[0][0] for one in rounds}) == 2, "the same one always goes first"
@@ -201,7 +203,7 @@ def test_a_call_that_leaves_too_few_gradients_is_refused(inputs: list[Inputs]) -
 @pytest.mark.skipif(torch.cuda.is_available(), reason="sizes are of the CPU allocator")
 def test_memory_counts_the_logits() -> None:
     """Full logits hold [N, V] several times, ours one chunk of them."""
-    shape = results_file_shape(N=512, V=8192)
+    shape = dataclasses.replace(TINY, name="memory", N=512, V=8192, V_t=8192)
     full, own = (
         memory.in_own_process(shape, "reasoning", "GRPO", one.name, setting)
         for one, setting in ((FULL_LOGITS, {}), (OUR_OWN, {"workspace_bytes": 4 << 20}))
@@ -210,13 +212,6 @@ def test_memory_counts_the_logits() -> None:
     assert full["gradient_bytes"] == own["gradient_bytes"] == 4 * 64 * (512 + 8192)
     assert full["extra_bytes"] > 2 * logits
     assert 0 < own["extra_bytes"] < logits / 2
-
-
-def results_file_shape(N: int, V: int) -> Any:
-    """TINY with other sizes."""
-    import dataclasses  # noqa: PLC0415
-
-    return dataclasses.replace(TINY, name="memory", N=N, V=V, V_t=V)
 
 
 def test_a_file_is_whole_or_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,546 @@
+"""The parts under bench/: floor, inputs, readings, results file, memory records, command line."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from math import ceil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench.__main__ as main
+from bench import machine, results_file
+from bench.floor import Floor
+from bench.inputs import PROFILES, Inputs, make_inputs
+from bench.measures import memory
+from bench.ops import OPS, OPS_BY_NAME, Op
+from bench.providers import Provider
+from bench.results_file import OURS, Record, Run
+from bench.shapes import SHAPES, TINY, Shape
+
+GRPO = OPS_BY_NAME["GRPO"]
+ODD = replace(TINY, name="odd", N=37, H=65, V=513, H_t=97, V_t=511)
+"""No two sizes are equal, and the student knows more tokens."""
+FEW = replace(TINY, name="few", N=256, V=600, V_t=40)
+"""The teacher knows 40 of the student's 600 tokens."""
+CPU_SMALL = SHAPES["cpu-small"]
+
+
+def _name(one: Any) -> str:
+    return str(getattr(one, "name", one))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors here are tiny."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# floor
+
+
+@pytest.fixture(scope="module", params=[TINY, ODD], ids=_name)
+def given(request: pytest.FixtureRequest) -> Inputs:
+    return make_inputs(request.param, device="cpu")
+
+
+def _add_mm_flop(_: Any, a: Sequence[int], b: Sequence[int], **__: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+@pytest.mark.parametrize("rows", [8, 2048], ids="{} rows".format)
+@pytest.mark.parametrize("op", OPS, ids=_name)
+def test_floor_does_the_flop_of_the_operation(given: Inputs, op: Op, rows: int) -> None:
+    floor, shape = Floor(given, rows), given.shape
+    in_place = {torch.ops.aten.addmm_: _add_mm_flop}  # torch leaves it out
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counted:
+        floor.run(op)
+    found, row_flop = counted.get_total_flops(), 2 * shape.H * shape.V
+    # a chunk's active rows are whole ones: half a row off each, for each gradient
+    rounded = ceil(shape.N / rows) * row_flop * len(op.gradients) / 2 if op.active < 1 else 0
+    assert abs(found - op.flop(shape)) <= rounded, (found, op.flop(shape))
+
+
+# inputs
+
+
+@pytest.fixture(scope="module")
+def small() -> dict[str, Inputs]:
+    """{profile: inputs of cpu-small}."""
+    return {profile: make_inputs(CPU_SMALL, profile, "cpu") for profile in PROFILES}
+
+
+def _tensors(inputs: Inputs) -> dict[str, Tensor]:
+    values = {one.name: getattr(inputs, one.name) for one in fields(inputs)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def _logp(inputs: Inputs, who: str) -> Tensor:
+    """[N, min(V, V_t)] of the student ("") or the teacher ("teacher_"), float64."""
+    hidden, weight = getattr(inputs, f"{who}hidden"), getattr(inputs, f"shared_{who}weight")
+    return (hidden.detach().double() @ weight.detach().double().T).log_softmax(dim=1)
+
+
+def test_profile_of_the_entropy_cpu_small_float32(small: dict[str, Inputs]) -> None:
+    entropy = small["reasoning"].entropy
+    assert 0.40 <= (entropy < 0.01).double().mean() <= 0.62
+    assert 0.15 <= (entropy > 0.67).double().mean() <= 0.28
+    assert (small["flat"].entropy >= 0.01).all()
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_entropy_is_of_the_students_logits(small: dict[str, Inputs], profile: str) -> None:
+    inputs = small[profile]
+    logp = _logp(inputs, "")
+    exact = -(logp.exp() * logp).sum(dim=1)
+    logits = (inputs.hidden @ inputs.weight.T).detach().abs().max().item()
+    bound = 16 * torch.finfo(torch.float32).eps * logits * (1 + exact.max().item())
+    assert (inputs.entropy - exact).abs().max() < bound
+
+
+def test_tokens_are_sampled(small: dict[str, Inputs]) -> None:
+    """Their log-probability is minus the entropy on average; of the likeliest it is far more."""
+    inputs = small["flat"]
+    logp = _logp(inputs, "")
+    chosen = logp.gather(1, inputs.tokens[:, None]).squeeze(1)
+    excess = chosen + inputs.entropy
+    standard_error = excess.std() / len(excess) ** 0.5
+    assert abs(excess.mean()) < 4 * standard_error
+    assert (logp.amax(dim=1) + inputs.entropy).mean() > 8 * standard_error
+    off = (inputs.old_logprobs - chosen).abs()
+    assert 0.005 < off.mean() < 0.05, "a ratio of about 1, but not of 1"
+    assert off.max() < 0.2, "inside the clip range"
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("shape", [FEW, replace(FEW, V=40, V_t=600), TINY], ids=str)
+def test_tokens_are_of_both_models(shape: Shape, profile: str) -> None:
+    tokens = make_inputs(shape, profile, "cpu").tokens
+    assert tokens.shape == (shape.N,)
+    assert tokens.min() >= 0
+    assert tokens.max() < min(shape.V, shape.V_t)
+    assert len(tokens.unique()) > 16
+
+
+def test_same_seed_same_inputs() -> None:
+    first, again, other = (_tensors(make_inputs(ODD, device="cpu", seed=n)) for n in (3, 3, 4))
+    assert len(first) == 9
+    for name, value in first.items():
+        assert torch.equal(value, again[name]), name
+        assert not torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize(("N", "zeros"), [(37, 19), (256, 128)])
+def test_half_of_the_advantages_are_zero(N: int, zeros: int) -> None:
+    inputs = make_inputs(replace(TINY, N=N), device="cpu")
+    zero = inputs.half_advantages == 0
+    assert zero.sum() == zeros
+    assert torch.equal(inputs.half_advantages[~zero], inputs.advantages[~zero])
+    assert (inputs.advantages != 0).all()
+    changes = (zero[1:] != zero[:-1]).sum()
+    assert changes > N // 4, "zeros are not at random places"
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("shape", [CPU_SMALL, ODD], ids=_name)
+def test_teacher_differs_a_little(shape: Shape, profile: str) -> None:
+    inputs = make_inputs(shape, profile, "cpu")
+    p, q = _logp(inputs, ""), _logp(inputs, "teacher_")
+    kl = (p.exp() * (p - q)).sum(dim=1)
+    unrelated = (p.exp() * (p - q.roll(1, 0))).sum(dim=1)  # the teacher of another token
+    assert 0.02 < kl.mean() < 1.5, "its KL is a fraction of a nat"
+    assert kl.mean() < unrelated.mean() / 4
+
+
+def test_unknown_profile_is_named() -> None:
+    with pytest.raises(ValueError, match=r"one of reasoning, flat, got 'steep'$"):
+        make_inputs(TINY, "steep", "cpu")
+
+
+def test_shared_weight_is_cut_where_the_models_differ() -> None:
+    """Where they do not, it is the tensor itself: a slice would cost a copy of its gradient."""
+    more, fewer, same = (
+        make_inputs(shape, device="cpu") for shape in (FEW, replace(FEW, V=40, V_t=600), TINY)
+    )
+    assert torch.equal(more.shared_weight, more.weight[:40])
+    assert more.shared_teacher_weight is more.teacher_weight
+    assert fewer.shared_weight is fewer.weight
+    assert torch.equal(fewer.shared_teacher_weight, fewer.teacher_weight[:40])
+    assert same.shared_weight is same.weight
+    assert same.shared_teacher_weight is same.teacher_weight
+
+
+# machine
+
+GPU = {"clocks.sm": "1980", "temperature.gpu": "45", "power.draw": "312.57"}
+READINGS = {"clock_mhz": 1980.0, "temperature_c": 45.0, "power_w": 312.57}
+
+
+def _nvidia_smi(answers: list[dict[str, str]]) -> Callable[..., Any]:
+    """A subprocess.run that answers what was asked, a line for each GPU."""
+
+    def run(command: Sequence[str], **_: Any) -> Any:
+        assert command[0] == "nvidia-smi"
+        (asked,) = (one.partition("=")[2] for one in command if one.startswith("--query-gpu="))
+        lines = [", ".join(gpu[name] for name in asked.split(",")) + "\n" for gpu in answers]
+        return subprocess.CompletedProcess(command, 0, "".join(lines), "")
+
+    return run
+
+
+def _raises(error: BaseException) -> Callable[..., Any]:
+    def call(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize("others", [0, 1], ids="{} more GPUs".format)
+def test_readings_of_a_gpu(others: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [GPU, *[dict.fromkeys(GPU, "7")] * others]
+    monkeypatch.setattr(subprocess, "run", _nvidia_smi(answers))
+    monkeypatch.setattr(machine, "DEVICE", "cuda")
+    assert machine.readings() == READINGS
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(_raises(FileNotFoundError("nvidia-smi")), id="missing"),
+        pytest.param(_raises(subprocess.CalledProcessError(9, "nvidia-smi")), id="no driver"),
+        pytest.param(_raises(subprocess.TimeoutExpired("nvidia-smi", 10)), id="hangs"),
+        pytest.param(_nvidia_smi([{**GPU, "power.draw": "[N/A]"}]), id="does not tell"),
+        pytest.param(_nvidia_smi([]), id="no GPU"),
+    ],
+)
+def test_no_readings_of_a_gpu(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(machine, "DEVICE", "cuda")
+    assert machine.readings() == {}
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("cpu MHz\t\t: 2000.5\ncache size\t: 9 KB\ncpu MHz\t\t: 3000.5\n", {"clock_mhz": 2500.5}),
+        ("processor\t: 0\nBogoMIPS\t: 50.00\n", {}),
+    ],
+    ids=["two cores", "no clock"],
+)
+def test_readings_of_a_cpu(
+    cpuinfo: str, expected: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "DEVICE", "cpu")
+    monkeypatch.setattr(machine.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(machine, "Path", lambda _: SimpleNamespace(read_text=lambda: cpuinfo))
+    assert machine.readings() == expected
+
+
+# results file
+
+MACHINE = {"device": "CPU", "threads": 2, "torch": "2", "triton": "3", "python": "3.11"}
+
+
+def _speed(op: str = "GRPO", **more: Any) -> Record:
+    return results_file.record("speed", op, TINY, "reasoning", OURS, **more)
+
+
+def _run(*records: Record, **machine_: Any) -> Run:
+    return {
+        "machine": {**MACHINE, **machine_},
+        "command": "python -m bench",
+        "started": "2026-01-01T10:00:00+00:00",
+        "finished": None,
+        "records": list(records),
+    }
+
+
+def test_load_of_pytest_benchmark(tmp_path: Path) -> None:
+    records = [_speed(total_ms=[1.0]), _speed("JSD", total_ms=[2.0]), _speed("KDRL k2")]
+    found = {
+        "machine_info": {"node": "x", "kdrl": MACHINE},
+        "datetime": "2026-01-02T03:04:05+00:00",
+        "benchmarks": [
+            {"name": "a", "extra_info": {"records": records[:2]}},
+            {"name": "of something else", "extra_info": {}},
+            {"name": "b", "extra_info": {"records": records[2:]}},
+        ],
+    }
+    path = tmp_path / "0001.json"
+    path.write_text(json.dumps(found))
+    run = results_file.load(path)
+    assert run["records"] == records
+    assert run["machine"] == MACHINE
+    assert run["started"] == found["datetime"]
+
+
+def test_load_reads_what_save_wrote(tmp_path: Path) -> None:
+    run = _run(_speed(total_ms=[1.0]), _speed("JSD", status="not installed"))
+    results_file.save(run, tmp_path / "a", done=True)
+    assert run["finished"] is not None
+    assert results_file.load(tmp_path / "a") == run
+    assert results_file.load(tmp_path / "a" / "results.json") == run
+
+
+UNRELATED = {
+    "another dict": {"name": "x", "version": 3},
+    "no machine": {"records": []},
+    "no records": {"machine": MACHINE},
+}
+
+
+@pytest.mark.parametrize("content", UNRELATED.values(), ids=list(UNRELATED))
+def test_unrelated_json_is_named(content: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "package-lock.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="package-lock") as refused:
+        results_file.load(path)
+    assert str(sorted(content)) in str(refused.value)
+
+
+LATE = {"status": results_file.OUT_OF_TIME}
+FAILED = {"status": "failed: RuntimeError: x"}
+OLD, NEW = {"total_ms": [1.0]}, {"total_ms": [2.0]}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kept"),
+    [
+        (OLD, NEW, NEW),
+        (OLD, LATE, OLD),
+        (LATE, NEW, NEW),
+        (LATE, LATE, LATE),
+        (OLD, FAILED, FAILED),
+    ],
+    ids=["later", "figures", "at last", "never", "breaks"],
+)
+def test_merge_keeps_the_later_that_was_run(
+    before: dict[str, Any], after: dict[str, Any], kept: dict[str, Any]
+) -> None:
+    one_run, another = _run(_speed(**before), _speed("JSD")), _run(_speed(**after))
+    merged = results_file.merge([one_run, another])
+    assert merged["records"] == [_speed(**kept), _speed("JSD")]
+    assert merged["machine"] == MACHINE
+
+
+def test_merge_adds_a_case_that_is_late_and_new() -> None:
+    merged = results_file.merge([_run(_speed()), _run(_speed("JSD", **LATE))])
+    assert [one["op"] for one in merged["records"]] == ["GRPO", "JSD"]
+
+
+def test_merge_tells_cases_apart() -> None:
+    """Neither another shape, profile, provider, kind nor point of an axis is the same case."""
+    base = _speed(axis="N", value=64, total_ms=[1.0])
+    others = [("shape", "cpu"), ("profile", "flat"), ("provider", "x"), ("kind", "scaling")]
+    others += [("axis", "V"), ("op", "JSD")]
+    records = [base, {**base, "value": 128}, *({**base, name: value} for name, value in others)]
+    merged = results_file.merge([_run(one) for one in records])
+    assert merged["records"] == records
+
+
+@pytest.mark.parametrize("name", list(MACHINE))
+def test_merge_refuses_another_machine(name: str) -> None:
+    with pytest.raises(ValueError, match=f"of one machine, got {name} {MACHINE[name]} and other"):
+        results_file.merge([_run(), _run(), _run(**{name: "other"})])
+
+
+# memory
+
+BYTES = {"extra_bytes": 7, "input_bytes": 5, "output_bytes": 3, "gradient_bytes": 2}
+
+
+def _provider(name: str, **more: Any) -> Provider:
+    return Provider(name=name, **{"whole": lambda *_: {}, **more})
+
+
+GOOD, BROKEN, LAST = (_provider(name) for name in ("good", "broken", "last"))
+ABSENT = _provider("absent", package="kdrl-no-such-package")
+REFUSED = _provider("refused", refused={"GRPO": "its clip differs"})
+PIECES = _provider("pieces", whole=None)
+
+
+def _memory(deadline: float, *contestants: Provider) -> dict[str, Record]:
+    pairs = [(one, {"rows": len(one.name)}) for one in contestants]
+    found = list(memory.records(GRPO, TINY, "flat", pairs, deadline))
+    assert [one["provider"] for one in found] == [one.name for one in contestants]
+    for one in found:
+        assert (one["kind"], one["op"], one["shape"]) == ("memory", "GRPO", "tiny")
+        assert (one["profile"], one["setting"]) == ("flat", {"rows": len(one["provider"])})
+        assert (one["status"] == "ok") == (BYTES.items() <= one.items())
+        assert one["status"] == "ok" or not BYTES.keys() & one.keys()
+    return {one["provider"]: one for one in found}
+
+
+def test_memory_statuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def measure(*case: Any) -> dict[str, int]:
+        asked.append(case)
+        if case[3] == "broken":
+            raise RuntimeError("its process died\nand a trace")
+        return dict(BYTES)
+
+    monkeypatch.setattr(memory, "in_own_process", measure)
+    found = _memory(time.monotonic() + 600, ABSENT, GOOD, REFUSED, BROKEN, PIECES, LAST)
+    assert {name: one["status"] for name, one in found.items()} == {
+        "absent": "not installed",
+        "good": "ok",
+        "refused": "not supported: its clip differs",
+        "broken": "failed: RuntimeError: its process died",
+        "pieces": "not supported: no policy gradient",
+        "last": "ok",
+    }
+    assert asked == [
+        (TINY, "flat", "GRPO", name, {"rows": len(name)}) for name in ("good", "broken", "last")
+    ]
+
+
+def test_memory_begins_nothing_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    deadline, asked = time.monotonic() + 0.5, []
+
+    def measure(*case: Any) -> dict[str, int]:
+        asked.append(case[3])
+        while time.monotonic() <= deadline:
+            time.sleep(0.01)
+        return dict(BYTES)
+
+    monkeypatch.setattr(memory, "in_own_process", measure)
+    found = _memory(deadline, GOOD, LAST, ABSENT, BROKEN)
+    assert [one["status"] for one in found.values()] == [
+        *["ok", "out of time"],
+        *["not installed", "out of time"],  # a reason to be refused is no matter of time
+    ]
+    assert asked == ["good"]
+
+
+# command line
+
+
+def _board(*arguments: str) -> main.Scoreboard:
+    return main.Scoreboard(main.arguments().parse_args(["--out", "x", *arguments]))
+
+
+STAGES = list(main.STAGES)
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [STAGES, *([one] for one in STAGES), ["scaling", "speed"], ["shapes", "memory", "rows"]],
+    ids=" ".join,
+)
+def test_stages_share_the_time(stages: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[tuple[str, float]] = []
+
+    def stub(stage: str) -> Callable[..., list[Record]]:
+        def run(_: main.Scoreboard, deadline: float) -> list[Record]:
+            begun.append((stage, deadline))
+            return [_speed(stage)]
+
+        return run
+
+    for stage in STAGES:
+        monkeypatch.setattr(main.Scoreboard, f"_{stage}", stub(stage))
+    board = _board("--minutes", "3", "--stages", *stages)
+    records = list(board.records())
+    in_order = [stage for stage in STAGES if stage in stages]
+    assert [one["op"] for one in records] == [stage for stage, _ in begun] == in_order
+    ends = [deadline - board.start for _, deadline in begun]
+    assert all(a < b for a, b in zip([0.0, *ends], ends, strict=False)), ends
+    assert ends[-1] == pytest.approx(180, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("given_", "shown"),
+    [
+        (["--out", "/home/me/x"], "python -m bench --out DIR"),
+        (
+            ["--ops", "KDRL exact", "--out", "/home/me/x", "--minutes", "2"],
+            "python -m bench --ops 'KDRL exact' --out DIR --minutes 2",
+        ),
+        (["--minutes", "2"], "python -m bench --minutes 2"),
+    ],
+    ids=["alone", "between", "none"],
+)
+def test_command_hides_the_folder(given_: list[str], shown: str) -> None:
+    before = list(given_)
+    assert main._command(given_) == shown
+    assert given_ == before
+
+
+@pytest.mark.parametrize("typed", [["--out=/home/me/x"], ["--ou", "/home/me/x"]], ids=" ".join)
+def test_command_hides_the_folder_however_it_is_typed(typed: list[str]) -> None:
+    assert main.arguments().parse_args(typed).out == Path("/home/me/x")
+    assert "/home/me" not in main._command(typed)
+
+
+@pytest.mark.parametrize("name", ["stages", "ops", "providers", "shape", "profile"])
+def test_parser_refuses_what_it_does_not_know(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        _board(f"--{name}", "nonsense")
+    assert refused.value.code == 2
+    assert f"--{name}: invalid choice: 'nonsense'" in capsys.readouterr().err
+
+
+def test_parser_wants_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main.arguments().parse_args([])
+    assert "--out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("provider", "status", "code"),
+    [
+        (OURS, "ok", 0),
+        (OURS, "out of time", 0),
+        (OURS, "differs: error of dweight", 1),
+        (OURS, "failed: out of memory", 1),
+        ("other", "differs: no dweight", 0),
+        ("other", "failed: RuntimeError: x", 0),
+    ],
+)
+def test_exit_code(
+    provider: str, status: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _without_effects(monkeypatch, tmp_path)
+    one = results_file.record("speed", "GRPO", TINY, "flat", provider, status=status)
+    monkeypatch.setattr(main.Scoreboard, "records", lambda _: iter([one, _speed("JSD")]))
+    assert main.main() == code
+    run = results_file.load(tmp_path)
+    assert run["finished"] is not None
+    assert run["records"] == [one, _speed("JSD")]
+
+
+def test_exit_code_of_a_run_that_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def records(_: main.Scoreboard) -> Iterator[Record]:
+        yield _speed(status="failed: x")
+        raise KeyboardInterrupt
+
+    _without_effects(monkeypatch, tmp_path)
+    monkeypatch.setattr(main.Scoreboard, "records", records)
+    assert main.main() == 130
+    run = results_file.load(tmp_path)
+    assert run["finished"] is None
+    assert len(run["records"]) == 1
+
+
+def _without_effects(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """main() runs in this process, and leaves its signals and threads alone."""
+    monkeypatch.setattr(sys, "argv", ["bench", "--out", str(folder)])
+    monkeypatch.setattr(main.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(main, "use_threads", lambda: None)
+    monkeypatch.setattr(main.report, "write", lambda _: "a report")
