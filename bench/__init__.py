@@ -1,1 +1,1 @@
-"""Speed and memory of the fused head against the bare GEMMs. Run: pytest bench/."""
+"""The scoreboard: this library beside every public one. Run: pytest bench/ or python -m bench."""

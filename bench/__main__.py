@@ -114,7 +114,9 @@ class Scoreboard:
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     lines = (__doc__ or "").split("\n\n", 1)
-    parser = argparse.ArgumentParser(prog="python -m bench", description=lines[0], epilog=lines[1])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=lines[0], epilog=lines[1], allow_abbrev=False
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of results.json")
     parser.add_argument("--minutes", type=float, default=8, help="of all stages (default: 8)")
     parser.add_argument("--rounds", type=int, default=10, help="timed calls each (default: 10)")
@@ -154,7 +156,7 @@ def main() -> int:
 
 def _command(arguments_given: list[str]) -> str:
     """As typed, but for the folder: it is nobody's business in a file that is published."""
-    shown = list(arguments_given)
+    shown = ["--out=DIR" if one.startswith("--out=") else one for one in arguments_given]
     if "--out" in shown:
         shown[shown.index("--out") + 1] = "DIR"
     return shlex.join(["python", "-m", "bench", *shown])

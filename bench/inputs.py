@@ -122,9 +122,9 @@ def make_inputs(
 
 
 def _noisy_copy(student: Tensor, own: Tensor) -> Tensor:
-    """own, with the student's numbers, of the same length, where both have some."""
+    """own, with the student's numbers where both have some, so that products of rows stay."""
     rows, cols = (min(a, b) for a, b in zip(student.shape, own.shape, strict=True))
-    keep = math.sqrt((1 - TEACHER_NOISE**2) * student.shape[1] / own.shape[1])
+    keep = math.sqrt((1 - TEACHER_NOISE**2) * student.shape[1] / cols)
     own[:rows, :cols].mul_(TEACHER_NOISE).add_(student[:rows, :cols], alpha=keep)
     return own
 

@@ -95,8 +95,12 @@ def load(path: Path) -> Run:
     Raises: ValueError where the file is none of these.
     """
     path = path / NAME if path.is_dir() else path
-    found = json.loads(path.read_text())
-    if "benchmarks" in found:
+    try:
+        found = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} must be JSON: {error}") from None
+    found = found if isinstance(found, dict) else {}
+    if "benchmarks" in found and "kdrl" in found.get("machine_info", {}):
         records = [one for b in found["benchmarks"] for one in b["extra_info"].get("records", [])]
         return {
             "machine": found["machine_info"]["kdrl"],

@@ -124,7 +124,7 @@ def test_tokens_are_sampled(small: dict[str, Inputs]) -> None:
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize("shape", [FEW, replace(FEW, V=40, V_t=600), TINY], ids=str)
+@pytest.mark.parametrize("shape", [FEW, replace(FEW, name="many", V=40, V_t=600), TINY], ids=_name)
 def test_tokens_are_of_both_models(shape: Shape, profile: str) -> None:
     tokens = make_inputs(shape, profile, "cpu").tokens
     assert tokens.shape == (shape.N,)
@@ -152,14 +152,25 @@ def test_half_of_the_advantages_are_zero(N: int, zeros: int) -> None:
     assert changes > N // 4, "zeros are not at random places"
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize("shape", [CPU_SMALL, ODD], ids=_name)
+@pytest.mark.parametrize(
+    ("shape", "profile"),
+    [
+        (CPU_SMALL, "reasoning"),
+        (CPU_SMALL, "flat"),
+        (SHAPES["cpu-ragged"], "reasoning"),
+        pytest.param(
+            replace(CPU_SMALL, name="wide-teacher", H=128, H_t=512),
+            "reasoning",
+        ),
+    ],
+    ids=_name,
+)
 def test_teacher_differs_a_little(shape: Shape, profile: str) -> None:
     inputs = make_inputs(shape, profile, "cpu")
     p, q = _logp(inputs, ""), _logp(inputs, "teacher_")
     kl = (p.exp() * (p - q)).sum(dim=1)
     unrelated = (p.exp() * (p - q.roll(1, 0))).sum(dim=1)  # the teacher of another token
-    assert 0.02 < kl.mean() < 1.5, "its KL is a fraction of a nat"
+    assert 0.02 < kl.mean() < 1, "its KL is a fraction of a nat"
     assert kl.mean() < unrelated.mean() / 4
 
 
@@ -478,7 +489,7 @@ def test_command_hides_the_folder(given_: list[str], shown: str) -> None:
     assert given_ == before
 
 
-@pytest.mark.parametrize("typed", [["--out=/home/me/x"], ["--ou", "/home/me/x"]], ids=" ".join)
+@pytest.mark.parametrize("typed", [["--out=/home/me/x"], ["--out", "/home/me/x"]], ids=" ".join)
 def test_command_hides_the_folder_however_it_is_typed(typed: list[str]) -> None:
     assert main.arguments().parse_args(typed).out == Path("/home/me/x")
     assert "/home/me" not in main._command(typed)
