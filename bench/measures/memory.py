@@ -35,6 +35,8 @@ M_MMAP_THRESHOLD = -3
 """glibc's name for that number, malloc.h."""
 CASE_SECONDS = 120.0
 """A case that takes longer is given up."""
+EXIT_SECONDS = 5.0
+"""For its process to end by itself, once it has answered."""
 
 
 def measure(
@@ -71,8 +73,8 @@ def in_own_process(
 ) -> dict[str, int]:
     """`measure` in a process made for it.
 
-    Raises: RuntimeError where that process dies (killed for want of memory, say) or gives no
-    answer, and whatever the provider raises.
+    Raises: RuntimeError where the call fails, its process dies (killed for want of memory, say) or
+    gives no answer.
     """
     free_cache()  # of this process, which holds inputs perhaps
     # forkserver: libraries are imported once; but CUDA must not be alive where one forks
@@ -88,6 +90,7 @@ def in_own_process(
         if not receiver.poll(CASE_SECONDS):
             raise RuntimeError(f"no answer in {CASE_SECONDS:.0f} s")
         found = receiver.recv()
+        process.join(EXIT_SECONDS)
     except EOFError:
         raise RuntimeError("its process died, for want of memory perhaps") from None
     finally:

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,6 @@ from bench.shapes import TINY
 ROOT = Path(__file__).parents[2]
 GRPO, KDRL = OPS_BY_NAME["GRPO"], OPS_BY_NAME["KDRL exact"]
 OUR_OWN, FULL_LOGITS = HOME[0], HOME[1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors here are tiny."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

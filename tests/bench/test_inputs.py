@@ -1,0 +1,169 @@
+"""The floor and the inputs of bench/."""
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from math import ceil
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.floor import Floor
+from bench.inputs import PROFILES, Inputs, make_inputs
+from bench.ops import OPS, OPS_BY_NAME, Op
+from bench.shapes import SHAPES, TINY, Shape
+
+GRPO = OPS_BY_NAME["GRPO"]
+ODD = replace(TINY, name="odd", N=37, H=65, V=513, H_t=97, V_t=511)
+"""No two sizes are equal, and the student knows more tokens."""
+FEW = replace(TINY, name="few", N=256, V=600, V_t=40)
+"""The teacher knows 40 of the student's 600 tokens."""
+CPU_SMALL = SHAPES["cpu-small"]
+
+
+def _name(one: Any) -> str:
+    return str(getattr(one, "name", one))
+
+
+@pytest.fixture(scope="module", params=[TINY, ODD], ids=_name)
+def given(request: pytest.FixtureRequest) -> Inputs:
+    return make_inputs(request.param, device="cpu")
+
+
+def _add_mm_flop(_: Any, a: Sequence[int], b: Sequence[int], **__: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+@pytest.mark.parametrize("rows", [8, 2048], ids="{} rows".format)
+@pytest.mark.parametrize("op", OPS, ids=_name)
+def test_floor_does_the_flop_of_the_operation(given: Inputs, op: Op, rows: int) -> None:
+    floor, shape = Floor(given, rows), given.shape
+    in_place = {torch.ops.aten.addmm_: _add_mm_flop}  # torch leaves it out
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counted:
+        floor.run(op)
+    found, row_flop = counted.get_total_flops(), 2 * shape.H * shape.V
+    # a chunk's active rows are whole ones: half a row off each, for each gradient
+    rounded = ceil(shape.N / rows) * row_flop * len(op.gradients) / 2 if op.active < 1 else 0
+    assert abs(found - op.flop(shape)) <= rounded, (found, op.flop(shape))
+
+
+# inputs
+
+
+@pytest.fixture(scope="module")
+def small() -> dict[str, Inputs]:
+    """{profile: inputs of cpu-small}."""
+    return {profile: make_inputs(CPU_SMALL, profile, "cpu") for profile in PROFILES}
+
+
+def _tensors(inputs: Inputs) -> dict[str, Tensor]:
+    values = {one.name: getattr(inputs, one.name) for one in fields(inputs)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def _logp(inputs: Inputs, who: str) -> Tensor:
+    """[N, min(V, V_t)] of the student ("") or the teacher ("teacher_"), float64."""
+    hidden, weight = getattr(inputs, f"{who}hidden"), getattr(inputs, f"shared_{who}weight")
+    return (hidden.detach().double() @ weight.detach().double().T).log_softmax(dim=1)
+
+
+def test_profile_of_the_entropy_cpu_small_float32(small: dict[str, Inputs]) -> None:
+    entropy = small["reasoning"].entropy
+    assert 0.40 <= (entropy < 0.01).double().mean() <= 0.62
+    assert 0.15 <= (entropy > 0.67).double().mean() <= 0.28
+    assert (small["flat"].entropy >= 0.01).all()
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_entropy_is_of_the_students_logits(small: dict[str, Inputs], profile: str) -> None:
+    inputs = small[profile]
+    logp = _logp(inputs, "")
+    exact = -(logp.exp() * logp).sum(dim=1)
+    logits = (inputs.hidden @ inputs.weight.T).detach().abs().max().item()
+    bound = 16 * torch.finfo(torch.float32).eps * logits * (1 + exact.max().item())
+    assert (inputs.entropy - exact).abs().max() < bound
+
+
+def test_tokens_are_sampled(small: dict[str, Inputs]) -> None:
+    """Their log-probability is minus the entropy on average; of the likeliest it is far more."""
+    inputs = small["flat"]
+    logp = _logp(inputs, "")
+    chosen = logp.gather(1, inputs.tokens[:, None]).squeeze(1)
+    excess = chosen + inputs.entropy
+    standard_error = excess.std() / len(excess) ** 0.5
+    assert abs(excess.mean()) < 4 * standard_error
+    assert (logp.amax(dim=1) + inputs.entropy).mean() > 8 * standard_error
+    off = (inputs.old_logprobs - chosen).abs()
+    assert 0.005 < off.mean() < 0.05, "a ratio of about 1, but not of 1"
+    assert off.max() < 0.2, "inside the clip range"
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("shape", [FEW, replace(FEW, name="many", V=40, V_t=600), TINY], ids=_name)
+def test_tokens_are_of_both_models(shape: Shape, profile: str) -> None:
+    tokens = make_inputs(shape, profile, "cpu").tokens
+    assert tokens.shape == (shape.N,)
+    assert tokens.min() >= 0
+    assert tokens.max() < min(shape.V, shape.V_t)
+    assert len(tokens.unique()) > 16
+
+
+def test_same_seed_same_inputs() -> None:
+    first, again, other = (_tensors(make_inputs(ODD, device="cpu", seed=n)) for n in (3, 3, 4))
+    assert len(first) == 9
+    for name, value in first.items():
+        assert torch.equal(value, again[name]), name
+        assert not torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize(("N", "zeros"), [(37, 19), (256, 128)])
+def test_half_of_the_advantages_are_zero(N: int, zeros: int) -> None:
+    inputs = make_inputs(replace(TINY, N=N), device="cpu")
+    zero = inputs.half_advantages == 0
+    assert zero.sum() == zeros
+    assert torch.equal(inputs.half_advantages[~zero], inputs.advantages[~zero])
+    assert (inputs.advantages != 0).all()
+    changes = (zero[1:] != zero[:-1]).sum()
+    assert changes > N // 4, "zeros are not at random places"
+
+
+@pytest.mark.parametrize(
+    ("shape", "profile"),
+    [
+        (CPU_SMALL, "reasoning"),
+        (CPU_SMALL, "flat"),
+        (SHAPES["cpu-ragged"], "reasoning"),
+        pytest.param(
+            replace(CPU_SMALL, name="wide-teacher", H=128, H_t=512),
+            "reasoning",
+        ),
+    ],
+    ids=_name,
+)
+def test_teacher_differs_a_little(shape: Shape, profile: str) -> None:
+    inputs = make_inputs(shape, profile, "cpu")
+    p, q = _logp(inputs, ""), _logp(inputs, "teacher_")
+    kl = (p.exp() * (p - q)).sum(dim=1)
+    unrelated = (p.exp() * (p - q.roll(1, 0))).sum(dim=1)  # the teacher of another token
+    assert 0.02 < kl.mean() < 1, "its KL is a fraction of a nat"
+    assert kl.mean() < unrelated.mean() / 4
+
+
+def test_unknown_profile_is_named() -> None:
+    with pytest.raises(ValueError, match=r"one of reasoning, flat, got 'steep'$"):
+        make_inputs(TINY, "steep", "cpu")
+
+
+def test_shared_weight_is_cut_where_the_models_differ() -> None:
+    """Where they do not, it is the tensor itself: a slice would cost a copy of its gradient."""
+    more, fewer, same = (
+        make_inputs(shape, device="cpu") for shape in (FEW, replace(FEW, V=40, V_t=600), TINY)
+    )
+    assert torch.equal(more.shared_weight, more.weight[:40])
+    assert more.shared_teacher_weight is more.teacher_weight
+    assert fewer.shared_weight is fewer.weight
+    assert torch.equal(fewer.shared_teacher_weight, fewer.teacher_weight[:40])
+    assert same.shared_weight is same.weight
+    assert same.shared_teacher_weight is same.teacher_weight
