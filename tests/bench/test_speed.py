@@ -1,6 +1,5 @@
 """Who is timed, who is not and why; what a sample is; what is left of a run that is stopped."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -15,7 +14,7 @@ import torch
 
 from bench import definition, results_file
 from bench.inputs import Inputs, make_inputs
-from bench.measures import accuracy, memory, speed, timing
+from bench.measures import accuracy, speed, timing
 from bench.ops import OPS, OPS_BY_NAME, Op
 from bench.providers import Outputs, Provider
 from bench.providers.home import PROVIDERS as HOME
@@ -193,15 +192,27 @@ def test_a_call_that_leaves_too_few_gradients_is_refused(inputs: list[Inputs]) -
 @pytest.mark.skipif(torch.cuda.is_available(), reason="sizes are of the CPU allocator")
 def test_memory_counts_the_logits() -> None:
     """Full logits hold [N, V] several times, ours one chunk of them."""
-    shape = dataclasses.replace(TINY, name="memory", N=512, V=8192, V_t=8192)
-    full, own = (
-        memory.in_own_process(shape, "reasoning", "GRPO", one.name, setting)
-        for one, setting in ((FULL_LOGITS, {}), (OUR_OWN, {"workspace_bytes": 4 << 20}))
-    )
+    full = _memory(FULL_LOGITS.name, {})
+    own = _memory(OURS, {"workspace_bytes": 4 << 20})
     logits = 4 * 512 * 8192
     assert full["gradient_bytes"] == own["gradient_bytes"] == 4 * 64 * (512 + 8192)
     assert full["extra_bytes"] > 2 * logits
     assert 0 < own["extra_bytes"] < logits / 2
+
+
+def _memory(provider: str, setting: dict[str, int]) -> dict[str, int]:
+    """From a process whose fork server no other test shares: it has torch loaded."""
+    code = f"""
+import dataclasses, json
+from bench.measures.memory import in_own_process
+from bench.shapes import TINY
+shape = dataclasses.replace(TINY, name="memory", N=512, V=8192, V_t=8192)
+print(json.dumps(in_own_process(shape, "reasoning", "GRPO", {provider!r}, {setting!r})))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def test_a_file_is_whole_or_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
