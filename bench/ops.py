@@ -32,11 +32,6 @@ class Op:
         return ("hidden",) if self.frozen_head else ("hidden", "weight")
 
     @property
-    def outputs(self) -> tuple[str, ...]:
-        """Names of everything that a call may be compared by."""
-        return ("loss" if self.gradients else "entropy", "logprobs", "kl")
-
-    @property
     def old_logprobs(self) -> bool:
         """The ratio is not 1."""
         return self.policy and self.kd is None

@@ -1,9 +1,8 @@
 """How far a call is from float64, and who may be timed.
 
 Errors are relative to the largest exact number: max|found - exact| / max|exact|. Ours must stay
-within twice the error of plain float32 PyTorch plus one rounding, the rule of the tests. Others
-are marked as different beyond DIFFERS: rounding, even of bfloat16 logits, stays below it; another
-formula does not.
+within twice the error of plain float32 PyTorch on the same inputs plus one rounding. Others are
+marked as different beyond DIFFERS, which is meant to tell another formula from coarser rounding.
 """
 
 import math

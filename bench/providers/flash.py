@@ -11,7 +11,7 @@ def _score(
     hidden: Tensor,
     weight: Tensor,
     tokens: Tensor,
-    entropy: bool,  # noqa: ARG001 - it has none
+    _entropy: bool,
 ) -> tuple[Tensor, None]:
     """Log-probabilities; their gradient overwrites the logits."""
     module = import_module("flash_attn.ops.triton.cross_entropy")

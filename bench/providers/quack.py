@@ -21,7 +21,7 @@ def _score(
     hidden: Tensor,
     weight: Tensor,
     tokens: Tensor,
-    entropy: bool,  # noqa: ARG001 - it has none
+    _entropy: bool,
     **_: int,
 ) -> tuple[Tensor, None]:
     """On all logits: its chunks give no loss per token. Gradients overwrite the logits."""
