@@ -14,7 +14,7 @@ from bench import providers
 from bench.machine import clock
 from bench.measures import memory
 from bench.ops import OPS, Op
-from bench.results_file import FLOOR, OURS, Record
+from bench.results_file import OURS, Record
 from bench.shapes import Shape
 
 PROVIDERS = {one.name: one for one in providers.load()}
@@ -48,8 +48,9 @@ def _figures_of(one: Record) -> Record:
 
 @pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")  # who is skipped has no speed
 @pytest.mark.benchmark(timer=replay)
-@pytest.mark.parametrize("provider", [FLOOR, *PROVIDERS])
-@pytest.mark.parametrize("op", [op.name for op in OPS])
+@pytest.mark.parametrize(
+    ("op", "provider"), [(op.name, name) for op in OPS for name in (*op.floors, *PROVIDERS)]
+)
 def test_speed(
     op: str, provider: str, shape: Shape, speed_of: Callable[[str, str], Record], benchmark: Any
 ) -> None:

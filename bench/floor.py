@@ -33,8 +33,11 @@ class Floor:
         self.dz = self.dz.view(self.rows, -1)[:, : inputs.shape.V]
         self.dz.copy_(torch.softmax(z, dim=1) * inputs.advantages[: self.rows, None])
 
-    def run(self, op: Op, given: Inputs | None = None) -> None:
-        """All GEMMs of one call of the operation on other inputs of this shape: op.flop(shape)."""
+    def run(self, op: Op, given: Inputs | None = None, projections: int = 1) -> None:
+        """All GEMMs of one call of the operation on other inputs of this shape: op.flop(shape).
+
+        projections: of the student. With 2 it is the floor of who projects again for the gradient.
+        """
         inputs = given or self.inputs
         shape, hidden, weight = inputs.shape, inputs.hidden.detach(), inputs.weight.detach()
         for start in range(0, shape.N, self.rows):
@@ -43,7 +46,8 @@ class Floor:
             if op.kd:
                 teacher = inputs.teacher_hidden[part]
                 _mm(teacher, inputs.teacher_weight.T, self._logits(shape.V_t, C))
-            _mm(hidden[part], weight.T, self._logits(shape.V, C))
+            for _ in range(projections):
+                _mm(hidden[part], weight.T, self._logits(shape.V, C))
             active = round(C * op.active)
             dz = self.dz[:active]
             if "hidden" in op.gradients:

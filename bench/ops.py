@@ -4,6 +4,11 @@ from dataclasses import dataclass
 
 from bench.shapes import Shape
 
+FLOOR = "bare GEMMs"
+FLOOR_RECOMPUTED = "bare GEMMs, logits twice"
+"""Of an algorithm that projects again in its backward pass: 4u of GRPO."""
+FLOORS = (FLOOR, FLOOR_RECOMPUTED)
+
 
 @dataclass(frozen=True, slots=True)
 class Op:
@@ -30,6 +35,11 @@ class Op:
         if not (self.policy or self.kd or self.cross_entropy):
             return ()
         return ("hidden",) if self.frozen_head else ("hidden", "weight")
+
+    @property
+    def floors(self) -> tuple[str, ...]:
+        """Names of the bare GEMMs it is timed against; its ratio is to the first."""
+        return FLOORS if self.gradients and not self.kd else (FLOOR,)
 
     @property
     def old_logprobs(self) -> bool:

@@ -11,7 +11,7 @@ Every record has
     op        name of the operation (ops.py); for "rows" of the row kernel
     shape     name (shapes.py), and sizes {N, H, V, H_t, V_t}, dtype
     profile   of the entropy: "reasoning" or "flat" (inputs.py)
-    provider  as in the tables; FLOOR is the bare GEMMs. package, version (null: home-made)
+    provider  as in the tables; FLOORS are bare GEMMs. package, version (null: home-made)
     setting   named arguments used, {} by default
     status    "ok", or why there is no figure: "not installed", "not supported: ...",
               "differs: ...", "failed: ...", "out of time"
@@ -19,7 +19,7 @@ Every record has
 and where status is "ok", by kind (sample i of every provider of a case was taken in round i; the
 order within a round is drawn for each, inputs rotate):
 
-    speed     total_ms, forward_ms, backward_ms: [every sample] (FLOOR: total_ms alone)
+    speed     total_ms, forward_ms, backward_ms: [every sample] (FLOORS: total_ms alone)
               flop: of the algorithm's own GEMMs
               errors: {"logprobs" "entropy" "kl" "loss" "dhidden" "dweight":
                        {"max": max|found - exact| / max|exact|, "p999": its 99.9% quantile}}
@@ -42,7 +42,6 @@ from typing import Any
 from bench.machine import machine_info
 from bench.shapes import Shape
 
-FLOOR = "bare GEMMs"
 OURS = "kdrl-kernels"
 NAME = "results.json"
 OUT_OF_TIME = "out of time"

@@ -23,10 +23,10 @@ from bench.measures.timing import (
     share,
     timed_call,
 )
-from bench.ops import OPS_BY_NAME, Op
+from bench.ops import FLOOR, OPS_BY_NAME, Op
 from bench.providers import Provider, Setting, version
 from bench.providers.home import PROVIDERS
-from bench.results_file import FLOOR, OURS, Record, record
+from bench.results_file import OURS, Record, record
 from bench.shapes import FP32, SHAPES, Shape
 
 MeasureMemory = Callable[[Shape, str, str, str, Setting], Mapping[str, Any]]

@@ -21,13 +21,12 @@ from bench.measures.timing import (
     failure,
     sample_rounds,
     timed_call,
+    trial_ms,
 )
-from bench.ops import Op
+from bench.ops import FLOORS, Op
 from bench.providers import Outputs, Provider, Refusal, Setting
-from bench.results_file import FLOOR, OURS, Record, record
+from bench.results_file import OURS, Record, record
 
-TRIALS = 2
-"""Timed calls of each setting, of which the faster counts."""
 ENTRY_SHARE = 0.6
 """Of the time of a case: who has not been tried by then is left out, and the rest has rounds."""
 
@@ -73,7 +72,8 @@ class Case:
         """Time those who take part against the bare GEMMs; then the records of everybody."""
         before = machine.readings()
         measures: dict[str, Callable[[int], tuple[float, float]]] = {
-            FLOOR: lambda n: (_floor_ms(floor, self.op, self._given(n)), 0.0)
+            name: self._bare_gemms(floor, projections)
+            for projections, name in enumerate(self.op.floors, 1)
         }
         for name, (provider, setting) in self.chosen.items():
             measures[name] = self._call(provider, setting)
@@ -81,7 +81,8 @@ class Case:
         clear_gradients(self.inputs[0], self.op)
         clock = {"before": before, "after": machine.readings()}
         floor_entry = {"package": None, "version": None, "setting": {}}
-        for name, entry in ({FLOOR: floor_entry} | self.entries).items():
+        floors = {name: dict(floor_entry) for name in self.op.floors}
+        for name, entry in (floors | self.entries).items():
             if name in samples:
                 entry["status"] = samples[name].status
             yield self._record(name, entry, samples.get(name), clock)
@@ -103,8 +104,7 @@ class Case:
             del outputs, found
             trial["ms"] = 0.0
             if len(provider.settings) > 1 and trial["status"] == "ok":
-                again = (timed_call(provider, first, self.op, setting) for _ in range(TRIALS))
-                trial["ms"] = min(sum(pair) for pair in again)
+                trial["ms"] = trial_ms(provider, first, self.op, setting)
         except Refusal as refusal:
             trial["status"] = str(refusal)
         except Exception as error:  # of other people's code: it stands in the table
@@ -119,6 +119,14 @@ class Case:
 
     def _given(self, n: int) -> Inputs:
         return self.inputs[n % len(self.inputs)]
+
+    def _bare_gemms(self, floor: Floor, projections: int) -> Callable[[int], tuple[float, float]]:
+        def call(n: int) -> tuple[float, float]:
+            start = machine.clock()
+            floor.run(self.op, self._given(n), projections)
+            return 1e3 * (machine.clock() - start), 0.0
+
+        return call
 
     def _call(self, provider: Provider, setting: Setting) -> Callable[[int], tuple[float, float]]:
         return lambda n: timed_call(provider, self._given(n), self.op, setting)
@@ -136,22 +144,16 @@ class Case:
             return made
         made |= {"total_ms": [sum(pair) for pair in samples.values], "clock": clock}
         made["flop"] = self.op.flop(shape)
-        if name != FLOOR:
+        if name not in FLOORS:
             pairs = zip(*samples.values, strict=True)
             made["forward_ms"], made["backward_ms"] = (list(part) for part in pairs)
         return made
 
 
-def _floor_ms(floor: Floor, op: Op, given: Inputs) -> float:
-    start = machine.clock()
-    floor.run(op, given)
-    return 1e3 * (machine.clock() - start)
-
-
 def records(
     op: Op, inputs: Sequence[Inputs], contestants: Sequence[Provider], rounds: int, deadline: float
 ) -> Iterator[Record]:
-    """Everybody on one operation: records of kind "speed", that of the floor first."""
+    """Everybody on one operation: records of kind "speed", those of the floors first."""
     case = Case(op, inputs, deadline)
     for provider in contestants:
         case.enter(provider)

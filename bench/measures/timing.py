@@ -158,8 +158,13 @@ def failure(error: Exception) -> str:
     return f"failed: {type(error).__name__}: {text.splitlines()[0][:120] if text else ''}"
 
 
+def trial_ms(provider: Provider, inputs: Inputs, op: Op, setting: Setting) -> float:
+    """The faster of two calls in ms, by which a setting is chosen."""
+    return min(sum(timed_call(provider, inputs, op, setting)) for _ in range(2))
+
+
 def fastest_setting(provider: Provider, inputs: Inputs, op: Op, deadline: float) -> Setting:
-    """Of the provider's settings, by the second call of each; the first where none was tried."""
+    """Of the provider's settings, by trial_ms; the first where none was tried."""
     if len(provider.settings) == 1:
         return provider.settings[0]
     tried: list[float] = []
@@ -167,7 +172,7 @@ def fastest_setting(provider: Provider, inputs: Inputs, op: Op, deadline: float)
         ms = math.inf
         if time.monotonic() < deadline:
             try:
-                ms = min(sum(timed_call(provider, inputs, op, setting)) for _ in range(2))
+                ms = trial_ms(provider, inputs, op, setting)
             except Exception as error:
                 failure(error)
         tried.append(ms)

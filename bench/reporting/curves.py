@@ -7,10 +7,11 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bench.ops import FLOOR
 from bench.reporting.axes import ACCENT, DPI, FAINT, INK, PALE, SIZE, WIDTH, headline, log_axis
 from bench.reporting.figures import Line
 from bench.reporting.tables import law
-from bench.results_file import FLOOR, OURS
+from bench.results_file import OURS
 
 STYLES = (
     ("o", (0, (5, 2)), "#b34700"),

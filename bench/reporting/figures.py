@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.ops import OPS_BY_NAME
-from bench.results_file import FLOOR, OURS, Record, Run
+from bench.ops import FLOOR, FLOORS, OPS_BY_NAME
+from bench.results_file import OURS, Record, Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,8 @@ class Group:
         return next((case for case in self.cases[op] if case.provider == provider), None)
 
     def peers(self, op: str) -> list[Case]:
-        """Everybody who was timed, but the floor and us, fastest first."""
-        return [c for c in self.cases[op] if c.total and c.provider not in (FLOOR, OURS)]
+        """Everybody who was timed, but the floors and us, fastest first."""
+        return [c for c in self.cases[op] if c.total and c.provider not in (*FLOORS, OURS)]
 
 
 @dataclass(frozen=True, slots=True)

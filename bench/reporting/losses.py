@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from bench.ops import FLOORS
 from bench.reporting.figures import Case, Group, Spread
 from bench.reporting.tables import (
     error,
@@ -15,7 +16,7 @@ from bench.reporting.tables import (
     target,
     times,
 )
-from bench.results_file import FLOOR, OURS
+from bench.results_file import OURS
 
 KINDS = {
     "missing": "No figure of ours",
@@ -45,7 +46,7 @@ def losses(found: list[Group]) -> dict[str, list[Loss]]:
         for group in found
         for op in group.cases
         for case in group.cases[op]
-        if case.provider != FLOOR
+        if case.provider not in FLOORS
         for loss in _of_case(group, case, group.find(op, OURS))
     ]
     by_kind = {

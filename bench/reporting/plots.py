@@ -16,10 +16,11 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.textpath import TextPath
 
+from bench.ops import FLOOR, FLOORS
 from bench.reporting.axes import ACCENT, DPI, FAINT, INK, PALE, SIZE, WIDTH, headline, log_axis
 from bench.reporting.figures import Group, Spread
 from bench.reporting.tables import describe, error, megabytes, number, ratio_text, scientific, times
-from bench.results_file import FLOOR, OURS
+from bench.results_file import OURS
 
 ROW, HEAD, GAP = 0.215, 0.34, 0.12  # inches: a row of dots, a panel's heading, between panels
 TOP, BOTTOM = 1.0, 0.3  # inches above and below all panels
@@ -138,7 +139,7 @@ def accuracy_plot(group: Group, machine: str, path: Path) -> None:
     panels = []
     for op, cases in group.cases.items():
         rows = []
-        for case in (c for c in cases if c.errors and c.provider != FLOOR):
+        for case in (c for c in cases if c.errors):
             pair = [error(case, name, "max") for name in ("dhidden", "logprobs")]
             shown = [None if x is None else _point(max(x, 1e-12)) for x in pair]
             figures = tuple(scientific(x) for x in pair)
@@ -176,7 +177,7 @@ def _missing(group: Group, op: str, figure: str) -> tuple[str, ...]:
 def _some(group: Group, figure: str) -> list[str]:
     every = [case for cases in group.cases.values() for case in cases]
     names = dict.fromkeys(case.provider for case in every if getattr(case, figure))
-    return [name for name in names if name != FLOOR]
+    return [name for name in names if name not in FLOORS]
 
 
 def _never(group: Group, figure: str) -> str:
@@ -184,7 +185,7 @@ def _never(group: Group, figure: str) -> str:
     some = _some(group, figure)
     why: dict[str, dict[str, None]] = {}
     for case in (case for cases in group.cases.values() for case in cases):
-        if case.provider not in (*some, FLOOR):
+        if case.provider not in (*some, *FLOORS):
             why.setdefault(case.status.split(":")[0], {})[case.provider] = None
     return "; ".join(f"{status}: {_list(names)}" for status, names in why.items())
 

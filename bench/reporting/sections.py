@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from bench.ops import FLOOR
 from bench.reporting.figures import Case, Group, Line, ratios, samples, scaling, spread
 from bench.reporting.tables import (
     Cell,
@@ -26,7 +27,7 @@ from bench.reporting.tables import (
     target,
     times,
 )
-from bench.results_file import FLOOR, OURS, Record, Run
+from bench.results_file import OURS, Record, Run
 
 COLUMNS = (
     "provider",
@@ -101,10 +102,10 @@ def _row(group: Group, case: Case) -> Row:
             Cell(quartiles(case.total)),
             Cell(median(case.forward)),
             Cell(median(case.backward)),
-            Cell(ratio_text(case.per_floor) if kind != "floor" else "", misses(group, case)),
+            Cell(ratio_text(case.per_floor) if case.provider != FLOOR else "", misses(group, case)),
             Cell(ratio_text(case.per_ours) if kind != "ours" else "", faster),
             Cell(number(case.tflop_per_s)),
-            Cell(percent(case.floor_share) if kind != "floor" else ""),
+            Cell(percent(case.floor_share) if case.provider != FLOOR else ""),
             Cell(number(case.tokens_per_s)),
             memory,
             Cell(scientific(error(case, "logprobs", "max"))),

@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bench.ops import OPS_BY_NAME
+from bench.ops import FLOORS, OPS_BY_NAME
 from bench.reporting.figures import Case, Group, Spread
-from bench.results_file import FLOOR, OURS
+from bench.results_file import OURS
 
 MARK = "▼"
 """Beside a figure to our disadvantage: better than ours, or ours beyond its target."""
@@ -156,7 +156,7 @@ def label(provider: str, version: str | None) -> str:
 
 def kind_of(provider: str) -> str:
     """Of a row."""
-    return {OURS: "ours", FLOOR: "floor"}.get(provider, "peer")
+    return "ours" if provider == OURS else "floor" if provider in FLOORS else "peer"
 
 
 def describe(sizes: dict[str, int], dtype: str) -> str:

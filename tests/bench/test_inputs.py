@@ -47,6 +47,9 @@ def test_floor_does_the_flop_of_the_operation(given: Inputs, op: Op, rows: int) 
     # a chunk's active rows are whole ones: half a row off each, for each gradient
     rounded = ceil(shape.N / rows) * row_flop * len(op.gradients) / 2 if op.active < 1 else 0
     assert abs(found - op.flop(shape)) <= rounded, (found, op.flop(shape))
+    with FlopCounterMode(display=False, custom_mapping=in_place) as again:
+        floor.run(op, projections=2)
+    assert again.get_total_flops() == found + shape.unit_flop
 
 
 # inputs

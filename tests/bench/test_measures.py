@@ -15,10 +15,10 @@ from torch import Tensor
 from bench import definition
 from bench.inputs import Inputs, make_inputs
 from bench.measures import rows, scaling, step
-from bench.ops import OPS_BY_NAME
+from bench.ops import FLOOR, OPS_BY_NAME
 from bench.providers import Provider
 from bench.providers.home import PROVIDERS
-from bench.results_file import FLOOR, OURS, Record
+from bench.results_file import OURS, Record
 from bench.shapes import TINY
 from kdrl_kernels.rows import load
 from tests.tolerance import assert_within_budget

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from bench import regress, results_file
-from bench.results_file import FLOOR, OURS, Run
+from bench.ops import FLOOR
+from bench.results_file import OURS, Run
 from tests.bench.test_report import FLOOR_MS, make_run, speed
 
 

@@ -14,10 +14,11 @@ import pytest
 
 import bench.reporting
 from bench import report, results_file
+from bench.ops import FLOOR
 from bench.reporting import figures, page, sections
 from bench.reporting.losses import losses
 from bench.reporting.tables import markdown, number, times
-from bench.results_file import FLOOR, OURS, Record, Run, record
+from bench.results_file import OURS, Record, Run, record
 from bench.shapes import CPU, CPU_SMALL, Shape
 
 ROOT = Path(__file__).parents[2]

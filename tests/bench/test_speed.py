@@ -18,7 +18,7 @@ from bench.measures import accuracy, speed, timing
 from bench.ops import OPS, OPS_BY_NAME, Op
 from bench.providers import Outputs, Provider
 from bench.providers.home import PROVIDERS as HOME
-from bench.results_file import FLOOR, OURS
+from bench.results_file import OURS
 from bench.shapes import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +54,7 @@ def _scaled(factor: float) -> Provider:
 
 def test_everybody_has_a_sample_for_each_round(inputs: list[Inputs]) -> None:
     found = _records(inputs, OUR_OWN, FULL_LOGITS)
-    assert list(found) == [FLOOR, OURS, FULL_LOGITS.name]
+    assert list(found) == [*FLOORS, OURS, FULL_LOGITS.name]
     for one in found.values():
         assert one["status"] == "ok"
         assert len(one["total_ms"]) == 4
