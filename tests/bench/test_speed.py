@@ -15,7 +15,7 @@ import torch
 from bench import definition, results_file
 from bench.inputs import Inputs, make_inputs
 from bench.measures import accuracy, speed, timing
-from bench.ops import OPS, OPS_BY_NAME, Op
+from bench.ops import FLOORS, OPS, OPS_BY_NAME, Op
 from bench.providers import Outputs, Provider
 from bench.providers.home import PROVIDERS as HOME
 from bench.results_file import OURS
