@@ -22,15 +22,13 @@ from bench.inputs import PROFILES, make_inputs
 from bench.machine import DEVICE, use_threads
 from bench.measures import memory, rows, scaling, speed, step
 from bench.measures.timing import failure, free_cache, share
-from bench.ops import OPS, OPS_BY_NAME, Op
+from bench.ops import KEY_OPS, OPS, OPS_BY_NAME, Op
 from bench.providers import Provider, Setting
 from bench.results_file import OURS, Record, new_run, save
 from bench.shapes import CPU_RAGGED, MODELS, RAGGED, SHAPES, Shape, default_shape
 
 STAGES = {"speed": 50, "rows": 2, "step": 6, "memory": 16, "scaling": 16, "shapes": 10}
 """{stage: its share of the time}, in their order; what one leaves is the next one's."""
-KEY_OPS = tuple(OPS_BY_NAME[name] for name in ("GRPO", "KDRL exact"))
-"""Those measured on further shapes and profiles."""
 SCALING_ROUNDS = 3
 INPUT_SETS = 2
 """Used in turn."""

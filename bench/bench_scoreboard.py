@@ -13,7 +13,7 @@ import pytest
 from bench import providers
 from bench.machine import clock
 from bench.measures import memory
-from bench.ops import OPS, Op
+from bench.ops import KEY_OPS, OPS, Op
 from bench.results_file import OURS, Record
 from bench.shapes import Shape
 
@@ -64,7 +64,7 @@ def test_speed(
 @pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")
 @pytest.mark.benchmark(timer=replay)
 @pytest.mark.parametrize("provider", PROVIDERS.values(), ids=PROVIDERS)
-@pytest.mark.parametrize("op", memory.OPS, ids=lambda op: op.name)
+@pytest.mark.parametrize("op", KEY_OPS, ids=lambda op: op.name)
 def test_memory(
     op: Op, provider: providers.Provider, shape: Shape, profile: str, benchmark: Any
 ) -> None:

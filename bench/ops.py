@@ -65,3 +65,5 @@ OPS = (
     Op("cross entropy", cross_entropy=True),
 )
 OPS_BY_NAME = {op.name: op for op in OPS}
+KEY_OPS = tuple(OPS_BY_NAME[name] for name in ("GRPO", "KDRL exact"))
+"""Those measured on further shapes and profiles too."""

@@ -52,7 +52,7 @@ REFERENCE = Shape(
 )
 FP32 = torch.float32
 CPU = Shape("cpu", 1024, 1024, 32768, 1024, 32768, FP32, "none: small enough for 2 cores")
-CPU_SMALL = Shape("cpu-small", 768, 256, 8192, 256, 8192, FP32, "none: everybody in minutes")
+CPU_SMALL = Shape("cpu-small", 512, 256, 8192, 256, 8192, FP32, "none: everybody in minutes")
 CPU_RAGGED = Shape("cpu-ragged", 751, 257, 8093, 301, 8191, FP32, "none: no size is round")
 TINY = Shape("tiny", 32, 64, 512, 64, 512, FP32, "none: tests")
 RAGGED = Shape("ragged", 16381, 3584, 151937, 3584, 152063, BF16, "Qwen2.5-7B, less a few rows")
