@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from kdrl_train.config import SamplingConfig
-from kdrl_train.rollout import RecordSampled, eos_ids, generate_rollouts, seed_of
+from kdrl_train.interrupt import Stopped
+from kdrl_train.rollout import Draw, Rollouts, eos_ids, generate_rollouts, uniforms
 
 PROMPTS = [[5], [20, 21, 22, 23, 24, 25, 26], [30, 31, 32]]
 HOSTILE = {
@@ -134,20 +135,62 @@ def test_columns_beyond_the_vocabulary_are_never_drawn(model: Any, tokenizer: An
     torch.testing.assert_close(found.logprobs[0], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_recorder_by_hand() -> None:
-    record = RecordSampled(temperature=2.0, vocab_size=2)
-    first = record(torch.tensor([[9]]), torch.tensor([[0.0, 2.0, 50.0]]))
-    assert first.tolist() == [[0.0, 1.0, -torch.inf]]
-    record(torch.tensor([[9, 1]]), torch.tensor([[4.0, 4.0, 4.0]]))  # token 1 was drawn
-    found = record.finish(torch.tensor([[9, 1, 0]]))
-    expected = torch.tensor([[1 - torch.tensor([0.0, 1.0]).logsumexp(0), -torch.tensor(2.0).log()]])
-    torch.testing.assert_close(found, expected)
-    assert record.scores is None
+def test_draw_by_hand() -> None:
+    third = torch.tensor(3.0).log().item()  # p = 1/4, 3/4 at temperature 2, and a column to ignore
+    numbers = torch.tensor([[0.24, 0.26], [0.26, 0.0]], dtype=torch.float64)
+    draw = Draw(numbers, temperature=2.0, vocab_size=2)
+    logits = torch.tensor([[0.0, 2 * third, 50.0]] * 2)
+    never = -torch.inf
+    assert draw(torch.tensor([[9], [9]]), logits).tolist() == [[0, never, never], [never, 0, never]]
+    second = torch.tensor([[0.0, 0.0, 9.0], [never, 1.0, 9.0]])  # p = 1/2, 1/2 and 0, 1
+    assert draw(torch.tensor([[9, 0], [9, 1]]), second).argmax(dim=1).tolist() == [0, 1]
+    expected = torch.tensor([[1 / 4, 1 / 2], [3 / 4, 1.0]]).log()
+    torch.testing.assert_close(draw.recorded(), expected)
 
 
-def test_seeds_of_streams_differ() -> None:
-    seeds = {seed_of(seed, step, part) for seed in range(5) for step in range(5) for part in (0, 8)}
-    assert len(seeds) == 50
+def test_broken_logits_stop_the_sampling(model: Any, tokenizer: Any) -> None:
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="logits must be finite while it samples"):
+        generate_rollouts(model, tokenizer, PROMPTS, sampling(), 0, 0)
+
+
+def test_a_draw_depends_on_no_batch_and_no_part(model: Any, tokenizer: Any) -> None:
+    """Neither on batch_size, nor on which prompts a rank has, nor on how many ranks there are."""
+    whole = generate_rollouts(model, tokenizer, PROMPTS, sampling(batch_size=100), 3, 5)
+    small = generate_rollouts(model, tokenizer, PROMPTS, sampling(batch_size=1), 3, 5)
+    parts = [
+        generate_rollouts(model, tokenizer, PROMPTS[a:b], sampling(), 3, 5, first=a)
+        for a, b in ((0, 1), (1, 1), (1, 3))
+    ]
+    joined = Rollouts.join(parts)
+    for other in (small, joined):
+        assert other.texts == whole.texts
+        assert torch.equal(other.truncated, whole.truncated)
+        for name in ("prompt_ids", "completion_ids"):
+            for ours, theirs in zip(getattr(other, name), getattr(whole, name), strict=True):
+                assert torch.equal(ours, theirs)
+        for ours, theirs in zip(other.logprobs, whole.logprobs, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_poll_ends_the_generation(model: Any, tokenizer: Any) -> None:
+    calls = []
+
+    def poll() -> None:
+        calls.append(0)
+        if len(calls) == 3:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        generate_rollouts(model, tokenizer, PROMPTS, sampling(), 0, 0, poll=poll)
+    assert len(calls) == 3
+
+
+def test_uniforms_of_all_places_differ() -> None:
+    places = [(s, t, p, g) for s in range(3) for t in range(3) for p in range(3) for g in range(3)]
+    assert len({float(uniforms(*place, 4)[0]) for place in places}) == 81
+    assert (uniforms(0, 0, 0, 0, 9)[:4] == uniforms(0, 0, 0, 0, 4)).all()
 
 
 def test_a_model_without_an_end_is_refused(model: Any) -> None:
