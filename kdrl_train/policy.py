@@ -5,16 +5,18 @@ has just gathered it, and no [T, V] logits exist. T fed tokens, N loss tokens, H
 V vocabulary.
 """
 
+import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import kdrl_kernels as kk
-from kdrl_train import grpo
+from kdrl_train import attention, grpo
 from kdrl_train.config import MethodConfig, ModelConfig, TrainConfig
 from kdrl_train.packing import PackedBatch
 
@@ -61,6 +63,8 @@ class HeadedModel(nn.Module):
                 f"and softcap {self.softcap}: this order of the two is not supported"
             )
         self.temperature = temperature / scale
+        self.device: torch.device = model.device
+        """Where it computes; weights that FSDP2 offloads wait elsewhere."""
         _disable_dropout(model)
 
     @property
@@ -83,11 +87,24 @@ class HeadedModel(nn.Module):
         dtype = self.compute_dtype
         return module.weight.to(dtype), None if bias is None else bias.to(dtype)
 
-    def hidden(self, input_ids: Tensor, position_ids: Tensor, rows: Tensor | None) -> Tensor:
-        """input_ids, position_ids [1, T] -> hidden states [N, H] of `rows` [N] (None: all T)."""
+    def hidden(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        rows: Tensor | None,
+        lengths: Sequence[int],
+    ) -> Tensor:
+        """input_ids, position_ids [1, T] -> hidden states [N, H] of `rows` [N] (None: all T).
+
+        lengths: tokens of each sequence in the row; they sum to T.
+        """
+        text = self.model.config.get_text_config()
+        more = {}
+        if text._attn_implementation == attention.NAME:
+            more = attention.packed_arguments(lengths, input_ids.device)
         with self.autocast():
             out = self.model.base_model(
-                input_ids=input_ids, position_ids=position_ids, use_cache=False
+                input_ids=input_ids, position_ids=position_ids, use_cache=False, **more
             )
         states = out.last_hidden_state[0]
         if rows is not None:
@@ -113,7 +130,7 @@ class Teacher(HeadedModel):
     def forward(self, batch: PackedBatch) -> kk.TeacherHead:
         """hidden [N, H_t] and the head [V_t, H_t], at the policy's temperature; no gradient."""
         weight, bias = self.head()
-        hidden = self.hidden(batch.input_ids, batch.position_ids, batch.rows)
+        hidden = self.hidden(batch.input_ids, batch.position_ids, batch.rows, batch.lengths)
         return kk.TeacherHead(
             hidden, weight, bias=bias, temperature=self.temperature, softcap=self.softcap
         )
@@ -171,7 +188,7 @@ class Policy(HeadedModel):
             teacher: its hidden states of the same tokens; None where no token is distilled.
         """
         weight, bias = self.head()
-        hidden = self.hidden(batch.input_ids, batch.position_ids, batch.rows)
+        hidden = self.hidden(batch.input_ids, batch.position_ids, batch.rows, batch.lengths)
         goal = self.objective_alone if teacher is None else self.objective
         out = kk.kdrl_loss(
             hidden,
@@ -256,7 +273,7 @@ def probe(wrapped: HeadedModel, name: str, *, packed: bool = True) -> float:
     ids = [sequence.to(model.device) for sequence in ids]
     positions = [torch.arange(n, device=model.device)[None] for n in PROBE_LENGTHS]
     weight, bias = wrapped.head()
-    single = [wrapped.hidden(i, p, None) for i, p in zip(ids, positions, strict=True)]
+    single = [wrapped.hidden(i, p, None, [i.shape[1]]) for i, p in zip(ids, positions, strict=True)]
     head = [torch.nn.functional.linear(x, weight, bias).float() for x in single]
     ours = torch.cat(head) / wrapped.temperature
     if wrapped.softcap is not None:  # the scale is 1 here: temperature is that of sampling
@@ -275,7 +292,9 @@ def probe(wrapped: HeadedModel, name: str, *, packed: bool = True) -> float:
         )
     if not packed:
         return gap
-    together = wrapped.hidden(torch.cat(ids, dim=1), torch.cat(positions, dim=1), None)
+    together = wrapped.hidden(
+        torch.cat(ids, dim=1), torch.cat(positions, dim=1), None, PROBE_LENGTHS
+    )
     leak = _relative_rms(together.float(), torch.cat(single).float())
     if not leak <= limit:
         raise ValueError(
@@ -291,10 +310,16 @@ def _relative_rms(ours: Tensor, theirs: Tensor) -> float:
 
 
 def device_of(config: ModelConfig) -> torch.device:
-    """The run's device; "auto" is cuda where there is one, else cpu."""
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)
+    """The run's device; "auto" is cuda where there is one, else cpu. Under torchrun each rank has
+    the GPU of its number on the machine."""
+    device = torch.device(config.device if config.device != "auto" else _best_device())
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device
+
+
+def _best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def use_device(config: ModelConfig) -> torch.device:
@@ -324,8 +349,11 @@ def load_model(folder: str, key: str, config: ModelConfig, dtype: torch.dtype) -
         raise ValueError(f"{key} must name a folder or hub id, got nothing: set {key}")
     device = use_device(config)
     try:
+        chosen = config.attention or attention.choose(
+            AutoConfig.from_pretrained(folder), device, getattr(torch, config.dtype)
+        )
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=config.attention
+            folder, dtype=dtype, attn_implementation=chosen
         )
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(

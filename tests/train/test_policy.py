@@ -166,9 +166,13 @@ def test_packed_hidden_states_equal_single_ones(tiny: Callable[..., Any], name: 
     ids = [torch.randint(V, (1, n), generator=draw) for n in (1, 5, 9, 1, 1, 17)]
     positions = [torch.arange(i.shape[1])[None] for i in ids]
     with torch.no_grad():
-        single = [wrapped.hidden(i, p, None) for i, p in zip(ids, positions, strict=True)]
-        together = wrapped.hidden(torch.cat(ids, dim=1), torch.cat(positions, dim=1), None)
-        mixed = wrapped.hidden(torch.cat(ids, dim=1), torch.arange(34)[None], None)
+        single = [
+            wrapped.hidden(i, p, None, [i.shape[1]]) for i, p in zip(ids, positions, strict=True)
+        ]
+        together = wrapped.hidden(
+            torch.cat(ids, dim=1), torch.cat(positions, dim=1), None, (1, 5, 9, 1, 1, 17)
+        )
+        mixed = wrapped.hidden(torch.cat(ids, dim=1), torch.arange(34)[None], None, [34])
     torch.testing.assert_close(together, torch.cat(single), rtol=1e-5, atol=1e-5)
     assert (mixed - torch.cat(single)).abs().max() > 1e-2  # without restarts it does leak
     assert probe(wrapped, "model.policy") < 1e-5
@@ -188,9 +192,9 @@ def test_dropout_is_off_while_training(tiny: Callable[..., Any]) -> None:
     model = tiny("phi", resid_pdrop=0.5, attention_dropout=0.5, embd_pdrop=0.5)
     policy = Policy(model, PRESETS["grpo"])
     ids = torch.arange(2, 22)[None]
-    evaluated = policy.hidden(ids, torch.arange(20)[None], None)
+    evaluated = policy.hidden(ids, torch.arange(20)[None], None, [20])
     policy.train()
-    trained = policy.hidden(ids, torch.arange(20)[None], None)
+    trained = policy.hidden(ids, torch.arange(20)[None], None, [20])
     assert torch.equal(trained, evaluated)
 
 

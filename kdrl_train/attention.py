@@ -1,0 +1,141 @@
+"""Attention over packed rows whose cost grows with the sequences, not with the row.
+
+transformers' own SDPA masks a row of T tokens with [T, T] numbers. Here the sequences of a row are
+told apart by their lengths: on a GPU in 16 bit by PyTorch's variable-length kernel; elsewhere they
+are brought into batches of similar length, padded on the right, where causal attention needs no
+mask. Registered with transformers as "packed"; without packed lengths it is SDPA.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import varlen
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.utils import is_flash_attn_2_available
+
+NAME = "packed"
+VARLEN_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def choose(config: Any, device: torch.device, dtype: torch.dtype) -> str:
+    """The attention of a model where its configuration leaves it open.
+
+    Args:
+        config: of transformers; a model that caps its attention scores keeps SDPA's relatives.
+        dtype: of the compute.
+    Returns: "flash_attention_2" where it is installed and can run, else "packed", or "eager" for
+        capped scores, which SDPA lacks.
+    """
+    if device.type == "cuda" and dtype in VARLEN_DTYPES and is_flash_attn_2_available():
+        return "flash_attention_2"
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        return "eager"
+    return NAME
+
+
+def packed_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """What tells a model's attention the lengths of the sequences in its one row.
+
+    The mask is a token that transformers hands on as it is; nobody reads it.
+    """
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+    return {
+        "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device),
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+        "packed_lengths": tuple(lengths),
+    }
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    packed_lengths: Sequence[int] | None = None,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """query [1, heads, T, D], key and value [1, heads_kv, T, D] -> [1, T, heads, D].
+
+    sliding_window: tokens that a query sees, itself included; None: all before it.
+    """
+    if packed_lengths is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **more
+        )
+    window = sliding_window if sliding_window and sliding_window < max(packed_lengths) else None
+    groups = query.shape[1] // key.shape[1]
+    rows = [x[0] for x in (query, repeat_kv(key, groups), repeat_kv(value, groups))]
+    if _has_varlen(query):
+        return _varlen(rows, packed_lengths, more["cu_seq_lens_q"], scaling, window)[None], None
+    return _padded(rows, packed_lengths, scaling, window).transpose(0, 1)[None], None
+
+
+def _has_varlen(query: Tensor) -> bool:
+    return query.device.type == "cuda" and query.dtype in VARLEN_DTYPES
+
+
+def _varlen(
+    rows: list[Tensor],
+    lengths: Sequence[int],
+    ends: Tensor,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """query, key, value [heads, T, D] -> [T, heads, D], in one kernel."""
+    longest = max(lengths)
+    return varlen.varlen_attn(
+        *(row.transpose(0, 1) for row in rows),
+        *(ends, ends, longest, longest),
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+    )
+
+
+def _padded(
+    rows: list[Tensor], lengths: Sequence[int], scaling: float | None, window: int | None
+) -> Tensor:
+    """query, key, value [heads, T, D] -> [heads, T, D], in batches of lengths within a factor 2."""
+    starts = [0, *accumulate(lengths)]
+    sizes: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        sizes.setdefault(length.bit_length(), []).append(i)
+    pieces, places = [], []
+    for members in sizes.values():
+        longest = max(lengths[i] for i in members)
+        index = torch.tensor([starts[i] for i in members])[:, None] + torch.arange(longest)
+        inside = torch.arange(longest) < torch.tensor([lengths[i] for i in members])[:, None]
+        index = index.where(inside, starts[members[0]]).to(rows[0].device)
+        batch = [row[:, index].transpose(0, 1) for row in rows]  # [B, heads, longest, D]
+        mask = None if window is None else _band(longest, window, rows[0].device)
+        out = scaled_dot_product_attention(
+            *batch, attn_mask=mask, is_causal=mask is None, scale=scaling
+        )
+        inside = inside.to(out.device)
+        pieces.append(out.transpose(0, 1)[:, inside])
+        places.append(index[inside])
+    order = torch.cat(places).argsort()
+    return torch.cat(pieces, dim=1)[:, order]
+
+
+def _band(length: int, window: int, device: torch.device) -> Tensor:
+    """[length, length] bool: a token sees itself and the window - 1 before it."""
+    place = torch.arange(length, device=device)
+    distance = place[:, None] - place
+    return (distance >= 0) & (distance < window)
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
