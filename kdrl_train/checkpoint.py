@@ -1,11 +1,13 @@
 """Checkpoints: model, optimizer, step and random state, complete or absent, never in between.
 
     checkpoints/step_000050/   torch.distributed.checkpoint files and meta.json
+    checkpoints/LATEST         name of the newest one, for scripts: `latest` goes by the names
     checkpoints/.tmp_*         being written or deleted; ignored, and removed by the next save
 
 A folder gets its final name by a rename after everything in it has reached the disk, so a process
-killed at any moment leaves the previous checkpoint as the newest. Of the random state the CPU
-generator suffices: dropout is off, and every other draw is seeded by (seed, step).
+killed at any moment leaves the previous checkpoint as the newest. Every rank writes its shards, and
+any number of ranks can read them. Of the random state the CPU generator suffices: dropout is off,
+and every other draw is seeded by (seed, step).
 """
 
 import json
@@ -20,12 +22,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 from kdrl_train.config import TrainConfig
-from kdrl_train.config_file import differences, to_dict
+from kdrl_train.config_file import differences, load_yaml, to_dict
+from kdrl_train.distributed import ALONE, World
 
 MAY_CHANGE = (
     "out",
@@ -36,9 +47,14 @@ MAY_CHANGE = (
     "samples_per_step",
     "eval",
     "reward.workers",
+    "sampling.batch_size",
     "model.device",
     "model.attention",
     "model.gradient_checkpointing",
+    "model.offload_policy",
+    "model.offload_teacher",
+    "model.weights",
+    "engine.max_gap",
     "optim.micro_batch_tokens",
     "optim.workspace_bytes",
     "optim.head_impl",
@@ -57,6 +73,8 @@ class Checkpoint:
     """Optimiser steps done."""
     config: dict[str, Any]
     """Resolved configuration of the run that wrote it."""
+    files: dict[str, int]
+    """Name and size in bytes of every file beside meta.json."""
 
 
 def _fixed(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -80,32 +98,58 @@ def latest(folder: Path) -> Checkpoint | None:
     found = checkpoints(folder)
     if not found:
         return None
-    meta = json.loads((found[-1] / "meta.json").read_text(encoding="utf-8"))
-    return Checkpoint(found[-1], meta["step"], meta["config"])
+    return read(found[-1])
+
+
+def read(folder: Path) -> Checkpoint:
+    """What a checkpoint folder says of itself.
+
+    Raises: ValueError for a folder that is none, or of which a file is missing or was cut.
+    """
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        found = Checkpoint(folder, meta["step"], meta["config"], meta["files"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{folder} must be a checkpoint folder with a meta.json, got {error!r}: name one of "
+            "checkpoints/step_*, or delete it to resume from the one before"
+        ) from error
+    for name, size in found.files.items():
+        path = folder / name
+        there = path.stat().st_size if path.exists() else None
+        if there != size:
+            raise ValueError(
+                f"{path} must have {size} bytes as when it was saved, got "
+                f"{'no such file' if there is None else there}: the checkpoint is damaged; delete "
+                f"{folder} to resume from the one before"
+            )
+    return found
 
 
 def open_folder(config: TrainConfig) -> Checkpoint | None:
-    """The checkpoint that a run continues from; None for a new run. Changes nothing.
+    """The checkpoint that a run continues from; None for a new run, or one that was killed before
+    its first checkpoint. Changes nothing.
 
-    Raises: ValueError for a used folder without resume, and for resume where there is no
-        checkpoint, or one of another configuration.
+    Raises: ValueError for a used folder without resume, for resume where there is no run, or one
+        of another configuration, and for a damaged checkpoint.
     """
     newest = latest(config.out / "checkpoints")
     if config.resume:
-        if newest is None:
+        if newest is not None:
+            check_config(newest.folder, newest.config, config)
+        elif (config.out / "config.yaml").exists():
+            check_config(config.out, load_yaml(config.out / "config.yaml"), config)
+        else:
             raise ValueError(
-                f"out must hold a checkpoint to resume from, got {config.out}, which has none: "
-                "drop --resume, or correct --out"
+                f"out must hold a run to resume, got {config.out}, which has neither a checkpoint "
+                "nor a config.yaml: drop --resume, or correct --out"
             )
-        check_config(newest, config)
         return newest
     used = [n for n in ("config.yaml", "metrics.jsonl", "checkpoints") if (config.out / n).exists()]
     if used:
-        remedy = "choose another --out"
-        if newest is not None:
-            remedy = f"pass --resume to continue that run, or {remedy}"
         raise ValueError(
-            f"out must be a new folder, got {config.out}, which holds {', '.join(used)}: {remedy}"
+            f"out must be a new folder, got {config.out}, which holds {', '.join(used)}: pass "
+            "--resume to continue that run, or choose another --out"
         )
     return None
 
@@ -117,35 +161,71 @@ def save(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
+    world: World = ALONE,
 ) -> Path:
     """Write the state after `step` optimiser steps, then delete all but the newest ones.
 
     Args:
-        folder: the run's checkpoints folder; made if absent.
+        folder: the run's checkpoints folder, of a file system that all ranks see; made if absent.
         step: optimiser steps done.
         config: it goes in whole; config.keep_checkpoints are kept.
+        world: all ranks call it together.
     Returns: the checkpoint's folder.
+    Raises: OSError where it cannot be written (a full disk, say); what was there before is whole.
     """
+    final = folder / f"step_{step:06d}"
+    work = folder / f".tmp_{final.name}"
+    try:
+        world.on_main(lambda: _clean(folder))
+        with _quiet():
+            dcp.save(_state(model, optimizer), checkpoint_id=work, no_dist=not world.launched)
+        meta = {"step": step, "config": to_dict(config), "torch": torch.__version__}
+        world.on_main(lambda: _publish(work, final, meta, config.keep_checkpoints))
+    except (OSError, CheckpointException) as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise OSError(
+            f"the checkpoint of step {step} must be written to {folder}, got {_cause(error)}: free "
+            "space or correct --out, then --resume from the one before"
+        ) from error
+    return final
+
+
+def _clean(folder: Path) -> None:
+    """Make the folder; remove what a killed save or removal left."""
     folder.mkdir(parents=True, exist_ok=True)
     for rest in folder.glob(".tmp_*"):
         shutil.rmtree(rest)
-    final = folder / f"step_{step:06d}"
-    work = folder / f".tmp_{final.name}"
-    with _single_process():
-        dcp.save(_state(model, optimizer), checkpoint_id=work, no_dist=True)
-    meta = {"step": step, "config": to_dict(config), "torch": torch.__version__}
-    with (work / "meta.json").open("w", encoding="utf-8") as file:
-        json.dump(meta, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+
+
+def _publish(work: Path, final: Path, meta: dict[str, Any], keep: int) -> None:
+    """Give a written checkpoint its name, and delete those beyond `keep`."""
+    meta["files"] = {path.name: path.stat().st_size for path in sorted(work.iterdir())}
+    _write(work / "meta.json", json.dumps(meta, indent=1))
     if final.exists():  # of the same step, written before a resume from an older one
         _remove(final)
     _sync(work)
     work.rename(final)
-    _sync(folder)
-    for old in checkpoints(folder)[: -config.keep_checkpoints]:
+    _sync(final.parent)
+    pointer = final.with_name(".tmp_LATEST")
+    _write(pointer, final.name + "\n")
+    pointer.rename(final.with_name("LATEST"))
+    for old in checkpoints(final.parent)[:-keep]:
         _remove(old)
-    return final
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a small file through to the disk."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong on the first rank that failed, in one line."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def load(
@@ -160,10 +240,9 @@ def load(
     Returns: optimiser steps done.
     Raises: ValueError when the checkpoint's configuration differs outside MAY_CHANGE.
     """
-    check_config(checkpoint, config)
+    check_config(checkpoint.folder, checkpoint.config, config)
     state = _state(model, optimizer)
-    with _single_process():
-        dcp.load(state, checkpoint_id=checkpoint.folder, no_dist=True)
+    _read_into(state, checkpoint.folder)
     set_state_dict(
         model,
         optimizer,
@@ -174,13 +253,36 @@ def load(
     return checkpoint.step
 
 
-def check_config(checkpoint: Checkpoint, config: TrainConfig) -> None:
-    """Raise ValueError with the differing keys unless `config` may continue the checkpoint."""
-    changed = differences(_fixed(checkpoint.config), _fixed(to_dict(config)))
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Load the weights of a checkpoint folder, and nothing else.
+
+    Raises: ValueError for a folder that is no whole checkpoint, or of another architecture.
+    """
+    state = {"model": get_model_state_dict(model)}
+    _read_into(state, read(folder).folder)
+    set_model_state_dict(model, state["model"])
+
+
+def _read_into(state: dict[str, Any], folder: Path) -> None:
+    """Fill a state from a checkpoint; ValueError where they do not fit."""
+    try:
+        with _quiet():
+            dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    except (CheckpointException, RuntimeError) as error:
+        raise ValueError(
+            f"{folder} must hold the state of this model, got {_cause(error)}: resume with the "
+            "same architecture, or delete a damaged checkpoint to resume from the one before"
+        ) from error
+
+
+def check_config(place: Path, written: dict[str, Any], config: TrainConfig) -> None:
+    """Raise ValueError with the differing keys unless `config` may continue the run at `place`,
+    whose configuration was `written`."""
+    changed = differences(_fixed(written), _fixed(to_dict(config)))
     if changed:
         lines = [f"  {key}: {old} there, {new} now" for key, (old, new) in changed.items()]
         raise ValueError(
-            f"a resumed run must keep the settings of {checkpoint.folder}, got other values:\n"
+            f"a resumed run must keep the settings of {place}, got other values:\n"
             + "\n".join(lines)
             + "\nset them back, or start a new run with another --out"
         )
@@ -192,7 +294,7 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]
 
 
 @contextmanager
-def _single_process() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Without the warning that there is one process, which no_dist=True has just said."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -220,12 +322,23 @@ def _sync(folder: Path) -> None:
             os.close(handle)
 
 
-def export(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write a transformers folder that from_pretrained loads; an older one is replaced."""
+def export(model: Any, tokenizer: Any, folder: Path, world: World = ALONE) -> None:
+    """Write a transformers folder that from_pretrained loads; an older one is replaced.
+
+    world: all ranks call it together; rank 0 collects the weights on the CPU and writes.
+    """
+    weights = None
+    if world.launched:
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(model, options=whole)
+    world.on_main(lambda: _export(model, tokenizer, folder, weights))
+
+
+def _export(model: Any, tokenizer: Any, folder: Path, weights: dict[str, Any] | None) -> None:
     work = folder.with_name(f".tmp_{folder.name}")
     if work.exists():
         shutil.rmtree(work)
-    model.save_pretrained(work)
+    model.save_pretrained(work, state_dict=weights)
     tokenizer.save_pretrained(work)
     if folder.exists():
         shutil.rmtree(folder)

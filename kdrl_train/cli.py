@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from kdrl_train.config import PRESETS, EvaluateConfig, MethodConfig, TrainConfig
 from kdrl_train.config_file import load_yaml, update
+from kdrl_train.errors import RunError
 
 T = TypeVar("T")
 PresetName = Literal["grpo", "kd_rkl", "kdrl", "kdrl_annealed", "kdrl_masked", "kdrl_group_masked"]
@@ -23,6 +24,7 @@ COMMANDS = {
     "train": "train a policy with a reward and a teacher",
     "eval": "measure a saved model: avg@k, pass@k, length",
     "check": "preflight of a training run: a table, and an exit code of 1 if it would fail",
+    "replay": "take a step that stopped a run apart, completion by completion",
     "sft": "train a small model and its tokenizer from scratch on solved problems",
 }
 EPILOG = """Settings come from, each overriding those before it: the defaults, --preset, the YAML
@@ -86,9 +88,9 @@ def parse(default: T, argv: Sequence[str], command: str) -> T:
 
 def run(command: str, argv: Sequence[str]) -> int:
     """One command; returns its exit code. Each imports only what it needs."""
-    if command in ("demo", "sft"):
+    if command in ("demo", "replay", "sft"):
         module = _module(command)
-        config_class = module.DemoConfig if command == "demo" else module.SftConfig
+        config_class = getattr(module, f"{command.capitalize()}Config")
         module.main(parse(config_class(), argv, command))
         return 0
     if command == "eval":
@@ -120,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return run(argv[0], argv[1:])
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, RunError) as error:
         console.print(f"[bold red]error[/]: {escape(str(error))}", soft_wrap=True)
         return 1
 

@@ -21,10 +21,17 @@ class ModelConfig:
     device: str = "auto"
     """Torch device of the run; auto: cuda where there is one, else cpu."""
     attention: str | None = None
-    """Attention of transformers, e.g. flash_attention_2, whose cost in a packed row grows with the
-    sequences and not with the row; None: its default (sdpa)."""
+    """Attention of transformers, by its name; None: flash_attention_2 on a GPU in bfloat16 where
+    flash-attn is installed, else our own `packed`: a packed row costs what its sequences cost."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
+    offload_policy: bool = False
+    """Keep the policy's shards, gradients and AdamW moments in CPU memory (torchrun, GPUs)."""
+    offload_teacher: bool = False
+    """Keep the teacher's shards in CPU memory (torchrun, GPUs)."""
+    weights: Path | None = None
+    """A checkpoint folder (runs/x/checkpoints/step_000050), of a run with the same architecture,
+    whose weights, and nothing else, replace those of `policy` at step 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +76,30 @@ class SamplingConfig:
         for name in ("prompts_per_step", "group_size", "max_new_tokens", "batch_size"):
             _at_least(1, f"sampling.{name}", getattr(self, name))
         _positive("sampling.temperature", self.temperature)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Who samples the completions."""
+
+    kind: Literal["generate", "continuous"] = "generate"
+    """transformers' `generate`, from the policy itself in one process, under torchrun from a whole
+    copy on each rank; or its continuous batching, always from a copy, for GPUs."""
+    max_gap: float | None = None
+    """Largest mean difference between the log-probabilities of engine and trainer for the tokens
+    of a step, in nats, beyond which the run stops; None: 1e-3 in float32, 0.05 in bfloat16."""
+
+    def __post_init__(self) -> None:
+        if self.max_gap is not None and not self.max_gap > 0:
+            raise ValueError(
+                f"engine.max_gap must be positive, got {self.max_gap}: inf never stops"
+            )
+
+    def limit(self, dtype: str) -> float:
+        """The largest gap for a model.dtype."""
+        if self.max_gap is not None:
+            return self.max_gap
+        return {"float32": 1e-3, "bfloat16": 0.05}[dtype]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,8 +194,8 @@ class OptimConfig:
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm."""
     micro_batch_tokens: int = 8192
-    """Tokens packed into one forward and backward pass; results do not depend on it. Without a
-    fused attention kernel the cost of attention grows with it: 1024 to 2048 suit a CPU."""
+    """Tokens packed into one forward and backward pass; results do not depend on it. On a CPU 1024
+    to 2048 stay in its caches."""
     workspace_bytes: int | None = None
     """Memory of the one-pass head beyond inputs, outputs and gradients; None: its default."""
     head_impl: Literal["triton", "torch", "reference"] | None = None
@@ -225,6 +256,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

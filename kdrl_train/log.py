@@ -70,28 +70,40 @@ class RunLog:
             after its last checkpoint, are removed, and so is a torn last line.
         steps: steps in all, for the console.
         console: where lines go; None: standard output.
+        writes: False on all ranks but the first: nothing is written or printed.
     """
 
     def __init__(
-        self, folder: Path, first_step: int, steps: int, console: Console | None = None
+        self,
+        folder: Path,
+        first_step: int,
+        steps: int,
+        console: Console | None = None,
+        writes: bool = True,
     ) -> None:
         self.folder = folder
+        self.writes = writes
         self.steps = steps
         self.console = Console(highlight=False) if console is None else console
         self.metrics_path = folder / "metrics.jsonl"
+        if not writes:
+            return
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         _write_rows(self.metrics_path, [r for r in read_rows(folder) if r["step"] < first_step])
 
     def step(self, row: dict[str, Any]) -> None:
         """Append one step's metrics and print its line. A number that is not finite becomes null
         in the file: JSON has no NaN."""
+        if not self.writes:
+            return
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(_json(row) + "\n")
         self.console.print(_line(row, self.steps), soft_wrap=True)
 
     def say(self, message: str) -> None:
         """One line on the console, nothing in the files."""
-        self.console.print(Text(message), soft_wrap=True)
+        if self.writes:
+            self.console.print(Text(message), soft_wrap=True)
 
     def samples(
         self, step: int, rollouts: Rollouts, prompts: list[str], answers: list[str],
@@ -101,6 +113,8 @@ class RunLog:
 
         prompts, answers: R texts, one per completion.
         """
+        if not self.writes:
+            return
         total = len(rollouts.texts)
         count = min(count, total)
         rows = [

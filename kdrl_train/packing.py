@@ -5,8 +5,9 @@ across a sequence's start (masking_utils.find_packed_sequence_indices, in versio
 same); policy.py probes this on every model before the first step.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,16 +39,16 @@ class PackedBatch:
     """[N] float32."""
     kd_weight: Tensor
     """[N] float32: beta times the mask."""
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether any token is distilled. Decided on the CPU, before the batch moves."""
-        return bool(((self.kd_weight > 0) & (self.token_weights > 0)).any())
+    lengths: tuple[int, ...]
+    """Tokens of each sequence in the row; they sum to T."""
+    needs_teacher: bool
+    """Whether any token is distilled, here or in the batch of another rank at the same turn."""
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on another device."""
-        fields = {name: getattr(self, name) for name in self.__slots__}
-        return PackedBatch(**{k: v.to(device, non_blocking=True) for k, v in fields.items()})
+        values = {name: getattr(self, name) for name in self.__slots__}
+        tensors = {k: v for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
 
 
 def bins(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -70,6 +71,17 @@ def bins(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return sorted(sorted(members) for members in out)
 
 
+def balance(lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Longest first to the rank with the least so far (LPT): indices of `lengths` for each rank."""
+    loads = [0] * ranks
+    out: list[list[int]] = [[] for _ in range(ranks)]
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        rank = loads.index(min(loads))
+        loads[rank] += lengths[index]
+        out[rank].append(index)
+    return [sorted(members) for members in out]
+
+
 def pack(
     rollouts: Rollouts,
     *,
@@ -77,27 +89,47 @@ def pack(
     weights_R: Tensor,
     kd_weight_R: Tensor,
     micro_batch_tokens: int,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Iterator[PackedBatch]:
-    """Micro-batches of one step, on the CPU.
+    """Micro-batches of one step that are this rank's, on the CPU; as many on every rank.
 
     Args:
-        rollouts: R completions with their prompts.
+        rollouts: R completions with their prompts, of all ranks.
         advantages_R, weights_R, kd_weight_R: [R] float32, each the same for all tokens of a
             completion. Completions of weight 0 are left out: they carry no loss.
         micro_batch_tokens: budget T of one row; a longer sequence has a row of its own.
+        rank, ranks: a rank whose turns end before those of the others has rows without loss tokens.
     """
     prompts, completions = rollouts.prompt_ids, rollouts.completion_ids
     used = [r for r in range(len(completions)) if weights_R[r] != 0]
     lengths = [len(prompts[r]) + len(completions[r]) - 1 for r in used]
-    for members in bins(lengths, micro_batch_tokens):
-        yield _row(rollouts, [used[m] for m in members], advantages_R, weights_R, kd_weight_R)
+    plans = []
+    for share in balance(lengths, ranks):
+        rows = bins([lengths[i] for i in share], micro_batch_tokens)
+        plans.append([[used[share[m]] for m in members] for members in rows])
+    for turn in itertools.zip_longest(*plans, fillvalue=[]):
+        distilled = any(kd_weight_R[r] > 0 for members in turn for r in members)
+        members = turn[rank]
+        yield _row(rollouts, members, advantages_R, weights_R, kd_weight_R, distilled)
 
 
 def _row(
-    rollouts: Rollouts, members: list[int], advantages: Tensor, weights: Tensor, kd_weight: Tensor
+    rollouts: Rollouts,
+    members: list[int],
+    advantages: Tensor,
+    weights: Tensor,
+    kd_weight: Tensor,
+    needs_teacher: bool,
 ) -> PackedBatch:
-    """One packed row of the completions `members`; each has a prompt of at least one token."""
-    ids, positions, rows = [], [], []
+    """One packed row of the completions `members`; each has a prompt of at least one token.
+
+    Without members it is one token that nothing is learnt from.
+    """
+    none = torch.zeros(0, dtype=torch.int64)
+    ids, positions, rows = [none], [none], [none]
+    if not members:
+        ids, positions = [none, none.new_zeros(1)], [none, none.new_zeros(1)]
     start = 0
     for r in members:
         prompt, completion = rollouts.prompt_ids[r], rollouts.completion_ids[r]
@@ -105,16 +137,18 @@ def _row(
         positions.append(torch.arange(len(ids[-1])))
         rows.append(torch.arange(len(completion)) + start + len(prompt) - 1)
         start += len(ids[-1])
-    lengths = torch.tensor([len(rollouts.completion_ids[r]) for r in members])
-    rollout = torch.tensor(members).repeat_interleave(lengths)
+    lengths = torch.tensor([len(rollouts.completion_ids[r]) for r in members], dtype=torch.int64)
+    rollout = torch.tensor(members, dtype=torch.int64).repeat_interleave(lengths)
     return PackedBatch(
         input_ids=torch.cat(ids)[None],
         position_ids=torch.cat(positions)[None],
         rows=torch.cat(rows),
-        tokens=torch.cat([rollouts.completion_ids[r] for r in members]),
+        tokens=torch.cat([none, *(rollouts.completion_ids[r] for r in members)]),
         rollout=rollout,
-        sampled_logprobs=torch.cat([rollouts.logprobs[r] for r in members]),
+        sampled_logprobs=torch.cat([torch.zeros(0), *(rollouts.logprobs[r] for r in members)]),
         advantages=advantages[rollout],
         token_weights=weights[rollout],
         kd_weight=kd_weight[rollout],
+        lengths=tuple(len(sequence) for sequence in ids[1:]),
+        needs_teacher=needs_teacher,
     )

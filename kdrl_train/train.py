@@ -1,91 +1,103 @@
-"""The training loop, to be read from top to bottom: sample, score, learn, log."""
+"""The training loop, to be read from top to bottom: sample, score, learn, log.
 
-from dataclasses import asdict, dataclass, replace
+One process or many (torchrun): every rank runs all of this. After `collect` each holds the whole
+step's batch, so that what is computed from it is the same everywhere; only the micro-batches are
+divided.
+"""
+
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from kdrl_train import check, checkpoint, grpo
+from kdrl_train.collect import collect
 from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import save_yaml
-from kdrl_train.data import Example, encode_prompt, step_indices
+from kdrl_train.distributed import World, connect
+from kdrl_train.engines import open_engine
+from kdrl_train.errors import RunError
 from kdrl_train.evaluate import evaluate
+from kdrl_train.interrupt import Interrupt, Stopped
 from kdrl_train.log import RunLog, Stages, peak_memory_bytes
-from kdrl_train.packing import pack
-from kdrl_train.policy import Policy, Teacher
-from kdrl_train.rollout import Rollouts, generate_rollouts
-from kdrl_train.verifier import Verdicts, Verifier
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Everything that lasts longer than a step."""
-
-    config: TrainConfig
-    tokenizer: Any
-    policy: Policy
-    teacher: Teacher | None
-    optimizer: torch.optim.Optimizer
-    examples: list[Example]
-    held_out: list[Example]
-    verifier: Verifier
-    log: RunLog
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One step's completions with their rewards: what the update learns from."""
-
-    examples: list[Example]
-    """R, one per completion."""
-    rollouts: Rollouts
-    verdicts: Verdicts
-    rewards: Tensor
-    """rewards_PG [P, G] float64, NaN where the reward function failed."""
+from kdrl_train.policy import Policy, use_device
+from kdrl_train.rollout import Rollouts
+from kdrl_train.run import Batch, Run
+from kdrl_train.sharding import shard
+from kdrl_train.update import accumulate, take_step
+from kdrl_train.verifier import Verifier
 
 
 def main(config: TrainConfig, console: Console | None = None) -> Path:
     """Train; returns the run folder, with the final model in model/.
 
+    On SIGTERM or Ctrl-C the step at hand is dropped and those done are saved.
+
     Args:
         config: the whole run.
         console: where progress goes; None: standard output.
     Raises: ValueError for a configuration, data or models that do not fit together, a used folder
-        without resume, resume without a checkpoint or with one of another configuration;
-        FloatingPointError for a loss or gradient that is not finite, before the optimiser step.
+        without resume, resume without a run, or with one of another configuration;
+        FloatingPointError for a loss or gradient that is not finite, EngineError for an engine
+        that samples from another policy, both before the optimiser step; RankError where another
+        rank failed.
     """
-    newest = checkpoint.open_folder(config)
+    device = use_device(config.model)
+    with connect(device) as world, Verifier(config.reward) as verifier, Interrupt() as interrupt:
+        run, first = open_run(config, world, verifier, interrupt, console)
+        run.log.say(f"{config.out}: steps {first + 1} to {config.steps}")
+        if steps(run, first):
+            checkpoint.export(run.policy.model, run.tokenizer, config.out / "model", world)
+    return config.out
+
+
+def open_run(
+    config: TrainConfig,
+    world: World,
+    verifier: Verifier,
+    interrupt: Interrupt,
+    console: Console | None,
+) -> tuple[Run, int]:
+    """Models, data and log of a run, and the optimiser steps that are done already."""
+    newest = world.on_main(lambda: checkpoint.open_folder(config))
     torch.manual_seed(config.seed)
-    with Verifier(config.reward) as verifier:
-        loaded = check.load(config)
-        check.require(check.preflight(config, loaded, verifier, gold=check.GOLD_AT_START))
-        optimizer = make_optimizer(config, loaded.policy)
-        first = 0
-        if newest is not None:
-            first = checkpoint.load(newest, model=loaded.policy, optimizer=optimizer, config=config)
+    loaded = check.load(config)
+    policy, teacher = loaded.policy, loaded.teacher
+    world.on_main(
+        lambda: check.require(check.preflight(config, loaded, verifier, gold=check.GOLD_AT_START))
+    )
+    engine = open_engine(config, policy, loaded.tokenizer, world)
+    if world.launched:
+        shard(policy, offload=config.model.offload_policy)
+        if teacher is not None:
+            shard(teacher, offload=config.model.offload_teacher)
+    optimizer = make_optimizer(config, policy)
+    first = 0
+    if newest is not None:
+        first = checkpoint.load(newest, model=policy, optimizer=optimizer, config=config)
+    elif config.model.weights is not None:
+        checkpoint.load_weights(config.model.weights, policy)
+    engine.load(policy, first)
+    if world.main:
         config.out.mkdir(parents=True, exist_ok=True)
         save_yaml(replace(config, resume=False), config.out / "config.yaml")
-        run = Run(
-            config=config,
-            tokenizer=loaded.tokenizer,
-            policy=loaded.policy,
-            teacher=loaded.teacher,
-            optimizer=optimizer,
-            examples=loaded.examples,
-            held_out=loaded.held_out,
-            verifier=verifier,
-            log=RunLog(config.out, first, config.steps, console),
-        )
-        run.log.say(f"{config.out}: steps {first + 1} to {config.steps}")
-        for step in range(first, config.steps):
-            train_step(run, step)
-            if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                save(run, step + 1)
-        checkpoint.export(run.policy.model, run.tokenizer, config.out / "model")
-    return config.out
+    run = Run(
+        config=config,
+        world=world,
+        tokenizer=loaded.tokenizer,
+        policy=policy,
+        teacher=teacher,
+        engine=engine,
+        optimizer=optimizer,
+        examples=loaded.examples,
+        held_out=loaded.held_out,
+        verifier=verifier,
+        interrupt=interrupt,
+        log=RunLog(config.out, first, config.steps, console, writes=world.main),
+    )
+    return run, first
 
 
 def make_optimizer(config: TrainConfig, policy: Policy) -> torch.optim.Optimizer:
@@ -98,40 +110,57 @@ def make_optimizer(config: TrainConfig, policy: Policy) -> torch.optim.Optimizer
     )
 
 
-def train_step(run: Run, step: int) -> None:
-    """One optimiser step, from prompts to the log."""
-    config, stages = run.config, Stages()
-    if run.policy.model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(run.policy.model.device)
-    with stages("rollout"):
-        examples, rollouts = sample(run, step)
-    with stages("verify"):
-        batch = score(run, examples, rollouts, step)
+def steps(run: Run, first: int) -> bool:
+    """Steps first to config.steps, saved at their intervals. False: stopped by a signal before
+    the last one. However a step ends, those before it are saved."""
+    config, saved = run.config, first
+    for step in range(first, config.steps):
+        stages = Stages()
+        try:
+            row = learn(run, step, stages)
+        except (Stopped, FloatingPointError, RunError) as reason:  # of all ranks, at one place
+            run.optimizer.zero_grad(set_to_none=True)
+            if saved < step:
+                save(run, step)
+            if isinstance(reason, Stopped):
+                run.log.say(f"stopped by a signal after {step} steps: --resume continues")
+                return False
+            raise
+        finish(run, step, row, stages)
+        done = step + 1
+        if done % config.save_every == 0 or done == config.steps:
+            save(run, done)
+            saved = done
+    return True
+
+
+def learn(run: Run, step: int, stages: Stages) -> dict[str, float | None]:
+    """From prompts to the optimiser step, its last act; returns the step's row of metrics.
+
+    Raises: Stopped, FloatingPointError or RunError before anything of the policy has changed.
+    """
+    if run.policy.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.policy.device)
+    batch = collect(run, step, stages)
     sums, loss = accumulate(run, batch, step, stages)
+    row = {"step": step, **step_metrics(run, batch, step, sums), "loss": loss}
+    run.log.samples(step, *sample_texts(batch), count=run.config.samples_per_step)
     with stages("update"):
-        grad_norm = torch.nn.utils.clip_grad_norm_(
-            run.policy.parameters(), config.optim.max_grad_norm
-        )
-        stop_if_not_finite(run, batch, step, loss.item(), grad_norm.item())
-        rate = grpo.learning_rate(config.optim.learning_rate, config.optim.warmup_steps, step)
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
-    row = {
-        "step": step,
-        **step_metrics(run, batch, step, sums),
-        "loss": loss.item(),
-        "grad_norm": grad_norm.item(),
-        "learning_rate": rate,
-    }
-    done = step + 1
+        row |= take_step(run, batch, step, row)
+    row["tokens"] = int(batch.rollouts.lengths.sum())
+    return row
+
+
+def finish(run: Run, step: int, row: dict[str, float | None], stages: Stages) -> None:
+    """Push the new weights to the engine, evaluate at intervals, log."""
+    config, done = run.config, step + 1
+    with stages("sync"):
+        run.engine.load(run.policy, done)
     if run.held_out and (done % config.eval.every == 0 or done == config.steps):
         with stages("eval"):
-            row |= evaluation(run)
-    run.log.samples(step, *sample_texts(batch), count=config.samples_per_step)
-    row |= stages.metrics(tokens=int(batch.rollouts.lengths.sum()))
-    run.log.step(row | {"peak_memory_bytes": peak_memory_bytes(run.policy.model.device)})
+            row |= run.world.on_main(lambda: evaluation(run))
+    row |= stages.metrics(tokens=row["tokens"])
+    run.log.step(row | {"peak_memory_bytes": peak_memory_bytes(run.policy.device)})
 
 
 def save(run: Run, done: int) -> None:
@@ -143,110 +172,9 @@ def save(run: Run, done: int) -> None:
         model=run.policy,
         optimizer=run.optimizer,
         config=run.config,
+        world=run.world,
     )
     run.log.say(f"saved {folder}")
-
-
-def sample(run: Run, step: int) -> tuple[list[Example], Rollouts]:
-    """The step's prompts, a function of (seed, step), and R completions of the current policy."""
-    config = run.config
-    indices = step_indices(len(run.examples), config.seed, step, config.sampling.prompts_per_step)
-    examples = [run.examples[i] for i in indices]
-    prompts = [encode_prompt(run.tokenizer, example, config.data) for example in examples]
-    with run.policy.autocast():
-        rollouts = generate_rollouts(
-            run.policy.model,
-            run.tokenizer,
-            prompts,
-            config.sampling,
-            config.seed,
-            step,
-            vocab_size=run.policy.limit,
-        )
-    return [e for e in examples for _ in range(config.sampling.group_size)], rollouts
-
-
-def score(run: Run, examples: list[Example], rollouts: Rollouts, step: int) -> Batch:
-    """Rewards of R completions, from the verifier's processes; the first failure is logged.
-
-    Raises: ValueError where the reward function failed on all completions of a prompt.
-    """
-    verdicts = run.verifier.score(rollouts.texts, [example.answer for example in examples])
-    size = run.config.sampling.group_size
-    rewards = torch.tensor(verdicts.rewards, dtype=torch.float64).view(-1, size)
-    if verdicts.errors:
-        r, message = next(iter(verdicts.errors.items()))
-        failed = f"step {step + 1}: {len(verdicts.errors)} of {rewards.numel()} rewards failed"
-        run.log.say(f"{failed}; first: {examples[r].id}: {message}")
-    for group in rewards.isnan().all(dim=1).nonzero().flatten().tolist():
-        raise ValueError(
-            f"reward.function must return a number for some completion of each prompt, got none "
-            f"for the {size} of {examples[group * size].id} at step {step}; first: "
-            f"{verdicts.errors[group * size]}: correct the function, or remove the row"
-        )
-    return Batch(examples, rollouts, verdicts, rewards)
-
-
-def accumulate(
-    run: Run, batch: Batch, step: int, stages: Stages
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Gradient of the step's loss, micro-batch by micro-batch -> token sums, loss (0-d float64).
-
-    Each micro-batch is divided by the normaliser of the whole step, so how it is cut does not
-    matter. One without distilled tokens costs no forward pass of the teacher.
-    """
-    config, policy = run.config, run.policy
-    device = policy.model.device
-    advantages_R, kd_weight_R = grpo.completion_terms(batch.rewards, config.method, step)
-    weights_R, normalizer = grpo.token_weights(
-        batch.rollouts.lengths,
-        batch.rewards.flatten(),
-        config.method.token_weights,
-        config.sampling.max_new_tokens,
-    )
-    normalizer = normalizer.to(device)
-    sums: dict[str, Tensor] = {}
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    policy.train()
-    for rows in pack(
-        batch.rollouts,
-        advantages_R=advantages_R,
-        weights_R=weights_R,
-        kd_weight_R=kd_weight_R,
-        micro_batch_tokens=config.optim.micro_batch_tokens,
-    ):
-        needs_teacher, packed = rows.needs_teacher, rows.to(device)
-        with stages("teacher"):
-            teacher = run.teacher(packed) if run.teacher and needs_teacher else None
-        with stages("update"):
-            out = policy(packed, normalizer, teacher)
-            out.loss.backward()
-            loss += out.loss.detach()
-            sums = grpo.add_sums(sums, out.sums)
-    return sums, loss
-
-
-def stop_if_not_finite(run: Run, batch: Batch, step: int, loss: float, grad_norm: float) -> None:
-    """Raise FloatingPointError, with the step's batch dumped, unless both numbers are finite."""
-    if torch.isfinite(torch.tensor([loss, grad_norm])).all():
-        return
-    path = run.config.out / f"failed_step_{step:06d}.pt"
-    dump = {
-        "step": step,
-        "loss": loss,
-        "grad_norm": grad_norm,
-        "rewards": batch.rewards,
-        "outcomes": batch.verdicts.outcomes,
-        "errors": batch.verdicts.errors,
-        "example_ids": [example.id for example in batch.examples],
-        **asdict(batch.rollouts),
-    }
-    torch.save(dump, path)
-    raise FloatingPointError(
-        f"loss and gradient norm must be finite, got loss {loss} and gradient norm {grad_norm} at "
-        f"step {step}: stopped before the optimiser step; the batch is in {path}. --resume would "
-        "repeat the step: start a new run, e.g. with a lower optim.learning_rate"
-    )
 
 
 def step_metrics(
@@ -270,7 +198,7 @@ def evaluation(run: Run) -> dict[str, float]:
     config = run.config
     with run.policy.autocast():
         return evaluate(
-            run.policy.model,
+            run.engine.model,
             run.tokenizer,
             run.held_out,
             data=config.eval.data,

@@ -41,6 +41,17 @@ class Verdicts:
         found = Counter(self.outcomes)
         return {outcome: found[outcome] for outcome in OUTCOMES}
 
+    @classmethod
+    def join(cls, parts: Sequence["Verdicts"]) -> "Verdicts":
+        """All of them, in the order of the parts; errors keep their completion."""
+        joined = cls(rewards=[], outcomes=[])
+        for part in parts:
+            start = len(joined.rewards)
+            joined.errors.update({start + i: text for i, text in part.errors.items()})
+            joined.rewards.extend(part.rewards)
+            joined.outcomes.extend(part.outcomes)
+        return joined
+
 
 class Verifier:
     """A pool of worker processes that scores completions; use it as a context manager.

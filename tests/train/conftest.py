@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,19 @@ import tokenizers
 import torch
 import transformers
 
+from kdrl_train.config import (
+    DataConfig,
+    MethodConfig,
+    ModelConfig,
+    OptimConfig,
+    RewardConfig,
+    SamplingConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from tests.train import scripted_rewards
+
+EXACT = MethodConfig(kd="rkl", kd_coef=ScheduleConfig(initial=0.5, final=0.5))
 EOS, PAD = "<|endoftext|>", "<|pad|>"  # AutoTokenizer adds the first one to any qwen2 folder
 
 
@@ -74,3 +88,31 @@ def folders(
     task = root / "task.jsonl"
     task.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return {name: root / name for name in models} | {"task": task}
+
+
+@pytest.fixture
+def config(folders: dict[str, Path], tmp_path: Path) -> Callable[..., TrainConfig]:
+    """config(out="run", policy="student", teacher="teacher", reward="early_bytes", **fields)."""
+
+    def make(
+        out: str = "run",
+        policy: str = "student",
+        teacher: str = "teacher",
+        reward: str = "early_bytes",
+        **fields: Any,
+    ) -> TrainConfig:
+        base = TrainConfig(
+            out=tmp_path / out,
+            steps=3,
+            model=ModelConfig(
+                policy=str(folders[policy]), teacher=str(folders[teacher]), device="cpu"
+            ),
+            data=DataConfig(path=str(folders["task"])),
+            sampling=SamplingConfig(prompts_per_step=4, group_size=4, max_new_tokens=8),
+            reward=RewardConfig(function=f"{scripted_rewards.__name__}:{reward}", workers=1),
+            method=EXACT,
+            optim=OptimConfig(learning_rate=1e-3, micro_batch_tokens=64),
+        )
+        return replace(base, **fields)
+
+    return make

@@ -66,7 +66,7 @@ def test_the_newest_ones_are_kept(tiny: Callable[..., Any], tmp_path: Path) -> N
     assert checkpoint.latest(tmp_path) is None
     for step in (5, 10, 999_999, 1_000_000):
         checkpoint.save(tmp_path, step=step, model=policy, optimizer=optimizer, config=CONFIG)
-    names = ["step_1000000", "step_999999"]
+    names = ["LATEST", "step_1000000", "step_999999"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
     assert checkpoint.latest(tmp_path).step == 1_000_000
 
@@ -95,7 +95,9 @@ def test_a_killed_save_leaves_the_previous_checkpoint(
             checkpoint.save(tmp_path, step=2, **save)
     assert checkpoint.latest(tmp_path).step == 1
     checkpoint.save(tmp_path, step=2, **save)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000001", "step_000002"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["LATEST", "step_000001", "step_000002"]
+    assert (tmp_path / "LATEST").read_text() == "step_000002\n"
 
 
 def test_saving_a_step_again_replaces_it(tiny: Callable[..., Any], tmp_path: Path) -> None:
@@ -103,16 +105,16 @@ def test_saving_a_step_again_replaces_it(tiny: Callable[..., Any], tmp_path: Pat
     train(policy, optimizer, steps=1)
     for _ in range(2):
         checkpoint.save(tmp_path, step=1, model=policy, optimizer=optimizer, config=CONFIG)
-    assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step_000001"]
 
 
 def test_a_checkpoint_of_another_run_is_refused() -> None:
-    written = checkpoint.Checkpoint(Path("runs/a"), 5, to_dict(CONFIG))
+    place, written = Path("runs/a"), to_dict(CONFIG)
     changed = replace(
         CONFIG, seed=3, optim=OptimConfig(learning_rate=1.0), model=ModelConfig(teacher="t")
     )
     with pytest.raises(ValueError, match=r"keep the settings of runs.a") as error:
-        checkpoint.check_config(written, changed)
+        checkpoint.check_config(place, written, changed)
     assert str(error.value).splitlines()[1:-1] == [
         "  seed: 0 there, 3 now",
         "  model.teacher: None there, t now",
@@ -121,7 +123,7 @@ def test_a_checkpoint_of_another_run_is_refused() -> None:
 
 
 def test_what_may_change_may_change() -> None:
-    written = checkpoint.Checkpoint(Path("runs/a"), 5, to_dict(CONFIG))
+    place, written = Path("runs/a"), to_dict(CONFIG)
     changed = replace(
         CONFIG,
         out=Path("elsewhere"),
@@ -129,12 +131,13 @@ def test_what_may_change_may_change() -> None:
         steps=999,
         save_every=1,
         optim=OptimConfig(micro_batch_tokens=17),
+        sampling=SamplingConfig(batch_size=3),
         eval=EvalConfig(every=3),
     )
-    checkpoint.check_config(written, changed)
-    other = replace(changed, sampling=SamplingConfig(batch_size=3))  # changes the draws
-    with pytest.raises(ValueError, match=r"  sampling\.batch_size: 256 there, 3 now"):
-        checkpoint.check_config(written, other)
+    checkpoint.check_config(place, written, changed)
+    other = replace(changed, sampling=SamplingConfig(group_size=3))
+    with pytest.raises(ValueError, match=r"  sampling\.group_size: 8 there, 3 now"):
+        checkpoint.check_config(place, written, other)
 
 
 def test_windows_flushes_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kdrl_train.packing import bins, pack
+from kdrl_train.packing import PackedBatch, balance, bins, pack
 from kdrl_train.rollout import Rollouts
 
 
@@ -70,3 +70,80 @@ def test_bins_hold_everything_once_within_the_budget(budget: int) -> None:
     # first fit decreasing: no two bins could be one (the best packing has at most 2 half-full ones)
     loads = sorted(sum(lengths[i] for i in members) for members in found)
     assert len(loads) == 1 or loads[0] + loads[1] > budget
+
+
+def test_balance_by_hand() -> None:
+    # 9 | 7 | 7 5 | 9 4 | 7 5 3 | 9 4 2: sums of 15
+    assert balance([2, 9, 5, 4, 7, 3], 2) == [[0, 1, 3], [2, 4, 5]]
+    assert balance([3, 3], 3) == [[0], [1], []]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("budget", [1, 40])
+def test_ranks_divide_the_completions(ranks: int, budget: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 30, (9,), generator=draw).tolist()
+    whole = Rollouts(
+        prompt_ids=[torch.tensor([5, 6])] * 9,
+        completion_ids=[torch.arange(length) + 10 for length in lengths],
+        logprobs=[torch.zeros(length) for length in lengths],
+        truncated=torch.zeros(9, dtype=torch.bool),
+        texts=[""] * 9,
+    )
+    kd_weight = torch.tensor([0.0] * 8 + [1.0])
+    weights = torch.tensor([1.0, 0.0] + [1.0] * 7)
+
+    def rows(rank: int) -> list[PackedBatch]:
+        found = pack(
+            whole,
+            advantages_R=torch.arange(9.0),
+            weights_R=weights,
+            kd_weight_R=kd_weight,
+            micro_batch_tokens=budget,
+            rank=rank,
+            ranks=ranks,
+        )
+        return list(found)
+
+    parts = [rows(rank) for rank in range(ranks)]
+    assert len({len(part) for part in parts}) == 1  # the same number of turns
+    seen = torch.cat([row.rollout for part in parts for row in part])
+    expected = [0 if r == 1 else length for r, length in enumerate(lengths)]
+    assert seen.bincount(minlength=9).tolist() == expected
+    for turn in zip(*parts, strict=True):
+        distilled = any((row.kd_weight > 0).any() for row in turn)
+        assert [row.needs_teacher for row in turn] == [distilled] * ranks
+        for row in turn:
+            assert row.input_ids.shape == row.position_ids.shape
+            assert row.input_ids.numel() >= 1
+            assert len(row.rows) == len(row.tokens) == len(row.advantages)
+    loads = [sum(len(row.tokens) for row in part) for part in parts]
+    assert max(loads) - min(loads) <= max(lengths) + 2
+
+
+def test_a_turn_without_completions_feeds_one_token_and_learns_from_none() -> None:
+    first, second = (
+        list(
+            pack(
+                rollouts(),
+                advantages_R=torch.ones(2),
+                weights_R=torch.tensor([1.0, 0.0]),
+                kd_weight_R=torch.ones(2),
+                micro_batch_tokens=100,
+                rank=rank,
+                ranks=2,
+            )
+        )
+        for rank in range(2)
+    )
+    assert [row.rollout.tolist() for row in first] == [[0, 0, 0]]
+    (row,) = second
+    assert row.input_ids.tolist() == [[0]]
+    assert row.position_ids.tolist() == [[0]]
+    for name in ("rows", "tokens", "rollout", "sampled_logprobs", "advantages", "kd_weight"):
+        assert getattr(row, name).shape == (0,), name
+    assert row.tokens.dtype == row.rows.dtype == torch.int64
+    assert row.needs_teacher  # the other rank's completion is distilled
+    moved = row.to("meta")
+    assert moved.input_ids.device.type == "meta"
+    assert moved.needs_teacher

@@ -18,12 +18,9 @@ from transformers import AutoModelForCausalLM
 from kdrl_train import train
 from kdrl_train.config import (
     PRESETS,
-    DataConfig,
     EvalConfig,
     MethodConfig,
-    ModelConfig,
     OptimConfig,
-    RewardConfig,
     SamplingConfig,
     ScheduleConfig,
     TrainConfig,
@@ -31,46 +28,25 @@ from kdrl_train.config import (
 from kdrl_train.config_file import load_yaml, update
 from kdrl_train.log import read_rows
 from kdrl_train.policy import Teacher
-from tests.train import scripted_rewards
+from tests.train.conftest import EXACT
 
 TIMES = ("seconds", "tokens_per_s", "peak_memory_bytes")
 METRICS = {
-    *("step", "reward", "accuracy", "groups_with_signal", "rewards_missing", "response_length"),
+    *(
+        "step",
+        "tokens",
+        "reward",
+        "accuracy",
+        "groups_with_signal",
+        "rewards_missing",
+        "response_length",
+    ),
     *("truncated", "entropy", "clip_fraction", "kl_teacher", "log_ratio_teacher", "k2", "kd_share"),
     *("kd_coef", "sampler_gap_mean", "sampler_gap_max", "loss", "grad_norm", "learning_rate"),
     *("verifier_right", "verifier_wrong", "verifier_unparseable", "verifier_timeout"),
     *("verifier_error", "tokens_per_s", "seconds", "seconds_rollout", "seconds_verify"),
-    *("seconds_teacher", "seconds_update", "peak_memory_bytes"),
+    *("seconds_teacher", "seconds_update", "seconds_sync", "peak_memory_bytes"),
 }
-EXACT = MethodConfig(kd="rkl", kd_coef=ScheduleConfig(initial=0.5, final=0.5))
-
-
-@pytest.fixture
-def config(folders: dict[str, Path], tmp_path: Path) -> Callable[..., TrainConfig]:
-    """config(out="run", policy="student", teacher="teacher", reward="early_bytes", **fields)."""
-
-    def make(
-        out: str = "run",
-        policy: str = "student",
-        teacher: str = "teacher",
-        reward: str = "early_bytes",
-        **fields: Any,
-    ) -> TrainConfig:
-        base = TrainConfig(
-            out=tmp_path / out,
-            steps=3,
-            model=ModelConfig(
-                policy=str(folders[policy]), teacher=str(folders[teacher]), device="cpu"
-            ),
-            data=DataConfig(path=str(folders["task"])),
-            sampling=SamplingConfig(prompts_per_step=4, group_size=4, max_new_tokens=8),
-            reward=RewardConfig(function=f"{scripted_rewards.__name__}:{reward}", workers=1),
-            method=EXACT,
-            optim=OptimConfig(learning_rate=1e-3, micro_batch_tokens=64),
-        )
-        return replace(base, **fields)
-
-    return make
 
 
 def run(config: TrainConfig) -> list[dict[str, Any]]:
@@ -110,17 +86,18 @@ def test_resumed_run_equals_the_uninterrupted_one(config: Callable[..., TrainCon
 
 def test_resume_needs_a_checkpoint(config: Callable[..., TrainConfig]) -> None:
     settings = config(resume=True)
-    with pytest.raises(ValueError, match=r"out must hold a checkpoint .*run, which has none: drop"):
+    message = r"out must hold a run to resume, got .*run, which has neither .*: drop --resume"
+    with pytest.raises(ValueError, match=message):
         run(settings)
     assert not settings.out.exists()
     settings.out.mkdir()
-    files = {"config.yaml": "steps: 3\n", "metrics.jsonl": '{"step": 0}\n'}
+    files = {"metrics.jsonl": '{"step": 0}\n'}
     for name, text in files.items():
         (settings.out / name).write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match="drop --resume, or correct --out"):
+    with pytest.raises(ValueError, match=message):
         run(settings)
     assert {p.name: p.read_text("utf-8") for p in settings.out.iterdir()} == files
-    with pytest.raises(ValueError, match=r"holds config.yaml, metrics.jsonl: choose another --out"):
+    with pytest.raises(ValueError, match=r"holds metrics.jsonl: .*or choose another --out"):
         run(replace(settings, resume=False))
 
 
@@ -143,7 +120,8 @@ def test_a_run_leaves_what_it_should(
         assert 0 < row["entropy"] < math.log(258)
     saved = update(TrainConfig(), load_yaml(settings.out / "config.yaml"))
     assert saved == settings
-    assert [p.name for p in (settings.out / "checkpoints").iterdir()] == ["step_000002"]
+    names = {path.name for path in (settings.out / "checkpoints").iterdir()}
+    assert names == {"LATEST", "step_000002"}
     samples = (settings.out / "samples" / "step_000001.jsonl").read_text("utf-8").splitlines()
     assert len(samples) == 3
     assert {json.loads(line)["reward"] for line in samples} <= {0.0, 1.0}

@@ -1,0 +1,52 @@
+"""What a run holds, and what one step learns from."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdrl_train.config import TrainConfig
+from kdrl_train.data import Example
+from kdrl_train.distributed import World
+from kdrl_train.engines import Engine
+from kdrl_train.interrupt import Interrupt, Stopped
+from kdrl_train.log import RunLog
+from kdrl_train.policy import Policy, Teacher
+from kdrl_train.rollout import Rollouts
+from kdrl_train.verifier import Verdicts, Verifier
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Everything that lasts longer than a step, on one rank."""
+
+    config: TrainConfig
+    world: World
+    tokenizer: Any
+    policy: Policy
+    teacher: Teacher | None
+    engine: Engine
+    optimizer: torch.optim.Optimizer
+    examples: list[Example]
+    held_out: list[Example]
+    verifier: Verifier
+    interrupt: Interrupt
+    log: RunLog
+
+    def stop_if_asked(self) -> None:
+        """Raise Stopped on all ranks if a signal has come to one of them. All call it together."""
+        if self.world.any(self.interrupt.requested):
+            raise Stopped
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's completions with their rewards, of all ranks: what the update learns from."""
+
+    examples: list[Example]
+    """R, one per completion."""
+    rollouts: Rollouts
+    verdicts: Verdicts
+    rewards: Tensor
+    """rewards_PG [P, G] float64, NaN where the reward function failed."""

@@ -1,0 +1,164 @@
+"""Processes that train, started quickly: forked from one that has imported the trainer already.
+
+It is a process of its own, so that nothing is forked from pytest's, which has threads.
+"""
+
+import atexit
+import io
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Callable
+from functools import cache, partial
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from kdrl_train import train
+from kdrl_train.config import TrainConfig
+from kdrl_train.distributed import World, connect
+
+DEADLINE_S = 120.0
+
+
+def train_ranks(
+    config: TrainConfig, ranks: int, sabotage: Callable[[int], None] | None = None
+) -> list[str]:
+    """train.main on every rank; what each said, an error as "Type: message" in the last line.
+
+    sabotage: a function of a module, called on each rank with its number before the run.
+    """
+    return _ask(_on_processes, ranks, partial(_train, config, sabotage))
+
+
+def on_ranks(ranks: int, call: Callable[[World], Any]) -> list[Any]:
+    """call(world) of every rank, or what it raised."""
+    return _ask(_on_processes, ranks, partial(_connected, call))
+
+
+class Background:
+    """A forked process that calls a function of a module."""
+
+    def __init__(self, target: Callable[..., None], *arguments: Any) -> None:
+        self.pid: int = _ask(_start, target, arguments)
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        found: int | None = _ask(_exit_code, self.pid)
+        return found
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        os.kill(self.pid, signal.SIGKILL)
+        while self.exit_code is None:
+            pass
+
+
+@cache
+def _launcher() -> Connection:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs,))
+    process.start()
+    theirs.close()
+    atexit.register(process.kill)
+    return ours
+
+
+def _ask(what: Callable[..., Any], *arguments: Any) -> Any:
+    """what(*arguments), there."""
+    _launcher().send((what, arguments))
+    answer = _launcher().recv()
+    if isinstance(answer, AssertionError):
+        raise answer
+    return answer
+
+
+# in the launcher
+
+_fork = multiprocessing.get_context("fork")
+_started: dict[int, Any] = {}
+
+
+def _serve(connection: Connection) -> None:
+    while True:
+        what, arguments = connection.recv()
+        try:
+            connection.send(what(*arguments))
+        except AssertionError as error:
+            connection.send(error)
+
+
+def _start(target: Callable[..., None], arguments: tuple[Any, ...]) -> int:
+    process = _fork.Process(target=target, args=arguments)
+    process.start()
+    assert process.pid is not None
+    _started[process.pid] = process
+    return process.pid
+
+
+def _exit_code(pid: int) -> int | None:
+    code: int | None = _started[pid].exitcode
+    return code
+
+
+def _on_processes(ranks: int, call: Callable[[int], Any]) -> list[Any]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pipes = [_fork.Pipe(duplex=False) for _ in range(ranks)]
+    processes = [
+        _fork.Process(target=_answer, args=(rank, ranks, port, call, sender))
+        for rank, (_, sender) in enumerate(pipes)
+    ]
+    try:
+        answers = []
+        for process in processes:
+            process.start()
+        for receiver, _ in pipes:
+            assert receiver.poll(DEADLINE_S), f"no answer in {DEADLINE_S:.0f} s"
+            answers.append(receiver.recv())
+        return answers
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+# in the forked processes
+
+
+def _answer(
+    rank: int, ranks: int, port: int, call: Callable[[int], Any], sender: Connection
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    sender.send(call(rank))
+
+
+def _train(config: TrainConfig, sabotage: Callable[[int], None] | None, rank: int) -> str:
+    out = io.StringIO()
+    try:
+        if sabotage is not None:
+            sabotage(rank)
+        train.main(config, Console(file=out, width=10_000))
+    except Exception as error:
+        out.write(f"{type(error).__name__}: {error}")
+    return out.getvalue()
+
+
+def _connected(call: Callable[[World], Any], _rank: int) -> Any:
+    try:
+        with connect(torch.device("cpu")) as world:
+            return call(world)
+    except Exception as error:
+        return error

@@ -1,0 +1,63 @@
+"""What ranks tell each other."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from kdrl_train.distributed import ALONE, World, connect
+from kdrl_train.errors import RankError
+from tests.train.ranks import on_ranks
+
+
+def test_one_process_asks_nobody() -> None:
+    with connect(torch.device("cpu")) as world:
+        assert world is ALONE
+        assert (world.rank, world.size, world.launched, world.main) == (0, 1, False, True)
+        assert world.share(lambda: 3) == [3]
+        assert world.on_main(lambda: 4) == 4
+        assert world.any(True)
+        assert not world.any(False)
+        total = world.sum({"a": torch.tensor([1.5, 2.0])})
+        assert total["a"].dtype == torch.float64
+        assert total["a"].tolist() == [1.5, 2.0]
+        with pytest.raises(KeyError):
+            world.share(lambda: {}["missing"])
+
+
+def _talk(world: World) -> list[Any]:
+    rank = world.rank
+    own = {"sum": torch.tensor(10.0**rank), "most": torch.tensor(5.0 - rank)}
+    total = world.sum(own | ({"last": torch.tensor([1.0])} if rank == 2 else {}), ("most",))
+    return [
+        world.share(lambda: rank * rank),
+        world.on_main(lambda: f"of rank {rank}"),
+        world.any(rank == 1),
+        world.any(False),
+        {name: value.tolist() for name, value in total.items()},
+        os.environ["LOCAL_RANK"],
+    ]
+
+
+def test_three_ranks_agree() -> None:
+    for rank, (squares, main, some, none, total, local) in enumerate(on_ranks(3, _talk)):
+        assert squares == [0, 1, 4]
+        assert main == "of rank 0"
+        assert (some, none) == (True, False)
+        assert total == {"sum": 111.0, "most": 5.0, "last": [1.0]}
+        assert local == str(rank)
+
+
+def _fail(world: World) -> None:
+    def make() -> None:
+        if world.rank == 1:
+            raise OSError("no space")
+
+    world.share(make)
+
+
+def test_an_error_reaches_everybody() -> None:
+    for error in on_ranks(3, _fail):
+        assert isinstance(error, RankError)
+        assert str(error) == "rank 1 stopped with OSError: no space"

@@ -1,0 +1,200 @@
+"""A run that is killed, stopped or starved of its disk loses nothing that was saved."""
+
+import io
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from kdrl_train import checkpoint, train
+from kdrl_train.config import SamplingConfig, TrainConfig
+from kdrl_train.config_file import save_yaml
+from kdrl_train.log import read_rows
+from tests.train.ranks import DEADLINE_S, Background
+from tests.train.test_train import run, weights, without_times
+
+Config = Callable[..., TrainConfig]
+
+
+def train_quietly(config: TrainConfig) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a killed run has nothing to say
+    train.main(config, Console(file=io.StringIO()))
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments_it_equals_the_uninterrupted_run(config: Config) -> None:
+    whole = config("whole", steps=12, save_every=1)
+    parts = config("parts", steps=12, save_every=1)
+    start = time.monotonic()
+    expected = run(whole)
+    length = time.monotonic() - start
+    moments = random.Random(0)
+    kills = inside_a_save = 0
+    while kills < 20:
+        resume = (parts.out / "config.yaml").exists()
+        process = Background(train_quietly, replace(parts, resume=resume))
+        until = time.monotonic() + moments.uniform(0.1, length / 3)
+        while time.monotonic() < until and process.exit_code is None:
+            time.sleep(0.005)
+        saving = moments.random() < 0.5  # half of the kills wait for a save
+        while saving and process.exit_code is None and not _saving(parts):
+            time.sleep(0.0005)
+        if process.exit_code is not None:  # done already: begin again
+            assert process.exit_code == 0
+            _same(parts, expected, whole)
+            parts = replace(parts, out=parts.out.with_name(f"parts-{kills}"))
+            continue
+        inside_a_save += _saving(parts)
+        process.kill()
+        kills += 1
+    if (parts.out / "config.yaml").exists():
+        parts = replace(parts, resume=True)
+    run(parts)
+    _same(parts, expected, whole)
+    assert inside_a_save >= 3
+
+
+def _saving(config: TrainConfig) -> bool:
+    return any((config.out / "checkpoints").glob(".tmp_step*"))
+
+
+def _same(found: TrainConfig, expected: list[dict[str, Any]], whole: TrainConfig) -> None:
+    assert without_times(read_rows(found.out)) == without_times(expected)
+    theirs = weights(whole.out / "model")
+    for name, tensor in weights(found.out / "model").items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def test_sigterm_saves_and_ends_with_0(config: Config) -> None:
+    sampling = SamplingConfig(prompts_per_step=4, group_size=4, max_new_tokens=100)
+    whole = config("whole", steps=6, sampling=sampling)
+    parts = config("parts", steps=6, sampling=sampling)
+    save_yaml(parts, parts.out.with_suffix(".yaml"))
+    command = [sys.executable, "-m", "kdrl_train", "train", "--config"]
+    command.append(str(parts.out.with_suffix(".yaml")))
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + DEADLINE_S
+    while len(read_rows(parts.out)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    words, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, words
+    assert time.monotonic() - asked < 10
+    done = len(read_rows(parts.out))
+    assert 2 <= done < 6
+    assert f"stopped by a signal after {done} steps: --resume continues" in words
+    assert checkpoint.latest(parts.out / "checkpoints").step == done
+    assert not (parts.out / "model").exists()
+    assert without_times(run(replace(parts, resume=True))) == without_times(run(whole))
+
+
+def test_a_signal_in_the_middle_of_a_step_drops_the_step(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = config("whole"), config("parts")
+    expected = run(whole)
+    backward, calls = train.Policy.forward, []
+
+    def stop_in_second_step(*arguments: Any) -> Any:
+        calls.append(0)
+        if len(calls) == 6:  # four or five micro-batches a step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return backward(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Policy, "forward", stop_in_second_step)
+        rows = run(parts)
+    assert without_times(rows) == without_times(expected[: len(rows)])
+    assert 0 < len(rows) < 3
+    assert checkpoint.latest(parts.out / "checkpoints").step == len(rows)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert without_times(run(replace(parts, resume=True))) == without_times(expected)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(config: Config) -> None:
+    settings = config(steps=2)
+    settings.out.mkdir()
+    save_yaml(settings, settings.out / "config.yaml")
+    (settings.out / "metrics.jsonl").write_text('{"step": 0}\n{"st')
+    with pytest.raises(ValueError, match="pass --resume to continue that run"):
+        run(settings)
+    with pytest.raises(ValueError, match=r"(?s)keep the settings of .*run, got.*seed: 0 there, 1"):
+        run(replace(settings, resume=True, seed=1))
+    rows = run(replace(settings, resume=True))
+    assert without_times(rows) == without_times(run(config("other", steps=2)))
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(config: Config) -> None:
+    settings = config(steps=1)
+    run(settings)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    more = replace(settings, steps=2, resume=True)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # a file may not grow beyond
+    try:
+        with pytest.raises(OSError, match=r"the checkpoint of step 2 must be written to .*: free"):
+            run(more)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    names = {path.name for path in (settings.out / "checkpoints").iterdir()}
+    assert names == {"LATEST", "step_000001"}
+    assert without_times(run(more)) == without_times(run(config("whole", steps=2)))
+
+
+def test_a_folder_that_cannot_be_written_is_named(config: Config) -> None:
+    settings = config(steps=1)
+    run(settings)
+    folder = settings.out / "checkpoints"
+    more = replace(settings, steps=2, resume=True)
+    kept = folder.rename(folder.with_name("kept"))
+
+    folder.write_text("in the way")
+    with pytest.raises(OSError, match=r"step 1 must be written to .*checkpoints, got FileExists"):
+        run(replace(more, steps=1))
+    folder.unlink()
+    kept.rename(folder)
+    assert checkpoint.latest(folder).step == 1
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "meta.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_checkpoint_is_named(config: Config, name: str, damage: str) -> None:
+    settings = config(steps=2, save_every=1)
+    run(settings)
+    path = settings.out / "checkpoints" / "step_000002" / name
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        path.unlink()
+    again = replace(settings, steps=3, resume=True)
+    with pytest.raises(ValueError, match="to resume from the one before") as error:
+        run(again)
+    assert "step_000002" in str(error.value)
+    for file in path.parent.iterdir():
+        file.unlink()
+    path.parent.rmdir()
+    assert [row["step"] for row in run(again)] == [0, 1, 2]
+
+
+def test_bits_that_rot_are_found(config: Config) -> None:
+    settings = config(steps=1)
+    run(settings)
+    path = next((settings.out / "checkpoints" / "step_000001").glob("*.distcp"))
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(
+        ValueError,
+        match=r"step_000001 must hold the state of this model, got \w+Error: .*: resume with",
+    ):
+        run(replace(settings, steps=2, resume=True))
