@@ -10,6 +10,8 @@ import tokenizers
 import torch
 import transformers
 
+from tests.train.plan_cases import write_models
+
 EOS, PAD = "<|endoftext|>", "<|pad|>"  # AutoTokenizer adds the first one to any qwen2 folder
 
 
@@ -74,3 +76,9 @@ def folders(
     task = root / "task.jsonl"
     task.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return {name: root / name for name in models} | {"task": task}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders that hold a config.json and no weights: see plan_cases."""
+    return write_models(tmp_path_factory.mktemp("configs"))
