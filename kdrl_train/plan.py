@@ -25,7 +25,7 @@ from kdrl_train.planning.terms import Term
 
 GB = 1e9
 LIBRARIES = "Python and libraries"
-"""Term of a CPU: what this process holds, which has loaded what `train` loads."""
+"""Term of a CPU: what this process holds so far; `train` loads a few more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

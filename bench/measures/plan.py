@@ -2,9 +2,9 @@
 
     python -m bench.measures.plan bench/results/plan-cpu
 
-Each run trains random models for two steps, in float32, in a process of its own that gives large
-blocks back to the system at once. Measured: growth of its resident set's high-water mark from when
-its libraries are loaded. Predicted: all of the plan but those libraries.
+Each run trains random models for two steps, in float32 on one thread, in a process of its own that
+gives large blocks back to the system at once. Measured: growth of its resident set's high-water
+mark from when its libraries are loaded. Predicted: all of the plan but those libraries.
 """
 
 import ctypes
@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from rich.console import Console
 
-from bench.machine import machine_info, use_threads
+from bench.machine import machine_info
 from bench.measures.memory import LARGE_BYTES, M_MMAP_THRESHOLD, _peak, _reset_peak
 from kdrl_train import train
 from kdrl_train.config import (
@@ -40,7 +41,7 @@ from kdrl_train.scratch import EOS, train_tokenizer
 from kdrl_train.tasks import write_jsonl
 
 PROMPT = 32
-"""Characters of each prompt, a token each."""
+"""Characters of each prompt, a token each, and tokens of each completion."""
 POLICY = {
     "hidden_size": 512,
     "intermediate_size": 1536,
@@ -62,32 +63,18 @@ class RealRun:
     tied: bool
     kd: Any
     checkpointing: bool
-    batch: int
     group: int
-    new: int
+    """Completions of each of two prompts."""
     row: int
+    """Tokens of a row, two or more rows a step."""
 
 
 RUNS = {
-    "GRPO, all activations kept": RealRun(
-        family="qwen2",
-        tied=True,
-        kd=None,
-        checkpointing=False,
-        batch=16,
-        group=8,
-        new=96,
-        row=1024,
+    "GRPO, tied head, all activations kept": RealRun(
+        family="qwen2", tied=True, kd=None, checkpointing=False, group=12, row=1024
     ),
-    "exact KL, recomputed, many completions at once": RealRun(
-        family="llama",
-        tied=False,
-        kd="rkl",
-        checkpointing=True,
-        batch=128,
-        group=32,
-        new=96,
-        row=512,
+    "exact KL, untied head, layers recomputed": RealRun(
+        family="llama", tied=False, kd="rkl", checkpointing=True, group=16, row=512
     ),
 }
 
@@ -122,10 +109,9 @@ def write_run(name: str, folder: Path) -> TrainConfig:
         ),
         data=DataConfig(path=str(folder / "task.jsonl"), max_prompt_tokens=PROMPT),
         sampling=SamplingConfig(
-            prompts_per_step=4,
+            prompts_per_step=2,
             group_size=chosen.group,
-            max_new_tokens=chosen.new,
-            batch_size=chosen.batch,
+            max_new_tokens=PROMPT,
         ),
         reward=RewardConfig(function="exact", workers=1),
         method=MethodConfig(kd=chosen.kd),
@@ -135,7 +121,7 @@ def write_run(name: str, folder: Path) -> TrainConfig:
 
 def measure(run: TrainConfig) -> dict[str, Any]:
     """Train right here -> bytes grown, and the seconds of each stage of the last step."""
-    use_threads()
+    torch.set_num_threads(1)
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
     before = _reset_peak()
     train.main(run, Console(quiet=True))
@@ -163,7 +149,7 @@ def compare(name: str, folder: Path) -> dict[str, Any]:
 
 def main(out: Path) -> None:
     """Compare all, print a line each, write results.json."""
-    use_threads()
+    torch.set_num_threads(1)
     results: dict[str, Any] = {"machine": machine_info(), "runs": {}}
     for name in RUNS:
         with tempfile.TemporaryDirectory() as folder:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from kdrl_train.planning.case import Case
 from kdrl_train.planning.devices import Device
 from kdrl_train.planning.shapes import ModelShape
-from kdrl_train.planning.terms import Term
+from kdrl_train.planning.terms import Term, number_text
 
 CACHE_PASSES = 3
 """The cache of keys and values is read and written to grow by a token, then read by attention."""
@@ -63,12 +63,14 @@ PARTS = ("rollout", "teacher", "update", "optimizer", "communication")
 
 
 def _compute(name: str, part: str, flop: float, formula: str, device: Device) -> Term:
-    text = f"{formula} = {flop / 1e12:,.4g} TFLOP / {device.flops / 1e12:,.4g} TFLOP/s"
+    text = (
+        f"{formula} = {number_text(flop / 1e12)} TFLOP / {number_text(device.flops / 1e12)} TFLOP/s"
+    )
     return Term(name, flop / device.flops, text, (part,))
 
 
 def _move(name: str, part: str, size: float, formula: str, rate: float) -> Term:
-    text = f"{formula} = {size / 1e9:,.4g} GB / {rate / 1e9:,.4g} GB/s"
+    text = f"{formula} = {number_text(size / 1e9)} GB / {number_text(rate / 1e9)} GB/s"
     return Term(name, size / rate, text, (part,))
 
 
@@ -82,7 +84,7 @@ def _rollout(case: Case, device: Device, lengths: Lengths, launch_us: float) -> 
     cache = CACHE_PASSES * (case.stream_bytes + b) * policy.layers * policy.kv_width
     read = batches * B * (S * lengths.prompt + S * S / 2) * cache
     prompts = case.rollouts * lengths.prompt
-    shapes = f"{batches} batches of {B} · {S:,} steps"
+    shapes = f"{batches} x {B} completions · {S:,} steps"
     launches = steps * policy.layers * launch_us * 1e-6
     return [
         Term(

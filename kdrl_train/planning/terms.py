@@ -34,5 +34,5 @@ def product(
 
 
 def number_text(number: float) -> str:
-    """A whole number in full, another with four digits."""
-    return f"{number:,}" if isinstance(number, int) else f"{number:.4g}"
+    """A whole or large number in full, another with four digits."""
+    return f"{number:,.0f}" if isinstance(number, int) or number >= 1e4 else f"{number:,.4g}"
