@@ -95,13 +95,21 @@ def _varlen(
     window: int | None,
 ) -> Tensor:
     """query, key, value [heads, T, D] -> [T, heads, D], in one kernel."""
+    query, key, value = (row.transpose(0, 1) for row in rows)
     longest = max(lengths)
-    return varlen.varlen_attn(
-        *(row.transpose(0, 1) for row in rows),
-        *(ends, ends, longest, longest),
+    out = varlen.varlen_attn(
+        query,
+        key,
+        value,
+        ends,
+        ends,
+        longest,
+        longest,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
     )
+    assert isinstance(out, Tensor)  # a pair where more is asked for
+    return out
 
 
 def _padded(
@@ -118,10 +126,10 @@ def _padded(
         index = torch.tensor([starts[i] for i in members])[:, None] + torch.arange(longest)
         inside = torch.arange(longest) < torch.tensor([lengths[i] for i in members])[:, None]
         index = index.where(inside, starts[members[0]]).to(rows[0].device)
-        batch = [row[:, index].transpose(0, 1) for row in rows]  # [B, heads, longest, D]
+        query, key, value = (row[:, index].transpose(0, 1) for row in rows)  # [B, heads, ., D]
         mask = None if window is None else _band(longest, window, rows[0].device)
         out = scaled_dot_product_attention(
-            *batch, attn_mask=mask, is_causal=mask is None, scale=scaling
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling
         )
         inside = inside.to(out.device)
         pieces.append(out.transpose(0, 1)[:, inside])

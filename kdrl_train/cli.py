@@ -25,6 +25,7 @@ COMMANDS = {
     "eval": "measure a saved model: avg@k, pass@k, length",
     "check": "preflight of a training run: a table, and an exit code of 1 if it would fail",
     "replay": "take a step that stopped a run apart, completion by completion",
+    "plan": "memory of each GPU and time of a step, predicted from the models' config.json",
     "sft": "train a small model and its tokenizer from scratch on solved problems",
 }
 EPILOG = """Settings come from, each overriding those before it: the defaults, --preset, the YAML
@@ -93,6 +94,9 @@ def run(command: str, argv: Sequence[str]) -> int:
         config_class = getattr(module, f"{command.capitalize()}Config")
         module.main(parse(config_class(), argv, command))
         return 0
+    if command == "plan":
+        module = _module(command)
+        return module.main(parse(module.PlanConfig(), argv, command))
     if command == "eval":
         config = parse(EvaluateConfig(), argv, command)
         _module("evaluate").main(config)

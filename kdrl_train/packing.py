@@ -8,6 +8,7 @@ same); policy.py probes this on every model before the first step.
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,8 +48,12 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on another device."""
         values = {name: getattr(self, name) for name in self.__slots__}
-        tensors = {k: v for k, v in values.items() if isinstance(v, Tensor)}
-        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in values.items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
 
 def bins(lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -7,6 +7,7 @@ divided.
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -134,7 +135,7 @@ def steps(run: Run, first: int) -> bool:
     return True
 
 
-def learn(run: Run, step: int, stages: Stages) -> dict[str, float | None]:
+def learn(run: Run, step: int, stages: Stages) -> dict[str, Any]:
     """From prompts to the optimiser step, its last act; returns the step's row of metrics.
 
     Raises: Stopped, FloatingPointError or RunError before anything of the policy has changed.
@@ -151,7 +152,7 @@ def learn(run: Run, step: int, stages: Stages) -> dict[str, float | None]:
     return row
 
 
-def finish(run: Run, step: int, row: dict[str, float | None], stages: Stages) -> None:
+def finish(run: Run, step: int, row: dict[str, Any], stages: Stages) -> None:
     """Push the new weights to the engine, evaluate at intervals, log."""
     config, done = run.config, step + 1
     with stages("sync"):

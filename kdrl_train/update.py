@@ -1,6 +1,7 @@
 """The update: a step's batch through the loss, micro-batch by micro-batch, to the new weights."""
 
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def accumulate(
     return total, world.sum({"loss": loss})["loss"].item() / world.size
 
 
-def take_step(run: Run, batch: Batch, step: int, row: dict[str, float | None]) -> dict[str, float]:
+def take_step(run: Run, batch: Batch, step: int, row: dict[str, Any]) -> dict[str, float]:
     """Clip the gradient and take the optimiser step, unless a number says that it is wrong."""
     optim = run.config.optim
     norm = full(torch.nn.utils.clip_grad_norm_(run.policy.parameters(), optim.max_grad_norm)).item()

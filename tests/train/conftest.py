@@ -22,6 +22,7 @@ from kdrl_train.config import (
     TrainConfig,
 )
 from tests.train import scripted_rewards
+from tests.train.plan_cases import write_models
 
 EXACT = MethodConfig(kd="rkl", kd_coef=ScheduleConfig(initial=0.5, final=0.5))
 EOS, PAD = "<|endoftext|>", "<|pad|>"  # AutoTokenizer adds the first one to any qwen2 folder
@@ -116,3 +117,9 @@ def config(folders: dict[str, Path], tmp_path: Path) -> Callable[..., TrainConfi
         return replace(base, **fields)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders that hold a config.json and no weights: see plan_cases."""
+    return write_models(tmp_path_factory.mktemp("configs"))
