@@ -10,10 +10,12 @@ import logging
 import re
 from collections.abc import Callable
 from decimal import Decimal
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
 Reward = Callable[[str, str], float]
+Answer = Callable[[str], str | None]
 
 MAX_ANSWER_CHARS = 1000
 """A longer answer counts as unparseable: no gold answer of a mathematics set comes near it, and
@@ -118,6 +120,26 @@ def load_reward(name: str) -> Reward:
         found = "is missing from" if function is None else "is not callable in"
         raise ValueError(f"{rule}: {function_name} {found} {module_name}; name a function in it")
     return function
+
+
+def load_answer(reward: Reward) -> Answer:
+    """How an answer is read for a majority vote: completion -> the spelling it votes for, or None.
+
+    `math`: equal numbers, and expressions that parse alike, are one spelling. `exact`: the letters.
+    Another reward says so in an attribute `answer` of its own; without it, `last_answer`.
+    """
+    if reward is math_reward:
+        return _math_spelling
+    return getattr(reward, "answer", last_answer)
+
+
+def _math_spelling(completion: str) -> str | None:
+    """1/2, 0.5 and \\frac{1}{2} are one answer; what cannot be read is none."""
+    given = last_answer(completion)
+    if given is None or not _parses(given):
+        return None
+    number = _plain_number(given)
+    return str(_expressions(given)[0] if number is None else Fraction(number))
 
 
 def _answer_of(completion: str) -> str:

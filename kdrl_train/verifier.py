@@ -16,12 +16,14 @@ from typing import Any, Literal, Self, SupportsFloat
 from pebble import ProcessFuture, ProcessPool
 
 from kdrl_train.config import RewardConfig
-from kdrl_train.rewards import UnparseableError, load_reward
+from kdrl_train.rewards import UnparseableError, load_answer, load_reward
 
 Outcome = Literal["right", "wrong", "unparseable", "timeout", "error"]
 ORPHAN_GRACE_S = 10.0
 """Seconds past the deadline after which a worker that nobody has killed ends by itself."""
 OUTCOMES: tuple[Outcome, ...] = ("right", "wrong", "unparseable", "timeout", "error")
+Judged = tuple[float, Outcome, str, str | None]
+"""Of one completion: reward, outcome, message of an error, answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,8 @@ class Verdicts:
     """[R]. right: reward above 0; wrong: 0 or below; the rest as counted by `counts`."""
     errors: dict[int, str] = field(default_factory=dict)
     """Index of a completion with outcome `error` -> what its reward raised or returned."""
+    answers: list[str | None] = field(default_factory=list)
+    """[R]. The answer in the spelling it votes for (rewards.load_answer); None: there is none."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -84,9 +88,10 @@ class Verifier:
         ]
         verdicts = Verdicts(rewards=[], outcomes=[])
         for index, future in enumerate(futures):
-            reward, outcome, message = _verdict(future)
+            reward, outcome, message, given = _verdict(future)
             verdicts.rewards.append(reward)
             verdicts.outcomes.append(outcome)
+            verdicts.answers.append(given)
             if message:
                 verdicts.errors[index] = message
         return verdicts
@@ -143,40 +148,39 @@ def _start_worker(function: str) -> None:
 _reward = lru_cache(maxsize=1)(load_reward)
 
 
-def _score_one(
-    function: str, completion: str, answer: str, timeout_s: float
-) -> tuple[float, Outcome, str]:
-    """In a worker: reward, outcome and, for `error`, the message."""
+def _score_one(function: str, completion: str, answer: str, timeout_s: float) -> Judged:
+    """In a worker: one completion."""
     has_timer = hasattr(signal, "setitimer")  # not on Windows
     if has_timer:  # SIGALRM ends the process: a hang must not outlive a trainer that was killed
         signal.setitimer(signal.ITIMER_REAL, timeout_s + ORPHAN_GRACE_S)
     try:
-        value = _reward(function)(completion, answer)
+        judge = _reward(function)
+        value, given = judge(completion, answer), load_answer(judge)(completion)
     except UnparseableError:
-        return 0.0, "unparseable", ""
+        return 0.0, "unparseable", "", None
     except Exception as error:  # anybody's code: counted, message kept, the reward becomes NaN
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{frame.filename}:{frame.lineno}"
-        return math.nan, "error", f"{type(error).__name__}: {error} ({where})"
+        return math.nan, "error", f"{type(error).__name__}: {error} ({where})", None
     finally:
         if has_timer:
             signal.setitimer(signal.ITIMER_REAL, 0)
     reward = float(value) if isinstance(value, SupportsFloat) else math.nan
     if not math.isfinite(reward):
-        return math.nan, "error", f"reward must be a finite number, got {value!r}"
-    return reward, "right" if reward > 0 else "wrong", ""
+        return math.nan, "error", f"reward must be a finite number, got {value!r}", None
+    return reward, "right" if reward > 0 else "wrong", "", given
 
 
-def _verdict(future: ProcessFuture) -> tuple[float, Outcome, str]:
+def _verdict(future: ProcessFuture) -> Judged:
     """Wait for one completion. A worker that was killed or died costs this completion alone."""
     error = future.exception()
     if error is None:
         return future.result()
     if isinstance(error, FutureTimeoutError):
-        return 0.0, "timeout", ""
+        return 0.0, "timeout", "", None
     if isinstance(error, BrokenProcessPool):
         raise ChildProcessError(
             "verifier workers must start, but all of them died: call the reward function "
             "by hand on one completion to see why"
         ) from error
-    return math.nan, "error", f"worker died: {type(error).__name__}: {error}"
+    return math.nan, "error", f"worker died: {type(error).__name__}: {error}", None
