@@ -10,13 +10,15 @@ from torch import Tensor
 
 from kdrl_train import check, checkpoint, grpo
 from kdrl_train.config import TrainConfig
-from kdrl_train.config_file import save_yaml
+from kdrl_train.config_file import save_yaml, to_dict
 from kdrl_train.data import Example, encode_prompt, step_indices
+from kdrl_train.diagnostics import gradient_split
 from kdrl_train.evaluate import evaluate
 from kdrl_train.log import RunLog, Stages, peak_memory_bytes
 from kdrl_train.packing import pack
 from kdrl_train.policy import Policy, Teacher
 from kdrl_train.rollout import Rollouts, generate_rollouts
+from kdrl_train.trackers import Trackers
 from kdrl_train.verifier import Verdicts, Verifier
 
 
@@ -59,7 +61,7 @@ def main(config: TrainConfig, console: Console | None = None) -> Path:
     """
     newest = checkpoint.open_folder(config)
     torch.manual_seed(config.seed)
-    with Verifier(config.reward) as verifier:
+    with Trackers(config.log) as trackers, Verifier(config.reward) as verifier:
         loaded = check.load(config)
         check.require(check.preflight(config, loaded, verifier, gold=check.GOLD_AT_START))
         optimizer = make_optimizer(config, loaded.policy)
@@ -68,6 +70,7 @@ def main(config: TrainConfig, console: Console | None = None) -> Path:
             first = checkpoint.load(newest, model=loaded.policy, optimizer=optimizer, config=config)
         config.out.mkdir(parents=True, exist_ok=True)
         save_yaml(replace(config, resume=False), config.out / "config.yaml")
+        trackers.start(to_dict(config), config.out, first)
         run = Run(
             config=config,
             tokenizer=loaded.tokenizer,
@@ -77,7 +80,7 @@ def main(config: TrainConfig, console: Console | None = None) -> Path:
             examples=loaded.examples,
             held_out=loaded.held_out,
             verifier=verifier,
-            log=RunLog(config.out, first, config.steps, console),
+            log=RunLog(config.out, first, config.steps, console, trackers),
         )
         run.log.say(f"{config.out}: steps {first + 1} to {config.steps}")
         for step in range(first, config.steps):
@@ -107,7 +110,7 @@ def train_step(run: Run, step: int) -> None:
         examples, rollouts = sample(run, step)
     with stages("verify"):
         batch = score(run, examples, rollouts, step)
-    sums, loss = accumulate(run, batch, step, stages)
+    sums, loss, measured = accumulate(run, batch, step, stages)
     with stages("update"):
         grad_norm = torch.nn.utils.clip_grad_norm_(
             run.policy.parameters(), config.optim.max_grad_norm
@@ -124,6 +127,7 @@ def train_step(run: Run, step: int) -> None:
         "loss": loss.item(),
         "grad_norm": grad_norm.item(),
         "learning_rate": rate,
+        **measured,
     }
     done = step + 1
     if run.held_out and (done % config.eval.every == 0 or done == config.steps):
@@ -189,8 +193,9 @@ def score(run: Run, examples: list[Example], rollouts: Rollouts, step: int) -> B
 
 def accumulate(
     run: Run, batch: Batch, step: int, stages: Stages
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Gradient of the step's loss, micro-batch by micro-batch -> token sums, loss (0-d float64).
+) -> tuple[dict[str, Tensor], Tensor, dict[str, float | None]]:
+    """Gradient of the step's loss, micro-batch by micro-batch -> token sums, loss (0-d float64),
+    and at the steps of log.diagnostics_every what diagnostics measure on the first one.
 
     Each micro-batch is divided by the normaliser of the whole step, so how it is cut does not
     matter. One without distilled tokens costs no forward pass of the teacher.
@@ -206,24 +211,30 @@ def accumulate(
     )
     normalizer = normalizer.to(device)
     sums: dict[str, Tensor] = {}
+    measured: dict[str, float | None] = {}
+    every = config.log.diagnostics_every
     loss = torch.zeros((), dtype=torch.float64, device=device)
     policy.train()
-    for rows in pack(
+    batches = pack(
         batch.rollouts,
         advantages_R=advantages_R,
         weights_R=weights_R,
         kd_weight_R=kd_weight_R,
         micro_batch_tokens=config.optim.micro_batch_tokens,
-    ):
+    )
+    for index, rows in enumerate(batches):
         needs_teacher, packed = rows.needs_teacher, rows.to(device)
         with stages("teacher"):
             teacher = run.teacher(packed) if run.teacher and needs_teacher else None
+        if every and step % every == 0 and index == 0:
+            with stages("diagnostics"):
+                measured = gradient_split(policy, packed, normalizer, teacher)
         with stages("update"):
             out = policy(packed, normalizer, teacher)
             out.loss.backward()
             loss += out.loss.detach()
             sums = grpo.add_sums(sums, out.sums)
-    return sums, loss
+    return sums, loss, measured
 
 
 def stop_if_not_finite(run: Run, batch: Batch, step: int, loss: float, grad_norm: float) -> None:

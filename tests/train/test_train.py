@@ -40,7 +40,9 @@ METRICS = {
     *("kd_coef", "sampler_gap_mean", "sampler_gap_max", "loss", "grad_norm", "learning_rate"),
     *("verifier_right", "verifier_wrong", "verifier_unparseable", "verifier_timeout"),
     *("verifier_error", "tokens_per_s", "seconds", "seconds_rollout", "seconds_verify"),
-    *("seconds_teacher", "seconds_update", "peak_memory_bytes"),
+    *("seconds_teacher", "seconds_update", "peak_memory_bytes", "kd_flip_share"),
+    *(f"log_ratio_p{q}" for q in (10, 50, 90, 99)),
+    *(f"tokens_per_s_{stage}" for stage in ("rollout", "verify", "teacher", "update")),
 }
 EXACT = MethodConfig(kd="rkl", kd_coef=ScheduleConfig(initial=0.5, final=0.5))
 
@@ -139,6 +141,8 @@ def test_a_run_leaves_what_it_should(
         assert row["sampler_gap_max"] < 1e-4
         assert row["clip_fraction"] == 0.0
         assert row["kd_share"] == 1.0
+        assert row["log_ratio_p10"] < row["log_ratio_p50"] < row["log_ratio_p90"]
+        assert 0 < row["kd_flip_share"] < 1
         assert (row["kd_coef"], row["learning_rate"]) == (2e-3, 1e-3)
         assert 0 < row["entropy"] < math.log(258)
     saved = update(TrainConfig(), load_yaml(settings.out / "config.yaml"))
