@@ -16,7 +16,7 @@ from typing import Any, Literal, Self, SupportsFloat
 from pebble import ProcessFuture, ProcessPool
 
 from kdrl_train.config import RewardConfig
-from kdrl_train.rewards import UnparseableError, load_answer, load_reward
+from kdrl_train.rewards import UnparseableError, load_answer, load_reward, warm_up
 
 Outcome = Literal["right", "wrong", "unparseable", "timeout", "error"]
 ORPHAN_GRACE_S = 10.0
@@ -116,11 +116,11 @@ class Verifier:
     def _start(self) -> ProcessPool:
         # forkserver: the workers are forked from a small process of one thread. Forking this one
         # could copy locks that torch's threads hold at that moment (a deadlock) and a CUDA context;
-        # spawn (the only one on Windows) is as safe, but pays the import of sympy, about a second,
-        # for each worker that a hang costs, where the server has imported it once.
+        # spawn (the only one on Windows) is as safe, but pays the import of sympy and the parser's
+        # tables, two seconds, for each worker that a hang costs, where the server has paid once.
         if "forkserver" in multiprocessing.get_all_start_methods():
             context: Any = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["kdrl_train.rewards", "math_verify"])
+            context.set_forkserver_preload(["kdrl_train.warm_rewards"])
         else:
             context = multiprocessing.get_context("spawn")
         pool = ProcessPool(
@@ -138,11 +138,11 @@ def _ready() -> None:
 
 
 def _start_worker(function: str) -> None:
-    """Import the reward outside of any deadline; die at once when told to."""
+    """Import the reward and warm it up outside of any deadline; die at once when told to."""
     # pebble's own handler runs between two byte codes, so not while C code (gmpy2, numpy) works on;
     # the whole pool would stand still for its 3 seconds of grace before the kill.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _reward(function)
+    warm_up(_reward(function))
 
 
 _reward = lru_cache(maxsize=1)(load_reward)

@@ -9,7 +9,7 @@ import torch
 from kdrl_train.histogram import BINS, PERCENTILES, histogram, quantiles
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 5.0])
 def test_quantiles_are_right_to_the_width_of_a_bin(scale: float) -> None:
     draw = torch.Generator().manual_seed(0)
     values = scale * torch.randn(999, generator=draw, dtype=torch.float64).pow(3)

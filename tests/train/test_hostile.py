@@ -7,7 +7,7 @@ from itertools import chain
 from kdrl_train.config import RewardConfig
 from kdrl_train.verifier import Verifier
 
-TIMEOUT_S = 1.0
+TIMEOUT_S = 0.5
 WORKERS = 2
 RESTART_S = 0.5
 """Allowance for a worker that a hang has cost: pebble looks at its workers ten times a second."""
@@ -146,24 +146,24 @@ CODE = [
         r"\loop\repeat",
     ],
 ]
-AROUND = [  # hostile text around the answer, not in it
+AROUND = [  # hostile text around the answer, not in it; the search is linear in it
     *[
         r"\boxed{" * 100_000,
-        "{" * 1_000_000,
-        "}" * 1_000_000,
+        "{" * 300_000,
+        "}" * 300_000,
         "answer: " * 100_000,
         "####" * 200_000,
     ],
-    *["\\" * 1_000_000, r"\boxed " * 100_000, "$" * 1_000_000, "the answer is " + "\n" * 1_000_000],
+    *["\\" * 300_000, r"\boxed " * 100_000, "$" * 300_000, "the answer is " + "\n" * 300_000],
     *[
         "\ud800" * 100_000,
-        "\0" * 1_000_000,
+        "\0" * 300_000,
         "answer " * 200_000,
-        "answer" + " " * 1_000_000 + "is 7",
+        "answer" + " " * 300_000 + "is 7",
     ],
     *[r"\boxed{" * 100_000 + "}" * 100_000, "the answer is $" * 100_000, r"\(" * 300_000],
 ]
-ANSWERS = [*chain(*map(nested, (20, 100))), *TOWERS, *LONG, *CHARACTERS, *CODE]
+ANSWERS = [*chain(*map(nested, (20, 100, 300))), *TOWERS, *LONG, *CHARACTERS, *CODE]
 HOSTILE = [*(rf"so \boxed{{{answer}}}" for answer in ANSWERS), *AROUND]
 
 
@@ -181,5 +181,6 @@ def test_200_hostile_completions_take_nobody_down() -> None:
     assert verdicts.outcomes[1::2] == ["right"] * len(HOSTILE)  # neighbours pay for nothing
     counts = Counter(verdicts.outcomes[::2])
     assert set(counts) <= {"right", "wrong", "unparseable", "timeout"}
-    assert elapsed < counts["timeout"] * (TIMEOUT_S + RESTART_S) / WORKERS + 30
+    assert min(counts[name] for name in ("wrong", "unparseable", "timeout")) >= 10
+    assert elapsed < len(HOSTILE) * (TIMEOUT_S + RESTART_S) / WORKERS
     assert verdicts.rewards[::2].count(0.0) == len(HOSTILE) - counts["right"]

@@ -106,6 +106,7 @@ def test_different_answers(given: str, gold: str) -> None:
         r"\boxed{}",
         r"\boxed{\frac{}}",
         r"\boxed{" + "9" * 1_000_000 + "}",
+        r"\boxed{" + "{" * 9 + "5" + "}" * 9 + "}",
         "{" * 1_000_000,
         r"\boxed{" * 100_000,
         "answer: " * 100_000,
