@@ -14,12 +14,18 @@ TRAIN = [
     "PyYAML>=6.0",  # configuration files
     "numpy>=1.26,<2.5",  # torch and datasets share arrays through it
 ]
+TENSORBOARD = ["tensorboard>=2.20"]  # curves of runs, from event files
+WANDB = ["wandb>=0.22"]  # curves of runs, on a server
+TRACKIO = ["trackio>=0.6"]  # curves of runs, in a local data base or a Space
+LIGER = ["liger-kernel>=0.6; platform_system == 'Linux'"]  # RMSNorm, SwiGLU, RoPE on GPUs
 TEST = ["pytest>=8.4", "hypothesis>=6.140", "ruff>=0.14", "mypy>=1.18", "types-PyYAML>=6.0"]
 PEERS = ["liger-kernel==0.8.5", "trl==1.16.0", "cut-cross-entropy==25.1.1"]
 PEERS += ["flash-linear-attention==0.6.0", "quack-kernels==0.6.5"]
 BENCH = ["pytest-benchmark>=5.1", "matplotlib>=3.10", "jinja2>=3.1"]  # figures, plots, page
 BENCH += [f"{peer}; platform_system == 'Linux'" for peer in PEERS]  # what they are compared with
-GPU = ["flash-attn>=2.8; platform_system == 'Linux'", "liger-kernel>=0.6"]
+GPU = ["flash-attn>=2.8; platform_system == 'Linux'", *LIGER]
+EXTRAS = {"train": TRAIN, "dev": TRAIN + TEST + TENSORBOARD, "bench": BENCH, "gpu": GPU}
+EXTRAS |= {"tensorboard": TENSORBOARD, "wandb": WANDB, "trackio": TRACKIO, "liger": LIGER}
 
 setup(
     name="kdrl-kernels",
@@ -33,5 +39,5 @@ setup(
     packages=find_packages(include=["kdrl_kernels*", "kdrl_train*"]),
     package_data={"kdrl_kernels": ["py.typed", "rows/README.md"], "kdrl_train": ["py.typed"]},
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
-    extras_require={"train": TRAIN, "dev": TRAIN + TEST, "bench": BENCH, "gpu": GPU},
+    extras_require=EXTRAS,
 )

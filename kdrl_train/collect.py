@@ -2,7 +2,8 @@
 
 import torch
 
-from kdrl_train.data import encode_prompt, step_indices
+from kdrl_train.config import DataConfig, SamplingConfig
+from kdrl_train.data import Example, encode_prompt, step_indices
 from kdrl_train.engines import require_version
 from kdrl_train.interrupt import Stopped
 from kdrl_train.log import Stages
@@ -20,52 +21,71 @@ def collect(run: Run, step: int, stages: Stages) -> Batch:
     config = run.config
     require_version(run.engine, step)
     indices = step_indices(len(run.examples), config.seed, step, config.sampling.prompts_per_step)
-    parts = run.world.share(lambda: _own_part(run, indices, step, stages))
-    whole = [part for part in parts if part is not None]
-    if len(whole) < len(parts):
-        raise Stopped
-    batch = _join(run, [run.examples[i] for i in indices], whole)
+    examples = [run.examples[i] for i in indices]
+    rollouts, verdicts = answer(run, examples, config.data, config.sampling, step, stages)
+    size = config.sampling.group_size
+    batch = Batch(
+        examples=[example for example in examples for _ in range(size)],
+        rollouts=rollouts,
+        verdicts=verdicts,
+        rewards=torch.tensor(verdicts.rewards, dtype=torch.float64).view(-1, size),
+    )
     _require_rewards(run, batch, step)
     return batch
 
 
+def answer(
+    run: Run,
+    examples: list[Example],
+    data: DataConfig,
+    sampling: SamplingConfig,
+    step: int,
+    stages: Stages,
+) -> tuple[Rollouts, Verdicts]:
+    """G judged completions of each example, in order, each rank's share sampled and verified there.
+
+    All ranks call it together. Raises: Stopped where a signal came to any of them.
+    """
+
+    def own_part() -> tuple[Rollouts, Verdicts] | None:
+        rank, ranks = run.world.rank, run.world.size
+        first, end = (len(examples) * place // ranks for place in (rank, rank + 1))
+        try:
+            return _own_part(run, examples[first:end], first, data, sampling, step, stages)
+        except Stopped:
+            return None
+
+    parts = run.world.share(own_part)
+    whole = [part for part in parts if part is not None]
+    if len(whole) < len(parts):
+        raise Stopped
+    return Rollouts.join([part[0] for part in whole]), Verdicts.join([part[1] for part in whole])
+
+
 def _own_part(
-    run: Run, indices: list[int], step: int, stages: Stages
-) -> tuple[Rollouts, Verdicts] | None:
-    """This rank's prompts, in order; None if a signal came."""
-    rank, ranks = run.world.rank, run.world.size
-    first, end = (len(indices) * place // ranks for place in (rank, rank + 1))
-    examples = [run.examples[i] for i in indices[first:end]]
-    prompts = [encode_prompt(run.tokenizer, example, run.config.data) for example in examples]
-    sampling = run.config.sampling
-    try:
-        with stages("rollout"):
-            rollouts = run.engine.generate(
-                prompts,
-                sampling,
-                seed=run.config.seed,
-                step=step,
-                first=first,
-                poll=run.interrupt.poll,
-            )
-        run.interrupt.poll()
-    except Stopped:
-        return None
+    run: Run,
+    examples: list[Example],
+    first: int,
+    data: DataConfig,
+    sampling: SamplingConfig,
+    step: int,
+    stages: Stages,
+) -> tuple[Rollouts, Verdicts]:
+    """This rank's examples, of which the first is at place `first` of the step's."""
+    prompts = [encode_prompt(run.tokenizer, example, data) for example in examples]
+    with stages("rollout"):
+        rollouts = run.engine.generate(
+            prompts,
+            sampling,
+            seed=run.config.seed,
+            step=step,
+            first=first,
+            poll=run.interrupt.poll,
+        )
+    run.interrupt.poll()
     answers = [example.answer for example in examples for _ in range(sampling.group_size)]
     with stages("verify"):
         return rollouts, run.verifier.score(rollouts.texts, answers)
-
-
-def _join(run: Run, prompts: list, parts: list[tuple[Rollouts, Verdicts]]) -> Batch:
-    """All parts, in the order of the prompts."""
-    size = run.config.sampling.group_size
-    verdicts = Verdicts.join([verdicts for _, verdicts in parts])
-    return Batch(
-        examples=[example for example in prompts for _ in range(size)],
-        rollouts=Rollouts.join([rollouts for rollouts, _ in parts]),
-        verdicts=verdicts,
-        rewards=torch.tensor(verdicts.rewards, dtype=torch.float64).view(-1, size),
-    )
 
 
 def _require_rewards(run: Run, batch: Batch, step: int) -> None:

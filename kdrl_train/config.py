@@ -32,6 +32,9 @@ class ModelConfig:
     weights: Path | None = None
     """A checkpoint folder (runs/x/checkpoints/step_000050), of a run with the same architecture,
     whose weights, and nothing else, replace those of `policy` at step 0."""
+    liger: bool = False
+    """RMSNorm, SwiGLU and RoPE of both models by liger-kernel; needs a GPU with Triton, and
+    `pip install 'kdrl-kernels[liger]'`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,7 +227,7 @@ class EvalConfig:
     every: int = 0
     """Optimiser steps between evaluations; 0: none. The last step is evaluated too."""
     samples: int = 4
-    """k of avg@k and pass@k: completions per problem."""
+    """k of avg@k, pass@k and maj@k: completions per problem."""
     max_problems: int | None = None
     """Only the first so many problems; None: all."""
 
@@ -233,6 +236,24 @@ class EvalConfig:
         _at_least(0, "eval.every", self.every)
         _at_least(1, "eval.samples", self.samples)
         _at_least(1, "eval.max_problems", self.max_problems)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogConfig:
+    """What is measured beside the training, and who is told. metrics.jsonl is always written."""
+
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Who else gets the rows of metrics.jsonl; each needs the extra of its name."""
+    project: str = "kdrl"
+    """Project of the run at wandb or trackio."""
+    diagnostics_every: int = 0
+    """Optimiser steps between measurements of the two gradients, of reward and of distillation:
+    norms and cosine, from the step's first micro-batch, at two passes more over it. 0: never."""
+
+    def __post_init__(self) -> None:
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(f"log.trackers must name each tracker once, got {self.trackers}")
+        _at_least(0, "log.diagnostics_every", self.diagnostics_every)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -261,6 +282,7 @@ class TrainConfig:
     method: MethodConfig = field(default_factory=MethodConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "save_every", "keep_checkpoints"):
@@ -284,7 +306,7 @@ class EvaluateConfig:
     seed: int = 0
     """Seed of the sampling."""
     samples: int = 4
-    """k of avg@k and pass@k: completions per problem."""
+    """k of avg@k, pass@k and maj@k: completions per problem."""
     max_problems: int | None = None
     """Only the first so many problems; None: all."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -15,11 +15,13 @@ Departures from KDRL (arXiv 2506.02208) and GRPO, each a setting of MethodConfig
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from kdrl_train.config import MethodConfig, ScheduleConfig
+from kdrl_train.histogram import PERCENTILES, histogram, quantiles
 
 
 def group_advantages(rewards_PG: Tensor, estimator: str, std_floor: float = 1e-4) -> Tensor:
@@ -164,6 +166,16 @@ def reward_metrics(rewards_PG: Tensor) -> dict[str, float]:
     }
 
 
+_PULL: dict[str | None, Callable[[Tensor], Tensor]] = {
+    "k2": lambda log_ratio: log_ratio,
+    "rkl": lambda log_ratio: log_ratio,
+    "k3": lambda log_ratio: -torch.expm1(-log_ratio),
+    "fkl": lambda log_ratio: -torch.expm1(-log_ratio),
+}
+"""What distillation takes off a token's advantage, per unit of its weight: the derivative of the
+term in log p; of an exact KL that of its sampled form, which has the same expectation."""
+
+
 def token_sums(
     *,
     logprobs: Tensor,
@@ -174,8 +186,13 @@ def token_sums(
     clip_fraction: Tensor | None,
     token_weights: Tensor,
     kd_weight: Tensor,
+    advantages: Tensor,
+    kd: str | None,
 ) -> dict[str, Tensor]:
     """Sums over the tokens of one micro-batch, on the device, float64: `token_means` divides them.
+
+    All are 0-d and add up over micro-batches and ranks, but for gap_max, whose largest counts, and
+    log_ratio_histogram, which is [BINS] counts (histogram.py).
 
     Args:
         logprobs, sampled_logprobs: [N] nats, of the trainer and as sampled.
@@ -186,6 +203,8 @@ def token_sums(
         token_weights: [N]; tokens of weight 0 are left out.
         kd_weight: [N]; KL sums run over the tokens with a positive one, whatever shares their
             micro-batch, so that the means do not depend on packing.
+        advantages: [N].
+        kd: MethodConfig.kd, for the sign of `kd_flipped`; None: no two terms to compare.
     """
     used = token_weights > 0
     gap = (logprobs.detach() - sampled_logprobs).abs().double()[used]
@@ -204,6 +223,10 @@ def token_sums(
         sums["kd_tokens"] = distilled.sum().double()
         sums["log_ratio_sum"] = log_ratio.sum()
         sums["k2_sum"] = (log_ratio.square() / 2).sum()
+        sums["log_ratio_histogram"] = histogram(log_ratio)
+        if kd in _PULL:
+            left = advantages[distilled] - kd_weight[distilled] * _PULL[kd](log_ratio)
+            sums["kd_flipped"] = (advantages[distilled] * left < 0).sum().double()
         if kl is not None:
             sums["kl_sum"] = kl.detach().double()[distilled].sum()
     return sums
@@ -225,8 +248,10 @@ def token_means(sums: dict[str, Tensor]) -> dict[str, float | None]:
 
     kl_teacher is the exact KL(student ‖ teacher) where the loss computes it, otherwise its
     unbiased estimate, the mean of l = log p - log q over the sampled tokens; nats per token.
+    log_ratio_p50 and its like are quantiles of l, to the width of a bin. kd_flip_share is the share
+    of tokens whose advantage less the pull of distillation has the other sign.
     """
-    values = {key: value.item() for key, value in sums.items()}
+    values = {key: value.item() for key, value in sums.items() if value.ndim == 0}
 
     def mean(key: str, count: str) -> float | None:
         if key not in values or values.get(count, 0.0) == 0.0:
@@ -234,13 +259,18 @@ def token_means(sums: dict[str, Tensor]) -> dict[str, float | None]:
         return values[key] / values[count]
 
     kl = mean("kl_sum", "kd_tokens")
+    spread: list[float | None] = [None] * len(PERCENTILES)
+    if values.get("kd_tokens", 0.0) > 0:
+        spread = [*quantiles(sums["log_ratio_histogram"])]
     log_ratio = mean("log_ratio_sum", "kd_tokens")
     return {
         "entropy": mean("entropy_sum", "tokens"),
         "clip_fraction": mean("clipped", "tokens"),
         "kl_teacher": log_ratio if kl is None else kl,
         "log_ratio_teacher": log_ratio,
+        **{f"log_ratio_p{q}": value for q, value in zip(PERCENTILES, spread, strict=True)},
         "k2": mean("k2_sum", "kd_tokens"),
+        "kd_flip_share": mean("kd_flipped", "tokens"),
         "kd_share": values.get("kd_tokens", 0.0) / max(values.get("tokens", 0.0), 1.0),
         "sampler_gap_mean": mean("gap_sum", "tokens"),
         "sampler_gap_max": values.get("gap_max"),

@@ -15,11 +15,15 @@ from rich.console import Console
 from rich.text import Text
 
 from kdrl_train.rollout import Rollouts
+from kdrl_train.trackers import Trackers
 
 try:
     import resource
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
+
+BESIDE = ("eval", "diagnostics")
+"""Stages that are no part of a training step: their seconds do not count for its speed."""
 
 
 class Stages:
@@ -41,11 +45,13 @@ class Stages:
             self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
 
     def metrics(self, tokens: int) -> dict[str, float]:
-        """Seconds in all and per stage, and `tokens` per second without those of evaluation."""
-        total = sum(self.seconds.values())
+        """Seconds, and `tokens` (those of the step's completions) per second, in all and of each
+        stage; the stages of BESIDE have no part in the latter."""
+        step = {name: value for name, value in self.seconds.items() if name not in BESIDE}
         return {
-            "tokens_per_s": tokens / (total - self.seconds.get("eval", 0.0)),
-            "seconds": total,
+            "tokens_per_s": tokens / sum(step.values()),
+            **{f"tokens_per_s_{name}": tokens / value for name, value in step.items()},
+            "seconds": sum(self.seconds.values()),
             **{f"seconds_{name}": value for name, value in self.seconds.items()},
         }
 
@@ -71,6 +77,7 @@ class RunLog:
         steps: steps in all, for the console.
         console: where lines go; None: standard output.
         writes: False on all ranks but the first: nothing is written or printed.
+        trackers: started; they get every row too.
     """
 
     def __init__(
@@ -80,9 +87,11 @@ class RunLog:
         steps: int,
         console: Console | None = None,
         writes: bool = True,
+        trackers: Trackers | None = None,
     ) -> None:
         self.folder = folder
         self.writes = writes
+        self.trackers = trackers
         self.steps = steps
         self.console = Console(highlight=False) if console is None else console
         self.metrics_path = folder / "metrics.jsonl"
@@ -98,7 +107,10 @@ class RunLog:
             return
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(_json(row) + "\n")
-        self.console.print(_line(row, self.steps), soft_wrap=True)
+        if self.trackers is not None:
+            self.trackers.log(row)
+        width = self.console.width if self.console.is_terminal else None
+        self.console.print(_line(row, self.steps, width), soft_wrap=True)
 
     def say(self, message: str) -> None:
         """One line on the console, nothing in the files."""
@@ -165,11 +177,23 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _line(row: dict[str, Any], steps: int) -> Text:
-    """One step on one line: what went in, how it went, what it cost."""
-    width = len(str(steps))
-    line = Text(f"step {row['step'] + 1:{width}d}/{steps}", style="bold")
-    parts = [
+def _line(row: dict[str, Any], steps: int, width: int | None) -> Text:
+    """One step: what went in, how it went, what it cost. In a terminal of `width` columns it goes
+    on, indented, where the next number would not fit; None: it stays one line, as files want it."""
+    head = f"step {row['step'] + 1:{len(str(steps))}d}/{steps}"
+    line, column = Text(head, style="bold"), len(head)
+    for name, value in [*_step_parts(row), *_eval_parts(row)]:
+        size = len(name) + len(value) + 3
+        if width is not None and column + size > width:
+            line.append("\n" + " " * len(head))
+            column = len(head)
+        line.append(f"  {name} ", style="dim").append(value)
+        column += size
+    return line
+
+
+def _step_parts(row: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
         ("reward", f"{row['reward']:.3f}"),
         ("right", f"{row['accuracy']:.1%}"),
         ("signal", f"{row['groups_with_signal']:.0%}"),
@@ -183,11 +207,17 @@ def _line(row: dict[str, Any], steps: int) -> Text:
         ("tok/s", f"{row['tokens_per_s']:.0f}"),
         ("s", f"{row['seconds']:.1f}"),
     ]
-    if "eval_avg_at_k" in row:
-        parts.append(("eval", f"{row['eval_avg_at_k']:.1%}"))
-    for name, value in parts:
-        line.append(f"  {name} ", style="dim").append(value)
-    return line
+
+
+def _eval_parts(row: dict[str, Any]) -> list[tuple[str, str]]:
+    """The shares of an evaluation with their intervals, where the row has them, in percent."""
+    parts = []
+    for name in ("avg", "pass", "maj"):
+        key = f"eval_{name}_at_k"
+        if key in row:
+            low, high = 100 * row[f"{key}_low"], 100 * row[f"{key}_high"]
+            parts.append((f"{name}@k", f"{row[key]:.1%} ({low:.1f}-{high:.1f})"))
+    return parts
 
 
 def _number(value: float | None, form: str) -> str:

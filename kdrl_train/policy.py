@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import kdrl_kernels as kk
-from kdrl_train import attention, grpo
+from kdrl_train import attention, grpo, layer_kernels
 from kdrl_train.config import MethodConfig, ModelConfig, TrainConfig
 from kdrl_train.packing import PackedBatch
 
@@ -176,7 +176,11 @@ class Policy(HeadedModel):
         self.head_impl = head_impl
 
     def forward(
-        self, batch: PackedBatch, normalizer: Tensor, teacher: kk.TeacherHead | None
+        self,
+        batch: PackedBatch,
+        normalizer: Tensor,
+        teacher: kk.TeacherHead | None,
+        goal: kk.Objective | None = None,
     ) -> PolicyOutput:
         """Loss of one packed row: sum of its token losses / normalizer.
 
@@ -186,10 +190,12 @@ class Policy(HeadedModel):
             batch: on the model's device.
             normalizer: 0-d, of the whole step: the loss of a step is the sum over its rows.
             teacher: its hidden states of the same tokens; None where no token is distilled.
+            goal: another objective than the method's, for diagnostics.
         """
         weight, bias = self.head()
         hidden = self.hidden(batch.input_ids, batch.position_ids, batch.rows, batch.lengths)
-        goal = self.objective_alone if teacher is None else self.objective
+        if goal is None:
+            goal = self.objective_alone if teacher is None else self.objective
         out = kk.kdrl_loss(
             hidden,
             weight,
@@ -217,6 +223,8 @@ class Policy(HeadedModel):
             clip_fraction=out.metrics.get("clip_fraction"),
             token_weights=batch.token_weights,
             kd_weight=batch.kd_weight,
+            advantages=batch.advantages,
+            kd=None if goal.policy == "off" else goal.kd,
         )
         return PolicyOutput(out.loss, out.logprobs, sums)
 
@@ -341,13 +349,15 @@ def load_model(folder: str, key: str, config: ModelConfig, dtype: torch.dtype) -
     Args:
         folder: config.policy or config.teacher.
         key: "model.policy" or "model.teacher", for messages.
-        config: device and attention.
+        config: device, attention and layer kernels.
         dtype: of the weights.
-    Raises: ValueError for a name that is neither a model folder nor a loadable hub id.
+    Raises: ValueError for a name that is neither a model folder nor a loadable hub id, and where
+        liger-kernel's layers are asked for and cannot be had.
     """
     if not folder:
         raise ValueError(f"{key} must name a folder or hub id, got nothing: set {key}")
     device = use_device(config)
+    liger = layer_kernels.require_liger(device) if config.liger else None
     try:
         chosen = config.attention or attention.choose(
             AutoConfig.from_pretrained(folder), device, getattr(torch, config.dtype)
@@ -360,6 +370,8 @@ def load_model(folder: str, key: str, config: ModelConfig, dtype: torch.dtype) -
             f"{key} must be a folder with a causal LM of transformers, or a hub id, got "
             f"{folder!r} (looked in {Path.cwd()}): {error}"
         ) from error
+    if liger is not None:
+        layer_kernels.patch_layers(liger, model, key)
     return model.to(device).eval()
 
 

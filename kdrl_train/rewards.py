@@ -10,14 +10,19 @@ import logging
 import re
 from collections.abc import Callable
 from decimal import Decimal
+from fractions import Fraction
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 Reward = Callable[[str, str], float]
+Answer = Callable[[str], str | None]
 
 MAX_ANSWER_CHARS = 1000
 """A longer answer counts as unparseable: no gold answer of a mathematics set comes near it, and
 the LaTeX parser needs seconds for it."""
+MAX_DEPTH = 8
+"""So does one with more brackets inside each other: the parser's time doubles with each pair."""
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _STATEMENT = re.compile(r"#{4,}|\banswer\b[^\n.:=]{0,80}?(?:\bis\b|[:=])", re.IGNORECASE)
@@ -35,6 +40,7 @@ class UnparseableError(ValueError):
     """The completion holds no answer that can be read: scored 0 and counted apart from wrong."""
 
 
+@lru_cache(maxsize=1)  # the reward asks, and then the vote
 def last_answer(text: str) -> str | None:
     """The answer that a completion commits to, without its box, dollar signs or full stop.
 
@@ -120,6 +126,33 @@ def load_reward(name: str) -> Reward:
     return function
 
 
+def warm_up(reward: Reward) -> None:
+    """Make the first completion of a process as cheap as the others: for `math`, load math-verify
+    and let its parser build its tables, most of a second."""
+    if reward is math_reward:
+        math_reward(r"\boxed{\frac{1}{x}}", "x^2")
+
+
+def load_answer(reward: Reward) -> Answer:
+    """How an answer is read for a majority vote: completion -> the spelling it votes for, or None.
+
+    `math`: equal numbers, and expressions that parse alike, are one spelling. `exact`: the letters.
+    Another reward says so in an attribute `answer` of its own; without it, `last_answer`.
+    """
+    if reward is math_reward:
+        return _math_spelling
+    return getattr(reward, "answer", last_answer)
+
+
+def _math_spelling(completion: str) -> str | None:
+    """1/2, 0.5 and \\frac{1}{2} are one answer; what cannot be read is none."""
+    given = last_answer(completion)
+    if given is None or not _parses(given):
+        return None
+    number = _plain_number(given)
+    return str(_expressions(given)[0] if number is None else Fraction(number))
+
+
 def _answer_of(completion: str) -> str:
     given = last_answer(completion)
     if given is None:
@@ -174,9 +207,15 @@ def _expressions(text: str) -> tuple[Any, ...]:
 
 
 def _parses(text: str) -> bool:
-    if not text.strip() or len(text) > MAX_ANSWER_CHARS:
+    if not text.strip() or len(text) > MAX_ANSWER_CHARS or _depth(text) > MAX_DEPTH:
         return False
     return _plain_number(text) is not None or bool(_expressions(text))
+
+
+def _depth(text: str) -> int:
+    """How many brackets of whatever kind are open at once, at most."""
+    steps = (-1 if char in "})]" else 1 for char in text if char in "{}()[]")
+    return max(accumulate(steps), default=0)
 
 
 def _equal(given: str, gold: str) -> bool:

@@ -5,6 +5,7 @@ step's batch, so that what is computed from it is the same everywhere; only the 
 divided.
 """
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,20 @@ from rich.console import Console
 from torch import Tensor
 
 from kdrl_train import check, checkpoint, grpo
-from kdrl_train.collect import collect
+from kdrl_train.collect import answer, collect
 from kdrl_train.config import TrainConfig
-from kdrl_train.config_file import save_yaml
+from kdrl_train.config_file import save_yaml, to_dict
 from kdrl_train.distributed import World, connect
 from kdrl_train.engines import open_engine
 from kdrl_train.errors import RunError
-from kdrl_train.evaluate import evaluate
+from kdrl_train.evaluate import EVAL_STEP, summarize
 from kdrl_train.interrupt import Interrupt, Stopped
 from kdrl_train.log import RunLog, Stages, peak_memory_bytes
 from kdrl_train.policy import Policy, use_device
 from kdrl_train.rollout import Rollouts
 from kdrl_train.run import Batch, Run
 from kdrl_train.sharding import shard
+from kdrl_train.trackers import Trackers
 from kdrl_train.update import accumulate, take_step
 from kdrl_train.verifier import Verifier
 
@@ -46,8 +48,13 @@ def main(config: TrainConfig, console: Console | None = None) -> Path:
         rank failed.
     """
     device = use_device(config.model)
-    with connect(device) as world, Verifier(config.reward) as verifier, Interrupt() as interrupt:
-        run, first = open_run(config, world, verifier, interrupt, console)
+    with (
+        connect(device) as world,
+        Verifier(config.reward) as verifier,
+        Interrupt() as interrupt,
+        Trackers(config.log) as trackers,
+    ):
+        run, first = open_run(config, world, verifier, interrupt, trackers, console)
         run.log.say(f"{config.out}: steps {first + 1} to {config.steps}")
         if steps(run, first):
             checkpoint.export(run.policy.model, run.tokenizer, config.out / "model", world)
@@ -59,6 +66,7 @@ def open_run(
     world: World,
     verifier: Verifier,
     interrupt: Interrupt,
+    trackers: Trackers,
     console: Console | None,
 ) -> tuple[Run, int]:
     """Models, data and log of a run, and the optimiser steps that are done already."""
@@ -84,6 +92,7 @@ def open_run(
     if world.main:
         config.out.mkdir(parents=True, exist_ok=True)
         save_yaml(replace(config, resume=False), config.out / "config.yaml")
+        trackers.start(to_dict(config), config.out, first)
     run = Run(
         config=config,
         world=world,
@@ -96,7 +105,7 @@ def open_run(
         held_out=loaded.held_out,
         verifier=verifier,
         interrupt=interrupt,
-        log=RunLog(config.out, first, config.steps, console, writes=world.main),
+        log=RunLog(config.out, first, config.steps, console, writes=world.main, trackers=trackers),
     )
     return run, first
 
@@ -143,8 +152,8 @@ def learn(run: Run, step: int, stages: Stages) -> dict[str, Any]:
     if run.policy.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.policy.device)
     batch = collect(run, step, stages)
-    sums, loss = accumulate(run, batch, step, stages)
-    row = {"step": step, **step_metrics(run, batch, step, sums), "loss": loss}
+    sums, row = accumulate(run, batch, step, stages)
+    row |= {"step": step, **step_metrics(run, batch, step, sums)}
     run.log.samples(step, *sample_texts(batch), count=run.config.samples_per_step)
     with stages("update"):
         row |= take_step(run, batch, step, row)
@@ -159,7 +168,7 @@ def finish(run: Run, step: int, row: dict[str, Any], stages: Stages) -> None:
         run.engine.load(run.policy, done)
     if run.held_out and (done % config.eval.every == 0 or done == config.steps):
         with stages("eval"):
-            row |= run.world.on_main(lambda: evaluation(run))
+            row |= evaluation(run)
     row |= stages.metrics(tokens=row["tokens"])
     run.log.step(row | {"peak_memory_bytes": peak_memory_bytes(run.policy.device)})
 
@@ -195,20 +204,15 @@ def step_metrics(
 
 
 def evaluation(run: Run) -> dict[str, float]:
-    """Metrics of the held-out problems."""
-    config = run.config
-    with run.policy.autocast():
-        return evaluate(
-            run.engine.model,
-            run.tokenizer,
-            run.held_out,
-            data=config.eval.data,
-            sampling=config.sampling,
-            verifier=run.verifier,
-            samples=config.eval.samples,
-            seed=config.seed,
-            vocab_size=run.policy.limit,
-        ).metrics()
+    """Metrics of the held-out problems; none where a signal came meanwhile."""
+    config, start = run.config, time.perf_counter()
+    sampling = replace(config.sampling, group_size=config.eval.samples)
+    try:
+        judged = answer(run, run.held_out, config.eval.data, sampling, EVAL_STEP, Stages())
+    except Stopped:
+        return {}
+    seconds = time.perf_counter() - start
+    return summarize(*judged, config.eval.samples, config.seed, seconds).metrics()
 
 
 def sample_texts(batch: Batch) -> tuple[Rollouts, list[str], list[str], Tensor]:

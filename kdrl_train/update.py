@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kdrl_train import grpo
+from kdrl_train.diagnostics import gradient_split
 from kdrl_train.engines import require_agreement
 from kdrl_train.log import Stages
 from kdrl_train.packing import pack
@@ -16,8 +17,9 @@ from kdrl_train.sharding import full
 
 def accumulate(
     run: Run, batch: Batch, step: int, stages: Stages
-) -> tuple[dict[str, Tensor], float]:
-    """Gradient of the step's loss, micro-batch by micro-batch -> token sums, loss, of all ranks.
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Gradient of the step's loss, micro-batch by micro-batch -> token sums of all ranks, and
+    metrics: the loss and, at the steps of log.diagnostics_every, what is measured on the first one.
 
     Each micro-batch is divided by the normaliser of the whole step, so how it is cut does not
     matter; times the number of ranks, since FSDP2 averages gradients over them. One without
@@ -34,9 +36,11 @@ def accumulate(
     )
     normalizer = normalizer.to(device) / world.size
     sums: dict[str, Tensor] = {}
+    measured: dict[str, Any] = {}
+    every = config.log.diagnostics_every
     loss = torch.zeros((), dtype=torch.float64, device=device)
     policy.train()
-    for rows in pack(
+    rows = pack(
         batch.rollouts,
         advantages_R=advantages_R,
         weights_R=weights_R,
@@ -44,18 +48,22 @@ def accumulate(
         micro_batch_tokens=config.optim.micro_batch_tokens,
         rank=world.rank,
         ranks=world.size,
-    ):
+    )
+    for turn, row in enumerate(rows):
         run.stop_if_asked()
-        packed = rows.to(device)
+        packed = row.to(device)
         with stages("teacher"):
             teacher = run.teacher(packed) if run.teacher and packed.needs_teacher else None
+        if every and step % every == 0 and turn == 0:
+            with stages("diagnostics"):
+                measured = gradient_split(policy, packed, normalizer, teacher)
         with stages("update"):
             out = policy(packed, normalizer, teacher)
             out.loss.backward()
             loss += out.loss.detach()
             sums = grpo.add_sums(sums, out.sums)
-    total = world.sum(sums, largest=("gap_max",))
-    return total, world.sum({"loss": loss})["loss"].item() / world.size
+    mean = world.sum({"loss": loss})["loss"].item() / world.size
+    return world.sum(sums, largest=("gap_max",)), {"loss": mean, **measured}
 
 
 def take_step(run: Run, batch: Batch, step: int, row: dict[str, Any]) -> dict[str, float]:

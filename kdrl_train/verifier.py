@@ -16,12 +16,14 @@ from typing import Any, Literal, Self, SupportsFloat
 from pebble import ProcessFuture, ProcessPool
 
 from kdrl_train.config import RewardConfig
-from kdrl_train.rewards import UnparseableError, load_reward
+from kdrl_train.rewards import UnparseableError, load_answer, load_reward, warm_up
 
 Outcome = Literal["right", "wrong", "unparseable", "timeout", "error"]
 ORPHAN_GRACE_S = 10.0
 """Seconds past the deadline after which a worker that nobody has killed ends by itself."""
 OUTCOMES: tuple[Outcome, ...] = ("right", "wrong", "unparseable", "timeout", "error")
+Judged = tuple[float, Outcome, str, str | None]
+"""Of one completion: reward, outcome, message of an error, answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,8 @@ class Verdicts:
     """[R]. right: reward above 0; wrong: 0 or below; the rest as counted by `counts`."""
     errors: dict[int, str] = field(default_factory=dict)
     """Index of a completion with outcome `error` -> what its reward raised or returned."""
+    answers: list[str | None] = field(default_factory=list)
+    """[R]. The answer in the spelling it votes for (rewards.load_answer); None: there is none."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -50,6 +54,7 @@ class Verdicts:
             joined.errors.update({start + i: text for i, text in part.errors.items()})
             joined.rewards.extend(part.rewards)
             joined.outcomes.extend(part.outcomes)
+            joined.answers.extend(part.answers)
         return joined
 
 
@@ -95,9 +100,10 @@ class Verifier:
         ]
         verdicts = Verdicts(rewards=[], outcomes=[])
         for index, future in enumerate(futures):
-            reward, outcome, message = _verdict(future)
+            reward, outcome, message, given = _verdict(future)
             verdicts.rewards.append(reward)
             verdicts.outcomes.append(outcome)
+            verdicts.answers.append(given)
             if message:
                 verdicts.errors[index] = message
         return verdicts
@@ -122,11 +128,11 @@ class Verifier:
     def _start(self) -> ProcessPool:
         # forkserver: the workers are forked from a small process of one thread. Forking this one
         # could copy locks that torch's threads hold at that moment (a deadlock) and a CUDA context;
-        # spawn (the only one on Windows) is as safe, but pays the import of sympy, about a second,
-        # for each worker that a hang costs, where the server has imported it once.
+        # spawn (the only one on Windows) is as safe, but pays the import of sympy and the parser's
+        # tables, two seconds, for each worker that a hang costs, where the server has paid once.
         if "forkserver" in multiprocessing.get_all_start_methods():
             context: Any = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["kdrl_train.rewards", "math_verify"])
+            context.set_forkserver_preload(["kdrl_train.warm_rewards"])
         else:
             context = multiprocessing.get_context("spawn")
         pool = ProcessPool(
@@ -144,50 +150,49 @@ def _ready() -> None:
 
 
 def _start_worker(function: str) -> None:
-    """Import the reward outside of any deadline; die at once when told to."""
+    """Import the reward and warm it up outside of any deadline; die at once when told to."""
     # pebble's own handler runs between two byte codes, so not while C code (gmpy2, numpy) works on;
     # the whole pool would stand still for its 3 seconds of grace before the kill.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _reward(function)
+    warm_up(_reward(function))
 
 
 _reward = lru_cache(maxsize=1)(load_reward)
 
 
-def _score_one(
-    function: str, completion: str, answer: str, timeout_s: float
-) -> tuple[float, Outcome, str]:
-    """In a worker: reward, outcome and, for `error`, the message."""
+def _score_one(function: str, completion: str, answer: str, timeout_s: float) -> Judged:
+    """In a worker: one completion."""
     has_timer = hasattr(signal, "setitimer")  # not on Windows
     if has_timer:  # SIGALRM ends the process: a hang must not outlive a trainer that was killed
         signal.setitimer(signal.ITIMER_REAL, timeout_s + ORPHAN_GRACE_S)
     try:
-        value = _reward(function)(completion, answer)
+        judge = _reward(function)
+        value, given = judge(completion, answer), load_answer(judge)(completion)
     except UnparseableError:
-        return 0.0, "unparseable", ""
+        return 0.0, "unparseable", "", None
     except Exception as error:  # anybody's code: counted, message kept, the reward becomes NaN
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{frame.filename}:{frame.lineno}"
-        return math.nan, "error", f"{type(error).__name__}: {error} ({where})"
+        return math.nan, "error", f"{type(error).__name__}: {error} ({where})", None
     finally:
         if has_timer:
             signal.setitimer(signal.ITIMER_REAL, 0)
     reward = float(value) if isinstance(value, SupportsFloat) else math.nan
     if not math.isfinite(reward):
-        return math.nan, "error", f"reward must be a finite number, got {value!r}"
-    return reward, "right" if reward > 0 else "wrong", ""
+        return math.nan, "error", f"reward must be a finite number, got {value!r}", None
+    return reward, "right" if reward > 0 else "wrong", "", given
 
 
-def _verdict(future: ProcessFuture) -> tuple[float, Outcome, str]:
+def _verdict(future: ProcessFuture) -> Judged:
     """Wait for one completion. A worker that was killed or died costs this completion alone."""
     error = future.exception()
     if error is None:
         return future.result()
     if isinstance(error, FutureTimeoutError):
-        return 0.0, "timeout", ""
+        return 0.0, "timeout", "", None
     if isinstance(error, BrokenProcessPool):
         raise ChildProcessError(
             "verifier workers must start, but all of them died: call the reward function "
             "by hand on one completion to see why"
         ) from error
-    return math.nan, "error", f"worker died: {type(error).__name__}: {error}"
+    return math.nan, "error", f"worker died: {type(error).__name__}: {error}", None

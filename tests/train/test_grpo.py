@@ -153,7 +153,7 @@ def test_reward_metrics() -> None:
     }
 
 
-def sums(part: slice, kl: Tensor | None = None, kd_weight: Tensor | None = None) -> dict:
+def sums(part: slice, kl: Tensor | None = None, kd: str | None = "k2") -> dict:
     """token_sums of some of four tokens."""
     return grpo.token_sums(
         logprobs=torch.tensor([-1.0, -2.0, -3.0, -4.0])[part],
@@ -163,7 +163,9 @@ def sums(part: slice, kl: Tensor | None = None, kd_weight: Tensor | None = None)
         kl=None if kl is None else kl[part],
         clip_fraction=torch.tensor(0.5),
         token_weights=torch.tensor([1.0, 1.0, 1.0, 0.0])[part],
-        kd_weight=torch.tensor([1.0, 0.0, 0.1, 1.0])[part] if kd_weight is None else kd_weight,
+        kd_weight=torch.tensor([1.0, 0.0, 0.1, 1.0])[part],
+        advantages=torch.tensor([0.5, 1.0, -0.3, 9.0])[part],
+        kd=kd,
     )
 
 
@@ -175,13 +177,26 @@ def test_token_means_by_hand() -> None:
         "clip_fraction": 0.5,
         "kl_teacher": -0.5,
         "log_ratio_teacher": -0.5,
+        **{f"log_ratio_p{q}": pytest.approx(-2, rel=0.01) for q in (10, 50)},
+        **{f"log_ratio_p{q}": pytest.approx(1, rel=0.01) for q in (90, 99)},
         "k2": 1.25,
+        "kd_flip_share": pytest.approx(1 / 3),
         "kd_share": pytest.approx(2 / 3),
         "sampler_gap_mean": pytest.approx(0.5 / 3),
         "sampler_gap_max": 0.5,
     }
     exact = grpo.token_means(sums(slice(None), kl=torch.tensor([0.5, NAN, 0.1, NAN])))
     assert exact["kl_teacher"] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("kd", "share"), [("k2", 1 / 3), ("rkl", 1 / 3), ("k3", 2 / 3), ("fkl", 2 / 3), (None, None)]
+)
+def test_share_of_tokens_whose_sign_the_teacher_turns(kd: str | None, share: float | None) -> None:
+    # A - kd_weight * pull: 0.5 - 1 * 1 turns, -0.3 - 0.1 * -2 does not; by k3 the pull of l = -2 is
+    # 1 - exp(2) = -6.4, and both turn
+    found = grpo.token_means(sums(slice(None), kd=kd))["kd_flip_share"]
+    assert found == (share and pytest.approx(share))
 
 
 def test_token_means_do_not_depend_on_how_the_step_is_cut() -> None:
@@ -200,10 +215,14 @@ def test_without_a_teacher_its_metrics_are_absent() -> None:
         clip_fraction=None,
         token_weights=torch.ones(1),
         kd_weight=torch.ones(1),
+        advantages=torch.ones(1),
+        kd=None,
     )
     means = grpo.token_means(found)
     assert means["kl_teacher"] is None
     assert means["entropy"] is None
+    assert means["log_ratio_p50"] is None
+    assert means["kd_flip_share"] is None
     assert means["kd_share"] == 0.0
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,9 +29,16 @@ ROW = {
 }
 
 
-def log(folder: Path, first: int = 0) -> tuple[RunLog, io.StringIO]:
+EVALUATION = {
+    f"eval_{name}_at_k{bound}": value + off
+    for name, value in (("avg", 0.5), ("pass", 0.75), ("maj", 0.625))
+    for bound, off in (("", 0.0), ("_low", -0.0625), ("_high", 0.0625))
+}
+
+
+def log(folder: Path, first: int = 0, **console: Any) -> tuple[RunLog, io.StringIO]:
     out = io.StringIO()
-    return RunLog(folder, first, 10, Console(file=out, width=400)), out
+    return RunLog(folder, first, 10, Console(file=out, **{"width": 80} | console)), out
 
 
 def test_a_step_is_one_row_and_one_line(tmp_path: Path) -> None:
@@ -43,6 +51,22 @@ def test_a_step_is_one_row_and_one_line(tmp_path: Path) -> None:
     assert len(lines) == 2
     assert lines[0].startswith("step  4/10  reward 0.500  right 25.0%  signal 100%  tokens 12")
     assert "entropy -" in lines[0]
+
+
+def test_a_terminal_breaks_no_number(tmp_path: Path) -> None:
+    row = {"step": 9} | ROW | EVALUATION | {"response_length": 12345.6, "tokens_per_s": 123456.7}
+    run, wide = log(tmp_path / "file")
+    run.step(row)
+    (whole,) = wide.getvalue().splitlines()
+    shares = ["avg@k 50.0% (43.8-56.2)", "pass@k 75.0% (68.8-81.2)", "maj@k 62.5% (56.2-68.8)"]
+    assert whole.endswith("  ".join(["", *shares]))
+    run, narrow = log(tmp_path / "terminal", width=100, force_terminal=True, color_system=None)
+    run.step(row)
+    lines = narrow.getvalue().splitlines()
+    assert len(lines) == 3
+    assert max(map(len, lines)) <= 100
+    assert all(line.startswith(" " * len("step 10/10  ")) for line in lines[1:])
+    assert "  ".join(line.strip() for line in lines) == whole
 
 
 def test_resuming_drops_the_rows_after_the_checkpoint(tmp_path: Path) -> None:
@@ -84,18 +108,22 @@ def test_samples_are_spread_over_the_step(tmp_path: Path) -> None:
     assert len((tmp_path / "samples" / "step_000008.jsonl").read_text("utf-8").splitlines()) == 4
 
 
-def test_stages_add_up_and_evaluation_costs_no_speed() -> None:
+def test_stages_add_up_and_measuring_costs_no_speed() -> None:
     stages = Stages()
-    stages.seconds = {"rollout": 1.5, "eval": 4.0}
+    stages.seconds = {"rollout": 1.5, "update": 3.0, "eval": 4.0, "diagnostics": 1.0}
     with stages("rollout"):
         pass
     assert stages.seconds["rollout"] > 1.5
     stages.seconds["rollout"] = 2.0
     assert stages.metrics(tokens=10) == {
-        "tokens_per_s": 5.0,
-        "seconds": 6.0,
+        "tokens_per_s": 2.0,
+        "tokens_per_s_rollout": 5.0,
+        "tokens_per_s_update": pytest.approx(10 / 3),
+        "seconds": 10.0,
         "seconds_rollout": 2.0,
+        "seconds_update": 3.0,
         "seconds_eval": 4.0,
+        "seconds_diagnostics": 1.0,
     }
 
 

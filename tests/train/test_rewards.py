@@ -11,9 +11,11 @@ from kdrl_train.rewards import (
     check_answer,
     exact_reward,
     last_answer,
+    load_answer,
     load_reward,
     math_reward,
 )
+from tests.train.scripted_rewards import always_right
 
 
 @pytest.mark.parametrize(
@@ -104,6 +106,7 @@ def test_different_answers(given: str, gold: str) -> None:
         r"\boxed{}",
         r"\boxed{\frac{}}",
         r"\boxed{" + "9" * 1_000_000 + "}",
+        r"\boxed{" + "{" * 9 + "5" + "}" * 9 + "}",
         "{" * 1_000_000,
         r"\boxed{" * 100_000,
         "answer: " * 100_000,
@@ -131,6 +134,30 @@ def test_exact_reward_reads_letter_by_letter() -> None:
     assert exact_reward("#### 18.0", "18") == 0.0
     with pytest.raises(UnparseableError, match="must state an answer"):
         exact_reward("18", "18")
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        ["0.5", ".50", "1/2", r"\frac{1}{2}", r"\dfrac12", r"\frac{2}{4}"],
+        ["1,234", "1234.0", "1234"],
+        ["x + 1", "1+x", r"\left(x+1\right)"],
+        [r"\{1, 2\}", r"\{2,1\}"],
+    ],
+    ids=lambda same: same[0],
+)
+def test_equal_answers_vote_together(same: list[str]) -> None:
+    read = load_answer(math_reward)
+    votes = {read(rf"so \boxed{{{answer}}}") for answer in same}
+    assert len(votes) == 1
+    assert votes.isdisjoint({None, read(r"\boxed{7}")})
+
+
+def test_who_has_no_answer_has_no_vote() -> None:
+    read = load_answer(math_reward)
+    assert [read(text) for text in ("so 3 + 4 = 7", r"\boxed{}", r"\boxed{\frac{}}")] == [None] * 3
+    assert load_answer(exact_reward)("#### 1.0") == "1.0"
+    assert load_answer(always_right)("#### 1.0") == "1.0"
 
 
 def test_load_reward_by_name() -> None:

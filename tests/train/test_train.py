@@ -45,7 +45,9 @@ METRICS = {
     *("kd_coef", "sampler_gap_mean", "sampler_gap_max", "loss", "grad_norm", "learning_rate"),
     *("verifier_right", "verifier_wrong", "verifier_unparseable", "verifier_timeout"),
     *("verifier_error", "tokens_per_s", "seconds", "seconds_rollout", "seconds_verify"),
-    *("seconds_teacher", "seconds_update", "seconds_sync", "peak_memory_bytes"),
+    *("seconds_teacher", "seconds_update", "seconds_sync", "peak_memory_bytes", "kd_flip_share"),
+    *(f"log_ratio_p{q}" for q in (10, 50, 90, 99)),
+    *(f"tokens_per_s_{stage}" for stage in ("rollout", "verify", "teacher", "update", "sync")),
 }
 
 
@@ -116,6 +118,8 @@ def test_a_run_leaves_what_it_should(
         assert row["sampler_gap_max"] < 1e-4
         assert row["clip_fraction"] == 0.0
         assert row["kd_share"] == 1.0
+        assert row["log_ratio_p10"] < row["log_ratio_p50"] < row["log_ratio_p90"]
+        assert row["kd_flip_share"] == 0.0  # beta l is 100 times smaller than the advantages
         assert (row["kd_coef"], row["learning_rate"]) == (2e-3, 1e-3)
         assert 0 < row["entropy"] < math.log(258)
     saved = update(TrainConfig(), load_yaml(settings.out / "config.yaml"))

@@ -66,6 +66,7 @@ def test_rewards_and_counts_by_hand(mathematics: Verifier) -> None:
     assert verdicts.outcomes == ["right", "wrong", "unparseable", "right", "unparseable"]
     assert verdicts.counts == {"right": 2, "wrong": 1, "unparseable": 2, "timeout": 0, "error": 0}
     assert verdicts.errors == {}
+    assert verdicts.answers == ["5", "6", None, "1234", None]
 
 
 @pytest.mark.parametrize("hang", ["hang", "hang in C"])
