@@ -86,9 +86,12 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
             return value
         raise ValueError(f"{path} must be one of {', '.join(map(str, options))}, got {value!r}")
     if origin is tuple:
+        if options[-1] is Ellipsis and isinstance(value, (list, tuple)):
+            options = (options[0],) * len(value)
         if isinstance(value, (list, tuple)) and len(value) == len(options):
             return tuple(_convert(v, o, path) for v, o in zip(value, options, strict=True))
-        raise ValueError(f"{path} must be a list of {len(options)} values, got {value!r}")
+        count = "values" if Ellipsis in options else f"{len(options)} values"
+        raise ValueError(f"{path} must be a list of {count}, got {value!r}")
     return _scalar(value, hint, path)
 
 

@@ -5,8 +5,8 @@ across a sequence's start (masking_utils.find_packed_sequence_indices, in versio
 same); policy.py probes this on every model before the first step.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ class PackedBatch:
     """[N] float32."""
     kd_weight: Tensor
     """[N] float32: beta times the mask."""
+    old_logprobs: Tensor | None = None
+    """[N] float32, nats: of the policy before the first update; None: strictly on-policy."""
 
     @property
     def needs_teacher(self) -> bool:
@@ -47,7 +49,8 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on another device."""
         fields = {name: getattr(self, name) for name in self.__slots__}
-        return PackedBatch(**{k: v.to(device, non_blocking=True) for k, v in fields.items()})
+        there = {name: value for name, value in fields.items() if value is not None}
+        return PackedBatch(**{k: v.to(device, non_blocking=True) for k, v in there.items()})
 
 
 def bins(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -77,6 +80,8 @@ def pack(
     weights_R: Tensor,
     kd_weight_R: Tensor,
     micro_batch_tokens: int,
+    old_logprobs: Mapping[int, Tensor] | None = None,
+    sampler_weights: Mapping[int, Tensor] | None = None,
 ) -> Iterator[PackedBatch]:
     """Micro-batches of one step, on the CPU.
 
@@ -85,12 +90,21 @@ def pack(
         advantages_R, weights_R, kd_weight_R: [R] float32, each the same for all tokens of a
             completion. Completions of weight 0 are left out: they carry no loss.
         micro_batch_tokens: budget T of one row; a longer sequence has a row of its own.
+        old_logprobs: completion -> [T] nats, or None.
+        sampler_weights: completion -> [T], factors of the tokens' weights, or None.
     """
     prompts, completions = rollouts.prompt_ids, rollouts.completion_ids
     used = [r for r in range(len(completions)) if weights_R[r] != 0]
     lengths = [len(prompts[r]) + len(completions[r]) - 1 for r in used]
     for members in bins(lengths, micro_batch_tokens):
-        yield _row(rollouts, [used[m] for m in members], advantages_R, weights_R, kd_weight_R)
+        together = [used[m] for m in members]
+        row = _row(rollouts, together, advantages_R, weights_R, kd_weight_R)
+        if old_logprobs is not None:
+            row = replace(row, old_logprobs=torch.cat([old_logprobs[r] for r in together]))
+        if sampler_weights is not None:
+            factors = torch.cat([sampler_weights[r] for r in together])
+            row = replace(row, token_weights=row.token_weights * factors)
+        yield row
 
 
 def _row(

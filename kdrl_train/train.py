@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import save_yaml
 from kdrl_train.data import Example, encode_prompt, step_indices
 from kdrl_train.evaluate import evaluate
-from kdrl_train.log import RunLog, Stages, peak_memory_bytes
+from kdrl_train.log import RunLog, Stages, peak_memory_bytes, read_rows
 from kdrl_train.packing import pack
 from kdrl_train.policy import Policy, Teacher
 from kdrl_train.rollout import Rollouts, generate_rollouts
+from kdrl_train.schedules import History, rebuild_history
+from kdrl_train.terms import Terms, prepare
 from kdrl_train.verifier import Verdicts, Verifier
 
 
@@ -33,6 +36,7 @@ class Run:
     held_out: list[Example]
     verifier: Verifier
     log: RunLog
+    history: History
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,9 @@ def main(config: TrainConfig, console: Console | None = None) -> Path:
             held_out=loaded.held_out,
             verifier=verifier,
             log=RunLog(config.out, first, config.steps, console),
+            history=rebuild_history(
+                config.method.schedules, read_rows(config.out), first, config.eval.every
+            ),
         )
         run.log.say(f"{config.out}: steps {first + 1} to {config.steps}")
         for step in range(first, config.steps):
@@ -107,22 +114,23 @@ def train_step(run: Run, step: int) -> None:
         examples, rollouts = sample(run, step)
     with stages("verify"):
         batch = score(run, examples, rollouts, step)
-    sums, loss = accumulate(run, batch, step, stages)
-    with stages("update"):
-        grad_norm = torch.nn.utils.clip_grad_norm_(
-            run.policy.parameters(), config.optim.max_grad_norm
-        )
-        stop_if_not_finite(run, batch, step, loss.item(), grad_norm.item())
-        rate = grpo.learning_rate(config.optim.learning_rate, config.optim.warmup_steps, step)
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
+    terms = prepare(
+        config, run.policy, run.teacher, rollouts, batch.rewards, step, run.history, stages
+    )
+    rate = grpo.learning_rate(config.optim.learning_rate, config.optim.warmup_steps, step)
+    sums: dict[str, Tensor] = {}
+    losses, grad_norms = [], []
+    for rewards_R in grpo.minibatches(batch.rewards, config.optim.updates_per_rollout):
+        part_sums, loss = accumulate(run, batch, terms, rewards_R, stages)
+        sums = grpo.add_sums(sums, part_sums)
+        losses.append(loss.item())
+        with stages("update"):
+            grad_norms.append(update(run, batch, step, losses[-1], rate))
     row = {
         "step": step,
-        **step_metrics(run, batch, step, sums),
-        "loss": loss.item(),
-        "grad_norm": grad_norm.item(),
+        **step_metrics(batch, terms, sums),
+        "loss": fmean(losses),
+        "grad_norm": fmean(grad_norms),
         "learning_rate": rate,
     }
     done = step + 1
@@ -132,6 +140,20 @@ def train_step(run: Run, step: int) -> None:
     run.log.samples(step, *sample_texts(batch), count=config.samples_per_step)
     row |= stages.metrics(tokens=int(batch.rollouts.lengths.sum()))
     run.log.step(row | {"peak_memory_bytes": peak_memory_bytes(run.policy.model.device)})
+    run.history.add(row)
+
+
+def update(run: Run, batch: Batch, step: int, loss: float, rate: float) -> float:
+    """Clip the gradient, check it, move the weights; returns its norm before the clip."""
+    grad_norm = torch.nn.utils.clip_grad_norm_(
+        run.policy.parameters(), run.config.optim.max_grad_norm
+    ).item()
+    stop_if_not_finite(run, batch, step, loss, grad_norm)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return grad_norm
 
 
 def save(run: Run, done: int) -> None:
@@ -188,19 +210,19 @@ def score(run: Run, examples: list[Example], rollouts: Rollouts, step: int) -> B
 
 
 def accumulate(
-    run: Run, batch: Batch, step: int, stages: Stages
+    run: Run, batch: Batch, terms: Terms, rewards_R: Tensor, stages: Stages
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Gradient of the step's loss, micro-batch by micro-batch -> token sums, loss (0-d float64).
+    """Gradient of one update's loss, micro-batch by micro-batch -> token sums, loss (0-d float64).
 
-    Each micro-batch is divided by the normaliser of the whole step, so how it is cut does not
-    matter. One without distilled tokens costs no forward pass of the teacher.
+    rewards_R [R] is NaN for the completions of other updates. Each micro-batch is divided by the
+    normaliser of the whole update, so how it is cut does not matter. One without distilled tokens
+    costs no forward pass of the teacher.
     """
     config, policy = run.config, run.policy
     device = policy.model.device
-    advantages_R, kd_weight_R = grpo.completion_terms(batch.rewards, config.method, step)
     weights_R, normalizer = grpo.token_weights(
         batch.rollouts.lengths,
-        batch.rewards.flatten(),
+        rewards_R,
         config.method.token_weights,
         config.sampling.max_new_tokens,
     )
@@ -210,10 +232,12 @@ def accumulate(
     policy.train()
     for rows in pack(
         batch.rollouts,
-        advantages_R=advantages_R,
+        advantages_R=terms.advantages,
         weights_R=weights_R,
-        kd_weight_R=kd_weight_R,
+        kd_weight_R=terms.kd_weight,
         micro_batch_tokens=config.optim.micro_batch_tokens,
+        old_logprobs=terms.old_logprobs,
+        sampler_weights=terms.sampler_weights,
     ):
         needs_teacher, packed = rows.needs_teacher, rows.to(device)
         with stages("teacher"):
@@ -249,18 +273,15 @@ def stop_if_not_finite(run: Run, batch: Batch, step: int, loss: float, grad_norm
     )
 
 
-def step_metrics(
-    run: Run, batch: Batch, step: int, sums: dict[str, Tensor]
-) -> dict[str, float | None]:
+def step_metrics(batch: Batch, terms: Terms, sums: dict[str, Tensor]) -> dict[str, float | None]:
     """What the step's completions and tokens say about the policy."""
-    method, rollouts = run.config.method, batch.rollouts
-    beta = None if method.kd is None else grpo.schedule_value(method.kd_coef, step)
+    rollouts = batch.rollouts
     return {
         **grpo.reward_metrics(batch.rewards),
         "response_length": rollouts.lengths.double().mean().item(),
         "truncated": rollouts.truncated.double().mean().item(),
         **grpo.token_means(sums),
-        "kd_coef": beta,
+        **terms.metrics,
         **{f"verifier_{name}": count for name, count in batch.verdicts.counts.items()},
     }
 
