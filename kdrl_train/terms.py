@@ -55,7 +55,8 @@ def score_rows(policy: Policy, teacher: Teacher | None, rows: Iterable[PackedBat
     update is 1, and columns beyond the vocabulary are left out here too.
     """
     policy.eval()
-    scores, sums = Scores(), {}
+    scores = Scores()
+    sums: dict[str, Tensor] = {}
     for row in rows:
         batch = row.to(policy.model.device)
         head = teacher(batch) if teacher is not None and row.needs_teacher else None

@@ -90,7 +90,7 @@ def test_every_preset_is_an_option(name: str) -> None:
         ("resume: 1", r"resume must be of type bool, got 1"),
         ("optim: {betas: [0.9]}", r"optim\.betas must be a list of 2 values, got \[0\.9\]"),
         ("optim: 3", r"optim must hold keys and values, got 3"),
-        ("method: {kd: k1}", r"method\.kd must be one of k2, k3, rkl, fkl, jsd, got 'k1'"),
+        ("method: {kd: k1}", r"method\.kd must be one of k2, k3, rkl, fkl, jsd, reward, got 'k1'"),
         ("optim: {learning_rate: high}", r"optim\.learning_rate must be of type float"),
         ("sampling: {group_size: 1}", r"group_size must be at least 2 for a policy gradient"),
         (

@@ -222,7 +222,7 @@ def test_no_teacher_is_read_where_no_completion_is_rewarded_by_it(
     rollouts, _ = some_rollouts()
     read = prepared(policy, teacher, rollouts, REWARD, 1)[0]
     assert read.metrics["kd_share"] == 1.0
-    assert read.metrics["kl_teacher"] > 0
+    assert abs(read.metrics["kl_teacher"]) > 0.1
 
     def refuse(*_: object) -> None:
         raise AssertionError("the teacher ran")
