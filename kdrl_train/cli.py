@@ -17,7 +17,16 @@ from kdrl_train.config_file import load_yaml, update
 from kdrl_train.errors import RunError
 
 T = TypeVar("T")
-PresetName = Literal["grpo", "kd_rkl", "kdrl", "kdrl_annealed", "kdrl_masked", "kdrl_group_masked"]
+PresetName = Literal[
+    "grpo",
+    "kd_rkl",
+    "kdrl",
+    "kdrl_annealed",
+    "kdrl_masked",
+    "kdrl_group_masked",
+    "opd_then_rl",
+    "reward_shaping",
+]
 
 COMMANDS = {
     "demo": "small models on a made-up task, trained with KDRL in minutes; needs nothing",

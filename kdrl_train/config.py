@@ -1,9 +1,11 @@
 """The run configuration: every number that changes a run, with its unit."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
+
+from kdrl_train.schedules import ScheduleConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,25 +124,6 @@ class RewardConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScheduleConfig:
-    """A coefficient as a function of the step s: method.kd_coef."""
-
-    kind: Literal["constant", "linear", "cosine"] = "constant"
-    """constant: initial. linear, cosine: from initial to final over `steps`, then final."""
-    initial: float = 2e-3
-    """Value at step 0."""
-    final: float = 2e-3
-    """Value from step `steps` on; not read by `constant`."""
-    steps: int = 80
-    """Length of the change, in optimiser steps."""
-
-    def __post_init__(self) -> None:
-        for name in ("initial", "final"):
-            _at_least(0, f"method.kd_coef.{name}", getattr(self, name))
-        _at_least(1, "method.kd_coef.steps", self.steps)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class MethodConfig:
     """The objective. A preset is a value of this class, never a code path."""
 
@@ -150,14 +133,19 @@ class MethodConfig:
     """The ratio is clipped from below at 1 - clip_low."""
     clip_high: float = 0.2
     """The ratio is clipped from above at 1 + clip_high."""
+    policy_coef: ScheduleConfig = field(
+        default_factory=lambda: ScheduleConfig(initial=1.0, final=1.0)
+    )
+    """Weight of the policy gradient, on the advantages; where it is 0 so are they."""
     advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
     """grpo: (reward - mean) / std of the group; dr_grpo: no std; rloo: leave-one-out mean."""
     std_floor: float = 1e-4
     """Smallest standard deviation that `grpo` divides by, in units of the reward."""
     token_weights: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     """Mean over tokens; mean over completions of token means; sum / (R * max_new_tokens)."""
-    kd: Literal["k2", "k3", "rkl", "fkl", "jsd"] | None = "k2"
-    """Distillation: k2, k3 on sampled tokens; rkl, fkl, jsd over the vocabulary; None: off."""
+    kd: Literal["k2", "k3", "rkl", "fkl", "jsd", "reward"] | None = "k2"
+    """Distillation: k2, k3 on sampled tokens; rkl, fkl, jsd over the vocabulary; None: off; reward:
+    no term of the loss, but beta · sum over tokens of (log q - log p) added to the reward."""
     jsd_alpha: float = 0.5
     """The teacher's share of the mixture of jsd, in (0, 1)."""
     kd_coef: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -166,6 +154,12 @@ class MethodConfig:
     """Distil everywhere; on wrong completions only; only where the whole group is wrong."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus, per nat."""
+    sampler_correction: Literal["none", "truncate", "mask"] = "none"
+    """Weight each token's loss by w = p(trainer) / p(sampler), both before the first update:
+    truncate: min(w, sampler_cap); mask: w, and 0 outside of [1 / sampler_cap, sampler_cap]. What
+    the sum is divided by stays. Costs a forward pass of the policy."""
+    sampler_cap: float = 2.0
+    """Bound of sampler_correction, above 1."""
 
     def __post_init__(self) -> None:
         _in_unit_interval("method.clip_low", self.clip_low)
@@ -175,11 +169,27 @@ class MethodConfig:
             raise ValueError(f"method.jsd_alpha must be in (0, 1), got {self.jsd_alpha}")
         if not math.isfinite(self.entropy_coef):
             raise ValueError(f"method.entropy_coef must be finite, got {self.entropy_coef}")
-        if self.policy == "off" and self.kd is None:
+        if not 1 < self.sampler_cap < math.inf:
+            raise ValueError(
+                f"method.sampler_cap must be above 1 and finite, got {self.sampler_cap}"
+            )
+        for key, schedule in self.schedules.items():
+            schedule.check(key)
+        if self.policy_coef.kind in ("kl_budget", "reward_adaptive"):
+            raise ValueError(
+                "method.policy_coef.kind must be a function of the step or a switch, got "
+                f'"{self.policy_coef.kind}": it is for method.kd_coef'
+            )
+        if self.policy == "off" and self.kd in (None, "reward"):
             raise ValueError(
                 'method.kd must be "k2", "k3", "rkl", "fkl" or "jsd" when method.policy is "off", '
-                "got None: nothing would be trained; set one of the two"
+                f"got {self.kd}: nothing would be trained; set one of the two"
             )
+
+    @property
+    def schedules(self) -> dict[str, ScheduleConfig]:
+        """Every schedule by its key."""
+        return {"method.kd_coef": self.kd_coef, "method.policy_coef": self.policy_coef}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,6 +213,10 @@ class OptimConfig:
     """Memory of the one-pass head beyond inputs, outputs and gradients; None: its default."""
     head_impl: Literal["triton", "torch", "reference"] | None = None
     """Implementation of the one-pass head; None: Triton on a GPU, PyTorch elsewhere."""
+    updates_per_rollout: int = 1
+    """Optimiser updates of one step: its prompts in so many equal parts, each with all completions
+    of its prompts, one update a part; each completion is used once. Above 1 the later updates are
+    off-policy: the ratio is taken to the policy before the first, at a forward pass more."""
 
     def __post_init__(self) -> None:
         _positive("optim.learning_rate", self.learning_rate)
@@ -216,6 +230,7 @@ class OptimConfig:
             )
         _at_least(1, "optim.micro_batch_tokens", self.micro_batch_tokens)
         _at_least(1, "optim.workspace_bytes", self.workspace_bytes)
+        _at_least(1, "optim.updates_per_rollout", self.updates_per_rollout)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -295,6 +310,23 @@ class TrainConfig:
                 "sampling.group_size must be at least 2 for a policy gradient, got "
                 f"{self.sampling.group_size}: advantages compare completions of one prompt"
             )
+        if self.method.kd_coef.kind == "reward_adaptive" and self.sampling.group_size < 2:
+            raise ValueError(
+                'sampling.group_size must be at least 2 for method.kd_coef.kind "reward_adaptive", '
+                f"got {self.sampling.group_size}: a group of one is always decided"
+            )
+        if self.sampling.prompts_per_step % self.optim.updates_per_rollout:
+            raise ValueError(
+                "sampling.prompts_per_step must be a multiple of optim.updates_per_rollout, got "
+                f"{self.sampling.prompts_per_step} and {self.optim.updates_per_rollout}"
+            )
+        for key, schedule in self.method.schedules.items():
+            if schedule.waits_for_plateau and not (self.eval.every and self.eval.data.path):
+                raise ValueError(
+                    f"eval.every and eval.data.path must be set when {key} switches on a plateau, "
+                    f"got {self.eval.every} and {self.eval.data.path!r}: set them, or "
+                    f"{key}.patience to 0"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -342,6 +374,7 @@ def _in_unit_interval(key: str, value: float) -> None:
 
 _FIXED = ScheduleConfig()
 _ANNEALED = ScheduleConfig(kind="linear", initial=5e-3, final=1e-3, steps=80)
+_DISTIL_FIRST = ScheduleConfig(kind="switch", initial=1.0, final=0.0, steps=140)
 PRESETS: dict[str, MethodConfig] = {
     "grpo": MethodConfig(kd=None),
     "kd_rkl": MethodConfig(policy="off", kd_coef=ScheduleConfig(initial=1.0, final=1.0)),
@@ -349,5 +382,17 @@ PRESETS: dict[str, MethodConfig] = {
     "kdrl_annealed": MethodConfig(kd_coef=_ANNEALED),
     "kdrl_masked": MethodConfig(kd_coef=_FIXED, kd_mask="wrong"),
     "kdrl_group_masked": MethodConfig(kd_coef=_FIXED, kd_mask="wrong_group"),
+    "opd_then_rl": MethodConfig(
+        kd_coef=_DISTIL_FIRST, policy_coef=replace(_DISTIL_FIRST, initial=0.0, final=1.0)
+    ),
+    "reward_shaping": MethodConfig(kd="reward", kd_coef=_FIXED),
 }
-"""The paper's methods (arXiv 2506.02208); beta(s) of kdrl_annealed is max(5e-3 - 5e-5 s, 1e-3)."""
+"""The paper's methods (arXiv 2506.02208); beta(s) of kdrl_annealed is max(5e-3 - 5e-5 s, 1e-3).
+
+opd_then_rl: on-policy distillation, then RL. Both weights switch at the same step, or, given the
+same patience, at the same plateau. That the step is half of the default 280 is our choice.
+
+reward_shaping: reward + beta · sum_t (log q - log p) of the completion, before the group is
+normalised; the loss has no distillation term. It is our reading of the form that the paper saw
+collapse, kept as a baseline.
+"""

@@ -12,6 +12,8 @@ Departures from KDRL (arXiv 2506.02208) and GRPO, each a setting of MethodConfig
   mean nor std, its tokens have weight 0 and are not counted in the normaliser.
 - Both models are read at the sampling temperature, so that the KL is that of the distributions
   that are sampled from.
+- Several updates per rollout are mini-batches of whole groups, each completion used once, as the
+  public trainers do it; GRPO's own mu counts passes over the same completions.
 """
 
 import math
@@ -20,8 +22,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kdrl_train.config import MethodConfig, ScheduleConfig
+from kdrl_train.config import MethodConfig
 from kdrl_train.histogram import PERCENTILES, histogram, quantiles
+from kdrl_train.schedules import History, ScheduleConfig, schedule_value
 
 
 def group_advantages(rewards_PG: Tensor, estimator: str, std_floor: float = 1e-4) -> Tensor:
@@ -88,17 +91,6 @@ def kd_mask(rewards_PG: Tensor, mask: str) -> Tensor:
     raise ValueError(f'mask must be "none", "wrong" or "wrong_group", got "{mask}"')
 
 
-def schedule_value(schedule: ScheduleConfig, step: int) -> float:
-    """Value of a scheduled coefficient at optimiser step `step`, counted from 0."""
-    done = min(step / schedule.steps, 1.0)
-    if schedule.kind == "linear":
-        return (1 - done) * schedule.initial + done * schedule.final
-    if schedule.kind == "cosine":
-        rest = (1 + math.cos(math.pi * done)) / 2
-        return schedule.final + (schedule.initial - schedule.final) * rest
-    return schedule.initial
-
-
 def learning_rate(peak: float, warmup_steps: int, step: int) -> float:
     """Linear warm-up: peak · (step + 1) / warmup_steps, from then on the peak."""
     return peak * min(1.0, (step + 1) / max(warmup_steps, 1))
@@ -133,23 +125,93 @@ def token_weights(
     )
 
 
-def completion_terms(rewards_PG: Tensor, method: MethodConfig, step: int) -> tuple[Tensor, Tensor]:
-    """Advantage and distillation weight (beta of this step times the mask) of each completion.
+def group_factor(schedule: ScheduleConfig, rewards_PG: Tensor) -> Tensor:
+    """[P, 1] float64: what a group's coefficient is of the schedule's value.
+
+    reward_adaptive: 4p(1 - p), p the share of right completions among those with a reward: 1 where
+    the group is undecided, 0 where it is all right or all wrong. Every other kind: 1.
+    """
+    if schedule.kind != "reward_adaptive":
+        return torch.ones(len(rewards_PG), 1, dtype=torch.float64)
+    known = (~rewards_PG.isnan()).sum(dim=1, keepdim=True)
+    p = (rewards_PG > 0).sum(dim=1, keepdim=True).double() / known
+    return 4 * p * (1 - p)
+
+
+def kd_weights(rewards_PG: Tensor, method: MethodConfig, beta: float) -> Tensor:
+    """[R] float32, beta · group factor · mask of each completion; 0 without distillation."""
+    if method.kd is None:
+        return torch.zeros(rewards_PG.numel())
+    factor = beta * group_factor(method.kd_coef, rewards_PG)
+    return (factor.float() * kd_mask(rewards_PG, method.kd_mask)).flatten()
+
+
+def completion_terms(
+    rewards_PG: Tensor,
+    method: MethodConfig,
+    step: int,
+    history: History | None = None,
+    gaps_R: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Advantage, and weight of the distillation term, of each completion.
 
     Args:
         rewards_PG: [P, G] float; NaN marks a completion without a reward.
-        method: estimator, mask and schedule.
-        step: optimiser step, from 0.
+        method: estimator, mask and schedules.
+        step: from 0.
+        history: of the steps before, for schedules that read it.
+        gaps_R: [R] float64, sum over tokens of log q - log p, for kd "reward": times beta and mask
+            it is added to the reward, before the group is normalised.
     Returns: advantages [R] and kd weights [R], float32; 0 where the method has no such term.
     """
+    weights_R = kd_weights(rewards_PG, method, schedule_value(method.kd_coef, step, history))
+    if method.kd == "reward":
+        assert gaps_R is not None
+        rewards_PG = rewards_PG + (weights_R * gaps_R).view_as(rewards_PG)
+        weights_R = torch.zeros_like(weights_R)
     advantages = group_advantages(rewards_PG, method.advantage, method.std_floor)
     if method.policy == "off":
         advantages = torch.zeros_like(advantages)
-    if method.kd is None:
-        return advantages.flatten(), torch.zeros_like(advantages).flatten()
-    beta = schedule_value(method.kd_coef, step)
-    mask = kd_mask(rewards_PG, method.kd_mask)
-    return advantages.flatten(), (beta * mask).flatten()
+    advantages = advantages * schedule_value(method.policy_coef, step, history)
+    return advantages.flatten(), weights_R
+
+
+def sampler_weights(
+    logprobs: Tensor, sampled_logprobs: Tensor, mode: str, cap: float
+) -> tuple[Tensor, Tensor]:
+    """Importance weight w = exp(trainer - sampler) of each token, bounded.
+
+    truncate: min(w, cap) (truncated importance sampling) · mask: w, and 0 outside [1 / cap, cap]
+    (IcePop). NaN stays NaN, so that the loss shows it.
+
+    Args:
+        logprobs, sampled_logprobs: [N] nats, of the trainer's policy that was sent to the sampler,
+            and as sampled.
+        mode: "truncate" or "mask".
+        cap: above 1.
+    Returns: weights [N], and [N] bool, true where the bound or the mask took hold.
+    Raises: ValueError for an unknown mode.
+    """
+    ratio = (logprobs - sampled_logprobs).exp()
+    if mode == "truncate":
+        return ratio.clamp(max=cap), ratio > cap
+    if mode == "mask":
+        outside = (ratio > cap) | (ratio < 1 / cap)
+        return ratio.masked_fill(outside, 0.0), outside
+    raise ValueError(
+        f'mode must be "truncate" or "mask", got "{mode}": set method.sampler_correction'
+    )
+
+
+def minibatches(rewards_PG: Tensor, updates: int) -> list[Tensor]:
+    """Rewards of each update's completions, [R] each; NaN, hence weight 0, for all the others.
+
+    The prompts are cut into `updates` equal runs (they come in random order), so that every
+    completion is used once and no group is split. `updates` must divide P.
+    """
+    update_P = torch.arange(len(rewards_PG)) // (len(rewards_PG) // updates)
+    parts = (update_P[:, None] == u for u in range(updates))
+    return [rewards_PG.where(part, math.nan).flatten() for part in parts]
 
 
 def reward_metrics(rewards_PG: Tensor) -> dict[str, float]:

@@ -6,7 +6,7 @@ same); policy.py probes this on every model before the first step.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +44,8 @@ class PackedBatch:
     """Tokens of each sequence in the row; they sum to T."""
     needs_teacher: bool
     """Whether any token is distilled, here or in the batch of another rank at the same turn."""
+    old_logprobs: Tensor | None = None
+    """[N] float32, nats: of the policy before the first update; None: strictly on-policy."""
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on another device."""
@@ -96,6 +98,8 @@ def pack(
     micro_batch_tokens: int,
     rank: int = 0,
     ranks: int = 1,
+    old_logprobs: Mapping[int, Tensor] | None = None,
+    sampler_weights: Mapping[int, Tensor] | None = None,
 ) -> Iterator[PackedBatch]:
     """Micro-batches of one step that are this rank's, on the CPU; as many on every rank.
 
@@ -105,6 +109,8 @@ def pack(
             completion. Completions of weight 0 are left out: they carry no loss.
         micro_batch_tokens: budget T of one row; a longer sequence has a row of its own.
         rank, ranks: a rank whose turns end before those of the others has rows without loss tokens.
+        old_logprobs: completion -> [T] nats, or None.
+        sampler_weights: completion -> [T], factors of the tokens' weights, or None.
     """
     prompts, completions = rollouts.prompt_ids, rollouts.completion_ids
     used = [r for r in range(len(completions)) if weights_R[r] != 0]
@@ -113,10 +119,17 @@ def pack(
     for share in balance(lengths, ranks):
         rows = bins([lengths[i] for i in share], micro_batch_tokens)
         plans.append([[used[share[m]] for m in members] for members in rows])
+    none = torch.zeros(0)
     for turn in itertools.zip_longest(*plans, fillvalue=[]):
         distilled = any(kd_weight_R[r] > 0 for members in turn for r in members)
         members = turn[rank]
-        yield _row(rollouts, members, advantages_R, weights_R, kd_weight_R, distilled)
+        row = _row(rollouts, members, advantages_R, weights_R, kd_weight_R, distilled)
+        if old_logprobs is not None:
+            row = replace(row, old_logprobs=torch.cat([none, *(old_logprobs[r] for r in members)]))
+        if sampler_weights is not None:
+            factors = torch.cat([none, *(sampler_weights[r] for r in members)])
+            row = replace(row, token_weights=row.token_weights * factors)
+        yield row
 
 
 def _row(

@@ -145,6 +145,8 @@ class PolicyOutput(NamedTuple):
     """[N] nats, detached."""
     sums: dict[str, Tensor]
     """0-d sums over the tokens, see grpo.token_sums."""
+    teacher_logprobs: Tensor | None = None
+    """[N] nats, detached; None without a teacher."""
 
 
 class Policy(HeadedModel):
@@ -184,7 +186,8 @@ class Policy(HeadedModel):
     ) -> PolicyOutput:
         """Loss of one packed row: sum of its token losses / normalizer.
 
-        Strictly on-policy: the old log-probabilities are the detached new ones, so the ratio is 1.
+        Strictly on-policy, without batch.old_logprobs: the old log-probabilities are the detached
+        new ones, so the ratio is 1.
 
         Args:
             batch: on the model's device.
@@ -202,6 +205,7 @@ class Policy(HeadedModel):
             batch.tokens,
             advantages=None if goal.policy == "off" else batch.advantages,
             token_weights=batch.token_weights,
+            old_logprobs=batch.old_logprobs,
             teacher=teacher,
             kd_weight=None if teacher is None else batch.kd_weight,
             normalizer=normalizer,
@@ -226,7 +230,7 @@ class Policy(HeadedModel):
             advantages=batch.advantages,
             kd=None if goal.policy == "off" else goal.kd,
         )
-        return PolicyOutput(out.loss, out.logprobs, sums)
+        return PolicyOutput(out.loss, out.logprobs, sums, out.teacher_logprobs)
 
 
 def objective(method: MethodConfig, *, distil: bool) -> kk.Objective:
@@ -234,13 +238,15 @@ def objective(method: MethodConfig, *, distil: bool) -> kk.Objective:
 
     Without distillation, for rows whose kd weights are all 0, a method with policy "off" becomes a
     policy gradient of its advantages, which are 0: no loss, but entropy and log-probabilities.
+    kd "reward" has no term in the loss; its teacher is only read without a gradient, as of k2.
     """
     alone = method.policy == "off" and not distil
+    kd = "k2" if method.kd == "reward" else method.kd
     return kk.Objective(
         policy="none" if alone else method.policy,
         clip_low=method.clip_low,
         clip_high=method.clip_high,
-        kd=method.kd if distil else None,
+        kd=kd if distil else None,
         kd_coef=1.0,
         jsd_alpha=method.jsd_alpha,
         entropy_coef=method.entropy_coef,

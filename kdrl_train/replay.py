@@ -72,13 +72,14 @@ def load_dump(file: Path) -> dict[str, Any]:
     """The dump of a stopped step. Raises ValueError for a file that is none."""
     try:
         dump = torch.load(file)
-        return {name: dump[name] for name in ("step", "rewards", "example_ids", *_ROLLOUTS)}
+        return {name: dump[name] for name in (*_STEP, *_ROLLOUTS)}
     except Exception as error:  # torch.load has many
         raise ValueError(
             f"file must be a failed_step_XXXXXX.pt of a run folder, got {file}: {error!r}"
         ) from error
 
 
+_STEP = ("step", "rewards", "advantages", "kd_weight", "example_ids")
 _ROLLOUTS = tuple(field.name for field in fields(Rollouts))
 
 
@@ -97,7 +98,7 @@ def replay(dump: dict[str, Any], folder: Path) -> list[Replayed]:
     if place is not None:
         checkpoint.load_weights(place, policy)
     rollouts = Rollouts(**{name: dump[name] for name in _ROLLOUTS})
-    advantages, kd_weight = grpo.completion_terms(rewards, config.method, step)
+    advantages, kd_weight = dump["advantages"], dump["kd_weight"]
     weights, normalizer = grpo.token_weights(
         rollouts.lengths,
         rewards.flatten(),

@@ -14,6 +14,7 @@ from kdrl_train.interrupt import Interrupt, Stopped
 from kdrl_train.log import RunLog
 from kdrl_train.policy import Policy, Teacher
 from kdrl_train.rollout import Rollouts
+from kdrl_train.schedules import History
 from kdrl_train.verifier import Verdicts, Verifier
 
 
@@ -32,6 +33,7 @@ class Run:
     held_out: list[Example]
     verifier: Verifier
     interrupt: Interrupt
+    history: History
     log: RunLog
 
     def stop_if_asked(self) -> None:

@@ -23,13 +23,14 @@ from kdrl_train.engines import open_engine
 from kdrl_train.errors import RunError
 from kdrl_train.evaluate import EVAL_STEP, summarize
 from kdrl_train.interrupt import Interrupt, Stopped
-from kdrl_train.log import RunLog, Stages, peak_memory_bytes
+from kdrl_train.log import RunLog, Stages, peak_memory_bytes, read_rows
 from kdrl_train.policy import Policy, use_device
 from kdrl_train.rollout import Rollouts
 from kdrl_train.run import Batch, Run
+from kdrl_train.schedules import rebuild_history
 from kdrl_train.sharding import shard
 from kdrl_train.trackers import Trackers
-from kdrl_train.update import accumulate, take_step
+from kdrl_train.update import update
 from kdrl_train.verifier import Verifier
 
 
@@ -93,6 +94,7 @@ def open_run(
         config.out.mkdir(parents=True, exist_ok=True)
         save_yaml(replace(config, resume=False), config.out / "config.yaml")
         trackers.start(to_dict(config), config.out, first)
+    schedules, rows = config.method.schedules, world.on_main(lambda: read_rows(config.out))
     run = Run(
         config=config,
         world=world,
@@ -105,6 +107,7 @@ def open_run(
         held_out=loaded.held_out,
         verifier=verifier,
         interrupt=interrupt,
+        history=rebuild_history(schedules, rows, first, config.eval.every),
         log=RunLog(config.out, first, config.steps, console, writes=world.main, trackers=trackers),
     )
     return run, first
@@ -130,7 +133,8 @@ def steps(run: Run, first: int) -> bool:
             row = learn(run, step, stages)
         except (Stopped, FloatingPointError, RunError) as reason:  # of all ranks, at one place
             run.optimizer.zero_grad(set_to_none=True)
-            if saved < step:
+            untouched = isinstance(reason, Stopped) or config.optim.updates_per_rollout == 1
+            if saved < step and untouched:  # not between two updates of the step
                 save(run, step)
             if isinstance(reason, Stopped):
                 run.log.say(f"stopped by a signal after {step} steps: --resume continues")
@@ -147,18 +151,23 @@ def steps(run: Run, first: int) -> bool:
 def learn(run: Run, step: int, stages: Stages) -> dict[str, Any]:
     """From prompts to the optimiser step, its last act; returns the step's row of metrics.
 
-    Raises: Stopped, FloatingPointError or RunError before anything of the policy has changed.
+    Raises: Stopped, FloatingPointError or RunError before the step's first update, the last two
+        also before a later one.
     """
     if run.policy.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.policy.device)
     batch = collect(run, step, stages)
-    sums, row = accumulate(run, batch, step, stages)
-    row |= {"step": step, **step_metrics(run, batch, step, sums)}
     run.log.samples(step, *sample_texts(batch), count=run.config.samples_per_step)
-    with stages("update"):
-        row |= take_step(run, batch, step, row)
-    row["tokens"] = int(batch.rollouts.lengths.sum())
-    return row
+    rollouts, counts = batch.rollouts, batch.verdicts.counts
+    return {
+        "step": step,
+        **grpo.reward_metrics(batch.rewards),
+        "tokens": int(rollouts.lengths.sum()),
+        "response_length": rollouts.lengths.double().mean().item(),
+        "truncated": rollouts.truncated.double().mean().item(),
+        **{f"verifier_{name}": count for name, count in counts.items()},
+        **update(run, batch, step, stages),
+    }
 
 
 def finish(run: Run, step: int, row: dict[str, Any], stages: Stages) -> None:
@@ -171,6 +180,7 @@ def finish(run: Run, step: int, row: dict[str, Any], stages: Stages) -> None:
             row |= evaluation(run)
     row |= stages.metrics(tokens=row["tokens"])
     run.log.step(row | {"peak_memory_bytes": peak_memory_bytes(run.policy.device)})
+    run.history.add(row)
 
 
 def save(run: Run, done: int) -> None:
@@ -185,22 +195,6 @@ def save(run: Run, done: int) -> None:
         world=run.world,
     )
     run.log.say(f"saved {folder}")
-
-
-def step_metrics(
-    run: Run, batch: Batch, step: int, sums: dict[str, Tensor]
-) -> dict[str, float | None]:
-    """What the step's completions and tokens say about the policy."""
-    method, rollouts = run.config.method, batch.rollouts
-    beta = None if method.kd is None else grpo.schedule_value(method.kd_coef, step)
-    return {
-        **grpo.reward_metrics(batch.rewards),
-        "response_length": rollouts.lengths.double().mean().item(),
-        "truncated": rollouts.truncated.double().mean().item(),
-        **grpo.token_means(sums),
-        "kd_coef": beta,
-        **{f"verifier_{name}": count for name, count in batch.verdicts.counts.items()},
-    }
 
 
 def evaluation(run: Run) -> dict[str, float]:

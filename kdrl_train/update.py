@@ -1,6 +1,7 @@
 """The update: a step's batch through the loss, micro-batch by micro-batch, to the new weights."""
 
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -13,48 +14,89 @@ from kdrl_train.log import Stages
 from kdrl_train.packing import pack
 from kdrl_train.run import Batch, Run
 from kdrl_train.sharding import full
+from kdrl_train.terms import Terms, prepare
+
+
+def update(run: Run, batch: Batch, step: int, stages: Stages) -> dict[str, Any]:
+    """The step's optimiser updates, of one part of its prompts each; returns their metrics.
+
+    Raises: FloatingPointError or EngineError before the optimiser step; Stopped before the first.
+    """
+    config = run.config
+    terms = prepare(run, batch, step, stages)
+    sums: dict[str, Tensor] = {}
+    losses, norms, measured = [], [], {}
+    for part, rewards_R in enumerate(
+        grpo.minibatches(batch.rewards, config.optim.updates_per_rollout)
+    ):
+        found, loss, diagnosed = accumulate(run, batch, terms, rewards_R, step, part, stages)
+        if part == 0:
+            measured = diagnosed
+            gap = {**grpo.token_means(found), **terms.metrics}["sampler_gap_mean"]
+        with stages("update"):
+            norm = clip(run)
+            stop_if_not_finite(run, batch, terms, step, loss, norm)
+            require_agreement(gap, config.engine.limit(config.model.dtype), step)
+            rate = take_step(run, step)
+        sums = grpo.add_sums(sums, found)
+        losses.append(loss)
+        norms.append(norm)
+    return {
+        **grpo.token_means(sums),
+        **terms.metrics,
+        **measured,
+        "loss": fmean(losses),
+        "grad_norm": fmean(norms),
+        "learning_rate": rate,
+    }
 
 
 def accumulate(
-    run: Run, batch: Batch, step: int, stages: Stages
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Gradient of the step's loss, micro-batch by micro-batch -> token sums of all ranks, and
-    metrics: the loss and, at the steps of log.diagnostics_every, what is measured on the first one.
+    run: Run, batch: Batch, terms: Terms, rewards_R: Tensor, step: int, part: int, stages: Stages
+) -> tuple[dict[str, Tensor], float, dict[str, float | None]]:
+    """Gradient of one update's loss, micro-batch by micro-batch -> token sums and loss of all
+    ranks, and at the steps of log.diagnostics_every what is measured on the first micro-batch.
 
-    Each micro-batch is divided by the normaliser of the whole step, so how it is cut does not
+    Each micro-batch is divided by the normaliser of the whole update, so how it is cut does not
     matter; times the number of ranks, since FSDP2 averages gradients over them. One without
-    distilled tokens costs no forward pass of the teacher. Raises: Stopped where a signal came.
+    distilled tokens costs no forward pass of the teacher.
+
+    Args:
+        rewards_R: [R], NaN for the completions of other updates.
+        part: number of the update in the step; a signal is obeyed in the first alone.
     """
     config, policy, world = run.config, run.policy, run.world
     device = policy.device
-    advantages_R, kd_weight_R = grpo.completion_terms(batch.rewards, config.method, step)
     weights_R, normalizer = grpo.token_weights(
         batch.rollouts.lengths,
-        batch.rewards.flatten(),
+        rewards_R,
         config.method.token_weights,
         config.sampling.max_new_tokens,
     )
     normalizer = normalizer.to(device) / world.size
     sums: dict[str, Tensor] = {}
-    measured: dict[str, Any] = {}
+    measured: dict[str, float | None] = {}
     every = config.log.diagnostics_every
     loss = torch.zeros((), dtype=torch.float64, device=device)
     policy.train()
     rows = pack(
         batch.rollouts,
-        advantages_R=advantages_R,
+        advantages_R=terms.advantages,
         weights_R=weights_R,
-        kd_weight_R=kd_weight_R,
+        kd_weight_R=terms.kd_weight,
         micro_batch_tokens=config.optim.micro_batch_tokens,
         rank=world.rank,
         ranks=world.size,
+        old_logprobs=terms.old_logprobs,
+        sampler_weights=terms.sampler_weights,
     )
     for turn, row in enumerate(rows):
-        run.stop_if_asked()
+        if part == 0:
+            run.stop_if_asked()
         packed = row.to(device)
         with stages("teacher"):
             teacher = run.teacher(packed) if run.teacher and packed.needs_teacher else None
-        if every and step % every == 0 and turn == 0:
+        if every and step % every == 0 and part == turn == 0:
             with stages("diagnostics"):
                 measured = gradient_split(policy, packed, normalizer, teacher)
         with stages("update"):
@@ -63,25 +105,30 @@ def accumulate(
             loss += out.loss.detach()
             sums = grpo.add_sums(sums, out.sums)
     mean = world.sum({"loss": loss})["loss"].item() / world.size
-    return world.sum(sums, largest=("gap_max",)), {"loss": mean, **measured}
+    return world.sum(sums, largest=("gap_max",)), mean, measured
 
 
-def take_step(run: Run, batch: Batch, step: int, row: dict[str, Any]) -> dict[str, float]:
-    """Clip the gradient and take the optimiser step, unless a number says that it is wrong."""
+def clip(run: Run) -> float:
+    """Scale the gradient down to max_grad_norm; returns its norm before, over all ranks."""
+    limit = run.config.optim.max_grad_norm
+    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), limit)
+    return full(norm).item()
+
+
+def take_step(run: Run, step: int) -> float:
+    """The optimiser step; returns its learning rate."""
     optim = run.config.optim
-    norm = full(torch.nn.utils.clip_grad_norm_(run.policy.parameters(), optim.max_grad_norm)).item()
-    stop_if_not_finite(run, batch, step, row["loss"], norm)
-    limit = run.config.engine.limit(run.config.model.dtype)
-    require_agreement(row["sampler_gap_mean"], limit, step)
     rate = grpo.learning_rate(optim.learning_rate, optim.warmup_steps, step)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    return {"grad_norm": norm, "learning_rate": rate}
+    return rate
 
 
-def stop_if_not_finite(run: Run, batch: Batch, step: int, loss: float, grad_norm: float) -> None:
+def stop_if_not_finite(
+    run: Run, batch: Batch, terms: Terms, step: int, loss: float, grad_norm: float
+) -> None:
     """Raise FloatingPointError, with the step's batch dumped, unless both numbers are finite."""
     if torch.isfinite(torch.tensor([loss, grad_norm])).all():
         return
@@ -91,6 +138,8 @@ def stop_if_not_finite(run: Run, batch: Batch, step: int, loss: float, grad_norm
         "loss": loss,
         "grad_norm": grad_norm,
         "rewards": batch.rewards,
+        "advantages": terms.advantages,
+        "kd_weight": terms.kd_weight,
         "outcomes": batch.verdicts.outcomes,
         "errors": batch.verdicts.errors,
         "example_ids": [example.id for example in batch.examples],

@@ -16,6 +16,7 @@ from kdrl_train.config import (
     EvaluateConfig,
     OptimConfig,
     SamplingConfig,
+    ScheduleConfig,
     TrainConfig,
 )
 from kdrl_train.config_file import differences, load_yaml, save_yaml, to_dict, update
@@ -62,6 +63,17 @@ def test_options_override_the_file_overrides_the_preset(tmp_path: Path) -> None:
     assert parse("--preset", "kdrl", "--method.kd", "rkl").method.kd == "rkl"
 
 
+def test_lists_of_any_length(tmp_path: Path) -> None:
+    file = write(tmp_path / "run.yaml", "method: {kd_coef: {kind: step, at: [2], values: [1]}}")
+    config = parse("--config", file)
+    assert config.method.kd_coef == ScheduleConfig(kind="step", at=(2,), values=(1.0,))
+    options = ("--method.kd-coef.at", "2", "5", "--method.kd-coef.values", "0.5", "0")
+    longer = parse("--config", file, *options)
+    assert longer.method.kd_coef == ScheduleConfig(kind="step", at=(2, 5), values=(0.5, 0.0))
+    save_yaml(longer, tmp_path / "config.yaml")
+    assert parse("--config", str(tmp_path / "config.yaml")) == longer
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_an_option(name: str) -> None:
     assert parse("--preset", name).method == PRESETS[name]
@@ -78,9 +90,40 @@ def test_every_preset_is_an_option(name: str) -> None:
         ("resume: 1", r"resume must be of type bool, got 1"),
         ("optim: {betas: [0.9]}", r"optim\.betas must be a list of 2 values, got \[0\.9\]"),
         ("optim: 3", r"optim must hold keys and values, got 3"),
-        ("method: {kd: k1}", r"method\.kd must be one of k2, k3, rkl, fkl, jsd, got 'k1'"),
+        ("method: {kd: k1}", r"method\.kd must be one of k2, k3, rkl, fkl, jsd, reward, got 'k1'"),
         ("optim: {learning_rate: high}", r"optim\.learning_rate must be of type float"),
         ("sampling: {group_size: 1}", r"group_size must be at least 2 for a policy gradient"),
+        (
+            "method: {policy: 'off', kd_coef: {kind: reward_adaptive}}\nsampling: {group_size: 1}",
+            r'at least 2 for method\.kd_coef\.kind "reward_adaptive", got 1: a group of one is',
+        ),
+        (
+            "method: {kd_coef: {kind: step}}",
+            r"method\.kd_coef\.at must be one or more increasing steps from 1 on, got \(\)",
+        ),
+        (
+            "method: {kd_coef: {kind: step, at: [1, 2], values: [0.5]}}",
+            r"method\.kd_coef\.values must be 2 numbers, .* got \(0\.5,\)",
+        ),
+        ("method: {kd_coef: {at: 3}}", r"method\.kd_coef\.at must be a list, got 3"),
+        ("method: {kd_coef: {at: [x]}}", r"method\.kd_coef\.at must be of type int, got 'x'"),
+        (
+            "method: {kd_coef: {kind: kl_budget, initial: 2}}",
+            r"method\.kd_coef\.initial must be in method\.kd_coef\.bounds, 0\.0001 to 1\.0, got 2",
+        ),
+        (
+            "method: {policy_coef: {kind: kl_budget}}",
+            r'method\.policy_coef\.kind must be .* got "kl_budget": it is for method\.kd_coef',
+        ),
+        (
+            "method: {policy_coef: {kind: switch, patience: 2}}",
+            r"eval\.every and eval\.data\.path must be set when method\.policy_coef switches on a "
+            r"plateau, got 0 and '': set them, or method\.policy_coef\.patience to 0",
+        ),
+        (
+            "sampling: {prompts_per_step: 6}\noptim: {updates_per_rollout: 4}",
+            r"prompts_per_step must be a multiple of optim\.updates_per_rollout, got 6 and 4",
+        ),
         ("- 1", r"must hold keys and values, got a list"),
         ("a: [", r"--config must be a YAML file"),
     ],
@@ -121,6 +164,25 @@ BELOW_ZERO = ("-1", "at least 0, got -1")
         ("method.kd_coef.initial", ".inf", "finite and at least 0, got inf"),
         ("method.kd_coef.final", ".nan", "finite and at least 0, got nan"),
         ("method.kd_coef.steps", *BELOW_ONE),
+        ("method.kd_coef.patience", *BELOW_ZERO),
+        ("method.kd_coef.min_gain", ".nan", "finite and at least 0, got nan"),
+        ("method.kd_coef.target_kl", "0", "positive and finite, got 0.0"),
+        ("method.kd_coef.gain", "1", "in (0, 1), got 1.0"),
+        ("method.kd_coef.at", "[3, 3]", "increasing steps from 1 on, got (3, 3)"),
+        ("method.kd_coef.at", "[0]", "increasing steps from 1 on, got (0,)"),
+        (
+            "method.kd_coef.values",
+            "[0.1]",
+            "0 numbers, one for each of at, finite and at least 0, got (0.1,)",
+        ),
+        (
+            "method.kd_coef.bounds",
+            "[1, 0.5]",
+            "two positive numbers, the smaller one first, got (1.0, 0.5)",
+        ),
+        ("method.policy_coef.initial", "-1", "finite and at least 0, got -1.0"),
+        ("method.sampler_cap", "1", "above 1 and finite, got 1.0"),
+        ("optim.updates_per_rollout", *BELOW_ONE),
         ("optim.learning_rate", ".inf", "positive and finite, got inf"),
         ("optim.warmup_steps", *BELOW_ZERO),
         ("optim.weight_decay", "-0.1", "finite and at least 0, got -0.1"),

@@ -50,6 +50,8 @@ def batch() -> PackedBatch:
         advantages=torch.tensor([1.0] * 6 + [-0.5] * 6),
         token_weights=torch.ones(12),
         kd_weight=torch.full((12,), BETA),
+        lengths=(9, 9),
+        needs_teacher=True,
     )
 
 

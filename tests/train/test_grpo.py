@@ -78,6 +78,8 @@ def test_unknown_options_raise() -> None:
         grpo.kd_mask(REWARDS, "right")
     with pytest.raises(ValueError, match=r'mode must be "token_mean".*got "sum"'):
         grpo.token_weights(torch.ones(2), torch.ones(2), "sum", 8)
+    with pytest.raises(ValueError, match=r'mode must be "truncate" or "mask", got "none"'):
+        grpo.sampler_weights(torch.ones(2), torch.ones(2), "none", 2.0)
     with pytest.raises(ValueError, match=r"rewards_PG must be \[P, G\], got \[3\]"):
         grpo.group_advantages(torch.ones(3), "grpo")
 
@@ -93,21 +95,6 @@ def test_unknown_options_raise() -> None:
 def test_masks(mask: str, expected: list[list[int]]) -> None:
     rewards = torch.tensor([[1.0, 0.0, NAN], [0.0, NAN, -0.5], [1.0, 0.1, 0.0]])
     assert torch.equal(grpo.kd_mask(rewards, mask), torch.tensor(expected, dtype=torch.float32))
-
-
-def test_annealed_preset_follows_the_paper() -> None:
-    schedule = PRESETS["kdrl_annealed"].kd_coef
-    for step in (0, 1, 40, 79, 80, 81, 280):
-        paper = max(5e-3 - 5e-5 * step, 1e-3)
-        assert grpo.schedule_value(schedule, step) == pytest.approx(paper, rel=1e-12)
-    assert [round(grpo.schedule_value(schedule, s), 12) for s in (0, 80, 280)] == [5e-3, 1e-3, 1e-3]
-
-
-def test_other_schedules() -> None:
-    assert grpo.schedule_value(PRESETS["kdrl"].kd_coef, 280) == 2e-3
-    cosine = ScheduleConfig(kind="cosine", initial=1.0, final=0.5, steps=4)
-    values = [grpo.schedule_value(cosine, step) for step in (0, 1, 2, 4, 9)]
-    assert values == pytest.approx([1.0, 0.75 + math.sqrt(2) / 8, 0.75, 0.5, 0.5])
 
 
 def test_warm_up() -> None:
@@ -141,6 +128,69 @@ def test_completion_terms_follow_the_method() -> None:
     ):
         found = grpo.completion_terms(rewards, method, step=0)
         torch.testing.assert_close(found, (torch.tensor(advantages), torch.tensor(weights)))
+
+
+def test_a_policy_weight_of_zero_leaves_no_advantage() -> None:
+    rewards = torch.tensor([[1.0, 0.0]])
+    method = PRESETS["opd_then_rl"]
+    half = math.sqrt(0.5)
+    for step, advantages, weights in ((139, [0.0, 0.0], [1.0, 1.0]), (140, [half, -half], [0, 0])):
+        found = grpo.completion_terms(rewards, method, step)
+        torch.testing.assert_close(found, (torch.tensor(advantages), torch.tensor(weights).float()))
+    assert not grpo.completion_terms(rewards, method, 139)[0].any()
+
+
+def test_the_teacher_counts_most_where_a_group_is_undecided() -> None:
+    # shares of right completions: 2/4, 4/4, 1/4; 4p(1 - p): 1, 0, 3/4; of the last one 2/3: 8/9
+    rewards = torch.cat([REWARDS, torch.tensor([[1.0, NAN, 0.0, 1.0]])])
+    adaptive = ScheduleConfig(kind="reward_adaptive", initial=0.5)
+    factor = grpo.group_factor(adaptive, rewards)
+    torch.testing.assert_close(factor, torch.tensor([[1], [0], [3 / 4], [8 / 9]]).double())
+    method = MethodConfig(kd_coef=adaptive, kd_mask="wrong")
+    _, weights = grpo.completion_terms(rewards, method, step=7)
+    expected = torch.tensor(
+        [[0, 0.5, 0.5, 0], [0] * 4, [3 / 8, 3 / 8, 0, 3 / 8], [0, 4 / 9, 4 / 9, 0]]
+    )
+    torch.testing.assert_close(weights.view(4, 4), expected)
+    assert grpo.group_factor(PRESETS["kdrl"].kd_coef, rewards).tolist() == [[1.0]] * 4
+
+
+def test_shaped_rewards_by_hand() -> None:
+    # beta 1/4 of the sums 4 and -8, and of nothing for the right one: 1, 0 + 1, 0 - 2
+    method = MethodConfig(
+        kd="reward", kd_coef=ScheduleConfig(initial=0.25), kd_mask="wrong", advantage="dr_grpo"
+    )
+    rewards = torch.tensor([[1.0, 0.0, 0.0, NAN]], dtype=torch.float64)
+    gaps = torch.tensor([3.0, 4.0, -8.0, 0.0], dtype=torch.float64)
+    advantages, weights = grpo.completion_terms(rewards, method, 0, gaps_R=gaps)
+    torch.testing.assert_close(advantages, torch.tensor([1.0, 1.0, -2.0, 0.0]))
+    assert weights.tolist() == [0.0] * 4
+
+
+def test_sampler_weights_by_hand() -> None:
+    ratios = torch.tensor([1.0, 1.5, 3.0, 0.6, 0.4, 1e30], dtype=torch.float64)
+    sampled = torch.full((6,), -2.0, dtype=torch.float64)
+    found, held = grpo.sampler_weights(sampled + ratios.log(), sampled, "truncate", 2.0)
+    assert found.tolist() == pytest.approx([1.0, 1.5, 2.0, 0.6, 0.4, 2.0])
+    assert held.tolist() == [False, False, True, False, False, True]
+    found, held = grpo.sampler_weights(sampled + ratios.log(), sampled, "mask", 2.0)
+    assert found.tolist() == pytest.approx([1.0, 1.5, 0.0, 0.6, 0.0, 0.0])
+    assert held.tolist() == [False, False, True, False, True, True]
+    for mode in ("truncate", "mask"):  # the loss must show it
+        assert grpo.sampler_weights(sampled * NAN, sampled, mode, 2.0)[0].isnan().all()
+
+
+def test_minibatches_are_whole_groups_and_hold_each_once() -> None:
+    rewards = torch.tensor([[1.0, 2.0], [3.0, NAN], [5.0, 6.0], [7.0, 8.0]])
+    first, second = grpo.minibatches(rewards, 2)
+    assert first.nan_to_num(-1.0).tolist() == [1, 2, 3, -1, -1, -1, -1, -1]
+    assert second.nan_to_num(-1.0).tolist() == [-1, -1, -1, -1, 5, 6, 7, 8]
+    (whole,) = grpo.minibatches(rewards, 1)
+    assert whole.nan_to_num(-1.0).tolist() == [1, 2, 3, -1, 5, 6, 7, 8]
+    lengths = torch.arange(1, 9)
+    weights, normalizer = grpo.token_weights(lengths, first, "token_mean", 9)
+    assert weights.tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
+    assert normalizer.item() == 1 + 2 + 3
 
 
 def test_reward_metrics() -> None:
@@ -227,5 +277,6 @@ def test_without_a_teacher_its_metrics_are_absent() -> None:
 
 
 def test_distillation_alone_needs_a_teacher_term() -> None:
-    with pytest.raises(ValueError, match=r"method\.kd must be .* got None: nothing would be"):
-        MethodConfig(policy="off", kd=None)
+    for kd in (None, "reward"):
+        with pytest.raises(ValueError, match=rf"method\.kd must be .* got {kd}: nothing would be"):
+            MethodConfig(policy="off", kd=kd)

@@ -153,8 +153,8 @@ def test_an_error_of_one_rank_stops_all(config: Config) -> None:
 def make_loss_infinite(rank: int) -> None:
     terms = train.grpo.completion_terms
 
-    def broken(rewards: Tensor, method: Any, step: int) -> tuple[Tensor, Tensor]:
-        advantages, kd_weight = terms(rewards, method, step)
+    def broken(rewards: Tensor, method: Any, step: int, *more: Any) -> tuple[Tensor, Tensor]:
+        advantages, kd_weight = terms(rewards, method, step, *more)
         advantages[rank] = float("inf") if step and rank == 0 else advantages[rank]
         return advantages, kd_weight
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from kdrl_train import replay, train
 from kdrl_train.cli import main
 from kdrl_train.config import TrainConfig
+from tests.train.conftest import EXACT
 from tests.train.test_train import run
 
 Config = Callable[..., TrainConfig]
@@ -24,8 +25,8 @@ def failed(config: Config, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The dump of a step whose fourth completion has an infinite advantage."""
     terms = train.grpo.completion_terms
 
-    def broken(rewards: Tensor, method: Any, step: int) -> tuple[Tensor, Tensor]:
-        advantages, kd_weight = terms(rewards, method, step)
+    def broken(rewards: Tensor, method: Any, step: int, *more: Any) -> tuple[Tensor, Tensor]:
+        advantages, kd_weight = terms(rewards, method, step, *more)
         if step == 2:
             advantages[3] = math.inf
         return advantages, kd_weight
@@ -55,11 +56,13 @@ def test_numbers_are_those_of_the_step(
 ) -> None:
     """Without the culprit the losses sum to that of a run that was not broken."""
     monkeypatch.undo()
+    dump = torch.load(failed)
+    dump["advantages"], dump["kd_weight"] = train.grpo.completion_terms(dump["rewards"], EXACT, 2)
+    torch.save(dump, failed)
     found = replay.main(replay.ReplayConfig(file=failed), Console(file=io.StringIO()))
     assert all(one.finite for one in found)
     rows = run(config("whole", steps=3))
     assert sum(one.loss for one in found) == pytest.approx(rows[2]["loss"], rel=1e-4)
-    dump = torch.load(failed)
     for one in found:
         assert one.tokens == len(dump["completion_ids"][one.index])
         assert one.lowest_logprob == pytest.approx(dump["logprobs"][one.index].min().item(), 1e-4)

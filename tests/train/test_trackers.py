@@ -142,7 +142,7 @@ def test_a_failed_run_closes_its_trackers(
 ) -> None:
     service = FakeService()
     monkeypatch.setitem(sys.modules, "wandb", service)
-    monkeypatch.setattr(train, "train_step", None)
+    monkeypatch.setattr(train, "learn", None)
     with pytest.raises(TypeError, match="not callable"):
         train.main(config("wandb"), Console(file=io.StringIO()))
     assert service.finished == 1

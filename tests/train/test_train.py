@@ -42,7 +42,15 @@ METRICS = {
         "response_length",
     ),
     *("truncated", "entropy", "clip_fraction", "kl_teacher", "log_ratio_teacher", "k2", "kd_share"),
-    *("kd_coef", "sampler_gap_mean", "sampler_gap_max", "loss", "grad_norm", "learning_rate"),
+    *(
+        "kd_coef",
+        "policy_coef",
+        "sampler_gap_mean",
+        "sampler_gap_max",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+    ),
     *("verifier_right", "verifier_wrong", "verifier_unparseable", "verifier_timeout"),
     *("verifier_error", "tokens_per_s", "seconds", "seconds_rollout", "seconds_verify"),
     *("seconds_teacher", "seconds_update", "seconds_sync", "peak_memory_bytes", "kd_flip_share"),
@@ -230,8 +238,10 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(
     settings = config(reward="one_missing", steps=2, save_every=1, sampling=sampling)
     terms = train.grpo.completion_terms
 
-    def break_second_step(rewards: Tensor, method: Any, step: int) -> tuple[Tensor, Tensor]:
-        advantages, kd_weight = terms(rewards, method, step)
+    def break_second_step(
+        rewards: Tensor, method: Any, step: int, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        advantages, kd_weight = terms(rewards, method, step, *rest)
         return (advantages * math.inf if step else advantages), kd_weight
 
     monkeypatch.setattr(train.grpo, "completion_terms", break_second_step)

@@ -1,0 +1,182 @@
+"""What the loss of a step reads beside its tokens: decided once, before the step's first update.
+
+R completions of the step, T tokens of one of them.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kdrl_train import grpo
+from kdrl_train.config import MethodConfig, TrainConfig
+from kdrl_train.log import Stages
+from kdrl_train.packing import PackedBatch, pack
+from kdrl_train.policy import Policy, Teacher
+from kdrl_train.rollout import Rollouts
+from kdrl_train.run import Batch, Run
+from kdrl_train.schedules import History, schedule_value
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Terms:
+    """One step's coefficients. Everything is on the CPU and the same for all ranks."""
+
+    advantages: Tensor
+    """[R] float32."""
+    kd_weight: Tensor
+    """[R] float32: beta times group factor times mask."""
+    old_logprobs: Mapping[int, Tensor] | None
+    """Completion -> [T] nats before the first update; None: strictly on-policy."""
+    sampler_weights: Mapping[int, Tensor] | None
+    """Completion -> [T] importance weights between sampler and trainer; None: no correction."""
+    metrics: dict[str, float | None]
+    """For the step's row; they take the place of those that the updates measure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Completions at the weights they were sampled from. Those of several ranks add up: union of
+    the mappings, sum of the sums (grpo.add_sums)."""
+
+    logprobs: dict[int, Tensor] = field(default_factory=dict)
+    """Completion -> [T] float32 nats, of the trainer."""
+    gaps: dict[int, float] = field(default_factory=dict)
+    """Completion -> sum over its tokens of log q - log p; of the distilled ones only."""
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    """grpo.token_sums of all tokens."""
+
+
+@torch.no_grad()
+def score_rows(policy: Policy, teacher: Teacher | None, rows: Iterable[PackedBatch]) -> Scores:
+    """Log-probabilities of packed rows without a gradient, and the teacher's where distilled.
+
+    It is the pass of the loss itself, so that where nothing has changed the ratio of the first
+    update is 1, and columns beyond the vocabulary are left out here too.
+    """
+    policy.eval()
+    scores = Scores()
+    sums: dict[str, Tensor] = {}
+    for row in rows:
+        batch = row.to(policy.device)
+        head = teacher(batch) if teacher is not None and row.needs_teacher else None
+        out = policy(batch, batch.token_weights.sum(), head)
+        completions, counts = row.rollout.unique_consecutive(return_counts=True)
+        parts = out.logprobs.cpu().split(counts.tolist())
+        scores.logprobs.update(zip(completions.tolist(), parts, strict=True))
+        if out.teacher_logprobs is not None:
+            gap = (out.teacher_logprobs - out.logprobs).double().cpu()
+            gaps = gap.where(row.kd_weight > 0, 0.0).split(counts.tolist())
+            totals = [part.sum().item() for part in gaps]
+            scores.gaps.update(zip(completions.tolist(), totals, strict=True))
+        sums = grpo.add_sums(sums, out.sums)
+    scores.sums.update({name: value.cpu() for name, value in sums.items()})
+    return scores
+
+
+def needs_scores(config: TrainConfig) -> bool:
+    """Whether a step needs the pass of score_rows before its first update."""
+    method = config.method
+    return (
+        config.optim.updates_per_rollout > 1
+        or method.sampler_correction != "none"
+        or method.kd == "reward"
+    )
+
+
+def prepare(run: Run, batch: Batch, step: int, stages: Stages) -> Terms:
+    """Coefficients of a step's completions; the models run only where needs_scores(config)."""
+    config, method, rewards_PG = run.config, run.config.method, batch.rewards
+    scores = Scores()
+    if needs_scores(config):
+        with stages("score"):
+            own = score_rows(run.policy, run.teacher, _rows(run, batch, step))
+            scores = join(run.world.share(lambda: own))
+    gaps_R = torch.zeros(rewards_PG.numel(), dtype=torch.float64)
+    for r, gap in scores.gaps.items():
+        gaps_R[r] = gap
+    terms = grpo.completion_terms(rewards_PG, method, step, run.history, gaps_R)
+    weights, metrics = None, coefficients(method, rewards_PG, step, run.history)
+    if method.sampler_correction != "none":
+        weights, found = correction(scores.logprobs, batch.rollouts, method)
+        metrics |= found
+    metrics |= _measured(scores.sums, method)
+    return Terms(
+        advantages=terms[0],
+        kd_weight=terms[1],
+        old_logprobs=scores.logprobs if config.optim.updates_per_rollout > 1 else None,
+        sampler_weights=weights,
+        metrics=metrics,
+    )
+
+
+def join(parts: Sequence[Scores]) -> Scores:
+    """Scores of all ranks."""
+    whole = Scores()
+    for part in parts:
+        whole.logprobs.update(part.logprobs)
+        whole.gaps.update(part.gaps)
+        total = grpo.add_sums(whole.sums, part.sums)
+        whole.sums.update(total)
+    return whole
+
+
+def _rows(run: Run, batch: Batch, step: int) -> Iterable[PackedBatch]:
+    """This rank's packed rows, of every completion with a reward; kd weights only where scores
+    need them."""
+    config, rewards_PG = run.config, batch.rewards
+    beta = schedule_value(config.method.kd_coef, step, run.history)
+    kd_weight_R = grpo.kd_weights(rewards_PG, config.method, beta)
+    if config.method.kd != "reward":
+        kd_weight_R = torch.zeros_like(kd_weight_R)
+    return pack(
+        batch.rollouts,
+        advantages_R=torch.zeros_like(kd_weight_R),
+        weights_R=(~rewards_PG.isnan()).float().flatten(),
+        kd_weight_R=kd_weight_R,
+        micro_batch_tokens=config.optim.micro_batch_tokens,
+        rank=run.world.rank,
+        ranks=run.world.size,
+    )
+
+
+def coefficients(
+    method: MethodConfig, rewards_PG: Tensor, step: int, history: History
+) -> dict[str, float | None]:
+    """kd_coef (before the mask, mean over groups) and policy_coef of a step; None without one."""
+    kd = schedule_value(method.kd_coef, step, history)
+    kd *= grpo.group_factor(method.kd_coef, rewards_PG).mean().item()
+    policy = schedule_value(method.policy_coef, step, history)
+    return {
+        "kd_coef": None if method.kd is None else kd,
+        "policy_coef": None if method.policy == "off" else policy,
+    }
+
+
+def correction(
+    logprobs: Mapping[int, Tensor], rollouts: Rollouts, method: MethodConfig
+) -> tuple[dict[int, Tensor], dict[str, float | None]]:
+    """Importance weights of each completion's tokens; their mean, and the share of tokens that
+    sampler_cap truncated or masked."""
+    weights, limited = {}, []
+    for r, trainer in logprobs.items():
+        weights[r], held = grpo.sampler_weights(
+            trainer, rollouts.logprobs[r], method.sampler_correction, method.sampler_cap
+        )
+        limited.append(held)
+    share = torch.cat(limited).double().mean().item()
+    mean = torch.cat(list(weights.values())).double().mean().item()
+    return weights, {"sampler_weight_mean": mean, "sampler_limited": share}
+
+
+def _measured(sums: dict[str, Tensor], method: MethodConfig) -> dict[str, float | None]:
+    """What must be measured before the first update, or only is here: the gap between sampler and
+    trainer, which later updates would mix with their own changes, and a rewarded teacher's KL."""
+    if not sums:
+        return {}
+    names = ["sampler_gap_mean", "sampler_gap_max"]
+    if method.kd == "reward":
+        names += ["kl_teacher", "log_ratio_teacher", "k2", "kd_share"]
+    means = grpo.token_means(sums)
+    return {name: means[name] for name in names}
