@@ -62,6 +62,13 @@ def test_options_override_the_file_overrides_the_preset(tmp_path: Path) -> None:
     assert parse("--preset", "kdrl", "--method.kd", "rkl").method.kd == "rkl"
 
 
+def test_any_number_of_trackers(tmp_path: Path) -> None:
+    file = write(tmp_path / "run.yaml", "log: {trackers: [wandb, tensorboard]}\n")
+    assert parse("--config", file).log.trackers == ("wandb", "tensorboard")
+    assert parse("--config", file, "--log.trackers", "trackio").log.trackers == ("trackio",)
+    assert parse().log.trackers == ()
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_an_option(name: str) -> None:
     assert parse("--preset", name).method == PRESETS[name]
@@ -81,6 +88,9 @@ def test_every_preset_is_an_option(name: str) -> None:
         ("method: {kd: k1}", r"method\.kd must be one of k2, k3, rkl, fkl, jsd, got 'k1'"),
         ("optim: {learning_rate: high}", r"optim\.learning_rate must be of type float"),
         ("sampling: {group_size: 1}", r"group_size must be at least 2 for a policy gradient"),
+        ("log: {trackers: wandb}", r"log\.trackers must be a list, got 'wandb'"),
+        ("log: {trackers: [mlflow]}", r"log\.trackers must be one of tensorboard, wandb, trackio"),
+        ("log: {trackers: [wandb, wandb]}", r"log\.trackers must name each tracker once"),
         ("- 1", r"must hold keys and values, got a list"),
         ("a: [", r"--config must be a YAML file"),
     ],
@@ -98,6 +108,7 @@ BELOW_ZERO = ("-1", "at least 0, got -1")
     ("key", "value", "message"),
     [
         ("seed", *BELOW_ZERO),
+        ("log.diagnostics_every", *BELOW_ZERO),
         ("steps", *BELOW_ONE),
         ("save_every", *BELOW_ONE),
         ("keep_checkpoints", *BELOW_ONE),
