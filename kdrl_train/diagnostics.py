@@ -25,7 +25,7 @@ def gradient_split(
 
     Args:
         policy, batch, normalizer, teacher: of policy.forward. Under FSDP2 all ranks call it, each
-            with a micro-batch of its own, and get the numbers of the sum of their gradients.
+            with a micro-batch of its own, and get the numbers of the reduced gradient.
     Returns: rl_grad_norm, kd_grad_norm, rl_kd_cosine. None: the method has no such term, no token
         of the micro-batch is distilled, or, for the cosine, one of the two is 0.
     """

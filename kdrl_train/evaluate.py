@@ -217,34 +217,34 @@ def common_width(model: Any, teacher: str | None) -> int:
 
 
 def result_table(results: dict[str, EvalResult]) -> Table:
-    """Name of a policy -> its measurement, as one rich table; below each share its interval."""
+    """Name of a policy -> its measurement: a rich table with a column for each policy."""
     first = next(iter(results.values()))
     table = Table(
         title=f"{first.problems} problems, {first.samples} completions each",
-        caption="below each share: 95% interval, by bootstrap over the problems",
+        caption="(95% interval, by bootstrap over the problems)",
     )
-    names = list(dict.fromkeys(name for result in results.values() for name in result.shares))
-    for name in ("policy", *names, "tokens", "truncated", "unparseable", "timeout", "seconds"):
-        table.add_column(name, justify="left" if name == "policy" else "right")
-    for policy, result in results.items():
-        table.add_row(
-            policy,
-            *(_share(result, name) for name in names),
-            f"{result.mean_length:.0f}",
-            f"{result.truncated:.1%}",
-            str(result.outcomes["unparseable"]),
-            str(result.outcomes["timeout"]),
-            f"{result.seconds:.1f}",
-        )
+    table.add_column("")
+    for policy in results:
+        table.add_column(policy, justify="right", overflow="fold")
+    for name in dict.fromkeys(name for result in results.values() for name in result.shares):
+        table.add_row(name, *(_share(result, name) for result in results.values()))
+    for name, cell in (
+        ("tokens", lambda result: f"{result.mean_length:.0f}"),
+        ("truncated", lambda result: f"{result.truncated:.1%}"),
+        ("unparseable", lambda result: str(result.outcomes["unparseable"])),
+        ("timeout", lambda result: str(result.outcomes["timeout"])),
+        ("seconds", lambda result: f"{result.seconds:.1f}"),
+    ):
+        table.add_row(name, *map(cell, results.values()))
     return table
 
 
 def _share(result: EvalResult, name: str) -> str:
-    """A share over its interval, in percent; "-" where it is not known."""
+    """A share and its interval, in percent; "-" where it is not known."""
     if name not in result.shares:
         return "-"
     low, high = result.intervals[name]
-    return f"{result.shares[name]:.1%}\n[dim]{100 * low:.1f}-{100 * high:.1f}[/]"
+    return f"{result.shares[name]:.1%} ({100 * low:.1f}-{100 * high:.1f})"
 
 
 def main(config: EvaluateConfig) -> EvalResult:

@@ -74,6 +74,13 @@ def test_lists_of_any_length(tmp_path: Path) -> None:
     assert parse("--config", str(tmp_path / "config.yaml")) == longer
 
 
+def test_any_number_of_trackers(tmp_path: Path) -> None:
+    file = write(tmp_path / "run.yaml", "log: {trackers: [wandb, tensorboard]}\n")
+    assert parse("--config", file).log.trackers == ("wandb", "tensorboard")
+    assert parse("--config", file, "--log.trackers", "trackio").log.trackers == ("trackio",)
+    assert parse().log.trackers == ()
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_an_option(name: str) -> None:
     assert parse("--preset", name).method == PRESETS[name]
@@ -124,6 +131,9 @@ def test_every_preset_is_an_option(name: str) -> None:
             "sampling: {prompts_per_step: 6}\noptim: {updates_per_rollout: 4}",
             r"prompts_per_step must be a multiple of optim\.updates_per_rollout, got 6 and 4",
         ),
+        ("log: {trackers: wandb}", r"log\.trackers must be a list, got 'wandb'"),
+        ("log: {trackers: [mlflow]}", r"log\.trackers must be one of tensorboard, wandb, trackio"),
+        ("log: {trackers: [wandb, wandb]}", r"log\.trackers must name each tracker once"),
         ("- 1", r"must hold keys and values, got a list"),
         ("a: [", r"--config must be a YAML file"),
     ],
@@ -141,6 +151,7 @@ BELOW_ZERO = ("-1", "at least 0, got -1")
     ("key", "value", "message"),
     [
         ("seed", *BELOW_ZERO),
+        ("log.diagnostics_every", *BELOW_ZERO),
         ("steps", *BELOW_ONE),
         ("save_every", *BELOW_ONE),
         ("keep_checkpoints", *BELOW_ONE),

@@ -3,13 +3,16 @@
 import io
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 import kdrl_kernels as kk
@@ -92,6 +95,25 @@ def test_cosine_of_what_pulls_together_and_apart(tiny: Callable[..., Any], sign:
     split = gradient_split(policy, replace(row, advantages=sign * gap), twelve, head)
     assert split["rl_kd_cosine"] == pytest.approx(-sign, abs=1e-4)
     assert split["kd_grad_norm"] == pytest.approx(BETA * split["rl_grad_norm"], rel=1e-4)
+
+
+def rank_of_two(rank: int, folder: Path, policy: Policy, head: kk.TeacherHead) -> None:
+    """One of two ranks, which hold half of the weights each and see the same row."""
+    limit = timedelta(seconds=120)
+    store = f"file://{folder / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=limit)
+    twelve = torch.tensor(12.0)
+    whole = gradient_split(policy, batch(), twelve, head)
+    fully_shard(policy)
+    assert gradient_split(policy, batch(), twelve, head) == pytest.approx(whole, rel=1e-5)
+    assert all(p.grad is None for p in policy.parameters())
+    dist.destroy_process_group()
+
+
+def test_shards_have_the_norms_of_the_whole(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    policy = Policy(tiny("qwen2", seed=1), MethodConfig(kd="k2"))
+    head = Teacher(tiny("llama", seed=2))(batch())
+    torch.multiprocessing.spawn(rank_of_two, (tmp_path, policy, head), nprocs=2)
 
 
 def test_a_term_that_is_not_there_has_no_norm(tiny: Callable[..., Any]) -> None:

@@ -146,8 +146,8 @@ def test_a_failed_run_closes_its_trackers(
     with pytest.raises(TypeError, match="not callable"):
         train.main(config("wandb"), Console(file=io.StringIO()))
     assert service.finished == 1
-    broken = replace(config("wandb").model, policy="nowhere")
-    with pytest.raises(ValueError, match=r"model\.policy must be"):  # before a run was opened
+    broken = replace(config("wandb").model, policy="")
+    with pytest.raises(ValueError, match=r"model\.policy must name"):  # before a run was opened
         train.main(replace(config("wandb"), model=broken, out=config().out / "b"))
     assert (len(service.runs), service.finished) == (1, 1)
 
