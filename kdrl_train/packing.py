@@ -6,7 +6,7 @@ same); policy.py probes this on every model before the first step.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,9 @@ class PackedBatch:
     """[N] float32."""
     kd_weight: Tensor
     """[N] float32: beta times the mask."""
+    teacher_logprobs: Tensor | None = None
+    """[N] float32, nats, from a server; NaN in completions that it was not asked for. None: not
+    from a server, or no token is distilled."""
 
     @property
     def needs_teacher(self) -> bool:
@@ -47,7 +50,8 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on another device."""
         fields = {name: getattr(self, name) for name in self.__slots__}
-        return PackedBatch(**{k: v.to(device, non_blocking=True) for k, v in fields.items()})
+        moved = {k: v.to(device, non_blocking=True) for k, v in fields.items() if v is not None}
+        return PackedBatch(**moved)
 
 
 def bins(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -70,6 +74,24 @@ def bins(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return sorted(sorted(members) for members in out)
 
 
+def feed(prompts: Sequence[Tensor], completions: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Sequences as one packed row.
+
+    Args:
+        prompts, completions: token ids, [T] int64 each, at least one token each.
+    Returns: input_ids [1, T] and position_ids [1, T] of each prompt and its completion without the
+        last token; rows [N], the places whose hidden states predict the completions' tokens.
+    """
+    ids, positions, rows = [], [], []
+    start = 0
+    for prompt, completion in zip(prompts, completions, strict=True):
+        ids.append(torch.cat([prompt, completion[:-1]]))
+        positions.append(torch.arange(len(ids[-1])))
+        rows.append(torch.arange(len(completion)) + start + len(prompt) - 1)
+        start += len(ids[-1])
+    return torch.cat(ids)[None], torch.cat(positions)[None], torch.cat(rows)
+
+
 def pack(
     rollouts: Rollouts,
     *,
@@ -77,6 +99,8 @@ def pack(
     weights_R: Tensor,
     kd_weight_R: Tensor,
     micro_batch_tokens: int,
+    teacher_logprobs: Sequence[Tensor | None] | None = None,
+    distil_eos: bool = True,
 ) -> Iterator[PackedBatch]:
     """Micro-batches of one step, on the CPU.
 
@@ -85,36 +109,55 @@ def pack(
         advantages_R, weights_R, kd_weight_R: [R] float32, each the same for all tokens of a
             completion. Completions of weight 0 are left out: they carry no loss.
         micro_batch_tokens: budget T of one row; a longer sequence has a row of its own.
+        teacher_logprobs: R of [T] nats, from a server, None where it was not asked; None: none.
+        distil_eos: False takes the kd weight from the token that ends a completion.
     """
     prompts, completions = rollouts.prompt_ids, rollouts.completion_ids
     used = [r for r in range(len(completions)) if weights_R[r] != 0]
     lengths = [len(prompts[r]) + len(completions[r]) - 1 for r in used]
-    for members in bins(lengths, micro_batch_tokens):
-        yield _row(rollouts, [used[m] for m in members], advantages_R, weights_R, kd_weight_R)
+    for places in bins(lengths, micro_batch_tokens):
+        members = [used[place] for place in places]
+        row = _row(rollouts, members, advantages_R, weights_R, kd_weight_R, distil_eos)
+        if teacher_logprobs is not None and row.needs_teacher:
+            row = replace(row, teacher_logprobs=_scores(rollouts, members, teacher_logprobs))
+        yield row
 
 
 def _row(
-    rollouts: Rollouts, members: list[int], advantages: Tensor, weights: Tensor, kd_weight: Tensor
+    rollouts: Rollouts,
+    members: list[int],
+    advantages: Tensor,
+    weights: Tensor,
+    kd_weight: Tensor,
+    distil_eos: bool,
 ) -> PackedBatch:
     """One packed row of the completions `members`; each has a prompt of at least one token."""
-    ids, positions, rows = [], [], []
-    start = 0
-    for r in members:
-        prompt, completion = rollouts.prompt_ids[r], rollouts.completion_ids[r]
-        ids.append(torch.cat([prompt, completion[:-1]]))
-        positions.append(torch.arange(len(ids[-1])))
-        rows.append(torch.arange(len(completion)) + start + len(prompt) - 1)
-        start += len(ids[-1])
-    lengths = torch.tensor([len(rollouts.completion_ids[r]) for r in members])
+    completions = [rollouts.completion_ids[r] for r in members]
+    input_ids, position_ids, rows = feed([rollouts.prompt_ids[r] for r in members], completions)
+    lengths = torch.tensor([len(completion) for completion in completions])
     rollout = torch.tensor(members).repeat_interleave(lengths)
+    kd_weight_N = kd_weight[rollout]
+    if not distil_eos:
+        last = lengths.cumsum(dim=0) - 1
+        kd_weight_N[last[~rollouts.truncated[members]]] = 0
     return PackedBatch(
-        input_ids=torch.cat(ids)[None],
-        position_ids=torch.cat(positions)[None],
-        rows=torch.cat(rows),
-        tokens=torch.cat([rollouts.completion_ids[r] for r in members]),
+        input_ids=input_ids,
+        position_ids=position_ids,
+        rows=rows,
+        tokens=torch.cat(completions),
         rollout=rollout,
         sampled_logprobs=torch.cat([rollouts.logprobs[r] for r in members]),
         advantages=advantages[rollout],
         token_weights=weights[rollout],
-        kd_weight=kd_weight[rollout],
+        kd_weight=kd_weight_N,
     )
+
+
+def _scores(
+    rollouts: Rollouts, members: list[int], teacher_logprobs: Sequence[Tensor | None]
+) -> Tensor:
+    """[N] of the completions `members`; NaN in those that were not asked for, whose kd weight is 0:
+    kk.kdrl_loss reads no such row, and whoever else does will notice."""
+    unknown = [torch.full_like(rollouts.logprobs[r], torch.nan) for r in members]
+    given = [teacher_logprobs[r] for r in members]
+    return torch.cat([n if g is None else g for g, n in zip(given, unknown, strict=True)])
