@@ -13,6 +13,12 @@ TRAIN = [
     "rich>=14.0",  # tables and progress
     "PyYAML>=6.0",  # configuration files
     "numpy>=1.26,<2.5",  # torch and datasets share arrays through it
+    "httpx2>=2.0",  # asks a teacher behind a URL; huggingface_hub brings it (httpx, carried on)
+]
+SERVE = [
+    *TRAIN,
+    "fastapi>=0.115",  # end points of a teacher's server, with checked requests
+    "uvicorn>=0.30",  # the server that runs them
 ]
 TEST = ["pytest>=8.4", "hypothesis>=6.140", "ruff>=0.14", "mypy>=1.18", "types-PyYAML>=6.0"]
 PEERS = ["liger-kernel==0.8.5", "trl==1.16.0", "cut-cross-entropy==25.1.1"]
@@ -33,5 +39,11 @@ setup(
     packages=find_packages(include=["kdrl_kernels*", "kdrl_train*"]),
     package_data={"kdrl_kernels": ["py.typed", "rows/README.md"], "kdrl_train": ["py.typed"]},
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
-    extras_require={"train": TRAIN, "dev": TRAIN + TEST, "bench": BENCH, "gpu": GPU},
+    extras_require={
+        "train": TRAIN,
+        "serve": SERVE,
+        "dev": SERVE + TEST,
+        "bench": BENCH,
+        "gpu": GPU,
+    },
 )

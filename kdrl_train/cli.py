@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from kdrl_train.config import PRESETS, EvaluateConfig, MethodConfig, TrainConfig
+from kdrl_train.config import PRESETS, EvaluateConfig, MethodConfig, ServeConfig, TrainConfig
 from kdrl_train.config_file import load_yaml, update
 
 T = TypeVar("T")
@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "train a policy with a reward and a teacher",
     "eval": "measure a saved model: avg@k, pass@k, length",
     "check": "preflight of a training run: a table, and an exit code of 1 if it would fail",
+    "serve": "score with a teacher for trainers elsewhere, over HTTP",
     "sft": "train a small model and its tokenizer from scratch on solved problems",
 }
 EPILOG = """Settings come from, each overriding those before it: the defaults, --preset, the YAML
@@ -90,6 +91,9 @@ def run(command: str, argv: Sequence[str]) -> int:
         module = _module(command)
         config_class = module.DemoConfig if command == "demo" else module.SftConfig
         module.main(parse(config_class(), argv, command))
+        return 0
+    if command == "serve":
+        _module("serve").main(parse(ServeConfig(), argv, command))
         return 0
     if command == "eval":
         config = parse(EvaluateConfig(), argv, command)
