@@ -1,6 +1,8 @@
 """The training loop, to be read from top to bottom: sample, score, learn, log."""
 
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import Future
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from kdrl_train.log import RunLog, Stages, peak_memory_bytes
 from kdrl_train.packing import pack
 from kdrl_train.policy import Policy, Teacher
 from kdrl_train.rollout import Rollouts, generate_rollouts
+from kdrl_train.teacher_client import TeacherError
+from kdrl_train.teachers import RemoteTeacher, may_ask_early
 from kdrl_train.verifier import Verdicts, Verifier
 
 
@@ -28,6 +32,8 @@ class Run:
     tokenizer: Any
     policy: Policy
     teacher: Teacher | None
+    remote: RemoteTeacher | None
+    """The teacher, where it is behind a URL."""
     optimizer: torch.optim.Optimizer
     examples: list[Example]
     held_out: list[Example]
@@ -45,6 +51,8 @@ class Batch:
     verdicts: Verdicts
     rewards: Tensor
     """rewards_PG [P, G] float64, NaN where the reward function failed."""
+    asked: dict[int, Future[Tensor]] = field(default_factory=dict)
+    """Completion -> its teacher log-probabilities [T], where a server was asked early."""
 
 
 def main(config: TrainConfig, console: Console | None = None) -> Path:
@@ -55,12 +63,13 @@ def main(config: TrainConfig, console: Console | None = None) -> Path:
         console: where progress goes; None: standard output.
     Raises: ValueError for a configuration, data or models that do not fit together, a used folder
         without resume, resume without a checkpoint or with one of another configuration;
-        FloatingPointError for a loss or gradient that is not finite, before the optimiser step.
+        FloatingPointError for a loss or gradient that is not finite, before the optimiser step;
+        TeacherError for a teacher's server that stays away, with a checkpoint of the steps done.
     """
     newest = checkpoint.open_folder(config)
     torch.manual_seed(config.seed)
-    with Verifier(config.reward) as verifier:
-        loaded = check.load(config)
+    with Verifier(config.reward) as verifier, ExitStack() as stack:
+        loaded = stack.enter_context(closing(check.load(config)))
         check.require(check.preflight(config, loaded, verifier, gold=check.GOLD_AT_START))
         optimizer = make_optimizer(config, loaded.policy)
         first = 0
@@ -68,20 +77,31 @@ def main(config: TrainConfig, console: Console | None = None) -> Path:
             first = checkpoint.load(newest, model=loaded.policy, optimizer=optimizer, config=config)
         config.out.mkdir(parents=True, exist_ok=True)
         save_yaml(replace(config, resume=False), config.out / "config.yaml")
+        log = RunLog(config.out, first, config.steps, console)
+        remote = None
+        if loaded.server is not None:
+            remote = stack.enter_context(
+                RemoteTeacher(loaded.server, config, loaded.policy.limit, log.say)
+            )
         run = Run(
             config=config,
             tokenizer=loaded.tokenizer,
             policy=loaded.policy,
             teacher=loaded.teacher,
+            remote=remote,
             optimizer=optimizer,
             examples=loaded.examples,
             held_out=loaded.held_out,
             verifier=verifier,
-            log=RunLog(config.out, first, config.steps, console),
+            log=log,
         )
         run.log.say(f"{config.out}: steps {first + 1} to {config.steps}")
         for step in range(first, config.steps):
-            train_step(run, step)
+            try:
+                train_step(run, step)
+            except TeacherError:
+                save(run, step)
+                raise
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 save(run, step + 1)
         checkpoint.export(run.policy.model, run.tokenizer, config.out / "model")
@@ -105,8 +125,11 @@ def train_step(run: Run, step: int) -> None:
         torch.cuda.reset_peak_memory_stats(run.policy.model.device)
     with stages("rollout"):
         examples, rollouts = sample(run, step)
+    asked = {}
+    if run.remote and may_ask_early(config.method, step):  # it scores while the rewards are made
+        asked = run.remote.ask(rollouts, torch.ones(len(rollouts.texts), dtype=torch.bool))
     with stages("verify"):
-        batch = score(run, examples, rollouts, step)
+        batch = replace(score(run, examples, rollouts, step), asked=asked)
     sums, loss = accumulate(run, batch, step, stages)
     with stages("update"):
         grad_norm = torch.nn.utils.clip_grad_norm_(
@@ -193,7 +216,8 @@ def accumulate(
     """Gradient of the step's loss, micro-batch by micro-batch -> token sums, loss (0-d float64).
 
     Each micro-batch is divided by the normaliser of the whole step, so how it is cut does not
-    matter. One without distilled tokens costs no forward pass of the teacher.
+    matter. One without distilled tokens costs no forward pass of the teacher, a completion without
+    no call of its server.
     """
     config, policy = run.config, run.policy
     device = policy.model.device
@@ -205,6 +229,11 @@ def accumulate(
         config.sampling.max_new_tokens,
     )
     normalizer = normalizer.to(device)
+    scores = None
+    if run.remote:
+        with stages("teacher"):
+            wanted_R = (kd_weight_R > 0) & (weights_R > 0)
+            scores = run.remote.collect(batch.rollouts, wanted_R, batch.asked)
     sums: dict[str, Tensor] = {}
     loss = torch.zeros((), dtype=torch.float64, device=device)
     policy.train()
@@ -214,6 +243,8 @@ def accumulate(
         weights_R=weights_R,
         kd_weight_R=kd_weight_R,
         micro_batch_tokens=config.optim.micro_batch_tokens,
+        teacher_logprobs=scores,
+        distil_eos=config.method.kd_eos == "keep",
     ):
         needs_teacher, packed = rows.needs_teacher, rows.to(device)
         with stages("teacher"):
