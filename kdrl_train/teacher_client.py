@@ -119,14 +119,15 @@ class TeacherClient(ABC):
         Raises: NoAnswerError to ask again; TeacherError for an answer that is no answer to this.
         """
         timeout_s = timeout_s or self.timeout_s
-        found = self._read(str(query), lambda: torch.tensor(self._values(query, timeout_s)))
+        values = self._read(str(query), lambda: [float(x) for x in self._values(query, timeout_s)])
+        found = torch.tensor(values, dtype=torch.float32)
         problem = _problem(found, query.completion_ids)
         if problem is not None:
             raise TeacherError(
                 f"the teacher at {self.url} must give a finite log-probability for each token of "
                 f"{query}, got {problem}: see the server's log and model.teacher_api"
             )
-        return found.float()
+        return found
 
     def _read(self, what: str, reader: Callable[[], T]) -> T:
         """reader(); TeacherError where the answer has not the format that it expects."""
@@ -202,7 +203,7 @@ class OpenAiClient(TeacherClient):
         models = self._read("/v1/models", lambda: {m["id"]: m for m in answer["data"]})
         if name is None and len(models) == 1:
             (name,) = models
-        if name not in models:
+        if name is None or name not in models:
             raise TeacherError(
                 f"teacher.name must be a model of {self.url}, got {name}: it has "
                 f"{', '.join(models)}"
@@ -242,8 +243,8 @@ class OpenAiClient(TeacherClient):
 
 def _problem(found: Tensor, ids: list[int]) -> str | None:
     """What is wrong with the log-probabilities of tokens; None: nothing."""
-    if found.shape != (len(ids),):
-        return f"a list of shape {list(found.shape)}"
+    if len(found) != len(ids):
+        return f"{len(found)}"
     for t in (~((found > FORBIDDEN) & (found < ROUNDING))).nonzero().flatten().tolist():
         return f"{found[t]:g} for token {t} (id {ids[t]})"
     return None

@@ -152,10 +152,10 @@ def test_tokens_are_compared_by_their_texts_where_there_is_no_hash(
     tokenizer: Any,
 ) -> None:
     scripted, url = server
-    scripted.text = lambda token: "?" if token == 99 else tokenizer.decode([token])
+    scripted.text = lambda token: "?" if token == 50 else tokenizer.decode([token])
     code, text = checked(folders, capsys, url, model__teacher_api="openai")
     assert code == 1
-    assert f"token 99 is {tokenizer.decode([99])!r} for the policy and '?' for the teacher" in text
+    assert f"token 50 is {tokenizer.decode([50])!r} for the policy and '?' for the teacher" in text
     scripted.text = lambda _token: None
     code, text = checked(folders, capsys, url, model__teacher_api="openai")
     assert code == 0

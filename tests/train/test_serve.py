@@ -235,14 +235,8 @@ def test_batches_keep_the_order_and_the_token_budget(
     gate.set()
     for mark, one in enumerate([first, *jobs]):
         assert one.logprobs.result(30).tolist() == [-mark]
-    assert [[j.tokens for j in batch] for batch in batches] == [
-        [1],
-        [4, 6],
-        [1],
-        [12],
-        [3, 3, 4],
-        [2],
-    ]
+    expected_tokens = [[1], [4, 6], [1], [12], [3, 3, 2], [1]]
+    assert [[j.tokens for j in batch] for batch in batches] == expected_tokens
 
 
 def test_a_full_queue_sends_away(

@@ -235,12 +235,12 @@ def test_after_the_deadline_everything_fails_at_once() -> None:
 
 def test_the_deadline_counts_from_the_last_answer(scripted: Callable) -> None:
     def slow(ids: list[int], prompt_tokens: int) -> Any:
-        time.sleep(0.2)
+        time.sleep(0.4)
         return by_position(ids, prompt_tokens)
 
     _, url = scripted(slow)
-    with Asked(url, concurrency=1, deadline_s=0.5) as asked:
-        found = asked.all()  # takes 0.8 s
+    with Asked(url, concurrency=1, deadline_s=1.2) as asked:
+        found = asked.all()  # takes 1.6 s
     torch.testing.assert_close(found[3], expected(3))
 
 
@@ -257,7 +257,7 @@ WRONG = {
     "nothing": (last(None), r"format of model\.teacher_api"),
     "minus infinity": (last(-9999.0), r"got -9999 for token 2 \(id 27\)"),
     "positive": (last(3.5), r"must give a finite log-probability .* got 3\.5 for token 2"),
-    "too few": (lambda ids, n: by_position(ids, n)[1:], "shape|format"),
+    "too few": (lambda ids, n: by_position(ids, n)[1:], r"each token of .*, got 2|format"),
     "text": (raw(200, "<html>"), "in JSON, got '<html>'"),
     "other JSON": (raw(200, "[1]"), r"format of model\.teacher_api, got TypeError"),
     "refused": (raw(404, "no such model"), "got status 404: no such model; see"),
@@ -318,7 +318,7 @@ def test_a_server_must_be_there_at_the_start(scripted: Callable, api: str) -> No
     with pytest.raises(TeacherError, match=r"must answer GET /v\S* with .*, got status 404"):
         Asked(f"{url}/elsewhere", api)
     with pytest.raises(TeacherError, match=r"model\.teacher must be a URL"):
-        Asked("http://[", api)
+        Asked("http://host:port", api)
 
 
 def test_version_of_another_server_is_refused(scripted: Callable) -> None:

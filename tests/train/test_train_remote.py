@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,13 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def config(folders: dict[str, Path], tmp_path: Path) -> Callable[..., TrainConfig]:
-    """config(out, teacher, reward="early_bytes", **fields)."""
+    """config(out, folder or URL of the teacher, reward="early_bytes", **fields)."""
 
-    def make(out: str, teacher: str, reward: str = "early_bytes", **fields: Any) -> TrainConfig:
+    def make(out: str, where: str, reward: str = "early_bytes", **fields: Any) -> TrainConfig:
         base = TrainConfig(
             out=tmp_path / out,
             steps=3,
-            model=ModelConfig(policy=str(folders["student"]), teacher=teacher, device="cpu"),
+            model=ModelConfig(policy=str(folders["student"]), teacher=where, device="cpu"),
             data=DataConfig(path=str(folders["task"])),
             sampling=SamplingConfig(prompts_per_step=4, group_size=4, max_new_tokens=8),
             reward=RewardConfig(function=f"{scripted_rewards.__name__}:{reward}", workers=1),
@@ -75,14 +76,22 @@ def config(folders: dict[str, Path], tmp_path: Path) -> Callable[..., TrainConfi
 
 
 @pytest.fixture(scope="module")
-def process(folders: dict[str, Path]) -> Iterator[Process]:
-    """The command, started and ready."""
+def started(folders: dict[str, Path]) -> Iterator[Process]:
     server = Process(folders["teacher"])
     try:
         assert set(server.wait_until_ready()) == {"loading", "ready"}
         yield server
     finally:
         server.kill()
+
+
+@pytest.fixture
+def process(started: Process) -> Process:
+    """The command in a process of its own, ready."""
+    if started.process.poll() is not None:
+        started.start()
+        started.wait_until_ready()
+    return started
 
 
 def run(config: TrainConfig) -> tuple[list[dict[str, Any]], str]:
@@ -148,15 +157,19 @@ def test_a_killed_teacher_pauses_the_run_until_it_is_back(
     process: Process,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def kill_and_start_again() -> None:
-        process.kill()
-        threading.Timer(1.0, process.start).start()
-
+    app = teacher_app(folders["teacher"])  # the same model, in a server that starts at once
     local = config("local", str(folders["teacher"]))
     run(local)
-    on_step(monkeypatch, 1, kill_and_start_again)
     remote = config("remote", process.url)
-    _, said = run(remote)
+    with ExitStack() as other:
+
+        def kill_and_start_another() -> None:
+            process.kill()
+            start = partial(other.enter_context, running(app, process.port))
+            threading.Timer(1.0, start).start()
+
+        on_step(monkeypatch, 1, kill_and_start_another)
+        _, said = run(remote)
     assert f"the teacher at {process.url} does not answer, ConnectError" in said
     assert f"the teacher at {process.url} is back after" in said
     assert_same_run(remote.out, local.out)
@@ -172,14 +185,14 @@ def test_past_the_deadline_a_checkpoint_is_left_to_resume_from(
     local = config("local", str(folders["teacher"]))
     run(local)
     app, port = teacher_app(folders["teacher"]), free_port()
-    remote = config("remote", f"http://127.0.0.1:{port}", teacher=TeacherConfig(deadline_s=0.5))
+    remote = config("remote", f"http://127.0.0.1:{port}", teacher=TeacherConfig(deadline_s=3.0))
     file = tmp_path / "run.yaml"
     save_yaml(remote, file)
     with ExitStack() as server, monkeypatch.context() as patch:
         server.enter_context(running(app, port))
         on_step(patch, 2, server.close)
         assert cli.main(["train", "--config", str(file)]) == 1
-    assert "must answer within teacher.deadline_s = 0.5 s" in capsys.readouterr().err
+    assert "must answer within teacher.deadline_s = 3 s" in capsys.readouterr().err
     assert [p.name for p in (remote.out / "checkpoints").iterdir()] == ["step_000002"]
     assert len(read_rows(remote.out)) == 2
     with running(app, port):
