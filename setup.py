@@ -13,6 +13,12 @@ TRAIN = [
     "rich>=14.0",  # tables and progress
     "PyYAML>=6.0",  # configuration files
     "numpy>=1.26,<2.5",  # torch and datasets share arrays through it
+    "httpx2>=2.0",  # asks a teacher behind a URL; huggingface_hub brings it (httpx, carried on)
+]
+SERVE = [
+    *TRAIN,
+    "fastapi>=0.115",  # end points of a teacher's server, with checked requests
+    "uvicorn>=0.30",  # the server that runs them
 ]
 TENSORBOARD = ["tensorboard>=2.20"]  # curves of runs, from event files
 WANDB = ["wandb>=0.22"]  # curves of runs, on a server
@@ -24,8 +30,9 @@ PEERS += ["flash-linear-attention==0.6.0", "quack-kernels==0.6.5"]
 BENCH = ["pytest-benchmark>=5.1", "matplotlib>=3.10", "jinja2>=3.1"]  # figures, plots, page
 BENCH += [f"{peer}; platform_system == 'Linux'" for peer in PEERS]  # what they are compared with
 GPU = ["flash-attn>=2.8; platform_system == 'Linux'", *LIGER]
-EXTRAS = {"train": TRAIN, "dev": TRAIN + TEST + TENSORBOARD, "bench": BENCH, "gpu": GPU}
-EXTRAS |= {"tensorboard": TENSORBOARD, "wandb": WANDB, "trackio": TRACKIO, "liger": LIGER}
+EXTRAS = {"train": TRAIN, "dev": SERVE + TEST + TENSORBOARD, "bench": BENCH, "gpu": GPU}
+EXTRAS |= {"tensorboard": TENSORBOARD, "wandb": WANDB, "trackio": TRACKIO}
+EXTRAS |= {"serve": SERVE, "liger": LIGER}
 
 setup(
     name="kdrl-kernels",

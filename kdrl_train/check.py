@@ -1,6 +1,7 @@
 """Preflight: everything that would waste a run, found before its first training minute."""
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from kdrl_train.check_server import check_same_tokens, check_scores, check_server
 from kdrl_train.config import TrainConfig
 from kdrl_train.data import Example, encode_prompt, load_examples
 from kdrl_train.policy import (
@@ -20,6 +22,7 @@ from kdrl_train.policy import (
     probe,
 )
 from kdrl_train.rollout import eos_ids
+from kdrl_train.teacher_client import TeacherClient, TeacherError, connect
 from kdrl_train.verifier import Verifier
 
 GOLD_AT_START = 64
@@ -49,6 +52,13 @@ class Loaded:
     examples: list[Example]
     held_out: list[Example]
     """Problems of the evaluation during training; none where it is off."""
+    server: TeacherClient | None = None
+    """The teacher, where it is behind a URL; `teacher` is None then."""
+
+    def close(self) -> None:
+        """Drop the connections to the teacher's server."""
+        if self.server is not None:
+            self.server.close()
 
 
 def load(config: TrainConfig) -> Loaded:
@@ -56,8 +66,12 @@ def load(config: TrainConfig) -> Loaded:
     examples, held_out = load_examples(config.data), []
     if config.eval.every and config.eval.data.path:
         held_out = load_examples(config.eval.data)[: config.eval.max_problems]
-    teacher = load_teacher(config)
-    policy = load_policy(config, teacher)
+    teacher = server = None
+    if config.method.kd is not None and config.model.teacher_is_url:
+        server = connect(config.model, config.teacher)
+    else:
+        teacher = load_teacher(config)
+    policy = load_policy(config, server or teacher)
     return Loaded(
         tokenizer=load_tokenizer(config.model.policy),
         policy=policy,
@@ -65,6 +79,7 @@ def load(config: TrainConfig) -> Loaded:
         teacher=teacher,
         examples=examples,
         held_out=held_out,
+        server=server,
     )
 
 
@@ -77,11 +92,11 @@ def preflight(
         gold: how many gold answers are judged against themselves; None: all.
     """
     packed = config.optim.micro_batch_tokens > 1
-    policy, teacher = loaded.policy, loaded.teacher
+    policy, teacher, server = loaded.policy, loaded.teacher, loaded.server
     checks: dict[str, Callable[[], str]] = {
         "prompts": lambda: check_prompts(config, loaded),
         "gold answers": lambda: check_gold(config, loaded.examples[:gold], verifier),
-        "end of sequence": lambda: check_eos(loaded),
+        "end of sequence": lambda: check_eos(loaded, config.method.kd_eos),
         "policy head": lambda: _probed(policy, "model.policy", packed),
     }
     if teacher is not None:
@@ -89,6 +104,13 @@ def preflight(
             "tokenizers": lambda: check_tokenizers(loaded.tokenizer, loaded.teacher_tokenizer),
             "teacher head": lambda: _probed(teacher, "model.teacher", packed),
             "teacher probe": lambda: check_teacher_reads(config, loaded),
+        }
+    if server is not None:
+        tokenizer, some = loaded.tokenizer, loaded.examples[:PROBE_PROMPTS]
+        checks |= {
+            "teacher server": lambda: check_server(server),
+            "tokenizers": lambda: check_same_tokens(server, tokenizer),
+            "teacher probe": lambda: check_scores(config, server, tokenizer, some),
         }
     checks["vocabulary"] = lambda: check_vocabulary(loaded)
     return [_examine(name, run) for name, run in checks.items()]
@@ -124,23 +146,26 @@ def check_vocabulary(loaded: Loaded) -> str:
     Raises: ValueError for a tokenizer larger than a head.
     """
     highest = max(loaded.tokenizer.get_vocab().values())
-    heads: dict[str, HeadedModel] = {"policy": loaded.policy}
-    if loaded.teacher is not None:
-        heads["teacher"] = loaded.teacher
-    for name, head in heads.items():
-        if highest >= head.vocab_size:
+    heads = {"policy": loaded.policy.vocab_size}
+    teacher = loaded.teacher or loaded.server
+    if teacher is not None and teacher.vocab_size is not None:
+        heads["teacher"] = teacher.vocab_size
+    for name, columns in heads.items():
+        if highest >= columns:
             raise ValueError(
-                f"model.{name} must have a column for every token, got {head.vocab_size:,} columns "
+                f"model.{name} must have a column for every token, got {columns:,} columns "
                 f"and a token with id {highest:,}: resize its embeddings, or use its own tokenizer"
             )
-    used = min(head.vocab_size for head in heads.values())
-    sizes = ", ".join(f"{name} {head.vocab_size:,}" for name, head in heads.items())
+    sizes = ", ".join(f"{name} {columns:,}" for name, columns in heads.items())
+    used = min(heads.values())
     return f"{highest + 1:,} tokens; columns: {sizes}; those from {used:,} on are left out"
 
 
-def check_eos(loaded: Loaded) -> str:
+def check_eos(loaded: Loaded, kd_eos: str = "keep") -> str:
     """Tokenizer, policy and teacher end a sequence with the same tokens.
 
+    Args:
+        kd_eos: "mask" lets the teacher end with others: no end is distilled then.
     Raises: ValueError where the tokenizer's token is unknown to the policy, or the teacher's to
         the policy: completions would run on, or the teacher would ask for an end nobody honours.
     """
@@ -155,15 +180,22 @@ def check_eos(loaded: Loaded) -> str:
             f"from its tokenizer and {declared} from its generation_config.json: put both into "
             "eos_token_id of generation_config.json"
         )
+    note = ""
+    theirs = [] if loaded.server is None else loaded.server.info.eos_ids
     if loaded.teacher is not None:
-        extra = sorted(set(eos_ids(loaded.teacher.model, loaded.teacher_tokenizer)) - set(ids))
-        if extra:
-            raise ValueError(
-                f"the teacher must end sequences as the policy does, got {extra} "
-                f"({tokenizer.convert_ids_to_tokens(extra)}) beside the policy's {ids}: put them "
-                "into eos_token_id of the policy's generation_config.json"
-            )
-    return f"{ids} {tokenizer.convert_ids_to_tokens(ids)}"
+        theirs = eos_ids(loaded.teacher.model, loaded.teacher_tokenizer)
+    extra = sorted(set(theirs or []) - set(ids))
+    if extra and kd_eos == "keep":
+        raise ValueError(
+            f"the teacher must end sequences as the policy does, got {extra} "
+            f"({tokenizer.convert_ids_to_tokens(extra)}) beside the policy's {ids}: put them "
+            "into eos_token_id of the policy's generation_config.json, or set method.kd_eos to mask"
+        )
+    if extra:
+        note = f"; the teacher also ends with {extra}, so ends are not distilled"
+    if theirs is None:
+        note = "; the teacher's are not known: its server does not say"
+    return f"{ids} {tokenizer.convert_ids_to_tokens(ids)}{note}"
 
 
 def check_prompts(config: TrainConfig, loaded: Loaded) -> str:
@@ -180,9 +212,11 @@ def check_prompts(config: TrainConfig, loaded: Loaded) -> str:
     except ValueError as error:
         raise ValueError(f"in eval.data: {error}") from error
     needed = max(lengths) + config.sampling.max_new_tokens
-    _check_window("model.policy", loaded.policy, max(lengths + held_out), config)
+    _check_window("model.policy", _window(loaded.policy), max(lengths + held_out), config)
     if loaded.teacher is not None:
-        _check_window("model.teacher", loaded.teacher, max(lengths), config)
+        _check_window("model.teacher", _window(loaded.teacher), max(lengths), config)
+    if loaded.server is not None:
+        _check_window("model.teacher", loaded.server.info.window, max(lengths), config)
     extra = f"{len(held_out):,} held out of at most {max(held_out)}, " if held_out else ""
     template = config.data.chat_template and loaded.tokenizer.chat_template is not None
     return (
@@ -192,9 +226,13 @@ def check_prompts(config: TrainConfig, loaded: Loaded) -> str:
     )
 
 
-def _check_window(name: str, model: HeadedModel, longest: int, config: TrainConfig) -> None:
+def _window(model: HeadedModel) -> int | None:
+    """Positions of a model; None: it names no limit."""
+    return getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _check_window(name: str, window: int | None, longest: int, config: TrainConfig) -> None:
     """Raises ValueError where a model's positions end before the longest prompt's completion."""
-    window = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
     if window is not None and longest + config.sampling.max_new_tokens > window:
         raise ValueError(
             f"{name} must hold the longest prompt and completion, got a window of {window} "
@@ -287,9 +325,10 @@ def main(config: TrainConfig) -> int:
     try:
         loaded = load(config)
     except (ValueError, OSError) as error:
-        findings = [Finding("loading", passed=False, detail=str(error))]
+        name = "teacher server" if isinstance(error, TeacherError) else "loading"
+        findings = [Finding(name, passed=False, detail=str(error))]
     else:
-        with Verifier(config.reward) as verifier:
+        with Verifier(config.reward) as verifier, closing(loaded):
             findings = preflight(config, loaded, verifier)
     Console().print(findings_table(findings))
     return 0 if all(finding.passed for finding in findings) else 1

@@ -47,6 +47,7 @@ MAY_CHANGE = (
     "samples_per_step",
     "eval",
     "log",
+    "teacher",
     "reward.workers",
     "sampling.batch_size",
     "model.device",

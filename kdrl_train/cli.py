@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from kdrl_train.config import PRESETS, EvaluateConfig, MethodConfig, TrainConfig
+from kdrl_train.config import PRESETS, EvaluateConfig, MethodConfig, ServeConfig, TrainConfig
 from kdrl_train.config_file import load_yaml, update
 from kdrl_train.errors import RunError
 
@@ -35,6 +35,7 @@ COMMANDS = {
     "check": "preflight of a training run: a table, and an exit code of 1 if it would fail",
     "replay": "take a step that stopped a run apart, completion by completion",
     "plan": "memory of each GPU and time of a step, predicted from the models' config.json",
+    "serve": "score with a teacher for trainers elsewhere, over HTTP",
     "sft": "train a small model and its tokenizer from scratch on solved problems",
 }
 EPILOG = """Settings come from, each overriding those before it: the defaults, --preset, the YAML
@@ -106,6 +107,9 @@ def run(command: str, argv: Sequence[str]) -> int:
     if command == "plan":
         module = _module(command)
         return module.main(parse(module.PlanConfig(), argv, command))
+    if command == "serve":
+        _module("serve").main(parse(ServeConfig(), argv, command))
+        return 0
     if command == "eval":
         config = parse(EvaluateConfig(), argv, command)
         _module("evaluate").main(config)

@@ -1,6 +1,9 @@
 """From a step's prompts to its batch: each rank samples and verifies its share; all get all."""
 
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor
 
 from kdrl_train.config import DataConfig, SamplingConfig
 from kdrl_train.data import Example, encode_prompt, step_indices
@@ -9,7 +12,18 @@ from kdrl_train.interrupt import Stopped
 from kdrl_train.log import Stages
 from kdrl_train.rollout import Rollouts
 from kdrl_train.run import Batch, Run
+from kdrl_train.teachers import RemoteTeacher, may_ask_early
 from kdrl_train.verifier import Verdicts
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """Judged completions of one rank."""
+
+    rollouts: Rollouts
+    verdicts: Verdicts
+    teacher_logprobs: list[Tensor | None]
+    """[T] nats of each, where its server was asked."""
 
 
 def collect(run: Run, step: int, stages: Stages) -> Batch:
@@ -22,13 +36,17 @@ def collect(run: Run, step: int, stages: Stages) -> Batch:
     require_version(run.engine, step)
     indices = step_indices(len(run.examples), config.seed, step, config.sampling.prompts_per_step)
     examples = [run.examples[i] for i in indices]
-    rollouts, verdicts = answer(run, examples, config.data, config.sampling, step, stages)
+    early = run.remote and may_ask_early(config.method, step, run.history)
+    teacher = run.remote if early else None  # it scores while the rewards are computed
+    parts = answer(run, examples, config.data, config.sampling, step, stages, teacher)
+    verdicts = Verdicts.join([part.verdicts for part in parts])
     size = config.sampling.group_size
     batch = Batch(
         examples=[example for example in examples for _ in range(size)],
-        rollouts=rollouts,
+        rollouts=Rollouts.join([part.rollouts for part in parts]),
         verdicts=verdicts,
         rewards=torch.tensor(verdicts.rewards, dtype=torch.float64).view(-1, size),
+        teacher_logprobs=[logprobs for part in parts for logprobs in part.teacher_logprobs],
     )
     _require_rewards(run, batch, step)
     return batch
@@ -41,17 +59,20 @@ def answer(
     sampling: SamplingConfig,
     step: int,
     stages: Stages,
-) -> tuple[Rollouts, Verdicts]:
+    teacher: RemoteTeacher | None = None,
+) -> list[Answered]:
     """G judged completions of each example, in order, each rank's share sampled and verified there.
 
-    All ranks call it together. Raises: Stopped where a signal came to any of them.
+    All ranks call it together, and get the parts of all. teacher: is asked about all of them.
+    Raises: Stopped where a signal came to any of them.
     """
 
-    def own_part() -> tuple[Rollouts, Verdicts] | None:
+    def own_part() -> Answered | None:
         rank, ranks = run.world.rank, run.world.size
         first, end = (len(examples) * place // ranks for place in (rank, rank + 1))
         try:
-            return _own_part(run, examples[first:end], first, data, sampling, step, stages)
+            share = examples[first:end]
+            return _own_part(run, share, first, data, sampling, step, stages, teacher)
         except Stopped:
             return None
 
@@ -59,7 +80,7 @@ def answer(
     whole = [part for part in parts if part is not None]
     if len(whole) < len(parts):
         raise Stopped
-    return Rollouts.join([part[0] for part in whole]), Verdicts.join([part[1] for part in whole])
+    return whole
 
 
 def _own_part(
@@ -70,7 +91,8 @@ def _own_part(
     sampling: SamplingConfig,
     step: int,
     stages: Stages,
-) -> tuple[Rollouts, Verdicts]:
+    teacher: RemoteTeacher | None,
+) -> Answered:
     """This rank's examples, of which the first is at place `first` of the step's."""
     prompts = [encode_prompt(run.tokenizer, example, data) for example in examples]
     with stages("rollout"):
@@ -83,9 +105,16 @@ def _own_part(
             poll=run.interrupt.poll,
         )
     run.interrupt.poll()
+    everybody = torch.ones(len(rollouts.texts), dtype=torch.bool)
+    asked = {} if teacher is None else teacher.ask(rollouts, everybody)
     answers = [example.answer for example in examples for _ in range(sampling.group_size)]
     with stages("verify"):
-        return rollouts, run.verifier.score(rollouts.texts, answers)
+        verdicts = run.verifier.score(rollouts.texts, answers)
+    with stages("teacher"):
+        scores: list[Tensor | None] = [None] * len(everybody)
+        if teacher is not None:
+            scores = teacher.collect(rollouts, everybody, asked)
+    return Answered(rollouts, verdicts, scores)
 
 
 def _require_rewards(run: Run, batch: Batch, step: int) -> None:

@@ -15,8 +15,12 @@ class ModelConfig:
     policy: str = ""
     """Folder or hub id of the policy (student) at step 0: any causal LM of transformers."""
     teacher: str | None = None
-    """Folder or hub id of the teacher, with the policy's tokenizer. Needed if method.kd is set;
-    `eval` reads only its vocabulary's size: columns that it lacks were not sampled in training."""
+    """Folder or hub id of the teacher, with the policy's tokenizer, or the URL of a server that
+    scores with it (http://host:port). Needed if method.kd is set; `eval` reads only its
+    vocabulary's size: columns that it lacks were not sampled in training."""
+    teacher_api: Literal["kdrl", "openai"] = "kdrl"
+    """What a teacher behind a URL speaks: kdrl (`python -m kdrl_train serve`) or openai (vLLM and
+    others whose /v1/completions returns prompt log-probabilities)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward and backward pass, and of the teacher. The policy's weights and
     AdamW's moments stay float32: at a learning rate of 1e-6 a bfloat16 weight would not move."""
@@ -37,6 +41,31 @@ class ModelConfig:
     liger: bool = False
     """RMSNorm, SwiGLU and RoPE of both models by liger-kernel; needs a GPU with Triton, and
     `pip install 'kdrl-kernels[liger]'`."""
+
+    @property
+    def teacher_is_url(self) -> bool:
+        """Whether the teacher runs in a server, and not in this process."""
+        return self.teacher is not None and self.teacher.startswith(("http://", "https://"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherConfig:
+    """How a teacher behind a URL is asked; results do not depend on it."""
+
+    name: str | None = None
+    """Model to ask for where an openai server has several; None: its only one."""
+    concurrency: int = 64
+    """Completions on their way to the server at a time."""
+    timeout_s: float = 120.0
+    """Deadline of one request, in seconds; after it the request is sent again."""
+    deadline_s: float = 1800.0
+    """Seconds without any answer after which the run stops, with a checkpoint. Until then it waits
+    and goes on where it was when the teacher is back."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, "teacher.concurrency", self.concurrency)
+        _positive("teacher.timeout_s", self.timeout_s)
+        _positive("teacher.deadline_s", self.deadline_s)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,6 +181,8 @@ class MethodConfig:
     """Beta: weight of the distillation term against the policy gradient."""
     kd_mask: Literal["none", "wrong", "wrong_group"] = "none"
     """Distil everywhere; on wrong completions only; only where the whole group is wrong."""
+    kd_eos: Literal["keep", "mask"] = "keep"
+    """mask: end-of-sequence tokens are not distilled; for a teacher that ends with others."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus, per nat."""
     sampler_correction: Literal["none", "truncate", "mask"] = "none"
@@ -290,6 +321,7 @@ class TrainConfig:
     samples_per_step: int = 8
     """Completions written to samples/ at each step, with their prompts and rewards."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -327,6 +359,23 @@ class TrainConfig:
                     f"got {self.eval.every} and {self.eval.data.path!r}: set them, or "
                     f"{key}.patience to 0"
                 )
+        if self.model.teacher_is_url:
+            self._check_server()
+
+    def _check_server(self) -> None:
+        """Raises ValueError for what log-probabilities from a server cannot give."""
+        if self.method.kd in ("rkl", "fkl", "jsd"):
+            raise ValueError(
+                'method.kd must be "k2" or "k3" with a teacher behind a URL, got '
+                f'"{self.method.kd}": a server scores sampled tokens only; set one of these, or '
+                "load the teacher in this process (model.teacher: its folder)"
+            )
+        if self.model.teacher_api == "openai" and self.sampling.temperature != 1.0:
+            raise ValueError(
+                'sampling.temperature must be 1 with model.teacher_api "openai", got '
+                f"{self.sampling.temperature}: such servers give prompt log-probabilities at 1, "
+                "whatever is asked; serve the teacher with `python -m kdrl_train serve`"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -351,6 +400,26 @@ class EvaluateConfig:
         _at_least(1, "samples", self.samples)
         _at_least(1, "max_problems", self.max_problems)
         _at_least(1, "data.max_prompt_tokens", self.data.max_prompt_tokens)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """A teacher's server: `python -m kdrl_train serve`."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0: at all. Whoever reaches it may ask: there is no password."""
+    port: int = 8765
+    """TCP port."""
+    batch_tokens: int = 8192
+    """Tokens scored in one forward pass, of however many clients; 1024 to 2048 suit a CPU. A
+    longer sequence has a pass of its own."""
+    queue_size: int = 4096
+    """Sequences that may wait; further ones are sent away (503) and come again."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("port", "batch_tokens", "queue_size"):
+            _at_least(1, name, getattr(self, name))
 
 
 def _positive(key: str, value: float) -> None:

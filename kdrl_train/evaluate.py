@@ -4,6 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from math import comb
 from typing import Any
@@ -14,10 +15,17 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
-from kdrl_train.config import DataConfig, EvaluateConfig, SamplingConfig
+from kdrl_train.config import (
+    DataConfig,
+    EvaluateConfig,
+    ModelConfig,
+    SamplingConfig,
+    TeacherConfig,
+)
 from kdrl_train.data import Example, encode_prompt, load_examples
 from kdrl_train.policy import load_model, load_tokenizer
 from kdrl_train.rollout import Rollouts, generate_rollouts
+from kdrl_train.teacher_client import connect
 from kdrl_train.verifier import Verdicts, Verifier
 
 EVAL_STEP = 2**31
@@ -203,17 +211,20 @@ def evaluate_folder(config: EvaluateConfig) -> EvalResult:
             verifier=verifier,
             samples=config.samples,
             seed=config.seed,
-            vocab_size=common_width(model, config.model.teacher),
+            vocab_size=common_width(model, config.model),
         )
 
 
-def common_width(model: Any, teacher: str | None) -> int:
-    """Columns that a policy trained with `teacher` (folder or hub id) samples from: those that
-    both heads have; without a teacher all of its own. Of the teacher only the config is read."""
+def common_width(model: Any, config: ModelConfig) -> int:
+    """Columns that a policy trained with the teacher samples from: those that both heads have;
+    without a teacher all of its own. Of the teacher only its width is asked."""
     columns = model.get_output_embeddings().weight.shape[0]
-    if teacher is None:
+    if config.teacher is None:
         return columns
-    return min(columns, AutoConfig.from_pretrained(teacher).get_text_config().vocab_size)
+    if config.teacher_is_url:
+        with closing(connect(config, TeacherConfig())) as server:
+            return min(columns, server.vocab_size or columns)
+    return min(columns, AutoConfig.from_pretrained(config.teacher).get_text_config().vocab_size)
 
 
 def result_table(results: dict[str, EvalResult]) -> Table:

@@ -6,7 +6,7 @@ same); policy.py probes this on every model before the first step.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,6 +46,9 @@ class PackedBatch:
     """Whether any token is distilled, here or in the batch of another rank at the same turn."""
     old_logprobs: Tensor | None = None
     """[N] float32, nats: of the policy before the first update; None: strictly on-policy."""
+    teacher_logprobs: Tensor | None = None
+    """[N] float32, nats, from a server; NaN in completions that it was not asked for. None: not
+    from a server, or no token is distilled."""
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on another device."""
@@ -89,6 +92,24 @@ def balance(lengths: Sequence[int], ranks: int) -> list[list[int]]:
     return [sorted(members) for members in out]
 
 
+def feed(prompts: Sequence[Tensor], completions: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Sequences as one packed row.
+
+    Args:
+        prompts, completions: token ids, [T] int64 each, at least one token each.
+    Returns: input_ids [1, T] and position_ids [1, T] of each prompt and its completion without the
+        last token; rows [N], the places whose hidden states predict the completions' tokens.
+    """
+    ids, positions, rows = [], [], []
+    start = 0
+    for prompt, completion in zip(prompts, completions, strict=True):
+        ids.append(torch.cat([prompt, completion[:-1]]))
+        positions.append(torch.arange(len(ids[-1])))
+        rows.append(torch.arange(len(completion)) + start + len(prompt) - 1)
+        start += len(ids[-1])
+    return torch.cat(ids)[None], torch.cat(positions)[None], torch.cat(rows)
+
+
 def pack(
     rollouts: Rollouts,
     *,
@@ -100,6 +121,8 @@ def pack(
     ranks: int = 1,
     old_logprobs: Mapping[int, Tensor] | None = None,
     sampler_weights: Mapping[int, Tensor] | None = None,
+    teacher_logprobs: Sequence[Tensor | None] | None = None,
+    distil_eos: bool = True,
 ) -> Iterator[PackedBatch]:
     """Micro-batches of one step that are this rank's, on the CPU; as many on every rank.
 
@@ -111,6 +134,8 @@ def pack(
         rank, ranks: a rank whose turns end before those of the others has rows without loss tokens.
         old_logprobs: completion -> [T] nats, or None.
         sampler_weights: completion -> [T], factors of the tokens' weights, or None.
+        teacher_logprobs: R of [T] nats, from a server, None where it was not asked; None: none.
+        distil_eos: False takes the kd weight from the token that ends a completion.
     """
     prompts, completions = rollouts.prompt_ids, rollouts.completion_ids
     used = [r for r in range(len(completions)) if weights_R[r] != 0]
@@ -119,16 +144,17 @@ def pack(
     for share in balance(lengths, ranks):
         rows = bins([lengths[i] for i in share], micro_batch_tokens)
         plans.append([[used[share[m]] for m in members] for members in rows])
-    none = torch.zeros(0)
     for turn in itertools.zip_longest(*plans, fillvalue=[]):
         distilled = any(kd_weight_R[r] > 0 for members in turn for r in members)
         members = turn[rank]
-        row = _row(rollouts, members, advantages_R, weights_R, kd_weight_R, distilled)
+        row = _row(rollouts, members, advantages_R, weights_R, kd_weight_R, distil_eos, distilled)
         if old_logprobs is not None:
-            row = replace(row, old_logprobs=torch.cat([none, *(old_logprobs[r] for r in members)]))
+            row = replace(row, old_logprobs=_cat(old_logprobs[r] for r in members))
         if sampler_weights is not None:
-            factors = torch.cat([none, *(sampler_weights[r] for r in members)])
+            factors = _cat(sampler_weights[r] for r in members)
             row = replace(row, token_weights=row.token_weights * factors)
+        if teacher_logprobs is not None and any(kd_weight_R[r] > 0 for r in members):
+            row = replace(row, teacher_logprobs=_scores(rollouts, members, teacher_logprobs))
         yield row
 
 
@@ -138,35 +164,56 @@ def _row(
     advantages: Tensor,
     weights: Tensor,
     kd_weight: Tensor,
+    distil_eos: bool,
     needs_teacher: bool,
 ) -> PackedBatch:
     """One packed row of the completions `members`; each has a prompt of at least one token.
 
     Without members it is one token that nothing is learnt from.
     """
-    none = torch.zeros(0, dtype=torch.int64)
-    ids, positions, rows = [none], [none], [none]
-    if not members:
-        ids, positions = [none, none.new_zeros(1)], [none, none.new_zeros(1)]
-    start = 0
-    for r in members:
-        prompt, completion = rollouts.prompt_ids[r], rollouts.completion_ids[r]
-        ids.append(torch.cat([prompt, completion[:-1]]))
-        positions.append(torch.arange(len(ids[-1])))
-        rows.append(torch.arange(len(completion)) + start + len(prompt) - 1)
-        start += len(ids[-1])
-    lengths = torch.tensor([len(rollouts.completion_ids[r]) for r in members], dtype=torch.int64)
+    prompts, completions = (
+        [ids[r] for r in members] for ids in (rollouts.prompt_ids, rollouts.completion_ids)
+    )
+    if members:
+        input_ids, position_ids, rows = feed(prompts, completions)
+    else:
+        input_ids, position_ids, rows = (torch.zeros(s, dtype=torch.int64) for s in _NO_LOSS)
+    lengths = torch.tensor([len(completion) for completion in completions], dtype=torch.int64)
     rollout = torch.tensor(members, dtype=torch.int64).repeat_interleave(lengths)
+    kd_weight_N = kd_weight[rollout]
+    if not distil_eos:
+        last = lengths.cumsum(dim=0) - 1
+        kd_weight_N[last[~rollouts.truncated[members]]] = 0
+    fed = [len(p) + len(c) - 1 for p, c in zip(prompts, completions, strict=True)]
     return PackedBatch(
-        input_ids=torch.cat(ids)[None],
-        position_ids=torch.cat(positions)[None],
-        rows=torch.cat(rows),
-        tokens=torch.cat([none, *(rollouts.completion_ids[r] for r in members)]),
+        input_ids=input_ids,
+        position_ids=position_ids,
+        rows=rows,
+        tokens=torch.cat([rows[:0], *completions]),
         rollout=rollout,
-        sampled_logprobs=torch.cat([torch.zeros(0), *(rollouts.logprobs[r] for r in members)]),
+        sampled_logprobs=_cat(rollouts.logprobs[r] for r in members),
         advantages=advantages[rollout],
         token_weights=weights[rollout],
-        kd_weight=kd_weight[rollout],
-        lengths=tuple(len(sequence) for sequence in ids[1:]),
+        kd_weight=kd_weight_N,
+        lengths=tuple(fed) or (1,),
         needs_teacher=needs_teacher,
     )
+
+
+_NO_LOSS = ((1, 1), (1, 1), (0,))
+"""Shapes of input_ids, position_ids and rows in a row without completions."""
+
+
+def _cat(parts: Iterable[Tensor]) -> Tensor:
+    """[N] float32, of any number of parts."""
+    return torch.cat([torch.zeros(0), *parts])
+
+
+def _scores(
+    rollouts: Rollouts, members: list[int], teacher_logprobs: Sequence[Tensor | None]
+) -> Tensor:
+    """[N] of the completions `members`; NaN in those that were not asked for, whose kd weight is 0:
+    kk.kdrl_loss reads no such row, and whoever else does will notice."""
+    unknown = [torch.full_like(rollouts.logprobs[r], torch.nan) for r in members]
+    given = [teacher_logprobs[r] for r in members]
+    return torch.cat([n if g is None else g for g, n in zip(given, unknown, strict=True)])

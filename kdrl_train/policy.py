@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +112,14 @@ class HeadedModel(nn.Module):
         return states.to(self.compute_dtype)
 
 
+class HasVocabulary(Protocol):
+    """A teacher, as far as the policy's vocabulary depends on it: in process, or a server's."""
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Columns of its head; None where nobody says."""
+
+
 class Teacher(HeadedModel):
     """A frozen model in evaluation mode: packed row -> kk.TeacherHead of its loss tokens."""
 
@@ -192,13 +200,15 @@ class Policy(HeadedModel):
         Args:
             batch: on the model's device.
             normalizer: 0-d, of the whole step: the loss of a step is the sum over its rows.
-            teacher: its hidden states of the same tokens; None where no token is distilled.
+            teacher: its hidden states of the same tokens; None where no token is distilled, or
+                where batch.teacher_logprobs came from a server.
             goal: another objective than the method's, for diagnostics.
         """
         weight, bias = self.head()
         hidden = self.hidden(batch.input_ids, batch.position_ids, batch.rows, batch.lengths)
+        distil = teacher is not None or batch.teacher_logprobs is not None
         if goal is None:
-            goal = self.objective_alone if teacher is None else self.objective
+            goal = self.objective if distil else self.objective_alone
         out = kk.kdrl_loss(
             hidden,
             weight,
@@ -207,7 +217,8 @@ class Policy(HeadedModel):
             token_weights=batch.token_weights,
             old_logprobs=batch.old_logprobs,
             teacher=teacher,
-            kd_weight=None if teacher is None else batch.kd_weight,
+            teacher_logprobs=batch.teacher_logprobs,
+            kd_weight=batch.kd_weight if distil else None,
             normalizer=normalizer,
             objective=goal,
             bias=bias,
@@ -406,16 +417,17 @@ def checkpoint_activations(model: Any) -> None:
         model.gradient_checkpointing_enable()
 
 
-def load_policy(config: TrainConfig, teacher: Teacher | None) -> Policy:
+def load_policy(config: TrainConfig, teacher: HasVocabulary | None) -> Policy:
     """The policy, its weights in float32; its vocabulary ends where the teacher's does."""
     model = load_model(config.model.policy, "model.policy", config.model, torch.float32)
     if config.model.gradient_checkpointing:
         checkpoint_activations(model)
     columns = model.get_output_embeddings().weight.shape[0]
+    theirs = None if teacher is None else teacher.vocab_size
     return Policy(
         model,
         config.method,
-        vocab_size=columns if teacher is None else min(columns, teacher.vocab_size),
+        vocab_size=columns if theirs is None else min(columns, theirs),
         workspace_bytes=config.optim.workspace_bytes,
         head_impl=config.optim.head_impl,
         temperature=config.sampling.temperature,

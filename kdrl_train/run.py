@@ -15,6 +15,7 @@ from kdrl_train.log import RunLog
 from kdrl_train.policy import Policy, Teacher
 from kdrl_train.rollout import Rollouts
 from kdrl_train.schedules import History
+from kdrl_train.teachers import RemoteTeacher
 from kdrl_train.verifier import Verdicts, Verifier
 
 
@@ -27,6 +28,8 @@ class Run:
     tokenizer: Any
     policy: Policy
     teacher: Teacher | None
+    remote: RemoteTeacher | None
+    """The teacher, where it is behind a URL."""
     engine: Engine
     optimizer: torch.optim.Optimizer
     examples: list[Example]
@@ -52,3 +55,5 @@ class Batch:
     verdicts: Verdicts
     rewards: Tensor
     """rewards_PG [P, G] float64, NaN where the reward function failed."""
+    teacher_logprobs: list[Tensor | None]
+    """R of [T] nats, where a server was asked early; else None."""

@@ -31,6 +31,8 @@ class Terms:
     """Completion -> [T] nats before the first update; None: strictly on-policy."""
     sampler_weights: Mapping[int, Tensor] | None
     """Completion -> [T] importance weights between sampler and trainer; None: no correction."""
+    teacher_logprobs: Sequence[Tensor | None] | None
+    """R of [T] nats, from a server, None where it was not asked; None: there is no server."""
     metrics: dict[str, float | None]
     """For the step's row; they take the place of those that the updates measure."""
 
@@ -88,10 +90,18 @@ def needs_scores(config: TrainConfig) -> bool:
 def prepare(run: Run, batch: Batch, step: int, stages: Stages) -> Terms:
     """Coefficients of a step's completions; the models run only where needs_scores(config)."""
     config, method, rewards_PG = run.config, run.config.method, batch.rewards
-    scores = Scores()
+    scores, remote = Scores(), None
+    beta = schedule_value(method.kd_coef, step, run.history)
+    distilled_R = grpo.kd_weights(rewards_PG, method, beta)
+    if run.remote is not None:
+        with stages("teacher"):
+            remote = ask_server(run, batch, (distilled_R > 0) & ~rewards_PG.isnan().flatten())
     if needs_scores(config):
         with stages("score"):
-            own = score_rows(run.policy, run.teacher, _rows(run, batch, step))
+            if method.kd != "reward":
+                distilled_R = torch.zeros_like(distilled_R)
+            rows = _rows(run, batch, distilled_R, remote)
+            own = score_rows(run.policy, run.teacher, rows)
             scores = join(run.world.share(lambda: own))
     gaps_R = torch.zeros(rewards_PG.numel(), dtype=torch.float64)
     for r, gap in scores.gaps.items():
@@ -107,8 +117,22 @@ def prepare(run: Run, batch: Batch, step: int, stages: Stages) -> Terms:
         kd_weight=terms[1],
         old_logprobs=scores.logprobs if config.optim.updates_per_rollout > 1 else None,
         sampler_weights=weights,
+        teacher_logprobs=remote,
         metrics=metrics,
     )
+
+
+def ask_server(run: Run, batch: Batch, wanted_R: Tensor) -> list[Tensor | None]:
+    """Teacher log-probabilities [T] of the wanted completions from its server, those asked for
+    early and the rest, each rank a share; R, None where there is none."""
+    assert run.remote is not None
+    known, remote = batch.teacher_logprobs, run.remote
+    missing_R = wanted_R & torch.tensor([one is None for one in known])
+    places = torch.arange(len(known)) % run.world.size
+    own_R = missing_R & (places == run.world.rank)
+    parts = run.world.share(lambda: remote.collect(batch.rollouts, own_R, {}))
+    answers = zip(known, *parts, strict=True)
+    return [next((one for one in found if one is not None), None) for found in answers]
 
 
 def join(parts: Sequence[Scores]) -> Scores:
@@ -122,14 +146,11 @@ def join(parts: Sequence[Scores]) -> Scores:
     return whole
 
 
-def _rows(run: Run, batch: Batch, step: int) -> Iterable[PackedBatch]:
-    """This rank's packed rows, of every completion with a reward; kd weights only where scores
-    need them."""
+def _rows(
+    run: Run, batch: Batch, kd_weight_R: Tensor, teacher_logprobs: list[Tensor | None] | None
+) -> Iterable[PackedBatch]:
+    """This rank's packed rows, of every completion with a reward."""
     config, rewards_PG = run.config, batch.rewards
-    beta = schedule_value(config.method.kd_coef, step, run.history)
-    kd_weight_R = grpo.kd_weights(rewards_PG, config.method, beta)
-    if config.method.kd != "reward":
-        kd_weight_R = torch.zeros_like(kd_weight_R)
     return pack(
         batch.rollouts,
         advantages_R=torch.zeros_like(kd_weight_R),
@@ -138,6 +159,8 @@ def _rows(run: Run, batch: Batch, step: int) -> Iterable[PackedBatch]:
         micro_batch_tokens=config.optim.micro_batch_tokens,
         rank=run.world.rank,
         ranks=run.world.size,
+        teacher_logprobs=teacher_logprobs,
+        distil_eos=config.method.kd_eos == "keep",
     )
 
 

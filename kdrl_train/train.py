@@ -6,6 +6,7 @@ divided.
 """
 
 import time
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,10 @@ from kdrl_train.rollout import Rollouts
 from kdrl_train.run import Batch, Run
 from kdrl_train.schedules import rebuild_history
 from kdrl_train.sharding import shard
+from kdrl_train.teachers import RemoteTeacher
 from kdrl_train.trackers import Trackers
 from kdrl_train.update import update
-from kdrl_train.verifier import Verifier
+from kdrl_train.verifier import Verdicts, Verifier
 
 
 def main(config: TrainConfig, console: Console | None = None) -> Path:
@@ -54,8 +56,9 @@ def main(config: TrainConfig, console: Console | None = None) -> Path:
         Verifier(config.reward) as verifier,
         Interrupt() as interrupt,
         Trackers(config.log) as trackers,
+        ExitStack() as stack,
     ):
-        run, first = open_run(config, world, verifier, interrupt, trackers, console)
+        run, first = open_run(config, world, verifier, interrupt, trackers, stack, console)
         run.log.say(f"{config.out}: steps {first + 1} to {config.steps}")
         if steps(run, first):
             checkpoint.export(run.policy.model, run.tokenizer, config.out / "model", world)
@@ -68,12 +71,13 @@ def open_run(
     verifier: Verifier,
     interrupt: Interrupt,
     trackers: Trackers,
+    stack: ExitStack,
     console: Console | None,
 ) -> tuple[Run, int]:
     """Models, data and log of a run, and the optimiser steps that are done already."""
     newest = world.on_main(lambda: checkpoint.open_folder(config))
     torch.manual_seed(config.seed)
-    loaded = check.load(config)
+    loaded = stack.enter_context(closing(check.load(config)))
     policy, teacher = loaded.policy, loaded.teacher
     world.on_main(
         lambda: check.require(check.preflight(config, loaded, verifier, gold=check.GOLD_AT_START))
@@ -94,6 +98,11 @@ def open_run(
         config.out.mkdir(parents=True, exist_ok=True)
         save_yaml(replace(config, resume=False), config.out / "config.yaml")
         trackers.start(to_dict(config), config.out, first)
+    log = RunLog(config.out, first, config.steps, console, writes=world.main, trackers=trackers)
+    remote = None
+    if loaded.server is not None:
+        remote = RemoteTeacher(loaded.server, config, policy.limit, log.say)
+        stack.enter_context(remote)
     schedules, rows = config.method.schedules, world.on_main(lambda: read_rows(config.out))
     run = Run(
         config=config,
@@ -101,6 +110,7 @@ def open_run(
         tokenizer=loaded.tokenizer,
         policy=policy,
         teacher=teacher,
+        remote=remote,
         engine=engine,
         optimizer=optimizer,
         examples=loaded.examples,
@@ -108,7 +118,7 @@ def open_run(
         verifier=verifier,
         interrupt=interrupt,
         history=rebuild_history(schedules, rows, first, config.eval.every),
-        log=RunLog(config.out, first, config.steps, console, writes=world.main, trackers=trackers),
+        log=log,
     )
     return run, first
 
@@ -202,11 +212,13 @@ def evaluation(run: Run) -> dict[str, float]:
     config, start = run.config, time.perf_counter()
     sampling = replace(config.sampling, group_size=config.eval.samples)
     try:
-        judged = answer(run, run.held_out, config.eval.data, sampling, EVAL_STEP, Stages())
+        parts = answer(run, run.held_out, config.eval.data, sampling, EVAL_STEP, Stages())
     except Stopped:
         return {}
+    rollouts = Rollouts.join([part.rollouts for part in parts])
+    verdicts = Verdicts.join([part.verdicts for part in parts])
     seconds = time.perf_counter() - start
-    return summarize(*judged, config.eval.samples, config.seed, seconds).metrics()
+    return summarize(rollouts, verdicts, sampling.group_size, config.seed, seconds).metrics()
 
 
 def sample_texts(batch: Batch) -> tuple[Rollouts, list[str], list[str], Tensor]:

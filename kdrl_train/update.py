@@ -89,6 +89,8 @@ def accumulate(
         ranks=world.size,
         old_logprobs=terms.old_logprobs,
         sampler_weights=terms.sampler_weights,
+        teacher_logprobs=terms.teacher_logprobs,
+        distil_eos=config.method.kd_eos == "keep",
     )
     for turn, row in enumerate(rows):
         if part == 0:

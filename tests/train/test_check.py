@@ -93,6 +93,8 @@ def test_ends_of_sequence_must_agree(loaded: check.Loaded, tiny: Callable[..., A
     loaded.teacher.model.generation_config.eos_token_id = [0, 7]
     with pytest.raises(ValueError, match=r"the teacher must end sequences .* got \[7\]"):
         check.check_eos(loaded)
+    masked = "[0] ['<|endoftext|>']; the teacher also ends with [7], so ends are not distilled"
+    assert check.check_eos(loaded, "mask") == masked
     loaded.policy.model.generation_config.eos_token_id = [0, 7]
     assert check.check_eos(loaded).startswith("[0, 7]")
     model = tiny("llama")

@@ -166,6 +166,9 @@ BELOW_ZERO = ("-1", "at least 0, got -1")
         ("reward.timeout_s", "-1", "positive and finite, got -1.0"),
         ("reward.timeout_s", ".inf", "positive and finite, got inf"),
         ("reward.workers", *BELOW_ONE),
+        ("teacher.concurrency", *BELOW_ONE),
+        ("teacher.timeout_s", "0", "positive and finite, got 0.0"),
+        ("teacher.deadline_s", ".inf", "positive and finite, got inf"),
         ("method.clip_low", "1", "at least 0 and below 1, got 1.0"),
         ("method.clip_high", "-0.5", "finite and at least 0, got -0.5"),
         ("method.std_floor", "0", "positive and finite, got 0.0"),
@@ -254,7 +257,7 @@ def test_differences_name_nested_keys() -> None:
 def test_usage_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"  {name}" in out for name in ("demo", "train", "eval", "check", "sft"))
+    assert all(f"  {name}" in out for name in ("demo", "train", "eval", "check", "serve", "sft"))
     assert cli.main([]) == 2
     assert cli.main(["trian"]) == 2
     assert "command must be one of demo, train" in capsys.readouterr().err

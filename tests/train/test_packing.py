@@ -1,5 +1,7 @@
 """packing: what stands where in a packed row, and which completions share one."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -19,14 +21,20 @@ def rollouts() -> Rollouts:
     )
 
 
-def packed(weights: tuple[float, float] = (1.0, 1.0), budget: int = 100) -> list:
+def packed(
+    weights: tuple[float, float] = (1.0, 1.0),
+    budget: int = 100,
+    kd_weight: tuple[float, float] = (0.0, 0.1),
+    **options: Any,
+) -> list:
     return list(
         pack(
             rollouts(),
             advantages_R=torch.tensor([0.5, -0.5]),
             weights_R=torch.tensor(weights),
-            kd_weight_R=torch.tensor([0.0, 0.1]),
+            kd_weight_R=torch.tensor(kd_weight),
             micro_batch_tokens=budget,
+            **options,
         )
     )
 
@@ -57,6 +65,26 @@ def test_completions_of_weight_zero_are_left_out() -> None:
     (row,) = packed(weights=(1.0, 0.0))
     assert row.rollout.tolist() == [0, 0, 0]
     assert not packed(weights=(0.0, 0.0))
+
+
+def test_scores_of_a_server_stand_at_their_tokens() -> None:
+    scores = [None, torch.tensor([-7.0])]
+    (row,) = packed(teacher_logprobs=scores)
+    assert row.teacher_logprobs[:3].isnan().all()  # not asked for: their kd weight is 0
+    assert row.teacher_logprobs[3] == -7
+    assert row.to("cpu").teacher_logprobs[3] == -7
+    first, second = packed(budget=4, teacher_logprobs=scores)
+    assert first.teacher_logprobs is None
+    assert second.teacher_logprobs.tolist() == [-7]
+    assert packed()[0].to("cpu").teacher_logprobs is None
+
+
+def test_ends_of_completions_are_distilled_unless_told_not_to() -> None:
+    distilled = (0.2, 0.1)
+    (row,) = packed(kd_weight=distilled)
+    torch.testing.assert_close(row.kd_weight, torch.tensor([0.2, 0.2, 0.2, 0.1]))
+    (row,) = packed(kd_weight=distilled, distil_eos=False)  # the second completion was cut
+    torch.testing.assert_close(row.kd_weight, torch.tensor([0.2, 0.2, 0.0, 0.1]))
 
 
 @pytest.mark.parametrize("budget", [1, 7, 16, 1000])

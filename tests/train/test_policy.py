@@ -64,7 +64,7 @@ def some_rollouts() -> tuple[Rollouts, Tensor]:
 
 
 def step_gradient(
-    policy: Policy, teacher: Teacher | None, method: MethodConfig, budget: int
+    policy: Policy, teacher: Teacher | None, method: MethodConfig, budget: int, **options: Any
 ) -> tuple[Tensor, list[Tensor], dict[str, float | None]]:
     """Loss, gradients and metrics of one step, packed into rows of `budget` tokens."""
     rollouts, rewards = some_rollouts()
@@ -80,6 +80,7 @@ def step_gradient(
         weights_R=weights,
         kd_weight_R=kd_weight,
         micro_batch_tokens=budget,
+        **options,
     ):
         head = teacher(batch) if teacher is not None and batch.needs_teacher else None
         out = policy(batch, normalizer, head)
@@ -176,6 +177,33 @@ def test_packed_hidden_states_equal_single_ones(tiny: Callable[..., Any], name: 
     torch.testing.assert_close(together, torch.cat(single), rtol=1e-5, atol=1e-5)
     assert (mixed - torch.cat(single)).abs().max() > 1e-2  # without restarts it does leak
     assert probe(wrapped, "model.policy") < 1e-5
+
+
+@pytest.mark.parametrize("kd", ["k2", "k3"])
+@pytest.mark.parametrize("mask", ["none", "wrong"])
+def test_log_probabilities_of_a_server_train_as_the_teacher_does(
+    tiny: Callable[..., Any], kd: str, mask: str
+) -> None:
+    """What the server was not asked for is NaN, and must not reach loss, gradient or metrics."""
+    method = MethodConfig(kd=kd, kd_coef=KD, kd_mask=mask)
+    policy, teacher = pair(tiny, method, torch.float64, "qwen2")
+    rollouts, rewards = some_rollouts()
+    _, kd_weight = grpo.completion_terms(rewards, method, 0)
+    scores: list[Tensor | None] = []
+    for prompt, completion, weight in zip(
+        rollouts.prompt_ids, rollouts.completion_ids, kd_weight, strict=True
+    ):
+        ids = torch.cat([prompt, completion])[None]
+        logits = teacher.model(input_ids=ids).logits[0, len(prompt) - 1 : -1] / 0.8
+        chosen = logits.detach().log_softmax(dim=1).gather(1, completion[:, None]).squeeze(1)
+        scores.append(chosen if weight > 0 else None)
+    assert (None in scores) == (mask == "wrong")
+    for budget in (1, 12, 1000):
+        local = step_gradient(policy, teacher, method, budget)
+        remote = step_gradient(policy, None, method, budget, teacher_logprobs=scores)
+        assert relative_error([remote[0]], [local[0]]) <= 1e-9
+        assert relative_error(remote[1], local[1]) <= 1e-9
+        assert remote[2] == pytest.approx(local[2], rel=1e-9, nan_ok=False)
 
 
 def test_gradient_checkpointing_changes_nothing(tiny: Callable[..., Any]) -> None:

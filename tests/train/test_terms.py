@@ -193,7 +193,12 @@ def prepared(
     )
     rewards = some_rollouts()[1]
     run: Any = SimpleNamespace(
-        config=config, policy=policy, teacher=teacher, history=History(), world=ALONE
+        config=config,
+        policy=policy,
+        teacher=teacher,
+        remote=None,
+        history=History(),
+        world=ALONE,
     )
     batch: Any = SimpleNamespace(rollouts=rollouts, rewards=rewards)
     terms = prepare(run, batch, 0, stages)

@@ -1,0 +1,171 @@
+"""Teachers' servers for tests: in a thread, in a process that can be killed, and scripted ones."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fastapi
+import httpx2
+import uvicorn
+from fastapi.responses import JSONResponse, PlainTextResponse
+
+from kdrl_train import serve
+from kdrl_train.config import ModelConfig, ServeConfig
+from kdrl_train.serve_app import make
+
+START_S = 60.0
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@contextlib.contextmanager
+def running(app: Any, port: int | None = None) -> Iterator[str]:
+    """An application on a port of its own, in a thread; its URL."""
+    port = port or free_port()
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        deadline = time.monotonic() + START_S
+        while not server.started:
+            assert thread.is_alive()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def service(folder: Path, **config: Any) -> serve.Service:
+    """A loaded model, as the server holds it."""
+    made = serve.Service()
+    model = ModelConfig(teacher=str(folder), device="cpu")
+    serve.load(ServeConfig(model=model, **config), made)
+    return made
+
+
+def teacher_app(folder: Path, **config: Any) -> fastapi.FastAPI:
+    """The real application on the model of a folder."""
+    return make(service(folder, **config))
+
+
+class Process:
+    """`python -m kdrl_train serve` in a process of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        options = {"model.teacher": folder, "model.device": "cpu", "port": self.port}
+        options["batch-tokens"] = 256
+        self.command = [sys.executable, "-m", "kdrl_train", "serve"]
+        self.command += [str(part) for k, v in options.items() for part in (f"--{k}", v)]
+        self.start()
+
+    def start(self) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(self.command, env=environment)
+
+    def wait_until_ready(self) -> list[str]:
+        """The statuses that /health gave on the way."""
+        seen = []
+        deadline = time.monotonic() + START_S
+        while not seen or seen[-1] != "ready":
+            assert self.process.poll() is None
+            assert time.monotonic() < deadline
+            with contextlib.suppress(httpx2.TransportError):
+                seen.append(httpx2.get(f"{self.url}/health", timeout=5).json()["status"])
+            time.sleep(0.02)
+        return seen
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.process.kill()
+        self.process.wait()
+
+
+class Scripted:
+    """A server with the answers of a test, and a record of who asked what.
+
+    score(ids, prompt_tokens) returns the log-probabilities, or a Response to send as it is.
+    """
+
+    def __init__(self, score: Callable[[list[int], int], Any], **info: Any) -> None:
+        self.score = score
+        self.info = {
+            "model": "scripted",
+            "window": 256,
+            "vocab_size": 258,
+            "dtype": "float32",
+            "tokenizer": "?",
+            "eos_ids": [0],
+            "fingerprint": "one",
+        } | info
+        self.models: list[dict[str, Any]] = [{"id": "scripted", "max_model_len": 256}]
+        self.text: Callable[[int], str | None] = lambda _token: None
+        self.asked: Counter[tuple[int, ...]] = Counter()
+        self.bodies: list[dict[str, Any]] = []
+        self.at_once = self.most_at_once = 0
+        self.lock = threading.Lock()
+
+    def app(self) -> fastapi.FastAPI:
+        app = fastapi.FastAPI()
+        app.get("/version")(lambda: JSONResponse(self.info))
+        app.get("/v1/models")(lambda: JSONResponse({"data": self.models}))
+        app.post("/score")(self.kdrl)
+        app.post("/v1/completions")(self.openai)
+        return app
+
+    def kdrl(self, body: dict[str, Any]) -> Any:
+        (sequence,) = body["sequences"]
+        found = self._found(body, sequence["ids"], sequence["prompt_tokens"])
+        if isinstance(found, fastapi.Response):
+            return found
+        return {"logprobs": [found], "fingerprint": self.info["fingerprint"]}
+
+    def openai(self, body: dict[str, Any]) -> Any:
+        """As vLLM: null for the first token, then one mapping a token."""
+        ids = body["prompt"]
+        found = self._found(body, ids, 1)
+        if isinstance(found, fastapi.Response):
+            return found
+        entries = [
+            {str(token): {"logprob": x, "rank": 1, "decoded_token": self.text(token)}}
+            for token, x in zip(ids[1:], found, strict=False)
+        ]
+        choice = {"index": 0, "text": "!", "prompt_logprobs": [None, *entries]}
+        return {"model": body["model"], "choices": [choice]}
+
+    def _found(self, body: dict[str, Any], ids: list[int], prompt_tokens: int) -> Any:
+        with self.lock:
+            self.asked[tuple(ids)] += 1
+            self.bodies.append(body)
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+        try:
+            return self.score(ids, prompt_tokens)
+        finally:
+            with self.lock:
+                self.at_once -= 1
+
+
+def by_position(ids: list[int], prompt_tokens: int) -> list[float]:
+    """-0.01 · (place in the sequence, id) as one number: which token is where."""
+    return [-(t + token / 1000) for t, token in enumerate(ids) if t >= prompt_tokens]
+
+
+def status(code: int, text: str = "", **headers: str) -> fastapi.Response:
+    """An answer to send as it is."""
+    return PlainTextResponse(text, code, {k.replace("_", "-"): v for k, v in headers.items()})

@@ -1,0 +1,279 @@
+"""train with a teacher behind a URL: the same step, the pauses, and no call that is not needed."""
+
+import io
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+
+from rich.console import Console
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from kdrl_train import cli, teachers, train
+from kdrl_train.config import (
+    DataConfig,
+    MethodConfig,
+    ModelConfig,
+    OptimConfig,
+    RewardConfig,
+    SamplingConfig,
+    ScheduleConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from kdrl_train.config_file import save_yaml
+from kdrl_train.log import read_rows
+from kdrl_train.teacher_client import vocabulary_hash
+from kdrl_train.verifier import Verdicts, Verifier
+from tests.train import scripted_rewards
+from tests.train.servers import (
+    Process,
+    Scripted,
+    by_position,
+    free_port,
+    running,
+    teacher_app,
+)
+
+K2 = MethodConfig(kd="k2", kd_coef=ScheduleConfig(initial=0.5, final=0.5))
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teachers, "LONGEST_WAIT_S", 0.3)
+    monkeypatch.setattr(teachers, "QUIET_S", 0.2)
+
+
+@pytest.fixture
+def config(folders: dict[str, Path], tmp_path: Path) -> Callable[..., TrainConfig]:
+    """config(out, folder or URL of the teacher, reward="early_bytes", **fields)."""
+
+    def make(out: str, where: str, reward: str = "early_bytes", **fields: Any) -> TrainConfig:
+        base = TrainConfig(
+            out=tmp_path / out,
+            steps=3,
+            model=ModelConfig(policy=str(folders["student"]), teacher=where, device="cpu"),
+            data=DataConfig(path=str(folders["task"])),
+            sampling=SamplingConfig(prompts_per_step=4, group_size=4, max_new_tokens=8),
+            reward=RewardConfig(function=f"{scripted_rewards.__name__}:{reward}", workers=1),
+            method=K2,
+            optim=OptimConfig(learning_rate=1e-3, micro_batch_tokens=64),
+        )
+        return replace(base, **fields)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def started(folders: dict[str, Path]) -> Iterator[Process]:
+    server = Process(folders["teacher"])
+    try:
+        assert set(server.wait_until_ready()) == {"loading", "ready"}
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def process(started: Process) -> Process:
+    """The command in a process of its own, ready."""
+    if started.process.poll() is not None:
+        started.start()
+        started.wait_until_ready()
+    return started
+
+
+def run(config: TrainConfig) -> tuple[list[dict[str, Any]], str]:
+    """Rows of metrics.jsonl, and what the console said."""
+    text = io.StringIO()
+    train.main(config, Console(file=text, width=200))
+    return read_rows(config.out), text.getvalue()
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return dict(AutoModelForCausalLM.from_pretrained(folder / "model").named_parameters())
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    """Losses, gradients and models equal to 1e-5: a server packs other sequences together."""
+    pairs = zip(read_rows(ours), read_rows(theirs), strict=True)
+    for mine, other in pairs:
+        for key in ("step", "reward", "response_length", "kd_share", "verifier_right"):
+            assert mine[key] == other[key], key
+        for key in ("loss", "grad_norm", "kl_teacher", "k2", "entropy"):
+            assert mine[key] == pytest.approx(other[key], rel=1e-5, abs=1e-5), key
+    expected = weights(theirs)
+    for name, tensor in weights(ours).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+@pytest.mark.parametrize("mask", ["none", "wrong"])
+def test_a_step_is_that_of_the_teacher_in_process(
+    config: Callable[..., TrainConfig],
+    folders: dict[str, Path],
+    process: Process,
+    mask: str,
+    temperature: float,
+) -> None:
+    sampling = replace(config("", "").sampling, temperature=temperature)
+    settings = {"method": replace(K2, kd_mask=mask), "sampling": sampling, "steps": 1}
+    remote = config("remote", process.url, **settings)
+    local = config("local", str(folders["teacher"]), **settings)
+    rows, _ = run(remote)
+    run(local)
+    assert_same_run(remote.out, local.out)
+    assert rows[0]["seconds_teacher"] > 0
+    assert (rows[0]["kd_share"] == 1.0) == (mask == "none")
+
+
+def on_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
+    """Do something before the completions of a step are drawn, once."""
+    collect, done = train.collect, []
+
+    def wrapped(run: train.Run, now: int, stages: train.Stages) -> Any:
+        if now == step and not done:
+            done.append(now)
+            action()
+        return collect(run, now, stages)
+
+    monkeypatch.setattr(train, "collect", wrapped)
+
+
+def test_a_killed_teacher_pauses_the_run_until_it_is_back(
+    config: Callable[..., TrainConfig],
+    folders: dict[str, Path],
+    process: Process,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    app = teacher_app(folders["teacher"])  # the same model, in a server that starts at once
+    local = config("local", str(folders["teacher"]))
+    run(local)
+    remote = config("remote", process.url)
+    with ExitStack() as other:
+
+        def kill_and_start_another() -> None:
+            process.kill()
+            start = partial(other.enter_context, running(app, process.port))
+            threading.Timer(1.0, start).start()
+
+        on_step(monkeypatch, 1, kill_and_start_another)
+        _, said = run(remote)
+    assert f"the teacher at {process.url} does not answer, ConnectError" in said
+    assert f"the teacher at {process.url} is back after" in said
+    assert_same_run(remote.out, local.out)
+
+
+def test_past_the_deadline_a_checkpoint_is_left_to_resume_from(
+    config: Callable[..., TrainConfig],
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    local = config("local", str(folders["teacher"]))
+    run(local)
+    app, port = teacher_app(folders["teacher"]), free_port()
+    remote = config("remote", f"http://127.0.0.1:{port}", teacher=TeacherConfig(deadline_s=3.0))
+    file = tmp_path / "run.yaml"
+    save_yaml(remote, file)
+    with ExitStack() as server, monkeypatch.context() as patch:
+        server.enter_context(running(app, port))
+        on_step(patch, 2, server.close)
+        assert cli.main(["train", "--config", str(file)]) == 1
+    assert "must answer within teacher.deadline_s = 3 s" in capsys.readouterr().err
+    assert {p.name for p in (remote.out / "checkpoints").iterdir()} == {"LATEST", "step_000002"}
+    assert len(read_rows(remote.out)) == 2
+    with running(app, port):
+        assert cli.main(["train", "--config", str(file), "--resume"]) == 0
+    assert_same_run(remote.out, local.out)
+
+
+@pytest.fixture
+def scripted(tokenizer: Any) -> Iterator[tuple[Scripted, str]]:
+    """A server that records who asked, and its URL."""
+    server = Scripted(by_position, tokenizer=vocabulary_hash(tokenizer))
+    with running(server.app()) as url:
+        yield server, url
+
+
+def training_calls(server: Scripted) -> int:
+    """Completions asked for; those of the preflight have a prompt of one token."""
+    return sum(body["sequences"][0]["prompt_tokens"] > 1 for body in server.bodies)
+
+
+NO_CALL = {
+    "right completions are masked": (replace(K2, kd_mask="wrong"), "always_right"),
+    "right groups are masked": (replace(K2, kd_mask="wrong_group"), "always_right"),
+    "beta is 0": (replace(K2, kd_coef=ScheduleConfig(initial=0.0, final=0.0)), "early_bytes"),
+}
+
+
+@pytest.mark.parametrize("name", NO_CALL)
+def test_nothing_to_distil_costs_no_call(
+    config: Callable[..., TrainConfig], scripted: tuple[Scripted, str], name: str
+) -> None:
+    method, reward = NO_CALL[name]
+    server, url = scripted
+    rows, _ = run(config("run", url, reward, method=method, steps=1))
+    assert rows[0]["kd_share"] == 0.0
+    assert training_calls(server) == 0
+
+
+def test_a_masked_completion_costs_no_call(
+    config: Callable[..., TrainConfig], scripted: tuple[Scripted, str]
+) -> None:
+    server, url = scripted
+    rows, _ = run(config("run", url, method=replace(K2, kd_mask="wrong"), steps=2))
+    wrong = sum(row["verifier_wrong"] for row in rows)
+    assert 0 < wrong < 32
+    assert training_calls(server) == wrong
+
+
+def test_the_teacher_scores_while_rewards_are_made(
+    config: Callable[..., TrainConfig],
+    scripted: tuple[Scripted, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server, url = scripted
+    before: list[int] = []
+    judge = Verifier.score
+
+    def wait_for_the_teacher(self: Verifier, texts: list[str], answers: list[str]) -> Verdicts:
+        deadline = time.monotonic() + 5
+        while len(texts) == 16 and training_calls(server) < 16 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        before.append(training_calls(server))
+        return judge(self, texts, answers)
+
+    monkeypatch.setattr(Verifier, "score", wait_for_the_teacher)
+    run(config("run", url, steps=1))
+    assert before[-1] == 16  # all were answered before the first reward
+    assert training_calls(server) == 16
+
+
+def test_ends_are_not_distilled_where_they_are_masked(
+    config: Callable[..., TrainConfig], scripted: tuple[Scripted, str]
+) -> None:
+    server, url = scripted
+    server.info["eos_ids"] = [0, 7]
+    sampling = SamplingConfig(prompts_per_step=8, group_size=16, max_new_tokens=16)
+    settings = {"sampling": sampling, "steps": 1}
+    with pytest.raises(ValueError, match=r"the teacher must end .* got \[7\] .*kd_eos to mask"):
+        run(config("kept", url, **settings))
+    rows, _ = run(config("masked", url, method=replace(K2, kd_eos="mask"), **settings))
+    ended = 128 * (1 - rows[0]["truncated"])
+    tokens = 128 * rows[0]["response_length"]
+    assert ended > 0
+    assert rows[0]["kd_share"] == pytest.approx((tokens - ended) / tokens)
