@@ -84,6 +84,7 @@ def run_ours(folder: Path, steps: int) -> list[dict[str, float]]:
 
     from kdrl_train import config, train  # noqa: PLC0415
     from kdrl_train.log import read_rows  # noqa: PLC0415
+    from kdrl_train.presets import PRESETS  # noqa: PLC0415
 
     out = train.main(
         config.TrainConfig(
@@ -96,7 +97,7 @@ def run_ours(folder: Path, steps: int) -> list[dict[str, float]]:
                 prompts_per_step=PROMPTS, group_size=GROUP, max_new_tokens=LONGEST
             ),
             reward=config.RewardConfig(function="bench.trainer:long_enough"),
-            method=config.PRESETS["grpo"],
+            method=PRESETS["grpo"],
             optim=config.OptimConfig(learning_rate=RATE, micro_batch_tokens=2048),
         ),
         Console(file=io.StringIO()),

@@ -12,15 +12,8 @@ from rich.table import Table
 from kdrl_train.check_server import check_same_tokens, check_scores, check_server
 from kdrl_train.config import TrainConfig
 from kdrl_train.data import Example, encode_prompt, load_examples
-from kdrl_train.policy import (
-    HeadedModel,
-    Policy,
-    Teacher,
-    load_policy,
-    load_teacher,
-    load_tokenizer,
-    probe,
-)
+from kdrl_train.models import load_policy, load_teacher, load_tokenizer
+from kdrl_train.policy import HeadedModel, Policy, Teacher, probe
 from kdrl_train.rollout import eos_ids
 from kdrl_train.teacher_client import TeacherClient, TeacherError, connect
 from kdrl_train.verifier import Verifier

@@ -12,9 +12,10 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from kdrl_train.config import PRESETS, EvaluateConfig, MethodConfig, ServeConfig, TrainConfig
+from kdrl_train.config import EvaluateConfig, MethodConfig, TrainConfig
 from kdrl_train.config_file import load_yaml, update
 from kdrl_train.errors import RunError
+from kdrl_train.presets import PRESETS
 
 T = TypeVar("T")
 PresetName = Literal[
@@ -99,7 +100,7 @@ def parse(default: T, argv: Sequence[str], command: str) -> T:
 
 def run(command: str, argv: Sequence[str]) -> int:
     """One command; returns its exit code. Each imports only what it needs."""
-    if command in ("demo", "replay", "sft"):
+    if command in ("demo", "replay", "serve", "sft"):
         module = _module(command)
         config_class = getattr(module, f"{command.capitalize()}Config")
         module.main(parse(config_class(), argv, command))
@@ -107,9 +108,6 @@ def run(command: str, argv: Sequence[str]) -> int:
     if command == "plan":
         module = _module(command)
         return module.main(parse(module.PlanConfig(), argv, command))
-    if command == "serve":
-        _module("serve").main(parse(ServeConfig(), argv, command))
-        return 0
     if command == "eval":
         config = parse(EvaluateConfig(), argv, command)
         _module("evaluate").main(config)

@@ -1,10 +1,11 @@
 """The run configuration: every number that changes a run, with its unit."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from kdrl_train.bounds import at_least, in_unit_interval, positive
 from kdrl_train.schedules import ScheduleConfig
 
 
@@ -63,9 +64,9 @@ class TeacherConfig:
     and goes on where it was when the teacher is back."""
 
     def __post_init__(self) -> None:
-        _at_least(1, "teacher.concurrency", self.concurrency)
-        _positive("teacher.timeout_s", self.timeout_s)
-        _positive("teacher.deadline_s", self.deadline_s)
+        at_least(1, "teacher.concurrency", self.concurrency)
+        positive("teacher.timeout_s", self.timeout_s)
+        positive("teacher.deadline_s", self.deadline_s)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,8 +109,8 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         for name in ("prompts_per_step", "group_size", "max_new_tokens", "batch_size"):
-            _at_least(1, f"sampling.{name}", getattr(self, name))
-        _positive("sampling.temperature", self.temperature)
+            at_least(1, f"sampling.{name}", getattr(self, name))
+        positive("sampling.temperature", self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,23 +118,19 @@ class EngineConfig:
     """Who samples the completions."""
 
     kind: Literal["generate", "continuous"] = "generate"
-    """transformers' `generate`, from the policy itself in one process, under torchrun from a whole
-    copy on each rank; or its continuous batching, always from a copy, for GPUs."""
+    """transformers' `generate`, from the policy itself, under torchrun from a whole copy on each
+    rank; or its continuous batching, always from a copy, for GPUs."""
     max_gap: float | None = None
     """Largest mean difference between the log-probabilities of engine and trainer for the tokens
     of a step, in nats, beyond which the run stops; None: 1e-3 in float32, 0.05 in bfloat16."""
 
     def __post_init__(self) -> None:
-        if self.max_gap is not None and not self.max_gap > 0:
-            raise ValueError(
-                f"engine.max_gap must be positive, got {self.max_gap}: inf never stops"
-            )
+        if self.max_gap is not None:
+            positive("engine.max_gap", self.max_gap)
 
     def limit(self, dtype: str) -> float:
         """The largest gap for a model.dtype."""
-        if self.max_gap is not None:
-            return self.max_gap
-        return {"float32": 1e-3, "bfloat16": 0.05}[dtype]
+        return self.max_gap or {"float32": 1e-3, "bfloat16": 0.05}[dtype]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,8 +145,8 @@ class RewardConfig:
     """Verifier processes."""
 
     def __post_init__(self) -> None:
-        _positive("reward.timeout_s", self.timeout_s)
-        _at_least(1, "reward.workers", self.workers)
+        positive("reward.timeout_s", self.timeout_s)
+        at_least(1, "reward.workers", self.workers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,9 +190,9 @@ class MethodConfig:
     """Bound of sampler_correction, above 1."""
 
     def __post_init__(self) -> None:
-        _in_unit_interval("method.clip_low", self.clip_low)
-        _at_least(0, "method.clip_high", self.clip_high)
-        _positive("method.std_floor", self.std_floor)
+        in_unit_interval("method.clip_low", self.clip_low)
+        at_least(0, "method.clip_high", self.clip_high)
+        positive("method.std_floor", self.std_floor)
         if not 0 < self.jsd_alpha < 1:
             raise ValueError(f"method.jsd_alpha must be in (0, 1), got {self.jsd_alpha}")
         if not math.isfinite(self.entropy_coef):
@@ -250,18 +247,18 @@ class OptimConfig:
     off-policy: the ratio is taken to the policy before the first, at a forward pass more."""
 
     def __post_init__(self) -> None:
-        _positive("optim.learning_rate", self.learning_rate)
-        _at_least(0, "optim.warmup_steps", self.warmup_steps)
-        _at_least(0, "optim.weight_decay", self.weight_decay)
+        positive("optim.learning_rate", self.learning_rate)
+        at_least(0, "optim.warmup_steps", self.warmup_steps)
+        at_least(0, "optim.weight_decay", self.weight_decay)
         for i, beta in enumerate(self.betas):
-            _in_unit_interval(f"optim.betas[{i}]", beta)
+            in_unit_interval(f"optim.betas[{i}]", beta)
         if not self.max_grad_norm > 0:
             raise ValueError(
                 f"optim.max_grad_norm must be positive, got {self.max_grad_norm}: inf never clips"
             )
-        _at_least(1, "optim.micro_batch_tokens", self.micro_batch_tokens)
-        _at_least(1, "optim.workspace_bytes", self.workspace_bytes)
-        _at_least(1, "optim.updates_per_rollout", self.updates_per_rollout)
+        at_least(1, "optim.micro_batch_tokens", self.micro_batch_tokens)
+        at_least(1, "optim.workspace_bytes", self.workspace_bytes)
+        at_least(1, "optim.updates_per_rollout", self.updates_per_rollout)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -278,10 +275,10 @@ class EvalConfig:
     """Only the first so many problems; None: all."""
 
     def __post_init__(self) -> None:
-        _at_least(1, "eval.data.max_prompt_tokens", self.data.max_prompt_tokens)
-        _at_least(0, "eval.every", self.every)
-        _at_least(1, "eval.samples", self.samples)
-        _at_least(1, "eval.max_problems", self.max_problems)
+        at_least(1, "eval.data.max_prompt_tokens", self.data.max_prompt_tokens)
+        at_least(0, "eval.every", self.every)
+        at_least(1, "eval.samples", self.samples)
+        at_least(1, "eval.max_problems", self.max_problems)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -299,7 +296,7 @@ class LogConfig:
     def __post_init__(self) -> None:
         if len(set(self.trackers)) < len(self.trackers):
             raise ValueError(f"log.trackers must name each tracker once, got {self.trackers}")
-        _at_least(0, "log.diagnostics_every", self.diagnostics_every)
+        at_least(0, "log.diagnostics_every", self.diagnostics_every)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -333,10 +330,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "save_every", "keep_checkpoints"):
-            _at_least(1, name, getattr(self, name))
+            at_least(1, name, getattr(self, name))
         for name in ("seed", "samples_per_step"):
-            _at_least(0, name, getattr(self, name))
-        _at_least(1, "data.max_prompt_tokens", self.data.max_prompt_tokens)
+            at_least(0, name, getattr(self, name))
+        at_least(1, "data.max_prompt_tokens", self.data.max_prompt_tokens)
         if self.method.policy != "off" and self.sampling.group_size < 2:
             raise ValueError(
                 "sampling.group_size must be at least 2 for a policy gradient, got "
@@ -396,72 +393,7 @@ class EvaluateConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
 
     def __post_init__(self) -> None:
-        _at_least(0, "seed", self.seed)
-        _at_least(1, "samples", self.samples)
-        _at_least(1, "max_problems", self.max_problems)
-        _at_least(1, "data.max_prompt_tokens", self.data.max_prompt_tokens)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServeConfig:
-    """A teacher's server: `python -m kdrl_train serve`."""
-
-    host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0: at all. Whoever reaches it may ask: there is no password."""
-    port: int = 8765
-    """TCP port."""
-    batch_tokens: int = 8192
-    """Tokens scored in one forward pass, of however many clients; 1024 to 2048 suit a CPU. A
-    longer sequence has a pass of its own."""
-    queue_size: int = 4096
-    """Sequences that may wait; further ones are sent away (503) and come again."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-
-    def __post_init__(self) -> None:
-        for name in ("port", "batch_tokens", "queue_size"):
-            _at_least(1, name, getattr(self, name))
-
-
-def _positive(key: str, value: float) -> None:
-    """Raises ValueError unless 0 < value < inf (nan is refused too)."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"{key} must be positive and finite, got {value}")
-
-
-def _at_least(least: int, key: str, value: float | None) -> None:
-    """Raises ValueError unless value is None or least <= value < inf (nan is refused too)."""
-    if value is not None and not least <= value < math.inf:
-        kind = "finite and " if isinstance(value, float) else ""
-        raise ValueError(f"{key} must be {kind}at least {least}, got {value}")
-
-
-def _in_unit_interval(key: str, value: float) -> None:
-    """Raises ValueError unless 0 <= value < 1 (nan is refused too)."""
-    if not 0 <= value < 1:
-        raise ValueError(f"{key} must be at least 0 and below 1, got {value}")
-
-
-_FIXED = ScheduleConfig()
-_ANNEALED = ScheduleConfig(kind="linear", initial=5e-3, final=1e-3, steps=80)
-_DISTIL_FIRST = ScheduleConfig(kind="switch", initial=1.0, final=0.0, steps=140)
-PRESETS: dict[str, MethodConfig] = {
-    "grpo": MethodConfig(kd=None),
-    "kd_rkl": MethodConfig(policy="off", kd_coef=ScheduleConfig(initial=1.0, final=1.0)),
-    "kdrl": MethodConfig(kd_coef=_FIXED),
-    "kdrl_annealed": MethodConfig(kd_coef=_ANNEALED),
-    "kdrl_masked": MethodConfig(kd_coef=_FIXED, kd_mask="wrong"),
-    "kdrl_group_masked": MethodConfig(kd_coef=_FIXED, kd_mask="wrong_group"),
-    "opd_then_rl": MethodConfig(
-        kd_coef=_DISTIL_FIRST, policy_coef=replace(_DISTIL_FIRST, initial=0.0, final=1.0)
-    ),
-    "reward_shaping": MethodConfig(kd="reward", kd_coef=_FIXED),
-}
-"""The paper's methods (arXiv 2506.02208); beta(s) of kdrl_annealed is max(5e-3 - 5e-5 s, 1e-3).
-
-opd_then_rl: on-policy distillation, then RL. Both weights switch at the same step, or, given the
-same patience, at the same plateau. That the step is half of the default 280 is our choice.
-
-reward_shaping: reward + beta · sum_t (log q - log p) of the completion, before the group is
-normalised; the loss has no distillation term. It is our reading of the form that the paper saw
-collapse, kept as a baseline.
-"""
+        at_least(0, "seed", self.seed)
+        at_least(1, "samples", self.samples)
+        at_least(1, "max_problems", self.max_problems)
+        at_least(1, "data.max_prompt_tokens", self.data.max_prompt_tokens)

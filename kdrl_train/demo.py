@@ -20,7 +20,6 @@ from rich.table import Table
 
 from kdrl_train import sft, train
 from kdrl_train.config import (
-    PRESETS,
     DataConfig,
     ModelConfig,
     OptimConfig,
@@ -32,8 +31,10 @@ from kdrl_train.config import (
 from kdrl_train.data import Example, encode_prompt, load_examples
 from kdrl_train.evaluate import evaluate
 from kdrl_train.grpo import add_sums, token_means
+from kdrl_train.models import load_policy, load_teacher, load_tokenizer
 from kdrl_train.packing import pack
-from kdrl_train.policy import Policy, Teacher, load_policy, load_teacher, load_tokenizer
+from kdrl_train.policy import Policy, Teacher
+from kdrl_train.presets import PRESETS
 from kdrl_train.rollout import generate_rollouts
 from kdrl_train.scratch import ArchitectureConfig, train_tokenizer
 from kdrl_train.tasks import ArithmeticConfig, make_arithmetic, write_jsonl

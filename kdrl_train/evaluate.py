@@ -15,15 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
-from kdrl_train.config import (
-    DataConfig,
-    EvaluateConfig,
-    ModelConfig,
-    SamplingConfig,
-    TeacherConfig,
-)
+from kdrl_train.config import DataConfig, EvaluateConfig, ModelConfig, SamplingConfig, TeacherConfig
 from kdrl_train.data import Example, encode_prompt, load_examples
-from kdrl_train.policy import load_model, load_tokenizer
+from kdrl_train.models import load_model, load_tokenizer
 from kdrl_train.rollout import Rollouts, generate_rollouts
 from kdrl_train.teacher_client import connect
 from kdrl_train.verifier import Verdicts, Verifier

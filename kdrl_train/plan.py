@@ -8,13 +8,14 @@ how it is made, bench/results/plan-cpu/README.md how far memory was off in two r
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from kdrl_train.config import TrainConfig, _at_least, _positive
+from kdrl_train.bounds import at_least, positive
+from kdrl_train.config import TrainConfig
 from kdrl_train.log import peak_memory_bytes
 from kdrl_train.planning.case import Case, Placement
 from kdrl_train.planning.devices import PEAKS, Device, DeviceName, link_gb_per_s, measure_cpu
@@ -46,10 +47,6 @@ class PlanConfig(TrainConfig):
     """Mean response in tokens, for the time; None: sampling.max_new_tokens."""
     prompt_tokens: int | None = None
     """Mean prompt in tokens, for the time; None: data.max_prompt_tokens."""
-    teacher_weights: Literal["sharded", "full", "cpu"] = "sharded"
-    """The teacher: a share of it on each GPU, all of it on each, or in the CPU's memory."""
-    offload_optimizer: bool = False
-    """AdamW's moments in the CPU's memory."""
     tflops: float | None = None
     """Peak of GEMMs in model.dtype, in TFLOP/s; None: the device's."""
     bandwidth: float | None = None
@@ -70,16 +67,16 @@ class PlanConfig(TrainConfig):
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)  # super() does not find its class in one with slots
         for name in ("gpus", "gpus_per_node"):
-            _at_least(1, name, getattr(self, name))
+            at_least(1, name, getattr(self, name))
         for name in ("gpu_memory", "tflops", "bandwidth", "interconnect"):
             if getattr(self, name) is not None:
-                _positive(name, getattr(self, name))
+                positive(name, getattr(self, name))
         for name in ("gemm_share", "bandwidth_share", "interconnect_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
         if not 0 <= self.reserve < 1:
             raise ValueError(f"reserve must be at least 0 and below 1, got {self.reserve}")
-        _at_least(0, "launch_us", self.launch_us)
+        at_least(0, "launch_us", self.launch_us)
         self._check_means()
         if self.optim.head_impl == "reference" or self.model.attention == "eager":
             raise ValueError(
@@ -180,8 +177,8 @@ def make_plan(config: PlanConfig) -> Plan:
     placement = Placement(
         gpus=config.gpus,
         cpu=cpu,
-        teacher_weights=config.teacher_weights,
-        offload_optimizer=config.offload_optimizer,
+        teacher_weights="cpu" if config.model.offload_teacher else "sharded",
+        offload_policy=config.model.offload_policy,
     )
     case = Case(run=config, policy=policy, teacher=teacher, placement=placement)
     memory = memory_terms(case)

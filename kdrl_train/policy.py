@@ -5,19 +5,16 @@ has just gathered it, and no [T, V] logits exist. T fed tokens, N loss tokens, H
 V vocabulary.
 """
 
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import kdrl_kernels as kk
-from kdrl_train import attention, grpo, layer_kernels
-from kdrl_train.config import MethodConfig, ModelConfig, TrainConfig
+from kdrl_train import attention, grpo
+from kdrl_train.config import MethodConfig
 from kdrl_train.packing import PackedBatch
 
 PROBE_LENGTHS = (7, 5)
@@ -110,14 +107,6 @@ class HeadedModel(nn.Module):
         if rows is not None:
             states = states.index_select(0, rows)
         return states.to(self.compute_dtype)
-
-
-class HasVocabulary(Protocol):
-    """A teacher, as far as the policy's vocabulary depends on it: in process, or a server's."""
-
-    @property
-    def vocab_size(self) -> int | None:
-        """Columns of its head; None where nobody says."""
 
 
 class Teacher(HeadedModel):
@@ -332,104 +321,3 @@ def probe(wrapped: HeadedModel, name: str, *, packed: bool = True) -> float:
 
 def _relative_rms(ours: Tensor, theirs: Tensor) -> float:
     return ((ours - theirs).square().mean() / theirs.square().mean()).sqrt().item()
-
-
-def device_of(config: ModelConfig) -> torch.device:
-    """The run's device; "auto" is cuda where there is one, else cpu. Under torchrun each rank has
-    the GPU of its number on the machine."""
-    device = torch.device(config.device if config.device != "auto" else _best_device())
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    return device
-
-
-def _best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def use_device(config: ModelConfig) -> torch.device:
-    """The run's device; a GPU named by its index becomes the current one, where kernels launch."""
-    device = device_of(config)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
-    return device
-
-
-def load_tokenizer(folder: str) -> Any:
-    """The tokenizer of a model folder or hub id."""
-    return AutoTokenizer.from_pretrained(folder)
-
-
-def load_model(folder: str, key: str, config: ModelConfig, dtype: torch.dtype) -> Any:
-    """A causal LM from a folder or hub id, on the run's device, in evaluation mode.
-
-    Args:
-        folder: config.policy or config.teacher.
-        key: "model.policy" or "model.teacher", for messages.
-        config: device, attention and layer kernels.
-        dtype: of the weights.
-    Raises: ValueError for a name that is neither a model folder nor a loadable hub id, and where
-        liger-kernel's layers are asked for and cannot be had.
-    """
-    if not folder:
-        raise ValueError(f"{key} must name a folder or hub id, got nothing: set {key}")
-    device = use_device(config)
-    liger = layer_kernels.require_liger(device) if config.liger else None
-    try:
-        chosen = config.attention or attention.choose(
-            AutoConfig.from_pretrained(folder), device, getattr(torch, config.dtype)
-        )
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=chosen
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(
-            f"{key} must be a folder with a causal LM of transformers, or a hub id, got "
-            f"{folder!r} (looked in {Path.cwd()}): {error}"
-        ) from error
-    if liger is not None:
-        layer_kernels.patch_layers(liger, model, key)
-    return model.to(device).eval()
-
-
-def load_teacher(config: TrainConfig) -> Teacher | None:
-    """The teacher in its compute dtype; None where the method has no distillation.
-
-    Raises: ValueError when the method distils and model.teacher is not set.
-    """
-    if config.method.kd is None:
-        return None
-    if config.model.teacher is None:
-        raise ValueError(
-            f'model.teacher must name a folder or hub id when method.kd is "{config.method.kd}", '
-            "got nothing: set model.teacher, or use --preset grpo"
-        )
-    dtype = getattr(torch, config.model.dtype)
-    model = load_model(config.model.teacher, "model.teacher", config.model, dtype)
-    return Teacher(model, temperature=config.sampling.temperature, compute_dtype=dtype)
-
-
-def checkpoint_activations(model: Any) -> None:
-    """Recompute activations in the backward pass; transformers renamed the method after 5.17."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable()
-    else:
-        model.gradient_checkpointing_enable()
-
-
-def load_policy(config: TrainConfig, teacher: HasVocabulary | None) -> Policy:
-    """The policy, its weights in float32; its vocabulary ends where the teacher's does."""
-    model = load_model(config.model.policy, "model.policy", config.model, torch.float32)
-    if config.model.gradient_checkpointing:
-        checkpoint_activations(model)
-    columns = model.get_output_embeddings().weight.shape[0]
-    theirs = None if teacher is None else teacher.vocab_size
-    return Policy(
-        model,
-        config.method,
-        vocab_size=columns if theirs is None else min(columns, theirs),
-        workspace_bytes=config.optim.workspace_bytes,
-        head_impl=config.optim.head_impl,
-        temperature=config.sampling.temperature,
-        compute_dtype=getattr(torch, config.model.dtype),
-    )

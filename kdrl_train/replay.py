@@ -16,8 +16,8 @@ from rich.table import Table
 from kdrl_train import check, checkpoint, grpo
 from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import load_yaml, update
+from kdrl_train.models import use_device
 from kdrl_train.packing import pack
-from kdrl_train.policy import use_device
 from kdrl_train.rollout import Rollouts
 
 

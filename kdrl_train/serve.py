@@ -15,20 +15,42 @@ import hashlib
 import importlib
 import json
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from kdrl_train.config import ServeConfig
-from kdrl_train.policy import Teacher, load_model, load_tokenizer, probe
+from kdrl_train.bounds import at_least
+from kdrl_train.config import ModelConfig
+from kdrl_train.models import load_model, load_tokenizer
+from kdrl_train.policy import Teacher, probe
 from kdrl_train.rollout import eos_ids
 from kdrl_train.scoring import Scorer
 from kdrl_train.teacher_client import vocabulary_hash
 
 PACKAGES = ("kdrl-kernels", "torch", "transformers")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """A teacher's server: `python -m kdrl_train serve`."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0: at all. Whoever reaches it may ask: there is no password."""
+    port: int = 8765
+    """TCP port."""
+    batch_tokens: int = 8192
+    """Tokens scored in one forward pass, of however many clients; 1024 to 2048 suit a CPU. A
+    longer sequence has a pass of its own."""
+    queue_size: int = 4096
+    """Sequences that may wait; further ones are sent away (503) and come again."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("port", "batch_tokens", "queue_size"):
+            at_least(1, name, getattr(self, name))
 
 
 @dataclass(slots=True)

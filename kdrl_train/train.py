@@ -25,7 +25,8 @@ from kdrl_train.errors import RunError
 from kdrl_train.evaluate import EVAL_STEP, summarize
 from kdrl_train.interrupt import Interrupt, Stopped
 from kdrl_train.log import RunLog, Stages, peak_memory_bytes, read_rows
-from kdrl_train.policy import Policy, use_device
+from kdrl_train.models import use_device
+from kdrl_train.policy import Policy
 from kdrl_train.rollout import Rollouts
 from kdrl_train.run import Batch, Run
 from kdrl_train.schedules import rebuild_history

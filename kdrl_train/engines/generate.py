@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from kdrl_train.config import SamplingConfig, TrainConfig
-from kdrl_train.policy import Policy, load_model
+from kdrl_train.models import load_model
+from kdrl_train.policy import Policy
 from kdrl_train.rollout import Rollouts, generate_rollouts
 from kdrl_train.sharding import full_weights
 

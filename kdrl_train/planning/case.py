@@ -20,8 +20,8 @@ class Placement:
     """The processes run on a CPU."""
     teacher_weights: Literal["sharded", "full", "cpu"] = "sharded"
     """Of an in-process teacher: a share on each GPU, all on each, or in the CPU's memory."""
-    offload_optimizer: bool = False
-    """AdamW's moments are in the CPU's memory."""
+    offload_policy: bool = False
+    """The policy's shards, gradients and AdamW's moments are in the CPU's memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -69,25 +69,26 @@ def _states(case: Case) -> list[Term]:
     over = (placement.gpus, "GPUs")
     everything = (P, "parameters")
     several = case.rollouts * case.longest > case.row
+    if placement.offload_policy and not placement.cpu:
+        return []
+    remedy = f"{MORE_GPUS}, or --model.offload-policy"
     terms = [
-        product("weights, float32", ALWAYS, [(4, "B"), everything], over, remedy=MORE_GPUS),
+        product("weights, float32", ALWAYS, [(4, "B"), everything], over, remedy=remedy),
         product(
             "gradients, float32",
             (*(("teacher", *UPDATE) if several else ()), "root", "optimizer"),
             [(4, "B"), everything],
             over,
-            remedy=MORE_GPUS,
+            remedy=remedy,
         ),
+        product("AdamW moments", ALWAYS, [(8, "B"), everything], over, remedy=remedy),
     ]
-    if not placement.offload_optimizer:
-        remedy = f"{MORE_GPUS}, or --offload-optimizer"
-        terms.append(product("AdamW moments", ALWAYS, [(8, "B"), everything], over, remedy=remedy))
     if placement.cpu:
         largest = (case.policy.largest, "of the largest parameter")
         terms.append(product("AdamW temporaries", ("optimizer",), [(8, "B"), largest], over))
-    elif not placement.offload_optimizer:
+    else:
         step = [(4, "B"), everything]
-        terms.append(product("AdamW temporaries", ("optimizer",), step, over, remedy=MORE_GPUS))
+        terms.append(product("AdamW temporaries", ("optimizer",), step, over, remedy=remedy))
     return terms
 
 
@@ -185,11 +186,11 @@ def _teacher(case: Case) -> list[Term]:
         mask = [(1 + b, "B"), tokens, tokens]
         terms.append(product("teacher's mask", ("teacher",), mask, remedy=_shorter(case)))
     if case.teacher_weights == "full":
-        remedy = "--teacher-weights sharded or cpu"
+        remedy = "--model.offload-teacher"
         return [product("teacher", ALWAYS, [(b, "B"), everything], remedy=remedy), *terms]
     if case.teacher_weights == "sharded":
         over = (case.placement.gpus, "GPUs")
-        remedy = f"{MORE_GPUS}, or --teacher-weights cpu"
+        remedy = f"{MORE_GPUS}, or --model.offload-teacher"
         terms.append(product("teacher", ALWAYS, [(b, "B"), everything], over, remedy=remedy))
     gathered = [(b, "B"), (two_layers, "parameters: two layers, embedding, head")]
     return [

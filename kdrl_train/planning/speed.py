@@ -167,9 +167,9 @@ def _optimizer(case: Case, device: Device) -> list[Term]:
     size = 4 * ADAMW_PASSES * parameters
     formula = f"{ADAMW_PASSES} · 4 B · {case.policy.parameters:,} / {case.placement.gpus} GPUs"
     terms = [_move("AdamW and clip", "optimizer", size, formula, device.bandwidth)]
-    if case.placement.offload_optimizer:
+    if case.placement.offload_policy:
         size, formula = 8 * parameters, "gradients to the CPU, weights back"
-        terms.append(_move("offloaded moments", "optimizer", size, formula, HOST_BYTES_PER_S))
+        terms.append(_move("offloaded policy", "optimizer", size, formula, HOST_BYTES_PER_S))
     return terms
 
 

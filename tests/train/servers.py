@@ -18,7 +18,8 @@ import uvicorn
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from kdrl_train import serve
-from kdrl_train.config import ModelConfig, ServeConfig
+from kdrl_train.config import ModelConfig
+from kdrl_train.serve import ServeConfig
 from kdrl_train.serve_app import make
 
 START_S = 60.0

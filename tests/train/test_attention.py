@@ -10,7 +10,8 @@ from transformers import AutoConfig
 
 from kdrl_train import attention
 from kdrl_train.config import MethodConfig, ModelConfig
-from kdrl_train.policy import Policy, load_model
+from kdrl_train.models import load_model
+from kdrl_train.policy import Policy
 
 LENGTHS = (5, 1, 17, 30, 16, 3, 31)
 WINDOW = 8

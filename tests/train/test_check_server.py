@@ -14,7 +14,7 @@ pytest.importorskip("uvicorn")
 from kdrl_train import cli
 from kdrl_train.config import ModelConfig
 from kdrl_train.evaluate import common_width
-from kdrl_train.policy import load_model
+from kdrl_train.models import load_model
 from kdrl_train.teacher_client import vocabulary_hash
 from tests.train.servers import Scripted, by_position, free_port, running, status, teacher_app
 

@@ -10,7 +10,6 @@ import yaml
 
 from kdrl_train import cli
 from kdrl_train.config import (
-    PRESETS,
     DataConfig,
     EvalConfig,
     EvaluateConfig,
@@ -20,6 +19,7 @@ from kdrl_train.config import (
     TrainConfig,
 )
 from kdrl_train.config_file import differences, load_yaml, save_yaml, to_dict, update
+from kdrl_train.presets import PRESETS
 
 
 def parse(*options: str) -> TrainConfig:

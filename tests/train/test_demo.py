@@ -12,10 +12,10 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdrl_train import demo
-from kdrl_train.config import PRESETS
 from kdrl_train.data import load_examples
 from kdrl_train.demo import DemoConfig
 from kdrl_train.log import read_rows
+from kdrl_train.presets import PRESETS
 from kdrl_train.rollout import generate_rollouts
 from kdrl_train.scratch import ArchitectureConfig
 from kdrl_train.tasks import ArithmeticConfig

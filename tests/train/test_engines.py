@@ -12,7 +12,8 @@ from kdrl_train.engines import require_agreement, require_version
 from kdrl_train.engines.continuous import ContinuousEngine
 from kdrl_train.engines.generate import GenerateEngine
 from kdrl_train.errors import EngineError
-from kdrl_train.policy import Policy, load_policy, load_tokenizer
+from kdrl_train.models import load_policy, load_tokenizer
+from kdrl_train.policy import Policy
 from kdrl_train.rollout import Rollouts
 from tests.train.test_train import run
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from kdrl_train import grpo
-from kdrl_train.config import PRESETS, MethodConfig, ScheduleConfig
+from kdrl_train.config import MethodConfig, ScheduleConfig
+from kdrl_train.presets import PRESETS
 
 NAN = math.nan
 REWARDS = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0]])

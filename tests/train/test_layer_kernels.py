@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers.models.qwen2 import modeling_qwen2
 
-from kdrl_train import layer_kernels, policy
+from kdrl_train import layer_kernels, models
 from kdrl_train.config import ModelConfig
 
 CUDA = torch.device("cuda")
@@ -22,7 +22,7 @@ def test_a_cpu_is_refused() -> None:
         layer_kernels.require_liger(torch.device("cpu"))
     config = ModelConfig(policy="nowhere", device="cpu", liger=True)
     with pytest.raises(ValueError, match=message):  # before it looks for the weights
-        policy.load_model("nowhere", "model.policy", config, torch.float32)
+        models.load_model("nowhere", "model.policy", config, torch.float32)
 
 
 def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,15 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdrl_train.config import (
-    PRESETS,
-    EvalConfig,
-    MethodConfig,
-    OptimConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
+from kdrl_train.config import EvalConfig, MethodConfig, OptimConfig, ScheduleConfig, TrainConfig
 from kdrl_train.policy import Policy, Teacher
+from kdrl_train.presets import PRESETS
 from kdrl_train.schedules import budgeted
 from tests.train.test_train import METRICS, run, weights, without_times
 

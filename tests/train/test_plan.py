@@ -9,9 +9,10 @@ import pytest
 from rich.console import Console
 
 from kdrl_train import cli, plan
-from kdrl_train.config import PRESETS, ModelConfig, OptimConfig, SamplingConfig, TrainConfig
+from kdrl_train.config import ModelConfig, OptimConfig, SamplingConfig, TrainConfig
 from kdrl_train.config_file import save_yaml, to_dict
 from kdrl_train.plan import PlanConfig
+from kdrl_train.presets import PRESETS
 from tests.train.plan_cases import POLICY, write_config
 
 

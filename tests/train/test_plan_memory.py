@@ -18,10 +18,10 @@ from kdrl_train.config import (
     SamplingConfig,
     TrainConfig,
 )
+from kdrl_train.models import checkpoint_activations
 from kdrl_train.planning.case import Case, Placement
 from kdrl_train.planning.memory import by_moment, memory_terms
 from kdrl_train.planning.shapes import read_shape
-from kdrl_train.policy import checkpoint_activations
 from tests.train.plan_cases import (
     LLAMA_8B,
     POLICY,
@@ -147,10 +147,11 @@ def test_where_the_teacher_is(models: dict[str, str]) -> None:
     assert values(replace(alone, placement=here))["teacher"] == 2 * 4356
 
 
-def test_offloaded_moments_are_not_on_the_gpu(models: dict[str, str]) -> None:
+def test_an_offloaded_policy_is_not_on_the_gpu(models: dict[str, str]) -> None:
     kept = values(sharded_case(models))
-    away = values(sharded_case(models, offload_optimizer=True))
-    assert kept.keys() - away.keys() == {"AdamW moments", "AdamW temporaries"}
+    away = values(sharded_case(models, offload_policy=True))
+    lasting = {"weights, float32", "gradients, float32", "AdamW moments", "AdamW temporaries"}
+    assert kept.keys() - away.keys() == lasting
 
 
 def test_formulas_say_what_the_numbers_are(models: dict[str, str]) -> None:

@@ -75,10 +75,10 @@ def test_a_mask_skips_no_attention(models: dict[str, str]) -> None:
 
 def test_offloading_costs_time(models: dict[str, str]) -> None:
     lengths = Lengths(prompt=6, response=5)
-    case = sharded_case(models, teacher_weights="cpu", offload_optimizer=True)
+    case = sharded_case(models, teacher_weights="cpu", offload_policy=True)
     found = {t.name: t.value for t in time_terms(case, DEVICE, lengths, launch_us=0)}
     assert found["teacher from the CPU"] == pytest.approx(2 * 4356 / 25e9)
-    assert found["offloaded moments"] == pytest.approx(8 * 370 / 25e9)
+    assert found["offloaded policy"] == pytest.approx(8 * 370 / 25e9)
 
 
 def test_devices() -> None:

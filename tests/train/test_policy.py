@@ -9,18 +9,11 @@ from torch import Tensor
 
 import kdrl_kernels as kk
 from kdrl_train import grpo
-from kdrl_train.config import PRESETS, MethodConfig, ModelConfig, ScheduleConfig, TrainConfig
+from kdrl_train.config import MethodConfig, ModelConfig, ScheduleConfig, TrainConfig
+from kdrl_train.models import checkpoint_activations, load_model, load_policy, load_teacher
 from kdrl_train.packing import PackedBatch, pack
-from kdrl_train.policy import (
-    HeadedModel,
-    Policy,
-    Teacher,
-    checkpoint_activations,
-    load_model,
-    load_policy,
-    load_teacher,
-    probe,
-)
+from kdrl_train.policy import HeadedModel, Policy, Teacher, probe
+from kdrl_train.presets import PRESETS
 from kdrl_train.rollout import Rollouts
 
 V = 258

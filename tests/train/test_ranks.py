@@ -17,10 +17,19 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from transformers import AutoModelForCausalLM
 
 from kdrl_train import checkpoint, train
-from kdrl_train.config import OptimConfig, SamplingConfig, TrainConfig
+from kdrl_train.config import (
+    EvalConfig,
+    LogConfig,
+    OptimConfig,
+    SamplingConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from kdrl_train.config_file import save_yaml
 from kdrl_train.log import read_rows
 from kdrl_train.policy import Policy
+from kdrl_train.presets import PRESETS
+from tests.train.conftest import EXACT
 from tests.train.ranks import train_ranks
 from tests.train.test_train import without_times
 
@@ -78,6 +87,30 @@ def test_ranks_learn_what_one_process_learns(
     for name, weight in saved.named_parameters():
         moved = (weight - after[name]).abs()
         assert moved.mean() < 1e-6, name  # of steps of 1e-3
+
+
+SHAPED = replace(PRESETS["reward_shaping"], kd_coef=ScheduleConfig(initial=0.5, final=0.5))
+BUDGET = ScheduleConfig(kind="kl_budget", initial=0.1, target_kl=2.0, gain=0.4, bounds=(0.05, 0.3))
+VARIANTS: dict[str, dict[str, Any]] = {
+    "reward shaping": {"method": SHAPED},
+    "budget": {"method": replace(PRESETS["kdrl"], kd_coef=BUDGET, kd_mask="wrong")},
+    "updates": {"optim": replace(ONE, updates_per_rollout=2)},
+    "correction": {"method": replace(EXACT, sampler_correction="mask")},
+    "measured": {"log": LogConfig(diagnostics_every=1)},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_method_is_the_same_on_two_ranks(config: Config, name: str) -> None:
+    if name == "measured":
+        evaluation = EvalConfig(data=config().data, every=2, samples=3, max_problems=5)
+        VARIANTS[name]["eval"] = evaluation
+    whole, parts = (config(out, **VARIANTS[name]) for out in ("whole", "parts"))
+    if name == "measured":  # of the first micro-batch of each rank: one row here, all of them
+        whole, parts = (
+            replace(c, optim=replace(ONE, micro_batch_tokens=9999)) for c in (whole, parts)
+        )
+    assert_same_metrics(together(parts, 2), alone(whole))
 
 
 def test_a_rank_without_tokens_learns_too(config: Config) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kdrl_train.config import PRESETS
+from kdrl_train.presets import PRESETS
 from kdrl_train.schedules import (
     History,
     ScheduleConfig,

@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from kdrl_train import cli, scoring, serve
-from kdrl_train.config import ModelConfig, ServeConfig
+from kdrl_train.config import ModelConfig
 from kdrl_train.policy import HeadedModel
 from kdrl_train.scoring import Job, Scorer, score_packed
+from kdrl_train.serve import ServeConfig
 from kdrl_train.serve_app import make
 from kdrl_train.teacher_client import vocabulary_hash
 from tests.train.servers import free_port, service

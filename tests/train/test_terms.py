@@ -11,18 +11,12 @@ from torch import Tensor
 
 import kdrl_kernels as kk
 from kdrl_train import grpo
-from kdrl_train.config import (
-    PRESETS,
-    MethodConfig,
-    OptimConfig,
-    SamplingConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
+from kdrl_train.config import MethodConfig, OptimConfig, SamplingConfig, ScheduleConfig, TrainConfig
 from kdrl_train.distributed import ALONE
 from kdrl_train.log import Stages
 from kdrl_train.packing import pack
 from kdrl_train.policy import Policy, Teacher
+from kdrl_train.presets import PRESETS
 from kdrl_train.rollout import Rollouts
 from kdrl_train.schedules import History
 from kdrl_train.terms import Terms, correction, prepare, score_rows

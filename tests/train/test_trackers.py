@@ -15,7 +15,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kdrl_train import train
 from kdrl_train.config import (
-    PRESETS,
     DataConfig,
     LogConfig,
     ModelConfig,
@@ -24,6 +23,7 @@ from kdrl_train.config import (
     TrainConfig,
 )
 from kdrl_train.log import read_rows
+from kdrl_train.presets import PRESETS
 from kdrl_train.trackers import Trackers
 from tests.train import scripted_rewards
 

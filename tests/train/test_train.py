@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 
 from kdrl_train import train
 from kdrl_train.config import (
-    PRESETS,
     EvalConfig,
     MethodConfig,
     OptimConfig,
@@ -28,6 +27,7 @@ from kdrl_train.config import (
 from kdrl_train.config_file import load_yaml, update
 from kdrl_train.log import read_rows
 from kdrl_train.policy import Teacher
+from kdrl_train.presets import PRESETS
 from tests.train.conftest import EXACT
 
 TIMES = ("seconds", "tokens_per_s", "peak_memory_bytes")
