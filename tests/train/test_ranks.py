@@ -102,14 +102,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_method_is_the_same_on_two_ranks(config: Config, name: str) -> None:
-    if name == "measured":
-        evaluation = EvalConfig(data=config().data, every=2, samples=3, max_problems=5)
-        VARIANTS[name]["eval"] = evaluation
-    whole, parts = (config(out, **VARIANTS[name]) for out in ("whole", "parts"))
-    if name == "measured":  # of the first micro-batch of each rank: one row here, all of them
-        whole, parts = (
-            replace(c, optim=replace(ONE, micro_batch_tokens=9999)) for c in (whole, parts)
-        )
+    settings = dict(VARIANTS[name])
+    if name == "measured":  # the first micro-batches of all ranks: here the whole step
+        settings["optim"] = replace(ONE, micro_batch_tokens=9999)
+        settings["eval"] = EvalConfig(data=config().data, every=2, samples=3, max_problems=5)
+    whole, parts = (config(out, **settings) for out in ("whole", "parts"))
     assert_same_metrics(together(parts, 2), alone(whole))
 
 

@@ -45,6 +45,7 @@ from tests.train.servers import (
     running,
     teacher_app,
 )
+from tests.train.test_ranks import assert_same_metrics, together
 
 K2 = MethodConfig(kd="k2", kd_coef=ScheduleConfig(initial=0.5, final=0.5))
 
@@ -277,3 +278,13 @@ def test_ends_are_not_distilled_where_they_are_masked(
     tokens = 128 * rows[0]["response_length"]
     assert ended > 0
     assert rows[0]["kd_share"] == pytest.approx((tokens - ended) / tokens)
+
+
+@pytest.mark.parametrize("mask", ["none", "wrong"])
+def test_two_ranks_ask_for_their_shares(
+    config: Callable[..., TrainConfig], process: Process, mask: str
+) -> None:
+    settings = {"method": replace(K2, kd_mask=mask), "steps": 2}
+    whole, parts = (config(out, process.url, **settings) for out in ("whole", "parts"))
+    run(whole)
+    assert_same_metrics(together(parts, 2), read_rows(whole.out))
