@@ -80,13 +80,13 @@ class Checkpoint:
     """Name and size in bytes of every file beside meta.json."""
 
 
-def _fixed(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The keys outside MAY_CHANGE."""
+def _fixed(config: dict[str, Any], free: set[str], prefix: str = "") -> dict[str, Any]:
+    """The keys outside of `free`."""
     out = {}
     for name, value in config.items():
         key = f"{prefix}{name}"
-        if key not in MAY_CHANGE:
-            out[name] = _fixed(value, f"{key}.") if isinstance(value, dict) else value
+        if key not in free:
+            out[name] = _fixed(value, free, f"{key}.") if isinstance(value, dict) else value
     return out
 
 
@@ -281,7 +281,10 @@ def _read_into(state: dict[str, Any], folder: Path) -> None:
 def check_config(place: Path, written: dict[str, Any], config: TrainConfig) -> None:
     """Raise ValueError with the differing keys unless `config` may continue the run at `place`,
     whose configuration was `written`."""
-    changed = differences(_fixed(written), _fixed(to_dict(config)))
+    free = set(MAY_CHANGE)
+    if any(schedule.waits_for_plateau for schedule in config.method.schedules.values()):
+        free.remove("eval")  # its scores decide when the schedule switches
+    changed = differences(_fixed(written, free), _fixed(to_dict(config), free))
     if changed:
         lines = [f"  {key}: {old} there, {new} now" for key, (old, new) in changed.items()]
         raise ValueError(

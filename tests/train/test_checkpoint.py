@@ -12,11 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdrl_train import checkpoint
 from kdrl_train.config import (
+    DataConfig,
     EvalConfig,
     MethodConfig,
     ModelConfig,
     OptimConfig,
     SamplingConfig,
+    ScheduleConfig,
     TrainConfig,
 )
 from kdrl_train.config_file import to_dict
@@ -162,3 +164,13 @@ def test_the_exported_folder_loads(
     assert loaded.encode("1+2=3") == tokenizer.encode("1+2=3")
     assert again.generation_config.eos_token_id == tokenizer.eos_token_id
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_evaluation_that_a_schedule_waits_for_may_not_change() -> None:
+    waits = ScheduleConfig(kind="switch", patience=2)
+    evaluation = EvalConfig(every=3, data=DataConfig(path="held_out.jsonl"))
+    config = replace(CONFIG, method=MethodConfig(kd_coef=waits), eval=evaluation)
+    other = replace(config, eval=replace(evaluation, every=5))
+    with pytest.raises(ValueError, match=r"  eval\.every: 3 there, 5 now"):
+        checkpoint.check_config(Path("runs/a"), to_dict(config), other)
+    checkpoint.check_config(Path("runs/a"), to_dict(config), replace(config, save_every=1))
