@@ -23,20 +23,19 @@ NAME = "packed"
 VARLEN_DTYPES = (torch.float16, torch.bfloat16)
 
 
-def choose(config: Any, device: torch.device, dtype: torch.dtype) -> str:
-    """The attention of a model where its configuration leaves it open.
+def choose(model: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The attention of a transformers model where its configuration leaves it open.
 
     Args:
-        config: of transformers; a model that caps its attention scores keeps SDPA's relatives.
         dtype: of the compute.
-    Returns: "flash_attention_2" where it is installed and can run, else "packed", or "eager" for
-        capped scores, which SDPA lacks.
+    Returns: "flash_attention_2" where it is installed and can run, else "packed"; None, its own
+        default, for a model that computes more than SDPA does (capped scores, sinks) or whose code
+        hands nothing on to its attention.
     """
-    if device.type == "cuda" and dtype in VARLEN_DTYPES and is_flash_attn_2_available():
+    half = device.type == "cuda" and dtype in VARLEN_DTYPES
+    if half and model._supports_flash_attn and is_flash_attn_2_available():
         return "flash_attention_2"
-    if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
-        return "eager"
-    return NAME
+    return NAME if model._supports_sdpa and model._supports_attention_backend else None
 
 
 def packed_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:

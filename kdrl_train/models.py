@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdrl_train import attention, layer_kernels
 from kdrl_train.config import ModelConfig, TrainConfig
@@ -62,17 +62,17 @@ def load_model(folder: str, key: str, config: ModelConfig, dtype: torch.dtype) -
     device = use_device(config)
     liger = layer_kernels.require_liger(device) if config.liger else None
     try:
-        chosen = config.attention or attention.choose(
-            AutoConfig.from_pretrained(folder), device, getattr(torch, config.dtype)
-        )
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=chosen
+            folder, dtype=dtype, attn_implementation=config.attention
         )
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(
             f"{key} must be a folder with a causal LM of transformers, or a hub id, got "
             f"{folder!r} (looked in {Path.cwd()}): {error}"
         ) from error
+    chosen = attention.choose(model, device, getattr(torch, config.dtype))
+    if config.attention is None and chosen is not None:
+        model.set_attn_implementation(chosen)
     if liger is not None:
         layer_kernels.patch_layers(liger, model, key)
     return model.to(device).eval()

@@ -1,12 +1,13 @@
 """attention: a packed row is its sequences, one by one, by any of the ways it may be computed."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoModelForCausalLM
 
 from kdrl_train import attention
 from kdrl_train.config import MethodConfig, ModelConfig
@@ -117,15 +118,13 @@ def test_which_attention_is_chosen(
     folders: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    config = AutoConfig.from_pretrained(folders["student"])
-    capped = AutoConfig.for_model("gemma2")
+    model = AutoModelForCausalLM.from_pretrained(folders["student"])
     for installed in (False, True):
         monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda found=installed: found)
         expected = "flash_attention_2" if installed else "packed"
-        assert attention.choose(config, gpu, torch.bfloat16) == expected
-        assert attention.choose(config, gpu, torch.float32) == "packed"
-        assert attention.choose(config, cpu, torch.bfloat16) == "packed"
-        assert attention.choose(capped, cpu, torch.float32) == "eager"
+        assert attention.choose(model, gpu, torch.bfloat16) == expected
+        assert attention.choose(model, gpu, torch.float32) == "packed"
+        assert attention.choose(model, cpu, torch.bfloat16) == "packed"
     loaded = load_model(
         str(folders["student"]), "model.policy", ModelConfig(device="cpu"), torch.float32
     )
@@ -133,3 +132,16 @@ def test_which_attention_is_chosen(
     named = ModelConfig(device="cpu", attention="sdpa")
     loaded = load_model(str(folders["student"]), "model.policy", named, torch.float32)
     assert loaded.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "stablelm"])
+def test_who_computes_more_keeps_its_own(
+    tiny: Callable[..., Any], tokenizer: Any, tmp_path: Path, family: str
+) -> None:
+    """Capped scores, attention sinks, and code that hands no lengths on."""
+    model = tiny(family)
+    before = model.config._attn_implementation
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), "model.policy", ModelConfig(device="cpu"), torch.float32)
+    assert loaded.config._attn_implementation == before != "packed"
