@@ -78,9 +78,12 @@ def math_reward(completion: str, answer: str) -> float:
     given = _answer_of(completion)
     if given.strip() == answer.strip():
         return 1.0
-    if not _parses(given):
-        raise UnparseableError(f"answer of the completion must parse, got {given[:80]!r}")
-    return float(_equal(given, answer))
+    try:
+        if _parses(given):
+            return float(_equal(given, answer))
+    except RecursionError:  # of sympy, whose trees may be deeper than what was written
+        pass
+    raise UnparseableError(f"answer of the completion must parse, got {given[:80]!r}")
 
 
 def exact_reward(completion: str, answer: str) -> float:
@@ -150,7 +153,12 @@ def _math_spelling(completion: str) -> str | None:
     if given is None or not _parses(given):
         return None
     number = _plain_number(given)
-    return str(_expressions(given)[0] if number is None else Fraction(number))
+    if number is not None:
+        return str(Fraction(number))
+    try:
+        return str(_expressions(given)[0])
+    except RecursionError:
+        return None
 
 
 def _answer_of(completion: str) -> str:

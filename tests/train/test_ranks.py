@@ -85,8 +85,9 @@ def test_ranks_learn_what_one_process_learns(
     after = dict(AutoModelForCausalLM.from_pretrained(whole.out / "model").named_parameters())
     saved = AutoModelForCausalLM.from_pretrained(parts.out / "model")
     for name, weight in saved.named_parameters():
-        moved = (weight - after[name]).abs()
-        assert moved.mean() < 1e-6, name  # of steps of 1e-3
+        moved = (weight - after[name]).abs().mean()
+        if not name.endswith("k_proj.bias"):  # a key's bias has no gradient but rounding
+            assert moved < 1e-6, name  # of steps of 1e-3
 
 
 SHAPED = replace(PRESETS["reward_shaping"], kd_coef=ScheduleConfig(initial=0.5, final=0.5))

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from kdrl_train import rewards
 from kdrl_train.rewards import (
     MAX_ANSWER_CHARS,
     UnparseableError,
@@ -189,3 +190,18 @@ def test_import_is_light() -> None:
     code = f"import kdrl_train.rewards, sys; print({heavy} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
+
+
+def test_what_is_too_deep_for_sympy_is_unparseable(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Deep:
+        def __str__(self) -> str:
+            raise RecursionError
+
+    def recurse(*_: object) -> bool:
+        raise RecursionError
+
+    monkeypatch.setattr(rewards, "_expressions", lambda _text: (Deep(),))
+    assert rewards.load_answer(rewards.math_reward)(r"\boxed{x+1}") is None
+    monkeypatch.setattr(rewards, "_equal", recurse)
+    with pytest.raises(rewards.UnparseableError, match=r"must parse, got 'x\+1'"):
+        rewards.math_reward(r"\boxed{x+1}", "x+2")
