@@ -79,11 +79,12 @@ def math_reward(completion: str, answer: str) -> float:
     if given.strip() == answer.strip():
         return 1.0
     try:
-        if _parses(given):
-            return float(_equal(given, answer))
+        equal = _equal(given, answer) if _parses(given) else None
     except RecursionError:  # of sympy, whose trees may be deeper than what was written
-        pass
-    raise UnparseableError(f"answer of the completion must parse, got {given[:80]!r}")
+        equal = None
+    if equal is None:
+        raise UnparseableError(f"answer of the completion must parse, got {given[:80]!r}")
+    return float(equal)
 
 
 def exact_reward(completion: str, answer: str) -> float:
