@@ -77,7 +77,9 @@ def attention(
     window = sliding_window if sliding_window and sliding_window < max(packed_lengths) else None
     groups = query.shape[1] // key.shape[1]
     rows = [x[0] for x in (query, repeat_kv(key, groups), repeat_kv(value, groups))]
-    if _has_varlen(query):
+    if torch.is_autocast_enabled(query.device.type):  # rotary leaves float32 behind
+        rows = [row.to(torch.get_autocast_dtype(query.device.type)) for row in rows]
+    if _has_varlen(rows[0]):
         return _varlen(rows, packed_lengths, more["cu_seq_lens_q"], scaling, window)[None], None
     return _padded(rows, packed_lengths, scaling, window).transpose(0, 1)[None], None
 

@@ -47,7 +47,9 @@ MAY_CHANGE = (
     "samples_per_step",
     "eval",
     "log",
-    "teacher",
+    "teacher.concurrency",
+    "teacher.timeout_s",
+    "teacher.deadline_s",
     "reward.workers",
     "sampling.batch_size",
     "model.device",
@@ -197,7 +199,7 @@ def _clean(folder: Path) -> None:
     """Make the folder; remove what a killed save or removal left."""
     folder.mkdir(parents=True, exist_ok=True)
     for rest in folder.glob(".tmp_*"):
-        shutil.rmtree(rest)
+        rest.unlink() if rest.is_file() else shutil.rmtree(rest)
 
 
 def _publish(work: Path, final: Path, meta: dict[str, Any], keep: int) -> None:

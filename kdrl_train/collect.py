@@ -1,5 +1,6 @@
 """From a step's prompts to its batch: each rank samples and verifies its share; all get all."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from kdrl_train.config import DataConfig, SamplingConfig
 from kdrl_train.data import Example, encode_prompt, step_indices
 from kdrl_train.engines import require_version
+from kdrl_train.errors import RewardError
 from kdrl_train.interrupt import Stopped
 from kdrl_train.log import Stages
 from kdrl_train.rollout import Rollouts
@@ -30,7 +32,7 @@ def collect(run: Run, step: int, stages: Stages) -> Batch:
     """The step's prompts, a function of (seed, step), R completions of the policy, their rewards.
 
     Raises: Stopped where a signal came to any rank; EngineError for an engine with other weights;
-        ValueError where the reward function failed on all completions of a prompt.
+        RewardError where the reward function failed on all completions of a prompt.
     """
     config = run.config
     require_version(run.engine, step)
@@ -60,19 +62,21 @@ def answer(
     step: int,
     stages: Stages,
     teacher: RemoteTeacher | None = None,
+    stoppable: bool = True,
 ) -> list[Answered]:
     """G judged completions of each example, in order, each rank's share sampled and verified there.
 
     All ranks call it together, and get the parts of all. teacher: is asked about all of them.
-    Raises: Stopped where a signal came to any of them.
+    stoppable: a signal to any of them raises Stopped.
     """
+    poll = run.interrupt.poll if stoppable else _go_on
 
     def own_part() -> Answered | None:
         rank, ranks = run.world.rank, run.world.size
         first, end = (len(examples) * place // ranks for place in (rank, rank + 1))
         try:
             share = examples[first:end]
-            return _own_part(run, share, first, data, sampling, step, stages, teacher)
+            return _own_part(run, share, first, data, sampling, step, stages, teacher, poll)
         except Stopped:
             return None
 
@@ -92,6 +96,7 @@ def _own_part(
     step: int,
     stages: Stages,
     teacher: RemoteTeacher | None,
+    poll: Callable[[], None],
 ) -> Answered:
     """This rank's examples, of which the first is at place `first` of the step's."""
     prompts = [encode_prompt(run.tokenizer, example, data) for example in examples]
@@ -102,9 +107,9 @@ def _own_part(
             seed=run.config.seed,
             step=step,
             first=first,
-            poll=run.interrupt.poll,
+            poll=poll,
         )
-    run.interrupt.poll()
+    poll()
     everybody = torch.ones(len(rollouts.texts), dtype=torch.bool)
     asked = {} if teacher is None else teacher.ask(rollouts, everybody)
     answers = [example.answer for example in examples for _ in range(sampling.group_size)]
@@ -113,8 +118,12 @@ def _own_part(
     with stages("teacher"):
         scores: list[Tensor | None] = [None] * len(everybody)
         if teacher is not None:
-            scores = teacher.collect(rollouts, everybody, asked)
+            scores = teacher.collect(rollouts, everybody, asked, poll)
     return Answered(rollouts, verdicts, scores)
+
+
+def _go_on() -> None:
+    """What polls an evaluation: a score that a schedule may wait for is not dropped."""
 
 
 def _require_rewards(run: Run, batch: Batch, step: int) -> None:
@@ -125,7 +134,7 @@ def _require_rewards(run: Run, batch: Batch, step: int) -> None:
         failed = f"step {step + 1}: {len(errors)} of {rewards.numel()} rewards failed"
         run.log.say(f"{failed}; first: {batch.examples[r].id}: {message}")
     for group in rewards.isnan().all(dim=1).nonzero().flatten().tolist():
-        raise ValueError(
+        raise RewardError(
             f"reward.function must return a number for some completion of each prompt, got none "
             f"for the {size} of {batch.examples[group * size].id} at step {step}; first: "
             f"{errors[group * size]}: correct the function, or remove the row"

@@ -32,8 +32,10 @@ def gradient_split(
     goal, rl, kd = policy.objective, None, None
     if goal.policy != "off":
         alone = replace(goal, kd=None, entropy_coef=0.0)
-        rl = _gradient(policy, batch, normalizer, None, alone)
-    if teacher is not None:
+        rl = _gradient(policy, replace(batch, teacher_logprobs=None), normalizer, None, alone)
+    if goal.kd is not None and batch.needs_teacher:
+        if teacher is None and batch.teacher_logprobs is None:  # distilled on another rank alone
+            batch = replace(batch, teacher_logprobs=torch.zeros_like(batch.sampled_logprobs))
         alone = replace(goal, policy="off", entropy_coef=0.0)
         kd = _gradient(policy, batch, normalizer, teacher, alone)
     rl_norm = None if rl is None else _dot(rl, rl) ** 0.5

@@ -15,9 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
+from kdrl_train.checkpoint import load_weights
 from kdrl_train.config import DataConfig, EvaluateConfig, ModelConfig, SamplingConfig, TeacherConfig
 from kdrl_train.data import Example, encode_prompt, load_examples
 from kdrl_train.models import load_model, load_tokenizer
+from kdrl_train.policy import HeadedModel
 from kdrl_train.rollout import Rollouts, generate_rollouts
 from kdrl_train.teacher_client import connect
 from kdrl_train.verifier import Verdicts, Verifier
@@ -195,6 +197,8 @@ def evaluate_folder(config: EvaluateConfig) -> EvalResult:
     tokenizer = load_tokenizer(config.model.policy)
     dtype = getattr(torch, config.model.dtype)
     model = load_model(config.model.policy, "model.policy", config.model, dtype)
+    if config.model.weights is not None:
+        load_weights(config.model.weights, HeadedModel(model))
     with Verifier(config.reward) as verifier:
         return evaluate(
             model,

@@ -79,7 +79,8 @@ def load_dump(file: Path) -> dict[str, Any]:
         ) from error
 
 
-_STEP = ("step", "rewards", "advantages", "kd_weight", "example_ids")
+_GIVEN = ("old_logprobs", "sampler_weights", "teacher_logprobs")
+_STEP = ("step", "part", "rewards", "advantages", "kd_weight", "example_ids", *_GIVEN)
 _ROLLOUTS = tuple(field.name for field in fields(Rollouts))
 
 
@@ -88,6 +89,11 @@ def replay(dump: dict[str, Any], folder: Path) -> list[Replayed]:
 
     Raises: ValueError where the run folder has no configuration or no checkpoint of that step.
     """
+    if dump["part"]:
+        raise ValueError(
+            f"file must be of the first update of its step, got update {dump['part'] + 1}: nothing "
+            "keeps the weights between two updates"
+        )
     config = update(TrainConfig(), load_yaml(folder / "config.yaml"))
     use_device(config.model)
     loaded = check.load(config)
@@ -113,6 +119,8 @@ def replay(dump: dict[str, Any], folder: Path) -> list[Replayed]:
         weights_R=weights,
         kd_weight_R=kd_weight,
         micro_batch_tokens=1,  # a completion each
+        distil_eos=config.method.kd_eos == "keep",
+        **{name: dump[name] for name in _GIVEN},
     ):
         index, packed = int(batch.rollout[0]), batch.to(policy.device)
         teacher = loaded.teacher(packed) if loaded.teacher and batch.needs_teacher else None

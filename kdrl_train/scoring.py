@@ -79,6 +79,9 @@ class Scorer:
         return None
 
     def _work(self, batch: list[Job]) -> None:
+        batch = [job for job in batch if job.logprobs.set_running_or_notify_cancel()]
+        if not batch:  # nobody waits any more
+            return
         try:
             found = score_packed(self.model, batch)
         except Exception as error:  # whatever torch raises goes to who asked; the server lives on

@@ -4,7 +4,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Self
 
@@ -17,6 +17,8 @@ from kdrl_train.teacher_client import NoAnswerError, Query, TeacherClient, Teach
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 15.0
 """Between two tries: doubled each time, times a random factor in [0.5, 1]."""
+POLL_S = 0.2
+"""Between two looks at whether the run was asked to stop."""
 QUIET_S = 1.0
 """A silence shorter than this is not reported: a full queue is no outage."""
 
@@ -64,7 +66,11 @@ class RemoteTeacher:
         }
 
     def collect(
-        self, rollouts: Rollouts, wanted_R: Tensor, asked: dict[int, Future[Tensor]]
+        self,
+        rollouts: Rollouts,
+        wanted_R: Tensor,
+        asked: dict[int, Future[Tensor]],
+        poll: Callable[[], None] | None = None,
     ) -> list[Tensor | None]:
         """Wait for the wanted ones; those not asked for so far are asked for now, the unwanted
         dropped.
@@ -72,6 +78,7 @@ class RemoteTeacher:
         Args:
             wanted_R: [R] bool.
             asked: from `ask` with the same rollouts.
+            poll: called now and then; what it raises ends the waiting.
         Returns: R of [T] float32 nats, None where not wanted.
         Raises: TeacherError, of the first that failed.
         """
@@ -82,6 +89,11 @@ class RemoteTeacher:
             if not wanted_R[r]:
                 future.cancel()
         try:
+            waiting = {futures[r] for r in wanted_R.nonzero().flatten().tolist()}
+            while waiting:
+                if poll is not None:
+                    poll()
+                _, waiting = wait(waiting, POLL_S)
             return [futures[r].result() if wanted_R[r] else None for r in range(len(wanted_R))]
         except TeacherError as error:
             raise self._failure or error from None

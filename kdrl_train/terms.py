@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kdrl_train import grpo
 from kdrl_train.config import MethodConfig, TrainConfig
+from kdrl_train.interrupt import Stopped
 from kdrl_train.log import Stages
 from kdrl_train.packing import PackedBatch, pack
 from kdrl_train.policy import Policy, Teacher
@@ -130,7 +131,16 @@ def ask_server(run: Run, batch: Batch, wanted_R: Tensor) -> list[Tensor | None]:
     missing_R = wanted_R & torch.tensor([one is None for one in known])
     places = torch.arange(len(known)) % run.world.size
     own_R = missing_R & (places == run.world.rank)
-    parts = run.world.share(lambda: remote.collect(batch.rollouts, own_R, {}))
+
+    def own_part() -> list[Tensor | None] | None:
+        try:
+            return remote.collect(batch.rollouts, own_R, {}, run.interrupt.poll)
+        except Stopped:
+            return None
+
+    parts = [part for part in run.world.share(own_part) if part is not None]
+    if len(parts) < run.world.size:
+        raise Stopped
     answers = zip(known, *parts, strict=True)
     return [next((one for one in found if one is not None), None) for found in answers]
 

@@ -21,7 +21,7 @@ from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import save_yaml, to_dict
 from kdrl_train.distributed import World, connect
 from kdrl_train.engines import open_engine
-from kdrl_train.errors import RunError
+from kdrl_train.errors import MidStepError, RunError
 from kdrl_train.evaluate import EVAL_STEP, summarize
 from kdrl_train.interrupt import Interrupt, Stopped
 from kdrl_train.log import RunLog, Stages, peak_memory_bytes, read_rows
@@ -76,6 +76,11 @@ def open_run(
     console: Console | None,
 ) -> tuple[Run, int]:
     """Models, data and log of a run, and the optimiser steps that are done already."""
+    for key in ("offload_policy", "offload_teacher"):
+        if getattr(config.model, key) and not world.launched:
+            raise ValueError(
+                f"model.{key} must be false without torchrun, got true: FSDP2 offloads"
+            )
     newest = world.on_main(lambda: checkpoint.open_folder(config))
     torch.manual_seed(config.seed)
     loaded = stack.enter_context(closing(check.load(config)))
@@ -142,10 +147,11 @@ def steps(run: Run, first: int) -> bool:
         stages = Stages()
         try:
             row = learn(run, step, stages)
-        except (Stopped, FloatingPointError, RunError) as reason:  # of all ranks, at one place
-            run.optimizer.zero_grad(set_to_none=True)
-            untouched = isinstance(reason, Stopped) or config.optim.updates_per_rollout == 1
-            if saved < step and untouched:  # not between two updates of the step
+        except MidStepError:
+            raise
+        except (Stopped, FloatingPointError, RunError, ChildProcessError) as reason:
+            run.optimizer.zero_grad(set_to_none=True)  # of all ranks, at one place
+            if saved < step:
                 save(run, step)
             if isinstance(reason, Stopped):
                 run.log.say(f"stopped by a signal after {step} steps: --resume continues")
@@ -162,8 +168,8 @@ def steps(run: Run, first: int) -> bool:
 def learn(run: Run, step: int, stages: Stages) -> dict[str, Any]:
     """From prompts to the optimiser step, its last act; returns the step's row of metrics.
 
-    Raises: Stopped, FloatingPointError or RunError before the step's first update, the last two
-        also before a later one.
+    Raises: Stopped, FloatingPointError or RunError before the step's first update, MidStepError
+        before a later one.
     """
     if run.policy.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.policy.device)
@@ -209,13 +215,11 @@ def save(run: Run, done: int) -> None:
 
 
 def evaluation(run: Run) -> dict[str, float]:
-    """Metrics of the held-out problems; none where a signal came meanwhile."""
+    """Metrics of the held-out problems."""
     config, start = run.config, time.perf_counter()
     sampling = replace(config.sampling, group_size=config.eval.samples)
-    try:
-        parts = answer(run, run.held_out, config.eval.data, sampling, EVAL_STEP, Stages())
-    except Stopped:
-        return {}
+    given = (run.held_out, config.eval.data, sampling, EVAL_STEP, Stages())
+    parts = answer(run, *given, stoppable=False)
     rollouts = Rollouts.join([part.rollouts for part in parts])
     verdicts = Verdicts.join([part.verdicts for part in parts])
     seconds = time.perf_counter() - start

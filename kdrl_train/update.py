@@ -10,6 +10,7 @@ from torch import Tensor
 from kdrl_train import grpo
 from kdrl_train.diagnostics import gradient_split
 from kdrl_train.engines import require_agreement
+from kdrl_train.errors import MidStepError, RunError
 from kdrl_train.log import Stages
 from kdrl_train.packing import pack
 from kdrl_train.run import Batch, Run
@@ -20,7 +21,8 @@ from kdrl_train.terms import Terms, prepare
 def update(run: Run, batch: Batch, step: int, stages: Stages) -> dict[str, Any]:
     """The step's optimiser updates, of one part of its prompts each; returns their metrics.
 
-    Raises: FloatingPointError or EngineError before the optimiser step; Stopped before the first.
+    Raises: FloatingPointError, RunError or Stopped before the first optimiser step; MidStepError
+        before a later one.
     """
     config = run.config
     terms = prepare(run, batch, step, stages)
@@ -29,14 +31,20 @@ def update(run: Run, batch: Batch, step: int, stages: Stages) -> dict[str, Any]:
     for part, rewards_R in enumerate(
         grpo.minibatches(batch.rewards, config.optim.updates_per_rollout)
     ):
-        found, loss, diagnosed = accumulate(run, batch, terms, rewards_R, step, part, stages)
-        if part == 0:
-            measured = diagnosed
-            gap = {**grpo.token_means(found), **terms.metrics}["sampler_gap_mean"]
+        try:
+            found, loss, diagnosed = accumulate(run, batch, terms, rewards_R, step, part, stages)
+            if part == 0:
+                measured = diagnosed
+                gap = {**grpo.token_means(found), **terms.metrics}["sampler_gap_mean"]
+            with stages("update"):
+                norm = clip(run)
+                stop_if_not_finite(run, batch, terms, step, part, loss, norm)
+                require_agreement(gap, config.engine.limit(config.model.dtype), step)
+        except (FloatingPointError, RunError) as error:
+            if part == 0:
+                raise
+            raise MidStepError(f"{error} (update {part + 1} of the step)") from error
         with stages("update"):
-            norm = clip(run)
-            stop_if_not_finite(run, batch, terms, step, loss, norm)
-            require_agreement(gap, config.engine.limit(config.model.dtype), step)
             rate = take_step(run, step)
         sums = grpo.add_sums(sums, found)
         losses.append(loss)
@@ -129,7 +137,7 @@ def take_step(run: Run, step: int) -> float:
 
 
 def stop_if_not_finite(
-    run: Run, batch: Batch, terms: Terms, step: int, loss: float, grad_norm: float
+    run: Run, batch: Batch, terms: Terms, step: int, part: int, loss: float, grad_norm: float
 ) -> None:
     """Raise FloatingPointError, with the step's batch dumped, unless both numbers are finite."""
     if torch.isfinite(torch.tensor([loss, grad_norm])).all():
@@ -142,6 +150,10 @@ def stop_if_not_finite(
         "rewards": batch.rewards,
         "advantages": terms.advantages,
         "kd_weight": terms.kd_weight,
+        "old_logprobs": terms.old_logprobs,
+        "sampler_weights": terms.sampler_weights,
+        "teacher_logprobs": terms.teacher_logprobs,
+        "part": part,
         "outcomes": batch.verdicts.outcomes,
         "errors": batch.verdicts.errors,
         "example_ids": [example.id for example in batch.examples],

@@ -96,7 +96,7 @@ class ContinuousEngine(GenerateEngine):
             prompt_ids=[torch.tensor(request) for request in requests],
             completion_ids=ids,
             logprobs=[torch.tensor(output.logprobs, dtype=torch.float32) for output in outputs],
-            truncated=torch.tensor([int(tokens[-1]) not in stops for tokens in ids]),
+            truncated=torch.tensor([int(t[-1]) not in stops for t in ids], dtype=torch.bool),
             texts=self.tokenizer.batch_decode(
                 [tokens.tolist() for tokens in ids], skip_special_tokens=True
             ),

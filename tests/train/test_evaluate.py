@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -20,6 +21,7 @@ from kdrl_train.config import (
     EvalConfig,
     EvaluateConfig,
     ModelConfig,
+    OptimConfig,
     RewardConfig,
     SamplingConfig,
     TrainConfig,
@@ -248,3 +250,21 @@ def test_command_writes_table_and_json(
     printed = capsys.readouterr().out
     assert "5 problems, 2 completions each" in printed
     assert f"{result['avg_at_k']:.1%}" in printed
+
+
+def test_the_weights_of_a_checkpoint_are_measured(
+    config: Callable[..., TrainConfig], folders: dict[str, Path]
+) -> None:
+    settings = config(steps=2, optim=OptimConfig(learning_rate=3e-2))
+    train.main(settings, Console(file=io.StringIO()))
+    saved = settings.out / "checkpoints" / "step_000002"
+    student = ModelConfig(policy=str(folders["student"]), device="cpu")
+    trained = replace(student, policy=str(settings.out / "model"))
+    results = [
+        evaluate_folder(
+            EvaluateConfig(model=model, data=settings.data, sampling=SAMPLING, reward=REWARD)
+        )
+        for model in (trained, replace(student, weights=saved), student)
+    ]
+    first, second, third = (replace(result, seconds=0.0) for result in results)
+    assert first == second != third

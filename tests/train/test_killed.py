@@ -16,9 +16,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from kdrl_train import checkpoint, train
-from kdrl_train.config import SamplingConfig, TrainConfig
+from kdrl_train import checkpoint, replay, train, update
+from kdrl_train.config import OptimConfig, SamplingConfig, TrainConfig
 from kdrl_train.config_file import save_yaml
+from kdrl_train.errors import RewardError, RunError
 from kdrl_train.log import read_rows
 from tests.train.ranks import DEADLINE_S, Background
 from tests.train.test_train import run, weights, without_times
@@ -198,3 +199,49 @@ def test_bits_that_rot_are_found(config: Config) -> None:
         match=r"step_000001 must hold the state of this model, got \w+Error: .*: resume with",
     ):
         run(replace(settings, steps=2, resume=True))
+
+
+def test_a_kill_between_pointer_and_rename_does_no_harm(config: Config) -> None:
+    settings = config(steps=1)
+    run(settings)
+    (settings.out / "checkpoints" / ".tmp_LATEST").write_text("step_000002\n")
+    rows = run(replace(settings, steps=2, resume=True))
+    assert [row["step"] for row in rows] == [0, 1]
+    names = {path.name for path in (settings.out / "checkpoints").iterdir()}
+    assert names == {"LATEST", "step_000001", "step_000002"}
+
+
+def test_steps_that_are_done_are_saved_whatever_ends_the_next(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a step has several updates; but not between two of them."""
+    optim = OptimConfig(learning_rate=1e-3, updates_per_rollout=2)
+    collect, take_step, taken = train.collect, update.take_step, []
+
+    def fail(run: train.Run, step: int, stages: train.Stages) -> Any:
+        if step == 2:
+            raise RewardError("no reward")
+        return collect(run, step, stages)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "collect", fail)
+        with pytest.raises(ValueError, match="no reward"):
+            run(config("first", optim=optim))
+    assert checkpoint.latest(config("first").out / "checkpoints").step == 2
+
+    def break_weights(run: train.Run, step: int) -> float:
+        taken.append(step)
+        rate = take_step(run, step)
+        if len(taken) == 3:  # of two updates a step
+            with torch.no_grad():
+                run.policy.model.lm_head.weight.fill_(torch.nan)
+        return rate
+
+    monkeypatch.setattr(update, "take_step", break_weights)
+    with pytest.raises(RunError, match=r"must be finite.*\(update 2 of the step\)"):
+        run(config("second", optim=optim))
+    assert taken == [0, 0, 1]
+    assert checkpoint.latest(config("second").out / "checkpoints") is None
+    dump = config("second").out / "failed_step_000001.pt"
+    with pytest.raises(ValueError, match="must be of the first update of its step, got update 2"):
+        replay.main(replay.ReplayConfig(file=dump), Console(file=io.StringIO()))

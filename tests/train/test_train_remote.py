@@ -1,6 +1,8 @@
 """train with a teacher behind a URL: the same step, the pauses, and no call that is not needed."""
 
 import io
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from kdrl_train import cli, teachers, train
 from kdrl_train.config import (
     DataConfig,
+    LogConfig,
     MethodConfig,
     ModelConfig,
     OptimConfig,
@@ -288,3 +291,33 @@ def test_two_ranks_ask_for_their_shares(
     whole, parts = (config(out, process.url, **settings) for out in ("whole", "parts"))
     run(whole)
     assert_same_metrics(together(parts, 2), read_rows(whole.out))
+
+
+def test_gradients_are_told_apart_with_a_server(
+    config: Callable[..., TrainConfig], folders: dict[str, Path], process: Process
+) -> None:
+    settings = {"method": K2, "steps": 1, "log": LogConfig(diagnostics_every=1)}
+    (row,), _ = run(config("remote", process.url, **settings))
+    (local,), _ = run(config("local", str(folders["teacher"]), **settings))
+    for name in ("rl_grad_norm", "kd_grad_norm", "rl_kd_cosine"):
+        assert row[name] == pytest.approx(local[name], rel=1e-4)
+
+
+def test_a_signal_does_not_wait_for_a_teacher_that_is_away(
+    config: Callable[..., TrainConfig], folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(teacher_app(folders["teacher"])) as url:
+        remote = config("remote", url, method=K2, steps=3)
+        ask = teachers.RemoteTeacher.ask
+
+        def away(self: Any, *given: Any) -> Any:
+            self.client._http.base_url = f"http://127.0.0.1:{free_port()}"  # nobody there
+            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            return ask(self, *given)
+
+        monkeypatch.setattr(teachers.RemoteTeacher, "ask", away)
+        start = time.monotonic()
+        rows, words = run(remote)
+    assert time.monotonic() - start < 15
+    assert rows == []
+    assert "stopped by a signal after 0 steps" in words
