@@ -3,8 +3,9 @@
 # (tiles of the row kernels apart, since they take minutes to compile: python3 -m bench.tiles;
 # the scoreboard at its full length too: python3 -m bench --minutes 8 --out OUT)
 # Runs on the machine's own Python, from the repository. Wheels in ./wheels, if there are any, are
-# installed first, without their dependencies. The tests want pytest and hypothesis, the scoreboard
-# numpy and jinja2; it times whichever libraries it finds (TRL's backward pass imports datasets):
+# installed first, without their dependencies. The tests want pytest and hypothesis, the trainer's
+# also the extra train, the scoreboard numpy and jinja2; it times whichever libraries it finds
+# (TRL's backward pass imports datasets):
 #   pip download --no-deps -d wheels pytest hypothesis liger-kernel==0.8.5 trl==1.16.0 \
 #       cut-cross-entropy==25.1.1 flash-linear-attention==0.6.0 fla-core==0.6.0 verl==0.9.1
 # Prints a report last, tables at its end. Each part has its own time limit, 570 s in all, and
@@ -28,11 +29,12 @@ print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton
 PY
 limit 200 python3 -m pytest tests/kernels --junitxml="$out/kernels.xml" > "$out/kernels.log" 2>&1
 code=$?
+limit 150 python3 -m pytest tests/train/test_gpu.py > "$out/train.log" 2>&1 || code=$?
 limit 60 python3 -m bench.gemms --out "$out" --seconds 50 > "$out/gemms.log" 2>&1
-limit 300 python3 -m bench --minutes 4.5 --out "$out" > "$out/bench.log" 2>&1 || code=$?
+limit 150 python3 -m bench --minutes 2 --out "$out" > "$out/bench.log" 2>&1 || code=$?
 {
     cat "$out/machine.txt"
-    grep -hE "^(FAILED|ERROR|E  )|passed|failed" "$out/kernels.log" | tail -40
+    grep -hE "^(FAILED|ERROR|E  )|passed|failed" "$out/kernels.log" "$out/train.log" | tail -40
     grep -hE "not installed|failed|differs" "$out/bench.log" | tail -40
     [ -s "$out/gemms.json" ] && python3 -m bench.gemms --show "$out/gemms.json"
     [ -s "$out/results.json" ] && python3 bench/report.py "$out" --short

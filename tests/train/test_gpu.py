@@ -1,0 +1,103 @@
+"""The trainer on a GPU in bfloat16: one process, one rank of FSDP2, the attention and the engines.
+
+With an absolute scale in bfloat16: what is compared are log-probabilities near -5 nats.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdrl_train import attention
+from kdrl_train.config import MethodConfig, ModelConfig, TrainConfig
+from kdrl_train.config_file import save_yaml
+from kdrl_train.log import read_rows
+from kdrl_train.policy import Policy
+from tests.train.test_train import run
+
+pytestmark = pytest.mark.gpu
+Config = Callable[..., TrainConfig]
+LENGTHS = (5, 1, 17, 30, 16, 3, 31)
+
+
+def on_gpu(config: TrainConfig, **model: Any) -> TrainConfig:
+    return replace(config, model=replace(config.model, device="cuda", dtype="bfloat16", **model))
+
+
+def test_steps_are_those_of_a_cpu(config: Config) -> None:
+    rows = run(on_gpu(config("gpu")))
+    exact = run(config("cpu", steps=1))
+    assert len(rows) == 3
+    assert rows[0]["kl_teacher"] == pytest.approx(exact[0]["kl_teacher"], rel=0.1)
+    for row in rows:
+        assert row["sampler_gap_mean"] < 0.05
+        assert row["peak_memory_bytes"] > 0
+
+
+def test_one_rank_of_fsdp2_is_one_process(config: Config) -> None:
+    whole, sharded = on_gpu(config("whole")), on_gpu(config("sharded"))
+    run(whole)
+    save_yaml(sharded, sharded.out.with_suffix(".yaml"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "1", "-m", "kdrl_train", "train"]
+    command += ["--config", str(sharded.out.with_suffix(".yaml"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, other = read_rows(sharded.out)[0], read_rows(whole.out)[0]
+    for name in ("loss", "grad_norm", "kl_teacher", "entropy"):
+        assert first[name] == pytest.approx(other[name], rel=0.1, abs=1e-3), name
+
+
+@pytest.mark.parametrize("offload", ["offload_policy", "offload_teacher"])
+def test_offloading_changes_nothing(config: Config, offload: str) -> None:
+    settings = on_gpu(config(), **{offload: True})
+    save_yaml(settings, settings.out.with_suffix(".yaml"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "1", "-m", "kdrl_train", "train"]
+    command += ["--config", str(settings.out.with_suffix(".yaml"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(read_rows(settings.out)) == 3
+
+
+def test_the_variable_length_kernel_computes_what_padded_batches_do(
+    tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the policy, whose float32 weights run under autocast."""
+    model = tiny("llama", hidden=64, num_attention_heads=2, head_dim=32).cuda()
+    model.set_attn_implementation(attention.NAME)
+    policy = Policy(model, MethodConfig(kd=None), compute_dtype=torch.bfloat16)
+    ids = torch.randint(2, 258, (1, sum(LENGTHS)), device="cuda")
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None].cuda()
+    calls = []
+    kernel = attention._varlen
+    monkeypatch.setattr(attention, "_varlen", lambda *args: calls.append(0) or kernel(*args))
+    with torch.no_grad():
+        found = policy.hidden(ids, positions, None, LENGTHS).float()
+        monkeypatch.setattr(attention, "_has_varlen", lambda _query: False)
+        expected = policy.hidden(ids, positions, None, LENGTHS).float()
+    assert len(calls) == 2  # layers
+    error = (found - expected).norm() / expected.norm()
+    assert error < 0.02
+
+
+def test_continuous_batching_agrees_with_the_trainer(config: Config) -> None:
+    base = on_gpu(config(steps=2))
+    for row in run(replace(base, engine=replace(base.engine, kind="continuous"))):
+        assert row["sampler_gap_mean"] < 0.05
+
+
+def test_liger_layers_agree(config: Config, folders: dict[str, Path]) -> None:
+    pytest.importorskip("liger_kernel")
+    model = ModelConfig(policy=str(folders["llama"]), teacher=None, device="cuda", liger=True)
+    settings = replace(config(), model=model, method=MethodConfig(kd=None))
+    plain = replace(
+        settings, out=settings.out.with_name("plain"), model=replace(model, liger=False)
+    )
+    ours, theirs = run(settings)[0], run(plain)[0]
+    assert ours["entropy"] == pytest.approx(theirs["entropy"], rel=1e-3)
