@@ -27,7 +27,8 @@ from tests.train.test_train import run, weights, without_times
 Config = Callable[..., TrainConfig]
 
 
-def train_quietly(config: TrainConfig) -> None:
+def train_quietly(config: TrainConfig, threads: int) -> None:
+    torch.set_num_threads(threads)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a killed run has nothing to say
     train.main(config, Console(file=io.StringIO()))
 
@@ -42,7 +43,7 @@ def test_killed_at_twenty_random_moments_it_equals_the_uninterrupted_run(config:
     kills = inside_a_save = 0
     while kills < 20:
         resume = (parts.out / "config.yaml").exists()
-        process = Background(train_quietly, replace(parts, resume=resume))
+        process = Background(train_quietly, replace(parts, resume=resume), torch.get_num_threads())
         until = time.monotonic() + moments.uniform(0.1, length / 3)
         while time.monotonic() < until and process.exit_code is None:
             time.sleep(0.005)
