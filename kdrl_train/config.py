@@ -235,8 +235,7 @@ class OptimConfig:
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm."""
     micro_batch_tokens: int = 8192
-    """Tokens packed into one forward and backward pass; results do not depend on it. On a CPU 1024
-    to 2048 stay in its caches."""
+    """Tokens packed into one forward and backward pass; results do not depend on it."""
     workspace_bytes: int | None = None
     """Memory of the one-pass head beyond inputs, outputs and gradients; None: its default."""
     head_impl: Literal["triton", "torch", "reference"] | None = None

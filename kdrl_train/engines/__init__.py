@@ -38,9 +38,6 @@ class Engine(Protocol):
     def load(self, policy: Policy, version: int) -> None:
         """Take over the policy's weights after `version` steps. All ranks call it together."""
 
-    def close(self) -> None:
-        """Free what it holds."""
-
 
 def open_engine(config: TrainConfig, policy: Policy, tokenizer: Any, world: World) -> Engine:
     """The engine of a run, with the policy's weights of step 0; before the policy is sharded."""

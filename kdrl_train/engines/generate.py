@@ -71,6 +71,3 @@ class GenerateEngine:
             if own:
                 raise RuntimeError(f"every weight must be loaded, got none for {sorted(own)}")
         self.version = version
-
-    def close(self) -> None:
-        """See Engine; what it holds is garbage with it."""
