@@ -8,13 +8,12 @@ it. The middle one is centred at 0; the outermost, from |x| = 110 on, take the r
 import torch
 from torch import Tensor
 
+from kdrl_train.bins import EDGES, LENGTH_BINS
+
 BINS = 2001
 WIDTH = 0.01
 SCALE = 0.01
 PERCENTILES = (10, 50, 90, 99)
-EDGES = (-10.0, -5.0, -2.0, -1.0, -0.5, -0.2, -0.1, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-"""Of the bins of `coarse`, nats."""
-LENGTH_BINS = 16
 
 
 def histogram(values: Tensor) -> Tensor:
