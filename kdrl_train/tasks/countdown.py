@@ -25,7 +25,7 @@ class CountdownConfig:
     """Most numbers of a problem."""
     max_number: int = 20
     """Largest given number."""
-    max_total: int = 99
+    max_total: int = 50
     """Largest target and intermediate result; the smallest is 1."""
     beyond: int = 0
     """Some given number of every problem is larger than this; 0: any problem."""
@@ -62,9 +62,9 @@ class CountdownConfig:
 
 
 LEVELS = {
-    "easy": CountdownConfig(max_number=15, max_total=50),
+    "easy": CountdownConfig(max_number=15),
     "medium": CountdownConfig(),
-    "hard": CountdownConfig(min_numbers=3, max_numbers=4),
+    "hard": CountdownConfig(max_numbers=4, max_total=99),
 }
 """Named difficulty levels; "medium" is the default configuration."""
 
@@ -170,7 +170,7 @@ def _draw(rng: random.Random, config: CountdownConfig) -> tuple[str, Problem] | 
         left, right = sorted(pair, key=lambda place: (-values[place], place))  # the larger first
         operators = [
             operator
-            for operator in "+-*"
+            for operator in "++--*"  # a product, the hardest to find, is half as frequent
             if 1 <= _apply(values[left], operator, values[right]) <= config.max_total
             and not (operator == "*" and values[right] == 1)
         ]
