@@ -3,8 +3,9 @@
 import itertools
 import random
 from dataclasses import dataclass, replace
+from functools import partial
 
-from kdrl_train.tasks.rows import SLIPS, check_slips, distinct
+from kdrl_train.tasks.rows import apply, check_slips, distinct, slip
 
 Operation = tuple[str, int]  # operator, operand
 Problem = tuple[int, list[Operation]]  # first number, what is done to it
@@ -113,7 +114,7 @@ def _draw(rng: random.Random, config: ArithmeticConfig) -> tuple[str, Problem] |
         else:
             operand = rng.randint(2, largest_factor)
         operations.append((operator, operand))
-        total = _apply(total, operator, operand)
+        total = apply(total, operator, operand)
     if max(start, *(operand for _, operand in operations)) <= config.beyond:
         return None
     return _expression(start, operations) + "=?", (start, operations)
@@ -129,23 +130,18 @@ def _solution(
     """The steps and where they end, each off with probability `slips`."""
     steps = []
     for i, (operator, operand) in enumerate(operations):
-        result = _apply(end, operator, operand)
+        result = apply(end, operator, operand)
         if rng.random() < slips:
-            result = _slip(rng, result, operations[i + 1 :], config)
+            go_on = partial(_results, operations=operations[i + 1 :])
+            result = slip(rng, result, go_on, config.max_total)
         steps.append(f"{end}{operator}{operand}={result}\n")
         end = result
     return "".join(steps) + f"#### {end}"
 
 
-def _apply(number: int, operator: str, operand: int) -> int:
-    return {"+": number + operand, "-": number - operand, "*": number * operand}[operator]
-
-
 def _results(start: int, operations: list[Operation]) -> list[int]:
     """The result after each operation."""
-    steps = itertools.accumulate(
-        operations, lambda total, step: _apply(total, *step), initial=start
-    )
+    steps = itertools.accumulate(operations, lambda total, step: apply(total, *step), initial=start)
     return list(steps)[1:]
 
 
@@ -157,13 +153,3 @@ def _expression(start: int, operations: list[Operation]) -> str:
             text = f"({text})"
         text, is_sum = f"{text}{operator}{operand}", operator != "*"
     return text
-
-
-def _slip(rng: random.Random, right: int, rest: list[Operation], config: ArithmeticConfig) -> int:
-    """A wrong result from which the rest of the operations stays in [1, max_total]; else right."""
-    wrong = []
-    for off in SLIPS:
-        results = [right + off, *_results(right + off, rest)]
-        if min(results) >= 1 and max(results) <= config.max_total:
-            wrong.append(right + off)
-    return rng.choice(wrong) if wrong else right

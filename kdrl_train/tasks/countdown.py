@@ -3,9 +3,10 @@
 import random
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 
 from kdrl_train.rewards import UnparseableError
-from kdrl_train.tasks.rows import SLIPS, check_slips, distinct
+from kdrl_train.tasks.rows import apply, check_slips, distinct, slip
 
 Step = tuple[int, str, int]  # place of the left number, operator, place of the right one
 Problem = tuple[list[int], list[Step]]  # the numbers; results of steps take the places after them
@@ -25,7 +26,7 @@ class CountdownConfig:
     """Most numbers of a problem."""
     max_number: int = 20
     """Largest given number."""
-    max_total: int = 99
+    max_total: int = 50
     """Largest target and intermediate result; the smallest is 1."""
     beyond: int = 0
     """Some given number of every problem is larger than this; 0: any problem."""
@@ -62,9 +63,9 @@ class CountdownConfig:
 
 
 LEVELS = {
-    "easy": CountdownConfig(max_number=15, max_total=50),
+    "easy": CountdownConfig(max_number=15),
     "medium": CountdownConfig(),
-    "hard": CountdownConfig(min_numbers=3, max_numbers=4),
+    "hard": CountdownConfig(max_numbers=4, max_total=99),
 }
 """Named difficulty levels; "medium" is the default configuration."""
 
@@ -129,7 +130,7 @@ def countdown_reward(completion: str, answer: str) -> float:
             if used not in numbers:
                 return 0.0
             numbers.remove(used)
-        if _apply(left, operator, right) != result:
+        if apply(left, operator, right) != result:
             return 0.0
         numbers.append(result)
     return float(numbers == [target] and end == target)
@@ -170,8 +171,8 @@ def _draw(rng: random.Random, config: CountdownConfig) -> tuple[str, Problem] | 
         left, right = sorted(pair, key=lambda place: (-values[place], place))  # the larger first
         operators = [
             operator
-            for operator in "+-*"
-            if 1 <= _apply(values[left], operator, values[right]) <= config.max_total
+            for operator in "++--*"  # a product, the hardest to find, is half as frequent
+            if 1 <= apply(values[left], operator, values[right]) <= config.max_total
             and not (operator == "*" and values[right] == 1)
         ]
         if not operators:
@@ -179,7 +180,7 @@ def _draw(rng: random.Random, config: CountdownConfig) -> tuple[str, Problem] | 
         operator = rng.choice(operators)
         steps.append((left, operator, right))
         free = [place for place in free if place not in pair] + [len(values)]
-        values.append(_apply(values[left], operator, values[right]))
+        values.append(apply(values[left], operator, values[right]))
     return f"{','.join(map(str, numbers))}->{values[-1]}", (numbers, steps)
 
 
@@ -193,28 +194,17 @@ def _solution(
     """The steps and where they end, each off with probability `slips`."""
     values, lines = list(numbers), []
     for i, (left, operator, right) in enumerate(steps):
-        result = _apply(values[left], operator, values[right])
+        result = apply(values[left], operator, values[right])
         if rng.random() < slips:
-            result = _slip(rng, values, result, steps[i + 1 :], config)
+            result = slip(rng, result, partial(_results, values, steps[i + 1 :]), config.max_total)
         lines.append(f"{values[left]}{operator}{values[right]}={result}\n")
         values.append(result)
     return "".join(lines) + f"#### {values[-1]}"
 
 
-def _slip(
-    rng: random.Random, values: list[int], right: int, rest: list[Step], config: CountdownConfig
-) -> int:
-    """A wrong result from which the rest of the steps stays in [1, max_total]; else right."""
-    wrong = []
-    for off in SLIPS:
-        results = [right + off]
-        for a, operator, b in rest:
-            known = values + results
-            results.append(_apply(known[a], operator, known[b]))
-        if min(results) >= 1 and max(results) <= config.max_total:
-            wrong.append(right + off)
-    return rng.choice(wrong) if wrong else right
-
-
-def _apply(left: int, operator: str, right: int) -> int:
-    return {"+": left + right, "-": left - right, "*": left * right}[operator]
+def _results(values: list[int], rest: list[Step], result: int) -> list[int]:
+    """What the rest of the steps gives where the step after `values` gave `result`."""
+    known = [*values, result]
+    for left, operator, right in rest:
+        known.append(apply(known[left], operator, known[right]))
+    return known[len(values) + 1 :]

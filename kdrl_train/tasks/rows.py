@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -37,6 +38,27 @@ def distinct(
                 f"no new one after {len(problems)}; raise a maximum of it"
             )
     return problems
+
+
+def apply(left: int, operator: str, right: int) -> int:
+    """left + right, left - right or left * right."""
+    return {"+": left + right, "-": left - right, "*": left * right}[operator]
+
+
+def slip(
+    rng: random.Random, right: int, go_on: Callable[[int], Iterable[int]], max_total: int
+) -> int:
+    """A wrong result of a step, or the right one where none leaves the rest in [1, max_total].
+
+    Args:
+        go_on: the step's result -> the results of the steps after it.
+    """
+    wrong = [
+        end
+        for end in (right + off for off in SLIPS)
+        if all(1 <= result <= max_total for result in (end, *go_on(end)))
+    ]
+    return rng.choice(wrong) if wrong else right
 
 
 def check_slips(slips: float) -> None:
