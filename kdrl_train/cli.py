@@ -36,6 +36,7 @@ COMMANDS = {
     "check": "preflight of a training run: a table, and an exit code of 1 if it would fail",
     "replay": "take a step that stopped a run apart, completion by completion",
     "report": "one HTML page about one or many runs: curves, differences, samples, events",
+    "study": "the arms of the paper and their rivals on tasks made for it, swept, over seeds",
     "plan": "memory of each GPU and time of a step, predicted from the models' config.json",
     "serve": "score with a teacher for trainers elsewhere, over HTTP",
     "sft": "train a small model and its tokenizer from scratch on solved problems",
@@ -101,17 +102,11 @@ def parse(default: T, argv: Sequence[str], command: str) -> T:
 
 def run(command: str, argv: Sequence[str]) -> int:
     """One command; returns its exit code. Each imports only what it needs."""
-    if command in ("demo", "replay", "serve", "sft"):
-        module = _module(command)
+    if command in ("demo", "plan", "replay", "report", "serve", "sft", "study"):
+        module = _module("study.command" if command == "study" else command)
         config_class = getattr(module, f"{command.capitalize()}Config")
-        module.main(parse(config_class(), argv, command))
-        return 0
-    if command == "report":
-        module = importlib.import_module("kdrl_train.report")
-        return module.main(parse(module.ReportConfig(), argv, command))
-    if command == "plan":
-        module = _module(command)
-        return module.main(parse(module.PlanConfig(), argv, command))
+        result = module.main(parse(config_class(), argv, command))
+        return result if command == "plan" else 0
     if command == "eval":
         config = parse(EvaluateConfig(), argv, command)
         _module("evaluate").main(config)

@@ -76,7 +76,9 @@ ARMS: Mapping[str, Arm] = {
         tuned=True,
     ),
     "kdrl_exact": Arm(title="KDRL, exact KL", method=replace(_KDRL, kd="rkl"), tuned=True),
-    "kdrl_centred": Arm(title="KDRL, k2 less the row's KL", method=_KDRL, tuned=True),
+    "kdrl_centred": Arm(
+        title="KDRL, k2 less the row's KL", method=replace(_KDRL, kd_baseline="kl"), tuned=True
+    ),
     "kdrl_k3": Arm(title="KDRL, k3", method=replace(_KDRL, kd="k3"), tuned=True),
     "kdrl_masked": Arm(
         title="KDRL on wrong completions", method=PRESETS["kdrl_masked"], tuned=True

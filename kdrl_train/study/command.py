@@ -32,16 +32,16 @@ def main(config: StudyConfig, console: Console | None = None) -> Path:
     found: dict[Trial, Result] = {}
     with Runner(config, console) as runner:
         runner.models()
-        best = {}
         for task in config.tasks:
             found |= runner.trials(plan.rate_sweep(config, task), f"{task}: learning rates")
             found |= runner.trials(plan.beta_sweep(config, task, found), f"{task}: betas")
-            best[task] = plan.chosen(config, task, found)
-            found |= runner.trials(plan.final_trials(config, task, best[task]), f"{task}: arms")
+            best = plan.chosen(config, task, found)
+            found |= runner.trials(plan.final_trials(config, task, best), f"{task}: arms")
             write_up.write(config, results.save(config, found))
-        quality = plan.quality_trials(config, best[config.tasks[0]])
-        found |= runner.trials(quality, "teachers of another quality")
-    write_up.write(config, results.save(config, found))
+            if task == config.tasks[0]:
+                quality = plan.quality_trials(config, best)
+                found |= runner.trials(quality, f"{task}: teachers of another quality")
+                write_up.write(config, results.save(config, found))
     console.print((config.out / "README.md").read_text(encoding="utf-8"), markup=False)
     console.print(f"page: {config.out / 'report.html'}")
     return config.out

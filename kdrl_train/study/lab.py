@@ -35,16 +35,17 @@ def write_task(config: StudyConfig, task: str) -> None:
     sets = make_splits(task, lab.level, TASK_SEED, **rows)
     for name, problems in sets.items():
         write_jsonl(problems, out / f"{name}.jsonl")
-    for name in models(config):
+    for name in models(config, task):
         sloppy = make_splits(task, lab.level, TASK_SEED, **rows, slips=slips(config, task, name))
         write_jsonl(sloppy["sloppy"], out / f"solutions_{name}.jsonl")
     texts = (f"{row['question']}\n{row['solution']}" for row in sets["train"])
     train_tokenizer(texts, vocab_size=VOCABULARY, folder=out / "tokenizer")
 
 
-def models(config: StudyConfig) -> tuple[str, ...]:
-    """Names of the models that the study's arms need."""
-    teachers = ("weak", "middle", "strong") if config.quality_arms else ("middle",)
+def models(config: StudyConfig, task: str) -> tuple[str, ...]:
+    """Names of the models that the arms of a task need."""
+    three = config.quality_arms and task == config.tasks[0]
+    teachers = ("weak", "middle", "strong") if three else ("middle",)
     return ("student", *(f"teacher_{name}" for name in teachers))
 
 

@@ -58,7 +58,9 @@ class Runner:
         """Every problem and model of the study. Raises: ChildProcessError where one fails."""
         for task in self.config.tasks:
             lab.write_task(self.config, task)
-        wanted = [(task, name) for task in self.config.tasks for name in lab.models(self.config)]
+        wanted = [
+            (task, name) for task in self.config.tasks for name in lab.models(self.config, task)
+        ]
         missing = [one for one in wanted if not (lab.folder(self.config, one[0]) / one[1]).exists()]
         done = self._each(missing, lambda one: self._process(["/".join(one)], self._tell))
         for (task, name), code in done:
@@ -122,12 +124,12 @@ class Runner:
             )
             self._running.add(process)
         assert process.stdout is not None
-        for line in process.stdout:
-            told(line.rstrip("\n"))
-        code = process.wait()
+        with process:
+            for line in process.stdout:
+                told(line.rstrip("\n"))
         with self._lock:
             self._running.discard(process)
-        return code
+        return process.returncode
 
     def _each(self, jobs: Sequence[Job], do: Callable[[Job], Done]) -> Iterable[tuple[Job, Done]]:
         """Each job with what `do` made of it, as they end."""
