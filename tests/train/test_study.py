@@ -10,15 +10,16 @@ import torch
 from rich.console import Console
 
 import kdrl_kernels as kk
+from kdrl_train import sft
 from kdrl_train.presets import PRESETS
-from kdrl_train.study import analysis, command, plan, results, tables, write_up
+from kdrl_train.study import analysis, command, lab, plan, results, tables, write_up
 from kdrl_train.study.analysis import FINDINGS, Finding, Study
 from kdrl_train.study.arms import ARMS, NOT_TRAINED, PAPER_STEPS, SCHEDULES
 from kdrl_train.study.config import LabConfig, StudyConfig, Trial, quick
 from kdrl_train.study.control import k1_as_loss
 from kdrl_train.study.runner import Runner, summary
 from kdrl_train.study.statistics import Estimate, estimate, first_reached, smooth
-from kdrl_train.study.trial import Result, Score, train_config, trial_folder
+from kdrl_train.study.trial import Result, Score, finish, train_config, trial_folder
 
 TEST = ("test", "longer", "larger")
 
@@ -68,10 +69,10 @@ def test_every_arm_is_a_valid_run_of_any_length(name: str, steps: int, tmp_path:
 def test_estimate_covers_a_known_mean_about_95_times_in_100() -> None:
     rng = np.random.default_rng(0)
     inside = 0
-    for _ in range(200):
-        found = estimate(rng.random((1, 400)) < 0.3, draws=400)
+    for _ in range(100):
+        found = estimate(rng.random((1, 200)) < 0.3, draws=400)
         inside += found.low <= 0.3 <= found.high
-    assert 180 <= inside <= 198
+    assert 88 <= inside <= 99
 
 
 def test_estimate_of_seeds_that_differ_is_wider_than_of_one() -> None:
@@ -222,20 +223,36 @@ def small() -> StudyConfig:
 
 
 def test_a_study_goes_on_where_it_stopped_and_a_crash_is_a_result(
-    small: StudyConfig, tmp_path: Path
+    small: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In this process: the quick study, part of CI, runs in those it starts."""
     config = replace(small, out=tmp_path / "study")
+
+    def process(_: Runner, names: list[str], told: Any) -> int:
+        for name in names:
+            folder = config.out / "trials" / name
+            if not (folder / "trial.json").exists():
+                sft.main(lab.model_config(config, *name.split("/")), Console(quiet=True))
+                continue
+            finish(config, folder)
+            told(name)
+        return 0
+
+    monkeypatch.setattr(Runner, "_process", process)
     console = Console(quiet=True)
     command.main(replace(config, arms=("student",)), console)
     first = {p: p.stat().st_mtime_ns for p in config.out.rglob("*.safetensors")}
-    # nothing was right in the teacher's samples, or it was: either way the others go on
+    assert first
     command.main(config, console)
     assert {p: p.stat().st_mtime_ns for p in first} == first
     table = (config.out / "README.md").read_text(encoding="utf-8")
     assert "| kdrl | 0.001 | 0.2 | 1 |" in table
     trials = Study(results.load(config.out / "results.json")["trials"])
     assert len(trials.results) == 3
-    assert [r.trial.arm for r in trials.crashed] in ([], ["sft"])
+    assert [r.error for r in trials.crashed] == [
+        "ValueError: the teacher must have right samples to learn from, got none in "
+        f"{config.out}/tasks/arithmetic/teacher_middle"
+    ]
     with pytest.raises(ValueError, match="steps 2 -> 3"):
         command.main(replace(config, steps=3), console)
 
