@@ -36,8 +36,8 @@ def write_task(config: StudyConfig, task: str) -> None:
     for name, problems in sets.items():
         write_jsonl(problems, out / f"{name}.jsonl")
     for name in models(config, task):
-        sloppy = make_splits(task, lab.level, TASK_SEED, **rows, slips=slips(config, task, name))
-        write_jsonl(sloppy["sloppy"], out / f"solutions_{name}.jsonl")
+        learnt = make_splits(task, lab.level, TASK_SEED, **rows, slips=slips(config, task, name))
+        write_jsonl(learnt.get("sloppy", learnt["train"]), out / f"solutions_{name}.jsonl")
     texts = (f"{row['question']}\n{row['solution']}" for row in sets["train"])
     train_tokenizer(texts, vocab_size=VOCABULARY, folder=out / "tokenizer")
 
