@@ -66,6 +66,9 @@ MAY_CHANGE = (
 )
 """Keys that a resumed run may set anew: they do not change what the training converges to."""
 
+ROLLOUTS = "rollouts.pt"
+"""In a checkpoint of a run that draws them ahead: the next step's."""
+
 _NAME = re.compile(r"step_(\d{6,})")
 
 
@@ -167,6 +170,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
     world: World = ALONE,
+    rollouts: dict[str, Any] | None = None,
 ) -> Path:
     """Write the state after `step` optimiser steps, then delete all but the newest ones.
 
@@ -175,6 +179,7 @@ def save(
         step: optimiser steps done.
         config: it goes in whole; config.keep_checkpoints are kept.
         world: all ranks call it together.
+        rollouts: of the next step, where they are drawn already: written by rank 0.
     Returns: the checkpoint's folder.
     Raises: OSError where it cannot be written (a full disk, say); what was there before is whole.
     """
@@ -185,7 +190,7 @@ def save(
         with _quiet():
             dcp.save(_state(model, optimizer), checkpoint_id=work, no_dist=not world.launched)
         meta = {"step": step, "config": to_dict(config), "torch": torch.__version__}
-        world.on_main(lambda: _publish(work, final, meta, config.keep_checkpoints))
+        world.on_main(lambda: _publish(work, final, meta, rollouts, config.keep_checkpoints))
     except (OSError, CheckpointException) as error:
         shutil.rmtree(work, ignore_errors=True)
         raise OSError(
@@ -202,8 +207,12 @@ def _clean(folder: Path) -> None:
         rest.unlink() if rest.is_file() else shutil.rmtree(rest)
 
 
-def _publish(work: Path, final: Path, meta: dict[str, Any], keep: int) -> None:
+def _publish(
+    work: Path, final: Path, meta: dict[str, Any], rollouts: dict[str, Any] | None, keep: int
+) -> None:
     """Give a written checkpoint its name, and delete those beyond `keep`."""
+    if rollouts is not None:
+        torch.save(rollouts, work / ROLLOUTS)
     meta["files"] = {path.name: path.stat().st_size for path in sorted(work.iterdir())}
     _write(work / "meta.json", json.dumps(meta, indent=1))
     if final.exists():  # of the same step, written before a resume from an older one

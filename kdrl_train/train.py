@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from kdrl_train import check, checkpoint, grpo
+from kdrl_train.ahead import Ahead
 from kdrl_train.collect import answer, collect
 from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import save_yaml, to_dict
@@ -34,7 +35,7 @@ from kdrl_train.sharding import shard
 from kdrl_train.teachers import RemoteTeacher
 from kdrl_train.trackers import Trackers
 from kdrl_train.update import update
-from kdrl_train.verifier import Verdicts, Verifier
+from kdrl_train.verifier import Verifier
 
 
 def main(config: TrainConfig, console: Console | None = None) -> Path:
@@ -95,8 +96,11 @@ def open_run(
             shard(teacher, offload=config.model.offload_teacher)
     optimizer = make_optimizer(config, policy)
     first = 0
+    ahead = stack.enter_context(closing(Ahead())) if config.engine.staleness else None
     if newest is not None:
         first = checkpoint.load(newest, model=policy, optimizer=optimizer, config=config)
+        if ahead is not None:
+            ahead.restore(newest.folder)
     elif config.model.weights is not None:
         checkpoint.load_weights(config.model.weights, policy)
     engine.load(policy, first)
@@ -125,6 +129,7 @@ def open_run(
         interrupt=interrupt,
         history=rebuild_history(schedules, rows, first, config.eval.every),
         log=log,
+        ahead=ahead,
     )
     return run, first
 
@@ -174,6 +179,8 @@ def learn(run: Run, step: int, stages: Stages) -> dict[str, Any]:
     if run.policy.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.policy.device)
     batch = collect(run, step, stages)
+    if run.ahead is not None:
+        run.ahead.start(run, step)
     run.log.samples(step, *sample_texts(batch), count=run.config.samples_per_step)
     rollouts, counts = batch.rollouts, batch.verdicts.counts
     return {
@@ -210,6 +217,7 @@ def save(run: Run, done: int) -> None:
         optimizer=run.optimizer,
         config=run.config,
         world=run.world,
+        rollouts=None if run.ahead is None else run.ahead.state(done),
     )
     run.log.say(f"saved {folder}")
 
@@ -219,11 +227,11 @@ def evaluation(run: Run) -> dict[str, float]:
     config, start = run.config, time.perf_counter()
     sampling = replace(config.sampling, group_size=config.eval.samples)
     given = (run.held_out, config.eval.data, sampling, EVAL_STEP, Stages())
-    parts = answer(run, *given, stoppable=False)
-    rollouts = Rollouts.join([part.rollouts for part in parts])
-    verdicts = Verdicts.join([part.verdicts for part in parts])
+    found = answer(run, *given)
     seconds = time.perf_counter() - start
-    return summarize(rollouts, verdicts, sampling.group_size, config.seed, seconds).metrics()
+    return summarize(
+        found.rollouts, found.verdicts, sampling.group_size, config.seed, seconds
+    ).metrics()
 
 
 def sample_texts(batch: Batch) -> tuple[Rollouts, list[str], list[str], Tensor]:
