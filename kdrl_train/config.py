@@ -316,6 +316,9 @@ class TrainConfig:
     """Optimiser steps in all."""
     save_every: int = 50
     """Optimiser steps between checkpoints; the last step is always saved."""
+    save_async: bool = False
+    """Copy the state to CPU memory and write the checkpoint while the next step trains, instead of
+    waiting for the disk. What fails is said after the step, and the run stops."""
     keep_checkpoints: int = 2
     """Older checkpoints beyond this many are deleted."""
     samples_per_step: int = 8

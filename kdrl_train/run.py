@@ -14,6 +14,7 @@ from kdrl_train.interrupt import Interrupt, Stopped
 from kdrl_train.log import RunLog
 from kdrl_train.policy import Policy, Teacher
 from kdrl_train.rollout import Rollouts
+from kdrl_train.saving import Saver
 from kdrl_train.schedules import History
 from kdrl_train.teachers import RemoteTeacher
 from kdrl_train.verifier import Verdicts, Verifier
@@ -41,6 +42,7 @@ class Run:
     interrupt: Interrupt
     history: History
     log: RunLog
+    saver: Saver
     ahead: "Ahead | None"
     """With engine.staleness 1."""
 

@@ -30,6 +30,7 @@ from kdrl_train.models import use_device
 from kdrl_train.policy import Policy
 from kdrl_train.rollout import Rollouts
 from kdrl_train.run import Batch, Run
+from kdrl_train.saving import Saver
 from kdrl_train.schedules import rebuild_history
 from kdrl_train.sharding import shard
 from kdrl_train.teachers import RemoteTeacher
@@ -129,6 +130,7 @@ def open_run(
         interrupt=interrupt,
         history=rebuild_history(schedules, rows, first, config.eval.every),
         log=log,
+        saver=stack.enter_context(closing(Saver(config, world, log.say))),
         ahead=ahead,
     )
     return run, first
@@ -158,15 +160,18 @@ def steps(run: Run, first: int) -> bool:
             run.optimizer.zero_grad(set_to_none=True)  # of all ranks, at one place
             if saved < step:
                 save(run, step)
+            run.saver.check(wait=True)
             if isinstance(reason, Stopped):
                 run.log.say(f"stopped by a signal after {step} steps: --resume continues")
                 return False
             raise
         finish(run, step, row, stages)
+        run.saver.check()
         done = step + 1
         if done % config.save_every == 0 or done == config.steps:
             save(run, done)
             saved = done
+    run.saver.check(wait=True)
     return True
 
 
@@ -210,16 +215,8 @@ def finish(run: Run, step: int, row: dict[str, Any], stages: Stages) -> None:
 def save(run: Run, done: int) -> None:
     """Checkpoint after `done` steps. The steps are in the log already: a run killed in between
     loses no row, and a resumed one drops those it will write again."""
-    folder = checkpoint.save(
-        run.config.out / "checkpoints",
-        step=done,
-        model=run.policy,
-        optimizer=run.optimizer,
-        config=run.config,
-        world=run.world,
-        rollouts=None if run.ahead is None else run.ahead.state(done),
-    )
-    run.log.say(f"saved {folder}")
+    rollouts = None if run.ahead is None else run.ahead.state(done)
+    run.saver.save(done, run.policy, run.optimizer, rollouts)
 
 
 def evaluation(run: Run) -> dict[str, float]:
