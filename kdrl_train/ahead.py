@@ -178,11 +178,12 @@ def measured_gaps(run: Run, rollouts: Rollouts) -> dict[str, float | None]:
 
 @contextmanager
 def _own_stream(device: torch.device) -> Iterator[None]:
-    """On a GPU, kernels of this thread run beside those of the others."""
+    """On a GPU, kernels of this thread run beside the trainer's, once the weights are pushed."""
     if device.type != "cuda":
         yield
         return
     stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.default_stream(device))
     with torch.cuda.stream(stream):
         yield
         stream.synchronize()
