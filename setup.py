@@ -15,6 +15,7 @@ TRAIN = [
     "numpy>=1.26,<2.5",  # torch and datasets share arrays through it
     "httpx2>=2.0",  # asks a teacher behind a URL; huggingface_hub brings it (httpx, carried on)
 ]
+REPORT = ["jinja2>=3.1"]  # the template of a report's page, which escapes what models wrote
 SERVE = [
     *TRAIN,
     "fastapi>=0.115",  # end points of a teacher's server, with checked requests
@@ -30,9 +31,9 @@ PEERS += ["flash-linear-attention==0.6.0", "quack-kernels==0.6.5"]
 BENCH = ["pytest-benchmark>=5.1", "matplotlib>=3.10", "jinja2>=3.1"]  # figures, plots, page
 BENCH += [f"{peer}; platform_system == 'Linux'" for peer in PEERS]  # what they are compared with
 GPU = ["flash-attn>=2.8; platform_system == 'Linux'", *LIGER]
-EXTRAS = {"train": TRAIN, "dev": SERVE + TEST + TENSORBOARD, "bench": BENCH, "gpu": GPU}
+EXTRAS = {"train": TRAIN, "dev": SERVE + TEST + TENSORBOARD + REPORT, "bench": BENCH, "gpu": GPU}
 EXTRAS |= {"tensorboard": TENSORBOARD, "wandb": WANDB, "trackio": TRACKIO}
-EXTRAS |= {"serve": SERVE, "liger": LIGER}
+EXTRAS |= {"serve": SERVE, "liger": LIGER, "report": [*TRAIN, *REPORT]}
 
 setup(
     name="kdrl-kernels",
@@ -44,7 +45,10 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["kdrl_kernels*", "kdrl_train*"]),
-    package_data={"kdrl_kernels": ["py.typed", "rows/README.md"], "kdrl_train": ["py.typed"]},
+    package_data={
+        "kdrl_kernels": ["py.typed", "rows/README.md"],
+        "kdrl_train": ["py.typed", "report/*.j2", "report/*.css"],
+    },
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require=EXTRAS,
 )

@@ -46,7 +46,8 @@ class LossOutput:
     teacher_logprobs: Tensor | None
     """[N], the teacher's; None without a teacher."""
     kl: Tensor | None
-    """[N] in nats: KL(p‖q) for "rkl", KL(q‖p) for "fkl", Jensen-Shannon for "jsd"; else None."""
+    """[N] in nats: KL(p‖q) for "rkl" and kd_baseline "kl", KL(q‖p) for "fkl", Jensen-Shannon for
+    "jsd"; else None."""
     entropy: Tensor | None
     """[N] in nats, where asked for or part of the loss."""
     metrics: dict[str, Tensor]
@@ -152,7 +153,7 @@ def kdrl_loss(
             give exactly zero gradient. Passing weights on a GPU costs one synchronisation.
         old_logprobs: [N] float in nats, at sampling time; None: strictly on-policy (ratio 1).
         teacher: TeacherHead with N rows, for sampled or exact KD.
-        teacher_logprobs: [N] float in nats, from a server, for sampled KD only.
+        teacher_logprobs: [N] float in nats, from a server, for sampled KD without kd_baseline.
         kd_weight: [N] float, schedule and mask of the KD term; None: 1.
         normalizer: number or 0-d tensor, e.g. the global token count; None: sum(token_weights).
         vocab_size: columns from here on do not exist in either model; None: min(V, V_t).
@@ -165,8 +166,9 @@ def kdrl_loss(
         teacher_gap_mean (mean lp - lq, nats) and k2_mean, and with a sampled KD
         kd_flip_fraction (share of tokens where it turns the sign of the advantage).
     Raises: ValueError for a shape, device, token or option; TypeError for a type or dtype.
-    Memory: as linear_logprobs, two buffers for exact KD; gradients are taken in the forward pass
-        and kept in float32 until backward rounds them once. Under no_grad none are computed.
+    Memory: as linear_logprobs, two buffers for exact KD and for kd_baseline; gradients are taken in
+        the forward pass and kept in float32 until backward rounds them once. Under no_grad none
+        are computed.
     Source: KDRL, arXiv:2506.02208. Derivations: rows/README.md.
     """
     checks.check_objective(objective, teacher, teacher_logprobs)
@@ -312,7 +314,7 @@ def _loss_call(
     )
     if impl == "reference":
         return call, impl
-    geometry = _geometry(student, teacher, loss.kd, impl)
+    geometry = _geometry(student, teacher, loss.exact_kd, impl)
     return replace(call, max_rows=max_rows(geometry, workspace_bytes)), impl
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kdrl_kernels.head import Head
-from kdrl_kernels.objective import EXACT_KD, CallerLoss, Rows, TokenLoss
+from kdrl_kernels.objective import CallerLoss, Rows, TokenLoss
 
 RowSet = slice | Tensor
 """Some of N rows: a slice, or their int64 numbers."""
@@ -73,7 +73,7 @@ class LossCall:
     @property
     def exact_kd(self) -> str | None:
         """The divergence that needs the teacher's whole distribution."""
-        return self.loss.kd if self.loss.kd in EXACT_KD else None
+        return self.loss.exact_kd
 
     @property
     def wants_entropy(self) -> bool:

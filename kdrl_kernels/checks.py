@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kdrl_kernels.call import LossCall
 from kdrl_kernels.head import Head, TeacherHead
-from kdrl_kernels.objective import EXACT_KD, Objective
+from kdrl_kernels.objective import Objective
 from kdrl_kernels.plan import accumulator
 
 IMPLS = ("triton", "torch", "reference")
@@ -182,13 +182,16 @@ def check_objective(objective: Any, teacher: Any, teacher_logprobs: Tensor | Non
     if objective.kd is None and given:
         raise ValueError(f"{given[0]} must be None when objective.kd is None, got one: set kd")
     if objective.kd is not None and not given:
-        exact = objective.kd in EXACT_KD
+        exact = objective.exact_kd is not None
         which = "teacher=TeacherHead(...)" if exact else "teacher or teacher_logprobs"
         raise ValueError(f"{which} must be passed for kd={objective.kd!r}, got neither")
-    if objective.kd in EXACT_KD and teacher is None:
+    if objective.exact_kd is not None and teacher is None:
+        what, remedy = f"the exact kd={objective.kd!r}", "kd='k2'"
+        if objective.kd_baseline is not None:
+            what, remedy = f"kd_baseline={objective.kd_baseline!r}", "kd_baseline=None"
         raise ValueError(
-            f"teacher must be a TeacherHead for the exact kd={objective.kd!r}, "
-            "got teacher_logprobs: use kd='k2' with those"
+            f"teacher must be a TeacherHead for {what}, got teacher_logprobs: "
+            f"use {remedy} with those"
         )
 
 

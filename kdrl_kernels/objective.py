@@ -43,6 +43,8 @@ class Objective:
             the forward KL(q‖p); exact: "rkl": KL(p‖q), "fkl": KL(q‖p), and "jsd":
             jsd_alpha·KL(q‖m) + (1 - jsd_alpha)·KL(p‖m), m = jsd_alpha·q + (1 - jsd_alpha)·p;
             None: no teacher.
+        kd_baseline: "kl", with kd "k2" alone: (l - KL(p‖q))²/2, the exact KL of the row without
+            gradient; the same expected gradient where s is not capped, usually of less variance.
         kd_coef: beta, at least 0.
         kd_ratio_cap: bound of the off-policy weight s of the KD term, positive.
         jsd_alpha: the teacher's share of the mixture m of "jsd", in (0, 1).
@@ -56,6 +58,7 @@ class Objective:
     clip_high: float = 0.2
     dual_clip: float | None = None
     kd: Kd | None = "k2"
+    kd_baseline: Literal["kl"] | None = None
     kd_coef: float = 0.002
     kd_ratio_cap: float = 2.0
     jsd_alpha: float = 0.5
@@ -68,6 +71,13 @@ class Objective:
             raise ValueError(f"kd must not be {self.kd!r}: {_REFUSED_KD[self.kd]}")
         if self.kd is not None and self.kd not in get_args(Kd):
             raise ValueError(f"kd must be one of {get_args(Kd)} or None, got {self.kd!r}")
+        if self.kd_baseline not in (None, "kl"):
+            raise ValueError(f"kd_baseline must be 'kl' or None, got {self.kd_baseline!r}")
+        if self.kd_baseline is not None and self.kd != "k2":
+            raise ValueError(
+                f"kd_baseline must be None for kd={self.kd!r}, got {self.kd_baseline!r}: "
+                "it centres the coefficient of 'k2'"
+            )
         if self.policy == "off" and self.kd is None:
             raise ValueError("kd must be set when policy is 'off', got None: nothing to minimise")
         ranges = {
@@ -94,13 +104,28 @@ class Objective:
 
     @property
     def samples_teacher(self) -> bool:
-        """KD reads only the teacher's log-probability of the sampled token."""
+        """KD is taken at the sampled token."""
         return self.kd in SAMPLED_KD
+
+    @property
+    def exact_kd(self) -> ExactKd | None:
+        """The divergence to the teacher's whole distribution that the loss reads of each row."""
+        if self.kd_baseline is not None:
+            return "rkl"
+        return self.kd if self.kd in ("rkl", "fkl", "jsd") else None
 
     @property
     def entropy(self) -> bool:
         """The loss reads the entropy of each row."""
         return self.entropy_coef != 0
+
+    def centred(self, rows: "Rows") -> "Rows":
+        """With a baseline, rows without kl whose teacher_logprobs are lq + KL: l becomes l - KL."""
+        if self.kd_baseline is None:
+            return rows
+        assert rows.teacher_logprobs is not None
+        assert rows.kl is not None
+        return replace(rows, teacher_logprobs=rows.teacher_logprobs + rows.kl.detach(), kl=None)
 
     def losses(self, rows: "Rows") -> Tensor:
         """[C], differentiable: token_losses."""
@@ -130,7 +155,7 @@ class Rows:
     teacher_logprobs: Tensor | None = None
     """lq, the teacher's log-probability of the sampled token."""
     kl: Tensor | None = None
-    """Exact KL(p‖q) for "rkl", KL(q‖p) for "fkl", the Jensen-Shannon divergence for "jsd"."""
+    """KL(p‖q) for "rkl" and a baseline, KL(q‖p) for "fkl", Jensen-Shannon divergence for "jsd"."""
     entropy: Tensor | None = None
     """Entropy of the student."""
     index: Tensor | None = None
@@ -142,7 +167,7 @@ class CallerLoss:
     """A caller's own loss of each token, in the place of an Objective."""
 
     fn: Callable[[Rows], Tensor]
-    kd: ExactKd | None
+    exact_kd: ExactKd | None
     jsd_alpha: float
     entropy: bool
 
@@ -206,6 +231,7 @@ def _kd_term(objective: Objective, rows: Rows, log_ratio: Tensor) -> Tensor:
     if objective.kd in EXACT_KD:
         assert rows.kl is not None
         return scale * torch.where(scale == 0, 0, rows.kl)
+    rows = objective.centred(rows)
     assert rows.teacher_logprobs is not None
     gap = torch.where(scale == 0, 0, rows.logprobs - rows.teacher_logprobs)
     if objective.kd == "k2":
@@ -287,6 +313,9 @@ def row_metrics(objective: Objective, rows: Rows, used: Tensor | None) -> dict[s
         metrics["teacher_gap_mean"] = mean(gap)
         metrics["k2_mean"] = mean(gap.square() / 2)
         if advantages is not None and objective.samples_teacher:
+            rows = objective.centred(rows)
+            assert rows.teacher_logprobs is not None
+            gap = lp - rows.teacher_logprobs
             pull = gap if objective.kd == "k2" else -torch.expm1(-gap)
             weight = 1.0 if rows.kd_weight is None else rows.kd_weight
             left = advantages - objective.kd_coef * weight * pull

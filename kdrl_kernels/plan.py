@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal
 
 import torch
 
 from kdrl_kernels import rows as row_work
-from kdrl_kernels.objective import EXACT_KD, Kd
+from kdrl_kernels.objective import EXACT_KD, Kd, Objective
 
 CPU_BYTES = 1 << 28
 """Default budget a stream on a CPU: GEMMs gain nothing from more rows than this holds."""
@@ -42,6 +42,7 @@ class Geometry:
     """0: no teacher head."""
     V_t: int
     kd: str | None
+    """The divergence taken over both models' logits; a sampled KD or None: none is."""
     dtype: torch.dtype
     device: torch.device
     impl: str
@@ -181,7 +182,8 @@ def chunk_plan(
     V: int,
     *,
     teacher: tuple[int, int] | None = None,
-    kd: str | None = None,
+    kd: Kd | None = None,
+    kd_baseline: Literal["kl"] | None = None,
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cuda",
     hidden_grad: bool = True,
@@ -193,7 +195,8 @@ def chunk_plan(
 
     Args:
         teacher: (H_t, V_t) of a TeacherHead, or None.
-        kd: as in Objective; "rkl", "fkl" and "jsd" hold the teacher's logits beside the student's.
+        kd, kd_baseline: as in Objective; "rkl", "fkl", "jsd" and a baseline hold the teacher's
+            logits beside the student's.
         dtype: of hidden and weight.
         device: "cuda" needs no GPU here; where there is one, its free memory bounds the default.
         hidden_grad, weight_grad: a frozen backbone or head costs no dX or dW.
@@ -207,15 +210,14 @@ def chunk_plan(
     for name, (value, lowest) in least.items():
         if value < lowest:
             raise ValueError(f"{name} must be at least {lowest}, got {value}")
-    if kd is not None and kd not in get_args(Kd):
-        raise ValueError(f"kd must be one of {get_args(Kd)} or None, got {kd!r}")
-    if kd in EXACT_KD and teacher is None:
+    exact_kd = Objective(kd=kd, kd_baseline=kd_baseline).exact_kd
+    if exact_kd is not None and teacher is None:
         raise ValueError(f"teacher must be (H_t, V_t) for kd={kd!r}, got None")
     device = torch.device(device)
     impl = impl or ("triton" if device.type == "cuda" else "torch")
     if impl not in ("triton", "torch"):
         raise ValueError(f"impl must be 'triton', 'torch' or None, got {impl!r}")
-    geometry = Geometry(N, H, V, H_t, V_t, kd, dtype, device, impl)
+    geometry = Geometry(N, H, V, H_t, V_t, exact_kd, dtype, device, impl)
     rows = balanced(N, max_rows(geometry, workspace_bytes))
     wide = accumulator(dtype).itemsize
     u = 2 * N * H * V
@@ -225,10 +227,11 @@ def chunk_plan(
         "dX": u if hidden_grad else 0,
         "dW": u if weight_grad else 0,
     }
-    passes = 1 + (hidden_grad or weight_grad) + (kd == "jsd")
-    sampled = 1 if H_t and geometry.streams == 1 else 0
-    reads = (geometry.streams * passes + sampled) * N * geometry.logit_bytes
-    writes = N * V * dtype.itemsize if hidden_grad or weight_grad else 0
+    streams, backward = geometry.streams, hidden_grad or weight_grad
+    sweeps = streams * (1 + (kd == "jsd")) + (1 if H_t and streams == 1 else 0)
+    gradient = backward * (streams if kd_baseline is None else 1)
+    reads = (sweeps + gradient) * N * geometry.logit_bytes
+    writes = N * V * dtype.itemsize if backward else 0
     return ChunkPlan(
         geometry=geometry,
         rows=rows,

@@ -85,7 +85,7 @@ def loss(call: LossCall) -> tuple[Tensor, RowTerms, Tensor]:
         take(call.tokens.clamp(0, call.vocab_size - 1), active),
         call.vocab_size,
         teacher=None if call.teacher is None else call.teacher.select(active),
-        kd=call.loss.kd,
+        kd=call.exact_kd,
         jsd_alpha=call.loss.jsd_alpha,
         entropy=call.wants_entropy,
     )

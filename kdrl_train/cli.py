@@ -35,6 +35,7 @@ COMMANDS = {
     "eval": "measure a saved model: avg@k, pass@k, length",
     "check": "preflight of a training run: a table, and an exit code of 1 if it would fail",
     "replay": "take a step that stopped a run apart, completion by completion",
+    "report": "one HTML page about one or many runs: curves, differences, samples, events",
     "plan": "memory of each GPU and time of a step, predicted from the models' config.json",
     "serve": "score with a teacher for trainers elsewhere, over HTTP",
     "sft": "train a small model and its tokenizer from scratch on solved problems",
@@ -105,6 +106,9 @@ def run(command: str, argv: Sequence[str]) -> int:
         config_class = getattr(module, f"{command.capitalize()}Config")
         module.main(parse(config_class(), argv, command))
         return 0
+    if command == "report":
+        module = importlib.import_module("kdrl_train.report")
+        return module.main(parse(module.ReportConfig(), argv, command))
     if command == "plan":
         module = _module(command)
         return module.main(parse(module.PlanConfig(), argv, command))

@@ -164,7 +164,7 @@ def _require_rewards(run: Run, batch: Batch, step: int) -> None:
     if errors:
         r, message = next(iter(errors.items()))
         failed = f"step {step + 1}: {len(errors)} of {rewards.numel()} rewards failed"
-        run.log.say(f"{failed}; first: {batch.examples[r].id}: {message}")
+        run.log.event("rewards", f"{failed}; first: {batch.examples[r].id}: {message}")
     for group in rewards.isnan().all(dim=1).nonzero().flatten().tolist():
         raise RewardError(
             f"reward.function must return a number for some completion of each prompt, got none "

@@ -176,6 +176,9 @@ class MethodConfig:
     kd: Literal["k2", "k3", "rkl", "fkl", "jsd", "reward"] | None = "k2"
     """Distillation: k2, k3 on sampled tokens; rkl, fkl, jsd over the vocabulary; None: off; reward:
     no term of the loss, but beta · sum over tokens of (log q - log p) added to the reward."""
+    kd_baseline: Literal["kl"] | None = None
+    """kl: k2 of log p - log q less the exact KL, usually with less noise; needs a teacher in this
+    process."""
     jsd_alpha: float = 0.5
     """The teacher's share of the mixture of jsd, in (0, 1)."""
     kd_coef: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -197,6 +200,8 @@ class MethodConfig:
         in_unit_interval("method.clip_low", self.clip_low)
         at_least(0, "method.clip_high", self.clip_high)
         positive("method.std_floor", self.std_floor)
+        if self.kd_baseline is not None and self.kd != "k2":
+            raise ValueError(f'method.kd must be "k2" with method.kd_baseline, got {self.kd}')
         if not 0 < self.jsd_alpha < 1:
             raise ValueError(f"method.jsd_alpha must be in (0, 1), got {self.jsd_alpha}")
         if not math.isfinite(self.entropy_coef):
@@ -367,11 +372,11 @@ class TrainConfig:
 
     def _check_server(self) -> None:
         """Raises ValueError for what log-probabilities from a server cannot give."""
-        if self.method.kd in ("rkl", "fkl", "jsd"):
+        if self.method.kd in ("rkl", "fkl", "jsd") or self.method.kd_baseline:
             raise ValueError(
-                'method.kd must be "k2" or "k3" with a teacher behind a URL, got '
-                f'"{self.method.kd}": a server scores sampled tokens only; set one of these, or '
-                "load the teacher in this process (model.teacher: its folder)"
+                'method.kd must be "k2" or "k3" with a teacher behind a URL, and kd_baseline None, '
+                f'got "{self.method.kd}" and {self.method.kd_baseline}: a server scores sampled '
+                "tokens only; set these, or load the teacher here (model.teacher: its folder)"
             )
         if self.model.teacher_api == "openai" and self.sampling.temperature != 1.0:
             raise ValueError(

@@ -250,6 +250,7 @@ def token_sums(
     kd_weight: Tensor,
     advantages: Tensor,
     kd: str | None,
+    kd_baseline: str | None = None,
 ) -> dict[str, Tensor]:
     """Sums over the tokens of one micro-batch, on the device, float64: `token_means` divides them.
 
@@ -267,6 +268,7 @@ def token_sums(
             micro-batch, so that the means do not depend on packing.
         advantages: [N].
         kd: MethodConfig.kd, for the sign of `kd_flipped`; None: no two terms to compare.
+        kd_baseline: MethodConfig.kd_baseline, for the same; "kl" needs kl.
     """
     used = token_weights > 0
     gap = (logprobs.detach() - sampled_logprobs).abs().double()[used]
@@ -287,7 +289,11 @@ def token_sums(
         sums["k2_sum"] = (log_ratio.square() / 2).sum()
         sums["log_ratio_histogram"] = histogram(log_ratio)
         if kd in _PULL:
-            left = advantages[distilled] - kd_weight[distilled] * _PULL[kd](log_ratio)
+            pull = _PULL[kd](log_ratio)
+            if kd_baseline is not None:
+                assert kl is not None
+                pull = pull - kl.detach().double()[distilled]
+            left = advantages[distilled] - kd_weight[distilled] * pull
             sums["kd_flipped"] = (advantages[distilled] * left < 0).sum().double()
         if kl is not None:
             sums["kl_sum"] = kl.detach().double()[distilled].sum()

@@ -8,6 +8,8 @@ it. The middle one is centred at 0; the outermost, from |x| = 110 on, take the r
 import torch
 from torch import Tensor
 
+from kdrl_train.bins import EDGES, LENGTH_BINS
+
 BINS = 2001
 WIDTH = 0.01
 SCALE = 0.01
@@ -31,3 +33,19 @@ def quantiles(counts: Tensor) -> list[float]:
     ranks = torch.tensor(PERCENTILES, dtype=torch.float64) / 100 * up_to[-1]
     places = torch.searchsorted(up_to, ranks) - BINS // 2
     return ((places.double() * WIDTH).sinh() * SCALE).tolist()
+
+
+def coarse(counts: Tensor) -> list[int]:
+    """Counts [BINS] -> those of the len(EDGES) + 1 bins between EDGES, few enough for a log; a fine
+    bin, 1% wide, counts where its middle lies."""
+    middles = ((torch.arange(BINS, dtype=torch.float64) - BINS // 2) * WIDTH).sinh() * SCALE
+    places = torch.bucketize(middles, torch.tensor(EDGES, dtype=torch.float64))
+    totals = torch.zeros(len(EDGES) + 1, dtype=torch.float64)
+    return totals.index_add(0, places, counts.cpu()).long().tolist()
+
+
+def length_counts(lengths_R: Tensor, most: int) -> list[int]:
+    """[R] tokens -> counts of LENGTH_BINS equal bins of (0, most]; the last one holds what was cut
+    at `most`."""
+    places = ((lengths_R - 1) * LENGTH_BINS // most).clamp(0, LENGTH_BINS - 1)
+    return torch.bincount(places, minlength=LENGTH_BINS).tolist()

@@ -1,8 +1,5 @@
-"""What a run leaves behind: metrics.jsonl, samples/, and one line per step on the console."""
+"""What a run leaves behind: metrics.jsonl, events.jsonl, samples/, and a console line a step."""
 
-import json
-import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +11,9 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from kdrl_train.rollout import Rollouts
+from kdrl_train import jsonl
+from kdrl_train.events import Events
+from kdrl_train.jsonl import Row
 from kdrl_train.trackers import Trackers
 
 try:
@@ -72,8 +71,8 @@ class RunLog:
 
     Args:
         folder: the run folder; made if absent.
-        first_step: step the run starts at. Rows of this step and later, which a killed run wrote
-            after its last checkpoint, are removed, and so is a torn last line.
+        first_step: step the run starts at. Rows and samples of this step and later, which a killed
+            run wrote after its last checkpoint, are removed, and so is a torn last line.
         steps: steps in all, for the console.
         console: where lines go; None: standard output.
         writes: False on all ranks but the first: nothing is written or printed.
@@ -95,18 +94,29 @@ class RunLog:
         self.steps = steps
         self.console = Console(highlight=False) if console is None else console
         self.metrics_path = folder / "metrics.jsonl"
+        self.done = first_step
+        """Optimiser steps of which there is a row."""
+        self.dropped = 0
+        """Rows that were removed."""
         if not writes:
             return
         (folder / "samples").mkdir(parents=True, exist_ok=True)
-        _write_rows(self.metrics_path, [r for r in read_rows(folder) if r["step"] < first_step])
+        rows = read_rows(folder)
+        kept = [row for row in rows if row["step"] < first_step]
+        jsonl.write(self.metrics_path, kept)
+        for path in (folder / "samples").glob("step_*.jsonl"):
+            if path.name >= _samples_name(first_step):
+                path.unlink()
+        self.dropped = len(rows) - len(kept)
+        self.events = Events(folder)
 
     def step(self, row: dict[str, Any]) -> None:
         """Append one step's metrics and print its line. A number that is not finite becomes null
         in the file: JSON has no NaN."""
         if not self.writes:
             return
-        with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(_json(row) + "\n")
+        jsonl.append(self.metrics_path, row)
+        self.done = row["step"] + 1
         if self.trackers is not None:
             self.trackers.log(row)
         width = self.console.width if self.console.is_terminal else None
@@ -117,64 +127,26 @@ class RunLog:
         if self.writes:
             self.console.print(Text(message), soft_wrap=True)
 
-    def samples(
-        self, step: int, rollouts: Rollouts, prompts: list[str], answers: list[str],
-        rewards_R: torch.Tensor, count: int,
-    ) -> None:  # fmt: skip
-        """Write `count` completions, spread over the step, to samples/step_XXXXXX.jsonl.
+    def event(self, kind: str, message: str, *, say: bool = True, **more: Any) -> None:
+        """A row of events.jsonl; on the console too unless not `say`. From any thread."""
+        if self.writes:
+            self.events.add(self.done, kind, message, **more)
+        if say:
+            self.say(message)
 
-        prompts, answers: R texts, one per completion.
-        """
-        if not self.writes:
-            return
-        total = len(rollouts.texts)
-        count = min(count, total)
-        rows = [
-            {
-                "step": step,
-                "prompt": prompts[r],
-                "completion": rollouts.texts[r],
-                "answer": answers[r],
-                "reward": rewards_R[r].item(),
-                "tokens": len(rollouts.completion_ids[r]),
-                "truncated": bool(rollouts.truncated[r]),
-            }
-            for r in sorted({i * total // count for i in range(count)})
-        ]
-        path = self.folder / "samples" / f"step_{step:06d}.jsonl"
-        path.write_text("".join(_json(row) + "\n" for row in rows), encoding="utf-8")
+    def samples(self, step: int, rows: list[Row]) -> None:
+        """Write a step's samples, if there are any, to samples/step_XXXXXX.jsonl."""
+        if self.writes and rows:
+            jsonl.write(self.folder / "samples" / _samples_name(step), rows)
 
 
-def read_rows(folder: Path) -> list[dict[str, Any]]:
+def read_rows(folder: Path) -> list[Row]:
     """Rows of metrics.jsonl in a run folder; a torn line (the process was killed) ends them."""
-    path = folder / "metrics.jsonl"
-    rows: list[dict[str, Any]] = []
-    if not path.exists():
-        return rows
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    return jsonl.read(folder / "metrics.jsonl")
 
 
-def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    work = path.with_name(f".{path.name}.tmp")
-    work.write_text("".join(_json(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(work, path)
-
-
-def _json(row: dict[str, Any]) -> str:
-    return json.dumps(_finite(row), ensure_ascii=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+def _samples_name(step: int) -> str:
+    return f"step_{step:06d}.jsonl"
 
 
 def _line(row: dict[str, Any], steps: int, width: int | None) -> Text:

@@ -223,12 +223,13 @@ class Policy(HeadedModel):
             sampled_logprobs=batch.sampled_logprobs,
             entropy=out.entropy,
             teacher_logprobs=out.teacher_logprobs,
-            kl=out.kl if goal.kd == "rkl" else None,
+            kl=out.kl if goal.exact_kd == "rkl" else None,
             clip_fraction=out.metrics.get("clip_fraction"),
             token_weights=batch.token_weights,
             kd_weight=batch.kd_weight,
             advantages=batch.advantages,
             kd=None if goal.policy == "off" else goal.kd,
+            kd_baseline=goal.kd_baseline,
         )
         return PolicyOutput(out.loss, out.logprobs, sums, out.teacher_logprobs)
 
@@ -247,6 +248,7 @@ def objective(method: MethodConfig, *, distil: bool) -> kk.Objective:
         clip_low=method.clip_low,
         clip_high=method.clip_high,
         kd=kd if distil else None,
+        kd_baseline=method.kd_baseline if distil else None,
         kd_coef=1.0,
         jsd_alpha=method.jsd_alpha,
         entropy_coef=method.entropy_coef,

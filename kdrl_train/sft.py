@@ -1,4 +1,4 @@
-"""Supervised training from scratch, on rows of prompt and worked solution.
+"""Supervised training, from scratch or from a model, on rows of prompt and worked solution.
 
 A row becomes prompt ids + solution ids + EOS. Batches are padded on the right: with causal
 attention no token sees a pad that follows it, so no attention mask is needed. The loss goes through
@@ -44,8 +44,10 @@ class SftConfig:
     """Where the rows are; the prompt is encoded just as `train` encodes it."""
     solution_column: str = "solution"
     """Column with the text to learn, from the first token of the solution to the last."""
+    model: str | None = None
+    """Folder or hub id of a model to go on from, with its tokenizer; None: a fresh one."""
     tokenizer: str | None = None
-    """Folder or hub id of a tokenizer; None: train one on these rows."""
+    """Folder or hub id of a tokenizer; None: that of `model`, or one trained on these rows."""
     vocab_size: int = 2048
     """Most entries of a tokenizer trained here: 256 bytes, 3 special ones, merges."""
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
@@ -74,6 +76,10 @@ class SftConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.minutes is not None and self.minutes <= 0:
             raise ValueError(f"minutes must be positive or None, got {self.minutes}")
+        if self.model is not None and self.tokenizer is not None:
+            raise ValueError(
+                f"tokenizer must be None beside a model, which brings its own, got {self.tokenizer}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,21 +122,21 @@ def read_solutions(config: SftConfig) -> list[tuple[Example, str]]:
 
 
 def encode_rows(
-    tokenizer: Any, solutions: Sequence[tuple[Example, str]], config: SftConfig
+    tokenizer: Any, solutions: Sequence[tuple[Example, str]], config: SftConfig, longest: int
 ) -> list[Row]:
     """Token ids of every row; the prompt's are those that `train` will send.
 
-    Raises: ValueError, naming the row, for one longer than architecture.max_positions.
+    Raises: ValueError, naming the row, for one longer than `longest`, the model's positions.
     """
     rows = []
     for example, solution in solutions:
         ids = tokenizer(solution, add_special_tokens=False)["input_ids"]
         prompt = encode_prompt(tokenizer, example, config.data)
         row = Row(prompt, [*ids, tokenizer.eos_token_id])
-        if len(row) > config.architecture.max_positions:
+        if len(row) > longest:
             raise ValueError(
                 f"architecture.max_positions must be at least {len(row)}, the tokens of "
-                f"{example.id}, got {config.architecture.max_positions}: raise it, or drop the row"
+                f"{example.id}, got {longest}: raise it, or drop the row"
             )
         rows.append(row)
     return rows
@@ -291,16 +297,23 @@ def main(config: SftConfig, console: Console | None = None) -> Path:
         raise ValueError(f"out must be a new folder, got {config.out}, which exists; remove it")
     console = console or Console(highlight=False)
     solutions = read_solutions(config)
-    if config.tokenizer is None:
+    source = config.model or config.tokenizer
+    if source is None:
         texts = (text for example, solution in solutions for text in (example.prompt, solution))
         tokenizer = train_tokenizer(texts, config.vocab_size)
     else:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(config.tokenizer)
-    rows = encode_rows(tokenizer, solutions, config)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = make_model(config.architecture, tokenizer, config.seed).to(device)
+    if config.model is None:
+        model = make_model(config.architecture, tokenizer, config.seed).to(device)
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            config.model, dtype=torch.float32
+        ).to(device)
+    longest = model.config.get_text_config().max_position_embeddings
+    rows = encode_rows(tokenizer, solutions, config, longest)
     parameters = sum(p.numel() for p in model.parameters())
     console.print(
         f"{config.out}: {parameters:,} parameters, vocabulary {len(tokenizer)}, {len(rows):,} rows"

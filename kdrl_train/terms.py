@@ -26,12 +26,14 @@ from torch import Tensor
 
 from kdrl_train import grpo
 from kdrl_train.config import MethodConfig, TrainConfig
+from kdrl_train.histogram import PERCENTILES
 from kdrl_train.interrupt import Stopped
 from kdrl_train.log import Stages
 from kdrl_train.packing import PackedBatch, pack
 from kdrl_train.policy import Policy, Teacher
 from kdrl_train.rollout import Rollouts
 from kdrl_train.run import Batch, Run
+from kdrl_train.samples import Trace
 from kdrl_train.schedules import History, schedule_value
 
 
@@ -67,7 +69,12 @@ class Scores:
 
 
 @torch.no_grad()
-def score_rows(policy: Policy, teacher: Teacher | None, rows: Iterable[PackedBatch]) -> Scores:
+def score_rows(
+    policy: Policy,
+    teacher: Teacher | None,
+    rows: Iterable[PackedBatch],
+    trace: Trace | None = None,
+) -> Scores:
     """Log-probabilities of packed rows without a gradient, and the teacher's where distilled.
 
     It is the pass of the loss itself, so that where nothing has changed the ratio of the first
@@ -89,6 +96,8 @@ def score_rows(policy: Policy, teacher: Teacher | None, rows: Iterable[PackedBat
             totals = [part.sum().item() for part in gaps]
             scores.gaps.update(zip(completions.tolist(), totals, strict=True))
         sums = grpo.add_sums(sums, out.sums)
+        if trace is not None:
+            trace.add(row, out)
     scores.sums.update({name: value.cpu() for name, value in sums.items()})
     return scores
 
@@ -103,7 +112,7 @@ def needs_scores(config: TrainConfig, lag: int = 0) -> bool:
     )
 
 
-def prepare(run: Run, batch: Batch, step: int, stages: Stages) -> Terms:
+def prepare(run: Run, batch: Batch, step: int, stages: Stages, trace: Trace | None = None) -> Terms:
     """Coefficients of a step's completions; the models run only where needs_scores says so."""
     config, method, rewards_PG = run.config, run.config.method, batch.rewards
     scores, remote = Scores(), None
@@ -117,7 +126,7 @@ def prepare(run: Run, batch: Batch, step: int, stages: Stages) -> Terms:
             if method.kd != "reward":
                 distilled_R = torch.zeros_like(distilled_R)
             rows = _rows(run, batch, distilled_R, remote)
-            own = score_rows(run.policy, run.teacher, rows)
+            own = score_rows(run.policy, run.teacher, rows, trace)
             scores = join(run.world.share(lambda: own))
     gaps_R = torch.zeros(rewards_PG.numel(), dtype=torch.float64)
     for r, gap in scores.gaps.items():
@@ -231,5 +240,6 @@ def _measured(sums: dict[str, Tensor], method: MethodConfig) -> dict[str, float 
     names = ["sampler_gap_mean", "sampler_gap_max"]
     if method.kd == "reward":
         names += ["kl_teacher", "log_ratio_teacher", "k2", "kd_share"]
+        names += [f"log_ratio_p{q}" for q in PERCENTILES]
     means = grpo.token_means(sums)
     return {name: means[name] for name in names}

@@ -8,12 +8,12 @@ divided.
 import time
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from kdrl_train import check, checkpoint, grpo
 from kdrl_train.ahead import Ahead
@@ -24,12 +24,14 @@ from kdrl_train.distributed import World, connect
 from kdrl_train.engines import open_engine
 from kdrl_train.errors import MidStepError, RunError
 from kdrl_train.evaluate import EVAL_STEP, summarize
+from kdrl_train.events import recorded
+from kdrl_train.histogram import length_counts
 from kdrl_train.interrupt import Interrupt, Stopped
 from kdrl_train.log import RunLog, Stages, peak_memory_bytes, read_rows
 from kdrl_train.models import use_device
 from kdrl_train.policy import Policy
-from kdrl_train.rollout import Rollouts
-from kdrl_train.run import Batch, Run
+from kdrl_train.run import Run
+from kdrl_train.samples import Trace
 from kdrl_train.saving import Saver
 from kdrl_train.schedules import rebuild_history
 from kdrl_train.sharding import shard
@@ -62,9 +64,10 @@ def main(config: TrainConfig, console: Console | None = None) -> Path:
         ExitStack() as stack,
     ):
         run, first = open_run(config, world, verifier, interrupt, trackers, stack, console)
-        run.log.say(f"{config.out}: steps {first + 1} to {config.steps}")
-        if steps(run, first):
-            checkpoint.export(run.policy.model, run.tokenizer, config.out / "model", world)
+        with recorded(run.log, config, world.size):
+            if steps(run, first):
+                checkpoint.export(run.policy.model, run.tokenizer, config.out / "model", world)
+                run.log.event("finished", f"all {config.steps} steps are done", say=False)
     return config.out
 
 
@@ -112,7 +115,7 @@ def open_run(
     log = RunLog(config.out, first, config.steps, console, writes=world.main, trackers=trackers)
     remote = None
     if loaded.server is not None:
-        remote = RemoteTeacher(loaded.server, config, policy.limit, log.say)
+        remote = RemoteTeacher(loaded.server, config, policy.limit, partial(log.event, "teacher"))
         stack.enter_context(remote)
     schedules, rows = config.method.schedules, world.on_main(lambda: read_rows(config.out))
     run = Run(
@@ -162,7 +165,9 @@ def steps(run: Run, first: int) -> bool:
                 save(run, step)
             run.saver.check(wait=True)
             if isinstance(reason, Stopped):
-                run.log.say(f"stopped by a signal after {step} steps: --resume continues")
+                run.log.event(
+                    "stopped", f"stopped by a signal after {step} steps: --resume continues"
+                )
                 return False
             raise
         finish(run, step, row, stages)
@@ -186,17 +191,20 @@ def learn(run: Run, step: int, stages: Stages) -> dict[str, Any]:
     batch = collect(run, step, stages)
     if run.ahead is not None:
         run.ahead.start(run, step)
-    run.log.samples(step, *sample_texts(batch), count=run.config.samples_per_step)
-    rollouts, counts = batch.rollouts, batch.verdicts.counts
-    return {
+    trace = Trace(len(batch.examples), run.config.samples_per_step)
+    rollouts, counts, config = batch.rollouts, batch.verdicts.counts, run.config.sampling
+    row = {
         "step": step,
         **grpo.reward_metrics(batch.rewards),
         "tokens": int(rollouts.lengths.sum()),
         "response_length": rollouts.lengths.double().mean().item(),
         "truncated": rollouts.truncated.double().mean().item(),
         **{f"verifier_{name}": count for name, count in counts.items()},
-        **update(run, batch, step, stages),
+        "response_length_counts": length_counts(rollouts.lengths, config.max_new_tokens),
+        **update(run, batch, step, stages, trace),
     }
+    run.log.samples(step, trace.rows(step, batch, run.world, run.tokenizer))
+    return row
 
 
 def finish(run: Run, step: int, row: dict[str, Any], stages: Stages) -> None:
@@ -229,10 +237,3 @@ def evaluation(run: Run) -> dict[str, float]:
     return summarize(
         found.rollouts, found.verdicts, sampling.group_size, config.seed, seconds
     ).metrics()
-
-
-def sample_texts(batch: Batch) -> tuple[Rollouts, list[str], list[str], Tensor]:
-    """What RunLog.samples writes: rollouts, prompts, answers, rewards [R]."""
-    prompts = [example.prompt for example in batch.examples]
-    answers = [example.answer for example in batch.examples]
-    return batch.rollouts, prompts, answers, batch.rewards.flatten()

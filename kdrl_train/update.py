@@ -11,28 +11,38 @@ from kdrl_train import grpo
 from kdrl_train.diagnostics import gradient_split
 from kdrl_train.engines import require_agreement
 from kdrl_train.errors import MidStepError, RunError
+from kdrl_train.histogram import coarse
 from kdrl_train.log import Stages
 from kdrl_train.packing import pack
 from kdrl_train.run import Batch, Run
+from kdrl_train.samples import Trace
 from kdrl_train.sharding import full
 from kdrl_train.terms import Terms, prepare
 
 
-def update(run: Run, batch: Batch, step: int, stages: Stages) -> dict[str, Any]:
+def update(
+    run: Run, batch: Batch, step: int, stages: Stages, trace: Trace | None = None
+) -> dict[str, Any]:
     """The step's optimiser updates, of one part of its prompts each; returns their metrics.
+
+    trace: keeps what the passes find of the completions that it has chosen.
 
     Raises: FloatingPointError, RunError or Stopped before the first optimiser step; MidStepError
         before a later one.
     """
     config = run.config
-    terms = prepare(run, batch, step, stages)
+    trace = trace or Trace(0, 0)
+    terms = prepare(run, batch, step, stages, trace)
+    trace.advantages, trace.kd_weight = terms.advantages, terms.kd_weight
     sums: dict[str, Tensor] = {}
     losses, norms, measured = [], [], {}
     for part, rewards_R in enumerate(
         grpo.minibatches(batch.rewards, config.optim.updates_per_rollout)
     ):
         try:
-            found, loss, diagnosed = accumulate(run, batch, terms, rewards_R, step, part, stages)
+            found, loss, diagnosed = accumulate(
+                run, batch, terms, rewards_R, step, part, stages, trace
+            )
             if part == 0:
                 measured = diagnosed
                 gaps = {**grpo.token_means(found), **terms.metrics}
@@ -52,10 +62,12 @@ def update(run: Run, batch: Batch, step: int, stages: Stages) -> dict[str, Any]:
         sums = grpo.add_sums(sums, found)
         losses.append(loss)
         norms.append(norm)
+    distilled = "log_ratio_histogram" in sums
     return {
         **grpo.token_means(sums),
         **terms.metrics,
         **measured,
+        "log_ratio_counts": coarse(sums["log_ratio_histogram"]) if distilled else None,
         "loss": fmean(losses),
         "grad_norm": fmean(norms),
         "learning_rate": rate,
@@ -63,7 +75,14 @@ def update(run: Run, batch: Batch, step: int, stages: Stages) -> dict[str, Any]:
 
 
 def accumulate(
-    run: Run, batch: Batch, terms: Terms, rewards_R: Tensor, step: int, part: int, stages: Stages
+    run: Run,
+    batch: Batch,
+    terms: Terms,
+    rewards_R: Tensor,
+    step: int,
+    part: int,
+    stages: Stages,
+    trace: Trace,
 ) -> tuple[dict[str, Tensor], float, dict[str, float | None]]:
     """Gradient of one update's loss, micro-batch by micro-batch -> token sums and loss of all
     ranks, and at the steps of log.diagnostics_every what is measured on the first micro-batch.
@@ -117,6 +136,7 @@ def accumulate(
             out.loss.backward()
             loss += out.loss.detach()
             sums = grpo.add_sums(sums, out.sums)
+        trace.add(row, out)
     mean = world.sum({"loss": loss})["loss"].item() / world.size
     return world.sum(sums, largest=("gap_max",)), mean, measured
 

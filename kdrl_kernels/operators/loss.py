@@ -22,7 +22,8 @@ from kdrl_kernels.operators.flat import (
 )
 from kdrl_kernels.plan import accumulator
 
-NUMBERS = [field.name for field in fields(Objective) if field.name not in ("policy", "kd")]
+NAMES = ("policy", "kd", "kd_baseline")
+NUMBERS = [field.name for field in fields(Objective) if field.name not in NAMES]
 
 
 class LossArguments(NamedTuple):
@@ -47,6 +48,7 @@ class LossArguments(NamedTuple):
     teacher_scalars: list[float]
     policy: str
     kd: str | None
+    kd_baseline: str | None
     objective: list[float]
     vocab_size: int
     max_rows: int
@@ -67,13 +69,12 @@ class LossArguments(NamedTuple):
                 self.teacher_scalars,
             )
         numbers: dict[str, Any] = dict(zip(NUMBERS, map(from_number, self.objective), strict=True))
-        policy: Any = self.policy
-        kd: Any = self.kd
+        names: dict[str, Any] = {name: getattr(self, name) for name in NAMES}
         return LossCall(
             student=join_head(self.hidden, self.weight, self.bias, self.temperature, self.scalars),
             tokens=self.tokens,
             vocab_size=self.vocab_size,
-            loss=Objective(policy=policy, kd=kd, **numbers),
+            loss=Objective(**names, **numbers),
             weights=self.weights,
             normalizer=self.normalizer,
             advantages=self.advantages,
@@ -111,6 +112,7 @@ def _flatten(call: LossCall, impl: str) -> LossArguments:
         teacher_scalars=scalars_of(teacher),
         policy=objective.policy,
         kd=objective.kd,
+        kd_baseline=objective.kd_baseline,
         objective=[to_number(getattr(objective, name)) for name in NUMBERS],
         vocab_size=call.vocab_size,
         max_rows=call.max_rows,
@@ -150,12 +152,13 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     hidden, (N,), dtype = given.hidden, given.tokens.shape, accumulator(given.hidden.dtype)
     entropy = given.entropy or given.objective[NUMBERS.index("entropy_coef")] != 0
     teacher = given.teacher_hidden is not None
+    kl = given.kd in EXACT_KD or given.kd_baseline is not None
     heads = (hidden, given.weight, given.bias)
     return (
         hidden.new_empty((), dtype=dtype),
         *(
             hidden.new_empty(N if there else 0, dtype=dtype)
-            for there in (True, entropy, teacher, given.kd in EXACT_KD)
+            for there in (True, entropy, teacher, kl)
         ),
         given.tokens.new_empty(3),
         *fake_gradients(heads, given.needs, hidden, dtype),

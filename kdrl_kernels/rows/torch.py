@@ -144,6 +144,7 @@ def coefficients(
     """([C] weighted losses, their derivatives); a caller's own loss goes through autograd."""
     if not isinstance(loss, Objective):
         return autograd_coefficients(loss, rows, weights)
+    rows = loss.centred(rows)
     lp = rows.logprobs
     log_ratio = torch.zeros_like(lp) if rows.old_logprobs is None else lp - rows.old_logprobs
     value, c, g = torch.zeros_like(lp), torch.zeros_like(lp), None

@@ -64,6 +64,7 @@ def coefficients(
     """([C] weighted losses, their derivatives); a caller's own loss goes through autograd."""
     if not isinstance(loss, Objective):
         return autograd_coefficients(loss, rows, weights)
+    rows = loss.centred(rows)
     C, lp = len(weights), rows.logprobs
     out = torch.empty(4, C, device=lp.device, dtype=torch.float32)
     high, low, dual = loss.log_ratio_bounds

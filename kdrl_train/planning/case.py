@@ -97,13 +97,15 @@ class Case:
 
     def chunk_plan(self, tokens: int) -> ChunkPlan:
         """The one-pass head over so many tokens."""
-        policy, teacher, optim = self.policy, self.teacher, self.run.optim
+        policy, teacher, optim, method = self.policy, self.teacher, self.run.optim, self.run.method
+        kd = "k2" if method.kd == "reward" else method.kd  # its teacher is read as that of k2
         return chunk_plan(
             tokens,
             policy.hidden,
             policy.vocabulary,
             teacher=None if teacher is None else (teacher.hidden, teacher.vocabulary),
-            kd=None if teacher is None else self.run.method.kd,
+            kd=None if teacher is None else kd,
+            kd_baseline=None if teacher is None else method.kd_baseline,
             dtype=self.dtype,
             device="cpu" if self.placement.cpu else "cuda",
             workspace_bytes=optim.workspace_bytes,

@@ -70,6 +70,8 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"objective": kk.Objective(kd=None)}, ValueError, "teacher must be None when objective.kd is None"),
     ({"teacher_logprobs": torch.ones(4)}, ValueError, "teacher_logprobs must be None when teacher is given"),
     ({"teacher": None, "teacher_logprobs": torch.ones(4), "objective": kk.Objective(kd="fkl")}, ValueError, "teacher must be a TeacherHead for the exact kd='fkl'"),
+    ({"teacher": None, "teacher_logprobs": torch.ones(4), "objective": kk.Objective(kd_baseline="kl")}, ValueError, "teacher must be a TeacherHead for kd_baseline='kl', got teacher_logprobs: use kd_baseline=None with those"),
+    ({"teacher": None, "objective": kk.Objective(kd_baseline="kl")}, ValueError, r"teacher=TeacherHead\(...\) must be passed for kd='k2', got neither"),
     ({"teacher": kk.TeacherHead(torch.ones(5, 6), torch.ones(12, 6))}, ValueError, r"teacher.hidden must have N = 4 rows, got \[5, 6\]"),
 ]  # fmt: skip
 
@@ -85,6 +87,9 @@ def test_kdrl_loss(changes: dict[str, Any], error: type[Exception], message: str
 OBJECTIVES: list[tuple[dict[str, Any], str]] = [
     ({"kd": "k1"}, "kd must not be 'k1': k1 as a loss has no teacher in its gradient"),
     ({"kd": "kl"}, r"kd must be one of \('k2', 'k3', 'rkl', 'fkl', 'jsd'\) or None, got 'kl'"),
+    ({"kd_baseline": "mean"}, "kd_baseline must be 'kl' or None, got 'mean'"),
+    ({"kd": "k3", "kd_baseline": "kl"}, "kd_baseline must be None for kd='k3', got 'kl'"),
+    ({"kd": None, "kd_baseline": "kl"}, "kd_baseline must be None for kd=None, got 'kl'"),
     ({"policy": "ppo"}, r"policy must be one of \('clip', 'none', 'off'\), got 'ppo'"),
     ({"policy": "off", "kd": None}, "kd must be set when policy is 'off'"),
     ({"clip_low": 1.0}, r"clip_low must be in \[0, 1\), got 1.0"),

@@ -5,6 +5,7 @@ expected gradient is the sum over every y of its probability times the gradient 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ import kdrl_kernels as kk
 
 V = 6
 JSD_ALPHA = 0.3
+CENTRED = {"kd": "k2", "kd_baseline": "kl"}
+KD_TERMS = [*({"kd": kd} for kd in ("k2", "k3", "rkl", "fkl", "jsd")), CENTRED]
+EVERY_TERM = pytest.mark.parametrize("term", KD_TERMS, ids=lambda term: "-".join(term.values()))
 
 
 def _distributions(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,15 +27,18 @@ def _distributions(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return student, teacher, behaviour
 
 
-def _head_gradient(
-    student: Tensor, teacher: Tensor, weights: Tensor, impl: str, old: Tensor | None, kd: str
+def _token_gradients(
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor,
+    impl: str,
+    old: Tensor | None,
+    term: dict[str, Any],
 ) -> Tensor:
-    """Gradient [V] of sum_y weights[y] · KD(y), the logits being hidden · identity."""
+    """Row y [V]: gradient of weights[y] · KD(y), the logits being hidden · identity."""
     hidden = student.expand(V, V).clone().requires_grad_()
     identity = torch.eye(V, dtype=torch.float64)
-    objective = kk.Objective(
-        policy="off", kd=kd, kd_coef=1.0, kd_ratio_cap=1e9, jsd_alpha=JSD_ALPHA
-    )
+    settings = {"kd_coef": 1.0, "kd_ratio_cap": 1e9, "jsd_alpha": JSD_ALPHA} | term
     kk.kdrl_loss(
         hidden,
         identity,
@@ -41,10 +48,15 @@ def _head_gradient(
         normalizer=1.0,
         old_logprobs=old,
         teacher=kk.TeacherHead(teacher.expand(V, V), identity),
-        objective=objective,
+        objective=kk.Objective(policy="off", **settings),
         impl=impl,
     ).loss.backward()
-    return hidden.grad.sum(dim=0)
+    return hidden.grad
+
+
+def _head_gradient(*args: Any) -> Tensor:
+    """Gradient [V] of sum_y weights[y] · KD(y)."""
+    return _token_gradients(*args).sum(dim=0)
 
 
 def _true_gradient(divergence: Callable[[Tensor, Tensor], Tensor], student: Tensor, q: Tensor):
@@ -67,31 +79,61 @@ def _jensen_shannon(logp: Tensor, logq: Tensor) -> Tensor:
     return JSD_ALPHA * _reverse_kl(logq, logm) + (1 - JSD_ALPHA) * _reverse_kl(logp, logm)
 
 
-CASES = [
-    ("k2", _reverse_kl, False),
-    ("k2", _reverse_kl, True),
-    ("k3", _forward_kl, False),
-    ("rkl", _reverse_kl, False),
-    ("fkl", _forward_kl, False),
-    ("jsd", _jensen_shannon, False),
-]
+CASES = {
+    "k2": ({"kd": "k2"}, _reverse_kl, False),
+    "k2_off_policy": ({"kd": "k2"}, _reverse_kl, True),
+    "centred_k2": (CENTRED, _reverse_kl, False),
+    "centred_k2_off_policy": (CENTRED, _reverse_kl, True),
+    "k3": ({"kd": "k3"}, _forward_kl, False),
+    "rkl": ({"kd": "rkl"}, _reverse_kl, False),
+    "fkl": ({"kd": "fkl"}, _forward_kl, False),
+    "jsd": ({"kd": "jsd"}, _jensen_shannon, False),
+}
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])
-@pytest.mark.parametrize(
-    ("kd", "divergence", "off_policy"),
-    CASES,
-    ids=["k2", "k2_off_policy", "k3", "rkl", "fkl", "jsd"],
-)
+@pytest.mark.parametrize(("term", "divergence", "off_policy"), CASES.values(), ids=CASES)
 def test_expected_gradient(
-    kd: str, divergence: Callable[[Tensor, Tensor], Tensor], off_policy: bool, impl: str
+    term: dict[str, Any],
+    divergence: Callable[[Tensor, Tensor], Tensor],
+    off_policy: bool,
+    impl: str,
 ) -> None:
     student, teacher, behaviour = _distributions()
     sampler = torch.log_softmax(behaviour if off_policy else student, 0)
     old = sampler if off_policy else None
-    found = _head_gradient(student, teacher, sampler.exp(), impl, old, kd)
+    found = _head_gradient(student, teacher, sampler.exp(), impl, old, term)
     expected = _true_gradient(divergence, student, torch.log_softmax(teacher, 0))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def _variance(student: Tensor, teacher: Tensor, term: dict[str, Any]) -> float:
+    """E|gradient|² - |E gradient|² over the token that is drawn."""
+    p = torch.softmax(student, 0)
+    rows = _token_gradients(student, teacher, p, "torch", None, term)  # p_y times the gradient
+    return float((rows.square().sum(dim=1) / p).sum() - rows.sum(dim=0).square().sum())
+
+
+def test_the_baseline_takes_out_variance() -> None:
+    """Over random pairs: a baseline lowers nearly every variance, and their mean."""
+    pairs = [_distributions(seed)[:2] for seed in range(20)]
+    plain, centred = (
+        torch.tensor([_variance(*pair, term) for pair in pairs]) for term in ({"kd": "k2"}, CENTRED)
+    )
+    assert centred[0] < plain[0]
+    assert (centred < plain).sum() >= 16
+    assert centred.mean() < 0.9 * plain.mean()
+
+
+def test_a_capped_ratio_is_no_longer_exact_with_a_baseline() -> None:
+    """E_b[s ∇lp] is 0 for the ratio itself only; the cap biases k2 without a baseline as well."""
+    student, teacher, behaviour = _distributions()
+    sampler = torch.log_softmax(behaviour, 0)
+    expected = _true_gradient(_reverse_kl, student, torch.log_softmax(teacher, 0))
+    for term in ({"kd": "k2"}, CENTRED):
+        capped = term | {"kd_ratio_cap": 1.0}
+        found = _head_gradient(student, teacher, sampler.exp(), "torch", sampler, capped)
+        assert (found - expected).abs().max() > 0.01
 
 
 def test_k1_as_a_loss_has_no_teacher_and_no_expected_gradient() -> None:
@@ -107,7 +149,7 @@ def test_k1_as_a_loss_has_no_teacher_and_no_expected_gradient() -> None:
 def test_k3_off_policy_is_not_the_reverse_kl() -> None:
     student, teacher, behaviour = _distributions()
     sampler = torch.log_softmax(behaviour, 0)
-    found = _head_gradient(student, teacher, sampler.exp(), "torch", sampler, "k3")
+    found = _head_gradient(student, teacher, sampler.exp(), "torch", sampler, {"kd": "k3"})
     expected = _true_gradient(_reverse_kl, student, torch.log_softmax(teacher, 0))
     assert (found - expected).abs().max() > 0.01
 
@@ -116,7 +158,7 @@ def test_k2_off_policy_needs_the_ratio() -> None:
     """Without old log-probabilities, samples of another policy give another gradient."""
     student, teacher, behaviour = _distributions()
     sampler = torch.log_softmax(behaviour, 0)
-    found = _head_gradient(student, teacher, sampler.exp(), "torch", None, "k2")
+    found = _head_gradient(student, teacher, sampler.exp(), "torch", None, {"kd": "k2"})
     expected = _true_gradient(_reverse_kl, student, torch.log_softmax(teacher, 0))
     assert (found - expected).abs().max() > 0.01
 
@@ -138,8 +180,10 @@ def test_expected_policy_gradient_is_that_of_the_expected_advantage(impl: str) -
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch", "triton"])
-@pytest.mark.parametrize("kd", ["k2", "k3", "rkl", "fkl", "jsd"])
-def test_only_the_teacher_changed_changes_the_gradient(kd: str, impl: str, device: str) -> None:
+@EVERY_TERM
+def test_only_the_teacher_changed_changes_the_gradient(
+    term: dict[str, Any], impl: str, device: str
+) -> None:
     gradients = []
     for shift in (0.0, 0.5):
         torch.manual_seed(0)
@@ -152,7 +196,7 @@ def test_only_the_teacher_changed_changes_the_gradient(kd: str, impl: str, devic
             torch.arange(5, device=device),
             advantages=torch.ones(5, device=device),
             teacher=kk.TeacherHead(hidden.detach() * 0.9, other),
-            objective=kk.Objective(kd=kd),
+            objective=kk.Objective(**term),
             impl=impl,
         ).loss.backward()
         gradients.append(hidden.grad)
@@ -160,8 +204,10 @@ def test_only_the_teacher_changed_changes_the_gradient(kd: str, impl: str, devic
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("kd", ["k2", "k3", "rkl", "fkl", "jsd"])
-def test_a_teacher_equal_to_the_student_gives_exactly_zero(kd: str, impl: str, device: str) -> None:
+@EVERY_TERM
+def test_a_teacher_equal_to_the_student_gives_exactly_zero(
+    term: dict[str, Any], impl: str, device: str
+) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(9, 8, device=device).requires_grad_()
     weight = torch.randn(5000, 8, device=device).requires_grad_()
@@ -171,7 +217,7 @@ def test_a_teacher_equal_to_the_student_gives_exactly_zero(kd: str, impl: str, d
         torch.arange(9, device=device),
         advantages=None,
         teacher=kk.TeacherHead(hidden, weight),
-        objective=kk.Objective(policy="off", kd=kd, kd_coef=1.0),
+        objective=kk.Objective(policy="off", kd_coef=1.0, **term),
         impl=impl,
         workspace_bytes=4 * 5000 * 32,
     )
@@ -182,8 +228,8 @@ def test_a_teacher_equal_to_the_student_gives_exactly_zero(kd: str, impl: str, d
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch", "triton"])
-@pytest.mark.parametrize("kd", ["k2", "rkl"])
-def test_the_teacher_is_never_trained(kd: str, impl: str, device: str) -> None:
+@EVERY_TERM
+def test_the_teacher_is_never_trained(term: dict[str, Any], impl: str, device: str) -> None:
     hidden, t_hidden = torch.randn(2, 5, 8, device=device).requires_grad_().unbind()
     weight, t_weight = (torch.randn(11, 8, device=device).requires_grad_() for _ in range(2))
     result = kk.kdrl_loss(
@@ -192,7 +238,7 @@ def test_the_teacher_is_never_trained(kd: str, impl: str, device: str) -> None:
         torch.arange(5, device=device),
         advantages=torch.ones(5, device=device),
         teacher=kk.TeacherHead(t_hidden, t_weight),
-        objective=kk.Objective(kd=kd),
+        objective=kk.Objective(**term),
         impl=impl,
     )
     gradients = torch.autograd.grad(result.loss, [weight, t_weight, t_hidden], allow_unused=True)

@@ -1,5 +1,6 @@
 """kdrl_loss against its definition in float64: every option, value and gradient."""
 
+import math
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 
 import kdrl_kernels as kk
 from kdrl_kernels import one_pass
+from kdrl_kernels.objective import Rows
+from kdrl_kernels.rows import load
 from tests.kernels.params import F32, F64, IMPL_DTYPES, KDS
 from tests.kernels.problem import Problem, assert_matches_definition, loss_size, make_problem
 from tests.tolerance import relative_error
@@ -23,6 +26,46 @@ def test_every_kd_term(
     objective = {"entropy_coef": 0.05}
     kind = {"kd": kd, "dtype": dtype, "device": device, "off_policy": off_policy}
     assert_matches_definition(impl, upstream=3.0, objective=objective, **kind)
+
+
+@pytest.mark.parametrize("off_policy", [False, True], ids=["on_policy", "off_policy"])
+@pytest.mark.parametrize(("impl", "dtype"), IMPL_DTYPES)
+def test_a_baseline(impl: str, dtype: torch.dtype, off_policy: bool, device: str) -> None:
+    kind: dict[str, Any] = {"kd": "k2", "dtype": dtype, "device": device, "off_policy": off_policy}
+    objective = {"entropy_coef": 0.05, "kd_baseline": "kl"}
+    found = assert_matches_definition(impl, upstream=3.0, objective=objective, **kind)
+    assert found["kl"].min() > 0
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_baseline_is_a_loss_of_the_centred_gap(impl: str, device: str) -> None:
+    """Against linear_token_loss, with the formula written out."""
+    problem = make_problem(device=device, objective={"kd_baseline": "kl", "policy": "off"})
+    ours, options = problem.solve(impl=impl), problem.options
+    student = {k: v.clone().requires_grad_() for k, v in problem.student.items()}
+
+    def centred(rows: kk.Rows) -> torch.Tensor:
+        ratio = (rows.logprobs.detach() - options["old_logprobs"]).exp().clamp(max=2.0)
+        gap = rows.logprobs - rows.teacher_logprobs - rows.kl.detach()
+        return 0.5 * options["kd_weight"] * ratio * gap.square() / 2
+
+    teacher, weights = kk.TeacherHead(**problem.teacher), options["token_weights"]
+    given = {"teacher": teacher, "token_weights": weights, "kl": "rkl", "impl": impl}
+    kk.linear_token_loss(tokens=problem.tokens, loss_fn=centred, **student, **given).loss.backward()
+    for name, tensor in student.items():
+        torch.testing.assert_close(ours[f"d{name}"], tensor.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_baseline_has_no_gradient_in_the_kl(impl: str, device: str) -> None:
+    """So the gradient kernel does not read the teacher's logits again."""
+    ones = torch.ones(3, device=device)
+    rows = Rows(-ones, teacher_logprobs=-2 * ones, kl=0.25 * ones)
+    objective = kk.Objective(policy="off", kd_baseline="kl", kd_coef=1.0)
+    losses, coef = load(impl).coefficients(objective, rows, ones)
+    assert losses.tolist() == [0.75**2 / 2] * 3
+    assert coef.logprobs.tolist() == [0.75] * 3
+    assert coef.kl is None
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -97,6 +140,9 @@ def kinds(draw: st.DrawFn) -> dict[str, Any]:
         "entropy_coef": draw(st.sampled_from([0.0, 0.01, -0.01])),
         "kd_ratio_cap": draw(st.sampled_from([0.5, 2.0])),
     }
+    server = kd in ("k2", "k3") and draw(st.booleans())
+    if kd == "k2" and not server:
+        objective["kd_baseline"] = draw(st.sampled_from([None, "kl"]))
     return {
         "N": draw(st.integers(1, 9)),
         "H": draw(st.integers(1, 9)),
@@ -107,7 +153,7 @@ def kinds(draw: st.DrawFn) -> dict[str, Any]:
         "objective": objective,
         "off_policy": draw(st.booleans()),
         "bias": draw(st.booleans()),
-        "server": kd in ("k2", "k3") and draw(st.booleans()),
+        "server": server,
         "softcap": draw(st.sampled_from([None, 2.0])),
         "temperature": draw(st.sampled_from([1.0, 0.7])),
         "entropy": draw(st.booleans()),
@@ -280,3 +326,31 @@ def test_flips_of_k3_use_its_own_coefficient() -> None:
     teacher = kk.TeacherHead(**exact.teacher)
     result = kk.kdrl_loss(tokens=exact.tokens, teacher=teacher, **exact.student, **exact.options)
     assert "kd_flip_fraction" not in result.metrics
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch", "triton"])
+def test_metrics_with_a_baseline_are_those_of_the_gap_but_for_the_flips(
+    impl: str, device: str
+) -> None:
+    """p = 1/2 each, q = 1/4 and 3/4: l = log 2 and log 2/3, KL = (log 2 + log 2/3) / 2 = 0.144."""
+    teacher = torch.tensor([[1 / 4, 3 / 4]], device=device).log().expand(2, 2)
+    eye = torch.eye(2, device=device)
+    result = kk.kdrl_loss(
+        torch.zeros(2, 2, device=device),
+        eye,
+        torch.arange(2, device=device),
+        advantages=torch.tensor([0.6, -0.3], device=device),
+        teacher=kk.TeacherHead(teacher, eye),
+        objective=kk.Objective(kd_baseline="kl", kd_coef=1.0),
+        impl=impl,
+    )
+    gaps = [math.log(2), math.log(2 / 3)]
+    kl = sum(gaps) / 2
+    assert result.kl.tolist() == pytest.approx([kl, kl])
+    assert result.teacher_logprobs.exp().tolist() == pytest.approx([1 / 4, 3 / 4])
+    assert result.metrics["teacher_gap_mean"].item() == pytest.approx(kl)
+    assert result.metrics["k2_mean"].item() == pytest.approx((gaps[0] ** 2 + gaps[1] ** 2) / 4)
+    # 0.6 - (0.69 - 0.14) does not turn, as it would by l alone; -0.3 - (-0.41 - 0.14) does
+    assert result.metrics["kd_flip_fraction"].item() == 0.5
+    # r A = A on-policy, and (l - KL)² / 2 = 0.55² / 2 in both rows
+    assert result.loss.item() == pytest.approx(-0.15 + (gaps[0] - kl) ** 2 / 2, abs=1e-6)

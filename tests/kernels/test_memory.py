@@ -1,12 +1,14 @@
 """Peak memory of a call: the plan's workspace beside inputs, outputs and gradients, no [N, V]."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 import kdrl_kernels as kk
+from kdrl_kernels import one_pass
 from tests.kernels.problem import make_problem
 
 N, H, V = 96, 16, 4096
@@ -28,12 +30,15 @@ def _peak_bytes(call: Callable[[], object]) -> int:
     return peak
 
 
-@pytest.mark.parametrize("kd", [None, "k2", "rkl", "fkl", "jsd"])
+@pytest.mark.parametrize("kd", [None, "k2", "k2-kl", "rkl", "fkl", "jsd"])
 @pytest.mark.parametrize("rows", [8, 32])
 def test_peak_is_the_plan_and_the_gradients(rows: int, kd: str | None) -> None:
-    problem = make_problem(N, H, V, kd=kd, bias=False, objective={"entropy_coef": 0.1})
+    kd, baseline = kd.split("-") if kd == "k2-kl" else (kd, None)
+    objective = {"entropy_coef": 0.1, "kd_baseline": baseline}
+    problem = make_problem(N, H, V, kd=kd, bias=False, objective=objective)
     teacher = (H + 3, V) if kd else None
-    sizes = {"teacher": teacher, "kd": kd, "device": "cpu", "dtype": torch.float32}
+    sizes = {"teacher": teacher, "kd": kd, "kd_baseline": baseline, "device": "cpu"}
+    sizes |= {"dtype": torch.float32}
     budget = kk.chunk_plan(N, H, V, **sizes).geometry.chunk_bytes(rows)
     plan = kk.chunk_plan(N, H, V, **sizes, workspace_bytes=budget)
     assert plan.rows == rows
@@ -44,6 +49,23 @@ def test_peak_is_the_plan_and_the_gradients(rows: int, kd: str | None) -> None:
     peak = _peak_bytes(lambda: problem.solve(impl="torch", workspace_bytes=budget))
     assert peak <= student + 1.05 * plan.workspace_bytes + SMALL_BYTES
     assert peak >= student + 0.5 * plan.rows * plan.geometry.streams * V * 4  # it sees the logits
+
+
+def test_the_rows_of_a_baseline_are_those_that_both_streams_leave_room_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = {"teacher": (H + 3, V), "kd": "k2", "kd_baseline": "kl", "device": "cpu"}
+    whole = kk.chunk_plan(N, H, V, dtype=torch.float32, **sizes)
+    seen, buffers = [], one_pass.Buffers
+
+    def recorded(*args: Any) -> one_pass.Buffers:
+        seen.append(args[2:4])
+        return buffers(*args)
+
+    monkeypatch.setattr(one_pass, "Buffers", recorded)
+    problem = make_problem(N, H, V, bias=False, objective={"kd_baseline": "kl"})
+    problem.solve(impl="torch", workspace_bytes=whole.geometry.chunk_bytes(8))
+    assert seen == [(8, 2)]
 
 
 def test_the_reference_does_hold_all_logits() -> None:

@@ -96,6 +96,14 @@ def test_a_sampled_kd_takes_one_buffer_and_one_more_sweep() -> None:
     assert exact.row_work_bytes - sampled.row_work_bytes == 64 * 128 * 4
 
 
+def test_a_baseline_takes_two_buffers_of_which_the_gradient_reads_one() -> None:
+    exact = kk.chunk_plan(64, 16, 128, teacher=(8, 128), kd="rkl")
+    centred = kk.chunk_plan(64, 16, 128, teacher=(8, 128), kd="k2", kd_baseline="kl")
+    assert centred.geometry.streams == 2
+    assert (centred.flop, centred.workspace_bytes) == (exact.flop, exact.workspace_bytes)
+    assert exact.row_work_bytes - centred.row_work_bytes == 64 * 128 * 4
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda", "xpu"])
 def test_every_loss_on_a_head_has_the_same_default_rows(device: str) -> None:
     impl = "torch" if device == "cpu" else "triton"
@@ -111,8 +119,9 @@ def test_every_loss_on_a_head_has_the_same_default_rows(device: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kd": "k1"}, "kd must be one of"),
+        ({"kd": "k4"}, "kd must be one of"),
         ({"kd": "rkl"}, r"teacher must be \(H_t, V_t\) for kd='rkl', got None"),
+        ({"kd": "k2", "kd_baseline": "kl"}, r"teacher must be \(H_t, V_t\) for kd='k2'.* got None"),
         ({"teacher": (-1, 5)}, r"teacher\[0\] must be at least 1, got -1"),
         ({"impl": "reference"}, "impl must be 'triton', 'torch' or None, got 'reference'"),
     ],

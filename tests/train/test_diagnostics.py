@@ -62,9 +62,11 @@ def flat(parameters: Any) -> Tensor:
     return torch.cat([p.flatten() for p in parameters])
 
 
-@pytest.mark.parametrize("kd", ["k2", "rkl"])
-def test_the_two_gradients_add_up(tiny: Callable[..., Any], kd: str) -> None:
-    policy = Policy(tiny("qwen2", seed=1), MethodConfig(kd=kd))
+@pytest.mark.parametrize(
+    "method", [MethodConfig(), MethodConfig(kd_baseline="kl"), MethodConfig(kd="rkl")]
+)
+def test_the_two_gradients_add_up(tiny: Callable[..., Any], method: MethodConfig) -> None:
+    policy = Policy(tiny("qwen2", seed=1), method)
     teacher = Teacher(tiny("llama", seed=2))
     head, twelve = teacher(batch()), torch.tensor(12.0)
     policy(batch(), twelve, head).loss.backward()

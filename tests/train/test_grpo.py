@@ -204,7 +204,9 @@ def test_reward_metrics() -> None:
     }
 
 
-def sums(part: slice, kl: Tensor | None = None, kd: str | None = "k2") -> dict:
+def sums(
+    part: slice, kl: Tensor | None = None, kd: str | None = "k2", kd_baseline: str | None = None
+) -> dict:
     """token_sums of some of four tokens."""
     return grpo.token_sums(
         logprobs=torch.tensor([-1.0, -2.0, -3.0, -4.0])[part],
@@ -217,6 +219,7 @@ def sums(part: slice, kl: Tensor | None = None, kd: str | None = "k2") -> dict:
         kd_weight=torch.tensor([1.0, 0.0, 0.1, 1.0])[part],
         advantages=torch.tensor([0.5, 1.0, -0.3, 9.0])[part],
         kd=kd,
+        kd_baseline=kd_baseline,
     )
 
 
@@ -250,6 +253,17 @@ def test_share_of_tokens_whose_sign_the_teacher_turns(kd: str | None, share: flo
     assert found == (share and pytest.approx(share))
 
 
+def test_a_baseline_takes_the_exact_kl_off_the_pull() -> None:
+    # 0.5 - 1 * (1 - 0.6) does not turn, -0.3 - 0.1 * (-2 - 1.1) does; the rest is that of l
+    kl = torch.tensor([0.6, NAN, 1.1, NAN])
+    found = grpo.token_means(sums(slice(None), kl=kl, kd_baseline="kl"))
+    plain = grpo.token_means(sums(slice(None)))
+    assert found == plain | {"kl_teacher": pytest.approx(0.85)}
+    kl[2] = 0.9
+    found = grpo.token_means(sums(slice(None), kl=kl, kd_baseline="kl"))
+    assert found["kd_flip_share"] == 0.0
+
+
 def test_token_means_do_not_depend_on_how_the_step_is_cut() -> None:
     together = grpo.token_means(sums(slice(None)))
     cut = grpo.add_sums(sums(slice(0, 1)), sums(slice(1, 4)))
@@ -275,6 +289,12 @@ def test_without_a_teacher_its_metrics_are_absent() -> None:
     assert means["log_ratio_p50"] is None
     assert means["kd_flip_share"] is None
     assert means["kd_share"] == 0.0
+
+
+def test_a_baseline_is_for_k2() -> None:
+    for kd in ("k3", "rkl", "reward", None):
+        with pytest.raises(ValueError, match=rf'method\.kd must be "k2" with .*, got {kd}'):
+            MethodConfig(kd=kd, kd_baseline="kl")
 
 
 def test_distillation_alone_needs_a_teacher_term() -> None:

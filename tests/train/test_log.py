@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
 from kdrl_train.log import RunLog, Stages, read_rows
-from kdrl_train.rollout import Rollouts
 
 ROW = {
     "reward": 0.5,
@@ -79,33 +77,15 @@ def test_resuming_drops_the_rows_after_the_checkpoint(tmp_path: Path) -> None:
     assert [row["step"] for row in read_rows(tmp_path)] == [0, 1]
 
 
-def test_samples_are_spread_over_the_step(tmp_path: Path) -> None:
+def test_resuming_drops_the_samples_after_the_checkpoint(tmp_path: Path) -> None:
     run, _ = log(tmp_path)
-    rollouts = Rollouts(
-        prompt_ids=[torch.tensor([1])] * 4,
-        completion_ids=[torch.arange(r + 1) for r in range(4)],
-        logprobs=[torch.zeros(r + 1) for r in range(4)],
-        truncated=torch.tensor([False, False, True, False]),
-        texts=["a", "b", "c", "ü"],
-    )
-    rewards = torch.tensor([1.0, 0.0, math.nan, 1.0])
-    texts = ["p"] * 4, ["g"] * 4
-    run.samples(7, rollouts, *texts, rewards, count=2)
-    lines = (tmp_path / "samples" / "step_000007.jsonl").read_text("utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == [
-        {
-            "step": 7,
-            "prompt": "p",
-            "completion": text,
-            "answer": "g",
-            "reward": reward,
-            "tokens": tokens,
-            "truncated": cut,
-        }
-        for text, reward, tokens, cut in [("a", 1.0, 1, False), ("c", None, 3, True)]
-    ]
-    run.samples(8, rollouts, *texts, rewards, count=100)
-    assert len((tmp_path / "samples" / "step_000008.jsonl").read_text("utf-8").splitlines()) == 4
+    for step in range(3):
+        run.samples(step, [{"step": step, "log_ratio": [0.5, math.nan]}])
+    run.samples(3, [])
+    log(tmp_path, first=2)
+    kept = sorted((tmp_path / "samples").iterdir())
+    assert [path.name for path in kept] == ["step_000000.jsonl", "step_000001.jsonl"]
+    assert json.loads(kept[0].read_text("utf-8")) == {"step": 0, "log_ratio": [0.5, None]}
 
 
 def test_stages_add_up_and_measuring_costs_no_speed() -> None:

@@ -98,6 +98,20 @@ def test_four_gpus_in_bfloat16_by_hand(models: dict[str, str]) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("method", "streams"),
+    [(MethodConfig(), 1), (MethodConfig(kd_baseline="kl"), 2), (MethodConfig(kd="reward"), 1)],
+)
+def test_a_baseline_holds_the_teachers_logits(
+    models: dict[str, str], method: MethodConfig, streams: int
+) -> None:
+    case = sharded_case(models)
+    case = replace(case, run=replace(case.run, method=method))
+    assert case.chunk_plan(32).geometry.streams == streams
+    found = values(case)["workspace of the head"]
+    assert found == 32 * (streams * 64 * 4 + (8 + 12) * 2 + 8 * 4)
+
+
 def test_moments_add_up_what_is_held_together(models: dict[str, str]) -> None:
     held = by_moment(memory_terms(case_of(models, "untied")))
     states, gradients = 12 * 1736, 4 * 1736

@@ -12,7 +12,7 @@ from kdrl_train import grpo
 from kdrl_train.config import MethodConfig, ModelConfig, ScheduleConfig, TrainConfig
 from kdrl_train.models import checkpoint_activations, load_model, load_policy, load_teacher
 from kdrl_train.packing import PackedBatch, pack
-from kdrl_train.policy import HeadedModel, Policy, Teacher, probe
+from kdrl_train.policy import HeadedModel, Policy, Teacher, objective, probe
 from kdrl_train.presets import PRESETS
 from kdrl_train.rollout import Rollouts
 
@@ -34,6 +34,7 @@ METHODS = {
     "rkl sequence": MethodConfig(kd="rkl", kd_coef=KD, token_weights="sequence_mean"),
     "fkl constant": MethodConfig(kd="fkl", kd_coef=KD, token_weights="constant"),
     "jsd": MethodConfig(kd="jsd", jsd_alpha=0.3, kd_coef=KD),
+    "centred k2": MethodConfig(kd="k2", kd_baseline="kl", kd_coef=KD),
     "k3 masked": MethodConfig(kd="k3", kd_coef=KD, kd_mask="wrong_group"),
     "distillation": MethodConfig(policy="off", kd="rkl", kd_coef=KD, kd_mask="wrong"),
     "grpo": PRESETS["grpo"],
@@ -310,3 +311,20 @@ def test_a_gpu_named_by_its_index_is_the_current_one(monkeypatch: pytest.MonkeyP
         with pytest.raises(ValueError, match=r"model\.policy must be a folder with a causal LM"):
             load_model("absent/", "model.policy", ModelConfig(device=name), torch.float32)
     assert chosen == [torch.device("cuda:1")]
+
+
+def test_a_baseline_changes_the_gradient_of_k2_and_measures_the_exact_kl(
+    tiny: Callable[..., Any],
+) -> None:
+    found = {}
+    for kd, baseline in (("k2", None), ("k2", "kl"), ("rkl", None)):
+        method = MethodConfig(kd=kd, kd_baseline=baseline, kd_coef=KD)
+        policy, teacher = pair(tiny, method, torch.float64, "qwen2")
+        found[kd, baseline] = step_gradient(policy, teacher, method, budget=12)
+    (_, plain, sampled), (_, centred, metrics), (_, _, exact) = found.values()
+    assert relative_error(centred, plain) > 1e-3
+    assert metrics["kl_teacher"] == pytest.approx(exact["kl_teacher"], rel=1e-9)
+    for name in ("log_ratio_teacher", "k2", "kd_share", "entropy"):
+        assert metrics[name] == pytest.approx(sampled[name], rel=1e-9)
+    alone = objective(METHODS["centred k2"], distil=False)
+    assert (alone.kd, alone.kd_baseline) == (None, None)

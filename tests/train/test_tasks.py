@@ -6,12 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from kdrl_train.rewards import math_reward
 from kdrl_train.tasks import ArithmeticConfig, make_arithmetic, write_jsonl
+from kdrl_train.tasks.arithmetic import LEVELS
 
 CONFIGS = {
     "default": ArithmeticConfig(),
     "long": ArithmeticConfig(min_steps=4, max_steps=6),
     "tight": ArithmeticConfig(min_steps=3, max_steps=3, max_operand=3, max_total=3),
+} | {
+    f"{name}{kind}": config
+    for name, level in LEVELS.items()
+    for kind, config in (("", level), ("-longer", level.longer()), ("-larger", level.larger()))
 }
 
 
@@ -22,7 +28,8 @@ def value(expression: str) -> int:
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_every_line_of_a_solution_is_true_and_leads_to_the_answer(config: ArithmeticConfig) -> None:
-    for row in make_arithmetic(40, seed=3, config=config):
+    for row in make_arithmetic(40 if config.max_total == 3 else 300, seed=3, config=config):
+        assert math_reward(row["solution"], row["answer"]) == 1.0
         assert value(row["question"].removesuffix("=?")) == int(row["answer"])
         *steps, last = row["solution"].split("\n")
         assert last == f"#### {row['answer']}"
@@ -35,7 +42,8 @@ def test_every_line_of_a_solution_is_true_and_leads_to_the_answer(config: Arithm
             assert carried in (None, re.split(r"[+*-]", left)[0])  # each starts from the one before
             carried = right
         assert carried == row["answer"]
-        assert max(map(int, re.findall(r"\d+", row["question"]))) <= config.max_operand
+        numbers = [int(number) for number in re.findall(r"\d+", row["question"])]
+        assert config.beyond < max(numbers) <= config.max_operand
 
 
 def test_rows_are_a_function_of_the_seed() -> None:
@@ -67,6 +75,7 @@ def test_slips_change_solutions_and_nothing_else() -> None:
             assert 1 <= int(result) <= 99
             steps, wrong_steps, carried = steps + 1, wrong_steps + (off != 0), result
         assert last == f"#### {carried}"
+        assert (carried == row["answer"]) == math_reward(row["solution"], row["answer"])
         right_ends += carried == row["answer"]
     # 5,700 steps, 30% each: the standard deviation is 0.6%; a few steps have no slip within range
     assert wrong_steps / steps == pytest.approx(0.3, abs=0.02)
@@ -94,6 +103,7 @@ def test_a_space_too_small_is_named() -> None:
         ({"min_steps": 4, "max_steps": 3}, "got min_steps = 4, max_steps = 3"),
         ({"max_operand": 1}, "max_operand must be at least 2, got 1"),
         ({"max_total": 8}, "max_total must be at least max_operand = 9, got 8"),
+        ({"beyond": 9}, r"beyond must be in \[0, max_operand = 9\), got 9"),
     ],
 )
 def test_bad_configurations_are_refused(fields: dict[str, int], message: str) -> None:

@@ -354,8 +354,10 @@ def test_a_mask_waits_for_the_rewards(mask: str, beta: float, early: bool) -> No
 def test_settings_that_a_server_cannot_serve_are_refused() -> None:
     model = ModelConfig(teacher="http://host:1")
     for kd in ("rkl", "fkl", "jsd"):
-        with pytest.raises(ValueError, match=rf'method\.kd must be "k2" or "k3" .* got "{kd}": a '):
+        with pytest.raises(ValueError, match=rf'method\.kd must be "k2" or "k3" .*"{kd}" and None'):
             TrainConfig(model=model, method=MethodConfig(kd=kd))
+    with pytest.raises(ValueError, match=r'kd_baseline None, got "k2" and kl: a server scores'):
+        TrainConfig(model=model, method=MethodConfig(kd_baseline="kl"))
     cool = SamplingConfig(temperature=0.7)
     assert TrainConfig(model=model, sampling=cool).model.teacher_is_url
     openai = ModelConfig(teacher="https://host/v1", teacher_api="openai")

@@ -55,6 +55,7 @@ METRICS = {
     *("verifier_error", "tokens_per_s", "seconds", "seconds_rollout", "seconds_verify"),
     *("seconds_teacher", "seconds_update", "seconds_sync", "peak_memory_bytes", "kd_flip_share"),
     *(f"log_ratio_p{q}" for q in (10, 50, 90, 99)),
+    *("log_ratio_counts", "response_length_counts"),
     *(f"tokens_per_s_{stage}" for stage in ("rollout", "verify", "teacher", "update", "sync")),
 }
 
@@ -120,7 +121,10 @@ def test_a_run_leaves_what_it_should(
     assert [row["step"] for row in rows] == [0, 1]
     for row in rows:
         assert set(row) == METRICS
+        counts = [row.pop(name) for name in ("log_ratio_counts", "response_length_counts")]
         assert all(isinstance(v, (int, float)) and math.isfinite(v) for v in row.values())
+        assert sum(counts[0]) == row["tokens"]  # each token is distilled
+        assert sum(counts[1]) == 16  # completions
         assert row["verifier_right"] + row["verifier_wrong"] == 16
         assert row["accuracy"] == row["verifier_right"] / 16
         assert row["sampler_gap_max"] < 1e-4

@@ -1,16 +1,14 @@
-"""Synthetic tasks: problems with worked solutions, made from a seed, written as jsonl."""
+"""Several-step arithmetic: evaluate an expression, one operation a line."""
 
 import itertools
-import json
-import os
 import random
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import partial
+
+from kdrl_train.tasks.rows import apply, check_slips, distinct, slip
 
 Operation = tuple[str, int]  # operator, operand
-SLIPS = (-10, -2, -1, 1, 2, 10)
-TRIES_PER_ROW = 200  # draws before "no new problem" is called exhaustion
+Problem = tuple[int, list[Operation]]  # first number, what is done to it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +23,8 @@ class ArithmeticConfig:
     """Largest number that stands in an expression."""
     max_total: int = 99
     """Largest intermediate result; the smallest is 1."""
+    beyond: int = 0
+    """Some number of every expression is larger than this; 0: any expression."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_steps <= self.max_steps:
@@ -38,6 +38,31 @@ class ArithmeticConfig:
             raise ValueError(
                 f"max_total must be at least max_operand = {self.max_operand}, got {self.max_total}"
             )
+        if not 0 <= self.beyond < self.max_operand:
+            raise ValueError(
+                f"beyond must be in [0, max_operand = {self.max_operand}), got {self.beyond}"
+            )
+
+    def longer(self) -> "ArithmeticConfig":
+        """Out of distribution: one or two operations more than the longest here."""
+        return replace(self, min_steps=self.max_steps + 1, max_steps=self.max_steps + 2)
+
+    def larger(self) -> "ArithmeticConfig":
+        """Out of distribution: numbers up to twice as large, one of them larger than any here."""
+        return replace(
+            self,
+            max_operand=2 * self.max_operand,
+            max_total=max(self.max_total, 2 * self.max_operand),
+            beyond=self.max_operand,
+        )
+
+
+LEVELS = {
+    "easy": ArithmeticConfig(min_steps=2, max_steps=2),
+    "medium": ArithmeticConfig(),
+    "hard": ArithmeticConfig(min_steps=3, max_steps=4, max_operand=19, max_total=199),
+}
+"""Named difficulty levels; "medium" is the default configuration."""
 
 
 def make_arithmetic(
@@ -59,39 +84,22 @@ def make_arithmetic(
     Raises: ValueError if the configuration has too few different expressions for n rows, or slips
         is not in [0, 1].
     """
-    if not 0 <= slips <= 1:
-        raise ValueError(f"slips must be in [0, 1], got {slips}")
+    check_slips(slips)
     config = config or ArithmeticConfig()
     rng, slip_rng = random.Random(seed), random.Random(f"{seed}/slips")
-    rows: dict[str, dict[str, str]] = {}
-    for _ in range(n):
-        for _ in range(TRIES_PER_ROW):
-            start, operations = _draw(rng, config)
-            question = _expression(start, operations) + "=?"
-            if question not in rows:
-                break
-        else:
-            raise ValueError(
-                f"n must be at most the number of different problems of {config}, got {n}: "
-                f"no new one after {len(rows)}; raise max_steps, max_operand or max_total"
-            )
-        steps, end = [], start
-        for i, (operator, operand) in enumerate(operations):
-            result = _apply(end, operator, operand)
-            if slip_rng.random() < slips:
-                result = _slip(slip_rng, result, operations[i + 1 :], config)
-            steps.append(f"{end}{operator}{operand}={result}\n")
-            end = result
-        rows[question] = {
+    problems = distinct(n, lambda: _draw(rng, config), config)
+    return [
+        {
             "question": question,
-            "solution": "".join(steps) + f"#### {end}",
+            "solution": _solution(start, operations, slip_rng, slips, config),
             "answer": str(_results(start, operations)[-1]),
         }
-    return list(rows.values())
+        for question, (start, operations) in problems.items()
+    ]
 
 
-def _draw(rng: random.Random, config: ArithmeticConfig) -> tuple[int, list[Operation]]:
-    """A first number and what is done to it; every result stays in [1, max_total]."""
+def _draw(rng: random.Random, config: ArithmeticConfig) -> tuple[str, Problem] | None:
+    """A question and its problem, every result in [1, max_total]; None if no number is `beyond`."""
     start = total = rng.randint(1, config.max_operand)
     operations: list[Operation] = []
     for _ in range(rng.randint(config.min_steps, config.max_steps)):
@@ -106,19 +114,34 @@ def _draw(rng: random.Random, config: ArithmeticConfig) -> tuple[int, list[Opera
         else:
             operand = rng.randint(2, largest_factor)
         operations.append((operator, operand))
-        total = _apply(total, operator, operand)
-    return start, operations
+        total = apply(total, operator, operand)
+    if max(start, *(operand for _, operand in operations)) <= config.beyond:
+        return None
+    return _expression(start, operations) + "=?", (start, operations)
 
 
-def _apply(number: int, operator: str, operand: int) -> int:
-    return {"+": number + operand, "-": number - operand, "*": number * operand}[operator]
+def _solution(
+    end: int,
+    operations: list[Operation],
+    rng: random.Random,
+    slips: float,
+    config: ArithmeticConfig,
+) -> str:
+    """The steps and where they end, each off with probability `slips`."""
+    steps = []
+    for i, (operator, operand) in enumerate(operations):
+        result = apply(end, operator, operand)
+        if rng.random() < slips:
+            go_on = partial(_results, operations=operations[i + 1 :])
+            result = slip(rng, result, go_on, config.max_total)
+        steps.append(f"{end}{operator}{operand}={result}\n")
+        end = result
+    return "".join(steps) + f"#### {end}"
 
 
 def _results(start: int, operations: list[Operation]) -> list[int]:
     """The result after each operation."""
-    steps = itertools.accumulate(
-        operations, lambda total, step: _apply(total, *step), initial=start
-    )
+    steps = itertools.accumulate(operations, lambda total, step: apply(total, *step), initial=start)
     return list(steps)[1:]
 
 
@@ -130,25 +153,3 @@ def _expression(start: int, operations: list[Operation]) -> str:
             text = f"({text})"
         text, is_sum = f"{text}{operator}{operand}", operator != "*"
     return text
-
-
-def _slip(rng: random.Random, right: int, rest: list[Operation], config: ArithmeticConfig) -> int:
-    """A wrong result from which the rest of the operations stays in [1, max_total]; else right."""
-    wrong = []
-    for off in SLIPS:
-        results = [right + off, *_results(right + off, rest)]
-        if min(results) >= 1 and max(results) <= config.max_total:
-            wrong.append(right + off)
-    return rng.choice(wrong) if wrong else right
-
-
-def write_jsonl(rows: Iterable[Mapping[str, object]], path: Path) -> None:
-    """One JSON object per line, UTF-8; written beside `path`, then renamed. Makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -1,0 +1,220 @@
+"""What all charts share: elements as text, axes with round ticks, numbers, the look of a group.
+
+Colours are attributes that read on white and on black, so that a chart stands on its own; a page's
+style sheet may set others by class.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+PALETTE = (
+    "#2f7ed8",
+    "#c96a00",
+    "#0e9268",
+    "#b0579f",
+    "#8a7a1f",
+    "#d1495b",
+    "#5d7f95",
+    "#7a68d8",
+)
+"""Of the groups, in their order. Contrast at least 3 with white and with #14171c."""
+DASHES = ("", "7 3", "2 2.5", "9 3 2 3", "5 2 1 2 1 2", "12 3", "1 2", "4 4")
+MARKERS = ("circle", "square", "triangle", "diamond", "cross", "plus", "down", "ring")
+INK, RULE = "#7b828c", "#7b828c"
+"""Of texts and of lines."""
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
+
+
+def element(name: str, content: str = "", /, **attributes: Any) -> str:
+    """One element; stroke_width becomes stroke-width, class_ class; None is left out.
+
+    content: markup, see `text`.
+    """
+    parts = [
+        f' {key.rstrip("_").replace("_", "-")}="{escape(_attribute(value))}"'
+        for key, value in attributes.items()
+        if value is not None
+    ]
+    return f"<{name}{''.join(parts)}>{content}</{name}>"
+
+
+def _attribute(value: Any) -> str:
+    return f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+def text(content: str, x: float, y: float, *, anchor: str = "start", **attributes: Any) -> str:
+    """A text; its baseline starts, has its middle, or ends at x."""
+    given = {"class_": "ink", "fill": INK, "font_size": 11} | attributes
+    return element("text", escape(content), x=x, y=y, text_anchor=anchor, **given)
+
+
+def document(
+    title: str, description: str, width: float, height: float, parts: Iterable[str]
+) -> str:
+    """An <svg> that says what it shows to those who do not see it."""
+    told = element("title", escape(title)) + element("desc", escape(description))
+    return element(
+        "svg",
+        told + "".join(parts),
+        xmlns="http://www.w3.org/2000/svg",
+        role="img",
+        viewBox=f"0 0 {width:g} {height:g}",
+        width=width,
+        height=height,
+        font_family=FONT,
+    )
+
+
+def number(value: float | None) -> str:
+    """Four digits that matter: 0.5123, 12,345, 2e-06; "-" for None and what is not finite."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    size = abs(value)
+    if size >= 1000:
+        return f"{value:,.0f}"
+    if size and size < 1e-3:
+        return f"{value:.2e}".replace("e-0", "e-")
+    return f"{value:.4g}"
+
+
+def cut(name: str, most: int) -> str:
+    """A name of at most so many characters."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Round numbers of [low, high], 1, 2 or 5 times a power of ten apart, at most `most`."""
+    power = 10.0 ** math.floor(math.log10((high - low) / most))
+    steps = (s * power for s in (1, 2, 5, 10, 20))
+    step = next(s for s in steps if math.floor(high / s) - math.ceil(low / s) + 1 <= most)
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def log_ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Powers of ten of [low, high], thinned out; with 2 and 5 times them where few are inside."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        found = [s * 10.0**p for p in powers for s in steps if low <= s * 10.0**p <= high]
+        if len(found) <= most:
+            return found
+    return found[:: math.ceil(len(found) / most)]
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A linear or logarithmic map from data to places in the drawing."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    @classmethod
+    def fit(
+        cls,
+        values: Sequence[float],
+        start: float,
+        end: float,
+        *,
+        log: bool = False,
+        room: float = 0,
+    ) -> "Axis":
+        """Around finite values (above 0 where log), with a share `room` of free space at each end;
+        of equal values, a range around them."""
+        inside = [v for v in values if v > 0] if log else list(values)
+        low, high = min(inside, default=1.0), max(inside, default=1.0)
+        if log:
+            factor = max((high / low) ** room, 1.0 if high > low else 1.5)
+            return cls(low / factor, high * factor, start, end, log=True)
+        if high - low <= 1e-9 * max(abs(high), abs(low)):
+            size = 0.1 * abs(high) or 1.0
+            return cls(low - size, high + size, start, end)
+        extra = room * (high - low)
+        return cls(low - extra, high + extra, start, end)
+
+    def __call__(self, value: float) -> float:
+        """Place of a value; what lies outside is held at the ends."""
+        a, b, v = self.low, self.high, value
+        if self.log:
+            a, b, v = math.log(a), math.log(b), math.log(max(v, self.low))
+        share = min(max((v - a) / (b - a), 0.0), 1.0)
+        return self.start + share * (self.end - self.start)
+
+    @property
+    def ticks(self) -> list[float]:
+        """Round numbers inside."""
+        return (log_ticks if self.log else ticks)(self.low, self.high)
+
+    def label(self, value: float) -> str:
+        """A tick in no more digits than it needs."""
+        if value == 0:
+            return "0"
+        if not 1e-3 <= abs(value) < 1e6:
+            return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+        return f"{value:,.10g}" if abs(value) >= 1000 else f"{value:.6g}"
+
+
+def marker(kind: str, x: float, y: float, color: str, size: float = 3.2) -> str:
+    """A mark of a group, centred."""
+    s, paint = size, {"fill": color, "stroke": color, "stroke_width": 1}
+    if kind in ("circle", "ring"):
+        if kind == "ring":
+            paint = {"fill": "none", "stroke": color, "stroke_width": 1.6}
+        return element("circle", cx=x, cy=y, r=s, **paint)
+    if kind in ("cross", "plus"):
+        d = s * (0.8 if kind == "cross" else 1.15)
+        a, b = (f"M{x - d:.1f} {y - d:.1f}L{x + d:.1f} {y + d:.1f}", f"M{x - d:.1f} {y + d:.1f}")
+        path = f"{a}{b}L{x + d:.1f} {y - d:.1f}"
+        if kind == "plus":
+            path = f"M{x - d:.1f} {y:.1f}H{x + d:.1f}M{x:.1f} {y - d:.1f}V{y + d:.1f}"
+        return element("path", d=path, fill="none", stroke=color, stroke_width=2)
+    corners = {
+        "square": ((-1, -1), (1, -1), (1, 1), (-1, 1)),
+        "triangle": ((-1.2, 1), (1.2, 1), (0, -1.2)),
+        "down": ((-1.2, -1), (1.2, -1), (0, 1.2)),
+        "diamond": ((0, -1.4), (1.4, 0), (0, 1.4), (-1.4, 0)),
+    }[kind]
+    points = " ".join(f"{x + dx * s * 0.9:.1f},{y + dy * s * 0.9:.1f}" for dx, dy in corners)
+    return element("polygon", points=points, **paint)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How the group of an index is drawn: told apart by colour, dashes and mark."""
+
+    index: int
+
+    @property
+    def color(self) -> str:
+        """One of PALETTE."""
+        return PALETTE[self.index % len(PALETTE)]
+
+    @property
+    def dash(self) -> str:
+        """Of its line; other than that of a group with the same colour."""
+        return DASHES[(self.index + self.index // len(PALETTE)) % len(DASHES)]
+
+    @property
+    def marker(self) -> str:
+        """One of MARKERS; other than that of a group with the same colour."""
+        return MARKERS[(self.index + 3 * (self.index // len(PALETTE))) % len(MARKERS)]
+
+    def line(self, points: Sequence[tuple[float, float]]) -> str:
+        """A line through places of the drawing."""
+        place = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        paint = {"fill": "none", "stroke": self.color, "stroke_width": 1.8}
+        return element(
+            "polyline", points=place, stroke_linejoin="round", stroke_dasharray=self.dash, **paint
+        )
+
+    def mark(self, x: float, y: float) -> str:
+        """Its mark."""
+        return marker(self.marker, x, y, self.color)
+
+    def key(self, x: float, y: float) -> str:
+        """Line and mark as in a legend, 30 wide."""
+        return self.line([(x, y), (x + 30, y)]) + self.mark(x + 15, y)

@@ -1,0 +1,117 @@
+"""Samples side by side: the same prompt in each group, each token tinted by what it was taught."""
+
+from collections.abc import Sequence
+
+from kdrl_train.jsonl import Row
+from kdrl_train.report.blocks import Block, Note, Sample, Samples, Section, Token
+from kdrl_train.report.runs import Group, RunData
+from kdrl_train.report.svg import number
+
+STRENGTHS = (0.1, 0.5, 2.0)
+"""|l| in nats from which a tint is weak, middle, strong."""
+PUSHES = (1e-6, 0.5)
+"""|A - pull| from which the line below a token is thin, thick."""
+PROMPTS = 3
+"""Shown of each step."""
+MOST_TOKENS = 400
+"""Tinted of a completion; the rest is plain text."""
+STRONGEST = 5
+LEGEND = (
+    "Background: the gap l = log p - log q of the sampled token, p student, q teacher. Blue: the "
+    "teacher likes it more (l < 0), orange: less (l > 0); weak from 0.1, middle from 0.5, strong "
+    "from 2 nats; none where nothing was distilled. Line below: push of the update, advantage A "
+    "less the teacher's pull (A - kd weight · l for k2 and rkl, else A). Solid: up, dashed: down; "
+    "thick from 0.5. Point at a token for its numbers."
+)
+
+
+def section(groups: Sequence[Group]) -> Section:
+    """Samples of an early and a late step that the groups have in common, of one run of each."""
+    runs = _representatives(groups)
+    shown = [(group, run) for group, run in zip(groups, runs, strict=True) if run is not None]
+    if not shown:
+        return Section("samples", "Samples", [Note("These runs have recorded none.")])
+    common = sorted(set.intersection(*(set(run.sampled) for _, run in shown)))
+    blocks: list[Block] = [Note(LEGEND)]
+    for step in dict.fromkeys([*common[:1], *common[-1:]]):
+        blocks += _step([(group, run, step) for group, run in shown])
+    if not common:
+        blocks += _step([(group, run, run.sampled[-1]) for group, run in shown])
+    return Section("samples", "Samples", blocks)
+
+
+def _representatives(groups: Sequence[Group]) -> list[RunData | None]:
+    """A run of each group that has samples: of the seed that most groups have."""
+    seeds = [run.seed for group in groups for run in group.runs if run.sampled]
+    best = max(seeds, key=seeds.count, default=None)
+    found = []
+    for group in groups:
+        sampled = [run for run in group.runs if run.sampled]
+        found.append(next((r for r in sampled if r.seed == best), sampled[0] if sampled else None))
+    return found
+
+
+def _step(shown: list[tuple[Group, RunData, int]]) -> list[Block]:
+    """Prompts that all groups have at their steps; where there are none, the first ones of each."""
+    lines = [run.samples(step) for _, run, step in shown]
+    asked = [list(dict.fromkeys(row["prompt"] for row in rows)) for rows in lines]
+    common = [p for p in asked[0] if all(p in other for other in asked)]
+    prompts = common or [p for some in asked for p in some[:1]]
+    blocks: list[Block] = []
+    for prompt in prompts[:PROMPTS]:
+        samples = []
+        for (group, run, _), rows in zip(shown, lines, strict=True):
+            row = next((row for row in rows if row["prompt"] == prompt), None)
+            if row is not None:
+                samples.append(sample(row, group.name, run.settings.get("method.kd")))
+        steps = sorted({at + 1 for _, _, at in shown})
+        blocks.append(Samples(f"Step {', '.join(map(str, steps))}", prompt, samples))
+    return blocks
+
+
+def sample(row: Row, group: str, kd: str | None) -> Sample:
+    """One line of samples/ for the page; lines of older runs lack what they lack."""
+    text, chars = row["completion"], row.get("token_chars")
+    gaps = row.get("log_ratio") or []
+    advantage, weight = row.get("advantage"), row.get("kd_weight") or 0.0
+    tokens, end, read = [], 0, 0
+    for i, count in enumerate((chars or [])[:MOST_TOKENS]):
+        read, end = end, end + count
+        gap = gaps[i] if i < len(gaps) else None
+        push = advantage
+        if gap is not None and advantage is not None and kd in ("k2", "rkl"):
+            push = advantage - weight * gap
+        words = f"{text[read:end]!r}" if count else "no text of its own"
+        words += f"\nl {_signed(gap)}\nA {_signed(advantage)}\npush {_signed(push)}"
+        classes = " ".join(filter(None, (_tint(gap), _line(push), "" if count else "empty")))
+        tokens.append(Token(text[read:end], classes, words))
+    known = [(abs(gap), i) for i, gap in enumerate(gaps[: len(tokens)]) if gap is not None]
+    largest = [i for _, i in sorted(known, reverse=True)[:STRONGEST]]
+    strongest = [(repr(tokens[i].text), _signed(gaps[i])) for i in largest]
+    reward = row.get("reward")
+    facts = {
+        "verdict": row.get("outcome") or ("-" if reward is None else "right" * (reward > 0)),
+        "reward": number(reward),
+        "advantage": _signed(advantage),
+        "kd weight": number(row.get("kd_weight")),
+        "gold answer": str(row.get("answer", "-")),
+        "tokens": f"{row.get('tokens', '-')}{' (cut)' if row.get('truncated') else ''}",
+    }
+    right = None if reward is None else reward > 0
+    return Sample(group, [*facts.items()], right, tokens, text[end:], strongest)
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.3g}"
+
+
+def _tint(gap: float | None) -> str:
+    """Class of the background: p1 to p3, n1 to n3, or none."""
+    strength = 0 if gap is None else sum(abs(gap) >= one for one in STRENGTHS)
+    return "" if gap is None or not strength else f"{'p' if gap > 0 else 'n'}{strength}"
+
+
+def _line(push: float | None) -> str:
+    """Class of the line below: u1, u2, d1, d2, or none."""
+    strength = 0 if push is None else sum(abs(push) >= one for one in PUSHES)
+    return "" if push is None or not strength else f"{'u' if push > 0 else 'd'}{strength}"

@@ -1,0 +1,153 @@
+"""What the runs of a study say: means with intervals, paired differences, the paper's findings."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from kdrl_train.study.config import Trial
+from kdrl_train.study.statistics import Estimate, estimate, first_reached, smooth
+from kdrl_train.study.trial import STAGES, Result
+
+SMOOTHED_STEPS = 10
+"""Steps whose training samples say when an accuracy is reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A statement about two arms, and what the paper (arXiv 2506.02208) found."""
+
+    question: str
+    arm: str
+    other: str
+    paper: str
+    """Empty: the paper does not say."""
+    metric: Literal["accuracy", "length"] = "accuracy"
+    expected: Literal[1, 0, -1] = 1
+    """Sign of arm less other in the paper; 0: no difference."""
+
+
+FINDINGS = (
+    Finding("KDRL against GRPO", "kdrl", "grpo", "56.8 against 54.6"),
+    Finding("KDRL against distillation", "kdrl", "kd_rkl", "56.8 against 56.1"),
+    Finding("distillation against GRPO", "kd_rkl", "grpo", "56.1 against 54.6"),
+    Finding("annealed against constant", "kdrl_annealed", "kdrl", "57.2 against 56.8"),
+    Finding("annealed against GRPO", "kdrl_annealed", "grpo", "57.2 against 54.6"),
+    Finding("k2 against k3", "kdrl", "kdrl_k3", "about 1.4 points more"),
+    Finding("joint loss against shaping", "kdrl", "reward_shaping", "steady, where it collapses"),
+    Finding("masking: accuracy", "kdrl_masked", "kdrl", "kept", expected=0),
+    Finding(
+        "masking: length", "kdrl_masked", "kdrl", "1,400 tokens shorter", "length", expected=-1
+    ),
+    Finding("group mask: accuracy", "kdrl_group_masked", "kdrl", ""),
+    Finding("exact KL against k2, in KDRL", "kdrl_exact", "kdrl", ""),
+    Finding("exact KL against k2, alone", "kd_rkl_exact", "kd_rkl", ""),
+    Finding("centred k2 against k2", "kdrl_centred", "kdrl", ""),
+    Finding("distil then RL against joint", "opd_then_rl", "kdrl", ""),
+    Finding("SFT on the teacher against distillation", "sft", "kd_rkl", ""),
+    Finding("beta to 0, linear, against constant", "kdrl_linear", "kdrl", ""),
+    Finding("beta to 0, cosine, against constant", "kdrl_cosine", "kdrl", ""),
+    Finding("beta in steps against constant", "kdrl_step", "kdrl", ""),
+    Finding("beta times 4p(1 - p) against constant", "kdrl_adaptive", "kdrl", ""),
+    Finding("k1 as a loss against GRPO", "k1_as_loss", "grpo", ""),
+)
+
+
+class Study:
+    """The results of one study, by what they are of.
+
+    Args:
+        results: of all runs; those of a sweep and those that crashed are kept apart.
+    """
+
+    def __init__(self, results: Iterable[Result]) -> None:
+        self.results = list(results)
+        self.crashed = [r for r in self.results if r.status == "crashed"]
+        self.swept = [r for r in self.results if r.trial.sweep]
+        self._final: dict[tuple[str, str, str], dict[int, Result]] = {}
+        for result in self.results:
+            trial = result.trial
+            if not trial.sweep and result.status == "done":
+                key = (trial.task, trial.arm, trial.teacher)
+                self._final.setdefault(key, {})[trial.seed] = result
+
+    def arms(self, task: str) -> list[str]:
+        """Arms with a run that is reported, in the order of the runs."""
+        return [arm for t, arm, teacher in self._final if t == task and teacher == "middle"]
+
+    def runs(self, task: str, arm: str, teacher: str = "middle") -> dict[int, Result]:
+        """Seed -> run that ended and is reported."""
+        return self._final.get((task, arm, teacher), {})
+
+    def accuracy(
+        self, task: str, arm: str, name: str = "test", teacher: str = "middle"
+    ) -> Estimate | None:
+        """Mean share of right completions on a set of problems; None without a run."""
+        runs = self.runs(task, arm, teacher)
+        if not runs:
+            return None
+        return estimate(np.stack([run.scores[name].shares for run in runs.values()]))
+
+    def difference(
+        self, task: str, arm: str, other: str, metric: str = "accuracy", teacher: str = "middle"
+    ) -> Estimate | None:
+        """Arm less other on the test problems, paired by seed and problem: accuracy, or length in
+        tokens (paired by seed). None where they share no seed."""
+        ours, theirs = self.runs(task, arm, teacher), self.runs(task, other, teacher)
+        seeds = sorted(ours.keys() & theirs.keys())
+        if not seeds:
+            return None
+        pairs = [(ours[seed].scores["test"], theirs[seed].scores["test"]) for seed in seeds]
+        if metric == "length":
+            return estimate(np.array([[a.length - b.length] for a, b in pairs]))
+        return estimate(np.stack([a.shares - b.shares for a, b in pairs]))
+
+    def tokens_to(self, task: str, arm: str, level: float) -> list[int | None]:
+        """Of each run: sampled tokens until its training samples, of prompts it had not seen, are
+        right at least this often, over SMOOTHED_STEPS steps; None: never."""
+        found: list[int | None] = []
+        for run in self.runs(task, arm).values():
+            right = [value or 0.0 for value in run.curve.get("accuracy", [])]
+            tokens = np.cumsum([value or 0.0 for value in run.curve.get("tokens", [])])
+            whole = smooth(right, SMOOTHED_STEPS)
+            step = first_reached(whole[SMOOTHED_STEPS - 1 :], level)
+            found.append(None if step is None else int(tokens[step + SMOOTHED_STEPS - 1]))
+        return found
+
+    def stage_seconds(self, task: str, arm: str) -> dict[str, float]:
+        """Stage -> median seconds of a step, over all runs of an arm; those it has."""
+        found = {}
+        for stage in STAGES:
+            curves = [r.curve.get(f"seconds_{stage}", []) for r in self.runs(task, arm).values()]
+            values = [value for curve in curves for value in curve if value is not None]
+            if values:
+                found[stage] = float(np.median(values))
+        return found
+
+
+def verdict(finding: Finding, found: Estimate | None) -> str:
+    """Whether the paper's finding was seen here."""
+    if found is None:
+        return "not measured"
+    if not finding.paper:
+        return {1: "more", -1: "less", 0: "no difference seen"}[found.sign]
+    if found.sign == finding.expected:
+        return "as in the paper"
+    return "not decided here" if found.sign == 0 else "differs from the paper"
+
+
+def order(verdicts: Sequence[str]) -> list[int]:
+    """Places of verdicts, those that contradict the paper first, then those that decide nothing."""
+    ranks = ("differs from the paper", "not decided here", "as in the paper")
+    keys = [ranks.index(v) if v in ranks else len(ranks) for v in verdicts]
+    return sorted(range(len(verdicts)), key=keys.__getitem__)
+
+
+def sweep_points(study: Study, task: str) -> dict[Trial, Estimate | None]:
+    """Run of a sweep -> its accuracy on the validation problems; None: it crashed."""
+    return {
+        r.trial: None if r.status == "crashed" else estimate(r.scores["validation"].shares[None])
+        for r in study.swept
+        if r.trial.task == task
+    }

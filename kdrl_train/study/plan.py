@@ -1,0 +1,115 @@
+"""Which runs a study makes: sweeps first, then what they chose, over seeds."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from kdrl_train.study.arms import ARMS, NOT_TRAINED
+from kdrl_train.study.config import StudyConfig, Trial
+from kdrl_train.study.trial import Result
+
+SWEEP_SEED = 1000
+"""Of the runs that settings are chosen by: not among the seeds that are reported."""
+Settings = tuple[float | None, float | None]
+"""Learning rate and beta."""
+
+
+def has_beta(arm: str) -> bool:
+    """Whether the study sets beta."""
+    return ARMS[arm].tuned
+
+
+def swept(config: StudyConfig, task: str) -> list[str]:
+    """Arms with a sweep of their own: those that are trained and take no other's settings."""
+    arms = [arm for arm in config.arms_of(task) if arm not in NOT_TRAINED]
+    return [arm for arm in arms if ARMS[arm].like is None and settings(config, arm) > 1]
+
+
+def settings(config: StudyConfig, arm: str) -> int:
+    """How many settings an arm's sweep tries."""
+    return len(config.learning_rates) * (len(config.betas_of(arm)) if has_beta(arm) else 1)
+
+
+def rate_sweep(config: StudyConfig, task: str) -> list[Trial]:
+    """Every learning rate, at the middle beta."""
+    trials = []
+    for arm in swept(config, task):
+        betas = config.betas_of(arm)
+        beta = betas[len(betas) // 2] if has_beta(arm) else None
+        trials += [
+            Trial(task=task, arm=arm, learning_rate=rate, beta=beta, seed=SWEEP_SEED, sweep=True)
+            for rate in config.learning_rates
+        ]
+    return trials
+
+
+def beta_sweep(config: StudyConfig, task: str, found: Mapping[Trial, Result]) -> list[Trial]:
+    """Every beta, at the best learning rate of the sweep before."""
+    trials = []
+    for arm in swept(config, task):
+        if has_beta(arm):
+            best = max(
+                (t for t in found if (t.task, t.arm) == (task, arm)), key=lambda t: rank(found[t])
+            )
+            trials += [replace(best, beta=beta) for beta in config.betas_of(arm)]
+    return trials
+
+
+def rank(result: Result) -> float:
+    """avg@k on the validation problems; a crashed run is the worst."""
+    if result.status == "crashed":
+        return -1.0
+    return float(result.scores["validation"].shares.mean())
+
+
+def chosen(config: StudyConfig, task: str, found: Mapping[Trial, Result]) -> dict[str, Settings]:
+    """Arm -> its best settings; without a sweep the only ones there are."""
+    best: dict[str, Settings] = {}
+    for arm in config.arms_of(task):
+        if arm in NOT_TRAINED:
+            best[arm] = (None, None)
+            continue
+        trials = [t for t in found if (t.task, t.arm) == (task, arm)]
+        if trials:
+            winner = max(trials, key=lambda t: rank(found[t]))
+            best[arm] = (winner.learning_rate, winner.beta)
+        elif ARMS[arm].like is None:
+            best[arm] = (config.learning_rates[0], config.betas[0] if has_beta(arm) else None)
+    for arm in config.arms_of(task):
+        like = ARMS[arm].like
+        if like is not None:
+            middle = (config.learning_rates[0], config.betas[0])
+            best[arm] = best.get(like, middle)
+    return best
+
+
+def final_trials(config: StudyConfig, task: str, best: Mapping[str, Settings]) -> list[Trial]:
+    """Every arm at its best settings, over the seeds; seed by seed, so that a study that is
+    stopped has all arms of the first ones."""
+    return [
+        Trial(task=task, arm=arm, learning_rate=rate, beta=beta, seed=seed)
+        for seed in range(config.seeds)
+        for arm, (rate, beta) in best.items()
+    ]
+
+
+def quality_trials(config: StudyConfig, best: Mapping[str, Settings]) -> list[Trial]:
+    """The teachers of another quality, and what learns from them, on the first task, at the
+    settings chosen with the middle one."""
+    if not config.quality_arms:
+        return []
+    arms = {"teacher": (None, None)} | {
+        arm: best[arm] for arm in config.quality_arms if arm in best
+    }
+    return [
+        Trial(
+            task=config.tasks[0],
+            arm=arm,
+            learning_rate=rate,
+            beta=beta,
+            seed=seed,
+            teacher=teacher,
+        )
+        for seed in range(config.seeds)
+        for teacher in ("weak", "strong")
+        for arm, (rate, beta) in arms.items()
+    ]

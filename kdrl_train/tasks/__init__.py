@@ -1,0 +1,17 @@
+"""Synthetic tasks: problems with worked solutions, made from a seed, written as jsonl."""
+
+from kdrl_train.tasks.arithmetic import ArithmeticConfig, make_arithmetic
+from kdrl_train.tasks.countdown import CountdownConfig, countdown_reward, make_countdown
+from kdrl_train.tasks.rows import write_jsonl
+from kdrl_train.tasks.splits import TASKS, make_splits
+
+__all__ = [
+    "TASKS",
+    "ArithmeticConfig",
+    "CountdownConfig",
+    "countdown_reward",
+    "make_arithmetic",
+    "make_countdown",
+    "make_splits",
+    "write_jsonl",
+]

@@ -1,0 +1,79 @@
+"""What every task needs: problems that differ, slips in their solutions, rows as jsonl."""
+
+import json
+import os
+import random
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+Problem = TypeVar("Problem")
+
+SLIPS = (-10, -2, -1, 1, 2, 10)
+"""What a slip adds to the result of a step."""
+TRIES_PER_ROW = 200
+"""Draws before "no new problem" is called exhaustion."""
+
+
+def distinct(
+    n: int, draw: Callable[[], tuple[str, Problem] | None], space: object
+) -> dict[str, Problem]:
+    """n different questions with their problems, in the order of their first draw.
+
+    Args:
+        draw: one (question, problem) at random, or None where the draw came to nothing.
+        space: what is drawn from; named in the error.
+    Raises: ValueError where TRIES_PER_ROW draws in a row bring no new question.
+    """
+    problems: dict[str, Problem] = {}
+    for _ in range(n):
+        for _ in range(TRIES_PER_ROW):
+            drawn = draw()
+            if drawn is not None and drawn[0] not in problems:
+                problems[drawn[0]] = drawn[1]
+                break
+        else:
+            raise ValueError(
+                f"n must be at most the number of different problems of {space}, got {n}: "
+                f"no new one after {len(problems)}; raise a maximum of it"
+            )
+    return problems
+
+
+def apply(left: int, operator: str, right: int) -> int:
+    """left + right, left - right or left * right."""
+    return {"+": left + right, "-": left - right, "*": left * right}[operator]
+
+
+def slip(
+    rng: random.Random, right: int, go_on: Callable[[int], Iterable[int]], max_total: int
+) -> int:
+    """A wrong result of a step, or the right one where none leaves the rest in [1, max_total].
+
+    Args:
+        go_on: the step's result -> the results of the steps after it.
+    """
+    wrong = [
+        end
+        for end in (right + off for off in SLIPS)
+        if all(1 <= result <= max_total for result in (end, *go_on(end)))
+    ]
+    return rng.choice(wrong) if wrong else right
+
+
+def check_slips(slips: float) -> None:
+    """Raise ValueError unless the chance of a slip is in [0, 1]."""
+    if not 0 <= slips <= 1:
+        raise ValueError(f"slips must be in [0, 1], got {slips}")
+
+
+def write_jsonl(rows: Iterable[Mapping[str, object]], path: Path) -> None:
+    """One JSON object per line, UTF-8; written beside `path`, then renamed. Makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

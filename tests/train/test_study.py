@@ -1,0 +1,295 @@
+"""The study: arms, intervals, which runs it makes, what it says of them; one small study, run."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+import kdrl_kernels as kk
+from kdrl_train.presets import PRESETS
+from kdrl_train.study import analysis, command, plan, results, tables, write_up
+from kdrl_train.study.analysis import FINDINGS, Finding, Study
+from kdrl_train.study.arms import ARMS, NOT_TRAINED, PAPER_STEPS, SCHEDULES
+from kdrl_train.study.config import LabConfig, StudyConfig, Trial, quick
+from kdrl_train.study.control import k1_as_loss
+from kdrl_train.study.runner import Runner, summary
+from kdrl_train.study.statistics import Estimate, estimate, first_reached, smooth
+from kdrl_train.study.trial import Result, Score, train_config, trial_folder
+
+TEST = ("test", "longer", "larger")
+
+
+def result(arm: str, right: str = "0123", *, seed: int = 0, **trial: Any) -> Result:
+    """A run that ended, with the same digits on every set and a short curve."""
+    made = Trial(task="arithmetic", arm=arm, seed=seed, **trial)
+    sets = ("validation",) if made.sweep else TEST
+    score = Score(
+        samples=4, right=right, pass_at_k=0.5, maj_at_k=None, length=10.0 + seed, truncated=0.0
+    )
+    curve: dict[str, list[float | None]] = {}
+    if arm not in NOT_TRAINED:
+        curve = {name: [0.1 * i for i in range(20)] for name in ("accuracy", "seconds_rollout")}
+        curve["tokens"] = [100.0] * 20
+    return Result(
+        trial=made, status="done", scores=dict.fromkeys(sets, score), curve=curve, seconds=1.0
+    )
+
+
+def test_an_arm_is_its_preset_at_beta_and_stretched() -> None:
+    annealed = ARMS["kdrl_annealed"].at(0.5, PAPER_STEPS)
+    preset = PRESETS["kdrl_annealed"]
+    assert replace(annealed, kd_coef=preset.kd_coef) == preset
+    assert (annealed.kd_coef.initial, annealed.kd_coef.final) == (0.5, 0.1)
+    assert annealed.kd_coef.steps == 80
+    half = ARMS["opd_then_rl"].at(None, PAPER_STEPS // 2)
+    assert (half.kd_coef.steps, half.policy_coef.steps) == (70, 70)
+    assert (half.kd_coef.initial, half.policy_coef.final) == (1.0, 1.0)
+    assert ARMS["kdrl_step"].at(2.0, 3).kd_coef.values == (0.6, 0.2)
+
+
+@pytest.mark.parametrize("name", [name for name, arm in ARMS.items() if arm.method])
+@pytest.mark.parametrize("steps", [1, 2, 30, 280])
+def test_every_arm_is_a_valid_run_of_any_length(name: str, steps: int, tmp_path: Path) -> None:
+    config = StudyConfig(out=tmp_path, steps=steps)
+    beta = 0.2 if ARMS[name].tuned else None
+    trial = Trial(task="countdown", arm=name, learning_rate=1e-3, beta=beta, seed=3)
+    made = train_config(config, trial)
+    assert made.method == ARMS[name].at(beta, steps)
+    assert (made.model.teacher is None) == (made.method.kd is None)
+    other = train_config(config, replace(trial, arm="grpo", beta=None))
+    teacher = replace(other.model, teacher=made.model.teacher)
+    assert made == replace(other, out=made.out, method=made.method, model=teacher)
+
+
+def test_estimate_covers_a_known_mean_about_95_times_in_100() -> None:
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(200):
+        found = estimate(rng.random((1, 400)) < 0.3, draws=400)
+        inside += found.low <= 0.3 <= found.high
+    assert 180 <= inside <= 198
+
+
+def test_estimate_of_seeds_that_differ_is_wider_than_of_one() -> None:
+    problems = np.random.default_rng(1).random((1, 500))
+    alike = estimate(np.repeat(problems, 3, axis=0))
+    apart = estimate(np.repeat(problems, 3, axis=0) + np.array([[-0.2], [0.0], [0.2]]))
+    assert apart.high - apart.low > 3 * (alike.high - alike.low)
+    assert apart.mean == pytest.approx(alike.mean)
+
+
+def test_pairing_takes_out_what_problems_have_in_common() -> None:
+    rng = np.random.default_rng(2)
+    hard = rng.random(500)
+    a, b = hard + 0.02 * rng.random((3, 500)) + 0.05, hard + 0.02 * rng.random((3, 500))
+    paired, apart = estimate(a - b), estimate(a)
+    assert paired.sign == 1
+    assert paired.high - paired.low < (apart.high - apart.low) / 5
+    assert estimate(b - a).sign == -1
+    assert estimate(np.zeros((3, 500))).sign == 0
+
+
+def test_smooth_and_first_reached() -> None:
+    assert smooth([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
+    assert first_reached([0.1, 0.3, 0.2], 0.3) == 1
+    assert first_reached([0.1], 0.3) is None
+
+
+def test_the_control_has_no_teacher_in_its_gradient_and_the_method_has() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    weight = torch.randn(9, 4, generator=generator, dtype=torch.float64)
+    tokens = torch.randint(9, (6,), generator=generator)
+    advantages, beta = torch.randn(6, generator=generator).double(), torch.full((6,), 0.3).double()
+    teachers = [torch.randn(9, 4, generator=generator, dtype=torch.float64) for _ in range(2)]
+
+    def gradient(teacher: torch.Tensor) -> torch.Tensor:
+        leaf = weight.clone().requires_grad_()
+        out = kk.kdrl_loss(
+            hidden, leaf, tokens, advantages=advantages, kd_weight=beta,
+            teacher=kk.TeacherHead(hidden, teacher), objective=kk.Objective(kd_coef=1.0),
+        )  # fmt: skip
+        out.loss.backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    leaf = weight.clone().requires_grad_()
+    lp = (hidden @ leaf.T).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    lq = (hidden @ teachers[0].T).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    loss = (-advantages * (lp - lp.detach()).exp() + beta * (lp - lq)).mean()
+    expected = torch.autograd.grad(loss, leaf)[0]
+    with k1_as_loss():
+        found = [gradient(teacher) for teacher in teachers]
+    torch.testing.assert_close(found[0], expected)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    assert (gradient(teachers[0]) - gradient(teachers[1])).abs().max() > 1e-3
+
+
+def test_the_sweep_chooses_and_crashes_lose(tmp_path: Path) -> None:
+    config = StudyConfig(out=tmp_path, arms=("student", "grpo", "kdrl", "k1_as_loss"), seeds=2)
+    rates = plan.rate_sweep(config, "arithmetic")
+    assert {t.arm for t in rates} == {"grpo", "kdrl"}
+    assert {t.beta for t in rates if t.arm == "kdrl"} == {0.2}
+    found = {
+        t: result(t.arm, "1111" if t.learning_rate == 5e-4 else "0001",
+                  seed=t.seed, learning_rate=t.learning_rate, beta=t.beta, sweep=True)
+        for t in rates
+    }  # fmt: skip
+    betas = plan.beta_sweep(config, "arithmetic", found)
+    assert {t.learning_rate for t in betas} == {5e-4}
+    assert sorted({t.beta for t in betas}) == [0.02, 0.063, 0.2, 0.63, 2.0]
+    for t in betas:
+        crashed = replace(found[rates[0]], trial=t, status="crashed", scores={})
+        found.setdefault(t, crashed)
+    best = plan.chosen(config, "arithmetic", found)
+    assert best["kdrl"] == best["k1_as_loss"] == (5e-4, 0.2)
+    assert best["grpo"] == (5e-4, None)
+    finals = plan.final_trials(config, "arithmetic", best)
+    assert len(finals) == 8
+    assert [t.seed for t in finals] == [0] * 4 + [1] * 4
+
+
+def test_the_quick_study_sweeps_nothing() -> None:
+    config = quick(StudyConfig())
+    assert plan.swept(config, "arithmetic") == []
+    best = plan.chosen(config, "arithmetic", {})
+    assert set(best) == set(config.arms)
+    assert plan.quality_trials(config, best) == []
+    assert len(plan.final_trials(config, "arithmetic", best)) == 7
+
+
+def test_findings_name_arms_and_say_what_differs_first() -> None:
+    assert {one.arm for one in FINDINGS} | {one.other for one in FINDINGS} <= set(ARMS)
+    said = [analysis.verdict(one, Estimate(1.0, 0.5, 1.5)) for one in FINDINGS]
+    assert said[0] == "as in the paper"
+    assert analysis.verdict(FINDINGS[0], Estimate(-1.0, -1.5, -0.5)) == "differs from the paper"
+    assert analysis.verdict(FINDINGS[0], Estimate(0.1, -0.5, 0.7)) == "not decided here"
+    kept = Finding("?", "a", "b", "kept", expected=0)
+    assert analysis.verdict(kept, Estimate(0.1, -0.5, 0.7)) == "as in the paper"
+    verdicts = ["as in the paper", "more", "differs from the paper", "not decided here"]
+    assert analysis.order(verdicts) == [2, 3, 0, 1]
+
+
+def test_differences_are_paired_by_seed() -> None:
+    runs = [result("kdrl", "2222", seed=0), result("kdrl", "4444", seed=1)]
+    runs += [result("grpo", "1111", seed=0), result("grpo", "3333", seed=1)]
+    runs += [result("grpo", "0000", seed=2)]  # kdrl has no such seed
+    found = Study(runs).difference("arithmetic", "kdrl", "grpo")
+    assert found == Estimate(0.25, 0.25, 0.25)
+    shorter = Study(runs).difference("arithmetic", "kdrl", "grpo", "length")
+    assert shorter == Estimate(0.0, 0.0, 0.0)
+    assert Study(runs).tokens_to("arithmetic", "grpo", 1.0)[0] == 1600
+
+
+def test_a_page_and_tables_of_a_half_finished_study(tmp_path: Path) -> None:
+    config = StudyConfig(out=tmp_path, seeds=1)
+    bad = replace(
+        result("kd_rkl", learning_rate=1e-3), status="crashed", error="boom | x", scores={}
+    )
+    found = [result("student"), result("grpo", learning_rate=1e-3), bad]
+    found += [result("teacher"), result("kdrl", "4444", learning_rate=1e-3, beta=0.2)]
+    sweeps = [
+        result("kdrl", learning_rate=1e-3, beta=b, seed=1000, sweep=True) for b in (0.02, 0.2)
+    ]
+    saved = results.save(config, {r.trial: r for r in [*found, *sweeps]})
+    study = Study(saved["trials"])
+    text = write_up.markdown("about", tables.all_tables(study, config, ["arithmetic"]), {})
+    assert "KDRL against GRPO | kdrl - grpo | +62.5" in text
+    assert "kd_rkl/middle-lr0.001-seed0 | boom \\| x" in text
+    figures = write_up.draw(study, config, ["arithmetic"])
+    assert set(figures) == {"accuracy_arithmetic", "learning_arithmetic", "beta"}
+    again = [Result.read(_written(r, tmp_path)) for r in found]
+    assert again == found
+
+
+def _written(one: Result, folder: Path) -> Path:
+    one.write(folder / "result.json")
+    return folder / "result.json"
+
+
+@pytest.fixture(scope="module")
+def small() -> StudyConfig:
+    lab = LabConfig(problems=200, student_steps=2, teacher_steps=2)
+    return StudyConfig(
+        tasks=("arithmetic",), arms=("student", "sft", "kdrl"), quality_arms=(), seeds=1, steps=2,
+        prompts_per_step=2, group_size=2, learning_rates=(1e-3,), betas=(0.2,), more_betas=(),
+        validation_problems=4, test_problems=4, samples=2, arithmetic=lab, countdown=lab, workers=1,
+    )  # fmt: skip
+
+
+def test_a_study_goes_on_where_it_stopped_and_a_crash_is_a_result(
+    small: StudyConfig, tmp_path: Path
+) -> None:
+    config = replace(small, out=tmp_path / "study")
+    console = Console(quiet=True)
+    command.main(replace(config, arms=("student",)), console)
+    first = {p: p.stat().st_mtime_ns for p in config.out.rglob("*.safetensors")}
+    # nothing was right in the teacher's samples, or it was: either way the others go on
+    command.main(config, console)
+    assert {p: p.stat().st_mtime_ns for p in first} == first
+    table = (config.out / "README.md").read_text(encoding="utf-8")
+    assert "| kdrl | 0.001 | 0.2 | 1 |" in table
+    trials = Study(results.load(config.out / "results.json")["trials"])
+    assert len(trials.results) == 3
+    assert [r.trial.arm for r in trials.crashed] in ([], ["sft"])
+    with pytest.raises(ValueError, match="steps 2 -> 3"):
+        command.main(replace(config, steps=3), console)
+
+
+def test_a_process_that_is_killed_is_reported_and_the_next_trial_runs(
+    small: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(small, out=tmp_path)
+    trials = [Trial(task="arithmetic", arm="grpo", learning_rate=1e-3, seed=s) for s in (0, 1)]
+    starts: list[list[str]] = []
+
+    def process(_: Runner, names: list[str], told: Any) -> int:
+        starts.append(list(names))
+        if len(starts) == 1:
+            trial_folder(config, trials[0]).joinpath("log.txt").write_text("out of memory")
+            return -9
+        for trial in trials[1:]:
+            result("grpo", learning_rate=1e-3, seed=1).write(
+                trial_folder(config, trial) / "result.json"
+            )
+            told(trial.name)
+        return 0
+
+    monkeypatch.setattr(Runner, "_process", process)
+    with Runner(config, Console(quiet=True)) as runner:
+        found = runner.trials(trials, "two")
+    assert [len(names) for names in starts] == [2, 1]
+    assert [r.status for r in found.values()] == ["crashed", "done"]
+    assert found[trials[0]].error == "exit code -9: out of memory"
+    assert "CRASHED" in summary(found[trials[0]])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"samples": 10}, r"samples must be in \[1, 9\], got 10"),
+        ({"arms": ("kdlr",)}, "arms must be of .*, got 'kdlr'"),
+        ({"betas": ()}, "betas must hold at least one number"),
+        ({"learning_rates": (0.0,)}, "learning_rates"),
+        ({"tasks": ()}, "tasks must name at least one task"),
+    ],
+)
+def test_bad_settings_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StudyConfig(**change)
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="holds other files"):
+        command.open_folder(StudyConfig(out=tmp_path))
+
+
+def test_schedules_share_the_betas_that_are_compared() -> None:
+    config = StudyConfig()
+    assert {config.betas_of(arm) for arm in SCHEDULES} == {(0.02, 0.063, 0.2, 0.63, 2.0)}
+    assert config.betas_of("kdrl_k3") == (0.02, 0.2, 2.0)
