@@ -43,6 +43,7 @@ MAY_CHANGE = (
     "resume",
     "steps",
     "save_every",
+    "save_async",
     "keep_checkpoints",
     "samples_per_step",
     "eval",
@@ -66,7 +67,12 @@ MAY_CHANGE = (
 )
 """Keys that a resumed run may set anew: they do not change what the training converges to."""
 
+ROLLOUTS = "rollouts.pt"
+"""In a checkpoint of a run that draws them ahead: the next step's."""
+
 _NAME = re.compile(r"step_(\d{6,})")
+ONE_PROCESS = "torch.distributed is disabled"
+"""What a save without a process group warns of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +173,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
     world: World = ALONE,
+    rollouts: dict[str, Any] | None = None,
 ) -> Path:
     """Write the state after `step` optimiser steps, then delete all but the newest ones.
 
@@ -175,36 +182,54 @@ def save(
         step: optimiser steps done.
         config: it goes in whole; config.keep_checkpoints are kept.
         world: all ranks call it together.
+        rollouts: of the next step, where they are drawn already: written by rank 0.
     Returns: the checkpoint's folder.
     Raises: OSError where it cannot be written (a full disk, say); what was there before is whole.
     """
-    final = folder / f"step_{step:06d}"
-    work = folder / f".tmp_{final.name}"
-    try:
-        world.on_main(lambda: _clean(folder))
+    with writing(folder, step) as work:
+        world.on_main(lambda: clean(folder))
         with _quiet():
-            dcp.save(_state(model, optimizer), checkpoint_id=work, no_dist=not world.launched)
-        meta = {"step": step, "config": to_dict(config), "torch": torch.__version__}
-        world.on_main(lambda: _publish(work, final, meta, config.keep_checkpoints))
+            dcp.save(whole_state(model, optimizer), checkpoint_id=work, no_dist=not world.launched)
+        world.on_main(lambda: publish(work, step, config, rollouts))
+    return folder_of(folder, step)
+
+
+@contextmanager
+def writing(folder: Path, step: int) -> Iterator[Path]:
+    """Where a checkpoint is written; an error removes it and says so."""
+    work = folder / f".tmp_{folder_of(folder, step).name}"
+    try:
+        yield work
     except (OSError, CheckpointException) as error:
         shutil.rmtree(work, ignore_errors=True)
         raise OSError(
             f"the checkpoint of step {step} must be written to {folder}, got {_cause(error)}: free "
             "space or correct --out, then --resume from the one before"
         ) from error
-    return final
 
 
-def _clean(folder: Path) -> None:
+def folder_of(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:06d}"
+
+
+def clean(folder: Path) -> None:
     """Make the folder; remove what a killed save or removal left."""
     folder.mkdir(parents=True, exist_ok=True)
     for rest in folder.glob(".tmp_*"):
         rest.unlink() if rest.is_file() else shutil.rmtree(rest)
 
 
-def _publish(work: Path, final: Path, meta: dict[str, Any], keep: int) -> None:
-    """Give a written checkpoint its name, and delete those beyond `keep`."""
-    meta["files"] = {path.name: path.stat().st_size for path in sorted(work.iterdir())}
+def publish(work: Path, step: int, config: TrainConfig, rollouts: dict[str, Any] | None) -> None:
+    """Give a written checkpoint its name, and delete all but the newest ones."""
+    final = folder_of(work.parent, step)
+    if rollouts is not None:
+        torch.save(rollouts, work / ROLLOUTS)
+    meta = {
+        "step": step,
+        "config": to_dict(config),
+        "torch": torch.__version__,
+        "files": {path.name: path.stat().st_size for path in sorted(work.iterdir())},
+    }
     _write(work / "meta.json", json.dumps(meta, indent=1))
     if final.exists():  # of the same step, written before a resume from an older one
         _remove(final)
@@ -214,7 +239,7 @@ def _publish(work: Path, final: Path, meta: dict[str, Any], keep: int) -> None:
     pointer = final.with_name(".tmp_LATEST")
     _write(pointer, final.name + "\n")
     pointer.rename(final.with_name("LATEST"))
-    for old in checkpoints(final.parent)[:-keep]:
+    for old in checkpoints(final.parent)[: -config.keep_checkpoints]:
         _remove(old)
 
 
@@ -246,7 +271,7 @@ def load(
     Raises: ValueError when the checkpoint's configuration differs outside MAY_CHANGE.
     """
     check_config(checkpoint.folder, checkpoint.config, config)
-    state = _state(model, optimizer)
+    state = whole_state(model, optimizer)
     _read_into(state, checkpoint.folder)
     set_state_dict(
         model,
@@ -296,7 +321,7 @@ def check_config(place: Path, written: dict[str, Any], config: TrainConfig) -> N
         )
 
 
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     model_state, optim_state = get_state_dict(model, optimizer)
     return {"model": model_state, "optimizer": optim_state, "rng": torch.get_rng_state()}
 
@@ -305,7 +330,7 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]
 def _quiet() -> Iterator[None]:
     """Without the warning that there is one process, which no_dist=True has just said."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        warnings.filterwarnings("ignore", message=ONE_PROCESS)
         yield
 
 

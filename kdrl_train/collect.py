@@ -1,13 +1,15 @@
 """From a step's prompts to its batch: each rank samples and verifies its share; all get all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kdrl_train.config import DataConfig, SamplingConfig
 from kdrl_train.data import Example, encode_prompt, step_indices
+from kdrl_train.distributed import World
 from kdrl_train.engines import require_version
 from kdrl_train.errors import RewardError
 from kdrl_train.interrupt import Stopped
@@ -20,38 +22,77 @@ from kdrl_train.verifier import Verdicts
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """Judged completions of one rank."""
+    """Judged completions, of one rank or of all."""
 
     rollouts: Rollouts
     verdicts: Verdicts
     teacher_logprobs: list[Tensor | None]
     """[T] nats of each, where its server was asked."""
 
+    @classmethod
+    def join(cls, parts: Sequence["Answered"]) -> "Answered":
+        """All of them, in the order of the parts, of which there is at least one."""
+        return cls(
+            rollouts=Rollouts.join([part.rollouts for part in parts]),
+            verdicts=Verdicts.join([part.verdicts for part in parts]),
+            teacher_logprobs=[logprobs for part in parts for logprobs in part.teacher_logprobs],
+        )
+
 
 def collect(run: Run, step: int, stages: Stages) -> Batch:
-    """The step's prompts, a function of (seed, step), R completions of the policy, their rewards.
+    """The step's prompts, a function of (seed, step), R completions of the policy, their rewards;
+    drawn now, or ahead, while the step before trained.
 
     Raises: Stopped where a signal came to any rank; EngineError for an engine with other weights;
         RewardError where the reward function failed on all completions of a prompt.
     """
-    config = run.config
     require_version(run.engine, step)
-    indices = step_indices(len(run.examples), config.seed, step, config.sampling.prompts_per_step)
-    examples = [run.examples[i] for i in indices]
-    early = run.remote and may_ask_early(config.method, step, run.history)
-    teacher = run.remote if early else None  # it scores while the rewards are computed
-    parts = answer(run, examples, config.data, config.sampling, step, stages, teacher)
-    verdicts = Verdicts.join([part.verdicts for part in parts])
-    size = config.sampling.group_size
+    drawn = None if run.ahead is None else run.ahead.drawn.get(step)
+    if drawn is None:
+        own = partial(draw, run, step, stages, run.interrupt.poll)
+        found, lag = gather(run.world, own), 0
+    else:
+        found, lag = drawn.found, step - drawn.version
+    size = run.config.sampling.group_size
     batch = Batch(
-        examples=[example for example in examples for _ in range(size)],
-        rollouts=Rollouts.join([part.rollouts for part in parts]),
-        verdicts=verdicts,
-        rewards=torch.tensor(verdicts.rewards, dtype=torch.float64).view(-1, size),
-        teacher_logprobs=[logprobs for part in parts for logprobs in part.teacher_logprobs],
+        examples=[example for example in _examples(run, step) for _ in range(size)],
+        rollouts=found.rollouts,
+        verdicts=found.verdicts,
+        rewards=torch.tensor(found.verdicts.rewards, dtype=torch.float64).view(-1, size),
+        teacher_logprobs=found.teacher_logprobs,
+        lag=lag,
     )
     _require_rewards(run, batch, step)
     return batch
+
+
+def draw(run: Run, step: int, stages: Stages, poll: Callable[[], None]) -> Answered:
+    """This rank's share of the step's completions, from the weights that the engine has now. No
+    collective: it may run in a thread.
+
+    poll: called now and then; what it raises ends the drawing.
+    """
+    config, examples = run.config, _examples(run, step)
+    known = len(run.history.kl) == step or not config.method.kd_coef.reads_history
+    early = run.remote and known and may_ask_early(config.method, step, run.history)
+    teacher = run.remote if early else None  # it scores while the rewards are computed
+    return _own_part(run, examples, config.data, config.sampling, step, stages, teacher, poll)
+
+
+def gather(world: World, make: Callable[[], Answered]) -> Answered:
+    """make() of all ranks, in their order. All call it together; where one was Stopped, all are."""
+
+    def own_part() -> Answered | None:
+        try:
+            return make()
+        except Stopped:
+            return None
+
+    parts = world.share(own_part)
+    whole = [part for part in parts if part is not None]
+    if len(whole) < len(parts):
+        raise Stopped
+    return Answered.join(whole)
 
 
 def answer(
@@ -61,36 +102,28 @@ def answer(
     sampling: SamplingConfig,
     step: int,
     stages: Stages,
-    teacher: RemoteTeacher | None = None,
-    stoppable: bool = True,
-) -> list[Answered]:
+) -> Answered:
     """G judged completions of each example, in order, each rank's share sampled and verified there.
 
-    All ranks call it together, and get the parts of all. teacher: is asked about all of them.
-    stoppable: a signal to any of them raises Stopped.
+    All ranks call it together, and get the parts of all. Signals wait: an evaluation is finished,
+    as a score that a schedule may wait for is not dropped.
     """
-    poll = run.interrupt.poll if stoppable else _go_on
+    return gather(
+        run.world,
+        lambda: _own_part(run, examples, data, sampling, step, stages, None, lambda: None),
+    )
 
-    def own_part() -> Answered | None:
-        rank, ranks = run.world.rank, run.world.size
-        first, end = (len(examples) * place // ranks for place in (rank, rank + 1))
-        try:
-            share = examples[first:end]
-            return _own_part(run, share, first, data, sampling, step, stages, teacher, poll)
-        except Stopped:
-            return None
 
-    parts = run.world.share(own_part)
-    whole = [part for part in parts if part is not None]
-    if len(whole) < len(parts):
-        raise Stopped
-    return whole
+def _examples(run: Run, step: int) -> list[Example]:
+    """P, of a step."""
+    count = run.config.sampling.prompts_per_step
+    indices = step_indices(len(run.examples), run.config.seed, step, count)
+    return [run.examples[i] for i in indices]
 
 
 def _own_part(
     run: Run,
     examples: list[Example],
-    first: int,
     data: DataConfig,
     sampling: SamplingConfig,
     step: int,
@@ -98,7 +131,10 @@ def _own_part(
     teacher: RemoteTeacher | None,
     poll: Callable[[], None],
 ) -> Answered:
-    """This rank's examples, of which the first is at place `first` of the step's."""
+    """This rank's share of the examples. teacher: is asked about all of them."""
+    rank, ranks = run.world.rank, run.world.size
+    first, end = (len(examples) * place // ranks for place in (rank, rank + 1))
+    examples = examples[first:end]
     prompts = [encode_prompt(run.tokenizer, example, data) for example in examples]
     with stages("rollout"):
         rollouts = run.engine.generate(
@@ -120,10 +156,6 @@ def _own_part(
         if teacher is not None:
             scores = teacher.collect(rollouts, everybody, asked, poll)
     return Answered(rollouts, verdicts, scores)
-
-
-def _go_on() -> None:
-    """What polls an evaluation: a score that a schedule may wait for is not dropped."""
 
 
 def _require_rewards(run: Run, batch: Batch, step: int) -> None:

@@ -123,6 +123,10 @@ class EngineConfig:
     max_gap: float | None = None
     """Largest mean difference between the log-probabilities of engine and trainer for the tokens
     of a step, in nats, beyond which the run stops; None: 1e-3 in float32, 0.05 in bfloat16."""
+    staleness: Literal[0, 1] = 0
+    """1: each step's completions, but the first's, are drawn and verified while the step before
+    trains, by a copy of the weights that it starts from. They are off-policy by one step: the ratio
+    is taken to the policy that sampled (with method.sampler_correction: see terms.py)."""
 
     def __post_init__(self) -> None:
         if self.max_gap is not None:
@@ -317,6 +321,9 @@ class TrainConfig:
     """Optimiser steps in all."""
     save_every: int = 50
     """Optimiser steps between checkpoints; the last step is always saved."""
+    save_async: bool = False
+    """Copy the state to CPU memory and write the checkpoint while the next step trains, instead of
+    waiting for the disk. What fails is said after the step, and the run stops."""
     keep_checkpoints: int = 2
     """Older checkpoints beyond this many are deleted."""
     samples_per_step: int = 8

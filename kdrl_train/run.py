@@ -1,7 +1,7 @@
 """What a run holds, and what one step learns from."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,13 @@ from kdrl_train.interrupt import Interrupt, Stopped
 from kdrl_train.log import RunLog
 from kdrl_train.policy import Policy, Teacher
 from kdrl_train.rollout import Rollouts
+from kdrl_train.saving import Saver
 from kdrl_train.schedules import History
 from kdrl_train.teachers import RemoteTeacher
 from kdrl_train.verifier import Verdicts, Verifier
+
+if TYPE_CHECKING:
+    from kdrl_train.ahead import Ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,9 @@ class Run:
     interrupt: Interrupt
     history: History
     log: RunLog
+    saver: Saver
+    ahead: "Ahead | None"
+    """With engine.staleness 1."""
 
     def stop_if_asked(self) -> None:
         """Raise Stopped on all ranks if a signal has come to one of them. All call it together."""
@@ -57,3 +64,5 @@ class Batch:
     """rewards_PG [P, G] float64, NaN where the reward function failed."""
     teacher_logprobs: list[Tensor | None]
     """R of [T] nats, where a server was asked early; else None."""
+    lag: int
+    """Optimiser steps between the weights that sampled them and those that learn from them."""

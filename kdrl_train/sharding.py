@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
@@ -59,6 +60,13 @@ def layers(model: Any) -> list[nn.Module]:
 def full(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, on every rank (a collective); a plain one as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def reshard(wrapped: HeadedModel) -> None:
+    """Let go of the root's gathered weights after a forward without a backward pass, which would
+    have: the next one would not see what the optimiser does in between."""
+    if isinstance(wrapped, FSDPModule):
+        wrapped.reshard()
 
 
 def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

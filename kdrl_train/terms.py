@@ -1,6 +1,21 @@
 """What the loss of a step reads beside its tokens: decided once, before the step's first update.
 
 R completions of the step, T tokens of one of them.
+
+What the ratio r of the loss is taken to, where p is the policy that is updated, p0 the trainer's
+before the step's first update, and b the one that sampled, by the sampler's own log-probabilities:
+
+    one update            r = 1                              b = p0 = p
+    several updates       r = p / p0                         b = p0
+    stale                 r = p / b                          engine.staleness 1
+    sampler_correction    r as in the first two lines, each token's loss times w = p0 / b, bounded
+
+Prefix given, E_b[p / b · f] = E_p[f] for a token drawn from b. So the policy gradient, -r A, and
+distillation, sg(r) k2, have the gradients that samples of p would give, but for clip and
+kd_ratio_cap, which bound the weight of what p does more often than b. With w · p / p0 = p / b the
+same holds, and the clip is around p0, where the step starts, not around the stale b: decoupled PPO
+(arXiv:2110.00641, arXiv:2505.24298). p / b times w would count p0 / b twice and is never built.
+Which prefixes b visits is left as it is, as in PPO.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,7 +46,7 @@ class Terms:
     kd_weight: Tensor
     """[R] float32: beta times group factor times mask."""
     old_logprobs: Mapping[int, Tensor] | None
-    """Completion -> [T] nats before the first update; None: strictly on-policy."""
+    """Completion -> [T] nats that the ratio is taken to; None: those of the update itself."""
     sampler_weights: Mapping[int, Tensor] | None
     """Completion -> [T] importance weights between sampler and trainer; None: no correction."""
     teacher_logprobs: Sequence[Tensor | None] | None
@@ -87,18 +102,18 @@ def score_rows(
     return scores
 
 
-def needs_scores(config: TrainConfig) -> bool:
-    """Whether a step needs the pass of score_rows before its first update."""
+def needs_scores(config: TrainConfig, lag: int = 0) -> bool:
+    """Whether a step needs the pass of score_rows before its first update; lag: of its batch."""
     method = config.method
     return (
-        config.optim.updates_per_rollout > 1
+        (config.optim.updates_per_rollout > 1 and not lag)
         or method.sampler_correction != "none"
         or method.kd == "reward"
     )
 
 
 def prepare(run: Run, batch: Batch, step: int, stages: Stages, trace: Trace | None = None) -> Terms:
-    """Coefficients of a step's completions; the models run only where needs_scores(config)."""
+    """Coefficients of a step's completions; the models run only where needs_scores says so."""
     config, method, rewards_PG = run.config, run.config.method, batch.rewards
     scores, remote = Scores(), None
     beta = schedule_value(method.kd_coef, step, run.history)
@@ -106,7 +121,7 @@ def prepare(run: Run, batch: Batch, step: int, stages: Stages, trace: Trace | No
     if run.remote is not None:
         with stages("teacher"):
             remote = ask_server(run, batch, (distilled_R > 0) & ~rewards_PG.isnan().flatten())
-    if needs_scores(config):
+    if needs_scores(config, batch.lag):
         with stages("score"):
             if method.kd != "reward":
                 distilled_R = torch.zeros_like(distilled_R)
@@ -122,10 +137,15 @@ def prepare(run: Run, batch: Batch, step: int, stages: Stages, trace: Trace | No
         weights, found = correction(scores.logprobs, batch.rollouts, method)
         metrics |= found
     metrics |= _measured(scores.sums, method)
+    old: Mapping[int, Tensor] | None = None
+    if batch.lag and weights is None:
+        old = dict(enumerate(batch.rollouts.logprobs))
+    elif config.optim.updates_per_rollout > 1:
+        old = scores.logprobs
     return Terms(
         advantages=terms[0],
         kd_weight=terms[1],
-        old_logprobs=scores.logprobs if config.optim.updates_per_rollout > 1 else None,
+        old_logprobs=old,
         sampler_weights=weights,
         teacher_logprobs=remote,
         metrics=metrics,

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from kdrl_train import check, checkpoint, grpo
+from kdrl_train.ahead import Ahead
 from kdrl_train.collect import answer, collect
 from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import save_yaml, to_dict
@@ -29,15 +30,15 @@ from kdrl_train.interrupt import Interrupt, Stopped
 from kdrl_train.log import RunLog, Stages, peak_memory_bytes, read_rows
 from kdrl_train.models import use_device
 from kdrl_train.policy import Policy
-from kdrl_train.rollout import Rollouts
 from kdrl_train.run import Run
 from kdrl_train.samples import Trace
+from kdrl_train.saving import Saver
 from kdrl_train.schedules import rebuild_history
 from kdrl_train.sharding import shard
 from kdrl_train.teachers import RemoteTeacher
 from kdrl_train.trackers import Trackers
 from kdrl_train.update import update
-from kdrl_train.verifier import Verdicts, Verifier
+from kdrl_train.verifier import Verifier
 
 
 def main(config: TrainConfig, console: Console | None = None) -> Path:
@@ -99,8 +100,11 @@ def open_run(
             shard(teacher, offload=config.model.offload_teacher)
     optimizer = make_optimizer(config, policy)
     first = 0
+    ahead = stack.enter_context(closing(Ahead())) if config.engine.staleness else None
     if newest is not None:
         first = checkpoint.load(newest, model=policy, optimizer=optimizer, config=config)
+        if ahead is not None:
+            ahead.restore(newest.folder)
     elif config.model.weights is not None:
         checkpoint.load_weights(config.model.weights, policy)
     engine.load(policy, first)
@@ -129,6 +133,8 @@ def open_run(
         interrupt=interrupt,
         history=rebuild_history(schedules, rows, first, config.eval.every),
         log=log,
+        saver=stack.enter_context(closing(Saver(config, world, log.say))),
+        ahead=ahead,
     )
     return run, first
 
@@ -157,6 +163,7 @@ def steps(run: Run, first: int) -> bool:
             run.optimizer.zero_grad(set_to_none=True)  # of all ranks, at one place
             if saved < step:
                 save(run, step)
+            run.saver.check(wait=True)
             if isinstance(reason, Stopped):
                 run.log.event(
                     "stopped", f"stopped by a signal after {step} steps: --resume continues"
@@ -164,10 +171,12 @@ def steps(run: Run, first: int) -> bool:
                 return False
             raise
         finish(run, step, row, stages)
+        run.saver.check()
         done = step + 1
         if done % config.save_every == 0 or done == config.steps:
             save(run, done)
             saved = done
+    run.saver.check(wait=True)
     return True
 
 
@@ -180,6 +189,8 @@ def learn(run: Run, step: int, stages: Stages) -> dict[str, Any]:
     if run.policy.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.policy.device)
     batch = collect(run, step, stages)
+    if run.ahead is not None:
+        run.ahead.start(run, step)
     trace = Trace(len(batch.examples), run.config.samples_per_step)
     rollouts, counts, config = batch.rollouts, batch.verdicts.counts, run.config.sampling
     row = {
@@ -212,15 +223,8 @@ def finish(run: Run, step: int, row: dict[str, Any], stages: Stages) -> None:
 def save(run: Run, done: int) -> None:
     """Checkpoint after `done` steps. The steps are in the log already: a run killed in between
     loses no row, and a resumed one drops those it will write again."""
-    folder = checkpoint.save(
-        run.config.out / "checkpoints",
-        step=done,
-        model=run.policy,
-        optimizer=run.optimizer,
-        config=run.config,
-        world=run.world,
-    )
-    run.log.say(f"saved {folder}")
+    rollouts = None if run.ahead is None else run.ahead.state(done)
+    run.saver.save(done, run.policy, run.optimizer, rollouts)
 
 
 def evaluation(run: Run) -> dict[str, float]:
@@ -228,8 +232,8 @@ def evaluation(run: Run) -> dict[str, float]:
     config, start = run.config, time.perf_counter()
     sampling = replace(config.sampling, group_size=config.eval.samples)
     given = (run.held_out, config.eval.data, sampling, EVAL_STEP, Stages())
-    parts = answer(run, *given, stoppable=False)
-    rollouts = Rollouts.join([part.rollouts for part in parts])
-    verdicts = Verdicts.join([part.verdicts for part in parts])
+    found = answer(run, *given)
     seconds = time.perf_counter() - start
-    return summarize(rollouts, verdicts, sampling.group_size, config.seed, seconds).metrics()
+    return summarize(
+        found.rollouts, found.verdicts, sampling.group_size, config.seed, seconds
+    ).metrics()

@@ -45,11 +45,14 @@ def update(
             )
             if part == 0:
                 measured = diagnosed
-                gap = {**grpo.token_means(found), **terms.metrics}["sampler_gap_mean"]
+                gaps = {**grpo.token_means(found), **terms.metrics}
             with stages("update"):
                 norm = clip(run)
                 stop_if_not_finite(run, batch, terms, step, part, loss, norm)
-                require_agreement(gap, config.engine.limit(config.model.dtype), step)
+            if part == 0 and run.ahead is not None:
+                measured |= run.ahead.settle(run, batch, gaps, step, stages)
+            gap = {**gaps, **measured}["sampler_gap_mean"]
+            require_agreement(gap, config.engine.limit(config.model.dtype), step)
         except (FloatingPointError, RunError) as error:
             if part == 0:
                 raise

@@ -43,7 +43,8 @@ def open_engine(config: TrainConfig, policy: Policy, tokenizer: Any, world: Worl
     """The engine of a run, with the policy's weights of step 0; before the policy is sharded."""
     if config.engine.kind == "continuous":
         return ContinuousEngine(config, policy, tokenizer)
-    return GenerateEngine(config, policy, tokenizer, shared=not world.launched)
+    shared = not world.launched and not config.engine.staleness
+    return GenerateEngine(config, policy, tokenizer, shared=shared)
 
 
 def require_version(engine: Engine, step: int) -> None:

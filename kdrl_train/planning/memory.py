@@ -18,6 +18,7 @@ Not modelled: fragmentation (the reserve is for it), the CUDA context, NCCL's bu
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from kdrl_train.planning.case import Case
 from kdrl_train.planning.terms import Term, product
@@ -246,7 +247,9 @@ def _rollout(case: Case) -> list[Term]:
             remedy=fewer,
         ),
     ]
-    if case.sharded or b < 4:
+    if case.sharded or b < 4 or run.engine.staleness:
         copy = [(b, "B"), (policy.parameters, "parameters")]
         terms.append(product("policy, whole, to sample", ROLLOUT, copy, remedy=LARGER))
+    if run.engine.staleness:  # the update is beside it
+        terms = [replace(t, when=ALWAYS) if "decode" in t.when else t for t in terms]
     return terms

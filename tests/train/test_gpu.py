@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kdrl_train import attention
-from kdrl_train.config import MethodConfig, ModelConfig, TrainConfig
+from kdrl_train.config import EngineConfig, MethodConfig, ModelConfig, TrainConfig
 from kdrl_train.config_file import save_yaml
 from kdrl_train.log import read_rows
 from kdrl_train.policy import Policy
@@ -90,6 +90,20 @@ def test_continuous_batching_agrees_with_the_trainer(config: Config) -> None:
     base = on_gpu(config(steps=2))
     for row in run(replace(base, engine=replace(base.engine, kind="continuous"))):
         assert row["sampler_gap_mean"] < 0.05
+
+
+def test_rollouts_ahead_agree_with_the_trainer(config: Config) -> None:
+    settings = on_gpu(
+        config(steps=4, save_every=1, save_async=True, engine=EngineConfig(staleness=1))
+    )
+    rows = run(settings)
+    assert [row["rollout_lag"] for row in rows] == [0, 1, 1, 1]
+    for row in rows[:3]:
+        assert row["sampler_gap_mean"] < 0.05
+    assert sorted(path.name for path in (settings.out / "checkpoints").glob("step_*")) == [
+        "step_000003",
+        "step_000004",
+    ]
 
 
 def test_liger_layers_agree(config: Config, folders: dict[str, Path]) -> None:

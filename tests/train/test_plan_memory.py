@@ -12,6 +12,7 @@ import transformers
 
 from kdrl_train.config import (
     DataConfig,
+    EngineConfig,
     MethodConfig,
     ModelConfig,
     OptimConfig,
@@ -147,6 +148,17 @@ def test_a_tied_head_and_autocast_on_one_gpu(models: dict[str, str]) -> None:
     assert found["keys and values"] == 4 * 16 * 2 * (4 + 2) * 4
     assert found["AdamW temporaries"] == 4 * 1480
     assert "the tied head's gradient" not in values(case_of(models, "untied"))
+
+
+def test_rollouts_ahead_are_held_beside_the_update(models: dict[str, str]) -> None:
+    case = case_of(models, "untied")
+    ahead = replace(case, run=replace(case.run, engine=EngineConfig(staleness=1)))
+    held, more = by_moment(memory_terms(case)), by_moment(memory_terms(ahead))
+    copy = 4 * 1736
+    decode = 4096 + 1024 + 2560  # see test_moments_add_up_what_is_held_together
+    assert more["decode"] == held["decode"] + copy
+    for moment in ("teacher", "head", "backward", "root", "optimizer"):
+        assert more[moment] == held[moment] + copy + decode
 
 
 def test_where_the_teacher_is(models: dict[str, str]) -> None:

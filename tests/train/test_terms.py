@@ -177,7 +177,12 @@ def off_policy_gradient(
 
 
 def prepared(
-    policy: Policy, teacher: Teacher | None, rollouts: Rollouts, method: MethodConfig, updates: int
+    policy: Policy,
+    teacher: Teacher | None,
+    rollouts: Rollouts,
+    method: MethodConfig,
+    updates: int,
+    lag: int = 0,
 ) -> tuple[Terms, Stages]:
     stages = Stages()
     config = TrainConfig(
@@ -194,7 +199,7 @@ def prepared(
         history=History(),
         world=ALONE,
     )
-    batch: Any = SimpleNamespace(rollouts=rollouts, rewards=rewards)
+    batch: Any = SimpleNamespace(rollouts=rollouts, rewards=rewards, lag=lag)
     terms = prepare(run, batch, 0, stages)
     return terms, stages
 

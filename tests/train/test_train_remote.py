@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from kdrl_train import cli, teachers, train
 from kdrl_train.config import (
     DataConfig,
+    EngineConfig,
     LogConfig,
     MethodConfig,
     ModelConfig,
@@ -140,6 +141,20 @@ def test_a_step_is_that_of_the_teacher_in_process(
     assert_same_run(remote.out, local.out)
     assert rows[0]["seconds_teacher"] > 0
     assert (rows[0]["kd_share"] == 1.0) == (mask == "none")
+
+
+@pytest.mark.parametrize("kind", ["constant", "kl_budget"])  # known early, and not
+def test_a_run_ahead_is_that_of_the_teacher_in_process(
+    config: Callable[..., TrainConfig], folders: dict[str, Path], kind: Any
+) -> None:
+    method = replace(K2, kd_coef=replace(K2.kd_coef, kind=kind, target_kl=2.0, bounds=(0.1, 0.9)))
+    settings = {"method": method, "engine": EngineConfig(staleness=1)}
+    with running(teacher_app(folders["teacher"])) as url:
+        remote, local = config("remote", url, **settings), config("local", "", **settings)
+        local = replace(local, model=replace(local.model, teacher=str(folders["teacher"])))
+        run(remote)
+        run(local)
+    assert_same_run(remote.out, local.out)
 
 
 def on_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
