@@ -259,7 +259,7 @@ def train_config(config: DemoConfig, out: Path) -> TrainConfig:
         ),
         reward=RewardConfig(function="math"),
         method=replace(PRESETS["kdrl"], kd="rkl", kd_coef=beta),
-        optim=OptimConfig(learning_rate=config.learning_rate, micro_batch_tokens=512),
+        optim=OptimConfig(learning_rate=config.learning_rate, micro_batch_tokens=2048),
     )
 
 
