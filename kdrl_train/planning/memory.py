@@ -9,9 +9,11 @@ without fused kernels, b bytes a number of the compute dtype, s of the residual 
 
     norm of the stream, width H   (4 + s + b) H    float32 input, normalised, output
     norm of queries or keys       (4 + b) each
-    attention                     b (2 q + 2 kv)   q, k, v, output; where a mask is needed k and v
-                                                   are repeated to q each, and the layer keeps its
-                                                   own [T, T] mask in b
+    attention, our own "packed"   b · 4 q          q, k, v, output; k and v repeated to q each.
+                                                   5 q without a variable-length kernel (CPU,
+                                                   float32): the output of the batches, of the row
+    attention, "sdpa"             b · 4 q          and its own [T, T] mask in b
+    attention, others             b (2 q + 2 kv)
     gated MLP, width I            b · 4 I          gate, its activation, up, their product
 
 Not modelled: fragmentation (the reserve is for it), the CUDA context, NCCL's buffers.
