@@ -9,9 +9,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from kdrl_train.check_memory import check_memory
 from kdrl_train.check_server import check_same_tokens, check_scores, check_server
 from kdrl_train.config import TrainConfig
 from kdrl_train.data import Example, encode_prompt, load_examples
+from kdrl_train.distributed import ALONE, World
 from kdrl_train.models import load_policy, load_teacher, load_tokenizer
 from kdrl_train.policy import HeadedModel, Policy, Teacher, probe
 from kdrl_train.rollout import eos_ids
@@ -32,6 +34,8 @@ class Finding:
     passed: bool
     detail: str
     """What was found; on failure also the remedy."""
+    warning: bool = False
+    """Passed, but not beyond doubt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +81,17 @@ def load(config: TrainConfig) -> Loaded:
 
 
 def preflight(
-    config: TrainConfig, loaded: Loaded, verifier: Verifier, gold: int | None = None
+    config: TrainConfig,
+    loaded: Loaded,
+    verifier: Verifier,
+    gold: int | None = None,
+    world: World = ALONE,
 ) -> list[Finding]:
     """Run every check.
 
     Args:
         gold: how many gold answers are judged against themselves; None: all.
+        world: the ranks that the run will have.
     """
     packed = config.optim.micro_batch_tokens > 1
     policy, teacher, server = loaded.policy, loaded.teacher, loaded.server
@@ -106,12 +115,15 @@ def preflight(
             "teacher probe": lambda: check_scores(config, server, tokenizer, some),
         }
     checks["vocabulary"] = lambda: check_vocabulary(loaded)
+    checks["memory"] = lambda: check_memory(config, policy, teacher, world.size)
     return [_examine(name, run) for name, run in checks.items()]
 
 
 def _examine(name: str, run: Callable[[], str]) -> Finding:
     try:
         return Finding(name, passed=True, detail=run())
+    except UserWarning as doubt:
+        return Finding(name, passed=True, detail=str(doubt), warning=True)
     except (ValueError, OSError) as error:
         return Finding(name, passed=False, detail=str(error))
 
@@ -297,6 +309,7 @@ def findings_table(findings: Sequence[Finding]) -> Table:
         table.add_column(name, overflow="fold")
     for finding in findings:
         mark = "[green]ok[/]" if finding.passed else "[bold red]failed[/]"
+        mark = "[yellow]warning[/]" if finding.warning else mark
         table.add_row(finding.name, mark, _plain(finding.detail))
     return table
 
@@ -306,11 +319,12 @@ def _plain(text: str) -> str:
     return text.replace("[", r"\[")
 
 
-def require(findings: Sequence[Finding]) -> None:
-    """Raise ValueError listing the findings that failed, if any."""
+def require(findings: Sequence[Finding]) -> list[str]:
+    """The warnings. Raises: ValueError listing the findings that failed, if any."""
     failed = [f"  {f.name}: {f.detail}" for f in findings if not f.passed]
     if failed:
         raise ValueError("the run must pass its preflight, got:\n" + "\n".join(failed))
+    return [f"{f.name}: {f.detail}" for f in findings if f.warning]
 
 
 def main(config: TrainConfig) -> int:

@@ -19,7 +19,7 @@ from kdrl_train.config import TrainConfig
 from kdrl_train.log import peak_memory_bytes
 from kdrl_train.planning.case import Case, Placement
 from kdrl_train.planning.devices import PEAKS, Device, DeviceName, link_gb_per_s, measure_cpu
-from kdrl_train.planning.memory import ALWAYS, MOMENTS, by_moment, memory_terms
+from kdrl_train.planning.memory import ALWAYS, MOMENTS, by_moment, causes, memory_terms
 from kdrl_train.planning.shapes import read_shape
 from kdrl_train.planning.speed import Lengths, time_terms, totals
 from kdrl_train.planning.terms import Term
@@ -135,15 +135,8 @@ class Plan:
 
     @property
     def causes(self) -> list[Term]:
-        """For each moment that does not fit the largest terms, as many as exceed the limit."""
-        found: list[Term] = []
-        for moment, held in self.moments.items():
-            excess = held - self.limit
-            for term in sorted(self.memory, key=lambda t: -t.value):
-                if excess > 0 and moment in term.when and term.remedy:
-                    excess -= term.value
-                    found += [term] if term not in found else []
-        return found
+        """The largest terms of each moment that does not fit."""
+        return causes(self.memory, self.limit)
 
     def to_dict(self) -> dict[str, Any]:
         """What --json writes."""
@@ -227,10 +220,10 @@ def memory_table(plan: Plan, config: PlanConfig) -> Table:
     table.add_column("GB", justify="right")
     for name in ("when", "how much", "too much"):
         table.add_column(name, overflow="fold")
-    causes = plan.causes
+    too_much = plan.causes
     for term in plan.memory:
         when = "always" if term.when == ALWAYS else ", ".join(term.when)
-        remedy = f"[bold red]{term.remedy}[/]" if term in causes else ""
+        remedy = f"[bold red]{term.remedy}[/]" if term in too_much else ""
         table.add_row(term.name, _gb(term.value), when, term.formula, remedy)
     table.add_section()
     for moment, held in plan.moments.items():

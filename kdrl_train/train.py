@@ -85,8 +85,9 @@ def open_run(
     torch.manual_seed(config.seed)
     loaded = stack.enter_context(closing(check.load(config)))
     policy, teacher = loaded.policy, loaded.teacher
-    world.on_main(
-        lambda: check.require(check.preflight(config, loaded, verifier, gold=check.GOLD_AT_START))
+    gold = check.GOLD_AT_START
+    warnings = world.on_main(
+        lambda: check.require(check.preflight(config, loaded, verifier, gold, world))
     )
     engine = open_engine(config, policy, loaded.tokenizer, world)
     if world.launched:
@@ -105,6 +106,8 @@ def open_run(
         save_yaml(replace(config, resume=False), config.out / "config.yaml")
         trackers.start(to_dict(config), config.out, first)
     log = RunLog(config.out, first, config.steps, console, writes=world.main, trackers=trackers)
+    for warning in warnings:
+        log.say(warning)
     remote = None
     if loaded.server is not None:
         remote = RemoteTeacher(loaded.server, config, policy.limit, log.say)

@@ -65,6 +65,18 @@ def by_moment(terms: Sequence[Term]) -> dict[str, float]:
     return {moment: sum(t.value for t in terms if moment in t.when) for moment in MOMENTS}
 
 
+def causes(terms: Sequence[Term], limit: float) -> list[Term]:
+    """For each moment above `limit` bytes the largest terms, as many as exceed it."""
+    found: list[Term] = []
+    for moment, held in by_moment(terms).items():
+        excess = held - limit
+        for term in sorted(terms, key=lambda t: -t.value):
+            if excess > 0 and moment in term.when and term.remedy:
+                excess -= term.value
+                found += [term] if term not in found else []
+    return found
+
+
 def _states(case: Case) -> list[Term]:
     """What lasts longer than a row, over the GPUs."""
     P, placement = case.policy.parameters, case.placement
