@@ -30,7 +30,6 @@ from kdrl_train.policy import Policy
 from kdrl_train.rollout import Rollouts
 from kdrl_train.run import Batch, Run
 from kdrl_train.schedules import rebuild_history
-from kdrl_train.sharding import shard
 from kdrl_train.teachers import RemoteTeacher
 from kdrl_train.trackers import Trackers
 from kdrl_train.update import update
@@ -83,17 +82,10 @@ def open_run(
             )
     newest = world.on_main(lambda: checkpoint.open_folder(config))
     torch.manual_seed(config.seed)
-    loaded = stack.enter_context(closing(check.load(config)))
+    loaded = stack.enter_context(closing(check.load(config, world)))
     policy, teacher = loaded.policy, loaded.teacher
-    gold = check.GOLD_AT_START
-    warnings = world.on_main(
-        lambda: check.require(check.preflight(config, loaded, verifier, gold, world))
-    )
+    warnings = check.require(check.preflight(config, loaded, verifier, check.GOLD_AT_START, world))
     engine = open_engine(config, policy, loaded.tokenizer, world)
-    if world.launched:
-        shard(policy, offload=config.model.offload_policy)
-        if teacher is not None:
-            shard(teacher, offload=config.model.offload_teacher)
     optimizer = make_optimizer(config, policy)
     first = 0
     if newest is not None:

@@ -108,12 +108,13 @@ class Case:
     def chunk_plan(self, tokens: int) -> ChunkPlan:
         """The one-pass head over so many tokens."""
         policy, teacher, optim = self.policy, self.teacher, self.run.optim
+        kd = "k2" if self.run.method.kd == "reward" else self.run.method.kd  # as policy.objective
         return chunk_plan(
             tokens,
             policy.hidden,
             policy.vocabulary,
             teacher=None if teacher is None else (teacher.hidden, teacher.vocabulary),
-            kd=None if teacher is None else self.run.method.kd,
+            kd=None if teacher is None else kd,
             dtype=self.dtype,
             device="cpu" if self.placement.cpu else "cuda",
             workspace_bytes=optim.workspace_bytes,

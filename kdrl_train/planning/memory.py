@@ -65,6 +65,12 @@ def by_moment(terms: Sequence[Term]) -> dict[str, float]:
     return {moment: sum(t.value for t in terms if moment in t.when) for moment in MOMENTS}
 
 
+def loading_bytes(case: Case) -> float:
+    """CPU memory of rank 0 while it reads the models, one after the other, for all to shard."""
+    teacher = 0 if case.teacher is None else case.dtype.itemsize * case.teacher.parameters
+    return max(4 * case.policy.parameters, teacher)
+
+
 def causes(terms: Sequence[Term], limit: float) -> list[Term]:
     """For each moment above `limit` bytes the largest terms, as many as exceed it."""
     found: list[Term] = []

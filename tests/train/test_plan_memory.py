@@ -161,6 +161,15 @@ def test_where_the_teacher_is(models: dict[str, str]) -> None:
     assert values(replace(alone, placement=here))["teacher"] == 2 * 4356
 
 
+def test_a_shaped_reward_is_planned_as_sampled_distillation(models: dict[str, str]) -> None:
+    case = sharded_case(models)
+    shaped, sampled = (
+        values(replace(case, run=replace(case.run, method=MethodConfig(kd=kd))))
+        for kd in ("reward", "k2")
+    )
+    assert shaped == sampled
+
+
 def test_an_offloaded_policy_is_not_on_the_gpu(models: dict[str, str]) -> None:
     kept = values(sharded_case(models))
     away = values(sharded_case(models, offload_policy=True))
