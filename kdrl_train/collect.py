@@ -1,5 +1,6 @@
 """From a step's prompts to its batch: each rank samples and verifies its share; all get all."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -71,6 +72,8 @@ def answer(
     """
     poll = run.interrupt.poll if stoppable else _go_on
 
+    ended: list[float] = []
+
     def own_part() -> Answered | None:
         rank, ranks = run.world.rank, run.world.size
         first, end = (len(examples) * place // ranks for place in (rank, rank + 1))
@@ -79,8 +82,11 @@ def answer(
             return _own_part(run, share, first, data, sampling, step, stages, teacher, poll)
         except Stopped:
             return None
+        finally:
+            ended.append(time.perf_counter())
 
     parts = run.world.share(own_part)
+    run.waited(stages, ended[0])
     whole = [part for part in parts if part is not None]
     if len(whole) < len(parts):
         raise Stopped
@@ -115,9 +121,9 @@ def _own_part(
     answers = [example.answer for example in examples for _ in range(sampling.group_size)]
     with stages("verify"):
         verdicts = run.verifier.score(rollouts.texts, answers)
-    with stages("teacher"):
-        scores: list[Tensor | None] = [None] * len(everybody)
-        if teacher is not None:
+    scores: list[Tensor | None] = [None] * len(everybody)
+    if teacher is not None:
+        with stages("teacher"):
             scores = teacher.collect(rollouts, everybody, asked, poll)
     return Answered(rollouts, verdicts, scores)
 

@@ -24,6 +24,8 @@ except ImportError:  # Windows
 
 BESIDE = ("eval", "diagnostics")
 """Stages that are no part of a training step: their seconds do not count for its speed."""
+WITHOUT_TOKENS = ("sync", "wait")
+"""Stages of a step that handle no tokens, so that they have no speed of their own."""
 
 
 class Stages:
@@ -41,16 +43,24 @@ class Stages:
         finally:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # kernels of this stage would count for the next
-            elapsed = time.perf_counter() - start
-            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
+            self.add(name, since=start)
+
+    def add(self, name: str, since: float) -> None:
+        """Time from `since`, of time.perf_counter, until now."""
+        elapsed = time.perf_counter() - since
+        self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
 
     def metrics(self, tokens: int) -> dict[str, float]:
         """Seconds, and `tokens` (those of the step's completions) per second, in all and of each
-        stage; the stages of BESIDE have no part in the latter."""
+        stage that handles them; the stages of BESIDE have no part in the latter."""
         step = {name: value for name, value in self.seconds.items() if name not in BESIDE}
         return {
             "tokens_per_s": tokens / sum(step.values()),
-            **{f"tokens_per_s_{name}": tokens / value for name, value in step.items()},
+            **{
+                f"tokens_per_s_{name}": tokens / value
+                for name, value in step.items()
+                if name not in WITHOUT_TOKENS
+            },
             "seconds": sum(self.seconds.values()),
             **{f"seconds_{name}": value for name, value in self.seconds.items()},
         }

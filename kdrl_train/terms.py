@@ -4,6 +4,7 @@ R completions of the step, T tokens of one of them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -95,8 +96,9 @@ def prepare(run: Run, batch: Batch, step: int, stages: Stages) -> Terms:
     beta = schedule_value(method.kd_coef, step, run.history)
     distilled_R = grpo.kd_weights(rewards_PG, method, beta)
     if run.remote is not None:
-        with stages("teacher"):
-            remote = ask_server(run, batch, (distilled_R > 0) & ~rewards_PG.isnan().flatten())
+        wanted_R = (distilled_R > 0) & ~rewards_PG.isnan().flatten()
+        with stages("teacher") if wanted_R.any() else nullcontext():
+            remote = ask_server(run, batch, wanted_R)
     if needs_scores(config):
         with stages("score"):
             if method.kd != "reward":
