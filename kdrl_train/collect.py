@@ -1,7 +1,6 @@
 """From a step's prompts to its batch: each rank samples and verifies its share; all get all."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -63,14 +62,12 @@ def answer(
     step: int,
     stages: Stages,
     teacher: RemoteTeacher | None = None,
-    stoppable: bool = True,
 ) -> list[Answered]:
     """G judged completions of each example, in order, each rank's share sampled and verified there.
 
-    All ranks call it together, and get the parts of all. teacher: is asked about all of them.
-    stoppable: a signal to any of them raises Stopped.
+    All ranks call it together, and get the parts of all. teacher: is asked about all of them. A
+    signal to any of them raises Stopped.
     """
-    poll = run.interrupt.poll if stoppable else _go_on
 
     ended: list[float] = []
 
@@ -79,7 +76,7 @@ def answer(
         first, end = (len(examples) * place // ranks for place in (rank, rank + 1))
         try:
             share = examples[first:end]
-            return _own_part(run, share, first, data, sampling, step, stages, teacher, poll)
+            return _own_part(run, share, first, data, sampling, step, stages, teacher)
         except Stopped:
             return None
         finally:
@@ -102,9 +99,9 @@ def _own_part(
     step: int,
     stages: Stages,
     teacher: RemoteTeacher | None,
-    poll: Callable[[], None],
 ) -> Answered:
     """This rank's examples, of which the first is at place `first` of the step's."""
+    poll = run.interrupt.poll
     prompts = [encode_prompt(run.tokenizer, example, data) for example in examples]
     with stages("rollout"):
         rollouts = run.engine.generate(
@@ -120,16 +117,12 @@ def _own_part(
     asked = {} if teacher is None else teacher.ask(rollouts, everybody)
     answers = [example.answer for example in examples for _ in range(sampling.group_size)]
     with stages("verify"):
-        verdicts = run.verifier.score(rollouts.texts, answers)
+        verdicts = run.verifier.score(rollouts.texts, answers, poll)
     scores: list[Tensor | None] = [None] * len(everybody)
     if teacher is not None:
         with stages("teacher"):
             scores = teacher.collect(rollouts, everybody, asked, poll)
     return Answered(rollouts, verdicts, scores)
-
-
-def _go_on() -> None:
-    """What polls an evaluation: a score that a schedule may wait for is not dropped."""
 
 
 def _require_rewards(run: Run, batch: Batch, step: int) -> None:

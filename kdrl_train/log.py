@@ -107,6 +107,7 @@ class RunLog:
         self.metrics_path = folder / "metrics.jsonl"
         if not writes:
             return
+        self.postponed_path = folder / "postponed.json"
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         _write_rows(self.metrics_path, [r for r in read_rows(folder) if r["step"] < first_step])
 
@@ -121,6 +122,21 @@ class RunLog:
             self.trackers.log(row)
         width = self.console.width if self.console.is_terminal else None
         self.console.print(_line(row, self.steps, width), soft_wrap=True)
+
+    def postpone(self, row: dict[str, Any]) -> None:
+        """Keep a step's row aside, outside of metrics.jsonl: its evaluation is still to come."""
+        if self.writes:
+            work = self.postponed_path.with_name(f".{self.postponed_path.name}.tmp")
+            work.write_text(_json(row) + "\n", encoding="utf-8")
+            os.replace(work, self.postponed_path)
+
+    def postponed(self, step: int) -> dict[str, Any] | None:
+        """The row kept aside, if it is of this step and metrics.jsonl lacks it."""
+        if not self.postponed_path.exists():
+            return None
+        row = json.loads(self.postponed_path.read_text(encoding="utf-8"))
+        logged = {other["step"] for other in read_rows(self.folder)}
+        return row if row["step"] == step and step not in logged else None
 
     def say(self, message: str) -> None:
         """One line on the console, nothing in the files."""

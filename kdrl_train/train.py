@@ -105,6 +105,7 @@ def open_run(
         remote = RemoteTeacher(loaded.server, config, policy.limit, log.say)
         stack.enter_context(remote)
     schedules, rows = config.method.schedules, world.on_main(lambda: read_rows(config.out))
+    logged = first - world.on_main(lambda: log.postponed(first - 1) is not None)
     run = Run(
         config=config,
         world=world,
@@ -118,7 +119,7 @@ def open_run(
         held_out=loaded.held_out,
         verifier=verifier,
         interrupt=interrupt,
-        history=rebuild_history(schedules, rows, first, config.eval.every),
+        history=rebuild_history(schedules, rows, logged, config.eval.every),
         log=log,
     )
     return run, first
@@ -138,6 +139,10 @@ def steps(run: Run, first: int) -> bool:
     """Steps first to config.steps, saved at their intervals. False: stopped by a signal before
     the last one. However a step ends, those before it are saved."""
     config, saved = run.config, first
+    try:
+        finish_postponed(run, first - 1)
+    except Stopped:
+        return stopped(run, first)
     for step in range(first, config.steps):
         stages = Stages()
         try:
@@ -149,15 +154,24 @@ def steps(run: Run, first: int) -> bool:
             if saved < step:
                 save(run, step)
             if isinstance(reason, Stopped):
-                run.log.say(f"stopped by a signal after {step} steps: --resume continues")
-                return False
+                return stopped(run, step)
             raise
-        finish(run, step, row, stages)
+        try:
+            finish(run, step, row, stages)
+        except Stopped:
+            save(run, step + 1)
+            return stopped(run, step + 1)
         done = step + 1
         if done % config.save_every == 0 or done == config.steps:
             save(run, done)
             saved = done
     return True
+
+
+def stopped(run: Run, done: int) -> bool:
+    """Say that a signal ended the run; False."""
+    run.log.say(f"stopped by a signal after {done} steps: --resume continues")
+    return False
 
 
 def learn(run: Run, step: int, stages: Stages) -> dict[str, Any]:
@@ -176,6 +190,7 @@ def learn(run: Run, step: int, stages: Stages) -> dict[str, Any]:
         **grpo.reward_metrics(batch.rewards),
         "tokens": int(rollouts.lengths.sum()),
         "response_length": rollouts.lengths.double().mean().item(),
+        "verifier_restarts": batch.verdicts.restarts,
         "truncated": rollouts.truncated.double().mean().item(),
         **{f"verifier_{name}": count for name, count in counts.items()},
         **update(run, batch, step, stages),
@@ -183,14 +198,36 @@ def learn(run: Run, step: int, stages: Stages) -> dict[str, Any]:
 
 
 def finish(run: Run, step: int, row: dict[str, Any], stages: Stages) -> None:
-    """Push the new weights to the engine, evaluate at intervals, log."""
+    """Push the new weights to the engine, evaluate at intervals, log.
+
+    Raises: Stopped where a signal came during the evaluation: the step is done and its row is kept
+        for the resumed run, which draws the same completions and logs it.
+    """
     config, done = run.config, step + 1
     with stages("sync"):
         run.engine.load(run.policy, done)
     if run.held_out and (done % config.eval.every == 0 or done == config.steps):
-        with stages("eval"):
-            row |= evaluation(run)
-    row |= stages.metrics(tokens=row["tokens"])
+        try:
+            with stages("eval"):
+                row |= evaluation(run)
+        except Stopped:
+            run.log.postpone(row | stages.metrics(tokens=row["tokens"]))
+            raise
+    log_row(run, row | stages.metrics(tokens=row["tokens"]))
+
+
+def finish_postponed(run: Run, step: int) -> None:
+    """The evaluation after a step that a signal ended, and the step's row.
+
+    Raises: Stopped, again.
+    """
+    row = run.world.on_main(lambda: run.log.postponed(step))
+    if row is not None:
+        log_row(run, row | evaluation(run))
+
+
+def log_row(run: Run, row: dict[str, Any]) -> None:
+    """A step's row, to the log and to the schedules."""
     run.log.step(row | {"peak_memory_bytes": peak_memory_bytes(run.policy.device)})
     run.history.add(row)
 
@@ -214,7 +251,7 @@ def evaluation(run: Run) -> dict[str, float]:
     config, start = run.config, time.perf_counter()
     sampling = replace(config.sampling, group_size=config.eval.samples)
     given = (run.held_out, config.eval.data, sampling, EVAL_STEP, Stages())
-    parts = answer(run, *given, stoppable=False)
+    parts = answer(run, *given)
     rollouts = Rollouts.join([part.rollouts for part in parts])
     verdicts = Verdicts.join([part.verdicts for part in parts])
     seconds = time.perf_counter() - start
