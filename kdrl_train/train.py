@@ -30,6 +30,7 @@ from kdrl_train.policy import Policy
 from kdrl_train.rollout import Rollouts
 from kdrl_train.run import Batch, Run
 from kdrl_train.schedules import rebuild_history
+from kdrl_train.teacher_identity import require_same_teacher
 from kdrl_train.teachers import RemoteTeacher
 from kdrl_train.trackers import Trackers
 from kdrl_train.update import update
@@ -100,9 +101,10 @@ def open_run(
     log = RunLog(config.out, first, config.steps, console, writes=world.main, trackers=trackers)
     for warning in warnings:
         log.say(warning)
-    remote = None
-    if loaded.server is not None:
-        remote = RemoteTeacher(loaded.server, config, policy.limit, log.say)
+    remote, server = None, loaded.server
+    if server is not None:
+        world.on_main(lambda: require_same_teacher(config.out, server))
+        remote = RemoteTeacher(server, config, policy.limit, log.say)
         stack.enter_context(remote)
     schedules, rows = config.method.schedules, world.on_main(lambda: read_rows(config.out))
     logged = first - world.on_main(lambda: log.postponed(first - 1) is not None)

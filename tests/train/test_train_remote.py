@@ -37,7 +37,7 @@ from kdrl_train.config import (
 )
 from kdrl_train.config_file import save_yaml
 from kdrl_train.log import read_rows
-from kdrl_train.teacher_client import vocabulary_hash
+from kdrl_train.teacher_client import TeacherError, vocabulary_hash
 from kdrl_train.verifier import Verdicts, Verifier
 from tests.train import scripted_rewards
 from tests.train.servers import (
@@ -254,12 +254,12 @@ def test_the_teacher_scores_while_rewards_are_made(
     before: list[int] = []
     judge = Verifier.score
 
-    def wait_for_the_teacher(self: Verifier, texts: list[str], answers: list[str]) -> Verdicts:
+    def wait_for_the_teacher(self: Verifier, texts: list[str], *more: Any) -> Verdicts:
         deadline = time.monotonic() + 5
         while len(texts) == 16 and training_calls(server) < 16 and time.monotonic() < deadline:
             time.sleep(0.01)
         before.append(training_calls(server))
-        return judge(self, texts, answers)
+        return judge(self, texts, *more)
 
     monkeypatch.setattr(Verifier, "score", wait_for_the_teacher)
     run(config("run", url, steps=1))
@@ -321,3 +321,25 @@ def test_a_signal_does_not_wait_for_a_teacher_that_is_away(
     assert time.monotonic() - start < 15
     assert rows == []
     assert "stopped by a signal after 0 steps" in words
+
+
+def test_a_resumed_run_finds_its_teacher_elsewhere_but_no_other(
+    config: Callable[..., TrainConfig], folders: dict[str, Path]
+) -> None:
+    with running(teacher_app(folders["teacher"])) as url:
+        whole, parts = config("whole", url), config("parts", url, steps=1)
+        expected, _ = run(whole)
+        run(parts)
+    with running(teacher_app(folders["other_teacher"])) as url:
+        other = replace(parts, resume=True, steps=3, model=replace(parts.model, teacher=url))
+        with pytest.raises(
+            TeacherError, match=r"must be that of .*teacher\.json, got another .*mod"
+        ):
+            run(other)
+    with running(teacher_app(folders["teacher"])) as url:
+        run(replace(other, model=replace(parts.model, teacher=url)))
+    assert len(expected) == 3
+    assert_same_run(parts.out, whole.out)
+    local = replace(other, model=replace(parts.model, teacher=str(folders["teacher"])))
+    with pytest.raises(ValueError, match=r"(?s)keep the settings.*model\.teacher: http"):
+        run(local)
