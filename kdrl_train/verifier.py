@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from types import TracebackType
-from typing import Any, Literal, Self, SupportsFloat
+from typing import Any, Literal, SupportsFloat
 
 from pebble import ProcessFuture, ProcessPool
 
@@ -64,7 +64,7 @@ class Verdicts:
         return replace(joined, restarts=sum(part.restarts for part in parts))
 
 
-class Verifier:
+class Verifier(AbstractContextManager["Verifier"]):
     """A pool of worker processes that scores completions; use it as a context manager.
 
     A completion that passes the deadline costs its worker, which is killed and replaced, and
@@ -155,15 +155,7 @@ class Verifier:
         self._pool.stop()
         self._pool.join()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _start(self) -> ProcessPool:

@@ -24,12 +24,8 @@ from transformers import AutoModelForCausalLM
 
 from kdrl_train import cli, teachers, train
 from kdrl_train.config import (
-    DataConfig,
     LogConfig,
     MethodConfig,
-    ModelConfig,
-    OptimConfig,
-    RewardConfig,
     SamplingConfig,
     ScheduleConfig,
     TeacherConfig,
@@ -39,7 +35,6 @@ from kdrl_train.config_file import save_yaml
 from kdrl_train.log import read_rows
 from kdrl_train.teacher_client import TeacherError, vocabulary_hash
 from kdrl_train.verifier import Verdicts, Verifier
-from tests.train import scripted_rewards
 from tests.train.servers import (
     Process,
     Scripted,
@@ -60,21 +55,12 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def config(folders: dict[str, Path], tmp_path: Path) -> Callable[..., TrainConfig]:
+def config(config: Callable[..., TrainConfig]) -> Callable[..., TrainConfig]:
     """config(out, folder or URL of the teacher, reward="early_bytes", **fields)."""
 
     def make(out: str, where: str, reward: str = "early_bytes", **fields: Any) -> TrainConfig:
-        base = TrainConfig(
-            out=tmp_path / out,
-            steps=3,
-            model=ModelConfig(policy=str(folders["student"]), teacher=where, device="cpu"),
-            data=DataConfig(path=str(folders["task"])),
-            sampling=SamplingConfig(prompts_per_step=4, group_size=4, max_new_tokens=8),
-            reward=RewardConfig(function=f"{scripted_rewards.__name__}:{reward}", workers=1),
-            method=K2,
-            optim=OptimConfig(learning_rate=1e-3, micro_batch_tokens=64),
-        )
-        return replace(base, **fields)
+        made = config(out, reward=reward, **({"method": K2} | fields))
+        return replace(made, model=replace(made.model, teacher=where))
 
     return make
 
