@@ -85,7 +85,8 @@ class Ahead:
         if self._future is not None:
             version = run.engine.version
             with stages("rollout"):
-                found = gather(run.world, self._future.result)
+                self._future.exception()  # waits; gather raises it
+            found = gather(run, self._future.result, stages)
             self.drawn[step + 1] = Drawn(found, version)
             self._future = None
             with stages("score"):

@@ -3,18 +3,25 @@
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
+from kdrl_train.check_memory import check_memory
 from kdrl_train.check_server import check_same_tokens, check_scores, check_server
 from kdrl_train.config import TrainConfig
 from kdrl_train.data import Example, encode_prompt, load_examples
-from kdrl_train.models import load_policy, load_teacher, load_tokenizer
+from kdrl_train.distributed import ALONE, World
+from kdrl_train.distributed import connect as connect_ranks
+from kdrl_train.errors import RankError
+from kdrl_train.models import load_policy, load_teacher, load_tokenizer, use_device
 from kdrl_train.policy import HeadedModel, Policy, Teacher, probe
 from kdrl_train.rollout import eos_ids
+from kdrl_train.sharding import ask
 from kdrl_train.teacher_client import TeacherClient, TeacherError, connect
 from kdrl_train.verifier import Verifier
 
@@ -32,6 +39,8 @@ class Finding:
     passed: bool
     detail: str
     """What was found; on failure also the remedy."""
+    warning: bool = False
+    """Passed, but not beyond doubt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +63,11 @@ class Loaded:
             self.server.close()
 
 
-def load(config: TrainConfig) -> Loaded:
-    """Models, tokenizers and problems of a run. Raises ValueError or OSError, as they do."""
+def load(config: TrainConfig, world: World = ALONE) -> Loaded:
+    """Models, tokenizers and problems of a run; all ranks of its world call it together.
+
+    Raises: ValueError or OSError, as they do; RankError where several ranks load a model.
+    """
     examples, held_out = load_examples(config.data), []
     if config.eval.every and config.eval.data.path:
         held_out = load_examples(config.eval.data)[: config.eval.max_problems]
@@ -63,8 +75,8 @@ def load(config: TrainConfig) -> Loaded:
     if config.method.kd is not None and config.model.teacher_is_url:
         server = connect(config.model, config.teacher)
     else:
-        teacher = load_teacher(config)
-    policy = load_policy(config, server or teacher)
+        teacher = load_teacher(config, world)
+    policy = load_policy(config, server or teacher, world)
     return Loaded(
         tokenizer=load_tokenizer(config.model.policy),
         policy=policy,
@@ -77,12 +89,17 @@ def load(config: TrainConfig) -> Loaded:
 
 
 def preflight(
-    config: TrainConfig, loaded: Loaded, verifier: Verifier, gold: int | None = None
+    config: TrainConfig,
+    loaded: Loaded,
+    verifier: Verifier,
+    gold: int | None = None,
+    world: World = ALONE,
 ) -> list[Finding]:
-    """Run every check.
+    """Run every check: rank 0, but for those that read with a model, which all ranks do.
 
     Args:
         gold: how many gold answers are judged against themselves; None: all.
+        world: the ranks of the run.
     """
     packed = config.optim.micro_batch_tokens > 1
     policy, teacher, server = loaded.policy, loaded.teacher, loaded.server
@@ -106,12 +123,24 @@ def preflight(
             "teacher probe": lambda: check_scores(config, server, tokenizer, some),
         }
     checks["vocabulary"] = lambda: check_vocabulary(loaded)
-    return [_examine(name, run) for name, run in checks.items()]
+    checks["memory"] = lambda: check_memory(config, policy, teacher, world.size)
+    reading = {"policy head", "teacher head"} | (
+        {"teacher probe"} if teacher is not None else set()
+    )
+    findings = []
+    for name, run in checks.items():
+        if name in reading:
+            findings.append(_examine(name, run))
+        else:
+            findings.append(world.on_main(partial(_examine, name, run)))
+    return findings
 
 
 def _examine(name: str, run: Callable[[], str]) -> Finding:
     try:
         return Finding(name, passed=True, detail=run())
+    except UserWarning as doubt:
+        return Finding(name, passed=True, detail=str(doubt), warning=True)
     except (ValueError, OSError) as error:
         return Finding(name, passed=False, detail=str(error))
 
@@ -258,7 +287,7 @@ def check_gold(config: TrainConfig, examples: Sequence[Example], verifier: Verif
 
 
 def _probed(model: HeadedModel, name: str, packed: bool) -> str:
-    gap = probe(model, name, packed=packed)
+    gap = ask(model, lambda whole: probe(whole, name, packed=packed))
     kind = "tied" if _tied(model) else "untied"
     rows = "packed rows keep sequences apart" if packed else "one sequence per row"
     return f"{type(model.model).__name__}, {kind} head: own logits to {gap:.0e}; {rows}"
@@ -276,18 +305,25 @@ def check_teacher_reads(config: TrainConfig, loaded: Loaded) -> str:
     Raises: ValueError when it is not a finite number.
     """
     assert loaded.teacher is not None
-    model, total, count = loaded.teacher.model, 0.0, 0
-    for example in loaded.examples[:PROBE_PROMPTS]:
-        ids = torch.tensor([encode_prompt(loaded.tokenizer, example, config.data)])
-        ids = ids.to(model.device)
-        logprobs = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(dim=1)
-        total += logprobs.gather(1, ids[0, 1:, None]).sum().item()
-        count += ids.shape[1] - 1
+    some = loaded.examples[:PROBE_PROMPTS]
+    prompts = [torch.tensor(encode_prompt(loaded.tokenizer, e, config.data)) for e in some]
+    total, count = ask(loaded.teacher, partial(_prompt_logprobs, prompts=prompts))
     mean = total / max(count, 1)
     if not abs(mean) < float("inf"):
         raise ValueError(f"model.teacher must give finite log-probabilities, got {mean}")
     uniform = -torch.log(torch.tensor(float(loaded.teacher.vocab_size))).item()
     return f"{mean:.2f} nats per prompt token (uniform guess: {uniform:.2f})"
+
+
+def _prompt_logprobs(teacher: HeadedModel, prompts: list[Tensor]) -> tuple[float, int]:
+    """Sum of the log-probabilities of prompts, each [T], and how many they are."""
+    total, count = 0.0, 0
+    for prompt in prompts:
+        ids = prompt.to(teacher.device)
+        logits = teacher.model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        total += logits.float().log_softmax(dim=1).gather(1, ids[1:, None]).sum().item()
+        count += len(ids) - 1
+    return total, count
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:
@@ -297,6 +333,7 @@ def findings_table(findings: Sequence[Finding]) -> Table:
         table.add_column(name, overflow="fold")
     for finding in findings:
         mark = "[green]ok[/]" if finding.passed else "[bold red]failed[/]"
+        mark = "[yellow]warning[/]" if finding.warning else mark
         table.add_row(finding.name, mark, _plain(finding.detail))
     return table
 
@@ -306,22 +343,25 @@ def _plain(text: str) -> str:
     return text.replace("[", r"\[")
 
 
-def require(findings: Sequence[Finding]) -> None:
-    """Raise ValueError listing the findings that failed, if any."""
+def require(findings: Sequence[Finding]) -> list[str]:
+    """The warnings. Raises: ValueError listing the findings that failed, if any."""
     failed = [f"  {f.name}: {f.detail}" for f in findings if not f.passed]
     if failed:
         raise ValueError("the run must pass its preflight, got:\n" + "\n".join(failed))
+    return [f"{f.name}: {f.detail}" for f in findings if f.warning]
 
 
 def main(config: TrainConfig) -> int:
-    """Preflight of a run: a table, and 0 if all is well, else 1."""
-    try:
-        loaded = load(config)
-    except (ValueError, OSError) as error:
-        name = "teacher server" if isinstance(error, TeacherError) else "loading"
-        findings = [Finding(name, passed=False, detail=str(error))]
-    else:
-        with Verifier(config.reward) as verifier, closing(loaded):
-            findings = preflight(config, loaded, verifier)
-    Console().print(findings_table(findings))
+    """Preflight of a run, of one process or by torchrun: a table, and 0 if all is well, else 1."""
+    with connect_ranks(use_device(config.model)) as world:
+        try:
+            loaded = load(config, world)
+        except (ValueError, OSError, RankError) as error:
+            name = "teacher server" if isinstance(error, TeacherError) else "loading"
+            findings = [Finding(name, passed=False, detail=str(error))]
+        else:
+            with Verifier(config.reward) as verifier, closing(loaded):
+                findings = preflight(config, loaded, verifier, world=world)
+        if world.main:
+            Console().print(findings_table(findings))
     return 0 if all(finding.passed for finding in findings) else 1

@@ -17,7 +17,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +311,9 @@ def check_config(place: Path, written: dict[str, Any], config: TrainConfig) -> N
     free = set(MAY_CHANGE)
     if any(schedule.waits_for_plateau for schedule in config.method.schedules.values()):
         free.remove("eval")  # its scores decide when the schedule switches
+    before = str(written.get("model", {}).get("teacher"))
+    if config.model.teacher_is_url and replace(config.model, teacher=before).teacher_is_url:
+        free.add("model.teacher")  # which model answers there is in teacher.json
     changed = differences(_fixed(written, free), _fixed(to_dict(config), free))
     if changed:
         lines = [f"  {key}: {old} there, {new} now" for key, (old, new) in changed.items()]

@@ -1,5 +1,6 @@
 """From a step's prompts to its batch: each rank samples and verifies its share; all get all."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +10,6 @@ from torch import Tensor
 
 from kdrl_train.config import DataConfig, SamplingConfig
 from kdrl_train.data import Example, encode_prompt, step_indices
-from kdrl_train.distributed import World
 from kdrl_train.engines import require_version
 from kdrl_train.errors import RewardError
 from kdrl_train.interrupt import Stopped
@@ -50,7 +50,7 @@ def collect(run: Run, step: int, stages: Stages) -> Batch:
     drawn = None if run.ahead is None else run.ahead.drawn.get(step)
     if drawn is None:
         own = partial(draw, run, step, stages, run.interrupt.poll)
-        found, lag = gather(run.world, own), 0
+        found, lag = gather(run, own, stages), 0
     else:
         found, lag = drawn.found, step - drawn.version
     size = run.config.sampling.group_size
@@ -79,16 +79,20 @@ def draw(run: Run, step: int, stages: Stages, poll: Callable[[], None]) -> Answe
     return _own_part(run, examples, config.data, config.sampling, step, stages, teacher, poll)
 
 
-def gather(world: World, make: Callable[[], Answered]) -> Answered:
+def gather(run: Run, make: Callable[[], Answered], stages: Stages) -> Answered:
     """make() of all ranks, in their order. All call it together; where one was Stopped, all are."""
+    ended: list[float] = []
 
     def own_part() -> Answered | None:
         try:
             return make()
         except Stopped:
             return None
+        finally:
+            ended.append(time.perf_counter())
 
-    parts = world.share(own_part)
+    parts = run.world.share(own_part)
+    run.waited(stages, ended[0])
     whole = [part for part in parts if part is not None]
     if len(whole) < len(parts):
         raise Stopped
@@ -105,12 +109,11 @@ def answer(
 ) -> Answered:
     """G judged completions of each example, in order, each rank's share sampled and verified there.
 
-    All ranks call it together, and get the parts of all. Signals wait: an evaluation is finished,
-    as a score that a schedule may wait for is not dropped.
+    All ranks call it together, and get the parts of all. A signal to any of them raises Stopped.
     """
+    poll = run.interrupt.poll
     return gather(
-        run.world,
-        lambda: _own_part(run, examples, data, sampling, step, stages, None, lambda: None),
+        run, lambda: _own_part(run, examples, data, sampling, step, stages, None, poll), stages
     )
 
 
@@ -150,10 +153,10 @@ def _own_part(
     asked = {} if teacher is None else teacher.ask(rollouts, everybody)
     answers = [example.answer for example in examples for _ in range(sampling.group_size)]
     with stages("verify"):
-        verdicts = run.verifier.score(rollouts.texts, answers)
-    with stages("teacher"):
-        scores: list[Tensor | None] = [None] * len(everybody)
-        if teacher is not None:
+        verdicts = run.verifier.score(rollouts.texts, answers, poll)
+    scores: list[Tensor | None] = [None] * len(everybody)
+    if teacher is not None:
+        with stages("teacher"):
             scores = teacher.collect(rollouts, everybody, asked, poll)
     return Answered(rollouts, verdicts, scores)
 

@@ -23,6 +23,8 @@ except ImportError:  # Windows
 
 BESIDE = ("eval", "diagnostics")
 """Stages that are no part of a training step: their seconds do not count for its speed."""
+WITHOUT_TOKENS = ("sync", "wait")
+"""Stages of a step that handle no tokens, so that they have no speed of their own."""
 
 
 class Stages:
@@ -40,16 +42,24 @@ class Stages:
         finally:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # kernels of this stage would count for the next
-            elapsed = time.perf_counter() - start
-            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
+            self.add(name, since=start)
+
+    def add(self, name: str, since: float) -> None:
+        """Time from `since`, of time.perf_counter, until now."""
+        elapsed = time.perf_counter() - since
+        self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
 
     def metrics(self, tokens: int) -> dict[str, float]:
         """Seconds, and `tokens` (those of the step's completions) per second, in all and of each
-        stage; the stages of BESIDE have no part in the latter."""
+        stage that handles them; the stages of BESIDE have no part in the latter."""
         step = {name: value for name, value in self.seconds.items() if name not in BESIDE}
         return {
             "tokens_per_s": tokens / sum(step.values()),
-            **{f"tokens_per_s_{name}": tokens / value for name, value in step.items()},
+            **{
+                f"tokens_per_s_{name}": tokens / value
+                for name, value in step.items()
+                if name not in WITHOUT_TOKENS
+            },
             "seconds": sum(self.seconds.values()),
             **{f"seconds_{name}": value for name, value in self.seconds.items()},
         }
@@ -100,6 +110,7 @@ class RunLog:
         """Rows that were removed."""
         if not writes:
             return
+        self.postponed_path = folder / "postponed.jsonl"
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         rows = read_rows(folder)
         kept = [row for row in rows if row["step"] < first_step]
@@ -121,6 +132,17 @@ class RunLog:
             self.trackers.log(row)
         width = self.console.width if self.console.is_terminal else None
         self.console.print(_line(row, self.steps, width), soft_wrap=True)
+
+    def postpone(self, row: dict[str, Any]) -> None:
+        """Keep a step's row aside, outside of metrics.jsonl: its evaluation is still to come."""
+        if self.writes:
+            jsonl.write(self.postponed_path, [row])
+
+    def postponed(self, step: int) -> dict[str, Any] | None:
+        """The row kept aside, if it is of this step and metrics.jsonl lacks it."""
+        logged = {other["step"] for other in read_rows(self.folder)}
+        rows = jsonl.read(self.postponed_path)
+        return next((row for row in rows if row["step"] == step and step not in logged), None)
 
     def say(self, message: str) -> None:
         """One line on the console, nothing in the files."""

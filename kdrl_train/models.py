@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kdrl_train import attention, layer_kernels
 from kdrl_train.config import ModelConfig, TrainConfig
+from kdrl_train.distributed import ALONE, World
 from kdrl_train.policy import Policy, Teacher
+from kdrl_train.sharding import shard
 
 
 class HasVocabulary(Protocol):
@@ -46,40 +48,62 @@ def load_tokenizer(folder: str) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def load_model(folder: str, key: str, config: ModelConfig, dtype: torch.dtype) -> Any:
-    """A causal LM from a folder or hub id, on the run's device, in evaluation mode.
+def load_model(
+    folder: str, key: str, config: ModelConfig, dtype: torch.dtype, world: World = ALONE
+) -> Any:
+    """A causal LM from a folder or hub id, in evaluation mode: on the run's device or, for the
+    ranks of a launched world to shard, in CPU memory on the first and on the meta device elsewhere.
 
     Args:
         folder: config.policy or config.teacher.
         key: "model.policy" or "model.teacher", for messages.
         config: device, attention and layer kernels.
         dtype: of the weights.
+        world: all its ranks call it together.
     Raises: ValueError for a name that is neither a model folder nor a loadable hub id, and where
-        liger-kernel's layers are asked for and cannot be had.
+        liger-kernel's layers are asked for and cannot be had; over several ranks RankError.
     """
     if not folder:
         raise ValueError(f"{key} must name a folder or hub id, got nothing: set {key}")
     device = use_device(config)
     liger = layer_kernels.require_liger(device) if config.liger else None
+    found: list[Any] = []
+    make = _read if world.main else _shell
+    world.share(lambda: found.append(make(folder, key, dtype, config.attention)))
+    (model,) = found
+    chosen = attention.choose(model, device, getattr(torch, config.dtype))
+    if config.attention is None and chosen is not None:
+        model.set_attn_implementation(chosen)
+    if liger is not None:
+        layer_kernels.patch_layers(liger, model, key)
+    return model.eval() if world.launched else model.to(device).eval()
+
+
+def _read(folder: str, key: str, dtype: torch.dtype, attention_name: str | None) -> Any:
+    """A model with its weights, in CPU memory."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=config.attention
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention_name
         )
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(
             f"{key} must be a folder with a causal LM of transformers, or a hub id, got "
             f"{folder!r} (looked in {Path.cwd()}): {error}"
         ) from error
-    chosen = attention.choose(model, device, getattr(torch, config.dtype))
-    if config.attention is None and chosen is not None:
-        model.set_attn_implementation(chosen)
-    if liger is not None:
-        layer_kernels.patch_layers(liger, model, key)
-    return model.to(device).eval()
 
 
-def load_teacher(config: TrainConfig) -> Teacher | None:
-    """The teacher in its compute dtype; None where the method has no distillation.
+def _shell(folder: str, _key: str, dtype: torch.dtype, attention_name: str | None) -> Any:
+    """The same model on the meta device: what its weights are, without them."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention_name
+        )
+
+
+def load_teacher(config: TrainConfig, world: World = ALONE) -> Teacher | None:
+    """The teacher in its compute dtype, sharded under torchrun; None where the method has no
+    distillation.
 
     Raises: ValueError when the method distils and model.teacher is not set.
     """
@@ -91,8 +115,11 @@ def load_teacher(config: TrainConfig) -> Teacher | None:
             "got nothing: set model.teacher, or use --preset grpo"
         )
     dtype = getattr(torch, config.model.dtype)
-    model = load_model(config.model.teacher, "model.teacher", config.model, dtype)
-    return Teacher(model, temperature=config.sampling.temperature, compute_dtype=dtype)
+    model = load_model(config.model.teacher, "model.teacher", config.model, dtype, world)
+    teacher = Teacher(model, temperature=config.sampling.temperature, compute_dtype=dtype)
+    if world.launched:
+        shard(teacher, use_device(config.model), world, offload=config.model.offload_teacher)
+    return teacher
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -103,14 +130,15 @@ def checkpoint_activations(model: Any) -> None:
         model.gradient_checkpointing_enable()
 
 
-def load_policy(config: TrainConfig, teacher: HasVocabulary | None) -> Policy:
-    """The policy, its weights in float32; its vocabulary ends where the teacher's does."""
-    model = load_model(config.model.policy, "model.policy", config.model, torch.float32)
+def load_policy(config: TrainConfig, teacher: HasVocabulary | None, world: World = ALONE) -> Policy:
+    """The policy, its weights in float32, sharded under torchrun; its vocabulary ends where the
+    teacher's does."""
+    model = load_model(config.model.policy, "model.policy", config.model, torch.float32, world)
     if config.model.gradient_checkpointing:
         checkpoint_activations(model)
     columns = model.get_output_embeddings().weight.shape[0]
     theirs = None if teacher is None else teacher.vocab_size
-    return Policy(
+    policy = Policy(
         model,
         config.method,
         vocab_size=columns if theirs is None else min(columns, theirs),
@@ -119,3 +147,6 @@ def load_policy(config: TrainConfig, teacher: HasVocabulary | None) -> Policy:
         temperature=config.sampling.temperature,
         compute_dtype=getattr(torch, config.model.dtype),
     )
+    if world.launched:
+        shard(policy, use_device(config.model), world, offload=config.model.offload_policy)
+    return policy

@@ -19,7 +19,14 @@ from kdrl_train.config import TrainConfig
 from kdrl_train.log import peak_memory_bytes
 from kdrl_train.planning.case import Case, Placement
 from kdrl_train.planning.devices import PEAKS, Device, DeviceName, link_gb_per_s, measure_cpu
-from kdrl_train.planning.memory import ALWAYS, MOMENTS, by_moment, memory_terms
+from kdrl_train.planning.memory import (
+    ALWAYS,
+    MOMENTS,
+    by_moment,
+    causes,
+    loading_bytes,
+    memory_terms,
+)
 from kdrl_train.planning.shapes import read_shape
 from kdrl_train.planning.speed import Lengths, time_terms, totals
 from kdrl_train.planning.terms import Term
@@ -117,6 +124,8 @@ class Plan:
     """Completions of a step, over all GPUs."""
     response: float
     """Mean tokens of one."""
+    loading: float
+    """Bytes of rank 0's CPU memory before the models are sharded."""
 
     @property
     def moments(self) -> dict[str, float]:
@@ -135,15 +144,8 @@ class Plan:
 
     @property
     def causes(self) -> list[Term]:
-        """For each moment that does not fit the largest terms, as many as exceed the limit."""
-        found: list[Term] = []
-        for moment, held in self.moments.items():
-            excess = held - self.limit
-            for term in sorted(self.memory, key=lambda t: -t.value):
-                if excess > 0 and moment in term.when and term.remedy:
-                    excess -= term.value
-                    found += [term] if term not in found else []
-        return found
+        """The largest terms of each moment that does not fit."""
+        return causes(self.memory, self.limit)
 
     def to_dict(self) -> dict[str, Any]:
         """What --json writes."""
@@ -154,6 +156,7 @@ class Plan:
             "moments": self.moments,
             "peak_bytes": self.peak,
             "limit_bytes": self.limit,
+            "loading_bytes": self.loading,
             "fits": self.fits,
             "causes": {term.name: term.remedy for term in self.causes},
             "time": [asdict(term) for term in self.time],
@@ -192,6 +195,7 @@ def make_plan(config: PlanConfig) -> Plan:
         time=time_terms(case, device, config.lengths, config.launch_us),
         rollouts=config.sampling.prompts_per_step * config.sampling.group_size,
         response=config.lengths.response,
+        loading=loading_bytes(case),
     )
 
 
@@ -227,10 +231,10 @@ def memory_table(plan: Plan, config: PlanConfig) -> Table:
     table.add_column("GB", justify="right")
     for name in ("when", "how much", "too much"):
         table.add_column(name, overflow="fold")
-    causes = plan.causes
+    too_much = plan.causes
     for term in plan.memory:
         when = "always" if term.when == ALWAYS else ", ".join(term.when)
-        remedy = f"[bold red]{term.remedy}[/]" if term in causes else ""
+        remedy = f"[bold red]{term.remedy}[/]" if term in too_much else ""
         table.add_row(term.name, _gb(term.value), when, term.formula, remedy)
     table.add_section()
     for moment, held in plan.moments.items():
@@ -268,6 +272,8 @@ def verdict(plan: Plan, config: PlanConfig) -> str:
         text = f"[bold green]fits[/]: {peak} of {limit}, {_gb(plan.limit - plan.peak)} GB free."
     else:
         text = f"[bold red]does not fit[/]: {peak} of {limit}. What would help stands in the table."
+    if config.gpus > 1:
+        text += f" To load, rank 0 takes {_gb(plan.loading)} GB of CPU memory."
     return (
         f"{text} All of this is an estimate from shapes, for lengths up to "
         f"{config.data.max_prompt_tokens:,} + {config.sampling.max_new_tokens:,} tokens in memory, "

@@ -5,9 +5,9 @@ has just gathered it, and no [T, V] logits exist. T fed tokens, N loss tokens, H
 V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from kdrl_train import attention, grpo
 from kdrl_train.config import MethodConfig
 from kdrl_train.packing import PackedBatch
 
+T = TypeVar("T")
 PROBE_LENGTHS = (7, 5)
 """Tokens of the two sequences of the start-up probe."""
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float64: 1e-6}
@@ -61,7 +62,8 @@ class HeadedModel(nn.Module):
             )
         self.temperature = temperature / scale
         self.device: torch.device = model.device
-        """Where it computes; weights that FSDP2 offloads wait elsewhere."""
+        """Where it computes; before it is sharded, and where FSDP2 offloads it, its weights are
+        elsewhere."""
         _disable_dropout(model)
 
     @property
@@ -72,10 +74,14 @@ class HeadedModel(nn.Module):
     def autocast(self) -> AbstractContextManager:
         """Context of every forward of float32 weights: bfloat16 compute where asked for."""
         return torch.autocast(
-            self.model.device.type,
+            self.device.type,
             dtype=torch.bfloat16,
             enabled=self.compute_dtype == torch.bfloat16,
         )
+
+    def answer(self, question: Callable[[Any], T]) -> T:
+        """question(self); where it is sharded use sharding.ask."""
+        return question(self)
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """LM head in the compute dtype: weight [V, H], and bias [V] or None."""
@@ -286,8 +292,8 @@ def probe(wrapped: HeadedModel, name: str, *, packed: bool = True) -> float:
     model, dtype = wrapped.model, wrapped.compute_dtype
     draw = torch.Generator().manual_seed(0)
     ids = [torch.randint(wrapped.vocab_size, (1, n), generator=draw) for n in PROBE_LENGTHS]
-    ids = [sequence.to(model.device) for sequence in ids]
-    positions = [torch.arange(n, device=model.device)[None] for n in PROBE_LENGTHS]
+    ids = [sequence.to(wrapped.device) for sequence in ids]
+    positions = [torch.arange(n, device=wrapped.device)[None] for n in PROBE_LENGTHS]
     weight, bias = wrapped.head()
     single = [wrapped.hidden(i, p, None, [i.shape[1]]) for i, p in zip(ids, positions, strict=True)]
     head = [torch.nn.functional.linear(x, weight, bias).float() for x in single]

@@ -11,7 +11,7 @@ from kdrl_train.data import Example
 from kdrl_train.distributed import World
 from kdrl_train.engines import Engine
 from kdrl_train.interrupt import Interrupt, Stopped
-from kdrl_train.log import RunLog
+from kdrl_train.log import RunLog, Stages
 from kdrl_train.policy import Policy, Teacher
 from kdrl_train.rollout import Rollouts
 from kdrl_train.saving import Saver
@@ -50,6 +50,11 @@ class Run:
         """Raise Stopped on all ranks if a signal has come to one of them. All call it together."""
         if self.world.any(self.interrupt.requested):
             raise Stopped
+
+    def waited(self, stages: Stages, since: float) -> None:
+        """Count the time since then, of time.perf_counter, as waiting for the slowest rank."""
+        if self.world.size > 1:
+            stages.add("wait", since)
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,8 @@ class Scorer:
         tokens = batch[0].tokens
         while not self._queue.empty():
             job = self._queue.get()
+            if job.logprobs.cancelled():
+                continue
             tokens += job.tokens
             if tokens > self.batch_tokens or job.vocab_size != batch[0].vocab_size:
                 return job

@@ -72,6 +72,13 @@ def main(config: ServeConfig) -> None:
             "model.teacher must name a folder or hub id to serve, got "
             f"{config.model.teacher or 'nothing'}: set --model.teacher"
         )
+    for key in ("weights", "offload_policy", "offload_teacher"):
+        if getattr(config.model, key):
+            raise ValueError(
+                f"model.{key} must not be set to serve, got {getattr(config.model, key)}: the "
+                "teacher is served as its folder has it, whole on one device; a run's own policy "
+                "is in its folder model/"
+            )
     try:
         uvicorn = importlib.import_module("uvicorn")
         app = importlib.import_module("kdrl_train.serve_app")

@@ -13,8 +13,11 @@ from pydantic import BaseModel, ConfigDict
 from kdrl_train.scoring import Job, Scorer
 from kdrl_train.serve import Service
 
-WRONG, FAILED, BUSY = 422, 500, 503
-"""Status of a request that can never be answered, of one that failed, of one to send again."""
+WRONG, GONE, FAILED, BUSY = 422, 499, 500, 503
+"""Status of a request that can never be answered, of one that nobody waits for any more, of one
+that failed, of one to send again."""
+POLL_S = 0.2
+"""Between two looks at whether a client still waits."""
 
 
 class Sequence(BaseModel):
@@ -50,7 +53,7 @@ def make(service: Service) -> FastAPI:
         return JSONResponse(_ready(service)[1])
 
     @app.post("/score")
-    async def score(request: ScoreRequest) -> JSONResponse:
+    async def score(request: ScoreRequest, connection: Request) -> JSONResponse:
         scorer, info = _ready(service)
         try:
             jobs = jobs_of(request, info, scorer.queue_size)
@@ -58,10 +61,7 @@ def make(service: Service) -> FastAPI:
             raise HTTPException(WRONG, str(error)) from error
         if not scorer.submit(jobs):
             raise HTTPException(BUSY, "too many sequences wait", {"Retry-After": "1"})
-        try:
-            found = await asyncio.gather(*(asyncio.wrap_future(job.logprobs) for job in jobs))
-        except Exception as error:  # whatever torch raised
-            raise HTTPException(FAILED, f"{type(error).__name__}: {error}") from error
+        found = await _answers(jobs, connection)
         for i, logprobs in enumerate(found):
             for t in (~logprobs.isfinite()).nonzero().flatten().tolist():
                 raise HTTPException(
@@ -73,6 +73,23 @@ def make(service: Service) -> FastAPI:
         return JSONResponse(answer)
 
     return app
+
+
+async def _answers(jobs: list[Job], connection: Request) -> list[torch.Tensor]:
+    """Log-probabilities [T] of each job. Jobs of a client that has gone never reach the model.
+
+    Raises: HTTPException.
+    """
+    answers = asyncio.gather(*(asyncio.wrap_future(job.logprobs) for job in jobs))
+    while not (await asyncio.wait([answers], timeout=POLL_S))[0]:
+        if await connection.is_disconnected():
+            for job in jobs:
+                job.logprobs.cancel()
+            raise HTTPException(GONE, "the client has gone")
+    try:
+        return answers.result()
+    except Exception as error:  # whatever torch raised
+        raise HTTPException(FAILED, f"{type(error).__name__}: {error}") from error
 
 
 def jobs_of(request: ScoreRequest, info: dict[str, Any], queue_size: int) -> list[Job]:

@@ -5,8 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from types import TracebackType
-from typing import Self
+from contextlib import AbstractContextManager
 
 from torch import Tensor
 
@@ -23,7 +22,7 @@ QUIET_S = 1.0
 """A silence shorter than this is not reported: a full queue is no outage."""
 
 
-class RemoteTeacher:
+class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
     """Log-probabilities of completions from a server; use it as a context manager.
 
     At most config.concurrency completions are on their way. One that gets no answer is asked for
@@ -103,15 +102,7 @@ class RemoteTeacher:
         self._stop.set()
         self._pool.shutdown(cancel_futures=True)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _query(self, rollouts: Rollouts, r: int) -> Query:

@@ -19,6 +19,7 @@ Which prefixes b visits is left as it is, as in PPO.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -119,8 +120,9 @@ def prepare(run: Run, batch: Batch, step: int, stages: Stages, trace: Trace | No
     beta = schedule_value(method.kd_coef, step, run.history)
     distilled_R = grpo.kd_weights(rewards_PG, method, beta)
     if run.remote is not None:
-        with stages("teacher"):
-            remote = ask_server(run, batch, (distilled_R > 0) & ~rewards_PG.isnan().flatten())
+        wanted_R = (distilled_R > 0) & ~rewards_PG.isnan().flatten()
+        with stages("teacher") if wanted_R.any() else nullcontext():
+            remote = ask_server(run, batch, wanted_R)
     if needs_scores(config, batch.lag):
         with stages("score"):
             if method.kd != "reward":

@@ -6,9 +6,9 @@ them. A resumed run goes on in the same curve, each step in it once. One process
 
 import importlib
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 from uuid import uuid4
 
 import yaml
@@ -100,7 +100,7 @@ class Service:
         work.replace(self.path)
 
 
-class Trackers:
+class Trackers(AbstractContextManager["Trackers"]):
     """All trackers of a run, as one; a context manager that closes them, whatever happens.
 
     Args:
@@ -121,15 +121,7 @@ class Trackers:
         for tracker in self.trackers:
             tracker.log(row)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for tracker in self.trackers:
             tracker.close()
 

@@ -34,7 +34,7 @@ from kdrl_train.run import Run
 from kdrl_train.samples import Trace
 from kdrl_train.saving import Saver
 from kdrl_train.schedules import rebuild_history
-from kdrl_train.sharding import shard
+from kdrl_train.teacher_identity import require_same_teacher
 from kdrl_train.teachers import RemoteTeacher
 from kdrl_train.trackers import Trackers
 from kdrl_train.update import update
@@ -88,16 +88,10 @@ def open_run(
             )
     newest = world.on_main(lambda: checkpoint.open_folder(config))
     torch.manual_seed(config.seed)
-    loaded = stack.enter_context(closing(check.load(config)))
+    loaded = stack.enter_context(closing(check.load(config, world)))
     policy, teacher = loaded.policy, loaded.teacher
-    world.on_main(
-        lambda: check.require(check.preflight(config, loaded, verifier, gold=check.GOLD_AT_START))
-    )
+    warnings = check.require(check.preflight(config, loaded, verifier, check.GOLD_AT_START, world))
     engine = open_engine(config, policy, loaded.tokenizer, world)
-    if world.launched:
-        shard(policy, offload=config.model.offload_policy)
-        if teacher is not None:
-            shard(teacher, offload=config.model.offload_teacher)
     optimizer = make_optimizer(config, policy)
     first = 0
     ahead = stack.enter_context(closing(Ahead())) if config.engine.staleness else None
@@ -113,11 +107,15 @@ def open_run(
         save_yaml(replace(config, resume=False), config.out / "config.yaml")
         trackers.start(to_dict(config), config.out, first)
     log = RunLog(config.out, first, config.steps, console, writes=world.main, trackers=trackers)
-    remote = None
-    if loaded.server is not None:
-        remote = RemoteTeacher(loaded.server, config, policy.limit, partial(log.event, "teacher"))
+    for warning in warnings:
+        log.say(warning)
+    remote, server = None, loaded.server
+    if server is not None:
+        world.on_main(lambda: require_same_teacher(config.out, server))
+        remote = RemoteTeacher(server, config, policy.limit, partial(log.event, "teacher"))
         stack.enter_context(remote)
     schedules, rows = config.method.schedules, world.on_main(lambda: read_rows(config.out))
+    logged = first - world.on_main(lambda: log.postponed(first - 1) is not None)
     run = Run(
         config=config,
         world=world,
@@ -131,7 +129,7 @@ def open_run(
         held_out=loaded.held_out,
         verifier=verifier,
         interrupt=interrupt,
-        history=rebuild_history(schedules, rows, first, config.eval.every),
+        history=rebuild_history(schedules, rows, logged, config.eval.every),
         log=log,
         saver=stack.enter_context(closing(Saver(config, world, log.say))),
         ahead=ahead,
@@ -153,6 +151,10 @@ def steps(run: Run, first: int) -> bool:
     """Steps first to config.steps, saved at their intervals. False: stopped by a signal before
     the last one. However a step ends, those before it are saved."""
     config, saved = run.config, first
+    try:
+        finish_postponed(run, first - 1)
+    except Stopped:
+        return stopped(run, first)
     for step in range(first, config.steps):
         stages = Stages()
         try:
@@ -165,12 +167,14 @@ def steps(run: Run, first: int) -> bool:
                 save(run, step)
             run.saver.check(wait=True)
             if isinstance(reason, Stopped):
-                run.log.event(
-                    "stopped", f"stopped by a signal after {step} steps: --resume continues"
-                )
-                return False
+                return stopped(run, step)
             raise
-        finish(run, step, row, stages)
+        try:
+            finish(run, step, row, stages)
+        except Stopped:
+            save(run, step + 1)
+            run.saver.check(wait=True)
+            return stopped(run, step + 1)
         run.saver.check()
         done = step + 1
         if done % config.save_every == 0 or done == config.steps:
@@ -178,6 +182,12 @@ def steps(run: Run, first: int) -> bool:
             saved = done
     run.saver.check(wait=True)
     return True
+
+
+def stopped(run: Run, done: int) -> bool:
+    """Say that a signal ended the run; False."""
+    run.log.event("stopped", f"stopped by a signal after {done} steps: --resume continues")
+    return False
 
 
 def learn(run: Run, step: int, stages: Stages) -> dict[str, Any]:
@@ -198,6 +208,7 @@ def learn(run: Run, step: int, stages: Stages) -> dict[str, Any]:
         **grpo.reward_metrics(batch.rewards),
         "tokens": int(rollouts.lengths.sum()),
         "response_length": rollouts.lengths.double().mean().item(),
+        "verifier_restarts": batch.verdicts.restarts,
         "truncated": rollouts.truncated.double().mean().item(),
         **{f"verifier_{name}": count for name, count in counts.items()},
         "response_length_counts": length_counts(rollouts.lengths, config.max_new_tokens),
@@ -208,14 +219,36 @@ def learn(run: Run, step: int, stages: Stages) -> dict[str, Any]:
 
 
 def finish(run: Run, step: int, row: dict[str, Any], stages: Stages) -> None:
-    """Push the new weights to the engine, evaluate at intervals, log."""
+    """Push the new weights to the engine, evaluate at intervals, log.
+
+    Raises: Stopped where a signal came during the evaluation: the step is done and its row is kept
+        for the resumed run, which draws the same completions and logs it.
+    """
     config, done = run.config, step + 1
     with stages("sync"):
         run.engine.load(run.policy, done)
     if run.held_out and (done % config.eval.every == 0 or done == config.steps):
-        with stages("eval"):
-            row |= evaluation(run)
-    row |= stages.metrics(tokens=row["tokens"])
+        try:
+            with stages("eval"):
+                row |= evaluation(run)
+        except Stopped:
+            run.log.postpone(row | stages.metrics(tokens=row["tokens"]))
+            raise
+    log_row(run, row | stages.metrics(tokens=row["tokens"]))
+
+
+def finish_postponed(run: Run, step: int) -> None:
+    """The evaluation after a step that a signal ended, and the step's row.
+
+    Raises: Stopped, again.
+    """
+    row = run.world.on_main(lambda: run.log.postponed(step))
+    if row is not None:
+        log_row(run, row | evaluation(run))
+
+
+def log_row(run: Run, row: dict[str, Any]) -> None:
+    """A step's row, to the log and to the schedules."""
     run.log.step(row | {"peak_memory_bytes": peak_memory_bytes(run.policy.device)})
     run.history.add(row)
 

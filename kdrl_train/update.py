@@ -1,5 +1,6 @@
 """The update: a step's batch through the loss, micro-batch by micro-batch, to the new weights."""
 
+import time
 from dataclasses import asdict
 from statistics import fmean
 from typing import Any
@@ -126,8 +127,10 @@ def accumulate(
         if part == 0:
             run.stop_if_asked()
         packed = row.to(device)
-        with stages("teacher"):
-            teacher = run.teacher(packed) if run.teacher and packed.needs_teacher else None
+        teacher = None
+        if run.teacher and packed.needs_teacher:
+            with stages("teacher"):
+                teacher = run.teacher(packed)
         if every and step % every == 0 and part == turn == 0:
             with stages("diagnostics"):
                 measured = gradient_split(policy, packed, normalizer, teacher)
@@ -137,8 +140,11 @@ def accumulate(
             loss += out.loss.detach()
             sums = grpo.add_sums(sums, out.sums)
         trace.add(row, out)
+    start = time.perf_counter()
     mean = world.sum({"loss": loss})["loss"].item() / world.size
-    return world.sum(sums, largest=("gap_max",)), mean, measured
+    total = world.sum(sums, largest=("gap_max",))
+    run.waited(stages, start)
+    return total, mean, measured
 
 
 def clip(run: Run) -> float:

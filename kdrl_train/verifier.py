@@ -1,17 +1,19 @@
 """Scoring completions in worker processes, each under a deadline that a hang cannot outlive."""
 
+import contextlib
 import math
 import multiprocessing
 import signal
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from types import TracebackType
-from typing import Any, Literal, Self, SupportsFloat
+from typing import Any, Literal, SupportsFloat
 
 from pebble import ProcessFuture, ProcessPool
 
@@ -21,6 +23,8 @@ from kdrl_train.rewards import UnparseableError, load_answer, load_reward, warm_
 Outcome = Literal["right", "wrong", "unparseable", "timeout", "error"]
 ORPHAN_GRACE_S = 10.0
 """Seconds past the deadline after which a worker that nobody has killed ends by itself."""
+POLL_S = 0.2
+"""Between two looks at whether the run was asked to stop."""
 OUTCOMES: tuple[Outcome, ...] = ("right", "wrong", "unparseable", "timeout", "error")
 Judged = tuple[float, Outcome, str, str | None]
 """Of one completion: reward, outcome, message of an error, answer."""
@@ -38,6 +42,8 @@ class Verdicts:
     """Index of a completion with outcome `error` -> what its reward raised or returned."""
     answers: list[str | None] = field(default_factory=list)
     """[R]. The answer in the spelling it votes for (rewards.load_answer); None: there is none."""
+    restarts: int = 0
+    """How often the workers had to be started anew, because one died while it had no work."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -55,10 +61,10 @@ class Verdicts:
             joined.rewards.extend(part.rewards)
             joined.outcomes.extend(part.outcomes)
             joined.answers.extend(part.answers)
-        return joined
+        return replace(joined, restarts=sum(part.restarts for part in parts))
 
 
-class Verifier:
+class Verifier(AbstractContextManager["Verifier"]):
     """A pool of worker processes that scores completions; use it as a context manager.
 
     A completion that passes the deadline costs its worker, which is killed and replaced, and
@@ -75,9 +81,16 @@ class Verifier:
         self._closed = False
         self._pool = self._start()
 
-    def score(self, completions: Sequence[str], answers: Sequence[str]) -> Verdicts:
+    def score(
+        self,
+        completions: Sequence[str],
+        answers: Sequence[str],
+        poll: Callable[[], None] | None = None,
+    ) -> Verdicts:
         """Score R completions against R gold answers; waits for all of them.
 
+        Args:
+            poll: called now and then; what it raises ends the waiting.
         Raises: ValueError where the lengths differ or the Verifier is closed; ChildProcessError
             where the workers cannot start.
         """
@@ -88,19 +101,22 @@ class Verifier:
                 f"answers must hold one gold answer per completion, got {len(answers)} for "
                 f"{len(completions)} completions: repeat each answer group_size times"
             )
-        if not self._pool.active:  # a worker was killed from outside while idle
-            self._pool = self._start()
-        futures = [
-            self._pool.schedule(
-                _score_one,
-                args=(self.config.function, completion, answer, self.config.timeout_s),
-                timeout=self.config.timeout_s,
-            )
-            for completion, answer in zip(completions, answers, strict=True)
-        ]
-        verdicts = Verdicts(rewards=[], outcomes=[])
-        for index, future in enumerate(futures):
-            reward, outcome, message, given = _verdict(future)
+        judged: dict[int, Judged] = {}
+        restarts = 0
+        while len(judged) < len(completions):
+            pairs = zip(completions, answers, strict=True)
+            judged |= self._judge({i: p for i, p in enumerate(pairs) if i not in judged}, poll)
+            if len(judged) < len(completions):  # a worker died while idle, which ends the pool
+                if restarts:
+                    raise ChildProcessError(
+                        "verifier workers must start, but all of them died, twice: call the reward "
+                        "function by hand on one completion to see why"
+                    )
+                self._pool = self._start()
+                restarts += 1
+        verdicts = Verdicts(rewards=[], outcomes=[], restarts=restarts)
+        for index in range(len(completions)):
+            reward, outcome, message, given = judged[index]
             verdicts.rewards.append(reward)
             verdicts.outcomes.append(outcome)
             verdicts.answers.append(given)
@@ -108,21 +124,38 @@ class Verifier:
                 verdicts.errors[index] = message
         return verdicts
 
+    def _judge(
+        self, pairs: dict[int, tuple[str, str]], poll: Callable[[], None] | None
+    ) -> dict[int, Judged]:
+        """What the pool answers for {index: (completion, answer)}; less than all if it breaks."""
+        function, timeout_s = self.config.function, self.config.timeout_s
+        futures: dict[int, ProcessFuture] = {}
+        with contextlib.suppress(RuntimeError):  # pebble's word for a pool that is broken already
+            for index, pair in pairs.items():
+                futures[index] = self._pool.schedule(
+                    _score_one, args=(function, *pair, timeout_s), timeout=timeout_s
+                )
+        waiting, alive = set(futures.values()), True
+        try:
+            while waiting and alive:
+                if poll is not None:
+                    poll()
+                alive = self._pool.active  # before the last look: what a broken pool answers counts
+                _, waiting = wait(waiting, POLL_S)
+        except BaseException:
+            for future in waiting:
+                future.cancel()
+            raise
+        found = {i: _verdict(future) for i, future in futures.items() if future.done()}
+        return {i: verdict for i, verdict in found.items() if verdict is not None}
+
     def close(self) -> None:
         """Stop the workers; pending work is dropped. May be called twice."""
         self._closed = True
         self._pool.stop()
         self._pool.join()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _start(self) -> ProcessPool:
@@ -183,16 +216,14 @@ def _score_one(function: str, completion: str, answer: str, timeout_s: float) ->
     return reward, "right" if reward > 0 else "wrong", "", given
 
 
-def _verdict(future: ProcessFuture) -> Judged:
-    """Wait for one completion. A worker that was killed or died costs this completion alone."""
+def _verdict(future: ProcessFuture) -> Judged | None:
+    """Of one completion that is done with; None: the pool broke. A worker that was killed or died
+    at work costs this completion alone."""
     error = future.exception()
     if error is None:
         return future.result()
     if isinstance(error, FutureTimeoutError):
         return 0.0, "timeout", "", None
     if isinstance(error, BrokenProcessPool):
-        raise ChildProcessError(
-            "verifier workers must start, but all of them died: call the reward function "
-            "by hand on one completion to see why"
-        ) from error
+        return None
     return math.nan, "error", f"worker died: {type(error).__name__}: {error}", None

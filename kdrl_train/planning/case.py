@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 
 from kdrl_kernels.plan import ChunkPlan, chunk_plan
+from kdrl_train import attention
 from kdrl_train.config import TrainConfig
 from kdrl_train.planning.shapes import ModelShape
 
@@ -81,19 +82,28 @@ class Case:
         return max(self.longest, min(budget, self.rollouts * self.longest))
 
     @property
+    def packed(self) -> bool:
+        """Whether attention is our own: what `train` chooses unless it is told otherwise."""
+        return self.run.model.attention in (None, attention.NAME)
+
+    @property
     def masked(self) -> bool:
-        """Whether attention in a packed row takes a [T, T] mask: SDPA, the only one on a CPU."""
-        sdpa = self.placement.cpu or self.run.model.attention == "sdpa"
-        return sdpa and self.run.optim.micro_batch_tokens > 1
+        """Whether attention in a packed row takes a [T, T] mask: only transformers' own SDPA."""
+        return self.run.model.attention == "sdpa" and self.run.optim.micro_batch_tokens > 1
+
+    def attention_width(self, model: ModelShape) -> int:
+        """Numbers that a layer's attention keeps for each token: query, key, value and output."""
+        q, kv = model.heads_width, model.kv_width
+        if self.packed:
+            varlen = not self.placement.cpu and self.dtype in attention.VARLEN_DTYPES
+            return 4 * q if varlen else 5 * q
+        return 4 * q if self.masked else 2 * q + 2 * kv
 
     def activation_bytes(self, model: ModelShape) -> int:
         """What a layer keeps for each token, without its mask: the table in memory.py."""
         b, s = self.dtype.itemsize, self.stream_bytes
-        attention = 4 * model.heads_width
-        if not self.masked:
-            attention = 2 * model.heads_width + 2 * model.kv_width
         norms = (4 + s + b) * model.normed + (4 + b) * model.heads_normed
-        return norms + b * (attention + 4 * model.intermediate)
+        return norms + b * (self.attention_width(model) + 4 * model.intermediate)
 
     def chunk_plan(self, tokens: int) -> ChunkPlan:
         """The one-pass head over so many tokens."""

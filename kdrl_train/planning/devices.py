@@ -73,11 +73,18 @@ def measure_cpu(dtype: torch.dtype, processes: int) -> Device:
     gemm_s = _best(lambda: torch.mm(a, a))
     copy_s = _best(lambda: target.copy_(source))
     return Device(
-        memory_bytes=_system_memory() / processes,
+        memory_bytes=memory_bytes(torch.device("cpu"), processes),
         flops=2 * GEMM_SIZE**3 / gemm_s / processes,
         bandwidth=2 * source.nbytes / copy_s / processes,
         link=GLOO_BYTES_PER_S,
     )
+
+
+def memory_bytes(device: torch.device, processes: int) -> float:
+    """Of a GPU all that it has; of this machine the share of one of so many processes on it."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return _system_memory() / processes
 
 
 def _best(work: Callable[[], object]) -> float:

@@ -9,9 +9,11 @@ without fused kernels, b bytes a number of the compute dtype, s of the residual 
 
     norm of the stream, width H   (4 + s + b) H    float32 input, normalised, output
     norm of queries or keys       (4 + b) each
-    attention                     b (2 q + 2 kv)   q, k, v, output; where a mask is needed k and v
-                                                   are repeated to q each, and the layer keeps its
-                                                   own [T, T] mask in b
+    attention, our own "packed"   b · 4 q          q, k, v, output; k and v repeated to q each.
+                                                   5 q without a variable-length kernel (CPU,
+                                                   float32): the output of the batches, of the row
+    attention, "sdpa"             b · 4 q          and its own [T, T] mask in b
+    attention, others             b (2 q + 2 kv)
     gated MLP, width I            b · 4 I          gate, its activation, up, their product
 
 Not modelled: fragmentation (the reserve is for it), the CUDA context, NCCL's buffers.
@@ -62,6 +64,24 @@ def memory_terms(case: Case) -> list[Term]:
 def by_moment(terms: Sequence[Term]) -> dict[str, float]:
     """Bytes held at each moment."""
     return {moment: sum(t.value for t in terms if moment in t.when) for moment in MOMENTS}
+
+
+def loading_bytes(case: Case) -> float:
+    """CPU memory of rank 0 while it reads the models, one after the other, for all to shard."""
+    teacher = 0 if case.teacher is None else case.dtype.itemsize * case.teacher.parameters
+    return max(4 * case.policy.parameters, teacher)
+
+
+def causes(terms: Sequence[Term], limit: float) -> list[Term]:
+    """For each moment above `limit` bytes the largest terms, as many as exceed it."""
+    found: list[Term] = []
+    for moment, held in by_moment(terms).items():
+        excess = held - limit
+        for term in sorted(terms, key=lambda t: -t.value):
+            if excess > 0 and moment in term.when and term.remedy:
+                excess -= term.value
+                found += [term] if term not in found else []
+    return found
 
 
 def _states(case: Case) -> list[Term]:

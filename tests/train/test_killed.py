@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,10 +18,18 @@ import torch
 from rich.console import Console
 
 from kdrl_train import checkpoint, replay, train, update
-from kdrl_train.config import EngineConfig, OptimConfig, SamplingConfig, TrainConfig
+from kdrl_train.config import (
+    EngineConfig,
+    EvalConfig,
+    OptimConfig,
+    SamplingConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from kdrl_train.config_file import save_yaml
 from kdrl_train.errors import RewardError, RunError
 from kdrl_train.log import read_rows
+from kdrl_train.presets import PRESETS
 from tests.train.ranks import DEADLINE_S, Background
 from tests.train.test_train import run, weights, without_times
 
@@ -130,6 +139,48 @@ def test_a_signal_in_the_middle_of_a_step_drops_the_step(
     assert checkpoint.latest(parts.out / "checkpoints").step == len(rows)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert without_times(run(replace(parts, resume=True))) == without_times(expected)
+
+
+@pytest.mark.parametrize("where", ["generate", "score"])
+def test_a_signal_in_an_evaluation_postpones_it(
+    config: Config, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Twice: also the resumed run is stopped in it. What follows is that of an uninterrupted run,
+    whose switch on a plateau waits for these scores."""
+    switch = ScheduleConfig(kind="switch", initial=1.0, final=0.0, patience=1, min_gain=1.0)
+    settings = {
+        "eval": EvalConfig(data=config().data, every=1, samples=2, max_problems=3),
+        "method": replace(PRESETS["kdrl"], kd_coef=switch),
+        "steps": 4,
+    }
+    whole, parts = config("whole", **settings), config("parts", **settings)
+    expected = run(whole)
+    calls = []
+
+    def stop_second(call: Callable[..., Any]) -> Callable[..., Any]:
+        def stopping(*arguments: Any, **more: Any) -> Any:
+            calls.append(0)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return call(*arguments, **more)
+
+        return stopping
+
+    def stop_in_evaluation(evaluation: Callable[..., Any], run: train.Run) -> Any:
+        owner = run.engine if where == "generate" else run.verifier
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, where, stop_second(getattr(owner, where)), raising=False)
+            return evaluation(run)
+
+    for _ in range(2):
+        calls[:] = calls[:1] and [0]  # the second evaluation of the run, the first of the resumed
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "evaluation", partial(stop_in_evaluation, train.evaluation))
+            rows = run(replace(parts, resume=bool(calls)))
+        assert without_times(rows) == without_times(expected[:1])
+        assert checkpoint.latest(parts.out / "checkpoints").step == 2
+    assert without_times(run(replace(parts, resume=True))) == without_times(expected)
+    assert {len(rows) for rows in (expected, read_rows(parts.out))} == {4}
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(config: Config) -> None:

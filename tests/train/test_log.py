@@ -90,7 +90,8 @@ def test_resuming_drops_the_samples_after_the_checkpoint(tmp_path: Path) -> None
 
 def test_stages_add_up_and_measuring_costs_no_speed() -> None:
     stages = Stages()
-    stages.seconds = {"rollout": 1.5, "update": 3.0, "eval": 4.0, "diagnostics": 1.0}
+    stages.seconds = {"rollout": 1.5, "update": 2.0, "eval": 4.0, "diagnostics": 1.0}
+    stages.seconds |= {"sync": 0.25, "wait": 0.75}
     with stages("rollout"):
         pass
     assert stages.seconds["rollout"] > 1.5
@@ -98,10 +99,12 @@ def test_stages_add_up_and_measuring_costs_no_speed() -> None:
     assert stages.metrics(tokens=10) == {
         "tokens_per_s": 2.0,
         "tokens_per_s_rollout": 5.0,
-        "tokens_per_s_update": pytest.approx(10 / 3),
+        "tokens_per_s_update": 5.0,
         "seconds": 10.0,
         "seconds_rollout": 2.0,
-        "seconds_update": 3.0,
+        "seconds_update": 2.0,
+        "seconds_sync": 0.25,
+        "seconds_wait": 0.75,
         "seconds_eval": 4.0,
         "seconds_diagnostics": 1.0,
     }

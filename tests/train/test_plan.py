@@ -43,6 +43,8 @@ def test_a_plan_that_fits(
     assert saved["peak_bytes"] == max(saved["moments"].values()) < saved["limit_bytes"] == 76e9
     weights = next(t for t in saved["memory"] if t["name"] == "weights, float32")
     assert weights["value"] == 4 * 7_615_616_512 / 64
+    assert saved["loading_bytes"] == 4 * 7_615_616_512
+    assert "rank 0 takes 30.46 GB of CPU memory" in out
     assert saved["seconds"] >= saved["seconds_communication_hidden"] > 0
     assert saved["tokens_per_s"] == pytest.approx(64 * 8 * 8192 / saved["seconds"])
 

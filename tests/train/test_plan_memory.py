@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from kdrl_train.attention import NAME, packed_arguments
 from kdrl_train.config import (
     DataConfig,
     EngineConfig,
@@ -50,8 +51,7 @@ def test_one_process_in_float32_by_hand(models: dict[str, str]) -> None:
         "the embedding's gradient": 4 * 256,
         "last norm, hidden states": 64 * 8 * 16,
         "a layer's backward": 64 * 4 * (2 * 16 + 2 * 8),
-        "activations": 2 * 64 * (12 * 16 + 4 * (4 * 8 + 4 * 16)),
-        "masks of the layers": 2 * 4 * 64 * 64,
+        "activations": 2 * 64 * (12 * 16 + 4 * (5 * 8 + 4 * 16)),
         "workspace of the head": 64 * (64 * 4 + 8 * 4 + 8 * 4) + 64 * 6 * 64 * 4,
         "dX, float32": 4 * 64 * 8,
         "dW accumulator, float32": 4 * 32 * 8,
@@ -79,7 +79,7 @@ def test_four_gpus_in_bfloat16_by_hand(models: dict[str, str]) -> None:
         "last norm, hidden states": 32 * 8 * 10,
         "a layer's backward": 32 * 2 * 48,
         "inputs of the layers": 2 * 32 * 2 * 8,
-        "one layer, recomputed": 32 * (8 * 16 + 2 * (2 * 8 + 2 * 4 + 4 * 16)),
+        "one layer, recomputed": 32 * (8 * 16 + 2 * (4 * 8 + 4 * 16)),
         "workspace of the head": 32 * (2 * 64 * 4 + (8 + 12) * 2 + 8 * 4),
         "dX, float32": 4 * 32 * 8,
         "dW accumulator, float32": 4 * 32 * 8,
@@ -115,7 +115,7 @@ def test_a_baseline_holds_the_teachers_logits(
 def test_moments_add_up_what_is_held_together(models: dict[str, str]) -> None:
     held = by_moment(memory_terms(case_of(models, "untied")))
     states, gradients = 12 * 1736, 4 * 1736
-    row = 8192 + 73728 + 32768 + 2048  # last norm, activations, masks, dX
+    row = 8192 + 77824 + 2048  # last norm, activations, dX
     assert held == {
         "prefill": states + 1536 + 6912 + 720,
         "decode": states + 4096 + 1024 + 2560,
@@ -144,7 +144,7 @@ def test_a_tied_head_and_autocast_on_one_gpu(models: dict[str, str]) -> None:
     assert found["weights in bfloat16"] == 2 * 1216
     assert found["head in bfloat16"] == 2 * 256
     assert found["policy, whole, to sample"] == 2 * 1480
-    assert found["activations"] == 2 * 64 * (10 * 16 + 2 * (2 * 8 + 2 * 4 + 4 * 16))
+    assert found["activations"] == 2 * 64 * (10 * 16 + 2 * (4 * 8 + 4 * 16))
     assert found["keys and values"] == 4 * 16 * 2 * (4 + 2) * 4
     assert found["AdamW temporaries"] == 4 * 1480
     assert "the tied head's gradient" not in values(case_of(models, "untied"))
@@ -161,6 +161,20 @@ def test_rollouts_ahead_are_held_beside_the_update(models: dict[str, str]) -> No
         assert more[moment] == held[moment] + copy + decode
 
 
+def test_only_a_masked_attention_takes_a_mask(models: dict[str, str]) -> None:
+    """Four GPUs, bfloat16, layers recomputed, rows of 32 tokens: q = 8 and kv = 4 numbers."""
+    case = sharded_case(models)
+    for attention, width, mask in (("sdpa", 32, 2048), ("flash_attention_2", 24, None)):
+        model = replace(case.run.model, attention=attention)
+        found = values(replace(case, run=replace(case.run, model=model)))
+        assert found["one layer, recomputed"] == 32 * (8 * 16 + 2 * (width + 4 * 16)), attention
+        assert found.get("a layer's mask") == mask
+        assert found.get("teacher's mask") == (mask and 3 * 32 * 32)
+    float32 = replace(case.run, model=replace(case.run.model, dtype="float32"))
+    found = values(replace(case, run=float32))
+    assert found["one layer, recomputed"] == 32 * (12 * 16 + 4 * (5 * 8 + 4 * 16))
+
+
 def test_where_the_teacher_is(models: dict[str, str]) -> None:
     full, away = (values(sharded_case(models, teacher_weights=w)) for w in ("full", "cpu"))
     assert full["teacher"] == 2 * 4356
@@ -171,6 +185,15 @@ def test_where_the_teacher_is(models: dict[str, str]) -> None:
     assert values(replace(alone, placement=Placement()))["teacher"] == 2 * 4356
     here = Placement(cpu=True, teacher_weights="cpu")
     assert values(replace(alone, placement=here))["teacher"] == 2 * 4356
+
+
+def test_a_shaped_reward_is_planned_as_sampled_distillation(models: dict[str, str]) -> None:
+    case = sharded_case(models)
+    shaped, sampled = (
+        values(replace(case, run=replace(case.run, method=MethodConfig(kd=kd))))
+        for kd in ("reward", "k2")
+    )
+    assert shaped == sampled
 
 
 def test_an_offloaded_policy_is_not_on_the_gpu(models: dict[str, str]) -> None:
@@ -219,20 +242,25 @@ def test_parameters_are_those_of_the_real_model(tmp_path: Path, family: str, tie
     assert shape.heads_normed == (8 + 4 if family == "qwen3" else 0)
 
 
+@pytest.mark.parametrize("attention", ["packed", "sdpa"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_activations_are_what_autograd_keeps(
-    tmp_path: Path, family: str, checkpointing: bool
+    tmp_path: Path, family: str, checkpointing: bool, attention: str
 ) -> None:
     """Of a packed row of two sequences on a CPU, to 2%: positions and sums over rows are small."""
     sizes = POLICY | {"hidden_size": 128, "head_dim": 32, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "intermediate_size": 320, "num_hidden_layers": 3}
     config = transformers.AutoConfig.for_model(family, **(SPECIAL | sizes))
-    model = transformers.AutoModelForCausalLM.from_config(config).train()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model.train()
     if checkpointing:
         checkpoint_activations(model)
     T = 192
-    positions = torch.cat([torch.arange(100), torch.arange(T - 100)])[None]
+    positions = torch.arange(T // 2).repeat(2)[None]
+    more = {}
+    if attention == NAME:
+        more = packed_arguments([T // 2, T // 2], torch.device("cpu"))
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -242,14 +270,13 @@ def test_activations_are_what_autograd_keeps(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.model(
-            input_ids=torch.zeros(1, T, dtype=torch.int64), position_ids=positions, use_cache=False
-        )
+        ids = torch.zeros(1, T, dtype=torch.int64)
+        model.model(input_ids=ids, position_ids=positions, use_cache=False, **more)
     found = sum(t.untyped_storage().nbytes() for t in kept.values())
     config.save_pretrained(tmp_path)
     run = TrainConfig(
         method=MethodConfig(kd=None),
-        model=ModelConfig(gradient_checkpointing=checkpointing),
+        model=ModelConfig(gradient_checkpointing=checkpointing, attention=attention),
         data=DataConfig(max_prompt_tokens=10),
         sampling=SamplingConfig(max_new_tokens=90),
         optim=OptimConfig(micro_batch_tokens=T),
@@ -261,7 +288,7 @@ def test_activations_are_what_autograd_keeps(
     if checkpointing:
         names[1:] = ["inputs of the layers"]
     after = 2 * 4 * T * 128  # the last norm's output and its loss rows, which only the head keeps
-    predicted = sum(terms[name] for name in names) - after
+    predicted = sum(terms.get(name, 0) for name in names) - after
     assert predicted == pytest.approx(found, rel=0.02)
 
 

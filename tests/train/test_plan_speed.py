@@ -26,7 +26,7 @@ def test_time_by_hand(models: dict[str, str]) -> None:
     }
     read, tokens, prompts = 1216 + 256, 2 * 11, 2 * 6
     forward = tokens * (2 * 1216 + 4 * 2 * 8 * 5.5)
-    kept = 2 * (8 * 16 + 2 * (2 * 8 + 2 * 4 + 4 * 16))
+    kept = 2 * (8 * 16 + 2 * (4 * 8 + 4 * 16))
     expected = {
         "decode, weights": 10 * max(2 * read / 1e8, 2 * read * 2 / 1e9),
         "decode, keys and values": 3 * 2 * (10 * 6 + 50) * (4 * 2 * 4) / 1e8,
@@ -64,9 +64,9 @@ def test_communication_hides_behind_the_passes_at_best(models: dict[str, str]) -
 def test_a_mask_skips_no_attention(models: dict[str, str]) -> None:
     case = case_of(models, "untied")
     lengths = Lengths(prompt=6, response=5)
+    sdpa = replace(case, run=replace(case.run, model=ModelConfig(attention="sdpa")))
     masked, free = (
-        {t.name: t.value for t in time_terms(c, DEVICE, lengths, launch_us=0)}
-        for c in (case, replace(case, placement=Placement()))
+        {t.name: t.value for t in time_terms(c, DEVICE, lengths, launch_us=0)} for c in (sdpa, case)
     )
     attention = 3 * 88 * 4 * 2 * 8 * (64 - 5.5) / 1e9
     name = "policy, forward and backward"

@@ -4,6 +4,7 @@ draws do not depend on ranks. Sums are taken in another order, hence the toleran
 import io
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -179,6 +180,23 @@ def test_an_error_of_one_rank_stops_all(config: Config) -> None:
     said = train_ranks(config(), 2, sabotage=fail_on_second_rank)
     for words in said:
         assert words.endswith("RankError: rank 1 stopped with OSError: the disk of rank 1 is gone")
+
+
+def verify_slowly_on_second_rank(rank: int) -> None:
+    if rank == 1:
+        own_part = train.collect.__globals__["_own_part"]
+
+        def slow(*arguments: Any) -> Any:
+            time.sleep(0.5)
+            return own_part(*arguments)
+
+        train.collect.__globals__["_own_part"] = slow
+
+
+def test_waiting_for_the_slowest_rank_is_a_stage(config: Config) -> None:
+    (row,) = together(config(steps=1), 2, sabotage=verify_slowly_on_second_rank)
+    assert 0.3 < row["seconds_wait"] < row["seconds"]
+    assert "tokens_per_s_wait" not in row
 
 
 def make_loss_infinite(rank: int) -> None:

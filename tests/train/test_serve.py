@@ -3,7 +3,9 @@
 import asyncio
 import math
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,9 @@ from kdrl_train.scoring import Job, Scorer, score_packed
 from kdrl_train.serve import ServeConfig
 from kdrl_train.serve_app import make
 from kdrl_train.teacher_client import vocabulary_hash
-from tests.train.servers import free_port, service
+from tests.train.servers import free_port, running, service
 
+DEADLINE_S = 60.0
 SIZES = [(3, 4), (1, 9), (7, 1), (20, 30)]
 
 
@@ -61,6 +64,47 @@ def expected(model: Any, ids: list[int], prompt_tokens: int, temperature: float,
         logits = model(input_ids=torch.tensor([ids])).logits[0, prompt_tokens - 1 : -1, :V]
     chosen = torch.tensor(ids[prompt_tokens:])[:, None]
     return (logits / temperature).log_softmax(dim=1).gather(1, chosen).squeeze(1)
+
+
+def test_a_client_that_has_gone_costs_no_pass(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first request holds the model, the second one's client leaves, the third is answered."""
+    made = service(folders["teacher"], queue_size=64)
+    scorer, go, scored, taken = made.scorer, threading.Event(), [], []
+    compute, submit = scoring.score_packed, scorer.submit
+
+    def compute_later(model: HeadedModel, jobs: list[Job]) -> list[Tensor]:
+        assert go.wait(DEADLINE_S)
+        scored.extend(len(job.completion_ids) for job in jobs)
+        return compute(model, jobs)
+
+    def remember(jobs: list[Job]) -> bool:
+        taken.extend(jobs)
+        return submit(jobs)
+
+    def wait_for(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    monkeypatch.setattr(scoring, "score_packed", compute_later)
+    monkeypatch.setattr(scorer, "submit", remember)
+    gone = httpx2.Timeout(DEADLINE_S, read=0.5)
+    bodies = [{"sequences": [{"ids": [3] * n, "prompt_tokens": 1}]} for n in (3, 4, 5)]
+    with running(make(made)) as url, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(httpx2.post, f"{url}/score", json=bodies[0], timeout=DEADLINE_S)
+        wait_for(lambda: len(taken) == 1 and taken[0].logprobs.running())
+        with pytest.raises(httpx2.ReadTimeout):
+            httpx2.post(f"{url}/score", json=bodies[1], timeout=gone)
+        wait_for(lambda: len(taken) == 2 and taken[1].logprobs.cancelled())
+        third = pool.submit(httpx2.post, f"{url}/score", json=bodies[2], timeout=DEADLINE_S)
+        wait_for(lambda: len(taken) == 3)
+        go.set()
+        answers = [request.result().json()["logprobs"][0] for request in (first, third)]
+    assert [len(logprobs) for logprobs in answers] == [2, 4]
+    assert scored == [2, 4]
 
 
 @pytest.mark.parametrize(("temperature", "limit"), [(1.0, None), (0.7, None), (1.3, 200)])
@@ -273,6 +317,14 @@ def test_a_model_that_mixes_sequences_gets_one_a_pass(
 def test_there_must_be_a_model_to_serve(teacher: str | None) -> None:
     with pytest.raises(ValueError, match=r"model\.teacher must name a folder or hub id to serve"):
         serve.main(ServeConfig(model=ModelConfig(teacher=teacher)))
+
+
+@pytest.mark.parametrize("key", ["weights", "offload_policy", "offload_teacher"])
+def test_what_serving_ignores_is_refused(folders: dict[str, Path], key: str) -> None:
+    value = Path("runs/first/checkpoints/step_000050") if key == "weights" else True
+    model = ModelConfig(teacher=str(folders["teacher"]), **{key: value})
+    with pytest.raises(ValueError, match=rf"model\.{key} must not be set to serve, got "):
+        serve.main(ServeConfig(model=model))
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server(capsys: pytest.CaptureFixture[str]) -> None:

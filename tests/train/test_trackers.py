@@ -15,38 +15,24 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kdrl_train import train
 from kdrl_train.config import (
-    DataConfig,
     LogConfig,
-    ModelConfig,
-    RewardConfig,
     SamplingConfig,
     TrainConfig,
 )
 from kdrl_train.log import read_rows
 from kdrl_train.presets import PRESETS
 from kdrl_train.trackers import Trackers
-from tests.train import scripted_rewards
 
 SERVICES = ("wandb", "trackio")
 
 
 @pytest.fixture
-def config(folders: dict[str, Path], tmp_path: Path) -> Callable[..., TrainConfig]:
+def config(config: Callable[..., TrainConfig]) -> Callable[..., TrainConfig]:
     """config(*trackers): a run of 3 short steps."""
-
-    def make(*trackers: str) -> TrainConfig:
-        return TrainConfig(
-            out=tmp_path / "run",
-            steps=3,
-            model=ModelConfig(policy=str(folders["student"]), device="cpu"),
-            data=DataConfig(path=str(folders["task"])),
-            sampling=SamplingConfig(prompts_per_step=2, group_size=2, max_new_tokens=3),
-            reward=RewardConfig(function=f"{scripted_rewards.__name__}:early_bytes", workers=1),
-            method=PRESETS["grpo"],
-            log=LogConfig(trackers=trackers),
-        )
-
-    return make
+    sampling = SamplingConfig(prompts_per_step=2, group_size=2, max_new_tokens=3)
+    return lambda *trackers: config(
+        sampling=sampling, method=PRESETS["grpo"], log=LogConfig(trackers=trackers)
+    )
 
 
 def follow(trackers: tuple[str, ...], folder: Path, first: int, last: int, value: float) -> None:

@@ -51,12 +51,18 @@ METRICS = {
         "grad_norm",
         "learning_rate",
     ),
-    *("verifier_right", "verifier_wrong", "verifier_unparseable", "verifier_timeout"),
+    *(
+        "verifier_right",
+        "verifier_wrong",
+        "verifier_unparseable",
+        "verifier_timeout",
+        "verifier_restarts",
+    ),
     *("verifier_error", "tokens_per_s", "seconds", "seconds_rollout", "seconds_verify"),
     *("seconds_teacher", "seconds_update", "seconds_sync", "peak_memory_bytes", "kd_flip_share"),
     *(f"log_ratio_p{q}" for q in (10, 50, 90, 99)),
     *("log_ratio_counts", "response_length_counts"),
-    *(f"tokens_per_s_{stage}" for stage in ("rollout", "verify", "teacher", "update", "sync")),
+    *(f"tokens_per_s_{stage}" for stage in ("rollout", "verify", "teacher", "update")),
 }
 
 

@@ -24,13 +24,9 @@ from transformers import AutoModelForCausalLM
 
 from kdrl_train import cli, teachers, train
 from kdrl_train.config import (
-    DataConfig,
     EngineConfig,
     LogConfig,
     MethodConfig,
-    ModelConfig,
-    OptimConfig,
-    RewardConfig,
     SamplingConfig,
     ScheduleConfig,
     TeacherConfig,
@@ -38,9 +34,8 @@ from kdrl_train.config import (
 )
 from kdrl_train.config_file import save_yaml
 from kdrl_train.log import read_rows
-from kdrl_train.teacher_client import vocabulary_hash
+from kdrl_train.teacher_client import TeacherError, vocabulary_hash
 from kdrl_train.verifier import Verdicts, Verifier
-from tests.train import scripted_rewards
 from tests.train.servers import (
     Process,
     Scripted,
@@ -61,21 +56,12 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def config(folders: dict[str, Path], tmp_path: Path) -> Callable[..., TrainConfig]:
+def config(config: Callable[..., TrainConfig]) -> Callable[..., TrainConfig]:
     """config(out, folder or URL of the teacher, reward="early_bytes", **fields)."""
 
     def make(out: str, where: str, reward: str = "early_bytes", **fields: Any) -> TrainConfig:
-        base = TrainConfig(
-            out=tmp_path / out,
-            steps=3,
-            model=ModelConfig(policy=str(folders["student"]), teacher=where, device="cpu"),
-            data=DataConfig(path=str(folders["task"])),
-            sampling=SamplingConfig(prompts_per_step=4, group_size=4, max_new_tokens=8),
-            reward=RewardConfig(function=f"{scripted_rewards.__name__}:{reward}", workers=1),
-            method=K2,
-            optim=OptimConfig(learning_rate=1e-3, micro_batch_tokens=64),
-        )
-        return replace(base, **fields)
+        made = config(out, reward=reward, **({"method": K2} | fields))
+        return replace(made, model=replace(made.model, teacher=where))
 
     return make
 
@@ -269,12 +255,12 @@ def test_the_teacher_scores_while_rewards_are_made(
     before: list[int] = []
     judge = Verifier.score
 
-    def wait_for_the_teacher(self: Verifier, texts: list[str], answers: list[str]) -> Verdicts:
+    def wait_for_the_teacher(self: Verifier, texts: list[str], *more: Any) -> Verdicts:
         deadline = time.monotonic() + 5
         while len(texts) == 16 and training_calls(server) < 16 and time.monotonic() < deadline:
             time.sleep(0.01)
         before.append(training_calls(server))
-        return judge(self, texts, answers)
+        return judge(self, texts, *more)
 
     monkeypatch.setattr(Verifier, "score", wait_for_the_teacher)
     run(config("run", url, steps=1))
@@ -336,3 +322,25 @@ def test_a_signal_does_not_wait_for_a_teacher_that_is_away(
     assert time.monotonic() - start < 15
     assert rows == []
     assert "stopped by a signal after 0 steps" in words
+
+
+def test_a_resumed_run_finds_its_teacher_elsewhere_but_no_other(
+    config: Callable[..., TrainConfig], folders: dict[str, Path]
+) -> None:
+    with running(teacher_app(folders["teacher"])) as url:
+        whole, parts = config("whole", url), config("parts", url, steps=1)
+        expected, _ = run(whole)
+        run(parts)
+    with running(teacher_app(folders["other_teacher"])) as url:
+        other = replace(parts, resume=True, steps=3, model=replace(parts.model, teacher=url))
+        with pytest.raises(
+            TeacherError, match=r"must be that of .*teacher\.json, got another .*mod"
+        ):
+            run(other)
+    with running(teacher_app(folders["teacher"])) as url:
+        run(replace(other, model=replace(parts.model, teacher=url)))
+    assert len(expected) == 3
+    assert_same_run(parts.out, whole.out)
+    local = replace(other, model=replace(parts.model, teacher=str(folders["teacher"])))
+    with pytest.raises(ValueError, match=r"(?s)keep the settings.*model\.teacher: http"):
+        run(local)

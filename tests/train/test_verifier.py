@@ -13,8 +13,9 @@ import pytest
 
 from kdrl_train import cli
 from kdrl_train.config import RewardConfig
+from kdrl_train.interrupt import Stopped
 from kdrl_train.rewards import UnparseableError
-from kdrl_train.verifier import Verifier
+from kdrl_train.verifier import Verdicts, Verifier
 
 HERE = f"{__name__}:scripted_reward"
 
@@ -163,6 +164,45 @@ def test_workers_killed_while_idle_are_replaced() -> None:
             time.sleep(0.05)  # pebble looks at its workers ten times a second
         (other,) = verifier.score([""], [""]).rewards
     assert other not in (pid, os.getpid())
+
+
+def test_a_pool_that_breaks_is_started_anew_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Verifier(RewardConfig(function=f"{__name__}:pid_reward", workers=1)) as verifier:
+        (pid,) = verifier.score([""], [""]).rewards
+        started, start = [], verifier._start
+        monkeypatch.setattr(verifier, "_start", lambda: started.append(0) or start())
+        os.kill(int(pid), signal.SIGKILL)
+        verdicts = verifier.score([""] * 20, [""] * 20)  # at once: pebble has not seen it yet
+        # one that pebble takes to have died at work costs its completion instead
+        assert (len(started), verdicts.restarts) in ((1, 1), (0, 0))
+        assert verdicts.counts["right"] + verdicts.counts["error"] == 20
+        verifier._pool.stop()
+        verdicts = verifier.score([""] * 20, [""] * 20)
+        assert verdicts.restarts == 1
+        assert verdicts.counts["right"] == 20
+        broken = verifier._pool
+        broken.stop()
+        monkeypatch.setattr(verifier, "_start", lambda: broken)
+        with pytest.raises(ChildProcessError, match="must start, but all of them died, twice"):
+            verifier.score([""], [""])
+
+
+def test_restarts_add_up() -> None:
+    parts = [Verdicts([1.0], ["right"], restarts=n) for n in (1, 0, 1)]
+    assert Verdicts.join(parts).restarts == 2
+
+
+def test_waiting_for_verdicts_can_be_ended() -> None:
+    def stop() -> None:
+        if time.monotonic() > start + 0.5:
+            raise Stopped
+
+    with Verifier(RewardConfig(function=HERE, timeout_s=60, workers=1)) as verifier:
+        verifier.score(["a"], ["a"])
+        start = time.monotonic()
+        with pytest.raises(Stopped):
+            verifier.score(["hang"] * 4, [""] * 4, stop)
+        assert time.monotonic() < start + 5
 
 
 def pid_reward(completion: str, answer: str) -> int:
