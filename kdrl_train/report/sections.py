@@ -114,8 +114,8 @@ def differences(groups: Sequence[Group]) -> Section:
             for other in groups[1:]
         ]
         note = (
-            "In brackets the 95% t-interval of the mean over pairs of runs with the same seed, and "
-            "the number of pairs; without two such pairs there is no interval."
+            "Means over pairs of runs with the same seed, in brackets their 95% t-interval and n, "
+            "the number of pairs. Without two such pairs: difference of the means, no interval."
         )
         blocks.append(Table(f"Difference from {base.name}", names, rows, note))
     return Section("values", "Final values", blocks)
@@ -124,15 +124,15 @@ def differences(groups: Sequence[Group]) -> Section:
 def _estimated(one: Estimate) -> str:
     if one.low is None or one.high is None:
         return number(one.value)
-    return f"{number(one.value)} ({number(one.low)} to {number(one.high)})"
+    return f"{number(one.value)}\n({number(one.low)} to {number(one.high)})"
 
 
 def _paired(one: Estimate) -> str:
-    if one.value is None:
-        return "-"
+    value = number(one.value, sign="+")
     if one.low is None or one.high is None:
-        return f"{one.value:+.4g}"
-    return f"{one.value:+.4g} ({one.low:+.4g} to {one.high:+.4g}; {one.count})"
+        return value
+    bounds = f"{number(one.low, sign='+')} to {number(one.high, sign='+')}"
+    return f"{value}\n({bounds}, n = {one.count})"
 
 
 def curves(groups: Sequence[Group]) -> Section:
@@ -154,10 +154,11 @@ def curves(groups: Sequence[Group]) -> Section:
     rest = {k: k for k in dict.fromkeys(others) if not k.startswith(("seconds_", "tokens_per_s_"))}
     rest = {k: k for k in rest if not k.endswith(("_low", "_high")) and not _is_quantile(k)}
     for heading, titles in CURVES.items():
-        found = _charts(groups, titles, every)
+        found = [*_charts(groups, titles, every)]
         if heading == "Teacher":
             found += _gap_curves(groups, every)
         if found:
+            found.sort(key=lambda block: block.kind != "figure")  # figures side by side, notes last
             blocks += [Note("", heading), Legend([g.name for g in groups]), *found]
     found = _charts(groups, rest, every)
     if found:

@@ -26,7 +26,7 @@ LEGEND = (
 
 
 def section(groups: Sequence[Group]) -> Section:
-    """Samples of an early and a late step that the groups have in common, of one run of each."""
+    """Samples of the first and the last step that the groups have in common, of a run of each."""
     runs = _representatives(groups)
     shown = [(group, run) for group, run in zip(groups, runs, strict=True) if run is not None]
     if not shown:
@@ -52,21 +52,19 @@ def _representatives(groups: Sequence[Group]) -> list[RunData | None]:
 
 
 def _step(shown: list[tuple[Group, RunData, int]]) -> list[Block]:
-    """Prompts that all groups have at their steps; where there are none, the first ones of each."""
-    lines = [run.samples(step) for _, run, step in shown]
-    asked = [list(dict.fromkeys(row["prompt"] for row in rows)) for rows in lines]
-    common = [p for p in asked[0] if all(p in other for other in asked)]
-    prompts = common or [p for some in asked for p in some[:1]]
-    blocks: list[Block] = []
-    for prompt in prompts[:PROMPTS]:
-        samples = []
-        for (group, run, _), rows in zip(shown, lines, strict=True):
-            row = next((row for row in rows if row["prompt"] == prompt), None)
-            if row is not None:
-                samples.append(sample(row, group.name, run.settings.get("method.kd")))
-        steps = sorted({at + 1 for _, _, at in shown})
-        blocks.append(Samples(f"Step {', '.join(map(str, steps))}", prompt, samples))
-    return blocks
+    """The prompts that most groups have at their steps, each with its first completion there."""
+    found: dict[str, list[Sample]] = {}
+    for group, run, step in shown:
+        own: dict[str, Sample] = {}
+        for row in run.samples(step):
+            prompt = row["prompt"].strip()
+            if prompt not in own:
+                own[prompt] = sample(row, group.name, run.settings.get("method.kd"))
+        for prompt, one in own.items():
+            found.setdefault(prompt, []).append(one)
+    prompts = sorted(found, key=lambda prompt: -len(found[prompt]))[:PROMPTS]
+    steps = ", ".join(str(at) for at in sorted({step + 1 for _, _, step in shown}))
+    return [Samples(f"Step {steps}", prompt, found[prompt]) for prompt in prompts]
 
 
 def sample(row: Row, group: str, kd: str | None) -> Sample:
