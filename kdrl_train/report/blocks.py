@@ -89,6 +89,14 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class Tints:
+    """What the looks of tokens mean: (classes, words) of each."""
+
+    kind: ClassVar[str] = "tints"
+    looks: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
 class Samples:
     """Completions of one prompt, side by side."""
 
@@ -107,7 +115,7 @@ class Folded:
     blocks: Sequence["Block"]
 
 
-Block = Table | Figure | Note | Legend | Samples | Folded
+Block = Table | Figure | Note | Legend | Tints | Samples | Folded
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from kdrl_train.jsonl import Row
-from kdrl_train.report.blocks import Block, Note, Sample, Samples, Section, Token
+from kdrl_train.report.blocks import Block, Note, Sample, Samples, Section, Tints, Token
 from kdrl_train.report.runs import Group, RunData
 from kdrl_train.report.svg import number
 
@@ -17,11 +17,22 @@ MOST_TOKENS = 400
 """Tinted of a completion; the rest is plain text."""
 STRONGEST = 5
 LEGEND = (
-    "Background: the gap l = log p - log q of the sampled token, p student, q teacher. Blue: the "
-    "teacher likes it more (l < 0), orange: less (l > 0); weak from 0.1, middle from 0.5, strong "
-    "from 2 nats; none where nothing was distilled. Line below: push of the update, advantage A "
-    "less the teacher's pull (A - kd weight · l for k2 and rkl, else A). Solid: up, dashed: down; "
-    "thick from 0.5. Point at a token for its numbers."
+    "Background: the gap l = log p - log q of the sampled token, p student, q teacher; none where "
+    "nothing was distilled. Line below: push of the update, advantage A less the teacher's pull (A "
+    "less kd weight · l for k2 and rkl, else A). Point at a token for its numbers."
+)
+LOOKS = (
+    ("n1", "l ≤ -0.1: the teacher likes it more"),
+    ("n2", "≤ -0.5"),
+    ("n3", "≤ -2 nats"),
+    ("p1", "l ≥ 0.1: the teacher likes it less"),
+    ("p2", "≥ 0.5"),
+    ("p3", "≥ 2 nats"),
+    ("u1", "pushed up"),
+    ("u2", "by 0.5 and more"),
+    ("d1", "pushed down"),
+    ("d2", "by 0.5 and more"),
+    ("empty", "a token without text of its own, as the end of a sequence"),
 )
 
 
@@ -32,7 +43,7 @@ def section(groups: Sequence[Group]) -> Section:
     if not shown:
         return Section("samples", "Samples", [Note("These runs have recorded none.")])
     common = sorted(set.intersection(*(set(run.sampled) for _, run in shown)))
-    blocks: list[Block] = [Note(LEGEND)]
+    blocks: list[Block] = [Note(LEGEND), Tints(LOOKS)]
     for step in dict.fromkeys([*common[:1], *common[-1:]]):
         blocks += _step([(group, run, step) for group, run in shown])
     if not common:
