@@ -118,6 +118,15 @@ def test_what_is_no_number_interrupts_the_line() -> None:
     assert "step (y logarithmic)" in texts(svg)
 
 
+def test_a_point_without_neighbours_has_a_mark() -> None:
+    values = [1.0] * 20 + [None, 7.0, None] + [1.0] * 80  # no regular mark is near
+    svg = line_chart([Series("a", range(103), values)], title="t", legend=False)
+    circles = list(ET.fromstring(svg).iter(f"{SVG}circle"))
+    marks = [(float(c.get("cx", "0")), float(c.get("cy", "0"))) for c in circles]
+    assert points(svg)[1][0] in marks
+    assert len(marks) == 6
+
+
 def test_a_line_without_numbers_says_so() -> None:
     svg = line_chart([Series("a", [1], [None])], title="t")
     assert "a: no values" in texts(svg, "desc")[0]
@@ -144,8 +153,7 @@ def test_intervals_span_their_bounds() -> None:
     low, high = map(float, re.findall(r"[MH]([\d.]+)", path))
     circle = next(ET.fromstring(svg).iter(f"{SVG}circle"))
     assert float(circle.get("cx", "0")) == pytest.approx((low + high) / 2, abs=0.1)
-    assert {"0.5 (0.25 to 0.75)", "1", "-"} <= set(texts(svg))
-    assert "teacher" in texts(svg, "title")
+    assert {"0.5 (0.25 to 0.75)", "1", "-", "teacher"} <= set(texts(svg))
 
 
 def test_bars_are_shares() -> None:
