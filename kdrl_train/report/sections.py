@@ -102,9 +102,10 @@ def differences(groups: Sequence[Group]) -> Section:
     names = ["group", *(TABLED[key] for key in keys)]
     rows = [[g.name, *(_estimated(estimate(g, key)) for key in keys)] for g in groups]
     note = (
-        f"Means over the last {FINAL:.0%} of a run's own steps, however far it came, of evaluations "
-        "the last one; then over the runs of a group. In brackets 95% intervals: t over runs; of one run, bootstrap over the "
-        "held-out problems where it was evaluated."
+        f"Means over the last {FINAL:.0%} of a run's own steps, however far it came; of its "
+        "evaluations the last. Then the mean over the runs of a group. In brackets 95% "
+        "intervals: t over runs; of one run, bootstrap over the held-out problems "
+        "where it was evaluated."
     )
     blocks: list[Block] = [Table("", names, rows, note)]
     if len(groups) > 1:
