@@ -11,9 +11,10 @@ Cell = str | float | None
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of texts and numbers; a number is written in four digits, None as "-".
+    """Rows of texts and numbers; a number is written in three digits, None as "-".
 
-    The first column names its row.
+    The first column names its row. A text of several lines keeps them, so that an interval can
+    stand below its value.
     """
 
     kind: ClassVar[str] = "table"
@@ -24,7 +25,7 @@ class Table:
 
     @property
     def cells(self) -> list[list[tuple[str, bool]]]:
-        """(text, whether it is a number) of each row."""
+        """(text, whether it is kept from wrapping) of each row."""
         return [[_cell(value) for value in row] for row in self.rows]
 
 
@@ -88,6 +89,14 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class Tints:
+    """What the looks of tokens mean: (classes, words) of each."""
+
+    kind: ClassVar[str] = "tints"
+    looks: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
 class Samples:
     """Completions of one prompt, side by side."""
 
@@ -106,7 +115,7 @@ class Folded:
     blocks: Sequence["Block"]
 
 
-Block = Table | Figure | Note | Legend | Samples | Folded
+Block = Table | Figure | Note | Legend | Tints | Samples | Folded
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,5 +129,5 @@ class Section:
 
 def _cell(value: Cell) -> tuple[str, bool]:
     if isinstance(value, str):
-        return value, False
+        return value, "\n" in value
     return number(value), True

@@ -119,16 +119,18 @@ def point_chart(
     known = [v for p in points for v in (p.value, p.low, p.high) if _finite(v)]
     levels = [one.value for one in references]
     axis = Axis.fit([*known, *levels], named, WIDTH - shown, room=0.06)
-    bottom = TOP + LINE * len(points) + 4
+    top = TOP + (10 if references else 0)
+    bottom = top + LINE * len(points) + 4
     parts = [_heading(title)]
     for tick in axis.ticks if known else ():
-        parts += [_rule(axis(tick), TOP - 4, axis(tick), bottom)]
+        parts += [_rule(axis(tick), top - 4, axis(tick), bottom)]
         parts += [text(axis.label(tick), axis(tick), bottom + 13, anchor="middle")]
     for one in references:
-        ends = {"x1": axis(one.value), "x2": axis(one.value), "y1": TOP - 4, "y2": bottom}
-        parts.append(element("line", escape_title(one.name), **ends, **LEVEL))
+        x = axis(one.value)
+        parts.append(element("line", x1=x, x2=x, y1=top - 4, y2=bottom, **LEVEL))
+        parts.append(text(one.name, x, top - 7, anchor="middle", font_size=10))
     for i, point in enumerate(points):
-        parts += _row(point, TOP + LINE * i + 8, axis, WIDTH - shown + 8)
+        parts += _row(point, top + LINE * i + 8, axis, WIDTH - shown + 8)
     parts.append(text(x_label, (named + WIDTH - shown) / 2, bottom + 28, anchor="middle"))
     told = "; ".join(f"{p.name} {number(p.value)}" for p in points)
     return document(title, f"{title}: {told}.", WIDTH, bottom + (34 if x_label else 18), parts)
@@ -335,17 +337,22 @@ def _band(one: Series, horizontal: Axis, vertical: Axis) -> str:
 
 
 def _line(one: Series, horizontal: Axis, vertical: Axis, offset: float) -> list[str]:
-    """Its stretches, and some marks; `offset` in [0, 1) keeps the marks of several lines apart."""
-    look, parts = Look(one.look), []
-    runs = _runs(one, one.y)
-    places = [(horizontal(one.x[i]), vertical(one.y[i])) for run in runs for i in run]  # type: ignore[arg-type]
-    start = 0
-    for run in runs:
-        parts.append(look.line(places[start : start + len(run)]))
-        start += len(run)
-    every = max(len(places) / MARKS, 1.0)
-    marked = {int((i + offset) * every) for i in range(MARKS)}
-    return parts + [look.mark(*places[i]) for i in sorted(marked) if i < len(places)]
+    """Its stretches, and some marks; `offset` in [0, 1) keeps the marks of several lines apart. A
+    point that has no neighbours is always marked: its line has no length."""
+    look, parts, marked = Look(one.look), [], set()
+    places: list[tuple[float, float]] = []
+    for run in _runs(one, one.y):
+        there = [(horizontal(one.x[i]), vertical(y)) for i in run if (y := one.y[i]) is not None]
+        parts.append(look.line(there))
+        places += there
+        if len(there) == 1:
+            marked.add(len(places) - 1)
+    if len(places) <= MARKS:
+        marked = set(range(len(places)))
+    for i in range(MARKS if places else 0):
+        goal = LEFT + (i + offset) / MARKS * (WIDTH - RIGHT - LEFT)
+        marked.add(min(range(len(places)), key=lambda at: abs(places[at][0] - goal)))
+    return parts + [look.mark(*places[i]) for i in sorted(marked)]
 
 
 def _strips(series: Sequence[Series], horizontal: Axis, x_label: str) -> list[str]:

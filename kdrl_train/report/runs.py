@@ -50,16 +50,14 @@ class RunData:
     @cached_property
     def columns(self) -> dict[str, Column]:
         """Every key of its rows that holds numbers (or null), but the step."""
-        found: dict[str, tuple[list[int], list[float]]] = {}
-        for row in self.rows:
-            step = row["step"] + 1
-            for key, value in row.items():
-                if value is None or type(value) in (int, float):
-                    steps, values = found.setdefault(key, ([], []))
-                    steps.append(step)
-                    values.append(np.nan if value is None else value)
-        del found["step"]
-        return {k: Column(np.array(s), np.array(v, dtype=float)) for k, (s, v) in found.items()}
+        found = {}
+        for key in dict.fromkeys(key for row in self.rows for key in row if key != "step"):
+            rows = [row for row in self.rows if key in row]
+            values = [row[key] for row in rows]
+            if not any(isinstance(value, (list, str)) for value in values):
+                steps = np.array([row["step"] + 1 for row in rows])
+                found[key] = Column(steps, np.array(values, dtype=float))  # null becomes NaN
+        return found
 
     def counts(self, key: str, share: float, *, late: bool) -> list[int]:
         """Sum of a column of counts over the first, or the last, `share` of its steps."""

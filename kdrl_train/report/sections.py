@@ -102,9 +102,10 @@ def differences(groups: Sequence[Group]) -> Section:
     names = ["group", *(TABLED[key] for key in keys)]
     rows = [[g.name, *(_estimated(estimate(g, key)) for key in keys)] for g in groups]
     note = (
-        f"Means over the last {FINAL:.0%} of the steps, of evaluations the last one; then over the "
-        "runs of a group. In brackets 95% intervals: t over runs; of one run, bootstrap over the "
-        "held-out problems where it was evaluated."
+        f"Means over the last {FINAL:.0%} of a run's own steps, however far it came; of its "
+        "evaluations the last. Then the mean over the runs of a group. In brackets 95% "
+        "intervals: t over runs; of one run, bootstrap over the held-out problems "
+        "where it was evaluated."
     )
     blocks: list[Block] = [Table("", names, rows, note)]
     if len(groups) > 1:
@@ -114,8 +115,8 @@ def differences(groups: Sequence[Group]) -> Section:
             for other in groups[1:]
         ]
         note = (
-            "In brackets the 95% t-interval of the mean over pairs of runs with the same seed, and "
-            "the number of pairs; without two such pairs there is no interval."
+            "Means over pairs of runs with the same seed, in brackets their 95% t-interval and n, "
+            "the number of pairs. Without two such pairs: difference of the means, no interval."
         )
         blocks.append(Table(f"Difference from {base.name}", names, rows, note))
     return Section("values", "Final values", blocks)
@@ -124,15 +125,15 @@ def differences(groups: Sequence[Group]) -> Section:
 def _estimated(one: Estimate) -> str:
     if one.low is None or one.high is None:
         return number(one.value)
-    return f"{number(one.value)} ({number(one.low)} to {number(one.high)})"
+    return f"{number(one.value)}\n({number(one.low)} to {number(one.high)})"
 
 
 def _paired(one: Estimate) -> str:
-    if one.value is None:
-        return "-"
+    value = number(one.value, sign="+")
     if one.low is None or one.high is None:
-        return f"{one.value:+.4g}"
-    return f"{one.value:+.4g} ({one.low:+.4g} to {one.high:+.4g}; {one.count})"
+        return value
+    bounds = f"{number(one.low, sign='+')} to {number(one.high, sign='+')}"
+    return f"{value}\n({bounds}, n = {one.count})"
 
 
 def curves(groups: Sequence[Group]) -> Section:
@@ -154,10 +155,11 @@ def curves(groups: Sequence[Group]) -> Section:
     rest = {k: k for k in dict.fromkeys(others) if not k.startswith(("seconds_", "tokens_per_s_"))}
     rest = {k: k for k in rest if not k.endswith(("_low", "_high")) and not _is_quantile(k)}
     for heading, titles in CURVES.items():
-        found = _charts(groups, titles, every)
+        found = [*_charts(groups, titles, every)]
         if heading == "Teacher":
             found += _gap_curves(groups, every)
         if found:
+            found.sort(key=lambda block: block.kind != "figure")  # figures side by side, notes last
             blocks += [Note("", heading), Legend([g.name for g in groups]), *found]
     found = _charts(groups, rest, every)
     if found:

@@ -68,16 +68,17 @@ def document(
     )
 
 
-def number(value: float | None) -> str:
-    """Four digits that matter: 0.5123, 12,345, 2e-06; "-" for None and what is not finite."""
+def number(value: float | None, *, sign: str = "") -> str:
+    """Three digits that matter: 0.512, 12,345, 2.5e-6; "-" for None and what is not finite.
+
+    sign: "+" writes it before positive numbers too.
+    """
     if value is None or not math.isfinite(value):
         return "-"
     size = abs(value)
-    if size >= 1000:
-        return f"{value:,.0f}"
-    if size and size < 1e-3:
-        return f"{value:.2e}".replace("e-0", "e-")
-    return f"{value:.4g}"
+    if 100 <= size < 1e9:
+        return f"{value:{sign},.0f}"
+    return f"{value:{sign}.3g}".replace("e-0", "e-").replace("e+", "e").replace("e0", "e")
 
 
 def cut(name: str, most: int) -> str:

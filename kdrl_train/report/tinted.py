@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from kdrl_train.jsonl import Row
-from kdrl_train.report.blocks import Block, Note, Sample, Samples, Section, Token
+from kdrl_train.report.blocks import Block, Note, Sample, Samples, Section, Tints, Token
 from kdrl_train.report.runs import Group, RunData
 from kdrl_train.report.svg import number
 
@@ -17,22 +17,33 @@ MOST_TOKENS = 400
 """Tinted of a completion; the rest is plain text."""
 STRONGEST = 5
 LEGEND = (
-    "Background: the gap l = log p - log q of the sampled token, p student, q teacher. Blue: the "
-    "teacher likes it more (l < 0), orange: less (l > 0); weak from 0.1, middle from 0.5, strong "
-    "from 2 nats; none where nothing was distilled. Line below: push of the update, advantage A "
-    "less the teacher's pull (A - kd weight · l for k2 and rkl, else A). Solid: up, dashed: down; "
-    "thick from 0.5. Point at a token for its numbers."
+    "Background: the gap l = log p - log q of the sampled token, p student, q teacher; none where "
+    "nothing was distilled. Line below: push of the update, advantage A less the teacher's pull (A "
+    "less kd weight · l for k2 and rkl, else A). Point at a token for its numbers."
+)
+LOOKS = (
+    ("n1", "l ≤ -0.1: the teacher likes it more"),
+    ("n2", "≤ -0.5"),
+    ("n3", "≤ -2 nats"),
+    ("p1", "l ≥ 0.1: the teacher likes it less"),
+    ("p2", "≥ 0.5"),
+    ("p3", "≥ 2 nats"),
+    ("u1", "pushed up"),
+    ("u2", "by 0.5 and more"),
+    ("d1", "pushed down"),
+    ("d2", "by 0.5 and more"),
+    ("empty", "a token without text of its own, as the end of a sequence"),
 )
 
 
 def section(groups: Sequence[Group]) -> Section:
-    """Samples of an early and a late step that the groups have in common, of one run of each."""
+    """Samples of the first and the last step that the groups have in common, of a run of each."""
     runs = _representatives(groups)
     shown = [(group, run) for group, run in zip(groups, runs, strict=True) if run is not None]
     if not shown:
         return Section("samples", "Samples", [Note("These runs have recorded none.")])
     common = sorted(set.intersection(*(set(run.sampled) for _, run in shown)))
-    blocks: list[Block] = [Note(LEGEND)]
+    blocks: list[Block] = [Note(LEGEND), Tints(LOOKS)]
     for step in dict.fromkeys([*common[:1], *common[-1:]]):
         blocks += _step([(group, run, step) for group, run in shown])
     if not common:
@@ -52,21 +63,19 @@ def _representatives(groups: Sequence[Group]) -> list[RunData | None]:
 
 
 def _step(shown: list[tuple[Group, RunData, int]]) -> list[Block]:
-    """Prompts that all groups have at their steps; where there are none, the first ones of each."""
-    lines = [run.samples(step) for _, run, step in shown]
-    asked = [list(dict.fromkeys(row["prompt"] for row in rows)) for rows in lines]
-    common = [p for p in asked[0] if all(p in other for other in asked)]
-    prompts = common or [p for some in asked for p in some[:1]]
-    blocks: list[Block] = []
-    for prompt in prompts[:PROMPTS]:
-        samples = []
-        for (group, run, _), rows in zip(shown, lines, strict=True):
-            row = next((row for row in rows if row["prompt"] == prompt), None)
-            if row is not None:
-                samples.append(sample(row, group.name, run.settings.get("method.kd")))
-        steps = sorted({at + 1 for _, _, at in shown})
-        blocks.append(Samples(f"Step {', '.join(map(str, steps))}", prompt, samples))
-    return blocks
+    """The prompts that most groups have at their steps, each with its first completion there."""
+    found: dict[str, list[Sample]] = {}
+    for group, run, step in shown:
+        own: dict[str, Sample] = {}
+        for row in run.samples(step):
+            prompt = row["prompt"].strip()
+            if prompt not in own:
+                own[prompt] = sample(row, group.name, run.settings.get("method.kd"))
+        for prompt, one in own.items():
+            found.setdefault(prompt, []).append(one)
+    prompts = sorted(found, key=lambda prompt: -len(found[prompt]))[:PROMPTS]
+    steps = ", ".join(str(at) for at in sorted({step + 1 for _, _, step in shown}))
+    return [Samples(f"Step {steps}", prompt, found[prompt]) for prompt in prompts]
 
 
 def sample(row: Row, group: str, kd: str | None) -> Sample:

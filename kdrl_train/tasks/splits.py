@@ -1,5 +1,6 @@
 """The tasks by name, and their data sets: to train on, to measure on, out of distribution."""
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,7 @@ def make_splits(
 
     Args:
         task, level: a name in TASKS, and one of its levels.
-        seed: with `held_out` it fixes every set; a smaller `train` gives a prefix.
+        seed: with the numbers of rows it fixes every set.
         train: rows of "train".
         held_out: rows of each other set.
         slips: above 0: also "sloppy", the problems of "train" solved with slips.
@@ -53,7 +54,8 @@ def make_splits(
         if rows < 1:
             raise ValueError(f"{name} must be at least 1, got {rows}")
     n = 2 * held_out + train
-    drawn = known.make(n, seed, config)
+    order = random.Random(seed).sample(range(n), n)  # later draws are longer: short ones run out
+    drawn = _take(known.make(n, seed, config), order)
     sets = {
         "train": drawn[2 * held_out :],
         "validation": drawn[held_out : 2 * held_out],
@@ -62,8 +64,12 @@ def make_splits(
         "larger": known.make(held_out, seed, config.larger()),
     }
     if slips:
-        sets["sloppy"] = known.make(n, seed, config, slips)[2 * held_out :]
+        sets["sloppy"] = _take(known.make(n, seed, config, slips), order)[2 * held_out :]
     return sets
+
+
+def _take(rows: Rows, order: list[int]) -> Rows:
+    return [rows[i] for i in order]
 
 
 def _named(kind: str, name: str, known: Mapping[str, Any]) -> Any:
