@@ -13,11 +13,10 @@ from kdrl_train.policy import Policy
 from kdrl_train.sharding import full_weights
 
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the model in this process, where weights are copied
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the cores are the trainer's too
 }
-"""Read when vLLM is first imported; what the user has set stays, but for the first."""
+"""Read when vLLM is first imported; what the user has set stays."""
 
 
 class VllmEngine(RequestEngine):
@@ -94,7 +93,7 @@ def require_vllm(device: torch.device, *, launched: bool) -> Any:
     """The module vllm, for one process. Raises: as VllmEngine."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the model here, where weights are copied
     try:
         vllm = importlib.import_module("vllm")
     except ImportError as error:
