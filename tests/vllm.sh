@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests that need vLLM, against vLLM itself on the CPU: bash tests/vllm.sh [FOLDER]
+# The tests that need vLLM, against vLLM itself on the CPU: bash tests/vllm.sh [FOLDER [OPTIONS OF PYTEST]]
 # FOLDER: of a virtual environment, about 4 GB, made there if it is absent and kept; by default a
 # temporary one, deleted afterwards. Linux, x86-64 or ARM.
 set -euo pipefail
@@ -17,4 +17,4 @@ if [ ! -e "$venv/ready" ]; then
     touch "$venv/ready"
 fi
 export PYTHONPATH=$PWD OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-"$venv/bin/python" -m pytest -m vllm tests/train/test_vllm.py
+"$venv/bin/python" -m pytest -m vllm tests/train/test_vllm.py "${@:2}"
