@@ -11,6 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from kdrl_train.config import SamplingConfig, TrainConfig
 from kdrl_train.distributed import World
 from kdrl_train.engines.requests import Answer, Request, RequestEngine
 from kdrl_train.engines.vllm_client import WAITS_S, VllmClient
-from kdrl_train.errors import EngineError
+from kdrl_train.errors import EngineError, RunError
 from kdrl_train.policy import Policy
 from kdrl_train.sharding import full_weights
 
@@ -39,6 +40,7 @@ class VllmServerEngine(RequestEngine):
         self.file = config.out.absolute() / WEIGHTS
         self.world = world
         self.label: str | None = None
+        self.failure: RunError | None = None
         wanted = {"dtype": config.model.dtype, "logprobs_mode": "processed_logprobs"}
         try:
             (model,) = self.server.send("GET", "/v1/models")["data"]
@@ -59,8 +61,11 @@ class VllmServerEngine(RequestEngine):
     ) -> list[Answer]:
         """See RequestEngine. At most sampling.batch_size are on their way at a time.
 
-        Raises: EngineError where the server fails, has other weights, or too short a window.
+        Raises: EngineError where the server fails, has other weights, or too short a window; what
+            went wrong in the last push.
         """
+        if self.failure is not None:
+            raise self.failure
         longest = max((len(request.prompt_ids) for request in requests), default=0)
         if longest + sampling.max_new_tokens > self.window:
             raise EngineError(
@@ -75,25 +80,35 @@ class VllmServerEngine(RequestEngine):
 
     @torch.no_grad()
     def load(self, policy: Policy, version: int) -> None:
-        """See Engine. Raises: EngineError where the server does not take the weights."""
+        """See Engine. What goes wrong is raised when it is next asked: the step that is done can
+        still be saved."""
         weights: dict[str, Tensor] = {}
         for name, weight in full_weights(policy.model):
             if self.world.main:
                 weights[name] = weight.to("cpu", self.dtype).contiguous()
-        self.label = self.world.on_main(lambda: self._push(weights, version))
+        self.failure = None
+        try:
+            self.label = self.world.on_main(lambda: self._push(weights, version))
+        except RunError as error:
+            self.failure = error
         self.version = version
 
     def _push(self, weights: dict[str, Tensor], version: int) -> str:
         """Returns: the label of the push."""
         label = f"{version} steps, {uuid4().hex}"
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file(weights, self.file)
-            with self.file.open("rb") as written:
-                os.fsync(written.fileno())  # the server may be on another machine
-            self.server.workers("kdrl_load", str(self.file), label)
-        finally:
-            self.file.unlink(missing_ok=True)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                save_file(weights, self.file)
+                with self.file.open("rb") as written:
+                    os.fsync(written.fileno())  # the server may be on another machine
+                self.server.workers("kdrl_load", str(self.file), label)
+            finally:
+                self.file.unlink(missing_ok=True)
+        except (OSError, SafetensorError) as error:
+            raise EngineError(
+                f"the weights for the server must be written to {self.file}, got {error}: see `out`"
+            ) from error
         for wait_s in (0.0, *WAITS_S):  # what has just ended may still hold its keys and values
             time.sleep(wait_s)
             if self.server.send("POST", "/reset_prefix_cache")["success"]:

@@ -149,10 +149,25 @@ def test_a_push(opened: tuple[Any, Policy], server: Scripted) -> None:
     assert server.weights.keys() == own.keys()
     assert all(torch.equal(server.weights[name], own[name]) for name in own)
     assert not engine.file.exists()
+
+
+def test_a_push_that_fails_is_told_before_anything_is_sampled(
+    opened: tuple[Any, Policy], server: Scripted
+) -> None:
+    engine, policy = opened
     server.resets = [False]
+    engine.load(policy, 4)
     with pytest.raises(EngineError, match="must drop its prefix cache after a push, got a refusal"):
-        engine.load(policy, 5)
-    assert engine.version == 4
+        draw(engine)
+    server.dev_mode = False
+    engine.load(policy, 5)
+    with pytest.raises(EngineError, match="must answer /collective_rpc, got status 404"):
+        draw(engine)
+    engine.file.mkdir()
+    engine.load(policy, 6)
+    with pytest.raises(EngineError, match=r"must be written to .*engine_weights.safetensors, got"):
+        draw(engine)
+    assert server.bodies == []
 
 
 def test_a_server_with_other_weights_stops_the_run(
