@@ -42,7 +42,7 @@ class Engine(Protocol):
 
 
 def open_engine(config: TrainConfig, policy: Policy, tokenizer: Any, world: World) -> Engine:
-    """The engine of a run, with the policy's weights of step 0; before the policy is sharded."""
+    """The engine of a run, with the policy's weights of step 0."""
     if config.engine.kind == "continuous":
         return ContinuousEngine(config, policy, tokenizer)
     if config.engine.kind == "vllm":

@@ -18,7 +18,7 @@ class GenerateEngine:
 
     Args:
         config: the run's.
-        policy: not sharded yet.
+        policy: whole where it is shared.
         shared: sample from the policy's own model: nothing is copied, but `generate` needs whole
             weights. Otherwise each rank keeps a whole copy in the compute dtype.
     """

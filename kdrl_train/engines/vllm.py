@@ -24,7 +24,7 @@ class VllmEngine(RequestEngine):
 
     Args:
         config: the run's.
-        policy: not sharded yet.
+        policy: its device and its limit are read.
         launched: by torchrun: vLLM joins the process group that is there.
     Raises: ValueError where vLLM is not installed, or runs on another device.
     """
