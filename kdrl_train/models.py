@@ -71,6 +71,7 @@ def load_model(
     make = _read if world.main else _shell
     world.share(lambda: found.append(make(folder, key, dtype, config.attention)))
     (model,) = found
+    model.generation_config = world.on_main(lambda: model.generation_config)  # a shell has none
     chosen = attention.choose(model, device, getattr(torch, config.dtype))
     if config.attention is None and chosen is not None:
         model.set_attn_implementation(chosen)

@@ -190,7 +190,9 @@ def test_past_the_deadline_a_checkpoint_is_left_to_resume_from(
     local = config("local", str(folders["teacher"]))
     run(local)
     app, port = teacher_app(folders["teacher"]), free_port()
-    remote = config("remote", f"http://127.0.0.1:{port}", teacher=TeacherConfig(deadline_s=3.0))
+    remote = replace(
+        config("remote", f"http://127.0.0.1:{port}"), teacher=TeacherConfig(deadline_s=3.0)
+    )
     file = tmp_path / "run.yaml"
     save_yaml(remote, file)
     with ExitStack() as server, monkeypatch.context() as patch:
