@@ -19,7 +19,7 @@ WIDTH, HEIGHT = 360.0, 220.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 10.0, 26.0, 38.0
 LINE = 17.0
 """Height of a line of a legend or a table."""
-NUMBERS = 104.0
+NUMBERS = 118.0
 """Width of the numbers of a point chart."""
 MARKS = 5
 """Marks on a line."""

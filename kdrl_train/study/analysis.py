@@ -51,11 +51,11 @@ FINDINGS = (
     Finding("exact KL against k2, alone", "kd_rkl_exact", "kd_rkl", ""),
     Finding("centred k2 against k2", "kdrl_centred", "kdrl", ""),
     Finding("distil then RL against joint", "opd_then_rl", "kdrl", ""),
-    Finding("SFT on the teacher against distillation", "sft", "kd_rkl", ""),
-    Finding("beta to 0, linear, against constant", "kdrl_linear", "kdrl", ""),
-    Finding("beta to 0, cosine, against constant", "kdrl_cosine", "kdrl", ""),
-    Finding("beta in steps against constant", "kdrl_step", "kdrl", ""),
-    Finding("beta times 4p(1 - p) against constant", "kdrl_adaptive", "kdrl", ""),
+    Finding("SFT against distillation", "sft", "kd_rkl", ""),
+    Finding("linear to 0 against constant", "kdrl_linear", "kdrl", ""),
+    Finding("cosine to 0 against constant", "kdrl_cosine", "kdrl", ""),
+    Finding("three steps against constant", "kdrl_step", "kdrl", ""),
+    Finding("4p(1 - p) against constant", "kdrl_adaptive", "kdrl", ""),
     Finding("k1 as a loss against GRPO", "k1_as_loss", "grpo", ""),
 )
 

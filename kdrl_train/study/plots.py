@@ -8,7 +8,7 @@ from kdrl_train.report import charts
 from kdrl_train.report.charts import Point, Reference, Series
 from kdrl_train.study import analysis, tables
 from kdrl_train.study.analysis import Study
-from kdrl_train.study.arms import SCHEDULES
+from kdrl_train.study.arms import ARMS, SCHEDULES
 from kdrl_train.study.config import StudyConfig
 from kdrl_train.study.statistics import Estimate, smooth
 
@@ -27,15 +27,20 @@ QUESTIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 }  # fmt: skip
 """Name -> title, metric of the curve, arms."""
 BASIC = {"grpo", "kdrl"}
-METRICS = {"accuracy": "right, % of the samples", "response_length": "tokens of a response"}
-NAMED = 260.0
+METRICS = {"accuracy": "% right", "response_length": "tokens of a response"}
+NAMED = 184.0
 """Width of the names of findings."""
 QUALITIES = ("weak", "middle", "strong")
 
 
 def differences(study: Study, task: str) -> dict[str, str]:
-    """Every finding that is a difference of accuracies, with its interval."""
-    judged = [one for one in analysis.judge(study, task) if one.finding.metric == "accuracy"]
+    """Every finding that is a difference of accuracies, with its interval; but for the control,
+    which is far from all others and has a plot of its own."""
+    judged = [
+        one
+        for one in analysis.judge(study, task)
+        if one.finding.metric == "accuracy" and not ARMS[one.finding.arm].k1_as_loss
+    ]
     points = [
         _point(one.finding.question, one.found, look=0 if one.finding.paper else 1)
         for one in judged
@@ -66,7 +71,7 @@ def questions(study: Study, task: str) -> dict[str, str]:
             lines = [_learning(study, task, arm, arms.index(arm), metric) for arm in ran]
             found[f"{name}_{task}"] = charts.line_chart(
                 lines,
-                title=f"{task}, {title}: {METRICS[metric]}",
+                title=f"{task}: {title}, {METRICS[metric]}",
                 x_label="sampled tokens, thousands",
             )
     return found
@@ -88,7 +93,7 @@ def sensitivity(study: Study, task: str) -> dict[str, str]:
         if len(found) > 1:
             y = [None if e is None else 100 * e.mean for e in found.values()]
             lines.append(Series(arm, list(found), y, look=look))
-    title = f"{task}: validation accuracy by beta, %, one run each"
+    title = f"{task}: validation, % right, by beta"
     return (
         {"beta": charts.line_chart(lines, title=title, x_label="beta", log_x=True)} if lines else {}
     )
@@ -112,7 +117,7 @@ def quality(study: Study, config: StudyConfig, task: str) -> dict[str, str]:
             lines.append(Series(arm, [x for x, _ in known], y, look, low, high))
     without = study.accuracy(task, "grpo")
     levels = [] if without is None else [Reference("grpo, no teacher", 100 * without.mean)]
-    title = f"{task}: after training, % right, by the teacher's"
+    title = f"{task}: % right, by that of the teacher"
     svg = charts.line_chart(lines, title=title, x_label="teacher, % right", references=levels)
     return {"teachers": svg} if lines else {}
 

@@ -1,5 +1,9 @@
-"""Tables, plots and pages of a study: README.md, *.svg and report*.html in its folder."""
+"""Tables, plots and pages of a study: README.md, *.svg and report*.html in its folder.
 
+`python -m kdrl_train.study.write_up FOLDER` writes them again, out of its results.json.
+"""
+
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -7,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from kdrl_train import report
+from kdrl_train.config_file import update
 from kdrl_train.report import Block, Figure, Folded, Note, Table, charts
-from kdrl_train.study import analysis, plots, tables
+from kdrl_train.study import analysis, plots, results, tables
 from kdrl_train.study.analysis import Study
 from kdrl_train.study.config import StudyConfig
 from kdrl_train.study.trial import trial_folder
@@ -78,8 +83,8 @@ def conclusion(study: Study, task: str) -> str:
     for verdict in (analysis.DIFFERS, analysis.UNDECIDED, analysis.SEEN, analysis.ONE_SEED):
         names = [one.finding.question for one in judged if one.verdict == verdict]
         if names or verdict == analysis.DIFFERS:
-            said.append(f"{verdict}: {', '.join(names) or 'nothing'}")
-    return f"{task}: {'; '.join(said)}."
+            said.append(f"{verdict.capitalize()}: {'; '.join(names) or 'nothing'}.")
+    return f"On {task}. {' '.join(said)}"
 
 
 def markdown(said: Sequence[str], made: Sequence[Part]) -> str:
@@ -120,16 +125,27 @@ def on_page(said: Sequence[str], made: Sequence[Part]) -> list[Block]:
 
 
 def _page(study: Study, config: StudyConfig, task: str, out: Path, blocks: list[Block]) -> None:
-    """A page of the runs of PAGED on a task; folders on it are those inside the study's."""
+    """A page of the runs of PAGED on a task, where their folders still are; they are named as they
+    lie in the study's."""
     groups = {
         arm: [trial_folder(config, run.trial) / "run" for run in study.runs(task, arm).values()]
         for arm in PAGED
         if study.runs(task, arm)
     }
-    if groups:
+    if groups and all(folder.exists() for folders in groups.values() for folder in folders):
         left = [arm for arm in study.arms(task) if arm not in groups]
         blocks.append(Note(f"Below: the runs of {', '.join(groups)} on {task}. Not drawn step by "
                            f"step: {', '.join(left)}."))  # fmt: skip
         report.write(groups, out, title=f"KDRL study: {task}", extra=blocks)
         text = out.read_text(encoding="utf-8")
         out.write_text(text.replace(f"{config.out}/", ""), encoding="utf-8")
+
+
+def again(folder: Path) -> None:
+    """Write everything out of a folder's results.json; pages only where the runs are there too."""
+    saved = results.load(folder / "results.json")
+    write(update(StudyConfig(), saved["config"] | {"out": str(folder)}), saved)
+
+
+if __name__ == "__main__":
+    again(Path(sys.argv[1]))

@@ -228,8 +228,8 @@ def test_what_differs_from_the_paper_is_said_first() -> None:
         "KDRL against distillation", "exact KL against k2, in KDRL",
     ]  # fmt: skip
     assert write_up.conclusion(study, "arithmetic") == (
-        "arithmetic: differs from the paper: KDRL against GRPO, distillation against GRPO; not "
-        "decided here: k2 against k3; as in the paper: KDRL against distillation."
+        "On arithmetic. Differs from the paper: KDRL against GRPO; distillation against GRPO. Not "
+        "decided here: k2 against k3. As in the paper: KDRL against distillation."
     )
 
 
@@ -362,6 +362,12 @@ def test_a_study_goes_on_where_it_stopped_and_a_crash_is_a_result(
     assert {p: p.stat().st_mtime_ns for p in first} == first
     table = (config.out / "README.md").read_text(encoding="utf-8")
     assert "| kdrl | 0.001 | 0.2 | 1 |" in table
+    page = (config.out / "report.html").read_text(encoding="utf-8")
+    assert "trials/arithmetic/kdrl/middle-lr0.001-beta0.2-seed0/run" in page
+    assert str(tmp_path) not in page
+    (config.out / "README.md").unlink()
+    write_up.again(config.out)
+    assert (config.out / "README.md").read_text(encoding="utf-8") == table
     trials = Study(results.load(config.out / "results.json")["trials"])
     assert len(trials.results) == 3
     assert [r.error for r in trials.crashed] == [
