@@ -52,6 +52,7 @@ FINDINGS = (
     Finding("centred k2 against k2", "kdrl_centred", "kdrl", ""),
     Finding("distil then RL against joint", "opd_then_rl", "kdrl", ""),
     Finding("SFT against distillation", "sft", "kd_rkl", ""),
+    Finding("KDRL against SFT", "kdrl", "sft", ""),
     Finding("linear to 0 against constant", "kdrl_linear", "kdrl", ""),
     Finding("cosine to 0 against constant", "kdrl_cosine", "kdrl", ""),
     Finding("three steps against constant", "kdrl_step", "kdrl", ""),
@@ -130,13 +131,15 @@ class Study:
         return found
 
     def stage_seconds(self, task: str, arm: str) -> dict[str, float]:
-        """Stage -> median seconds of a step, over all runs of an arm; those it has."""
+        """Stage -> its seconds, spread over all steps: the median of the steps that have it, times
+        their share. Over all runs of an arm; the stages that it has."""
         found = {}
         for stage in STAGES:
             curves = [r.curve.get(f"seconds_{stage}", []) for r in self.runs(task, arm).values()]
-            values = [value for curve in curves for value in curve if value is not None]
+            steps = [value for curve in curves for value in curve]
+            values = [value for value in steps if value is not None]
             if values:
-                found[stage] = float(np.median(values))
+                found[stage] = float(np.median(values)) * len(values) / len(steps)
         return found
 
 

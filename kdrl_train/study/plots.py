@@ -78,10 +78,14 @@ def questions(study: Study, task: str) -> dict[str, str]:
 
 
 def cost(study: Study, task: str) -> dict[str, str]:
-    """Seconds of a step by stage."""
-    rows = [(arm, study.stage_seconds(task, arm)) for arm in study.arms(task)]
-    rows = [(arm, parts) for arm, parts in rows if parts]
-    svg = charts.stacked_chart(rows, title=f"{task}: seconds of a step")
+    """Stages of a step over its rollout, which is the same work in all arms: what else the machine
+    did while an arm ran slows both."""
+    rows = []
+    for arm in study.arms(task):
+        found = study.stage_seconds(task, arm)
+        if "rollout" in found:
+            rows.append((arm, {name: s / found["rollout"] for name, s in found.items()}))
+    svg = charts.stacked_chart(rows, title=f"{task}: cost of a step, rollout = 1", unit="")
     return {f"cost_{task}": svg} if rows else {}
 
 

@@ -174,16 +174,20 @@ def cost(study: Study, task: str) -> Table:
         found = study.stage_seconds(task, arm)
         if found:
             cells = [f"{found[stage]:.3f}" if stage in found else "-" for stage in STAGES]
-            rows.append([arm, *cells, f"{sum(found.values()):.3f}"])
+            total = sum(found.values())
+            share = f"{total / found['rollout']:.2f}" if "rollout" in found else "-"
+            rows.append([arm, *cells, f"{total:.3f}", share])
     return Table(
         f"{task}: seconds of a step",
-        ["arm", *STAGES, "sum"],
+        ["arm", *STAGES, "sum", "sum / rollout"],
         rows,
-        "Medians over steps and seeds, several runs at a time: compare within the table. update "
-        "holds both heads with the loss, which one call computes in one pass, and the policy's "
-        "backbone, forward and backward: a run cannot tell the head apart, `python -m bench` does. "
-        "teacher: its backbone (of reward_shaping, which needs log-probabilities before the "
-        "update, its head too).",
+        "Medians over steps and seeds, times the share of steps that have the stage; several runs "
+        "at a time. Arms ran at other hours, and seconds tell what else the machine did then; the "
+        "last column does not: a rollout is the same work in all arms, as long as completions are. "
+        "update holds both heads with the loss, which one call computes in one pass, and the "
+        "policy's backbone, forward and backward: a run cannot tell the head apart, `python -m "
+        "bench` does. teacher: its backbone (of reward_shaping, which needs log-probabilities "
+        "before the update, its head too).",
     )
 
 

@@ -251,6 +251,14 @@ def test_settings_at_an_end_of_their_sweep_are_marked(tmp_path: Path) -> None:
     assert tables.arms(study, config, "arithmetic").rows[0][1:3] == ["0.0005", "2*"]
 
 
+def test_a_stage_of_half_the_steps_costs_half_a_step() -> None:
+    one = result("opd_then_rl")
+    seconds = {"seconds_rollout": [2.0, 2.0, 2.0, 9.0], "seconds_teacher": [1.0, 1.0, None, None]}
+    study = Study([replace(one, curve=one.curve | seconds)])
+    assert study.stage_seconds("arithmetic", "opd_then_rl") == {"rollout": 2.0, "teacher": 0.5}
+    assert tables.cost(study, "arithmetic").rows[0][-2:] == ["2.500", "1.25"]
+
+
 def test_tokens_until_half_way_and_until_the_teacher() -> None:
     runs = [result("student", "0000"), result("teacher", "4444"), result("grpo", "2222")]
     study = Study([*runs[:2], replace(runs[2], sampled_tokens=2000)])
