@@ -19,6 +19,8 @@ WIDTH, HEIGHT = 360.0, 220.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 10.0, 26.0, 38.0
 LINE = 17.0
 """Height of a line of a legend or a table."""
+NUMBERS = 118.0
+"""Width of the numbers of a point chart."""
 MARKS = 5
 """Marks on a line."""
 STRIPS = 32
@@ -113,12 +115,16 @@ def point_chart(
     title: str,
     x_label: str = "",
     references: Sequence[Reference] = (),
+    named: float = 110.0,
 ) -> str:
-    """A row each: name, value with its interval on a common axis, and the numbers."""
-    named, shown = 110.0, 104.0
+    """A row each: name, value with its interval on a common axis, and the numbers.
+
+    named: width of the names, longer ones are cut; with more, the chart is as much wider.
+    """
+    wide = WIDTH + named - 110.0
     known = [v for p in points for v in (p.value, p.low, p.high) if _finite(v)]
     levels = [one.value for one in references]
-    axis = Axis.fit([*known, *levels], named, WIDTH - shown, room=0.06)
+    axis = Axis.fit([*known, *levels], named, wide - NUMBERS, room=0.06)
     top = TOP + (10 if references else 0)
     bottom = top + LINE * len(points) + 4
     parts = [_heading(title)]
@@ -130,10 +136,10 @@ def point_chart(
         parts.append(element("line", x1=x, x2=x, y1=top - 4, y2=bottom, **LEVEL))
         parts.append(text(one.name, x, top - 7, anchor="middle", font_size=10))
     for i, point in enumerate(points):
-        parts += _row(point, top + LINE * i + 8, axis, WIDTH - shown + 8)
-    parts.append(text(x_label, (named + WIDTH - shown) / 2, bottom + 28, anchor="middle"))
+        parts += _row(point, top + LINE * i + 8, axis)
+    parts.append(text(x_label, (named + wide - NUMBERS) / 2, bottom + 28, anchor="middle"))
     told = "; ".join(f"{p.name} {number(p.value)}" for p in points)
-    return document(title, f"{title}: {told}.", WIDTH, bottom + (34 if x_label else 18), parts)
+    return document(title, f"{title}: {told}.", wide, bottom + (34 if x_label else 18), parts)
 
 
 def histogram_chart(
@@ -235,10 +241,10 @@ def escape_title(words: str) -> str:
     return element("title", escape(words))
 
 
-def _row(point: Point, y: float, axis: Axis, numbers: float) -> list[str]:
-    """A row of a point chart: its middle, and where its numbers start."""
+def _row(point: Point, y: float, axis: Axis) -> list[str]:
+    """A row of a point chart, y its middle."""
     look, told = Look(point.look), number(point.value)
-    parts = [text(cut(point.name, 17), 0, y + 4)]
+    parts = [text(cut(point.name, int(axis.start / 6.4)), 0, y + 4)]
     if _finite(point.low) and _finite(point.high):
         low, high = axis(point.low), axis(point.high)
         told += f" ({number(point.low)} to {number(point.high)})"
@@ -246,8 +252,8 @@ def _row(point: Point, y: float, axis: Axis, numbers: float) -> list[str]:
         parts.append(element("path", d=path, fill="none", stroke=look.color, stroke_width=1.6))
     if _finite(point.value):
         parts.append(look.mark(axis(point.value), y))
-    parts.append(text(told, numbers, y + 4, font_size=10))
-    return [*parts, _hit(0, y - LINE / 2, WIDTH, LINE, f"{point.name}: {told}")]
+    parts.append(text(told, axis.end + 8, y + 4, font_size=10))
+    return [*parts, _hit(0, y - LINE / 2, axis.end + NUMBERS, LINE, f"{point.name}: {told}")]
 
 
 def _finite(value: Value) -> TypeGuard[float]:

@@ -10,6 +10,9 @@ from kdrl_train.study.config import Trial
 from kdrl_train.study.statistics import Estimate, estimate, first_reached, smooth
 from kdrl_train.study.trial import STAGES, Result
 
+MARGIN = 0.02
+"""Share of right completions within which two arms count as alike. That an interval holds 0 does
+not show it: a wide one holds it always."""
 SMOOTHED_STEPS = 10
 """Steps whose training samples say when an accuracy is reached."""
 
@@ -25,8 +28,11 @@ class Finding:
     """Empty: the paper does not say."""
     metric: Literal["accuracy", "length"] = "accuracy"
     expected: Literal[1, 0, -1] = 1
-    """Sign of arm less other in the paper; 0: no difference."""
+    """Sign of arm less other in the paper; 0: no difference beyond MARGIN."""
 
+
+DIFFERS, UNDECIDED, SEEN = "differs from the paper", "not decided here", "as in the paper"
+ONE_SEED = "one seed: not judged"
 
 FINDINGS = (
     Finding("KDRL against GRPO", "kdrl", "grpo", "56.8 against 54.6"),
@@ -45,11 +51,12 @@ FINDINGS = (
     Finding("exact KL against k2, alone", "kd_rkl_exact", "kd_rkl", ""),
     Finding("centred k2 against k2", "kdrl_centred", "kdrl", ""),
     Finding("distil then RL against joint", "opd_then_rl", "kdrl", ""),
-    Finding("SFT on the teacher against distillation", "sft", "kd_rkl", ""),
-    Finding("beta to 0, linear, against constant", "kdrl_linear", "kdrl", ""),
-    Finding("beta to 0, cosine, against constant", "kdrl_cosine", "kdrl", ""),
-    Finding("beta in steps against constant", "kdrl_step", "kdrl", ""),
-    Finding("beta times 4p(1 - p) against constant", "kdrl_adaptive", "kdrl", ""),
+    Finding("SFT against distillation", "sft", "kd_rkl", ""),
+    Finding("KDRL against SFT", "kdrl", "sft", ""),
+    Finding("linear to 0 against constant", "kdrl_linear", "kdrl", ""),
+    Finding("cosine to 0 against constant", "kdrl_cosine", "kdrl", ""),
+    Finding("three steps against constant", "kdrl_step", "kdrl", ""),
+    Finding("4p(1 - p) against constant", "kdrl_adaptive", "kdrl", ""),
     Finding("k1 as a loss against GRPO", "k1_as_loss", "grpo", ""),
 )
 
@@ -89,23 +96,31 @@ class Study:
             return None
         return estimate(np.stack([run.scores[name].shares for run in runs.values()]))
 
-    def difference(
-        self, task: str, arm: str, other: str, metric: str = "accuracy", teacher: str = "middle"
-    ) -> Estimate | None:
-        """Arm less other on the test problems, paired by seed and problem: accuracy, or length in
-        tokens (paired by seed). None where they share no seed."""
-        ours, theirs = self.runs(task, arm, teacher), self.runs(task, other, teacher)
-        seeds = sorted(ours.keys() & theirs.keys())
-        if not seeds:
+    def pairs(self, task: str, arm: str, other: str, metric: str = "accuracy") -> np.ndarray | None:
+        """[S, P] arm less other, of the seeds that both have: share of right completions of each
+        test problem, or, with P = 1, length in tokens. None where they share no seed."""
+        ours, theirs = self.runs(task, arm), self.runs(task, other)
+        both = [
+            (ours[seed].scores["test"], theirs[seed].scores["test"])
+            for seed in sorted(ours.keys() & theirs.keys())
+        ]
+        if not both:
             return None
-        pairs = [(ours[seed].scores["test"], theirs[seed].scores["test"]) for seed in seeds]
         if metric == "length":
-            return estimate(np.array([[a.length - b.length] for a, b in pairs]))
-        return estimate(np.stack([a.shares - b.shares for a, b in pairs]))
+            return np.array([[a.length - b.length] for a, b in both])
+        return np.stack([a.shares - b.shares for a, b in both])
+
+    def difference(
+        self, task: str, arm: str, other: str, metric: str = "accuracy"
+    ) -> Estimate | None:
+        """The mean of `pairs`, with its interval."""
+        pairs = self.pairs(task, arm, other, metric)
+        return None if pairs is None else estimate(pairs)
 
     def tokens_to(self, task: str, arm: str, level: float) -> list[int | None]:
-        """Of each run: sampled tokens until its training samples, of prompts it had not seen, are
-        right at least this often, over SMOOTHED_STEPS steps; None: never."""
+        """Of each run: sampled tokens until its training samples are right at least this often, in
+        the mean over SMOOTHED_STEPS steps; None: never. Each prompt is drawn once in a run, but was
+        among the problems that student and teacher learnt from under supervision."""
         found: list[int | None] = []
         for run in self.runs(task, arm).values():
             right = [value or 0.0 for value in run.curve.get("accuracy", [])]
@@ -116,32 +131,60 @@ class Study:
         return found
 
     def stage_seconds(self, task: str, arm: str) -> dict[str, float]:
-        """Stage -> median seconds of a step, over all runs of an arm; those it has."""
+        """Stage -> its seconds, spread over all steps: the median of the steps that have it, times
+        their share. Over all runs of an arm; the stages that it has."""
         found = {}
         for stage in STAGES:
             curves = [r.curve.get(f"seconds_{stage}", []) for r in self.runs(task, arm).values()]
-            values = [value for curve in curves for value in curve if value is not None]
+            steps = [value for curve in curves for value in curve]
+            values = [value for value in steps if value is not None]
             if values:
-                found[stage] = float(np.median(values))
+                found[stage] = float(np.median(values)) * len(values) / len(steps)
         return found
 
 
-def verdict(finding: Finding, found: Estimate | None) -> str:
+def verdict(finding: Finding, found: Estimate) -> str:
     """Whether the paper's finding was seen here."""
-    if found is None:
-        return "not measured"
+    if found.seeds < 2:
+        return ONE_SEED
     if not finding.paper:
-        return {1: "more", -1: "less", 0: "no difference seen"}[found.sign]
-    if found.sign == finding.expected:
-        return "as in the paper"
-    return "not decided here" if found.sign == 0 else "differs from the paper"
+        return {1: "more", -1: "less", 0: UNDECIDED}[found.sign]
+    if finding.expected == 0 and found.low > -MARGIN and found.high < MARGIN:
+        return SEEN
+    if found.sign == 0:
+        return UNDECIDED
+    return SEEN if found.sign == finding.expected else DIFFERS
 
 
 def order(verdicts: Sequence[str]) -> list[int]:
     """Places of verdicts, those that contradict the paper first, then those that decide nothing."""
-    ranks = ("differs from the paper", "not decided here", "as in the paper")
+    ranks = (DIFFERS, UNDECIDED, SEEN)
     keys = [ranks.index(v) if v in ranks else len(ranks) for v in verdicts]
     return sorted(range(len(verdicts)), key=keys.__getitem__)
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A finding with what was measured of it."""
+
+    finding: Finding
+    found: Estimate
+    seeds: list[float]
+    """The difference at each seed."""
+    verdict: str
+
+
+def judge(study: "Study", task: str) -> list[Judged]:
+    """The findings that were measured: the paper's, in the order of `order`, then the others."""
+    rows = []
+    for one in FINDINGS:
+        pairs = study.pairs(task, one.arm, one.other, one.metric)
+        if pairs is not None:
+            found = estimate(pairs)
+            rows.append(Judged(one, found, pairs.mean(axis=1).tolist(), verdict(one, found)))
+    rows.sort(key=lambda row: not row.finding.paper)
+    papers = sum(bool(row.finding.paper) for row in rows)
+    return [rows[i] for i in order([row.verdict for row in rows[:papers]])] + rows[papers:]
 
 
 def sweep_points(study: Study, task: str) -> dict[Trial, Estimate | None]:

@@ -1,6 +1,12 @@
 """`python -m kdrl_train study`: every run, then tables, plots and a page."""
 
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from rich.console import Console
 
@@ -23,14 +29,17 @@ def main(config: StudyConfig, console: Console | None = None) -> Path:
     results.json, README.md with the tables, plots (.svg) and report.html are written again after
     each part, from the runs that have ended.
 
+    SIGTERM ends it as Ctrl-C does: with all of its processes. A run that crashes is a result like
+    any other, and is not repeated until its result.json is deleted.
+
     Raises: ValueError for a folder with a study of other settings; ChildProcessError where a model
-        cannot be trained. A run that crashes is a result like any other.
+        cannot be trained.
     """
     config = quick(config) if config.quick else config
     console = console or Console(highlight=False)
     open_folder(config)
     found: dict[Trial, Result] = {}
-    with Runner(config, console) as runner:
+    with ended_by_sigterm(), Runner(config, console) as runner:
         runner.models()
         for task in config.tasks:
             found |= runner.trials(plan.rate_sweep(config, task), f"{task}: learning rates")
@@ -45,6 +54,23 @@ def main(config: StudyConfig, console: Console | None = None) -> Path:
     console.print((config.out / "README.md").read_text(encoding="utf-8"), markup=False)
     console.print(f"page: {config.out / 'report.html'}")
     return config.out
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Within it SIGTERM raises SystemExit in the main thread, where Python would end at once and
+    leave what it started running."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, end) if main_thread else None
+    try:
+        yield
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)
 
 
 def open_folder(config: StudyConfig) -> None:

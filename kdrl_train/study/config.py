@@ -153,7 +153,7 @@ class StudyConfig:
 
 
 def quick(config: StudyConfig) -> StudyConfig:
-    """The small study: learning rate and beta as the sweeps of the full one chose them."""
+    """The small study: one learning rate and one beta for all arms, not swept."""
     return replace(
         config,
         tasks=config.tasks[:1],

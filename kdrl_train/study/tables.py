@@ -4,61 +4,52 @@ from collections.abc import Sequence
 
 from kdrl_train.report import Table
 from kdrl_train.study import analysis
-from kdrl_train.study.analysis import FINDINGS, Study
+from kdrl_train.study.analysis import Study
 from kdrl_train.study.arms import ARMS, SCHEDULES
-from kdrl_train.study.config import StudyConfig
+from kdrl_train.study.config import StudyConfig, Trial
 from kdrl_train.study.lab import OUT_OF_DISTRIBUTION
 from kdrl_train.study.statistics import Estimate
 from kdrl_train.study.trial import STAGES
 
 
-def all_tables(study: Study, config: StudyConfig, tasks: Sequence[str]) -> list[Table]:
-    """Every table that has a row; the findings first, and what differs from the paper first."""
-    found = [findings(study, task) for task in tasks]
-    found += [arms(study, config, task) for task in tasks]
-    if tasks:
-        found += [quality(study, config, tasks[0]), sensitivity(study, tasks[0])]
-    found += [cost(study, task) for task in tasks]
-    found += [sweeps(study, task) for task in tasks]
-    found.append(crashes(study))
-    return [table for table in found if table.rows]
-
-
 def findings(study: Study, task: str) -> Table:
     """The paper's findings and further questions, each by a paired difference."""
+    judged = analysis.judge(study, task)
     rows = []
-    for one in FINDINGS:
-        found = study.difference(task, one.arm, one.other, one.metric)
-        if found is not None:
-            shown = tokens(found) if one.metric == "length" else points(found)
-            judged = analysis.verdict(one, found)
-            rows.append([one.question, f"{one.arm} - {one.other}", shown, one.paper or "-", judged])
-    places = analysis.order([row[-1] for row in rows])
+    for one in judged:
+        finding, shown = one.finding, tokens if one.finding.metric == "length" else points
+        scale, digits = (1, 2) if finding.metric == "length" else (100, 1)
+        seeds = ", ".join(f"{scale * value:+.{digits}f}" for value in one.seeds)
+        what = f"{finding.arm} - {finding.other}"
+        rows.append(
+            [finding.question, what, shown(one.found), seeds, finding.paper or "-", one.verdict]
+        )
     return Table(
         f"{task}: the paper's findings, here",
-        ["question", "difference", "points (or tokens) on the test problems", "paper", "here"],
-        [rows[place] for place in places],
-        "Paired by seed and problem. What differs from the paper stands first. Only the sign can "
-        "be compared: models, task and length of training are others.",
+        ["question", "difference", "points (or tokens)", "each seed", "paper", "here"],
+        rows,
+        "On the test problems, paired by seed and problem. First the paper's findings, those that "
+        "differ here before the others; then questions that it leaves open. Only the sign can be "
+        'compared: models, task and length of training are others. "Kept" is seen where the whole '
+        f"interval is within {100 * analysis.MARGIN:g} points of 0. Of {len(rows)} differences at "
+        f"95% about {max(1, round(len(rows) / 20))} would be decided by chance alone where there "
+        "were none; the intervals are not corrected for that.",
     )
 
 
 def arms(study: Study, config: StudyConfig, task: str) -> Table:
     """Every arm at its best settings."""
     k = config.samples
-    teacher = study.accuracy(task, "teacher")
-    level = teacher.mean if teacher is not None else 0.5
     rows = []
     for arm in study.arms(task):
         runs = list(study.runs(task, arm).values())
-        trial, scores = runs[0].trial, [run.scores["test"] for run in runs]
+        scores = [run.scores["test"] for run in runs]
         against = None if arm == "grpo" else study.difference(task, arm, "grpo")
         majorities = [s.maj_at_k for s in scores if s.maj_at_k is not None]
         rows.append(
             [
                 arm,
-                "-" if trial.learning_rate is None else f"{trial.learning_rate:g}",
-                "-" if trial.beta is None else f"{trial.beta:g}",
+                *_settings(config, runs[0].trial),
                 str(len(runs)),
                 percent(study.accuracy(task, arm)),
                 points(against),
@@ -66,19 +57,64 @@ def arms(study: Study, config: StudyConfig, task: str) -> Table:
                 f"{100 * _mean(majorities):.1f}" if majorities else "-",
                 *(percent(study.accuracy(task, arm, name)) for name in OUT_OF_DISTRIBUTION),
                 f"{_mean([s.length for s in scores]):.1f}",
-                _reached(study.tokens_to(task, arm, level)),
             ]
         )
     columns = ["arm", "learning rate", "beta", "seeds", f"avg@{k} %", "less GRPO, points"]
     columns += [f"pass@{k} %", f"maj@{k} %", *(f"{name} %" for name in OUT_OF_DISTRIBUTION)]
     return Table(
         f"{task}: arms",
-        [*columns, "tokens", "sampled until teacher"],
+        [*columns, "tokens"],
         rows,
-        f"Sampled at temperature 1. Last column: thousands of sampled tokens until the training "
-        f"samples are as often right as the teacher's ({100 * level:.1f}%), a number a seed. "
+        "Sampled at temperature 1 on the test problems; longer and larger: out of distribution; "
+        "tokens: of a completion. Of student and teacher, which are not trained here, seeds are "
+        "draws of one model. *: an end of what was swept, so that a value beyond it may be better. "
         + "; ".join(f"{arm}: {ARMS[arm].title}" for arm in study.arms(task))
         + ".",
+    )
+
+
+def _settings(config: StudyConfig, trial: Trial) -> list[str]:
+    """Learning rate and beta, those at an end of their sweep with a star."""
+    found = []
+    for value, swept in (
+        (trial.learning_rate, config.learning_rates),
+        (trial.beta, config.betas_of(trial.arm)),
+    ):
+        edge = len(swept) > 1 and value in (min(swept), max(swept))
+        found.append("-" if value is None else f"{value:g}{'*' * edge}")
+    return found
+
+
+def levels(study: Study, task: str) -> dict[str, float]:
+    """Accuracies that are waited for: half way from the student's to the teacher's, the teacher's;
+    those below what is measured before training are left out."""
+    student, teacher = study.accuracy(task, "student"), study.accuracy(task, "teacher")
+    if teacher is None:
+        return {}
+    if student is None or student.mean >= teacher.mean:
+        return {"teacher": teacher.mean}
+    return {"half way": (student.mean + teacher.mean) / 2, "teacher": teacher.mean}
+
+
+def reached(study: Study, task: str) -> Table:
+    """Sampled tokens until an accuracy."""
+    goals = levels(study, task)
+    rows = []
+    for arm in study.arms(task):
+        runs = [run for run in study.runs(task, arm).values() if run.sampled_tokens]
+        if runs:
+            sampled = _mean([run.sampled_tokens for run in runs]) / 1000
+            cells = [_reached(study.tokens_to(task, arm, goal)) for goal in goals.values()]
+            rows.append([arm, f"{sampled:.0f}", *cells])
+    return Table(
+        f"{task}: sampled tokens until an accuracy",
+        ["arm", "sampled in all", *(f"{name}: {100 * v:.1f}%" for name, v in goals.items())],
+        rows if goals else [],
+        "Thousands of tokens, a number a seed, until the samples that a run trains on are as often "
+        f"right, in the mean of {analysis.SMOOTHED_STEPS} steps. Half way: between student and "
+        "teacher on the test problems. A run draws each prompt once, but student and teacher had "
+        "seen these problems, with solutions as imperfect as they are, in their supervised "
+        "training. sft samples from the teacher and has no curve.",
     )
 
 
@@ -118,7 +154,7 @@ def sensitivity(study: Study, task: str) -> Table:
     found = {arm: by_beta(study, task, arm) for arm in SCHEDULES}
     betas = sorted({beta for one in found.values() for beta in one})
     rows = [
-        [arm, *(percent(one[beta]) if beta in one else "-" for beta in betas)]
+        [arm, *(_tried(one[beta]) if beta in one else "-" for beta in betas)]
         for arm, one in found.items()
         if len(one) > 1
     ]
@@ -126,7 +162,8 @@ def sensitivity(study: Study, task: str) -> Table:
         f"{task}: schedule and beta",
         ["arm", *(f"beta {beta:g}" for beta in betas)],
         rows,
-        "avg@k % on the validation problems, one run each, at the arm's best learning rate.",
+        "avg@k % on the validation problems at the arm's best learning rate, one run each: the "
+        "intervals are over problems alone, and another seed moves a run too.",
     )
 
 
@@ -137,13 +174,20 @@ def cost(study: Study, task: str) -> Table:
         found = study.stage_seconds(task, arm)
         if found:
             cells = [f"{found[stage]:.3f}" if stage in found else "-" for stage in STAGES]
-            rows.append([arm, *cells, f"{sum(found.values()):.3f}"])
+            total = sum(found.values())
+            share = f"{total / found['rollout']:.2f}" if "rollout" in found else "-"
+            rows.append([arm, *cells, f"{total:.3f}", share])
     return Table(
         f"{task}: seconds of a step",
-        ["arm", *STAGES, "all"],
+        ["arm", *STAGES, "sum", "sum / rollout"],
         rows,
-        "Medians over steps and seeds, one CPU thread a run, several runs at a time: compare "
-        "within the table. update holds the head, with its loss, and the backbone's two passes.",
+        "Medians over steps and seeds, times the share of steps that have the stage; several runs "
+        "at a time. Arms ran at other hours, and seconds tell what else the machine did then; the "
+        "last column does not: a rollout is the same work in all arms, as long as completions are. "
+        "update holds both heads with the loss, which one call computes in one pass, and the "
+        "policy's backbone, forward and backward: a run cannot tell the head apart, `python -m "
+        "bench` does. teacher: its backbone (of reward_shaping, which needs log-probabilities "
+        "before the update, its head too).",
     )
 
 
@@ -151,15 +195,18 @@ def sweeps(study: Study, task: str) -> Table:
     """All runs that settings were chosen by."""
     rows = [
         [t.arm, f"{t.learning_rate:g}", "-" if t.beta is None else f"{t.beta:g}",
-         "crashed" if e is None else percent(e)]
+         _tried(e)]
         for t, e in analysis.sweep_points(study, task).items()
     ]  # fmt: skip
     return Table(f"{task}: sweeps", ["arm", "learning rate", "beta", "validation avg@k %"], rows)
 
 
-def crashes(study: Study) -> Table:
+def crashes(study: Study, config: StudyConfig) -> Table:
     """Runs without a measurement, and why."""
-    rows = [[r.trial.name, (r.error or "").replace("\n", " ")[:300]] for r in study.crashed]
+    rows = [
+        [r.trial.name, (r.error or "").replace("\n", " ").replace(f"{config.out}/", "")[:300]]
+        for r in study.crashed
+    ]
     return Table("Runs that crashed", ["run", "error"], rows)
 
 
@@ -170,6 +217,11 @@ def percent(found: Estimate | None) -> str:
     return f"{100 * found.mean:.1f} ({100 * found.low:.1f}-{100 * found.high:.1f})"
 
 
+def _tried(found: Estimate | None) -> str:
+    """Of a run of a sweep."""
+    return "crashed" if found is None else percent(found)
+
+
 def points(found: Estimate | None) -> str:
     """Of a difference of shares, with its interval, in percentage points."""
     if found is None:
@@ -178,13 +230,13 @@ def points(found: Estimate | None) -> str:
 
 
 def tokens(found: Estimate) -> str:
-    """Of a difference of lengths, with its interval."""
+    """Of a difference of lengths, with its interval; one run of each has none."""
+    if found.seeds < 2:
+        return f"{found.mean:+.2f} tokens"
     return f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f}) tokens"
 
 
 def _reached(found: list[int | None]) -> str:
-    if not any(found):
-        return "-"
     return ", ".join("never" if n is None else f"{n / 1000:.0f}" for n in found)
 
 

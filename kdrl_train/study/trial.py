@@ -147,6 +147,8 @@ def run(config: StudyConfig, trial: Trial) -> Result:
     else:
         with k1_as_loss() if arm.k1_as_loss else nullcontext():
             folder = train.main(made) / "model"
+        if not folder.exists():  # ended by a signal, which is no result: it is done again
+            raise SystemExit(f"{trial.name} was stopped before its last step")
         rows = read_rows(made.out)
         names = [*CURVES, *(f"seconds_{stage}" for stage in STAGES)]
         curve = {name: [_short(row.get(name)) for row in rows] for name in names}

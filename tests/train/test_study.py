@@ -1,6 +1,12 @@
 """The study: arms, intervals, which runs it makes, what it says of them; one small study, run."""
 
-from dataclasses import replace
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +16,9 @@ import torch
 from rich.console import Console
 
 import kdrl_kernels as kk
-from kdrl_train import sft
+from kdrl_train import sft, train
 from kdrl_train.presets import PRESETS
-from kdrl_train.study import analysis, command, lab, plan, results, tables, write_up
+from kdrl_train.study import analysis, command, lab, plan, plots, results, tables, write_up
 from kdrl_train.study.analysis import FINDINGS, Finding, Study
 from kdrl_train.study.arms import ARMS, NOT_TRAINED, PAPER_STEPS, SCHEDULES
 from kdrl_train.study.config import LabConfig, StudyConfig, Trial, quick
@@ -34,6 +40,7 @@ def result(arm: str, right: str = "0123", *, seed: int = 0, **trial: Any) -> Res
     curve: dict[str, list[float | None]] = {}
     if arm not in NOT_TRAINED:
         curve = {name: [0.1 * i for i in range(20)] for name in ("accuracy", "seconds_rollout")}
+        curve["response_length"] = [20.0] * 20
         curve["tokens"] = [100.0] * 20
     return Result(
         trial=made, status="done", scores=dict.fromkeys(sets, score), curve=curve, seconds=1.0
@@ -73,6 +80,24 @@ def test_estimate_covers_a_known_mean_about_95_times_in_100() -> None:
         found = estimate(rng.random((1, 200)) < 0.3, draws=400)
         inside += found.low <= 0.3 <= found.high
     assert 88 <= inside <= 99
+
+
+def test_estimate_of_three_seeds_covers_too_although_runs_differ_more_than_problems() -> None:
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(100):
+        runs, problems = rng.normal(0.0, 0.02, (3, 1)), 0.2 * rng.normal(size=400)
+        found = estimate(runs + problems + 0.2 * rng.normal(size=(3, 400)), draws=400)
+        inside += found.low <= 0.0 <= found.high
+    assert 90 <= inside <= 99
+
+
+def test_the_interval_of_single_numbers_is_students_t() -> None:
+    found = estimate(np.array([[1.0], [2.0], [3.0]]))
+    assert found.high - 2 == pytest.approx(4.303 / np.sqrt(3), rel=0.03)
+    assert (found.mean, found.seeds) == (2.0, 3)
+    alone = estimate(np.array([[2.0]]))
+    assert (alone.low, alone.high) == (2.0, 2.0)
 
 
 def test_estimate_of_seeds_that_differ_is_wider_than_of_one() -> None:
@@ -163,48 +188,146 @@ def test_the_quick_study_sweeps_nothing() -> None:
     assert len(plan.final_trials(config, "arithmetic", best)) == 7
 
 
-def test_findings_name_arms_and_say_what_differs_first() -> None:
+def seen(mean: float, low: float, high: float) -> Estimate:
+    return Estimate(mean, low, high, seeds=3)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "kept"),
+    [
+        (seen(0.05, 0.03, 0.07), "as in the paper", "differs from the paper"),
+        (seen(0.01, 0.005, 0.015), "as in the paper", "as in the paper"),
+        (seen(0.0, -0.01, 0.01), "not decided here", "as in the paper"),
+        (seen(0.0, -0.2, 0.2), "not decided here", "not decided here"),
+        (seen(-0.01, -0.03, 0.01), "not decided here", "not decided here"),
+        (seen(-0.05, -0.07, -0.03), "differs from the paper", "differs from the paper"),
+        (Estimate(0.05, 0.03, 0.07), "one seed: not judged", "one seed: not judged"),
+    ],
+)
+def test_verdicts_on_more_and_on_kept(found: Estimate, expected: str, kept: str) -> None:
     assert {one.arm for one in FINDINGS} | {one.other for one in FINDINGS} <= set(ARMS)
-    said = [analysis.verdict(one, Estimate(1.0, 0.5, 1.5)) for one in FINDINGS]
-    assert said[0] == "as in the paper"
-    assert analysis.verdict(FINDINGS[0], Estimate(-1.0, -1.5, -0.5)) == "differs from the paper"
-    assert analysis.verdict(FINDINGS[0], Estimate(0.1, -0.5, 0.7)) == "not decided here"
-    kept = Finding("?", "a", "b", "kept", expected=0)
-    assert analysis.verdict(kept, Estimate(0.1, -0.5, 0.7)) == "as in the paper"
-    verdicts = ["as in the paper", "more", "differs from the paper", "not decided here"]
-    assert analysis.order(verdicts) == [2, 3, 0, 1]
+    assert analysis.verdict(FINDINGS[0], found) == expected
+    assert analysis.verdict(Finding("?", "a", "b", "kept", expected=0), found) == kept
+
+
+def test_what_the_paper_leaves_open_has_no_verdict_but_a_sign() -> None:
+    one = Finding("?", "a", "b", "")
+    assert analysis.verdict(one, seen(-0.1, -0.2, -0.05)) == "less"
+    assert analysis.verdict(one, seen(0.0, -0.2, 0.2)) == "not decided here"
+
+
+def test_what_differs_from_the_paper_is_said_first() -> None:
+    wins, draws, loses = "4444", "0123", "0000"
+    right = {"kdrl": draws, "grpo": wins, "kd_rkl": loses, "kdrl_k3": draws, "kdrl_exact": wins}
+    study = Study(
+        result(arm, digits, seed=seed) for arm, digits in right.items() for seed in range(3)
+    )
+    judged = analysis.judge(study, "arithmetic")
+    assert [one.finding.question for one in judged] == [
+        "KDRL against GRPO", "distillation against GRPO", "k2 against k3",
+        "KDRL against distillation", "exact KL against k2, in KDRL",
+    ]  # fmt: skip
+    assert write_up.conclusion(study, "arithmetic") == (
+        "On arithmetic. Differs from the paper: KDRL against GRPO; distillation against GRPO. Not "
+        "decided here: k2 against k3. As in the paper: KDRL against distillation."
+    )
 
 
 def test_differences_are_paired_by_seed() -> None:
     runs = [result("kdrl", "2222", seed=0), result("kdrl", "4444", seed=1)]
     runs += [result("grpo", "1111", seed=0), result("grpo", "3333", seed=1)]
     runs += [result("grpo", "0000", seed=2)]  # kdrl has no such seed
-    found = Study(runs).difference("arithmetic", "kdrl", "grpo")
-    assert found == Estimate(0.25, 0.25, 0.25)
-    shorter = Study(runs).difference("arithmetic", "kdrl", "grpo", "length")
-    assert shorter == Estimate(0.0, 0.0, 0.0)
-    assert Study(runs).tokens_to("arithmetic", "grpo", 1.0)[0] == 1600
+    study = Study(runs)
+    assert study.difference("arithmetic", "kdrl", "grpo") == Estimate(0.25, 0.25, 0.25, 2)
+    shorter = study.pairs("arithmetic", "kdrl", "grpo", "length")
+    assert shorter is not None
+    assert shorter.tolist() == [[0.0], [0.0]]
+    assert study.tokens_to("arithmetic", "grpo", 1.0)[0] == 1600
+
+
+def test_settings_at_an_end_of_their_sweep_are_marked(tmp_path: Path) -> None:
+    config = StudyConfig(out=tmp_path)
+    study = Study([result("kdrl", learning_rate=5e-4, beta=2.0)])
+    assert tables.arms(study, config, "arithmetic").rows[0][1:3] == ["0.0005", "2*"]
+
+
+def test_a_stage_of_half_the_steps_costs_half_a_step() -> None:
+    one = result("opd_then_rl")
+    seconds = {"seconds_rollout": [2.0, 2.0, 2.0, 9.0], "seconds_teacher": [1.0, 1.0, None, None]}
+    study = Study([replace(one, curve=one.curve | seconds)])
+    assert study.stage_seconds("arithmetic", "opd_then_rl") == {"rollout": 2.0, "teacher": 0.5}
+    assert tables.cost(study, "arithmetic").rows[0][-2:] == ["2.500", "1.25"]
+
+
+def test_tokens_until_half_way_and_until_the_teacher() -> None:
+    runs = [result("student", "0000"), result("teacher", "4444"), result("grpo", "2222")]
+    study = Study([*runs[:2], replace(runs[2], sampled_tokens=2000)])
+    table = tables.reached(study, "arithmetic")
+    assert table.columns[2:] == ["half way: 50.0%", "teacher: 100.0%"]
+    assert table.rows == [["grpo", "2", "1", "2"]]  # 0.1 more each step of 100 tokens
 
 
 def test_a_page_and_tables_of_a_half_finished_study(tmp_path: Path) -> None:
     config = StudyConfig(out=tmp_path, seeds=1)
     bad = replace(
-        result("kd_rkl", learning_rate=1e-3), status="crashed", error="boom | x", scores={}
-    )
+        result("kd_rkl", learning_rate=1e-3),
+        status="crashed", error=f"boom | {tmp_path}/x", scores={},
+    )  # fmt: skip
     found = [result("student"), result("grpo", learning_rate=1e-3), bad]
     found += [result("teacher"), result("kdrl", "4444", learning_rate=1e-3, beta=0.2)]
     sweeps = [
         result("kdrl", learning_rate=1e-3, beta=b, seed=1000, sweep=True) for b in (0.02, 0.2)
     ]
     saved = results.save(config, {r.trial: r for r in [*found, *sweeps]})
-    study = Study(saved["trials"])
-    text = write_up.markdown("about", tables.all_tables(study, config, ["arithmetic"]), {})
+    made = write_up.parts(Study(saved["trials"]), config, ["arithmetic"])
+    text = write_up.markdown(["about"], made)
     assert "KDRL against GRPO | kdrl - grpo | +62.5" in text
+    assert "| +62.5 | 56.8 against 54.6 | one seed: not judged |" in text
     assert "kd_rkl/middle-lr0.001-seed0 | boom \\| x" in text
-    figures = write_up.draw(study, config, ["arithmetic"])
-    assert set(figures) == {"accuracy_arithmetic", "learning_arithmetic", "beta"}
+    assert {name for part in made for name in part.plots} == {
+        "differences_arithmetic", "accuracy_arithmetic", "beta", "cost_arithmetic",
+    }  # fmt: skip
     again = [Result.read(_written(r, tmp_path)) for r in found]
     assert again == found
+
+
+def test_every_question_of_the_paper_has_a_table_and_a_plot(tmp_path: Path) -> None:
+    config = StudyConfig(out=tmp_path)
+    runs = [
+        result(arm, seed=seed, beta=0.2 if ARMS[arm].tuned else None)
+        for arm in ARMS for seed in range(2)
+    ]  # fmt: skip
+    runs += [result(arm, teacher=t) for arm in ("teacher", "kdrl") for t in ("weak", "strong")]
+    made = write_up.parts(Study(runs), config, ["arithmetic"])
+    assert len(made[0].table.rows) == len(FINDINGS)
+    assert set(plots.QUESTIONS) <= {name.removesuffix("_arithmetic") for name in made[0].plots}
+    assert all(part.plots for part in made if "until" not in part.table.title)
+
+
+def test_a_run_that_a_signal_ended_is_no_result(
+    small: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "main", lambda made: made.out)  # as it returns then: without model/
+    config = replace(small, out=tmp_path)
+    trial = Trial(task="arithmetic", arm="grpo", learning_rate=1e-3, seed=0)
+    folder = trial_folder(config, trial)
+    folder.mkdir(parents=True)
+    (folder / "trial.json").write_text(json.dumps(asdict(trial)))
+    with pytest.raises(SystemExit, match="was stopped before its last step"):
+        finish(config, folder)
+    assert not (folder / "result.json").exists()
+
+
+def test_sigterm_ends_what_the_study_started(small: StudyConfig, tmp_path: Path) -> None:
+    config = replace(small, out=tmp_path)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    with (  # noqa: PT012  the signal comes while it waits
+        pytest.raises(SystemExit), command.ended_by_sigterm(), Runner(config, Console()) as runner
+    ):  # fmt: skip
+        runner._running.add(child)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+    assert child.wait(timeout=10) == -signal.SIGKILL
 
 
 def _written(one: Result, folder: Path) -> Path:
@@ -247,6 +370,12 @@ def test_a_study_goes_on_where_it_stopped_and_a_crash_is_a_result(
     assert {p: p.stat().st_mtime_ns for p in first} == first
     table = (config.out / "README.md").read_text(encoding="utf-8")
     assert "| kdrl | 0.001 | 0.2 | 1 |" in table
+    page = (config.out / "report.html").read_text(encoding="utf-8")
+    assert "trials/arithmetic/kdrl/middle-lr0.001-beta0.2-seed0/run" in page
+    assert str(tmp_path) not in page
+    (config.out / "README.md").unlink()
+    write_up.again(config.out)
+    assert (config.out / "README.md").read_text(encoding="utf-8") == table
     trials = Study(results.load(config.out / "results.json")["trials"])
     assert len(trials.results) == 3
     assert [r.error for r in trials.crashed] == [
