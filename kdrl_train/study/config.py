@@ -92,7 +92,7 @@ class StudyConfig:
     """P: prompts of a step."""
     group_size: int = 8
     """G: completions of a prompt."""
-    learning_rates: tuple[float, ...] = (1.25e-4, 2.5e-4, 5e-4)
+    learning_rates: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3)
     """Swept for each arm, at the middle one of its betas."""
     betas: tuple[float, ...] = (0.02, 0.2, 2.0)
     """Swept for each arm that has a beta, at its best learning rate."""
@@ -161,7 +161,7 @@ def quick(config: StudyConfig) -> StudyConfig:
         quality_arms=(),
         seeds=1,
         steps=min(config.steps, 30),
-        learning_rates=(2.5e-4,),
+        learning_rates=(5e-4,),
         betas=(0.2,),
         more_betas=(),
         test_problems=min(config.test_problems, 250),
