@@ -71,6 +71,8 @@ def load_model(
     make = _read if world.main else _shell
     world.share(lambda: found.append(make(folder, key, dtype, config.attention)))
     (model,) = found
+    if world.launched:  # it says which tokens end a sequence; a shell has read no file of it
+        model.generation_config = world.on_main(lambda: model.generation_config)
     chosen = attention.choose(model, device, getattr(torch, config.dtype))
     if config.attention is None and chosen is not None:
         model.set_attn_implementation(chosen)

@@ -1,5 +1,7 @@
 """Loading under torchrun: rank 0 reads the weights, every rank gets its shards of them."""
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -48,6 +50,8 @@ def load_both(config: TrainConfig, world: World) -> list[str]:
             wrong.append("tied")
         if mine.device != whole.device:
             wrong.append("device")
+        if mine.model.generation_config.eos_token_id != whole.model.generation_config.eos_token_id:
+            wrong.append("ends of sequence")
     return wrong
 
 
@@ -56,10 +60,13 @@ def load_both(config: TrainConfig, world: World) -> list[str]:
     [("student", "teacher", "float32"), ("llama", "other_teacher", "bfloat16")],
 )
 def test_shards_are_those_of_rank_0s_weights(
-    config: Config, policy: str, teacher: str, dtype: Any
+    config: Config, tmp_path: Path, policy: str, teacher: str, dtype: Any
 ) -> None:
     base = config(policy=policy, teacher=teacher)
-    settings = replace(base, model=replace(base.model, dtype=dtype))
+    folder = shutil.copytree(base.model.policy, tmp_path / "policy")
+    ends = json.dumps({"eos_token_id": [0, 7]})  # config.json knows the first alone
+    (folder / "generation_config.json").write_text(ends, encoding="utf-8")
+    settings = replace(base, model=replace(base.model, policy=str(folder), dtype=dtype))
     assert on_ranks(2, partial(load_both, settings)) == [[], []]
 
 
