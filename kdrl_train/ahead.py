@@ -98,11 +98,17 @@ class Ahead:
             "seconds_ahead": sum(self._stages.seconds.values()),
         }
 
-    def state(self, step: int) -> dict[str, Any] | None:
-        """What a checkpoint after `step` optimiser steps holds of them, if there are any."""
+    def state(self, run: Run, step: int) -> dict[str, Any] | None:
+        """What a checkpoint after `step` optimiser steps holds of them, if there are any.
+
+        None also where the reward function failed on a whole group, which ends the run: resumed
+        with a better one it must draw and judge again.
+        """
         if step not in self.drawn:
             return None
-        drawn = self.drawn[step]
+        drawn, size = self.drawn[step], run.config.sampling.group_size
+        if torch.tensor(drawn.found.verdicts.rewards).view(-1, size).isnan().all(dim=1).any():
+            return None
         rollouts = drawn.found.rollouts
         return {
             "step": step,

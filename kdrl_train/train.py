@@ -259,7 +259,7 @@ def log_row(run: Run, row: dict[str, Any]) -> None:
 def save(run: Run, done: int) -> None:
     """Checkpoint after `done` steps. The steps are in the log already: a run killed in between
     loses no row, and a resumed one drops those it will write again."""
-    rollouts = None if run.ahead is None else run.ahead.state(done)
+    rollouts = None if run.ahead is None else run.ahead.state(run, done)
     run.saver.save(done, run.policy, run.optimizer, rollouts)
 
 

@@ -1,5 +1,6 @@
 """Rollouts one step ahead: whose they are, what is learnt from them, and that none is lost."""
 
+import math
 import os
 import signal
 import threading
@@ -23,13 +24,14 @@ from kdrl_train.config import (
 )
 from kdrl_train.distributed import ALONE
 from kdrl_train.engines.generate import GenerateEngine
-from kdrl_train.errors import EngineError
+from kdrl_train.errors import EngineError, RewardError
 from kdrl_train.log import Stages, read_rows
 from kdrl_train.packing import pack
 from kdrl_train.policy import Policy, Teacher
 from kdrl_train.rollout import Rollouts
 from kdrl_train.schedules import History
 from kdrl_train.terms import Terms, prepare
+from kdrl_train.verifier import Verdicts, Verifier
 from tests.train.ranks import train_ranks
 from tests.train.test_policy import KD, pair, relative_error
 from tests.train.test_ranks import (
@@ -247,6 +249,33 @@ def test_what_stops_a_step_leaves_its_rollouts(
     theirs = weights(whole.out / "model")
     for name, tensor in weights(parts.out / "model").items():
         assert torch.equal(tensor, theirs[name]), name
+
+
+def test_a_corrected_reward_judges_the_next_step_again(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(steps=4, save_every=1, engine=AHEAD)
+    generate, score, steps = GenerateEngine.generate, Verifier.score, []
+
+    def watch(self: GenerateEngine, *given: Any, step: int, **more: Any) -> Rollouts:
+        steps.append(step)
+        return generate(self, *given, step=step, **more)
+
+    def fail(self: Verifier, texts: list[str], *given: Any) -> Verdicts:
+        verdicts = score(self, texts, *given)
+        if steps[-1:] == [2]:
+            verdicts.rewards[:4] = [math.nan] * 4
+            verdicts.errors.update(dict.fromkeys(range(4), "a slip"))
+        return verdicts
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GenerateEngine, "generate", watch)
+        patch.setattr(Verifier, "score", fail)
+        with pytest.raises(RewardError, match=r"none for the 4 of .* at step 2; first: a slip"):
+            run(settings)
+    assert checkpoint.latest(settings.out / "checkpoints").step == 2
+    rows = run(replace(settings, resume=True))
+    assert [row["rollout_lag"] for row in rows] == [0, 1, 0, 1]
 
 
 def test_rollouts_that_rot_are_named(config: Config) -> None:
