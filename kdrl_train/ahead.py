@@ -35,7 +35,7 @@ from kdrl_train.terms import score_rows
 from kdrl_train.verifier import Verdicts
 
 PROBED = 16
-"""Most completions whose log-probabilities `settle` compares, each of another prompt."""
+"""Completions whose log-probabilities `settle` compares, each of another prompt."""
 GAPS = ("sampler_gap_mean", "sampler_gap_max")
 
 
@@ -156,15 +156,19 @@ class Ahead:
 
 
 def measured_gaps(run: Run, rollouts: Rollouts) -> dict[str, float | None]:
-    """GAPS over the first completions of up to PROBED prompts, at
-    the trainer's present weights: a forward pass. All ranks call it together."""
-    size = run.config.sampling.group_size
-    places = range(0, len(rollouts.texts), size)[:PROBED]
+    """GAPS over the first completions of PROBED prompts, or of one for each rank if these are more,
+    at the trainer's present weights: a forward pass. All ranks call it together.
+
+    They are spread over the step: each rank has drawn a part of it, with an engine of its own.
+    """
+    size, prompts = run.config.sampling.group_size, run.config.sampling.prompts_per_step
+    count = min(max(PROBED, run.world.size), prompts)
+    places = [size * (i * prompts // count) for i in range(count)]
     some = Rollouts(
         prompt_ids=[rollouts.prompt_ids[r] for r in places],
         completion_ids=[rollouts.completion_ids[r] for r in places],
         logprobs=[rollouts.logprobs[r] for r in places],
-        truncated=rollouts.truncated[list(places)],
+        truncated=rollouts.truncated[places],
         texts=[rollouts.texts[r] for r in places],
     )
     nothing = torch.zeros(len(places))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdrl_train import checkpoint, train
+from kdrl_train import ahead, checkpoint, train
 from kdrl_train.config import (
     EngineConfig,
     EvalConfig,
@@ -306,3 +306,24 @@ def test_an_engine_with_other_weights_stops_the_run(
     with pytest.raises(EngineError, match=message):
         run(settings)
     assert [row["step"] for row in read_rows(settings.out)] == [0]
+
+
+def test_probes_are_spread_over_the_step(
+    tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank has drawn a part of it, with an engine of its own; here the second one is off."""
+    monkeypatch.setattr(ahead, "PROBED", 2)
+    policy, _ = pair(tiny, MethodConfig(kd=None), torch.float64, "qwen2")
+    exact = next_logprobs(policy.model)[0].detach().float()
+    rollouts = Rollouts(
+        prompt_ids=[torch.tensor(PREFIXES[0])] * 8,
+        completion_ids=[torch.tensor([token]) for token in range(8)],
+        logprobs=[exact[r, None] - float(r >= 4) for r in range(8)],
+        truncated=torch.zeros(8, dtype=torch.bool),
+        texts=[""] * 8,
+    )
+    config = TrainConfig(sampling=SamplingConfig(prompts_per_step=4, group_size=2))
+    given: Any = SimpleNamespace(config=config, policy=policy, world=ALONE)
+    gaps = ahead.measured_gaps(given, rollouts)
+    assert gaps["sampler_gap_mean"] == pytest.approx(0.5, abs=1e-4)
+    assert gaps["sampler_gap_max"] == pytest.approx(1.0, abs=1e-4)
