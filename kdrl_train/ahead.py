@@ -35,7 +35,7 @@ from kdrl_train.terms import score_rows
 from kdrl_train.verifier import Verdicts
 
 PROBED = 16
-"""Most completions whose log-probabilities `settle` compares, each of another prompt."""
+"""Completions whose log-probabilities `settle` compares, each of another prompt."""
 GAPS = ("sampler_gap_mean", "sampler_gap_max")
 
 
@@ -98,11 +98,17 @@ class Ahead:
             "seconds_ahead": sum(self._stages.seconds.values()),
         }
 
-    def state(self, step: int) -> dict[str, Any] | None:
-        """What a checkpoint after `step` optimiser steps holds of them, if there are any."""
+    def state(self, run: Run, step: int) -> dict[str, Any] | None:
+        """What a checkpoint after `step` optimiser steps holds of them, if there are any.
+
+        None also where the reward function failed on a whole group, which ends the run: resumed
+        with a better one it must draw and judge again.
+        """
         if step not in self.drawn:
             return None
-        drawn = self.drawn[step]
+        drawn, size = self.drawn[step], run.config.sampling.group_size
+        if torch.tensor(drawn.found.verdicts.rewards).view(-1, size).isnan().all(dim=1).any():
+            return None
         rollouts = drawn.found.rollouts
         return {
             "step": step,
@@ -150,15 +156,19 @@ class Ahead:
 
 
 def measured_gaps(run: Run, rollouts: Rollouts) -> dict[str, float | None]:
-    """GAPS over the first completions of up to PROBED prompts, at
-    the trainer's present weights: a forward pass. All ranks call it together."""
-    size = run.config.sampling.group_size
-    places = range(0, len(rollouts.texts), size)[:PROBED]
+    """GAPS over the first completions of PROBED prompts, or of one for each rank if these are more,
+    at the trainer's present weights: a forward pass. All ranks call it together.
+
+    They are spread over the step: each rank has drawn a part of it, with an engine of its own.
+    """
+    size, prompts = run.config.sampling.group_size, run.config.sampling.prompts_per_step
+    count = min(max(PROBED, run.world.size), prompts)
+    places = [size * (i * prompts // count) for i in range(count)]
     some = Rollouts(
         prompt_ids=[rollouts.prompt_ids[r] for r in places],
         completion_ids=[rollouts.completion_ids[r] for r in places],
         logprobs=[rollouts.logprobs[r] for r in places],
-        truncated=rollouts.truncated[list(places)],
+        truncated=rollouts.truncated[places],
         texts=[rollouts.texts[r] for r in places],
     )
     nothing = torch.zeros(len(places))

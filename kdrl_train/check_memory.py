@@ -52,6 +52,8 @@ def _case(config: TrainConfig, policy: Policy, teacher: Teacher | None, ranks: i
     """Raises ValueError for what is not modelled."""
     if config.optim.head_impl == "reference" or config.model.attention == "eager":
         raise ValueError("optim.head_impl reference and model.attention eager are not modelled")
+    if config.engine.kind in ("continuous", "vllm"):
+        raise ValueError(f"engine.kind {config.engine.kind} is not modelled")
     return Case(
         run=config,
         policy=shape_of(policy.model, "model.policy"),

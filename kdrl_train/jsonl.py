@@ -20,7 +20,8 @@ def read(path: Path) -> list[Row]:
     rows: list[Row] = []
     if not path.exists():
         return rows
-    for text in path.read_text(encoding="utf-8").splitlines():
+    whole = path.read_text(encoding="utf-8", errors="replace")  # torn within a character, too
+    for text in whole.removesuffix("\n").split("\n"):  # splitlines would cut at U+2028
         try:
             rows.append(json.loads(text))
         except json.JSONDecodeError:

@@ -91,6 +91,11 @@ class PlanConfig(TrainConfig):
                 f"{self.optim.head_impl} and {self.model.attention}: they hold all logits and all "
                 "attention weights, which is not modelled"
             )
+        if self.engine.kind != "generate":
+            raise ValueError(
+                f'engine.kind must be "generate" to be planned, got "{self.engine.kind}": what '
+                "other engines take is not modelled; `check` estimates a vllm_server run's memory"
+            )
 
     def _check_means(self) -> None:
         """A mean is at most the longest."""

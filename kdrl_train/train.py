@@ -40,6 +40,9 @@ from kdrl_train.trackers import Trackers
 from kdrl_train.update import update
 from kdrl_train.verifier import Verifier
 
+ENDS = (Stopped, FloatingPointError, RunError, ChildProcessError)
+"""What ends a run at a place where all ranks can still save the steps that are done."""
+
 
 def main(config: TrainConfig, console: Console | None = None) -> Path:
     """Train; returns the run folder, with the final model in model/.
@@ -156,27 +159,22 @@ def steps(run: Run, first: int) -> bool:
     except Stopped:
         return stopped(run, first)
     for step in range(first, config.steps):
-        stages = Stages()
+        stages, done = Stages(), step
         try:
             row = learn(run, step, stages)
+            done = step + 1
+            finish(run, step, row, stages)
         except MidStepError:
             raise
-        except (Stopped, FloatingPointError, RunError, ChildProcessError) as reason:
+        except ENDS as reason:
             run.optimizer.zero_grad(set_to_none=True)  # of all ranks, at one place
-            if saved < step:
-                save(run, step)
+            if saved < done:
+                save(run, done)
             run.saver.check(wait=True)
             if isinstance(reason, Stopped):
-                return stopped(run, step)
+                return stopped(run, done)
             raise
-        try:
-            finish(run, step, row, stages)
-        except Stopped:
-            save(run, step + 1)
-            run.saver.check(wait=True)
-            return stopped(run, step + 1)
         run.saver.check()
-        done = step + 1
         if done % config.save_every == 0 or done == config.steps:
             save(run, done)
             saved = done
@@ -221,30 +219,35 @@ def learn(run: Run, step: int, stages: Stages) -> dict[str, Any]:
 def finish(run: Run, step: int, row: dict[str, Any], stages: Stages) -> None:
     """Push the new weights to the engine, evaluate at intervals, log.
 
-    Raises: Stopped where a signal came during the evaluation: the step is done and its row is kept
-        for the resumed run, which draws the same completions and logs it.
+    Raises: one of ENDS from the engine or the evaluation: the step is done and its row is kept for
+        the resumed run, which draws the same completions and logs it.
     """
-    config, done = run.config, step + 1
-    with stages("sync"):
-        run.engine.load(run.policy, done)
-    if run.held_out and (done % config.eval.every == 0 or done == config.steps):
-        try:
+    try:
+        with stages("sync"):
+            run.engine.load(run.policy, step + 1)
+        if is_evaluated(run, step):
             with stages("eval"):
                 row |= evaluation(run)
-        except Stopped:
-            run.log.postpone(row | stages.metrics(tokens=row["tokens"]))
-            raise
+    except ENDS:
+        run.log.postpone(row | stages.metrics(tokens=row["tokens"]))
+        raise
     log_row(run, row | stages.metrics(tokens=row["tokens"]))
 
 
-def finish_postponed(run: Run, step: int) -> None:
-    """The evaluation after a step that a signal ended, and the step's row.
+def is_evaluated(run: Run, step: int) -> bool:
+    """Whether an evaluation follows the step."""
+    done, every = step + 1, run.config.eval.every
+    return bool(run.held_out) and (done % every == 0 or done == run.config.steps)
 
-    Raises: Stopped, again.
+
+def finish_postponed(run: Run, step: int) -> None:
+    """The evaluation after a step that ended the run, if it still has one, and the step's row.
+
+    Raises: as finish, again.
     """
     row = run.world.on_main(lambda: run.log.postponed(step))
     if row is not None:
-        log_row(run, row | evaluation(run))
+        log_row(run, row | (evaluation(run) if is_evaluated(run, step) else {}))
 
 
 def log_row(run: Run, row: dict[str, Any]) -> None:
@@ -256,7 +259,7 @@ def log_row(run: Run, row: dict[str, Any]) -> None:
 def save(run: Run, done: int) -> None:
     """Checkpoint after `done` steps. The steps are in the log already: a run killed in between
     loses no row, and a resumed one drops those it will write again."""
-    rollouts = None if run.ahead is None else run.ahead.state(done)
+    rollouts = None if run.ahead is None else run.ahead.state(run, done)
     run.saver.save(done, run.policy, run.optimizer, rollouts)
 
 

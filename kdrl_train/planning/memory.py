@@ -41,6 +41,7 @@ LOGIT_COPIES = 5
 """float32 [batch, V] alive together while a token is drawn: logits, their copy, the last scores,
 the new ones, probabilities."""
 MORE_GPUS = "raise --gpus"
+WAIT = "--no-save-async"
 LARGER = "choose GPUs with more memory, or a smaller model"
 
 
@@ -107,6 +108,9 @@ def _states(case: Case) -> list[Term]:
     if placement.cpu:
         largest = (case.policy.largest, "of the largest parameter")
         terms.append(product("AdamW temporaries", ("optimizer",), [(8, "B"), largest], over))
+        if case.run.save_async:
+            copy = [(12, "B"), everything]
+            terms.append(product("copy for the checkpoint", ALWAYS, copy, over, remedy=WAIT))
     else:
         step = [(4, "B"), everything]
         terms.append(product("AdamW temporaries", ("optimizer",), step, over, remedy=remedy))
@@ -224,6 +228,8 @@ def _teacher(case: Case) -> list[Term]:
 def _rollout(case: Case) -> list[Term]:
     """`generate` on a batch of completions: it reads all prompts at once, then token by token."""
     policy, b, run = case.policy, case.dtype.itemsize, case.run
+    if run.engine.kind == "vllm_server":  # it has devices of its own
+        return []
     prompt, length = run.data.max_prompt_tokens, case.longest
     batch = (case.batch, "completions")
     pair = (case.stream_bytes + b) * policy.kv_width  # rotated keys are as wide as the stream

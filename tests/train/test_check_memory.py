@@ -9,8 +9,9 @@ import torch
 from rich.console import Console
 
 from kdrl_train import check, check_memory, cli, train
-from kdrl_train.config import TrainConfig
+from kdrl_train.config import EngineConfig, TrainConfig
 from kdrl_train.config_file import save_yaml
+from kdrl_train.plan import PlanConfig
 from kdrl_train.planning.devices import memory_bytes
 from kdrl_train.planning.memory import by_moment, memory_terms
 
@@ -65,6 +66,26 @@ def test_what_is_not_modelled_is_not_estimated(config: Config) -> None:
     eager = replace(settings, model=replace(settings.model, attention="eager"))
     found = check_memory.check_memory(eager, loaded.policy, loaded.teacher, 1)
     assert found.startswith("not estimated: ")
+    vllm = replace(settings, engine=EngineConfig(kind="vllm"))
+    found = check_memory.check_memory(vllm, loaded.policy, loaded.teacher, 1)
+    assert found == "not estimated: engine.kind vllm is not modelled"
+    with pytest.raises(ValueError, match=r'kind must be "generate" to be planned, got "vllm'):
+        PlanConfig(engine=vllm.engine)
+
+
+def test_a_server_samples_elsewhere_and_a_checkpoint_in_a_thread_is_a_copy(config: Config) -> None:
+    settings = config()
+    loaded = check.load(settings)
+    server = EngineConfig(kind="vllm_server", url="http://host:1")
+    kinds = (settings, replace(settings, engine=server), replace(settings, save_async=True))
+    plain, elsewhere, copied = (
+        memory_terms(check_memory._case(one, loaded.policy, loaded.teacher, 1)) for one in kinds
+    )
+    sampling = {term for term in plain if set(term.when) <= {"prefill", "decode"}}
+    assert len(sampling) == 6
+    assert set(plain) - set(elsewhere) == sampling
+    (copy,) = set(copied) - set(plain)
+    assert copy.value == 12 * sum(p.numel() for p in loaded.policy.parameters())
 
 
 def test_check_exits_with_1_and_train_warns(

@@ -4,6 +4,7 @@ import io
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from kdrl_train.config import (
     TrainConfig,
 )
 from kdrl_train.config_file import save_yaml
-from kdrl_train.errors import RewardError, RunError
+from kdrl_train.errors import EngineError, RewardError, RunError
 from kdrl_train.log import read_rows
 from kdrl_train.presets import PRESETS
 from tests.train.ranks import DEADLINE_S, Background
@@ -181,6 +182,30 @@ def test_a_signal_in_an_evaluation_postpones_it(
         assert checkpoint.latest(parts.out / "checkpoints").step == 2
     assert without_times(run(replace(parts, resume=True))) == without_times(expected)
     assert {len(rows) for rows in (expected, read_rows(parts.out))} == {4}
+
+
+def test_an_error_in_an_evaluation_costs_no_step(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its row waits for the resumed run, which may also do without the evaluation."""
+    held_out = EvalConfig(data=config().data, every=2, samples=2, max_problems=3)
+    whole, parts, without = (config(out, eval=held_out) for out in ("whole", "parts", "without"))
+    expected = run(whole)
+
+    def fail(_run: train.Run) -> Any:
+        raise EngineError("the server is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluation", fail)
+        with pytest.raises(EngineError, match="the server is gone"):
+            run(parts)
+    assert without_times(read_rows(parts.out)) == without_times(expected[:1])
+    assert checkpoint.latest(parts.out / "checkpoints").step == 2
+    shutil.copytree(parts.out, without.out)
+    rows = run(replace(without, resume=True, eval=EvalConfig()))
+    assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
+    assert not any("eval_avg_at_k" in row for row in rows)
+    assert without_times(run(replace(parts, resume=True))) == without_times(expected)
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(config: Config) -> None:

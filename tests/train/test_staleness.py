@@ -1,5 +1,6 @@
 """Rollouts one step ahead: whose they are, what is learnt from them, and that none is lost."""
 
+import math
 import os
 import signal
 import threading
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdrl_train import checkpoint, train
+from kdrl_train import ahead, checkpoint, train
 from kdrl_train.config import (
     EngineConfig,
     EvalConfig,
@@ -23,13 +24,14 @@ from kdrl_train.config import (
 )
 from kdrl_train.distributed import ALONE
 from kdrl_train.engines.generate import GenerateEngine
-from kdrl_train.errors import EngineError
+from kdrl_train.errors import EngineError, RewardError
 from kdrl_train.log import Stages, read_rows
 from kdrl_train.packing import pack
 from kdrl_train.policy import Policy, Teacher
 from kdrl_train.rollout import Rollouts
 from kdrl_train.schedules import History
 from kdrl_train.terms import Terms, prepare
+from kdrl_train.verifier import Verdicts, Verifier
 from tests.train.ranks import train_ranks
 from tests.train.test_policy import KD, pair, relative_error
 from tests.train.test_ranks import (
@@ -249,6 +251,33 @@ def test_what_stops_a_step_leaves_its_rollouts(
         assert torch.equal(tensor, theirs[name]), name
 
 
+def test_a_corrected_reward_judges_the_next_step_again(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(steps=4, save_every=1, engine=AHEAD)
+    generate, score, steps = GenerateEngine.generate, Verifier.score, []
+
+    def watch(self: GenerateEngine, *given: Any, step: int, **more: Any) -> Rollouts:
+        steps.append(step)
+        return generate(self, *given, step=step, **more)
+
+    def fail(self: Verifier, texts: list[str], *given: Any) -> Verdicts:
+        verdicts = score(self, texts, *given)
+        if steps[-1:] == [2]:
+            verdicts.rewards[:4] = [math.nan] * 4
+            verdicts.errors.update(dict.fromkeys(range(4), "a slip"))
+        return verdicts
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GenerateEngine, "generate", watch)
+        patch.setattr(Verifier, "score", fail)
+        with pytest.raises(RewardError, match=r"none for the 4 of .* at step 2; first: a slip"):
+            run(settings)
+    assert checkpoint.latest(settings.out / "checkpoints").step == 2
+    rows = run(replace(settings, resume=True))
+    assert [row["rollout_lag"] for row in rows] == [0, 1, 0, 1]
+
+
 def test_rollouts_that_rot_are_named(config: Config) -> None:
     settings = config(steps=2, save_every=1, engine=AHEAD)
     run(settings)
@@ -277,3 +306,24 @@ def test_an_engine_with_other_weights_stops_the_run(
     with pytest.raises(EngineError, match=message):
         run(settings)
     assert [row["step"] for row in read_rows(settings.out)] == [0]
+
+
+def test_probes_are_spread_over_the_step(
+    tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank has drawn a part of it, with an engine of its own; here the second one is off."""
+    monkeypatch.setattr(ahead, "PROBED", 2)
+    policy, _ = pair(tiny, MethodConfig(kd=None), torch.float64, "qwen2")
+    exact = next_logprobs(policy.model)[0].detach().float()
+    rollouts = Rollouts(
+        prompt_ids=[torch.tensor(PREFIXES[0])] * 8,
+        completion_ids=[torch.tensor([token]) for token in range(8)],
+        logprobs=[exact[r, None] - float(r >= 4) for r in range(8)],
+        truncated=torch.zeros(8, dtype=torch.bool),
+        texts=[""] * 8,
+    )
+    config = TrainConfig(sampling=SamplingConfig(prompts_per_step=4, group_size=2))
+    given: Any = SimpleNamespace(config=config, policy=policy, world=ALONE)
+    gaps = ahead.measured_gaps(given, rollouts)
+    assert gaps["sampler_gap_mean"] == pytest.approx(0.5, abs=1e-4)
+    assert gaps["sampler_gap_max"] == pytest.approx(1.0, abs=1e-4)
