@@ -17,6 +17,8 @@ from kdrl_train.config import TrainConfig
 from kdrl_train.data import Example, encode_prompt, load_examples
 from kdrl_train.distributed import ALONE, World
 from kdrl_train.distributed import connect as connect_ranks
+from kdrl_train.engines.vllm_client import VllmClient
+from kdrl_train.engines.vllm_server import inspect
 from kdrl_train.errors import RankError
 from kdrl_train.models import load_policy, load_teacher, load_tokenizer, use_device
 from kdrl_train.policy import HeadedModel, Policy, Teacher, probe
@@ -122,6 +124,8 @@ def preflight(
             "tokenizers": lambda: check_same_tokens(server, tokenizer),
             "teacher probe": lambda: check_scores(config, server, tokenizer, some),
         }
+    if config.engine.kind == "vllm_server":
+        checks["engine"] = lambda: check_engine(config)
     checks["vocabulary"] = lambda: check_vocabulary(loaded)
     checks["memory"] = lambda: check_memory(config, policy, teacher, world.size)
     reading = {"policy head", "teacher head"} | (
@@ -143,6 +147,13 @@ def _examine(name: str, run: Callable[[], str]) -> Finding:
         return Finding(name, passed=True, detail=str(doubt), warning=True)
     except (ValueError, OSError) as error:
         return Finding(name, passed=False, detail=str(error))
+
+
+def check_engine(config: TrainConfig) -> str:
+    """The vLLM server answers, and was started as the run needs it. Raises: ValueError if not."""
+    client = VllmClient(str(config.engine.url), config.engine.timeout_s)
+    model, window = inspect(client, config)
+    return f"{client.url}: {model}, a window of {window:,} tokens"
 
 
 def check_tokenizers(policy: Any, teacher: Any) -> str:

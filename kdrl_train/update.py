@@ -1,6 +1,7 @@
 """The update: a step's batch through the loss, micro-batch by micro-batch, to the new weights."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from statistics import fmean
 from typing import Any
@@ -14,7 +15,7 @@ from kdrl_train.engines import require_agreement
 from kdrl_train.errors import MidStepError, RunError
 from kdrl_train.histogram import coarse
 from kdrl_train.log import Stages
-from kdrl_train.packing import pack
+from kdrl_train.packing import PackedBatch, pack
 from kdrl_train.run import Batch, Run
 from kdrl_train.samples import Trace
 from kdrl_train.sharding import full
@@ -110,19 +111,7 @@ def accumulate(
     every = config.log.diagnostics_every
     loss = torch.zeros((), dtype=torch.float64, device=device)
     policy.train()
-    rows = pack(
-        batch.rollouts,
-        advantages_R=terms.advantages,
-        weights_R=weights_R,
-        kd_weight_R=terms.kd_weight,
-        micro_batch_tokens=config.optim.micro_batch_tokens,
-        rank=world.rank,
-        ranks=world.size,
-        old_logprobs=terms.old_logprobs,
-        sampler_weights=terms.sampler_weights,
-        teacher_logprobs=terms.teacher_logprobs,
-        distil_eos=config.method.kd_eos == "keep",
-    )
+    rows = _rows(run, batch, terms, weights_R)
     for turn, row in enumerate(rows):
         if part == 0:
             run.stop_if_asked()
@@ -145,6 +134,23 @@ def accumulate(
     total = world.sum(sums, largest=("gap_max",))
     run.waited(stages, start)
     return total, mean, measured
+
+
+def _rows(run: Run, batch: Batch, terms: Terms, weights_R: Tensor) -> Iterator[PackedBatch]:
+    """This rank's micro-batches."""
+    return pack(
+        batch.rollouts,
+        advantages_R=terms.advantages,
+        weights_R=weights_R,
+        kd_weight_R=terms.kd_weight,
+        micro_batch_tokens=run.config.optim.micro_batch_tokens,
+        rank=run.world.rank,
+        ranks=run.world.size,
+        old_logprobs=terms.old_logprobs,
+        sampler_weights=terms.sampler_weights,
+        teacher_logprobs=terms.teacher_logprobs,
+        distil_eos=run.config.method.kd_eos == "keep",
+    )
 
 
 def clip(run: Run) -> float:

@@ -29,8 +29,11 @@ class VllmClient:
 
     def workers(self, method: str, *arguments: str) -> list[Any]:
         """What each worker of the server returns from a method of kdrl_train.vllm_worker."""
-        body = {"method": method, "args": arguments}
-        results: list[Any] = self.send("POST", "/collective_rpc", body)["results"]
+        path = "/collective_rpc"
+        answer = self.send("POST", path, {"method": method, "args": arguments})
+        if not (isinstance(answer, dict) and isinstance(answer.get("results"), list)):
+            raise self._nonsense(path, str(answer))
+        results: list[Any] = answer["results"]
         return results
 
     def send(self, verb: str, path: str, body: Any = None) -> Any:
@@ -100,7 +103,16 @@ class VllmClient:
                 f"the server at {self.url} must answer {path}, got status {response.status_code}: "
                 f"{response.text[:500]}"
             )
-        return response.json()
+        try:
+            return response.json()
+        except ValueError as error:
+            raise self._nonsense(path, response.text) from error
+
+    def _nonsense(self, path: str, answer: str) -> EngineError:
+        return EngineError(
+            f"the server at {self.url} must answer {path} as vLLM 0.32 does, got {answer[:500]!r}: "
+            "is it vLLM, and is there a proxy in between?"
+        )
 
     def _silence(self, path: str, error: Exception) -> EngineError:
         return EngineError(

@@ -27,6 +27,27 @@ WEIGHTS = "engine_weights.safetensors"
 """The file, in the run's folder; there only while the server reads it."""
 
 
+def inspect(server: VllmClient, config: TrainConfig) -> tuple[str, int]:
+    """The server's name for its model, and its window in tokens.
+
+    Raises: ValueError unless it is there, and was started as the run needs it.
+    """
+    wanted = {"dtype": config.model.dtype, "logprobs_mode": "processed_logprobs"}
+    try:
+        (model,) = server.send("GET", "/v1/models")["data"]
+        for state in server.workers("kdrl_state"):
+            if {key: state[key] for key in wanted} != wanted:
+                raise EngineError(f"{state} where {wanted} is needed")
+        return model["id"], model["max_model_len"]
+    except (EngineError, LookupError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"engine.url must be a vLLM server for this run, got {error}: start it with "
+            "VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model "
+            f"{config.model.policy} --dtype {config.model.dtype} --logprobs-mode "
+            "processed_logprobs --worker-extension-cls kdrl_train.vllm_worker.Worker"
+        ) from error
+
+
 class VllmServerEngine(RequestEngine):
     """Engine (see the package) behind engine.url; all ranks ask it, rank 0 alone pushes weights.
 
@@ -41,20 +62,7 @@ class VllmServerEngine(RequestEngine):
         self.world = world
         self.label: str | None = None
         self.failure: RunError | None = None
-        wanted = {"dtype": config.model.dtype, "logprobs_mode": "processed_logprobs"}
-        try:
-            (model,) = self.server.send("GET", "/v1/models")["data"]
-            self.model, self.window = model["id"], model["max_model_len"]
-            for state in self.server.workers("kdrl_state"):
-                if {key: state[key] for key in wanted} != wanted:
-                    raise EngineError(f"{state} where {wanted} is needed")
-        except (EngineError, LookupError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"engine.url must be a vLLM server for this run, got {error}: start it with "
-                "VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model "
-                f"{config.model.policy} --dtype {config.model.dtype} --logprobs-mode "
-                "processed_logprobs --worker-extension-cls kdrl_train.vllm_worker.Worker"
-            ) from error
+        self.model, self.window = inspect(self.server, config)
 
     def answers(
         self, requests: list[Request], sampling: SamplingConfig, poll: Callable[[], None]

@@ -17,6 +17,7 @@ import fastapi
 from fastapi.responses import JSONResponse
 from safetensors.torch import load_file
 
+from kdrl_train import check
 from kdrl_train.config import EngineConfig, SamplingConfig, TrainConfig
 from kdrl_train.distributed import ALONE
 from kdrl_train.engines import open_engine, vllm_client, vllm_server
@@ -203,6 +204,7 @@ ANSWERS = {
     "forbidden": (choice([9, 0], [-1.0, -9999.0]), "log-probability -9999 of token 0"),
     "positive": (choice([9, 0], [0.1, -1.0]), "log-probability 0.1 of token 9"),
     "old": ({"text": "9"}, "must return token_ids and log-probabilities, got .*: use vLLM 0.32"),
+    "a page": (fastapi.Response("<html>"), "/v1/completions as vLLM 0.32 does, got '<html>'"),
     "refused": (status(400, "too long"), "answer /v1/completions, got status 400: too long"),
 }
 
@@ -260,6 +262,13 @@ def test_a_server_that_is_not_ready(server: Scripted, config: Config, fault: str
         expected = f"engine.url must be a vLLM .*{messages[fault]}.*VLLM_SERVER_DEV_MODE=1 python"
         with pytest.raises(ValueError, match=expected):
             open_engine(settings, policy, load_tokenizer(settings.model.policy), ALONE)
+        with pytest.raises(ValueError, match=expected):
+            check.check_engine(settings)
+
+
+def test_a_server_that_is_ready_passes_the_preflight(server: Scripted, config: Config) -> None:
+    with running(server.app()) as url:
+        assert check.check_engine(at(config, url)) == f"{url}: policy, a window of 256 tokens"
 
 
 def test_without_vllm(
