@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -214,7 +215,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(task: Path, tokenizer) 
 def test_rows_are_what_train_sends_then_the_solution(task: Path, tokenizer) -> None:
     config = config_for(task)
     solutions = sft.read_solutions(config)
-    rows = sft.encode_rows(tokenizer, solutions, config)
+    rows = sft.encode_rows(tokenizer, solutions, config, config.architecture.max_positions)
     first = make_arithmetic(1, seed=0)[0]
     assert len(rows) == 64
     assert tokenizer.decode(rows[0].prompt) == first["question"] + "\n"
@@ -223,10 +224,23 @@ def test_rows_are_what_train_sends_then_the_solution(task: Path, tokenizer) -> N
 
 
 def test_a_row_too_long_is_named(task: Path, tokenizer) -> None:
-    shape = ArchitectureConfig(hidden=16, layers=1, heads=2, kv_heads=1, max_positions=20)
-    config = config_for(task, architecture=shape)
+    config = config_for(task)
     with pytest.raises(ValueError, match=r"max_positions must be .* of train.jsonl:\d+, got 20"):
-        sft.encode_rows(tokenizer, sft.read_solutions(config), config)
+        sft.encode_rows(tokenizer, sft.read_solutions(config), config, longest=20)
+
+
+def test_it_goes_on_from_a_model(task: Path, tmp_path: Path) -> None:
+    first = sft.main(config_for(task, out=tmp_path / "first", steps=3), QUIET)
+    small = {"learning_rate": 1e-9, "weight_decay": 0.0, "steps": 1}
+    settings = config_for(task, out=tmp_path / "second", model=str(first), **small)
+    second = sft.main(settings, QUIET)
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (first, second)
+    )
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, rtol=0, atol=1e-7)
+    with pytest.raises(ValueError, match="tokenizer must be None beside a model"):
+        replace(settings, tokenizer=str(first))
 
 
 def test_bad_settings_are_named(task: Path, tmp_path: Path) -> None:
