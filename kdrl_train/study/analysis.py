@@ -118,13 +118,15 @@ class Study:
         return None if pairs is None else estimate(pairs)
 
     def tokens_to(self, task: str, arm: str, level: float) -> list[int | None]:
-        """Of each run: sampled tokens until its training samples are right at least this often, in
+        """Of each run with a curve: sampled tokens until its training samples are right at least this often, in
         the mean over SMOOTHED_STEPS steps; None: never. Each prompt is drawn once in a run, but was
         among the problems that student and teacher learnt from under supervision."""
         found: list[int | None] = []
         for run in self.runs(task, arm).values():
-            right = [value or 0.0 for value in run.curve.get("accuracy", [])]
-            tokens = np.cumsum([value or 0.0 for value in run.curve.get("tokens", [])])
+            if not run.curve:
+                continue
+            right = [value or 0.0 for value in run.curve["accuracy"]]
+            tokens = np.cumsum([value or 0.0 for value in run.curve["tokens"]])
             whole = smooth(right, SMOOTHED_STEPS)
             step = first_reached(whole[SMOOTHED_STEPS - 1 :], level)
             found.append(None if step is None else int(tokens[step + SMOOTHED_STEPS - 1]))

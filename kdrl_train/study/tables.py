@@ -237,7 +237,7 @@ def tokens(found: Estimate) -> str:
 
 
 def _reached(found: list[int | None]) -> str:
-    return ", ".join("never" if n is None else f"{n / 1000:.0f}" for n in found)
+    return ", ".join("never" if n is None else f"{n / 1000:.0f}" for n in found) or "-"
 
 
 def _mean(values: Sequence[float]) -> float:
