@@ -118,9 +118,9 @@ class Study:
         return None if pairs is None else estimate(pairs)
 
     def tokens_to(self, task: str, arm: str, level: float) -> list[int | None]:
-        """Of each run with a curve: sampled tokens until its training samples are right at least this often, in
-        the mean over SMOOTHED_STEPS steps; None: never. Each prompt is drawn once in a run, but was
-        among the problems that student and teacher learnt from under supervision."""
+        """Of each run with a curve: sampled tokens until its training samples are right at least
+        this often, in the mean over SMOOTHED_STEPS steps; None: never. Each prompt is drawn once in
+        a run, but was among the problems that student and teacher learnt from supervised."""
         found: list[int | None] = []
         for run in self.runs(task, arm).values():
             if not run.curve:

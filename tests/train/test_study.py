@@ -243,6 +243,8 @@ def test_differences_are_paired_by_seed() -> None:
     assert shorter is not None
     assert shorter.tolist() == [[0.0], [0.0]]
     assert study.tokens_to("arithmetic", "grpo", 1.0)[0] == 1600
+    sampled_elsewhere = replace(result("sft"), curve={}, sampled_tokens=5)
+    assert Study([sampled_elsewhere]).tokens_to("arithmetic", "sft", 0.1) == []
 
 
 def test_settings_at_an_end_of_their_sweep_are_marked(tmp_path: Path) -> None:
