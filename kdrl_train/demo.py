@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from kdrl_train import sft, train
+from kdrl_train import jsonl, sft, train
 from kdrl_train.config import (
     DataConfig,
     ModelConfig,
@@ -37,7 +37,7 @@ from kdrl_train.policy import Policy, Teacher
 from kdrl_train.presets import PRESETS
 from kdrl_train.rollout import generate_rollouts
 from kdrl_train.scratch import ArchitectureConfig, train_tokenizer
-from kdrl_train.tasks import ArithmeticConfig, make_arithmetic, write_jsonl
+from kdrl_train.tasks import ArithmeticConfig, make_arithmetic
 from kdrl_train.verifier import Verifier
 
 KL_STEP = 2**31 + 1  # seeds of the completions that the KL is measured on; evaluation has 2**31
@@ -210,9 +210,9 @@ def write_task(config: DemoConfig, out: Path) -> None:
     and tokenizer/ in `out`."""
     rows = make_arithmetic(config.problems + config.held_out, config.seed, config.task)
     sloppy = make_arithmetic(config.problems, config.seed, config.task, config.slips)
-    write_jsonl(rows[: config.problems], out / "train.jsonl")
-    write_jsonl(sloppy, out / "sloppy.jsonl")
-    write_jsonl(rows[config.problems :], out / "held_out.jsonl")
+    jsonl.write(out / "train.jsonl", rows[: config.problems])
+    jsonl.write(out / "sloppy.jsonl", sloppy)
+    jsonl.write(out / "held_out.jsonl", rows[config.problems :])
     texts = (f"{row['question']}\n{row['solution']}" for row in rows[: config.problems])
     train_tokenizer(texts, vocab_size=320, folder=out / "tokenizer")
 

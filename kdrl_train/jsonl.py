@@ -3,14 +3,14 @@
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
 
 
-def line(row: Row) -> str:
+def line(row: Mapping[str, Any]) -> str:
     """One line, with its end. A number that is not finite becomes null: JSON has no NaN."""
     return json.dumps(_finite(row), ensure_ascii=False) + "\n"
 
@@ -29,8 +29,9 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
-def write(path: Path, rows: Iterable[Row]) -> None:
-    """Replace a file as a whole."""
+def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replace a file as a whole; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     work = path.with_name(f".{path.name}.tmp")
     work.write_text("".join(line(row) for row in rows), encoding="utf-8")
     os.replace(work, path)
@@ -43,7 +44,7 @@ def append(path: Path, row: Row) -> None:
 
 
 def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]

@@ -21,11 +21,11 @@ from rich.console import Console
 from torch import Tensor
 
 import kdrl_kernels as kk
+from kdrl_train import jsonl
 from kdrl_train.config import DataConfig
 from kdrl_train.config_file import save_yaml
 from kdrl_train.data import Example, _example, _rows, _text, encode_prompt
 from kdrl_train.scratch import ArchitectureConfig, make_model, train_tokenizer
-from kdrl_train.tasks import write_jsonl
 
 MAX_PADDED = 1.25  # tokens of a padded group, of those of its rows
 FINAL_LR_SHARE = 0.05  # of the peak, at the end of the cosine
@@ -326,7 +326,7 @@ def main(config: SftConfig, console: Console | None = None) -> Path:
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     save_yaml(config, partial / "sft.yaml")
-    write_jsonl(metrics, partial / "sft_metrics.jsonl")
+    jsonl.write(partial / "sft_metrics.jsonl", metrics)
     partial.rename(config.out)
     seconds = metrics[-1]["seconds"] if metrics else 0.0
     console.print(f"saved {config.out}: {len(metrics)} steps, {seconds:.0f} s", soft_wrap=True)

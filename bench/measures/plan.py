@@ -23,7 +23,7 @@ from rich.console import Console
 
 from bench.machine import machine_info
 from bench.measures.memory import LARGE_BYTES, M_MMAP_THRESHOLD, _peak, _reset_peak
-from kdrl_train import train
+from kdrl_train import jsonl, train
 from kdrl_train.config import (
     DataConfig,
     MethodConfig,
@@ -38,7 +38,6 @@ from kdrl_train.log import read_rows
 from kdrl_train.plan import LIBRARIES, PlanConfig, make_plan
 from kdrl_train.planning.memory import by_moment
 from kdrl_train.scratch import EOS, train_tokenizer
-from kdrl_train.tasks import write_jsonl
 
 PROMPT = 32
 """Characters of each prompt, a token each, and tokens of each completion."""
@@ -96,7 +95,7 @@ def write_run(name: str, folder: Path) -> TrainConfig:
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / part)
         tokenizer.save_pretrained(folder / part)
     rows = [{"question": f"{i:0{PROMPT}d}", "answer": str(i)} for i in range(8)]
-    write_jsonl(rows, folder / "task.jsonl")
+    jsonl.write(folder / "task.jsonl", rows)
     return TrainConfig(
         out=folder / "run",
         steps=2,

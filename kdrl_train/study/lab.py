@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+from kdrl_train import jsonl
 from kdrl_train.config import DataConfig
 from kdrl_train.scratch import train_tokenizer
 from kdrl_train.sft import SftConfig
 from kdrl_train.study.config import StudyConfig
-from kdrl_train.tasks import make_splits, write_jsonl
+from kdrl_train.tasks import make_splits
 
 TASK_SEED = 0
 """Of problems and models; runs have seeds of their own."""
@@ -34,10 +35,10 @@ def write_task(config: StudyConfig, task: str) -> None:
     rows = {"train": lab.problems, "held_out": held_out}
     sets = make_splits(task, lab.level, TASK_SEED, **rows)
     for name, problems in sets.items():
-        write_jsonl(problems, out / f"{name}.jsonl")
+        jsonl.write(out / f"{name}.jsonl", problems)
     for name in models(config, task):
         learnt = make_splits(task, lab.level, TASK_SEED, **rows, slips=slips(config, task, name))
-        write_jsonl(learnt.get("sloppy", learnt["train"]), out / f"solutions_{name}.jsonl")
+        jsonl.write(out / f"solutions_{name}.jsonl", learnt.get("sloppy", learnt["train"]))
     texts = (f"{row['question']}\n{row['solution']}" for row in sets["train"])
     train_tokenizer(texts, vocab_size=VOCABULARY, folder=out / "tokenizer")
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from kdrl_train import sft, train
+from kdrl_train import jsonl, sft, train
 from kdrl_train.config import (
     ModelConfig,
     OptimConfig,
@@ -37,7 +37,7 @@ from kdrl_train.study import lab
 from kdrl_train.study.arms import ARMS
 from kdrl_train.study.config import StudyConfig, Trial
 from kdrl_train.study.control import k1_as_loss
-from kdrl_train.tasks import TASKS, write_jsonl
+from kdrl_train.tasks import TASKS
 from kdrl_train.verifier import Verdicts, Verifier
 
 CURVES = ("accuracy", "tokens", "response_length", "entropy", "kl_teacher", "kd_coef", "grad_norm")
@@ -236,7 +236,7 @@ def distil_offline(config: StudyConfig, trial: Trial, made: TrainConfig) -> tupl
                     learnt += len(found.completion_ids[r]) + len(found.prompt_ids[r])
     if not rows:
         raise ValueError(f"the teacher must have right samples to learn from, got none in {folder}")
-    write_jsonl(rows, out / "samples.jsonl")
+    jsonl.write(out / "samples.jsonl", rows)
     assert trial.learning_rate is not None
     sft.main(
         sft.SftConfig(

@@ -1,8 +1,7 @@
-"""Synthetic tasks: problems with worked solutions, made from a seed, written as jsonl."""
+"""Synthetic tasks: problems with worked solutions, made from a seed."""
 
 from kdrl_train.tasks.arithmetic import ArithmeticConfig, make_arithmetic
 from kdrl_train.tasks.countdown import CountdownConfig, countdown_reward, make_countdown
-from kdrl_train.tasks.rows import write_jsonl
 from kdrl_train.tasks.splits import TASKS, make_splits
 
 __all__ = [
@@ -13,5 +12,4 @@ __all__ = [
     "make_arithmetic",
     "make_countdown",
     "make_splits",
-    "write_jsonl",
 ]

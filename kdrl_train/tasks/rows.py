@@ -1,10 +1,7 @@
-"""What every task needs: problems that differ, slips in their solutions, rows as jsonl."""
+"""What every task needs: problems that differ, slips in their solutions."""
 
-import json
-import os
 import random
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 Problem = TypeVar("Problem")
@@ -65,15 +62,3 @@ def check_slips(slips: float) -> None:
     """Raise ValueError unless the chance of a slip is in [0, 1]."""
     if not 0 <= slips <= 1:
         raise ValueError(f"slips must be in [0, 1], got {slips}")
-
-
-def write_jsonl(rows: Iterable[Mapping[str, object]], path: Path) -> None:
-    """One JSON object per line, UTF-8; written beside `path`, then renamed. Makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

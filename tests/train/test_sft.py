@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdrl_train import sft
+from kdrl_train import jsonl, sft
 from kdrl_train.config import DataConfig
 from kdrl_train.scratch import ArchitectureConfig, make_model, train_tokenizer
 from kdrl_train.sft import Row, SftConfig
-from kdrl_train.tasks import make_arithmetic, write_jsonl
+from kdrl_train.tasks import make_arithmetic
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 QUIET = Console(quiet=True)
@@ -25,7 +25,7 @@ TINY = ArchitectureConfig(hidden=16, layers=1, heads=2, kv_heads=1, intermediate
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("task") / "train.jsonl"
-    write_jsonl(make_arithmetic(64, seed=0), path)
+    jsonl.write(path, make_arithmetic(64, seed=0))
     return path
 
 

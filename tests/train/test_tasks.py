@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from kdrl_train import jsonl
 from kdrl_train.rewards import math_reward
-from kdrl_train.tasks import ArithmeticConfig, make_arithmetic, write_jsonl
+from kdrl_train.tasks import ArithmeticConfig, make_arithmetic
 from kdrl_train.tasks.arithmetic import LEVELS
 
 CONFIGS = {
@@ -113,7 +114,7 @@ def test_bad_configurations_are_refused(fields: dict[str, int], message: str) ->
 
 def test_jsonl_is_one_object_per_line_and_leaves_nothing_else(tmp_path: Path) -> None:
     rows = [{"question": "1+1=?", "answer": "zwei ü"}, {"question": "line\nbreak", "answer": "2"}]
-    write_jsonl(rows, tmp_path / "new" / "task.jsonl")
+    jsonl.write(tmp_path / "new" / "task.jsonl", rows)
     lines = (tmp_path / "new" / "task.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == rows
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["task.jsonl"]
