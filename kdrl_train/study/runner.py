@@ -7,11 +7,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from shutil import rmtree
-from types import TracebackType
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
 
@@ -27,7 +27,7 @@ TAIL_CHARS = 400
 """Of a log, in the message of a run that was killed."""
 
 
-class Runner:
+class Runner(AbstractContextManager["Runner"]):
     """config.workers processes, each of one CPU thread. Use it as a context manager: what still
     runs when it is left, by an error or Ctrl-C, is ended, and is begun anew by the next study."""
 
@@ -39,15 +39,7 @@ class Runner:
         self._lock = threading.Lock()
         self._closed = False
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         with self._lock:
             self._closed = True
             for process in self._running:
