@@ -18,7 +18,7 @@ from kdrl_train.study.trial import Result
 
 MAY_GROW = (
     "out", "tasks", "arms", "main_arms", "quality_arms", "seeds", "learning_rates", "betas",
-    "more_betas", "workers",
+    "more_betas", "widen", "workers",
 )  # fmt: skip
 """Settings that a study may be gone on with: they say which runs there are, not what one is."""
 
@@ -42,8 +42,7 @@ def main(config: StudyConfig, console: Console | None = None) -> Path:
     with ended_by_sigterm(), Runner(config, console) as runner:
         runner.models()
         for task in config.tasks:
-            found |= runner.trials(plan.rate_sweep(config, task), f"{task}: learning rates")
-            found |= runner.trials(plan.beta_sweep(config, task, found), f"{task}: betas")
+            found |= sweep(config, runner, task)
             best = plan.chosen(config, task, found)
             found |= runner.trials(plan.final_trials(config, task, best), f"{task}: arms")
             write_up.write(config, results.save(config, found))
@@ -54,6 +53,20 @@ def main(config: StudyConfig, console: Console | None = None) -> Path:
     console.print((config.out / "README.md").read_text(encoding="utf-8"), markup=False)
     console.print(f"page: {config.out / 'report.html'}")
     return config.out
+
+
+def sweep(config: StudyConfig, runner: Runner, task: str) -> dict[Trial, Result]:
+    """What the arms' settings on a task are chosen by: learning rates, then betas."""
+    found: dict[Trial, Result] = {}
+    found |= runner.trials(plan.rate_sweep(config, task), f"{task}: learning rates")
+    for _ in range(config.widen):
+        beyond = plan.past_the_end(config, task, found, "learning_rate")
+        found |= runner.trials(beyond, f"{task}: learning rates past an end")
+    found |= runner.trials(plan.beta_sweep(config, task, found), f"{task}: betas")
+    for _ in range(config.widen):
+        beyond = plan.past_the_end(config, task, found, "beta")
+        found |= runner.trials(beyond, f"{task}: betas past an end")
+    return found
 
 
 @contextmanager

@@ -98,6 +98,8 @@ class StudyConfig:
     """Swept for each arm that has a beta, at its best learning rate."""
     more_betas: tuple[float, ...] = (0.063, 0.63)
     """Swept too for the arms whose sensitivity to beta is compared."""
+    widen: int = 2
+    """How often a sweep goes on, in the same ratio, past an end of it that is the best so far."""
     validation_problems: int = 500
     """Problems that the sweep is judged by."""
     test_problems: int = 1000
@@ -121,6 +123,7 @@ class StudyConfig:
         ):  # fmt: skip
             at_least(1, name, getattr(self, name))
         at_least(2, "group_size", self.group_size)
+        at_least(0, "widen", self.widen)
         if not 1 <= self.samples <= 9:
             raise ValueError(f"samples must be in [1, 9], got {self.samples}")
         for key in ("learning_rates", "betas"):

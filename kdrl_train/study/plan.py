@@ -1,7 +1,8 @@
 """Which runs a study makes: sweeps first, then what they chose, over seeds."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Literal
 
 from kdrl_train.study.arms import ARMS, NOT_TRAINED
 from kdrl_train.study.config import StudyConfig, Trial
@@ -47,11 +48,37 @@ def beta_sweep(config: StudyConfig, task: str, found: Mapping[Trial, Result]) ->
     trials = []
     for arm in swept(config, task):
         if has_beta(arm):
-            best = max(
-                (t for t in found if (t.task, t.arm) == (task, arm)), key=lambda t: rank(found[t])
-            )
+            best = _best(task, arm, found)
             trials += [replace(best, beta=beta) for beta in config.betas_of(arm)]
     return trials
+
+
+def past_the_end(
+    config: StudyConfig,
+    task: str,
+    found: Mapping[Trial, Result],
+    key: Literal["learning_rate", "beta"],
+) -> list[Trial]:
+    """One more value of `key` for each arm whose best one is the least or the greatest it has
+    tried: it might be better still beyond. As far from the end as the next one is, as a ratio."""
+    trials = []
+    for arm in swept(config, task):
+        tried = sorted({getattr(t, key) for t in _of(task, arm, found)} - {None})
+        best = _best(task, arm, found)
+        if len(tried) > 1 and getattr(best, key) in (tried[0], tried[-1]):
+            end, inner = tried[:2] if getattr(best, key) == tried[0] else tried[:-3:-1]
+            value = float(f"{end * end / inner:.3g}")
+            rate = key == "learning_rate"
+            trials.append(replace(best, learning_rate=value) if rate else replace(best, beta=value))
+    return trials
+
+
+def _of(task: str, arm: str, found: Iterable[Trial]) -> list[Trial]:
+    return [t for t in found if (t.task, t.arm) == (task, arm)]
+
+
+def _best(task: str, arm: str, found: Mapping[Trial, Result]) -> Trial:
+    return max(_of(task, arm, found), key=lambda t: rank(found[t]))
 
 
 def rank(result: Result) -> float:
@@ -68,9 +95,8 @@ def chosen(config: StudyConfig, task: str, found: Mapping[Trial, Result]) -> dic
         if arm in NOT_TRAINED:
             best[arm] = (None, None)
             continue
-        trials = [t for t in found if (t.task, t.arm) == (task, arm)]
-        if trials:
-            winner = max(trials, key=lambda t: rank(found[t]))
+        if _of(task, arm, found):
+            winner = _best(task, arm, found)
             best[arm] = (winner.learning_rate, winner.beta)
         elif ARMS[arm].like is None:
             best[arm] = (config.learning_rates[0], config.betas[0] if has_beta(arm) else None)

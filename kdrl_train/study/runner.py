@@ -65,6 +65,8 @@ class Runner(AbstractContextManager["Runner"]):
         """Results of all, in order; a trial that crashes has that as its result. The trials of an
         arm are done by one process, one after the other."""
         wanted = list(dict.fromkeys(trials))
+        if not wanted:
+            return {}
         left = [trial for trial in wanted if not self._path(trial).exists()]
         self.console.rule(f"{what}: {len(wanted)} runs, {len(left)} to do", align="left")
         groups: dict[tuple[str, str, str], list[Trial]] = {}

@@ -49,7 +49,7 @@ def arms(study: Study, config: StudyConfig, task: str) -> Table:
         rows.append(
             [
                 arm,
-                *_settings(config, runs[0].trial),
+                *_settings(study, runs[0].trial),
                 str(len(runs)),
                 percent(study.accuracy(task, arm)),
                 points(against),
@@ -73,13 +73,16 @@ def arms(study: Study, config: StudyConfig, task: str) -> Table:
     )
 
 
-def _settings(config: StudyConfig, trial: Trial) -> list[str]:
+def _settings(study: Study, trial: Trial) -> list[str]:
     """Learning rate and beta, those at an end of their sweep with a star."""
+    arm = ARMS[trial.arm].like or trial.arm
+    sweep = [r.trial for r in study.swept if (r.trial.task, r.trial.arm) == (trial.task, arm)]
     found = []
-    for value, swept in (
-        (trial.learning_rate, config.learning_rates),
-        (trial.beta, config.betas_of(trial.arm)),
+    for value, tried in (
+        (trial.learning_rate, {t.learning_rate for t in sweep}),
+        (trial.beta, {t.beta for t in sweep}),
     ):
+        swept = [one for one in tried if one is not None]
         edge = len(swept) > 1 and value in (min(swept), max(swept))
         found.append("-" if value is None else f"{value:g}{'*' * edge}")
     return found

@@ -126,6 +126,35 @@ def test_the_sweep_chooses_and_crashes_lose(tmp_path: Path) -> None:
     assert [t.seed for t in finals] == [0] * 4 + [1] * 4
 
 
+@pytest.mark.parametrize(
+    ("key", "right", "beyond"),
+    [
+        ("learning_rate", ("0", "1", "2"), [2e-3]),
+        ("learning_rate", ("2", "1", "0"), [1.25e-4]),
+        ("learning_rate", ("1", "2", "1"), []),
+        ("beta", ("1", "1", "2"), [20.0]),
+        ("beta", ("2", "1", "1"), [0.002]),
+    ],
+)
+def test_a_sweep_goes_on_past_an_end_that_is_best(
+    key: str, right: tuple[str, ...], beyond: list[float]
+) -> None:
+    config = StudyConfig(arms=("grpo", "kdrl_k3"))
+    values = getattr(config, f"{key}s")
+    other = {"beta": 0.2} if key == "learning_rate" else {"learning_rate": 5e-4}
+    runs = [
+        result("kdrl_k3", digit, seed=1000, sweep=True, **{key: value}, **other)
+        for digit, value in zip(right, values, strict=True)
+    ]
+    runs += [
+        result("grpo", digit, seed=1000, sweep=True, learning_rate=rate)
+        for digit, rate in zip("121", config.learning_rates, strict=True)
+    ]
+    found = {one.trial: one for one in runs}
+    trials = plan.past_the_end(config, "arithmetic", found, key)  # type: ignore[arg-type]
+    assert [(t.arm, getattr(t, key)) for t in trials] == [("kdrl_k3", value) for value in beyond]
+
+
 def test_the_quick_study_sweeps_nothing() -> None:
     config = quick(StudyConfig())
     assert plan.swept(config, "arithmetic") == []
@@ -196,7 +225,11 @@ def test_differences_are_paired_by_seed() -> None:
 
 def test_settings_at_an_end_of_their_sweep_are_marked(tmp_path: Path) -> None:
     config = StudyConfig(out=tmp_path)
-    study = Study([result("kdrl", learning_rate=5e-4, beta=2.0)])
+    sweeps = [
+        result("kdrl", learning_rate=rate, beta=beta, seed=1000, sweep=True)
+        for rate, beta in ((2.5e-4, 0.2), (5e-4, 0.2), (1e-3, 0.2), (5e-4, 0.02), (5e-4, 2.0))
+    ]
+    study = Study([result("kdrl", learning_rate=5e-4, beta=2.0), *sweeps])
     assert tables.arms(study, config, "arithmetic").rows[0][1:3] == ["0.0005", "2*"]
 
 
