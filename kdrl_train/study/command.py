@@ -62,10 +62,12 @@ def sweep(config: StudyConfig, runner: Runner, task: str) -> dict[Trial, Result]
     for _ in range(config.widen):
         beyond = plan.past_the_end(config, task, found, "learning_rate")
         found |= runner.trials(beyond, f"{task}: learning rates past an end")
+    found |= runner.trials(plan.runoff(config, task, found), f"{task}: the best, again")
     found |= runner.trials(plan.beta_sweep(config, task, found), f"{task}: betas")
     for _ in range(config.widen):
         beyond = plan.past_the_end(config, task, found, "beta")
         found |= runner.trials(beyond, f"{task}: betas past an end")
+    found |= runner.trials(plan.runoff(config, task, found), f"{task}: the best, again")
     return found
 
 

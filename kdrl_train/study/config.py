@@ -10,6 +10,10 @@ from kdrl_train.study.arms import ARMS, SCHEDULES
 
 TaskName = Literal["arithmetic", "countdown"]
 TeacherName = Literal["weak", "middle", "strong"]
+SWEEP_SEED = 1000
+"""Of the runs that settings are chosen by: not among the seeds that are reported."""
+RUNOFF_SEED = SWEEP_SEED + 1
+"""Of the second run of settings that the first cannot tell from the best."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,12 +4,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Literal
 
+from kdrl_train.study.analysis import MARGIN
 from kdrl_train.study.arms import ARMS, NOT_TRAINED
-from kdrl_train.study.config import StudyConfig, Trial
+from kdrl_train.study.config import RUNOFF_SEED, SWEEP_SEED, StudyConfig, Trial
 from kdrl_train.study.trial import Result
 
-SWEEP_SEED = 1000
-"""Of the runs that settings are chosen by: not among the seeds that are reported."""
 Settings = tuple[float | None, float | None]
 """Learning rate and beta."""
 
@@ -73,12 +72,35 @@ def past_the_end(
     return trials
 
 
+def runoff(config: StudyConfig, task: str, found: Mapping[Trial, Result]) -> list[Trial]:
+    """The settings of each arm that one run cannot tell from the best, with a second seed."""
+    trials = []
+    for arm in swept(config, task):
+        close = _close(task, arm, found)
+        if len(close) > 1:
+            trials += [replace(trial, seed=RUNOFF_SEED) for trial in close]
+    return trials
+
+
+def _close(task: str, arm: str, found: Mapping[Trial, Result]) -> list[Trial]:
+    """An arm's best run of the first seed of its sweep, and those within MARGIN of it."""
+    first = [t for t in found if (t.task, t.arm, t.seed) == (task, arm, SWEEP_SEED)]
+    least = max(rank(found[t]) for t in first) - MARGIN
+    return [t for t in first if rank(found[t]) >= least]
+
+
 def _of(task: str, arm: str, found: Iterable[Trial]) -> list[Trial]:
     return [t for t in found if (t.task, t.arm) == (task, arm)]
 
 
 def _best(task: str, arm: str, found: Mapping[Trial, Result]) -> Trial:
-    return max(_of(task, arm, found), key=lambda t: rank(found[t]))
+    """Of those that are close: the best in the mean of its runs."""
+
+    def mean(trial: Trial) -> float:
+        second = found.get(replace(trial, seed=RUNOFF_SEED))
+        return rank(found[trial]) if second is None else (rank(found[trial]) + rank(second)) / 2
+
+    return max(_close(task, arm, found), key=mean)
 
 
 def rank(result: Result) -> float:

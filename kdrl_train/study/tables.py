@@ -1,12 +1,13 @@
 """The tables of a study, for the page and for README.md."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from kdrl_train.report import Table
 from kdrl_train.study import analysis
 from kdrl_train.study.analysis import Study
 from kdrl_train.study.arms import ARMS, SCHEDULES
-from kdrl_train.study.config import StudyConfig, Trial
+from kdrl_train.study.config import RUNOFF_SEED, SWEEP_SEED, StudyConfig, Trial
 from kdrl_train.study.lab import OUT_OF_DISTRIBUTION
 from kdrl_train.study.statistics import Estimate
 from kdrl_train.study.trial import STAGES
@@ -141,7 +142,8 @@ def quality(study: Study, config: StudyConfig, task: str) -> Table:
 
 def by_beta(study: Study, task: str, arm: str) -> dict[float, Estimate | None]:
     """Beta -> validation accuracy at the learning rate that all betas were tried at."""
-    found = {t: e for t, e in analysis.sweep_points(study, task).items() if t.arm == arm}
+    points = analysis.sweep_points(study, task).items()
+    found = {t: e for t, e in points if t.arm == arm and t.seed == SWEEP_SEED}
     counts: dict[float | None, int] = {}
     for trial in found:
         counts[trial.learning_rate] = counts.get(trial.learning_rate, 0) + 1
@@ -196,12 +198,22 @@ def cost(study: Study, task: str) -> Table:
 
 def sweeps(study: Study, task: str) -> Table:
     """All runs that settings were chosen by."""
-    rows = [
-        [t.arm, f"{t.learning_rate:g}", "-" if t.beta is None else f"{t.beta:g}",
-         _tried(e)]
-        for t, e in analysis.sweep_points(study, task).items()
-    ]  # fmt: skip
-    return Table(f"{task}: sweeps", ["arm", "learning rate", "beta", "validation avg@k %"], rows)
+    found = analysis.sweep_points(study, task)
+    rows = []
+    for trial, first in found.items():
+        if trial.seed == SWEEP_SEED:
+            again = replace(trial, seed=RUNOFF_SEED)
+            rows.append(
+                [
+                    trial.arm,
+                    f"{trial.learning_rate:g}",
+                    "-" if trial.beta is None else f"{trial.beta:g}",
+                    _tried(first),
+                    _tried(found[again]) if again in found else "-",
+                ]
+            )
+    columns = ["arm", "learning rate", "beta", "validation avg@k %", "again, another seed"]
+    return Table(f"{task}: sweeps", columns, rows)
 
 
 def crashes(study: Study, config: StudyConfig) -> Table:

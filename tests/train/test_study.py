@@ -20,7 +20,14 @@ from kdrl_train.presets import PRESETS
 from kdrl_train.study import analysis, command, lab, plan, plots, results, tables, write_up
 from kdrl_train.study.analysis import FINDINGS, Finding, Study
 from kdrl_train.study.arms import ARMS, NOT_TRAINED, PAPER_STEPS, SCHEDULES
-from kdrl_train.study.config import LabConfig, StudyConfig, Trial, quick
+from kdrl_train.study.config import (
+    RUNOFF_SEED,
+    SWEEP_SEED,
+    LabConfig,
+    StudyConfig,
+    Trial,
+    quick,
+)
 from kdrl_train.study.control import k1_as_loss
 from kdrl_train.study.runner import Runner, summary
 from kdrl_train.study.statistics import Estimate
@@ -153,6 +160,29 @@ def test_a_sweep_goes_on_past_an_end_that_is_best(
     found = {one.trial: one for one in runs}
     trials = plan.past_the_end(config, "arithmetic", found, key)  # type: ignore[arg-type]
     assert [(t.arm, getattr(t, key)) for t in trials] == [("kdrl_k3", value) for value in beyond]
+
+
+def test_settings_that_one_run_cannot_tell_apart_run_again() -> None:
+    config = StudyConfig(arms=("grpo", "kd_rkl"))
+
+    def run(arm: str, rate: float, percent: int, seed: int = SWEEP_SEED) -> Result:
+        right = ("4" * (percent // 4) + str(percent % 4)).ljust(26, "0")[:25]
+        return result(arm, right, seed=seed, learning_rate=rate, sweep=True)
+
+    clear = [run("kd_rkl", rate, score) for rate, score in ((2.5e-4, 40), (5e-4, 47), (1e-3, 44))]
+    close = [run("grpo", rate, score) for rate, score in ((2.5e-4, 50), (5e-4, 51), (1e-3, 48))]
+    found = {one.trial: one for one in clear + close}
+    again = plan.runoff(config, "arithmetic", found)
+    assert [(t.arm, t.learning_rate, t.seed) for t in again] == [
+        ("grpo", 2.5e-4, RUNOFF_SEED), ("grpo", 5e-4, RUNOFF_SEED)
+    ]  # fmt: skip
+    assert plan.chosen(config, "arithmetic", found)["grpo"] == (5e-4, None)
+    seconds = [run("grpo", 2.5e-4, 46, RUNOFF_SEED), run("grpo", 5e-4, 44, RUNOFF_SEED)]
+    found |= {one.trial: one for one in seconds}
+    assert plan.chosen(config, "arithmetic", found)["grpo"] == (2.5e-4, None)
+    assert plan.runoff(config, "arithmetic", found) == again
+    table = tables.sweeps(Study(found.values()), "arithmetic")
+    assert [row[4][:4] for row in table.rows] == ["-", "-", "-", "46.0", "44.0", "-"]
 
 
 def test_the_quick_study_sweeps_nothing() -> None:
