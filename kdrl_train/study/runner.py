@@ -62,17 +62,13 @@ class Runner(AbstractContextManager["Runner"]):
                 )
 
     def trials(self, trials: Iterable[Trial], what: str) -> dict[Trial, Result]:
-        """Results of all, in order; a trial that crashes has that as its result. The trials of an
-        arm are done by one process, one after the other."""
+        """Results of all, in order; a trial that crashes has that as its result."""
         wanted = list(dict.fromkeys(trials))
         if not wanted:
             return {}
         left = [trial for trial in wanted if not self._path(trial).exists()]
         self.console.rule(f"{what}: {len(wanted)} runs, {len(left)} to do", align="left")
-        groups: dict[tuple[str, str, str], list[Trial]] = {}
-        for trial in left:
-            groups.setdefault((trial.task, trial.arm, trial.teacher), []).append(trial)
-        for _ in self._each(list(groups.values()), self._group):
+        for _ in self._each(grouped(left, self.config.workers), self._group):
             pass
         return {trial: Result.read(self._path(trial)) for trial in wanted}
 
@@ -136,6 +132,17 @@ class Runner(AbstractContextManager["Runner"]):
 
     def _tell(self, line: str) -> None:
         self.console.print(line, markup=False)
+
+
+def grouped(trials: Sequence[Trial], workers: int) -> list[list[Trial]]:
+    """Trials of an arm that one process does, one after the other: to start it takes some seconds.
+    The long ones first, and none so long that the other workers wait for it."""
+    arms: dict[tuple[str, str, str], list[Trial]] = {}
+    for trial in trials:
+        arms.setdefault((trial.task, trial.arm, trial.teacher), []).append(trial)
+    size = -(-len(trials) // (4 * workers))
+    groups = [arm[i : i + size] for arm in arms.values() for i in range(0, len(arm), size)]
+    return sorted(groups, key=len, reverse=True)
 
 
 def _tail(log: Path) -> str:

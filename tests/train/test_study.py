@@ -29,7 +29,7 @@ from kdrl_train.study.config import (
     quick,
 )
 from kdrl_train.study.control import k1_as_loss
-from kdrl_train.study.runner import Runner, summary
+from kdrl_train.study.runner import Runner, grouped, summary
 from kdrl_train.study.statistics import Estimate
 from kdrl_train.study.trial import Result, Score, finish, train_config, trial_folder
 
@@ -419,11 +419,27 @@ def test_a_process_that_is_killed_is_reported_and_the_next_trial_runs(
 
     monkeypatch.setattr(Runner, "_process", process)
     with Runner(config, Console(quiet=True)) as runner:
+        runner._group(trials)
         found = runner.trials(trials, "two")
     assert [len(names) for names in starts] == [2, 1]
     assert [r.status for r in found.values()] == ["crashed", "done"]
     assert found[trials[0]].error == "exit code -9: out of memory"
     assert "CRASHED" in summary(found[trials[0]])
+
+
+def test_no_worker_waits_long_for_another() -> None:
+    trials = [
+        Trial(task="arithmetic", arm=arm, seed=seed)
+        for arm in ("grpo", "kdrl")
+        for seed in range(5)
+    ]
+    groups = grouped(trials, workers=1)
+    assert [len(group) for group in groups] == [3, 3, 2, 2]
+    assert all(len({trial.arm for trial in group}) == 1 for group in groups)
+    assert sorted((t.arm, t.seed) for group in groups for t in group) == [
+        (t.arm, t.seed) for t in trials
+    ]
+    assert grouped([], workers=2) == []
 
 
 @pytest.mark.parametrize(
