@@ -96,14 +96,8 @@ def open_run(
     warnings = check.require(check.preflight(config, loaded, verifier, check.GOLD_AT_START, world))
     engine = open_engine(config, policy, loaded.tokenizer, world)
     optimizer = make_optimizer(config, policy)
-    first = 0
     ahead = stack.enter_context(closing(Ahead())) if config.engine.staleness else None
-    if newest is not None:
-        first = checkpoint.load(newest, model=policy, optimizer=optimizer, config=config)
-        if ahead is not None:
-            ahead.restore(newest.folder)
-    elif config.model.weights is not None:
-        checkpoint.load_weights(config.model.weights, policy)
+    first = restore(config, newest, policy, optimizer, ahead)
     engine.load(policy, first)
     if world.main:
         config.out.mkdir(parents=True, exist_ok=True)
@@ -138,6 +132,24 @@ def open_run(
         ahead=ahead,
     )
     return run, first
+
+
+def restore(
+    config: TrainConfig,
+    newest: checkpoint.Checkpoint | None,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    ahead: Ahead | None,
+) -> int:
+    """Load what a run starts from, a checkpoint or model.weights; the steps that are done."""
+    if newest is None:
+        if config.model.weights is not None:
+            checkpoint.load_weights(config.model.weights, policy)
+        return 0
+    first = checkpoint.load(newest, model=policy, optimizer=optimizer, config=config)
+    if ahead is not None:
+        ahead.restore(newest.folder)
+    return first
 
 
 def make_optimizer(config: TrainConfig, policy: Policy) -> torch.optim.Optimizer:
