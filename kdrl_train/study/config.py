@@ -101,7 +101,7 @@ class StudyConfig:
     betas: tuple[float, ...] = (0.02, 0.2, 2.0)
     """Swept for each arm that has a beta, at its best learning rate."""
     more_betas: tuple[float, ...] = (0.063, 0.63)
-    """Swept too for the arms whose sensitivity to beta is compared."""
+    """Swept too, on the first task, for the arms whose sensitivity to beta is compared."""
     widen: int = 2
     """How often a sweep goes on, in the same ratio, past an end of it that is the best so far."""
     validation_problems: int = 500
@@ -153,9 +153,9 @@ class StudyConfig:
             return self.arms
         return tuple(arm for arm in self.arms if arm in self.main_arms)
 
-    def betas_of(self, arm: str) -> tuple[float, ...]:
+    def betas_of(self, task: str, arm: str) -> tuple[float, ...]:
         """What beta is swept over, ascending."""
-        more = self.more_betas if arm in SCHEDULES else ()
+        more = self.more_betas if task == self.tasks[0] and arm in SCHEDULES else ()
         return tuple(sorted(self.betas + more))
 
 

@@ -21,19 +21,19 @@ def has_beta(arm: str) -> bool:
 def swept(config: StudyConfig, task: str) -> list[str]:
     """Arms with a sweep of their own: those that are trained and take no other's settings."""
     arms = [arm for arm in config.arms_of(task) if arm not in NOT_TRAINED]
-    return [arm for arm in arms if ARMS[arm].like is None and settings(config, arm) > 1]
+    return [arm for arm in arms if ARMS[arm].like is None and settings(config, task, arm) > 1]
 
 
-def settings(config: StudyConfig, arm: str) -> int:
+def settings(config: StudyConfig, task: str, arm: str) -> int:
     """How many settings an arm's sweep tries."""
-    return len(config.learning_rates) * (len(config.betas_of(arm)) if has_beta(arm) else 1)
+    return len(config.learning_rates) * (len(config.betas_of(task, arm)) if has_beta(arm) else 1)
 
 
 def rate_sweep(config: StudyConfig, task: str) -> list[Trial]:
     """Every learning rate, at the middle beta."""
     trials = []
     for arm in swept(config, task):
-        betas = config.betas_of(arm)
+        betas = config.betas_of(task, arm)
         beta = betas[len(betas) // 2] if has_beta(arm) else None
         trials += [
             Trial(task=task, arm=arm, learning_rate=rate, beta=beta, seed=SWEEP_SEED, sweep=True)
@@ -48,7 +48,7 @@ def beta_sweep(config: StudyConfig, task: str, found: Mapping[Trial, Result]) ->
     for arm in swept(config, task):
         if has_beta(arm):
             best = _best(task, arm, found)
-            trials += [replace(best, beta=beta) for beta in config.betas_of(arm)]
+            trials += [replace(best, beta=beta) for beta in config.betas_of(task, arm)]
     return trials
 
 

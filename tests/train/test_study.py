@@ -465,5 +465,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
 
 def test_schedules_share_the_betas_that_are_compared() -> None:
     config = StudyConfig()
-    assert {config.betas_of(arm) for arm in SCHEDULES} == {(0.02, 0.063, 0.2, 0.63, 2.0)}
-    assert config.betas_of("kdrl_k3") == (0.02, 0.2, 2.0)
+    shared = {config.betas_of("arithmetic", arm) for arm in SCHEDULES}
+    assert shared == {(0.02, 0.063, 0.2, 0.63, 2.0)}
+    assert config.betas_of("arithmetic", "kdrl_k3") == (0.02, 0.2, 2.0)
+    assert config.betas_of("countdown", "kdrl") == (0.02, 0.2, 2.0)
