@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 from rich.console import Console
 
@@ -26,8 +27,8 @@ MAY_GROW = (
 def main(config: StudyConfig, console: Console | None = None) -> Path:
     """Make the study, or what is left of it; returns its folder.
 
-    results.json, README.md with the tables, plots (.svg) and report.html are written again after
-    each part, from the runs that have ended.
+    results.json, README.md with the tables, plots (.svg) and report.html are written once the arms
+    of a task have run, and again after every later part.
 
     SIGTERM ends it as Ctrl-C does: with all of its processes. A run that crashes is a result like
     any other, and is not repeated until its result.json is deleted.
@@ -44,6 +45,8 @@ def main(config: StudyConfig, console: Console | None = None) -> Path:
         for task in config.tasks:
             found |= sweep(config, runner, task)
             best = plan.chosen(config, task, found)
+            more = plan.more_betas(config, task, best)
+            found |= runner.trials(more, f"{task}: more betas, to compare")
             found |= runner.trials(plan.final_trials(config, task, best), f"{task}: arms")
             write_up.write(config, results.save(config, found))
             if task == config.tasks[0]:
@@ -57,18 +60,26 @@ def main(config: StudyConfig, console: Console | None = None) -> Path:
 
 def sweep(config: StudyConfig, runner: Runner, task: str) -> dict[Trial, Result]:
     """What the arms' settings on a task are chosen by: learning rates, then betas."""
-    found: dict[Trial, Result] = {}
-    found |= runner.trials(plan.rate_sweep(config, task), f"{task}: learning rates")
-    for _ in range(config.widen):
-        beyond = plan.past_the_end(config, task, found, "learning_rate")
-        found |= runner.trials(beyond, f"{task}: learning rates past an end")
-    found |= runner.trials(plan.runoff(config, task, found), f"{task}: the best, again")
+    found = runner.trials(plan.rate_sweep(config, task), f"{task}: learning rates")
+    settle(config, runner, task, found, "learning_rate")
     found |= runner.trials(plan.beta_sweep(config, task, found), f"{task}: betas")
-    for _ in range(config.widen):
-        beyond = plan.past_the_end(config, task, found, "beta")
-        found |= runner.trials(beyond, f"{task}: betas past an end")
-    found |= runner.trials(plan.runoff(config, task, found), f"{task}: the best, again")
+    settle(config, runner, task, found, "beta")
     return found
+
+
+def settle(
+    config: StudyConfig,
+    runner: Runner,
+    task: str,
+    found: dict[Trial, Result],
+    key: Literal["learning_rate", "beta"],
+) -> None:
+    """Add to a sweep what decides between settings that are close, and what lies past an end."""
+    for left in range(config.widen, -1, -1):
+        while again := plan.runoff(config, task, found):
+            found |= runner.trials(again, f"{task}: those close to the best, again")
+        beyond = plan.past_the_end(config, task, found, key) if left else []
+        found |= runner.trials(beyond, f"{task}: past the end of a sweep")
 
 
 @contextmanager

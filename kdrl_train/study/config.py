@@ -6,7 +6,7 @@ from typing import Literal
 
 from kdrl_train.bounds import at_least, positive
 from kdrl_train.scratch import ArchitectureConfig
-from kdrl_train.study.arms import ARMS, SCHEDULES
+from kdrl_train.study.arms import ARMS
 
 TaskName = Literal["arithmetic", "countdown"]
 TeacherName = Literal["weak", "middle", "strong"]
@@ -101,9 +101,10 @@ class StudyConfig:
     betas: tuple[float, ...] = (0.02, 0.2, 2.0)
     """Swept for each arm that has a beta, at its best learning rate."""
     more_betas: tuple[float, ...] = (0.063, 0.63)
-    """Swept too, on the first task, for the arms whose sensitivity to beta is compared."""
+    """Run too, on the first task, for the arms whose sensitivity to beta is compared; settings are
+    not chosen by them."""
     widen: int = 2
-    """How often a sweep goes on, in the same ratio, past an end of it that is the best so far."""
+    """How often a sweep may go on, in the same ratio, past an end that is its best."""
     validation_problems: int = 500
     """Problems that the sweep is judged by."""
     test_problems: int = 1000
@@ -130,9 +131,9 @@ class StudyConfig:
         at_least(0, "widen", self.widen)
         if not 1 <= self.samples <= 9:
             raise ValueError(f"samples must be in [1, 9], got {self.samples}")
-        for key in ("learning_rates", "betas"):
+        for key in ("learning_rates", "betas", "more_betas"):
             values = getattr(self, key)
-            if not values:
+            if not values and key != "more_betas":
                 raise ValueError(f"{key} must hold at least one number, got none")
             for value in values:
                 positive(key, value)
@@ -152,11 +153,6 @@ class StudyConfig:
         if task == self.tasks[0]:
             return self.arms
         return tuple(arm for arm in self.arms if arm in self.main_arms)
-
-    def betas_of(self, task: str, arm: str) -> tuple[float, ...]:
-        """What beta is swept over, ascending."""
-        more = self.more_betas if task == self.tasks[0] and arm in SCHEDULES else ()
-        return tuple(sorted(self.betas + more))
 
 
 def quick(config: StudyConfig) -> StudyConfig:

@@ -12,6 +12,7 @@ from kdrl_train.tasks import make_splits
 TASK_SEED = 0
 """Of problems and models; runs have seeds of their own."""
 VOCABULARY = 320
+MODELS = ("student", "teacher_weak", "teacher_middle", "teacher_strong")
 OUT_OF_DISTRIBUTION = ("longer", "larger")
 
 
@@ -36,7 +37,7 @@ def write_task(config: StudyConfig, task: str) -> None:
     sets = make_splits(task, lab.level, TASK_SEED, **rows)
     for name, problems in sets.items():
         jsonl.write(out / f"{name}.jsonl", problems)
-    for name in models(config, task):
+    for name in MODELS:
         learnt = make_splits(task, lab.level, TASK_SEED, **rows, slips=slips(config, task, name))
         jsonl.write(out / f"solutions_{name}.jsonl", learnt.get("sloppy", learnt["train"]))
     texts = (f"{row['question']}\n{row['solution']}" for row in sets["train"])
@@ -46,8 +47,7 @@ def write_task(config: StudyConfig, task: str) -> None:
 def models(config: StudyConfig, task: str) -> tuple[str, ...]:
     """Names of the models that the arms of a task need."""
     three = config.quality_arms and task == config.tasks[0]
-    teachers = ("weak", "middle", "strong") if three else ("middle",)
-    return ("student", *(f"teacher_{name}" for name in teachers))
+    return MODELS if three else ("student", "teacher_middle")
 
 
 def slips(config: StudyConfig, task: str, name: str) -> float:

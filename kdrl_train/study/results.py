@@ -1,20 +1,18 @@
 """results.json of a study: every run that ended, and the machine, versions and settings."""
 
-import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from kdrl_train import events
 from kdrl_train.config_file import to_dict
 from kdrl_train.study.config import StudyConfig, Trial
 from kdrl_train.study.trial import Result
 
-PACKAGES = ("torch", "transformers", "math-verify", "numpy")
 SWEEP_CURVES = ("accuracy",)
 """What is kept of the curves of a sweep's runs."""
 
@@ -40,15 +38,8 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Where and by what the study was made."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {
-        "cores": os.cpu_count(),
-        "processor": _processor(),
-        "python": platform.python_version(),
-        **versions,
-        "commit": _commit(),
-    }
+    """Where and with what the study was made."""
+    return {"cores": os.cpu_count(), "processor": _processor(), **events.versions()}
 
 
 def _processor() -> str:
@@ -56,13 +47,3 @@ def _processor() -> str:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
-
-
-def _commit() -> str | None:
-    """Of this library's source, where it runs from a clone with git."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from kdrl_train import jsonl, sft, train
+from kdrl_train import events, jsonl, sft, train
 from kdrl_train.config import (
     ModelConfig,
     OptimConfig,
@@ -80,6 +80,8 @@ class Result:
     """Metric -> its value at each step; also "seconds_rollout" and the other stages."""
     sampled_tokens: int = 0
     """Tokens of all completions that it learnt from."""
+    commit: str | None = None
+    """Of the code that made it, where it ran from a clone with git."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Result":
@@ -283,6 +285,7 @@ def finish(config: StudyConfig, folder: Path) -> None:
         traceback.print_exc()
         message = f"{type(error).__name__}: {error}"
         result = Result(trial=trial, status="crashed", error=message)
+    result = replace(result, commit=events.versions().get("commit"))
     result.write(folder / "result.json")
 
 

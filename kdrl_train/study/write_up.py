@@ -45,10 +45,11 @@ def write(config: StudyConfig, saved: Mapping[str, Any]) -> None:
         for name, svg in part.plots.items():
             charts.save(svg, config.out / f"{name}.svg")
     machine = saved["machine"]
+    commits = sorted({run.commit for run in study.results if run.commit})
     about = (
         f"{len(study.results)} runs ({len(study.crashed)} crashed) on {machine['cores']} cores of "
         f"{machine['processor']}; torch {machine['torch']}, transformers "
-        f"{machine['transformers']}, Python {machine['python']}, commit {machine['commit']}. "
+        f"{machine['transformers']}, Python {machine['python']}, {_commits(commits)}. "
         "In brackets: 95% intervals, from Student's t over seeds and a bootstrap over problems."
     )
     said = [about, *(conclusion(study, task) for task in tasks)]
@@ -102,6 +103,10 @@ def markdown(said: Sequence[str], made: Sequence[Part]) -> str:
         else:
             lines += [f"## {table.title}", *body]
     return "\n\n".join(lines) + "\n"
+
+
+def _commits(names: Sequence[str]) -> str:
+    return f"commit{'s' * (len(names) > 1)} {', '.join(names)}" if names else "no known commit"
 
 
 def _words(name: str) -> str:

@@ -1,118 +1,168 @@
 """Which runs a study makes, and what its sweeps choose."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import pytest
 
-from kdrl_train.study import plan, tables
+from kdrl_train.study import command, plan, tables
 from kdrl_train.study.analysis import Study
 from kdrl_train.study.arms import SCHEDULES
 from kdrl_train.study.config import RUNOFF_SEED, SWEEP_SEED, StudyConfig, Trial, quick
+from kdrl_train.study.plan import Settings
 from kdrl_train.study.runner import grouped
 from kdrl_train.study.trial import Result
 from tests.train.study_results import result
 
+TASK = "arithmetic"
+Percent = Callable[[Trial], int | None]
 
-def test_the_sweep_chooses_and_crashes_lose(tmp_path: Path) -> None:
-    config = StudyConfig(out=tmp_path, arms=("student", "grpo", "kdrl", "k1_as_loss"), seeds=2)
-    rates = plan.rate_sweep(config, "arithmetic")
-    assert {t.arm for t in rates} == {"grpo", "kdrl"}
-    assert {t.beta for t in rates if t.arm == "kdrl"} == {0.2}
-    found = {
-        t: result(t.arm, "1111" if t.learning_rate == 5e-4 else "0001",
-                  seed=t.seed, learning_rate=t.learning_rate, beta=t.beta, sweep=True)
-        for t in rates
-    }  # fmt: skip
-    betas = plan.beta_sweep(config, "arithmetic", found)
-    assert {t.learning_rate for t in betas} == {5e-4}
-    assert sorted({t.beta for t in betas}) == [0.02, 0.063, 0.2, 0.63, 2.0]
-    for t in betas:
-        crashed = replace(found[rates[0]], trial=t, status="crashed", scores={})
-        found.setdefault(t, crashed)
-    best = plan.chosen(config, "arithmetic", found)
+
+class Scripted:
+    """A runner whose runs end at once, as right as is said of them; None: crashed."""
+
+    def __init__(self, percent: Percent) -> None:
+        self.percent = percent
+        self.found: dict[Trial, Result] = {}
+
+    def trials(self, trials: Iterable[Trial], _: str) -> dict[Trial, Result]:
+        wanted = list(trials)
+        self.found |= {trial: self._run(trial) for trial in wanted}
+        return {trial: self.found[trial] for trial in wanted}
+
+    def _run(self, trial: Trial) -> Result:
+        percent = self.percent(trial)
+        problems = f"{'4' * ((percent or 0) // 4)}{(percent or 0) % 4}".ljust(26, "0")[:25]
+        made = replace(result(trial.arm, problems, sweep=True), trial=trial)
+        return made if percent is not None else replace(made, status="crashed", scores={})
+
+    def tried(self, arm: str) -> set[tuple[Any, ...]]:
+        return {(t.learning_rate, t.beta, t.seed) for t in self.found if t.arm == arm}
+
+
+def sweep(percent: Percent, *arms: str, **fields: Any) -> tuple[dict[str, Settings], Scripted]:
+    """What a sweep chooses, and the runner with all that ran."""
+    config, runner = StudyConfig(arms=arms, **fields), Scripted(percent)
+    found = command.sweep(config, runner, TASK)  # type: ignore[arg-type]
+    assert found == runner.found
+    return plan.chosen(config, TASK, found), runner
+
+
+def test_learning_rates_at_the_middle_beta_then_betas_at_the_best_rate() -> None:
+    def percent(trial: Trial) -> int:
+        return 10 + 20 * (trial.learning_rate == 5e-4) + 20 * (trial.beta == 0.2)
+
+    best, runner = sweep(percent, "student", "grpo", "kdrl", "k1_as_loss")
+    rates, betas = (2.5e-4, 5e-4, 1e-3), (0.02, 0.2, 2.0)
+    assert runner.tried("grpo") == {(rate, None, SWEEP_SEED) for rate in rates}
+    at_the_middle = {(rate, 0.2, SWEEP_SEED) for rate in rates}
+    assert runner.tried("kdrl") == at_the_middle | {(5e-4, beta, SWEEP_SEED) for beta in betas}
+    assert {trial.arm for trial in runner.found} == {"grpo", "kdrl"}
     assert best["kdrl"] == best["k1_as_loss"] == (5e-4, 0.2)
     assert best["grpo"] == (5e-4, None)
-    finals = plan.final_trials(config, "arithmetic", best)
-    assert len(finals) == 8
+    assert best["student"] == (None, None)
+    finals = plan.final_trials(StudyConfig(seeds=2), TASK, best)
     assert [t.seed for t in finals] == [0] * 4 + [1] * 4
 
 
 @pytest.mark.parametrize(
-    ("key", "right", "beyond"),
+    ("widen", "chosen", "tried"),
     [
-        ("learning_rate", ("0", "1", "2"), [2e-3]),
-        ("learning_rate", ("2", "1", "0"), [1.25e-4]),
-        ("learning_rate", ("1", "2", "1"), []),
-        ("beta", ("1", "1", "2"), [20.0]),
-        ("beta", ("2", "1", "1"), [0.002]),
+        (0, 1e-3, {2.5e-4, 5e-4, 1e-3}),
+        (1, 2e-3, {2.5e-4, 5e-4, 1e-3, 2e-3}),
+        (3, 4e-3, {2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3}),
     ],
 )
 def test_a_sweep_goes_on_past_an_end_that_is_best(
-    key: str, right: tuple[str, ...], beyond: list[float]
+    widen: int, chosen: float, tried: set[float]
 ) -> None:
-    config = StudyConfig(arms=("grpo", "kdrl_k3"))
-    values = getattr(config, f"{key}s")
-    other = {"beta": 0.2} if key == "learning_rate" else {"learning_rate": 5e-4}
-    runs = [
-        result("kdrl_k3", digit, seed=1000, sweep=True, **{key: value}, **other)
-        for digit, value in zip(right, values, strict=True)
-    ]
-    runs += [
-        result("grpo", digit, seed=1000, sweep=True, learning_rate=rate)
-        for digit, rate in zip("121", config.learning_rates, strict=True)
-    ]
-    found = {one.trial: one for one in runs}
-    trials = plan.past_the_end(config, "arithmetic", found, key)  # type: ignore[arg-type]
-    assert [(t.arm, getattr(t, key)) for t in trials] == [("kdrl_k3", value) for value in beyond]
+    best, runner = sweep(
+        lambda t: 10 if t.learning_rate == 8e-3 else int(10_000 * (t.learning_rate or 0)),
+        "grpo", widen=widen,
+    )  # fmt: skip
+    assert best["grpo"].learning_rate == chosen
+    assert {rate for rate, _, _ in runner.tried("grpo")} == tried
 
 
-def test_settings_that_one_run_cannot_tell_apart_run_again() -> None:
-    config = StudyConfig(arms=("grpo", "kd_rkl"))
+def test_betas_go_on_below_too_and_in_their_own_ratio() -> None:
+    best, _ = sweep(lambda t: 50 if t.beta == 0.002 else 40 - int(10 * (t.beta or 0)), "kdrl_k3")
+    assert best["kdrl_k3"].beta == 0.002
 
-    def run(arm: str, rate: float, percent: int, seed: int = SWEEP_SEED) -> Result:
-        right = ("4" * (percent // 4) + str(percent % 4)).ljust(26, "0")[:25]
-        return result(arm, right, seed=seed, learning_rate=rate, sweep=True)
 
-    clear = [run("kd_rkl", rate, score) for rate, score in ((2.5e-4, 40), (5e-4, 47), (1e-3, 44))]
-    close = [run("grpo", rate, score) for rate, score in ((2.5e-4, 50), (5e-4, 51), (1e-3, 48))]
-    found = {one.trial: one for one in clear + close}
-    again = plan.runoff(config, "arithmetic", found)
-    assert [(t.arm, t.learning_rate, t.seed) for t in again] == [
-        ("grpo", 2.5e-4, RUNOFF_SEED), ("grpo", 5e-4, RUNOFF_SEED)
-    ]  # fmt: skip
-    assert plan.chosen(config, "arithmetic", found)["grpo"] == (5e-4, None)
-    seconds = [run("grpo", 2.5e-4, 46, RUNOFF_SEED), run("grpo", 5e-4, 44, RUNOFF_SEED)]
-    found |= {one.trial: one for one in seconds}
-    assert plan.chosen(config, "arithmetic", found)["grpo"] == (2.5e-4, None)
-    assert plan.runoff(config, "arithmetic", found) == again
-    table = tables.sweeps(Study(found.values()), "arithmetic")
-    assert [row[4][:4] for row in table.rows] == ["-", "-", "-", "46.0", "44.0", "-"]
+def test_an_end_that_only_a_second_run_shows_is_passed_too() -> None:
+    once = {2.5e-4: 40, 5e-4: 50, 1e-3: 49, 2e-3: 60}
+    again = {5e-4: 40, 1e-3: 49, 2e-3: 60}
+    best, runner = sweep(
+        lambda t: (once if t.seed == SWEEP_SEED else again)[t.learning_rate or 0], "grpo", widen=1
+    )
+    assert (1e-3, None, RUNOFF_SEED) in runner.tried("grpo")
+    assert (2e-3, None, SWEEP_SEED) in runner.tried("grpo")
+    assert best["grpo"] == (2e-3, None)
+
+
+def test_one_lucky_run_does_not_choose() -> None:
+    """The better rate is found by second runs, and a beta whose second run is bad is not taken."""
+    rate, other = 5e-4, 2.5e-4
+    said = {
+        (other, 0.2): (51, 44), (rate, 0.2): (50, 48), (1e-3, 0.2): (20, 20),
+        (rate, 0.02): (52, 40), (rate, 2.0): (30, 30),
+    }  # fmt: skip
+    best, runner = sweep(
+        lambda t: said[t.learning_rate, t.beta][t.seed == RUNOFF_SEED],  # type: ignore[index]
+        "kdrl_exact",
+    )
+    twice = {(r, b) for r, b, seed in runner.tried("kdrl_exact") if seed == RUNOFF_SEED}
+    assert twice == {(other, 0.2), (rate, 0.2), (rate, 0.02)}
+    assert best["kdrl_exact"] == (rate, 0.2)
+
+
+@pytest.mark.parametrize("nothing", [0, None])
+def test_an_arm_that_learns_nothing_is_not_swept_further(nothing: int | None) -> None:
+    best, runner = sweep(lambda t: 30 if t.arm == "grpo" else nothing, "grpo", "kdrl")
+    assert len(runner.tried("kdrl")) == 5
+    assert best["kdrl"].learning_rate in StudyConfig().learning_rates
+
+
+def test_a_crash_loses() -> None:
+    best, _ = sweep(lambda t: None if t.learning_rate != 1e-3 else 1, "grpo", widen=0)
+    assert best["grpo"] == (1e-3, None)
+
+
+def test_second_runs_are_shown_apart() -> None:
+    _, runner = sweep(lambda t: 50 - (t.seed == RUNOFF_SEED), "kdrl", widen=0)
+    study = Study(runner.found.values())
+    rows = tables.sweeps(study, TASK).rows
+    assert {(row[3][:4], row[4][:4]) for row in rows} == {("50.0", "49.0")}
+    shown = tables.by_beta(study, TASK, "kdrl")
+    assert {beta: found and found.mean for beta, found in shown.items()} == {
+        0.02: 0.5, 0.2: 0.5, 2.0: 0.5
+    }  # fmt: skip
 
 
 def test_the_quick_study_sweeps_nothing() -> None:
     config = quick(StudyConfig())
-    assert plan.swept(config, "arithmetic") == []
-    best = plan.chosen(config, "arithmetic", {})
+    assert list(plan.swept(config, TASK)) == []
+    best = plan.chosen(config, TASK, {})
     assert set(best) == set(config.arms)
     assert plan.quality_trials(config, best) == []
-    assert len(plan.final_trials(config, "arithmetic", best)) == 7
+    assert len(plan.final_trials(config, TASK, best)) == 7
 
 
-def test_schedules_share_the_betas_that_are_compared() -> None:
-    config = StudyConfig()
-    shared = {config.betas_of("arithmetic", arm) for arm in SCHEDULES}
-    assert shared == {(0.02, 0.063, 0.2, 0.63, 2.0)}
-    assert config.betas_of("arithmetic", "kdrl_k3") == (0.02, 0.2, 2.0)
-    assert config.betas_of("countdown", "kdrl") == (0.02, 0.2, 2.0)
+def test_betas_that_are_only_compared_choose_nothing() -> None:
+    config = StudyConfig(arms=("kdrl", "kdrl_k3", "kdrl_step"))
+    best = dict.fromkeys(config.arms, Settings(1e-3, 2.0))
+    more = plan.more_betas(config, TASK, best)
+    assert {t.arm for t in more} == {"kdrl", "kdrl_step"} <= set(SCHEDULES)
+    assert {(t.learning_rate, t.beta, t.sweep) for t in more} == {
+        (1e-3, 0.063, True), (1e-3, 0.63, True)
+    }  # fmt: skip
+    assert plan.more_betas(config, "countdown", best) == []
+    assert all(t.beta in config.betas for t in plan.rate_sweep(config, TASK))
 
 
 def test_no_worker_waits_long_for_another() -> None:
-    trials = [
-        Trial(task="arithmetic", arm=arm, seed=seed)
-        for arm in ("grpo", "kdrl")
-        for seed in range(5)
-    ]
+    trials = [Trial(task=TASK, arm=arm, seed=seed) for arm in ("grpo", "kdrl") for seed in range(5)]
     groups = grouped(trials, workers=1)
     assert [len(group) for group in groups] == [3, 3, 2, 2]
     assert all(len({trial.arm for trial in group}) == 1 for group in groups)
