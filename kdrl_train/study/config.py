@@ -83,10 +83,10 @@ class StudyConfig:
     arms: tuple[str, ...] = tuple(name for name in ARMS)
     """Which arms of kdrl_train/study/arms.py."""
     main_arms: tuple[str, ...] = (
-        "student", "teacher", "sft", "grpo", "kd_rkl", "kdrl", "kdrl_annealed", "kdrl_exact",
+        "student", "teacher", "sft", "grpo", "kd_rkl", "kdrl", "kdrl_annealed",
     )  # fmt: skip
     """Arms that the other tasks have too."""
-    quality_arms: tuple[str, ...] = ("kd_rkl", "kdrl", "kdrl_linear")
+    quality_arms: tuple[str, ...] = ("kd_rkl", "kdrl")
     """Arms that run with each of the three teachers, on the first task."""
     seeds: int = 3
     """Runs of each arm that is reported; seed s has the same prompts in the same order in all."""

@@ -32,11 +32,11 @@ class Estimate:
 def estimate(scores_SP: np.ndarray, draws: int = DRAWS) -> Estimate:
     """Mean over seeds and problems, and its 95% interval.
 
-    Both are samples: another study would have others. Problems are drawn with return (bootstrap).
-    Three seeds are too few to draw from, since the most extreme of such draws are the seeds
-    themselves, and lie on one side of the truth a quarter of the time: each draw moves by Student's
-    t with S - 1 degrees of freedom, times the standard error over seeds. The draws are the same for
-    every call with these S and P.
+    Both are samples: another study of the same models and settings would have others. Problems are
+    drawn with return (bootstrap). Three seeds are too few to draw from, since the most extreme of
+    such draws are the seeds themselves, and lie on one side of the truth a quarter of the time:
+    each draw moves by Student's t with S - 1 degrees of freedom, times the standard error over
+    seeds. The draws are the same for every call with these S and P.
 
     Args:
         scores_SP: [S, P] float, S and P at least 1; for a paired difference of two arms, their

@@ -74,13 +74,20 @@ def test_differences_are_paired_by_seed() -> None:
 
 
 def test_settings_at_an_end_of_their_sweep_are_marked(tmp_path: Path) -> None:
-    config = StudyConfig(out=tmp_path)
-    sweeps = [
-        result("kdrl", learning_rate=rate, beta=beta, seed=1000, sweep=True)
-        for rate, beta in ((2.5e-4, 0.2), (5e-4, 0.2), (1e-3, 0.2), (5e-4, 0.02), (5e-4, 2.0))
+    """An end of what was tried, which may lie past the values of the config; k1's is kdrl's."""
+    tried = ((2.5e-4, 0.2), (5e-4, 0.2), (1e-3, 0.2), (5e-4, 0.02), (5e-4, 2.0), (5e-4, 20.0))
+    runs = [
+        result("kdrl", learning_rate=rate, beta=beta, seed=1000, sweep=True) for rate, beta in tried
     ]
-    study = Study([result("kdrl", learning_rate=5e-4, beta=2.0), *sweeps])
-    assert tables.arms(study, config, "arithmetic").rows[0][1:3] == ["0.0005", "2*"]
+    runs += [
+        result(arm, learning_rate=5e-4, beta=beta, seed=seed)
+        for seed, (arm, beta) in enumerate((("kdrl", 20.0), ("k1_as_loss", 20.0)))
+    ]
+    rows = tables.arms(Study(runs), StudyConfig(out=tmp_path), "arithmetic").rows
+    assert [row[:3] for row in rows] == [["kdrl", "0.0005", "20*"], ["k1_as_loss", "0.0005", "20*"]]
+    inside = [result("kdrl", learning_rate=5e-4, beta=2.0), *runs[:-2]]
+    rows = tables.arms(Study(inside), StudyConfig(out=tmp_path), "arithmetic").rows
+    assert rows[0][1:3] == ["0.0005", "2"]
 
 
 def test_a_stage_of_half_the_steps_costs_half_a_step() -> None:
