@@ -18,8 +18,8 @@ from kdrl_train.study.runner import Runner
 from kdrl_train.study.trial import Result
 
 MAY_GROW = (
-    "out", "tasks", "arms", "main_arms", "quality_arms", "seeds", "learning_rates", "betas",
-    "more_betas", "widen", "workers",
+    "out", "tasks", "arms", "main_arms", "quality_arms", "seeds", "main_seeds",
+    "learning_rates", "betas", "more_betas", "widen", "workers",
 )  # fmt: skip
 """Settings that a study may be gone on with: they say which runs there are, not what one is."""
 

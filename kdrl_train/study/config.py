@@ -85,11 +85,13 @@ class StudyConfig:
     main_arms: tuple[str, ...] = (
         "student", "teacher", "sft", "grpo", "kd_rkl", "kdrl", "kdrl_annealed",
     )  # fmt: skip
-    """Arms that the other tasks have too."""
+    """Arms that the other tasks have too, and that have more seeds on the first."""
     quality_arms: tuple[str, ...] = ("kd_rkl", "kdrl")
     """Arms that run with each of the three teachers, on the first task."""
     seeds: int = 3
     """Runs of each arm that is reported; seed s has the same prompts in the same order in all."""
+    main_seeds: int = 5
+    """The same, of the arms of `main_arms` on the first task."""
     steps: int = 80
     """Optimiser steps of a run."""
     prompts_per_step: int = 32
@@ -124,7 +126,8 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "seeds", "steps", "prompts_per_step", "validation_problems", "test_problems", "workers",
+            "seeds", "main_seeds", "steps", "prompts_per_step", "validation_problems",
+            "test_problems", "workers",
         ):  # fmt: skip
             at_least(1, name, getattr(self, name))
         at_least(2, "group_size", self.group_size)
@@ -143,6 +146,11 @@ class StudyConfig:
                     raise ValueError(f"{key} must be of {', '.join(ARMS)}, got {arm!r}")
         if not self.tasks:
             raise ValueError("tasks must name at least one task, got none")
+
+    def seeds_of(self, task: str, arm: str) -> range:
+        """Of the runs of an arm that are reported."""
+        main = task == self.tasks[0] and arm in self.main_arms
+        return range(self.main_seeds if main else self.seeds)
 
     def lab(self, task: str) -> LabConfig:
         """The models of a task."""
@@ -163,6 +171,7 @@ def quick(config: StudyConfig) -> StudyConfig:
         arms=("student", "teacher", "sft", "grpo", "kd_rkl", "kdrl", "kdrl_annealed"),
         quality_arms=(),
         seeds=1,
+        main_seeds=1,
         steps=min(config.steps, 30),
         learning_rates=(5e-4,),
         betas=(0.2,),

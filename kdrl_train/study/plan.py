@@ -143,8 +143,8 @@ def final_trials(config: StudyConfig, task: str, best: Mapping[str, Settings]) -
     """Every arm at its settings, over the seeds."""
     return [
         Trial(task=task, arm=arm, seed=seed, **settings._asdict())
-        for seed in range(config.seeds)
         for arm, settings in best.items()
+        for seed in config.seeds_of(task, arm)
     ]
 
 

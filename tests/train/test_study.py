@@ -113,9 +113,10 @@ def test_sigterm_ends_what_the_study_started(small: StudyConfig, tmp_path: Path)
 def small() -> StudyConfig:
     lab = LabConfig(problems=200, student_steps=2, teacher_steps=2)
     return StudyConfig(
-        tasks=("arithmetic",), arms=("student", "sft", "kdrl"), quality_arms=(), seeds=1, steps=2,
-        prompts_per_step=2, group_size=2, learning_rates=(1e-3,), betas=(0.2,), more_betas=(),
-        validation_problems=4, test_problems=4, samples=2, arithmetic=lab, countdown=lab, workers=1,
+        tasks=("arithmetic",), arms=("student", "sft", "kdrl"), quality_arms=(), seeds=1,
+        main_seeds=1, steps=2, prompts_per_step=2, group_size=2, learning_rates=(1e-3,),
+        betas=(0.2,), more_betas=(), validation_problems=4, test_problems=4, samples=2,
+        arithmetic=lab, countdown=lab, workers=1,
     )  # fmt: skip
 
 

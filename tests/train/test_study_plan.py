@@ -62,8 +62,11 @@ def test_learning_rates_at_the_middle_beta_then_betas_at_the_best_rate() -> None
     assert best["kdrl"] == best["k1_as_loss"] == (5e-4, 0.2)
     assert best["grpo"] == (5e-4, None)
     assert best["student"] == (None, None)
-    finals = plan.final_trials(StudyConfig(seeds=2), TASK, best)
-    assert [t.seed for t in finals] == [0] * 4 + [1] * 4
+    finals = plan.final_trials(StudyConfig(seeds=2, main_seeds=3), TASK, best)
+    assert [t.seed for t in finals if t.arm == "k1_as_loss"] == [0, 1]
+    assert [t.seed for t in finals if t.arm == "kdrl"] == [0, 1, 2]
+    elsewhere = plan.final_trials(StudyConfig(seeds=2, main_seeds=3), "countdown", best)
+    assert [t.seed for t in elsewhere if t.arm == "kdrl"] == [0, 1]
 
 
 @pytest.mark.parametrize(
