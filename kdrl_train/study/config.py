@@ -82,9 +82,7 @@ class StudyConfig:
     """All arms run on the first one; the arms of `main_arms` on the others."""
     arms: tuple[str, ...] = tuple(name for name in ARMS)
     """Which arms of kdrl_train/study/arms.py."""
-    main_arms: tuple[str, ...] = (
-        "student", "teacher", "sft", "grpo", "kd_rkl", "kdrl", "kdrl_annealed",
-    )  # fmt: skip
+    main_arms: tuple[str, ...] = ("student", "teacher", "sft", "grpo", "kd_rkl", "kdrl")
     """Arms that the other tasks have too, and that have more seeds on the first."""
     quality_arms: tuple[str, ...] = ("kd_rkl", "kdrl")
     """Arms that run with each of the three teachers, on the first task."""
