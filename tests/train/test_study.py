@@ -16,7 +16,9 @@ from rich.console import Console
 
 import kdrl_kernels as kk
 from kdrl_train import sft, train
+from kdrl_train.config_file import load_yaml, update
 from kdrl_train.presets import PRESETS
+from kdrl_train.scratch import make_model, train_tokenizer
 from kdrl_train.study import command, lab, results, write_up
 from kdrl_train.study.analysis import Study
 from kdrl_train.study.arms import ARMS, PAPER_STEPS
@@ -203,6 +205,15 @@ def test_a_process_that_is_killed_is_reported_and_the_next_trial_runs(
 def test_bad_settings_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StudyConfig(**change)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("student", 12), ("teacher", 21)])
+def test_the_gpu_study_has_models_of_the_size_it_says(name: str, millions: int) -> None:
+    path = Path(__file__).parents[2] / "bench/study_gpu.yaml"
+    config = update(StudyConfig(), load_yaml(path))
+    tokenizer = train_tokenizer(["1 + 2 = 3"], vocab_size=lab.VOCABULARY)
+    model = make_model(getattr(config, name), tokenizer, seed=0)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
