@@ -78,7 +78,7 @@ def number(value: float | None, *, sign: str = "") -> str:
     size = abs(value)
     if 100 <= size < 1e9:
         return f"{value:{sign},.0f}"
-    return f"{value:{sign}.3g}".replace("e-0", "e-").replace("e+", "e").replace("e0", "e")
+    return f"{value:{sign}z.3g}".replace("e-0", "e-").replace("e+", "e").replace("e0", "e")
 
 
 def cut(name: str, most: int) -> str:

@@ -20,7 +20,7 @@ def findings(study: Study, task: str) -> Table:
     for one in judged:
         finding, shown = one.finding, tokens if one.finding.metric == "length" else points
         scale, digits = (1, 2) if finding.metric == "length" else (100, 1)
-        seeds = ", ".join(f"{scale * value:+.{digits}f}" for value in one.seeds)
+        seeds = ", ".join(f"{scale * value:+z.{digits}f}" for value in one.seeds)
         what = f"{finding.arm} - {finding.other}"
         rows.append(
             [finding.question, what, shown(one.found), seeds, finding.paper or "-", one.verdict]
@@ -241,14 +241,14 @@ def points(found: Estimate | None) -> str:
     """Of a difference of shares, with its interval, in percentage points."""
     if found is None:
         return "-"
-    return f"{100 * found.mean:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+    return f"{100 * found.mean:+z.1f} ({100 * found.low:+z.1f} to {100 * found.high:+z.1f})"
 
 
 def tokens(found: Estimate) -> str:
     """Of a difference of lengths, with its interval; one run of each has none."""
     if found.seeds < 2:
-        return f"{found.mean:+.2f} tokens"
-    return f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f}) tokens"
+        return f"{found.mean:+z.2f} tokens"
+    return f"{found.mean:+z.2f} ({found.low:+z.2f} to {found.high:+z.2f}) tokens"
 
 
 def _reached(found: list[int | None]) -> str:

@@ -88,6 +88,7 @@ def test_an_axis_of_one_value_has_a_range() -> None:
         (12345.6, "12,346"),
         (2.5e-6, "2.5e-6"),
         (0.0, "0"),
+        (-0.0, "0"),
         (None, "-"),
         (math.nan, "-"),
         (-1.0, "-1"),
