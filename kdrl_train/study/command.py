@@ -75,7 +75,7 @@ def settle(
     key: Literal["learning_rate", "beta"],
 ) -> None:
     """Add to a sweep what decides between settings that are close, and what lies past an end."""
-    for left in range(config.widen, -1, -1):
+    for left in range(config.widen if task == config.tasks[0] else 0, -1, -1):
         while again := plan.runoff(config, task, found):
             found |= runner.trials(again, f"{task}: those close to the best, again")
         beyond = plan.past_the_end(config, task, found, key) if left else []

@@ -104,7 +104,8 @@ class StudyConfig:
     """Run too, on the first task, for the arms whose sensitivity to beta is compared; settings are
     not chosen by them."""
     widen: int = 2
-    """How often a sweep may go on, in the same ratio, past an end that is its best."""
+    """How often a sweep on the first task may go on, in the same ratio, past an end that is its
+    best."""
     validation_problems: int = 500
     """Problems that the sweep is judged by."""
     test_problems: int = 1000

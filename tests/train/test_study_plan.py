@@ -41,12 +41,14 @@ class Scripted:
         return {(t.learning_rate, t.beta, t.seed) for t in self.found if t.arm == arm}
 
 
-def sweep(percent: Percent, *arms: str, **fields: Any) -> tuple[dict[str, Settings], Scripted]:
+def sweep(
+    percent: Percent, *arms: str, task: str = TASK, **fields: Any
+) -> tuple[dict[str, Settings], Scripted]:
     """What a sweep chooses, and the runner with all that ran."""
     config, runner = StudyConfig(arms=arms, **fields), Scripted(percent)
-    found = command.sweep(config, runner, TASK)  # type: ignore[arg-type]
+    found = command.sweep(config, runner, task)  # type: ignore[arg-type]
     assert found == runner.found
-    return plan.chosen(config, TASK, found), runner
+    return plan.chosen(config, task, found), runner
 
 
 def test_learning_rates_at_the_middle_beta_then_betas_at_the_best_rate() -> None:
@@ -86,6 +88,12 @@ def test_a_sweep_goes_on_past_an_end_that_is_best(
     )  # fmt: skip
     assert best["grpo"].learning_rate == chosen
     assert {rate for rate, _, _ in runner.tried("grpo")} == tried
+
+
+def test_other_tasks_are_swept_as_far_as_is_said() -> None:
+    best, runner = sweep(lambda t: int(10_000 * (t.learning_rate or 0)), "grpo", task="countdown")
+    assert best["grpo"].learning_rate == 1e-3
+    assert len(runner.found) == 3
 
 
 def test_betas_go_on_below_too_and_in_their_own_ratio() -> None:
