@@ -229,7 +229,7 @@ def percent(found: Estimate | None) -> str:
     """Of a share, with its interval."""
     if found is None:
         return "-"
-    return f"{100 * found.mean:.1f} ({100 * found.low:.1f}-{100 * found.high:.1f})"
+    return f"{100 * found.mean:z.1f} ({100 * found.low:z.1f}-{100 * found.high:z.1f})"
 
 
 def _tried(found: Estimate | None) -> str:
