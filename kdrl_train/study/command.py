@@ -106,6 +106,12 @@ def open_folder(config: StudyConfig) -> None:
     """
     path = config.out / "study.yaml"
     if path.exists():
+        first = load_yaml(path)["tasks"][0]
+        if config.tasks[0] != first:
+            raise ValueError(
+                f"tasks must begin with {first}, on which the study in {config.out} has all of its "
+                f"arms, got {', '.join(config.tasks)}"
+            )
         old, new = ({k: v for k, v in values.items() if k not in MAY_GROW}
                     for values in (load_yaml(path), to_dict(config)))  # fmt: skip
         changed = differences(old, new)

@@ -33,7 +33,7 @@ def findings(study: Study, task: str) -> Table:
         "differ here before the others; then questions that it leaves open. Only the sign can be "
         'compared: models, task and length of training are others. "Kept" is seen where the whole '
         f"interval is within {100 * analysis.MARGIN:g} points of 0. Of {len(rows)} differences at "
-        f"95% about {max(1, round(len(rows) / 20))} would be decided by chance alone where there "
+        f"95% about {len(rows) / 20:.2g} would be decided by chance alone where there "
         "were none; the intervals are not corrected for that.",
     )
 
@@ -197,7 +197,7 @@ def cost(study: Study, task: str) -> Table:
 
 
 def sweeps(study: Study, task: str) -> Table:
-    """All runs that settings were chosen by."""
+    """What was tried on the validation problems; more_betas are among it, and chose nothing."""
     found = analysis.sweep_points(study, task)
     rows = []
     for trial, first in found.items():

@@ -98,7 +98,7 @@ def markdown(said: Sequence[str], made: Sequence[Part]) -> str:
         if part.plots:
             body.append("\n".join(f"![{_words(name)}]({name}.svg)" for name in part.plots))
         if part.folded:
-            summary = f"<summary>{escape(table.title)}: {len(table.rows)} runs</summary>"
+            summary = f"<summary>{escape(table.title)}: {len(table.rows)} settings</summary>"
             lines += ["<details>" + summary, *body, "</details>"]
         else:
             lines += [f"## {table.title}", *body]

@@ -159,6 +159,8 @@ def test_a_study_goes_on_where_it_stopped_and_a_crash_is_a_result(
         "ValueError: the teacher must have right samples to learn from, got none in "
         f"{config.out}/tasks/arithmetic/teacher_middle"
     ]
+    with pytest.raises(ValueError, match=r"tasks must begin with arithmetic, .* got countdown"):
+        command.main(replace(config, tasks=("countdown",)), console)
     with pytest.raises(ValueError, match="steps 2 -> 3"):
         command.main(replace(config, steps=3), console)
 
