@@ -8,12 +8,11 @@ a phone, where a page shows a chart at its own size.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeGuard
 
-from kdrl_train.report.svg import RULE, Axis, Look, cut, document, element, number, text
+from kdrl_train.report.svg import RULE, Axis, Look, cut, document, element, number, text, tooltip
 
 WIDTH, HEIGHT = 360.0, 220.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 10.0, 26.0, 38.0
@@ -213,7 +212,7 @@ def stacked_chart(
             words = f"{row}, {name}: {number(value)} {unit}"
             paint = {"fill": look.color, "stroke": "#ffffff", "stroke_width": 1, "class_": "part"}
             box = {"x": x, "y": y, "width": max(end - x, 0.0), "height": tall}
-            drawn.append(element("rect", escape_title(words), **box, **paint))
+            drawn.append(element("rect", tooltip(words), **box, **paint))
             if end - x > 6.5 * len(name) + 4:
                 drawn.append(_inside(name, (x + end) / 2, y + tall / 2 + 4))
         drawn.append(text(f"{number(total)} {unit}", axis(total) + 4, y + tall / 2 + 4))
@@ -234,11 +233,6 @@ def stacked_chart(
 def save(svg: str, path: Path) -> None:
     """A chart as a file of its own."""
     path.write_text(f'<?xml version="1.0" encoding="UTF-8"?>\n{svg}\n', encoding="utf-8")
-
-
-def escape_title(words: str) -> str:
-    """A <title>: what a pointer is told."""
-    return element("title", escape(words))
 
 
 def _row(point: Point, y: float, axis: Axis) -> list[str]:
@@ -287,9 +281,7 @@ def _rule(x1: float, y1: float, x2: float, y2: float) -> str:
 def _hit(x: float, y: float, width: float, height: float, words: str) -> str:
     """An area without a look that tells a pointer what is there."""
     box = {"x": x, "y": y, "width": width, "height": height}
-    return element(
-        "rect", escape_title(words), **box, fill="none", pointer_events="all", class_="hit"
-    )
+    return element("rect", tooltip(words), **box, fill="none", pointer_events="all", class_="hit")
 
 
 def _grid(horizontal: Axis, vertical: Axis, x_label: str) -> list[str]:

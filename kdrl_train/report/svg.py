@@ -68,6 +68,11 @@ def document(
     )
 
 
+def tooltip(words: str) -> str:
+    """A <title>: what a pointer is told."""
+    return element("title", escape(words))
+
+
 def number(value: float | None, *, sign: str = "") -> str:
     """Three digits that matter: 0.512, 12,345, 2.5e-6; "-" for None and what is not finite.
 

@@ -5,13 +5,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from kdrl_train.study import command, plan, tables
 from kdrl_train.study.analysis import Study
 from kdrl_train.study.arms import SCHEDULES
 from kdrl_train.study.config import RUNOFF_SEED, SWEEP_SEED, StudyConfig, Trial, quick
 from kdrl_train.study.plan import Settings
-from kdrl_train.study.runner import grouped
+from kdrl_train.study.runner import Runner, grouped
 from kdrl_train.study.trial import Result
 from tests.train.study_results import result
 
@@ -19,14 +20,15 @@ TASK = "arithmetic"
 Percent = Callable[[Trial], int | None]
 
 
-class Scripted:
-    """A runner whose runs end at once, as right as is said of them; None: crashed."""
+class Scripted(Runner):
+    """Its runs end at once, as right as is said of them; None: crashed."""
 
-    def __init__(self, percent: Percent) -> None:
+    def __init__(self, config: StudyConfig, percent: Percent) -> None:
+        super().__init__(config, Console(quiet=True))
         self.percent = percent
         self.found: dict[Trial, Result] = {}
 
-    def trials(self, trials: Iterable[Trial], _: str) -> dict[Trial, Result]:
+    def trials(self, trials: Iterable[Trial], what: str) -> dict[Trial, Result]:  # noqa: ARG002
         wanted = list(trials)
         self.found |= {trial: self._run(trial) for trial in wanted}
         return {trial: self.found[trial] for trial in wanted}
@@ -45,8 +47,9 @@ def sweep(
     percent: Percent, *arms: str, task: str = TASK, **fields: Any
 ) -> tuple[dict[str, Settings], Scripted]:
     """What a sweep chooses, and the runner with all that ran."""
-    config, runner = StudyConfig(arms=arms, **fields), Scripted(percent)
-    found = command.sweep(config, runner, task)  # type: ignore[arg-type]
+    config = StudyConfig(arms=arms, **fields)
+    with Scripted(config, percent) as runner:
+        found = command.sweep(config, runner, task)
     assert found == runner.found
     return plan.chosen(config, task, found), runner
 
@@ -115,13 +118,12 @@ def test_an_end_that_only_a_second_run_shows_is_passed_too() -> None:
 def test_one_lucky_run_does_not_choose() -> None:
     """The better rate is found by second runs, and a beta whose second run is bad is not taken."""
     rate, other = 5e-4, 2.5e-4
-    said = {
+    said: dict[tuple[float | None, float | None], tuple[int, int]] = {
         (other, 0.2): (51, 44), (rate, 0.2): (50, 48), (1e-3, 0.2): (20, 20),
         (rate, 0.02): (52, 40), (rate, 2.0): (30, 30),
     }  # fmt: skip
     best, runner = sweep(
-        lambda t: said[t.learning_rate, t.beta][t.seed == RUNOFF_SEED],  # type: ignore[index]
-        "kdrl_exact",
+        lambda t: said[t.learning_rate, t.beta][t.seed == RUNOFF_SEED], "kdrl_exact"
     )
     twice = {(r, b) for r, b, seed in runner.tried("kdrl_exact") if seed == RUNOFF_SEED}
     assert twice == {(other, 0.2), (rate, 0.2), (rate, 0.02)}
