@@ -21,7 +21,7 @@ from bench.providers.home import PROVIDERS
 from bench.results_file import OURS, Record
 from bench.shapes import TINY
 from kdrl_kernels.rows import load
-from tests.tolerance import assert_within_budget
+from tests.tolerance import assert_matches
 
 GRPO, KDRL = (OPS_BY_NAME[name] for name in ("GRPO", "KDRL exact"))
 HOME = {one.name: one for one in PROVIDERS}
@@ -136,18 +136,13 @@ def test_the_steps_gradient_reaches_every_parameter(trainee: step.Trainee, op: A
         return model_gradients(model, loss)
 
     assert trainee.step_ms(HOME[OURS], op, {}, batch) > 0
-    found = {name: p.grad.clone() for name, p in trainee.model.named_parameters()}
-    exact = by_definition(copy.deepcopy(trainee.model).double(), torch.float64)
-    eager = by_definition(trainee.model, torch.float32)
-    assert len(found) == 26
-    for name, gradient in found.items():
-        largest = exact[name].abs().max()
-        if largest < 1e-12:  # k's bias moves all scores of a query alike
-            assert name.endswith("k_proj.bias")
-            continue
-        errors = [((x[name] - exact[name]).abs().max() / largest).item() for x in (found, eager)]
-        assert gradient.abs().max() > 0
-        assert_within_budget(name, errors[0], errors[1:], torch.finfo(torch.float32).eps)
+    gradients = {name: p.grad.clone() for name, p in trainee.model.named_parameters()}
+    assert len(gradients) == 26
+    assert all(gradient.any() for gradient in gradients.values())
+    # k's bias moves all scores of a query alike: its gradient is rounding, and so is its floor
+    assert_matches(
+        gradients, lambda dtype: by_definition(copy.deepcopy(trainee.model).to(dtype), dtype)
+    )
 
 
 def test_a_step_that_stops_at_the_head_is_no_sample(trainee: step.Trainee) -> None:
@@ -273,9 +268,7 @@ def test_rows_gradient_is_one(monkeypatch: pytest.MonkeyPatch, inputs: Inputs) -
     def spy(student: Any, tokens: Tensor, stats: Any, coef: Any, **more: Any) -> Any:
         out = real(student, tokens, stats, coef, **more)
         assert out.data_ptr() == student.logits.data_ptr()
-        want, eager = (exact(coef, dtype) for dtype in (torch.float64, torch.float32))
-        errors = [((x - want).abs().max() / want.abs().max()).item() for x in (out, eager)]
-        assert_within_budget("dz", errors[0], errors[1:], torch.finfo(torch.float32).eps)
+        assert_matches({"dz": out}, lambda dtype: {"dz": exact(coef, dtype)})
         checked.append(coef.kl is not None)
         return out
 

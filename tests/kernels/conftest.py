@@ -1,5 +1,6 @@
 """Uninitialised memory is NaN in these tests, so that an unwritten output shows."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
-    """Tensors here are tiny: more threads only wait for each other."""
-    torch.set_num_threads(1)
+    """Tensors here are tiny: more threads only wait for each other, unless OMP_NUM_THREADS asks."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

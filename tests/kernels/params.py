@@ -1,5 +1,7 @@
 """Implementations and dtypes that can run here, as pytest parameters with readable ids."""
 
+import os
+
 import pytest
 import torch
 
@@ -16,4 +18,6 @@ IMPL_DTYPES = [
     _param(impl, dtype) for impl in ("torch", "triton") for dtype in (F32, F16, BF16)
 ] + [_param("torch", F64), _param("reference", F32)]
 IMPLS = ["reference", "torch", "triton"]
+SEED = 1_000_000 * int(os.environ.get("KDRL_TEST_SEED", "0"))
+"""Added to the seed of every random problem: other inputs for the same tests."""
 KDS = [None, "k2", "k3", "rkl", "fkl", "jsd"]

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import kdrl_kernels as kk
-from tests.tolerance import SIBLINGS
+from tests.kernels.params import SEED
 
 Given = dict[str, Tensor]
 """[N] tensors of the caller, which a loss reads at rows.index."""
@@ -120,7 +119,7 @@ def make_setup(
     case: Case, dtype: torch.dtype, device: str, *, masked: bool = False, seed: int = 0
 ) -> Setup:
     """Masked: rows of weight 0 that hold NaN, and every other option away from its default."""
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(SEED + seed)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=rng)
@@ -277,17 +276,3 @@ def solve_plainly(setup: Setup) -> tuple[dict[str, Tensor], float]:
     fields = {name: spread(getattr(rows, name)) for name in names}
     size = float(losses.detach().abs().sum() / total)
     return found_by(setup, Plain(losses.sum() / total, **fields)), size
-
-
-@cache
-def sibling_errors(
-    case: Case, dtype: torch.dtype, masked: bool, device: str
-) -> list[tuple[dict[str, Tensor], dict[str, Tensor], float]]:
-    """(float32, float64, size of the loss) of problems of one kind; the first is the one tested."""
-    found = []
-    for seed in range(1 + SIBLINGS):
-        setup = make_setup(case, dtype, device, masked=masked, seed=1000 * seed)
-        found.append(
-            (solve_plainly(setup.map(Tensor.float))[0], *solve_plainly(setup.map(Tensor.double)))
-        )
-    return found
