@@ -83,8 +83,8 @@ def run_ours(folder: Path, steps: int) -> list[dict[str, float]]:
     from rich.console import Console  # noqa: PLC0415
 
     from kdrl_train import config, train  # noqa: PLC0415
-    from kdrl_train.log import read_rows  # noqa: PLC0415
-    from kdrl_train.presets import PRESETS  # noqa: PLC0415
+    from kdrl_train.method.presets import PRESETS  # noqa: PLC0415
+    from kdrl_train.runfolder.log import read_rows  # noqa: PLC0415
 
     out = train.main(
         config.TrainConfig(

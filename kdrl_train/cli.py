@@ -3,7 +3,7 @@
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -12,10 +12,11 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from kdrl_train.config import EvaluateConfig, MethodConfig, TrainConfig
+from kdrl_train.config import EvaluateConfig, TrainConfig
 from kdrl_train.config_file import load_yaml, update
 from kdrl_train.errors import RunError
-from kdrl_train.presets import PRESETS
+from kdrl_train.method.config import MethodConfig
+from kdrl_train.method.presets import PRESETS
 
 T = TypeVar("T")
 PresetName = Literal[
@@ -29,6 +30,7 @@ PresetName = Literal[
     "reward_shaping",
 ]
 
+PROGRAM = "python -m kdrl_train"
 COMMANDS = {
     "demo": "small models on a made-up task, trained with KDRL in minutes; needs nothing",
     "train": "train a policy with a reward and a teacher",
@@ -36,10 +38,20 @@ COMMANDS = {
     "check": "preflight of a training run: a table, and an exit code of 1 if it would fail",
     "replay": "take a step that stopped a run apart, completion by completion",
     "report": "one HTML page about one or many runs: curves, differences, samples, events",
-    "study": "the arms of the paper and their rivals on tasks made for it, swept, over seeds",
     "plan": "memory of each GPU and time of a step, predicted from the models' config.json",
     "serve": "score with a teacher for trainers elsewhere, over HTTP",
     "sft": "train a small model and its tokenizer from scratch on solved problems",
+}
+MODULES = {
+    "demo": "tools.demo",
+    "train": "train",
+    "eval": "tools.evaluate",
+    "check": "start.preflight",
+    "replay": "tools.replay",
+    "report": "tools.report",
+    "plan": "tools.plan.command",
+    "serve": "tools.serve.command",
+    "sft": "tools.sft",
 }
 EPILOG = """Settings come from, each overriding those before it: the defaults, --preset, the YAML
 file given with --config, the options. A run's own config.yaml can be given with --config."""
@@ -63,13 +75,14 @@ class PresetArguments(Arguments[T]):
     """Method to start from; options under --method change parts of it."""
 
 
-def parse(default: T, argv: Sequence[str], command: str) -> T:
+def parse(default: T, argv: Sequence[str], command: str, program: str = PROGRAM) -> T:
     """Settings of a command.
 
     Args:
         default: the configuration dataclass with its defaults; `method` makes it take --preset.
         argv: arguments after the command's name.
-        command: for the usage line.
+        command: its name, for the usage line and its description in COMMANDS.
+        program: what starts it, for the usage line.
     Raises: ValueError for a YAML file with an unknown key, a wrong value, or that leaves nothing
         to --preset; SystemExit from tyro for --help and for a wrong option.
     """
@@ -94,26 +107,21 @@ def parse(default: T, argv: Sequence[str], command: str) -> T:
         arguments[type(default)],
         default=arguments(run=default),
         args=list(argv),
-        prog=f"python -m kdrl_train {command}",
-        description=f"{COMMANDS[command]}.\n\n{EPILOG}",
+        prog=f"{program} {command}".rstrip(),
+        description=f"{COMMANDS.get(command, '')}\n\n{EPILOG}".lstrip(),
     )
     return parsed.run
 
 
 def run(command: str, argv: Sequence[str]) -> int:
     """One command; returns its exit code. Each imports only what it needs."""
-    if command in ("demo", "plan", "replay", "report", "serve", "sft", "study"):
-        module = _module("study.command" if command == "study" else command)
-        config_class = getattr(module, f"{command.capitalize()}Config")
-        result = module.main(parse(config_class(), argv, command))
-        return result if command == "plan" else 0
-    if command == "eval":
-        config = parse(EvaluateConfig(), argv, command)
-        _module("evaluate").main(config)
-        return 0
-    run_config = parse(TrainConfig(), argv, command)
-    result = _module(command).main(run_config)
-    return result if command == "check" else 0
+    module = _module(MODULES[command])
+    if command in ("train", "check", "eval"):
+        config: Any = EvaluateConfig() if command == "eval" else TrainConfig()
+    else:
+        config = getattr(module, f"{command.capitalize()}Config")()
+    result = module.main(parse(config, argv, command))
+    return result if command in ("check", "plan") else 0
 
 
 def _module(name: str) -> Any:
@@ -134,8 +142,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = ", ".join(COMMANDS)
         console.print(f"[bold red]error[/]: command must be one of {names}, got {escape(argv[0])}")
         return 2
+    return exit_code(lambda: run(argv[0], argv[1:]), console)
+
+
+def exit_code(command: Callable[[], int], console: Console) -> int:
+    """What a command returns; 1, after its message, where it refuses."""
     try:
-        return run(argv[0], argv[1:])
+        return command()
     except (ValueError, OSError, FloatingPointError, RunError) as error:
         console.print(f"[bold red]error[/]: {escape(str(error))}", soft_wrap=True)
         return 1

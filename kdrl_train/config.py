@@ -1,13 +1,11 @@
 """The run configuration: every number that changes a run, with its unit."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from kdrl_train.bounds import at_least, in_unit_interval, positive
-from kdrl_train.engine_config import EngineConfig
-from kdrl_train.schedules import ScheduleConfig
+from kdrl_train.config_file import at_least, in_unit_interval, positive
+from kdrl_train.method.config import MethodConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,6 +113,49 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Who samples the completions."""
+
+    kind: Literal["generate", "continuous", "vllm", "vllm_server"] = "generate"
+    """transformers' `generate`, from the policy itself, under torchrun from a whole copy on each
+    rank; its continuous batching, always from a copy, for GPUs; vLLM in this process, from a copy
+    on each rank; or a vLLM server, which all ranks share."""
+    url: str | None = None
+    """Where the server of `vllm_server` is: http://host:port. It must see the run's folder, through
+    which it gets the weights."""
+    timeout_s: float = 1800.0
+    """Longest wait for one answer of that server, in seconds; past it the run stops."""
+    memory_share: float = 0.4
+    """Share of a GPU's memory (on a CPU: of the machine's) that `vllm` takes for its copy and its
+    keys and values."""
+    eager: bool = False
+    """`vllm` without CUDA graphs: starts sooner, takes less memory, samples slower."""
+    max_gap: float | None = None
+    """Largest mean difference between the log-probabilities of engine and trainer for the tokens
+    of a step, in nats, beyond which the run stops; None: 1e-3 in float32, 0.05 in bfloat16."""
+    staleness: Literal[0, 1] = 0
+    """1: each step's completions, but the first's, are drawn and verified while the step before
+    trains, by a copy of the weights that it starts from. They are off-policy by one step: the ratio
+    is taken to the policy that sampled (with method.sampler_correction: see terms.py)."""
+
+    def __post_init__(self) -> None:
+        if self.max_gap is not None:
+            positive("engine.max_gap", self.max_gap)
+        positive("engine.timeout_s", self.timeout_s)
+        if not 0 < self.memory_share <= 1:
+            raise ValueError(f"engine.memory_share must be in (0, 1], got {self.memory_share}")
+        if (self.url is not None) != (self.kind == "vllm_server"):
+            raise ValueError(
+                'engine.url must be set for engine.kind "vllm_server", and for no other, got '
+                f'{self.url} and "{self.kind}"'
+            )
+
+    def limit(self, dtype: str) -> float:
+        """The largest gap for a model.dtype."""
+        return self.max_gap or {"float32": 1e-3, "bfloat16": 0.05}[dtype]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RewardConfig:
     """How a completion becomes a number."""
 
@@ -128,82 +169,6 @@ class RewardConfig:
     def __post_init__(self) -> None:
         positive("reward.timeout_s", self.timeout_s)
         at_least(1, "reward.workers", self.workers)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MethodConfig:
-    """The objective. A preset is a value of this class, never a code path."""
-
-    policy: Literal["clip", "none", "off"] = "clip"
-    """Policy gradient: clip (GRPO, PPO), none (no clip), off (distillation alone)."""
-    clip_low: float = 0.2
-    """The ratio is clipped from below at 1 - clip_low."""
-    clip_high: float = 0.2
-    """The ratio is clipped from above at 1 + clip_high."""
-    policy_coef: ScheduleConfig = field(
-        default_factory=lambda: ScheduleConfig(initial=1.0, final=1.0)
-    )
-    """Weight of the policy gradient, on the advantages; where it is 0 so are they."""
-    advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
-    """grpo: (reward - mean) / std of the group; dr_grpo: no std; rloo: leave-one-out mean."""
-    std_floor: float = 1e-4
-    """Smallest standard deviation that `grpo` divides by, in units of the reward."""
-    token_weights: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
-    """Mean over tokens; mean over completions of token means; sum / (R * max_new_tokens)."""
-    kd: Literal["k2", "k3", "rkl", "fkl", "jsd", "reward"] | None = "k2"
-    """Distillation: k2, k3 on sampled tokens; rkl, fkl, jsd over the vocabulary; None: off; reward:
-    no term of the loss, but beta · sum over tokens of (log q - log p) added to the reward."""
-    kd_baseline: Literal["kl"] | None = None
-    """kl: k2 of log p - log q less the exact KL, usually with less noise; needs a teacher in this
-    process."""
-    jsd_alpha: float = 0.5
-    """The teacher's share of the mixture of jsd, in (0, 1)."""
-    kd_coef: ScheduleConfig = field(default_factory=ScheduleConfig)
-    """Beta: weight of the distillation term against the policy gradient."""
-    kd_mask: Literal["none", "wrong", "wrong_group"] = "none"
-    """Distil everywhere; on wrong completions only; only where the whole group is wrong."""
-    kd_eos: Literal["keep", "mask"] = "keep"
-    """mask: end-of-sequence tokens are not distilled; for a teacher that ends with others."""
-    entropy_coef: float = 0.0
-    """Weight of the entropy bonus, per nat."""
-    sampler_correction: Literal["none", "truncate", "mask"] = "none"
-    """Weight each token's loss by w = p(trainer) / p(sampler), both before the first update:
-    truncate: min(w, sampler_cap); mask: w, and 0 outside of [1 / sampler_cap, sampler_cap]. What
-    the sum is divided by stays. Costs a forward pass of the policy."""
-    sampler_cap: float = 2.0
-    """Bound of sampler_correction, above 1."""
-
-    def __post_init__(self) -> None:
-        in_unit_interval("method.clip_low", self.clip_low)
-        at_least(0, "method.clip_high", self.clip_high)
-        positive("method.std_floor", self.std_floor)
-        if self.kd_baseline is not None and self.kd != "k2":
-            raise ValueError(f'method.kd must be "k2" with method.kd_baseline, got {self.kd}')
-        if not 0 < self.jsd_alpha < 1:
-            raise ValueError(f"method.jsd_alpha must be in (0, 1), got {self.jsd_alpha}")
-        if not math.isfinite(self.entropy_coef):
-            raise ValueError(f"method.entropy_coef must be finite, got {self.entropy_coef}")
-        if not 1 < self.sampler_cap < math.inf:
-            raise ValueError(
-                f"method.sampler_cap must be above 1 and finite, got {self.sampler_cap}"
-            )
-        for key, schedule in self.schedules.items():
-            schedule.check(key)
-        if self.policy_coef.kind in ("kl_budget", "reward_adaptive"):
-            raise ValueError(
-                "method.policy_coef.kind must be a function of the step or a switch, got "
-                f'"{self.policy_coef.kind}": it is for method.kd_coef'
-            )
-        if self.policy == "off" and self.kd in (None, "reward"):
-            raise ValueError(
-                'method.kd must be "k2", "k3", "rkl", "fkl" or "jsd" when method.policy is "off", '
-                f"got {self.kd}: nothing would be trained; set one of the two"
-            )
-
-    @property
-    def schedules(self) -> dict[str, ScheduleConfig]:
-        """Every schedule by its key."""
-        return {"method.kd_coef": self.kd_coef, "method.policy_coef": self.policy_coef}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,5 +1,6 @@
 """Configuration dataclasses as YAML: written with each run, read back with every key checked."""
 
+import math
 import types
 from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
@@ -125,3 +126,22 @@ def differences(old: dict[str, Any], new: dict[str, Any], key: str = "") -> dict
         elif a != b:
             out[path] = tuple("absent" if v is MISSING else v for v in (a, b))
     return out
+
+
+def positive(key: str, value: float) -> None:
+    """Raises ValueError unless 0 < value < inf (nan is refused too)."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{key} must be positive and finite, got {value}")
+
+
+def at_least(least: int, key: str, value: float | None) -> None:
+    """Raises ValueError unless value is None or least <= value < inf (nan is refused too)."""
+    if value is not None and not least <= value < math.inf:
+        kind = "finite and " if isinstance(value, float) else ""
+        raise ValueError(f"{key} must be {kind}at least {least}, got {value}")
+
+
+def in_unit_interval(key: str, value: float) -> None:
+    """Raises ValueError unless 0 <= value < 1 (nan is refused too)."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{key} must be at least 0 and below 1, got {value}")

@@ -6,39 +6,32 @@ divided.
 """
 
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from kdrl_train import check, checkpoint, grpo
-from kdrl_train.ahead import Ahead
-from kdrl_train.collect import answer, collect
 from kdrl_train.config import TrainConfig
-from kdrl_train.config_file import save_yaml, to_dict
-from kdrl_train.distributed import World, connect
-from kdrl_train.engines import open_engine
 from kdrl_train.errors import MidStepError, RunError
-from kdrl_train.evaluate import EVAL_STEP, summarize
-from kdrl_train.events import recorded
-from kdrl_train.histogram import length_counts
-from kdrl_train.interrupt import Interrupt, Stopped
-from kdrl_train.log import RunLog, Stages, peak_memory_bytes, read_rows
-from kdrl_train.models import use_device
-from kdrl_train.policy import Policy
-from kdrl_train.run import Run
-from kdrl_train.samples import Trace
-from kdrl_train.saving import Saver
-from kdrl_train.schedules import rebuild_history
-from kdrl_train.teacher_identity import require_same_teacher
-from kdrl_train.teachers import RemoteTeacher
-from kdrl_train.trackers import Trackers
-from kdrl_train.update import update
-from kdrl_train.verifier import Verifier
+from kdrl_train.method.evaluation import EVAL_STEP, summarize
+from kdrl_train.method.histogram import length_counts
+from kdrl_train.method.metrics import reward_metrics
+from kdrl_train.model.load import use_device
+from kdrl_train.ranks import connect
+from kdrl_train.rollouts.verifier import Verifier
+from kdrl_train.runfolder.events import recorded
+from kdrl_train.runfolder.export import export
+from kdrl_train.runfolder.log import Stages, peak_memory_bytes
+from kdrl_train.runfolder.signals import Interrupt, Stopped
+from kdrl_train.runfolder.trackers import Trackers
+from kdrl_train.start.open_run import open_run
+from kdrl_train.step.collect import answer, collect
+from kdrl_train.step.run import Run
+from kdrl_train.step.samples import Trace
+from kdrl_train.step.update import update
 
 ENDS = (Stopped, FloatingPointError, RunError, ChildProcessError)
 """What ends a run at a place where all ranks can still save the steps that are done."""
@@ -69,97 +62,9 @@ def main(config: TrainConfig, console: Console | None = None) -> Path:
         run, first = open_run(config, world, verifier, interrupt, trackers, stack, console)
         with recorded(run.log, config, world.size):
             if steps(run, first):
-                checkpoint.export(run.policy.model, run.tokenizer, config.out / "model", world)
+                export(run.policy.model, run.tokenizer, config.out / "model", world)
                 run.log.event("finished", f"all {config.steps} steps are done", say=False)
     return config.out
-
-
-def open_run(
-    config: TrainConfig,
-    world: World,
-    verifier: Verifier,
-    interrupt: Interrupt,
-    trackers: Trackers,
-    stack: ExitStack,
-    console: Console | None,
-) -> tuple[Run, int]:
-    """Models, data and log of a run, and the optimiser steps that are done already."""
-    for key in ("offload_policy", "offload_teacher"):
-        if getattr(config.model, key) and not world.launched:
-            raise ValueError(
-                f"model.{key} must be false without torchrun, got true: FSDP2 offloads"
-            )
-    newest = world.on_main(lambda: checkpoint.open_folder(config))
-    torch.manual_seed(config.seed)
-    loaded = stack.enter_context(closing(check.load(config, world)))
-    policy, teacher = loaded.policy, loaded.teacher
-    warnings = check.require(check.preflight(config, loaded, verifier, check.GOLD_AT_START, world))
-    engine = open_engine(config, policy, loaded.tokenizer, world)
-    optimizer = make_optimizer(config, policy)
-    ahead = stack.enter_context(closing(Ahead())) if config.engine.staleness else None
-    first = restore(config, newest, policy, optimizer, ahead)
-    engine.load(policy, first)
-    if world.main:
-        config.out.mkdir(parents=True, exist_ok=True)
-        save_yaml(replace(config, resume=False), config.out / "config.yaml")
-        trackers.start(to_dict(config), config.out, first)
-    log = RunLog(config.out, first, config.steps, console, writes=world.main, trackers=trackers)
-    for warning in warnings:
-        log.say(warning)
-    remote, server = None, loaded.server
-    if server is not None:
-        world.on_main(lambda: require_same_teacher(config.out, server))
-        remote = RemoteTeacher(server, config, policy.limit, partial(log.event, "teacher"))
-        stack.enter_context(remote)
-    schedules, rows = config.method.schedules, world.on_main(lambda: read_rows(config.out))
-    logged = first - world.on_main(lambda: log.postponed(first - 1) is not None)
-    run = Run(
-        config=config,
-        world=world,
-        tokenizer=loaded.tokenizer,
-        policy=policy,
-        teacher=teacher,
-        remote=remote,
-        engine=engine,
-        optimizer=optimizer,
-        examples=loaded.examples,
-        held_out=loaded.held_out,
-        verifier=verifier,
-        interrupt=interrupt,
-        history=rebuild_history(schedules, rows, logged, config.eval.every),
-        log=log,
-        saver=stack.enter_context(closing(Saver(config, world, log.say))),
-        ahead=ahead,
-    )
-    return run, first
-
-
-def restore(
-    config: TrainConfig,
-    newest: checkpoint.Checkpoint | None,
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    ahead: Ahead | None,
-) -> int:
-    """Load what a run starts from, a checkpoint or model.weights; the steps that are done."""
-    if newest is None:
-        if config.model.weights is not None:
-            checkpoint.load_weights(config.model.weights, policy)
-        return 0
-    first = checkpoint.load(newest, model=policy, optimizer=optimizer, config=config)
-    if ahead is not None:
-        ahead.restore(newest.folder)
-    return first
-
-
-def make_optimizer(config: TrainConfig, policy: Policy) -> torch.optim.Optimizer:
-    """AdamW over all parameters of the policy."""
-    return torch.optim.AdamW(
-        policy.parameters(),
-        lr=config.optim.learning_rate,
-        betas=config.optim.betas,
-        weight_decay=config.optim.weight_decay,
-    )
 
 
 def steps(run: Run, first: int) -> bool:
@@ -215,7 +120,7 @@ def learn(run: Run, step: int, stages: Stages) -> dict[str, Any]:
     rollouts, counts, config = batch.rollouts, batch.verdicts.counts, run.config.sampling
     row = {
         "step": step,
-        **grpo.reward_metrics(batch.rewards),
+        **reward_metrics(batch.rewards),
         "tokens": int(rollouts.lengths.sum()),
         "response_length": rollouts.lengths.double().mean().item(),
         "verifier_restarts": batch.verdicts.restarts,

@@ -17,4 +17,4 @@ if [ ! -e "$venv/ready" ]; then
     touch "$venv/ready"
 fi
 export PYTHONPATH=$PWD OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-"$venv/bin/python" -m pytest -m vllm tests/train/test_vllm.py "${@:2}"
+"$venv/bin/python" -m pytest -m vllm tests/train/rollouts/test_vllm.py "${@:2}"

@@ -23,10 +23,9 @@ from rich.console import Console
 
 from bench.machine import machine_info
 from bench.measures.memory import LARGE_BYTES, M_MMAP_THRESHOLD, _peak, _reset_peak
-from kdrl_train import jsonl, train
+from kdrl_train import train
 from kdrl_train.config import (
     DataConfig,
-    MethodConfig,
     ModelConfig,
     OptimConfig,
     RewardConfig,
@@ -34,10 +33,12 @@ from kdrl_train.config import (
     TrainConfig,
 )
 from kdrl_train.config_file import to_dict, update
-from kdrl_train.log import read_rows
-from kdrl_train.plan import LIBRARIES, PlanConfig, make_plan
-from kdrl_train.planning.memory import by_moment
-from kdrl_train.scratch import EOS, train_tokenizer
+from kdrl_train.method.config import MethodConfig
+from kdrl_train.runfolder import jsonl
+from kdrl_train.runfolder.log import read_rows
+from kdrl_train.start.estimate.memory import by_moment
+from kdrl_train.tools.plan.command import LIBRARIES, PlanConfig, make_plan
+from kdrl_train.tools.toy.models import EOS, train_tokenizer
 
 PROMPT = 32
 """Characters of each prompt, a token each, and tokens of each completion."""

@@ -13,16 +13,15 @@ import transformers
 
 from kdrl_train.config import (
     DataConfig,
-    MethodConfig,
     ModelConfig,
     OptimConfig,
     RewardConfig,
     SamplingConfig,
-    ScheduleConfig,
     TrainConfig,
 )
+from kdrl_train.method.config import MethodConfig, ScheduleConfig
 from tests.train import scripted_rewards
-from tests.train.plan_cases import write_models
+from tests.train.estimate_cases import write_models
 
 EXACT = MethodConfig(kd="rkl", kd_coef=ScheduleConfig(initial=0.5, final=0.5))
 EOS, PAD = "<|endoftext|>", "<|pad|>"  # AutoTokenizer adds the first one to any qwen2 folder

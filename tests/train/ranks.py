@@ -19,7 +19,7 @@ from rich.console import Console
 
 from kdrl_train import train
 from kdrl_train.config import TrainConfig
-from kdrl_train.distributed import World, connect
+from kdrl_train.ranks import World, connect
 
 DEADLINE_S = 120.0
 

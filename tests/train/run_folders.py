@@ -5,9 +5,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from kdrl_train import jsonl
 from kdrl_train.config import ModelConfig, SamplingConfig, TrainConfig
 from kdrl_train.config_file import save_yaml
+from kdrl_train.runfolder import jsonl
 
 STAGES = ("rollout", "verify", "teacher", "update", "sync")
 

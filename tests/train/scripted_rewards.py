@@ -1,6 +1,7 @@
 """Rewards of the loop's tests; a module of their own, since verifier workers import it whole."""
 
 import math
+import sys
 
 
 def early_bytes(completion: str, answer: str) -> float:
@@ -21,6 +22,11 @@ def fails_on_three(completion: str, answer: str) -> float:
 
 def always_right(_completion: str, _answer: str) -> float:
     return 1.0
+
+
+def imported_reward(completion: str, answer: str) -> bool:
+    """Whether the worker has imported the module that the completion names."""
+    return completion in sys.modules and not answer
 
 
 def first_byte_wins(completion: str, answer: str) -> float:

@@ -17,10 +17,10 @@ import httpx2
 import uvicorn
 from fastapi.responses import JSONResponse, PlainTextResponse
 
-from kdrl_train import serve
 from kdrl_train.config import ModelConfig
-from kdrl_train.serve import ServeConfig
-from kdrl_train.serve_app import make
+from kdrl_train.tools.serve import command
+from kdrl_train.tools.serve.app import make
+from kdrl_train.tools.serve.command import ServeConfig
 
 START_S = 60.0
 
@@ -50,11 +50,11 @@ def running(app: Any, port: int | None = None) -> Iterator[str]:
         thread.join()
 
 
-def service(folder: Path, **config: Any) -> serve.Service:
+def service(folder: Path, **config: Any) -> command.Service:
     """A loaded model, as the server holds it."""
-    made = serve.Service()
+    made = command.Service()
     model = ModelConfig(teacher=str(folder), device="cpu")
-    serve.load(ServeConfig(model=model, **config), made)
+    command.load(ServeConfig(model=model, **config), made)
     return made
 
 

@@ -15,11 +15,11 @@ from kdrl_train.config import (
     EvaluateConfig,
     OptimConfig,
     SamplingConfig,
-    ScheduleConfig,
     TrainConfig,
 )
 from kdrl_train.config_file import differences, load_yaml, save_yaml, to_dict, update
-from kdrl_train.presets import PRESETS
+from kdrl_train.method.config import ScheduleConfig
+from kdrl_train.method.presets import PRESETS
 
 
 def parse(*options: str) -> TrainConfig:

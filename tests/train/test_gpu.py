@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from kdrl_train import attention
-from kdrl_train.config import EngineConfig, MethodConfig, ModelConfig, TrainConfig
+from kdrl_train.config import EngineConfig, ModelConfig, TrainConfig
 from kdrl_train.config_file import save_yaml
-from kdrl_train.log import read_rows
-from kdrl_train.policy import Policy
+from kdrl_train.method.config import MethodConfig
+from kdrl_train.model import attention
+from kdrl_train.model.policy import Policy
+from kdrl_train.runfolder.log import read_rows
 from tests.train.test_train import run
 
 pytestmark = pytest.mark.gpu

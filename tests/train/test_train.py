@@ -16,18 +16,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from kdrl_train import train
-from kdrl_train.config import (
-    EvalConfig,
-    MethodConfig,
-    OptimConfig,
-    SamplingConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
+from kdrl_train.config import EvalConfig, OptimConfig, SamplingConfig, TrainConfig
 from kdrl_train.config_file import load_yaml, update
-from kdrl_train.log import read_rows
-from kdrl_train.policy import Teacher
-from kdrl_train.presets import PRESETS
+from kdrl_train.method import grpo
+from kdrl_train.method.config import MethodConfig, ScheduleConfig
+from kdrl_train.method.presets import PRESETS
+from kdrl_train.model.policy import Teacher
+from kdrl_train.runfolder.log import read_rows
+from kdrl_train.start import open_run
 from tests.train.conftest import EXACT
 
 TIMES = ("seconds", "tokens_per_s", "peak_memory_bytes")
@@ -229,7 +225,7 @@ def test_a_missing_reward_is_counted_and_left_out(config: Callable[..., TrainCon
 def test_a_prompt_without_any_reward_stops_the_run(
     config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train.check, "GOLD_AT_START", 3)  # the preflight would find it
+    monkeypatch.setattr(open_run, "GOLD_AT_START", 3)  # the preflight would find it
     lines = io.StringIO()
     sampling = SamplingConfig(prompts_per_step=20, group_size=2, max_new_tokens=2)
     settings = config(reward="fails_on_three", sampling=sampling)
@@ -246,7 +242,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(
 ) -> None:
     sampling = SamplingConfig(prompts_per_step=2, group_size=16, max_new_tokens=4)
     settings = config(reward="one_missing", steps=2, save_every=1, sampling=sampling)
-    terms = train.grpo.completion_terms
+    terms = grpo.completion_terms
 
     def break_second_step(
         rewards: Tensor, method: Any, step: int, *rest: Any
@@ -254,7 +250,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(
         advantages, kd_weight = terms(rewards, method, step, *rest)
         return (advantages * math.inf if step else advantages), kd_weight
 
-    monkeypatch.setattr(train.grpo, "completion_terms", break_second_step)
+    monkeypatch.setattr(grpo, "completion_terms", break_second_step)
     with pytest.raises(FloatingPointError, match=r"at step 1: stopped before the optimiser step"):
         run(settings)
     dump = torch.load(settings.out / "failed_step_000001.pt")

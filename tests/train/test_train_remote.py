@@ -22,20 +22,15 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from kdrl_train import cli, teachers, train
-from kdrl_train.config import (
-    EngineConfig,
-    LogConfig,
-    MethodConfig,
-    SamplingConfig,
-    ScheduleConfig,
-    TeacherConfig,
-    TrainConfig,
-)
+from kdrl_train import cli, train
+from kdrl_train.batch import Verdicts
+from kdrl_train.config import EngineConfig, LogConfig, SamplingConfig, TeacherConfig, TrainConfig
 from kdrl_train.config_file import save_yaml
-from kdrl_train.log import read_rows
-from kdrl_train.teacher_client import TeacherError, vocabulary_hash
-from kdrl_train.verifier import Verdicts, Verifier
+from kdrl_train.method.config import MethodConfig, ScheduleConfig
+from kdrl_train.model.teacher import remote
+from kdrl_train.model.teacher.client import TeacherError, vocabulary_hash
+from kdrl_train.rollouts.verifier import Verifier
+from kdrl_train.runfolder.log import read_rows
 from tests.train.servers import (
     Process,
     Scripted,
@@ -44,15 +39,15 @@ from tests.train.servers import (
     running,
     teacher_app,
 )
-from tests.train.test_ranks import assert_same_metrics, together
+from tests.train.test_two_ranks import assert_same_metrics, together
 
 K2 = MethodConfig(kd="k2", kd_coef=ScheduleConfig(initial=0.5, final=0.5))
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teachers, "LONGEST_WAIT_S", 0.3)
-    monkeypatch.setattr(teachers, "QUIET_S", 0.2)
+    monkeypatch.setattr(remote, "LONGEST_WAIT_S", 0.3)
+    monkeypatch.setattr(remote, "QUIET_S", 0.2)
 
 
 @pytest.fixture
@@ -311,14 +306,14 @@ def test_a_signal_does_not_wait_for_a_teacher_that_is_away(
 ) -> None:
     with running(teacher_app(folders["teacher"])) as url:
         remote = config("remote", url, method=K2, steps=3)
-        ask = teachers.RemoteTeacher.ask
+        ask = remote.RemoteTeacher.ask
 
         def away(self: Any, *given: Any) -> Any:
             self.client._http.base_url = f"http://127.0.0.1:{free_port()}"  # nobody there
             threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
             return ask(self, *given)
 
-        monkeypatch.setattr(teachers.RemoteTeacher, "ask", away)
+        monkeypatch.setattr(remote.RemoteTeacher, "ask", away)
         start = time.monotonic()
         rows, words = run(remote)
     assert time.monotonic() - start < 15

@@ -1,0 +1,121 @@
+"""The arms of the study: ways to spend the same sampled tokens, each a preset with one change."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from kdrl_train.method.config import MethodConfig, ScheduleConfig
+from kdrl_train.method.presets import PRESETS
+
+PAPER_STEPS = 280
+"""Length that the presets' schedules are written for; an arm stretches them to the study's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arm:
+    """One way to train the student."""
+
+    title: str
+    """What it is, in a few words."""
+    method: MethodConfig | None = None
+    """None: no rollouts of the student's own; SFT on the teacher's, or nothing at all."""
+    tuned: bool = False
+    """Whether beta is swept; else it is the preset's."""
+    k1_as_loss: bool = False
+    """The control: what distils is l itself (control.py)."""
+    like: str | None = None
+    """Take learning rate and beta from that arm's sweep; None: an own sweep."""
+
+    def at(self, beta: float | None, steps: int) -> MethodConfig:
+        """The method at beta (None: the preset's), its schedules stretched to `steps`."""
+        assert self.method is not None
+        kd, policy = self.method.kd_coef, self.method.policy_coef
+        factor = 1.0 if beta is None else beta / kd.initial
+        return replace(
+            self.method,
+            kd_coef=_stretched(kd, factor, steps),
+            policy_coef=_stretched(policy, 1.0, steps),
+        )
+
+
+def _stretched(schedule: ScheduleConfig, factor: float, steps: int) -> ScheduleConfig:
+    """Values times `factor`; steps as the same share of a run of another length."""
+    share = steps / PAPER_STEPS
+    at = [max(1, round(step * share)) for step in schedule.at]
+    return replace(
+        schedule,
+        initial=schedule.initial * factor,
+        final=schedule.final * factor,
+        values=tuple(value * factor for value in schedule.values),
+        steps=max(1, round(schedule.steps * share)),
+        at=tuple(max(step, i + 1) for i, step in enumerate(at)),
+    )
+
+
+_KDRL, _ALONE = PRESETS["kdrl"], PRESETS["kd_rkl"]
+_TO_ZERO = ScheduleConfig(kind="linear", initial=1.0, final=0.0, steps=PAPER_STEPS)
+_STAIRS = ScheduleConfig(kind="step", initial=1.0, at=(93, 187), values=(0.3, 0.1))
+_UNDECIDED = ScheduleConfig(kind="reward_adaptive", initial=1.0)
+
+
+def _scheduled(schedule: ScheduleConfig) -> MethodConfig:
+    return replace(_KDRL, kd_coef=schedule)
+
+
+ARMS: Mapping[str, Arm] = {
+    "student": Arm(title="the student, not trained"),
+    "teacher": Arm(title="the teacher"),
+    "sft": Arm(title="SFT on the teacher's right samples"),
+    "grpo": Arm(title="GRPO", method=PRESETS["grpo"]),
+    "kd_rkl": Arm(title="distillation alone, k2", method=_ALONE),
+    "kd_rkl_exact": Arm(title="distillation alone, exact", method=replace(_ALONE, kd="rkl")),
+    "kdrl": Arm(title="KDRL, k2, constant beta", method=_KDRL, tuned=True),
+    "kdrl_annealed": Arm(
+        title="KDRL, k2, beta to a fifth in 80 of 280 steps",
+        method=PRESETS["kdrl_annealed"],
+        tuned=True,
+    ),
+    "kdrl_exact": Arm(title="KDRL, exact KL", method=replace(_KDRL, kd="rkl"), tuned=True),
+    "kdrl_centred": Arm(
+        title="KDRL, k2 less the row's KL", method=replace(_KDRL, kd_baseline="kl"), tuned=True
+    ),
+    "kdrl_k3": Arm(title="KDRL, k3", method=replace(_KDRL, kd="k3"), tuned=True),
+    "kdrl_masked": Arm(
+        title="KDRL on wrong completions", method=PRESETS["kdrl_masked"], tuned=True
+    ),
+    "kdrl_group_masked": Arm(
+        title="KDRL where the whole group is wrong",
+        method=PRESETS["kdrl_group_masked"],
+        tuned=True,
+    ),
+    "reward_shaping": Arm(
+        title="the teacher in the reward", method=PRESETS["reward_shaping"], tuned=True
+    ),
+    "opd_then_rl": Arm(title="distil, then RL", method=PRESETS["opd_then_rl"]),
+    "k1_as_loss": Arm(
+        title="control: k1 as a loss", method=_KDRL, tuned=True, k1_as_loss=True, like="kdrl"
+    ),
+    "kdrl_linear": Arm(title="KDRL, beta to 0, linear", method=_scheduled(_TO_ZERO), tuned=True),
+    "kdrl_cosine": Arm(
+        title="KDRL, beta to 0, cosine",
+        method=_scheduled(replace(_TO_ZERO, kind="cosine")),
+        tuned=True,
+    ),
+    "kdrl_step": Arm(
+        title="KDRL, beta 1, 0.3, 0.1 times by thirds", method=_scheduled(_STAIRS), tuned=True
+    ),
+    "kdrl_adaptive": Arm(
+        title="KDRL, beta times 4p(1 - p) of the group", method=_scheduled(_UNDECIDED), tuned=True
+    ),
+}
+"""By name. What differs from a preset is in sight here, and nothing else differs."""
+
+NOT_TRAINED = ("student", "teacher")
+SCHEDULES = (
+    "kdrl",
+    "kdrl_annealed",
+    "kdrl_linear",
+    "kdrl_cosine",
+    "kdrl_step",
+    "kdrl_adaptive",
+)
+"""What the sensitivity to beta is measured on."""

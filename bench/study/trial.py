@@ -1,0 +1,290 @@
+"""Runs of the study in a process of their own: `python -m bench.study.trial STUDY NAME...`.
+
+NAME is a trial's, or that of a model of a task ("arithmetic/student"). What a trial prints goes to
+log.txt in its folder, what it raises is its result, and its name on standard output says that it
+has ended. Importing takes as long as ten steps, so that one process does several, one by one.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from bench.study import setup
+from bench.study.arms import ARMS
+from bench.study.config import StudyConfig, Trial
+from bench.study.k1_control import k1_as_loss
+from kdrl_train import train
+from kdrl_train.batch import Rollouts, Verdicts
+from kdrl_train.config import ModelConfig, OptimConfig, RewardConfig, SamplingConfig, TrainConfig
+from kdrl_train.config_file import load_yaml, update
+from kdrl_train.method.evaluation import EVAL_STEP, summarize
+from kdrl_train.model.load import load_model, load_tokenizer
+from kdrl_train.rollouts.problems import encode_prompt, load_examples, step_indices
+from kdrl_train.rollouts.sampler import generate_rollouts
+from kdrl_train.rollouts.verifier import Verifier
+from kdrl_train.runfolder import events, jsonl
+from kdrl_train.runfolder.log import read_rows
+from kdrl_train.tools import sft
+from kdrl_train.tools.toy import TASKS
+
+CURVES = ("accuracy", "tokens", "response_length", "entropy", "kl_teacher", "kd_coef", "grad_norm")
+STAGES = ("rollout", "verify", "score", "teacher", "update", "sync")
+MICRO_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """A model on one set of problems, sampled at temperature 1."""
+
+    samples: int
+    """k: completions of each problem."""
+    right: str
+    """A digit for each problem: how many of its completions are right."""
+    pass_at_k: float
+    maj_at_k: float | None
+    length: float
+    """Tokens of a completion, mean."""
+    truncated: float
+    """Share of completions cut at max_new_tokens."""
+
+    @property
+    def shares(self) -> np.ndarray:
+        """[P] share of right completions of each problem."""
+        return np.array([int(digit) for digit in self.right]) / self.samples
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What became of a trial: result.json in its folder."""
+
+    trial: Trial
+    status: Literal["done", "crashed"]
+    error: str | None = None
+    seconds: float = 0.0
+    scores: dict[str, Score] = field(default_factory=dict)
+    """Set of problems -> score."""
+    curve: dict[str, list[float | None]] = field(default_factory=dict)
+    """Metric -> its value at each step; also "seconds_rollout" and the other stages."""
+    sampled_tokens: int = 0
+    """Tokens of all completions that it learnt from."""
+    commit: str | None = None
+    """Of the code that made it, where it ran from a clone with git."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Result":
+        """From what asdict made of one."""
+        scores = {name: Score(**score) for name, score in values["scores"].items()}
+        return cls(**values | {"trial": Trial(**values["trial"]), "scores": scores})
+
+    @classmethod
+    def read(cls, path: Path) -> "Result":
+        """From a file that `write` made."""
+        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+    def write(self, path: Path) -> None:
+        """Complete or not at all."""
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+
+def trial_folder(config: StudyConfig, trial: Trial) -> Path:
+    """Where a trial leaves its run and its result."""
+    return config.out / "trials" / trial.name
+
+
+def train_config(config: StudyConfig, trial: Trial) -> TrainConfig:
+    """The run of a trial: nothing differs between two arms but the method, the learning rate and
+    whether there is a teacher."""
+    arm, task, room = ARMS[trial.arm], setup.folder(config, trial.task), config.lab(trial.task)
+    method = None if arm.method is None else arm.at(trial.beta, config.steps)
+    teacher = str(task / f"teacher_{trial.teacher}")
+    base = TrainConfig(
+        out=trial_folder(config, trial) / "run",
+        seed=trial.seed,
+        steps=config.steps,
+        save_every=config.steps,
+        model=ModelConfig(policy=str(task / "student"), device=config.device),
+        data=setup.data_config(task / "train.jsonl"),
+        sampling=SamplingConfig(
+            prompts_per_step=config.prompts_per_step,
+            group_size=config.group_size,
+            max_new_tokens=room.max_new_tokens,
+            batch_size=1024,
+        ),
+        reward=RewardConfig(function=TASKS[trial.task].reward, workers=1),
+        optim=OptimConfig(
+            learning_rate=trial.learning_rate or 1.0, micro_batch_tokens=MICRO_BATCH_TOKENS
+        ),
+    )
+    if method is None:
+        return base
+    teacher_or_none = None if method.kd is None else teacher
+    return replace(base, method=method, model=replace(base.model, teacher=teacher_or_none))
+
+
+def run(config: StudyConfig, trial: Trial) -> Result:
+    """Train, where the arm does, and measure."""
+    start = time.perf_counter()
+    made, arm, task = train_config(config, trial), ARMS[trial.arm], setup.folder(config, trial.task)
+    curve: dict[str, list[float | None]] = {}
+    sampled = 0
+    if trial.arm == "sft":
+        folder, sampled = distil_offline(config, trial, made)
+    elif trial.learning_rate is None:
+        folder = task / ("student" if trial.arm == "student" else f"teacher_{trial.teacher}")
+    else:
+        with k1_as_loss() if arm.k1_as_loss else nullcontext():
+            folder = train.main(made) / "model"
+        if not folder.exists():  # ended by a signal, which is no result: it is done again
+            raise SystemExit(f"{trial.name} was stopped before its last step")
+        rows = read_rows(made.out)
+        names = [*CURVES, *(f"seconds_{stage}" for stage in STAGES)]
+        curve = {name: [_short(row.get(name)) for row in rows] for name in names}
+        sampled = sum(row["tokens"] for row in rows)
+    return Result(
+        trial=trial,
+        status="done",
+        scores=measure(config, trial, folder, made),
+        curve=curve,
+        sampled_tokens=sampled,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _short(value: float | None) -> float | None:
+    """Five digits: a result is read by people, and kept."""
+    return None if value is None else float(f"{value:.5g}")
+
+
+def sample(model: Any, tokenizer: Any, examples: Any, made: TrainConfig, step: int, size: int,
+           verifier: Verifier) -> tuple[Rollouts, Verdicts]:  # fmt: skip
+    """`size` judged completions of each example, drawn by (seed, step) as in training."""
+    prompts = [encode_prompt(tokenizer, example, made.data) for example in examples]
+    sampling = replace(made.sampling, group_size=size)
+    rollouts = generate_rollouts(model, tokenizer, prompts, sampling, made.seed, step)
+    answers = [example.answer for example in examples for _ in range(size)]
+    return rollouts, verifier.score(rollouts.texts, answers)
+
+
+def measure(config: StudyConfig, trial: Trial, folder: Path, made: TrainConfig) -> dict[str, Score]:
+    """A model folder on the validation problems (of a sweep), or on the test problems and those
+    out of distribution; the same draws for every arm with this seed."""
+    sets = {"validation": config.validation_problems}
+    if not trial.sweep:
+        sets = dict.fromkeys(("test", *setup.OUT_OF_DISTRIBUTION), config.test_problems)
+    model = load_model(str(folder), "model.policy", made.model, torch.float32)
+    tokenizer, k = load_tokenizer(str(folder)), config.samples
+    scores = {}
+    with Verifier(made.reward) as verifier:
+        for name, count in sets.items():
+            data = setup.data_config(setup.folder(config, trial.task) / f"{name}.jsonl")
+            examples = load_examples(data)[:count]
+            judged = sample(model, tokenizer, examples, made, EVAL_STEP, k, verifier)
+            scores[name] = score(*judged, samples=k, seed=trial.seed)
+    return scores
+
+
+def score(rollouts: Rollouts, verdicts: Verdicts, *, samples: int, seed: int) -> Score:
+    """Of `samples` judged completions of each problem."""
+    found = summarize(rollouts, verdicts, samples, seed, 0.0)
+    right = np.array([outcome == "right" for outcome in verdicts.outcomes]).reshape(-1, samples)
+    return Score(
+        samples=samples,
+        right="".join(str(n) for n in right.sum(axis=1)),
+        pass_at_k=found.pass_at_k[samples],
+        maj_at_k=found.maj_at_k,
+        length=found.mean_length,
+        truncated=found.truncated,
+    )
+
+
+def distil_offline(config: StudyConfig, trial: Trial, made: TrainConfig) -> tuple[Path, int]:
+    """SFT of the student on the teacher's right completions of the prompts that the other arms
+    see, as many completions and as many updates as theirs; each completion is learnt once.
+
+    Returns: the model's folder, and the tokens of all completions, wrong ones too.
+    """
+    task, out = setup.folder(config, trial.task), made.out.parent
+    folder = task / f"teacher_{trial.teacher}"
+    model = load_model(str(folder), "model.teacher", made.model, torch.float32)
+    tokenizer, examples = load_tokenizer(str(folder)), load_examples(made.data)
+    rows, tokens, learnt = [], 0, 0
+    with Verifier(made.reward) as verifier:
+        for step in range(config.steps):
+            places = step_indices(len(examples), made.seed, step, config.prompts_per_step)
+            chosen = [examples[i] for i in places]
+            found, verdicts = sample(
+                model, tokenizer, chosen, made, step, config.group_size, verifier
+            )
+            tokens += int(found.lengths.sum())
+            for r, outcome in enumerate(verdicts.outcomes):
+                if outcome == "right":
+                    prompt = chosen[r // config.group_size].prompt.rstrip("\n")
+                    rows.append({"question": prompt, "solution": found.texts[r]})
+                    learnt += len(found.completion_ids[r]) + len(found.prompt_ids[r])
+    if not rows:
+        raise ValueError(f"the teacher must have right samples to learn from, got none in {folder}")
+    jsonl.write(out / "samples.jsonl", rows)
+    assert trial.learning_rate is not None
+    sft.main(
+        sft.SftConfig(
+            out=out / "model",
+            model=str(task / "student"),
+            seed=trial.seed,
+            data=setup.data_config(out / "samples.jsonl"),
+            steps=config.steps,
+            batch_tokens=math.ceil(learnt / config.steps),
+            learning_rate=trial.learning_rate,
+            warmup_steps=min(50, config.steps // 10),
+            device=config.device,
+        )
+    )
+    return out / "model", tokens
+
+
+def main(argv: list[str]) -> int:
+    """Do everything that is named; a trial's error goes into its result, a model's is raised."""
+    out, names = Path(argv[0]), argv[1:]
+    config = update(StudyConfig(), load_yaml(out / "study.yaml"))
+    torch.set_num_threads(1)
+    told = os.fdopen(os.dup(1), "w", buffering=1)
+    for name in names:
+        folder = out / "trials" / name
+        if not (folder / "trial.json").exists():
+            task, model = name.split("/")
+            sft.main(setup.model_config(config, task, model))
+            continue
+        with (folder / "log.txt").open("wb") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        finish(config, folder)
+        told.write(f"{name}\n")
+    return 0
+
+
+def finish(config: StudyConfig, folder: Path) -> None:
+    """The result of the trial whose trial.json is in the folder."""
+    trial = Trial(**json.loads((folder / "trial.json").read_text(encoding="utf-8")))
+    try:
+        result = run(config, trial)
+    except Exception as error:
+        traceback.print_exc()
+        message = f"{type(error).__name__}: {error}"
+        result = Result(trial=trial, status="crashed", error=message)
+    result = replace(result, commit=events.versions().get("commit"))
+    result.write(folder / "result.json")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

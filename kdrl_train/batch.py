@@ -1,0 +1,130 @@
+"""What flows through a step: problems, completions, verdicts, and the batch the update learns from.
+
+Imports torch alone. P prompts, G completions per prompt, R = P * G completions, T tokens of one.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One problem with its gold answer."""
+
+    id: str
+    """Where it was read: "train.jsonl:12" (line, from 1), "part.parquet:3" (row), "owner/set:3"."""
+    prompt: str
+    """The problem inside data.prompt_template."""
+    answer: str
+    """The gold answer as text; of a worked solution with `####`, what follows it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollouts:
+    """R completions, G in a row for each prompt. All tensors are on the CPU."""
+
+    prompt_ids: list[Tensor]
+    """R of [T_prompt] int64; the G completions of a prompt share one tensor."""
+    completion_ids: list[Tensor]
+    """R of [T] int64, T >= 1, with the end-of-sequence token where one was drawn."""
+    logprobs: list[Tensor]
+    """R of [T] float32: log softmax(logits / temperature) of each token as sampled, nats."""
+    truncated: Tensor
+    """[R] bool: cut at max_new_tokens without an end-of-sequence token (finish reason length)."""
+    texts: list[str]
+    """R decoded completions, without special tokens."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """[R] int64: tokens of each completion."""
+        return torch.tensor([len(ids) for ids in self.completion_ids])
+
+    @classmethod
+    def join(cls, parts: Sequence["Rollouts"]) -> "Rollouts":
+        """All completions, in the order of the parts, of which there is at least one."""
+        return cls(
+            prompt_ids=[ids for part in parts for ids in part.prompt_ids],
+            completion_ids=[ids for part in parts for ids in part.completion_ids],
+            logprobs=[logprobs for part in parts for logprobs in part.logprobs],
+            truncated=torch.cat([part.truncated for part in parts]),
+            texts=[text for part in parts for text in part.texts],
+        )
+
+
+Outcome = Literal["right", "wrong", "unparseable", "timeout", "error"]
+
+OUTCOMES: tuple[Outcome, ...] = ("right", "wrong", "unparseable", "timeout", "error")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdicts:
+    """What became of R completions, in their order."""
+
+    rewards: list[float]
+    """[R]. timeout and unparseable: 0.0. error: NaN, so that nobody learns from it unseen."""
+    outcomes: list[Outcome]
+    """[R]. right: reward above 0; wrong: 0 or below; the rest as counted by `counts`."""
+    errors: dict[int, str] = field(default_factory=dict)
+    """Index of a completion with outcome `error` -> what its reward raised or returned."""
+    answers: list[str | None] = field(default_factory=list)
+    """[R]. The answer in the spelling it votes for (rewards.load_answer); None: there is none."""
+    restarts: int = 0
+    """How often the workers had to be started anew, because one died while it had no work."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Completions per outcome, every outcome present; the values sum to R."""
+        found = Counter(self.outcomes)
+        return {outcome: found[outcome] for outcome in OUTCOMES}
+
+    @classmethod
+    def join(cls, parts: Sequence["Verdicts"]) -> "Verdicts":
+        """All of them, in the order of the parts; errors keep their completion."""
+        joined = cls(rewards=[], outcomes=[])
+        for part in parts:
+            start = len(joined.rewards)
+            joined.errors.update({start + i: text for i, text in part.errors.items()})
+            joined.rewards.extend(part.rewards)
+            joined.outcomes.extend(part.outcomes)
+            joined.answers.extend(part.answers)
+        return replace(joined, restarts=sum(part.restarts for part in parts))
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's completions with their rewards, of all ranks: what the update learns from."""
+
+    examples: list[Example]
+    """R, one per completion."""
+    rollouts: Rollouts
+    verdicts: Verdicts
+    rewards: Tensor
+    """rewards_PG [P, G] float64, NaN where the reward function failed."""
+    teacher_logprobs: list[Tensor | None]
+    """R of [T] nats, where a server was asked early; else None."""
+    lag: int
+    """Optimiser steps between the weights that sampled them and those that learn from them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """Judged completions, of one rank or of all."""
+
+    rollouts: Rollouts
+    verdicts: Verdicts
+    teacher_logprobs: list[Tensor | None]
+    """[T] nats of each, where its server was asked."""
+
+    @classmethod
+    def join(cls, parts: Sequence["Answered"]) -> "Answered":
+        """All of them, in the order of the parts, of which there is at least one."""
+        return cls(
+            rollouts=Rollouts.join([part.rollouts for part in parts]),
+            verdicts=Verdicts.join([part.verdicts for part in parts]),
+            teacher_logprobs=[logprobs for part in parts for logprobs in part.teacher_logprobs],
+        )

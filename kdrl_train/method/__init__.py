@@ -1,0 +1,1 @@
+"""The method: advantages, coefficients, schedules and metrics, as pure functions."""

@@ -1,0 +1,212 @@
+"""Advantages, distillation weights, token weights and step metrics: pure functions, no model.
+
+P prompts, G completions per prompt, R = P * G completions, N tokens of one micro-batch.
+
+Departures from KDRL (arXiv 2506.02208) and GRPO, each a setting of MethodConfig where it matters:
+
+- The advantage divides by max(std, std_floor), std with G - 1 degrees of freedom as in the public
+  trainers; GRPO writes std alone. A group whose rewards are all equal has advantage exactly 0.
+- Token weights default to the mean over all tokens of the step (`token_mean`); GRPO's own mean of
+  completion means is `sequence_mean`.
+- A completion whose reward is NaN (the reward function failed) leaves its group: it enters neither
+  mean nor std, its tokens have weight 0 and are not counted in the normaliser.
+- Both models are read at the sampling temperature, so that the KL is that of the distributions
+  that are sampled from.
+- Several updates per rollout are mini-batches of whole groups, each completion used once, as the
+  public trainers do it; GRPO's own mu counts passes over the same completions.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kdrl_train.method.config import MethodConfig, ScheduleConfig
+from kdrl_train.method.schedules import History, schedule_value
+
+
+def group_advantages(rewards_PG: Tensor, estimator: str, std_floor: float = 1e-4) -> Tensor:
+    """Group advantages; the arithmetic is float64.
+
+    grpo: (r - mean) / max(std, std_floor) · dr_grpo: r - mean · rloo: r - mean of the others
+
+    Args:
+        rewards_PG: [P, G] float. NaN marks a completion without a reward: it enters no mean or std.
+        estimator: "grpo", "dr_grpo" or "rloo".
+        std_floor: smallest standard deviation that "grpo" divides by, in units of the reward.
+    Returns: [P, G] float32; 0 where the reward is NaN, where a group has one reward only, and,
+        exactly, where all rewards of a group are equal.
+    Raises: ValueError for an unknown estimator, a rank other than 2, or a group without any number.
+    """
+    if rewards_PG.ndim != 2:
+        raise ValueError(f"rewards_PG must be [P, G], got {list(rewards_PG.shape)}")
+    rewards = rewards_PG.double()
+    valid = ~rewards.isnan()
+    count = valid.sum(dim=1, keepdim=True)
+    if (count == 0).any():
+        group = int((count == 0).flatten().nonzero()[0])
+        raise ValueError(
+            f"rewards_PG must hold a number in every group, got only NaN in group {group} of this "
+            "step: the reward function failed on all of its completions; leave the group out"
+        )
+    rewards = rewards.where(valid, 0.0)
+    mean = rewards.sum(dim=1, keepdim=True) / count
+    centred = (rewards - mean).where(valid & ~_equal(rewards_PG), 0.0)
+    others = (count - 1).clamp_min(1)
+    if estimator == "grpo":
+        std = (centred.square().sum(dim=1, keepdim=True) / others).sqrt()
+        return (centred / std.clamp_min(std_floor)).float()
+    if estimator == "dr_grpo":
+        return centred.float()
+    if estimator == "rloo":
+        return (centred * count / others).float()
+    raise ValueError(f'estimator must be "grpo", "dr_grpo" or "rloo", got "{estimator}"')
+
+
+def _equal(rewards_PG: Tensor) -> Tensor:
+    """[P, 1] bool: all rewards of the group that are numbers are the same number."""
+    high = rewards_PG.nan_to_num(nan=-math.inf).amax(dim=1, keepdim=True)
+    low = rewards_PG.nan_to_num(nan=math.inf).amin(dim=1, keepdim=True)
+    return high == low
+
+
+def kd_mask(rewards_PG: Tensor, mask: str) -> Tensor:
+    """Which completions are distilled: the reward-guided mask. A reward above 0 is right.
+
+    Args:
+        rewards_PG: [P, G] float; NaN counts as not right.
+        mask: "none" (all), "wrong" (not right), "wrong_group" (no right one in the whole group).
+    Returns: [P, G] float32 of 0 and 1.
+    Raises: ValueError for an unknown mask.
+    """
+    wrong = ~(rewards_PG > 0)
+    if mask == "none":
+        return torch.ones_like(rewards_PG, dtype=torch.float32)
+    if mask == "wrong":
+        return wrong.float()
+    if mask == "wrong_group":
+        return wrong.all(dim=1, keepdim=True).expand_as(wrong).float()
+    raise ValueError(f'mask must be "none", "wrong" or "wrong_group", got "{mask}"')
+
+
+def learning_rate(peak: float, warmup_steps: int, step: int) -> float:
+    """Linear warm-up: peak · (step + 1) / warmup_steps, from then on the peak."""
+    return peak * min(1.0, (step + 1) / max(warmup_steps, 1))
+
+
+def token_weights(
+    lengths_R: Tensor, rewards_R: Tensor, mode: str, max_new_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Weight of each token of a completion, and what the weighted sum is divided by.
+
+    token_mean: 1, divided by the step's tokens · sequence_mean: 1 / length, divided by the
+    step's completions · constant: 1, divided by completions · max_new_tokens
+
+    Args:
+        lengths_R: [R] int, tokens of each completion, at least 1.
+        rewards_R: [R] float; NaN takes the completion out of weights and normaliser.
+        mode: "token_mean", "sequence_mean" or "constant".
+        max_new_tokens: longest completion allowed, in tokens.
+    Returns: weights [R] float32, one for all tokens of a completion; normaliser, 0-d float64.
+    Raises: ValueError for an unknown mode.
+    """
+    kept = (~rewards_R.isnan()).double()
+    if mode == "token_mean":
+        return kept.float(), (kept * lengths_R).sum()
+    if mode == "sequence_mean":
+        return (kept / lengths_R).float(), kept.sum()
+    if mode == "constant":
+        return kept.float(), kept.sum() * max_new_tokens
+    raise ValueError(
+        f'mode must be "token_mean", "sequence_mean" or "constant", got "{mode}": '
+        "set method.token_weights"
+    )
+
+
+def group_factor(schedule: ScheduleConfig, rewards_PG: Tensor) -> Tensor:
+    """[P, 1] float64: what a group's coefficient is of the schedule's value.
+
+    reward_adaptive: 4p(1 - p), p the share of right completions among those with a reward: 1 where
+    the group is undecided, 0 where it is all right or all wrong. Every other kind: 1.
+    """
+    if schedule.kind != "reward_adaptive":
+        return torch.ones(len(rewards_PG), 1, dtype=torch.float64)
+    known = (~rewards_PG.isnan()).sum(dim=1, keepdim=True)
+    p = (rewards_PG > 0).sum(dim=1, keepdim=True).double() / known
+    return 4 * p * (1 - p)
+
+
+def kd_weights(rewards_PG: Tensor, method: MethodConfig, beta: float) -> Tensor:
+    """[R] float32, beta · group factor · mask of each completion; 0 without distillation."""
+    if method.kd is None:
+        return torch.zeros(rewards_PG.numel())
+    factor = beta * group_factor(method.kd_coef, rewards_PG)
+    return (factor.float() * kd_mask(rewards_PG, method.kd_mask)).flatten()
+
+
+def completion_terms(
+    rewards_PG: Tensor,
+    method: MethodConfig,
+    step: int,
+    history: History | None = None,
+    gaps_R: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Advantage, and weight of the distillation term, of each completion.
+
+    Args:
+        rewards_PG: [P, G] float; NaN marks a completion without a reward.
+        method: estimator, mask and schedules.
+        step: from 0.
+        history: of the steps before, for schedules that read it.
+        gaps_R: [R] float64, sum over tokens of log q - log p, for kd "reward": times beta and mask
+            it is added to the reward, before the group is normalised.
+    Returns: advantages [R] and kd weights [R], float32; 0 where the method has no such term.
+    """
+    weights_R = kd_weights(rewards_PG, method, schedule_value(method.kd_coef, step, history))
+    if method.kd == "reward":
+        assert gaps_R is not None
+        rewards_PG = rewards_PG + (weights_R * gaps_R).view_as(rewards_PG)
+        weights_R = torch.zeros_like(weights_R)
+    advantages = group_advantages(rewards_PG, method.advantage, method.std_floor)
+    if method.policy == "off":
+        advantages = torch.zeros_like(advantages)
+    advantages = advantages * schedule_value(method.policy_coef, step, history)
+    return advantages.flatten(), weights_R
+
+
+def sampler_weights(
+    logprobs: Tensor, sampled_logprobs: Tensor, mode: str, cap: float
+) -> tuple[Tensor, Tensor]:
+    """Importance weight w = exp(trainer - sampler) of each token, bounded.
+
+    truncate: min(w, cap) (truncated importance sampling) · mask: w, and 0 outside [1 / cap, cap]
+    (IcePop). NaN stays NaN, so that the loss shows it.
+
+    Args:
+        logprobs, sampled_logprobs: [N] nats, of the trainer's policy that was sent to the sampler,
+            and as sampled.
+        mode: "truncate" or "mask".
+        cap: above 1.
+    Returns: weights [N], and [N] bool, true where the bound or the mask took hold.
+    Raises: ValueError for an unknown mode.
+    """
+    ratio = (logprobs - sampled_logprobs).exp()
+    if mode == "truncate":
+        return ratio.clamp(max=cap), ratio > cap
+    if mode == "mask":
+        outside = (ratio > cap) | (ratio < 1 / cap)
+        return ratio.masked_fill(outside, 0.0), outside
+    raise ValueError(
+        f'mode must be "truncate" or "mask", got "{mode}": set method.sampler_correction'
+    )
+
+
+def minibatches(rewards_PG: Tensor, updates: int) -> list[Tensor]:
+    """Rewards of each update's completions, [R] each; NaN, hence weight 0, for all the others.
+
+    The prompts are cut into `updates` equal runs (they come in random order), so that every
+    completion is used once and no group is split. `updates` must divide P.
+    """
+    update_P = torch.arange(len(rewards_PG)) // (len(rewards_PG) // updates)
+    parts = (update_P[:, None] == u for u in range(updates))
+    return [rewards_PG.where(part, math.nan).flatten() for part in parts]

@@ -1,0 +1,120 @@
+"""Coefficients that change during a run: pure functions of the step and of what was logged.
+
+A schedule keeps no state. What some kinds need of the past, the KL to the teacher and the
+validation score of each step, is in the rows of metrics.jsonl: a run adds each row to its History
+as it writes it, a resumed run rebuilds the History from the file. JSON keeps every digit of a
+float, so both compute the same values to the bit.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kdrl_train.method.config import ScheduleConfig
+
+
+@dataclass(slots=True)
+class History:
+    """What schedules read of the steps done, oldest first."""
+
+    eval_every: int = 0
+    """Steps between evaluations. One at another step, the last of a run that was continued later,
+    is no part of the history: a run in one go would not have had it."""
+    kl: list[float | None] = field(default_factory=list)
+    """kl_teacher of each step in nats per token; None where no token was distilled."""
+    scores: list[float] = field(default_factory=list)
+    """avg@k of each evaluation on the held-out problems."""
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Take in one step's row of metrics.jsonl, as it was logged or read back."""
+        kl, score = row.get("kl_teacher"), row.get("eval_avg_at_k")
+        self.kl.append(kl if kl is not None and math.isfinite(kl) else None)
+        if self.eval_every and (row["step"] + 1) % self.eval_every == 0 and score is not None:
+            self.scores.append(score)
+
+
+def rebuild_history(
+    schedules: Mapping[str, ScheduleConfig],
+    rows: Iterable[Mapping[str, Any]],
+    first_step: int,
+    eval_every: int,
+) -> History:
+    """History of a run that starts at `first_step`, from its rows of metrics.jsonl.
+
+    Args:
+        schedules: the run's schedules by their keys.
+        rows: as read_rows gives them; those of first_step and later are left out.
+        eval_every: of the run's config.
+    Raises: ValueError where a schedule needs the rows of steps 0 to first_step - 1 and one is gone.
+    """
+    kept = [row for row in rows if row["step"] < first_step]
+    history = History(eval_every)
+    for row in kept:
+        history.add(row)
+    for key, schedule in schedules.items():
+        if schedule.reads_history and [row["step"] for row in kept] != list(range(first_step)):
+            raise ValueError(
+                f"metrics.jsonl must hold steps 0 to {first_step - 1} to resume {key} of kind "
+                f'"{schedule.kind}", got {len(kept)} rows of them: restore the file, or start a '
+                "new run with another --out"
+            )
+    return history
+
+
+def schedule_value(schedule: ScheduleConfig, step: int, history: History | None = None) -> float:
+    """Value of a scheduled coefficient.
+
+    Args:
+        step: from 0.
+        history: of the steps before this one; None will do for a schedule that reads none.
+    Returns: the value for all groups; of reward_adaptive that of a group with p = 1/2.
+    """
+    done = min(step / schedule.steps, 1.0)
+    if schedule.kind == "linear":
+        return (1 - done) * schedule.initial + done * schedule.final
+    if schedule.kind == "cosine":
+        rest = (1 + math.cos(math.pi * done)) / 2
+        return schedule.final + (schedule.initial - schedule.final) * rest
+    if schedule.kind == "step":
+        return (schedule.initial, *schedule.values)[bisect_right(schedule.at, step)]
+    if schedule.kind == "switch":
+        scores = history.scores if history is not None else []
+        over = step >= schedule.steps or plateau(scores, schedule.patience, schedule.min_gain)
+        return schedule.final if over else schedule.initial
+    if schedule.kind == "kl_budget":
+        assert history is not None
+        assert len(history.kl) == step
+        return budgeted(schedule, history.kl)
+    return schedule.initial
+
+
+def plateau(scores: Sequence[float], patience: int, min_gain: float) -> bool:
+    """Whether `patience` scores in a row were at most min_gain above the best one before them.
+
+    Once so, it stays so whatever follows. patience 0: never.
+    """
+    best, waited = -math.inf, 0
+    for score in scores:
+        if score > best + min_gain:
+            best, waited = score, 0
+        else:
+            waited += 1
+        if waited == patience > 0:
+            return True
+    return False
+
+
+def budgeted(schedule: ScheduleConfig, kl: Sequence[float | None]) -> float:
+    """beta(s + 1) = beta(s) · (1 + gain · clip(KL(s) / target_kl - 1, -1, 1)), within the bounds.
+
+    A KL above the target strengthens the teacher. A step without one (None) leaves beta as it was.
+    Source: the adaptive KL controller of arXiv:1909.08593, section 2.2.
+    """
+    beta, (low, high) = schedule.initial, schedule.bounds
+    for value in kl:
+        if value is not None:
+            error = min(max(value / schedule.target_kl - 1, -1.0), 1.0)
+            beta = min(max(beta * (1 + schedule.gain * error), low), high)
+    return beta

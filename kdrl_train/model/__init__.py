@@ -1,0 +1,1 @@
+"""Policy and teacher: loading, packing, attention, sharding."""

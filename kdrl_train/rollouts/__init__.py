@@ -1,0 +1,1 @@
+"""Rollouts: problems, sampling, rewards and their verification."""

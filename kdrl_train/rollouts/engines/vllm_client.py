@@ -1,0 +1,122 @@
+"""HTTP to a vLLM server, as 0.32 speaks it in development mode; errors are EngineError."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import httpx2
+
+from kdrl_train.errors import EngineError
+from kdrl_train.rollouts.engines.requests import Answer, Request
+
+POLL_S = 0.2
+"""Between two looks at whether the run was asked to stop."""
+WAITS_S = (0.1, 0.5, 2.0)
+"""Before asking again where a connection broke, as one may that was idle."""
+
+
+class VllmClient:
+    """A server.
+
+    Args:
+        url: http://host:port, with or without /v1.
+        timeout_s: longest wait for one answer, in seconds.
+    """
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.timeout_s = timeout_s
+
+    def workers(self, method: str, *arguments: str) -> list[Any]:
+        """Call a method of rollouts/vllm_worker.py on each worker; returns their results."""
+        path = "/collective_rpc"
+        answer = self.send("POST", path, {"method": method, "args": arguments})
+        if not (isinstance(answer, dict) and isinstance(answer.get("results"), list)):
+            raise self._nonsense(path, str(answer))
+        results: list[Any] = answer["results"]
+        return results
+
+    def send(self, verb: str, path: str, body: Any = None) -> Any:
+        """JSON of one answer."""
+        try:
+            response = httpx2.request(verb, self.url + path, json=body, timeout=self.timeout_s)
+        except (httpx2.TransportError, httpx2.InvalidURL) as error:
+            raise self._silence(path, error) from error
+        return self._json(response, path)
+
+    def complete(
+        self, model: str, requests: list[Request], together: int, poll: Callable[[], None]
+    ) -> list[Answer]:
+        """An answer for each request, in their order.
+
+        Args:
+            model: the server's name for it.
+            together: most of them on their way at a time.
+            poll: called now and then; what it raises ends the rest, on the server too.
+        """
+        return asyncio.run(self._complete_all(model, requests, together, poll))
+
+    async def _complete_all(
+        self, model: str, requests: list[Request], together: int, poll: Callable[[], None]
+    ) -> list[Answer]:
+        limits = httpx2.Limits(max_connections=together)
+        timeout = httpx2.Timeout(self.timeout_s, pool=None)
+        async with httpx2.AsyncClient(base_url=self.url, limits=limits, timeout=timeout) as http:
+            tasks = [asyncio.create_task(self._complete(http, model, r)) for r in requests]
+            waiting = set(tasks)
+            try:
+                while waiting:
+                    poll()
+                    done, waiting = await asyncio.wait(waiting, timeout=POLL_S)
+                    for task in done:
+                        task.result()
+            finally:
+                for task in tasks:
+                    task.cancel()  # the server drops what nobody waits for
+                await asyncio.gather(*tasks, return_exceptions=True)
+        return [task.result() for task in tasks]
+
+    async def _complete(self, http: httpx2.AsyncClient, model: str, request: Request) -> Answer:
+        path = "/v1/completions"
+        body = {"model": model, "prompt": request.prompt_ids, "return_token_ids": True}
+        for wait_s in (*WAITS_S, None):
+            try:
+                response = await http.post(path, json=body | request.params)
+                break
+            except httpx2.TransportError as error:
+                if wait_s is None or isinstance(error, httpx2.TimeoutException):
+                    raise self._silence(path, error) from error
+            await asyncio.sleep(wait_s)
+        answer = self._json(response, path)
+        try:
+            (choice,) = answer["choices"]
+            return Answer(choice["token_ids"], choice["logprobs"]["token_logprobs"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise EngineError(
+                f"the server at {self.url} must return token_ids and log-probabilities, got "
+                f"{str(answer)[:500]}: use vLLM 0.32 or newer"
+            ) from error
+
+    def _json(self, response: httpx2.Response, path: str) -> Any:
+        if response.status_code != 200:
+            raise EngineError(
+                f"the server at {self.url} must answer {path}, got status {response.status_code}: "
+                f"{response.text[:500]}"
+            )
+        try:
+            return response.json()
+        except ValueError as error:
+            raise self._nonsense(path, response.text) from error
+
+    def _nonsense(self, path: str, answer: str) -> EngineError:
+        return EngineError(
+            f"the server at {self.url} must answer {path} as vLLM 0.32 does, got {answer[:500]!r}: "
+            "is it vLLM, and is there a proxy in between?"
+        )
+
+    def _silence(self, path: str, error: Exception) -> EngineError:
+        return EngineError(
+            f"the server at {self.url} must answer {path} within engine.timeout_s = "
+            f"{self.timeout_s:g} s, got {type(error).__name__} ({error}): start it again, and "
+            "continue with --resume"
+        )

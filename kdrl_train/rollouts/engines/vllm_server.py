@@ -1,0 +1,136 @@
+"""A vLLM server as the engine: completions by HTTP, weights by a file in a folder that both see.
+
+Every push has a label of its own, which the server's workers keep: a server that was restarted, or
+that another run has pushed to, does not have it.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+from uuid import uuid4
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kdrl_train.config import SamplingConfig, TrainConfig
+from kdrl_train.errors import EngineError, RunError
+from kdrl_train.model.fsdp import full_weights
+from kdrl_train.model.policy import Policy
+from kdrl_train.ranks import World
+from kdrl_train.rollouts.engines.requests import Answer, Request, RequestEngine
+from kdrl_train.rollouts.engines.vllm_client import WAITS_S, VllmClient
+
+WEIGHTS = "engine_weights.safetensors"
+"""The file, in the run's folder; there only while the server reads it."""
+
+
+def inspect(server: VllmClient, config: TrainConfig) -> tuple[str, int]:
+    """The server's name for its model, and its window in tokens.
+
+    Raises: ValueError unless it is there, and was started as the run needs it.
+    """
+    wanted = {"dtype": config.model.dtype, "logprobs_mode": "processed_logprobs"}
+    try:
+        (model,) = server.send("GET", "/v1/models")["data"]
+        for state in server.workers("kdrl_state"):
+            if {key: state[key] for key in wanted} != wanted:
+                raise EngineError(f"{state} where {wanted} is needed")
+        return model["id"], model["max_model_len"]
+    except (EngineError, LookupError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"engine.url must be a vLLM server for this run, got {error}: start it with "
+            "VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model "
+            f"{config.model.policy} --dtype {config.model.dtype} --logprobs-mode "
+            "processed_logprobs --worker-extension-cls kdrl_train.rollouts.vllm_worker.Worker"
+        ) from error
+
+
+class VllmServerEngine(RequestEngine):
+    """Engine (see the package) behind engine.url; all ranks ask it, rank 0 alone pushes weights.
+
+    Raises: ValueError unless the server is there, and started as it must be.
+    """
+
+    def __init__(self, config: TrainConfig, policy: Policy, tokenizer: Any, world: World) -> None:
+        super().__init__(policy, tokenizer)
+        self.server = VllmClient(str(config.engine.url), config.engine.timeout_s)
+        self.dtype = policy.compute_dtype
+        self.file = config.out.absolute() / WEIGHTS
+        self.world = world
+        self.label: str | None = None
+        self.failure: RunError | None = None
+        self.model, self.window = inspect(self.server, config)
+
+    def answers(
+        self, requests: list[Request], sampling: SamplingConfig, poll: Callable[[], None]
+    ) -> list[Answer]:
+        """See RequestEngine. At most sampling.batch_size are on their way at a time.
+
+        Raises: EngineError where the server fails, has other weights, or too short a window; what
+            went wrong in the last push.
+        """
+        if self.failure is not None:
+            raise self.failure
+        longest = max((len(request.prompt_ids) for request in requests), default=0)
+        if longest + sampling.max_new_tokens > self.window:
+            raise EngineError(
+                f"the server at {self.server.url} must hold the longest prompt and completion, "
+                f"got a window of {self.window} tokens for {longest} + {sampling.max_new_tokens}: "
+                "start it with a larger --max-model-len"
+            )
+        self._require_weights()
+        answers = self.server.complete(self.model, requests, sampling.batch_size, poll)
+        self._require_weights()  # it may have been restarted in between
+        return answers
+
+    @torch.no_grad()
+    def load(self, policy: Policy, version: int) -> None:
+        """See Engine. What goes wrong is raised when it is next asked: the step that is done can
+        still be saved."""
+        weights: dict[str, Tensor] = {}
+        for name, weight in full_weights(policy.model):
+            if self.world.main:
+                weights[name] = weight.to("cpu", self.dtype).contiguous()
+        self.failure = None
+        try:
+            self.label = self.world.on_main(lambda: self._push(weights, version))
+        except RunError as error:
+            self.failure = error
+        self.version = version
+
+    def _push(self, weights: dict[str, Tensor], version: int) -> str:
+        """Returns: the label of the push."""
+        label = f"{version} steps, {uuid4().hex}"
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                save_file(weights, self.file)
+                with self.file.open("rb") as written:
+                    os.fsync(written.fileno())  # the server may be on another machine
+                self.server.workers("kdrl_load", str(self.file), label)
+            finally:
+                self.file.unlink(missing_ok=True)
+        except (OSError, SafetensorError) as error:
+            raise EngineError(
+                f"the weights for the server must be written to {self.file}, got {error}: see `out`"
+            ) from error
+        for wait_s in (0.0, *WAITS_S):  # what has just ended may still hold its keys and values
+            time.sleep(wait_s)
+            if self.server.send("POST", "/reset_prefix_cache")["success"]:
+                return label
+        raise EngineError(
+            f"the server at {self.server.url} must drop its prefix cache after a push, got a "
+            "refusal: it has requests of somebody else, and must serve this run alone"
+        )
+
+    def _require_weights(self) -> None:
+        labels = [state["label"] for state in self.server.workers("kdrl_state")]
+        if any(label != self.label for label in labels):
+            raise EngineError(
+                f"the server at {self.server.url} must have the weights of this run after "
+                f"{self.version} steps, got {labels[0] or 'those it was started with'}: it was "
+                "restarted, or another run uses it; --resume pushes them again"
+            )

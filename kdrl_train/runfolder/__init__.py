@@ -1,0 +1,1 @@
+"""The run folder: log, events, samples, checkpoints, export."""

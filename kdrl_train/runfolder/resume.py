@@ -1,0 +1,99 @@
+"""Whether a run folder may be started or resumed, and with which settings."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kdrl_train.config import TrainConfig
+from kdrl_train.config_file import differences, load_yaml, to_dict
+from kdrl_train.runfolder.checkpoint import Checkpoint, latest
+
+MAY_CHANGE = (
+    "out",
+    "resume",
+    "steps",
+    "save_every",
+    "save_async",
+    "keep_checkpoints",
+    "samples_per_step",
+    "eval",
+    "log",
+    "teacher.concurrency",
+    "teacher.timeout_s",
+    "teacher.deadline_s",
+    "reward.workers",
+    "sampling.batch_size",
+    "engine.url",
+    "engine.timeout_s",
+    "engine.memory_share",
+    "engine.eager",
+    "model.device",
+    "model.attention",
+    "model.gradient_checkpointing",
+    "model.offload_policy",
+    "model.offload_teacher",
+    "model.weights",
+    "engine.max_gap",
+    "model.liger",
+    "optim.micro_batch_tokens",
+    "optim.workspace_bytes",
+    "optim.head_impl",
+)
+"""Keys that a resumed run may set anew: they do not change what the training converges to."""
+
+
+def _fixed(config: dict[str, Any], free: set[str], prefix: str = "") -> dict[str, Any]:
+    """The keys outside of `free`."""
+    out = {}
+    for name, value in config.items():
+        key = f"{prefix}{name}"
+        if key not in free:
+            out[name] = _fixed(value, free, f"{key}.") if isinstance(value, dict) else value
+    return out
+
+
+def open_folder(config: TrainConfig) -> Checkpoint | None:
+    """The checkpoint that a run continues from; None for a new run, or one that was killed before
+    its first checkpoint. Changes nothing.
+
+    Raises: ValueError for a used folder without resume, for resume where there is no run, or one
+        of another configuration, and for a damaged checkpoint.
+    """
+    newest = latest(config.out / "checkpoints")
+    if config.resume:
+        if newest is not None:
+            check_config(newest.folder, newest.config, config)
+        elif (config.out / "config.yaml").exists():
+            check_config(config.out, load_yaml(config.out / "config.yaml"), config)
+        else:
+            raise ValueError(
+                f"out must hold a run to resume, got {config.out}, which has neither a checkpoint "
+                "nor a config.yaml: drop --resume, or correct --out"
+            )
+        return newest
+    used = [n for n in ("config.yaml", "metrics.jsonl", "checkpoints") if (config.out / n).exists()]
+    if used:
+        raise ValueError(
+            f"out must be a new folder, got {config.out}, which holds {', '.join(used)}: pass "
+            "--resume to continue that run, or choose another --out"
+        )
+    return None
+
+
+def check_config(place: Path, written: dict[str, Any], config: TrainConfig) -> None:
+    """Raise ValueError with the differing keys unless `config` may continue the run at `place`,
+    whose configuration was `written`."""
+    free = set(MAY_CHANGE)
+    if any(schedule.waits_for_plateau for schedule in config.method.schedules.values()):
+        free.remove("eval")  # its scores decide when the schedule switches
+    before = str(written.get("model", {}).get("teacher"))
+    if config.model.teacher_is_url and replace(config.model, teacher=before).teacher_is_url:
+        free.add("model.teacher")  # which model answers there is in teacher.json
+    changed = differences(_fixed(written, free), _fixed(to_dict(config), free))
+    if changed:
+        lines = [f"  {key}: {old} there, {new} now" for key, (old, new) in changed.items()]
+        raise ValueError(
+            f"a resumed run must keep the settings of {place}, got other values:\n"
+            + "\n".join(lines)
+            + "\nset them back, or start a new run with another --out"
+        )

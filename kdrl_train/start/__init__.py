@@ -1,0 +1,1 @@
+"""What happens before step 0: loading, checking, opening a run."""

@@ -1,0 +1,1 @@
+"""One training step, in the order of its parts."""

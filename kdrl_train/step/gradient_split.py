@@ -1,0 +1,73 @@
+"""How the gradients of reward and distillation relate: two passes more, beside the training step.
+
+Nothing of the step changes: gradients already accumulated are put aside and back, no random number
+is drawn, no weight moves. Memory: two gradients of the whole model.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+import kdrl_kernels as kk
+from kdrl_train.model.packing import PackedBatch
+from kdrl_train.model.policy import Policy
+
+Gradient = list[Tensor | None]
+
+
+def gradient_split(
+    policy: Policy, batch: PackedBatch, normalizer: Tensor, teacher: kk.TeacherHead | None
+) -> dict[str, float | None]:
+    """Norms of the policy gradient (RL) and of the distillation gradient (KD) of one micro-batch,
+    and the cosine of the angle between them; below 0 they pull against each other.
+
+    Args:
+        policy, batch, normalizer, teacher: of policy.forward. Under FSDP2 all ranks call it, each
+            with a micro-batch of its own, and get the numbers of the reduced gradient.
+    Returns: rl_grad_norm, kd_grad_norm, rl_kd_cosine. None: the method has no such term, no token
+        of the micro-batch is distilled, or, for the cosine, one of the two is 0.
+    """
+    goal, rl, kd = policy.objective, None, None
+    if goal.policy != "off":
+        alone = replace(goal, kd=None, kd_baseline=None, entropy_coef=0.0)
+        rl = _gradient(policy, replace(batch, teacher_logprobs=None), normalizer, None, alone)
+    if goal.kd is not None and batch.needs_teacher:
+        if teacher is None and batch.teacher_logprobs is None:  # distilled on another rank alone
+            batch = replace(batch, teacher_logprobs=torch.zeros_like(batch.sampled_logprobs))
+        alone = replace(goal, policy="off", entropy_coef=0.0)
+        kd = _gradient(policy, batch, normalizer, teacher, alone)
+    rl_norm = None if rl is None else _dot(rl, rl) ** 0.5
+    kd_norm = None if kd is None else _dot(kd, kd) ** 0.5
+    cosine = None
+    if rl is not None and kd is not None and rl_norm and kd_norm:
+        cosine = _dot(rl, kd) / (rl_norm * kd_norm)
+    return {"rl_grad_norm": rl_norm, "kd_grad_norm": kd_norm, "rl_kd_cosine": cosine}
+
+
+def _gradient(
+    policy: Policy,
+    batch: PackedBatch,
+    normalizer: Tensor,
+    teacher: kk.TeacherHead | None,
+    goal: kk.Objective,
+) -> Gradient:
+    """Gradient of one objective. By backward, not autograd.grad, which FSDP2 does not hook."""
+    parameters = list(policy.parameters())
+    kept = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    policy(batch, normalizer, teacher, goal).loss.backward()
+    found = [p.grad for p in parameters]
+    for p, grad in zip(parameters, kept, strict=True):
+        p.grad = grad
+    return found
+
+
+def _dot(a: Gradient, b: Gradient) -> float:
+    """Inner product over all parameters, in float64; shards of FSDP2 are summed over the ranks."""
+    pairs = zip(a, b, strict=True)
+    parts = [(x * y).sum(dtype=torch.float64) for x, y in pairs if x is not None and y is not None]
+    total = torch.stack(parts).sum()
+    return (total.full_tensor() if isinstance(total, DTensor) else total).item()

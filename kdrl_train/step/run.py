@@ -1,0 +1,55 @@
+"""What a run holds, and what one step learns from."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kdrl_train.batch import Example
+from kdrl_train.config import TrainConfig
+from kdrl_train.method.schedules import History
+from kdrl_train.model.policy import Policy, Teacher
+from kdrl_train.model.teacher.remote import RemoteTeacher
+from kdrl_train.ranks import World
+from kdrl_train.rollouts.engines import Engine
+from kdrl_train.rollouts.verifier import Verifier
+from kdrl_train.runfolder.async_saver import Saver
+from kdrl_train.runfolder.log import RunLog, Stages
+from kdrl_train.runfolder.signals import Interrupt, Stopped
+
+if TYPE_CHECKING:
+    from kdrl_train.step.prefetch import Ahead
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Everything that lasts longer than a step, on one rank."""
+
+    config: TrainConfig
+    world: World
+    tokenizer: Any
+    policy: Policy
+    teacher: Teacher | None
+    remote: RemoteTeacher | None
+    """The teacher, where it is behind a URL."""
+    engine: Engine
+    optimizer: torch.optim.Optimizer
+    examples: list[Example]
+    held_out: list[Example]
+    verifier: Verifier
+    interrupt: Interrupt
+    history: History
+    log: RunLog
+    saver: Saver
+    ahead: "Ahead | None"
+    """With engine.staleness 1."""
+
+    def stop_if_asked(self) -> None:
+        """Raise Stopped on all ranks if a signal has come to one of them. All call it together."""
+        if self.world.any(self.interrupt.requested):
+            raise Stopped
+
+    def waited(self, stages: Stages, since: float) -> None:
+        """Count the time since then, of time.perf_counter, as waiting for the slowest rank."""
+        if self.world.size > 1:
+            stages.add("wait", since)

@@ -1,0 +1,125 @@
+"""samples/: some completions of each step, with what the update saw of each of their tokens.
+
+R completions of the step, T tokens of one of them.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from kdrl_train.batch import Batch
+from kdrl_train.model.packing import PackedBatch
+from kdrl_train.model.policy import PolicyOutput
+from kdrl_train.ranks import World
+from kdrl_train.runfolder.jsonl import Row
+
+DIGITS = 4
+"""Decimals of the numbers of a token: files stay small."""
+
+
+class Trace:
+    """The completions of a step that go into samples/, and what is kept of the step's own passes
+    for them: nothing is computed twice, and each rank keeps what it has computed.
+
+    Args:
+        total: R.
+        count: how many to keep, spread over the step.
+    """
+
+    def __init__(self, total: int, count: int) -> None:
+        count = min(count, total)
+        self.chosen = sorted({i * total // count for i in range(count)})
+        self.advantages: Tensor | None = None
+        """[R], once the step's terms are known; and so is kd_weight."""
+        self.kd_weight: Tensor | None = None
+        self._log_ratios: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def add(self, row: PackedBatch, out: PolicyOutput) -> None:
+        """Keep the teacher's gap of the chosen completions among those of a row (on the CPU)."""
+        if out.teacher_logprobs is None:
+            return
+        start = 0
+        completions, counts = row.rollout.unique_consecutive(return_counts=True)
+        for r, count in zip(completions.tolist(), counts.tolist(), strict=True):
+            if r in self.chosen:
+                part = slice(start, start + count)
+                gap = (out.logprobs[part] - out.teacher_logprobs[part]).detach()
+                self._log_ratios[r] = (gap, row.kd_weight[part] > 0)
+            start += count
+
+    def rows(self, step: int, batch: Batch, world: World, tokenizer: Any) -> list[Row]:
+        """Lines of the step's file; all ranks call it together.
+
+        A line: step, id, prompt, completion, answer, reward, outcome (of the verifier), tokens,
+        truncated, advantage, kd_weight, token_chars ([T] characters of the completion that each
+        token wrote; None where it cannot be cut so), log_ratio ([T] l = log p - log q in nats, None
+        where not distilled; None: nowhere).
+        """
+        if not self.chosen:
+            return []
+        log_ratios: dict[int, list[float | None]] = {}
+        for part in world.share(self._numbers):
+            log_ratios |= part
+        if not world.main:
+            return []
+        rollouts, rewards_R = batch.rollouts, batch.rewards.flatten()
+        return [
+            {
+                "step": step,
+                "id": batch.examples[r].id,
+                "prompt": batch.examples[r].prompt,
+                "completion": rollouts.texts[r],
+                "answer": batch.examples[r].answer,
+                "reward": rewards_R[r].item(),
+                "outcome": batch.verdicts.outcomes[r],
+                "tokens": len(rollouts.completion_ids[r]),
+                "truncated": bool(rollouts.truncated[r]),
+                "advantage": _of(self.advantages, r),
+                "kd_weight": _of(self.kd_weight, r),
+                "token_chars": token_chars(
+                    tokenizer, rollouts.completion_ids[r].tolist(), rollouts.texts[r]
+                ),
+                "log_ratio": log_ratios.get(r),
+            }
+            for r in self.chosen
+        ]
+
+    def _numbers(self) -> dict[int, list[float | None]]:
+        """Completion -> l of each token, None where it is not distilled."""
+        found = {}
+        for r, (gap, distilled) in self._log_ratios.items():
+            pairs = zip(gap.tolist(), distilled.tolist(), strict=True)
+            values = [round(value, DIGITS) if used else None for value, used in pairs]
+            if any(distilled):
+                found[r] = values
+        return found
+
+
+def token_chars(tokenizer: Any, ids: list[int], text: str) -> list[int] | None:
+    """How many characters of `text`, their decoding without special tokens, each token wrote.
+
+    A character of several tokens counts for the last of them. None where the parts do not add up.
+    """
+    alone = tokenizer.batch_decode([[i] for i in ids], skip_special_tokens=True)
+    if "".join(alone) != text:
+        alone = _in_context(tokenizer, ids)
+    return [len(part) for part in alone] if "".join(alone) == text else None
+
+
+def _in_context(tokenizer: Any, ids: list[int]) -> list[str]:
+    """[T] texts, each what a token adds to those before it: a leading space, or the rest of a
+    character, are not seen by a token alone. Looks back to the token before the last whole one."""
+    parts, start, read = [], 0, 0
+    for end in range(1, len(ids) + 1):
+        known = tokenizer.decode(ids[start:read], skip_special_tokens=True)
+        text = tokenizer.decode(ids[start:end], skip_special_tokens=True)
+        if text.endswith("\ufffd") and end < len(ids):  # in the middle of a character
+            parts.append("")
+            continue
+        parts.append(text[len(known) :])
+        start, read = read, end
+    return parts
+
+
+def _of(values_R: Tensor | None, r: int) -> float | None:
+    return None if values_R is None else round(values_R[r].item(), 6)

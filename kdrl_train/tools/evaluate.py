@@ -1,0 +1,135 @@
+"""How good a policy is: avg@k, pass@k, maj@k with their intervals, response length, truncation."""
+
+import json
+import time
+from contextlib import closing
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig
+
+from kdrl_train.batch import Example
+from kdrl_train.config import DataConfig, EvaluateConfig, ModelConfig, SamplingConfig, TeacherConfig
+from kdrl_train.method.evaluation import EVAL_STEP, EvalResult, summarize
+from kdrl_train.model.load import load_model, load_tokenizer
+from kdrl_train.model.policy import HeadedModel
+from kdrl_train.model.teacher.client import connect
+from kdrl_train.rollouts.problems import encode_prompt, load_examples
+from kdrl_train.rollouts.sampler import generate_rollouts
+from kdrl_train.rollouts.verifier import Verifier
+from kdrl_train.runfolder.checkpoint import load_weights
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    examples: list[Example],
+    *,
+    data: DataConfig,
+    sampling: SamplingConfig,
+    verifier: Verifier,
+    samples: int,
+    seed: int = 0,
+    vocab_size: int | None = None,
+) -> EvalResult:
+    """Sample `samples` completions of each example and score them.
+
+    The draw is a function of seed alone, so that two models, or two moments of a run, see the same
+    noise.
+
+    Args:
+        model, tokenizer: transformers causal LM; left in the mode it was in.
+        examples: at least one.
+        data: how a prompt is encoded.
+        sampling: max_new_tokens, temperature, batch_size; its group_size is replaced by `samples`.
+        verifier: open.
+        vocab_size: columns from here on are never drawn; None: the model's own width.
+    Raises: ValueError for an empty list of examples.
+    """
+    if not examples:
+        raise ValueError("examples must hold at least one problem, got none")
+    start = time.perf_counter()
+    prompts = [encode_prompt(tokenizer, example, data) for example in examples]
+    sampling = replace(sampling, group_size=samples)
+    rollouts = generate_rollouts(model, tokenizer, prompts, sampling, seed, EVAL_STEP, vocab_size)
+    answers = [example.answer for example in examples for _ in range(samples)]
+    verdicts = verifier.score(rollouts.texts, answers)
+    return summarize(rollouts, verdicts, samples, seed, time.perf_counter() - start)
+
+
+def evaluate_folder(config: EvaluateConfig) -> EvalResult:
+    """Load the model folder and the problems that `config` names, and measure."""
+    examples = load_examples(config.data)[: config.max_problems]
+    tokenizer = load_tokenizer(config.model.policy)
+    dtype = getattr(torch, config.model.dtype)
+    model = load_model(config.model.policy, "model.policy", config.model, dtype)
+    if config.model.weights is not None:
+        load_weights(config.model.weights, HeadedModel(model))
+    with Verifier(config.reward) as verifier:
+        return evaluate(
+            model,
+            tokenizer,
+            examples,
+            data=config.data,
+            sampling=config.sampling,
+            verifier=verifier,
+            samples=config.samples,
+            seed=config.seed,
+            vocab_size=common_width(model, config.model),
+        )
+
+
+def common_width(model: Any, config: ModelConfig) -> int:
+    """Columns that a policy trained with the teacher samples from: those that both heads have;
+    without a teacher all of its own. Of the teacher only its width is asked."""
+    columns = model.get_output_embeddings().weight.shape[0]
+    if config.teacher is None:
+        return columns
+    if config.teacher_is_url:
+        with closing(connect(config, TeacherConfig())) as server:
+            return min(columns, server.vocab_size or columns)
+    return min(columns, AutoConfig.from_pretrained(config.teacher).get_text_config().vocab_size)
+
+
+def result_table(results: dict[str, EvalResult]) -> Table:
+    """Name of a policy -> its measurement: a rich table with a column for each policy."""
+    first = next(iter(results.values()))
+    table = Table(
+        title=f"{first.problems} problems, {first.samples} completions each",
+        caption="(95% interval, by bootstrap over the problems)",
+    )
+    table.add_column("")
+    for policy in results:
+        table.add_column(policy, justify="right", overflow="fold")
+    for name in dict.fromkeys(name for result in results.values() for name in result.shares):
+        table.add_row(name, *(_share(result, name) for result in results.values()))
+    for name, cell in (
+        ("tokens", lambda result: f"{result.mean_length:.0f}"),
+        ("truncated", lambda result: f"{result.truncated:.1%}"),
+        ("unparseable", lambda result: str(result.outcomes["unparseable"])),
+        ("timeout", lambda result: str(result.outcomes["timeout"])),
+        ("seconds", lambda result: f"{result.seconds:.1f}"),
+    ):
+        table.add_row(name, *map(cell, results.values()))
+    return table
+
+
+def _share(result: EvalResult, name: str) -> str:
+    """A share and its interval, in percent; "-" where it is not known."""
+    if name not in result.shares:
+        return "-"
+    low, high = result.intervals[name]
+    return f"{result.shares[name]:.1%} ({100 * low:.1f}-{100 * high:.1f})"
+
+
+def main(config: EvaluateConfig) -> EvalResult:
+    """Measure a saved model: a table on the screen and, with `out`, the numbers as JSON."""
+    result = evaluate_folder(config)
+    Console().print(result_table({config.model.policy: result}))
+    if config.out is not None:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        config.out.write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
+    return result

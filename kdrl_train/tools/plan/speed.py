@@ -1,0 +1,199 @@
+"""Time of one step, term by term: a roofline, each term at an achievable share of a peak.
+
+Estimates: nothing overlaps within the sum (but see `totals`), kernels reach the shares that are
+given, completions have their mean length except where a batch waits for its longest. Left out: the
+verifier (worker processes on the CPU), data, logs, checkpoints.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kdrl_train.start.estimate.case import Case
+from kdrl_train.start.estimate.devices import Device
+from kdrl_train.start.estimate.shapes import ModelShape
+from kdrl_train.start.estimate.terms import Term, number_text
+
+CACHE_PASSES = 3
+"""The cache of keys and values is read and written to grow by a token, then read by attention."""
+ELEMENTWISE_PASSES = 4
+"""What a layer keeps is written and read in the forward pass, its gradient in backward."""
+ADAMW_PASSES = 10
+"""float32 a parameter: w, g, m, v read, w, m, v written; for the clip g read twice, written."""
+HOST_BYTES_PER_S = 25e9
+"""Between a GPU's memory and the CPU's, over PCIe."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lengths:
+    """Mean tokens."""
+
+    prompt: float
+    response: float
+
+    @property
+    def sequence(self) -> float:
+        """Both."""
+        return self.prompt + self.response
+
+
+def time_terms(case: Case, device: Device, lengths: Lengths, launch_us: float) -> list[Term]:
+    """Seconds of one step on each process, all at the same time.
+
+    Args:
+        launch_us: microseconds that Python and launches take a layer and token step of `generate`.
+    """
+    terms = [
+        *_rollout(case, device, lengths, launch_us),
+        *_passes(case, device, lengths),
+        *_head(case, device, lengths),
+        *_optimizer(case, device),
+        *_communication(case, device, lengths),
+    ]
+    return [term for term in terms if term.value]
+
+
+def totals(terms: Sequence[Term]) -> tuple[float, float]:
+    """Seconds of a step: all terms after each other; with communication behind the passes."""
+    parts = {part: sum(t.value for t in terms if part in t.when) for part in PARTS}
+    hidden = min(parts["communication"], parts["teacher"] + parts["update"])
+    return sum(parts.values()), sum(parts.values()) - hidden
+
+
+PARTS = ("rollout", "teacher", "update", "optimizer", "communication")
+
+
+def _compute(name: str, part: str, flop: float, formula: str, device: Device) -> Term:
+    text = (
+        f"{formula} = {number_text(flop / 1e12)} TFLOP / {number_text(device.flops / 1e12)} TFLOP/s"
+    )
+    return Term(name, flop / device.flops, text, (part,))
+
+
+def _move(name: str, part: str, size: float, formula: str, rate: float) -> Term:
+    text = f"{formula} = {number_text(size / 1e9)} GB / {number_text(rate / 1e9)} GB/s"
+    return Term(name, size / rate, text, (part,))
+
+
+def _rollout(case: Case, device: Device, lengths: Lengths, launch_us: float) -> list[Term]:
+    """`generate`: each batch runs until its longest completion ends, all rows to the end."""
+    policy, b, B = case.policy, case.dtype.itemsize, case.batch
+    S = case.run.sampling.max_new_tokens
+    batches = -(-case.rollouts // B)
+    steps, weights = batches * S, policy.read_parameters
+    seconds = max(b * weights / device.bandwidth, 2 * weights * B / device.flops)
+    cache = CACHE_PASSES * (case.stream_bytes + b) * policy.layers * policy.kv_width
+    read = batches * B * (S * lengths.prompt + S * S / 2) * cache
+    prompts = case.rollouts * lengths.prompt
+    shapes = f"{batches} x {B} completions · {S:,} steps"
+    launches = steps * policy.layers * launch_us * 1e-6
+    return [
+        Term(
+            "decode, weights",
+            steps * seconds,
+            f"{steps:,} steps · max({b} B · {weights:,} / {device.bandwidth / 1e9:,.4g} GB/s, "
+            f"2 FLOP · {weights:,} · {B} / {device.flops / 1e12:,.4g} TFLOP/s)",
+            ("rollout",),
+        ),
+        _move("decode, keys and values", "rollout", read, shapes, device.bandwidth),
+        Term(
+            "decode, Python and launches",
+            launches,
+            f"{steps:,} steps · {policy.layers} layers · {launch_us:g} us",
+            ("rollout",),
+        ),
+        _compute(
+            "prefill",
+            "rollout",
+            _forward_flop(policy, prompts, lengths.prompt / 2),
+            f"2 · {policy.layers_parameters:,} · {prompts:,.0f} tokens, and attention",
+            device,
+        ),
+    ]
+
+
+def _forward_flop(model: ModelShape, tokens: float, context: float) -> float:
+    """The layers' GEMMs and attention over `context` keys a token."""
+    attention = 4 * model.layers * model.heads_width * context
+    return tokens * (2 * model.layers_parameters + attention)
+
+
+def _passes(case: Case, device: Device, lengths: Lengths) -> list[Term]:
+    """Teacher forward, policy forward and backward: the layers, without heads."""
+    policy, teacher = case.policy, case.teacher
+    tokens = case.rollouts * lengths.sequence
+    context = case.row if case.masked else lengths.sequence / 2  # a mask skips no work
+    work = _forward_flop(policy, tokens, context)
+    layers = f"{policy.layers_parameters:,} · {tokens:,.0f} tokens, and attention"
+    kept = policy.layers * case.activation_bytes(policy)
+    terms = [
+        _compute("policy, forward and backward", "update", 3 * work, f"6 · {layers}", device),
+        _move(
+            "policy, norms and activations",
+            "update",
+            ELEMENTWISE_PASSES * kept * tokens,
+            f"{ELEMENTWISE_PASSES} passes · {kept:,} B · {tokens:,.0f} tokens",
+            device.bandwidth,
+        ),
+    ]
+    if case.run.model.gradient_checkpointing:
+        terms.append(_compute("policy, recomputed", "update", work, f"2 · {layers}", device))
+    if teacher is not None:
+        read = _forward_flop(teacher, tokens, context)
+        layers = f"2 · {teacher.layers_parameters:,} · {tokens:,.0f} tokens, and attention"
+        terms.append(_compute("teacher, forward", "teacher", read, layers, device))
+    return terms
+
+
+def _head(case: Case, device: Device, lengths: Lengths) -> list[Term]:
+    """The one-pass head over all tokens of the step: 3u, the teacher's tau·u, row kernels."""
+    plan = case.chunk_plan(round(case.rollouts * lengths.response))
+    g = plan.geometry
+    u = f"{g.N:,} · {g.H:,} · {g.V:,}"
+    own = sum(flop for name, flop in plan.flop.items() if name != "teacher")
+    terms = [
+        _compute("head, 3u", "update", own, f"3 · 2 · {u}", device),
+        _move("head, rows", "update", plan.row_work_bytes, "float32 logits", device.bandwidth),
+    ]
+    if case.teacher is not None:
+        theirs = f"2 · {g.N:,} · {g.H_t:,} · {g.V_t:,}"
+        terms.append(
+            _compute("head, teacher's tau·u", "update", plan.flop["teacher"], theirs, device)
+        )
+    return terms
+
+
+def _optimizer(case: Case, device: Device) -> list[Term]:
+    parameters = case.policy.parameters / case.placement.gpus
+    size = 4 * ADAMW_PASSES * parameters
+    formula = f"{ADAMW_PASSES} · 4 B · {case.policy.parameters:,} / {case.placement.gpus} GPUs"
+    terms = [_move("AdamW and clip", "optimizer", size, formula, device.bandwidth)]
+    if case.placement.offload_policy:
+        size, formula = 8 * parameters, "gradients to the CPU, weights back"
+        terms.append(_move("offloaded policy", "optimizer", size, formula, HOST_BYTES_PER_S))
+    return terms
+
+
+def _communication(case: Case, device: Device, lengths: Lengths) -> list[Term]:
+    """FSDP2's collectives: each GPU receives or sends what the others hold, once a pass."""
+    policy, teacher, b = case.policy, case.teacher, case.dtype.itemsize
+    row = max(case.run.optim.micro_batch_tokens, lengths.sequence)
+    rows = -(-case.rollouts * lengths.sequence // row)
+    others = (case.placement.gpus - 1) / case.placement.gpus
+
+    def move(name: str, part: str, passes: float, size: int, parameters: int) -> Term:
+        formula = f"{passes:,.0f} · {size} B · {parameters:,} · {others:.3f}"
+        return _move(name, part, passes * size * parameters * others, formula, device.link)
+
+    part = "communication"
+    terms = [
+        move("all-gather, policy", part, 2 * rows, b, policy.parameters),
+        move("reduce-scatter, gradients", part, rows, 4, policy.parameters),
+        move("weights to the sampler", "rollout", 1, b, policy.parameters),
+    ]
+    if teacher is not None and case.teacher_weights == "sharded":
+        terms.append(move("all-gather, teacher", part, rows, b, teacher.parameters))
+    if teacher is not None and case.teacher_weights == "cpu":
+        size = rows * b * teacher.parameters
+        formula = f"{rows:,.0f} rows · {b} B · {teacher.parameters:,}"
+        terms.append(_move("teacher from the CPU", part, size, formula, HOST_BYTES_PER_S))
+    return terms

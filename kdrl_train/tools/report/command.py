@@ -1,0 +1,32 @@
+"""`python -m kdrl_train report`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from tyro.conf import Positional
+
+from kdrl_train.tools.report.page import write
+from kdrl_train.tools.report.runs import by_settings
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportConfig:
+    """One HTML page about runs; those that differ in their seed alone are drawn as one."""
+
+    runs: Positional[tuple[Path, ...]] = ()
+    """Run folders. The first one's group is what the others are compared with."""
+    out: Path = Path("report.html")
+    """The page; an older one is replaced."""
+    title: str = "Training report"
+    """Heading of the page."""
+
+
+def main(config: ReportConfig, console: Console | None = None) -> int:
+    """Write the page and say where; returns 0. Raises: ValueError for what is no run."""
+    if not config.runs:
+        raise ValueError("report must be given run folders, got none: name at least one")
+    path = write(by_settings(config.runs), config.out, title=config.title)
+    console = console or Console(highlight=False)
+    console.print(f"{path}: {path.stat().st_size / 1e6:.1f} MB", soft_wrap=True)
+    return 0

@@ -1,0 +1,1 @@
+"""`serve`: a teacher's server."""

@@ -1,0 +1,147 @@
+"""A teacher's server: scores token ids for any number of trainers.
+
+    POST /score     {"sequences": [{"ids": [...], "prompt_tokens": 5}, ...], "temperature": 1.0,
+                     "vocab_size": null} -> {"logprobs": [[...], ...], "fingerprint": "..."}
+    GET  /version   what the model is: see describe
+    GET  /health    {"status": "ready"}, or 503 and {"status": "loading"}
+
+Log-probabilities are float32 in nats, one for each id after the first prompt_tokens ones, of
+softmax(logits[:vocab_size] / temperature). 422: the request is wrong, and the message names the
+field and its value. 503 with Retry-After: still loading, or too many sequences wait.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import json
+import threading
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from kdrl_train.config import ModelConfig
+from kdrl_train.config_file import at_least
+from kdrl_train.model.eos import eos_ids
+from kdrl_train.model.load import load_model, load_tokenizer
+from kdrl_train.model.policy import Teacher
+from kdrl_train.model.probe import probe
+from kdrl_train.model.teacher.client import vocabulary_hash
+from kdrl_train.tools.serve.scorer import Scorer, Service
+
+PACKAGES = ("kdrl-kernels", "torch", "transformers")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """A teacher's server: `python -m kdrl_train serve`."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0: at all. Whoever reaches it may ask: there is no password."""
+    port: int = 8765
+    """TCP port."""
+    batch_tokens: int = 8192
+    """Tokens scored in one forward pass, of however many clients; 1024 to 2048 suit a CPU. A
+    longer sequence has a pass of its own."""
+    queue_size: int = 4096
+    """Sequences that may wait; further ones are sent away (503) and come again."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("port", "batch_tokens", "queue_size"):
+            at_least(1, name, getattr(self, name))
+
+
+def main(config: ServeConfig) -> None:
+    """Serve until SIGTERM or SIGINT. The port is open, and says loading, before the model is there.
+
+    Raises: ValueError for a model that cannot be loaded, or without fastapi and uvicorn; SystemExit
+        for an address that is in use.
+    """
+    if config.model.teacher is None or config.model.teacher_is_url:
+        raise ValueError(
+            "model.teacher must name a folder or hub id to serve, got "
+            f"{config.model.teacher or 'nothing'}: set --model.teacher"
+        )
+    for key in ("weights", "offload_policy", "offload_teacher"):
+        if getattr(config.model, key):
+            raise ValueError(
+                f"model.{key} must not be set to serve, got {getattr(config.model, key)}: the "
+                "teacher is served as its folder has it, whole on one device; a run's own policy "
+                "is in its folder model/"
+            )
+    try:
+        uvicorn = importlib.import_module("uvicorn")
+        app = importlib.import_module("kdrl_train.tools.serve.app")
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"serve must have fastapi and uvicorn, got {error}: pip install 'kdrl-kernels[serve]'"
+        ) from error
+    service, failures = Service(), []
+    settings = uvicorn.Config(
+        app.make(service), host=config.host, port=config.port, log_level="warning"
+    )
+    server = uvicorn.Server(settings)
+
+    def load_it() -> None:
+        try:
+            load(config, service)
+        except Exception as error:  # raised below, by the thread that the caller waits for
+            failures.append(error)
+            server.should_exit = True
+
+    threading.Thread(target=load_it, name="loader", daemon=True).start()
+    with contextlib.suppress(KeyboardInterrupt):  # the server has already stopped in good order
+        server.run()
+    if failures:
+        raise failures[0]
+
+
+def load(config: ServeConfig, service: Service) -> None:
+    """Load the model into the service, and say so.
+
+    A model that mixes up the sequences of a packed row gets one sequence a row.
+    """
+    dtype = getattr(torch, config.model.dtype)
+    folder = str(config.model.teacher)
+    console = Console(highlight=False)
+    model = Teacher(load_model(folder, "model.teacher", config.model, dtype), compute_dtype=dtype)
+    batch_tokens = config.batch_tokens
+    try:
+        probe(model, "model.teacher")
+    except ValueError as error:
+        probe(model, "model.teacher", packed=False)
+        console.print(f"one sequence a pass: {error}", markup=False, soft_wrap=True)
+        batch_tokens = 1
+    info = describe(folder, model, load_tokenizer(folder))
+    service.info = info
+    service.scorer = Scorer(model, batch_tokens, config.queue_size)
+    console.print(f"{folder} at http://{config.host}:{config.port}", markup=False, soft_wrap=True)
+
+
+def describe(folder: str, model: Teacher, tokenizer: Any) -> dict[str, Any]:
+    """The answer of /version.
+
+    model: folder or hub id. vocab_size: columns of the head. window: most tokens of a sequence, or
+    null. dtype. tokenizer: vocabulary_hash. eos_ids: every token that ends a sequence. fingerprint:
+    of all of these; it comes with each answer of /score. packages: their versions.
+    """
+    info = {
+        "model": folder,
+        "vocab_size": model.vocab_size,
+        "window": getattr(model.model.config.get_text_config(), "max_position_embeddings", None),
+        "dtype": str(model.compute_dtype).removeprefix("torch."),
+        "tokenizer": vocabulary_hash(tokenizer),
+        "eos_ids": eos_ids(model.model, tokenizer),
+    }
+    fingerprint = hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()
+    return info | {"fingerprint": fingerprint, "packages": {n: _version(n) for n in PACKAGES}}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from its sources
+        return None

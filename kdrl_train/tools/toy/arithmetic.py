@@ -1,0 +1,155 @@
+"""Several-step arithmetic: evaluate an expression, one operation a line."""
+
+import itertools
+import random
+from dataclasses import dataclass, replace
+from functools import partial
+
+from kdrl_train.tools.toy.solved_problems import apply, check_slips, distinct, slip
+
+Operation = tuple[str, int]  # operator, operand
+Problem = tuple[int, list[Operation]]  # first number, what is done to it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArithmeticConfig:
+    """Which expressions are drawn."""
+
+    min_steps: int = 2
+    """Fewest operations of an expression."""
+    max_steps: int = 3
+    """Most operations of an expression."""
+    max_operand: int = 9
+    """Largest number that stands in an expression."""
+    max_total: int = 99
+    """Largest intermediate result; the smallest is 1."""
+    beyond: int = 0
+    """Some number of every expression is larger than this; 0: any expression."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_steps <= self.max_steps:
+            raise ValueError(
+                "min_steps must be in [1, max_steps], got "
+                f"min_steps = {self.min_steps}, max_steps = {self.max_steps}"
+            )
+        if self.max_operand < 2:
+            raise ValueError(f"max_operand must be at least 2, got {self.max_operand}")
+        if self.max_total < self.max_operand:
+            raise ValueError(
+                f"max_total must be at least max_operand = {self.max_operand}, got {self.max_total}"
+            )
+        if not 0 <= self.beyond < self.max_operand:
+            raise ValueError(
+                f"beyond must be in [0, max_operand = {self.max_operand}), got {self.beyond}"
+            )
+
+    def longer(self) -> "ArithmeticConfig":
+        """Out of distribution: one or two operations more than the longest here."""
+        return replace(self, min_steps=self.max_steps + 1, max_steps=self.max_steps + 2)
+
+    def larger(self) -> "ArithmeticConfig":
+        """Out of distribution: numbers up to twice as large, one of them larger than any here."""
+        return replace(
+            self,
+            max_operand=2 * self.max_operand,
+            max_total=max(self.max_total, 2 * self.max_operand),
+            beyond=self.max_operand,
+        )
+
+
+LEVELS = {
+    "easy": ArithmeticConfig(min_steps=2, max_steps=2),
+    "medium": ArithmeticConfig(),
+    "hard": ArithmeticConfig(min_steps=3, max_steps=4, max_operand=19, max_total=199),
+}
+"""Named difficulty levels; "medium" is the default configuration."""
+
+
+def make_arithmetic(
+    n: int, seed: int, config: ArithmeticConfig | None = None, slips: float = 0.0
+) -> list[dict[str, str]]:
+    """n different problems of several-step arithmetic, each with its solution worked out.
+
+    {"question": "(3+4)*6-5=?", "solution": "3+4=7\\n7*6=42\\n42-5=37\\n#### 37", "answer": "37"}
+
+    Args:
+        n: rows, all with different questions; so rows[:k] and rows[k:] share no problem.
+        seed: rows are a function of (seed, config, slips), and a smaller n gives a prefix of them.
+        config: which expressions; None: the default.
+        slips: chance in [0, 1] that a step of a solution is off by 1, 2 or 10. The solution goes on
+            from there to its own wrong end; questions and answers are those of slips = 0. A step
+            where any slip would leave [1, max_total] further on is left right.
+    Returns: n dicts of question, solution and answer. Questions are evaluated by the usual rules
+        of precedence; numbers are whole and positive throughout.
+    Raises: ValueError if the configuration has too few different expressions for n rows, or slips
+        is not in [0, 1].
+    """
+    check_slips(slips)
+    config = config or ArithmeticConfig()
+    rng, slip_rng = random.Random(seed), random.Random(f"{seed}/slips")
+    problems = distinct(n, lambda: _draw(rng, config), config)
+    return [
+        {
+            "question": question,
+            "solution": _solution(start, operations, slip_rng, slips, config),
+            "answer": str(_results(start, operations)[-1]),
+        }
+        for question, (start, operations) in problems.items()
+    ]
+
+
+def _draw(rng: random.Random, config: ArithmeticConfig) -> tuple[str, Problem] | None:
+    """A question and its problem, every result in [1, max_total]; None if no number is `beyond`."""
+    start = total = rng.randint(1, config.max_operand)
+    operations: list[Operation] = []
+    for _ in range(rng.randint(config.min_steps, config.max_steps)):
+        room = min(config.max_operand, config.max_total - total)
+        largest_factor = min(config.max_operand, config.max_total // total)
+        operators = "+" * 2 * (room >= 1) + "-" * 2 * (total >= 2) + "*" * (largest_factor >= 2)
+        operator = rng.choice(operators)  # a product, the hardest to learn, is half as frequent
+        if operator == "+":
+            operand = rng.randint(1, room)
+        elif operator == "-":
+            operand = rng.randint(1, min(config.max_operand, total - 1))
+        else:
+            operand = rng.randint(2, largest_factor)
+        operations.append((operator, operand))
+        total = apply(total, operator, operand)
+    if max(start, *(operand for _, operand in operations)) <= config.beyond:
+        return None
+    return _expression(start, operations) + "=?", (start, operations)
+
+
+def _solution(
+    end: int,
+    operations: list[Operation],
+    rng: random.Random,
+    slips: float,
+    config: ArithmeticConfig,
+) -> str:
+    """The steps and where they end, each off with probability `slips`."""
+    steps = []
+    for i, (operator, operand) in enumerate(operations):
+        result = apply(end, operator, operand)
+        if rng.random() < slips:
+            go_on = partial(_results, operations=operations[i + 1 :])
+            result = slip(rng, result, go_on, config.max_total)
+        steps.append(f"{end}{operator}{operand}={result}\n")
+        end = result
+    return "".join(steps) + f"#### {end}"
+
+
+def _results(start: int, operations: list[Operation]) -> list[int]:
+    """The result after each operation."""
+    steps = itertools.accumulate(operations, lambda total, step: apply(total, *step), initial=start)
+    return list(steps)[1:]
+
+
+def _expression(start: int, operations: list[Operation]) -> str:
+    """The question: a product of a sum needs parentheses."""
+    text, is_sum = str(start), False
+    for operator, operand in operations:
+        if operator == "*" and is_sum:
+            text = f"({text})"
+        text, is_sum = f"{text}{operator}{operand}", operator != "*"
+    return text

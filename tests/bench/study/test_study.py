@@ -1,0 +1,226 @@
+"""The study: its arms, its processes and folder; one small study, run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+import kdrl_kernels as kk
+from bench.study import __main__ as command
+from bench.study import results, setup, write_up
+from bench.study.analysis import Study
+from bench.study.arms import ARMS, PAPER_STEPS
+from bench.study.config import LabConfig, StudyConfig, Trial
+from bench.study.k1_control import k1_as_loss
+from bench.study.runner import Runner, summary
+from bench.study.trial import finish, train_config, trial_folder
+from kdrl_train import train
+from kdrl_train.config_file import load_yaml, update
+from kdrl_train.method.presets import PRESETS
+from kdrl_train.tools import sft
+from kdrl_train.tools.toy.models import make_model, train_tokenizer
+from tests.bench.study.study_results import result
+
+
+def test_an_arm_is_its_preset_at_beta_and_stretched() -> None:
+    annealed = ARMS["kdrl_annealed"].at(0.5, PAPER_STEPS)
+    preset = PRESETS["kdrl_annealed"]
+    assert replace(annealed, kd_coef=preset.kd_coef) == preset
+    assert (annealed.kd_coef.initial, annealed.kd_coef.final) == (0.5, 0.1)
+    assert annealed.kd_coef.steps == 80
+    half = ARMS["opd_then_rl"].at(None, PAPER_STEPS // 2)
+    assert (half.kd_coef.steps, half.policy_coef.steps) == (70, 70)
+    assert (half.kd_coef.initial, half.policy_coef.final) == (1.0, 1.0)
+    assert ARMS["kdrl_step"].at(2.0, 3).kd_coef.values == (0.6, 0.2)
+
+
+@pytest.mark.parametrize("name", [name for name, arm in ARMS.items() if arm.method])
+@pytest.mark.parametrize("steps", [1, 2, 30, 280])
+def test_every_arm_is_a_valid_run_of_any_length(name: str, steps: int, tmp_path: Path) -> None:
+    config = StudyConfig(out=tmp_path, steps=steps)
+    beta = 0.2 if ARMS[name].tuned else None
+    trial = Trial(task="countdown", arm=name, learning_rate=1e-3, beta=beta, seed=3)
+    made = train_config(config, trial)
+    assert made.method == ARMS[name].at(beta, steps)
+    assert (made.model.teacher is None) == (made.method.kd is None)
+    other = train_config(config, replace(trial, arm="grpo", beta=None))
+    teacher = replace(other.model, teacher=made.model.teacher)
+    assert made == replace(other, out=made.out, method=made.method, model=teacher)
+
+
+def test_the_control_has_no_teacher_in_its_gradient_and_the_method_has() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    weight = torch.randn(9, 4, generator=generator, dtype=torch.float64)
+    tokens = torch.randint(9, (6,), generator=generator)
+    advantages, beta = torch.randn(6, generator=generator).double(), torch.full((6,), 0.3).double()
+    teachers = [torch.randn(9, 4, generator=generator, dtype=torch.float64) for _ in range(2)]
+
+    def gradient(teacher: torch.Tensor) -> torch.Tensor:
+        leaf = weight.clone().requires_grad_()
+        out = kk.kdrl_loss(
+            hidden, leaf, tokens, advantages=advantages, kd_weight=beta,
+            teacher=kk.TeacherHead(hidden, teacher), objective=kk.Objective(kd_coef=1.0),
+        )  # fmt: skip
+        out.loss.backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    leaf = weight.clone().requires_grad_()
+    lp = (hidden @ leaf.T).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    lq = (hidden @ teachers[0].T).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    loss = (-advantages * (lp - lp.detach()).exp() + beta * (lp - lq)).mean()
+    expected = torch.autograd.grad(loss, leaf)[0]
+    with k1_as_loss():
+        found = [gradient(teacher) for teacher in teachers]
+    torch.testing.assert_close(found[0], expected)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    assert (gradient(teachers[0]) - gradient(teachers[1])).abs().max() > 1e-3
+
+
+def test_a_run_that_a_signal_ended_is_no_result(
+    small: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "main", lambda made: made.out)  # as it returns then: without model/
+    config = replace(small, out=tmp_path)
+    trial = Trial(task="arithmetic", arm="grpo", learning_rate=1e-3, seed=0)
+    folder = trial_folder(config, trial)
+    folder.mkdir(parents=True)
+    (folder / "trial.json").write_text(json.dumps(asdict(trial)))
+    with pytest.raises(SystemExit, match="was stopped before its last step"):
+        finish(config, folder)
+    assert not (folder / "result.json").exists()
+
+
+def test_sigterm_ends_what_the_study_started(small: StudyConfig, tmp_path: Path) -> None:
+    config = replace(small, out=tmp_path)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    with (  # noqa: PT012  the signal comes while it waits
+        pytest.raises(SystemExit), command.ended_by_sigterm(), Runner(config, Console()) as runner
+    ):  # fmt: skip
+        runner._running.add(child)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+    assert child.wait(timeout=10) == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def small() -> StudyConfig:
+    lab = LabConfig(problems=200, student_steps=2, teacher_steps=2)
+    return StudyConfig(
+        tasks=("arithmetic",), arms=("student", "sft", "kdrl"), quality_arms=(), seeds=1,
+        main_seeds=1, steps=2, prompts_per_step=2, group_size=2, learning_rates=(1e-3,),
+        betas=(0.2,), more_betas=(), validation_problems=4, test_problems=4, samples=2,
+        arithmetic=lab, countdown=lab, workers=1,
+    )  # fmt: skip
+
+
+def test_a_study_goes_on_where_it_stopped_and_a_crash_is_a_result(
+    small: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process: the quick study, part of CI, runs in those it starts."""
+    config = replace(small, out=tmp_path / "study")
+
+    def process(_: Runner, names: list[str], told: Any) -> int:
+        for name in names:
+            folder = config.out / "trials" / name
+            if not (folder / "trial.json").exists():
+                sft.main(setup.model_config(config, *name.split("/")), Console(quiet=True))
+                continue
+            finish(config, folder)
+            told(name)
+        return 0
+
+    monkeypatch.setattr(Runner, "_process", process)
+    console = Console(quiet=True)
+    command.main(replace(config, arms=("student",)), console)
+    first = {p: p.stat().st_mtime_ns for p in config.out.rglob("*.safetensors")}
+    assert first
+    command.main(config, console)
+    assert {p: p.stat().st_mtime_ns for p in first} == first
+    table = (config.out / "README.md").read_text(encoding="utf-8")
+    assert "| kdrl | 0.001 | 0.2 | 1 |" in table
+    page = (config.out / "report.html").read_text(encoding="utf-8")
+    assert "trials/arithmetic/kdrl/middle-lr0.001-beta0.2-seed0/run" in page
+    assert str(tmp_path) not in page
+    (config.out / "README.md").unlink()
+    write_up.again(config.out)
+    assert (config.out / "README.md").read_text(encoding="utf-8") == table
+    trials = Study(results.load(config.out / "results.json")["trials"])
+    assert len(trials.results) == 3
+    assert [r.error for r in trials.crashed] == [
+        "ValueError: the teacher must have right samples to learn from, got none in "
+        f"{config.out}/tasks/arithmetic/teacher_middle"
+    ]
+    with pytest.raises(ValueError, match=r"tasks must begin with arithmetic, .* got countdown"):
+        command.main(replace(config, tasks=("countdown",)), console)
+    with pytest.raises(ValueError, match="steps 2 -> 3"):
+        command.main(replace(config, steps=3), console)
+
+
+def test_a_process_that_is_killed_is_reported_and_the_next_trial_runs(
+    small: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(small, out=tmp_path)
+    trials = [Trial(task="arithmetic", arm="grpo", learning_rate=1e-3, seed=s) for s in (0, 1)]
+    starts: list[list[str]] = []
+
+    def process(_: Runner, names: list[str], told: Any) -> int:
+        starts.append(list(names))
+        if len(starts) == 1:
+            trial_folder(config, trials[0]).joinpath("log.txt").write_text("out of memory")
+            return -9
+        for trial in trials[1:]:
+            result("grpo", learning_rate=1e-3, seed=1).write(
+                trial_folder(config, trial) / "result.json"
+            )
+            told(trial.name)
+        return 0
+
+    monkeypatch.setattr(Runner, "_process", process)
+    with Runner(config, Console(quiet=True)) as runner:
+        runner._group(trials)
+        found = runner.trials(trials, "two")
+    assert [len(names) for names in starts] == [2, 1]
+    assert [r.status for r in found.values()] == ["crashed", "done"]
+    assert found[trials[0]].error == "exit code -9: out of memory"
+    assert "CRASHED" in summary(found[trials[0]])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"samples": 10}, r"samples must be in \[1, 9\], got 10"),
+        ({"arms": ("kdlr",)}, "arms must be of .*, got 'kdlr'"),
+        ({"betas": ()}, "betas must hold at least one number"),
+        ({"learning_rates": (0.0,)}, "learning_rates"),
+        ({"tasks": ()}, "tasks must name at least one task"),
+    ],
+)
+def test_bad_settings_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StudyConfig(**change)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("student", 12), ("teacher", 21)])
+def test_the_gpu_study_has_models_of_the_size_it_says(name: str, millions: int) -> None:
+    path = Path(__file__).parents[3] / "bench/study_gpu.yaml"
+    config = update(StudyConfig(), load_yaml(path))
+    tokenizer = train_tokenizer(["1 + 2 = 3"], vocab_size=setup.VOCABULARY)
+    model = make_model(getattr(config, name), tokenizer, seed=0)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="holds other files"):
+        command.open_folder(StudyConfig(out=tmp_path))

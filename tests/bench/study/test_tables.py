@@ -1,0 +1,148 @@
+"""What a study says of its results."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench.study import analysis, plots, results, tables, write_up
+from bench.study.analysis import FINDINGS, Finding, Study
+from bench.study.arms import ARMS
+from bench.study.config import StudyConfig
+from bench.study.statistics import Estimate
+from bench.study.trial import Result
+from tests.bench.study.study_results import result
+
+
+def seen(mean: float, low: float, high: float) -> Estimate:
+    return Estimate(mean, low, high, seeds=3)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "kept"),
+    [
+        (seen(0.05, 0.03, 0.07), "as in the paper", "differs from the paper"),
+        (seen(0.01, 0.005, 0.015), "as in the paper", "as in the paper"),
+        (seen(0.0, -0.01, 0.01), "not decided here", "as in the paper"),
+        (seen(0.0, -0.2, 0.2), "not decided here", "not decided here"),
+        (seen(-0.01, -0.03, 0.01), "not decided here", "not decided here"),
+        (seen(-0.05, -0.07, -0.03), "differs from the paper", "differs from the paper"),
+        (Estimate(0.05, 0.03, 0.07), "one seed: not judged", "one seed: not judged"),
+    ],
+)
+def test_verdicts_on_more_and_on_kept(found: Estimate, expected: str, kept: str) -> None:
+    assert {one.arm for one in FINDINGS} | {one.other for one in FINDINGS} <= set(ARMS)
+    assert analysis.verdict(FINDINGS[0], found) == expected
+    assert analysis.verdict(Finding("?", "a", "b", "kept", expected=0), found) == kept
+
+
+def test_what_the_paper_leaves_open_has_no_verdict_but_a_sign() -> None:
+    one = Finding("?", "a", "b", "")
+    assert analysis.verdict(one, seen(-0.1, -0.2, -0.05)) == "less"
+    assert analysis.verdict(one, seen(0.0, -0.2, 0.2)) == "not decided here"
+
+
+def test_what_differs_from_the_paper_is_said_first() -> None:
+    wins, draws, loses = "4444", "0123", "0000"
+    right = {"kdrl": draws, "grpo": wins, "kd_rkl": loses, "kdrl_k3": draws, "kdrl_exact": wins}
+    study = Study(
+        result(arm, digits, seed=seed) for arm, digits in right.items() for seed in range(3)
+    )
+    judged = analysis.judge(study, "arithmetic")
+    assert [one.finding.question for one in judged] == [
+        "KDRL against GRPO", "distillation against GRPO", "k2 against k3",
+        "KDRL against distillation", "exact KL against k2, in KDRL",
+    ]  # fmt: skip
+    assert write_up.conclusion(study, "arithmetic") == (
+        "On arithmetic. Differs from the paper: KDRL against GRPO; distillation against GRPO. Not "
+        "decided here: k2 against k3. As in the paper: KDRL against distillation."
+    )
+
+
+def test_differences_are_paired_by_seed() -> None:
+    runs = [result("kdrl", "2222", seed=0), result("kdrl", "4444", seed=1)]
+    runs += [result("grpo", "1111", seed=0), result("grpo", "3333", seed=1)]
+    runs += [result("grpo", "0000", seed=2)]  # kdrl has no such seed
+    study = Study(runs)
+    assert study.difference("arithmetic", "kdrl", "grpo") == Estimate(0.25, 0.25, 0.25, 2)
+    shorter = study.pairs("arithmetic", "kdrl", "grpo", "length")
+    assert shorter is not None
+    assert shorter.tolist() == [[0.0], [0.0]]
+    assert study.tokens_to("arithmetic", "grpo", 1.0)[0] == 1600
+    sampled_elsewhere = replace(result("sft"), curve={}, sampled_tokens=5)
+    assert Study([sampled_elsewhere]).tokens_to("arithmetic", "sft", 0.1) == []
+
+
+def test_settings_at_an_end_of_their_sweep_are_marked(tmp_path: Path) -> None:
+    """An end of what was tried, which may lie past the values of the config; k1's is kdrl's."""
+    tried = ((2.5e-4, 0.2), (5e-4, 0.2), (1e-3, 0.2), (5e-4, 0.02), (5e-4, 2.0), (5e-4, 20.0))
+    runs = [
+        result("kdrl", learning_rate=rate, beta=beta, seed=1000, sweep=True) for rate, beta in tried
+    ]
+    runs += [
+        result(arm, learning_rate=5e-4, beta=beta, seed=seed)
+        for seed, (arm, beta) in enumerate((("kdrl", 20.0), ("k1_as_loss", 20.0)))
+    ]
+    rows = tables.arms(Study(runs), StudyConfig(out=tmp_path), "arithmetic").rows
+    assert [row[:3] for row in rows] == [["kdrl", "0.0005", "20*"], ["k1_as_loss", "0.0005", "20*"]]
+    inside = [result("kdrl", learning_rate=5e-4, beta=2.0), *runs[:-2]]
+    rows = tables.arms(Study(inside), StudyConfig(out=tmp_path), "arithmetic").rows
+    assert rows[0][1:3] == ["0.0005", "2"]
+
+
+def test_a_stage_of_half_the_steps_costs_half_a_step() -> None:
+    one = result("opd_then_rl")
+    seconds = {"seconds_rollout": [2.0, 2.0, 2.0, 9.0], "seconds_teacher": [1.0, 1.0, None, None]}
+    study = Study([replace(one, curve=one.curve | seconds)])
+    assert study.stage_seconds("arithmetic", "opd_then_rl") == {"rollout": 2.0, "teacher": 0.5}
+    assert tables.cost(study, "arithmetic").rows[0][-2:] == ["2.500", "1.25"]
+
+
+def test_tokens_until_half_way_and_until_the_teacher() -> None:
+    runs = [result("student", "0000"), result("teacher", "4444"), result("grpo", "2222")]
+    study = Study([*runs[:2], replace(runs[2], sampled_tokens=2000)])
+    table = tables.reached(study, "arithmetic")
+    assert table.columns[2:] == ["half way: 50.0%", "teacher: 100.0%"]
+    assert table.rows == [["grpo", "2", "1", "2"]]  # 0.1 more each step of 100 tokens
+
+
+def test_a_page_and_tables_of_a_half_finished_study(tmp_path: Path) -> None:
+    config = StudyConfig(out=tmp_path, seeds=1)
+    bad = replace(
+        result("kd_rkl", learning_rate=1e-3),
+        status="crashed", error=f"boom | {tmp_path}/x", scores={},
+    )  # fmt: skip
+    found = [result("student"), result("grpo", learning_rate=1e-3), bad]
+    found += [result("teacher"), result("kdrl", "4444", learning_rate=1e-3, beta=0.2)]
+    sweeps = [
+        result("kdrl", learning_rate=1e-3, beta=b, seed=1000, sweep=True) for b in (0.02, 0.2)
+    ]
+    saved = results.save(config, {r.trial: r for r in [*found, *sweeps]})
+    made = write_up.parts(Study(saved["trials"]), config, ["arithmetic"])
+    text = write_up.markdown(["about"], made)
+    assert "KDRL against GRPO | kdrl - grpo | +62.5" in text
+    assert "| +62.5 | 56.8 against 54.6 | one seed: not judged |" in text
+    assert "kd_rkl/middle-lr0.001-seed0 | boom \\| x" in text
+    assert {name for part in made for name in part.plots} == {
+        "differences_arithmetic", "accuracy_arithmetic", "beta", "cost_arithmetic",
+    }  # fmt: skip
+    again = [Result.read(_written(r, tmp_path)) for r in found]
+    assert again == found
+
+
+def test_every_question_of_the_paper_has_a_table_and_a_plot(tmp_path: Path) -> None:
+    config = StudyConfig(out=tmp_path)
+    runs = [
+        result(arm, seed=seed, beta=0.2 if ARMS[arm].tuned else None)
+        for arm in ARMS for seed in range(2)
+    ]  # fmt: skip
+    runs += [result(arm, teacher=t) for arm in ("teacher", "kdrl") for t in ("weak", "strong")]
+    made = write_up.parts(Study(runs), config, ["arithmetic"])
+    assert len(made[0].table.rows) == len(FINDINGS)
+    assert set(plots.QUESTIONS) <= {name.removesuffix("_arithmetic") for name in made[0].plots}
+    assert all(part.plots for part in made if "until" not in part.table.title)
+
+
+def _written(one: Result, folder: Path) -> Path:
+    one.write(folder / "result.json")
+    return folder / "result.json"

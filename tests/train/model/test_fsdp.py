@@ -1,0 +1,117 @@
+"""Loading under torchrun: rank 0 reads the weights, every rank gets its shards of them."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from kdrl_train.config import SamplingConfig, TrainConfig
+from kdrl_train.errors import RankError
+from kdrl_train.model import fsdp
+from kdrl_train.model import load as models
+from kdrl_train.ranks import World
+from kdrl_train.start import preflight
+from kdrl_train.start.load import load
+from tests.train.ranks import _ask, _on_processes, on_ranks
+
+Config = Callable[..., TrainConfig]
+
+
+def load_both(config: TrainConfig, world: World) -> list[str]:
+    """What differs between the sharded models and those of one process; on rank 1 no file of
+    weights may be read."""
+    alone = [models.load_teacher(config), models.load_policy(config, None)]
+    if not world.main:
+        models._read = None
+    together = [models.load_teacher(config, world), models.load_policy(config, None, world)]
+    wrong = []
+    for mine, whole in zip(together, alone, strict=True):
+        assert mine is not None
+        assert whole is not None
+        exact = dict(whole.named_parameters())
+        for name, parameter in mine.named_parameters():
+            if not isinstance(parameter, DTensor):
+                wrong.append(f"{name} is not sharded")
+            full = fsdp.full(parameter)
+            if full.dtype != exact[name].dtype or not torch.equal(full, exact[name]):
+                wrong.append(name)
+            if parameter.requires_grad != exact.pop(name).requires_grad:
+                wrong.append(f"requires_grad of {name}")
+        buffers = dict(mine.named_buffers())
+        for name, buffer in whole.named_buffers():
+            if buffers[name].dtype != buffer.dtype or not torch.equal(buffers[name], buffer):
+                wrong.append(name)
+        wrong += sorted(exact)
+        if preflight._tied(mine) != preflight._tied(whole):
+            wrong.append("tied")
+        if mine.device != whole.device:
+            wrong.append("device")
+        if mine.model.generation_config != whole.model.generation_config:
+            wrong.append("generation_config")
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("policy", "teacher", "dtype"),
+    [("student", "teacher", "float32"), ("llama", "other_teacher", "bfloat16")],
+)
+def test_shards_are_those_of_rank_0s_weights(
+    config: Config, policy: str, teacher: str, dtype: Any, tmp_path: Path
+) -> None:
+    base = config(policy=policy, teacher=teacher)
+    folder = shutil.copytree(base.model.policy, tmp_path / "two_ends")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 7]}', encoding="utf-8")
+    settings = replace(base, model=replace(base.model, policy=str(folder), dtype=dtype))
+    assert on_ranks(2, partial(load_both, settings)) == [[], []]
+
+
+def test_a_folder_without_weights_stops_all_ranks(config: Config, tmp_path: Path) -> None:
+    base = config()
+    folder = tmp_path / "half"
+    folder.mkdir()
+    text = (Path(base.model.policy) / "config.json").read_text(encoding="utf-8")
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    settings = replace(base, model=replace(base.model, policy=str(folder)))
+    for error in on_ranks(2, partial(load, settings)):
+        assert isinstance(error, RankError)
+        assert "rank 0 stopped with ValueError: model.policy must be a folder with" in str(error)
+
+
+def run_check(config: TrainConfig, _rank: int) -> int:
+    return preflight.main(config)
+
+
+def test_check_reads_with_sharded_models(config: Config) -> None:
+    settings = config()
+    assert _ask(_on_processes, 2, partial(run_check, settings)) == [0, 0]
+    long = replace(settings, sampling=SamplingConfig(max_new_tokens=300))
+    assert _ask(_on_processes, 2, partial(run_check, long)) == [1, 1]
+
+
+def probe_another(config: TrainConfig, world: World) -> list[str]:
+    """The findings for a teacher whose own logits are twice those of its head."""
+    loaded = load(config, world)
+    assert loaded.teacher is not None
+    module = loaded.teacher.model
+    forward = module.forward
+
+    def twice(**inputs: Any) -> Any:
+        out = forward(**inputs)
+        out.logits *= 2
+        return out
+
+    module.forward = twice
+    with preflight.Verifier(config.reward) as verifier:
+        found = preflight.preflight(config, loaded, verifier, 1, world)
+    sharded = all(isinstance(p, DTensor) for p in loaded.teacher.parameters())
+    return [f.name for f in found if not f.passed] + ["whole"] * (not sharded)
+
+
+def test_another_formula_is_found_through_shards(config: Config) -> None:
+    assert on_ranks(2, partial(probe_another, config())) == [["teacher head"]] * 2

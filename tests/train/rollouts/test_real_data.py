@@ -1,0 +1,72 @@
+"""Every gold answer of the real sets is read, right against itself and wrong against another.
+
+The sets are not part of the project. KDRL_DATA names their folder; without it these tests skip.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import math_verify
+import pytest
+
+from kdrl_train.config import DataConfig, RewardConfig
+from kdrl_train.rollouts.problems import load_examples
+from kdrl_train.rollouts.rewards import check_answer
+from kdrl_train.rollouts.verifier import Verifier
+
+NAMED = os.environ.get("KDRL_DATA", "")
+FOLDER = Path(NAMED)
+pytestmark = pytest.mark.skipif(
+    not (NAMED and FOLDER.is_dir()),
+    reason=f"KDRL_DATA must be a folder with the real sets, got {NAMED!r}",
+)
+
+SETS = {
+    "gsm8k": {"train": 7473, "test": 1319},
+    "aime24": {"test": 30},
+    "amc23": {"test": 40},
+}
+
+
+def gold_answers(name: str) -> list[str]:
+    examples = [
+        example
+        for split in SETS[name]
+        for example in load_examples(DataConfig(path=str(FOLDER / name), split=split))
+    ]
+    return [example.answer for example in examples]
+
+
+def changed(answer: str) -> str:
+    """The same number with its last digit changed: 1,234 -> 1,235 and 9 -> 0."""
+    return re.sub(r"\d$", lambda digit: str((int(digit[0]) + 1) % 10), answer)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_gold_answer(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = gold_answers(name)
+    assert len(answers) == sum(SETS[name].values())
+    for answer in answers:
+        check_answer(answer)
+    boxed = [f"Let us see. The answer is \\boxed{{{answer}}}." for answer in answers]
+    stated = [f"Let us see.\n#### {answer}" for answer in answers]
+    others = [f"The answer is \\boxed{{{changed(answer)}}}." for answer in answers]
+    with Verifier(RewardConfig()) as verifier:
+        right = verifier.score([*boxed, *stated], [*answers, *answers]).counts["right"]
+        wrong = verifier.score(others, answers).counts["wrong"]
+    with capsys.disabled():
+        rows = f"{len(answers)} gold answers parsed, {right // 2} right against themselves"
+        print(f"\n{name}: {rows}, {wrong} wrong against a changed number")
+    assert right == 2 * len(answers)
+    assert wrong == len(answers)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_math_verify_reads_the_same_number(name: str) -> None:
+    """Plain numbers never reach math-verify; here its own reading of them agrees with ours."""
+    answers = sorted(set(gold_answers(name)))[:: 5 if name == "gsm8k" else 1]
+    for answer in answers:
+        gold = math_verify.parse(f"${answer}$")
+        assert math_verify.verify(gold, math_verify.parse(f"${answer}$"))
+        assert not math_verify.verify(gold, math_verify.parse(f"${changed(answer)}$"))

@@ -1,0 +1,207 @@
+"""rewards: what counts as the answer, what counts as equal, and how a bad gold answer is named."""
+
+import subprocess
+import sys
+
+import pytest
+
+from kdrl_train.rollouts import rewards
+from kdrl_train.rollouts.rewards import (
+    MAX_ANSWER_CHARS,
+    UnparseableError,
+    check_answer,
+    exact_reward,
+    last_answer,
+    load_answer,
+    load_reward,
+    math_reward,
+)
+from tests.train.scripted_rewards import always_right
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{5}.", "5"),
+        (r"\boxed{4}, no: \boxed{ 5 }", "5"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{x = \boxed{3}}", "3"),
+        (r"\boxed{3} and then \boxed{4", "3"),
+        (r"\fbox{204} minutes", "204"),
+        (r"a line\\ and { an open brace, \boxed{7}", "7"),
+        (r"}} stray braces \boxed{7}", "7"),
+        (r"\boxed{1}" + "\n#### 2", "1"),
+        (r"\boxed{}", ""),
+        ("3 + 4 = 7\n#### 7", "7"),
+        ("#### 1\n#### 2\nthe end", "2"),
+        ("#### Step 1\nAdd. The answer is 9.", "9"),
+        ("The answer is 4.\n#### 5", "5"),
+        ("The answer is -5.5. Done.", "-5.5"),
+        ("The answer is not 4. The answer is 5.", "5"),
+        ("The final answer to this is: **1,234**.", "1,234"),
+        ("**Answer:** 18 dollars per day.", "18 dollars per day"),
+        ("Answer:\n$$12$$", "12"),
+        (r"the answer is \(\frac{1}{2}\) of it", r"\frac{1}{2}"),
+        ("the answer is 3. And the answer is", "3"),
+        ("so 3 + 4 = 7", None),
+        ("The answer is", None),
+        ("####", None),
+        ("", None),
+    ],
+)
+def test_the_last_statement_is_the_answer(text: str, answer: str | None) -> None:
+    assert last_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("given", "gold"),
+    [
+        ("1,234", "1234"),
+        ("1{,}234.0", "1,234"),
+        ("025", "25"),
+        ("27", "27.0"),
+        (r"\$18", "18"),
+        ("18 dollars per day", "18"),
+        (r"18\text{ dollars}", "18"),
+        ("\N{MINUS SIGN}7", "-7"),
+        (".5", r"\frac{1}{2}"),
+        ("0.333333", "1/3"),
+        (r"\frac{\sqrt{12}}{2}", r"\sqrt{3}"),
+        ("x = 5", "5"),
+        (r"\{2, 1\}", "1, 2"),
+        (r"x \in [0, 1]", "[0,1]"),
+        ("(x+1)^2", "x^2 + 2x + 1"),
+        ("Monday", "Monday"),
+    ],
+)
+def test_equal_answers_in_different_spellings(given: str, gold: str) -> None:
+    assert math_reward(rf"so \boxed{{{given}}}", gold) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("given", "gold"),
+    [
+        ("1,235", "1234"),
+        ("7", "-7"),
+        ("27.1", "27"),
+        ("1.0000001", "1"),
+        ("1,2", "12"),
+        ("x + 1", "1"),
+        ("18 million", "18"),
+        ("(2, 1)", "(1, 2)"),
+        (r"\frac{1}{3}", "0.34"),
+        (r"\infty", "5"),
+        ("1/0", "0"),
+        ("no", "yes"),
+    ],
+)
+def test_different_answers(given: str, gold: str) -> None:
+    assert math_reward(rf"so \boxed{{{given}}}", gold) == 0.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I would say 18",
+        r"\boxed{}",
+        r"\boxed{\frac{}}",
+        r"\boxed{" + "9" * 1_000_000 + "}",
+        r"\boxed{" + "{" * 9 + "5" + "}" * 9 + "}",
+        "{" * 1_000_000,
+        r"\boxed{" * 100_000,
+        "answer: " * 100_000,
+        "the answer is " + "\n" * 1_000_000,
+        "the answer is \ud800",
+    ],
+    ids=lambda text: ascii(text[:20]),
+)
+def test_no_readable_answer_is_told_apart_from_a_wrong_one(text: str) -> None:
+    with pytest.raises(UnparseableError, match=r"must (state an answer|parse)"):
+        math_reward(text, "18")
+
+
+@pytest.mark.parametrize("answer", ["", "  ", "#", r"\frac{", "9" * (MAX_ANSWER_CHARS + 1)])
+def test_a_gold_answer_that_does_not_parse_is_an_error(answer: str) -> None:
+    expected = r"answer must be .* got .*correct the row, name another data.answer_column"
+    with pytest.raises(ValueError, match=expected):
+        check_answer(answer)
+    with pytest.raises(ValueError, match=expected):
+        math_reward(r"\boxed{5}", answer)
+
+
+def test_exact_reward_reads_letter_by_letter() -> None:
+    assert exact_reward("#### 18 ", " 18") == 1.0
+    assert exact_reward("#### 18.0", "18") == 0.0
+    with pytest.raises(UnparseableError, match="must state an answer"):
+        exact_reward("18", "18")
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        ["0.5", ".50", "1/2", r"\frac{1}{2}", r"\dfrac12", r"\frac{2}{4}"],
+        ["1,234", "1234.0", "1234"],
+        ["x + 1", "1+x", r"\left(x+1\right)"],
+        [r"\{1, 2\}", r"\{2,1\}"],
+    ],
+    ids=lambda same: same[0],
+)
+def test_equal_answers_vote_together(same: list[str]) -> None:
+    read = load_answer(math_reward)
+    votes = {read(rf"so \boxed{{{answer}}}") for answer in same}
+    assert len(votes) == 1
+    assert votes.isdisjoint({None, read(r"\boxed{7}")})
+
+
+def test_who_has_no_answer_has_no_vote() -> None:
+    read = load_answer(math_reward)
+    assert [read(text) for text in ("so 3 + 4 = 7", r"\boxed{}", r"\boxed{\frac{}}")] == [None] * 3
+    assert load_answer(exact_reward)("#### 1.0") == "1.0"
+    assert load_answer(always_right)("#### 1.0") == "1.0"
+
+
+def test_load_reward_by_name() -> None:
+    assert load_reward("math") is math_reward
+    assert load_reward("exact") is exact_reward
+    assert load_reward("kdrl_train.rollouts.rewards:exact_reward") is exact_reward
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("maths", "got 'maths'"),
+        ("", "got ''"),
+        ("json:", "got 'json:'"),
+        ("no_such_module:reward", "No module named 'no_such_module'; install it"),
+        ("json:reward", "reward is missing from json; name a function"),
+        ("math:pi", "pi is not callable in math; name a function"),
+    ],
+)
+def test_an_unknown_reward_is_refused(name: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=r"reward\.function must be math, exact or ") as error:
+        load_reward(name)
+    assert reason in str(error.value)
+
+
+def test_import_is_light() -> None:
+    """A worker process imports this module: a second of torch each would be felt."""
+    heavy = "{'torch', 'transformers', 'sympy', 'pebble'}"
+    code = f"import kdrl_train.rollouts.rewards, sys; print({heavy} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
+
+
+def test_what_is_too_deep_for_sympy_is_unparseable(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Deep:
+        def __str__(self) -> str:
+            raise RecursionError
+
+    def recurse(*_: object) -> bool:
+        raise RecursionError
+
+    monkeypatch.setattr(rewards, "_expressions", lambda _text: (Deep(),))
+    assert rewards.load_answer(rewards.math_reward)(r"\boxed{x+1}") is None
+    monkeypatch.setattr(rewards, "_equal", recurse)
+    with pytest.raises(rewards.UnparseableError, match=r"must parse, got 'x\+1'"):
+        rewards.math_reward(r"\boxed{x+1}", "x+2")

@@ -1,0 +1,285 @@
+"""verifier: outcomes and counts, and what one bad completion costs the others: nothing."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kdrl_train import cli
+from kdrl_train.batch import Verdicts
+from kdrl_train.config import RewardConfig
+from kdrl_train.rollouts.rewards import UnparseableError
+from kdrl_train.rollouts.verifier import Verifier
+from kdrl_train.runfolder.signals import Stopped
+
+HERE = f"{__name__}:scripted_reward"
+
+
+class StrangeError(Exception):
+    """Pickles, but cannot be read back: its constructor wants two arguments."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(first + second)
+
+
+def scripted_reward(completion: str, answer: str) -> object:
+    """Does what the completion says; the other tests name it as module:function."""
+    if completion == "hang in C":
+        return sum(range(10**12))  # no byte code for an hour, so no Python signal handler either
+    if completion == "hang":
+        time.sleep(3600)
+    if completion == "raise":
+        raise StrangeError("went", " wrong")
+    if completion == "exit":
+        raise SystemExit(3)
+    if completion == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if completion == "SIGTERM":
+        return str(signal.getsignal(signal.SIGTERM)) == answer
+    if completion == "no answer":
+        raise UnparseableError("nothing there")
+    return {"nan": math.nan, "inf": math.inf, "none": None, "text": "1.0", "half": 0.5}.get(
+        completion, completion == answer
+    )
+
+
+@pytest.fixture(scope="module")
+def scripted() -> Iterator[Verifier]:
+    with Verifier(RewardConfig(function=HERE, timeout_s=0.5)) as verifier:
+        yield verifier
+
+
+@pytest.fixture(scope="module")
+def mathematics() -> Iterator[Verifier]:
+    with Verifier(RewardConfig(timeout_s=1.0)) as verifier:
+        yield verifier
+
+
+def test_rewards_and_counts_by_hand(mathematics: Verifier) -> None:
+    completions = [r"\boxed{5}", r"\boxed{6}", "I give up", "#### 1,234", r"\boxed{\frac{}}"]
+    verdicts = mathematics.score(completions, ["5", "5", "5", "1234", "5"])
+    assert verdicts.rewards == [1.0, 0.0, 0.0, 1.0, 0.0]
+    assert verdicts.outcomes == ["right", "wrong", "unparseable", "right", "unparseable"]
+    assert verdicts.counts == {"right": 2, "wrong": 1, "unparseable": 2, "timeout": 0, "error": 0}
+    assert verdicts.errors == {}
+    assert verdicts.answers == ["5", "6", None, "1234", None]
+
+
+@pytest.mark.parametrize("hang", ["hang", "hang in C"])
+def test_a_hang_costs_its_own_completion_only(scripted: Verifier, hang: str) -> None:
+    scripted.score(["a"], ["a"])  # the workers are up
+    completions = ["a", hang, "b", hang, hang, *["a"] * 40]
+    verdicts = scripted.score(completions, ["a"] * len(completions))
+    assert verdicts.rewards == [1.0, 0.0, 0.0, 0.0, 0.0, *[1.0] * 40]
+    expected = ["right", "timeout", "wrong", "timeout", "timeout", *["right"] * 40]
+    assert verdicts.outcomes == expected
+    assert scripted.score(["a"] * 4, ["a"] * 4).counts["right"] == 4
+
+
+def test_a_worker_dies_at_once_when_told(scripted: Verifier) -> None:
+    """With a handler of Python's own, one hang in C would hold up the pool for pebble's grace."""
+    assert scripted.score(["SIGTERM"], [str(signal.SIG_DFL)]).rewards == [1.0]
+
+
+def test_a_hang_does_not_outlive_a_killed_trainer() -> None:
+    code = f"""
+from kdrl_train.rollouts import verifier_worker
+verifier_worker.ORPHAN_GRACE_S = 0.1
+verifier_worker.judge({HERE!r}, "hang in C", "a", timeout_s=0.1)
+"""
+    folders = os.pathsep.join(path for path in sys.path if path)
+    environment = os.environ | {"PYTHONPATH": folders}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, timeout=60, check=False)
+    assert done.returncode == -signal.SIGALRM
+
+
+@pytest.mark.parametrize(
+    ("completion", "message"),
+    [
+        ("raise", "StrangeError: went wrong"),
+        ("nan", "must be a finite number, got nan"),
+        ("inf", "must be a finite number, got inf"),
+        ("none", "must be a finite number, got None"),
+        ("text", "must be a finite number, got '1.0'"),
+        ("exit", "SystemExit: 3"),
+        ("die", "worker died"),
+    ],
+)
+def test_a_failing_reward_is_nan_and_keeps_its_message(
+    scripted: Verifier, completion: str, message: str
+) -> None:
+    verdicts = scripted.score(["a", completion, "b"], ["a", "a", "a"])
+    assert verdicts.outcomes == ["right", "error", "wrong"]
+    assert math.isnan(verdicts.rewards[1])
+    assert [verdicts.rewards[0], verdicts.rewards[2]] == [1.0, 0.0]
+    assert list(verdicts.errors) == [1]
+    assert message in verdicts.errors[1]
+    assert scripted.score(["a"], ["a"]).rewards == [1.0]
+
+
+def test_own_rewards_may_be_partial_and_unparseable(scripted: Verifier) -> None:
+    verdicts = scripted.score(["half", "no answer"], ["a", "a"])
+    assert verdicts.rewards == [0.5, 0.0]
+    assert verdicts.outcomes == ["right", "unparseable"]
+
+
+def test_hostile_completions_end_within_the_deadline(mathematics: Verifier) -> None:
+    hostile = {
+        r"\boxed{10^{10^{10^{10}}}}": {"timeout"},
+        r"\boxed{9999!!!}": {"timeout"},
+        r"\boxed{" + "{" * 400 + "5" + "}" * 400 + "}": {"timeout", "unparseable"},
+        r"\boxed{" + r"\sqrt{" * 150 + "5" + "}" * 150 + "}": {"timeout", "unparseable", "wrong"},
+        r"\boxed{" + "9" * 900 + "}": {"wrong"},
+        r"\boxed{" + "9" * 1_000_000 + "}": {"unparseable"},
+        r"\boxed{" * 100_000 + "}" * 100_000: {"unparseable"},
+        "{" * 200_000: {"unparseable"},
+        "#### \ud800": {"unparseable"},
+        "\udfff" * 1000 + r"\boxed{5}": {"right"},
+        "\0" * 1000 + r"\boxed{5}": {"right"},
+    }
+    verdicts = mathematics.score([*hostile, r"\boxed{5}"], ["5"] * (len(hostile) + 1))
+    for completion, outcome in zip(hostile, verdicts.outcomes, strict=False):
+        assert outcome in hostile[completion], ascii(completion[:40])
+    assert verdicts.outcomes[-1] == "right"
+
+
+def test_a_gold_answer_that_does_not_parse_is_an_error(mathematics: Verifier) -> None:
+    verdicts = mathematics.score([r"\boxed{5}"], ["#"])
+    assert verdicts.outcomes == ["error"]
+    assert "answer must be a number or LaTeX that math-verify parses, got '#'" in verdicts.errors[0]
+
+
+def test_workers_killed_while_idle_are_replaced() -> None:
+    with Verifier(RewardConfig(function=f"{__name__}:pid_reward", workers=1)) as verifier:
+        (pid,) = verifier.score([""], [""]).rewards
+        os.kill(int(pid), signal.SIGKILL)
+        deadline = time.monotonic() + 5
+        while verifier._pool.active and time.monotonic() < deadline:
+            time.sleep(0.05)  # pebble looks at its workers ten times a second
+        (other,) = verifier.score([""], [""]).rewards
+    assert other not in (pid, os.getpid())
+
+
+def test_a_pool_that_breaks_is_started_anew_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Verifier(RewardConfig(function=f"{__name__}:pid_reward", workers=1)) as verifier:
+        (pid,) = verifier.score([""], [""]).rewards
+        started, start = [], verifier._start
+        monkeypatch.setattr(verifier, "_start", lambda: started.append(0) or start())
+        os.kill(int(pid), signal.SIGKILL)
+        verdicts = verifier.score([""] * 20, [""] * 20)  # at once: pebble has not seen it yet
+        # one that pebble takes to have died at work costs its completion instead
+        assert (len(started), verdicts.restarts) in ((1, 1), (0, 0))
+        assert verdicts.counts["right"] + verdicts.counts["error"] == 20
+        verifier._pool.stop()
+        verdicts = verifier.score([""] * 20, [""] * 20)
+        assert verdicts.restarts == 1
+        assert verdicts.counts["right"] == 20
+        broken = verifier._pool
+        broken.stop()
+        monkeypatch.setattr(verifier, "_start", lambda: broken)
+        with pytest.raises(ChildProcessError, match="must start, but all of them died, twice"):
+            verifier.score([""], [""])
+
+
+def test_restarts_add_up() -> None:
+    parts = [Verdicts([1.0], ["right"], restarts=n) for n in (1, 0, 1)]
+    assert Verdicts.join(parts).restarts == 2
+
+
+def test_waiting_for_verdicts_can_be_ended() -> None:
+    def stop() -> None:
+        if time.monotonic() > start + 0.5:
+            raise Stopped
+
+    with Verifier(RewardConfig(function=HERE, timeout_s=60, workers=1)) as verifier:
+        verifier.score(["a"], ["a"])
+        start = time.monotonic()
+        with pytest.raises(Stopped):
+            verifier.score(["hang"] * 4, [""] * 4, stop)
+        assert time.monotonic() < start + 5
+
+
+def pid_reward(completion: str, answer: str) -> int:
+    assert completion == answer
+    return os.getpid()
+
+
+def test_workers_stay_light() -> None:
+    names = ["kdrl_train.rollouts.rewards", "torch", "transformers"]
+    with Verifier(
+        RewardConfig(function="tests.train.scripted_rewards:imported_reward", workers=1)
+    ) as verifier:
+        assert verifier.score(names, [""] * 3).rewards == [1.0, 0.0, 0.0]
+
+
+memory_of_this_process: list[str] = []
+
+
+def inherited_reward(completion: str, answer: str) -> int:
+    """How much of the trainer's memory the worker sees."""
+    return len(memory_of_this_process) + len(completion + answer)
+
+
+def test_workers_are_not_forked_from_the_trainer() -> None:
+    """A fork would copy the locks that torch's threads hold at that moment."""
+    memory_of_this_process.append("seen only by a fork")
+    with Verifier(RewardConfig(function=f"{__name__}:inherited_reward", workers=1)) as verifier:
+        assert verifier.score([""], [""]).rewards == [0.0]
+
+
+def test_empty_batch(mathematics: Verifier) -> None:
+    verdicts = mathematics.score([], [])
+    assert verdicts.rewards == []
+    assert set(verdicts.counts.values()) == {0}
+
+
+def test_many_completions_keep_their_order(mathematics: Verifier) -> None:
+    completions = [f"{'thinking ' * 30}\\boxed{{{number}}}" for number in range(512)]
+    answers = [str(number + number % 2) for number in range(512)]
+    assert mathematics.score(completions, answers).outcomes == ["right", "wrong"] * 256
+
+
+def test_an_unknown_reward_fails_before_any_worker_starts() -> None:
+    with pytest.raises(ValueError, match=r"reward\.function must be .*, got 'maths'"):
+        Verifier(RewardConfig(function="maths"))
+
+
+def test_bad_calls_are_named(scripted: Verifier) -> None:
+    with pytest.raises(ValueError, match=r"got 1 for 2 completions: repeat each answer"):
+        scripted.score(["a", "b"], ["a"])
+    closed = Verifier(RewardConfig(function="exact", workers=1))
+    closed.close()
+    closed.close()
+    with pytest.raises(ValueError, match="must be open to score, got a closed one"):
+        closed.score(["a"], ["a"])
+
+
+def test_workers_that_cannot_start_are_one_message_and_exit_code_1(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code = "import multiprocessing\nassert multiprocessing.parent_process() is None\n"
+    code += "def reward(completion, answer):\n    return 1.0\n"
+    (tmp_path / "trainer_only.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with (
+        Verifier(RewardConfig(function="trainer_only:reward", workers=1)) as verifier,
+        pytest.raises(ChildProcessError, match="workers must start, but all of them died"),
+    ):
+        verifier.score(["a"], ["a"])
+    options = ["--model.policy", str(folders["student"]), "--data.path", str(folders["task"])]
+    options += ["--reward.function", "trainer_only:reward", "--reward.workers", "1"]
+    options += ["--model.device", "cpu", "--sampling.max-new-tokens", "2", "--max-problems", "1"]
+    assert cli.main(["eval", *options]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("error: verifier workers must start")]
+    assert not [line for line in lines if "kdrl_train/cli.py" in line]

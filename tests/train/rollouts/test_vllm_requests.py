@@ -1,0 +1,309 @@
+"""The vLLM engines without vLLM: what they ask, and what they refuse, against a scripted server."""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+
+import fastapi
+from fastapi.responses import JSONResponse
+from safetensors.torch import load_file
+
+from kdrl_train.config import EngineConfig, SamplingConfig, TrainConfig
+from kdrl_train.errors import EngineError
+from kdrl_train.model.load import load_policy, load_tokenizer
+from kdrl_train.model.policy import Policy
+from kdrl_train.ranks import ALONE
+from kdrl_train.rollouts.engines import open_engine, vllm_client, vllm_server
+from kdrl_train.rollouts.engines.vllm import require_vllm
+from kdrl_train.start import preflight
+from tests.train.servers import free_port, running, status
+
+Config = Callable[..., TrainConfig]
+SAMPLING = SamplingConfig(group_size=2, max_new_tokens=3, temperature=0.8)
+PROMPTS = [[5], [20, 21]]
+
+
+class Scripted:
+    """As vLLM answers; `choice` and `state` are what a test changes."""
+
+    def __init__(self) -> None:
+        self.state = {"label": None, "dtype": "float32", "logprobs_mode": "processed_logprobs"}
+        self.choice: Any = {"token_ids": [9, 0], "logprobs": {"token_logprobs": [-1.0, -2.0]}}
+        self.window = 256
+        self.dev_mode = True
+        self.forgets = False
+        self.resets = [True]
+        self.bodies: list[dict[str, Any]] = []
+        self.calls: list[str] = []
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def app(self) -> Any:
+        app = fastapi.FastAPI()
+        models = {"data": [{"id": "policy", "max_model_len": self.window}]}
+        app.get("/v1/models")(lambda: JSONResponse(models))
+        app.post("/collective_rpc")(self.rpc)
+        app.post("/reset_prefix_cache")(self.reset)
+        app.post("/v1/completions")(self.complete)
+        return app
+
+    def rpc(self, body: dict[str, Any]) -> Any:
+        if not self.dev_mode:
+            return status(404, "Not Found")
+        self.calls.append(body["method"])
+        if body["method"] == "kdrl_state":
+            return {"results": [self.state]}
+        path, self.state["label"] = body["args"]
+        self.weights = load_file(path)
+        return {"results": [None]}
+
+    def reset(self) -> Any:
+        self.calls.append("reset")
+        return {"success": self.resets.pop() if len(self.resets) > 1 else self.resets[0]}
+
+    def complete(self, body: dict[str, Any]) -> Any:
+        self.bodies.append(body)
+        if self.forgets:
+            self.state["label"] = None
+        if isinstance(self.choice, fastapi.Response):
+            return self.choice
+        return {"choices": [self.choice]}
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Scripted:
+    for module in (vllm_client, vllm_server):
+        monkeypatch.setattr(module, "WAITS_S", (0.01, 0.01))
+    return Scripted()
+
+
+@pytest.fixture
+def opened(server: Scripted, config: Config) -> Iterator[tuple[Any, Policy]]:
+    """The engine of a run, its weights pushed, and the policy."""
+    with running(server.app()) as url:
+        settings = at(config, url)
+        policy = load_policy(settings, None)
+        engine = open_engine(settings, policy, load_tokenizer(settings.model.policy), ALONE)
+        engine.load(policy, 3)
+        yield engine, policy
+
+
+def at(config: Config, url: str) -> TrainConfig:
+    return config(engine=EngineConfig(kind="vllm_server", url=url, timeout_s=5.0))
+
+
+def draw(engine: Any, **changes: Any) -> Any:
+    ask = {"prompts": PROMPTS, "sampling": SAMPLING, "seed": 1, "step": 2} | changes
+    return engine.generate(**ask)
+
+
+def test_what_a_server_is_asked(opened: tuple[Any, Policy], server: Scripted) -> None:
+    engine, _ = opened
+    found = draw(engine)
+    assert found.truncated.tolist() == [False] * 4
+    assert [ids.tolist() for ids in found.completion_ids] == [[9, 0]] * 4
+    assert [lps.tolist() for lps in found.logprobs] == [[-1.0, -2.0]] * 4
+    assert [ids.tolist() for ids in found.prompt_ids] == [[5], [5], [20, 21], [20, 21]]
+    seeds = [(body["prompt"][0], body["seed"]) for body in server.bodies]
+    assert len(set(seeds)) == 4
+    assert len({seed for _, seed in seeds}) == 4
+    assert all(0 <= seed < 2**63 for _, seed in seeds)
+    body = server.bodies[0]
+    neutral = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    asked = {"model": "policy", "max_tokens": 3, "temperature": 0.8, "stop_token_ids": [0]}
+    asked |= {"logprobs": 0, "return_token_ids": True, "allowed_token_ids": None}
+    assert {key: body[key] for key in neutral | asked} == neutral | asked
+    server.bodies.clear()
+    draw(engine, prompts=PROMPTS[1:], first=1)  # another rank's share
+    again = [(body["prompt"][0], body["seed"]) for body in server.bodies]
+    assert sorted(again) == sorted(pair for pair in seeds if pair[0] == 20)
+
+
+def test_columns_that_a_teacher_lacks_are_not_allowed(server: Scripted, config: Config) -> None:
+    with running(server.app()) as url:
+        settings = at(config, url)
+        policy = load_policy(settings, SimpleNamespace(vocab_size=200))
+        engine = open_engine(settings, policy, load_tokenizer(settings.model.policy), ALONE)
+        draw(engine)
+    assert server.bodies[0]["allowed_token_ids"] == list(range(200))
+
+
+def test_a_push(opened: tuple[Any, Policy], server: Scripted) -> None:
+    engine, policy = opened
+    server.resets, server.calls = [True, False], []
+    with torch.no_grad():
+        policy.model.get_input_embeddings().weight.mul_(0.5)
+    first = server.state["label"]
+    engine.load(policy, 4)
+    assert engine.version == 4
+    assert server.state["label"] != first
+    assert server.calls == ["kdrl_load", "reset", "reset"]  # in this order; tried again
+    own = dict(policy.model.named_parameters())
+    assert server.weights.keys() == own.keys()
+    assert all(torch.equal(server.weights[name], own[name]) for name in own)
+    assert not engine.file.exists()
+
+
+def test_a_push_that_fails_is_told_before_anything_is_sampled(
+    opened: tuple[Any, Policy], server: Scripted
+) -> None:
+    engine, policy = opened
+    server.resets = [False]
+    engine.load(policy, 4)
+    with pytest.raises(EngineError, match="must drop its prefix cache after a push, got a refusal"):
+        draw(engine)
+    server.dev_mode = False
+    engine.load(policy, 5)
+    with pytest.raises(EngineError, match="must answer /collective_rpc, got status 404"):
+        draw(engine)
+    engine.file.mkdir()
+    engine.load(policy, 6)
+    with pytest.raises(EngineError, match=r"must be written to .*engine_weights.safetensors, got"):
+        draw(engine)
+    assert server.bodies == []
+
+
+def test_a_server_with_other_weights_stops_the_run(
+    opened: tuple[Any, Policy], server: Scripted
+) -> None:
+    engine, _ = opened
+    server.state["label"] = None
+    with pytest.raises(EngineError, match=r"after 3 steps, got those it was started with: it was"):
+        draw(engine)
+    assert server.bodies == []
+
+
+def test_a_server_that_is_restarted_meanwhile_stops_the_run(
+    opened: tuple[Any, Policy], server: Scripted
+) -> None:
+    engine, _ = opened
+    server.forgets = True
+    with pytest.raises(EngineError, match=r"got those it was started with"):
+        draw(engine)
+    assert len(server.bodies) == 4
+
+
+def choice(ids: list[int], logprobs: list[float]) -> dict[str, Any]:
+    return {"token_ids": ids, "logprobs": {"token_logprobs": logprobs}}
+
+
+ANSWERS = {
+    "short": (choice([9, 0], [-1.0]), "got 2 tokens and 1 log-probabilities for completion 0 of"),
+    "empty": (choice([], []), "got 0 tokens and 0 log-probabilities"),
+    "cut": (choice([9], [-1.0]), r"got 1 tokens of 3, ending with 9, not with \[0\]"),
+    "ran on": (choice([9, 0, 9], [-1.0] * 3), "got 3 tokens of 3, ending with 9"),
+    "long": (choice([9] * 4, [-1.0] * 4), "got 4 tokens of 3"),
+    "forbidden": (choice([9, 0], [-1.0, -9999.0]), "log-probability -9999 of token 0"),
+    "positive": (choice([9, 0], [0.1, -1.0]), "log-probability 0.1 of token 9"),
+    "old": ({"text": "9"}, "must return token_ids and log-probabilities, got .*: use vLLM 0.32"),
+    "a page": (fastapi.Response("<html>"), "/v1/completions as vLLM 0.32 does, got '<html>'"),
+    "refused": (status(400, "too long"), "answer /v1/completions, got status 400: too long"),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_an_answer_that_is_none_stops_the_run(
+    opened: tuple[Any, Policy], server: Scripted, name: str
+) -> None:
+    engine, _ = opened
+    server.choice, message = ANSWERS[name]
+    with pytest.raises(EngineError, match=message):
+        draw(engine)
+
+
+def test_a_cut_completion(opened: tuple[Any, Policy], server: Scripted) -> None:
+    engine, _ = opened
+    server.choice = choice([9, 8, 7], [-1.0] * 3)
+    assert draw(engine).truncated.all()
+
+
+def test_a_window_that_is_too_short(opened: tuple[Any, Policy]) -> None:
+    engine, _ = opened
+    with pytest.raises(EngineError, match=r"got a window of 256 tokens for 2 \+ 255: start it"):
+        draw(engine, sampling=replace(SAMPLING, max_new_tokens=255))
+
+
+def test_a_signal_ends_the_generation(opened: tuple[Any, Policy]) -> None:
+    engine, _ = opened
+    with pytest.raises(KeyError):
+        draw(engine, poll={}.popitem)
+
+
+def test_a_server_that_is_gone_stops_the_run(server: Scripted, config: Config) -> None:
+    with running(server.app()) as url:
+        settings = at(config, url)
+        policy = load_policy(settings, None)
+        engine = open_engine(settings, policy, load_tokenizer(settings.model.policy), ALONE)
+    with pytest.raises(EngineError, match=r"within engine.timeout_s = 5 s, got ConnectError"):
+        draw(engine)
+    with pytest.raises(EngineError, match=r"answer /v1/completions within .* got ConnectError"):
+        engine.server.complete("policy", [SimpleNamespace(prompt_ids=[1], params={})], 1, int)
+
+
+@pytest.mark.parametrize("fault", ["gone", "no development mode", "bfloat16", "no path"])
+def test_a_server_that_is_not_ready(server: Scripted, config: Config, fault: str) -> None:
+    server.dev_mode = fault != "no development mode"
+    if fault == "bfloat16":
+        server.state["dtype"] = "bfloat16"
+    messages = {"gone": "ConnectError", "no development mode": "collective_rpc, got status 404"}
+    messages |= {"bfloat16": "'dtype': 'bfloat16'.* where", "no path": "status 404"}
+    with running(server.app()) as url:
+        urls = {"gone": f"http://127.0.0.1:{free_port()}", "no path": f"{url}/x"}
+        settings = at(config, urls.get(fault, url))
+        policy = load_policy(settings, None)
+        expected = f"engine.url must be a vLLM .*{messages[fault]}.*VLLM_SERVER_DEV_MODE=1 python"
+        with pytest.raises(ValueError, match=expected):
+            open_engine(settings, policy, load_tokenizer(settings.model.policy), ALONE)
+        with pytest.raises(ValueError, match=expected):
+            preflight.check_engine(settings)
+
+
+def test_a_server_that_is_ready_passes_the_preflight(server: Scripted, config: Config) -> None:
+    with running(server.app()) as url:
+        assert preflight.check_engine(at(config, url)) == f"{url}: policy, a window of 256 tokens"
+
+
+def test_without_vllm(
+    config: Config, monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path]
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    settings = config(engine=EngineConfig(kind="vllm"))
+    with pytest.raises(ValueError, match=r"without vLLM, got: .*pip install 'kdrl-kernels\[vllm\]"):
+        open_engine(
+            settings, load_policy(settings, None), load_tokenizer(str(folders["student"])), ALONE
+        )
+
+
+def test_devices_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    platform = SimpleNamespace(current_platform=SimpleNamespace(device_type="cuda"))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platform)
+    with pytest.raises(ValueError, match="vLLM is built for, cuda, got cpu"):
+        require_vllm(torch.device("cpu"), launched=False)
+    with pytest.raises(ValueError, match="set CUDA_VISIBLE_DEVICES=1 and"):
+        require_vllm(torch.device("cuda", 1), launched=False)
+    for device, launched in ((torch.device("cuda", 1), True), (torch.device("cuda"), False)):
+        assert require_vllm(device, launched=launched) is sys.modules["vllm"]
+
+
+BAD = {
+    "engine.url must be set .* got None": {"kind": "vllm_server"},
+    'engine.url must be set .* got http://x:1 and "vllm"': {"kind": "vllm", "url": "http://x:1"},
+    r"engine.memory_share must be in \(0, 1\], got 0.0": {"kind": "vllm", "memory_share": 0.0},
+    r"engine.memory_share must be in \(0, 1\], got 1.5": {"memory_share": 1.5},
+    "engine.timeout_s must be positive": {"timeout_s": 0.0},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_settings_that_do_not_fit(message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(**BAD[message])

@@ -1,0 +1,330 @@
+"""A run that is killed, stopped or starved of its disk loses nothing that was saved."""
+
+import io
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from kdrl_train import train
+from kdrl_train.config import EngineConfig, EvalConfig, OptimConfig, SamplingConfig, TrainConfig
+from kdrl_train.config_file import save_yaml
+from kdrl_train.errors import EngineError, RewardError, RunError
+from kdrl_train.method.config import ScheduleConfig
+from kdrl_train.method.presets import PRESETS
+from kdrl_train.model.policy import Policy
+from kdrl_train.runfolder import checkpoint
+from kdrl_train.runfolder.log import read_rows
+from kdrl_train.step import update
+from kdrl_train.tools import replay
+from tests.train.ranks import DEADLINE_S, Background
+from tests.train.test_train import run, weights, without_times
+
+Config = Callable[..., TrainConfig]
+
+
+def train_quietly(config: TrainConfig, threads: int) -> None:
+    torch.set_num_threads(threads)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a killed run has nothing to say
+    train.main(config, Console(file=io.StringIO()))
+
+
+IN_THREADS = {"engine": EngineConfig(staleness=1), "save_async": True}
+
+
+@pytest.mark.parametrize(("fields", "count"), [({}, 20), (IN_THREADS, 4)], ids=["20", "threads"])
+def test_killed_at_random_moments_it_equals_the_uninterrupted_run(
+    config: Config, fields: dict[str, Any], count: int
+) -> None:
+    whole = config("whole", steps=12, save_every=1, **fields)
+    parts = config("parts", steps=12, save_every=1, **fields)
+    start = time.monotonic()
+    expected = run(whole)
+    length = time.monotonic() - start
+    moments = random.Random(0)
+    kills = inside_a_save = 0
+    while kills < count:
+        resume = (parts.out / "config.yaml").exists()
+        process = Background(train_quietly, replace(parts, resume=resume), torch.get_num_threads())
+        until = time.monotonic() + moments.uniform(0.1, length / 3)
+        while time.monotonic() < until and process.exit_code is None:
+            time.sleep(0.005)
+        saving = moments.random() < 0.5  # half of the kills wait for a save
+        while saving and process.exit_code is None and not _saving(parts):
+            time.sleep(0.0005)
+        if process.exit_code is not None:  # done already: begin again
+            assert process.exit_code == 0
+            _same(parts, expected, whole)
+            parts = replace(parts, out=parts.out.with_name(f"parts-{kills}"))
+            continue
+        inside_a_save += _saving(parts)
+        process.kill()
+        kills += 1
+    if (parts.out / "config.yaml").exists():
+        parts = replace(parts, resume=True)
+    run(parts)
+    _same(parts, expected, whole)
+    assert inside_a_save >= max(1, count // 6)
+
+
+def _saving(config: TrainConfig) -> bool:
+    return any((config.out / "checkpoints").glob(".tmp_step*"))
+
+
+def _same(found: TrainConfig, expected: list[dict[str, Any]], whole: TrainConfig) -> None:
+    assert without_times(read_rows(found.out)) == without_times(expected)
+    theirs = weights(whole.out / "model")
+    for name, tensor in weights(found.out / "model").items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def test_sigterm_saves_and_ends_with_0(config: Config) -> None:
+    sampling = SamplingConfig(prompts_per_step=4, group_size=4, max_new_tokens=100)
+    whole = config("whole", steps=6, sampling=sampling)
+    parts = config("parts", steps=6, sampling=sampling)
+    save_yaml(parts, parts.out.with_suffix(".yaml"))
+    command = [sys.executable, "-m", "kdrl_train", "train", "--config"]
+    command.append(str(parts.out.with_suffix(".yaml")))
+    same = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # for equal bits
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=same
+    )
+    deadline = time.monotonic() + DEADLINE_S
+    while len(read_rows(parts.out)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    words, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, words
+    assert time.monotonic() - asked < 10
+    done = len(read_rows(parts.out))
+    assert 2 <= done < 6
+    assert f"stopped by a signal after {done} steps: --resume continues" in words
+    assert checkpoint.latest(parts.out / "checkpoints").step == done
+    assert not (parts.out / "model").exists()
+    assert without_times(run(replace(parts, resume=True))) == without_times(run(whole))
+
+
+def test_a_signal_in_the_middle_of_a_step_drops_the_step(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = config("whole"), config("parts")
+    expected = run(whole)
+    backward, calls = Policy.forward, []
+
+    def stop_in_second_step(*arguments: Any) -> Any:
+        calls.append(0)
+        if len(calls) == 6:  # four or five micro-batches a step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return backward(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Policy, "forward", stop_in_second_step)
+        rows = run(parts)
+    assert without_times(rows) == without_times(expected[: len(rows)])
+    assert 0 < len(rows) < 3
+    assert checkpoint.latest(parts.out / "checkpoints").step == len(rows)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert without_times(run(replace(parts, resume=True))) == without_times(expected)
+
+
+@pytest.mark.parametrize("where", ["generate", "score"])
+def test_a_signal_in_an_evaluation_postpones_it(
+    config: Config, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Twice: also the resumed run is stopped in it. What follows is that of an uninterrupted run,
+    whose switch on a plateau waits for these scores."""
+    switch = ScheduleConfig(kind="switch", initial=1.0, final=0.0, patience=1, min_gain=1.0)
+    settings = {
+        "eval": EvalConfig(data=config().data, every=1, samples=2, max_problems=3),
+        "method": replace(PRESETS["kdrl"], kd_coef=switch),
+        "steps": 4,
+    }
+    whole, parts = config("whole", **settings), config("parts", **settings)
+    expected = run(whole)
+    calls = []
+
+    def stop_second(call: Callable[..., Any]) -> Callable[..., Any]:
+        def stopping(*arguments: Any, **more: Any) -> Any:
+            calls.append(0)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return call(*arguments, **more)
+
+        return stopping
+
+    def stop_in_evaluation(evaluation: Callable[..., Any], run: train.Run) -> Any:
+        owner = run.engine if where == "generate" else run.verifier
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, where, stop_second(getattr(owner, where)), raising=False)
+            return evaluation(run)
+
+    for _ in range(2):
+        calls[:] = calls[:1] and [0]  # the second evaluation of the run, the first of the resumed
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "evaluation", partial(stop_in_evaluation, train.evaluation))
+            rows = run(replace(parts, resume=bool(calls)))
+        assert without_times(rows) == without_times(expected[:1])
+        assert checkpoint.latest(parts.out / "checkpoints").step == 2
+    assert without_times(run(replace(parts, resume=True))) == without_times(expected)
+    assert {len(rows) for rows in (expected, read_rows(parts.out))} == {4}
+
+
+def test_an_error_in_an_evaluation_costs_no_step(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its row waits for the resumed run, which may also do without the evaluation."""
+    held_out = EvalConfig(data=config().data, every=2, samples=2, max_problems=3)
+    whole, parts, without = (config(out, eval=held_out) for out in ("whole", "parts", "without"))
+    expected = run(whole)
+
+    def fail(_run: train.Run) -> Any:
+        raise EngineError("the server is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluation", fail)
+        with pytest.raises(EngineError, match="the server is gone"):
+            run(parts)
+    assert without_times(read_rows(parts.out)) == without_times(expected[:1])
+    assert checkpoint.latest(parts.out / "checkpoints").step == 2
+    shutil.copytree(parts.out, without.out)
+    rows = run(replace(without, resume=True, eval=EvalConfig()))
+    assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
+    assert not any("eval_avg_at_k" in row for row in rows)
+    assert without_times(run(replace(parts, resume=True))) == without_times(expected)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(config: Config) -> None:
+    settings = config(steps=2)
+    settings.out.mkdir()
+    save_yaml(settings, settings.out / "config.yaml")
+    (settings.out / "metrics.jsonl").write_text('{"step": 0}\n{"st')
+    with pytest.raises(ValueError, match="pass --resume to continue that run"):
+        run(settings)
+    with pytest.raises(ValueError, match=r"(?s)keep the settings of .*run, got.*seed: 0 there, 1"):
+        run(replace(settings, resume=True, seed=1))
+    rows = run(replace(settings, resume=True))
+    assert without_times(rows) == without_times(run(config("other", steps=2)))
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(config: Config) -> None:
+    settings = config(steps=1)
+    run(settings)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    more = replace(settings, steps=2, resume=True)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # a file may not grow beyond
+    try:
+        with pytest.raises(OSError, match=r"the checkpoint of step 2 must be written to .*: free"):
+            run(more)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    names = {path.name for path in (settings.out / "checkpoints").iterdir()}
+    assert names == {"LATEST", "step_000001"}
+    assert without_times(run(more)) == without_times(run(config("whole", steps=2)))
+
+
+def test_a_folder_that_cannot_be_written_is_named(config: Config) -> None:
+    settings = config(steps=1)
+    run(settings)
+    folder = settings.out / "checkpoints"
+    more = replace(settings, steps=2, resume=True)
+    kept = folder.rename(folder.with_name("kept"))
+
+    folder.write_text("in the way")
+    with pytest.raises(OSError, match=r"step 1 must be written to .*checkpoints, got FileExists"):
+        run(replace(more, steps=1))
+    folder.unlink()
+    kept.rename(folder)
+    assert checkpoint.latest(folder).step == 1
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "meta.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_checkpoint_is_named(config: Config, name: str, damage: str) -> None:
+    settings = config(steps=2, save_every=1)
+    run(settings)
+    path = settings.out / "checkpoints" / "step_000002" / name
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        path.unlink()
+    again = replace(settings, steps=3, resume=True)
+    with pytest.raises(ValueError, match="to resume from the one before") as error:
+        run(again)
+    assert "step_000002" in str(error.value)
+    for file in path.parent.iterdir():
+        file.unlink()
+    path.parent.rmdir()
+    assert [row["step"] for row in run(again)] == [0, 1, 2]
+
+
+def test_bits_that_rot_are_found(config: Config) -> None:
+    settings = config(steps=1)
+    run(settings)
+    path = next((settings.out / "checkpoints" / "step_000001").glob("*.distcp"))
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(
+        ValueError,
+        match=r"step_000001 must hold the state of this model, got \w+Error: .*: resume with",
+    ):
+        run(replace(settings, steps=2, resume=True))
+
+
+def test_a_kill_between_pointer_and_rename_does_no_harm(config: Config) -> None:
+    settings = config(steps=1)
+    run(settings)
+    (settings.out / "checkpoints" / ".tmp_LATEST").write_text("step_000002\n")
+    rows = run(replace(settings, steps=2, resume=True))
+    assert [row["step"] for row in rows] == [0, 1]
+    names = {path.name for path in (settings.out / "checkpoints").iterdir()}
+    assert names == {"LATEST", "step_000001", "step_000002"}
+
+
+def test_steps_that_are_done_are_saved_whatever_ends_the_next(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a step has several updates; but not between two of them."""
+    optim = OptimConfig(learning_rate=1e-3, updates_per_rollout=2)
+    collect, take_step, taken = train.collect, update.take_step, []
+
+    def fail(run: train.Run, step: int, stages: train.Stages) -> Any:
+        if step == 2:
+            raise RewardError("no reward")
+        return collect(run, step, stages)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "collect", fail)
+        with pytest.raises(ValueError, match="no reward"):
+            run(config("first", optim=optim))
+    assert checkpoint.latest(config("first").out / "checkpoints").step == 2
+
+    def break_weights(run: train.Run, step: int) -> float:
+        taken.append(step)
+        rate = take_step(run, step)
+        if len(taken) == 3:  # of two updates a step
+            with torch.no_grad():
+                run.policy.model.lm_head.weight.fill_(torch.nan)
+        return rate
+
+    monkeypatch.setattr(update, "take_step", break_weights)
+    with pytest.raises(RunError, match=r"must be finite.*\(update 2 of the step\)"):
+        run(config("second", optim=optim))
+    assert taken == [0, 0, 1]
+    assert checkpoint.latest(config("second").out / "checkpoints") is None
+    dump = config("second").out / "failed_step_000001.pt"
+    with pytest.raises(ValueError, match="must be of the first update of its step, got update 2"):
+        replay.main(replay.ReplayConfig(file=dump), Console(file=io.StringIO()))

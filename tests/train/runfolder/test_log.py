@@ -1,0 +1,117 @@
+"""log: what is in the files of a run folder, after a clean end and after a kill."""
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from kdrl_train.runfolder.log import RunLog, Stages, read_rows
+
+ROW = {
+    "reward": 0.5,
+    "accuracy": 0.25,
+    "groups_with_signal": 1.0,
+    "response_length": 12.3,
+    "truncated": 0.0,
+    "entropy": None,
+    "kl_teacher": math.nan,
+    "kd_coef": 2e-3,
+    "loss": 0.1,
+    "grad_norm": 1.5,
+    "tokens_per_s": 100.0,
+    "seconds": 2.0,
+}
+
+
+EVALUATION = {
+    f"eval_{name}_at_k{bound}": value + off
+    for name, value in (("avg", 0.5), ("pass", 0.75), ("maj", 0.625))
+    for bound, off in (("", 0.0), ("_low", -0.0625), ("_high", 0.0625))
+}
+
+
+def log(folder: Path, first: int = 0, **console: Any) -> tuple[RunLog, io.StringIO]:
+    out = io.StringIO()
+    return RunLog(folder, first, 10, Console(file=out, **{"width": 80} | console)), out
+
+
+def test_a_step_is_one_row_and_one_line(tmp_path: Path) -> None:
+    run, out = log(tmp_path)
+    run.step({"step": 3} | ROW)
+    run.step({"step": 4} | ROW)
+    rows = read_rows(tmp_path)
+    assert rows == [{"step": s} | ROW | {"kl_teacher": None} for s in (3, 4)]
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("step  4/10  reward 0.500  right 25.0%  signal 100%  tokens 12")
+    assert "entropy -" in lines[0]
+
+
+def test_a_terminal_breaks_no_number(tmp_path: Path) -> None:
+    row = {"step": 9} | ROW | EVALUATION | {"response_length": 12345.6, "tokens_per_s": 123456.7}
+    run, wide = log(tmp_path / "file")
+    run.step(row)
+    (whole,) = wide.getvalue().splitlines()
+    shares = ["avg@k 50.0% (43.8-56.2)", "pass@k 75.0% (68.8-81.2)", "maj@k 62.5% (56.2-68.8)"]
+    assert whole.endswith("  ".join(["", *shares]))
+    run, narrow = log(tmp_path / "terminal", width=100, force_terminal=True, color_system=None)
+    run.step(row)
+    lines = narrow.getvalue().splitlines()
+    assert len(lines) == 3
+    assert max(map(len, lines)) <= 100
+    assert all(line.startswith(" " * len("step 10/10  ")) for line in lines[1:])
+    assert "  ".join(line.strip() for line in lines) == whole
+
+
+def test_resuming_drops_the_rows_after_the_checkpoint(tmp_path: Path) -> None:
+    run, _ = log(tmp_path)
+    for step in range(4):
+        run.step({"step": step} | ROW)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "rew')  # killed in the middle of a line
+    log(tmp_path, first=2)
+    assert [row["step"] for row in read_rows(tmp_path)] == [0, 1]
+
+
+def test_resuming_drops_the_samples_after_the_checkpoint(tmp_path: Path) -> None:
+    run, _ = log(tmp_path)
+    for step in range(3):
+        run.samples(step, [{"step": step, "log_ratio": [0.5, math.nan]}])
+    run.samples(3, [])
+    log(tmp_path, first=2)
+    kept = sorted((tmp_path / "samples").iterdir())
+    assert [path.name for path in kept] == ["step_000000.jsonl", "step_000001.jsonl"]
+    assert json.loads(kept[0].read_text("utf-8")) == {"step": 0, "log_ratio": [0.5, None]}
+
+
+def test_stages_add_up_and_measuring_costs_no_speed() -> None:
+    stages = Stages()
+    stages.seconds = {"rollout": 1.5, "update": 2.0, "eval": 4.0, "diagnostics": 1.0}
+    stages.seconds |= {"sync": 0.25, "wait": 0.75}
+    with stages("rollout"):
+        pass
+    assert stages.seconds["rollout"] > 1.5
+    stages.seconds["rollout"] = 2.0
+    assert stages.metrics(tokens=10) == {
+        "tokens_per_s": 2.0,
+        "tokens_per_s_rollout": 5.0,
+        "tokens_per_s_update": 5.0,
+        "seconds": 10.0,
+        "seconds_rollout": 2.0,
+        "seconds_update": 2.0,
+        "seconds_sync": 0.25,
+        "seconds_wait": 0.75,
+        "seconds_eval": 4.0,
+        "seconds_diagnostics": 1.0,
+    }
+
+
+def test_a_stage_is_timed_even_if_it_fails() -> None:
+    stages = Stages()
+    with pytest.raises(KeyError), stages("rollout"):
+        raise KeyError
+    assert stages.seconds["rollout"] > 0

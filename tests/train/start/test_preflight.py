@@ -1,0 +1,192 @@
+"""check: each mistake is found before the first step, and its message names the remedy."""
+
+import copy
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdrl_train import cli
+from kdrl_train.batch import Example, Verdicts
+from kdrl_train.config import (
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    RewardConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+from kdrl_train.model.policy import Policy, Teacher
+from kdrl_train.rollouts.verifier import Verifier
+from kdrl_train.start import preflight
+from kdrl_train.start.load import Loaded, load
+
+
+@pytest.fixture
+def config(folders: dict[str, Path]) -> TrainConfig:
+    paths = {"policy": str(folders["student"]), "teacher": str(folders["teacher"])}
+    model = ModelConfig(**paths, device="cpu")
+    return TrainConfig(
+        model=model,
+        data=DataConfig(path=str(folders["task"])),
+        sampling=SamplingConfig(max_new_tokens=32),
+        reward=RewardConfig(workers=1),
+    )
+
+
+@pytest.fixture
+def loaded(config: TrainConfig) -> Loaded:
+    return load(config)
+
+
+def options(config: TrainConfig, **changes: str) -> list[str]:
+    values = {
+        "model.policy": config.model.policy,
+        "model.teacher": str(config.model.teacher),
+        "data.path": config.data.path,
+        "model.device": "cpu",
+        "reward.workers": "1",
+        "sampling.max-new-tokens": "32",
+    } | changes
+    return ["check", *(part for key, value in values.items() for part in (f"--{key}", value))]
+
+
+def test_a_sound_run_passes(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(options(config)) == 0
+    out = capsys.readouterr().out
+    assert "failed" not in out
+    for text in ("the same 258 tokens", "20 right", "tied head", "untied head", "nats per prompt"):
+        assert text in " ".join(out.split()), text
+
+
+def test_a_wrong_run_exits_with_1(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(options(config, **{"sampling.max-new-tokens": "300"})) == 1
+    assert "failed" in capsys.readouterr().out
+    assert cli.main(options(config, **{"data.answer-column": "solution"})) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "data.answer_column must be a column" in out
+
+
+def test_another_vocabulary_is_named_by_its_first_token(tokenizer: Any) -> None:
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["<extra>"])
+    with pytest.raises(ValueError, match=r"token 258 is None for the policy and '<extra>' for the"):
+        preflight.check_tokenizers(tokenizer, other)
+    assert preflight.check_tokenizers(tokenizer, copy.deepcopy(tokenizer)) == "the same 258 tokens"
+
+
+def test_a_token_without_a_column_is_refused(loaded: Loaded, tiny: Callable[..., Any]) -> None:
+    small = replace(loaded, teacher=Teacher(tiny("llama", vocab_size=250)))
+    with pytest.raises(ValueError, match=r"model\.teacher must have a column .* got 250 columns"):
+        preflight.check_vocabulary(small)
+    padded = replace(loaded, teacher=Teacher(tiny("llama", vocab_size=320)))
+    found = preflight.check_vocabulary(padded)
+    assert found == "258 tokens; columns: policy 258, teacher 320; those from 258 on are left out"
+
+
+def test_ends_of_sequence_must_agree(loaded: Loaded, tiny: Callable[..., Any]) -> None:
+    assert preflight.check_eos(loaded) == "[0] ['<|endoftext|>']"
+    loaded.teacher.model.generation_config.eos_token_id = [0, 7]
+    with pytest.raises(ValueError, match=r"the teacher must end sequences .* got \[7\]"):
+        preflight.check_eos(loaded)
+    masked = "[0] ['<|endoftext|>']; the teacher also ends with [7], so ends are not distilled"
+    assert preflight.check_eos(loaded, "mask") == masked
+    loaded.policy.model.generation_config.eos_token_id = [0, 7]
+    assert preflight.check_eos(loaded).startswith("[0, 7]")
+    model = tiny("llama")
+    model.generation_config.eos_token_id = 9
+    alone = replace(loaded, teacher=None, policy=Policy(model, TrainConfig().method))
+    with pytest.raises(
+        ValueError, match=r"got 0 \('<\|endoftext\|>'\) from its tokenizer and \[9\]"
+    ):
+        preflight.check_eos(alone)
+
+
+def test_prompts_must_fit(config: TrainConfig, loaded: Loaded) -> None:
+    assert preflight.check_prompts(config, loaded).startswith("20 problems, 4 to 4 tokens, without")
+    short = replace(config, data=replace(config.data, max_prompt_tokens=3))
+    with pytest.raises(ValueError, match=r"task\.jsonl:1"):
+        preflight.check_prompts(short, loaded)
+    long = replace(config, sampling=SamplingConfig(max_new_tokens=253))
+    with pytest.raises(ValueError, match=r"a window of 256 tokens for 4 \+ 253: lower"):
+        preflight.check_prompts(long, loaded)
+
+
+def test_held_out_prompts_must_fit(config: TrainConfig, tmp_path: Path) -> None:
+    rows = ['{"question": "1+1=", "answer": "2"}', '{"question": "10+10+10=", "answer": "30"}']
+    path = tmp_path / "held.jsonl"
+    path.write_text("\n".join(rows), encoding="utf-8")
+    evaluation = EvalConfig(data=DataConfig(path=str(path)), every=1)
+    held = replace(config, eval=evaluation)
+    loaded = load(held)
+    assert "20 problems, 4 to 4 tokens, 2 held out of at most 9," in preflight.check_prompts(
+        held, loaded
+    )
+    data = replace(evaluation.data, max_prompt_tokens=8)
+    short = replace(held, eval=replace(evaluation, data=data))
+    with pytest.raises(ValueError, match=r"in eval\.data: prompt held\.jsonl:2 .* 8 tokens, got 9"):
+        preflight.check_prompts(short, loaded)
+    long = replace(held, sampling=SamplingConfig(max_new_tokens=250))
+    with pytest.raises(ValueError, match=r"model\.policy must .* 256 tokens for 9 \+ 250: lower"):
+        preflight.check_prompts(long, loaded)
+    first = replace(held, eval=replace(evaluation, max_problems=1))
+    assert len(load(first).held_out) == 1
+    assert load(replace(held, eval=replace(evaluation, every=0))).held_out == []
+
+
+def test_gold_answers_must_be_right(config: TrainConfig) -> None:
+    examples = [Example(f"set:{i}", "", answer) for i, answer in enumerate(("1", "1/2", ""))]
+    with Verifier(config.reward) as verifier:
+        assert preflight.check_gold(config, examples[:2], verifier) == "2 right"
+        with pytest.raises(ValueError, match=r"2 right, 1 \w+; first: set:2, answer '', \w+"):
+            preflight.check_gold(config, examples, verifier)
+
+
+def test_a_custom_reward_is_run_but_not_judged(config: TrainConfig) -> None:
+    class Scripted:
+        """What a verifier with the user's own function may answer."""
+
+        def __init__(self, outcome: Any) -> None:
+            self.outcome = outcome
+
+        def score(self, completions: list[str], _answers: list[str]) -> Verdicts:
+            errors = {0: "KeyError: 'x'"} if self.outcome == "error" else {}
+            return Verdicts([0.0] * len(completions), [self.outcome] * len(completions), errors)
+
+    own = replace(config, reward=RewardConfig(function="own:reward"))
+    examples = [Example("set:0", "", "1")]
+    assert preflight.check_gold(own, examples, Scripted("wrong")) == "1 wrong"
+    with pytest.raises(ValueError, match=r"answer '1', error KeyError: 'x': correct"):
+        preflight.check_gold(own, examples, Scripted("error"))
+
+
+def test_failures_are_listed_together(
+    config: TrainConfig, loaded: Loaded, tiny: Callable[..., Any]
+) -> None:
+    broken = replace(loaded, teacher=Teacher(tiny("llama", vocab_size=250)))
+    short = replace(config, sampling=SamplingConfig(max_new_tokens=300))
+    with Verifier(config.reward) as verifier:
+        findings = preflight.preflight(short, broken, verifier, gold=3)
+    assert [f.name for f in findings if not f.passed] == ["prompts", "vocabulary"]
+    assert next(f for f in findings if f.name == "gold answers").detail == "3 right"
+    with pytest.raises(ValueError, match=r"(?s)pass its preflight, got:\n  prompts: .*\n  vocab"):
+        preflight.require(findings)
+
+
+def test_one_sequence_per_row_needs_no_packing(config: TrainConfig, loaded: Loaded) -> None:
+    alone = replace(config, optim=OptimConfig(micro_batch_tokens=1))
+    with Verifier(config.reward) as verifier:
+        findings = {f.name: f.detail for f in preflight.preflight(alone, loaded, verifier, gold=1)}
+    assert findings["policy head"].endswith("one sequence per row")
+
+
+def test_a_model_folder_without_a_model_is_named(config: TrainConfig, tmp_path: Path) -> None:
+    shutil.copytree(config.model.policy, tmp_path / "half")
+    (tmp_path / "half" / "model.safetensors").unlink()
+    model = replace(config.model, policy=str(tmp_path / "half"))
+    with pytest.raises(ValueError, match=r"model\.policy must be a folder with a causal LM"):
+        load(replace(config, model=model))

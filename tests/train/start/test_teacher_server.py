@@ -1,0 +1,195 @@
+"""check: a teacher behind a URL that does not fit is found before the first step."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+
+from kdrl_train import cli
+from kdrl_train.config import ModelConfig
+from kdrl_train.model.load import load_model
+from kdrl_train.model.teacher.client import vocabulary_hash
+from kdrl_train.tools.evaluate import common_width
+from tests.train.servers import Scripted, by_position, free_port, running, status, teacher_app
+
+
+@pytest.fixture
+def server(tokenizer: Any) -> Iterator[tuple[Scripted, str]]:
+    """A server that fits the student, and its URL."""
+    made = Scripted(by_position, tokenizer=vocabulary_hash(tokenizer))
+    made.text = lambda token: tokenizer.decode([token])
+    with running(made.app()) as url:
+        yield made, url
+
+
+def checked(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str], url: str, **changes: str
+) -> tuple[int, str]:
+    """Exit code and table of `check`."""
+    values = {
+        "model.policy": str(folders["student"]),
+        "model.teacher": url,
+        "data.path": str(folders["task"]),
+        "model.device": "cpu",
+        "reward.workers": "1",
+        "sampling.max-new-tokens": "32",
+    } | {key.replace("__", ".").replace("_", "-"): value for key, value in changes.items()}
+    code = cli.main(["check", *(p for k, v in values.items() for p in (f"--{k}", v))])
+    return code, " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_a_served_teacher_that_fits_passes(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with running(teacher_app(folders["teacher"])) as url:
+        code, text = checked(folders, capsys, url)
+    assert code == 0
+    assert "failed" not in text
+    for found in (
+        "the same 258 tokens",
+        "float32, 258 columns, a window of 256",
+        "nats per prompt",
+    ):
+        assert found in text, text
+
+
+def test_an_openai_server_that_fits_passes(
+    folders: dict[str, Path], server: tuple[Scripted, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, text = checked(folders, capsys, server[1], model__teacher_api="openai")
+    assert code == 0
+    assert "of 258 tokens compared, up to id 257: the same" in text
+    assert "the teacher's are not known: its server does not say" in text
+    assert "columns: policy 258;" in text
+
+
+MISFITS = {
+    "another tokenizer": (
+        {"tokenizer": "other"},
+        ("tokenizers failed the teacher at", "must have the policy's tokenizer, got another map"),
+    ),
+    "other ends": (
+        {"eos_ids": [0, 7]},
+        (
+            "end of sequence failed the teacher must end sequences as the policy does, got [7]",
+            "or set method.kd_eos to mask",
+        ),
+    ),
+    "a short window": (
+        {"window": 35},
+        ("prompts failed model.teacher must hold the longest prompt", "35 tokens for 4 + 32"),
+    ),
+    "too few columns": (
+        {"vocab_size": 250},
+        ("vocabulary failed model.teacher must have a column for every token, got 250 columns",),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_model_that_does_not_fit_is_a_failing_row(
+    folders: dict[str, Path],
+    server: tuple[Scripted, str],
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    info, messages = MISFITS[name]
+    scripted, url = server
+    scripted.info |= info
+    code, text = checked(folders, capsys, url)
+    assert code == 1
+    for message in messages:
+        assert message in text, text
+
+
+def test_other_ends_pass_where_they_are_masked(
+    folders: dict[str, Path], server: tuple[Scripted, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripted, url = server
+    scripted.info["eos_ids"] = [0, 7]
+    code, text = checked(folders, capsys, url, method__kd_eos="mask")
+    assert code == 0
+    assert "the teacher also ends with [7], so ends are not distilled" in text
+
+
+SILENT = {
+    "busy": (lambda _ids, _n: status(503, "later"), "kdrl", "got status 503 (later) for prompt"),
+    "not a number": (lambda ids, n: [-9999.0] * (len(ids) - n), "kdrl", "must give a finite log-"),
+    "no prompt log-probabilities": (
+        lambda _ids, _n: status(200, '{"choices": [{"prompt_logprobs": null}]}'),
+        "openai",
+        "must return prompt log-probabilities",
+    ),
+    "refused": (lambda _ids, _n: status(400, "too long"), "openai", "status 400: too long"),
+}
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_a_server_without_scores_is_a_failing_row(
+    folders: dict[str, Path],
+    server: tuple[Scripted, str],
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    scripted, url = server
+    scripted.score, api, message = SILENT[name]
+    code, text = checked(folders, capsys, url, model__teacher_api=api)
+    assert code == 1
+    assert "teacher probe failed" in text
+    assert message in text, text
+
+
+def test_tokens_are_compared_by_their_texts_where_there_is_no_hash(
+    folders: dict[str, Path],
+    server: tuple[Scripted, str],
+    capsys: pytest.CaptureFixture[str],
+    tokenizer: Any,
+) -> None:
+    scripted, url = server
+    scripted.text = lambda token: "?" if token == 50 else tokenizer.decode([token])
+    code, text = checked(folders, capsys, url, model__teacher_api="openai")
+    assert code == 1
+    assert f"token 50 is {tokenizer.decode([50])!r} for the policy and '?' for the teacher" in text
+    scripted.text = lambda _token: None
+    code, text = checked(folders, capsys, url, model__teacher_api="openai")
+    assert code == 0
+    assert "0 of 258 tokens compared" in text
+
+
+def test_a_server_that_is_not_there_is_a_failing_row(
+    folders: dict[str, Path], server: tuple[Scripted, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, text = checked(folders, capsys, f"http://127.0.0.1:{free_port()}")
+    assert code == 1
+    assert "teacher server failed model.teacher must answer, got ConnectError" in text
+    assert "start it with `python -m kdrl_train serve`" in text
+    server[0].models.append({"id": "another"})
+    code, text = checked(folders, capsys, server[1], model__teacher_api="openai")
+    assert code == 1
+    assert "teacher.name must be a model of" in text
+
+
+def test_without_distillation_no_server_is_asked(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    code, text = checked(folders, capsys, url, preset="grpo")
+    assert code == 0
+    assert "teacher" not in text
+
+
+def test_evaluation_samples_from_the_columns_that_both_have(
+    folders: dict[str, Path], server: tuple[Scripted, str]
+) -> None:
+    scripted, url = server
+    config = ModelConfig(policy=str(folders["student"]), teacher=url, device="cpu")
+    policy = load_model(config.policy, "model.policy", config, torch.float32)
+    scripted.info["vocab_size"] = 250
+    assert common_width(policy, config) == 250
+    assert common_width(policy, replace(config, teacher_api="openai")) == 258

@@ -1,0 +1,393 @@
+"""terms: scores before the first update, off-policy losses, and expected gradients."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kdrl_kernels as kk
+from kdrl_train.batch import Rollouts
+from kdrl_train.config import OptimConfig, SamplingConfig, TrainConfig
+from kdrl_train.method import grpo
+from kdrl_train.method.config import MethodConfig, ScheduleConfig
+from kdrl_train.method.metrics import add_sums, token_means
+from kdrl_train.method.presets import PRESETS
+from kdrl_train.method.schedules import History
+from kdrl_train.model.packing import pack
+from kdrl_train.model.policy import Policy, Teacher
+from kdrl_train.ranks import ALONE
+from kdrl_train.runfolder.log import Stages
+from kdrl_train.step.coefficients import Terms, correction, prepare
+from kdrl_train.step.score import score_rows
+from tests.train.model.test_policy import KD, METHODS, pair, relative_error, some_rollouts
+
+REWARD = MethodConfig(kd="reward", kd_coef=KD, advantage="dr_grpo")
+WITH_REWARD = (0, 1, 2, 3, 5)  # the fifth completion of some_rollouts has none
+
+
+def own_logprobs(model: Any, rollouts: Rollouts, r: int) -> Tensor:
+    """[T] log-probabilities of completion r, from the logits of the whole model."""
+    ids = torch.cat([rollouts.prompt_ids[r], rollouts.completion_ids[r]])
+    n = len(rollouts.completion_ids[r])
+    logits = model(input_ids=ids[None]).logits[0, -n - 1 : -1] / 0.8
+    return logits.log_softmax(-1).gather(1, ids[-n:, None]).squeeze(1)
+
+
+def shifted(policy: Policy, rollouts: Rollouts, seed: int) -> dict[int, Tensor]:
+    """Completion -> log-probabilities of another policy, ratios of 1/4 to 4 away."""
+    draw = torch.Generator().manual_seed(seed)
+    found = {}
+    with torch.no_grad():
+        for r in range(6):
+            own = own_logprobs(policy.model, rollouts, r)
+            found[r] = own + (torch.rand(len(own), generator=draw, dtype=own.dtype) - 0.5) * 2.7
+    return found
+
+
+def rows_of(
+    rollouts: Rollouts, rewards: Tensor, kd_weight: Tensor, budget: int, **more: Any
+) -> list:
+    return list(
+        pack(
+            rollouts,
+            advantages_R=torch.zeros(6),
+            weights_R=(~rewards.isnan()).float().flatten(),
+            kd_weight_R=kd_weight,
+            micro_batch_tokens=budget,
+            **more,
+        )
+    )
+
+
+@pytest.mark.parametrize("budget", [1, 12, 1000])
+def test_scores_are_those_of_the_models_own_logits(tiny: Callable[..., Any], budget: int) -> None:
+    policy, teacher = pair(tiny, REWARD, torch.float64, "qwen2")
+    rollouts, rewards = some_rollouts()
+    kd_weight = torch.tensor([1.0, 0.0, 0.5, 0.5, 1.0, 1.0])
+    found = score_rows(policy, teacher, rows_of(rollouts, rewards, kd_weight, budget))
+    assert sorted(found.logprobs) == list(WITH_REWARD)
+    total, count = 0.0, 0
+    for r in WITH_REWARD:
+        with torch.no_grad():
+            ours = own_logprobs(policy.model, rollouts, r)
+            gap = own_logprobs(teacher.model, rollouts, r) - ours
+        torch.testing.assert_close(found.logprobs[r], ours, rtol=1e-6, atol=1e-6)
+        expected = gap.sum().item() if kd_weight[r] > 0 else 0.0
+        assert found.gaps.get(r, 0.0) == pytest.approx(expected, rel=1e-6)
+        if kd_weight[r] > 0:
+            total, count = total - expected, count + len(ours)
+    assert token_means(found.sums)["kl_teacher"] == pytest.approx(total / count, rel=1e-6)
+
+
+def test_the_first_update_has_a_ratio_of_exactly_one(tiny: Callable[..., Any]) -> None:
+    policy, _ = pair(tiny, PRESETS["grpo"], torch.float32, "qwen2")
+    rollouts, rewards = some_rollouts()
+    rows = rows_of(rollouts, rewards, torch.zeros(6), 12)
+    scores = score_rows(policy, None, rows)
+    policy.train()
+    for row in rows_of(rollouts, rewards, torch.zeros(6), 12, old_logprobs=scores.logprobs):
+        out = policy(row, torch.tensor(1.0), None)
+        assert out.logprobs.requires_grad is False
+        assert torch.equal(out.logprobs, row.old_logprobs)
+
+
+@pytest.mark.parametrize("mode", ["none", "truncate", "mask"])
+@pytest.mark.parametrize("name", ["k2", "rkl sequence"])
+def test_off_policy_loss_is_that_of_the_models_own_logits(
+    tiny: Callable[..., Any], name: str, mode: str
+) -> None:
+    method = replace(METHODS[name], entropy_coef=0.0, sampler_correction=mode)
+    policy, teacher = pair(tiny, method, torch.float64, "qwen2")
+    rollouts, rewards = some_rollouts()
+    old = shifted(policy, rollouts, seed=1)
+    rollouts = replace(rollouts, logprobs=list(shifted(policy, rollouts, seed=2).values()))
+    factors: Mapping[int, Tensor] = {r: torch.ones(len(old[r])).double() for r in range(6)}
+    if mode != "none":
+        factors, _ = correction(old, rollouts, method)
+    advantages, kd_weight = grpo.completion_terms(rewards, method, 0)
+    weights, normalizer = grpo.token_weights(
+        rollouts.lengths, rewards.flatten(), method.token_weights, 9
+    )
+    found = off_policy_gradient(
+        policy,
+        teacher,
+        normalizer,
+        rollouts=rollouts,
+        advantages_R=advantages,
+        weights_R=weights,
+        kd_weight_R=kd_weight,
+        micro_batch_tokens=12,
+        old_logprobs=old,
+        sampler_weights=factors,
+    )
+
+    expected = torch.zeros((), dtype=torch.float64)
+    clipped, used = 0, 0
+    for r in WITH_REWARD:
+        logp = own_logprobs(policy.model, rollouts, r)
+        ratio, A = (logp - old[r]).exp(), advantages[r]
+        gain = torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A)
+        w = (old[r] - rollouts.logprobs[r]).exp()
+        w = {
+            "none": torch.ones_like(w),
+            "truncate": w.clamp(max=2),
+            "mask": w * ((w < 2) & (w > 0.5)),
+        }[mode]
+        kd = ratio.detach().clamp(max=2.0) * distillation(method, policy, teacher, rollouts, r)
+        expected = expected + weights[r] * (w * (-gain + kd_weight[r] * kd)).sum()
+        clipped += ((gain != ratio * A) & (w != 0)).sum().item()
+        used += (w != 0).sum().item()
+    policy.zero_grad()
+    (expected / normalizer).backward()
+
+    assert found[0].item() == pytest.approx((expected / normalizer).item(), rel=1e-6)
+    assert relative_error(found[1], [p.grad for p in policy.parameters()]) <= 1e-6
+    assert found[2]["clip_fraction"] == pytest.approx(clipped / used, rel=1e-6)
+    assert clipped > 0
+
+
+def distillation(
+    method: MethodConfig, policy: Policy, teacher: Teacher, rollouts: Rollouts, r: int
+) -> Tensor:
+    """[T] k2 or exact reverse KL of completion r, from whole models."""
+    if method.kd == "k2":
+        lq = own_logprobs(teacher.model, rollouts, r).detach()
+        return (own_logprobs(policy.model, rollouts, r) - lq).square() / 2
+    ids = torch.cat([rollouts.prompt_ids[r], rollouts.completion_ids[r]])[None]
+    n = len(rollouts.completion_ids[r])
+    p, q = (
+        (m.model(input_ids=ids).logits[0, -n - 1 : -1] / 0.8).log_softmax(-1)
+        for m in (policy, teacher)
+    )
+    return (p.exp() * (p - q.detach())).sum(dim=1)
+
+
+def off_policy_gradient(
+    policy: Policy, teacher: Teacher, normalizer: Tensor, **packing: Any
+) -> tuple[Tensor, list[Tensor], dict[str, float | None]]:
+    total, sums = torch.zeros((), dtype=torch.float64), {}
+    for batch in pack(**packing):
+        head = teacher(batch) if batch.needs_teacher else None
+        out = policy(batch, normalizer, head)
+        out.loss.backward()
+        total += out.loss.detach()
+        sums = add_sums(sums, out.sums)
+    return total, [p.grad.clone() for p in policy.parameters()], token_means(sums)
+
+
+def prepared(
+    policy: Policy,
+    teacher: Teacher | None,
+    rollouts: Rollouts,
+    method: MethodConfig,
+    updates: int,
+    lag: int = 0,
+) -> tuple[Terms, Stages]:
+    stages = Stages()
+    config = TrainConfig(
+        method=method,
+        sampling=SamplingConfig(prompts_per_step=3, group_size=2),
+        optim=OptimConfig(updates_per_rollout=updates, micro_batch_tokens=12),
+    )
+    rewards = some_rollouts()[1]
+    run: Any = SimpleNamespace(
+        config=config,
+        policy=policy,
+        teacher=teacher,
+        remote=None,
+        history=History(),
+        world=ALONE,
+    )
+    batch: Any = SimpleNamespace(rollouts=rollouts, rewards=rewards, lag=lag)
+    terms = prepare(run, batch, 0, stages)
+    return terms, stages
+
+
+def test_only_what_needs_scores_runs_a_model(
+    tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a model ran")
+
+    monkeypatch.setattr(Policy, "forward", refuse)
+    rollouts, _ = some_rollouts()
+    policy, teacher = pair(tiny, METHODS["k2"], torch.float32, "qwen2")
+    for name in ("grpo", "kd_rkl", "kdrl", "opd_then_rl"):
+        terms, stages = prepared(policy, teacher, rollouts, PRESETS[name], 1)
+        assert terms.old_logprobs is None
+        assert terms.sampler_weights is None
+        assert sorted(terms.metrics) == ["kd_coef", "policy_coef"]
+        assert stages.seconds == {}
+    corrected = replace(PRESETS["grpo"], sampler_correction="mask")
+    for method, updates in ((PRESETS["grpo"], 3), (corrected, 1), (REWARD, 1)):
+        with pytest.raises(AssertionError, match="a model ran"):
+            prepared(policy, teacher, rollouts, method, updates)
+
+
+def test_no_teacher_is_read_where_no_completion_is_rewarded_by_it(
+    tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, teacher = pair(tiny, REWARD, torch.float32, "qwen2")
+    rollouts, _ = some_rollouts()
+    read = prepared(policy, teacher, rollouts, REWARD, 1)[0]
+    assert read.metrics["kd_share"] == 1.0
+    assert abs(read.metrics["kl_teacher"]) > 0.1
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the teacher ran")
+
+    monkeypatch.setattr(Teacher, "forward", refuse)
+    off = replace(REWARD, kd_coef=ScheduleConfig(kind="switch", initial=0.0, steps=1))
+    terms = prepared(policy, teacher, rollouts, off, 1)[0]
+    assert terms.metrics["kd_share"] == 0.0
+    plain = grpo.completion_terms(some_rollouts()[1], replace(off, kd=None), 0)
+    torch.testing.assert_close((terms.advantages, terms.kd_weight), plain, rtol=0, atol=0)
+    prepared(policy, teacher, rollouts, METHODS["k2"], 3)  # old log-probabilities need none
+
+
+def test_shaped_advantages_by_hand(tiny: Callable[..., Any]) -> None:
+    policy, teacher = pair(tiny, REWARD, torch.float64, "qwen2")
+    rollouts, rewards = some_rollouts()
+    terms, stages = prepared(policy, teacher, rollouts, REWARD, 1)
+    with torch.no_grad():
+        shaped = [
+            rewards.flatten()[r].item()
+            + 0.3
+            * (own_logprobs(teacher.model, rollouts, r) - own_logprobs(policy.model, rollouts, r))
+            .sum()
+            .item()
+            for r in range(4)
+        ]
+    half = [(shaped[0] - shaped[1]) / 2, (shaped[2] - shaped[3]) / 2]
+    expected = [half[0], -half[0], half[1], -half[1], 0.0, 0.0]
+    assert terms.advantages.tolist() == pytest.approx(expected, rel=1e-5)
+    assert terms.kd_weight.tolist() == [0.0] * 6
+    assert list(stages.seconds) == ["score"]
+
+
+def test_correction_is_measured_over_all_tokens(tiny: Callable[..., Any]) -> None:
+    """The sampler gave the first token of every completion a quarter of the trainer's chance."""
+    rollouts, _ = some_rollouts()
+    policy, _ = pair(tiny, PRESETS["grpo"], torch.float64, "qwen2")
+    with torch.no_grad():
+        sampled = [own_logprobs(policy.model, rollouts, r) for r in range(6)]
+    for logprobs in sampled:
+        logprobs[0] -= torch.tensor(4.0).log()
+    rollouts = replace(rollouts, logprobs=sampled)
+    share = 5 / (4 + 9 + 1 + 5 + 2)  # of the completions with a reward
+    for mode, weight in (("truncate", 2.0), ("mask", 0.0)):
+        method = replace(PRESETS["grpo"], sampler_correction=mode)
+        terms, _ = prepared(policy, None, rollouts, method, 1)
+        assert terms.old_logprobs is None
+        for r in WITH_REWARD:
+            expected = [weight] + [1.0] * (len(sampled[r]) - 1)
+            assert terms.sampler_weights[r].tolist() == pytest.approx(expected, rel=1e-5)
+        assert terms.metrics["sampler_limited"] == pytest.approx(share)
+        assert terms.metrics["sampler_weight_mean"] == pytest.approx(1 + share * (weight - 1))
+        assert terms.metrics["sampler_gap_max"] == pytest.approx(1.3863, abs=1e-4)
+
+
+V = 3
+"""Of the tiny vocabulary whose sequences of two tokens are enumerated: four prefixes, V tokens."""
+
+
+def table(seed: int) -> Tensor:
+    """Logits [prefix, V]: of the first token, and of the second after each first one."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(V + 1, V, generator=draw, dtype=torch.float64)
+
+
+def sequence_logprobs(logits: Tensor) -> Tensor:
+    """[V, V, 2]: log-probability of each token of each sequence (y1, y2)."""
+    logp = logits.log_softmax(1)
+    first = logp[0][:, None].expand(V, V)
+    return torch.stack([first, logp[1:]], dim=2)
+
+
+def expected_gradient(student: Tensor, advantages: Tensor, weights: Tensor) -> Tensor:
+    """Gradient [prefix, V] of the sum over sequences and tokens of weight · policy-gradient loss.
+
+    advantages, weights: [V, V, 2].
+    """
+    first, second = torch.meshgrid(torch.arange(V), torch.arange(V), indexing="ij")
+    prefix = torch.stack([torch.zeros_like(first), 1 + first], dim=2).flatten()
+    tokens = torch.stack([first, second], dim=2).flatten()
+    logits = student.clone().requires_grad_()
+    kk.kdrl_loss(
+        logits[prefix],
+        torch.eye(V, dtype=torch.float64),
+        tokens,
+        advantages=advantages.flatten(),
+        token_weights=weights.flatten(),
+        normalizer=1.0,
+        objective=kk.Objective(kd=None),
+    ).loss.backward()
+    assert logits.grad is not None
+    return logits.grad
+
+
+def gradient_of(value: Callable[[Tensor], Tensor], student: Tensor) -> Tensor:
+    logits = student.clone().requires_grad_()
+    return torch.autograd.grad(value(logits), logits)[0]
+
+
+def test_a_shaped_reward_follows_the_kl_of_whole_sequences() -> None:
+    """In expectation its gradient is that of KL(p‖q) over sequences: the first token is held
+    responsible for the gap of the second, which the KD term of the loss does not do."""
+    student, teacher = table(0), table(1)
+    logp, logq = sequence_logprobs(student), sequence_logprobs(teacher)
+    chance = logp.sum(2).exp()[:, :, None].expand(V, V, 2)
+    gaps = (logq - logp).sum(2, keepdim=True).expand(V, V, 2)
+    found = expected_gradient(student, gaps, chance)
+
+    def sequence_kl(logits: Tensor) -> Tensor:
+        p = sequence_logprobs(logits).sum(2)
+        return (p.exp() * (p - logq.sum(2))).sum()
+
+    def token_kl(logits: Tensor) -> Tensor:
+        """Mean over prefixes as they are sampled, no gradient through which prefixes these are."""
+        p, q = logits.log_softmax(1), teacher.log_softmax(1)
+        kl = (p.exp() * (p - q)).sum(1)
+        return kl[0] + (p[0].exp().detach() * kl[1:]).sum()
+
+    torch.testing.assert_close(found, gradient_of(sequence_kl, student), rtol=1e-10, atol=1e-12)
+    other = gradient_of(token_kl, student)
+    assert (found[0] - other[0]).abs().max() > 0.01
+    torch.testing.assert_close(found[1:], other[1:], rtol=1e-10, atol=1e-12)
+
+
+def test_importance_weights_undo_another_sampler_in_expectation() -> None:
+    """Tokens drawn from the sampler, prefix given: with w = p / s the policy gradient is that of
+    the trainer's own samples; a cap or a mask leaves exactly the tokens beyond it."""
+    student, sampler = table(0), table(2)
+    p, s = student.log_softmax(1), sampler.log_softmax(1)
+    rewards = torch.linspace(-1, 2, V, dtype=torch.float64).expand(V + 1, V)
+
+    def one_token(weights: Tensor) -> Tensor:
+        logits = student.clone().requires_grad_()
+        kk.kdrl_loss(
+            logits.repeat_interleave(V, dim=0),
+            torch.eye(V, dtype=torch.float64),
+            torch.arange(V).repeat(V + 1),
+            advantages=rewards.flatten(),
+            token_weights=(s.exp() * weights).flatten(),
+            normalizer=1.0,
+            objective=kk.Objective(kd=None),
+        ).loss.backward()
+        return logits.grad
+
+    exact = gradient_of(lambda logits: -(logits.softmax(1) * rewards).sum(), student)
+    free, held = grpo.sampler_weights(p, s, "truncate", 1e9)
+    assert not held.any()
+    torch.testing.assert_close(one_token(free), exact, rtol=1e-10, atol=1e-12)
+    assert (one_token(torch.ones_like(free)) - exact).abs().max() > 0.01
+    for mode in ("truncate", "mask"):
+        weights, held = grpo.sampler_weights(p, s, mode, 1.5)
+        assert held.any()
+        lost = one_token((free - weights) * held)
+        torch.testing.assert_close(one_token(weights) + lost, exact, rtol=1e-10, atol=1e-12)
+        assert lost.abs().max() > 0.01

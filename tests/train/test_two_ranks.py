@@ -1,0 +1,310 @@
+"""Several ranks do what one process does, and stop together. Sampled tokens are the same: their
+draws do not depend on ranks. Sums are taken in another order, hence the tolerances."""
+
+import io
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from transformers import AutoModelForCausalLM
+
+from kdrl_train import train
+from kdrl_train.config import EvalConfig, LogConfig, OptimConfig, SamplingConfig, TrainConfig
+from kdrl_train.config_file import save_yaml
+from kdrl_train.method import grpo
+from kdrl_train.method.config import ScheduleConfig
+from kdrl_train.method.presets import PRESETS
+from kdrl_train.model.policy import Policy
+from kdrl_train.runfolder import checkpoint
+from kdrl_train.runfolder.log import read_rows
+from tests.train.conftest import EXACT
+from tests.train.ranks import train_ranks
+from tests.train.test_train import without_times
+
+Config = Callable[..., TrainConfig]
+ONE = OptimConfig(learning_rate=1e-3, micro_batch_tokens=1)
+
+
+def alone(config: TrainConfig) -> list[dict[str, Any]]:
+    train.main(config, Console(file=io.StringIO()))
+    return read_rows(config.out)
+
+
+def together(config: TrainConfig, ranks: int, **options: Any) -> list[dict[str, Any]]:
+    said = train_ranks(config, ranks, **options)
+    assert said[0].splitlines()[-1].startswith("saved "), said
+    assert not any(said[1:]), said
+    return read_rows(config.out)
+
+
+def assert_same_metrics(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert len(found) == len(expected)
+    for row, other in zip(without_times(found), without_times(expected), strict=True):
+        assert set(row) == set(other)
+        for name, value in other.items():
+            rounding = 1e-5 if name.startswith("sampler_gap") else 1e-6  # a gap is rounding alone
+            near = value if value is None else pytest.approx(value, rel=1e-4, abs=rounding)
+            assert row[name] == near, (row["step"], name)
+
+
+def gradient(config: TrainConfig) -> dict[str, Tensor]:
+    """First moments of AdamW after the first step: the clipped gradient times 1 - beta_1."""
+    model = AutoModelForCausalLM.from_pretrained(config.model.policy)
+    policy = Policy(model, config.method)
+    optimizer = torch.optim.AdamW(policy.parameters())
+    state = get_state_dict(policy, optimizer)
+    found = {"model": state[0], "optimizer": state[1]}
+    checkpoint._read_into(found, config.out / "checkpoints" / "step_000001")
+    return {name: one["exp_avg"] for name, one in found["optimizer"]["state"].items()}
+
+
+@pytest.mark.parametrize("policy", ["student", "llama"])  # a tied head, and one of its own
+@pytest.mark.parametrize(("ranks", "tokens"), [(1, 64), (2, 64), (2, 1), (3, 1000)], ids=str)
+def test_ranks_learn_what_one_process_learns(
+    config: Config, ranks: int, tokens: int, policy: str
+) -> None:
+    optim = OptimConfig(learning_rate=1e-3, micro_batch_tokens=tokens)
+    settings = {"steps": 5, "save_every": 1, "keep_checkpoints": 5, "policy": policy}
+    whole, parts = config("whole", **settings), config("parts", optim=optim, **settings)
+    assert_same_metrics(together(parts, ranks), alone(whole))
+    theirs = gradient(whole)
+    for name, ours in gradient(parts).items():
+        torch.testing.assert_close(ours, theirs[name], rtol=1e-4, atol=1e-7, msg=name)
+    after = dict(AutoModelForCausalLM.from_pretrained(whole.out / "model").named_parameters())
+    saved = AutoModelForCausalLM.from_pretrained(parts.out / "model")
+    for name, weight in saved.named_parameters():
+        moved = (weight - after[name]).abs().mean()
+        if not name.endswith("k_proj.bias"):  # a key's bias has no gradient but rounding
+            assert moved < 1e-6, name  # of steps of 1e-3
+
+
+SHAPED = replace(PRESETS["reward_shaping"], kd_coef=ScheduleConfig(initial=0.5, final=0.5))
+BUDGET = ScheduleConfig(kind="kl_budget", initial=0.1, target_kl=2.0, gain=0.4, bounds=(0.05, 0.3))
+VARIANTS: dict[str, dict[str, Any]] = {
+    "reward shaping": {"method": SHAPED},
+    "budget": {"method": replace(PRESETS["kdrl"], kd_coef=BUDGET, kd_mask="wrong")},
+    "updates": {"optim": replace(ONE, updates_per_rollout=2)},
+    "correction": {"method": replace(EXACT, sampler_correction="mask")},
+    "measured": {"log": LogConfig(diagnostics_every=1)},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_method_is_the_same_on_two_ranks(config: Config, name: str) -> None:
+    settings = dict(VARIANTS[name])
+    if name == "measured":  # the first micro-batches of all ranks: here the whole step
+        settings["optim"] = replace(ONE, micro_batch_tokens=9999)
+        settings["eval"] = EvalConfig(data=config().data, every=2, samples=3, max_problems=5)
+    whole, parts = (config(out, **settings) for out in ("whole", "parts"))
+    assert_same_metrics(together(parts, 2), alone(whole))
+
+
+def test_a_rank_without_tokens_learns_too(config: Config) -> None:
+    sampling = SamplingConfig(prompts_per_step=1, group_size=2, max_new_tokens=8)
+    whole, parts = (config(name, sampling=sampling, optim=ONE) for name in ("whole", "parts"))
+    assert_same_metrics(together(parts, 3), alone(whole))
+
+
+def test_bfloat16_ranks_keep_float32_weights(config: Config) -> None:
+    base = config(steps=1)
+    settings = replace(base, model=replace(base.model, dtype="bfloat16"))
+    (row,) = together(settings, 2)
+    (exact,) = alone(config("float32", steps=1))
+    assert row["kl_teacher"] == pytest.approx(exact["kl_teacher"], rel=0.1)
+    assert 1e-6 < row["sampler_gap_mean"] < 0.05
+    before = AutoModelForCausalLM.from_pretrained(base.model.policy)
+    old = dict(before.named_parameters())
+    saved = AutoModelForCausalLM.from_pretrained(settings.out / "model")
+    for name, weight in saved.named_parameters():
+        assert weight.dtype == torch.float32
+        assert (weight - old[name]).abs().max().item() == pytest.approx(1e-3, rel=1e-2), name
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2), (2, 3)])
+def test_a_run_resumes_on_another_number_of_ranks(config: Config, first: int, then: int) -> None:
+    whole, parts = config("whole", steps=4), config("parts", steps=2)
+    expected = alone(whole)
+    together(parts, first)
+    found = together(replace(parts, steps=4, resume=True), then)
+    assert_same_metrics(found, expected)
+
+
+def test_a_checkpoint_of_one_process_is_read_by_ranks(config: Config) -> None:
+    whole, parts = config("whole", steps=4), config("parts", steps=2)
+    expected = alone(whole)
+    alone(parts)
+    assert_same_metrics(together(replace(parts, steps=3, resume=True), 2), expected[:3])
+    assert_same_metrics(alone(replace(parts, steps=4, resume=True)), expected)
+
+
+def test_weights_alone_start_another_run(config: Config) -> None:
+    source = config("source", steps=2)
+    alone(source)
+    weights = source.out / "checkpoints" / "step_000002"
+    after = dict(
+        AutoModelForCausalLM.from_pretrained(config("source").out / "model").named_parameters()
+    )
+    for name, run in (("alone", alone), ("ranks", lambda settings: together(settings, 2))):
+        base = config(name, steps=1)
+        settings = replace(base, model=replace(base.model, weights=weights))
+        (row,) = run(settings)
+        assert row["step"] == 0
+        old = dict(AutoModelForCausalLM.from_pretrained(settings.out / "model").named_parameters())
+        furthest = max((old[key] - after[key]).abs().max().item() for key in after)
+        assert furthest == pytest.approx(1e-3, rel=1e-2)  # one step of a fresh AdamW from there
+
+
+def fail_on_second_rank(rank: int) -> None:
+    if rank == 1:
+
+        def fail(*_: object, **__: object) -> None:
+            raise OSError("the disk of rank 1 is gone")
+
+        train.collect.__globals__["_own_part"] = fail
+
+
+def test_an_error_of_one_rank_stops_all(config: Config) -> None:
+    said = train_ranks(config(), 2, sabotage=fail_on_second_rank)
+    for words in said:
+        assert words.endswith("RankError: rank 1 stopped with OSError: the disk of rank 1 is gone")
+
+
+def verify_slowly_on_second_rank(rank: int) -> None:
+    if rank == 1:
+        own_part = train.collect.__globals__["_own_part"]
+
+        def slow(*arguments: Any) -> Any:
+            time.sleep(0.5)
+            return own_part(*arguments)
+
+        train.collect.__globals__["_own_part"] = slow
+
+
+def test_waiting_for_the_slowest_rank_is_a_stage(config: Config) -> None:
+    (row,) = together(config(steps=1), 2, sabotage=verify_slowly_on_second_rank)
+    assert 0.3 < row["seconds_wait"] < row["seconds"]
+    assert "tokens_per_s_wait" not in row
+
+
+def make_loss_infinite(rank: int) -> None:
+    terms = grpo.completion_terms
+
+    def broken(rewards: Tensor, method: Any, step: int, *more: Any) -> tuple[Tensor, Tensor]:
+        advantages, kd_weight = terms(rewards, method, step, *more)
+        advantages[rank] = float("inf") if step and rank == 0 else advantages[rank]
+        return advantages, kd_weight
+
+    grpo.completion_terms = broken
+
+
+def test_all_ranks_stop_before_a_step_that_is_not_finite(config: Config) -> None:
+    settings = config(steps=3)
+    said = train_ranks(settings, 2, sabotage=make_loss_infinite)
+    for words in said:
+        assert "FloatingPointError: loss and gradient norm must be finite" in words
+        assert "at step 1: stopped before the optimiser step" in words
+    assert [row["step"] for row in read_rows(settings.out)] == [0]
+    assert (settings.out / "failed_step_000001.pt").exists()
+    assert (settings.out / "checkpoints" / "step_000001").exists()  # the weights that met it
+
+
+def skip_a_push(_rank: int) -> None:
+    from kdrl_train.rollouts.engines.generate import GenerateEngine  # noqa: PLC0415
+
+    load = GenerateEngine.load
+
+    def skip_second(self: Any, policy: Policy, version: int) -> None:
+        if version != 1:
+            load(self, policy, version)
+
+    GenerateEngine.load = skip_second
+
+
+def push_nothing_but_say_so(_rank: int) -> None:
+    from kdrl_train.rollouts.engines.generate import GenerateEngine  # noqa: PLC0415
+
+    def pretend(self: Any, _policy: Policy, version: int) -> None:
+        self.version = version
+
+    GenerateEngine.load = pretend
+
+
+def leave_the_tied_head_stale(_rank: int) -> None:
+    from kdrl_train.rollouts.engines.generate import GenerateEngine  # noqa: PLC0415
+
+    load = GenerateEngine.load
+
+    def stale(self: Any, policy: Policy, version: int) -> None:
+        head = self.model.get_output_embeddings()
+        if head.weight is self.model.get_input_embeddings().weight:
+            head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        old = head.weight
+        head.weight = self.model.get_input_embeddings().weight
+        load(self, policy, version)
+        head.weight = old
+
+    GenerateEngine.load = stale
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "message"),
+    [
+        (
+            skip_a_push,
+            "EngineError: rollouts of step 2 must come from the weights after 1",
+        ),
+        (push_nothing_but_say_so, "EngineError: the engine's log-probabilities must be within"),
+        (leave_the_tied_head_stale, "EngineError: the engine's log-probabilities must be within"),
+    ],
+)
+def test_an_engine_with_other_weights_stops_the_run(
+    config: Config, sabotage: Any, message: str
+) -> None:
+    settings = config(steps=3)
+    for words in train_ranks(settings, 2, sabotage=sabotage):
+        assert message in words
+    assert [row["step"] for row in read_rows(settings.out)] == [0]
+
+
+def test_the_same_engine_without_sabotage_agrees(config: Config) -> None:
+    for row in together(config(), 2):
+        assert row["sampler_gap_mean"] < 1e-5
+
+
+def test_the_limit_of_the_gap_can_be_set(config: Config) -> None:
+    base = config(steps=1)
+    settings = replace(base, engine=replace(base.engine, max_gap=1e-12))
+    with pytest.raises(RuntimeError, match=r"within engine.max_gap = 1e-12 nats"):
+        alone(settings)
+    assert read_rows(settings.out) == []
+    assert not (settings.out / "checkpoints").exists()
+
+
+def test_the_folder_of_a_run_is_whole(config: Config) -> None:
+    settings = config(steps=2, save_every=1)
+    together(settings, 2)
+    names = sorted(path.name for path in (settings.out / "checkpoints").iterdir())
+    assert names == ["LATEST", "step_000001", "step_000002"]
+    assert (settings.out / "checkpoints" / "LATEST").read_text() == "step_000002\n"
+    assert Path(settings.out / "samples" / "step_000001.jsonl").exists()
+
+
+def test_torchrun_starts_it(config: Config) -> None:
+    settings = config(steps=2)
+    save_yaml(settings, settings.out.with_suffix(".yaml"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "kdrl_train", "train"]
+    command += ["--config", str(settings.out.with_suffix(".yaml"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("step 2/2") == 1  # rank 0 alone speaks
+    assert_same_metrics(read_rows(settings.out), alone(config("whole", steps=2)))

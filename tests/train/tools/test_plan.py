@@ -1,0 +1,157 @@
+"""plan, the command: what fits, what does not and why, its files and its messages."""
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from kdrl_train import cli
+from kdrl_train.config import ModelConfig, OptimConfig, SamplingConfig, TrainConfig
+from kdrl_train.config_file import save_yaml, to_dict
+from kdrl_train.method.presets import PRESETS
+from kdrl_train.tools.plan import command
+from kdrl_train.tools.plan.command import PlanConfig
+from tests.train.estimate_cases import POLICY, write_config
+
+
+def arguments(models: dict[str, str], **changes: str) -> list[str]:
+    options = {
+        "model.policy": models["7b"],
+        "model.teacher": models["7b"],
+        "model.dtype": "bfloat16",
+        "gpus": "64",
+        "sampling.max-new-tokens": "8192",
+        "sampling.batch-size": "64",
+    } | changes
+    return ["plan", *(part for key, value in options.items() for part in (f"--{key}", value))]
+
+
+def test_a_plan_that_fits(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "plan.json"
+    options = arguments(models, json=str(path), **{"optim.micro-batch-tokens": "9216"})
+    assert cli.main([*options, "--model.gradient-checkpointing"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "fits" in out
+    assert "estimate" in out
+    saved = json.loads(path.read_text())
+    assert saved["fits"]
+    assert saved["causes"] == {}
+    assert saved["peak_bytes"] == max(saved["moments"].values()) < saved["limit_bytes"] == 76e9
+    weights = next(t for t in saved["memory"] if t["name"] == "weights, float32")
+    assert weights["value"] == 4 * 7_615_616_512 / 64
+    assert saved["loading_bytes"] == 4 * 7_615_616_512
+    assert "rank 0 takes 30.46 GB of CPU memory" in out
+    assert saved["seconds"] >= saved["seconds_communication_hidden"] > 0
+    assert saved["tokens_per_s"] == pytest.approx(64 * 8 * 8192 / saved["seconds"])
+
+
+def test_what_does_not_fit_is_named_with_its_remedy(models: dict[str, str]) -> None:
+    config = PlanConfig(
+        model=ModelConfig(policy=models["7b"], dtype="bfloat16"),
+        method=PRESETS["grpo"],
+        optim=OptimConfig(micro_batch_tokens=16384),
+        gpus=8,
+    )
+    found = command.make_plan(config)
+    assert not found.fits
+    causes = {term.name: term.remedy for term in found.causes}
+    kept = "--model.gradient-checkpointing, or lower optim.micro_batch_tokens"
+    assert causes["activations"] == kept
+    out = io.StringIO()
+    assert command.main(config, Console(file=out, width=250)) == 1
+    text = out.getvalue()
+    line = next(line for line in text.splitlines() if line.startswith("│ activations "))
+    assert kept in line
+    assert "does not fit" in text
+    assert "GB over" in text
+    recomputed = replace(config, model=replace(config.model, gradient_checkpointing=True))
+    assert command.make_plan(recomputed).peak < found.peak
+
+
+def test_causes_are_the_largest_terms_that_exceed(models: dict[str, str]) -> None:
+    """One byte too much blames one term; all of it blames everything that has a remedy."""
+    found = command.make_plan(
+        PlanConfig(
+            model=ModelConfig(policy=models["7b"], teacher=models["7b"]),
+            sampling=SamplingConfig(batch_size=8),
+            gpus=1,
+        )
+    )
+    worst = max(found.moments, key=lambda name: found.moments[name])
+    largest = max(
+        (t for t in found.memory if worst in t.when and t.remedy), key=lambda term: term.value
+    )
+    assert replace(found, limit=found.peak - 1).causes == [largest]
+    assert replace(found, limit=found.peak).causes == []
+    everything = {term.name for term in found.memory if term.remedy}
+    assert {term.name for term in replace(found, limit=0.0).causes} == everything
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gpus": "0"}, "gpus must be at least 1, got 0"),
+        ({"gpu-memory": "-1"}, "gpu_memory must be positive and finite, got -1.0"),
+        ({"reserve": "1"}, "reserve must be at least 0 and below 1, got 1.0"),
+        ({"gemm-share": "0"}, "gemm_share must be in (0, 1], got 0.0"),
+        ({"tokens": "8193"}, "tokens must be from 1 to sampling.max_new_tokens = 8192, got 8193"),
+        ({"prompt-tokens": "0"}, "prompt_tokens must be from 1 to data.max_prompt_tokens = 1024"),
+        ({"optim.head-impl": "reference"}, "optim.head_impl must not be reference"),
+        ({"optim.workspace-bytes": "1000"}, "workspace_bytes must be at least"),
+        ({"model.policy": ""}, "model.policy must name a folder or hub id, got nothing"),
+        ({"model.policy": "/nowhere"}, "model.policy must be a folder with the config.json"),
+    ],
+    ids=lambda part: next(iter(part)) if isinstance(part, dict) else "",
+)
+def test_bad_input_is_named(
+    models: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, str],
+    message: str,
+) -> None:
+    assert cli.main(arguments(models, **change)) == 1
+    captured = capsys.readouterr()
+    text = " ".join((captured.out + captured.err).replace("│", " ").split())
+    assert message in text
+
+
+def test_a_missing_teacher_and_a_mixture_of_experts_are_named(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    model = ModelConfig(policy=models["tied"])
+    with pytest.raises(ValueError, match=r"model\.teacher must name a folder or hub id"):
+        command.make_plan(PlanConfig(model=model))
+    experts = write_config(tmp_path / "moe", "mixtral", **POLICY, num_local_experts=4)
+    with pytest.raises(ValueError, match=r"model\.policy = .*dense decoder.*experts = 4"):
+        command.make_plan(PlanConfig(model=ModelConfig(policy=experts)))
+    gpt2 = write_config(tmp_path / "gpt2", "gpt2")
+    with pytest.raises(ValueError, match=r"dense decoder, got GPT2.* \(without intermediate_size"):
+        command.make_plan(PlanConfig(model=ModelConfig(policy=gpt2)))
+
+
+def test_a_run_s_own_config_and_a_preset(models: dict[str, str], tmp_path: Path) -> None:
+    run = TrainConfig(model=ModelConfig(policy=models["tied"], teacher=models["teacher"]))
+    save_yaml(run, tmp_path / "config.yaml")
+    path = tmp_path / "plan.json"
+    options = ["plan", "--config", str(tmp_path / "config.yaml"), "--json", str(path)]
+    assert cli.main(options) == 0
+    names = {term["name"] for term in json.loads(path.read_text())["memory"]}
+    assert "teacher" in names
+    options = ["plan", "--model.policy", models["tied"], "--preset", "grpo", "--json", str(path)]
+    assert cli.main(options) == 0
+    names = {term["name"] for term in json.loads(path.read_text())["memory"]}
+    assert "teacher" not in names
+
+
+def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["plan", "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for name in to_dict(PlanConfig()):
+        assert name.replace("_", "-") in out, name

@@ -1,0 +1,84 @@
+"""replay: the completion that broke a step is found."""
+
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from kdrl_train.cli import main
+from kdrl_train.config import TrainConfig
+from kdrl_train.method import grpo
+from kdrl_train.tools import replay
+from tests.train.conftest import EXACT
+from tests.train.test_train import run
+
+Config = Callable[..., TrainConfig]
+
+
+@pytest.fixture
+def failed(config: Config, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The dump of a step whose fourth completion has an infinite advantage."""
+    terms = grpo.completion_terms
+
+    def broken(rewards: Tensor, method: Any, step: int, *more: Any) -> tuple[Tensor, Tensor]:
+        advantages, kd_weight = terms(rewards, method, step, *more)
+        if step == 2:
+            advantages[3] = math.inf
+        return advantages, kd_weight
+
+    monkeypatch.setattr(grpo, "completion_terms", broken)
+    settings = config(steps=4)
+    with pytest.raises(FloatingPointError, match=r"replay --file` takes apart"):
+        run(settings)
+    return settings.out / "failed_step_000002.pt"
+
+
+def test_the_culprit_is_named(failed: Path) -> None:
+    out = io.StringIO()
+    found = replay.main(replay.ReplayConfig(file=failed), Console(file=out, width=200))
+    assert [one.index for one in found if not one.finite] == [3]
+    assert sorted(one.index for one in found) == list(range(16))
+    words = out.getvalue()
+    assert "step 2: 1 of 16 not finite" in words
+    assert sum("task.jsonl:" in line for line in words.splitlines()) == 11
+    out = io.StringIO()
+    replay.main(replay.ReplayConfig(file=failed, all=True), Console(file=out, width=200))
+    assert sum("task.jsonl:" in line for line in out.getvalue().splitlines()) == 16
+
+
+def test_numbers_are_those_of_the_step(
+    failed: Path, monkeypatch: pytest.MonkeyPatch, config: Config
+) -> None:
+    """Without the culprit the losses sum to that of a run that was not broken."""
+    monkeypatch.undo()
+    dump = torch.load(failed)
+    dump["advantages"], dump["kd_weight"] = grpo.completion_terms(dump["rewards"], EXACT, 2)
+    torch.save(dump, failed)
+    found = replay.main(replay.ReplayConfig(file=failed), Console(file=io.StringIO()))
+    assert all(one.finite for one in found)
+    rows = run(config("whole", steps=3))
+    assert sum(one.loss for one in found) == pytest.approx(rows[2]["loss"], rel=1e-4)
+    for one in found:
+        assert one.tokens == len(dump["completion_ids"][one.index])
+        assert one.lowest_logprob == pytest.approx(dump["logprobs"][one.index].min().item(), 1e-4)
+
+
+def test_what_is_no_dump_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "other.pt").write_bytes(b"nothing")
+    for name in ("other.pt", "missing.pt"):
+        assert main(["replay", "--file", str(tmp_path / name)]) == 1
+        assert "file must be a failed_step_XXXXXX.pt" in capsys.readouterr().err
+
+
+def test_a_missing_checkpoint_is_named(failed: Path) -> None:
+    place = failed.parent / "checkpoints" / "step_000002"
+    for file in place.iterdir():
+        file.unlink()
+    with pytest.raises(ValueError, match=r"step_000002 must be a checkpoint folder"):
+        replay.main(replay.ReplayConfig(file=failed), Console(file=io.StringIO()))

@@ -1,0 +1,264 @@
+"""sft and scratch: what is learnt, in which order, and what transformers loads back."""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kdrl_train.config import DataConfig
+from kdrl_train.runfolder import jsonl
+from kdrl_train.tools import sft
+from kdrl_train.tools.sft import Row, SftConfig
+from kdrl_train.tools.toy import make_arithmetic
+from kdrl_train.tools.toy.models import ArchitectureConfig, make_model, train_tokenizer
+
+FAMILIES = ("qwen2", "qwen3", "llama")
+QUIET = Console(quiet=True)
+TINY = ArchitectureConfig(hidden=16, layers=1, heads=2, kv_heads=1, intermediate=32)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("task") / "train.jsonl"
+    jsonl.write(path, make_arithmetic(64, seed=0))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(task: Path):
+    rows = [json.loads(line) for line in task.read_text().splitlines()]
+    return train_tokenizer((row["solution"] for row in rows), vocab_size=270)
+
+
+def config_for(task: Path, **fields) -> SftConfig:
+    data = DataConfig(path=str(task), prompt_template="{prompt}\n")
+    return SftConfig(**({"data": data, "architecture": TINY, "vocab_size": 270} | fields))
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    text = (folder / "sft_metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+TEXTS = [
+    "12*34=408\n#### 408",
+    "don't  stop\r\n\r\n x_1 = \\frac{1}{2}  ",
+    "Zoë 数学 🙂 ½",
+    "",
+    " ",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=repr)
+def test_text_round_trips_and_digits_stay_apart(tokenizer, text: str) -> None:
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    for token in tokenizer.convert_ids_to_tokens(ids):
+        assert len(token) == 1 or not any(c in "0123456789" for c in token)
+    assert not set(ids) & set(tokenizer.all_special_ids)
+
+
+def test_merges_are_learnt_up_to_vocab_size(tokenizer) -> None:
+    assert 259 < len(tokenizer) <= 270
+    assert len(tokenizer("####")["input_ids"]) == 1
+    assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}) == 3
+
+
+def test_a_vocabulary_without_room_for_the_bytes_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"vocab_size must be at least 259 .* got 258"):
+        train_tokenizer(["a"], vocab_size=258)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_folder_is_the_model_and_the_tokenizer(
+    task: Path, tokenizer, tmp_path: Path, family: str, tied: bool
+) -> None:
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    shape = ArchitectureConfig(
+        family=family, hidden=16, layers=1, heads=2, kv_heads=1, tied=tied, rope_theta=50.0
+    )
+    config = config_for(
+        task,
+        out=tmp_path / "model",
+        architecture=shape,
+        tokenizer=str(tmp_path / "tokenizer"),
+        steps=3,
+        batch_tokens=256,
+    )
+    assert sft.main(config, QUIET) == tmp_path / "model"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert model.config.model_type == family
+    assert model.dtype == torch.float32
+    assert model.config.rope_parameters["rope_theta"] == 50.0
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    assert (embedding is head) == tied
+    assert len(embedding) == len(tokenizer)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "model")  # by the model's type, too
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    assert (loaded.eos_token_id, loaded.pad_token_id) == (
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    )
+    for text in TEXTS:
+        assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
+    fresh = make_model(shape, tokenizer, config.seed)
+    assert not torch.equal(model.base_model.norm.weight, fresh.base_model.norm.weight)
+    rows = metrics(tmp_path / "model")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "tokenizer"]
+
+
+def test_a_model_is_a_function_of_its_seed_and_leaves_the_global_one(tokenizer) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    weights = [make_model(TINY, tokenizer, seed).lm_head.weight for seed in (1, 1, 2)]
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_training_learns_and_two_runs_are_equal(task: Path, tmp_path: Path) -> None:
+    losses = []
+    for name in ("a", "b"):
+        config = config_for(
+            task, out=tmp_path / name, steps=150, batch_tokens=512, learning_rate=1e-2
+        )
+        sft.main(config, QUIET)
+        rows = metrics(tmp_path / name)
+        losses.append([row["loss"] for row in rows])
+    assert losses[0] == losses[1]
+    assert losses[0][0] > 5.4  # log(264) nats: it knows nothing
+    assert sum(losses[0][-5:]) / 5 < 2.5  # which tokens occur, and in what order
+
+
+@pytest.mark.parametrize("learn_prompts", [False, True])
+def test_gradient_is_that_of_each_row_alone(tokenizer, learn_prompts: bool) -> None:
+    model = make_model(TINY, tokenizer, seed=0).double()
+    rows = [Row([5, 6, 7], [8, 9, 2]), Row([5], [6, 2]), Row([], [7, 8, 2]), Row([9], [7] * 9)]
+    assert len(sft.parts(rows)) > 1
+    nll, tokens = torch.zeros((), dtype=torch.float64), 0
+    for row in rows:
+        ids = torch.tensor(row.prompt + row.solution)
+        first = 1 if learn_prompts else max(1, len(row.prompt))
+        logits = model(input_ids=ids[None]).logits[0, first - 1 : -1]
+        nll = nll + F.cross_entropy(logits, ids[first:], reduction="sum")
+        tokens += len(ids) - first
+    expected = torch.autograd.grad(nll / tokens, list(model.parameters()))
+    loss, counted = sft.backward(model, rows, tokenizer.pad_token_id, learn_prompts)
+    assert counted == tokens
+    assert loss == pytest.approx((nll / tokens).item(), rel=1e-6)
+    for parameter, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, grad, rtol=1e-5, atol=1e-7)
+
+
+def test_batches_hold_every_row_once_within_the_budget() -> None:
+    lengths = [(7 * i) % 40 + 1 for i in range(200)] + [500]
+    found = sft.batches(lengths, 128, seed=3, epoch=0)
+    assert sorted(i for batch in found for i in batch) == list(range(201))
+    for batch in found:
+        assert batch == [200] or sum(lengths[i] for i in batch) <= 128
+    for left, right in itertools.pairwise(found):  # none could have taken one more
+        assert sum(lengths[i] for i in [*left, right[0]]) > 128
+    assert sft.batches(lengths, 128, seed=3, epoch=0) == found
+    assert sft.batches(lengths, 128, seed=3, epoch=1) != found
+    assert sft.batches(lengths, 128, seed=4, epoch=0) != found
+
+
+def test_parts_hold_every_row_once_with_little_padding() -> None:
+    rows = [Row([i], [0] * ((7 * i) % 40 + 1)) for i in range(60)]
+    found = sft.parts(rows)
+    assert sorted(row.prompt[0] for part in found for row in part) == list(range(60))
+    for part in found:
+        assert len(part) * max(map(len, part)) <= 1.25 * sum(map(len, part))
+    assert 1 < len(found) < 12
+    assert len(sft.parts([rows[0]] * 9)) == 1
+
+
+def test_learning_rate_by_hand(task: Path) -> None:
+    config = config_for(task, learning_rate=1.0, warmup_steps=4, steps=100)
+    assert sft.learning_rate_at(config, 0, 0.0) == pytest.approx(0.25)
+    assert sft.learning_rate_at(config, 3, 0.0) == pytest.approx(1.0)
+    assert sft.learning_rate_at(config, 50, 0.5) == pytest.approx(0.525)  # 0.05 + 0.95 / 2
+    assert sft.learning_rate_at(config, 99, 1.0) == pytest.approx(0.05)
+
+
+def test_minutes_end_a_run_early(task: Path, tmp_path: Path) -> None:
+    config = config_for(task, out=tmp_path / "m", steps=10**6, minutes=0.01, batch_tokens=256)
+    sft.main(config, QUIET)
+    rows = metrics(tmp_path / "m")
+    assert 1 <= len(rows) < 10**6
+    assert rows[-1]["seconds"] < 30
+    assert rows[-1]["learning_rate"] < config.learning_rate
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(task: Path, tokenizer) -> None:
+    model = make_model(TINY, tokenizer, seed=0)
+    with torch.no_grad():
+        model.lm_head.weight[4] = torch.inf
+    before = model.base_model.norm.weight.clone()
+    config = config_for(task, steps=2)
+    rows = [Row([5], [6, tokenizer.eos_token_id])]
+    with pytest.raises(FloatingPointError, match=r"must be finite, got .* at step 0; lower learn"):
+        sft.fit(model, rows, tokenizer.pad_token_id, config, QUIET)
+    assert torch.equal(model.base_model.norm.weight, before)
+
+
+def test_rows_are_what_train_sends_then_the_solution(task: Path, tokenizer) -> None:
+    config = config_for(task)
+    solutions = sft.read_solutions(config)
+    rows = sft.encode_rows(tokenizer, solutions, config, config.architecture.max_positions)
+    first = make_arithmetic(1, seed=0)[0]
+    assert len(rows) == 64
+    assert tokenizer.decode(rows[0].prompt) == first["question"] + "\n"
+    assert tokenizer.decode(rows[0].solution) == first["solution"] + tokenizer.eos_token
+    assert solutions[0][0].answer == first["answer"]
+
+
+def test_a_row_too_long_is_named(task: Path, tokenizer) -> None:
+    config = config_for(task)
+    with pytest.raises(ValueError, match=r"max_positions must be .* of train.jsonl:\d+, got 20"):
+        sft.encode_rows(tokenizer, sft.read_solutions(config), config, longest=20)
+
+
+def test_it_goes_on_from_a_model(task: Path, tmp_path: Path) -> None:
+    first = sft.main(config_for(task, out=tmp_path / "first", steps=3), QUIET)
+    small = {"learning_rate": 1e-9, "weight_decay": 0.0, "steps": 1}
+    settings = config_for(task, out=tmp_path / "second", model=str(first), **small)
+    second = sft.main(settings, QUIET)
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (first, second)
+    )
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, rtol=0, atol=1e-7)
+    with pytest.raises(ValueError, match="tokenizer must be None beside a model"):
+        replace(settings, tokenizer=str(first))
+
+
+def test_bad_settings_are_named(task: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"out must be a new folder, got .* remove it"):
+        sft.main(config_for(task, out=tmp_path), QUIET)
+    with pytest.raises(ValueError, match=r"solution_column must be a column of train.jsonl:1, .*"):
+        sft.main(config_for(task, out=tmp_path / "x", solution_column="proof"), QUIET)
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(ValueError, match=r"hidden must be a multiple of 2 \* heads .* heads = 4"):
+        ArchitectureConfig(hidden=100)
+    with pytest.raises(ValueError, match="kv_heads must divide heads = 4, got kv_heads = 3"):
+        ArchitectureConfig(kv_heads=3)
+    with pytest.raises(ValueError, match="steps must be positive, got 0"):
+        SftConfig(steps=0)
+    with pytest.raises(ValueError, match="minutes must be positive or None, got 0"):
+        SftConfig(minutes=0)
+    tokenizer_without = train_tokenizer(["a"], 259)
+    tokenizer_without.eos_token = None
+    with pytest.raises(ValueError, match="tokenizer must have an eos_token, got none"):
+        make_model(TINY, tokenizer_without, seed=0)
