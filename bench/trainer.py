@@ -84,7 +84,7 @@ def run_ours(folder: Path, steps: int) -> list[dict[str, float]]:
 
     from kdrl_train import config, train  # noqa: PLC0415
     from kdrl_train.method.presets import PRESETS  # noqa: PLC0415
-    from kdrl_train.runfolder.log import read_rows  # noqa: PLC0415
+    from kdrl_train.runfolder.log import read_records  # noqa: PLC0415
 
     out = train.main(
         config.TrainConfig(
@@ -104,7 +104,7 @@ def run_ours(folder: Path, steps: int) -> list[dict[str, float]]:
     )
     return [
         {"seconds": row["seconds"], "tokens": row["response_length"] * PROMPTS * GROUP}
-        for row in read_rows(out)
+        for row in read_records(out)
     ]
 
 

@@ -20,7 +20,7 @@ class Example:
     """Where it was read: "train.jsonl:12" (line, from 1), "part.parquet:3" (row), "owner/set:3"."""
     prompt: str
     """The problem inside data.prompt_template."""
-    answer: str
+    gold: str
     """The gold answer as text; of a worked solution with `####`, what follows it."""
 
 
@@ -107,12 +107,12 @@ class Batch:
     """rewards_PG [P, G] float64, NaN where the reward function failed."""
     teacher_logprobs: list[Tensor | None]
     """R of [T] nats, where a server was asked early; else None."""
-    lag: int
+    staleness: int
     """Optimiser steps between the weights that sampled them and those that learn from them."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class JudgedRollouts:
     """Judged completions, of one rank or of all."""
 
     rollouts: Rollouts
@@ -121,7 +121,7 @@ class Answered:
     """[T] nats of each, where its server was asked."""
 
     @classmethod
-    def join(cls, parts: Sequence["Answered"]) -> "Answered":
+    def join(cls, parts: Sequence["JudgedRollouts"]) -> "JudgedRollouts":
         """All of them, in the order of the parts, of which there is at least one."""
         return cls(
             rollouts=Rollouts.join([part.rollouts for part in parts]),

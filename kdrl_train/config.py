@@ -130,7 +130,7 @@ class EngineConfig:
     keys and values."""
     eager: bool = False
     """`vllm` without CUDA graphs: starts sooner, takes less memory, samples slower."""
-    max_gap: float | None = None
+    max_sampler_mismatch: float | None = None
     """Largest mean difference between the log-probabilities of engine and trainer for the tokens
     of a step, in nats, beyond which the run stops; None: 1e-3 in float32, 0.05 in bfloat16."""
     staleness: Literal[0, 1] = 0
@@ -139,8 +139,8 @@ class EngineConfig:
     is taken to the policy that sampled (with method.sampler_correction: see terms.py)."""
 
     def __post_init__(self) -> None:
-        if self.max_gap is not None:
-            positive("engine.max_gap", self.max_gap)
+        if self.max_sampler_mismatch is not None:
+            positive("engine.max_sampler_mismatch", self.max_sampler_mismatch)
         positive("engine.timeout_s", self.timeout_s)
         if not 0 < self.memory_share <= 1:
             raise ValueError(f"engine.memory_share must be in (0, 1], got {self.memory_share}")
@@ -150,9 +150,9 @@ class EngineConfig:
                 f'{self.url} and "{self.kind}"'
             )
 
-    def limit(self, dtype: str) -> float:
-        """The largest gap for a model.dtype."""
-        return self.max_gap or {"float32": 1e-3, "bfloat16": 0.05}[dtype]
+    def allowed_mismatch(self, dtype: str) -> float:
+        """The largest sampler mismatch for a model.dtype, in nats."""
+        return self.max_sampler_mismatch or {"float32": 1e-3, "bfloat16": 0.05}[dtype]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -28,9 +28,9 @@ from kdrl_train.runfolder.log import Stages, peak_memory_bytes
 from kdrl_train.runfolder.signals import Interrupt, Stopped
 from kdrl_train.runfolder.trackers import Trackers
 from kdrl_train.start.open_run import open_run
-from kdrl_train.step.collect import answer, collect
+from kdrl_train.step.collect import collect, sample_and_judge
 from kdrl_train.step.run import Run
-from kdrl_train.step.samples import Trace
+from kdrl_train.step.samples import SampleRecorder
 from kdrl_train.step.update import update
 
 ENDS = (Stopped, FloatingPointError, RunError, ChildProcessError)
@@ -114,9 +114,9 @@ def learn(run: Run, step: int, stages: Stages) -> dict[str, Any]:
     if run.policy.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.policy.device)
     batch = collect(run, step, stages)
-    if run.ahead is not None:
-        run.ahead.start(run, step)
-    trace = Trace(len(batch.examples), run.config.samples_per_step)
+    if run.prefetch is not None:
+        run.prefetch.start(run, step)
+    trace = SampleRecorder(len(batch.examples), run.config.samples_per_step)
     rollouts, counts, config = batch.rollouts, batch.verdicts.counts, run.config.sampling
     row = {
         "step": step,
@@ -176,7 +176,7 @@ def log_row(run: Run, row: dict[str, Any]) -> None:
 def save(run: Run, done: int) -> None:
     """Checkpoint after `done` steps. The steps are in the log already: a run killed in between
     loses no row, and a resumed one drops those it will write again."""
-    rollouts = None if run.ahead is None else run.ahead.state(run, done)
+    rollouts = None if run.prefetch is None else run.prefetch.state(run, done)
     run.saver.save(done, run.policy, run.optimizer, rollouts)
 
 
@@ -185,7 +185,7 @@ def evaluation(run: Run) -> dict[str, float]:
     config, start = run.config, time.perf_counter()
     sampling = replace(config.sampling, group_size=config.eval.samples)
     given = (run.held_out, config.eval.data, sampling, EVAL_STEP, Stages())
-    found = answer(run, *given)
+    found = sample_and_judge(run, *given)
     seconds = time.perf_counter() - start
     return summarize(
         found.rollouts, found.verdicts, sampling.group_size, config.seed, seconds

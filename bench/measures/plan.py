@@ -35,7 +35,7 @@ from kdrl_train.config import (
 from kdrl_train.config_file import to_dict, update
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.runfolder import jsonl
-from kdrl_train.runfolder.log import read_rows
+from kdrl_train.runfolder.log import read_records
 from kdrl_train.start.estimate.memory import by_moment
 from kdrl_train.tools.plan.command import LIBRARIES, PlanConfig, make_plan
 from kdrl_train.tools.toy.models import EOS, train_tokenizer
@@ -125,7 +125,7 @@ def measure(run: TrainConfig) -> dict[str, Any]:
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
     before = _reset_peak()
     train.main(run, Console(quiet=True))
-    row = read_rows(run.out)[-1]
+    row = read_records(run.out)[-1]
     seconds = {key: value for key, value in row.items() if key.startswith("seconds")}
     return {"measured_bytes": _peak() - before, "seconds": seconds}
 

@@ -33,7 +33,7 @@ from kdrl_train.rollouts.problems import encode_prompt, load_examples, step_indi
 from kdrl_train.rollouts.sampler import generate_rollouts
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder import events, jsonl
-from kdrl_train.runfolder.log import read_rows
+from kdrl_train.runfolder.log import read_records
 from kdrl_train.tools import sft
 from kdrl_train.tools.toy import TASKS
 
@@ -148,7 +148,7 @@ def run(config: StudyConfig, trial: Trial) -> Result:
             folder = train.main(made) / "model"
         if not folder.exists():  # ended by a signal, which is no result: it is done again
             raise SystemExit(f"{trial.name} was stopped before its last step")
-        rows = read_rows(made.out)
+        rows = read_records(made.out)
         names = [*CURVES, *(f"seconds_{stage}" for stage in STAGES)]
         curve = {name: [_short(row.get(name)) for row in rows] for name in names}
         sampled = sum(row["tokens"] for row in rows)
@@ -173,7 +173,7 @@ def sample(model: Any, tokenizer: Any, examples: Any, made: TrainConfig, step: i
     prompts = [encode_prompt(tokenizer, example, made.data) for example in examples]
     sampling = replace(made.sampling, group_size=size)
     rollouts = generate_rollouts(model, tokenizer, prompts, sampling, made.seed, step)
-    answers = [example.answer for example in examples for _ in range(size)]
+    answers = [example.gold for example in examples for _ in range(size)]
     return rollouts, verifier.score(rollouts.texts, answers)
 
 

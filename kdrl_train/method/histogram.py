@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 EDGES = (-10.0, -5.0, -2.0, -1.0, -0.5, -0.2, -0.1, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-"""Between the bins of log_ratio_counts, nats; the outermost bins take the rest."""
+"""Between the bins of teacher_log_ratio_counts, nats; the outermost bins take the rest."""
 
 LENGTH_BINS = 16
 """Equal bins of (0, max_new_tokens] of response_length_counts."""

@@ -49,8 +49,8 @@ def token_sums(
 ) -> dict[str, Tensor]:
     """Sums over the tokens of one micro-batch, on the device, float64: `token_means` divides them.
 
-    All are 0-d and add up over micro-batches and ranks, but for gap_max, whose largest counts, and
-    log_ratio_histogram, which is [BINS] counts (histogram.py).
+    All are 0-d and add up over micro-batches and ranks, but for sampler_mismatch_max, whose
+    largest counts, and teacher_log_ratio_histogram, which is [BINS] counts (histogram.py).
 
     Args:
         logprobs, sampled_logprobs: [N] nats, of the trainer and as sampled.
@@ -69,8 +69,8 @@ def token_sums(
     gap = (logprobs.detach() - sampled_logprobs).abs().double()[used]
     sums = {
         "tokens": used.sum().double(),
-        "gap_sum": gap.sum(),
-        "gap_max": gap.max() if gap.numel() else gap.new_zeros(()),
+        "sampler_mismatch_sum": gap.sum(),
+        "sampler_mismatch_max": gap.max() if gap.numel() else gap.new_zeros(()),
     }
     if entropy is not None:
         sums["entropy_sum"] = entropy.detach().double()[used].sum()
@@ -80,9 +80,9 @@ def token_sums(
         distilled = used & (kd_weight > 0)
         log_ratio = (logprobs.detach() - teacher_logprobs).double()[distilled]
         sums["kd_tokens"] = distilled.sum().double()
-        sums["log_ratio_sum"] = log_ratio.sum()
+        sums["teacher_log_ratio_sum"] = log_ratio.sum()
         sums["k2_sum"] = (log_ratio.square() / 2).sum()
-        sums["log_ratio_histogram"] = histogram(log_ratio)
+        sums["teacher_log_ratio_histogram"] = histogram(log_ratio)
         if kd in _PULL:
             pull = _PULL[kd](log_ratio)
             if kd_baseline is not None:
@@ -96,13 +96,14 @@ def token_sums(
 
 
 def add_sums(total: dict[str, Tensor], part: dict[str, Tensor]) -> dict[str, Tensor]:
-    """total + part key by key (the larger one for gap_max); a key one of them lacks counts as 0."""
+    """total + part key by key (of sampler_mismatch_max the larger); a missing key counts as 0."""
     out = dict(total)
     for key, value in part.items():
         if key not in out:
             out[key] = value
         else:
-            out[key] = torch.maximum(out[key], value) if key == "gap_max" else out[key] + value
+            larger = key == "sampler_mismatch_max"
+            out[key] = torch.maximum(out[key], value) if larger else out[key] + value
     return out
 
 
@@ -111,8 +112,7 @@ def token_means(sums: dict[str, Tensor]) -> dict[str, float | None]:
 
     kl_teacher is the exact KL(student ‖ teacher) where the loss computes it, otherwise its
     unbiased estimate, the mean of l = log p - log q over the sampled tokens; nats per token.
-    log_ratio_p50 and its like are quantiles of l, to the width of a bin. kd_flip_share is the share
-    of tokens whose advantage less the pull of distillation has the other sign.
+    teacher_log_ratio_p50 and its like are quantiles of l, to one interval. kd_flip_share is the share of tokens whose advantage less the pull of distillation has the other sign.
     """
     values = {key: value.item() for key, value in sums.items() if value.ndim == 0}
 
@@ -124,17 +124,17 @@ def token_means(sums: dict[str, Tensor]) -> dict[str, float | None]:
     kl = mean("kl_sum", "kd_tokens")
     spread: list[float | None] = [None] * len(PERCENTILES)
     if values.get("kd_tokens", 0.0) > 0:
-        spread = [*quantiles(sums["log_ratio_histogram"])]
-    log_ratio = mean("log_ratio_sum", "kd_tokens")
+        spread = [*quantiles(sums["teacher_log_ratio_histogram"])]
+    log_ratio = mean("teacher_log_ratio_sum", "kd_tokens")
     return {
         "entropy": mean("entropy_sum", "tokens"),
         "clip_fraction": mean("clipped", "tokens"),
         "kl_teacher": log_ratio if kl is None else kl,
-        "log_ratio_teacher": log_ratio,
-        **{f"log_ratio_p{q}": value for q, value in zip(PERCENTILES, spread, strict=True)},
+        "teacher_log_ratio": log_ratio,
+        **{f"teacher_log_ratio_p{q}": value for q, value in zip(PERCENTILES, spread, strict=True)},
         "k2": mean("k2_sum", "kd_tokens"),
         "kd_flip_share": mean("kd_flipped", "tokens"),
         "kd_share": values.get("kd_tokens", 0.0) / max(values.get("tokens", 0.0), 1.0),
-        "sampler_gap_mean": mean("gap_sum", "tokens"),
-        "sampler_gap_max": values.get("gap_max"),
+        "sampler_mismatch_mean": mean("sampler_mismatch_sum", "tokens"),
+        "sampler_mismatch_max": values.get("sampler_mismatch_max"),
     }

@@ -45,7 +45,7 @@ def rebuild_history(
 
     Args:
         schedules: the run's schedules by their keys.
-        rows: as read_rows gives them; those of first_step and later are left out.
+        rows: as read_records gives them; those of first_step and later are left out.
         eval_every: of the run's config.
     Raises: ValueError where a schedule needs the rows of steps 0 to first_step - 1 and one is gone.
     """

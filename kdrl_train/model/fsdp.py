@@ -58,7 +58,7 @@ def shard(
         _receive(own, lambda tensor: dtypes[names[id(tensor)]], device, world)
         fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=place)
     wrapped.device = device
-    register_fsdp_forward_method(wrapped, "answer")
+    register_fsdp_forward_method(wrapped, "call")
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -93,11 +93,11 @@ def _receive(
                 tensors[name] = received[id(tensor)]
 
 
-def ask(wrapped: HeadedModel, question: Callable[[HeadedModel], T]) -> T:
+def call_gathered(wrapped: HeadedModel, question: Callable[[HeadedModel], T]) -> T:
     """question(wrapped), with what lies outside the layers gathered as in its forward. Where it is
     sharded all ranks ask together."""
     try:
-        return wrapped.answer(question)
+        return wrapped.call(question)
     finally:
         if isinstance(wrapped, FSDPModule):
             wrapped.reshard()

@@ -26,7 +26,7 @@ class PackedBatch:
     """[1, T] int64: for each sequence its prompt and its completion without the last token."""
     position_ids: Tensor
     """[1, T] int64, from 0 in each sequence."""
-    rows: Tensor
+    loss_index: Tensor
     """[N] int64: places in T whose hidden state predicts a completion token."""
     tokens: Tensor
     """[N] int64: the completion tokens."""
@@ -61,10 +61,10 @@ class PackedBatch:
         return replace(self, **moved)
 
 
-def bins(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """First-fit-decreasing: indices of `lengths` in bins whose sum is at most `budget`.
+def first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """First-fit-decreasing: indices of `lengths` in packs whose sum is at most `budget`.
 
-    A length above the budget gets a bin of its own. Within a bin and among bins the order of the
+    A length above the budget gets a pack of its own. Within a pack and among packs the order of the
     input is kept, so that the result is a pure function of its arguments.
     """
     loads: list[int] = []
@@ -98,16 +98,16 @@ def feed(prompts: Sequence[Tensor], completions: Sequence[Tensor]) -> tuple[Tens
     Args:
         prompts, completions: token ids, [T] int64 each, at least one token each.
     Returns: input_ids [1, T] and position_ids [1, T] of each prompt and its completion without the
-        last token; rows [N], the places whose hidden states predict the completions' tokens.
+        last token; loss_index [N], the places whose hidden states predict the completions' tokens.
     """
-    ids, positions, rows = [], [], []
+    ids, positions, loss_index = [], [], []
     start = 0
     for prompt, completion in zip(prompts, completions, strict=True):
         ids.append(torch.cat([prompt, completion[:-1]]))
         positions.append(torch.arange(len(ids[-1])))
-        rows.append(torch.arange(len(completion)) + start + len(prompt) - 1)
+        loss_index.append(torch.arange(len(completion)) + start + len(prompt) - 1)
         start += len(ids[-1])
-    return torch.cat(ids)[None], torch.cat(positions)[None], torch.cat(rows)
+    return torch.cat(ids)[None], torch.cat(positions)[None], torch.cat(loss_index)
 
 
 def pack(
@@ -142,7 +142,7 @@ def pack(
     lengths = [len(prompts[r]) + len(completions[r]) - 1 for r in used]
     plans = []
     for share in balance(lengths, ranks):
-        rows = bins([lengths[i] for i in share], micro_batch_tokens)
+        rows = first_fit([lengths[i] for i in share], micro_batch_tokens)
         plans.append([[used[share[m]] for m in members] for members in rows])
     for turn in itertools.zip_longest(*plans, fillvalue=[]):
         distilled = any(kd_weight_R[r] > 0 for members in turn for r in members)
@@ -175,9 +175,9 @@ def _row(
         [ids[r] for r in members] for ids in (rollouts.prompt_ids, rollouts.completion_ids)
     )
     if members:
-        input_ids, position_ids, rows = feed(prompts, completions)
+        input_ids, position_ids, loss_index = feed(prompts, completions)
     else:
-        input_ids, position_ids, rows = (torch.zeros(s, dtype=torch.int64) for s in _NO_LOSS)
+        input_ids, position_ids, loss_index = (torch.zeros(s, dtype=torch.int64) for s in _NO_LOSS)
     lengths = torch.tensor([len(completion) for completion in completions], dtype=torch.int64)
     rollout = torch.tensor(members, dtype=torch.int64).repeat_interleave(lengths)
     kd_weight_N = kd_weight[rollout]
@@ -188,8 +188,8 @@ def _row(
     return PackedBatch(
         input_ids=input_ids,
         position_ids=position_ids,
-        rows=rows,
-        tokens=torch.cat([rows[:0], *completions]),
+        loss_index=loss_index,
+        tokens=torch.cat([loss_index[:0], *completions]),
         rollout=rollout,
         sampled_logprobs=_cat(rollouts.logprobs[r] for r in members),
         advantages=advantages[rollout],
@@ -201,7 +201,7 @@ def _row(
 
 
 _NO_LOSS = ((1, 1), (1, 1), (0,))
-"""Shapes of input_ids, position_ids and rows in a row without completions."""
+"""Shapes of input_ids, position_ids and loss_index in a row without completions."""
 
 
 def _cat(parts: Iterable[Tensor]) -> Tensor:

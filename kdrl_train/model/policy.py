@@ -75,7 +75,7 @@ class HeadedModel(nn.Module):
             enabled=self.compute_dtype == torch.bfloat16,
         )
 
-    def answer(self, question: Callable[[Any], T]) -> T:
+    def call(self, question: Callable[[Any], T]) -> T:
         """question(self); where it is sharded use sharding.ask."""
         return question(self)
 
@@ -129,7 +129,7 @@ class Teacher(HeadedModel):
     def forward(self, batch: PackedBatch) -> kk.TeacherHead:
         """hidden [N, H_t] and the head [V_t, H_t], at the policy's temperature; no gradient."""
         weight, bias = self.head()
-        hidden = self.hidden(batch.input_ids, batch.position_ids, batch.rows, batch.lengths)
+        hidden = self.hidden(batch.input_ids, batch.position_ids, batch.loss_index, batch.lengths)
         return kk.TeacherHead(
             hidden, weight, bias=bias, temperature=self.temperature, softcap=self.softcap
         )
@@ -172,7 +172,7 @@ class Policy(HeadedModel):
         super().__init__(model, temperature=temperature, compute_dtype=compute_dtype)
         self.objective = objective(method, distil=method.kd is not None)
         self.objective_alone = objective(method, distil=False)
-        self.limit = vocab_size
+        self.sampled_vocab_size = vocab_size
         self.workspace_bytes = workspace_bytes
         self.head_impl = head_impl
 
@@ -196,7 +196,7 @@ class Policy(HeadedModel):
             goal: another objective than the method's, for diagnostics.
         """
         weight, bias = self.head()
-        hidden = self.hidden(batch.input_ids, batch.position_ids, batch.rows, batch.lengths)
+        hidden = self.hidden(batch.input_ids, batch.position_ids, batch.loss_index, batch.lengths)
         distil = teacher is not None or batch.teacher_logprobs is not None
         if goal is None:
             goal = self.objective if distil else self.objective_alone
@@ -215,7 +215,7 @@ class Policy(HeadedModel):
             bias=bias,
             temperature=self.temperature,
             softcap=self.softcap,
-            vocab_size=self.limit,
+            vocab_size=self.sampled_vocab_size,
             entropy=True,
             workspace_bytes=self.workspace_bytes,
             impl=self.head_impl,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 
 
 def line(row: Mapping[str, Any]) -> str:
@@ -15,9 +15,9 @@ def line(row: Mapping[str, Any]) -> str:
     return json.dumps(_finite(row), ensure_ascii=False) + "\n"
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path) -> list[Record]:
     """Rows of a file; a torn line (the process was killed) ends them. No file: none."""
-    rows: list[Row] = []
+    rows: list[Record] = []
     if not path.exists():
         return rows
     whole = path.read_text(encoding="utf-8", errors="replace")  # torn within a character, too
@@ -37,7 +37,7 @@ def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     os.replace(work, path)
 
 
-def append(path: Path, row: Row) -> None:
+def append(path: Path, row: Record) -> None:
     """One more line."""
     with path.open("a", encoding="utf-8") as file:
         file.write(line(row))

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.events import Events
-from kdrl_train.runfolder.jsonl import Row
+from kdrl_train.runfolder.jsonl import Record
 from kdrl_train.runfolder.trackers import Trackers
 
 try:
@@ -112,7 +112,7 @@ class RunLog:
             return
         self.postponed_path = folder / "postponed.jsonl"
         (folder / "samples").mkdir(parents=True, exist_ok=True)
-        rows = read_rows(folder)
+        rows = read_records(folder)
         kept = [row for row in rows if row["step"] < first_step]
         jsonl.write(self.metrics_path, kept)
         for path in (folder / "samples").glob("step_*.jsonl"):
@@ -140,7 +140,7 @@ class RunLog:
 
     def postponed(self, step: int) -> dict[str, Any] | None:
         """The row kept aside, if it is of this step and metrics.jsonl lacks it."""
-        logged = {other["step"] for other in read_rows(self.folder)}
+        logged = {other["step"] for other in read_records(self.folder)}
         rows = jsonl.read(self.postponed_path)
         return next((row for row in rows if row["step"] == step and step not in logged), None)
 
@@ -156,13 +156,13 @@ class RunLog:
         if say:
             self.say(message)
 
-    def samples(self, step: int, rows: list[Row]) -> None:
+    def samples(self, step: int, rows: list[Record]) -> None:
         """Write a step's samples, if there are any, to samples/step_XXXXXX.jsonl."""
         if self.writes and rows:
             jsonl.write(self.folder / "samples" / _samples_name(step), rows)
 
 
-def read_rows(folder: Path) -> list[Row]:
+def read_records(folder: Path) -> list[Record]:
     """Rows of metrics.jsonl in a run folder; a torn line (the process was killed) ends them."""
     return jsonl.read(folder / "metrics.jsonl")
 

@@ -33,7 +33,7 @@ MAY_CHANGE = (
     "model.offload_policy",
     "model.offload_teacher",
     "model.weights",
-    "engine.max_gap",
+    "engine.max_sampler_mismatch",
     "model.liger",
     "optim.micro_batch_tokens",
     "optim.workspace_bytes",

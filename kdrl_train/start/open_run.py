@@ -18,13 +18,13 @@ from kdrl_train.rollouts.engines import open_engine
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder import checkpoint
 from kdrl_train.runfolder.async_saver import Saver
-from kdrl_train.runfolder.log import RunLog, read_rows
+from kdrl_train.runfolder.log import RunLog, read_records
 from kdrl_train.runfolder.resume import open_folder
 from kdrl_train.runfolder.signals import Interrupt
 from kdrl_train.runfolder.trackers import Trackers
 from kdrl_train.start.load import load
 from kdrl_train.start.preflight import GOLD_AT_START, preflight, require
-from kdrl_train.step.prefetch import Ahead
+from kdrl_train.step.prefetch import Prefetch
 from kdrl_train.step.run import Run
 
 
@@ -50,8 +50,8 @@ def open_run(
     warnings = require(preflight(config, loaded, verifier, GOLD_AT_START, world))
     engine = open_engine(config, policy, loaded.tokenizer, world)
     optimizer = make_optimizer(config, policy)
-    ahead = stack.enter_context(closing(Ahead())) if config.engine.staleness else None
-    first = restore(config, newest, policy, optimizer, ahead)
+    prefetch = stack.enter_context(closing(Prefetch())) if config.engine.staleness else None
+    first = restore(config, newest, policy, optimizer, prefetch)
     engine.load(policy, first)
     if world.main:
         config.out.mkdir(parents=True, exist_ok=True)
@@ -63,9 +63,10 @@ def open_run(
     remote, server = None, loaded.server
     if server is not None:
         world.on_main(lambda: require_same_teacher(config.out, server))
-        remote = RemoteTeacher(server, config, policy.limit, partial(log.event, "teacher"))
+        say = partial(log.event, "teacher")
+        remote = RemoteTeacher(server, config, policy.sampled_vocab_size, say)
         stack.enter_context(remote)
-    schedules, rows = config.method.schedules, world.on_main(lambda: read_rows(config.out))
+    schedules, rows = config.method.schedules, world.on_main(lambda: read_records(config.out))
     logged = first - world.on_main(lambda: log.postponed(first - 1) is not None)
     run = Run(
         config=config,
@@ -83,7 +84,7 @@ def open_run(
         history=rebuild_history(schedules, rows, logged, config.eval.every),
         log=log,
         saver=stack.enter_context(closing(Saver(config, world, log.say))),
-        ahead=ahead,
+        prefetch=prefetch,
     )
     return run, first
 
@@ -93,7 +94,7 @@ def restore(
     newest: checkpoint.Checkpoint | None,
     policy: Policy,
     optimizer: torch.optim.Optimizer,
-    ahead: Ahead | None,
+    prefetch: Prefetch | None,
 ) -> int:
     """Load what a run starts from, a checkpoint or model.weights; the steps that are done."""
     if newest is None:
@@ -101,8 +102,8 @@ def restore(
             checkpoint.load_weights(config.model.weights, policy)
         return 0
     first = checkpoint.load(newest, model=policy, optimizer=optimizer)
-    if ahead is not None:
-        ahead.restore(newest.folder)
+    if prefetch is not None:
+        prefetch.restore(newest.folder)
     return first
 
 

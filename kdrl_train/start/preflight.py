@@ -15,7 +15,7 @@ from kdrl_train.batch import Example
 from kdrl_train.config import TrainConfig
 from kdrl_train.errors import RankError
 from kdrl_train.model.eos import eos_ids
-from kdrl_train.model.fsdp import ask
+from kdrl_train.model.fsdp import call_gathered
 from kdrl_train.model.load import use_device
 from kdrl_train.model.policy import HeadedModel
 from kdrl_train.model.probe import probe
@@ -239,7 +239,7 @@ def check_gold(config: TrainConfig, examples: Sequence[Example], verifier: Verif
 
     Raises: ValueError naming the first gold answer that fails, and the error if there was one.
     """
-    answers = [example.answer for example in examples]
+    answers = [example.gold for example in examples]
     verdicts = verifier.score([f"\\boxed{{{answer}}}" for answer in answers], answers)
     counts = verdicts.counts
     summary = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
@@ -256,7 +256,7 @@ def check_gold(config: TrainConfig, examples: Sequence[Example], verifier: Verif
 
 
 def _probed(model: HeadedModel, name: str, packed: bool) -> str:
-    gap = ask(model, lambda whole: probe(whole, name, packed=packed))
+    gap = call_gathered(model, lambda whole: probe(whole, name, packed=packed))
     kind = "tied" if _tied(model) else "untied"
     rows = "packed rows keep sequences apart" if packed else "one sequence per row"
     return f"{type(model.model).__name__}, {kind} head: own logits to {gap:.0e}; {rows}"
@@ -276,7 +276,7 @@ def check_teacher_reads(config: TrainConfig, loaded: Loaded) -> str:
     assert loaded.teacher is not None
     some = loaded.examples[:PROBE_PROMPTS]
     prompts = [torch.tensor(encode_prompt(loaded.tokenizer, e, config.data)) for e in some]
-    total, count = ask(loaded.teacher, partial(_prompt_logprobs, prompts=prompts))
+    total, count = call_gathered(loaded.teacher, partial(_prompt_logprobs, prompts=prompts))
     mean = total / max(count, 1)
     if not abs(mean) < float("inf"):
         raise ValueError(f"model.teacher must give finite log-probabilities, got {mean}")

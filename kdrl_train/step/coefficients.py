@@ -36,8 +36,8 @@ from kdrl_train.model.packing import PackedBatch, pack
 from kdrl_train.runfolder.log import Stages
 from kdrl_train.runfolder.signals import Stopped
 from kdrl_train.step.run import Run
-from kdrl_train.step.samples import Trace
-from kdrl_train.step.score import Scores, join, score_rows
+from kdrl_train.step.samples import SampleRecorder
+from kdrl_train.step.score import Scores, join, score_packs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,17 +58,19 @@ class Terms:
     """For the step's row; they take the place of those that the updates measure."""
 
 
-def needs_scores(config: TrainConfig, lag: int = 0) -> bool:
-    """Whether a step needs the pass of score_rows before its first update; lag: of its batch."""
+def needs_scores(config: TrainConfig, staleness: int = 0) -> bool:
+    """Whether a step needs the pass of score_packs before its first update."""
     method = config.method
     return (
-        (config.optim.updates_per_rollout > 1 and not lag)
+        (config.optim.updates_per_rollout > 1 and not staleness)
         or method.sampler_correction != "none"
         or method.kd == "reward"
     )
 
 
-def prepare(run: Run, batch: Batch, step: int, stages: Stages, trace: Trace | None = None) -> Terms:
+def prepare(
+    run: Run, batch: Batch, step: int, stages: Stages, trace: SampleRecorder | None = None
+) -> Terms:
     """Coefficients of a step's completions; the models run only where needs_scores says so."""
     config, method, rewards_PG = run.config, run.config.method, batch.rewards
     scores, remote = Scores(), None
@@ -78,12 +80,12 @@ def prepare(run: Run, batch: Batch, step: int, stages: Stages, trace: Trace | No
         wanted_R = (distilled_R > 0) & ~rewards_PG.isnan().flatten()
         with stages("teacher") if wanted_R.any() else nullcontext():
             remote = ask_server(run, batch, wanted_R)
-    if needs_scores(config, batch.lag):
+    if needs_scores(config, batch.staleness):
         with stages("score"):
             if method.kd != "reward":
                 distilled_R = torch.zeros_like(distilled_R)
             rows = _rows(run, batch, distilled_R, remote)
-            own = score_rows(run.policy, run.teacher, rows, trace)
+            own = score_packs(run.policy, run.teacher, rows, trace)
             scores = join(run.world.share(lambda: own))
     gaps_R = torch.zeros(rewards_PG.numel(), dtype=torch.float64)
     for r, gap in scores.gaps.items():
@@ -95,7 +97,7 @@ def prepare(run: Run, batch: Batch, step: int, stages: Stages, trace: Trace | No
         metrics |= found
     metrics |= _measured(scores.sums, method)
     old: Mapping[int, Tensor] | None = None
-    if batch.lag and weights is None:
+    if batch.staleness and weights is None:
         old = dict(enumerate(batch.rollouts.logprobs))
     elif config.optim.updates_per_rollout > 1:
         old = scores.logprobs
@@ -183,9 +185,9 @@ def _measured(sums: dict[str, Tensor], method: MethodConfig) -> dict[str, float 
     trainer, which later updates would mix with their own changes, and a rewarded teacher's KL."""
     if not sums:
         return {}
-    names = ["sampler_gap_mean", "sampler_gap_max"]
+    names = ["sampler_mismatch_mean", "sampler_mismatch_max"]
     if method.kd == "reward":
-        names += ["kl_teacher", "log_ratio_teacher", "k2", "kd_share"]
-        names += [f"log_ratio_p{q}" for q in PERCENTILES]
+        names += ["kl_teacher", "teacher_log_ratio", "k2", "kd_share"]
+        names += [f"teacher_log_ratio_p{q}" for q in PERCENTILES]
     means = token_means(sums)
     return {name: means[name] for name in names}

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kdrl_train.batch import Answered, Batch, Example
+from kdrl_train.batch import Batch, Example, JudgedRollouts
 from kdrl_train.config import DataConfig, SamplingConfig
 from kdrl_train.errors import RewardError
 from kdrl_train.model.teacher.remote import RemoteTeacher, may_ask_early
@@ -20,18 +20,18 @@ from kdrl_train.step.run import Run
 
 def collect(run: Run, step: int, stages: Stages) -> Batch:
     """The step's prompts, a function of (seed, step), R completions of the policy, their rewards;
-    drawn now, or ahead, while the step before trained.
+    drawn now, or prefetch, while the step before trained.
 
     Raises: Stopped where a signal came to any rank; EngineError for an engine with other weights;
         RewardError where the reward function failed on all completions of a prompt.
     """
     require_version(run.engine, step)
-    drawn = None if run.ahead is None else run.ahead.drawn.get(step)
+    drawn = None if run.prefetch is None else run.prefetch.drawn.get(step)
     if drawn is None:
         own = partial(draw, run, step, stages, run.interrupt.poll)
-        found, lag = gather(run, own, stages), 0
+        found, staleness = gather(run, own, stages), 0
     else:
-        found, lag = drawn.found, step - drawn.version
+        found, staleness = drawn.found, step - drawn.version
     size = run.config.sampling.group_size
     batch = Batch(
         examples=[example for example in _examples(run, step) for _ in range(size)],
@@ -39,13 +39,13 @@ def collect(run: Run, step: int, stages: Stages) -> Batch:
         verdicts=found.verdicts,
         rewards=torch.tensor(found.verdicts.rewards, dtype=torch.float64).view(-1, size),
         teacher_logprobs=found.teacher_logprobs,
-        lag=lag,
+        staleness=staleness,
     )
     _require_rewards(run, batch, step)
     return batch
 
 
-def draw(run: Run, step: int, stages: Stages, poll: Callable[[], None]) -> Answered:
+def draw(run: Run, step: int, stages: Stages, poll: Callable[[], None]) -> JudgedRollouts:
     """This rank's share of the step's completions, from the weights that the engine has now. No
     collective: it may run in a thread.
 
@@ -58,11 +58,11 @@ def draw(run: Run, step: int, stages: Stages, poll: Callable[[], None]) -> Answe
     return _own_part(run, examples, config.data, config.sampling, step, stages, teacher, poll)
 
 
-def gather(run: Run, make: Callable[[], Answered], stages: Stages) -> Answered:
+def gather(run: Run, make: Callable[[], JudgedRollouts], stages: Stages) -> JudgedRollouts:
     """make() of all ranks, in their order. All call it together; where one was Stopped, all are."""
     ended: list[float] = []
 
-    def own_part() -> Answered | None:
+    def own_part() -> JudgedRollouts | None:
         try:
             return make()
         except Stopped:
@@ -75,17 +75,17 @@ def gather(run: Run, make: Callable[[], Answered], stages: Stages) -> Answered:
     whole = [part for part in parts if part is not None]
     if len(whole) < len(parts):
         raise Stopped
-    return Answered.join(whole)
+    return JudgedRollouts.join(whole)
 
 
-def answer(
+def sample_and_judge(
     run: Run,
     examples: list[Example],
     data: DataConfig,
     sampling: SamplingConfig,
     step: int,
     stages: Stages,
-) -> Answered:
+) -> JudgedRollouts:
     """G judged completions of each example, in order, each rank's share sampled and verified there.
 
     All ranks call it together, and get the parts of all. A signal to any of them raises Stopped.
@@ -112,7 +112,7 @@ def _own_part(
     stages: Stages,
     teacher: RemoteTeacher | None,
     poll: Callable[[], None],
-) -> Answered:
+) -> JudgedRollouts:
     """This rank's share of the examples. teacher: is asked about all of them."""
     rank, ranks = run.world.rank, run.world.size
     first, end = (len(examples) * place // ranks for place in (rank, rank + 1))
@@ -129,15 +129,15 @@ def _own_part(
         )
     poll()
     everybody = torch.ones(len(rollouts.texts), dtype=torch.bool)
-    asked = {} if teacher is None else teacher.ask(rollouts, everybody)
-    answers = [example.answer for example in examples for _ in range(sampling.group_size)]
+    asked = {} if teacher is None else teacher.query(rollouts, everybody)
+    answers = [example.gold for example in examples for _ in range(sampling.group_size)]
     with stages("verify"):
         verdicts = run.verifier.score(rollouts.texts, answers, poll)
     scores: list[Tensor | None] = [None] * len(everybody)
     if teacher is not None:
         with stages("teacher"):
             scores = teacher.collect(rollouts, everybody, asked, poll)
-    return Answered(rollouts, verdicts, scores)
+    return JudgedRollouts(rollouts, verdicts, scores)
 
 
 def _require_rewards(run: Run, batch: Batch, step: int) -> None:

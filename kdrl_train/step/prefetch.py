@@ -1,4 +1,4 @@
-"""Rollouts one step ahead: those of the next step are drawn in a thread while this one trains.
+"""Rollouts one step prefetch: those of the next step are drawn in a thread while this one trains.
 
 The completions of step s, from 0, come from the weights after max(s - 1, 0) optimiser steps. The
 thread does a rank's own part, without a collective: sampling, verification, and a teacher's server
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from kdrl_train.batch import Answered, Batch, Rollouts, Verdicts
+from kdrl_train.batch import Batch, JudgedRollouts, Rollouts, Verdicts
 from kdrl_train.method.metrics import token_means
 from kdrl_train.model.fsdp import reshard
 from kdrl_train.model.packing import pack
@@ -32,23 +32,23 @@ from kdrl_train.runfolder.log import Stages
 from kdrl_train.runfolder.signals import Stopped
 from kdrl_train.step.collect import draw, gather
 from kdrl_train.step.run import Run
-from kdrl_train.step.score import score_rows
+from kdrl_train.step.score import score_packs
 
 PROBED = 16
 """Completions whose log-probabilities `settle` compares, each of another prompt."""
-GAPS = ("sampler_gap_mean", "sampler_gap_max")
+GAPS = ("sampler_mismatch_mean", "sampler_mismatch_max")
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
     """A step's completions, of all ranks."""
 
-    found: Answered
+    found: JudgedRollouts
     version: int
     """Optimiser steps behind the weights that sampled them."""
 
 
-class Ahead:
+class Prefetch:
     """What is drawn for the next step, and what was drawn for this one. Use one for a run."""
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class Ahead:
         """By step: of the step at hand and, once settled, of the next."""
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
         self._closed = threading.Event()
-        self._future: Future[Answered] | None = None
+        self._future: Future[JudgedRollouts] | None = None
         self._stages = Stages()
 
     def start(self, run: Run, step: int) -> None:
@@ -75,13 +75,13 @@ class Ahead:
 
         Args:
             batch: this step's.
-            own: gap metrics over its tokens; with a lag, one update is in them.
-        Returns: sampler_gap_mean and sampler_gap_max without any update in between: of some of the
-            new completions; in the last step of its own ones, or None if these are stale. And
-            rollout_lag, stale_gap_mean, seconds_ahead (in the thread).
+            own: gap metrics over its tokens; with a staleness, one update is in them.
+        Returns: sampler_mismatch_mean and sampler_mismatch_max without any update in between: of
+            some of the new completions; in the last step of its own ones, or None if these are
+            stale. And staleness, stale_sampler_mismatch_mean, seconds_prefetch (in the thread).
         Raises: what the thread raised, RankError where that was on another rank; Stopped.
         """
-        gaps = {name: None if batch.lag else own[name] for name in GAPS}
+        gaps = {name: None if batch.staleness else own[name] for name in GAPS}
         if self._future is not None:
             version = run.engine.version
             with stages("rollout"):
@@ -90,12 +90,14 @@ class Ahead:
             self.drawn[step + 1] = Drawn(found, version)
             self._future = None
             with stages("score"):
-                gaps = measured_gaps(run, found.rollouts)
+                gaps = measured_mismatch(run, found.rollouts)
         return {
             **gaps,
-            "rollout_lag": batch.lag,
-            "stale_gap_mean": own["sampler_gap_mean"] if batch.lag else None,
-            "seconds_ahead": sum(self._stages.seconds.values()),
+            "staleness": batch.staleness,
+            "stale_sampler_mismatch_mean": own["sampler_mismatch_mean"]
+            if batch.staleness
+            else None,
+            "seconds_prefetch": sum(self._stages.seconds.values()),
         }
 
     def state(self, run: Run, step: int) -> dict[str, Any] | None:
@@ -128,7 +130,7 @@ class Ahead:
             return
         try:
             state = torch.load(path)
-            found = Answered(
+            found = JudgedRollouts(
                 rollouts=Rollouts(**state["rollouts"]),
                 verdicts=Verdicts(**state["verdicts"]),
                 teacher_logprobs=state["teacher_logprobs"],
@@ -145,7 +147,7 @@ class Ahead:
         self._closed.set()
         self._pool.shutdown(cancel_futures=True)
 
-    def _draw(self, run: Run, step: int, stages: Stages) -> Answered:
+    def _draw(self, run: Run, step: int, stages: Stages) -> JudgedRollouts:
         def poll() -> None:
             run.interrupt.poll()
             if self._closed.is_set():
@@ -155,7 +157,7 @@ class Ahead:
             return draw(run, step, stages, poll)
 
 
-def measured_gaps(run: Run, rollouts: Rollouts) -> dict[str, float | None]:
+def measured_mismatch(run: Run, rollouts: Rollouts) -> dict[str, float | None]:
     """GAPS over the first completions of PROBED prompts, or of one for each rank if these are more,
     at the trainer's present weights: a forward pass. All ranks call it together.
 
@@ -181,9 +183,9 @@ def measured_gaps(run: Run, rollouts: Rollouts) -> dict[str, float | None]:
         rank=run.world.rank,
         ranks=run.world.size,
     )
-    own = score_rows(run.policy, None, rows).sums
+    own = score_packs(run.policy, None, rows).sums
     reshard(run.policy)
-    means = token_means(run.world.sum(own, largest=("gap_max",)))
+    means = token_means(run.world.sum(own, largest=("sampler_mismatch_max",)))
     return {name: means[name] for name in GAPS}
 
 

@@ -18,7 +18,7 @@ from kdrl_train.runfolder.log import RunLog, Stages
 from kdrl_train.runfolder.signals import Interrupt, Stopped
 
 if TYPE_CHECKING:
-    from kdrl_train.step.prefetch import Ahead
+    from kdrl_train.step.prefetch import Prefetch
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Run:
     history: History
     log: RunLog
     saver: Saver
-    ahead: "Ahead | None"
+    prefetch: "Prefetch | None"
     """With engine.staleness 1."""
 
     def stop_if_asked(self) -> None:

@@ -11,13 +11,13 @@ from kdrl_train.batch import Batch
 from kdrl_train.model.packing import PackedBatch
 from kdrl_train.model.policy import PolicyOutput
 from kdrl_train.ranks import World
-from kdrl_train.runfolder.jsonl import Row
+from kdrl_train.runfolder.jsonl import Record
 
 DIGITS = 4
 """Decimals of the numbers of a token: files stay small."""
 
 
-class Trace:
+class SampleRecorder:
     """The completions of a step that go into samples/, and what is kept of the step's own passes
     for them: nothing is computed twice, and each rank keeps what it has computed.
 
@@ -47,7 +47,7 @@ class Trace:
                 self._log_ratios[r] = (gap, row.kd_weight[part] > 0)
             start += count
 
-    def rows(self, step: int, batch: Batch, world: World, tokenizer: Any) -> list[Row]:
+    def rows(self, step: int, batch: Batch, world: World, tokenizer: Any) -> list[Record]:
         """Lines of the step's file; all ranks call it together.
 
         A line: step, id, prompt, completion, answer, reward, outcome (of the verifier), tokens,
@@ -69,7 +69,7 @@ class Trace:
                 "id": batch.examples[r].id,
                 "prompt": batch.examples[r].prompt,
                 "completion": rollouts.texts[r],
-                "answer": batch.examples[r].answer,
+                "answer": batch.examples[r].gold,
                 "reward": rewards_R[r].item(),
                 "outcome": batch.verdicts.outcomes[r],
                 "tokens": len(rollouts.completion_ids[r]),

@@ -9,7 +9,7 @@ from torch import Tensor
 from kdrl_train.method.metrics import add_sums
 from kdrl_train.model.packing import PackedBatch
 from kdrl_train.model.policy import Policy, Teacher
-from kdrl_train.step.samples import Trace
+from kdrl_train.step.samples import SampleRecorder
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +26,11 @@ class Scores:
 
 
 @torch.no_grad()
-def score_rows(
+def score_packs(
     policy: Policy,
     teacher: Teacher | None,
     rows: Iterable[PackedBatch],
-    trace: Trace | None = None,
+    trace: SampleRecorder | None = None,
 ) -> Scores:
     """Log-probabilities of packed rows without a gradient, and the teacher's where distilled.
 

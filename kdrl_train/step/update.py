@@ -21,11 +21,11 @@ from kdrl_train.runfolder.log import Stages
 from kdrl_train.step.coefficients import Terms, prepare
 from kdrl_train.step.gradient_split import gradient_split
 from kdrl_train.step.run import Run
-from kdrl_train.step.samples import Trace
+from kdrl_train.step.samples import SampleRecorder
 
 
 def update(
-    run: Run, batch: Batch, step: int, stages: Stages, trace: Trace | None = None
+    run: Run, batch: Batch, step: int, stages: Stages, trace: SampleRecorder | None = None
 ) -> dict[str, Any]:
     """The step's optimiser updates, of one part of its prompts each; returns their metrics.
 
@@ -35,7 +35,7 @@ def update(
         before a later one.
     """
     config = run.config
-    trace = trace or Trace(0, 0)
+    trace = trace or SampleRecorder(0, 0)
     terms = prepare(run, batch, step, stages, trace)
     trace.advantages, trace.kd_weight = terms.advantages, terms.kd_weight
     sums: dict[str, Tensor] = {}
@@ -53,10 +53,10 @@ def update(
             with stages("update"):
                 norm = clip(run)
                 stop_if_not_finite(run, batch, terms, step, part, loss, norm)
-            if part == 0 and run.ahead is not None:
-                measured |= run.ahead.settle(run, batch, gaps, step, stages)
-            gap = {**gaps, **measured}["sampler_gap_mean"]
-            require_agreement(gap, config.engine.limit(config.model.dtype), step)
+            if part == 0 and run.prefetch is not None:
+                measured |= run.prefetch.settle(run, batch, gaps, step, stages)
+            gap = {**gaps, **measured}["sampler_mismatch_mean"]
+            require_agreement(gap, config.engine.allowed_mismatch(config.model.dtype), step)
         except (FloatingPointError, RunError) as error:
             if part == 0:
                 raise
@@ -66,12 +66,14 @@ def update(
         sums = add_sums(sums, found)
         losses.append(loss)
         norms.append(norm)
-    distilled = "log_ratio_histogram" in sums
+    distilled = "teacher_log_ratio_histogram" in sums
     return {
         **token_means(sums),
         **terms.metrics,
         **measured,
-        "log_ratio_counts": coarse(sums["log_ratio_histogram"]) if distilled else None,
+        "teacher_log_ratio_counts": coarse(sums["teacher_log_ratio_histogram"])
+        if distilled
+        else None,
         "loss": fmean(losses),
         "grad_norm": fmean(norms),
         "learning_rate": rate,
@@ -86,7 +88,7 @@ def accumulate(
     step: int,
     part: int,
     stages: Stages,
-    trace: Trace,
+    trace: SampleRecorder,
 ) -> tuple[dict[str, Tensor], float, dict[str, float | None]]:
     """Gradient of one update's loss, micro-batch by micro-batch -> token sums and loss of all
     ranks, and at the steps of log.diagnostics_every what is measured on the first micro-batch.
@@ -133,7 +135,7 @@ def accumulate(
         trace.add(row, out)
     start = time.perf_counter()
     mean = world.sum({"loss": loss})["loss"].item() / world.size
-    total = world.sum(sums, largest=("gap_max",))
+    total = world.sum(sums, largest=("sampler_mismatch_max",))
     run.waited(stages, start)
     return total, mean, measured
 

@@ -285,7 +285,7 @@ def measure(model: str, run: TrainConfig, config: DemoConfig) -> Measurement:
             verifier=verifier,
             samples=config.samples,
             seed=config.seed,
-            vocab_size=policy.limit,
+            vocab_size=policy.sampled_vocab_size,
         )
     return Measurement(
         accuracy=result.avg_at_k,
@@ -307,7 +307,7 @@ def teacher_kl(
         replace(run.sampling, group_size=1),
         run.seed,
         KL_STEP,
-        policy.limit,
+        policy.sampled_vocab_size,
     )
     ones = torch.ones(len(examples))
     sums: dict[str, torch.Tensor] = {}

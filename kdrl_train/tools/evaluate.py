@@ -55,7 +55,7 @@ def evaluate(
     prompts = [encode_prompt(tokenizer, example, data) for example in examples]
     sampling = replace(sampling, group_size=samples)
     rollouts = generate_rollouts(model, tokenizer, prompts, sampling, seed, EVAL_STEP, vocab_size)
-    answers = [example.answer for example in examples for _ in range(samples)]
+    answers = [example.gold for example in examples for _ in range(samples)]
     verdicts = verifier.score(rollouts.texts, answers)
     return summarize(rollouts, verdicts, samples, seed, time.perf_counter() - start)
 

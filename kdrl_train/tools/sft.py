@@ -84,7 +84,7 @@ class SftConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SolvedExample:
     """One row, encoded."""
 
     prompt: list[int]
@@ -97,7 +97,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class PaddedBatch:
     """B rows, padded on the right to T tokens, with N tokens that carry loss."""
 
     ids: Tensor
@@ -124,7 +124,7 @@ def read_solutions(config: SftConfig) -> list[tuple[Example, str]]:
 
 def encode_rows(
     tokenizer: Any, solutions: Sequence[tuple[Example, str]], config: SftConfig, longest: int
-) -> list[Row]:
+) -> list[SolvedExample]:
     """Token ids of every row; the prompt's are those that `train` will send.
 
     Raises: ValueError, naming the row, for one longer than `longest`, the model's positions.
@@ -133,7 +133,7 @@ def encode_rows(
     for example, solution in solutions:
         ids = tokenizer(solution, add_special_tokens=False)["input_ids"]
         prompt = encode_prompt(tokenizer, example, config.data)
-        row = Row(prompt, [*ids, tokenizer.eos_token_id])
+        row = SolvedExample(prompt, [*ids, tokenizer.eos_token_id])
         if len(row) > longest:
             raise ValueError(
                 f"architecture.max_positions must be at least {len(row)}, the tokens of "
@@ -166,13 +166,13 @@ def batches(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int) ->
     return out
 
 
-def parts(rows: Sequence[Row]) -> list[list[Row]]:
+def parts(rows: Sequence[SolvedExample]) -> list[list[SolvedExample]]:
     """The rows of a batch in groups of like length: padded, none is a quarter larger than its rows.
 
     One forward and backward pass each, summed: it saves 40% of the work on GSM8K, and the update is
     still that of the whole batch.
     """
-    out: list[list[Row]] = []
+    out: list[list[SolvedExample]] = []
     tokens = 0
     for row in sorted(rows, key=len):
         tokens += len(row)
@@ -183,7 +183,7 @@ def parts(rows: Sequence[Row]) -> list[list[Row]]:
     return out
 
 
-def collate(rows: Sequence[Row], pad: int, learn_prompts: bool) -> Batch:
+def collate(rows: Sequence[SolvedExample], pad: int, learn_prompts: bool) -> PaddedBatch:
     """B rows -> one batch. The first token of a row has nothing before it and carries no loss."""
     T = max(map(len, rows))
     ids = torch.full((len(rows), T), pad)
@@ -192,10 +192,10 @@ def collate(rows: Sequence[Row], pad: int, learn_prompts: bool) -> Batch:
         ids[b, : len(row)] = torch.tensor(row.prompt + row.solution)
         carries[b, (1 if learn_prompts else len(row.prompt)) : len(row)] = True
     carries[:, 0] = False
-    return Batch(ids=ids, predicts=carries.roll(-1, dims=1), targets=ids[carries])
+    return PaddedBatch(ids=ids, predicts=carries.roll(-1, dims=1), targets=ids[carries])
 
 
-def sft_loss(model: Any, batch: Batch) -> Tensor:
+def sft_loss(model: Any, batch: PaddedBatch) -> Tensor:
     """Summed negative log-likelihood of batch.targets, nats: a 0-d float32 tensor."""
     device = model.device
     hidden = model.base_model(input_ids=batch.ids.to(device), use_cache=False).last_hidden_state
@@ -206,7 +206,9 @@ def sft_loss(model: Any, batch: Batch) -> Tensor:
     return -out.logprobs.sum()
 
 
-def backward(model: Any, rows: Sequence[Row], pad: int, learn_prompts: bool) -> tuple[float, int]:
+def backward(
+    model: Any, rows: Sequence[SolvedExample], pad: int, learn_prompts: bool
+) -> tuple[float, int]:
     """Adds the gradient of the rows' mean loss to the parameters -> loss, tokens that carry it."""
     batch = [collate(part, pad, learn_prompts) for part in parts(rows)]
     tokens = sum(len(part.targets) for part in batch)
@@ -226,7 +228,7 @@ def learning_rate_at(config: SftConfig, step: int, progress: float) -> float:
 
 
 def fit(
-    model: Any, rows: Sequence[Row], pad: int, config: SftConfig, console: Console
+    model: Any, rows: Sequence[SolvedExample], pad: int, config: SftConfig, console: Console
 ) -> list[dict[str, float]]:
     """Trains `model` in place.
 
@@ -277,7 +279,7 @@ def fit(
     return metrics
 
 
-def _endless(rows: Sequence[Row], config: SftConfig) -> Iterator[list[Row]]:
+def _endless(rows: Sequence[SolvedExample], config: SftConfig) -> Iterator[list[SolvedExample]]:
     """The rows of each step: epoch 0, 1, 2, ..."""
     lengths = [len(row) for row in rows]
     for epoch in itertools.count():

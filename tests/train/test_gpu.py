@@ -18,7 +18,7 @@ from kdrl_train.config_file import save_yaml
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.model import attention
 from kdrl_train.model.policy import Policy
-from kdrl_train.runfolder.log import read_rows
+from kdrl_train.runfolder.log import read_records
 from tests.train.test_train import run
 
 pytestmark = pytest.mark.gpu
@@ -36,7 +36,7 @@ def test_steps_are_those_of_a_cpu(config: Config) -> None:
     assert len(rows) == 3
     assert rows[0]["kl_teacher"] == pytest.approx(exact[0]["kl_teacher"], rel=0.1)
     for row in rows:
-        assert row["sampler_gap_mean"] < 0.05
+        assert row["sampler_mismatch_mean"] < 0.05
         assert row["peak_memory_bytes"] > 0
 
 
@@ -49,7 +49,7 @@ def test_one_rank_of_fsdp2_is_one_process(config: Config) -> None:
     command += ["--config", str(sharded.out.with_suffix(".yaml"))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    first, other = read_rows(sharded.out)[0], read_rows(whole.out)[0]
+    first, other = read_records(sharded.out)[0], read_records(whole.out)[0]
     for name in ("loss", "grad_norm", "kl_teacher", "entropy"):
         assert first[name] == pytest.approx(other[name], rel=0.1, abs=1e-3), name
 
@@ -63,7 +63,7 @@ def test_offloading_changes_nothing(config: Config, offload: str) -> None:
     command += ["--config", str(settings.out.with_suffix(".yaml"))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(read_rows(settings.out)) == 3
+    assert len(read_records(settings.out)) == 3
 
 
 def test_the_variable_length_kernel_computes_what_padded_batches_do(
@@ -90,7 +90,7 @@ def test_the_variable_length_kernel_computes_what_padded_batches_do(
 def test_continuous_batching_agrees_with_the_trainer(config: Config) -> None:
     base = on_gpu(config(steps=2))
     for row in run(replace(base, engine=replace(base.engine, kind="continuous"))):
-        assert row["sampler_gap_mean"] < 0.05
+        assert row["sampler_mismatch_mean"] < 0.05
 
 
 def test_rollouts_ahead_agree_with_the_trainer(config: Config) -> None:
@@ -98,9 +98,9 @@ def test_rollouts_ahead_agree_with_the_trainer(config: Config) -> None:
         config(steps=4, save_every=1, save_async=True, engine=EngineConfig(staleness=1))
     )
     rows = run(settings)
-    assert [row["rollout_lag"] for row in rows] == [0, 1, 1, 1]
+    assert [row["staleness"] for row in rows] == [0, 1, 1, 1]
     for row in rows[:3]:
-        assert row["sampler_gap_mean"] < 0.05
+        assert row["sampler_mismatch_mean"] < 0.05
     assert sorted(path.name for path in (settings.out / "checkpoints").glob("step_*")) == [
         "step_000003",
         "step_000004",

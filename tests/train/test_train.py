@@ -22,7 +22,7 @@ from kdrl_train.method import grpo
 from kdrl_train.method.config import MethodConfig, ScheduleConfig
 from kdrl_train.method.presets import PRESETS
 from kdrl_train.model.policy import Teacher
-from kdrl_train.runfolder.log import read_rows
+from kdrl_train.runfolder.log import read_records
 from kdrl_train.start import open_run
 from tests.train.conftest import EXACT
 
@@ -37,12 +37,12 @@ METRICS = {
         "rewards_missing",
         "response_length",
     ),
-    *("truncated", "entropy", "clip_fraction", "kl_teacher", "log_ratio_teacher", "k2", "kd_share"),
+    *("truncated", "entropy", "clip_fraction", "kl_teacher", "teacher_log_ratio", "k2", "kd_share"),
     *(
         "kd_coef",
         "policy_coef",
-        "sampler_gap_mean",
-        "sampler_gap_max",
+        "sampler_mismatch_mean",
+        "sampler_mismatch_max",
         "loss",
         "grad_norm",
         "learning_rate",
@@ -56,8 +56,8 @@ METRICS = {
     ),
     *("verifier_error", "tokens_per_s", "seconds", "seconds_rollout", "seconds_verify"),
     *("seconds_teacher", "seconds_update", "seconds_sync", "peak_memory_bytes", "kd_flip_share"),
-    *(f"log_ratio_p{q}" for q in (10, 50, 90, 99)),
-    *("log_ratio_counts", "response_length_counts"),
+    *(f"teacher_log_ratio_p{q}" for q in (10, 50, 90, 99)),
+    *("teacher_log_ratio_counts", "response_length_counts"),
     *(f"tokens_per_s_{stage}" for stage in ("rollout", "verify", "teacher", "update")),
 }
 
@@ -66,7 +66,7 @@ def run(config: TrainConfig) -> list[dict[str, Any]]:
     """Train quietly; the rows of metrics.jsonl."""
     folder = train.main(config, Console(file=io.StringIO()))
     assert folder == config.out
-    return read_rows(folder)
+    return read_records(folder)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -123,16 +123,20 @@ def test_a_run_leaves_what_it_should(
     assert [row["step"] for row in rows] == [0, 1]
     for row in rows:
         assert set(row) == METRICS
-        counts = [row.pop(name) for name in ("log_ratio_counts", "response_length_counts")]
+        counts = [row.pop(name) for name in ("teacher_log_ratio_counts", "response_length_counts")]
         assert all(isinstance(v, (int, float)) and math.isfinite(v) for v in row.values())
         assert sum(counts[0]) == row["tokens"]  # each token is distilled
         assert sum(counts[1]) == 16  # completions
         assert row["verifier_right"] + row["verifier_wrong"] == 16
         assert row["accuracy"] == row["verifier_right"] / 16
-        assert row["sampler_gap_max"] < 1e-4
+        assert row["sampler_mismatch_max"] < 1e-4
         assert row["clip_fraction"] == 0.0
         assert row["kd_share"] == 1.0
-        assert row["log_ratio_p10"] < row["log_ratio_p50"] < row["log_ratio_p90"]
+        assert (
+            row["teacher_log_ratio_p10"]
+            < row["teacher_log_ratio_p50"]
+            < row["teacher_log_ratio_p90"]
+        )
         assert row["kd_flip_share"] == 0.0  # beta l is 100 times smaller than the advantages
         assert (row["kd_coef"], row["learning_rate"]) == (2e-3, 1e-3)
         assert 0 < row["entropy"] < math.log(258)
@@ -212,7 +216,7 @@ def test_a_missing_reward_is_counted_and_left_out(config: Callable[..., TrainCon
     lines = io.StringIO()
     settings = config(reward="one_missing", steps=1, sampling=sampling)
     train.main(settings, Console(file=lines))
-    (row,) = read_rows(settings.out)
+    (row,) = read_records(settings.out)
     assert 0 < row["verifier_error"] < 32
     first = re.search(r"step 1: (\d+) of 32 rewards failed; first: (\S+): (.*)", lines.getvalue())
     assert int(first[1]) == row["verifier_error"]
@@ -234,7 +238,7 @@ def test_a_prompt_without_any_reward_stops_the_run(
         train.main(settings, Console(file=lines))
     assert "step 1: 8 of 40 rewards failed; first: task.jsonl:" in lines.getvalue()
     assert "ValueError: three is [unlucky]" in lines.getvalue()
-    assert read_rows(settings.out) == []
+    assert read_records(settings.out) == []
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step(
@@ -259,7 +263,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(
     assert dump["errors"] == dict.fromkeys(failed, "reward must be a finite number, got nan")
     assert dump["rewards"].shape == (2, 16)
     assert len(dump["completion_ids"]) == 32
-    assert [row["step"] for row in read_rows(settings.out)] == [0]
+    assert [row["step"] for row in read_records(settings.out)] == [0]
     monkeypatch.undo()
     rows = run(replace(settings, resume=True))
     assert [row["step"] for row in rows] == [0, 1]
@@ -273,7 +277,7 @@ def test_bfloat16_computes_what_float32_does_but_for_rounding(
     row, exact = run(settings)[0], run(config("float32", steps=1))[0]
     assert row["kl_teacher"] == pytest.approx(exact["kl_teacher"], rel=0.1)
     assert row["entropy"] == pytest.approx(exact["entropy"], rel=0.1)
-    assert 1e-6 < row["sampler_gap_mean"] < 0.1  # generate rounds its logits to bfloat16
+    assert 1e-6 < row["sampler_mismatch_mean"] < 0.1  # generate rounds its logits to bfloat16
     after = weights(settings.out / "model")
     before = weights(folders["student"])
     for name, tensor in after.items():  # a step of 1e-3 on float32 weights, not a rounded one

@@ -30,7 +30,7 @@ from kdrl_train.method.config import MethodConfig, ScheduleConfig
 from kdrl_train.model.teacher import remote
 from kdrl_train.model.teacher.client import TeacherError, vocabulary_hash
 from kdrl_train.rollouts.verifier import Verifier
-from kdrl_train.runfolder.log import read_rows
+from kdrl_train.runfolder.log import read_records
 from tests.train.servers import (
     Process,
     Scripted,
@@ -84,7 +84,7 @@ def run(config: TrainConfig) -> tuple[list[dict[str, Any]], str]:
     """Rows of metrics.jsonl, and what the console said."""
     text = io.StringIO()
     train.main(config, Console(file=text, width=200))
-    return read_rows(config.out), text.getvalue()
+    return read_records(config.out), text.getvalue()
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -93,7 +93,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 def assert_same_run(ours: Path, theirs: Path) -> None:
     """Losses, gradients and models equal to 1e-5: a server packs other sequences together."""
-    pairs = zip(read_rows(ours), read_rows(theirs), strict=True)
+    pairs = zip(read_records(ours), read_records(theirs), strict=True)
     for mine, other in pairs:
         for key in ("step", "reward", "response_length", "kd_share", "verifier_right"):
             assert mine[key] == other[key], key
@@ -196,7 +196,7 @@ def test_past_the_deadline_a_checkpoint_is_left_to_resume_from(
         assert cli.main(["train", "--config", str(file)]) == 1
     assert "must answer within teacher.deadline_s = 3 s" in capsys.readouterr().err
     assert {p.name for p in (remote.out / "checkpoints").iterdir()} == {"LATEST", "step_000002"}
-    assert len(read_rows(remote.out)) == 2
+    assert len(read_records(remote.out)) == 2
     with running(app, port):
         assert cli.main(["train", "--config", str(file), "--resume"]) == 0
     assert_same_run(remote.out, local.out)
@@ -288,7 +288,7 @@ def test_two_ranks_ask_for_their_shares(
     settings = {"method": replace(K2, kd_mask=mask), "steps": 2}
     whole, parts = (config(out, process.url, **settings) for out in ("whole", "parts"))
     run(whole)
-    assert_same_metrics(together(parts, 2), read_rows(whole.out))
+    assert_same_metrics(together(parts, 2), read_records(whole.out))
 
 
 def test_gradients_are_told_apart_with_a_server(

@@ -25,7 +25,7 @@ from kdrl_train.method.config import ScheduleConfig
 from kdrl_train.method.presets import PRESETS
 from kdrl_train.model.policy import Policy
 from kdrl_train.runfolder import checkpoint
-from kdrl_train.runfolder.log import read_rows
+from kdrl_train.runfolder.log import read_records
 from tests.train.conftest import EXACT
 from tests.train.ranks import train_ranks
 from tests.train.test_train import without_times
@@ -36,14 +36,14 @@ ONE = OptimConfig(learning_rate=1e-3, micro_batch_tokens=1)
 
 def alone(config: TrainConfig) -> list[dict[str, Any]]:
     train.main(config, Console(file=io.StringIO()))
-    return read_rows(config.out)
+    return read_records(config.out)
 
 
 def together(config: TrainConfig, ranks: int, **options: Any) -> list[dict[str, Any]]:
     said = train_ranks(config, ranks, **options)
     assert said[0].splitlines()[-1].startswith("saved "), said
     assert not any(said[1:]), said
-    return read_rows(config.out)
+    return read_records(config.out)
 
 
 def assert_same_metrics(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
@@ -51,7 +51,9 @@ def assert_same_metrics(found: list[dict[str, Any]], expected: list[dict[str, An
     for row, other in zip(without_times(found), without_times(expected), strict=True):
         assert set(row) == set(other)
         for name, value in other.items():
-            rounding = 1e-5 if name.startswith("sampler_gap") else 1e-6  # a gap is rounding alone
+            rounding = (
+                1e-5 if name.startswith("sampler_mismatch") else 1e-6
+            )  # a gap is rounding alone
             near = value if value is None else pytest.approx(value, rel=1e-4, abs=rounding)
             assert row[name] == near, (row["step"], name)
 
@@ -120,7 +122,7 @@ def test_bfloat16_ranks_keep_float32_weights(config: Config) -> None:
     (row,) = together(settings, 2)
     (exact,) = alone(config("float32", steps=1))
     assert row["kl_teacher"] == pytest.approx(exact["kl_teacher"], rel=0.1)
-    assert 1e-6 < row["sampler_gap_mean"] < 0.05
+    assert 1e-6 < row["sampler_mismatch_mean"] < 0.05
     before = AutoModelForCausalLM.from_pretrained(base.model.policy)
     old = dict(before.named_parameters())
     saved = AutoModelForCausalLM.from_pretrained(settings.out / "model")
@@ -212,7 +214,7 @@ def test_all_ranks_stop_before_a_step_that_is_not_finite(config: Config) -> None
     for words in said:
         assert "FloatingPointError: loss and gradient norm must be finite" in words
         assert "at step 1: stopped before the optimiser step" in words
-    assert [row["step"] for row in read_rows(settings.out)] == [0]
+    assert [row["step"] for row in read_records(settings.out)] == [0]
     assert (settings.out / "failed_step_000001.pt").exists()
     assert (settings.out / "checkpoints" / "step_000001").exists()  # the weights that met it
 
@@ -272,20 +274,20 @@ def test_an_engine_with_other_weights_stops_the_run(
     settings = config(steps=3)
     for words in train_ranks(settings, 2, sabotage=sabotage):
         assert message in words
-    assert [row["step"] for row in read_rows(settings.out)] == [0]
+    assert [row["step"] for row in read_records(settings.out)] == [0]
 
 
 def test_the_same_engine_without_sabotage_agrees(config: Config) -> None:
     for row in together(config(), 2):
-        assert row["sampler_gap_mean"] < 1e-5
+        assert row["sampler_mismatch_mean"] < 1e-5
 
 
 def test_the_limit_of_the_gap_can_be_set(config: Config) -> None:
     base = config(steps=1)
-    settings = replace(base, engine=replace(base.engine, max_gap=1e-12))
-    with pytest.raises(RuntimeError, match=r"within engine.max_gap = 1e-12 nats"):
+    settings = replace(base, engine=replace(base.engine, max_sampler_mismatch=1e-12))
+    with pytest.raises(RuntimeError, match=r"within engine.max_sampler_mismatch = 1e-12 nats"):
         alone(settings)
-    assert read_rows(settings.out) == []
+    assert read_records(settings.out) == []
     assert not (settings.out / "checkpoints").exists()
 
 
@@ -307,4 +309,4 @@ def test_torchrun_starts_it(config: Config) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("step 2/2") == 1  # rank 0 alone speaks
-    assert_same_metrics(read_rows(settings.out), alone(config("whole", steps=2)))
+    assert_same_metrics(read_records(settings.out), alone(config("whole", steps=2)))

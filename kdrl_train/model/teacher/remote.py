@@ -55,7 +55,7 @@ class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
         self._outage: float | None = None
         self._failure: TeacherError | None = None
 
-    def ask(self, rollouts: Rollouts, wanted_R: Tensor) -> dict[int, Future[Tensor]]:
+    def query(self, rollouts: Rollouts, wanted_R: Tensor) -> dict[int, Future[Tensor]]:
         """Send the completions of wanted_R [R] bool, without waiting for an answer.
 
         Returns: completion -> its log-probabilities [T] float32, nats.
@@ -84,7 +84,7 @@ class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
         """
         missing = wanted_R.clone()
         missing[list(asked)] = False
-        futures = asked | self.ask(rollouts, missing)
+        futures = asked | self.query(rollouts, missing)
         for r, future in futures.items():
             if not wanted_R[r]:
                 future.cancel()

@@ -67,12 +67,13 @@ def require_agreement(gap: float | None, limit: float, step: int) -> None:
 
     Args:
         gap: mean |log p(trainer) - log p(engine)| in nats per token; None: no token.
-        limit: of engine.max_gap.
+        limit: of engine.max_sampler_mismatch.
     """
     if gap is not None and not gap <= limit:
         raise EngineError(
-            f"the engine's log-probabilities must be within engine.max_gap = {limit:g} nats of the "
-            f"trainer's, on average over the tokens of step {step + 1}, got {gap:.2g}: it samples "
+            "the engine's log-probabilities must be within engine.max_sampler_mismatch = "
+            f"{limit:g} nats of the trainer's, on average over the tokens of step {step + 1}, got "
+            f"{gap:.2g}: it samples "
             "from other weights (a tied LM head that was not loaded, a skipped push) or computes "
             "them in another way; stopped before the optimiser step"
         )

@@ -33,11 +33,11 @@ class ContinuousEngine(GenerateEngine):
     """
 
     def __init__(self, config: TrainConfig, policy: Policy, tokenizer: Any) -> None:
-        if policy.limit is not None and policy.limit < policy.vocab_size:
+        if policy.sampled_vocab_size is not None and policy.sampled_vocab_size < policy.vocab_size:
             raise ValueError(
                 'engine.kind must be "generate" where the policy has columns that its teacher '
-                f"lacks, got {policy.vocab_size:,} and {policy.limit:,}: continuous batching would "
-                "draw them"
+                f"lacks, got {policy.vocab_size:,} and {policy.sampled_vocab_size:,}: continuous "
+                "batching would draw them"
             )
         attention = "flash_attention_2" if config.model.attention == "flash_attention_2" else "sdpa"
         own = replace(config, model=replace(config.model, attention=attention))

@@ -29,7 +29,7 @@ class GenerateEngine:
     ) -> None:
         self.version = 0
         self.tokenizer = tokenizer
-        self.vocab_size = policy.limit
+        self.vocab_size = policy.sampled_vocab_size
         self.model = policy.model
         self.context: Callable[[], AbstractContextManager[Any]] = policy.autocast
         self.shared = shared

@@ -1,4 +1,4 @@
-"""What both vLLM engines share: one seeded request for each completion, every answer checked."""
+"""What both vLLM engines share: one seeded request for each completion, every reply checked."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Reply:
     """One completion."""
 
     ids: list[int]
@@ -50,8 +50,8 @@ class RequestEngine(ABC):
         self.tokenizer = tokenizer
         self.stops = eos_ids(policy.model, tokenizer)
         self.allowed: list[int] | None = None
-        if policy.limit is not None and policy.limit < policy.vocab_size:
-            self.allowed = list(range(policy.limit))
+        if policy.sampled_vocab_size is not None and policy.sampled_vocab_size < policy.vocab_size:
+            self.allowed = list(range(policy.sampled_vocab_size))
 
     def generate(
         self,
@@ -63,15 +63,15 @@ class RequestEngine(ABC):
         first: int = 0,
         poll: Callable[[], None] | None = None,
     ) -> Rollouts:
-        """See Engine. Raises: EngineError for an answer that is none to its request."""
+        """See Engine. Raises: EngineError for an reply that is none to its request."""
         requests = [
             Request(list(prompt), self._params(sampling, [seed, step, first + p, g]))
             for p, prompt in enumerate(prompts)
             for g in range(sampling.group_size)
         ]
-        answers = self.answers(requests, sampling, poll or _go_on)
-        for r, answer in enumerate(answers):
-            problem = self._problem(answer, sampling.max_new_tokens)
+        replies = self.replies(requests, sampling, poll or _go_on)
+        for r, reply in enumerate(replies):
+            problem = self._problem(reply, sampling.max_new_tokens)
             if problem is not None:
                 raise EngineError(
                     f"vLLM must answer each request with its tokens and their log-probabilities, "
@@ -79,18 +79,18 @@ class RequestEngine(ABC):
                 )
         return Rollouts(
             prompt_ids=[torch.tensor(request.prompt_ids) for request in requests],
-            completion_ids=[torch.tensor(answer.ids) for answer in answers],
-            logprobs=[torch.tensor(answer.logprobs, dtype=torch.float32) for answer in answers],
+            completion_ids=[torch.tensor(reply.ids) for reply in replies],
+            logprobs=[torch.tensor(reply.logprobs, dtype=torch.float32) for reply in replies],
             truncated=torch.tensor(
-                [answer.ids[-1] not in self.stops for answer in answers], dtype=torch.bool
+                [reply.ids[-1] not in self.stops for reply in replies], dtype=torch.bool
             ),
-            texts=[self.tokenizer.decode(a.ids, skip_special_tokens=True) for a in answers],
+            texts=[self.tokenizer.decode(a.ids, skip_special_tokens=True) for a in replies],
         )
 
     @abstractmethod
-    def answers(
+    def replies(
         self, requests: list[Request], sampling: SamplingConfig, poll: Callable[[], None]
-    ) -> list[Answer]:
+    ) -> list[Reply]:
         """One for each request, in their order. poll: called now and then; may raise."""
 
     def _params(self, sampling: SamplingConfig, entropy: list[int]) -> dict[str, Any]:
@@ -111,14 +111,14 @@ class RequestEngine(ABC):
             "frequency_penalty": 0.0,
         }
 
-    def _problem(self, answer: Answer, longest: int) -> str | None:
-        """What is wrong with an answer; None: nothing."""
-        ids, ends = answer.ids, [token in self.stops for token in answer.ids]
-        if not ids or len(ids) != len(answer.logprobs):
-            return f"{len(ids)} tokens and {len(answer.logprobs)} log-probabilities"
+    def _problem(self, reply: Reply, longest: int) -> str | None:
+        """What is wrong with an reply; None: nothing."""
+        ids, ends = reply.ids, [token in self.stops for token in reply.ids]
+        if not ids or len(ids) != len(reply.logprobs):
+            return f"{len(ids)} tokens and {len(reply.logprobs)} log-probabilities"
         if any(ends[:-1]) or not (ends[-1] or len(ids) == longest) or len(ids) > longest:
             return f"{len(ids)} tokens of {longest}, ending with {ids[-1]}, not with {self.stops}"
-        for token, logprob in zip(ids, answer.logprobs, strict=True):
+        for token, logprob in zip(ids, reply.logprobs, strict=True):
             if not FORBIDDEN < logprob < ROUNDING:
                 return f"log-probability {logprob:g} of token {token}"
         return None

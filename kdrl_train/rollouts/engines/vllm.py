@@ -10,7 +10,7 @@ import torch
 from kdrl_train.config import SamplingConfig, TrainConfig
 from kdrl_train.model.fsdp import full_weights
 from kdrl_train.model.policy import Policy
-from kdrl_train.rollouts.engines.requests import Answer, Request, RequestEngine, longest_sequence
+from kdrl_train.rollouts.engines.requests import Reply, Request, RequestEngine, longest_sequence
 
 ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -50,12 +50,12 @@ class VllmEngine(RequestEngine):
             distributed_executor_backend="external_launcher" if launched else None,
         )
 
-    def answers(
+    def replies(
         self,
         requests: list[Request],
         sampling: SamplingConfig,  # noqa: ARG002  what counts is in the requests
         poll: Callable[[], None],
-    ) -> list[Answer]:
+    ) -> list[Reply]:
         """See RequestEngine; polls between tokens."""
         engine = self.llm.llm_engine
         asked = self.llm.enqueue(
@@ -71,7 +71,7 @@ class VllmEngine(RequestEngine):
         finally:
             engine.abort_request(asked, internal=True)  # those of them that are not finished
         outputs.sort(key=lambda output: int(output.request_id))
-        return [_answer(output.outputs[0]) for output in outputs]
+        return [_reply(output.outputs[0]) for output in outputs]
 
     @torch.no_grad()
     def load(self, policy: Policy, version: int) -> None:
@@ -83,10 +83,10 @@ class VllmEngine(RequestEngine):
         self.version = version
 
 
-def _answer(output: Any) -> Answer:
+def _reply(output: Any) -> Reply:
     ids = list(output.token_ids)
     pairs = zip(ids, output.logprobs, strict=True)
-    return Answer(ids, [found[token].logprob for token, found in pairs])
+    return Reply(ids, [found[token].logprob for token, found in pairs])
 
 
 def require_vllm(device: torch.device, *, launched: bool) -> Any:

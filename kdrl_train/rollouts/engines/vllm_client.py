@@ -7,7 +7,7 @@ from typing import Any
 import httpx2
 
 from kdrl_train.errors import EngineError
-from kdrl_train.rollouts.engines.requests import Answer, Request
+from kdrl_train.rollouts.engines.requests import Reply, Request
 
 POLL_S = 0.2
 """Between two looks at whether the run was asked to stop."""
@@ -20,7 +20,7 @@ class VllmClient:
 
     Args:
         url: http://host:port, with or without /v1.
-        timeout_s: longest wait for one answer, in seconds.
+        timeout_s: longest wait for one reply, in seconds.
     """
 
     def __init__(self, url: str, timeout_s: float) -> None:
@@ -30,10 +30,10 @@ class VllmClient:
     def workers(self, method: str, *arguments: str) -> list[Any]:
         """Call a method of rollouts/vllm_worker.py on each worker; returns their results."""
         path = "/collective_rpc"
-        answer = self.send("POST", path, {"method": method, "args": arguments})
-        if not (isinstance(answer, dict) and isinstance(answer.get("results"), list)):
-            raise self._nonsense(path, str(answer))
-        results: list[Any] = answer["results"]
+        reply = self.send("POST", path, {"method": method, "args": arguments})
+        if not (isinstance(reply, dict) and isinstance(reply.get("results"), list)):
+            raise self._nonsense(path, str(reply))
+        results: list[Any] = reply["results"]
         return results
 
     def send(self, verb: str, path: str, body: Any = None) -> Any:
@@ -46,8 +46,8 @@ class VllmClient:
 
     def complete(
         self, model: str, requests: list[Request], together: int, poll: Callable[[], None]
-    ) -> list[Answer]:
-        """An answer for each request, in their order.
+    ) -> list[Reply]:
+        """An reply for each request, in their order.
 
         Args:
             model: the server's name for it.
@@ -58,7 +58,7 @@ class VllmClient:
 
     async def _complete_all(
         self, model: str, requests: list[Request], together: int, poll: Callable[[], None]
-    ) -> list[Answer]:
+    ) -> list[Reply]:
         limits = httpx2.Limits(max_connections=together)
         timeout = httpx2.Timeout(self.timeout_s, pool=None)
         async with httpx2.AsyncClient(base_url=self.url, limits=limits, timeout=timeout) as http:
@@ -76,7 +76,7 @@ class VllmClient:
                 await asyncio.gather(*tasks, return_exceptions=True)
         return [task.result() for task in tasks]
 
-    async def _complete(self, http: httpx2.AsyncClient, model: str, request: Request) -> Answer:
+    async def _complete(self, http: httpx2.AsyncClient, model: str, request: Request) -> Reply:
         path = "/v1/completions"
         body = {"model": model, "prompt": request.prompt_ids, "return_token_ids": True}
         for wait_s in (*WAITS_S, None):
@@ -87,14 +87,14 @@ class VllmClient:
                 if wait_s is None or isinstance(error, httpx2.TimeoutException):
                     raise self._silence(path, error) from error
             await asyncio.sleep(wait_s)
-        answer = self._json(response, path)
+        reply = self._json(response, path)
         try:
-            (choice,) = answer["choices"]
-            return Answer(choice["token_ids"], choice["logprobs"]["token_logprobs"])
+            (choice,) = reply["choices"]
+            return Reply(choice["token_ids"], choice["logprobs"]["token_logprobs"])
         except (LookupError, TypeError, ValueError) as error:
             raise EngineError(
                 f"the server at {self.url} must return token_ids and log-probabilities, got "
-                f"{str(answer)[:500]}: use vLLM 0.32 or newer"
+                f"{str(reply)[:500]}: use vLLM 0.32 or newer"
             ) from error
 
     def _json(self, response: httpx2.Response, path: str) -> Any:
@@ -108,9 +108,9 @@ class VllmClient:
         except ValueError as error:
             raise self._nonsense(path, response.text) from error
 
-    def _nonsense(self, path: str, answer: str) -> EngineError:
+    def _nonsense(self, path: str, reply: str) -> EngineError:
         return EngineError(
-            f"the server at {self.url} must answer {path} as vLLM 0.32 does, got {answer[:500]!r}: "
+            f"the server at {self.url} must answer {path} as vLLM 0.32 does, got {reply[:500]!r}: "
             "is it vLLM, and is there a proxy in between?"
         )
 

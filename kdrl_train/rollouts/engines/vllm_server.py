@@ -20,7 +20,7 @@ from kdrl_train.errors import EngineError, RunError
 from kdrl_train.model.fsdp import full_weights
 from kdrl_train.model.policy import Policy
 from kdrl_train.ranks import World
-from kdrl_train.rollouts.engines.requests import Answer, Request, RequestEngine
+from kdrl_train.rollouts.engines.requests import Reply, Request, RequestEngine
 from kdrl_train.rollouts.engines.vllm_client import WAITS_S, VllmClient
 
 WEIGHTS = "engine_weights.safetensors"
@@ -64,9 +64,9 @@ class VllmServerEngine(RequestEngine):
         self.failure: RunError | None = None
         self.model, self.window = inspect(self.server, config)
 
-    def answers(
+    def replies(
         self, requests: list[Request], sampling: SamplingConfig, poll: Callable[[], None]
-    ) -> list[Answer]:
+    ) -> list[Reply]:
         """See RequestEngine. At most sampling.batch_size are on their way at a time.
 
         Raises: EngineError where the server fails, has other weights, or too short a window; what
@@ -82,9 +82,9 @@ class VllmServerEngine(RequestEngine):
                 "start it with a larger --max-model-len"
             )
         self._require_weights()
-        answers = self.server.complete(self.model, requests, sampling.batch_size, poll)
+        replies = self.server.complete(self.model, requests, sampling.batch_size, poll)
         self._require_weights()  # it may have been restarted in between
-        return answers
+        return replies
 
     @torch.no_grad()
     def load(self, policy: Policy, version: int) -> None:

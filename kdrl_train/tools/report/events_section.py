@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kdrl_train.runfolder.jsonl import Row
+from kdrl_train.runfolder.jsonl import Record
 from kdrl_train.tools.report.blocks import Block, Note, Section, Table
 from kdrl_train.tools.report.runs import Group, RunData
 
@@ -49,7 +49,7 @@ def _rows(run: RunData) -> list[list[str]]:
     return [*rows[: MOST // 2], left, *rows[-MOST // 2 :]]
 
 
-def _what(event: Row) -> str:
+def _what(event: Record) -> str:
     words = str(event.get("message", ""))
     if event.get("dropped"):
         words += f"; {event['dropped']} rows after its checkpoint were dropped"
@@ -58,7 +58,7 @@ def _what(event: Row) -> str:
     return words
 
 
-def _undone(events: Sequence[Row]) -> set[int]:
+def _undone(events: Sequence[Record]) -> set[int]:
     """Indices of events of steps that a later resume dropped."""
     lowest, found = float("inf"), set()
     for i in range(len(events) - 1, -1, -1):

@@ -11,7 +11,7 @@ import numpy as np
 from kdrl_train.config_file import load_yaml
 from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.events import FILE as EVENTS
-from kdrl_train.runfolder.jsonl import Row
+from kdrl_train.runfolder.jsonl import Record
 
 APART = ("seed", "out", "resume")
 """Settings in which runs of one group may differ."""
@@ -34,8 +34,8 @@ class RunData:
     folder: Path
     settings: dict[str, Any]
     """Dotted key -> value."""
-    rows: list[Row]
-    events: list[Row]
+    rows: list[Record]
+    events: list[Record]
 
     @property
     def seed(self) -> Any:
@@ -70,7 +70,7 @@ class RunData:
         """Steps (from 0) of which there are samples."""
         return sorted(int(p.stem.split("_")[1]) for p in self.folder.glob("samples/step_*.jsonl"))
 
-    def samples(self, step: int) -> list[Row]:
+    def samples(self, step: int) -> list[Record]:
         """Lines of a step's samples; step from 0."""
         return jsonl.read(self.folder / "samples" / f"step_{step:06d}.jsonl")
 

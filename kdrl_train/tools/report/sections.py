@@ -60,8 +60,8 @@ CURVES = {
         "learning_rate": "learning rate",
     },
     "Health": {
-        "sampler_gap_mean": "engine gap, mean |Δ log p|, nats",
-        "sampler_gap_max": "engine gap, largest",
+        "sampler_mismatch_mean": "engine gap, mean |Δ log p|, nats",
+        "sampler_mismatch_max": "engine gap, largest",
         "sampler_weight_mean": "sampler correction, mean weight",
         "sampler_limited": "sampler correction, tokens at the bound, share",
         "verifier_timeout": "verifier timeouts",
@@ -190,7 +190,7 @@ def _charts(groups: Sequence[Group], titles: dict[str, str], every: int) -> list
         if len(values) == 1 and len(steps) > 1:
             constant.append(f"{title}: {number(values.pop())}")
         elif values:
-            marks = _limits(groups) if key == "sampler_gap_mean" else ()
+            marks = _limits(groups) if key == "sampler_mismatch_mean" else ()
             svg = line_chart(series, title=title, references=marks, legend=False)
             found.append(Figure("", svg))
     if constant:
@@ -199,16 +199,17 @@ def _charts(groups: Sequence[Group], titles: dict[str, str], every: int) -> list
 
 
 def _limits(groups: Sequence[Group]) -> list[Reference]:
-    """engine.max_gap where it is set."""
-    found = {run.settings.get("engine.max_gap") for group in groups for run in group.runs}
-    return [Reference("engine.max_gap", float(v)) for v in found if isinstance(v, (int, float))]
+    """engine.max_sampler_mismatch where it is set."""
+    key = "engine.max_sampler_mismatch"
+    found = {run.settings.get(key) for group in groups for run in group.runs}
+    return [Reference(key, float(v)) for v in found if isinstance(v, (int, float))]
 
 
 def _gap_curves(groups: Sequence[Group], every: int) -> list[Block]:
     """Quantiles of l: the median as line, 10% to 90% as band."""
     series = []
     for group in groups:
-        parts = [curve(group, f"log_ratio_p{q}", every) for q in (10, 50, 90)]
+        parts = [curve(group, f"teacher_log_ratio_p{q}", every) for q in (10, 50, 90)]
         low, middle, high = parts
         if low and middle and high:
             series.append(Series(group.name, middle.x, middle.y, group.look, low.y, high.y))
@@ -306,7 +307,7 @@ def _per_step(run: RunData, key: str) -> float:
 def histograms(groups: Sequence[Group]) -> Section:
     """Distributions of l and of response lengths, early and late."""
     gaps = [f"<{EDGES[0]:g}", *(f"{a:g}…{b:g}" for a, b in pairwise(EDGES)), f">{EDGES[-1]:g}"]
-    blocks = _early_and_late(groups, "log_ratio_counts", "gap l", "nats", gaps)
+    blocks = _early_and_late(groups, "teacher_log_ratio_counts", "gap l", "nats", gaps)
     limits = {run.settings.get("sampling.max_new_tokens") for g in groups for run in g.runs}
     most = limits.pop() if len(limits) == 1 else None
     unit = "tokens, up to" if isinstance(most, int) else "% of max_new_tokens, up to"

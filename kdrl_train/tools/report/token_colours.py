@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from kdrl_train.runfolder.jsonl import Row
+from kdrl_train.runfolder.jsonl import Record
 from kdrl_train.tools.report.blocks import Block, Note, Sample, Samples, Section, Tints, Token
 from kdrl_train.tools.report.runs import Group, RunData
 from kdrl_train.tools.report.svg import number
@@ -78,7 +78,7 @@ def _step(shown: list[tuple[Group, RunData, int]]) -> list[Block]:
     return [Samples(f"Step {steps}", prompt, found[prompt]) for prompt in prompts]
 
 
-def sample(row: Row, group: str, kd: str | None) -> Sample:
+def sample(row: Record, group: str, kd: str | None) -> Sample:
     """One line of samples/ for the page; lines of older runs lack what they lack."""
     text, chars = row["completion"], row.get("token_chars")
     gaps = row.get("log_ratio") or []

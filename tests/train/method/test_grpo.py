@@ -231,14 +231,14 @@ def test_token_means_by_hand() -> None:
         "entropy": 2.0,
         "clip_fraction": 0.5,
         "kl_teacher": -0.5,
-        "log_ratio_teacher": -0.5,
-        **{f"log_ratio_p{q}": pytest.approx(-2, rel=0.01) for q in (10, 50)},
-        **{f"log_ratio_p{q}": pytest.approx(1, rel=0.01) for q in (90, 99)},
+        "teacher_log_ratio": -0.5,
+        **{f"teacher_log_ratio_p{q}": pytest.approx(-2, rel=0.01) for q in (10, 50)},
+        **{f"teacher_log_ratio_p{q}": pytest.approx(1, rel=0.01) for q in (90, 99)},
         "k2": 1.25,
         "kd_flip_share": pytest.approx(1 / 3),
         "kd_share": pytest.approx(2 / 3),
-        "sampler_gap_mean": pytest.approx(0.5 / 3),
-        "sampler_gap_max": 0.5,
+        "sampler_mismatch_mean": pytest.approx(0.5 / 3),
+        "sampler_mismatch_max": 0.5,
     }
     exact = token_means(sums(slice(None), kl=torch.tensor([0.5, NAN, 0.1, NAN])))
     assert exact["kl_teacher"] == pytest.approx(0.3)
@@ -287,7 +287,7 @@ def test_without_a_teacher_its_metrics_are_absent() -> None:
     means = token_means(found)
     assert means["kl_teacher"] is None
     assert means["entropy"] is None
-    assert means["log_ratio_p50"] is None
+    assert means["teacher_log_ratio_p50"] is None
     assert means["kd_flip_share"] is None
     assert means["kd_share"] == 0.0
 

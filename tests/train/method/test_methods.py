@@ -180,7 +180,7 @@ def test_several_updates_of_one_rollout(config: Callable[..., TrainConfig]) -> N
     rows = {n: run(config(str(n), steps=1, optim=o))[0] for n, o in ((1, once), (4, UPDATES))}
     assert rows[1]["clip_fraction"] == 0.0
     assert rows[4]["clip_fraction"] > 0.05
-    assert rows[4]["sampler_gap_max"] < 1e-4
+    assert rows[4]["sampler_mismatch_max"] < 1e-4
     for key in ("reward", "response_length", "learning_rate", "kd_coef"):
         assert rows[4][key] == rows[1][key]
     still = replace(UPDATES, learning_rate=1e-12)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kdrl_train.batch import Rollouts
-from kdrl_train.model.packing import PackedBatch, balance, bins, pack
+from kdrl_train.model.packing import PackedBatch, balance, first_fit, pack
 
 
 def rollouts() -> Rollouts:
@@ -44,7 +44,7 @@ def test_one_row_by_hand() -> None:
     # the last token of a completion predicts nothing and is not fed
     assert row.input_ids.tolist() == [[10, 11, 12, 13, 21]]
     assert row.position_ids.tolist() == [[0, 1, 2, 3, 0]]
-    assert row.rows.tolist() == [1, 2, 3, 4]
+    assert row.loss_index.tolist() == [1, 2, 3, 4]
     assert row.tokens.tolist() == [12, 13, 14, 22]
     assert row.rollout.tolist() == [0, 0, 0, 1]
     assert row.advantages.tolist() == [0.5, 0.5, 0.5, -0.5]
@@ -57,7 +57,7 @@ def test_a_budget_cuts_the_step_and_only_rows_with_kd_need_a_teacher() -> None:
     first, second = packed(budget=4)
     assert first.tokens.tolist() == [12, 13, 14]
     assert second.tokens.tolist() == [22]
-    assert second.rows.tolist() == [0]
+    assert second.loss_index.tolist() == [0]
     assert [first.needs_teacher, second.needs_teacher] == [False, True]
 
 
@@ -91,11 +91,11 @@ def test_ends_of_completions_are_distilled_unless_told_not_to() -> None:
 def test_bins_hold_everything_once_within_the_budget(budget: int) -> None:
     draw = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 12, (50,), generator=draw).tolist()
-    found = bins(lengths, budget)
+    found = first_fit(lengths, budget)
     assert sorted(i for members in found for i in members) == list(range(50))
     for members in found:
         assert len(members) == 1 or sum(lengths[i] for i in members) <= budget
-    # first fit decreasing: no two bins could be one (the best packing has at most 2 half-full ones)
+    # first fit decreasing: no two packs could be one (the best has at most 2 half-full)
     loads = sorted(sum(lengths[i] for i in members) for members in found)
     assert len(loads) == 1 or loads[0] + loads[1] > budget
 
@@ -144,7 +144,7 @@ def test_ranks_divide_the_completions(ranks: int, budget: int) -> None:
         for row in turn:
             assert row.input_ids.shape == row.position_ids.shape
             assert row.input_ids.numel() >= 1
-            assert len(row.rows) == len(row.tokens) == len(row.advantages)
+            assert len(row.loss_index) == len(row.tokens) == len(row.advantages)
     loads = [sum(len(row.tokens) for row in part) for part in parts]
     assert max(loads) - min(loads) <= max(lengths) + 2
 
@@ -168,9 +168,9 @@ def test_a_turn_without_completions_feeds_one_token_and_learns_from_none() -> No
     (row,) = second
     assert row.input_ids.tolist() == [[0]]
     assert row.position_ids.tolist() == [[0]]
-    for name in ("rows", "tokens", "rollout", "sampled_logprobs", "advantages", "kd_weight"):
+    for name in ("loss_index", "tokens", "rollout", "sampled_logprobs", "advantages", "kd_weight"):
         assert getattr(row, name).shape == (0,), name
-    assert row.tokens.dtype == row.rows.dtype == torch.int64
+    assert row.tokens.dtype == row.loss_index.dtype == torch.int64
     assert row.needs_teacher  # the other rank's completion is distilled
     moved = row.to("meta")
     assert moved.input_ids.device.type == "meta"

@@ -309,8 +309,8 @@ def test_vocabulary_ends_where_the_shorter_head_does(
 ) -> None:
     teacher = Teacher(tiny("llama", vocab_size=V - 4))
     config = TrainConfig(model=ModelConfig(policy=str(folders["student"])))
-    assert load_policy(config, teacher).limit == V - 4
-    assert load_policy(config, None).limit == V
+    assert load_policy(config, teacher).sampled_vocab_size == V - 4
+    assert load_policy(config, None).sampled_vocab_size == V
 
 
 def test_a_gpu_named_by_its_index_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,7 +333,7 @@ def test_a_baseline_changes_the_gradient_of_k2_and_measures_the_exact_kl(
     (_, plain, sampled), (_, centred, metrics), (_, _, exact) = found.values()
     assert relative_error(centred, plain) > 1e-3
     assert metrics["kl_teacher"] == pytest.approx(exact["kl_teacher"], rel=1e-9)
-    for name in ("log_ratio_teacher", "k2", "kd_share", "entropy"):
+    for name in ("teacher_log_ratio", "k2", "kd_share", "entropy"):
         assert metrics[name] == pytest.approx(sampled[name], rel=1e-9)
     alone = objective(METHODS["centred k2"], distil=False)
     assert (alone.kd, alone.kd_baseline) == (None, None)

@@ -113,7 +113,7 @@ def test_each_completion_gets_its_own_tokens(scripted: Callable, api: str) -> No
 def test_only_the_wanted_are_asked_and_each_once(scripted: Callable) -> None:
     server, url = scripted()
     with Asked(url) as asked:
-        early = asked.teacher.ask(rollouts(), torch.tensor([True, False, True, False]))
+        early = asked.teacher.query(rollouts(), torch.tensor([True, False, True, False]))
         [future.result() for future in early.values()]
         wanted = torch.tensor([True, True, False, False])
         found = asked.teacher.collect(rollouts(), wanted, early)
@@ -198,7 +198,7 @@ def test_an_outage_pauses_and_is_reported_once() -> None:
     with running(server.app(), port) as url:
         asked = Asked(url, concurrency=2)
     with asked:
-        futures = asked.teacher.ask(rollouts(), ALL)
+        futures = asked.teacher.query(rollouts(), ALL)
         deadline = time.monotonic() + 10
         while not asked.said:
             assert time.monotonic() < deadline

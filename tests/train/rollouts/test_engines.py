@@ -87,7 +87,7 @@ def test_a_weight_that_is_missing_is_named(config: Config) -> None:
 def test_a_wider_head_needs_generate(config: Config) -> None:
     settings = config()
     policy = load_policy(settings, None)
-    policy.limit = 200
+    policy.sampled_vocab_size = 200
     with pytest.raises(ValueError, match=r'engine.kind must be "generate" .* 258 and 200'):
         ContinuousEngine(settings, policy, None)
 
@@ -100,7 +100,7 @@ def test_versions_and_gaps() -> None:
     require_agreement(None, 0.1, 0)
     require_agreement(0.1, 0.1, 0)
     for gap in (0.11, float("nan")):
-        with pytest.raises(EngineError, match=r"engine.max_gap = 0\.1 nats"):
+        with pytest.raises(EngineError, match=r"engine.max_sampler_mismatch = 0\.1 nats"):
             require_agreement(gap, 0.1, 0)
 
 
@@ -109,4 +109,4 @@ def test_a_run_with_continuous_batching(config: Config) -> None:
     rows = run(replace(base, engine=replace(base.engine, kind="continuous")))
     assert len(rows) == 2
     for row in rows:
-        assert row["sampler_gap_mean"] < 1e-4
+        assert row["sampler_mismatch_mean"] < 1e-4

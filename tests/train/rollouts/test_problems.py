@@ -29,7 +29,7 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
 
 
 def contents(examples: list[Example]) -> list[tuple[str, str]]:
-    return [(example.prompt, example.answer) for example in examples]
+    return [(example.prompt, example.gold) for example in examples]
 
 
 def test_jsonl(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_hub_id_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) 
 )
 def test_gold_answers_become_text(tmp_path: Path, value: float | str, answer: str) -> None:
     path = write_jsonl(tmp_path / "set.jsonl", [{"question": "?", "answer": value}])
-    assert load_examples(DataConfig(path=str(path)))[0].answer == answer
+    assert load_examples(DataConfig(path=str(path)))[0].gold == answer
 
 
 def test_gold_answer_without_marker_is_the_text() -> None:

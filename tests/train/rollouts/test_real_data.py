@@ -35,7 +35,7 @@ def gold_answers(name: str) -> list[str]:
         for split in SETS[name]
         for example in load_examples(DataConfig(path=str(FOLDER / name), split=split))
     ]
-    return [example.answer for example in examples]
+    return [example.gold for example in examples]
 
 
 def changed(answer: str) -> str:

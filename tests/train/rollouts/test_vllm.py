@@ -29,7 +29,7 @@ from kdrl_train.ranks import ALONE
 from kdrl_train.rollouts.engines import open_engine
 from kdrl_train.rollouts.engines.vllm import VllmEngine
 from kdrl_train.rollouts.engines.vllm_server import VllmServerEngine
-from kdrl_train.runfolder.log import read_rows
+from kdrl_train.runfolder.log import read_records
 from tests.train.test_train import run
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]  # vLLM's own warnings
@@ -153,7 +153,7 @@ def own_logprobs(policy: Policy, prompt: Tensor, ids: Tensor, temperature: float
     """[T] nats: transformers' own, over the columns that may be drawn."""
     with torch.no_grad():
         logits = policy.model(input_ids=torch.cat([prompt, ids])[None]).logits[0]
-    logprobs = (logits[:, : policy.limit] / temperature).log_softmax(dim=1)
+    logprobs = (logits[:, : policy.sampled_vocab_size] / temperature).log_softmax(dim=1)
     return logprobs[len(prompt) - 1 : -1].gather(1, ids[:, None]).squeeze(1)
 
 
@@ -207,7 +207,7 @@ def test_columns_that_a_teacher_lacks_are_not_drawn(
     engine: tuple[Any, Policy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampler, policy = engine
-    policy.limit = 100
+    policy.sampled_vocab_size = 100
     monkeypatch.setattr(sampler, "allowed", list(range(100)))
     found = sampler.generate(PROMPTS, SAMPLING, seed=0, step=0)
     assert max(max(ids) for ids in tokens(found)) < 100
@@ -240,9 +240,9 @@ def test_a_signal_ends_the_generation(engine: tuple[Any, Policy]) -> None:
 @pytest.mark.parametrize("head", ["tied", "untied"])
 def test_a_run(settings: Config, kind: str, head: str) -> None:
     rows = run(settings(kind, head))
-    print("\ngaps", [(row["sampler_gap_mean"], row["sampler_gap_max"]) for row in rows])
+    print("\ngaps", [(row["sampler_mismatch_mean"], row["sampler_mismatch_max"]) for row in rows])
     assert [row["step"] for row in rows] == [0, 1, 2]
-    assert all(row["sampler_gap_max"] < 1e-4 for row in rows)
+    assert all(row["sampler_mismatch_max"] < 1e-4 for row in rows)
 
 
 def test_a_push_that_is_skipped_stops_the_run(
@@ -262,7 +262,9 @@ def test_a_push_that_is_skipped_stops_the_run(
     with pytest.raises(EngineError, match="rollouts of step 2 must come from the weights after 1"):
         run(settings("vllm", out="skipped"))
     monkeypatch.setattr(VllmEngine, "load", says_so)
-    with pytest.raises(EngineError, match=r"within engine.max_gap = 0.001 .* of step 2, got"):
+    with pytest.raises(
+        EngineError, match=r"within engine.max_sampler_mismatch = 0.001 .* of step 2, got"
+    ):
         run(settings("vllm", out="forgotten"))
 
 
@@ -282,7 +284,7 @@ def test_a_stale_tied_head_stops_the_run(settings: Config, monkeypatch: pytest.M
     base = settings("vllm")
     with pytest.raises(EngineError, match=r"of step 2, got .*a tied LM head that was not loaded"):
         run(base)
-    assert [row["step"] for row in read_rows(base.out)] == [0]
+    assert [row["step"] for row in read_records(base.out)] == [0]
     assert (base.out / "checkpoints" / "step_000001").is_dir()
 
 
@@ -312,10 +314,10 @@ def test_two_ranks(settings: Config, tmp_path: Path, kind: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["-m", "kdrl_train", "train", "--config", str(tmp_path / "run.yaml")]
     subprocess.run(command, check=True, timeout=2 * START_S)
-    for one, two in zip(run(whole), read_rows(parts.out), strict=True):
+    for one, two in zip(run(whole), read_records(parts.out), strict=True):
         for key in ("reward", "response_length", "truncated", "loss", "grad_norm"):
             assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6), key
-        assert two["sampler_gap_max"] < 1e-4
+        assert two["sampler_mismatch_max"] < 1e-4
 
 
 def test_a_teacher_on_vllm(

@@ -15,7 +15,7 @@ from kdrl_train.config import TrainConfig
 from kdrl_train.ranks import ALONE
 from kdrl_train.runfolder import checkpoint
 from kdrl_train.runfolder.async_saver import Saver
-from kdrl_train.runfolder.log import read_rows
+from kdrl_train.runfolder.log import read_records
 from tests.train.runfolder.test_checkpoint import make, states, train
 from tests.train.test_train import run, without_times
 from tests.train.test_two_ranks import alone, assert_same_metrics, together
@@ -52,9 +52,9 @@ def test_the_next_step_does_not_wait(config: Config, monkeypatch: pytest.MonkeyP
 
     def late(*given: Any) -> None:
         until = time.monotonic() + 30
-        while len(read_rows(settings.out)) < 2 and time.monotonic() < until:
+        while len(read_records(settings.out)) < 2 and time.monotonic() < until:
             time.sleep(0.01)
-        rows.append(len(read_rows(settings.out)))
+        rows.append(len(read_records(settings.out)))
         publish(*given)
 
     monkeypatch.setattr(checkpoint, "publish", late)
@@ -85,6 +85,6 @@ def test_a_full_disk_stops_the_run_after_the_step(config: Config) -> None:
         signal.signal(signal.SIGXFSZ, handler)
     names = {path.name for path in (settings.out / "checkpoints").iterdir()}
     assert names == {"LATEST", "step_000001"}
-    assert len(read_rows(settings.out)) < 5  # the one after the next save at the latest
+    assert len(read_records(settings.out)) < 5  # the one after the next save at the latest
     rows = run(replace(more, steps=3))
     assert without_times(rows) == without_times(run(config("whole", steps=3)))

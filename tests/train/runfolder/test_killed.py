@@ -26,7 +26,7 @@ from kdrl_train.method.config import ScheduleConfig
 from kdrl_train.method.presets import PRESETS
 from kdrl_train.model.policy import Policy
 from kdrl_train.runfolder import checkpoint
-from kdrl_train.runfolder.log import read_rows
+from kdrl_train.runfolder.log import read_records
 from kdrl_train.step import update
 from kdrl_train.tools import replay
 from tests.train.ranks import DEADLINE_S, Background
@@ -84,7 +84,7 @@ def _saving(config: TrainConfig) -> bool:
 
 
 def _same(found: TrainConfig, expected: list[dict[str, Any]], whole: TrainConfig) -> None:
-    assert without_times(read_rows(found.out)) == without_times(expected)
+    assert without_times(read_records(found.out)) == without_times(expected)
     theirs = weights(whole.out / "model")
     for name, tensor in weights(found.out / "model").items():
         assert torch.equal(tensor, theirs[name]), name
@@ -102,14 +102,14 @@ def test_sigterm_saves_and_ends_with_0(config: Config) -> None:
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=same
     )
     deadline = time.monotonic() + DEADLINE_S
-    while len(read_rows(parts.out)) < 2 and time.monotonic() < deadline:
+    while len(read_records(parts.out)) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     asked = time.monotonic()
     process.send_signal(signal.SIGTERM)
     words, _ = process.communicate(timeout=30)
     assert process.returncode == 0, words
     assert time.monotonic() - asked < 10
-    done = len(read_rows(parts.out))
+    done = len(read_records(parts.out))
     assert 2 <= done < 6
     assert f"stopped by a signal after {done} steps: --resume continues" in words
     assert checkpoint.latest(parts.out / "checkpoints").step == done
@@ -179,7 +179,7 @@ def test_a_signal_in_an_evaluation_postpones_it(
         assert without_times(rows) == without_times(expected[:1])
         assert checkpoint.latest(parts.out / "checkpoints").step == 2
     assert without_times(run(replace(parts, resume=True))) == without_times(expected)
-    assert {len(rows) for rows in (expected, read_rows(parts.out))} == {4}
+    assert {len(rows) for rows in (expected, read_records(parts.out))} == {4}
 
 
 def test_an_error_in_an_evaluation_costs_no_step(
@@ -197,7 +197,7 @@ def test_an_error_in_an_evaluation_costs_no_step(
         patch.setattr(train, "evaluation", fail)
         with pytest.raises(EngineError, match="the server is gone"):
             run(parts)
-    assert without_times(read_rows(parts.out)) == without_times(expected[:1])
+    assert without_times(read_records(parts.out)) == without_times(expected[:1])
     assert checkpoint.latest(parts.out / "checkpoints").step == 2
     shutil.copytree(parts.out, without.out)
     rows = run(replace(without, resume=True, eval=EvalConfig()))

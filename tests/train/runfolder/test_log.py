@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from kdrl_train.runfolder.log import RunLog, Stages, read_rows
+from kdrl_train.runfolder.log import RunLog, Stages, read_records
 
 ROW = {
     "reward": 0.5,
@@ -43,7 +43,7 @@ def test_a_step_is_one_row_and_one_line(tmp_path: Path) -> None:
     run, out = log(tmp_path)
     run.step({"step": 3} | ROW)
     run.step({"step": 4} | ROW)
-    rows = read_rows(tmp_path)
+    rows = read_records(tmp_path)
     assert rows == [{"step": s} | ROW | {"kl_teacher": None} for s in (3, 4)]
     lines = out.getvalue().splitlines()
     assert len(lines) == 2
@@ -74,7 +74,7 @@ def test_resuming_drops_the_rows_after_the_checkpoint(tmp_path: Path) -> None:
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "rew')  # killed in the middle of a line
     log(tmp_path, first=2)
-    assert [row["step"] for row in read_rows(tmp_path)] == [0, 1]
+    assert [row["step"] for row in read_records(tmp_path)] == [0, 1]
 
 
 def test_resuming_drops_the_samples_after_the_checkpoint(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from kdrl_train import train
 from kdrl_train.config import LogConfig, SamplingConfig, TrainConfig
 from kdrl_train.method.presets import PRESETS
-from kdrl_train.runfolder.log import read_rows
+from kdrl_train.runfolder.log import read_records
 from kdrl_train.runfolder.trackers import Trackers
 from kdrl_train.start import open_run
 
@@ -61,7 +61,7 @@ def test_a_run_and_its_resumption_are_one_curve(config: Callable[..., TrainConfi
     quiet = Console(file=io.StringIO())
     train.main(replace(settings, steps=1), quiet)
     folder = train.main(replace(settings, resume=True), quiet)
-    rows, found = read_rows(folder), events(folder)
+    rows, found = read_records(folder), events(folder)
     assert [row["step"] for row in rows] == [0, 1, 2]
     for name in ("loss", "entropy", "seconds_update"):
         curve = [(event.step, event.value) for event in found.Scalars(name)]

@@ -22,7 +22,7 @@ from kdrl_train.model.policy import Policy, Teacher
 from kdrl_train.ranks import ALONE
 from kdrl_train.runfolder.log import Stages
 from kdrl_train.step.coefficients import Terms, correction, prepare
-from kdrl_train.step.score import score_rows
+from kdrl_train.step.score import score_packs
 from tests.train.model.test_policy import KD, METHODS, pair, relative_error, some_rollouts
 
 REWARD = MethodConfig(kd="reward", kd_coef=KD, advantage="dr_grpo")
@@ -68,7 +68,7 @@ def test_scores_are_those_of_the_models_own_logits(tiny: Callable[..., Any], bud
     policy, teacher = pair(tiny, REWARD, torch.float64, "qwen2")
     rollouts, rewards = some_rollouts()
     kd_weight = torch.tensor([1.0, 0.0, 0.5, 0.5, 1.0, 1.0])
-    found = score_rows(policy, teacher, rows_of(rollouts, rewards, kd_weight, budget))
+    found = score_packs(policy, teacher, rows_of(rollouts, rewards, kd_weight, budget))
     assert sorted(found.logprobs) == list(WITH_REWARD)
     total, count = 0.0, 0
     for r in WITH_REWARD:
@@ -87,7 +87,7 @@ def test_the_first_update_has_a_ratio_of_exactly_one(tiny: Callable[..., Any]) -
     policy, _ = pair(tiny, PRESETS["grpo"], torch.float32, "qwen2")
     rollouts, rewards = some_rollouts()
     rows = rows_of(rollouts, rewards, torch.zeros(6), 12)
-    scores = score_rows(policy, None, rows)
+    scores = score_packs(policy, None, rows)
     policy.train()
     for row in rows_of(rollouts, rewards, torch.zeros(6), 12, old_logprobs=scores.logprobs):
         out = policy(row, torch.tensor(1.0), None)
@@ -185,7 +185,7 @@ def prepared(
     rollouts: Rollouts,
     method: MethodConfig,
     updates: int,
-    lag: int = 0,
+    staleness: int = 0,
 ) -> tuple[Terms, Stages]:
     stages = Stages()
     config = TrainConfig(
@@ -202,7 +202,7 @@ def prepared(
         history=History(),
         world=ALONE,
     )
-    batch: Any = SimpleNamespace(rollouts=rollouts, rewards=rewards, lag=lag)
+    batch: Any = SimpleNamespace(rollouts=rollouts, rewards=rewards, staleness=staleness)
     terms = prepare(run, batch, 0, stages)
     return terms, stages
 
@@ -288,7 +288,7 @@ def test_correction_is_measured_over_all_tokens(tiny: Callable[..., Any]) -> Non
             assert terms.sampler_weights[r].tolist() == pytest.approx(expected, rel=1e-5)
         assert terms.metrics["sampler_limited"] == pytest.approx(share)
         assert terms.metrics["sampler_weight_mean"] == pytest.approx(1 + share * (weight - 1))
-        assert terms.metrics["sampler_gap_max"] == pytest.approx(1.3863, abs=1e-4)
+        assert terms.metrics["sampler_mismatch_max"] == pytest.approx(1.3863, abs=1e-4)
 
 
 V = 3

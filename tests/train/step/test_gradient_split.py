@@ -29,7 +29,7 @@ from kdrl_train.config import (
 from kdrl_train.method.config import MethodConfig, ScheduleConfig
 from kdrl_train.model.packing import PackedBatch
 from kdrl_train.model.policy import Policy, Teacher
-from kdrl_train.runfolder.log import read_rows
+from kdrl_train.runfolder.log import read_records
 from kdrl_train.step.gradient_split import gradient_split
 from tests.train import scripted_rewards
 
@@ -45,7 +45,7 @@ def batch() -> PackedBatch:
     return PackedBatch(
         input_ids=ids,
         position_ids=torch.arange(9).repeat(2)[None],
-        rows=rows,
+        loss_index=rows,
         tokens=ids[0, rows + 1],
         rollout=torch.tensor([0] * 6 + [1] * 6),
         sampled_logprobs=torch.full((12,), -1.0),
@@ -152,7 +152,7 @@ def test_measuring_leaves_the_run_as_it_is(folders: dict[str, Path], tmp_path: P
             settings(folders, tmp_path / str(every), every), Console(file=io.StringIO())
         )
         model = AutoModelForCausalLM.from_pretrained(folder / "model")
-        runs.append((read_rows(folder), flat(model.parameters())))
+        runs.append((read_records(folder), flat(model.parameters())))
     (plain, weights), (measured, weights_measured) = runs
     assert torch.equal(weights, weights_measured)
     assert [all(name in row for name in NAMES) for row in measured] == [True, False, True]

@@ -25,7 +25,7 @@ from kdrl_train.ranks import ALONE
 from kdrl_train.rollouts.engines.generate import GenerateEngine
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder import checkpoint
-from kdrl_train.runfolder.log import Stages, read_rows
+from kdrl_train.runfolder.log import Stages, read_records
 from kdrl_train.step import prefetch
 from kdrl_train.step.coefficients import Terms, prepare
 from tests.train.model.test_policy import KD, pair, relative_error
@@ -52,7 +52,9 @@ def next_logprobs(model: Any) -> Tensor:
     return torch.stack(rows).log_softmax(1)
 
 
-def every_token(policy: Policy, method: MethodConfig, b: Tensor, updates: int, lag: int) -> Any:
+def every_token(
+    policy: Policy, method: MethodConfig, b: Tensor, updates: int, staleness: int
+) -> Any:
     """Every token after each of PREFIXES, as the completions of a step that b [prefix, V] has
     sampled, and what `prepare` makes of them."""
     rollouts = Rollouts(
@@ -71,7 +73,7 @@ def every_token(policy: Policy, method: MethodConfig, b: Tensor, updates: int, l
     given: Any = SimpleNamespace(
         config=config, policy=policy, teacher=None, remote=None, history=History(), world=ALONE
     )
-    batch: Any = SimpleNamespace(rollouts=rollouts, rewards=rewards, lag=lag)
+    batch: Any = SimpleNamespace(rollouts=rollouts, rewards=rewards, staleness=staleness)
     return rollouts, prepare(given, batch, 0, Stages())
 
 
@@ -111,7 +113,7 @@ def test_stale_samples_give_the_gradient_of_fresh_ones(
         for parameter in stale.parameters():
             parameter.mul_(0.9)
         b = next_logprobs(stale)
-    rollouts, terms = every_token(policy, method, b, updates, lag=1)
+    rollouts, terms = every_token(policy, method, b, updates, staleness=1)
     found = expected_gradient(policy, teacher, rollouts, terms, b.exp().flatten())
     lp = next_logprobs(policy.model)
     value = -(lp.exp().flatten() * terms.advantages).sum()
@@ -120,7 +122,7 @@ def test_stale_samples_give_the_gradient_of_fresh_ones(
         value = terms.kd_weight[0].double() * (lp.exp() * (lp - lq)).sum()
     expected = list(torch.autograd.grad(value, list(policy.parameters())))
     assert relative_error(found, expected) < 1e-5  # weights are float32
-    fresh = every_token(policy, replace(method, sampler_correction="none"), b, 1, lag=0)[1]
+    fresh = every_token(policy, replace(method, sampler_correction="none"), b, 1, staleness=0)[1]
     wrong = expected_gradient(policy, teacher, rollouts, fresh, b.exp().flatten())
     assert relative_error(wrong, expected) > 0.05
 
@@ -130,12 +132,12 @@ def test_the_ratio_is_to_the_sampler_unless_weights_carry_it(tiny: Callable[...,
     policy, _ = pair(tiny, method, torch.float64, "qwen2")
     b = torch.full((2, V), 1 / V).log()
     p0 = next_logprobs(policy.model).detach().flatten()
-    terms = every_token(policy, method, b, 2, lag=1)[1]
+    terms = every_token(policy, method, b, 2, staleness=1)[1]
     assert torch.cat(list(terms.old_logprobs.values())).equal(b.flatten())
     assert terms.sampler_weights is None
     corrected = replace(method, sampler_correction="truncate", sampler_cap=1.5)
     for updates in (1, 2):
-        terms = every_token(policy, corrected, b, updates, lag=1)[1]
+        terms = every_token(policy, corrected, b, updates, staleness=1)[1]
         bounded = (p0 - b.flatten()).exp().clamp(max=1.5).float()
         found = torch.cat([terms.sampler_weights[r] for r in range(2 * V)])
         torch.testing.assert_close(found.float(), bounded, rtol=1e-5, atol=1e-6)
@@ -159,15 +161,15 @@ def test_each_step_learns_from_the_weights_before_the_last(
     monkeypatch.setattr(GenerateEngine, "generate", watch)
     rows = run(config(steps=4, engine=AHEAD))
     assert drawn == [(0, 0, False), (1, 0, True), (2, 1, True), (3, 2, True)]
-    assert [row["rollout_lag"] for row in rows] == [0, 1, 1, 1]
+    assert [row["staleness"] for row in rows] == [0, 1, 1, 1]
     (fresh,) = run(config("fresh", steps=1))
     assert (rows[0]["loss"], rows[0]["grad_norm"]) == (fresh["loss"], fresh["grad_norm"])
-    assert rows[0]["stale_gap_mean"] is None
-    assert rows[3]["sampler_gap_mean"] is None
+    assert rows[0]["stale_sampler_mismatch_mean"] is None
+    assert rows[3]["sampler_mismatch_mean"] is None
     for row in rows[:3]:
-        assert row["sampler_gap_mean"] < 1e-5
+        assert row["sampler_mismatch_mean"] < 1e-5
     for row in rows[1:]:
-        assert row["stale_gap_mean"] > 1e-3  # a step of 1e-3
+        assert row["stale_sampler_mismatch_mean"] > 1e-3  # a step of 1e-3
 
 
 @pytest.mark.parametrize(("updates", "correction"), [(1, "none"), (2, "truncate")])
@@ -237,7 +239,7 @@ def test_what_stops_a_step_leaves_its_rollouts(
             patch.setitem(train.update.__globals__, "clip", fail)
             with pytest.raises(EngineError, match="it broke"):
                 run(parts)
-    assert len(read_rows(parts.out)) == 2
+    assert len(read_records(parts.out)) == 2
     assert not any(thread.name.startswith("rollouts") for thread in threading.enumerate())
     saved = checkpoint.latest(parts.out / "checkpoints")
     assert (saved.step, "rollouts.pt" in saved.files) == (2, True)
@@ -271,7 +273,7 @@ def test_a_corrected_reward_judges_the_next_step_again(
             run(settings)
     assert checkpoint.latest(settings.out / "checkpoints").step == 2
     rows = run(replace(settings, resume=True))
-    assert [row["rollout_lag"] for row in rows] == [0, 1, 0, 1]
+    assert [row["staleness"] for row in rows] == [0, 1, 0, 1]
 
 
 def test_rollouts_that_rot_are_named(config: Config) -> None:
@@ -301,7 +303,7 @@ def test_an_engine_with_other_weights_stops_the_run(
     settings = config(steps=3, engine=AHEAD)
     with pytest.raises(EngineError, match=message):
         run(settings)
-    assert [row["step"] for row in read_rows(settings.out)] == [0]
+    assert [row["step"] for row in read_records(settings.out)] == [0]
 
 
 def test_probes_are_spread_over_the_step(
@@ -320,6 +322,6 @@ def test_probes_are_spread_over_the_step(
     )
     config = TrainConfig(sampling=SamplingConfig(prompts_per_step=4, group_size=2))
     given: Any = SimpleNamespace(config=config, policy=policy, world=ALONE)
-    gaps = prefetch.measured_gaps(given, rollouts)
-    assert gaps["sampler_gap_mean"] == pytest.approx(0.5, abs=1e-4)
-    assert gaps["sampler_gap_max"] == pytest.approx(1.0, abs=1e-4)
+    gaps = prefetch.measured_mismatch(given, rollouts)
+    assert gaps["sampler_mismatch_mean"] == pytest.approx(0.5, abs=1e-4)
+    assert gaps["sampler_mismatch_max"] == pytest.approx(1.0, abs=1e-4)

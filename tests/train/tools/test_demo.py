@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kdrl_train.method.presets import PRESETS
 from kdrl_train.rollouts.problems import load_examples
 from kdrl_train.rollouts.sampler import generate_rollouts
-from kdrl_train.runfolder.log import read_rows
+from kdrl_train.runfolder.log import read_records
 from kdrl_train.tools import demo
 from kdrl_train.tools.demo import DemoConfig
 from kdrl_train.tools.toy import ArithmeticConfig
@@ -51,7 +51,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[demo.DemoResult,
 
 def test_the_run_is_kdrl_with_exact_kl_and_a_falling_beta(finished) -> None:
     result, out, _ = finished
-    rows = read_rows(result.run)
+    rows = read_records(result.run)
     assert result.run == out / "run"
     assert [row["kd_coef"] for row in rows] == pytest.approx([0.5, 0.275])
     config = demo.train_config(CONFIG, out)

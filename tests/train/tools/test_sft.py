@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kdrl_train.config import DataConfig
 from kdrl_train.runfolder import jsonl
 from kdrl_train.tools import sft
-from kdrl_train.tools.sft import Row, SftConfig
+from kdrl_train.tools.sft import SftConfig, SolvedExample
 from kdrl_train.tools.toy import make_arithmetic
 from kdrl_train.tools.toy.models import ArchitectureConfig, make_model, train_tokenizer
 
@@ -144,7 +144,12 @@ def test_training_learns_and_two_runs_are_equal(task: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("learn_prompts", [False, True])
 def test_gradient_is_that_of_each_row_alone(tokenizer, learn_prompts: bool) -> None:
     model = make_model(TINY, tokenizer, seed=0).double()
-    rows = [Row([5, 6, 7], [8, 9, 2]), Row([5], [6, 2]), Row([], [7, 8, 2]), Row([9], [7] * 9)]
+    rows = [
+        SolvedExample([5, 6, 7], [8, 9, 2]),
+        SolvedExample([5], [6, 2]),
+        SolvedExample([], [7, 8, 2]),
+        SolvedExample([9], [7] * 9),
+    ]
     assert len(sft.parts(rows)) > 1
     nll, tokens = torch.zeros((), dtype=torch.float64), 0
     for row in rows:
@@ -175,7 +180,7 @@ def test_batches_hold_every_row_once_within_the_budget() -> None:
 
 
 def test_parts_hold_every_row_once_with_little_padding() -> None:
-    rows = [Row([i], [0] * ((7 * i) % 40 + 1)) for i in range(60)]
+    rows = [SolvedExample([i], [0] * ((7 * i) % 40 + 1)) for i in range(60)]
     found = sft.parts(rows)
     assert sorted(row.prompt[0] for part in found for row in part) == list(range(60))
     for part in found:
@@ -207,7 +212,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(task: Path, tokenizer) 
         model.lm_head.weight[4] = torch.inf
     before = model.base_model.norm.weight.clone()
     config = config_for(task, steps=2)
-    rows = [Row([5], [6, tokenizer.eos_token_id])]
+    rows = [SolvedExample([5], [6, tokenizer.eos_token_id])]
     with pytest.raises(FloatingPointError, match=r"must be finite, got .* at step 0; lower learn"):
         sft.fit(model, rows, tokenizer.pad_token_id, config, QUIET)
     assert torch.equal(model.base_model.norm.weight, before)
@@ -221,7 +226,7 @@ def test_rows_are_what_train_sends_then_the_solution(task: Path, tokenizer) -> N
     assert len(rows) == 64
     assert tokenizer.decode(rows[0].prompt) == first["question"] + "\n"
     assert tokenizer.decode(rows[0].solution) == first["solution"] + tokenizer.eos_token
-    assert solutions[0][0].answer == first["answer"]
+    assert solutions[0][0].gold == first["answer"]
 
 
 def test_a_row_too_long_is_named(task: Path, tokenizer) -> None:
