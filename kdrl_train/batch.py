@@ -1,12 +1,12 @@
-"""What flows through a step: problems, completions, verdicts, and the batch the update learns from.
+"""Defines what flows through a step: problems, completions, verdicts, batch and coefficients.
 
 Imports torch alone. P prompts, G completions per prompt, R = P * G completions, T tokens of one.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class Rollouts:
 
     @classmethod
     def join(cls, parts: Sequence["Rollouts"]) -> "Rollouts":
-        """All completions, in the order of the parts, of which there is at least one."""
+        """Concatenate the completions of the parts, of which there is at least one."""
         return cls(
             prompt_ids=[ids for part in parts for ids in part.prompt_ids],
             completion_ids=[ids for part in parts for ids in part.completion_ids],
@@ -57,13 +57,12 @@ class Rollouts:
 
 
 Outcome = Literal["right", "wrong", "unparseable", "timeout", "error"]
-
-OUTCOMES: tuple[Outcome, ...] = ("right", "wrong", "unparseable", "timeout", "error")
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdicts:
-    """What became of R completions, in their order."""
+    """How R completions were judged, in their order."""
 
     rewards: list[float]
     """[R]. timeout and unparseable: 0.0. error: NaN, so that nobody learns from it unseen."""
@@ -79,12 +78,12 @@ class Verdicts:
     @property
     def counts(self) -> dict[str, int]:
         """Completions per outcome, every outcome present; the values sum to R."""
-        found = Counter(self.outcomes)
-        return {outcome: found[outcome] for outcome in OUTCOMES}
+        counts = Counter(self.outcomes)
+        return {outcome: counts[outcome] for outcome in OUTCOMES}
 
     @classmethod
     def join(cls, parts: Sequence["Verdicts"]) -> "Verdicts":
-        """All of them, in the order of the parts; errors keep their completion."""
+        """Concatenate the verdicts of the parts; errors keep their completion."""
         joined = cls(rewards=[], outcomes=[])
         for part in parts:
             start = len(joined.rewards)
@@ -96,6 +95,25 @@ class Verdicts:
 
 
 @dataclass(frozen=True, slots=True)
+class JudgedRollouts:
+    """Completions with their verdicts, of one rank or of all."""
+
+    rollouts: Rollouts
+    verdicts: Verdicts
+    teacher_logprobs: list[Tensor | None]
+    """R of [T] nats, where the teacher's server was queried; else None."""
+
+    @classmethod
+    def join(cls, parts: Sequence["JudgedRollouts"]) -> "JudgedRollouts":
+        """Concatenate the parts, of which there is at least one."""
+        return cls(
+            rollouts=Rollouts.join([part.rollouts for part in parts]),
+            verdicts=Verdicts.join([part.verdicts for part in parts]),
+            teacher_logprobs=[logprobs for part in parts for logprobs in part.teacher_logprobs],
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """One step's completions with their rewards, of all ranks: what the update learns from."""
 
@@ -104,27 +122,29 @@ class Batch:
     rollouts: Rollouts
     verdicts: Verdicts
     rewards: Tensor
-    """rewards_PG [P, G] float64, NaN where the reward function failed."""
+    """rewards_PG [P, G] float64, NaN where the reward function failed, and only there."""
     teacher_logprobs: list[Tensor | None]
-    """R of [T] nats, where a server was asked early; else None."""
+    """R of [T] nats, where a server was queried while the rewards were computed; else None."""
     staleness: int
     """Optimiser steps between the weights that sampled them and those that learn from them."""
 
 
-@dataclass(frozen=True, slots=True)
-class JudgedRollouts:
-    """Judged completions, of one rank or of all."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompletionCoefficients:
+    """What weights the loss of each completion's tokens. Everything is on the CPU, the same on all
+    ranks, and decided before the step's first update."""
 
-    rollouts: Rollouts
-    verdicts: Verdicts
-    teacher_logprobs: list[Tensor | None]
-    """[T] nats of each, where its server was asked."""
-
-    @classmethod
-    def join(cls, parts: Sequence["JudgedRollouts"]) -> "JudgedRollouts":
-        """All of them, in the order of the parts, of which there is at least one."""
-        return cls(
-            rollouts=Rollouts.join([part.rollouts for part in parts]),
-            verdicts=Verdicts.join([part.verdicts for part in parts]),
-            teacher_logprobs=[logprobs for part in parts for logprobs in part.teacher_logprobs],
-        )
+    advantages: Tensor
+    """[R] float32."""
+    kd_weight: Tensor
+    """[R] float32: beta times group factor times mask."""
+    token_weights: Tensor
+    """[R] float32, the weight of each token of a completion; 0: it carries no loss."""
+    old_logprobs: Mapping[int, Tensor] | None = None
+    """Completion -> [T] nats that the ratio is taken to; None: those of the update itself."""
+    sampler_weights: Mapping[int, Tensor] | None = None
+    """Completion -> [T] importance weights between sampler and trainer; None: no correction."""
+    teacher_logprobs: Sequence[Tensor | None] | None = None
+    """R of [T] nats from a server, None where it was not queried; None: there is no server."""
+    distil_eos: bool = True
+    """False takes the distillation weight from the token that ends a completion."""

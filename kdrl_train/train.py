@@ -1,4 +1,4 @@
-"""The training loop, to be read from top to bottom: sample, score, learn, log.
+"""Runs the training loop, to be read from top to bottom: sample, score, learn, log.
 
 One process or many (torchrun): every rank runs all of this. After `collect` each holds the whole
 step's batch, so that what is computed from it is the same everywhere; only the micro-batches are
@@ -8,6 +8,7 @@ divided.
 import time
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,25 @@ from kdrl_train.method.evaluation import EVAL_STEP, summarize
 from kdrl_train.method.histogram import length_counts
 from kdrl_train.method.metrics import reward_metrics
 from kdrl_train.model.load import use_device
+from kdrl_train.model.policy import Policy
 from kdrl_train.ranks import connect
-from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder.events import recorded
 from kdrl_train.runfolder.export import export
 from kdrl_train.runfolder.log import Stages, peak_memory_bytes
-from kdrl_train.runfolder.signals import Interrupt, Stopped
-from kdrl_train.runfolder.trackers import Trackers
+from kdrl_train.runfolder.signals import Stopped
 from kdrl_train.start.open_run import open_run
-from kdrl_train.step.collect import collect, sample_and_judge
+from kdrl_train.step.collect import collect, draw, sample_and_judge
 from kdrl_train.step.run import Run
 from kdrl_train.step.samples import SampleRecorder
 from kdrl_train.step.update import update
 
 ENDS = (Stopped, FloatingPointError, RunError, ChildProcessError)
-"""What ends a run at a place where all ranks can still save the steps that are done."""
+"""Exceptions that end a run at a place where all ranks can still save the steps that are done."""
 
 
-def main(config: TrainConfig, console: Console | None = None) -> Path:
+def main(
+    config: TrainConfig, console: Console | None = None, policy_class: type[Policy] = Policy
+) -> Path:
     """Train; returns the run folder, with the final model in model/.
 
     On SIGTERM or Ctrl-C the step at hand is dropped and those done are saved.
@@ -45,21 +47,15 @@ def main(config: TrainConfig, console: Console | None = None) -> Path:
     Args:
         config: the whole run.
         console: where progress goes; None: standard output.
+        policy_class: Policy, or a subclass with another loss.
     Raises: ValueError for a configuration, data or models that do not fit together, a used folder
         without resume, resume without a run, or with one of another configuration;
         FloatingPointError for a loss or gradient that is not finite, EngineError for an engine
         that samples from another policy, both before the optimiser step; RankError where another
         rank failed.
     """
-    device = use_device(config.model)
-    with (
-        connect(device) as world,
-        Verifier(config.reward) as verifier,
-        Interrupt() as interrupt,
-        Trackers(config.log) as trackers,
-        ExitStack() as stack,
-    ):
-        run, first = open_run(config, world, verifier, interrupt, trackers, stack, console)
+    with connect(use_device(config.model)) as world, ExitStack() as stack:
+        run, first = open_run(config, world, stack, console, policy_class)
         with recorded(run.log, config, world.size):
             if steps(run, first):
                 export(run.policy.model, run.tokenizer, config.out / "model", world)
@@ -68,8 +64,8 @@ def main(config: TrainConfig, console: Console | None = None) -> Path:
 
 
 def steps(run: Run, first: int) -> bool:
-    """Steps first to config.steps, saved at their intervals. False: stopped by a signal before
-    the last one. However a step ends, those before it are saved."""
+    """Run steps first to config.steps, saved at their intervals. However a step ends, those before
+    it are saved. Returns False where a signal stopped the run before the last one."""
     config, saved = run.config, first
     try:
         finish_postponed(run, first - 1)
@@ -78,9 +74,9 @@ def steps(run: Run, first: int) -> bool:
     for step in range(first, config.steps):
         stages, done = Stages(), step
         try:
-            row = learn(run, step, stages)
+            record = learn(run, step, stages)
             done = step + 1
-            finish(run, step, row, stages)
+            finish(run, step, record, stages)
         except MidStepError:
             raise
         except ENDS as reason:
@@ -100,55 +96,56 @@ def steps(run: Run, first: int) -> bool:
 
 
 def stopped(run: Run, done: int) -> bool:
-    """Say that a signal ended the run; False."""
+    """Say that a signal stopped the run; returns False."""
     run.log.event("stopped", f"stopped by a signal after {done} steps: --resume continues")
     return False
 
 
 def learn(run: Run, step: int, stages: Stages) -> dict[str, Any]:
-    """From prompts to the optimiser step, its last act; returns the step's row of metrics.
+    """Take a step from its prompts to the optimiser step, its last act; returns its metrics.
 
     Raises: Stopped, FloatingPointError or RunError before the step's first update, MidStepError
         before a later one.
     """
+    config = run.config
     if run.policy.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.policy.device)
     batch = collect(run, step, stages)
-    if run.prefetch is not None:
-        run.prefetch.start(run, step)
-    trace = SampleRecorder(len(batch.examples), run.config.samples_per_step)
-    rollouts, counts, config = batch.rollouts, batch.verdicts.counts, run.config.sampling
-    row = {
+    if run.prefetch is not None and step + 1 < config.steps:
+        run.prefetch.start(step + 1, run.engine.version, partial(draw, run, step + 1))
+    recorder = SampleRecorder(len(batch.examples), config.samples_per_step)
+    rollouts, verdicts = batch.rollouts, batch.verdicts
+    record = {
         "step": step,
         **reward_metrics(batch.rewards),
         "tokens": int(rollouts.lengths.sum()),
         "response_length": rollouts.lengths.double().mean().item(),
-        "verifier_restarts": batch.verdicts.restarts,
+        "verifier_restarts": verdicts.restarts,
         "truncated": rollouts.truncated.double().mean().item(),
-        **{f"verifier_{name}": count for name, count in counts.items()},
-        "response_length_counts": length_counts(rollouts.lengths, config.max_new_tokens),
-        **update(run, batch, step, stages, trace),
+        **{f"verifier_{name}": count for name, count in verdicts.counts.items()},
+        "response_length_counts": length_counts(rollouts.lengths, config.sampling.max_new_tokens),
+        **update(run, batch, step, stages, recorder),
     }
-    run.log.samples(step, trace.rows(step, batch, run.world, run.tokenizer))
-    return row
+    run.log.samples(step, recorder.records(step, batch, run.world, run.tokenizer))
+    return record
 
 
-def finish(run: Run, step: int, row: dict[str, Any], stages: Stages) -> None:
+def finish(run: Run, step: int, record: dict[str, Any], stages: Stages) -> None:
     """Push the new weights to the engine, evaluate at intervals, log.
 
-    Raises: one of ENDS from the engine or the evaluation: the step is done and its row is kept for
-        the resumed run, which draws the same completions and logs it.
+    Raises: one of ENDS from the engine or the evaluation: the step is done, and its record is kept
+        for the resumed run, which draws the same completions and logs it.
     """
     try:
         with stages("sync"):
             run.engine.load(run.policy, step + 1)
         if is_evaluated(run, step):
             with stages("eval"):
-                row |= evaluation(run)
+                record |= evaluation(run)
     except ENDS:
-        run.log.postpone(row | stages.metrics(tokens=row["tokens"]))
+        run.log.postpone(record | stages.metrics(tokens=record["tokens"]))
         raise
-    log_row(run, row | stages.metrics(tokens=row["tokens"]))
+    log_record(run, record | stages.metrics(tokens=record["tokens"]))
 
 
 def is_evaluated(run: Run, step: int) -> bool:
@@ -158,35 +155,37 @@ def is_evaluated(run: Run, step: int) -> bool:
 
 
 def finish_postponed(run: Run, step: int) -> None:
-    """The evaluation after a step that ended the run, if it still has one, and the step's row.
+    """Make up for what the end of the run before has cut off: the evaluation after its last step,
+    if it still has one, and the step's record.
 
-    Raises: as finish, again.
+    Raises: as finish.
     """
-    row = run.world.on_main(lambda: run.log.postponed(step))
-    if row is not None:
-        log_row(run, row | (evaluation(run) if is_evaluated(run, step) else {}))
+    record = run.world.on_main(lambda: run.log.postponed(step))
+    if record is not None:
+        log_record(run, record | (evaluation(run) if is_evaluated(run, step) else {}))
 
 
-def log_row(run: Run, row: dict[str, Any]) -> None:
-    """A step's row, to the log and to the schedules."""
-    run.log.step(row | {"peak_memory_bytes": peak_memory_bytes(run.policy.device)})
-    run.history.add(row)
+def log_record(run: Run, record: dict[str, Any]) -> None:
+    """Give a step's record to the log and to the schedules."""
+    run.log.step(record | {"peak_memory_bytes": peak_memory_bytes(run.policy.device)})
+    run.history.add(record)
 
 
 def save(run: Run, done: int) -> None:
-    """Checkpoint after `done` steps. The steps are in the log already: a run killed in between
-    loses no row, and a resumed one drops those it will write again."""
-    rollouts = None if run.prefetch is None else run.prefetch.state(run, done)
+    """Save a checkpoint after `done` steps. The steps are in the log already: a run killed in
+    between loses no record, and a resumed one drops those it will write again."""
+    rollouts = None
+    if run.prefetch is not None:
+        rollouts = run.prefetch.state(done, run.config.sampling.group_size)
     run.saver.save(done, run.policy, run.optimizer, rollouts)
 
 
 def evaluation(run: Run) -> dict[str, float]:
-    """Metrics of the held-out problems."""
+    """Measure the policy on the held-out problems."""
     config, start = run.config, time.perf_counter()
     sampling = replace(config.sampling, group_size=config.eval.samples)
-    given = (run.held_out, config.eval.data, sampling, EVAL_STEP, Stages())
-    found = sample_and_judge(run, *given)
+    judged = sample_and_judge(run, run.held_out, config.eval.data, sampling, EVAL_STEP, Stages())
     seconds = time.perf_counter() - start
     return summarize(
-        found.rollouts, found.verdicts, sampling.group_size, config.seed, seconds
+        judged.rollouts, judged.verdicts, sampling.group_size, config.seed, seconds
     ).metrics()

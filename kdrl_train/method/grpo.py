@@ -1,4 +1,4 @@
-"""Advantages, distillation weights, token weights and step metrics: pure functions, no model.
+"""Computes advantages, distillation weights and token weights by pure functions, without a model.
 
 P prompts, G completions per prompt, R = P * G completions, N tokens of one micro-batch.
 
@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from kdrl_train.method.config import MethodConfig, ScheduleConfig
-from kdrl_train.method.schedules import History, schedule_value
 
 
 def group_advantages(rewards_PG: Tensor, estimator: str, std_floor: float = 1e-4) -> Tensor:
@@ -51,7 +50,7 @@ def group_advantages(rewards_PG: Tensor, estimator: str, std_floor: float = 1e-4
         )
     rewards = rewards.where(valid, 0.0)
     mean = rewards.sum(dim=1, keepdim=True) / count
-    centred = (rewards - mean).where(valid & ~_equal(rewards_PG), 0.0)
+    centred = (rewards - mean).where(valid & ~all_equal(rewards_PG), 0.0)
     others = (count - 1).clamp_min(1)
     if estimator == "grpo":
         std = (centred.square().sum(dim=1, keepdim=True) / others).sqrt()
@@ -63,7 +62,7 @@ def group_advantages(rewards_PG: Tensor, estimator: str, std_floor: float = 1e-4
     raise ValueError(f'estimator must be "grpo", "dr_grpo" or "rloo", got "{estimator}"')
 
 
-def _equal(rewards_PG: Tensor) -> Tensor:
+def all_equal(rewards_PG: Tensor) -> Tensor:
     """[P, 1] bool: all rewards of the group that are numbers are the same number."""
     high = rewards_PG.nan_to_num(nan=-math.inf).amax(dim=1, keepdim=True)
     low = rewards_PG.nan_to_num(nan=math.inf).amin(dim=1, keepdim=True)
@@ -95,22 +94,22 @@ def learning_rate(peak: float, warmup_steps: int, step: int) -> float:
 
 
 def token_weights(
-    lengths_R: Tensor, rewards_R: Tensor, mode: str, max_new_tokens: int
+    lengths_R: Tensor, used_R: Tensor, mode: str, max_new_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Weight of each token of a completion, and what the weighted sum is divided by.
+    """Weight each token of a completion, and say what the weighted sum is divided by.
 
     token_mean: 1, divided by the step's tokens · sequence_mean: 1 / length, divided by the
     step's completions · constant: 1, divided by completions · max_new_tokens
 
     Args:
         lengths_R: [R] int, tokens of each completion, at least 1.
-        rewards_R: [R] float; NaN takes the completion out of weights and normaliser.
+        used_R: [R] bool; False takes the completion out of weights and normaliser.
         mode: "token_mean", "sequence_mean" or "constant".
         max_new_tokens: longest completion allowed, in tokens.
     Returns: weights [R] float32, one for all tokens of a completion; normaliser, 0-d float64.
     Raises: ValueError for an unknown mode.
     """
-    kept = (~rewards_R.isnan()).double()
+    kept = used_R.double()
     if mode == "token_mean":
         return kept.float(), (kept * lengths_R).sum()
     if mode == "sequence_mean":
@@ -137,41 +136,43 @@ def group_factor(schedule: ScheduleConfig, rewards_PG: Tensor) -> Tensor:
 
 
 def kd_weights(rewards_PG: Tensor, method: MethodConfig, beta: float) -> Tensor:
-    """[R] float32, beta · group factor · mask of each completion; 0 without distillation."""
+    """Weight each completion's distillation: beta · group factor · mask, [R] float32.
+
+    Args:
+        rewards_PG: [P, G] float; NaN marks a completion whose reward function failed.
+        beta: the schedule's value at this step.
+    Returns: [R] float32; 0 without distillation.
+    """
     if method.kd is None:
         return torch.zeros(rewards_PG.numel())
     factor = beta * group_factor(method.kd_coef, rewards_PG)
     return (factor.float() * kd_mask(rewards_PG, method.kd_mask)).flatten()
 
 
-def completion_terms(
-    rewards_PG: Tensor,
-    method: MethodConfig,
-    step: int,
-    history: History | None = None,
-    gaps_R: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Advantage, and weight of the distillation term, of each completion.
+def shaped_rewards(rewards_PG: Tensor, kd_weight_R: Tensor, log_ratio_R: Tensor) -> Tensor:
+    """Add beta · sum_t (log q - log p) of each completion to its reward (kd "reward").
 
     Args:
-        rewards_PG: [P, G] float; NaN marks a completion without a reward.
-        method: estimator, mask and schedules.
-        step: from 0.
-        history: of the steps before, for schedules that read it.
-        gaps_R: [R] float64, sum over tokens of log q - log p, for kd "reward": times beta and mask
-            it is added to the reward, before the group is normalised.
-    Returns: advantages [R] and kd weights [R], float32; 0 where the method has no such term.
+        rewards_PG: [P, G] float64.
+        kd_weight_R: [R] float32, of kd_weights.
+        log_ratio_R: [R] float64, sum over the tokens of log p - log q, nats.
+    Returns: [P, G] float64, before the group is normalised.
     """
-    weights_R = kd_weights(rewards_PG, method, schedule_value(method.kd_coef, step, history))
-    if method.kd == "reward":
-        assert gaps_R is not None
-        rewards_PG = rewards_PG + (weights_R * gaps_R).view_as(rewards_PG)
-        weights_R = torch.zeros_like(weights_R)
-    advantages = group_advantages(rewards_PG, method.advantage, method.std_floor)
+    return rewards_PG - (kd_weight_R * log_ratio_R).view_as(rewards_PG)
+
+
+def advantages(rewards_PG: Tensor, method: MethodConfig, policy_coef: float) -> Tensor:
+    """Advantage of each completion times the weight of the policy gradient, [R] float32.
+
+    Args:
+        rewards_PG: [P, G] float, shaped where the method shapes them; NaN: no reward.
+        policy_coef: the schedule's value at this step.
+    Returns: [R] float32; 0 where the method has no policy gradient.
+    """
     if method.policy == "off":
-        advantages = torch.zeros_like(advantages)
-    advantages = advantages * schedule_value(method.policy_coef, step, history)
-    return advantages.flatten(), weights_R
+        return torch.zeros(rewards_PG.numel())
+    groups_PG = group_advantages(rewards_PG, method.advantage, method.std_floor)
+    return (groups_PG * policy_coef).flatten()
 
 
 def sampler_weights(
@@ -201,12 +202,11 @@ def sampler_weights(
     )
 
 
-def minibatches(rewards_PG: Tensor, updates: int) -> list[Tensor]:
-    """Rewards of each update's completions, [R] each; NaN, hence weight 0, for all the others.
+def minibatches(P: int, G: int, updates: int) -> list[Tensor]:
+    """Masks [R] bool, one for each update: the completions that it learns from.
 
     The prompts are cut into `updates` equal runs (they come in random order), so that every
     completion is used once and no group is split. `updates` must divide P.
     """
-    update_P = torch.arange(len(rewards_PG)) // (len(rewards_PG) // updates)
-    parts = (update_P[:, None] == u for u in range(updates))
-    return [rewards_PG.where(part, math.nan).flatten() for part in parts]
+    update_R = (torch.arange(P) // (P // updates)).repeat_interleave(G)
+    return [update_R == update for update in range(updates)]

@@ -1,4 +1,4 @@
-"""Coefficients that change during a run: pure functions of the step and of what was logged.
+"""Computes coefficients that change during a run, from the step and from what was logged.
 
 A schedule keeps no state. What some kinds need of the past, the KL to the teacher and the
 validation score of each step, is in the rows of metrics.jsonl: a run adds each row to its History
@@ -10,9 +10,9 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from kdrl_train.method.config import ScheduleConfig
+from kdrl_train.method.config import MethodConfig, ScheduleConfig
 
 
 @dataclass(slots=True)
@@ -88,6 +88,24 @@ def schedule_value(schedule: ScheduleConfig, step: int, history: History | None 
         assert len(history.kl) == step
         return budgeted(schedule, history.kl)
     return schedule.initial
+
+
+class ScheduledCoefs(NamedTuple):
+    """The two scheduled coefficients of a step."""
+
+    kd: float
+    """Beta, for a group with factor 1."""
+    policy: float
+
+
+def scheduled_coefs(
+    method: MethodConfig, step: int, history: History | None = None
+) -> ScheduledCoefs:
+    """Values of method.kd_coef and method.policy_coef at a step; history as schedule_value."""
+    return ScheduledCoefs(
+        kd=schedule_value(method.kd_coef, step, history),
+        policy=schedule_value(method.policy_coef, step, history),
+    )
 
 
 def plateau(scores: Sequence[float], patience: int, min_gain: float) -> bool:

@@ -132,7 +132,12 @@ def checkpoint_activations(model: Any) -> None:
         model.gradient_checkpointing_enable()
 
 
-def load_policy(config: TrainConfig, teacher: HasVocabulary | None, world: World = ALONE) -> Policy:
+def load_policy(
+    config: TrainConfig,
+    teacher: HasVocabulary | None,
+    world: World = ALONE,
+    policy_class: type[Policy] = Policy,
+) -> Policy:
     """The policy, its weights in float32, sharded under torchrun; its vocabulary ends where the
     teacher's does."""
     model = load_model(config.model.policy, "model.policy", config.model, torch.float32, world)
@@ -140,7 +145,7 @@ def load_policy(config: TrainConfig, teacher: HasVocabulary | None, world: World
         checkpoint_activations(model)
     columns = model.get_output_embeddings().weight.shape[0]
     theirs = None if teacher is None else teacher.vocab_size
-    policy = Policy(
+    policy = policy_class(
         model,
         config.method,
         vocab_size=columns if theirs is None else min(columns, theirs),

@@ -1,6 +1,6 @@
-"""Policy and teacher: a causal LM's backbone, and its LM head inside the loss.
+"""Splits a causal LM at its LM head: the policy, with the loss in its forward, and the teacher.
 
-The policy's forward takes a packed row to the loss, so that the head weight is read where FSDP2
+The policy's forward takes a pack to the loss, so that the head weight is read where FSDP2
 has just gathered it, and no [T, V] logits exist. T fed tokens, N loss tokens, H hidden size,
 V vocabulary.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import kdrl_kernels as kk
 from kdrl_train.method.config import MethodConfig
-from kdrl_train.method.metrics import token_sums
+from kdrl_train.method.histogram import histogram
 from kdrl_train.model import attention
 from kdrl_train.model.packing import PackedBatch
 
@@ -90,12 +90,12 @@ class HeadedModel(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        rows: Tensor | None,
+        index: Tensor | None,
         lengths: Sequence[int],
     ) -> Tensor:
-        """input_ids, position_ids [1, T] -> hidden states [N, H] of `rows` [N] (None: all T).
+        """input_ids, position_ids [1, T] -> hidden states [N, H] at `index` [N] (None: all T).
 
-        lengths: tokens of each sequence in the row; they sum to T.
+        lengths: tokens of each sequence in the pack; they sum to T.
         """
         text = self.model.config.get_text_config()
         more = {}
@@ -106,13 +106,13 @@ class HeadedModel(nn.Module):
                 input_ids=input_ids, position_ids=position_ids, use_cache=False, **more
             )
         states = out.last_hidden_state[0]
-        if rows is not None:
-            states = states.index_select(0, rows)
+        if index is not None:
+            states = states.index_select(0, index)
         return states.to(self.compute_dtype)
 
 
 class Teacher(HeadedModel):
-    """A frozen model in evaluation mode: packed row -> kk.TeacherHead of its loss tokens."""
+    """A frozen model in evaluation mode: takes a pack to the kk.TeacherHead of its loss tokens."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class PolicyOutput(NamedTuple):
     logprobs: Tensor
     """[N] nats, detached."""
     sums: dict[str, Tensor]
-    """0-d sums over the tokens, see grpo.token_sums."""
+    """See token_sums."""
     teacher_logprobs: Tensor | None = None
     """[N] nats, detached; None without a teacher."""
 
@@ -183,32 +183,52 @@ class Policy(HeadedModel):
         teacher: kk.TeacherHead | None,
         goal: kk.Objective | None = None,
     ) -> PolicyOutput:
-        """Loss of one packed row: sum of its token losses / normalizer.
+        """Compute the loss of one pack: the sum of its token losses / normalizer.
 
         Strictly on-policy, without batch.old_logprobs: the old log-probabilities are the detached
         new ones, so the ratio is 1.
 
         Args:
             batch: on the model's device.
-            normalizer: 0-d, of the whole step: the loss of a step is the sum over its rows.
+            normalizer: 0-d, of the whole step: the loss of a step is the sum over its packs.
             teacher: its hidden states of the same tokens; None where no token is distilled, or
                 where batch.teacher_logprobs came from a server.
             goal: another objective than the method's, for diagnostics.
         """
         weight, bias = self.head()
         hidden = self.hidden(batch.input_ids, batch.position_ids, batch.loss_index, batch.lengths)
-        distil = teacher is not None or batch.teacher_logprobs is not None
         if goal is None:
+            distil = teacher is not None or batch.teacher_logprobs is not None
             goal = self.objective if distil else self.objective_alone
-        out = kk.kdrl_loss(
+        out = self.loss(hidden, weight, bias, batch, normalizer, teacher, goal)
+        return PolicyOutput(out.loss, out.logprobs, token_sums(out, batch), out.teacher_logprobs)
+
+    def loss(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        batch: PackedBatch,
+        normalizer: Tensor,
+        teacher: kk.TeacherHead | None,
+        goal: kk.Objective,
+    ) -> kk.LossOutput:
+        """Loss of the tokens of a pack; a subclass may compute another one.
+
+        Args:
+            hidden, weight, bias: [N, H], [V, H] and [V] or None, in the compute dtype.
+            The rest: as forward.
+        """
+        distil = goal.kd is not None
+        return kk.kdrl_loss(
             hidden,
             weight,
             batch.tokens,
             advantages=None if goal.policy == "off" else batch.advantages,
             token_weights=batch.token_weights,
             old_logprobs=batch.old_logprobs,
-            teacher=teacher,
-            teacher_logprobs=batch.teacher_logprobs,
+            teacher=teacher if distil else None,
+            teacher_logprobs=batch.teacher_logprobs if distil else None,
             kd_weight=batch.kd_weight if distil else None,
             normalizer=normalizer,
             objective=goal,
@@ -220,20 +240,25 @@ class Policy(HeadedModel):
             workspace_bytes=self.workspace_bytes,
             impl=self.head_impl,
         )
-        sums = token_sums(
-            logprobs=out.logprobs,
-            sampled_logprobs=batch.sampled_logprobs,
-            entropy=out.entropy,
-            teacher_logprobs=out.teacher_logprobs,
-            kl=out.kl if goal.exact_kd == "rkl" else None,
-            clip_fraction=out.metrics.get("clip_fraction"),
-            token_weights=batch.token_weights,
-            kd_weight=batch.kd_weight,
-            advantages=batch.advantages,
-            kd=None if goal.policy == "off" else goal.kd,
-            kd_baseline=goal.kd_baseline,
-        )
-        return PolicyOutput(out.loss, out.logprobs, sums, out.teacher_logprobs)
+
+
+def token_sums(out: kk.LossOutput, batch: PackedBatch) -> dict[str, Tensor]:
+    """Sum over the tokens of a pack, on the device, float64; metrics.token_means divides the sums.
+
+    Beside the sums of the loss there are sampler_mismatch_sum and sampler_mismatch_max, of
+    |log p trainer - log p sampler| in nats, and teacher_log_ratio_histogram over the distilled
+    tokens. All add up over micro-batches and ranks, but for metrics.LARGEST.
+    """
+    used = batch.token_weights > 0
+    mismatch = (out.logprobs - batch.sampled_logprobs).abs().double().where(used, 0.0)
+    sums = {name: value.double() for name, value in out.metrics.items() if name != "ratio_max"}
+    sums["sampler_mismatch_sum"] = mismatch.sum()
+    sums["sampler_mismatch_max"] = mismatch.max() if len(mismatch) else mismatch.sum()
+    if out.teacher_logprobs is not None:
+        distilled = used & (batch.kd_weight > 0)
+        log_ratio = (out.logprobs - out.teacher_logprobs).double()[distilled]
+        sums["teacher_log_ratio_histogram"] = histogram(log_ratio)
+    return sums
 
 
 def objective(method: MethodConfig, *, distil: bool) -> kk.Objective:

@@ -32,8 +32,10 @@ class Loaded:
             self.server.close()
 
 
-def load(config: TrainConfig, world: World = ALONE) -> Loaded:
-    """Models, tokenizers and problems of a run; all ranks of its world call it together.
+def load(config: TrainConfig, world: World = ALONE, policy_class: type[Policy] = Policy) -> Loaded:
+    """Load models, tokenizers and problems of a run; all ranks of its world call it together.
+
+    policy_class: Policy, or a subclass with another loss.
 
     Raises: ValueError or OSError, as they do; RankError where several ranks load a model.
     """
@@ -45,7 +47,7 @@ def load(config: TrainConfig, world: World = ALONE) -> Loaded:
         server = connect(config.model, config.teacher)
     else:
         teacher = load_teacher(config, world)
-    policy = load_policy(config, server or teacher, world)
+    policy = load_policy(config, server or teacher, world, policy_class)
     return Loaded(
         tokenizer=load_tokenizer(config.model.policy),
         policy=policy,

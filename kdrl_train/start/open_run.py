@@ -9,7 +9,7 @@ from rich.console import Console
 
 from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import save_yaml, to_dict
-from kdrl_train.method.schedules import rebuild_history
+from kdrl_train.method.schedules import History, rebuild_history
 from kdrl_train.model.policy import Policy
 from kdrl_train.model.teacher.identity import require_same_teacher
 from kdrl_train.model.teacher.remote import RemoteTeacher
@@ -22,7 +22,7 @@ from kdrl_train.runfolder.log import RunLog, read_records
 from kdrl_train.runfolder.resume import open_folder
 from kdrl_train.runfolder.signals import Interrupt
 from kdrl_train.runfolder.trackers import Trackers
-from kdrl_train.start.load import load
+from kdrl_train.start.load import Loaded, load
 from kdrl_train.start.preflight import GOLD_AT_START, preflight, require
 from kdrl_train.step.prefetch import Prefetch
 from kdrl_train.step.run import Run
@@ -31,26 +31,31 @@ from kdrl_train.step.run import Run
 def open_run(
     config: TrainConfig,
     world: World,
-    verifier: Verifier,
-    interrupt: Interrupt,
-    trackers: Trackers,
     stack: ExitStack,
-    console: Console | None,
+    console: Console | None = None,
+    policy_class: type[Policy] = Policy,
 ) -> tuple[Run, int]:
-    """Models, data and log of a run, and the optimiser steps that are done already."""
-    for key in ("offload_policy", "offload_teacher"):
-        if getattr(config.model, key) and not world.launched:
-            raise ValueError(
-                f"model.{key} must be false without torchrun, got true: FSDP2 offloads"
-            )
+    """Load and check everything that a run needs, and restore its newest checkpoint.
+
+    Args:
+        stack: closes what the run holds open.
+        console, policy_class: as train.main.
+    Returns: the run, and the optimiser steps that are done already.
+    """
+    require_offload_fits(config, world)
+    verifier = stack.enter_context(Verifier(config.reward))
+    interrupt = stack.enter_context(Interrupt())
+    trackers = stack.enter_context(Trackers(config.log))
     newest = world.on_main(lambda: open_folder(config))
     torch.manual_seed(config.seed)
-    loaded = stack.enter_context(closing(load(config, world)))
-    policy, teacher = loaded.policy, loaded.teacher
+    loaded = stack.enter_context(closing(load(config, world, policy_class)))
+    policy = loaded.policy
     warnings = require(preflight(config, loaded, verifier, GOLD_AT_START, world))
     engine = open_engine(config, policy, loaded.tokenizer, world)
     optimizer = make_optimizer(config, policy)
-    prefetch = stack.enter_context(closing(Prefetch())) if config.engine.staleness else None
+    prefetch = None
+    if config.engine.staleness:
+        prefetch = stack.enter_context(closing(Prefetch(policy.device, interrupt.poll)))
     first = restore(config, newest, policy, optimizer, prefetch)
     engine.load(policy, first)
     if world.main:
@@ -60,33 +65,57 @@ def open_run(
     log = RunLog(config.out, first, config.steps, console, writes=world.main, trackers=trackers)
     for warning in warnings:
         log.say(warning)
-    remote, server = None, loaded.server
-    if server is not None:
-        world.on_main(lambda: require_same_teacher(config.out, server))
-        say = partial(log.event, "teacher")
-        remote = RemoteTeacher(server, config, policy.sampled_vocab_size, say)
-        stack.enter_context(remote)
-    schedules, rows = config.method.schedules, world.on_main(lambda: read_records(config.out))
-    logged = first - world.on_main(lambda: log.postponed(first - 1) is not None)
     run = Run(
         config=config,
         world=world,
         tokenizer=loaded.tokenizer,
         policy=policy,
-        teacher=teacher,
-        remote=remote,
+        teacher=loaded.teacher,
+        remote=open_remote(config, world, loaded, log, stack),
         engine=engine,
         optimizer=optimizer,
         examples=loaded.examples,
         held_out=loaded.held_out,
         verifier=verifier,
         interrupt=interrupt,
-        history=rebuild_history(schedules, rows, logged, config.eval.every),
+        history=read_history(config, world, log, first),
         log=log,
         saver=stack.enter_context(closing(Saver(config, world, log.say))),
         prefetch=prefetch,
     )
     return run, first
+
+
+def require_offload_fits(config: TrainConfig, world: World) -> None:
+    """Raise ValueError for offloading without torchrun: FSDP2 does it."""
+    for key in ("offload_policy", "offload_teacher"):
+        if getattr(config.model, key) and not world.launched:
+            raise ValueError(
+                f"model.{key} must be false without torchrun, got true: FSDP2 offloads"
+            )
+
+
+def open_remote(
+    config: TrainConfig, world: World, loaded: Loaded, log: RunLog, stack: ExitStack
+) -> RemoteTeacher | None:
+    """Open the teacher behind a URL; None where it is in this process, or there is none.
+
+    Raises: TeacherError where it is not the model that the run has learnt from so far.
+    """
+    server = loaded.server
+    if server is None:
+        return None
+    world.on_main(lambda: require_same_teacher(config.out, server))
+    say = partial(log.event, "teacher")
+    remote = RemoteTeacher(server, config, loaded.policy.sampled_vocab_size, say)
+    return stack.enter_context(remote)
+
+
+def read_history(config: TrainConfig, world: World, log: RunLog, first: int) -> History:
+    """Rebuild what schedules read of the steps before `first` from metrics.jsonl."""
+    records = world.on_main(lambda: read_records(config.out))
+    logged = first - world.on_main(lambda: log.postponed(first - 1) is not None)
+    return rebuild_history(config.method.schedules, records, logged, config.eval.every)
 
 
 def restore(
@@ -96,7 +125,7 @@ def restore(
     optimizer: torch.optim.Optimizer,
     prefetch: Prefetch | None,
 ) -> int:
-    """Load what a run starts from, a checkpoint or model.weights; the steps that are done."""
+    """Load what a run starts from: a checkpoint, or model.weights. Returns the steps done."""
     if newest is None:
         if config.model.weights is not None:
             checkpoint.load_weights(config.model.weights, policy)
@@ -108,7 +137,7 @@ def restore(
 
 
 def make_optimizer(config: TrainConfig, policy: Policy) -> torch.optim.Optimizer:
-    """AdamW over all parameters of the policy."""
+    """Make AdamW over all parameters of the policy."""
     return torch.optim.AdamW(
         policy.parameters(),
         lr=config.optim.learning_rate,

@@ -1,4 +1,4 @@
-"""What the loss of a step reads beside its tokens: decided once, before the step's first update.
+"""Decides what weights the loss of a step's tokens, once, before the step's first update.
 
 R completions of the step, T tokens of one of them.
 
@@ -18,44 +18,36 @@ same holds, and the clip is around p0, where the step starts, not around the sta
 Which prefixes b visits is left as it is, as in PPO.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kdrl_train.batch import Batch, Rollouts
+from kdrl_train.batch import Batch, CompletionCoefficients, Rollouts
 from kdrl_train.config import TrainConfig
 from kdrl_train.method import grpo
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.histogram import PERCENTILES
 from kdrl_train.method.metrics import token_means
-from kdrl_train.method.schedules import History, schedule_value
+from kdrl_train.method.schedules import ScheduledCoefs, scheduled_coefs
 from kdrl_train.model.packing import PackedBatch, pack
 from kdrl_train.runfolder.log import Stages
 from kdrl_train.runfolder.signals import Stopped
 from kdrl_train.step.run import Run
 from kdrl_train.step.samples import SampleRecorder
-from kdrl_train.step.score import Scores, join, score_packs
+from kdrl_train.step.score import MISMATCH, Scores, score_packs
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Terms:
-    """One step's coefficients. Everything is on the CPU and the same for all ranks."""
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What `prepare` has decided for a step."""
 
-    advantages: Tensor
-    """[R] float32."""
-    kd_weight: Tensor
-    """[R] float32: beta times group factor times mask."""
-    old_logprobs: Mapping[int, Tensor] | None
-    """Completion -> [T] nats that the ratio is taken to; None: those of the update itself."""
-    sampler_weights: Mapping[int, Tensor] | None
-    """Completion -> [T] importance weights between sampler and trainer; None: no correction."""
-    teacher_logprobs: Sequence[Tensor | None] | None
-    """R of [T] nats, from a server, None where it was not asked; None: there is no server."""
+    coefficients: CompletionCoefficients
+    """Token weights 1 where there is a reward: each update sets its own."""
     metrics: dict[str, float | None]
-    """For the step's row; they take the place of those that the updates measure."""
+    """For the step's record; they take the place of those that the updates measure."""
 
 
 def needs_scores(config: TrainConfig, staleness: int = 0) -> bool:
@@ -69,123 +61,138 @@ def needs_scores(config: TrainConfig, staleness: int = 0) -> bool:
 
 
 def prepare(
-    run: Run, batch: Batch, step: int, stages: Stages, trace: SampleRecorder | None = None
-) -> Terms:
-    """Coefficients of a step's completions; the models run only where needs_scores says so."""
+    run: Run, batch: Batch, step: int, stages: Stages, recorder: SampleRecorder | None = None
+) -> Prepared:
+    """Decide the coefficients of a step; the models run only where needs_scores says so."""
     config, method, rewards_PG = run.config, run.config.method, batch.rewards
-    scores, remote = Scores(), None
-    beta = schedule_value(method.kd_coef, step, run.history)
-    distilled_R = grpo.kd_weights(rewards_PG, method, beta)
+    scheduled = scheduled_coefs(method, step, run.history)
+    kd_weight_R = grpo.kd_weights(rewards_PG, method, scheduled.kd)
+    rewarded_R = ~rewards_PG.isnan().flatten()
+    coefficients = CompletionCoefficients(
+        advantages=torch.zeros_like(kd_weight_R),
+        kd_weight=kd_weight_R,
+        token_weights=rewarded_R.float(),
+        distil_eos=method.kd_eos == "keep",
+    )
     if run.remote is not None:
-        wanted_R = (distilled_R > 0) & ~rewards_PG.isnan().flatten()
-        with stages("teacher") if wanted_R.any() else nullcontext():
-            remote = ask_server(run, batch, wanted_R)
+        distilled_R = (kd_weight_R > 0) & rewarded_R
+        with stages("teacher") if distilled_R.any() else nullcontext():
+            coefficients = replace(
+                coefficients, teacher_logprobs=query_server(run, batch, distilled_R)
+            )
+    scores = Scores()
     if needs_scores(config, batch.staleness):
         with stages("score"):
-            if method.kd != "reward":
-                distilled_R = torch.zeros_like(distilled_R)
-            rows = _rows(run, batch, distilled_R, remote)
-            own = score_packs(run.policy, run.teacher, rows, trace)
-            scores = join(run.world.share(lambda: own))
-    gaps_R = torch.zeros(rewards_PG.numel(), dtype=torch.float64)
-    for r, gap in scores.gaps.items():
-        gaps_R[r] = gap
-    terms = grpo.completion_terms(rewards_PG, method, step, run.history, gaps_R)
-    weights, metrics = None, coefficients(method, rewards_PG, step, run.history)
+            scores = score(run, batch, coefficients, recorder)
+    if method.kd == "reward":
+        log_ratio_R = torch.zeros(len(kd_weight_R), dtype=torch.float64)
+        for r, log_ratio in scores.teacher_log_ratio.items():
+            log_ratio_R[r] = log_ratio
+        rewards_PG = grpo.shaped_rewards(rewards_PG, kd_weight_R, log_ratio_R)
+        kd_weight_R = torch.zeros_like(kd_weight_R)
+    metrics = scheduled_metrics(method, batch.rewards, scheduled) | _measured(scores.sums, method)
+    weights = None
     if method.sampler_correction != "none":
-        weights, found = correction(scores.logprobs, batch.rollouts, method)
-        metrics |= found
-    metrics |= _measured(scores.sums, method)
+        weights, correction_metrics = correction(scores.logprobs, batch.rollouts, method)
+        metrics |= correction_metrics
     old: Mapping[int, Tensor] | None = None
     if batch.staleness and weights is None:
         old = dict(enumerate(batch.rollouts.logprobs))
     elif config.optim.updates_per_rollout > 1:
         old = scores.logprobs
-    return Terms(
-        advantages=terms[0],
-        kd_weight=terms[1],
+    coefficients = replace(
+        coefficients,
+        advantages=grpo.advantages(rewards_PG, method, scheduled.policy),
+        kd_weight=kd_weight_R,
         old_logprobs=old,
         sampler_weights=weights,
-        teacher_logprobs=remote,
-        metrics=metrics,
     )
+    return Prepared(coefficients, metrics)
 
 
-def ask_server(run: Run, batch: Batch, wanted_R: Tensor) -> list[Tensor | None]:
-    """Teacher log-probabilities [T] of the wanted completions from its server, those asked for
-    early and the rest, each rank a share; R, None where there is none."""
+def score(
+    run: Run, batch: Batch, coefficients: CompletionCoefficients, recorder: SampleRecorder | None
+) -> Scores:
+    """Score every completion with a reward, all ranks together; the teacher's part only where its
+    log-probabilities are added to the reward."""
+    if run.config.method.kd != "reward":
+        coefficients = replace(coefficients, kd_weight=torch.zeros_like(coefficients.kd_weight))
+    part = score_packs(run.policy, run.teacher, packs_of(run, batch, coefficients), recorder)
+    return Scores.join(run.world.share(lambda: part))
+
+
+def query_server(run: Run, batch: Batch, distilled_R: Tensor) -> list[Tensor | None]:
+    """Get the teacher's log-probabilities [T] of the distilled completions from its server.
+
+    Each rank queries for a share of those that are not known yet. Returns: R, None where there is
+    none.
+    """
     assert run.remote is not None
     known, remote = batch.teacher_logprobs, run.remote
-    missing_R = wanted_R & torch.tensor([one is None for one in known])
-    places = torch.arange(len(known)) % run.world.size
-    own_R = missing_R & (places == run.world.rank)
+    missing_R = distilled_R & torch.tensor([logprobs is None for logprobs in known])
+    ranks_R = torch.arange(len(known)) % run.world.size
+    share_R = missing_R & (ranks_R == run.world.rank)
 
-    def own_part() -> list[Tensor | None] | None:
+    def query_share() -> list[Tensor | None] | None:
         try:
-            return remote.collect(batch.rollouts, own_R, {}, run.interrupt.poll)
+            return remote.collect(batch.rollouts, share_R, {}, run.interrupt.poll)
         except Stopped:
             return None
 
-    parts = [part for part in run.world.share(own_part) if part is not None]
+    parts = [part for part in run.world.share(query_share) if part is not None]
     if len(parts) < run.world.size:
         raise Stopped
-    answers = zip(known, *parts, strict=True)
-    return [next((one for one in found if one is not None), None) for found in answers]
+    candidates = zip(known, *parts, strict=True)
+    return [next((x for x in logprobs if x is not None), None) for logprobs in candidates]
 
 
-def _rows(
-    run: Run, batch: Batch, kd_weight_R: Tensor, teacher_logprobs: list[Tensor | None] | None
-) -> Iterable[PackedBatch]:
-    """This rank's packed rows, of every completion with a reward."""
-    config, rewards_PG = run.config, batch.rewards
+def packs_of(run: Run, batch: Batch, coefficients: CompletionCoefficients) -> Iterable[PackedBatch]:
+    """Pack this rank's micro-batches of a step."""
     return pack(
         batch.rollouts,
-        advantages_R=torch.zeros_like(kd_weight_R),
-        weights_R=(~rewards_PG.isnan()).float().flatten(),
-        kd_weight_R=kd_weight_R,
-        micro_batch_tokens=config.optim.micro_batch_tokens,
+        coefficients,
+        run.config.optim.micro_batch_tokens,
         rank=run.world.rank,
         ranks=run.world.size,
-        teacher_logprobs=teacher_logprobs,
-        distil_eos=config.method.kd_eos == "keep",
     )
 
 
-def coefficients(
-    method: MethodConfig, rewards_PG: Tensor, step: int, history: History
+def scheduled_metrics(
+    method: MethodConfig, rewards_PG: Tensor, scheduled: ScheduledCoefs
 ) -> dict[str, float | None]:
-    """kd_coef (before the mask, mean over groups) and policy_coef of a step; None without one."""
-    kd = schedule_value(method.kd_coef, step, history)
-    kd *= grpo.group_factor(method.kd_coef, rewards_PG).mean().item()
-    policy = schedule_value(method.policy_coef, step, history)
+    """Report kd_coef (before the mask, mean over groups) and policy_coef; None without one."""
+    kd = scheduled.kd * grpo.group_factor(method.kd_coef, rewards_PG).mean().item()
     return {
         "kd_coef": None if method.kd is None else kd,
-        "policy_coef": None if method.policy == "off" else policy,
+        "policy_coef": None if method.policy == "off" else scheduled.policy,
     }
 
 
 def correction(
     logprobs: Mapping[int, Tensor], rollouts: Rollouts, method: MethodConfig
 ) -> tuple[dict[int, Tensor], dict[str, float | None]]:
-    """Importance weights of each completion's tokens; their mean, and the share of tokens that
-    sampler_cap truncated or masked."""
+    """Compute the importance weights of each completion's tokens, and report their mean and the
+    share of tokens that sampler_cap truncated or masked."""
     weights, limited = {}, []
     for r, trainer in logprobs.items():
-        weights[r], held = grpo.sampler_weights(
+        weights[r], beyond = grpo.sampler_weights(
             trainer, rollouts.logprobs[r], method.sampler_correction, method.sampler_cap
         )
-        limited.append(held)
+        limited.append(beyond)
     share = torch.cat(limited).double().mean().item()
     mean = torch.cat(list(weights.values())).double().mean().item()
     return weights, {"sampler_weight_mean": mean, "sampler_limited": share}
 
 
 def _measured(sums: dict[str, Tensor], method: MethodConfig) -> dict[str, float | None]:
-    """What must be measured before the first update, or only is here: the gap between sampler and
-    trainer, which later updates would mix with their own changes, and a rewarded teacher's KL."""
+    """Report what must be measured before the first update, or is measured only then.
+
+    Later updates would mix their own changes into the sampler mismatch; the KL to a teacher that is
+    added to the reward is seen only here.
+    """
     if not sums:
         return {}
-    names = ["sampler_mismatch_mean", "sampler_mismatch_max"]
+    names = [*MISMATCH]
     if method.kd == "reward":
         names += ["kl_teacher", "teacher_log_ratio", "k2", "kd_share"]
         names += [f"teacher_log_ratio_p{q}" for q in PERCENTILES]

@@ -1,6 +1,5 @@
-"""From a step's prompts to its batch: each rank samples and verifies its share; all get all."""
+"""Collects a step's batch: each rank samples and verifies its share, and all get the whole."""
 
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -14,13 +13,13 @@ from kdrl_train.model.teacher.remote import RemoteTeacher, may_ask_early
 from kdrl_train.rollouts.engines import require_version
 from kdrl_train.rollouts.problems import encode_prompt, step_indices
 from kdrl_train.runfolder.log import Stages
-from kdrl_train.runfolder.signals import Stopped
 from kdrl_train.step.run import Run
 
 
 def collect(run: Run, step: int, stages: Stages) -> Batch:
-    """The step's prompts, a function of (seed, step), R completions of the policy, their rewards;
-    drawn now, or prefetch, while the step before trained.
+    """Collect the step's prompts, a function of (seed, step), with R completions and their rewards.
+
+    The completions are drawn now or, by a prefetch, were drawn while the step before trained.
 
     Raises: Stopped where a signal came to any rank; EngineError for an engine with other weights;
         RewardError where the reward function failed on all completions of a prompt.
@@ -28,17 +27,17 @@ def collect(run: Run, step: int, stages: Stages) -> Batch:
     require_version(run.engine, step)
     drawn = None if run.prefetch is None else run.prefetch.drawn.get(step)
     if drawn is None:
-        own = partial(draw, run, step, stages, run.interrupt.poll)
-        found, staleness = gather(run, own, stages), 0
+        make_part = partial(draw, run, step, stages, run.interrupt.poll)
+        judged, staleness = run.gather(make_part, stages), 0
     else:
-        found, staleness = drawn.found, step - drawn.version
+        judged, staleness = drawn.judged, step - drawn.version
     size = run.config.sampling.group_size
     batch = Batch(
-        examples=[example for example in _examples(run, step) for _ in range(size)],
-        rollouts=found.rollouts,
-        verdicts=found.verdicts,
-        rewards=torch.tensor(found.verdicts.rewards, dtype=torch.float64).view(-1, size),
-        teacher_logprobs=found.teacher_logprobs,
+        examples=[example for example in _examples_of(run, step) for _ in range(size)],
+        rollouts=judged.rollouts,
+        verdicts=judged.verdicts,
+        rewards=torch.tensor(judged.verdicts.rewards, dtype=torch.float64).view(-1, size),
+        teacher_logprobs=judged.teacher_logprobs,
         staleness=staleness,
     )
     _require_rewards(run, batch, step)
@@ -46,36 +45,17 @@ def collect(run: Run, step: int, stages: Stages) -> Batch:
 
 
 def draw(run: Run, step: int, stages: Stages, poll: Callable[[], None]) -> JudgedRollouts:
-    """This rank's share of the step's completions, from the weights that the engine has now. No
-    collective: it may run in a thread.
+    """Draw and judge this rank's share of a step's completions, from the engine's present weights.
 
-    poll: called now and then; what it raises ends the drawing.
+    It calls no collective, so that it may run in a thread.
+
+    poll: called regularly; an exception that it raises stops the drawing.
     """
-    config, examples = run.config, _examples(run, step)
+    config, examples = run.config, _examples_of(run, step)
     known = len(run.history.kl) == step or not config.method.kd_coef.reads_history
     early = run.remote and known and may_ask_early(config.method, step, run.history)
     teacher = run.remote if early else None  # it scores while the rewards are computed
-    return _own_part(run, examples, config.data, config.sampling, step, stages, teacher, poll)
-
-
-def gather(run: Run, make: Callable[[], JudgedRollouts], stages: Stages) -> JudgedRollouts:
-    """make() of all ranks, in their order. All call it together; where one was Stopped, all are."""
-    ended: list[float] = []
-
-    def own_part() -> JudgedRollouts | None:
-        try:
-            return make()
-        except Stopped:
-            return None
-        finally:
-            ended.append(time.perf_counter())
-
-    parts = run.world.share(own_part)
-    run.waited(stages, ended[0])
-    whole = [part for part in parts if part is not None]
-    if len(whole) < len(parts):
-        raise Stopped
-    return JudgedRollouts.join(whole)
+    return _draw_share(run, examples, config.data, config.sampling, step, stages, teacher, poll)
 
 
 def sample_and_judge(
@@ -86,24 +66,24 @@ def sample_and_judge(
     step: int,
     stages: Stages,
 ) -> JudgedRollouts:
-    """G judged completions of each example, in order, each rank's share sampled and verified there.
+    """Sample and judge G completions of each example, in order, each rank its share.
 
     All ranks call it together, and get the parts of all. A signal to any of them raises Stopped.
     """
     poll = run.interrupt.poll
-    return gather(
-        run, lambda: _own_part(run, examples, data, sampling, step, stages, None, poll), stages
+    return run.gather(
+        lambda: _draw_share(run, examples, data, sampling, step, stages, None, poll), stages
     )
 
 
-def _examples(run: Run, step: int) -> list[Example]:
-    """P, of a step."""
+def _examples_of(run: Run, step: int) -> list[Example]:
+    """Choose the P examples of a step."""
     count = run.config.sampling.prompts_per_step
     indices = step_indices(len(run.examples), run.config.seed, step, count)
     return [run.examples[i] for i in indices]
 
 
-def _own_part(
+def _draw_share(
     run: Run,
     examples: list[Example],
     data: DataConfig,
@@ -113,7 +93,10 @@ def _own_part(
     teacher: RemoteTeacher | None,
     poll: Callable[[], None],
 ) -> JudgedRollouts:
-    """This rank's share of the examples. teacher: is asked about all of them."""
+    """Sample and judge this rank's share of the examples.
+
+    teacher: a server that is queried for all of them while they are judged; None: for none.
+    """
     rank, ranks = run.world.rank, run.world.size
     first, end = (len(examples) * place // ranks for place in (rank, rank + 1))
     examples = examples[first:end]
@@ -128,20 +111,21 @@ def _own_part(
             poll=poll,
         )
     poll()
-    everybody = torch.ones(len(rollouts.texts), dtype=torch.bool)
-    asked = {} if teacher is None else teacher.query(rollouts, everybody)
-    answers = [example.gold for example in examples for _ in range(sampling.group_size)]
+    all_R = torch.ones(len(rollouts.texts), dtype=torch.bool)
+    pending = {} if teacher is None else teacher.query(rollouts, all_R)
+    golds = [example.gold for example in examples for _ in range(sampling.group_size)]
     with stages("verify"):
-        verdicts = run.verifier.score(rollouts.texts, answers, poll)
-    scores: list[Tensor | None] = [None] * len(everybody)
+        verdicts = run.verifier.score(rollouts.texts, golds, poll)
+    teacher_logprobs: list[Tensor | None] = [None] * len(all_R)
     if teacher is not None:
         with stages("teacher"):
-            scores = teacher.collect(rollouts, everybody, asked, poll)
-    return JudgedRollouts(rollouts, verdicts, scores)
+            teacher_logprobs = teacher.collect(rollouts, all_R, pending, poll)
+    return JudgedRollouts(rollouts, verdicts, teacher_logprobs)
 
 
 def _require_rewards(run: Run, batch: Batch, step: int) -> None:
-    """Log the first failure of the reward function; raise ValueError for a prompt without any."""
+    """Log the first failure of the reward function; raise RewardError where it fails on a whole
+    group."""
     errors, rewards, size = batch.verdicts.errors, batch.rewards, run.config.sampling.group_size
     if errors:
         r, message = next(iter(errors.items()))

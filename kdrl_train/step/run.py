@@ -1,11 +1,13 @@
-"""What a run holds, and what one step learns from."""
+"""Defines what a run holds on one rank, from its first step to its last."""
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from kdrl_train.batch import Example
+from kdrl_train.batch import Example, JudgedRollouts
 from kdrl_train.config import TrainConfig
 from kdrl_train.method.schedules import History
 from kdrl_train.model.policy import Policy, Teacher
@@ -16,14 +18,12 @@ from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder.async_saver import Saver
 from kdrl_train.runfolder.log import RunLog, Stages
 from kdrl_train.runfolder.signals import Interrupt, Stopped
-
-if TYPE_CHECKING:
-    from kdrl_train.step.prefetch import Prefetch
+from kdrl_train.step.prefetch import Prefetch
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Everything that lasts longer than a step, on one rank."""
+    """Holds everything that lasts longer than a step, on one rank."""
 
     config: TrainConfig
     world: World
@@ -41,7 +41,7 @@ class Run:
     history: History
     log: RunLog
     saver: Saver
-    prefetch: "Prefetch | None"
+    prefetch: Prefetch | None
     """With engine.staleness 1."""
 
     def stop_if_asked(self) -> None:
@@ -53,3 +53,25 @@ class Run:
         """Count the time since then, of time.perf_counter, as waiting for the slowest rank."""
         if self.world.size > 1:
             stages.add("wait", since)
+
+    def gather(self, make: Callable[[], JudgedRollouts], stages: Stages) -> JudgedRollouts:
+        """Join make() of all ranks, in their order. All call it together.
+
+        Raises: Stopped on all ranks where make raised it on one.
+        """
+        ended: list[float] = []
+
+        def make_part() -> JudgedRollouts | None:
+            try:
+                return make()
+            except Stopped:
+                return None
+            finally:
+                ended.append(time.perf_counter())
+
+        parts = self.world.share(make_part)
+        self.waited(stages, ended[0])
+        whole = [part for part in parts if part is not None]
+        if len(whole) < len(parts):
+            raise Stopped
+        return JudgedRollouts.join(whole)

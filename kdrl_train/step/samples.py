@@ -1,4 +1,4 @@
-"""samples/: some completions of each step, with what the update saw of each of their tokens.
+"""Records some completions of each step, with what the update saw of each of their tokens.
 
 R completions of the step, T tokens of one of them.
 """
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kdrl_train.batch import Batch
+from kdrl_train.batch import Batch, CompletionCoefficients
 from kdrl_train.model.packing import PackedBatch
 from kdrl_train.model.policy import PolicyOutput
 from kdrl_train.ranks import World
@@ -18,8 +18,8 @@ DIGITS = 4
 
 
 class SampleRecorder:
-    """The completions of a step that go into samples/, and what is kept of the step's own passes
-    for them: nothing is computed twice, and each rank keeps what it has computed.
+    """Chooses the completions of a step that go into samples/, and keeps what the step's own passes
+    compute of them: nothing is computed twice, and each rank keeps what it has computed.
 
     Args:
         total: R.
@@ -29,31 +29,30 @@ class SampleRecorder:
     def __init__(self, total: int, count: int) -> None:
         count = min(count, total)
         self.chosen = sorted({i * total // count for i in range(count)})
-        self.advantages: Tensor | None = None
-        """[R], once the step's terms are known; and so is kd_weight."""
-        self.kd_weight: Tensor | None = None
+        self.coefficients: CompletionCoefficients | None = None
+        """Of the step, once they are known."""
         self._log_ratios: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def add(self, row: PackedBatch, out: PolicyOutput) -> None:
-        """Keep the teacher's gap of the chosen completions among those of a row (on the CPU)."""
+    def add(self, micro_batch: PackedBatch, out: PolicyOutput) -> None:
+        """Keep the teacher log-ratio of the chosen completions in a pack (on the CPU)."""
         if out.teacher_logprobs is None:
             return
         start = 0
-        completions, counts = row.rollout.unique_consecutive(return_counts=True)
+        completions, counts = micro_batch.rollout.unique_consecutive(return_counts=True)
         for r, count in zip(completions.tolist(), counts.tolist(), strict=True):
             if r in self.chosen:
                 part = slice(start, start + count)
-                gap = (out.logprobs[part] - out.teacher_logprobs[part]).detach()
-                self._log_ratios[r] = (gap, row.kd_weight[part] > 0)
+                log_ratio = (out.logprobs[part] - out.teacher_logprobs[part]).detach()
+                self._log_ratios[r] = (log_ratio, micro_batch.kd_weight[part] > 0)
             start += count
 
-    def rows(self, step: int, batch: Batch, world: World, tokenizer: Any) -> list[Record]:
-        """Lines of the step's file; all ranks call it together.
+    def records(self, step: int, batch: Batch, world: World, tokenizer: Any) -> list[Record]:
+        """Make the lines of the step's file; all ranks call it together.
 
-        A line: step, id, prompt, completion, answer, reward, outcome (of the verifier), tokens,
-        truncated, advantage, kd_weight, token_chars ([T] characters of the completion that each
-        token wrote; None where it cannot be cut so), log_ratio ([T] l = log p - log q in nats, None
-        where not distilled; None: nowhere).
+        A line holds: step, id, prompt, completion, answer, reward, outcome (of the verifier),
+        tokens, truncated, advantage, kd_weight, token_chars ([T] characters of the completion that
+        each token wrote; None where it cannot be cut so), teacher_log_ratio ([T] l = log p - log q
+        in nats, None where not distilled; None: nowhere).
         """
         if not self.chosen:
             return []
@@ -62,7 +61,7 @@ class SampleRecorder:
             log_ratios |= part
         if not world.main:
             return []
-        rollouts, rewards_R = batch.rollouts, batch.rewards.flatten()
+        rollouts, rewards_R, known = batch.rollouts, batch.rewards.flatten(), self.coefficients
         return [
             {
                 "step": step,
@@ -74,29 +73,28 @@ class SampleRecorder:
                 "outcome": batch.verdicts.outcomes[r],
                 "tokens": len(rollouts.completion_ids[r]),
                 "truncated": bool(rollouts.truncated[r]),
-                "advantage": _of(self.advantages, r),
-                "kd_weight": _of(self.kd_weight, r),
+                "advantage": None if known is None else round(known.advantages[r].item(), 6),
+                "kd_weight": None if known is None else round(known.kd_weight[r].item(), 6),
                 "token_chars": token_chars(
                     tokenizer, rollouts.completion_ids[r].tolist(), rollouts.texts[r]
                 ),
-                "log_ratio": log_ratios.get(r),
+                "teacher_log_ratio": log_ratios.get(r),
             }
             for r in self.chosen
         ]
 
     def _numbers(self) -> dict[int, list[float | None]]:
-        """Completion -> l of each token, None where it is not distilled."""
-        found = {}
-        for r, (gap, distilled) in self._log_ratios.items():
-            pairs = zip(gap.tolist(), distilled.tolist(), strict=True)
-            values = [round(value, DIGITS) if used else None for value, used in pairs]
-            if any(distilled):
-                found[r] = values
-        return found
+        """Round l of each token of a completion; None where it is not distilled."""
+        numbers = {}
+        for r, (log_ratio, distilled) in self._log_ratios.items():
+            pairs = zip(log_ratio.tolist(), distilled.tolist(), strict=True)
+            if distilled.any():
+                numbers[r] = [round(value, DIGITS) if used else None for value, used in pairs]
+        return numbers
 
 
 def token_chars(tokenizer: Any, ids: list[int], text: str) -> list[int] | None:
-    """How many characters of `text`, their decoding without special tokens, each token wrote.
+    """Count how many characters of `text`, the ids' decoding without special tokens, each id wrote.
 
     A character of several tokens counts for the last of them. None where the parts do not add up.
     """
@@ -107,8 +105,11 @@ def token_chars(tokenizer: Any, ids: list[int], text: str) -> list[int] | None:
 
 
 def _in_context(tokenizer: Any, ids: list[int]) -> list[str]:
-    """[T] texts, each what a token adds to those before it: a leading space, or the rest of a
-    character, are not seen by a token alone. Looks back to the token before the last whole one."""
+    """Return [T] texts, each what a token adds to those before it.
+
+    A leading space, or the rest of a character, cannot be seen from a token alone. It looks back to
+    the token before the last whole one.
+    """
     parts, start, read = [], 0, 0
     for end in range(1, len(ids) + 1):
         known = tokenizer.decode(ids[start:read], skip_special_tokens=True)
@@ -119,7 +120,3 @@ def _in_context(tokenizer: Any, ids: list[int]) -> list[str]:
         parts.append(text[len(known) :])
         start, read = read, end
     return parts
-
-
-def _of(values_R: Tensor | None, r: int) -> float | None:
-    return None if values_R is None else round(values_R[r].item(), 6)

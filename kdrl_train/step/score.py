@@ -6,33 +6,50 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kdrl_train.method.metrics import add_sums
-from kdrl_train.model.packing import PackedBatch
+from kdrl_train.batch import CompletionCoefficients, Rollouts
+from kdrl_train.config import TrainConfig
+from kdrl_train.method.metrics import LARGEST, add_sums, token_means
+from kdrl_train.model.fsdp import reshard
+from kdrl_train.model.packing import PackedBatch, pack
 from kdrl_train.model.policy import Policy, Teacher
+from kdrl_train.ranks import World
 from kdrl_train.step.samples import SampleRecorder
+
+PROBED = 16
+"""Completions whose log-probabilities probe_mismatch compares, each of another prompt."""
+MISMATCH = ("sampler_mismatch_mean", "sampler_mismatch_max")
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Completions at the weights they were sampled from. Those of several ranks add up: union of
-    the mappings, sum of the sums (add_sums)."""
+    """Log-probabilities of completions at the weights they were sampled from."""
 
     logprobs: dict[int, Tensor] = field(default_factory=dict)
     """Completion -> [T] float32 nats, of the trainer."""
-    gaps: dict[int, float] = field(default_factory=dict)
-    """Completion -> sum over its tokens of log q - log p; of the distilled ones only."""
+    teacher_log_ratio: dict[int, float] = field(default_factory=dict)
+    """Completion -> sum over its tokens of log p - log q; of the distilled ones only."""
     sums: dict[str, Tensor] = field(default_factory=dict)
-    """grpo.token_sums of all tokens."""
+    """policy.token_sums of all tokens."""
+
+    @classmethod
+    def join(cls, parts: Sequence["Scores"]) -> "Scores":
+        """Join the scores of all ranks: union of the mappings, sum of the sums."""
+        whole = cls()
+        for part in parts:
+            whole.logprobs.update(part.logprobs)
+            whole.teacher_log_ratio.update(part.teacher_log_ratio)
+            whole.sums.update(add_sums(whole.sums, part.sums))
+        return whole
 
 
 @torch.no_grad()
 def score_packs(
     policy: Policy,
     teacher: Teacher | None,
-    rows: Iterable[PackedBatch],
-    trace: SampleRecorder | None = None,
+    packs: Iterable[PackedBatch],
+    recorder: SampleRecorder | None = None,
 ) -> Scores:
-    """Log-probabilities of packed rows without a gradient, and the teacher's where distilled.
+    """Compute log-probabilities of packs without a gradient, and the teacher's where distilled.
 
     It is the pass of the loss itself, so that where nothing has changed the ratio of the first
     update is 1, and columns beyond the vocabulary are left out here too.
@@ -40,31 +57,53 @@ def score_packs(
     policy.eval()
     scores = Scores()
     sums: dict[str, Tensor] = {}
-    for row in rows:
-        batch = row.to(policy.device)
-        head = teacher(batch) if teacher is not None and row.needs_teacher else None
+    for micro_batch in packs:
+        batch = micro_batch.to(policy.device)
+        head = teacher(batch) if teacher is not None and batch.needs_teacher else None
         out = policy(batch, batch.token_weights.sum(), head)
-        completions, counts = row.rollout.unique_consecutive(return_counts=True)
+        completions, counts = micro_batch.rollout.unique_consecutive(return_counts=True)
         parts = out.logprobs.cpu().split(counts.tolist())
         scores.logprobs.update(zip(completions.tolist(), parts, strict=True))
         if out.teacher_logprobs is not None:
-            gap = (out.teacher_logprobs - out.logprobs).double().cpu()
-            gaps = gap.where(row.kd_weight > 0, 0.0).split(counts.tolist())
-            totals = [part.sum().item() for part in gaps]
-            scores.gaps.update(zip(completions.tolist(), totals, strict=True))
+            log_ratio = (out.logprobs - out.teacher_logprobs).double().cpu()
+            distilled = log_ratio.where(micro_batch.kd_weight > 0, 0.0).split(counts.tolist())
+            totals = [part.sum().item() for part in distilled]
+            scores.teacher_log_ratio.update(zip(completions.tolist(), totals, strict=True))
         sums = add_sums(sums, out.sums)
-        if trace is not None:
-            trace.add(row, out)
+        if recorder is not None:
+            recorder.add(micro_batch, out)
     scores.sums.update({name: value.cpu() for name, value in sums.items()})
     return scores
 
 
-def join(parts: Sequence[Scores]) -> Scores:
-    """Scores of all ranks."""
-    whole = Scores()
-    for part in parts:
-        whole.logprobs.update(part.logprobs)
-        whole.gaps.update(part.gaps)
-        total = add_sums(whole.sums, part.sums)
-        whole.sums.update(total)
-    return whole
+def probe_mismatch(
+    policy: Policy, rollouts: Rollouts, config: TrainConfig, world: World
+) -> dict[str, float | None]:
+    """Compare the sampler's log-probabilities with the trainer's present ones: MISMATCH.
+
+    It reads the first completion of PROBED prompts, or of one for each rank if these are more, by a
+    forward pass. They are spread over the step, since each rank has drawn a part of it with an
+    engine of its own. All ranks call it together.
+    """
+    size, prompts = config.sampling.group_size, config.sampling.prompts_per_step
+    count = min(max(PROBED, world.size), prompts)
+    places = [size * (i * prompts // count) for i in range(count)]
+    probed = Rollouts(
+        prompt_ids=[rollouts.prompt_ids[r] for r in places],
+        completion_ids=[rollouts.completion_ids[r] for r in places],
+        logprobs=[rollouts.logprobs[r] for r in places],
+        truncated=rollouts.truncated[places],
+        texts=[rollouts.texts[r] for r in places],
+    )
+    none, all_used = torch.zeros(len(places)), torch.ones(len(places))
+    packs = pack(
+        probed,
+        CompletionCoefficients(advantages=none, kd_weight=none, token_weights=all_used),
+        config.optim.micro_batch_tokens,
+        rank=world.rank,
+        ranks=world.size,
+    )
+    sums = score_packs(policy, None, packs).sums
+    reshard(policy)
+    means = token_means(world.sum(sums, largest=LARGEST))
+    return {name: means[name] for name in MISMATCH}

@@ -1,171 +1,190 @@
-"""The update: a step's batch through the loss, micro-batch by micro-batch, to the new weights."""
+"""Updates the policy: takes a step's batch through the loss, micro-batch by micro-batch."""
 
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdrl_train.batch import Batch
+from kdrl_train.batch import Batch, CompletionCoefficients
 from kdrl_train.errors import MidStepError, RunError
 from kdrl_train.method import grpo
 from kdrl_train.method.histogram import coarse
-from kdrl_train.method.metrics import add_sums, token_means
+from kdrl_train.method.metrics import LARGEST, add_sums, token_means
 from kdrl_train.model.fsdp import full
-from kdrl_train.model.packing import PackedBatch, pack
 from kdrl_train.rollouts.engines import require_agreement
 from kdrl_train.runfolder.log import Stages
-from kdrl_train.step.coefficients import Terms, prepare
+from kdrl_train.step.coefficients import packs_of, prepare
 from kdrl_train.step.gradient_split import gradient_split
 from kdrl_train.step.run import Run
 from kdrl_train.step.samples import SampleRecorder
+from kdrl_train.step.score import MISMATCH, probe_mismatch
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """What every update of one step reads."""
+
+    run: Run
+    batch: Batch
+    coefficients: CompletionCoefficients
+    step: int
+    """From 0."""
+    stages: Stages
+    recorder: SampleRecorder
+
+
+@dataclass(frozen=True, slots=True)
+class Accumulated:
+    """What the micro-batches of one update add up to, over all ranks."""
+
+    sums: dict[str, Tensor]
+    """policy.token_sums."""
+    loss: float
+    split: dict[str, float | None]
+    """gradient_split of the first micro-batch, at the steps of log.diagnostics_every."""
 
 
 def update(
-    run: Run, batch: Batch, step: int, stages: Stages, trace: SampleRecorder | None = None
+    run: Run, batch: Batch, step: int, stages: Stages, recorder: SampleRecorder | None = None
 ) -> dict[str, Any]:
-    """The step's optimiser updates, of one part of its prompts each; returns their metrics.
+    """Make the step's optimiser updates, of one part of its prompts each; returns their metrics.
 
-    trace: keeps what the passes find of the completions that it has chosen.
+    recorder: keeps what the passes compute of the completions that it has chosen.
 
     Raises: FloatingPointError, RunError or Stopped before the first optimiser step; MidStepError
         before a later one.
     """
-    config = run.config
-    trace = trace or SampleRecorder(0, 0)
-    terms = prepare(run, batch, step, stages, trace)
-    trace.advantages, trace.kd_weight = terms.advantages, terms.kd_weight
+    config, recorder = run.config, recorder or SampleRecorder(0, 0)
+    prepared = prepare(run, batch, step, stages, recorder)
+    recorder.coefficients = prepared.coefficients
+    inputs = StepInputs(run, batch, prepared.coefficients, step, stages, recorder)
+    P, G = batch.rewards.shape
     sums: dict[str, Tensor] = {}
     losses, norms, measured = [], [], {}
-    for part, rewards_R in enumerate(
-        grpo.minibatches(batch.rewards, config.optim.updates_per_rollout)
-    ):
+    for part, used_R in enumerate(grpo.minibatches(P, G, config.optim.updates_per_rollout)):
         try:
-            found, loss, diagnosed = accumulate(
-                run, batch, terms, rewards_R, step, part, stages, trace
-            )
-            if part == 0:
-                measured = diagnosed
-                gaps = {**token_means(found), **terms.metrics}
+            accumulated = accumulate(inputs, used_R, part)
             with stages("update"):
                 norm = clip(run)
-                stop_if_not_finite(run, batch, terms, step, part, loss, norm)
-            if part == 0 and run.prefetch is not None:
-                measured |= run.prefetch.settle(run, batch, gaps, step, stages)
-            gap = {**gaps, **measured}["sampler_mismatch_mean"]
-            require_agreement(gap, config.engine.allowed_mismatch(config.model.dtype), step)
+                stop_if_not_finite(inputs, part, accumulated.loss, norm)
+            if part == 0:
+                first = token_means(accumulated.sums) | prepared.metrics
+                measured = accumulated.split | mismatch_metrics(inputs, first)
+                mismatch = (first | measured)["sampler_mismatch_mean"]
+            require_agreement(mismatch, config.engine.allowed_mismatch(config.model.dtype), step)
         except (FloatingPointError, RunError) as error:
             if part == 0:
                 raise
             raise MidStepError(f"{error} (update {part + 1} of the step)") from error
         with stages("update"):
             rate = take_step(run, step)
-        sums = add_sums(sums, found)
-        losses.append(loss)
+        sums = add_sums(sums, accumulated.sums)
+        losses.append(accumulated.loss)
         norms.append(norm)
-    distilled = "teacher_log_ratio_histogram" in sums
+    histogram = sums.get("teacher_log_ratio_histogram")
     return {
         **token_means(sums),
-        **terms.metrics,
+        **prepared.metrics,
         **measured,
-        "teacher_log_ratio_counts": coarse(sums["teacher_log_ratio_histogram"])
-        if distilled
-        else None,
+        "teacher_log_ratio_counts": None if histogram is None else coarse(histogram),
         "loss": fmean(losses),
         "grad_norm": fmean(norms),
         "learning_rate": rate,
     }
 
 
-def accumulate(
-    run: Run,
-    batch: Batch,
-    terms: Terms,
-    rewards_R: Tensor,
-    step: int,
-    part: int,
-    stages: Stages,
-    trace: SampleRecorder,
-) -> tuple[dict[str, Tensor], float, dict[str, float | None]]:
-    """Gradient of one update's loss, micro-batch by micro-batch -> token sums and loss of all
-    ranks, and at the steps of log.diagnostics_every what is measured on the first micro-batch.
+def accumulate(inputs: StepInputs, used_R: Tensor, part: int) -> Accumulated:
+    """Add up the gradient of one update's loss, micro-batch by micro-batch.
 
     Each micro-batch is divided by the normaliser of the whole update, so how it is cut does not
     matter; times the number of ranks, since FSDP2 averages gradients over them. One without
     distilled tokens costs no forward pass of the teacher.
 
     Args:
-        rewards_R: [R], NaN for the completions of other updates.
+        used_R: [R] bool, the completions of this update; those without a reward are left out too.
         part: number of the update in the step; a signal is obeyed in the first alone.
     """
+    run, batch, stages = inputs.run, inputs.batch, inputs.stages
     config, policy, world = run.config, run.policy, run.world
     device = policy.device
     weights_R, normalizer = grpo.token_weights(
         batch.rollouts.lengths,
-        rewards_R,
+        used_R & ~batch.rewards.isnan().flatten(),
         config.method.token_weights,
         config.sampling.max_new_tokens,
     )
     normalizer = normalizer.to(device) / world.size
     sums: dict[str, Tensor] = {}
-    measured: dict[str, float | None] = {}
+    split: dict[str, float | None] = {}
     every = config.log.diagnostics_every
     loss = torch.zeros((), dtype=torch.float64, device=device)
     policy.train()
-    rows = _rows(run, batch, terms, weights_R)
-    for turn, row in enumerate(rows):
+    coefficients = replace(inputs.coefficients, token_weights=weights_R)
+    for turn, micro_batch in enumerate(packs_of(run, batch, coefficients)):
         if part == 0:
             run.stop_if_asked()
-        packed = row.to(device)
+        packed = micro_batch.to(device)
         teacher = None
         if run.teacher and packed.needs_teacher:
             with stages("teacher"):
                 teacher = run.teacher(packed)
-        if every and step % every == 0 and part == turn == 0:
+        if every and inputs.step % every == 0 and part == turn == 0:
             with stages("diagnostics"):
-                measured = gradient_split(policy, packed, normalizer, teacher)
+                split = gradient_split(policy, packed, normalizer, teacher)
         with stages("update"):
             out = policy(packed, normalizer, teacher)
             out.loss.backward()
             loss += out.loss.detach()
             sums = add_sums(sums, out.sums)
-        trace.add(row, out)
+        inputs.recorder.add(micro_batch, out)
     start = time.perf_counter()
     mean = world.sum({"loss": loss})["loss"].item() / world.size
-    total = world.sum(sums, largest=("sampler_mismatch_max",))
+    total = world.sum(sums, largest=LARGEST)
     run.waited(stages, start)
-    return total, mean, measured
+    return Accumulated(total, mean, split)
 
 
-def _rows(run: Run, batch: Batch, terms: Terms, weights_R: Tensor) -> Iterator[PackedBatch]:
-    """This rank's micro-batches."""
-    return pack(
-        batch.rollouts,
-        advantages_R=terms.advantages,
-        weights_R=weights_R,
-        kd_weight_R=terms.kd_weight,
-        micro_batch_tokens=run.config.optim.micro_batch_tokens,
-        rank=run.world.rank,
-        ranks=run.world.size,
-        old_logprobs=terms.old_logprobs,
-        sampler_weights=terms.sampler_weights,
-        teacher_logprobs=terms.teacher_logprobs,
-        distil_eos=run.config.method.kd_eos == "keep",
-    )
+def mismatch_metrics(inputs: StepInputs, first: dict[str, float | None]) -> dict[str, float | None]:
+    """Report how far the sampler's log-probabilities are from the trainer's, where the rollouts of
+    the next step are drawn while this one trains; empty where they are not.
+
+    sampler_mismatch_mean and _max hold no update in between: they are of some of the next step's
+    completions, which are waited for here; in the last step of its own completions, or None where
+    these are stale. seconds_prefetch is what the thread took. All ranks call it together.
+
+    Args:
+        first: metrics of the step's first update; of stale completions their mismatch holds the
+            update between the weights that sampled and these.
+    Raises: what the thread raised, RankError where that was on another rank; Stopped.
+    """
+    run, stale = inputs.run, inputs.batch.staleness
+    if run.prefetch is None:
+        return {}
+    metrics = {name: None if stale else first[name] for name in MISMATCH}
+    judged = run.prefetch.receive(run.gather, inputs.stages)
+    if judged is not None:
+        with inputs.stages("score"):
+            metrics = probe_mismatch(run.policy, judged.rollouts, run.config, run.world)
+    return {
+        **metrics,
+        "staleness": stale,
+        "stale_sampler_mismatch_mean": first["sampler_mismatch_mean"] if stale else None,
+        "seconds_prefetch": run.prefetch.seconds,
+    }
 
 
 def clip(run: Run) -> float:
     """Scale the gradient down to max_grad_norm; returns its norm before, over all ranks."""
-    limit = run.config.optim.max_grad_norm
-    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), limit)
+    largest = run.config.optim.max_grad_norm
+    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), largest)
     return full(norm).item()
 
 
 def take_step(run: Run, step: int) -> float:
-    """The optimiser step; returns its learning rate."""
+    """Take the optimiser step; returns its learning rate."""
     optim = run.config.optim
     rate = grpo.learning_rate(optim.learning_rate, optim.warmup_steps, step)
     for group in run.optimizer.param_groups:
@@ -175,27 +194,22 @@ def take_step(run: Run, step: int) -> float:
     return rate
 
 
-def stop_if_not_finite(
-    run: Run, batch: Batch, terms: Terms, step: int, part: int, loss: float, grad_norm: float
-) -> None:
+def stop_if_not_finite(inputs: StepInputs, part: int, loss: float, grad_norm: float) -> None:
     """Raise FloatingPointError, with the step's batch dumped, unless both numbers are finite."""
     if torch.isfinite(torch.tensor([loss, grad_norm])).all():
         return
+    run, batch, step = inputs.run, inputs.batch, inputs.step
     path = run.config.out / f"failed_step_{step:06d}.pt"
     dump = {
         "step": step,
+        "part": part,
         "loss": loss,
         "grad_norm": grad_norm,
         "rewards": batch.rewards,
-        "advantages": terms.advantages,
-        "kd_weight": terms.kd_weight,
-        "old_logprobs": terms.old_logprobs,
-        "sampler_weights": terms.sampler_weights,
-        "teacher_logprobs": terms.teacher_logprobs,
-        "part": part,
         "outcomes": batch.verdicts.outcomes,
         "errors": batch.verdicts.errors,
         "example_ids": [example.id for example in batch.examples],
+        "coefficients": asdict(inputs.coefficients),
         **asdict(batch.rollouts),
     }
     run.world.on_main(lambda: torch.save(dump, path))

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdrl_train import train
-from kdrl_train.batch import Example
+from kdrl_train.batch import CompletionCoefficients, Example
 from kdrl_train.config import (
     DataConfig,
     ModelConfig,
@@ -309,15 +309,10 @@ def teacher_kl(
         KL_STEP,
         policy.sampled_vocab_size,
     )
-    ones = torch.ones(len(examples))
+    zeros, ones = torch.zeros(len(examples)), torch.ones(len(examples))
+    coefficients = CompletionCoefficients(advantages=zeros, kd_weight=ones, token_weights=ones)
     sums: dict[str, torch.Tensor] = {}
-    for batch in pack(
-        rollouts,
-        advantages_R=torch.zeros(len(examples)),
-        weights_R=ones,
-        kd_weight_R=ones,
-        micro_batch_tokens=run.optim.micro_batch_tokens,
-    ):
+    for batch in pack(rollouts, coefficients, run.optim.micro_batch_tokens):
         sums = add_sums(sums, policy(batch, torch.tensor(1.0), teacher(batch)).sums)
     kl = token_means(sums)["kl_teacher"]
     assert kl is not None  # every completion has a token, and every token a weight

@@ -5,7 +5,7 @@ step's completions and rewards, and a checkpoint of the weights that met them.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from kdrl_train.batch import Rollouts
+from kdrl_train.batch import CompletionCoefficients, Rollouts
 from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import load_yaml, update
 from kdrl_train.method import grpo
@@ -81,8 +81,7 @@ def load_dump(file: Path) -> dict[str, Any]:
         ) from error
 
 
-_GIVEN = ("old_logprobs", "sampler_weights", "teacher_logprobs")
-_STEP = ("step", "part", "rewards", "advantages", "kd_weight", "example_ids", *_GIVEN)
+_STEP = ("step", "part", "rewards", "coefficients", "example_ids")
 _ROLLOUTS = tuple(field.name for field in fields(Rollouts))
 
 
@@ -106,24 +105,16 @@ def replay(dump: dict[str, Any], folder: Path) -> list[Replayed]:
     if place is not None:
         checkpoint.load_weights(place, policy)
     rollouts = Rollouts(**{name: dump[name] for name in _ROLLOUTS})
-    advantages, kd_weight = dump["advantages"], dump["kd_weight"]
     weights, normalizer = grpo.token_weights(
         rollouts.lengths,
-        rewards.flatten(),
+        ~rewards.isnan().flatten(),
         config.method.token_weights,
         config.sampling.max_new_tokens,
     )
+    coefficients = replace(CompletionCoefficients(**dump["coefficients"]), token_weights=weights)
     found = []
     policy.train()
-    for batch in pack(
-        rollouts,
-        advantages_R=advantages,
-        weights_R=weights,
-        kd_weight_R=kd_weight,
-        micro_batch_tokens=1,  # a completion each
-        distil_eos=config.method.kd_eos == "keep",
-        **{name: dump[name] for name in _GIVEN},
-    ):
+    for batch in pack(rollouts, coefficients, micro_batch_tokens=1):  # a completion each
         index, packed = int(batch.rollout[0]), batch.to(policy.device)
         teacher = loaded.teacher(packed) if loaded.teacher and batch.needs_teacher else None
         out = policy(packed, normalizer.to(policy.device), teacher)
@@ -137,8 +128,8 @@ def replay(dump: dict[str, Any], folder: Path) -> list[Replayed]:
                 example_id=dump["example_ids"][index],
                 tokens=len(batch.tokens),
                 reward=rewards.flatten()[index].item(),
-                advantage=advantages[index].item(),
-                kd_weight=kd_weight[index].item(),
+                advantage=coefficients.advantages[index].item(),
+                kd_weight=coefficients.kd_weight[index].item(),
                 loss=out.loss.item(),
                 grad_norm=norm,
                 lowest_logprob=out.logprobs.min().item(),

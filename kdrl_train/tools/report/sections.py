@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from kdrl_train.method.histogram import EDGES, LENGTH_BINS
+from kdrl_train.method.histogram import EDGES, LENGTH_INTERVALS
 from kdrl_train.tools.report.blocks import Block, Cell, Figure, Folded, Legend, Note, Section, Table
 from kdrl_train.tools.report.charts import (
     Bars,
@@ -312,7 +312,7 @@ def histograms(groups: Sequence[Group]) -> Section:
     most = limits.pop() if len(limits) == 1 else None
     unit = "tokens, up to" if isinstance(most, int) else "% of max_new_tokens, up to"
     most = most if isinstance(most, int) else 100
-    lengths = [f"{most * (i + 1) / LENGTH_BINS:.0f}" for i in range(LENGTH_BINS)]
+    lengths = [f"{most * (i + 1) / LENGTH_INTERVALS:.0f}" for i in range(LENGTH_INTERVALS)]
     blocks += _early_and_late(groups, "response_length_counts", "response length", unit, lengths)
     if not blocks:
         return Section("histograms", "Histograms", [Note("These runs have recorded none.")])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdrl_train.method.histogram import BINS, PERCENTILES, histogram, quantiles
+from kdrl_train.method.histogram import SIZE, PERCENTILES, histogram, quantiles
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 5.0])
@@ -31,7 +31,7 @@ def test_histograms_add_up_exactly() -> None:
 def test_zero_is_zero_and_the_ends_take_the_rest() -> None:
     values = torch.tensor([-math.inf, -1e9, 0.0, 1e-5, math.nan, 1e9, math.inf]).double()
     counts = histogram(values)
-    assert counts.shape == (BINS,)
-    assert counts[[0, BINS // 2, BINS - 1]].tolist() == [2, 3, 2]
+    assert counts.shape == (SIZE,)
+    assert counts[[0, SIZE // 2, SIZE - 1]].tolist() == [2, 3, 2]
     assert quantiles(histogram(torch.zeros(3, dtype=torch.float64))) == [0.0] * 4
     assert quantiles(counts)[3] == pytest.approx(110, rel=0.01)
