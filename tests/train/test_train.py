@@ -246,15 +246,13 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(
 ) -> None:
     sampling = SamplingConfig(prompts_per_step=2, group_size=16, max_new_tokens=4)
     settings = config(reward="one_missing", steps=2, save_every=1, sampling=sampling)
-    terms = grpo.completion_terms
+    advantages, calls = grpo.advantages, []
 
-    def break_second_step(
-        rewards: Tensor, method: Any, step: int, *rest: Any
-    ) -> tuple[Tensor, Tensor]:
-        advantages, kd_weight = terms(rewards, method, step, *rest)
-        return (advantages * math.inf if step else advantages), kd_weight
+    def break_second_step(*arguments: Any) -> Tensor:
+        calls.append(1)
+        return advantages(*arguments) * (math.inf if len(calls) > 1 else 1)
 
-    monkeypatch.setattr(grpo, "completion_terms", break_second_step)
+    monkeypatch.setattr(grpo, "advantages", break_second_step)
     with pytest.raises(FloatingPointError, match=r"at step 1: stopped before the optimiser step"):
         run(settings)
     dump = torch.load(settings.out / "failed_step_000001.pt")

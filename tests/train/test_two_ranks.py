@@ -171,7 +171,7 @@ def fail_on_second_rank(rank: int) -> None:
         def fail(*_: object, **__: object) -> None:
             raise OSError("the disk of rank 1 is gone")
 
-        train.collect.__globals__["_own_part"] = fail
+        train.collect.__globals__["_draw_share"] = fail
 
 
 def test_an_error_of_one_rank_stops_all(config: Config) -> None:
@@ -182,13 +182,13 @@ def test_an_error_of_one_rank_stops_all(config: Config) -> None:
 
 def verify_slowly_on_second_rank(rank: int) -> None:
     if rank == 1:
-        own_part = train.collect.__globals__["_own_part"]
+        draw_share = train.collect.__globals__["_draw_share"]
 
         def slow(*arguments: Any) -> Any:
             time.sleep(0.5)
-            return own_part(*arguments)
+            return draw_share(*arguments)
 
-        train.collect.__globals__["_own_part"] = slow
+        train.collect.__globals__["_draw_share"] = slow
 
 
 def test_waiting_for_the_slowest_rank_is_a_stage(config: Config) -> None:
@@ -198,14 +198,16 @@ def test_waiting_for_the_slowest_rank_is_a_stage(config: Config) -> None:
 
 
 def make_loss_infinite(rank: int) -> None:
-    terms = grpo.completion_terms
+    advantages, calls = grpo.advantages, []
 
-    def broken(rewards: Tensor, method: Any, step: int, *more: Any) -> tuple[Tensor, Tensor]:
-        advantages, kd_weight = terms(rewards, method, step, *more)
-        advantages[rank] = float("inf") if step and rank == 0 else advantages[rank]
-        return advantages, kd_weight
+    def broken(*arguments: Any) -> Tensor:
+        values_R = advantages(*arguments)
+        calls.append(1)
+        if len(calls) > 1 and rank == 0:
+            values_R[rank] = float("inf")
+        return values_R
 
-    grpo.completion_terms = broken
+    grpo.advantages = broken
 
 
 def test_all_ranks_stop_before_a_step_that_is_not_finite(config: Config) -> None:

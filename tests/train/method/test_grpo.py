@@ -8,8 +8,10 @@ from torch import Tensor
 
 from kdrl_train.method import grpo
 from kdrl_train.method.config import MethodConfig, ScheduleConfig
-from kdrl_train.method.metrics import add_sums, reward_metrics, token_means, token_sums
+from kdrl_train.method.histogram import histogram
+from kdrl_train.method.metrics import add_sums, reward_metrics, token_means
 from kdrl_train.method.presets import PRESETS
+from tests.train.coefficients import coefficients_of
 
 NAN = math.nan
 REWARDS = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0]])
@@ -113,33 +115,33 @@ def test_warm_up() -> None:
     ],
 )
 def test_token_weights(mode: str, weights: list[float], normalizer: float) -> None:
-    lengths, rewards = torch.tensor([2, 4, 3]), torch.tensor([1.0, 0.0, NAN])
-    found, total = grpo.token_weights(lengths, rewards, mode, 8)
-    torch.testing.assert_close(found, torch.tensor(weights, dtype=torch.float32))
+    lengths, used = torch.tensor([2, 4, 3]), torch.tensor([True, True, False])
+    values, total = grpo.token_weights(lengths, used, mode, 8)
+    torch.testing.assert_close(values, torch.tensor(weights, dtype=torch.float32))
     assert total.item() == normalizer
 
 
-def test_completion_terms_follow_the_method() -> None:
+def test_coefficients_follow_the_method() -> None:
     rewards = torch.tensor([[1.0, 0.0]])
     half = math.sqrt(0.5)  # deviations of 1/2, std = sqrt(1/2)
-    masked = PRESETS["kdrl_masked"]
-    for method, advantages, weights in (
-        (PRESETS["grpo"], [half, -half], [0.0, 0.0]),
-        (masked, [half, -half], [0.0, 2e-3]),
-        (PRESETS["kd_rkl"], [0.0, 0.0], [1.0, 1.0]),
+    for name, advantages, kd_weight in (
+        ("grpo", [half, -half], [0.0, 0.0]),
+        ("kdrl_masked", [half, -half], [0.0, 2e-3]),
+        ("kd_rkl", [0.0, 0.0], [1.0, 1.0]),
     ):
-        found = grpo.completion_terms(rewards, method, step=0)
-        torch.testing.assert_close(found, (torch.tensor(advantages), torch.tensor(weights)))
+        coefficients = coefficients_of(rewards, PRESETS[name])
+        torch.testing.assert_close(coefficients.advantages, torch.tensor(advantages))
+        torch.testing.assert_close(coefficients.kd_weight, torch.tensor(kd_weight))
 
 
 def test_a_policy_weight_of_zero_leaves_no_advantage() -> None:
     rewards = torch.tensor([[1.0, 0.0]])
-    method = PRESETS["opd_then_rl"]
     half = math.sqrt(0.5)
     for step, advantages, weights in ((139, [0.0, 0.0], [1.0, 1.0]), (140, [half, -half], [0, 0])):
-        found = grpo.completion_terms(rewards, method, step)
-        torch.testing.assert_close(found, (torch.tensor(advantages), torch.tensor(weights).float()))
-    assert not grpo.completion_terms(rewards, method, 139)[0].any()
+        coefficients = coefficients_of(rewards, PRESETS["opd_then_rl"], step)
+        torch.testing.assert_close(coefficients.advantages, torch.tensor(advantages))
+        assert coefficients.kd_weight.tolist() == weights
+    assert not coefficients_of(rewards, PRESETS["opd_then_rl"], 139).advantages.any()
 
 
 def test_the_teacher_counts_most_where_a_group_is_undecided() -> None:
@@ -149,7 +151,7 @@ def test_the_teacher_counts_most_where_a_group_is_undecided() -> None:
     factor = grpo.group_factor(adaptive, rewards)
     torch.testing.assert_close(factor, torch.tensor([[1], [0], [3 / 4], [8 / 9]]).double())
     method = MethodConfig(kd_coef=adaptive, kd_mask="wrong")
-    _, weights = grpo.completion_terms(rewards, method, step=7)
+    weights = coefficients_of(rewards, method, step=7).kd_weight
     expected = torch.tensor(
         [[0, 0.5, 0.5, 0], [0] * 4, [3 / 8, 3 / 8, 0, 3 / 8], [0, 4 / 9, 4 / 9, 0]]
     )
@@ -163,10 +165,12 @@ def test_shaped_rewards_by_hand() -> None:
         kd="reward", kd_coef=ScheduleConfig(initial=0.25), kd_mask="wrong", advantage="dr_grpo"
     )
     rewards = torch.tensor([[1.0, 0.0, 0.0, NAN]], dtype=torch.float64)
-    gaps = torch.tensor([3.0, 4.0, -8.0, 0.0], dtype=torch.float64)
-    advantages, weights = grpo.completion_terms(rewards, method, 0, gaps_R=gaps)
+    log_ratio = torch.tensor([-3.0, -4.0, 8.0, 0.0], dtype=torch.float64)
+    kd_weight = coefficients_of(rewards, method).kd_weight
+    assert kd_weight.tolist() == [0.0, 0.25, 0.25, 0.25]
+    shaped = grpo.shaped_rewards(rewards, kd_weight, log_ratio)
+    advantages = grpo.advantages(shaped, method, 1.0)
     torch.testing.assert_close(advantages, torch.tensor([1.0, 1.0, -2.0, 0.0]))
-    assert weights.tolist() == [0.0] * 4
 
 
 def test_sampler_weights_by_hand() -> None:
@@ -183,16 +187,14 @@ def test_sampler_weights_by_hand() -> None:
 
 
 def test_minibatches_are_whole_groups_and_hold_each_once() -> None:
-    rewards = torch.tensor([[1.0, 2.0], [3.0, NAN], [5.0, 6.0], [7.0, 8.0]])
-    first, second = grpo.minibatches(rewards, 2)
-    assert first.nan_to_num(-1.0).tolist() == [1, 2, 3, -1, -1, -1, -1, -1]
-    assert second.nan_to_num(-1.0).tolist() == [-1, -1, -1, -1, 5, 6, 7, 8]
-    (whole,) = grpo.minibatches(rewards, 1)
-    assert whole.nan_to_num(-1.0).tolist() == [1, 2, 3, -1, 5, 6, 7, 8]
-    lengths = torch.arange(1, 9)
-    weights, normalizer = grpo.token_weights(lengths, first, "token_mean", 9)
-    assert weights.tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
-    assert normalizer.item() == 1 + 2 + 3
+    first, second = grpo.minibatches(4, 2, updates=2)
+    assert first.tolist() == [True] * 4 + [False] * 4
+    assert second.tolist() == [False] * 4 + [True] * 4
+    (whole,) = grpo.minibatches(4, 2, updates=1)
+    assert whole.all()
+    weights, normalizer = grpo.token_weights(torch.arange(1, 9), first, "token_mean", 9)
+    assert weights.tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+    assert normalizer.item() == 1 + 2 + 3 + 4
 
 
 def test_reward_metrics() -> None:
@@ -205,29 +207,29 @@ def test_reward_metrics() -> None:
     }
 
 
-def sums(
-    part: slice, kl: Tensor | None = None, kd: str | None = "k2", kd_baseline: str | None = None
-) -> dict:
-    """token_sums of some of four tokens."""
-    return token_sums(
-        logprobs=torch.tensor([-1.0, -2.0, -3.0, -4.0])[part],
-        sampled_logprobs=torch.tensor([-1.0, -2.5, -3.0, -9.0])[part],
-        entropy=torch.tensor([1.0, 2.0, 3.0, NAN])[part],
-        teacher_logprobs=torch.tensor([-2.0, -2.0, -1.0, NAN])[part],
-        kl=None if kl is None else kl[part],
-        clip_fraction=torch.tensor(0.5),
-        token_weights=torch.tensor([1.0, 1.0, 1.0, 0.0])[part],
-        kd_weight=torch.tensor([1.0, 0.0, 0.1, 1.0])[part],
-        advantages=torch.tensor([0.5, 1.0, -0.3, 9.0])[part],
-        kd=kd,
-        kd_baseline=kd_baseline,
-    )
+def sums(part: slice, kl: Tensor | None = None) -> dict[str, Tensor]:
+    """Sums over some of three tokens, the first and third distilled, with l = 1 and -2."""
+    log_ratio = torch.tensor([1.0, 0.0, -2.0]).double()[part]
+    distilled = torch.tensor([True, False, True])[part]
+    mismatch = torch.tensor([0.0, 0.5, 0.0]).double()[part]
+    values = {
+        "tokens": torch.tensor(len(log_ratio)).double(),
+        "clipped": torch.tensor([1.0, 0.5, 0.0])[part].sum(),
+        "entropy_sum": torch.tensor([1.0, 2.0, 3.0])[part].sum(),
+        "kd_tokens": distilled.sum().double(),
+        "teacher_log_ratio_sum": log_ratio[distilled].sum(),
+        "k2_sum": (log_ratio[distilled].square() / 2).sum(),
+        "kd_flipped": torch.tensor([1.0, 0.0, 0.0])[part].sum(),
+        "sampler_mismatch_sum": mismatch.sum(),
+        "sampler_mismatch_max": mismatch.max(),
+        "teacher_log_ratio_histogram": histogram(log_ratio[distilled]),
+    }
+    return values if kl is None else values | {"kl_sum": kl[part][distilled].sum()}
 
 
 def test_token_means_by_hand() -> None:
-    # three tokens carry weight; the first and third are distilled, with l = 1 and -2
-    found = token_means(sums(slice(None)))
-    assert found == {
+    means = token_means(sums(slice(None)))
+    assert means == {
         "entropy": 2.0,
         "clip_fraction": 0.5,
         "kl_teacher": -0.5,
@@ -240,51 +242,19 @@ def test_token_means_by_hand() -> None:
         "sampler_mismatch_mean": pytest.approx(0.5 / 3),
         "sampler_mismatch_max": 0.5,
     }
-    exact = token_means(sums(slice(None), kl=torch.tensor([0.5, NAN, 0.1, NAN])))
+    exact = token_means(sums(slice(None), kl=torch.tensor([0.5, NAN, 0.1])))
     assert exact["kl_teacher"] == pytest.approx(0.3)
-
-
-@pytest.mark.parametrize(
-    ("kd", "share"), [("k2", 1 / 3), ("rkl", 1 / 3), ("k3", 2 / 3), ("fkl", 2 / 3), (None, None)]
-)
-def test_share_of_tokens_whose_sign_the_teacher_turns(kd: str | None, share: float | None) -> None:
-    # A - kd_weight * pull: 0.5 - 1 * 1 turns, -0.3 - 0.1 * -2 does not; by k3 the pull of l = -2 is
-    # 1 - exp(2) = -6.4, and both turn
-    found = token_means(sums(slice(None), kd=kd))["kd_flip_share"]
-    assert found == (share and pytest.approx(share))
-
-
-def test_a_baseline_takes_the_exact_kl_off_the_pull() -> None:
-    # 0.5 - 1 * (1 - 0.6) does not turn, -0.3 - 0.1 * (-2 - 1.1) does; the rest is that of l
-    kl = torch.tensor([0.6, NAN, 1.1, NAN])
-    found = token_means(sums(slice(None), kl=kl, kd_baseline="kl"))
-    plain = token_means(sums(slice(None)))
-    assert found == plain | {"kl_teacher": pytest.approx(0.85)}
-    kl[2] = 0.9
-    found = token_means(sums(slice(None), kl=kl, kd_baseline="kl"))
-    assert found["kd_flip_share"] == 0.0
 
 
 def test_token_means_do_not_depend_on_how_the_step_is_cut() -> None:
     together = token_means(sums(slice(None)))
-    cut = add_sums(sums(slice(0, 1)), sums(slice(1, 4)))
+    cut = add_sums(sums(slice(0, 1)), sums(slice(1, 3)))
     assert token_means(cut) == pytest.approx(together)
 
 
 def test_without_a_teacher_its_metrics_are_absent() -> None:
-    found = token_sums(
-        logprobs=torch.tensor([-1.0]),
-        sampled_logprobs=torch.tensor([-1.0]),
-        entropy=None,
-        teacher_logprobs=None,
-        kl=None,
-        clip_fraction=None,
-        token_weights=torch.ones(1),
-        kd_weight=torch.ones(1),
-        advantages=torch.ones(1),
-        kd=None,
-    )
-    means = token_means(found)
+    names = ("tokens", "sampler_mismatch_sum", "sampler_mismatch_max")
+    means = token_means({name: value for name, value in sums(slice(None)).items() if name in names})
     assert means["kl_teacher"] is None
     assert means["entropy"] is None
     assert means["teacher_log_ratio_p50"] is None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdrl_train.method.histogram import SIZE, PERCENTILES, histogram, quantiles
+from kdrl_train.method.histogram import PERCENTILES, SIZE, histogram, quantiles
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 5.0])

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from kdrl_train.batch import Rollouts
+from kdrl_train.batch import CompletionCoefficients, Rollouts
 from kdrl_train.model.packing import PackedBatch, balance, first_fit, pack
 
 
@@ -27,16 +27,13 @@ def packed(
     kd_weight: tuple[float, float] = (0.0, 0.1),
     **options: Any,
 ) -> list:
-    return list(
-        pack(
-            rollouts(),
-            advantages_R=torch.tensor([0.5, -0.5]),
-            weights_R=torch.tensor(weights),
-            kd_weight_R=torch.tensor(kd_weight),
-            micro_batch_tokens=budget,
-            **options,
-        )
+    coefficients = CompletionCoefficients(
+        advantages=torch.tensor([0.5, -0.5]),
+        token_weights=torch.tensor(weights),
+        kd_weight=torch.tensor(kd_weight),
+        **options,
     )
+    return list(pack(rollouts(), coefficients, budget))
 
 
 def test_one_row_by_hand() -> None:
@@ -122,16 +119,10 @@ def test_ranks_divide_the_completions(ranks: int, budget: int) -> None:
     weights = torch.tensor([1.0, 0.0] + [1.0] * 7)
 
     def rows(rank: int) -> list[PackedBatch]:
-        found = pack(
-            whole,
-            advantages_R=torch.arange(9.0),
-            weights_R=weights,
-            kd_weight_R=kd_weight,
-            micro_batch_tokens=budget,
-            rank=rank,
-            ranks=ranks,
+        coefficients = CompletionCoefficients(
+            advantages=torch.arange(9.0), kd_weight=kd_weight, token_weights=weights
         )
-        return list(found)
+        return list(pack(whole, coefficients, budget, rank=rank, ranks=ranks))
 
     parts = [rows(rank) for rank in range(ranks)]
     assert len({len(part) for part in parts}) == 1  # the same number of turns
@@ -150,19 +141,13 @@ def test_ranks_divide_the_completions(ranks: int, budget: int) -> None:
 
 
 def test_a_turn_without_completions_feeds_one_token_and_learns_from_none() -> None:
+    coefficients = CompletionCoefficients(
+        advantages=torch.ones(2),
+        kd_weight=torch.ones(2),
+        token_weights=torch.tensor([1.0, 0.0]),
+    )
     first, second = (
-        list(
-            pack(
-                rollouts(),
-                advantages_R=torch.ones(2),
-                weights_R=torch.tensor([1.0, 0.0]),
-                kd_weight_R=torch.ones(2),
-                micro_batch_tokens=100,
-                rank=rank,
-                ranks=2,
-            )
-        )
-        for rank in range(2)
+        list(pack(rollouts(), coefficients, 100, rank=rank, ranks=2)) for rank in range(2)
     )
     assert [row.rollout.tolist() for row in first] == [[0, 0, 0]]
     (row,) = second

@@ -19,6 +19,7 @@ from kdrl_train.model.packing import PackedBatch, pack
 from kdrl_train.model.policy import HeadedModel, Policy, Teacher, objective
 from kdrl_train.model.probe import probe
 from tests import tolerance
+from tests.train.coefficients import coefficients_of, uniform
 
 V = 258
 ARCHITECTURES = {
@@ -62,24 +63,17 @@ def some_rollouts() -> tuple[Rollouts, Tensor]:
 
 
 def step_gradient(
-    policy: Policy, teacher: Teacher | None, method: MethodConfig, budget: int, **options: Any
+    policy: Policy, teacher: Teacher | None, method: MethodConfig, budget: int, **fields: Any
 ) -> tuple[Tensor, list[Tensor], dict[str, float | None]]:
     """Loss, gradients and metrics of one step, packed into rows of `budget` tokens."""
     rollouts, rewards = some_rollouts()
-    advantages, kd_weight = grpo.completion_terms(rewards, method, 0)
     weights, normalizer = grpo.token_weights(
-        rollouts.lengths, rewards.flatten(), method.token_weights, 9
+        rollouts.lengths, ~rewards.isnan().flatten(), method.token_weights, 9
     )
+    coefficients = coefficients_of(rewards, method, token_weights=weights, **fields)
     policy.zero_grad()
     total, sums = torch.zeros((), dtype=torch.float64), {}
-    for batch in pack(
-        rollouts,
-        advantages_R=advantages,
-        weights_R=weights,
-        kd_weight_R=kd_weight,
-        micro_batch_tokens=budget,
-        **options,
-    ):
+    for batch in pack(rollouts, coefficients, budget):
         head = teacher(batch) if teacher is not None and batch.needs_teacher else None
         out = policy(batch, normalizer, head)
         out.loss.backward()
@@ -141,8 +135,11 @@ def test_loss_is_that_of_the_models_own_logits(tiny: Callable[..., Any], name: s
     loss, gradients, metrics = step_gradient(policy, teacher, method, budget=1000)
 
     rollouts, rewards = some_rollouts()
-    advantages, kd_weight = grpo.completion_terms(rewards, method, 0)
-    weights, _ = grpo.token_weights(rollouts.lengths, rewards.flatten(), method.token_weights, 9)
+    coefficients = coefficients_of(rewards, method)
+    advantages, kd_weight = coefficients.advantages, coefficients.kd_weight
+    weights, _ = grpo.token_weights(
+        rollouts.lengths, ~rewards.isnan().flatten(), method.token_weights, 9
+    )
     policy.zero_grad()
     expected, kl_sum, count = torch.zeros((), dtype=torch.float64), 0.0, 0
     for r in (0, 1, 2, 3, 5):  # the fifth completion has no reward
@@ -191,7 +188,7 @@ def test_log_probabilities_of_a_server_train_as_the_teacher_does(
     method = MethodConfig(kd=kd, kd_coef=KD, kd_mask=mask)
     policy, teacher = pair(tiny, method, torch.float64, "qwen2")
     rollouts, rewards = some_rollouts()
-    _, kd_weight = grpo.completion_terms(rewards, method, 0)
+    kd_weight = coefficients_of(rewards, method).kd_weight
     scores: list[Tensor | None] = []
     for prompt, completion, weight in zip(
         rollouts.prompt_ids, rollouts.completion_ids, kd_weight, strict=True
@@ -242,15 +239,7 @@ def test_teacher_is_frozen_and_gives_no_graph(tiny: Callable[..., Any]) -> None:
 def batches() -> list[PackedBatch]:
     rollouts, _ = some_rollouts()
     ones = torch.ones(6)
-    return list(
-        pack(
-            rollouts,
-            advantages_R=ones,
-            weights_R=ones,
-            kd_weight_R=ones,
-            micro_batch_tokens=1000,
-        )
-    )
+    return list(pack(rollouts, uniform(6, advantages=ones, kd_weight=ones), 1000))
 
 
 class ScalesItsLogits(torch.nn.Module):

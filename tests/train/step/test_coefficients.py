@@ -1,6 +1,6 @@
-"""terms: scores before the first update, off-policy losses, and expected gradients."""
+"""coefficients: scores before the first update, off-policy losses, and expected gradients."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +17,13 @@ from kdrl_train.method.config import MethodConfig, ScheduleConfig
 from kdrl_train.method.metrics import add_sums, token_means
 from kdrl_train.method.presets import PRESETS
 from kdrl_train.method.schedules import History
-from kdrl_train.model.packing import pack
+from kdrl_train.model.packing import PackedBatch, pack
 from kdrl_train.model.policy import Policy, Teacher
 from kdrl_train.ranks import ALONE
 from kdrl_train.runfolder.log import Stages
-from kdrl_train.step.coefficients import Terms, correction, prepare
+from kdrl_train.step.coefficients import Prepared, correction, prepare
 from kdrl_train.step.score import score_packs
+from tests.train.coefficients import coefficients_of, uniform
 from tests.train.model.test_policy import KD, METHODS, pair, relative_error, some_rollouts
 
 REWARD = MethodConfig(kd="reward", kd_coef=KD, advantage="dr_grpo")
@@ -48,19 +49,12 @@ def shifted(policy: Policy, rollouts: Rollouts, seed: int) -> dict[int, Tensor]:
     return found
 
 
-def rows_of(
-    rollouts: Rollouts, rewards: Tensor, kd_weight: Tensor, budget: int, **more: Any
-) -> list:
-    return list(
-        pack(
-            rollouts,
-            advantages_R=torch.zeros(6),
-            weights_R=(~rewards.isnan()).float().flatten(),
-            kd_weight_R=kd_weight,
-            micro_batch_tokens=budget,
-            **more,
-        )
-    )
+def packs(
+    rollouts: Rollouts, rewards: Tensor, kd_weight: Tensor, budget: int, **fields: Any
+) -> list[PackedBatch]:
+    weights = (~rewards.isnan()).float().flatten()
+    coefficients = uniform(6, token_weights=weights, kd_weight=kd_weight, **fields)
+    return list(pack(rollouts, coefficients, budget))
 
 
 @pytest.mark.parametrize("budget", [1, 12, 1000])
@@ -68,31 +62,30 @@ def test_scores_are_those_of_the_models_own_logits(tiny: Callable[..., Any], bud
     policy, teacher = pair(tiny, REWARD, torch.float64, "qwen2")
     rollouts, rewards = some_rollouts()
     kd_weight = torch.tensor([1.0, 0.0, 0.5, 0.5, 1.0, 1.0])
-    found = score_packs(policy, teacher, rows_of(rollouts, rewards, kd_weight, budget))
-    assert sorted(found.logprobs) == list(WITH_REWARD)
+    scores = score_packs(policy, teacher, packs(rollouts, rewards, kd_weight, budget))
+    assert sorted(scores.logprobs) == list(WITH_REWARD)
     total, count = 0.0, 0
     for r in WITH_REWARD:
         with torch.no_grad():
             ours = own_logprobs(policy.model, rollouts, r)
-            gap = own_logprobs(teacher.model, rollouts, r) - ours
-        torch.testing.assert_close(found.logprobs[r], ours, rtol=1e-6, atol=1e-6)
-        expected = gap.sum().item() if kd_weight[r] > 0 else 0.0
-        assert found.gaps.get(r, 0.0) == pytest.approx(expected, rel=1e-6)
+            log_ratio = ours - own_logprobs(teacher.model, rollouts, r)
+        torch.testing.assert_close(scores.logprobs[r], ours, rtol=1e-6, atol=1e-6)
+        expected = log_ratio.sum().item() if kd_weight[r] > 0 else 0.0
+        assert scores.teacher_log_ratio.get(r, 0.0) == pytest.approx(expected, rel=1e-6)
         if kd_weight[r] > 0:
-            total, count = total - expected, count + len(ours)
-    assert token_means(found.sums)["kl_teacher"] == pytest.approx(total / count, rel=1e-6)
+            total, count = total + expected, count + len(ours)
+    assert token_means(scores.sums)["kl_teacher"] == pytest.approx(total / count, rel=1e-6)
 
 
 def test_the_first_update_has_a_ratio_of_exactly_one(tiny: Callable[..., Any]) -> None:
     policy, _ = pair(tiny, PRESETS["grpo"], torch.float32, "qwen2")
     rollouts, rewards = some_rollouts()
-    rows = rows_of(rollouts, rewards, torch.zeros(6), 12)
-    scores = score_packs(policy, None, rows)
+    scores = score_packs(policy, None, packs(rollouts, rewards, torch.zeros(6), 12))
     policy.train()
-    for row in rows_of(rollouts, rewards, torch.zeros(6), 12, old_logprobs=scores.logprobs):
-        out = policy(row, torch.tensor(1.0), None)
+    for batch in packs(rollouts, rewards, torch.zeros(6), 12, old_logprobs=scores.logprobs):
+        out = policy(batch, torch.tensor(1.0), None)
         assert out.logprobs.requires_grad is False
-        assert torch.equal(out.logprobs, row.old_logprobs)
+        assert torch.equal(out.logprobs, batch.old_logprobs)
 
 
 @pytest.mark.parametrize("mode", ["none", "truncate", "mask"])
@@ -108,22 +101,14 @@ def test_off_policy_loss_is_that_of_the_models_own_logits(
     factors: Mapping[int, Tensor] = {r: torch.ones(len(old[r])).double() for r in range(6)}
     if mode != "none":
         factors, _ = correction(old, rollouts, method)
-    advantages, kd_weight = grpo.completion_terms(rewards, method, 0)
     weights, normalizer = grpo.token_weights(
-        rollouts.lengths, rewards.flatten(), method.token_weights, 9
+        rollouts.lengths, ~rewards.isnan().flatten(), method.token_weights, 9
     )
-    found = off_policy_gradient(
-        policy,
-        teacher,
-        normalizer,
-        rollouts=rollouts,
-        advantages_R=advantages,
-        weights_R=weights,
-        kd_weight_R=kd_weight,
-        micro_batch_tokens=12,
-        old_logprobs=old,
-        sampler_weights=factors,
+    coefficients = coefficients_of(
+        rewards, method, token_weights=weights, old_logprobs=old, sampler_weights=factors
     )
+    advantages, kd_weight = coefficients.advantages, coefficients.kd_weight
+    found = off_policy_gradient(policy, teacher, normalizer, pack(rollouts, coefficients, 12))
 
     expected = torch.zeros((), dtype=torch.float64)
     clipped, used = 0, 0
@@ -167,10 +152,10 @@ def distillation(
 
 
 def off_policy_gradient(
-    policy: Policy, teacher: Teacher, normalizer: Tensor, **packing: Any
+    policy: Policy, teacher: Teacher, normalizer: Tensor, batches: Iterable[PackedBatch]
 ) -> tuple[Tensor, list[Tensor], dict[str, float | None]]:
     total, sums = torch.zeros((), dtype=torch.float64), {}
-    for batch in pack(**packing):
+    for batch in batches:
         head = teacher(batch) if batch.needs_teacher else None
         out = policy(batch, normalizer, head)
         out.loss.backward()
@@ -186,7 +171,7 @@ def prepared(
     method: MethodConfig,
     updates: int,
     staleness: int = 0,
-) -> tuple[Terms, Stages]:
+) -> tuple[Prepared, Stages]:
     stages = Stages()
     config = TrainConfig(
         method=method,
@@ -203,8 +188,7 @@ def prepared(
         world=ALONE,
     )
     batch: Any = SimpleNamespace(rollouts=rollouts, rewards=rewards, staleness=staleness)
-    terms = prepare(run, batch, 0, stages)
-    return terms, stages
+    return prepare(run, batch, 0, stages), stages
 
 
 def test_only_what_needs_scores_runs_a_model(
@@ -217,10 +201,10 @@ def test_only_what_needs_scores_runs_a_model(
     rollouts, _ = some_rollouts()
     policy, teacher = pair(tiny, METHODS["k2"], torch.float32, "qwen2")
     for name in ("grpo", "kd_rkl", "kdrl", "opd_then_rl"):
-        terms, stages = prepared(policy, teacher, rollouts, PRESETS[name], 1)
-        assert terms.old_logprobs is None
-        assert terms.sampler_weights is None
-        assert sorted(terms.metrics) == ["kd_coef", "policy_coef"]
+        step, stages = prepared(policy, teacher, rollouts, PRESETS[name], 1)
+        assert step.coefficients.old_logprobs is None
+        assert step.coefficients.sampler_weights is None
+        assert sorted(step.metrics) == ["kd_coef", "policy_coef"]
         assert stages.seconds == {}
     corrected = replace(PRESETS["grpo"], sampler_correction="mask")
     for method, updates in ((PRESETS["grpo"], 3), (corrected, 1), (REWARD, 1)):
@@ -242,17 +226,18 @@ def test_no_teacher_is_read_where_no_completion_is_rewarded_by_it(
 
     monkeypatch.setattr(Teacher, "forward", refuse)
     off = replace(REWARD, kd_coef=ScheduleConfig(kind="switch", initial=0.0, steps=1))
-    terms = prepared(policy, teacher, rollouts, off, 1)[0]
-    assert terms.metrics["kd_share"] == 0.0
-    plain = grpo.completion_terms(some_rollouts()[1], replace(off, kd=None), 0)
-    torch.testing.assert_close((terms.advantages, terms.kd_weight), plain, rtol=0, atol=0)
+    step = prepared(policy, teacher, rollouts, off, 1)[0]
+    assert step.metrics["kd_share"] == 0.0
+    plain = coefficients_of(some_rollouts()[1], replace(off, kd=None))
+    assert torch.equal(step.coefficients.advantages, plain.advantages)
+    assert torch.equal(step.coefficients.kd_weight, plain.kd_weight)
     prepared(policy, teacher, rollouts, METHODS["k2"], 3)  # old log-probabilities need none
 
 
 def test_shaped_advantages_by_hand(tiny: Callable[..., Any]) -> None:
     policy, teacher = pair(tiny, REWARD, torch.float64, "qwen2")
     rollouts, rewards = some_rollouts()
-    terms, stages = prepared(policy, teacher, rollouts, REWARD, 1)
+    step, stages = prepared(policy, teacher, rollouts, REWARD, 1)
     with torch.no_grad():
         shaped = [
             rewards.flatten()[r].item()
@@ -264,8 +249,8 @@ def test_shaped_advantages_by_hand(tiny: Callable[..., Any]) -> None:
         ]
     half = [(shaped[0] - shaped[1]) / 2, (shaped[2] - shaped[3]) / 2]
     expected = [half[0], -half[0], half[1], -half[1], 0.0, 0.0]
-    assert terms.advantages.tolist() == pytest.approx(expected, rel=1e-5)
-    assert terms.kd_weight.tolist() == [0.0] * 6
+    assert step.coefficients.advantages.tolist() == pytest.approx(expected, rel=1e-5)
+    assert step.coefficients.kd_weight.tolist() == [0.0] * 6
     assert list(stages.seconds) == ["score"]
 
 
@@ -281,14 +266,16 @@ def test_correction_is_measured_over_all_tokens(tiny: Callable[..., Any]) -> Non
     share = 5 / (4 + 9 + 1 + 5 + 2)  # of the completions with a reward
     for mode, weight in (("truncate", 2.0), ("mask", 0.0)):
         method = replace(PRESETS["grpo"], sampler_correction=mode)
-        terms, _ = prepared(policy, None, rollouts, method, 1)
-        assert terms.old_logprobs is None
+        step, _ = prepared(policy, None, rollouts, method, 1)
+        assert step.coefficients.old_logprobs is None
         for r in WITH_REWARD:
             expected = [weight] + [1.0] * (len(sampled[r]) - 1)
-            assert terms.sampler_weights[r].tolist() == pytest.approx(expected, rel=1e-5)
-        assert terms.metrics["sampler_limited"] == pytest.approx(share)
-        assert terms.metrics["sampler_weight_mean"] == pytest.approx(1 + share * (weight - 1))
-        assert terms.metrics["sampler_mismatch_max"] == pytest.approx(1.3863, abs=1e-4)
+            assert step.coefficients.sampler_weights[r].tolist() == pytest.approx(
+                expected, rel=1e-5
+            )
+        assert step.metrics["sampler_limited"] == pytest.approx(share)
+        assert step.metrics["sampler_weight_mean"] == pytest.approx(1 + share * (weight - 1))
+        assert step.metrics["sampler_mismatch_max"] == pytest.approx(1.3863, abs=1e-4)
 
 
 V = 3
@@ -337,12 +324,12 @@ def gradient_of(value: Callable[[Tensor], Tensor], student: Tensor) -> Tensor:
 
 def test_a_shaped_reward_follows_the_kl_of_whole_sequences() -> None:
     """In expectation its gradient is that of KL(p‖q) over sequences: the first token is held
-    responsible for the gap of the second, which the KD term of the loss does not do."""
+    responsible for the log-ratio of the second, which the KD term of the loss does not do."""
     student, teacher = table(0), table(1)
     logp, logq = sequence_logprobs(student), sequence_logprobs(teacher)
     chance = logp.sum(2).exp()[:, :, None].expand(V, V, 2)
-    gaps = (logq - logp).sum(2, keepdim=True).expand(V, V, 2)
-    found = expected_gradient(student, gaps, chance)
+    shaping = (logq - logp).sum(2, keepdim=True).expand(V, V, 2)
+    found = expected_gradient(student, shaping, chance)
 
     def sequence_kl(logits: Tensor) -> Tensor:
         p = sequence_logprobs(logits).sum(2)

@@ -26,8 +26,8 @@ from kdrl_train.rollouts.engines.generate import GenerateEngine
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder import checkpoint
 from kdrl_train.runfolder.log import Stages, read_records
-from kdrl_train.step import prefetch
-from kdrl_train.step.coefficients import Terms, prepare
+from kdrl_train.step import score
+from kdrl_train.step.coefficients import Prepared, prepare
 from tests.train.model.test_policy import KD, pair, relative_error
 from tests.train.ranks import train_ranks
 from tests.train.test_train import run, weights, without_times
@@ -78,21 +78,14 @@ def every_token(
 
 
 def expected_gradient(
-    policy: Policy, teacher: Teacher | None, rollouts: Rollouts, terms: Terms, chance_R: Tensor
+    policy: Policy, teacher: Teacher | None, rollouts: Rollouts, step: Prepared, chance_R: Tensor
 ) -> list[Tensor]:
     """Gradient of the loss over tokens that come with the given chance."""
     policy.zero_grad()
-    for row in pack(
-        rollouts,
-        advantages_R=terms.advantages,
-        weights_R=chance_R,
-        kd_weight_R=terms.kd_weight,
-        micro_batch_tokens=300,
-        old_logprobs=terms.old_logprobs,
-        sampler_weights=terms.sampler_weights,
-    ):
-        head = teacher(row) if teacher is not None else None
-        policy(row, torch.tensor(1.0), head).loss.backward()
+    coefficients = replace(step.coefficients, token_weights=chance_R)
+    for batch in pack(rollouts, coefficients, 300):
+        head = teacher(batch) if teacher is not None else None
+        policy(batch, torch.tensor(1.0), head).loss.backward()
     return [p.grad.clone() for p in policy.parameters()]
 
 
@@ -113,13 +106,13 @@ def test_stale_samples_give_the_gradient_of_fresh_ones(
         for parameter in stale.parameters():
             parameter.mul_(0.9)
         b = next_logprobs(stale)
-    rollouts, terms = every_token(policy, method, b, updates, staleness=1)
-    found = expected_gradient(policy, teacher, rollouts, terms, b.exp().flatten())
+    rollouts, step = every_token(policy, method, b, updates, staleness=1)
+    found = expected_gradient(policy, teacher, rollouts, step, b.exp().flatten())
     lp = next_logprobs(policy.model)
-    value = -(lp.exp().flatten() * terms.advantages).sum()
+    value = -(lp.exp().flatten() * step.coefficients.advantages).sum()
     if teacher is not None:
         lq = next_logprobs(teacher.model).detach()
-        value = terms.kd_weight[0].double() * (lp.exp() * (lp - lq)).sum()
+        value = step.coefficients.kd_weight[0].double() * (lp.exp() * (lp - lq)).sum()
     expected = list(torch.autograd.grad(value, list(policy.parameters())))
     assert relative_error(found, expected) < 1e-5  # weights are float32
     fresh = every_token(policy, replace(method, sampler_correction="none"), b, 1, staleness=0)[1]
@@ -132,19 +125,19 @@ def test_the_ratio_is_to_the_sampler_unless_weights_carry_it(tiny: Callable[...,
     policy, _ = pair(tiny, method, torch.float64, "qwen2")
     b = torch.full((2, V), 1 / V).log()
     p0 = next_logprobs(policy.model).detach().flatten()
-    terms = every_token(policy, method, b, 2, staleness=1)[1]
-    assert torch.cat(list(terms.old_logprobs.values())).equal(b.flatten())
-    assert terms.sampler_weights is None
+    coefficients = every_token(policy, method, b, 2, staleness=1)[1].coefficients
+    assert torch.cat(list(coefficients.old_logprobs.values())).equal(b.flatten())
+    assert coefficients.sampler_weights is None
     corrected = replace(method, sampler_correction="truncate", sampler_cap=1.5)
     for updates in (1, 2):
-        terms = every_token(policy, corrected, b, updates, staleness=1)[1]
+        coefficients = every_token(policy, corrected, b, updates, staleness=1)[1].coefficients
         bounded = (p0 - b.flatten()).exp().clamp(max=1.5).float()
-        found = torch.cat([terms.sampler_weights[r] for r in range(2 * V)])
-        torch.testing.assert_close(found.float(), bounded, rtol=1e-5, atol=1e-6)
+        weights = torch.cat([coefficients.sampler_weights[r] for r in range(2 * V)])
+        torch.testing.assert_close(weights.float(), bounded, rtol=1e-5, atol=1e-6)
         if updates == 1:
-            assert terms.old_logprobs is None
+            assert coefficients.old_logprobs is None
         else:
-            old = torch.cat([terms.old_logprobs[r] for r in range(2 * V)])
+            old = torch.cat([coefficients.old_logprobs[r] for r in range(2 * V)])
             torch.testing.assert_close(old.double(), p0, rtol=1e-5, atol=1e-5)
 
 
@@ -310,7 +303,7 @@ def test_probes_are_spread_over_the_step(
     tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each rank has drawn a part of it, with an engine of its own; here the second one is off."""
-    monkeypatch.setattr(prefetch, "PROBED", 2)
+    monkeypatch.setattr(score, "PROBED", 2)
     policy, _ = pair(tiny, MethodConfig(kd=None), torch.float64, "qwen2")
     exact = next_logprobs(policy.model)[0].detach().float()
     rollouts = Rollouts(
@@ -321,7 +314,6 @@ def test_probes_are_spread_over_the_step(
         texts=[""] * 8,
     )
     config = TrainConfig(sampling=SamplingConfig(prompts_per_step=4, group_size=2))
-    given: Any = SimpleNamespace(config=config, policy=policy, world=ALONE)
-    gaps = prefetch.measured_mismatch(given, rollouts)
-    assert gaps["sampler_mismatch_mean"] == pytest.approx(0.5, abs=1e-4)
-    assert gaps["sampler_mismatch_max"] == pytest.approx(1.0, abs=1e-4)
+    mismatch = score.probe_mismatch(policy, rollouts, config, ALONE)
+    assert mismatch["sampler_mismatch_mean"] == pytest.approx(0.5, abs=1e-4)
+    assert mismatch["sampler_mismatch_max"] == pytest.approx(1.0, abs=1e-4)

@@ -39,7 +39,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
     return found
 
 
-def gap(config: TrainConfig, batch: Batch, r: int) -> torch.Tensor:
+def log_ratio_of(config: TrainConfig, batch: Batch, r: int) -> torch.Tensor:
     """[T] l of a completion at the weights of step 0, from whole logits."""
     teacher = load_teacher(config)
     assert teacher is not None
@@ -70,22 +70,24 @@ def test_a_line_says_what_the_step_saw(
         if name in ("kdrl", "grpo"):
             assert line["advantage"] == pytest.approx(advantages[r].item(), abs=1e-5)
         if name == "grpo" or (name == "kdrl_masked" and right):
-            assert line["log_ratio"] is None
+            assert line["teacher_log_ratio"] is None
         else:
-            assert line["log_ratio"] == pytest.approx(gap(settings, batch, r).tolist(), abs=2e-4)
+            assert line["teacher_log_ratio"] == pytest.approx(
+                log_ratio_of(settings, batch, r).tolist(), abs=2e-4
+            )
     if name == "kdrl_masked":
-        assert 0 < sum(line["log_ratio"] is None for line in found) < 16
+        assert 0 < sum(line["teacher_log_ratio"] is None for line in found) < 16
 
 
-def test_a_token_that_is_not_distilled_has_no_gap(config: Callable[..., TrainConfig]) -> None:
+def test_a_token_that_is_not_distilled_has_no_log_ratio(config: Callable[..., TrainConfig]) -> None:
     method = replace(PRESETS["kdrl"], kd_eos="mask")
     sampling = SamplingConfig(prompts_per_step=4, group_size=4, max_new_tokens=100)
     run(settings := config(steps=1, samples_per_step=16, method=method, sampling=sampling))
     ended = [line for line in lines(settings) if not line["truncated"]]
     assert ended
     for line in ended:
-        assert line["log_ratio"][-1] is None
-        assert None not in line["log_ratio"][:-1]
+        assert line["teacher_log_ratio"][-1] is None
+        assert None not in line["teacher_log_ratio"][:-1]
 
 
 def test_ranks_write_the_samples_of_one_process(config: Callable[..., TrainConfig]) -> None:
@@ -95,7 +97,7 @@ def test_ranks_write_the_samples_of_one_process(config: Callable[..., TrainConfi
     train_ranks(two := config("two", **same), 2)
     for step in (0, 1):
         for a, b in zip(lines(alone, step), lines(two, step), strict=True):
-            assert a.pop("log_ratio") == pytest.approx(b.pop("log_ratio"), abs=2e-3)
+            assert a.pop("teacher_log_ratio") == pytest.approx(b.pop("teacher_log_ratio"), abs=2e-3)
             assert a == b
 
 

@@ -15,6 +15,7 @@ from kdrl_train.cli import main
 from kdrl_train.config import TrainConfig
 from kdrl_train.method import grpo
 from kdrl_train.tools import replay
+from tests.train.coefficients import coefficients_of
 from tests.train.conftest import EXACT
 from tests.train.test_train import run
 
@@ -24,15 +25,16 @@ Config = Callable[..., TrainConfig]
 @pytest.fixture
 def failed(config: Config, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The dump of a step whose fourth completion has an infinite advantage."""
-    terms = grpo.completion_terms
+    advantages, calls = grpo.advantages, []
 
-    def broken(rewards: Tensor, method: Any, step: int, *more: Any) -> tuple[Tensor, Tensor]:
-        advantages, kd_weight = terms(rewards, method, step, *more)
-        if step == 2:
-            advantages[3] = math.inf
-        return advantages, kd_weight
+    def broken(*arguments: Any) -> Tensor:
+        values_R = advantages(*arguments)
+        calls.append(1)
+        if len(calls) == 3:
+            values_R[3] = math.inf
+        return values_R
 
-    monkeypatch.setattr(grpo, "completion_terms", broken)
+    monkeypatch.setattr(grpo, "advantages", broken)
     settings = config(steps=4)
     with pytest.raises(FloatingPointError, match=r"replay --file` takes apart"):
         run(settings)
@@ -58,7 +60,8 @@ def test_numbers_are_those_of_the_step(
     """Without the culprit the losses sum to that of a run that was not broken."""
     monkeypatch.undo()
     dump = torch.load(failed)
-    dump["advantages"], dump["kd_weight"] = grpo.completion_terms(dump["rewards"], EXACT, 2)
+    coefficients = coefficients_of(dump["rewards"], EXACT, 2)
+    dump["coefficients"]["advantages"] = coefficients.advantages
     torch.save(dump, failed)
     found = replay.main(replay.ReplayConfig(file=failed), Console(file=io.StringIO()))
     assert all(one.finite for one in found)
