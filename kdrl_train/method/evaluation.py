@@ -43,20 +43,20 @@ class EvalResult:
     @property
     def shares(self) -> dict[str, float]:
         """Name of a share, as in `intervals`, -> its value."""
-        found = {f"avg@{self.samples}": self.avg_at_k}
-        found |= {f"pass@{k}": share for k, share in self.pass_at_k.items() if k > 1}
-        return found if self.maj_at_k is None else found | {f"maj@{self.samples}": self.maj_at_k}
+        shares = {f"avg@{self.samples}": self.avg_at_k}
+        shares |= {f"pass@{k}": share for k, share in self.pass_at_k.items() if k > 1}
+        return shares if self.maj_at_k is None else shares | {f"maj@{self.samples}": self.maj_at_k}
 
     def metrics(self) -> dict[str, float]:
         """The numbers of a line of metrics.jsonl; each share with its bounds, _low and _high."""
-        row = {"eval_length": self.mean_length, "eval_truncated": self.truncated}
+        record = {"eval_length": self.mean_length, "eval_truncated": self.truncated}
         for name, share in self.shares.items():
             kind, _, k = name.partition("@")
             if int(k) == self.samples:
                 low, high = self.intervals[name]
                 key = f"eval_{kind}_at_k"
-                row |= {key: share, f"{key}_low": low, f"{key}_high": high}
-        return row
+                record |= {key: share, f"{key}_low": low, f"{key}_high": high}
+        return record
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:

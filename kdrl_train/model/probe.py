@@ -1,4 +1,4 @@
-"""The probe that compares a model split at its head with the model's own logits."""
+"""Compares a model that is split at its head with the model's own logits."""
 
 import torch
 from torch import Tensor
@@ -15,12 +15,12 @@ rounding of a deep model in that dtype, well below what another formula or a lea
 
 @torch.no_grad()
 def probe(wrapped: HeadedModel, name: str, *, packed: bool = True) -> float:
-    """Compare the head path with the model's own logits, and a packed row with single sequences.
+    """Compare the head path with the model's own logits, and a pack with single sequences.
 
     Args:
         wrapped: policy or teacher.
         name: "model.policy" or "model.teacher", for the message.
-        packed: whether rows will hold more than one sequence.
+        packed: whether packs will hold more than one sequence.
     Returns: RMS difference of the logits as a share of their RMS.
     Raises: ValueError when either comparison fails: the loss would be that of another model.
     """
@@ -38,29 +38,30 @@ def probe(wrapped: HeadedModel, name: str, *, packed: bool = True) -> float:
     with wrapped.autocast():
         theirs = torch.cat([model(input_ids=i, use_cache=False).logits[0].float() for i in ids])
     theirs = theirs / (wrapped.temperature * _logit_scale(model.config.get_text_config()))
-    gap = _relative_rms(ours, theirs)
-    limit = PROBE_TOLERANCE[dtype]
-    if not gap <= limit:
+    probe_error = _relative_rms(ours, theirs)
+    tolerance = PROBE_TOLERANCE[dtype]
+    if not probe_error <= tolerance:
         raise ValueError(
             f"{name} must have logits = softcap(scale · hidden · weightᵀ + bias), got "
-            f"{type(model).__name__}, whose own logits differ from that by {gap:.1e} of their RMS "
-            f"(limit {limit:.0e}): its architecture does something else before or after its LM "
-            "head and cannot be trained here"
+            f"{type(model).__name__}, whose own logits differ from that by {probe_error:.1e} of "
+            f"their RMS (tolerance {tolerance:.0e}): its architecture does something else before or "
+            "after its LM head and cannot be trained here"
         )
     if not packed:
-        return gap
+        return probe_error
     together = wrapped.hidden(
         torch.cat(ids, dim=1), torch.cat(positions, dim=1), None, PROBE_LENGTHS
     )
     leak = _relative_rms(together.float(), torch.cat(single).float())
-    if not leak <= limit:
+    if not leak <= tolerance:
         raise ValueError(
             f"{name} must keep packed sequences apart by their position ids, got "
             f"{type(model).__name__}, whose hidden states change by {leak:.1e} of their RMS when "
-            "two sequences share a row: set optim.micro_batch_tokens to 1 (one sequence per row)"
+            "two sequences share a pack: set optim.micro_batch_tokens to 1 (one sequence a pack)"
         )
-    return gap
+    return probe_error
 
 
 def _relative_rms(ours: Tensor, theirs: Tensor) -> float:
+    """RMS of the difference as a share of the RMS of `theirs`."""
     return ((ours - theirs).square().mean() / theirs.square().mean()).sqrt().item()

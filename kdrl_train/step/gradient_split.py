@@ -1,4 +1,4 @@
-"""How the gradients of reward and distillation relate: two passes more, beside the training step.
+"""Measures how the gradients of reward and distillation relate, by two passes more.
 
 Nothing of the step changes: gradients already accumulated are put aside and back, no random number
 is drawn, no weight moves. Memory: two gradients of the whole model.
@@ -20,8 +20,8 @@ Gradient = list[Tensor | None]
 def gradient_split(
     policy: Policy, batch: PackedBatch, normalizer: Tensor, teacher: kk.TeacherHead | None
 ) -> dict[str, float | None]:
-    """Norms of the policy gradient (RL) and of the distillation gradient (KD) of one micro-batch,
-    and the cosine of the angle between them; below 0 they pull against each other.
+    """Measure the policy gradient (RL) and the distillation gradient (KD) of one micro-batch: their
+    norms, and the cosine of the angle between them; below 0 they pull against each other.
 
     Args:
         policy, batch, normalizer, teacher: of policy.forward. Under FSDP2 all ranks call it, each
@@ -53,20 +53,20 @@ def _gradient(
     teacher: kk.TeacherHead | None,
     goal: kk.Objective,
 ) -> Gradient:
-    """Gradient of one objective. By backward, not autograd.grad, which FSDP2 does not hook."""
+    """Compute the gradient of one objective, by backward: FSDP2 does not hook autograd.grad."""
     parameters = list(policy.parameters())
-    kept = [p.grad for p in parameters]
+    accumulated = [p.grad for p in parameters]
     for p in parameters:
         p.grad = None
     policy(batch, normalizer, teacher, goal).loss.backward()
-    found = [p.grad for p in parameters]
-    for p, grad in zip(parameters, kept, strict=True):
+    gradient = [p.grad for p in parameters]
+    for p, grad in zip(parameters, accumulated, strict=True):
         p.grad = grad
-    return found
+    return gradient
 
 
 def _dot(a: Gradient, b: Gradient) -> float:
-    """Inner product over all parameters, in float64; shards of FSDP2 are summed over the ranks."""
+    """Inner product over all parameters, in float64; shards are summed over the ranks."""
     pairs = zip(a, b, strict=True)
     parts = [(x * y).sum(dtype=torch.float64) for x, y in pairs if x is not None and y is not None]
     total = torch.stack(parts).sum()

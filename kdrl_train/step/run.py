@@ -44,7 +44,7 @@ class Run:
     prefetch: Prefetch | None
     """With engine.staleness 1."""
 
-    def stop_if_asked(self) -> None:
+    def stop_if_signalled(self) -> None:
         """Raise Stopped on all ranks if a signal has come to one of them. All call it together."""
         if self.world.any(self.interrupt.requested):
             raise Stopped

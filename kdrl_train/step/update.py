@@ -125,7 +125,7 @@ def accumulate(inputs: StepInputs, used_R: Tensor, part: int) -> Accumulated:
     coefficients = replace(inputs.coefficients, token_weights=weights_R)
     for turn, micro_batch in enumerate(packs_of(run, batch, coefficients)):
         if part == 0:
-            run.stop_if_asked()
+            run.stop_if_signalled()
         packed = micro_batch.to(device)
         teacher = None
         if run.teacher and packed.needs_teacher:

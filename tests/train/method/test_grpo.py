@@ -21,27 +21,27 @@ ROOT3 = math.sqrt(3)
 def test_advantages_with_std() -> None:
     # group 0: mean 1/2, squared deviations sum to 1, std = sqrt(1/3); group 2: mean 1/4, sum 3/4,
     # std = 1/2
-    found = grpo.group_advantages(REWARDS, "grpo")
+    values = grpo.group_advantages(REWARDS, "grpo")
     expected = torch.tensor(
         [[ROOT3 / 2, -ROOT3 / 2, -ROOT3 / 2, ROOT3 / 2], [0] * 4, [-0.5, -0.5, 1.5, -0.5]]
     )
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(values, expected)
 
 
 def test_advantages_without_std() -> None:
-    found = grpo.group_advantages(REWARDS, "dr_grpo")
+    values = grpo.group_advantages(REWARDS, "dr_grpo")
     expected = torch.tensor([[0.5, -0.5, -0.5, 0.5], [0] * 4, [-0.25, -0.25, 0.75, -0.25]])
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(values, expected)
 
 
 def test_advantages_leave_one_out() -> None:
     # 1 - (0 + 0 + 1) / 3 = 2/3 and 0 - 2/3; in group 2, 1 - 0 and 0 - 1/3
-    found = grpo.group_advantages(REWARDS, "rloo")
+    values = grpo.group_advantages(REWARDS, "rloo")
     third = 1 / 3
     expected = torch.tensor(
         [[2 / 3, -2 / 3, -2 / 3, 2 / 3], [0] * 4, [-third, -third, 1.0, -third]]
     )
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(values, expected)
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo"])
@@ -50,14 +50,14 @@ def test_equal_rewards_give_exactly_zero(estimator: str, value: float) -> None:
     # 0.1 summed six times is not 0.6: a mean that is off by one ulp would be a gradient out of
     # nothing
     rewards = torch.full((1, 6), value, dtype=torch.float64)
-    found = grpo.group_advantages(rewards, estimator)
-    assert torch.equal(found, torch.zeros(1, 6))
+    values = grpo.group_advantages(rewards, estimator)
+    assert torch.equal(values, torch.zeros(1, 6))
 
 
 def test_std_floor_bounds_the_advantage() -> None:
     rewards = torch.tensor([[0.0, 1e-6]], dtype=torch.float64)
-    found = grpo.group_advantages(rewards, "grpo", std_floor=0.1)
-    torch.testing.assert_close(found, torch.tensor([[-5e-6, 5e-6]]))
+    values = grpo.group_advantages(rewards, "grpo", std_floor=0.1)
+    torch.testing.assert_close(values, torch.tensor([[-5e-6, 5e-6]]))
 
 
 def test_missing_reward_leaves_its_group() -> None:
@@ -176,11 +176,11 @@ def test_shaped_rewards_by_hand() -> None:
 def test_sampler_weights_by_hand() -> None:
     ratios = torch.tensor([1.0, 1.5, 3.0, 0.6, 0.4, 1e30], dtype=torch.float64)
     sampled = torch.full((6,), -2.0, dtype=torch.float64)
-    found, held = grpo.sampler_weights(sampled + ratios.log(), sampled, "truncate", 2.0)
-    assert found.tolist() == pytest.approx([1.0, 1.5, 2.0, 0.6, 0.4, 2.0])
+    values, held = grpo.sampler_weights(sampled + ratios.log(), sampled, "truncate", 2.0)
+    assert values.tolist() == pytest.approx([1.0, 1.5, 2.0, 0.6, 0.4, 2.0])
     assert held.tolist() == [False, False, True, False, False, True]
-    found, held = grpo.sampler_weights(sampled + ratios.log(), sampled, "mask", 2.0)
-    assert found.tolist() == pytest.approx([1.0, 1.5, 0.0, 0.6, 0.0, 0.0])
+    values, held = grpo.sampler_weights(sampled + ratios.log(), sampled, "mask", 2.0)
+    assert values.tolist() == pytest.approx([1.0, 1.5, 0.0, 0.6, 0.0, 0.0])
     assert held.tolist() == [False, False, True, False, True, True]
     for mode in ("truncate", "mask"):  # the loss must show it
         assert grpo.sampler_weights(sampled * NAN, sampled, mode, 2.0)[0].isnan().all()
@@ -198,8 +198,8 @@ def test_minibatches_are_whole_groups_and_hold_each_once() -> None:
 
 
 def test_reward_metrics() -> None:
-    found = reward_metrics(torch.tensor([[1.0, 0.0, NAN], [0.5, 0.5, 0.5]]))
-    assert found == {
+    values = reward_metrics(torch.tensor([[1.0, 0.0, NAN], [0.5, 0.5, 0.5]]))
+    assert values == {
         "reward": 0.5,
         "accuracy": 0.8,
         "groups_with_signal": 0.5,

@@ -40,8 +40,8 @@ def test_kinds_that_read_the_step_alone() -> None:
 def test_both_weights_of_opd_then_rl_switch_at_once() -> None:
     method = PRESETS["opd_then_rl"]
     for step, kd, policy in ((0, 1, 0), (139, 1, 0), (140, 0, 1), (279, 0, 1)):
-        found = [schedule_value(s, step) for s in (method.kd_coef, method.policy_coef)]
-        assert found == [kd, policy]
+        values = [schedule_value(s, step) for s in (method.kd_coef, method.policy_coef)]
+        assert values == [kd, policy]
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,8 @@ def test_kl_budget_by_hand() -> None:
     # KL over target - 1: 1/2, no KL, -1/2, 4 cut at 1 (and at the bound 0.125), -3 cut at -1, -1
     kl = [0.75, None, 0.25, 2.5, -1.0, 0.0, 0.0, 0.0]
     expected = [0.1, 0.105, 0.105, 0.09975, 0.109725, 0.0987525, 0.08887725, 0.08, 0.08]
-    found = [budgeted(BUDGET, kl[:step]) for step in range(len(kl) + 1)]
-    assert found == pytest.approx(expected, rel=1e-12)
+    values = [budgeted(BUDGET, kl[:step]) for step in range(len(kl) + 1)]
+    assert values == pytest.approx(expected, rel=1e-12)
     assert budgeted(BUDGET, [2.5] * 3) == 0.125
 
 
@@ -91,14 +91,14 @@ def test_kl_budget_brings_the_kl_to_its_target(start: float) -> None:
 def rows(steps: int) -> list[dict[str, Any]]:
     """Rows of a run that evaluates every second step and at its last."""
     draw = random.Random(0)
-    found = []
+    values = []
     for step in range(steps):
         row: dict[str, Any] = {"step": step, "kl_teacher": draw.random() / 3}
         if step % 2 == 1 or step == steps - 1:
             row["eval_avg_at_k"] = draw.random() / 7
-        found.append(row)
-    found[2]["kl_teacher"] = None
-    return found
+        values.append(row)
+    values[2]["kl_teacher"] = None
+    return values
 
 
 def test_a_log_gives_the_values_of_the_run_that_wrote_it() -> None:
@@ -124,7 +124,7 @@ def test_a_kl_that_is_not_finite_counts_as_unknown_as_it_does_in_the_file() -> N
 
 
 @pytest.mark.parametrize("gone", [[0], [3], [1, 2]])
-def test_a_log_with_a_gap_is_refused_where_it_is_needed(gone: list[int]) -> None:
+def test_a_log_with_a_missing_step_is_refused_where_it_is_needed(gone: list[int]) -> None:
     kept = [row for row in rows(6) if row["step"] not in gone]
     for schedule in (BUDGET, SWITCH):
         message = rf'hold steps 0 to 3 to resume method\.kd_coef of kind "{schedule.kind}", got '

@@ -85,15 +85,15 @@ def test_ends_of_completions_are_distilled_unless_told_not_to() -> None:
 
 
 @pytest.mark.parametrize("budget", [1, 7, 16, 1000])
-def test_bins_hold_everything_once_within_the_budget(budget: int) -> None:
+def test_packs_hold_everything_once_within_the_budget(budget: int) -> None:
     draw = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 12, (50,), generator=draw).tolist()
-    found = first_fit(lengths, budget)
-    assert sorted(i for members in found for i in members) == list(range(50))
-    for members in found:
+    packs = first_fit(lengths, budget)
+    assert sorted(i for members in packs for i in members) == list(range(50))
+    for members in packs:
         assert len(members) == 1 or sum(lengths[i] for i in members) <= budget
     # first fit decreasing: no two packs could be one (the best has at most 2 half-full)
-    loads = sorted(sum(lengths[i] for i in members) for members in found)
+    loads = sorted(sum(lengths[i] for i in members) for members in packs)
     assert len(loads) == 1 or loads[0] + loads[1] > budget
 
 

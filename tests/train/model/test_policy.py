@@ -314,12 +314,12 @@ def test_a_gpu_named_by_its_index_is_the_current_one(monkeypatch: pytest.MonkeyP
 def test_a_baseline_changes_the_gradient_of_k2_and_measures_the_exact_kl(
     tiny: Callable[..., Any],
 ) -> None:
-    found = {}
+    result = {}
     for kd, baseline in (("k2", None), ("k2", "kl"), ("rkl", None)):
         method = MethodConfig(kd=kd, kd_baseline=baseline, kd_coef=KD)
         policy, teacher = pair(tiny, method, torch.float64, "qwen2")
-        found[kd, baseline] = step_gradient(policy, teacher, method, budget=12)
-    (_, plain, sampled), (_, centred, metrics), (_, _, exact) = found.values()
+        result[kd, baseline] = step_gradient(policy, teacher, method, budget=12)
+    (_, plain, sampled), (_, centred, metrics), (_, _, exact) = result.values()
     assert relative_error(centred, plain) > 1e-3
     assert metrics["kl_teacher"] == pytest.approx(exact["kl_teacher"], rel=1e-9)
     for name in ("teacher_log_ratio", "k2", "kd_share", "entropy"):

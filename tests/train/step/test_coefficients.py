@@ -41,12 +41,13 @@ def own_logprobs(model: Any, rollouts: Rollouts, r: int) -> Tensor:
 def shifted(policy: Policy, rollouts: Rollouts, seed: int) -> dict[int, Tensor]:
     """Completion -> log-probabilities of another policy, ratios of 1/4 to 4 away."""
     draw = torch.Generator().manual_seed(seed)
-    found = {}
+    shifted_logprobs = {}
     with torch.no_grad():
         for r in range(6):
-            own = own_logprobs(policy.model, rollouts, r)
-            found[r] = own + (torch.rand(len(own), generator=draw, dtype=own.dtype) - 0.5) * 2.7
-    return found
+            logprobs = own_logprobs(policy.model, rollouts, r)
+            noise = torch.rand(len(logprobs), generator=draw, dtype=logprobs.dtype) - 0.5
+            shifted_logprobs[r] = logprobs + noise * 2.7
+    return shifted_logprobs
 
 
 def packs(
@@ -108,7 +109,7 @@ def test_off_policy_loss_is_that_of_the_models_own_logits(
         rewards, method, token_weights=weights, old_logprobs=old, sampler_weights=factors
     )
     advantages, kd_weight = coefficients.advantages, coefficients.kd_weight
-    found = off_policy_gradient(policy, teacher, normalizer, pack(rollouts, coefficients, 12))
+    result = off_policy_gradient(policy, teacher, normalizer, pack(rollouts, coefficients, 12))
 
     expected = torch.zeros((), dtype=torch.float64)
     clipped, used = 0, 0
@@ -129,9 +130,9 @@ def test_off_policy_loss_is_that_of_the_models_own_logits(
     policy.zero_grad()
     (expected / normalizer).backward()
 
-    assert found[0].item() == pytest.approx((expected / normalizer).item(), rel=1e-6)
-    assert relative_error(found[1], [p.grad for p in policy.parameters()]) <= 1e-6
-    assert found[2]["clip_fraction"] == pytest.approx(clipped / used, rel=1e-6)
+    assert result[0].item() == pytest.approx((expected / normalizer).item(), rel=1e-6)
+    assert relative_error(result[1], [p.grad for p in policy.parameters()]) <= 1e-6
+    assert result[2]["clip_fraction"] == pytest.approx(clipped / used, rel=1e-6)
     assert clipped > 0
 
 
@@ -329,7 +330,7 @@ def test_a_shaped_reward_follows_the_kl_of_whole_sequences() -> None:
     logp, logq = sequence_logprobs(student), sequence_logprobs(teacher)
     chance = logp.sum(2).exp()[:, :, None].expand(V, V, 2)
     shaping = (logq - logp).sum(2, keepdim=True).expand(V, V, 2)
-    found = expected_gradient(student, shaping, chance)
+    result = expected_gradient(student, shaping, chance)
 
     def sequence_kl(logits: Tensor) -> Tensor:
         p = sequence_logprobs(logits).sum(2)
@@ -341,10 +342,10 @@ def test_a_shaped_reward_follows_the_kl_of_whole_sequences() -> None:
         kl = (p.exp() * (p - q)).sum(1)
         return kl[0] + (p[0].exp().detach() * kl[1:]).sum()
 
-    torch.testing.assert_close(found, gradient_of(sequence_kl, student), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(result, gradient_of(sequence_kl, student), rtol=1e-10, atol=1e-12)
     other = gradient_of(token_kl, student)
-    assert (found[0] - other[0]).abs().max() > 0.01
-    torch.testing.assert_close(found[1:], other[1:], rtol=1e-10, atol=1e-12)
+    assert (result[0] - other[0]).abs().max() > 0.01
+    torch.testing.assert_close(result[1:], other[1:], rtol=1e-10, atol=1e-12)
 
 
 def test_importance_weights_undo_another_sampler_in_expectation() -> None:

@@ -92,17 +92,17 @@ def test_cosine_of_what_pulls_together_and_apart(tiny: Callable[..., Any], sign:
     policy, row = Policy(tiny("qwen2", seed=1), MethodConfig(kd="k2")), batch()
     head, twelve = Teacher(tiny("llama", seed=2))(row), torch.tensor(12.0)
     lq = kk.linear_logprobs(head.hidden, head.weight, row.tokens).logprobs
-    gap = policy(row, twelve, head).logprobs - lq
-    split = gradient_split(policy, replace(row, advantages=sign * gap), twelve, head)
+    log_ratio = policy(row, twelve, head).logprobs - lq
+    split = gradient_split(policy, replace(row, advantages=sign * log_ratio), twelve, head)
     assert split["rl_kd_cosine"] == pytest.approx(-sign, abs=1e-4)
     assert split["kd_grad_norm"] == pytest.approx(BETA * split["rl_grad_norm"], rel=1e-4)
 
 
 def rank_of_two(rank: int, folder: Path, policy: Policy, head: kk.TeacherHead) -> None:
     """One of two ranks, which hold half of the weights each and see the same row."""
-    limit = timedelta(seconds=120)
+    bound = timedelta(seconds=120)
     store = f"file://{folder / 'store'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=limit)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=bound)
     twelve = torch.tensor(12.0)
     whole = gradient_split(policy, batch(), twelve, head)
     fully_shard(policy)

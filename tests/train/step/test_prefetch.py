@@ -70,11 +70,11 @@ def every_token(
         sampling=SamplingConfig(prompts_per_step=2, group_size=V),
         optim=OptimConfig(updates_per_rollout=updates),
     )
-    given: Any = SimpleNamespace(
+    stub: Any = SimpleNamespace(
         config=config, policy=policy, teacher=None, remote=None, history=History(), world=ALONE
     )
     batch: Any = SimpleNamespace(rollouts=rollouts, rewards=rewards, staleness=staleness)
-    return rollouts, prepare(given, batch, 0, Stages())
+    return rollouts, prepare(stub, batch, 0, Stages())
 
 
 def expected_gradient(
@@ -107,14 +107,14 @@ def test_stale_samples_give_the_gradient_of_fresh_ones(
             parameter.mul_(0.9)
         b = next_logprobs(stale)
     rollouts, step = every_token(policy, method, b, updates, staleness=1)
-    found = expected_gradient(policy, teacher, rollouts, step, b.exp().flatten())
+    gradient = expected_gradient(policy, teacher, rollouts, step, b.exp().flatten())
     lp = next_logprobs(policy.model)
     value = -(lp.exp().flatten() * step.coefficients.advantages).sum()
     if teacher is not None:
         lq = next_logprobs(teacher.model).detach()
         value = step.coefficients.kd_weight[0].double() * (lp.exp() * (lp - lq)).sum()
     expected = list(torch.autograd.grad(value, list(policy.parameters())))
-    assert relative_error(found, expected) < 1e-5  # weights are float32
+    assert relative_error(gradient, expected) < 1e-5  # weights are float32
     fresh = every_token(policy, replace(method, sampler_correction="none"), b, 1, staleness=0)[1]
     wrong = expected_gradient(policy, teacher, rollouts, fresh, b.exp().flatten())
     assert relative_error(wrong, expected) > 0.05
@@ -146,10 +146,10 @@ def test_each_step_learns_from_the_weights_before_the_last(
 ) -> None:
     generate, drawn = GenerateEngine.generate, []
 
-    def watch(self: GenerateEngine, *given: Any, step: int, **more: Any) -> Rollouts:
+    def watch(self: GenerateEngine, *arguments: Any, step: int, **more: Any) -> Rollouts:
         thread = threading.current_thread() is not threading.main_thread()
         drawn.append((step, self.version, thread))
-        return generate(self, *given, step=step, **more)
+        return generate(self, *arguments, step=step, **more)
 
     monkeypatch.setattr(GenerateEngine, "generate", watch)
     rows = run(config(steps=4, engine=AHEAD))
@@ -195,10 +195,10 @@ def fail_in_the_thread(rank: int) -> None:
     """Of rank 1, when it draws for the step after the next."""
     generate = GenerateEngine.generate
 
-    def fail(self: GenerateEngine, *given: Any, step: int, **more: Any) -> Rollouts:
+    def fail(self: GenerateEngine, *arguments: Any, step: int, **more: Any) -> Rollouts:
         if rank == 1 and step == 3:
             raise EngineError("it broke")
-        return generate(self, *given, step=step, **more)
+        return generate(self, *arguments, step=step, **more)
 
     GenerateEngine.generate = fail  # type: ignore[method-assign]
 
@@ -213,16 +213,16 @@ def test_what_stops_a_step_leaves_its_rollouts(
     generate, clip = GenerateEngine.generate, train.update.__globals__["clip"]
     clipped: list[int] = []
 
-    def stop(self: GenerateEngine, *given: Any, step: int, **more: Any) -> Rollouts:
+    def stop(self: GenerateEngine, *arguments: Any, step: int, **more: Any) -> Rollouts:
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return generate(self, *given, step=step, **more)
+        return generate(self, *arguments, step=step, **more)
 
-    def fail(given: train.Run) -> float:
+    def fail(run_: train.Run) -> float:
         clipped.append(0)
         if len(clipped) == 3:
             raise EngineError("it broke")
-        return clip(given)
+        return clip(run_)
 
     with monkeypatch.context() as patch:
         if place == "thread":
@@ -248,12 +248,12 @@ def test_a_corrected_reward_judges_the_next_step_again(
     settings = config(steps=4, save_every=1, engine=AHEAD)
     generate, score, steps = GenerateEngine.generate, Verifier.score, []
 
-    def watch(self: GenerateEngine, *given: Any, step: int, **more: Any) -> Rollouts:
+    def watch(self: GenerateEngine, *arguments: Any, step: int, **more: Any) -> Rollouts:
         steps.append(step)
-        return generate(self, *given, step=step, **more)
+        return generate(self, *arguments, step=step, **more)
 
-    def fail(self: Verifier, texts: list[str], *given: Any) -> Verdicts:
-        verdicts = score(self, texts, *given)
+    def fail(self: Verifier, texts: list[str], *arguments: Any) -> Verdicts:
+        verdicts = score(self, texts, *arguments)
         if steps[-1:] == [2]:
             verdicts.rewards[:4] = [math.nan] * 4
             verdicts.errors.update(dict.fromkeys(range(4), "a slip"))

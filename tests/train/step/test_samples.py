@@ -28,15 +28,15 @@ def lines(config: TrainConfig, step: int = 0) -> list[dict[str, Any]]:
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
     """What the runs of a test have collected."""
-    found: list[Batch] = []
+    collected: list[Batch] = []
     collect = train.collect
 
     def spy(*arguments: Any, **more: Any) -> Batch:
-        found.append(collect(*arguments, **more))
-        return found[-1]
+        collected.append(collect(*arguments, **more))
+        return collected[-1]
 
     monkeypatch.setattr(train, "collect", spy)
-    return found
+    return collected
 
 
 def log_ratio_of(config: TrainConfig, batch: Batch, r: int) -> torch.Tensor:
@@ -58,10 +58,10 @@ def test_a_line_says_what_the_step_saw(
 ) -> None:
     settings = config(steps=1, samples_per_step=16, method=PRESETS[name])
     run(settings)
-    (batch,), found = batches, lines(settings)
-    assert len(found) == 16
+    (batch,), samples = batches, lines(settings)
+    assert len(samples) == 16
     advantages = group_advantages(batch.rewards, "grpo").flatten()
-    for r, line in enumerate(found):
+    for r, line in enumerate(samples):
         right = line["reward"] > 0
         assert line["outcome"] == ("right" if right else "wrong")
         assert line["id"] == batch.examples[r].id
@@ -76,7 +76,7 @@ def test_a_line_says_what_the_step_saw(
                 log_ratio_of(settings, batch, r).tolist(), abs=2e-4
             )
     if name == "kdrl_masked":
-        assert 0 < sum(line["teacher_log_ratio"] is None for line in found) < 16
+        assert 0 < sum(line["teacher_log_ratio"] is None for line in samples) < 16
 
 
 def test_a_token_that_is_not_distilled_has_no_log_ratio(config: Callable[..., TrainConfig]) -> None:
@@ -109,13 +109,13 @@ def test_none_are_written_where_none_are_wanted(config: Callable[..., TrainConfi
 @pytest.mark.parametrize("text", ["3+4=7", "ü", "aüb", "日本", "x\n\ny ", "🙂!"])
 def test_characters_of_several_tokens(text: str, tokenizer: Any) -> None:
     ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-    found = token_chars(tokenizer, ids, text)
-    assert found is not None
-    assert len(found) == len(ids)
-    assert found[-1] == 0
-    assert sum(found) == len(text)
+    counts = token_chars(tokenizer, ids, text)
+    assert counts is not None
+    assert len(counts) == len(ids)
+    assert counts[-1] == 0
+    assert sum(counts) == len(text)
     if text == "aüb":
-        assert found == [1, 0, 1, 1, 0]
+        assert counts == [1, 0, 1, 1, 0]
 
 
 def test_a_space_that_only_its_neighbours_show() -> None:
@@ -134,5 +134,5 @@ def test_bytes_that_are_no_text(tokenizer: Any) -> None:
     for _ in range(50):
         ids = torch.randint(2, 258, (12,), generator=draw).tolist()
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        found = token_chars(tokenizer, ids, text)
-        assert found is None or sum(found) == len(text)
+        counts = token_chars(tokenizer, ids, text)
+        assert counts is None or sum(counts) == len(text)
