@@ -1,4 +1,4 @@
-"""How good a policy is: avg@k, pass@k and maj@k with their intervals, from judged completions."""
+"""Computes avg@k, pass@k and maj@k with their intervals from judged completions."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ BOOTSTRAP_DRAWS = 1000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalResult:
-    """One measurement. Shares are in [0, 1]."""
+    """The result of one measurement. Shares are in [0, 1]."""
 
     problems: int
     samples: int
@@ -42,13 +42,13 @@ class EvalResult:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Name of a share, as in `intervals`, -> its value."""
+        """Map the name of each share, as in `intervals`, to its value."""
         shares = {f"avg@{self.samples}": self.avg_at_k}
         shares |= {f"pass@{k}": share for k, share in self.pass_at_k.items() if k > 1}
         return shares if self.maj_at_k is None else shares | {f"maj@{self.samples}": self.maj_at_k}
 
     def metrics(self) -> dict[str, float]:
-        """The numbers of a line of metrics.jsonl; each share with its bounds, _low and _high."""
+        """Return what a record of metrics.jsonl holds: each share with its bounds, _low and _high."""
         record = {"eval_length": self.mean_length, "eval_truncated": self.truncated}
         for name, share in self.shares.items():
             kind, _, k = name.partition("@")
@@ -60,7 +60,7 @@ class EvalResult:
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Chance that at least one of k completions, drawn without return from n, is right.
+    """Compute the chance that at least one of k completions, drawn without return from n, is right.
 
     1 - C(n - right, k) / C(n, k): unbiased for pass@k (arXiv 2107.03374).
 
@@ -72,7 +72,7 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
 
 def majority(right: Sequence[bool], answers: Sequence[str | None]) -> float:
-    """Chance that the most frequent answer to one problem is right, ties drawn at even odds.
+    """Compute the chance that the most frequent answer is right, ties drawn at even odds.
 
     All right answers are one; others are the same where they are spelled the same
     (rewards.load_answer). A completion without an answer has no vote; 0 where nobody has.
@@ -90,9 +90,11 @@ def majority(right: Sequence[bool], answers: Sequence[str | None]) -> float:
 
 
 def intervals(scores: dict[str, np.ndarray], seed: int) -> dict[str, tuple[float, float]]:
-    """95% bootstrap intervals of means over problems: how far another draw of as many problems of
-    their kind might lie. Percentiles of BOOTSTRAP_DRAWS sets drawn with return; each problem keeps
-    its completions, and all scores see the same sets.
+    """Compute 95% bootstrap intervals of means over problems.
+
+    They say how far another draw of as many problems of their kind might lie: percentiles of
+    BOOTSTRAP_DRAWS sets drawn with return. Each problem keeps its completions, and all scores see
+    the same sets.
 
     Args:
         scores: name -> [P] float, one score per problem.
@@ -106,8 +108,10 @@ def intervals(scores: dict[str, np.ndarray], seed: int) -> dict[str, tuple[float
 
 
 def problem_scores(verdicts: Verdicts, samples: int) -> dict[str, np.ndarray]:
-    """Scores of P problems from P * `samples` verdicts: avg@k, pass@1, 2, 4, ..., k, and maj@k
-    unless nobody can vote though some are right; each [P] float64."""
+    """Score P problems by P * `samples` verdicts: avg@k, pass@1, 2, 4, ..., k, and maj@k.
+
+    maj@k is left out where nobody can vote though some are right. Each score is [P] float64.
+    """
     right_PK = np.array([o == "right" for o in verdicts.outcomes]).reshape(-1, samples)
     counts_P = right_PK.sum(axis=1)
     scores = {f"avg@{samples}": counts_P / samples}
@@ -123,7 +127,7 @@ def problem_scores(verdicts: Verdicts, samples: int) -> dict[str, np.ndarray]:
 def summarize(
     rollouts: Rollouts, verdicts: Verdicts, samples: int, seed: int, seconds: float
 ) -> EvalResult:
-    """The measurement that P * `samples` judged completions make; seed: of the intervals."""
+    """Sum up P * `samples` judged completions as one measurement; seed: of the intervals."""
     scores = problem_scores(verdicts, samples)
     means = {name: float(values.mean()) for name, values in scores.items()}
     return EvalResult(

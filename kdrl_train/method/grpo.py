@@ -25,7 +25,7 @@ from kdrl_train.method.config import MethodConfig, ScheduleConfig
 
 
 def group_advantages(rewards_PG: Tensor, estimator: str, std_floor: float = 1e-4) -> Tensor:
-    """Group advantages; the arithmetic is float64.
+    """Compute the advantages of groups; the arithmetic is float64.
 
     grpo: (r - mean) / max(std, std_floor) · dr_grpo: r - mean · rloo: r - mean of the others
 
@@ -63,14 +63,14 @@ def group_advantages(rewards_PG: Tensor, estimator: str, std_floor: float = 1e-4
 
 
 def all_equal(rewards_PG: Tensor) -> Tensor:
-    """[P, 1] bool: all rewards of the group that are numbers are the same number."""
+    """Whether all rewards of a group that are numbers are the same number, [P, 1] bool."""
     high = rewards_PG.nan_to_num(nan=-math.inf).amax(dim=1, keepdim=True)
     low = rewards_PG.nan_to_num(nan=math.inf).amin(dim=1, keepdim=True)
     return high == low
 
 
 def kd_mask(rewards_PG: Tensor, mask: str) -> Tensor:
-    """Which completions are distilled: the reward-guided mask. A reward above 0 is right.
+    """Mask the completions that are distilled, by their rewards. A reward above 0 is right.
 
     Args:
         rewards_PG: [P, G] float; NaN counts as not right.
@@ -89,7 +89,7 @@ def kd_mask(rewards_PG: Tensor, mask: str) -> Tensor:
 
 
 def learning_rate(peak: float, warmup_steps: int, step: int) -> float:
-    """Linear warm-up: peak · (step + 1) / warmup_steps, from then on the peak."""
+    """Warm the learning rate up linearly: peak · (step + 1) / warmup_steps, from then on the peak."""
     return peak * min(1.0, (step + 1) / max(warmup_steps, 1))
 
 
@@ -123,7 +123,7 @@ def token_weights(
 
 
 def group_factor(schedule: ScheduleConfig, rewards_PG: Tensor) -> Tensor:
-    """[P, 1] float64: what a group's coefficient is of the schedule's value.
+    """Compute the factor of a group's coefficient over the schedule's value, [P, 1] float64.
 
     reward_adaptive: 4p(1 - p), p the share of right completions among those with a reward: 1 where
     the group is undecided, 0 where it is all right or all wrong. Every other kind: 1.
@@ -178,7 +178,7 @@ def advantages(rewards_PG: Tensor, method: MethodConfig, policy_coef: float) -> 
 def sampler_weights(
     logprobs: Tensor, sampled_logprobs: Tensor, mode: str, cap: float
 ) -> tuple[Tensor, Tensor]:
-    """Importance weight w = exp(trainer - sampler) of each token, bounded.
+    """Compute the importance weight w = exp(trainer - sampler) of each token, bounded.
 
     truncate: min(w, cap) (truncated importance sampling) · mask: w, and 0 outside [1 / cap, cap]
     (IcePop). NaN stays NaN, so that the loss shows it.

@@ -1,7 +1,7 @@
 """Computes coefficients that change during a run, from the step and from what was logged.
 
 A schedule keeps no state. What some kinds need of the past, the KL to the teacher and the
-validation score of each step, is in the rows of metrics.jsonl: a run adds each row to its History
+validation score of each step, is in the records of metrics.jsonl: a run adds each record to its History
 as it writes it, a resumed run rebuilds the History from the file. JSON keeps every digit of a
 float, so both compute the same values to the bit.
 """
@@ -17,7 +17,7 @@ from kdrl_train.method.config import MethodConfig, ScheduleConfig
 
 @dataclass(slots=True)
 class History:
-    """What schedules read of the steps done, oldest first."""
+    """What schedules read of the steps that are done, oldest first."""
 
     eval_every: int = 0
     """Steps between evaluations. One at another step, the last of a run that was continued later,
@@ -27,44 +27,46 @@ class History:
     scores: list[float] = field(default_factory=list)
     """avg@k of each evaluation on the held-out problems."""
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Take in one step's row of metrics.jsonl, as it was logged or read back."""
-        kl, score = row.get("kl_teacher"), row.get("eval_avg_at_k")
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Add one step's record of metrics.jsonl, as it was logged or read back."""
+        kl, score = record.get("kl_teacher"), record.get("eval_avg_at_k")
         self.kl.append(kl if kl is not None and math.isfinite(kl) else None)
-        if self.eval_every and (row["step"] + 1) % self.eval_every == 0 and score is not None:
+        if self.eval_every and (record["step"] + 1) % self.eval_every == 0 and score is not None:
             self.scores.append(score)
 
 
 def rebuild_history(
     schedules: Mapping[str, ScheduleConfig],
-    rows: Iterable[Mapping[str, Any]],
+    records: Iterable[Mapping[str, Any]],
     first_step: int,
     eval_every: int,
 ) -> History:
-    """History of a run that starts at `first_step`, from its rows of metrics.jsonl.
+    """Rebuild the history of a run that starts at `first_step`, from its metrics.jsonl.
 
     Args:
         schedules: the run's schedules by their keys.
-        rows: as read_records gives them; those of first_step and later are left out.
+        records: as read_records gives them; those of first_step and later are left out.
         eval_every: of the run's config.
-    Raises: ValueError where a schedule needs the rows of steps 0 to first_step - 1 and one is gone.
+    Raises: ValueError where a schedule needs the records of steps 0 to first_step - 1 and one is gone.
     """
-    kept = [row for row in rows if row["step"] < first_step]
+    kept = [record for record in records if record["step"] < first_step]
     history = History(eval_every)
-    for row in kept:
-        history.add(row)
+    for record in kept:
+        history.add(record)
     for key, schedule in schedules.items():
-        if schedule.reads_history and [row["step"] for row in kept] != list(range(first_step)):
+        if schedule.reads_history and [record["step"] for record in kept] != list(
+            range(first_step)
+        ):
             raise ValueError(
                 f"metrics.jsonl must hold steps 0 to {first_step - 1} to resume {key} of kind "
-                f'"{schedule.kind}", got {len(kept)} rows of them: restore the file, or start a '
+                f'"{schedule.kind}", got {len(kept)} records of them: restore the file, or start a '
                 "new run with another --out"
             )
     return history
 
 
 def schedule_value(schedule: ScheduleConfig, step: int, history: History | None = None) -> float:
-    """Value of a scheduled coefficient.
+    """Compute the value of a scheduled coefficient.
 
     Args:
         step: from 0.
@@ -109,7 +111,7 @@ def scheduled_coefs(
 
 
 def plateau(scores: Sequence[float], patience: int, min_gain: float) -> bool:
-    """Whether `patience` scores in a row were at most min_gain above the best one before them.
+    """Whether `patience` scores in a record were at most min_gain above the best one before them.
 
     Once so, it stays so whatever follows. patience 0: never.
     """
@@ -125,7 +127,7 @@ def plateau(scores: Sequence[float], patience: int, min_gain: float) -> bool:
 
 
 def budgeted(schedule: ScheduleConfig, kl: Sequence[float | None]) -> float:
-    """beta(s + 1) = beta(s) · (1 + gain · clip(KL(s) / target_kl - 1, -1, 1)), within the bounds.
+    """Move beta towards a KL: beta(s + 1) = beta(s) · (1 + gain · clip(KL(s) / target_kl - 1, -1, 1)), within the bounds.
 
     A KL above the target strengthens the teacher. A step without one (None) leaves beta as it was.
     Source: the adaptive KL controller of arXiv:1909.08593, section 2.2.

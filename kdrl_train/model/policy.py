@@ -68,19 +68,19 @@ class HeadedModel(nn.Module):
         return self.model.get_output_embeddings().weight.shape[0]
 
     def autocast(self) -> AbstractContextManager:
-        """Context of every forward of float32 weights: bfloat16 compute where asked for."""
+        """Enter the compute dtype: every forward of float32 weights runs inside this context."""
         return torch.autocast(
             self.device.type,
             dtype=torch.bfloat16,
             enabled=self.compute_dtype == torch.bfloat16,
         )
 
-    def call(self, question: Callable[[Any], T]) -> T:
-        """question(self); where it is sharded use sharding.ask."""
-        return question(self)
+    def call(self, function: Callable[[Any], T]) -> T:
+        """Return function(self); where the model is sharded use fsdp.call_gathered."""
+        return function(self)
 
     def head(self) -> tuple[Tensor, Tensor | None]:
-        """LM head in the compute dtype: weight [V, H], and bias [V] or None."""
+        """Return the LM head in the compute dtype: weight [V, H], and bias [V] or None."""
         module = self.model.get_output_embeddings()
         bias = getattr(module, "bias", None)
         dtype = self.compute_dtype
@@ -93,7 +93,7 @@ class HeadedModel(nn.Module):
         index: Tensor | None,
         lengths: Sequence[int],
     ) -> Tensor:
-        """input_ids, position_ids [1, T] -> hidden states [N, H] at `index` [N] (None: all T).
+        """Run the backbone on input_ids, position_ids [1, T]; returns [N, H] at `index` [N] (None: all).
 
         lengths: tokens of each sequence in the pack; they sum to T.
         """
@@ -127,7 +127,7 @@ class Teacher(HeadedModel):
 
     @torch.no_grad()
     def forward(self, batch: PackedBatch) -> kk.TeacherHead:
-        """hidden [N, H_t] and the head [V_t, H_t], at the policy's temperature; no gradient."""
+        """Return hidden [N, H_t] and the head [V_t, H_t], at the policy's temperature, no gradient."""
         weight, bias = self.head()
         hidden = self.hidden(batch.input_ids, batch.position_ids, batch.loss_index, batch.lengths)
         return kk.TeacherHead(
@@ -136,7 +136,8 @@ class Teacher(HeadedModel):
 
 
 class PolicyOutput(NamedTuple):
-    """A tuple, so that PyTorch's tree functions find the loss: FSDP2 hooks its backward pass."""
+    """Results of a forward; a tuple, so that PyTorch's tree functions find the loss: FSDP2 hooks
+    its backward pass."""
 
     loss: Tensor
     """0-d, differentiable."""
@@ -213,7 +214,7 @@ class Policy(HeadedModel):
         teacher: kk.TeacherHead | None,
         goal: kk.Objective,
     ) -> kk.LossOutput:
-        """Loss of the tokens of a pack; a subclass may compute another one.
+        """Compute the loss of the tokens of a pack; a subclass may compute another one.
 
         Args:
             hidden, weight, bias: [N, H], [V, H] and [V] or None, in the compute dtype.
@@ -262,11 +263,11 @@ def token_sums(out: kk.LossOutput, batch: PackedBatch) -> dict[str, Tensor]:
 
 
 def objective(method: MethodConfig, *, distil: bool) -> kk.Objective:
-    """kk.Objective of a method; kd_coef is 1 since beta is in each token's kd weight.
+    """Make the kk.Objective of a method; kd_coef is 1 since beta is in each token's kd weight.
 
-    Without distillation, for rows whose kd weights are all 0, a method with policy "off" becomes a
+    Without distillation, for tokens whose kd weights are all 0, a method with policy "off" becomes a
     policy gradient of its advantages, which are 0: no loss, but entropy and log-probabilities.
-    kd "reward" has no term in the loss; its teacher is only read without a gradient, as of k2.
+    kd "reward" has no term in the loss; its teacher is only read without a gradient, as for k2.
     """
     alone = method.policy == "off" and not distil
     kd = "k2" if method.kd == "reward" else method.kd
@@ -283,7 +284,7 @@ def objective(method: MethodConfig, *, distil: bool) -> kk.Objective:
 
 
 def _logit_scale(config: Any) -> float:
-    """Factor between hidden · weightᵀ and the logits, by the names transformers gives it."""
+    """Read the factor between hidden · weightᵀ and the logits, by transformers' names for it."""
     scale = 1.0
     for name in ("logit_scale", "lm_head_multiplier"):
         scale *= getattr(config, name, None) or 1.0

@@ -44,8 +44,8 @@ def probe(wrapped: HeadedModel, name: str, *, packed: bool = True) -> float:
         raise ValueError(
             f"{name} must have logits = softcap(scale · hidden · weightᵀ + bias), got "
             f"{type(model).__name__}, whose own logits differ from that by {probe_error:.1e} of "
-            f"their RMS (tolerance {tolerance:.0e}): its architecture does something else before or "
-            "after its LM head and cannot be trained here"
+            f"their RMS (tolerance {tolerance:.0e}): its architecture does something else "
+            "before or after its LM head and cannot be trained here"
         )
     if not packed:
         return probe_error

@@ -37,7 +37,7 @@ from kdrl_train.runfolder.log import Stages
 from kdrl_train.runfolder.signals import Stopped
 from kdrl_train.step.run import Run
 from kdrl_train.step.samples import SampleRecorder
-from kdrl_train.step.score import MISMATCH, Scores, score_packs
+from kdrl_train.step.score import MISMATCH, RolloutScores, score_packs
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def prepare(
             coefficients = replace(
                 coefficients, teacher_logprobs=query_server(run, batch, distilled_R)
             )
-    scores = Scores()
+    scores = RolloutScores()
     if needs_scores(config, batch.staleness):
         with stages("score"):
             scores = score(run, batch, coefficients, recorder)
@@ -112,13 +112,13 @@ def prepare(
 
 def score(
     run: Run, batch: Batch, coefficients: CompletionCoefficients, recorder: SampleRecorder | None
-) -> Scores:
+) -> RolloutScores:
     """Score every completion with a reward, all ranks together; the teacher's part only where its
     log-probabilities are added to the reward."""
     if run.config.method.kd != "reward":
         coefficients = replace(coefficients, kd_weight=torch.zeros_like(coefficients.kd_weight))
     part = score_packs(run.policy, run.teacher, packs_of(run, batch, coefficients), recorder)
-    return Scores.join(run.world.share(lambda: part))
+    return RolloutScores.join(run.world.share(lambda: part))
 
 
 def query_server(run: Run, batch: Batch, distilled_R: Tensor) -> list[Tensor | None]:

@@ -1,4 +1,4 @@
-"""Scores completions without a gradient, at the weights that they were sampled from."""
+"""RolloutScores completions without a gradient, at the weights that they were sampled from."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ MISMATCH = ("sampler_mismatch_mean", "sampler_mismatch_max")
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
+class RolloutScores:
     """Log-probabilities of completions at the weights they were sampled from."""
 
     logprobs: dict[int, Tensor] = field(default_factory=dict)
@@ -32,7 +32,7 @@ class Scores:
     """policy.token_sums of all tokens."""
 
     @classmethod
-    def join(cls, parts: Sequence["Scores"]) -> "Scores":
+    def join(cls, parts: Sequence["RolloutScores"]) -> "RolloutScores":
         """Join the scores of all ranks: union of the mappings, sum of the sums."""
         whole = cls()
         for part in parts:
@@ -48,14 +48,14 @@ def score_packs(
     teacher: Teacher | None,
     packs: Iterable[PackedBatch],
     recorder: SampleRecorder | None = None,
-) -> Scores:
+) -> RolloutScores:
     """Compute log-probabilities of packs without a gradient, and the teacher's where distilled.
 
     It is the pass of the loss itself, so that where nothing has changed the ratio of the first
     update is 1, and columns beyond the vocabulary are left out here too.
     """
     policy.eval()
-    scores = Scores()
+    scores = RolloutScores()
     sums: dict[str, Tensor] = {}
     for micro_batch in packs:
         batch = micro_batch.to(policy.device)
