@@ -48,7 +48,7 @@ class EvalResult:
         return shares if self.maj_at_k is None else shares | {f"maj@{self.samples}": self.maj_at_k}
 
     def metrics(self) -> dict[str, float]:
-        """Return what a record of metrics.jsonl holds: each share with its bounds, _low and _high."""
+        """Return the keys for metrics.jsonl: each share with its bounds, _low and _high."""
         record = {"eval_length": self.mean_length, "eval_truncated": self.truncated}
         for name, share in self.shares.items():
             kind, _, k = name.partition("@")

@@ -123,7 +123,7 @@ def token_weights(
 
 
 def group_factor(schedule: ScheduleConfig, rewards_PG: Tensor) -> Tensor:
-    """Compute the factor of a group's coefficient over the schedule's value, [P, 1] float64.
+    """Compute what a group's coefficient is of the schedule's value, [P, 1] float64.
 
     reward_adaptive: 4p(1 - p), p the share of right completions among those with a reward: 1 where
     the group is undecided, 0 where it is all right or all wrong. Every other kind: 1.

@@ -1,8 +1,8 @@
 """Computes coefficients that change during a run, from the step and from what was logged.
 
 A schedule keeps no state. What some kinds need of the past, the KL to the teacher and the
-validation score of each step, is in the records of metrics.jsonl: a run adds each record to its History
-as it writes it, a resumed run rebuilds the History from the file. JSON keeps every digit of a
+validation score of each step, is in the records of metrics.jsonl: a run adds each to its History as
+it writes it, a resumed run rebuilds the History from the file. JSON keeps every digit of a
 float, so both compute the same values to the bit.
 """
 
@@ -47,7 +47,7 @@ def rebuild_history(
         schedules: the run's schedules by their keys.
         records: as read_records gives them; those of first_step and later are left out.
         eval_every: of the run's config.
-    Raises: ValueError where a schedule needs the records of steps 0 to first_step - 1 and one is gone.
+    Raises: ValueError where a schedule needs the records of all steps before and one is gone.
     """
     kept = [record for record in records if record["step"] < first_step]
     history = History(eval_every)
@@ -111,7 +111,7 @@ def scheduled_coefs(
 
 
 def plateau(scores: Sequence[float], patience: int, min_gain: float) -> bool:
-    """Whether `patience` scores in a record were at most min_gain above the best one before them.
+    """Whether `patience` scores in a row were at most min_gain above the best one before them.
 
     Once so, it stays so whatever follows. patience 0: never.
     """
@@ -127,7 +127,7 @@ def plateau(scores: Sequence[float], patience: int, min_gain: float) -> bool:
 
 
 def budgeted(schedule: ScheduleConfig, kl: Sequence[float | None]) -> float:
-    """Move beta towards a KL: beta(s + 1) = beta(s) · (1 + gain · clip(KL(s) / target_kl - 1, -1, 1)), within the bounds.
+    """Compute beta(s + 1) = beta(s) · (1 + gain · clip(KL(s) / target_kl - 1, -1, 1)), bounded.
 
     A KL above the target strengthens the teacher. A step without one (None) leaves beta as it was.
     Source: the adaptive KL controller of arXiv:1909.08593, section 2.2.

@@ -93,9 +93,9 @@ class HeadedModel(nn.Module):
         index: Tensor | None,
         lengths: Sequence[int],
     ) -> Tensor:
-        """Run the backbone on input_ids, position_ids [1, T]; returns [N, H] at `index` [N] (None: all).
+        """Run the backbone on input_ids and position_ids [1, T]: states [N, H] at `index` [N].
 
-        lengths: tokens of each sequence in the pack; they sum to T.
+        index: None takes all T. lengths: tokens of each sequence in the pack; they sum to T.
         """
         text = self.model.config.get_text_config()
         more = {}
@@ -127,7 +127,7 @@ class Teacher(HeadedModel):
 
     @torch.no_grad()
     def forward(self, batch: PackedBatch) -> kk.TeacherHead:
-        """Return hidden [N, H_t] and the head [V_t, H_t], at the policy's temperature, no gradient."""
+        """Return hidden [N, H_t] and the head [V_t, H_t], at the policy's temperature."""
         weight, bias = self.head()
         hidden = self.hidden(batch.input_ids, batch.position_ids, batch.loss_index, batch.lengths)
         return kk.TeacherHead(
@@ -265,8 +265,8 @@ def token_sums(out: kk.LossOutput, batch: PackedBatch) -> dict[str, Tensor]:
 def objective(method: MethodConfig, *, distil: bool) -> kk.Objective:
     """Make the kk.Objective of a method; kd_coef is 1 since beta is in each token's kd weight.
 
-    Without distillation, for tokens whose kd weights are all 0, a method with policy "off" becomes a
-    policy gradient of its advantages, which are 0: no loss, but entropy and log-probabilities.
+    Without distillation, where all kd weights are 0, a method with policy "off" becomes a policy
+    gradient of its advantages, which are 0: no loss, but entropy and log-probabilities.
     kd "reward" has no term in the loss; its teacher is only read without a gradient, as for k2.
     """
     alone = method.policy == "off" and not distil
