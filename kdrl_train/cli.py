@@ -121,13 +121,14 @@ EPILOG = (
 )
 
 
+_FILE: Any = Path | None  # Any: a StructFieldSpec is declared to take a class
+_METHOD: Any = Literal[tuple(PRESETS)] | None
 CONFIG = StructFieldSpec(
-    "config", Path | None, None, "YAML file with any of these settings. An unknown key is an error."
-)  # fmt: skip
+    "config", _FILE, None, "YAML file with any of these settings. An unknown key is an error."
+)
 PRESET = StructFieldSpec(
-    "preset", Literal[tuple(PRESETS)] | None, None,
-    "Method to start from. Options under --method change parts of it.",
-)  # fmt: skip
+    "preset", _METHOD, None, "Method to start from. Options under --method change parts of it."
+)
 
 
 def parse(
@@ -166,8 +167,9 @@ def parse(
     if options and not early.help_all and {"-h", "--help"} & set(argv):
         print_help(default, extra, program, description, options)
         sys.exit(0)
+    kind: Any = type(default)  # read as a dict
     values = tyro.cli(
-        type(default),
+        kind,
         default=default,
         args=["--help"] if early.help_all else list(argv),
         prog=program,
@@ -178,7 +180,7 @@ def parse(
 
 
 def _registry(root: Any, extra: Sequence[StructFieldSpec]) -> ConstructorRegistry:
-    """How tyro reads settings: each class as a dict, and the extra options beside those of `root`.
+    """Make tyro read each settings class as a dict, and the extra options beside those of `root`.
 
     The values are checked all at once afterwards, by `update`: only there is a key's whole name
     known.
@@ -196,7 +198,7 @@ def _registry(root: Any, extra: Sequence[StructFieldSpec]) -> ConstructorRegistr
 
 
 def field_specs(config: Any) -> tuple[StructFieldSpec, ...]:
-    """The fields of a settings object for tyro: name, type, value as default, help."""
+    """Describe the fields of a settings object for tyro: name, type, value as default, help."""
     types, texts = get_type_hints(type(config), include_extras=True), explanations(type(config))
     return tuple(
         StructFieldSpec(name, types[name], getattr(config, name), texts[name]) for name in texts

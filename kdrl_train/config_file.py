@@ -59,7 +59,7 @@ def update(config: T, values: Mapping[str, Any]) -> T:
 
 
 def _merge(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Every field of `config`, replaced where `values` names it; section by section."""
+    """Put `values` in place of the fields of `config` that they name, section by section."""
     merged = {f.name: getattr(config, f.name) for f in fields(config)}
     for key, value in values.items():
         name = str(key)  # YAML's keys may be numbers, which name no field

@@ -106,13 +106,13 @@ def explanations(cls: Any) -> dict[str, str]:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """' (did you mean ...?)' with the name that is spelt most like this one; else nothing."""
+    """Write ' (did you mean ...?)' with the name that is spelt most like this one, or nothing."""
     close = get_close_matches(name, names, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _message(cls: Any, error: ErrorDetails) -> str:
-    """One error of pydantic's as `key must be ..., got ...`."""
+    """Write one of pydantic's errors as `key must be ..., got ...`."""
     key = ""
     for part in error["loc"]:
         key += f"[{part}]" if isinstance(part, int) else f".{part}"
