@@ -4,93 +4,155 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
+from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+from tyro.constructors import (
+    ConstructorRegistry,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
-from kdrl_train.config import EvaluateConfig, TrainConfig
-from kdrl_train.config_file import load_yaml, update
+from kdrl_train.config_file import load_yaml, to_dict, update
 from kdrl_train.errors import RunError
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.presets import PRESETS
+from kdrl_train.settings import explanations, is_settings, nearest
 
 T = TypeVar("T")
-PresetName = Literal[
-    "grpo",
-    "kd_rkl",
-    "kdrl",
-    "kdrl_annealed",
-    "kdrl_masked",
-    "kdrl_group_masked",
-    "opd_then_rl",
-    "reward_shaping",
-]
-
 PROGRAM = "python -m kdrl_train"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One command: what it does, where its code is, and its main options."""
+
+    help: str
+    """What the command does, in one line."""
+    module: str
+    """Module of kdrl_train with `main(settings)`."""
+    settings: str
+    """Module and name of the settings class, `main`'s argument."""
+    options: tuple[str, ...] = ()
+    """Keys that --help explains; --help-all explains all. Empty: --help explains all."""
+
+
+_MODEL = ("model.policy", "model.teacher", "model.dtype")
+_TRAIN = (
+    "preset", "config", "out", "resume", "steps", "save_every", *_MODEL, "data.path",
+    "sampling.prompts_per_step", "sampling.group_size", "sampling.max_new_tokens",
+    "engine.kind", "reward.function", "method.kd_coef.initial", "optim.learning_rate",
+    "eval.data.path", "eval.every", "log.trackers",
+)  # fmt: skip
 COMMANDS = {
-    "demo": "small models on a made-up task, trained with KDRL in minutes; needs nothing",
-    "train": "train a policy with a reward and a teacher",
-    "eval": "measure a saved model: avg@k, pass@k, length",
-    "check": "preflight of a training run: a table, and an exit code of 1 if it would fail",
-    "replay": "take a step that stopped a run apart, completion by completion",
-    "report": "one HTML page about one or many runs: curves, differences, samples, events",
-    "plan": "memory of each GPU and time of a step, predicted from the models' config.json",
-    "serve": "score with a teacher for trainers elsewhere, over HTTP",
-    "sft": "train a small model and its tokenizer from scratch on solved problems",
-}
-MODULES = {
-    "demo": "tools.demo",
-    "train": "train",
-    "eval": "tools.evaluate",
-    "check": "start.preflight",
-    "replay": "tools.replay",
-    "report": "tools.report",
-    "plan": "tools.plan.command",
-    "serve": "tools.serve.command",
-    "sft": "tools.sft",
-}
-EPILOG = """Settings come from, each overriding those before it: the defaults, --preset, the YAML
-file given with --config, the options. A run's own config.yaml can be given with --config."""
+    "demo": Command(
+        help="small models on a made-up task, trained with KDRL in minutes; needs nothing",
+        module="tools.demo",
+        settings="tools.demo.DemoConfig",
+        options=("config", "out", "seed", "problems", "held_out", "steps", "prompts_per_step",
+                 "group_size", "learning_rate", "beta", "final_beta", "threads"),
+    ),
+    "train": Command(
+        help="train a policy with a reward and a teacher",
+        module="train",
+        settings="config.TrainConfig",
+        options=_TRAIN,
+    ),
+    "eval": Command(
+        help="measure a saved model: avg@k, pass@k, length",
+        module="tools.evaluate",
+        settings="config.EvaluateConfig",
+        options=("config", "out", "seed", "samples", "max_problems", *_MODEL, "data.path",
+                 "sampling.max_new_tokens", "sampling.temperature", "reward.function"),
+    ),
+    "check": Command(
+        help="check a training run before it starts: a table, and exit code 1 if it would fail",
+        module="start.preflight",
+        settings="config.TrainConfig",
+        options=_TRAIN,
+    ),
+    "replay": Command(
+        help="examine the step that stopped a run, completion by completion",
+        module="tools.replay",
+        settings="tools.replay.ReplayConfig",
+    ),
+    "report": Command(
+        help="write one HTML page about runs: curves, differences, samples, events",
+        module="tools.report",
+        settings="tools.report.ReportConfig",
+    ),
+    "plan": Command(
+        help="predict memory of each GPU and time of a step from the models' config.json",
+        module="tools.plan.command",
+        settings="tools.plan.command.PlanConfig",
+        options=("gpus", "gpus_per_node", "device", "gpu_memory", "tokens", "prompt_tokens",
+                 "json", "preset", "config", *_MODEL, "sampling.prompts_per_step",
+                 "sampling.group_size", "sampling.max_new_tokens", "optim.micro_batch_tokens",
+                 "model.gradient_checkpointing"),
+    ),
+    "serve": Command(
+        help="score with a teacher, over HTTP, for trainers on other machines",
+        module="tools.serve.command",
+        settings="tools.serve.command.ServeConfig",
+        options=("config", "host", "port", "batch_tokens", "queue_size", "model.teacher",
+                 "model.dtype", "model.device"),
+    ),
+    "sft": Command(
+        help="train a small model and its tokenizer on solved problems",
+        module="tools.sft",
+        settings="tools.sft.SftConfig",
+        options=("config", "out", "seed", "data.path", "solution_column", "model", "steps",
+                 "minutes", "batch_tokens", "learning_rate", "architecture.hidden",
+                 "architecture.layers"),
+    ),
+}  # fmt: skip
+EPILOG = (
+    "Settings come from the defaults, then --preset (if the command has it), then the YAML file "
+    "given with --config, then the options. Later ones replace earlier ones. --config also takes "
+    "the config.yaml of a run."
+)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Arguments(Generic[T]):
-    """What every command takes beside its own settings."""
-
-    config: Path | None = None
-    """YAML file with any part of the settings below; an unknown key is an error."""
-    run: Annotated[T, tyro.conf.arg(name="")] = field()
-    """The command's settings."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PresetArguments(Arguments[T]):
-    """The same for commands that train."""
-
-    preset: PresetName | None = None
-    """Method to start from; options under --method change parts of it."""
+_FILE: Any = Path | None  # Any: a StructFieldSpec is declared to take a class
+_METHOD: Any = Literal[tuple(PRESETS)] | None
+CONFIG = StructFieldSpec(
+    "config", _FILE, None, "YAML file with any of these settings. An unknown key is an error."
+)
+PRESET = StructFieldSpec(
+    "preset", _METHOD, None, "Method to start from. Options under --method change parts of it."
+)
 
 
-def parse(default: T, argv: Sequence[str], command: str, program: str = PROGRAM) -> T:
-    """Settings of a command.
+def parse(
+    default: T, argv: Sequence[str], program: str, description: str, options: tuple[str, ...] = ()
+) -> T:
+    """Read a command's settings from its arguments.
 
     Args:
-        default: the configuration dataclass with its defaults; `method` makes it take --preset.
+        default: settings with their defaults; a field `method` makes the command take --preset.
         argv: arguments after the command's name.
-        command: its name, for the usage line and its description in COMMANDS.
-        program: what starts it, for the usage line.
-    Raises: ValueError for a YAML file with an unknown key, a wrong value, or that leaves nothing
-        to --preset; SystemExit from tyro for --help and for a wrong option.
+        program: what starts the command, for the usage line.
+        description: what the command does.
+        options: dotted keys that --help explains, one line each; --help-all explains all. Empty:
+            --help explains all.
+    Raises: ValueError for an unknown key, a wrong value, or a YAML file that leaves nothing to
+        --preset; SystemExit after help (0) and for an unknown or unreadable option (2).
     """
-    names = {f.name for f in fields(default)}  # type: ignore[arg-type]
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
-    if "method" in names:
+    first.add_argument("--help-all", action="store_true")
+    extra = [CONFIG]
+    if hasattr(default, "method"):
         first.add_argument("--preset")
+        extra.append(PRESET)
     early, _ = first.parse_known_args(list(argv))
     file = {} if early.config is None else load_yaml(Path(early.config))
     preset = getattr(early, "preset", None)
@@ -102,33 +164,97 @@ def parse(default: T, argv: Sequence[str], command: str, program: str = PROGRAM)
                 "sets every key of method: remove that section, or the preset"
             )
     default = update(default, file)
-    arguments: Any = PresetArguments if "method" in names else Arguments
-    parsed = tyro.cli(
-        arguments[type(default)],
-        default=arguments(run=default),
-        args=list(argv),
-        prog=f"{program} {command}".rstrip(),
-        description=f"{COMMANDS.get(command, '')}\n\n{EPILOG}".lstrip(),
+    if options and not early.help_all and {"-h", "--help"} & set(argv):
+        print_help(default, extra, program, description, options)
+        sys.exit(0)
+    kind: Any = type(default)  # read as a dict
+    values = tyro.cli(
+        kind,
+        default=default,
+        args=["--help"] if early.help_all else list(argv),
+        prog=program,
+        description=f"{description}\n\n{EPILOG}",
+        registry=_registry(default, extra),
     )
-    return parsed.run
+    return update(default, {name: values[name] for name in to_dict(default)})
+
+
+def _registry(root: Any, extra: Sequence[StructFieldSpec]) -> ConstructorRegistry:
+    """Make tyro read each settings class as a dict, and the extra options beside those of `root`.
+
+    The values are checked all at once afterwards, by `update`: only there is a key's whole name
+    known.
+    """
+    registry = ConstructorRegistry()
+
+    @registry.struct_rule
+    def _(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if not is_settings(info.type):
+            return None
+        specs = field_specs(info.default)
+        return StructConstructorSpec(dict, (*extra, *specs) if info.default is root else specs)
+
+    return registry
+
+
+def field_specs(config: Any) -> tuple[StructFieldSpec, ...]:
+    """Describe the fields of a settings object for tyro: name, type, value as default, help."""
+    types, texts = get_type_hints(type(config), include_extras=True), explanations(type(config))
+    return tuple(
+        StructFieldSpec(name, types[name], getattr(config, name), texts[name]) for name in texts
+    )
+
+
+def print_help(
+    config: Any,
+    extra: Sequence[StructFieldSpec],
+    program: str,
+    description: str,
+    options: Sequence[str],
+) -> None:
+    """Print the main options of a command: name, first sentence of the help, default.
+
+    Args:
+        config: the settings, with their defaults.
+        extra: options besides the settings.
+        program, description, options: as `parse` takes them.
+    """
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    for key in options:
+        section, _, name = key.rpartition(".")
+        specs = field_specs(attrgetter(section)(config) if section else config)
+        spec = next(spec for spec in (*extra, *specs) if spec.name == name)
+        sentence = str(spec.helptext).split(". ")[0].removesuffix(".")
+        table.add_row(f"  --{key.replace('_', '-')}", Text(sentence + _default(spec)))
+    console = Console(highlight=False, markup=False)
+    console.print(f"usage: {program} [options]\n\n{description}\n")
+    console.print(table)
+    console.print(f"\n{EPILOG}\n\n{program} --help-all explains all options.")
+
+
+def _default(spec: StructFieldSpec) -> str:
+    """Write an option's default for a person, and its choices where they are few."""
+    if isinstance(spec.default, tuple):
+        return f" ({' '.join(map(str, spec.default))})" if spec.default else ""
+    default = "" if spec.default is None or spec.default is False else str(spec.default)
+    kinds = (spec.type, *get_args(spec.type))  # a choice, or a choice or None
+    choices = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
+    others = ", ".join(str(choice) for choice in choices if choice != spec.default)
+    words = "; or ".join(filter(None, (default, others)))
+    return f" ({words})" if words else ""
 
 
 def run(command: str, argv: Sequence[str]) -> int:
-    """One command; returns its exit code. Each imports only what it needs."""
-    module = _module(MODULES[command])
-    if command in ("train", "check", "eval"):
-        config: Any = EvaluateConfig() if command == "eval" else TrainConfig()
-    else:
-        config = getattr(module, f"{command.capitalize()}Config")()
-    result = module.main(parse(config, argv, command))
-    return result if command in ("check", "plan") else 0
-
-
-def _module(name: str) -> Any:
-    """A command's module, imported when it is needed: --help must not wait for torch."""
-    module = importlib.import_module(f"kdrl_train.{name}")
+    """Run one command; returns its exit code. Each imports only what it needs."""
+    spec = COMMANDS[command]
+    module, _, name = f"kdrl_train.{spec.settings}".rpartition(".")
+    default = getattr(importlib.import_module(module), name)()
+    config = parse(default, argv, f"{PROGRAM} {command}", spec.help, spec.options)
+    main_module = importlib.import_module(f"kdrl_train.{spec.module}")
     importlib.import_module("transformers").logging.disable_progress_bar()  # one bar per model file
-    return module
+    result = main_module.main(config)
+    return result if command in ("check", "plan") else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,14 +265,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         Console(highlight=False).print(usage())
         return 0 if argv else 2
     if argv[0] not in COMMANDS:
-        names = ", ".join(COMMANDS)
-        console.print(f"[bold red]error[/]: command must be one of {names}, got {escape(argv[0])}")
+        console.print(
+            f"[bold red]error[/]: command must be one of {', '.join(COMMANDS)}, got "
+            f"{escape(argv[0])}{nearest(argv[0], COMMANDS)}"
+        )
         return 2
     return exit_code(lambda: run(argv[0], argv[1:]), console)
 
 
 def exit_code(command: Callable[[], int], console: Console) -> int:
-    """What a command returns; 1, after its message, where it refuses."""
+    """Run a command; returns its exit code, or 1 after the message of an error that it raised."""
     try:
         return command()
     except (ValueError, OSError, FloatingPointError, RunError) as error:
@@ -155,14 +283,14 @@ def exit_code(command: Callable[[], int], console: Console) -> int:
 
 
 def usage() -> str:
-    """The list of commands, as rich markup."""
-    lines = [f"  [bold]{name:6}[/] {text}" for name, text in COMMANDS.items()]
+    """Write the list of commands, as rich markup."""
+    lines = [f"  [bold]{name:6}[/] {command.help}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: python -m kdrl_train <command> \\[options]",
             "",
             *lines,
             "",
-            "python -m kdrl_train <command> --help explains every option with its unit.",
+            "python -m kdrl_train <command> --help explains the main options, --help-all all.",
         ]
     )

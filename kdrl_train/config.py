@@ -1,45 +1,57 @@
 """The run configuration: every number that changes a run, with its unit."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Literal
 
-from kdrl_train.config_file import at_least, in_unit_interval, positive
 from kdrl_train.method.config import MethodConfig
+from kdrl_train.settings import (
+    NaturalFloat,
+    NaturalInt,
+    PositiveFloat,
+    PositiveInt,
+    PositiveOrInf,
+    Share,
+    Switch,
+    UnitInterval,
+    settings,
+)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class ModelConfig:
     """Which models run, and in which precision."""
 
     policy: str = ""
-    """Folder or hub id of the policy (student) at step 0: any causal LM of transformers."""
+    """The policy (student): a folder or hub id. Any causal LM of transformers is accepted."""
     teacher: str | None = None
-    """Folder or hub id of the teacher, with the policy's tokenizer, or the URL of a server that
-    scores with it (http://host:port). Needed if method.kd is set; `eval` reads only its
-    vocabulary's size: columns that it lacks were not sampled in training."""
+    """The teacher: a folder, a hub id or a server's URL. A URL is http://host:port. The teacher
+    must have the policy's tokenizer. Needed when method.kd is set. `eval` reads only the size of
+    its vocabulary: training never samples a token that the teacher does not have."""
     teacher_api: Literal["kdrl", "openai"] = "kdrl"
-    """What a teacher behind a URL speaks: kdrl (`python -m kdrl_train serve`) or openai (vLLM and
-    others whose /v1/completions returns prompt log-probabilities)."""
+    """The protocol of a teacher behind a URL: kdrl (`python -m kdrl_train serve`) or openai (vLLM,
+    or another server whose /v1/completions returns prompt log-probabilities)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the forward and backward pass, and of the teacher. The policy's weights and
-    AdamW's moments stay float32: at a learning rate of 1e-6 a bfloat16 weight would not move."""
+    """Precision of the models. It holds for the forward pass, the backward pass and the teacher.
+    The policy's weights and AdamW's moments are always float32: at a learning rate of 1e-6 a
+    bfloat16 weight would not change."""
     device: str = "auto"
-    """Torch device of the run; auto: cuda where there is one, else cpu."""
+    """Torch device of the run; auto: cuda if there is a GPU, else cpu."""
     attention: str | None = None
-    """Attention of transformers, by its name; None: flash_attention_2 on a GPU in bfloat16 where
-    flash-attn is installed, else our own `packed`: a packed row costs what its sequences cost."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more compute."""
-    offload_policy: bool = False
+    """Name of the attention implementation in transformers. None: flash_attention_2 on a GPU in
+    bfloat16 if flash-attn is installed, else our own `packed`, which computes no attention between
+    sequences that share a packed row."""
+    gradient_checkpointing: Switch = False
+    """Compute activations again in the backward pass: less memory, about a third more compute."""
+    offload_policy: Switch = False
     """Keep the policy's shards, gradients and AdamW moments in CPU memory (torchrun, GPUs)."""
-    offload_teacher: bool = False
+    offload_teacher: Switch = False
     """Keep the teacher's shards in CPU memory (torchrun, GPUs)."""
     weights: Path | None = None
-    """A checkpoint folder (runs/x/checkpoints/step_000050), of a run with the same architecture,
-    whose weights, and nothing else, replace those of `policy` at step 0."""
-    liger: bool = False
-    """RMSNorm, SwiGLU and RoPE of both models by liger-kernel; needs a GPU with Triton, and
+    """Checkpoint folder (runs/x/checkpoints/step_000050) whose weights replace those of `policy` at
+    step 0. Nothing else is read from it. It must come from a run with the same architecture."""
+    liger: Switch = False
+    """Use liger-kernel for RMSNorm, SwiGLU and RoPE of both models. Needs a GPU with Triton, and
     `pip install 'kdrl-kernels[liger]'`."""
 
     @property
@@ -48,105 +60,94 @@ class ModelConfig:
         return self.teacher is not None and self.teacher.startswith(("http://", "https://"))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class TeacherConfig:
-    """How a teacher behind a URL is asked; results do not depend on it."""
+    """How a teacher behind a URL is queried. Results do not depend on it."""
 
     name: str | None = None
-    """Model to ask for where an openai server has several; None: its only one."""
-    concurrency: int = 64
-    """Completions on their way to the server at a time."""
-    timeout_s: float = 120.0
-    """Deadline of one request, in seconds; after it the request is sent again."""
-    deadline_s: float = 1800.0
-    """Seconds without any answer after which the run stops, with a checkpoint. Until then it waits
-    and goes on where it was when the teacher is back."""
-
-    def __post_init__(self) -> None:
-        at_least(1, "teacher.concurrency", self.concurrency)
-        positive("teacher.timeout_s", self.timeout_s)
-        positive("teacher.deadline_s", self.deadline_s)
+    """Name of the model, if an openai server has several; None: its only one."""
+    concurrency: PositiveInt = 64
+    """Largest number of completions that wait for the server's reply at the same time."""
+    timeout_s: PositiveFloat = 120.0
+    """Deadline of one request, in seconds. After it the request is sent again."""
+    deadline_s: PositiveFloat = 1800.0
+    """Seconds without any reply after which the run saves a checkpoint and stops. Until then it
+    waits, and continues when the teacher is back."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class DataConfig:
     """Where prompts and gold answers come from."""
 
     path: str = ""
-    """A .jsonl or .parquet file, a folder of them, or a hub id."""
+    """A .jsonl or .parquet file, a folder, or a hub id."""
     split: str = "train"
     """Split to read, for hub ids and folders that have several."""
     prompt_column: str = "question"
-    """Column with the problem's text."""
+    """Column with the text of the problem."""
     answer_column: str = "answer"
-    """Column with the gold answer; of a text with `####` the part after it counts (GSM8K)."""
+    """Column with the gold answer. If the text has `####`, the answer is what follows (GSM8K)."""
     prompt_template: str = "{prompt}"
     """Text around each problem; {prompt} stands for the problem."""
-    chat_template: bool = True
-    """Apply the tokenizer's chat template where it has one; otherwise the text is sent as it is."""
+    chat_template: Switch = True
+    """Apply the tokenizer's chat template if it has one. Otherwise the text is used as it is."""
     system_prompt: str | None = None
-    """System message, when a chat template is applied."""
-    max_prompt_tokens: int = 1024
-    """A longer prompt stops the run before it starts, in tokens."""
+    """System message, used when a chat template is applied."""
+    max_prompt_tokens: PositiveInt = 1024
+    """Longest prompt, in tokens. If one is longer, the run is refused before it starts."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class SamplingConfig:
-    """How completions are drawn: no top-k, no top-p, the policy's own distribution."""
+    """How completions are sampled: from the policy's own distribution, with no top-k or top-p."""
 
-    prompts_per_step: int = 64
+    prompts_per_step: PositiveInt = 64
     """P: prompts per optimiser step."""
-    group_size: int = 8
+    group_size: PositiveInt = 8
     """G: completions per prompt. Advantages are centred inside a group."""
-    max_new_tokens: int = 1024
-    """Longest completion, in tokens; a longer one is cut, counted, and earns what it earns."""
-    temperature: float = 1.0
-    """Sampling temperature; log-probabilities and the loss, the teacher's included, are taken at
-    the same temperature."""
-    batch_size: int = 256
-    """Completions generated at a time: bounds the memory of the key-value cache."""
-
-    def __post_init__(self) -> None:
-        for name in ("prompts_per_step", "group_size", "max_new_tokens", "batch_size"):
-            at_least(1, f"sampling.{name}", getattr(self, name))
-        positive("sampling.temperature", self.temperature)
+    max_new_tokens: PositiveInt = 1024
+    """Longest completion, in tokens. A longer one is cut, and rewarded as it stands; the number of
+    cut completions is logged."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature. Log-probabilities and the loss, the teacher's part included, use the
+    same temperature."""
+    batch_size: PositiveInt = 256
+    """Completions that are generated together. It limits the memory of the key-value cache."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class EngineConfig:
-    """Who samples the completions."""
+    """Which engine samples the completions."""
 
     kind: Literal["generate", "continuous", "vllm", "vllm_server"] = "generate"
-    """transformers' `generate`, from the policy itself, under torchrun from a whole copy on each
-    rank; its continuous batching, always from a copy, for GPUs; vLLM in this process, from a copy
-    on each rank; or a vLLM server, which all ranks share."""
+    """Sampling engine. generate: transformers' generate, on the policy itself, or on a whole copy
+    on each rank under torchrun. continuous: transformers' continuous batching, always on a copy,
+    for GPUs. vllm: vLLM in this process, with a copy on each rank. vllm_server: one vLLM server
+    that all ranks share."""
     url: str | None = None
-    """Where the server of `vllm_server` is: http://host:port. It must see the run's folder, through
-    which it gets the weights."""
-    timeout_s: float = 1800.0
-    """Longest wait for one answer of that server, in seconds; past it the run stops."""
-    memory_share: float = 0.4
-    """Share of a GPU's memory (on a CPU: of the machine's) that `vllm` takes for its copy and its
-    keys and values."""
-    eager: bool = False
-    """`vllm` without CUDA graphs: starts sooner, takes less memory, samples slower."""
-    max_sampler_mismatch: float | None = None
-    """Largest mean difference between the log-probabilities of engine and trainer for the tokens
-    of a step, in nats, beyond which the run stops; None: 1e-3 in float32, 0.05 in bfloat16."""
+    """Address of the vllm_server: http://host:port. It must be able to read the run's folder,
+    because it gets the weights through it."""
+    timeout_s: PositiveFloat = 1800.0
+    """Longest wait for one reply of the vllm_server, in seconds. After it the run stops."""
+    memory_share: Share = 0.4
+    """Share of the GPU's memory (on a CPU: of the machine's) that vllm takes for its copy of the
+    policy and its key-value cache."""
+    eager: Switch = False
+    """Run vllm without CUDA graphs: it starts sooner, takes less memory, and samples slower."""
+    max_sampler_mismatch: PositiveFloat | None = None
+    """Largest allowed sampler mismatch, in nats: the mean difference between the log-probabilities
+    of engine and trainer, over the tokens of a step. Above it the run stops. None: 1e-3 in float32,
+    0.05 in bfloat16."""
     staleness: Literal[0, 1] = 0
-    """1: each step's completions, but the first's, are drawn and verified while the step before
-    trains, by a copy of the weights that it starts from. They are off-policy by one step: the ratio
-    is taken to the policy that sampled (with method.sampler_correction: see terms.py)."""
+    """Optimiser steps between sampling and learning: 0 or 1. 1: while a step trains, a copy of the
+    weights that it started from samples the completions of the next step, and they are verified.
+    They are then off-policy by one step: the ratio is taken to the policy that sampled them, or,
+    with method.sampler_correction, to the policy at the start of the step."""
 
     def __post_init__(self) -> None:
-        if self.max_sampler_mismatch is not None:
-            positive("engine.max_sampler_mismatch", self.max_sampler_mismatch)
-        positive("engine.timeout_s", self.timeout_s)
-        if not 0 < self.memory_share <= 1:
-            raise ValueError(f"engine.memory_share must be in (0, 1], got {self.memory_share}")
         if (self.url is not None) != (self.kind == "vllm_server"):
             raise ValueError(
-                'engine.url must be set for engine.kind "vllm_server", and for no other, got '
+                'url must be set for kind "vllm_server", and for no other kind, got '
                 f'{self.url} and "{self.kind}"'
             )
 
@@ -155,121 +156,101 @@ class EngineConfig:
         return self.max_sampler_mismatch or {"float32": 1e-3, "bfloat16": 0.05}[dtype]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class RewardConfig:
     """How a completion becomes a number."""
 
     function: str = "math"
-    """`math` (math-verify on the last boxed or stated answer), `exact`, or `module:function`."""
-    timeout_s: float = 5.0
-    """Deadline per completion, in seconds; past it it counts as wrong, and as a timeout."""
-    workers: int = 2
-    """Verifier processes."""
-
-    def __post_init__(self) -> None:
-        positive("reward.timeout_s", self.timeout_s)
-        at_least(1, "reward.workers", self.workers)
+    """math, exact, or your module:function. math: math-verify on the last boxed or stated answer.
+    exact: the answer must be the gold answer, character by character."""
+    timeout_s: PositiveFloat = 5.0
+    """Deadline for one completion, in seconds. After it the completion counts as wrong, and as a
+    timeout."""
+    workers: PositiveInt = 2
+    """Processes that compute rewards."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class OptimConfig:
-    """AdamW and the packing of its batches."""
+    """AdamW, and how completions are packed for it."""
 
-    learning_rate: float = 1e-6
-    """Peak learning rate."""
-    warmup_steps: int = 0
-    """Optimiser steps of linear warm-up."""
-    weight_decay: float = 0.0
+    learning_rate: PositiveFloat = 1e-6
+    """Peak learning rate of AdamW."""
+    warmup_steps: NaturalInt = 0
+    """Optimiser steps in which the learning rate rises linearly from 0."""
+    weight_decay: NaturalFloat = 0.0
     """Decoupled weight decay of AdamW."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[UnitInterval, UnitInterval] = (0.9, 0.999)
     """Decay rates of AdamW's two moments."""
-    max_grad_norm: float = 1.0
-    """The gradient is scaled down to this norm."""
-    micro_batch_tokens: int = 8192
-    """Tokens packed into one forward and backward pass; results do not depend on it."""
-    workspace_bytes: int | None = None
-    """Memory of the one-pass head beyond inputs, outputs and gradients; None: its default."""
+    max_grad_norm: PositiveOrInf = 1.0
+    """Largest norm of the gradient: a larger gradient is scaled down to it. inf: never."""
+    micro_batch_tokens: PositiveInt = 8192
+    """Tokens packed into one forward and backward pass. Results do not depend on it."""
+    workspace_bytes: PositiveInt | None = None
+    """Memory of the one-pass head, in bytes, without its inputs, outputs and gradients; None: the
+    kernel's default."""
     head_impl: Literal["triton", "torch", "reference"] | None = None
-    """Implementation of the one-pass head; None: Triton on a GPU, PyTorch elsewhere."""
-    updates_per_rollout: int = 1
-    """Optimiser updates of one step: its prompts in so many equal parts, each with all completions
-    of its prompts, one update a part; each completion is used once. Above 1 the later updates are
-    off-policy: the ratio is taken to the policy before the first, at a forward pass more."""
-
-    def __post_init__(self) -> None:
-        positive("optim.learning_rate", self.learning_rate)
-        at_least(0, "optim.warmup_steps", self.warmup_steps)
-        at_least(0, "optim.weight_decay", self.weight_decay)
-        for i, beta in enumerate(self.betas):
-            in_unit_interval(f"optim.betas[{i}]", beta)
-        if not self.max_grad_norm > 0:
-            raise ValueError(
-                f"optim.max_grad_norm must be positive, got {self.max_grad_norm}: inf never clips"
-            )
-        at_least(1, "optim.micro_batch_tokens", self.micro_batch_tokens)
-        at_least(1, "optim.workspace_bytes", self.workspace_bytes)
-        at_least(1, "optim.updates_per_rollout", self.updates_per_rollout)
+    """Implementation of the one-pass head; None: triton on a GPU, torch elsewhere."""
+    updates_per_rollout: PositiveInt = 1
+    """Optimiser updates in one step. The step's prompts are split into this many equal parts, and
+    each part makes one update; each completion is used once. Above 1 the later updates are
+    off-policy: the ratio is taken to the policy before the first update, which costs one more
+    forward pass."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class EvalConfig:
-    """How a policy is measured during training."""
+    """How the policy is measured during training."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    """Held-out problems; an empty path means no evaluation during training."""
-    every: int = 0
+    """Held-out problems; with an empty path nothing is measured during training."""
+    every: NaturalInt = 0
     """Optimiser steps between evaluations; 0: none. The last step is evaluated too."""
-    samples: int = 4
+    samples: PositiveInt = 4
     """k of avg@k, pass@k and maj@k: completions per problem."""
-    max_problems: int | None = None
-    """Only the first so many problems; None: all."""
-
-    def __post_init__(self) -> None:
-        at_least(1, "eval.data.max_prompt_tokens", self.data.max_prompt_tokens)
-        at_least(0, "eval.every", self.every)
-        at_least(1, "eval.samples", self.samples)
-        at_least(1, "eval.max_problems", self.max_problems)
+    max_problems: PositiveInt | None = None
+    """Use only this many problems, the first ones; None: all."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class LogConfig:
-    """What is measured beside the training, and who is told. metrics.jsonl is always written."""
+    """What is logged besides metrics.jsonl, which every run writes."""
 
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Who else gets the rows of metrics.jsonl; each needs the extra of its name."""
+    """Where metrics go too: tensorboard, wandb, trackio. Each needs the extra of its name."""
     project: str = "kdrl"
-    """Project of the run at wandb or trackio."""
-    diagnostics_every: int = 0
-    """Optimiser steps between measurements of the two gradients, of reward and of distillation:
-    norms and cosine, from the step's first micro-batch, at two passes more over it. 0: never."""
+    """Name of the project at wandb or trackio."""
+    diagnostics_every: NaturalInt = 0
+    """Optimiser steps between two measurements of the reward's gradient and the distillation's
+    gradient: their norms and their cosine, on the step's first micro-batch. A measurement costs two
+    more passes over it. 0: never."""
 
     def __post_init__(self) -> None:
         if len(set(self.trackers)) < len(self.trackers):
-            raise ValueError(f"log.trackers must name each tracker once, got {self.trackers}")
-        at_least(0, "log.diagnostics_every", self.diagnostics_every)
+            raise ValueError(f"trackers must name each tracker once, got {self.trackers}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class TrainConfig:
     """One training run; saved as config.yaml in its folder."""
 
     out: Path = Path("runs/train")
-    """Run folder: config.yaml, metrics.jsonl, samples/, checkpoints/, model/."""
-    resume: bool = False
-    """Continue from the newest checkpoint in `out`; without it a used folder is refused."""
-    seed: int = 0
-    """All randomness is a function of (seed, step)."""
-    steps: int = 280
-    """Optimiser steps in all."""
-    save_every: int = 50
-    """Optimiser steps between checkpoints; the last step is always saved."""
-    save_async: bool = False
+    """Run folder. It gets config.yaml, metrics.jsonl, samples/, checkpoints/ and model/."""
+    resume: Switch = False
+    """Continue from the newest checkpoint in `out`. Without this a used folder is refused."""
+    seed: NaturalInt = 0
+    """Seed: all random numbers are a function of the seed and the step."""
+    steps: PositiveInt = 280
+    """Optimiser steps of the whole run."""
+    save_every: PositiveInt = 50
+    """Optimiser steps between checkpoints. The last step is always saved."""
+    save_async: Switch = False
     """Copy the state to CPU memory and write the checkpoint while the next step trains, instead of
-    waiting for the disk. What fails is said after the step, and the run stops."""
-    keep_checkpoints: int = 2
-    """Older checkpoints beyond this many are deleted."""
-    samples_per_step: int = 8
-    """Completions written to samples/ at each step, with their prompts and rewards."""
+    waiting for the disk. If writing fails, the run stops after that step and says why."""
+    keep_checkpoints: PositiveInt = 2
+    """Number of checkpoints to keep; older ones are deleted."""
+    samples_per_step: NaturalInt = 8
+    """Completions that each step writes to samples/, with their prompts and rewards."""
     model: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -282,11 +263,6 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "save_every", "keep_checkpoints"):
-            at_least(1, name, getattr(self, name))
-        for name in ("seed", "samples_per_step"):
-            at_least(0, name, getattr(self, name))
-        at_least(1, "data.max_prompt_tokens", self.data.max_prompt_tokens)
         if self.method.policy != "off" and self.sampling.group_size < 2:
             raise ValueError(
                 "sampling.group_size must be at least 2 for a policy gradient, got "
@@ -328,25 +304,19 @@ class TrainConfig:
             )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class EvaluateConfig:
     """One measurement of a saved model: `python -m kdrl_train eval`."""
 
     out: Path | None = None
     """JSON file for the numbers; None: only the table on the screen."""
-    seed: int = 0
+    seed: NaturalInt = 0
     """Seed of the sampling."""
-    samples: int = 4
+    samples: PositiveInt = 4
     """k of avg@k, pass@k and maj@k: completions per problem."""
-    max_problems: int | None = None
-    """Only the first so many problems; None: all."""
+    max_problems: PositiveInt | None = None
+    """Use only this many problems, the first ones; None: all."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
-
-    def __post_init__(self) -> None:
-        at_least(0, "seed", self.seed)
-        at_least(1, "samples", self.samples)
-        at_least(1, "max_problems", self.max_problems)
-        at_least(1, "data.max_prompt_tokens", self.data.max_prompt_tokens)

@@ -1,10 +1,9 @@
-"""Configuration dataclasses as YAML: written with each run, read back with every key checked."""
+"""Settings as YAML: written with each run, and read back with every key and value checked."""
 
-import math
-import types
-from dataclasses import MISSING, fields, is_dataclass, replace
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 import yaml
 
@@ -12,7 +11,7 @@ T = TypeVar("T")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain dicts, lists, strings and numbers, in the order of its fields."""
+    """Turn settings into plain dicts, lists, strings and numbers, in the order of their fields."""
     return {f.name: _plain(getattr(config, f.name)) for f in fields(config)}
 
 
@@ -31,7 +30,7 @@ def save_yaml(config: Any, path: Path) -> None:
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """Read the mapping in a YAML file.
 
     Raises: ValueError when the file is missing, is not YAML, or holds no mapping.
     """
@@ -48,75 +47,31 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def update(config: T, values: dict[str, Any], key: str = "") -> T:
-    """`config` with the nested `values` in place of its own.
+def update(config: T, values: Mapping[str, Any]) -> T:
+    """Replace some values of a configuration, and check the whole.
 
     Args:
-        config: a configuration dataclass.
+        config: the settings to change; they stay as they are.
         values: nested mapping, as read from YAML; it may name any part of the fields.
-        key: dotted path of `config` inside the whole, for messages.
-    Raises: ValueError for an unknown key, with the valid ones, or a value of the wrong type.
+    Raises: ValueError for an unknown key or a wrong value; the message begins with the dotted key.
     """
-    hints = _hints(config)
-    changes = {}
-    for name, value in values.items():
-        path = f"{key}.{name}" if key else str(name)
-        if name not in hints:
-            owner = f"{key} has" if key else "there are"
-            raise ValueError(f"unknown key {path}; {owner} {', '.join(hints)}")
-        current = getattr(config, name)
-        if is_dataclass(current):
-            if not isinstance(value, dict):
-                raise ValueError(f"{path} must hold keys and values, got {value!r}")
-            changes[name] = update(current, value, path)
-        else:
-            changes[name] = _convert(value, hints[name], path)
-    return replace(config, **changes)  # type: ignore[type-var]
+    return type(config)(**_merge(config, values))
 
 
-def _convert(value: Any, hint: Any, path: str) -> Any:
-    """`value` as the annotated type; ValueError names the key, the type and the value."""
-    origin, options = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in options:
-            return None
-        rest = [option for option in options if option is not type(None)]
-        return _convert(value, rest[0], path)
-    if origin is Literal:
-        if value in options:
-            return value
-        raise ValueError(f"{path} must be one of {', '.join(map(str, options))}, got {value!r}")
-    if origin is tuple:
-        many = options[-1] is Ellipsis
-        if isinstance(value, (list, tuple)) and (many or len(value) == len(options)):
-            kinds = [options[0]] * len(value) if many else options
-            return tuple(_convert(v, o, path) for v, o in zip(value, kinds, strict=True))
-        size = "" if many else f" of {len(options)} values"
-        raise ValueError(f"{path} must be a list{size}, got {value!r}")
-    return _scalar(value, hint, path)
-
-
-def _scalar(value: Any, hint: type, path: str) -> Any:
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML 1.1 reads 1e-6 as text
-        except ValueError:
-            pass
-    elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-        return value
-    raise ValueError(f"{path} must be of type {hint.__name__}, got {value!r}")
-
-
-def _hints(config: Any) -> dict[str, Any]:
-    """Field -> annotated type of a dataclass."""
-    hints = get_type_hints(type(config))
-    return {f.name: hints[f.name] for f in fields(config)}
+def _merge(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Put `values` in place of the fields of `config` that they name, section by section."""
+    merged = {f.name: getattr(config, f.name) for f in fields(config)}
+    for key, value in values.items():
+        name = str(key)  # YAML's keys may be numbers, which name no field
+        section = merged.get(name)
+        nested = is_dataclass(section) and isinstance(value, dict)
+        merged[name] = _merge(section, value) if nested else value
+    return merged
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], key: str = "") -> dict[str, tuple]:
-    """Dotted keys whose values differ, with (old, new); a key that one side lacks counts too."""
+    """Find the dotted keys whose values differ, with (old, new); a key that one side lacks has the
+    value "absent" there."""
     out: dict[str, tuple] = {}
     for name in old | new:
         path = f"{key}.{name}" if key else name
@@ -126,22 +81,3 @@ def differences(old: dict[str, Any], new: dict[str, Any], key: str = "") -> dict
         elif a != b:
             out[path] = tuple("absent" if v is MISSING else v for v in (a, b))
     return out
-
-
-def positive(key: str, value: float) -> None:
-    """Raises ValueError unless 0 < value < inf (nan is refused too)."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"{key} must be positive and finite, got {value}")
-
-
-def at_least(least: int, key: str, value: float | None) -> None:
-    """Raises ValueError unless value is None or least <= value < inf (nan is refused too)."""
-    if value is not None and not least <= value < math.inf:
-        kind = "finite and " if isinstance(value, float) else ""
-        raise ValueError(f"{key} must be {kind}at least {least}, got {value}")
-
-
-def in_unit_interval(key: str, value: float) -> None:
-    """Raises ValueError unless 0 <= value < 1 (nan is refused too)."""
-    if not 0 <= value < 1:
-        raise ValueError(f"{key} must be at least 0 and below 1, got {value}")

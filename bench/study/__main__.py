@@ -24,6 +24,12 @@ MAY_GROW = (
 )  # fmt: skip
 """Settings that a study may be gone on with: they say which runs there are, not what one is."""
 
+OPTIONS = (
+    "config", "out", "quick", "tasks", "seeds", "steps", "learning_rates", "betas", "workers",
+    "device",
+)  # fmt: skip
+"""Settings that --help explains."""
+
 
 def main(config: StudyConfig, console: Console | None = None) -> Path:
     """Make the study, or what is left of it; returns its folder.
@@ -132,7 +138,8 @@ def open_folder(config: StudyConfig) -> None:
 
 def run(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
-    main(parse(StudyConfig(), argv, "", "python -m bench.study"))
+    description = "train every arm of the study, then write its tables, plots and page"
+    main(parse(StudyConfig(), argv, "python -m bench.study", description, OPTIONS))
     return 0
 
 

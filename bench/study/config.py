@@ -2,10 +2,19 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from bench.study.arms import ARMS
-from kdrl_train.config_file import at_least, positive
+from kdrl_train.settings import (
+    NaturalInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Switch,
+    settings,
+)
 from kdrl_train.tools.toy.models import ArchitectureConfig
 
 TaskName = Literal["arithmetic", "countdown"]
@@ -16,38 +25,38 @@ RUNOFF_SEED = SWEEP_SEED + 1
 """Of the second run of settings that the first cannot tell from the best."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class LabConfig:
-    """The models of a task, trained from scratch on worked solutions, some with slips in them: a
-    model that has seen slips samples slips as often, and so is as imperfect as is asked for."""
+    """The models of a task, trained from scratch on worked solutions. Some solutions have slips
+    (wrong calculations): a model that learns from them slips as often, which sets its accuracy."""
 
     level: str = "medium"
-    """Difficulty of the problems, see kdrl_train/tools/toy."""
-    problems: int = 20000
-    """Problems to learn from, supervised and then by sampling."""
-    student_slips: float = 0.5
-    """Chance of a slip in each step of the solutions that the student learns from."""
-    student_steps: int = 600
+    """Difficulty of the problems: easy, medium or hard."""
+    problems: PositiveInt = 20000
+    """Problems to learn from, in supervised training and then in RL."""
+    student_slips: Probability = 0.5
+    """Probability of a slip in each step of the solutions that the student learns from."""
+    student_steps: PositiveInt = 600
     """Supervised steps of the student."""
-    weak_slips: float = 0.4
-    """The same for the solutions of the weak teacher."""
-    middle_slips: float = 0.25
-    """Of the teacher of all arms."""
-    strong_slips: float = 0.1
-    """Of the strong teacher."""
-    teacher_steps: int = 600
+    weak_slips: Probability = 0.4
+    """Probability of a slip in the solutions that the weak teacher learns from."""
+    middle_slips: Probability = 0.25
+    """Probability of a slip for the middle teacher, which all arms use."""
+    strong_slips: Probability = 0.1
+    """Probability of a slip for the strong teacher."""
+    teacher_steps: PositiveInt = 600
     """Supervised steps of a teacher."""
-    batch_tokens: int = 1792
+    batch_tokens: PositiveInt = 1792
     """Tokens of a supervised batch."""
-    learning_rate: float = 5e-3
+    learning_rate: PositiveFloat = 5e-3
     """Peak learning rate of supervised training."""
-    max_new_tokens: int = 48
+    max_new_tokens: PositiveInt = 48
     """Longest completion, in tokens."""
 
 
 def _countdown() -> LabConfig:
-    """Its solutions are hard to plan: models are imperfect without slips, by how long they learn.
-    There are fewer different problems."""
+    """Models of the countdown task. Its solutions are hard to plan: models make errors without
+    slips, more of them the less they learn. There are fewer different problems."""
     return LabConfig(
         problems=5500,
         student_slips=0.0,
@@ -70,50 +79,50 @@ def _architecture(hidden: int) -> ArchitectureConfig:
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class StudyConfig:
-    """`python -m bench.study`: arms, their sweeps, seeds, and where it all is measured."""
+    """A study: which arms run, with which sweeps and seeds, and what they are measured on."""
 
     out: Path = Path("runs/study")
-    """Folder of the study. One that stopped goes on there: a run that ended is not done again."""
-    quick: bool = False
-    """One task, five arms, one seed, no sweep, 30 steps: some minutes on two CPU cores."""
+    """Folder of the study. A study that stopped continues there, and repeats no finished run."""
+    quick: Switch = False
+    """A small study: one task, one seed, no sweep, 30 steps. Minutes on two CPU cores."""
     tasks: tuple[TaskName, ...] = ("arithmetic", "countdown")
-    """All arms run on the first one; the arms of `main_arms` on the others."""
+    """Tasks. All arms run on the first one, and those in `main_arms` on the others."""
     arms: tuple[str, ...] = tuple(name for name in ARMS)
-    """Which arms of bench/study/arms.py."""
+    """Arms to run, by their names in bench/study/arms.py."""
     main_arms: tuple[str, ...] = ("student", "teacher", "sft", "grpo", "kd_rkl", "kdrl")
-    """Arms that the other tasks have too, and that have more seeds on the first."""
+    """Arms that run on every task, with more seeds on the first."""
     quality_arms: tuple[str, ...] = ("kd_rkl", "kdrl")
     """Arms that run with each of the three teachers, on the first task."""
-    seeds: int = 3
-    """Runs of each arm that is reported; seed s has the same prompts in the same order in all."""
-    main_seeds: int = 5
-    """The same, of the arms of `main_arms` on the first task."""
-    steps: int = 80
+    seeds: PositiveInt = 3
+    """Reported runs of each arm. Seed s gives all arms the same prompts in the same order."""
+    main_seeds: PositiveInt = 5
+    """Reported runs of each arm in `main_arms`, on the first task."""
+    steps: PositiveInt = 80
     """Optimiser steps of a run."""
-    prompts_per_step: int = 32
-    """P: prompts of a step."""
-    group_size: int = 8
-    """G: completions of a prompt."""
-    learning_rates: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3)
-    """Swept for each arm, at the middle one of its betas."""
-    betas: tuple[float, ...] = (0.02, 0.2, 2.0)
-    """Swept for each arm that has a beta, at its best learning rate."""
-    more_betas: tuple[float, ...] = (0.063, 0.63)
-    """Run too, on the first task, for the arms whose sensitivity to beta is compared; settings are
+    prompts_per_step: PositiveInt = 32
+    """P: prompts per step."""
+    group_size: Annotated[PositiveInt, Field(ge=2)] = 8
+    """G: completions per prompt."""
+    learning_rates: tuple[PositiveFloat, ...] = (2.5e-4, 5e-4, 1e-3)
+    """Learning rates to try. They are swept for each arm, at the middle one of its betas."""
+    betas: tuple[PositiveFloat, ...] = (0.02, 0.2, 2.0)
+    """Betas to try. They are swept for each arm that has one, at its best learning rate."""
+    more_betas: tuple[PositiveFloat, ...] = (0.063, 0.63)
+    """More betas, which show how sensitive an arm is. They run on the first task, and settings are
     not chosen by them."""
-    widen: int = 2
-    """How often a sweep on the first task may go on, in the same ratio, past an end that is its
-    best."""
-    validation_problems: int = 500
-    """Problems that the sweep is judged by."""
-    test_problems: int = 1000
-    """Problems of each set that arms are reported on."""
-    samples: int = 4
-    """k of avg@k: completions of each problem, at temperature 1; at most 9."""
-    workers: int = 2
-    """Runs at a time, one CPU thread each."""
+    widen: NaturalInt = 2
+    """How often a sweep may be widened. If the best value of a sweep on the first task is at an
+    end, one more value is tried past that end, in the same ratio."""
+    validation_problems: PositiveInt = 500
+    """Problems that a sweep is measured on."""
+    test_problems: PositiveInt = 1000
+    """Problems in each set that arms are reported on."""
+    samples: Annotated[PositiveInt, Field(le=9)] = 4
+    """k of avg@k: completions per problem, at temperature 1."""
+    workers: PositiveInt = 2
+    """Runs at the same time, each with one CPU thread."""
     arithmetic: LabConfig = field(default_factory=LabConfig)
     countdown: LabConfig = field(default_factory=_countdown)
     student: ArchitectureConfig = field(default_factory=lambda: _architecture(64))
@@ -124,21 +133,9 @@ class StudyConfig:
     """Torch device of every run."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "seeds", "main_seeds", "steps", "prompts_per_step", "validation_problems",
-            "test_problems", "workers",
-        ):  # fmt: skip
-            at_least(1, name, getattr(self, name))
-        at_least(2, "group_size", self.group_size)
-        at_least(0, "widen", self.widen)
-        if not 1 <= self.samples <= 9:
-            raise ValueError(f"samples must be in [1, 9], got {self.samples}")
-        for key in ("learning_rates", "betas", "more_betas"):
-            values = getattr(self, key)
-            if not values and key != "more_betas":
+        for key in ("learning_rates", "betas"):
+            if not getattr(self, key):
                 raise ValueError(f"{key} must hold at least one number, got none")
-            for value in values:
-                positive(key, value)
         for key in ("arms", "main_arms", "quality_arms"):
             for arm in getattr(self, key):
                 if arm not in ARMS:

@@ -38,6 +38,14 @@ from kdrl_train.rollouts.problems import encode_prompt, load_examples
 from kdrl_train.rollouts.sampler import generate_rollouts
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder import jsonl
+from kdrl_train.settings import (
+    NaturalFloat,
+    NaturalInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    settings,
+)
 from kdrl_train.tools import sft
 from kdrl_train.tools.evaluate import evaluate
 from kdrl_train.tools.toy import ArithmeticConfig, make_arithmetic
@@ -46,20 +54,20 @@ from kdrl_train.tools.toy.models import ArchitectureConfig, train_tokenizer
 KL_STEP = 2**31 + 1  # seeds of the completions that the KL is measured on; evaluation has 2**31
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class DemoConfig:
     """The whole demo. The defaults take about three and a half minutes on two cores."""
 
     out: Path | None = None
-    """New folder for everything; None: the first free one of runs/demo, runs/demo-2, ..."""
-    seed: int = 0
-    """Of the task, the initial weights and the run."""
+    """New folder for everything. None: the first of runs/demo, runs/demo-2, ... that is free."""
+    seed: NaturalInt = 0
+    """Seed of the task, the initial weights and the run."""
     task: ArithmeticConfig = field(default_factory=ArithmeticConfig)
-    problems: int = 20000
+    problems: PositiveInt = 20000
     """Problems to learn from."""
-    held_out: int = 250
-    """Other problems, to measure on."""
-    samples: int = 4
+    held_out: PositiveInt = 250
+    """Problems to measure on, none of them learnt from."""
+    samples: PositiveInt = 4
     """k of avg@k: completions per held-out problem, at temperature 1."""
     teacher: ArchitectureConfig = field(
         default_factory=lambda: ArchitectureConfig(
@@ -71,8 +79,8 @@ class DemoConfig:
             rope_theta=100.0,
         )
     )
-    teacher_steps: int = 600
-    """Supervised steps of the teacher, on solutions that are right."""
+    teacher_steps: PositiveInt = 600
+    """Supervised steps of the teacher, on correct solutions."""
     student: ArchitectureConfig = field(
         default_factory=lambda: ArchitectureConfig(
             family="qwen3",
@@ -83,36 +91,32 @@ class DemoConfig:
             rope_theta=100.0,
         )
     )
-    student_steps: int = 850
-    """Supervised steps of the student, on solutions with slips."""
-    slips: float = 0.3
-    """Chance of a slip in each step of those solutions; the student samples slips as often."""
-    sft_batch_tokens: int = 1792
-    """Tokens of a batch of both supervised runs."""
-    sft_learning_rate: float = 5e-3
+    student_steps: PositiveInt = 850
+    """Supervised steps of the student, on solutions with slips (wrong calculations)."""
+    slips: Probability = 0.3
+    """Probability of a slip in each step of these solutions; the student learns to slip as
+    often."""
+    sft_batch_tokens: PositiveInt = 1792
+    """Tokens of a batch, in both supervised runs."""
+    sft_learning_rate: PositiveFloat = 5e-3
     """Peak learning rate of both supervised runs."""
-    steps: int = 45
+    steps: PositiveInt = 45
     """Optimiser steps of KDRL."""
-    prompts_per_step: int = 32
+    prompts_per_step: PositiveInt = 32
     """P: prompts per step of KDRL."""
-    group_size: int = 8
+    group_size: PositiveInt = 8
     """G: completions per prompt."""
-    max_new_tokens: int = 48
+    max_new_tokens: PositiveInt = 48
     """Longest completion, in tokens; a worked solution has up to 32."""
-    learning_rate: float = 7e-4
+    learning_rate: PositiveFloat = 7e-4
     """Learning rate of KDRL."""
-    beta: float = 0.5
+    beta: NaturalFloat = 0.5
     """Weight of the teacher's reverse KL at the first step of KDRL."""
-    final_beta: float = 0.05
-    """The same at the last step; linear in between."""
-    threads: int = 1
-    """CPU threads of PyTorch. At this size a second one gains little on an idle machine, and on a
-    busy one the two wait for each other: five times slower."""
-
-    def __post_init__(self) -> None:
-        for name in ("problems", "held_out", "samples", "steps", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+    final_beta: NaturalFloat = 0.05
+    """Weight of the teacher's reverse KL at the last step. It changes linearly in between."""
+    threads: PositiveInt = 1
+    """CPU threads of PyTorch. For such small models a second thread gains little on an idle
+    machine; on a busy one the two wait for each other, and the demo is five times slower."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

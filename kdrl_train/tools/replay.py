@@ -20,17 +20,19 @@ from kdrl_train.method import grpo
 from kdrl_train.model.load import use_device
 from kdrl_train.model.packing import pack
 from kdrl_train.runfolder import checkpoint
+from kdrl_train.settings import Switch, settings
 from kdrl_train.start.load import load
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class ReplayConfig:
-    """Which step is taken apart."""
+    """Which step is examined."""
 
     file: Path = Path("failed_step.pt")
-    """failed_step_XXXXXX.pt of a run folder."""
-    all: bool = False
-    """Show every completion; otherwise those that are not finite and the ten largest gradients."""
+    """The file failed_step_XXXXXX.pt of a run folder."""
+    all: Switch = False
+    """Show every completion. Without it: those that are not finite, and the ten with the largest
+    gradients."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,15 @@ from kdrl_train.config import DataConfig
 from kdrl_train.config_file import save_yaml
 from kdrl_train.rollouts.problems import _example, _rows, _text, encode_prompt
 from kdrl_train.runfolder import jsonl
+from kdrl_train.settings import (
+    NaturalFloat,
+    NaturalInt,
+    PositiveFloat,
+    PositiveInt,
+    PositiveOrInf,
+    Switch,
+    settings,
+)
 from kdrl_train.tools.toy.models import ArchitectureConfig, make_model, train_tokenizer
 
 MAX_PADDED = 1.25  # tokens of a padded group, of those of its rows
@@ -33,50 +42,46 @@ FINAL_LR_SHARE = 0.05  # of the peak, at the end of the cosine
 LOG_EVERY_S = 10.0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class SftConfig:
     """One supervised run; saved as sft.yaml beside the model."""
 
     out: Path = Path("runs/sft")
-    """New folder: model and tokenizer as transformers loads them, sft.yaml, sft_metrics.jsonl."""
-    seed: int = 0
-    """Initial weights and the order of the rows."""
+    """New folder. It gets the model and tokenizer as transformers loads them, sft.yaml and
+    sft_metrics.jsonl."""
+    seed: NaturalInt = 0
+    """Seed of the initial weights and of the order of the examples."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Where the rows are; the prompt is encoded just as `train` encodes it."""
+    """Solved problems; their prompts are encoded as in `train`."""
     solution_column: str = "solution"
-    """Column with the text to learn, from the first token of the solution to the last."""
+    """Column with the text to learn. All of its tokens are learnt."""
     model: str | None = None
-    """Folder or hub id of a model to go on from, with its tokenizer; None: a fresh one."""
+    """Model to continue from: a folder or hub id. Its tokenizer is used. None: a new model."""
     tokenizer: str | None = None
-    """Folder or hub id of a tokenizer; None: that of `model`, or one trained on these rows."""
-    vocab_size: int = 2048
-    """Most entries of a tokenizer trained here: 256 bytes, 3 special ones, merges."""
+    """Folder or hub id of a tokenizer. None: that of `model`, or one trained on these examples."""
+    vocab_size: PositiveInt = 2048
+    """Largest vocabulary of a tokenizer trained here: 256 bytes, 3 special tokens, merges."""
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
-    steps: int = 1000
-    """Optimiser steps at most."""
-    minutes: float | None = None
-    """Stop after so many minutes if that is earlier; the learning rate follows the clock then."""
-    batch_tokens: int = 4096
-    """Tokens of a batch, without padding; a longer row is a batch of its own."""
-    learning_rate: float = 2e-3
-    """Peak learning rate: linear warm-up, then a cosine to 5% of it."""
-    warmup_steps: int = 50
-    """Optimiser steps of linear warm-up."""
-    weight_decay: float = 0.01
+    steps: PositiveInt = 1000
+    """Largest number of optimiser steps."""
+    minutes: PositiveFloat | None = None
+    """Stop after so many minutes, if that is earlier. The learning rate then follows the clock."""
+    batch_tokens: PositiveInt = 4096
+    """Tokens of a batch, without padding. A longer example makes a batch of its own."""
+    learning_rate: PositiveFloat = 2e-3
+    """Peak learning rate. It rises linearly, then falls as a cosine to 5% of the peak."""
+    warmup_steps: NaturalInt = 50
+    """Optimiser steps in which the learning rate rises linearly from 0."""
+    weight_decay: NaturalFloat = 0.01
     """Decoupled weight decay of AdamW."""
-    max_grad_norm: float = 1.0
-    """The gradient is scaled down to this norm."""
-    learn_prompts: bool = False
-    """Put the loss on the prompts' tokens too: helps where the text itself has to be learnt."""
+    max_grad_norm: PositiveOrInf = 1.0
+    """Largest norm of the gradient: a larger gradient is scaled down to it. inf: never."""
+    learn_prompts: Switch = False
+    """Learn the tokens of the prompts too. It helps if the model must learn the language itself."""
     device: str = "auto"
-    """Torch device; auto: cuda where there is one, else cpu."""
+    """Torch device; auto: cuda if there is a GPU, else cpu."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_tokens", "learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.minutes is not None and self.minutes <= 0:
-            raise ValueError(f"minutes must be positive or None, got {self.minutes}")
         if self.model is not None and self.tokenizer is not None:
             raise ValueError(
                 f"tokenizer must be None beside a model, which brings its own, got {self.tokenizer}"

@@ -1,9 +1,13 @@
 """config, config_file and the command line: who overrides whom, and what is refused."""
 
 import math
+import pickle
 import re
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
@@ -20,10 +24,12 @@ from kdrl_train.config import (
 from kdrl_train.config_file import differences, load_yaml, save_yaml, to_dict, update
 from kdrl_train.method.config import ScheduleConfig
 from kdrl_train.method.presets import PRESETS
+from kdrl_train.settings import explanations, is_settings
 
 
 def parse(*options: str) -> TrainConfig:
-    return cli.parse(TrainConfig(), options, "train")
+    command = cli.COMMANDS["train"]
+    return cli.parse(TrainConfig(), options, "train", command.help, command.options)
 
 
 def write(path: Path, text: str) -> str:
@@ -89,16 +95,30 @@ def test_every_preset_is_an_option(name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("stepz: 3", r"unknown key stepz; there are out, resume, seed, steps"),
+        ("stepz: 3", r"unknown key stepz \(did you mean steps\?\); there are out, resume, seed"),
+        ("1: 3", r"unknown key 1; there are out, resume, seed, steps"),
         ("optim: {lr: 1}", r"unknown key optim\.lr; optim has learning_rate, warmup_steps"),
+        ("optim: {learning_rat: 1}", r"key optim\.learning_rat \(did you mean learning_rate\?\); "),
         ("method: {kd_coef: {end: 1}}", r"unknown key method\.kd_coef\.end; .*kind, initial"),
-        ("steps: many", r"steps must be of type int, got 'many'"),
-        ("steps: true", r"steps must be of type int, got True"),
-        ("resume: 1", r"resume must be of type bool, got 1"),
-        ("optim: {betas: [0.9]}", r"optim\.betas must be a list of 2 values, got \[0\.9\]"),
+        ("steps: many", r"steps must be a valid integer, got 'many'"),
+        ("steps: '3'", r"steps must be a valid integer, got '3'"),
+        ("steps: 1.5", r"steps must be a valid integer, got 1\.5"),
+        ("steps: true", r"steps must be a valid integer, got True"),
+        ("steps: null", r"steps must be a valid integer, got None"),
+        ("eval: {max_problems: true}", r"eval\.max_problems must be a valid integer, got True"),
+        ("resume: 1", r"resume must be a valid boolean, got 1"),
+        ("resume: 'no'", r"resume must be a valid boolean, got 'no'"),
+        ("model: {policy: 3}", r"model\.policy must be a valid string, got 3"),
+        ("out: 3", r"out must be a path, got 3"),
+        ("optim: {betas: [0.9]}", r"optim\.betas\[1\] must be given, got \[0\.9\]"),
+        ("optim: {betas: [0.1, 0.2, 0.3]}", r"optim\.betas must have no more values, got \[0\.1,"),
+        ("optim: {weight_decay: true}", r"optim\.weight_decay must be a valid number, got True"),
         ("optim: 3", r"optim must hold keys and values, got 3"),
-        ("method: {kd: k1}", r"method\.kd must be one of k2, k3, rkl, fkl, jsd, reward, got 'k1'"),
-        ("optim: {learning_rate: high}", r"optim\.learning_rate must be of type float"),
+        (
+            "method: {kd: k1}",
+            r"method\.kd must be 'k2', 'k3', 'rkl', 'fkl', 'jsd' or 'reward', got 'k1'",
+        ),
+        ("optim: {learning_rate: high}", r"optim\.learning_rate must be a number, got 'high'"),
         ("sampling: {group_size: 1}", r"group_size must be at least 2 for a policy gradient"),
         (
             "method: {policy: 'off', kd_coef: {kind: reward_adaptive}}\nsampling: {group_size: 1}",
@@ -106,21 +126,24 @@ def test_every_preset_is_an_option(name: str) -> None:
         ),
         (
             "method: {kd_coef: {kind: step}}",
-            r"method\.kd_coef\.at must be one or more increasing steps from 1 on, got \(\)",
+            r'method\.kd_coef\.at must be one or more increasing steps for kind "step", got \(\)',
         ),
         (
             "method: {kd_coef: {kind: step, at: [1, 2], values: [0.5]}}",
             r"method\.kd_coef\.values must be 2 numbers, .* got \(0\.5,\)",
         ),
         ("method: {kd_coef: {at: 3}}", r"method\.kd_coef\.at must be a list, got 3"),
-        ("method: {kd_coef: {at: [x]}}", r"method\.kd_coef\.at must be of type int, got 'x'"),
+        (
+            "method: {kd_coef: {at: [x]}}",
+            r"method\.kd_coef\.at\[0\] must be a valid integer, got 'x'",
+        ),
         (
             "method: {kd_coef: {kind: kl_budget, initial: 2}}",
-            r"method\.kd_coef\.initial must be in method\.kd_coef\.bounds, 0\.0001 to 1\.0, got 2",
+            r"method\.kd_coef\.initial must be in bounds, 0\.0001 to 1\.0, got 2",
         ),
         (
             "method: {policy_coef: {kind: kl_budget}}",
-            r'method\.policy_coef\.kind must be .* got "kl_budget": it is for method\.kd_coef',
+            r'method\.policy_coef\.kind must be .* got "kl_budget": it is for kd_coef',
         ),
         (
             "method: {policy_coef: {kind: switch, patience: 2}}",
@@ -132,7 +155,10 @@ def test_every_preset_is_an_option(name: str) -> None:
             r"prompts_per_step must be a multiple of optim\.updates_per_rollout, got 6 and 4",
         ),
         ("log: {trackers: wandb}", r"log\.trackers must be a list, got 'wandb'"),
-        ("log: {trackers: [mlflow]}", r"log\.trackers must be one of tensorboard, wandb, trackio"),
+        (
+            "log: {trackers: [mlflow]}",
+            r"log\.trackers\[0\] must be 'tensorboard', 'wandb' or 'trackio'",
+        ),
         ("log: {trackers: [wandb, wandb]}", r"log\.trackers must name each tracker once"),
         ("- 1", r"must hold keys and values, got a list"),
         ("a: [", r"--config must be a YAML file"),
@@ -161,46 +187,41 @@ BELOW_ZERO = ("-1", "at least 0, got -1")
         ("sampling.group_size", *BELOW_ONE),
         ("sampling.max_new_tokens", *BELOW_ONE),
         ("sampling.batch_size", *BELOW_ONE),
-        ("sampling.temperature", ".nan", "positive and finite, got nan"),
-        ("sampling.temperature", "0", "positive and finite, got 0.0"),
-        ("reward.timeout_s", "-1", "positive and finite, got -1.0"),
-        ("reward.timeout_s", ".inf", "positive and finite, got inf"),
+        ("sampling.temperature", ".nan", "a finite number, got nan"),
+        ("sampling.temperature", "0", "greater than 0, got 0"),
+        ("reward.timeout_s", "-1", "greater than 0, got -1"),
+        ("reward.timeout_s", ".inf", "a finite number, got inf"),
         ("reward.workers", *BELOW_ONE),
         ("teacher.concurrency", *BELOW_ONE),
-        ("teacher.timeout_s", "0", "positive and finite, got 0.0"),
-        ("teacher.deadline_s", ".inf", "positive and finite, got inf"),
-        ("method.clip_low", "1", "at least 0 and below 1, got 1.0"),
-        ("method.clip_high", "-0.5", "finite and at least 0, got -0.5"),
-        ("method.std_floor", "0", "positive and finite, got 0.0"),
-        ("method.jsd_alpha", "1", "in (0, 1), got 1.0"),
-        ("method.entropy_coef", ".nan", "finite, got nan"),
-        ("method.kd_coef.initial", "-0.002", "finite and at least 0, got -0.002"),
-        ("method.kd_coef.initial", ".inf", "finite and at least 0, got inf"),
-        ("method.kd_coef.final", ".nan", "finite and at least 0, got nan"),
+        ("teacher.timeout_s", "0", "greater than 0, got 0"),
+        ("teacher.deadline_s", ".inf", "a finite number, got inf"),
+        ("method.clip_low", "1", "less than 1, got 1"),
+        ("method.clip_high", "-0.5", "at least 0, got -0.5"),
+        ("method.std_floor", "0", "greater than 0, got 0"),
+        ("method.jsd_alpha", "1", "less than 1, got 1"),
+        ("method.entropy_coef", ".nan", "a finite number, got nan"),
+        ("method.kd_coef.initial", "-0.002", "at least 0, got -0.002"),
+        ("method.kd_coef.initial", ".inf", "a finite number, got inf"),
+        ("method.kd_coef.final", ".nan", "a finite number, got nan"),
         ("method.kd_coef.steps", *BELOW_ONE),
         ("method.kd_coef.patience", *BELOW_ZERO),
-        ("method.kd_coef.min_gain", ".nan", "finite and at least 0, got nan"),
-        ("method.kd_coef.target_kl", "0", "positive and finite, got 0.0"),
-        ("method.kd_coef.gain", "1", "in (0, 1), got 1.0"),
-        ("method.kd_coef.at", "[3, 3]", "increasing steps from 1 on, got (3, 3)"),
-        ("method.kd_coef.at", "[0]", "increasing steps from 1 on, got (0,)"),
-        (
-            "method.kd_coef.values",
-            "[0.1]",
-            "0 numbers, one for each of at, finite and at least 0, got (0.1,)",
-        ),
+        ("method.kd_coef.min_gain", ".nan", "a finite number, got nan"),
+        ("method.kd_coef.target_kl", "0", "greater than 0, got 0"),
+        ("method.kd_coef.gain", "1", "less than 1, got 1"),
+        ("method.kd_coef.at", "[3, 3]", "increasing steps, got (3, 3)"),
+        ("method.kd_coef.values", "[0.1]", "0 numbers, one for each of at, got (0.1,)"),
         (
             "method.kd_coef.bounds",
             "[1, 0.5]",
-            "two positive numbers, the smaller one first, got (1.0, 0.5)",
+            "two numbers, the smaller one first, got (1.0, 0.5)",
         ),
-        ("method.policy_coef.initial", "-1", "finite and at least 0, got -1.0"),
-        ("method.sampler_cap", "1", "above 1 and finite, got 1.0"),
+        ("method.policy_coef.initial", "-1", "at least 0, got -1"),
+        ("method.sampler_cap", "1", "greater than 1, got 1"),
         ("optim.updates_per_rollout", *BELOW_ONE),
-        ("optim.learning_rate", ".inf", "positive and finite, got inf"),
+        ("optim.learning_rate", ".inf", "a finite number, got inf"),
         ("optim.warmup_steps", *BELOW_ZERO),
-        ("optim.weight_decay", "-0.1", "finite and at least 0, got -0.1"),
-        ("optim.max_grad_norm", "0", "positive, got 0.0: inf never clips"),
+        ("optim.weight_decay", "-0.1", "at least 0, got -0.1"),
+        ("optim.max_grad_norm", "0", "greater than 0, got 0"),
         ("optim.micro_batch_tokens", *BELOW_ONE),
         ("optim.workspace_bytes", *BELOW_ONE),
         ("eval.data.max_prompt_tokens", *BELOW_ONE),
@@ -220,13 +241,17 @@ def test_a_number_out_of_range_is_refused(
 
 
 def test_ranges_beyond_one_number() -> None:
-    with pytest.raises(ValueError, match=r"optim\.betas\[1\] must be .* below 1, got 1\.0"):
+    with pytest.raises(ValueError, match=r"^betas\[1\] must be less than 1, got 1\.0"):
         OptimConfig(betas=(0.9, 1.0))
     for key, value in (("seed", -1), ("samples", 0), ("max_problems", 0)):
         with pytest.raises(ValueError, match=rf"^{key} must be at least \d, got {value}"):
             EvaluateConfig(**{key: value})
-    with pytest.raises(ValueError, match=r"data\.max_prompt_tokens must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"^max_prompt_tokens must be at least 1, got 0"):
         EvaluateConfig(data=DataConfig(max_prompt_tokens=0))
+    for key, value in (("at", "[0]"), ("values", "[-1]"), ("bounds", "[0, 1]")):
+        coefficient = {key: yaml.safe_load(value)}
+        with pytest.raises(ValueError, match=rf"^method\.kd_coef\.{key}\[0\] must be"):
+            update(TrainConfig(), {"method": {"kd_coef": coefficient}})
     assert OptimConfig(max_grad_norm=math.inf).max_grad_norm == math.inf
     assert EvalConfig(every=0, max_problems=None).samples == 4
 
@@ -260,12 +285,14 @@ def test_usage_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"  {name}" in out for name in ("demo", "train", "eval", "check", "serve", "sft"))
     assert cli.main([]) == 2
     assert cli.main(["trian"]) == 2
-    assert "command must be one of demo, train" in capsys.readouterr().err
+    message = " ".join(capsys.readouterr().err.split())
+    assert "command must be one of demo, train" in message
+    assert message.endswith("got trian (did you mean train?)")
 
 
 def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        parse("--help")
+        parse("--help-all")
     assert stop.value.code == 0
     out = capsys.readouterr().out
     for section in to_dict(TrainConfig()).values():
@@ -273,6 +300,102 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
             assert name.replace("_", "-") in out, name
     assert "--preset" in out
     assert "Longest completion, in tokens" in out
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_short_help_is_short(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) < 45
+    for key in cli.COMMANDS[command].options:
+        assert f"  --{key.replace('_', '-')} " in out
+    if cli.COMMANDS[command].options:
+        assert out.endswith(f"python -m kdrl_train {command} --help-all explains all options.\n")
+
+
+def test_short_help_shows_defaults_of_preset_and_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    file = write(tmp_path / "run.yaml", "steps: 7\nmodel: {dtype: bfloat16}\n")
+    with pytest.raises(SystemExit):
+        parse("--preset", "kdrl_annealed", "--config", file, "-h")
+    out = capsys.readouterr().out
+    assert "Optimiser steps of the whole run (7)" in out
+    assert "Precision of the models (bfloat16; or float32)" in out
+    assert "at step 0 (0.005)" in out
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["eval", "--help-all"]])
+def test_help_does_not_import_torch(argv: list[str]) -> None:
+    script = f"""import sys
+from kdrl_train.cli import main
+try:
+    main({argv})
+except SystemExit:
+    pass
+sys.exit("torch" in sys.modules or "transformers" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=False, capture_output=True, text=True
+    )
+    assert "usage: python -m kdrl_train" in done.stdout
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_option_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    for option, nearest in (
+        ("--modle.policy", "--model.policy"),
+        ("--learning-rate", "--optim.learning-rate"),
+        ("--presett", "--preset"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["train", option, "x"])
+        assert stop.value.code == 2
+        error = capsys.readouterr().err
+        assert f"Unrecognized options: {option}" in error
+        assert f" {nearest} " in error
+
+
+def test_a_wrong_option_names_its_whole_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--optim.learning-rate", "-1", "--steps", "0"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "error: steps must be at least 1, got 0",
+        "optim.learning_rate must be greater than 0, got -1.0",
+    ]
+    assert cli.main(["train", "--method.kd-coef.at", "3"]) == 1
+    message = "method.kd_coef.values must be 1 numbers, one for each of at, got ()"
+    assert message in capsys.readouterr().err
+
+
+def test_every_number_and_switch_says_what_it_takes() -> None:
+    """pydantic would read "3" as the number 3, and 1 as True, for a field of a plain type."""
+    classes = [TrainConfig, EvaluateConfig]
+    for cls in classes:
+        for name, kind in get_type_hints(cls, include_extras=True).items():
+            if is_settings(kind):
+                classes += [kind] if kind not in classes else []
+            plain = {kind, *get_args(kind)} & {int, float, bool}
+            assert get_origin(kind) is Annotated or not plain, (cls, name)
+            assert explanations(cls)[name], (cls, name)
+    assert len(classes) == 13
+
+
+def test_settings_are_checked_values(tmp_path: Path) -> None:
+    config = TrainConfig(out=tmp_path, optim=OptimConfig(betas=(0.8, 0.9)))
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert len({config, replace(config), replace(config, seed=1)}) == 2
+    with pytest.raises(FrozenInstanceError):
+        config.seed = 3  # type: ignore[misc]
+    with pytest.raises(ValueError, match=r"^steps must be at least 1, got 0$"):
+        replace(config, steps=0)
+    with pytest.raises(ValueError, match=r"^unknown key stepz \(did you mean steps\?\)"):
+        TrainConfig(stepz=3)  # type: ignore[call-arg]
 
 
 def test_an_error_is_one_message_and_exit_code_1(

@@ -15,8 +15,15 @@ from rich.console import Console
 from rich.table import Table
 
 from kdrl_train.config import TrainConfig
-from kdrl_train.config_file import at_least, positive
 from kdrl_train.runfolder.log import peak_memory_bytes
+from kdrl_train.settings import (
+    NaturalFloat,
+    PositiveFloat,
+    PositiveInt,
+    Share,
+    UnitInterval,
+    settings,
+)
 from kdrl_train.start.estimate.case import Case, Placement
 from kdrl_train.start.estimate.devices import PEAKS, Device, DeviceName, link_gb_per_s, measure_cpu
 from kdrl_train.start.estimate.memory import (
@@ -36,54 +43,45 @@ LIBRARIES = "Python and libraries"
 """Term of a CPU: what this process holds so far; `train` loads a few more."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class PlanConfig(TrainConfig):
-    """A run as `train` takes it, and the devices it is planned for."""
+    """A run as `train` takes it, and the devices that it is planned for."""
 
-    gpus: int = 1
-    """GPUs of the whole run, one process each; with --device cpu: processes on this machine."""
-    gpus_per_node: int = 8
-    """GPUs that NVLink connects; beyond them the network's speed counts."""
+    gpus: PositiveInt = 1
+    """GPUs of the whole run, with one process each. With --device cpu: processes on this
+    machine."""
+    gpus_per_node: PositiveInt = 8
+    """GPUs that NVLink connects. Between more GPUs than this the network's speed counts."""
     device: DeviceName = "h100"
-    """Whose peaks to reckon with; cpu: this machine's, measured at the start."""
-    gpu_memory: float | None = None
-    """Memory of one GPU in GB (1e9 bytes); None: the device's."""
-    reserve: float = 0.05
-    """Share of that memory left to fragmentation."""
-    tokens: int | None = None
-    """Mean response in tokens, for the time; None: sampling.max_new_tokens."""
-    prompt_tokens: int | None = None
-    """Mean prompt in tokens, for the time; None: data.max_prompt_tokens."""
-    tflops: float | None = None
-    """Peak of GEMMs in model.dtype, in TFLOP/s; None: the device's."""
-    bandwidth: float | None = None
-    """Peak of its memory, in TB/s; None: the device's."""
-    interconnect: float | None = None
-    """Peak that a GPU receives from the others, in GB/s; None: the device's."""
-    gemm_share: float = 0.7
-    """Share of the peak that GEMMs reach. On an H200 large ones were measured at 0.8."""
-    bandwidth_share: float = 0.8
-    """Share of the peak that memory reaches. On an H200 a copy was measured at 0.9."""
-    interconnect_share: float = 0.7
-    """Share of the peak that collectives reach; a guess."""
-    launch_us: float = 500.0
-    """Microseconds that Python and launches take a layer and token of `generate`; a guess."""
+    """Device whose peak rates are used. cpu: this machine's, measured at the start."""
+    gpu_memory: PositiveFloat | None = None
+    """Memory of one GPU in GB (1e9 bytes). None: the device's."""
+    reserve: UnitInterval = 0.05
+    """Share of that memory that fragmentation may take."""
+    tokens: PositiveInt | None = None
+    """Mean length of a completion in tokens, for the time. None: sampling.max_new_tokens."""
+    prompt_tokens: PositiveInt | None = None
+    """Mean length of a prompt in tokens, for the time. None: data.max_prompt_tokens."""
+    tflops: PositiveFloat | None = None
+    """Peak rate of GEMMs in model.dtype, in TFLOP/s; None: the device's."""
+    bandwidth: PositiveFloat | None = None
+    """Peak bandwidth of the device's memory, in TB/s; None: the device's."""
+    interconnect: PositiveFloat | None = None
+    """Peak rate at which a GPU receives from the others, in GB/s; None: the device's."""
+    gemm_share: Share = 0.7
+    """Share of the peak rate that GEMMs reach. Large ones reached 0.8 on an H200."""
+    bandwidth_share: Share = 0.8
+    """Share of the peak bandwidth that memory reaches. A copy reached 0.9 on an H200."""
+    interconnect_share: Share = 0.7
+    """Share of the peak rate that collectives reach. The default is a guess."""
+    launch_us: NaturalFloat = 500.0
+    """Microseconds that Python and kernel launches take for each layer and token of `generate`. The
+    default is a guess."""
     json: Path | None = None
-    """File for all numbers; None: only the tables on the screen."""
+    """File for all numbers. None: only the tables on the screen."""
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)  # super() does not find its class in one with slots
-        for name in ("gpus", "gpus_per_node"):
-            at_least(1, name, getattr(self, name))
-        for name in ("gpu_memory", "tflops", "bandwidth", "interconnect"):
-            if getattr(self, name) is not None:
-                positive(name, getattr(self, name))
-        for name in ("gemm_share", "bandwidth_share", "interconnect_share"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
-        if not 0 <= self.reserve < 1:
-            raise ValueError(f"reserve must be at least 0 and below 1, got {self.reserve}")
-        at_least(0, "launch_us", self.launch_us)
         self._check_means()
         if self.optim.head_impl == "reference" or self.model.attention == "eager":
             raise ValueError(
@@ -98,15 +96,15 @@ class PlanConfig(TrainConfig):
             )
 
     def _check_means(self) -> None:
-        """A mean is at most the longest."""
+        """Refuse a mean length above the longest length."""
         longest = {
             "tokens": ("sampling.max_new_tokens", self.sampling.max_new_tokens),
             "prompt_tokens": ("data.max_prompt_tokens", self.data.max_prompt_tokens),
         }
         for name, (key, most) in longest.items():
             value = getattr(self, name)
-            if value is not None and not 1 <= value <= most:
-                raise ValueError(f"{name} must be from 1 to {key} = {most}, got {value}")
+            if value is not None and value > most:
+                raise ValueError(f"{name} must be at most {key} = {most}, got {value}")
 
     @property
     def lengths(self) -> Lengths:

@@ -1,23 +1,23 @@
 """`python -m kdrl_train report`."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from tyro.conf import Positional
 
+from kdrl_train.settings import settings
 from kdrl_train.tools.report.page import write
 from kdrl_train.tools.report.runs import by_settings
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class ReportConfig:
-    """One HTML page about runs; those that differ in their seed alone are drawn as one."""
+    """One HTML page about runs. Runs that differ only in their seed are drawn as one group."""
 
     runs: Positional[tuple[Path, ...]] = ()
-    """Run folders. The first one's group is what the others are compared with."""
+    """Run folders. Other groups are compared with the group of the first folder."""
     out: Path = Path("report.html")
-    """The page; an older one is replaced."""
+    """File to write; an older one is replaced."""
     title: str = "Training report"
     """Heading of the page."""
 

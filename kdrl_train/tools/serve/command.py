@@ -15,7 +15,7 @@ import hashlib
 import importlib
 import json
 import threading
-from dataclasses import dataclass, field
+from dataclasses import field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -23,35 +23,32 @@ import torch
 from rich.console import Console
 
 from kdrl_train.config import ModelConfig
-from kdrl_train.config_file import at_least
 from kdrl_train.model.eos import eos_ids
 from kdrl_train.model.load import load_model, load_tokenizer
 from kdrl_train.model.policy import Teacher
 from kdrl_train.model.probe import probe
 from kdrl_train.model.teacher.client import vocabulary_hash
+from kdrl_train.settings import PositiveInt, settings
 from kdrl_train.tools.serve.scorer import Scorer, Service
 
 PACKAGES = ("kdrl-kernels", "torch", "transformers")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class ServeConfig:
     """A teacher's server: `python -m kdrl_train serve`."""
 
     host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0: at all. Whoever reaches it may ask: there is no password."""
-    port: int = 8765
+    """Address to listen at; 0.0.0.0: every address. There is no password: everyone who reaches it
+    can use it."""
+    port: PositiveInt = 8765
     """TCP port."""
-    batch_tokens: int = 8192
-    """Tokens scored in one forward pass, of however many clients; 1024 to 2048 suit a CPU. A
-    longer sequence has a pass of its own."""
-    queue_size: int = 4096
-    """Sequences that may wait; further ones are sent away (503) and come again."""
+    batch_tokens: PositiveInt = 8192
+    """Tokens scored in one forward pass. They may come from several clients; 1024 to 2048 suit a
+    CPU. A longer sequence gets a pass of its own."""
+    queue_size: PositiveInt = 4096
+    """Sequences that may wait. Further ones are refused (503), and the client sends them again."""
     model: ModelConfig = field(default_factory=ModelConfig)
-
-    def __post_init__(self) -> None:
-        for name in ("port", "batch_tokens", "queue_size"):
-            at_least(1, name, getattr(self, name))
 
 
 def main(config: ServeConfig) -> None:

@@ -2,45 +2,47 @@
 
 import itertools
 import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from typing import Annotated
 
+from pydantic import Field
+
+from kdrl_train.settings import NaturalInt, PositiveInt, settings
 from kdrl_train.tools.toy.solved_problems import apply, check_slips, distinct, slip
 
 Operation = tuple[str, int]  # operator, operand
 Problem = tuple[int, list[Operation]]  # first number, what is done to it
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class ArithmeticConfig:
     """Which expressions are drawn."""
 
-    min_steps: int = 2
-    """Fewest operations of an expression."""
-    max_steps: int = 3
-    """Most operations of an expression."""
-    max_operand: int = 9
-    """Largest number that stands in an expression."""
-    max_total: int = 99
+    min_steps: PositiveInt = 2
+    """Smallest number of operations in an expression."""
+    max_steps: PositiveInt = 3
+    """Largest number of operations in an expression."""
+    max_operand: Annotated[PositiveInt, Field(ge=2)] = 9
+    """Largest number in an expression."""
+    max_total: PositiveInt = 99
     """Largest intermediate result; the smallest is 1."""
-    beyond: int = 0
-    """Some number of every expression is larger than this; 0: any expression."""
+    beyond: NaturalInt = 0
+    """Every expression has a number larger than this; 0: any expression."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_steps <= self.max_steps:
+        if self.min_steps > self.max_steps:
             raise ValueError(
-                "min_steps must be in [1, max_steps], got "
+                "min_steps must be at most max_steps, got "
                 f"min_steps = {self.min_steps}, max_steps = {self.max_steps}"
             )
-        if self.max_operand < 2:
-            raise ValueError(f"max_operand must be at least 2, got {self.max_operand}")
         if self.max_total < self.max_operand:
             raise ValueError(
                 f"max_total must be at least max_operand = {self.max_operand}, got {self.max_total}"
             )
-        if not 0 <= self.beyond < self.max_operand:
+        if self.beyond >= self.max_operand:
             raise ValueError(
-                f"beyond must be in [0, max_operand = {self.max_operand}), got {self.beyond}"
+                f"beyond must be less than max_operand = {self.max_operand}, got {self.beyond}"
             )
 
     def longer(self) -> "ArithmeticConfig":

@@ -2,10 +2,14 @@
 
 import random
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from typing import Annotated
+
+from pydantic import Field
 
 from kdrl_train.rollouts.rewards import UnparseableError
+from kdrl_train.settings import NaturalInt, PositiveInt, settings
 from kdrl_train.tools.toy.solved_problems import apply, check_slips, distinct, slip
 
 Step = tuple[int, str, int]  # place of the left number, operator, place of the right one
@@ -16,36 +20,34 @@ _END = re.compile(r"#### ?([0-9]{1,9})")
 _ANSWER = re.compile(r"([0-9]{1,9}(?:,[0-9]{1,9})*)->([0-9]{1,9})")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class CountdownConfig:
     """Which problems are drawn."""
 
-    min_numbers: int = 3
-    """Fewest numbers of a problem."""
-    max_numbers: int = 3
-    """Most numbers of a problem."""
-    max_number: int = 20
+    min_numbers: Annotated[PositiveInt, Field(ge=2)] = 3
+    """Smallest count of numbers in a problem."""
+    max_numbers: PositiveInt = 3
+    """Largest count of numbers in a problem."""
+    max_number: Annotated[PositiveInt, Field(ge=2)] = 20
     """Largest given number."""
-    max_total: int = 50
+    max_total: PositiveInt = 50
     """Largest target and intermediate result; the smallest is 1."""
-    beyond: int = 0
-    """Some given number of every problem is larger than this; 0: any problem."""
+    beyond: NaturalInt = 0
+    """Every problem gives a number larger than this; 0: any problem."""
 
     def __post_init__(self) -> None:
-        if not 2 <= self.min_numbers <= self.max_numbers:
+        if self.min_numbers > self.max_numbers:
             raise ValueError(
-                "min_numbers must be in [2, max_numbers], got "
+                "min_numbers must be at most max_numbers, got "
                 f"min_numbers = {self.min_numbers}, max_numbers = {self.max_numbers}"
             )
-        if self.max_number < 2:
-            raise ValueError(f"max_number must be at least 2, got {self.max_number}")
         if self.max_total < self.max_number:
             raise ValueError(
                 f"max_total must be at least max_number = {self.max_number}, got {self.max_total}"
             )
-        if not 0 <= self.beyond < self.max_number:
+        if self.beyond >= self.max_number:
             raise ValueError(
-                f"beyond must be in [0, max_number = {self.max_number}), got {self.beyond}"
+                f"beyond must be less than max_number = {self.max_number}, got {self.beyond}"
             )
 
     def longer(self) -> "CountdownConfig":

@@ -1,13 +1,14 @@
 """Small models from nothing: a tokenizer trained on texts, a causal LM with fresh weights."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import tokenizers
 import torch
 import transformers
+
+from kdrl_train.settings import PositiveFloat, PositiveInt, Switch, settings
 
 PAD, BOS, EOS = "<|pad|>", "<|begin|>", "<|endoftext|>"
 SPLIT = (
@@ -17,29 +18,29 @@ SPLIT = (
 """Where no merge crosses: Qwen's rule, one digit at a time."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings
 class ArchitectureConfig:
     """Shape of a small causal LM."""
 
     family: Literal["qwen2", "qwen3", "llama"] = "qwen2"
     """Architecture, as transformers implements it."""
-    hidden: int = 256
-    """H: width of the residual stream; a multiple of heads."""
-    layers: int = 4
+    hidden: PositiveInt = 256
+    """H: width of the residual stream; a multiple of 2 * heads."""
+    layers: PositiveInt = 4
     """Transformer blocks."""
-    heads: int = 4
+    heads: PositiveInt = 4
     """Attention heads, each hidden / heads wide."""
-    kv_heads: int = 4
+    kv_heads: PositiveInt = 4
     """Key-value heads; divides heads."""
-    intermediate: int = 768
+    intermediate: PositiveInt = 768
     """Width of the gated MLP."""
-    tied: bool = False
+    tied: Switch = False
     """Share the LM head's weight with the embedding."""
-    max_positions: int = 1024
-    """Longest sequence the model is declared for, in tokens."""
-    rope_theta: float = 10000.0
-    """Base of the rotary positions: wavelengths run from 2 pi to 2 pi * rope_theta tokens. About
-    the longest sequence serves a small model: the others carry no information."""
+    max_positions: PositiveInt = 1024
+    """Longest sequence that the model is made for, in tokens."""
+    rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary positions: wavelengths run from 2 pi to 2 pi * rope_theta tokens. For a
+    small model use about the longest sequence: longer wavelengths carry no information."""
 
     def __post_init__(self) -> None:
         if self.hidden % (2 * self.heads):

@@ -199,10 +199,13 @@ def test_a_process_that_is_killed_is_reported_and_the_next_trial_runs(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"samples": 10}, r"samples must be in \[1, 9\], got 10"),
+        ({"samples": 10}, "samples must be at most 9, got 10"),
         ({"arms": ("kdlr",)}, "arms must be of .*, got 'kdlr'"),
         ({"betas": ()}, "betas must hold at least one number"),
-        ({"learning_rates": (0.0,)}, "learning_rates"),
+        ({"samples": 0}, "samples must be at least 1, got 0"),
+        ({"group_size": 1}, "group_size must be at least 2, got 1"),
+        ({"widen": -1}, "widen must be at least 0, got -1"),
+        ({"learning_rates": (0.0,)}, r"learning_rates\[0\] must be greater than 0, got 0\.0"),
         ({"tasks": ()}, "tasks must name at least one task"),
     ],
 )

@@ -295,11 +295,11 @@ def test_devices_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 BAD = {
-    "engine.url must be set .* got None": {"kind": "vllm_server"},
-    'engine.url must be set .* got http://x:1 and "vllm"': {"kind": "vllm", "url": "http://x:1"},
-    r"engine.memory_share must be in \(0, 1\], got 0.0": {"kind": "vllm", "memory_share": 0.0},
-    r"engine.memory_share must be in \(0, 1\], got 1.5": {"memory_share": 1.5},
-    "engine.timeout_s must be positive": {"timeout_s": 0.0},
+    "url must be set .* got None": {"kind": "vllm_server"},
+    'url must be set .* got http://x:1 and "vllm"': {"kind": "vllm", "url": "http://x:1"},
+    "memory_share must be greater than 0, got 0.0": {"kind": "vllm", "memory_share": 0.0},
+    "memory_share must be at most 1, got 1.5": {"memory_share": 1.5},
+    "timeout_s must be greater than 0": {"timeout_s": 0.0},
 }
 
 

@@ -96,11 +96,12 @@ def test_causes_are_the_largest_terms_that_exceed(models: dict[str, str]) -> Non
     ("change", "message"),
     [
         ({"gpus": "0"}, "gpus must be at least 1, got 0"),
-        ({"gpu-memory": "-1"}, "gpu_memory must be positive and finite, got -1.0"),
-        ({"reserve": "1"}, "reserve must be at least 0 and below 1, got 1.0"),
-        ({"gemm-share": "0"}, "gemm_share must be in (0, 1], got 0.0"),
-        ({"tokens": "8193"}, "tokens must be from 1 to sampling.max_new_tokens = 8192, got 8193"),
-        ({"prompt-tokens": "0"}, "prompt_tokens must be from 1 to data.max_prompt_tokens = 1024"),
+        ({"gpu-memory": "-1"}, "gpu_memory must be greater than 0, got -1.0"),
+        ({"reserve": "1"}, "reserve must be less than 1, got 1.0"),
+        ({"gemm-share": "0"}, "gemm_share must be greater than 0, got 0.0"),
+        ({"tokens": "8193"}, "tokens must be at most sampling.max_new_tokens = 8192, got 8193"),
+        ({"prompt-tokens": "1025"}, "must be at most data.max_prompt_tokens = 1024, got 1025"),
+        ({"prompt-tokens": "0"}, "prompt_tokens must be at least 1, got 0"),
         ({"optim.head-impl": "reference"}, "optim.head_impl must not be reference"),
         ({"optim.workspace-bytes": "1000"}, "workspace_bytes must be at least"),
         ({"model.policy": ""}, "model.policy must name a folder or hub id, got nothing"),
@@ -150,7 +151,7 @@ def test_a_run_s_own_config_and_a_preset(models: dict[str, str], tmp_path: Path)
 
 def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        cli.main(["plan", "--help"])
+        cli.main(["plan", "--help-all"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
     for name in to_dict(PlanConfig()):

@@ -259,9 +259,9 @@ def test_bad_settings_are_named(task: Path, tmp_path: Path) -> None:
         ArchitectureConfig(hidden=100)
     with pytest.raises(ValueError, match="kv_heads must divide heads = 4, got kv_heads = 3"):
         ArchitectureConfig(kv_heads=3)
-    with pytest.raises(ValueError, match="steps must be positive, got 0"):
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         SftConfig(steps=0)
-    with pytest.raises(ValueError, match="minutes must be positive or None, got 0"):
+    with pytest.raises(ValueError, match="minutes must be greater than 0, got 0"):
         SftConfig(minutes=0)
     tokenizer_without = train_tokenizer(["a"], 259)
     tokenizer_without.eos_token = None

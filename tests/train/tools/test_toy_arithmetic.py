@@ -100,11 +100,12 @@ def test_a_space_too_small_is_named() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"min_steps": 0}, "min_steps must be in .* got min_steps = 0"),
+        ({"min_steps": 0}, "min_steps must be at least 1, got 0"),
         ({"min_steps": 4, "max_steps": 3}, "got min_steps = 4, max_steps = 3"),
         ({"max_operand": 1}, "max_operand must be at least 2, got 1"),
         ({"max_total": 8}, "max_total must be at least max_operand = 9, got 8"),
-        ({"beyond": 9}, r"beyond must be in \[0, max_operand = 9\), got 9"),
+        ({"beyond": 9}, "beyond must be less than max_operand = 9, got 9"),
+        ({"beyond": -1}, "beyond must be at least 0, got -1"),
     ],
 )
 def test_bad_configurations_are_refused(fields: dict[str, int], message: str) -> None:
