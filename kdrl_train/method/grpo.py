@@ -89,7 +89,7 @@ def kd_mask(rewards_PG: Tensor, mask: str) -> Tensor:
 
 
 def learning_rate(peak: float, warmup_steps: int, step: int) -> float:
-    """Warm the learning rate up linearly: peak · (step + 1) / warmup_steps, from then on the peak."""
+    """Warm up linearly: peak · (step + 1) / warmup_steps, and the peak from then on."""
     return peak * min(1.0, (step + 1) / max(warmup_steps, 1))
 
 
@@ -123,7 +123,7 @@ def token_weights(
 
 
 def group_factor(schedule: ScheduleConfig, rewards_PG: Tensor) -> Tensor:
-    """Compute what a group's coefficient is of the schedule's value, [P, 1] float64.
+    """Compute each group's share of the scheduled coefficient, [P, 1] float64.
 
     reward_adaptive: 4p(1 - p), p the share of right completions among those with a reward: 1 where
     the group is undecided, 0 where it is all right or all wrong. Every other kind: 1.
