@@ -19,8 +19,7 @@ import torch
 
 from bench.machine import DEVICE, clock, machine_info, one_line
 from kdrl_kernels.objective import Coefficients
-from kdrl_kernels.rows import Stream, TeacherStream
-from kdrl_kernels.rows import triton as kernels
+from kdrl_kernels.rows import Stream, TeacherStream, kernels
 from kdrl_kernels.rows.tiles import GRADIENT, JSD, SWEEP, TILES, Tile
 from tests.kernels import aot
 

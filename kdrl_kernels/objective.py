@@ -1,7 +1,7 @@
 """The training objective: its settings, and the loss of each token as a function of its row.
 
 `token_losses` is the definition, which the reference differentiates through the logits. Value and
-coefficients of each row are written out in rows/torch.py and rows/triton_objective.py, by the table
+coefficients of each row are written out in rows/eager.py and rows/kernel_objective.py, by the table
 of rows/README.md; a caller's own loss gets its coefficients by autograd on [C] vectors.
 """
 

@@ -1,6 +1,6 @@
 """Row work of one chunk: statistics of logits, coefficients, logits into gradients.
 
-Two modules with the same names: `torch` (any device) and `triton` (GPU). Maths: README.md.
+Two modules define the same names: `eager` (any device) and `kernels` (GPU). Maths: README.md.
 """
 
 from dataclasses import dataclass
@@ -55,12 +55,12 @@ class Stats:
 
 
 def load(impl: str) -> ModuleType:
-    """The row module of an implementation; Triton is imported only when it is asked for."""
+    """Import the row module of an implementation: `eager` for "torch", `kernels` for "triton"."""
     # plain imports: torch.compile traces them, but not import_module
     if impl == "triton":
-        from kdrl_kernels.rows import triton  # noqa: PLC0415 (optional)
+        from kdrl_kernels.rows import kernels  # noqa: PLC0415 (Triton is optional)
 
-        return triton
-    from kdrl_kernels.rows import torch  # noqa: PLC0415 (it imports this package)
+        return kernels
+    from kdrl_kernels.rows import eager  # noqa: PLC0415 (it imports this package)
 
-    return torch
+    return eager

@@ -19,10 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kdrl_kernels.rows import tiles, triton_objective
-from kdrl_kernels.rows import triton as kernels
+from kdrl_kernels.rows import kernel_objective, kernels, tiles
+from kdrl_kernels.rows.kernel_math import KD_CODES, OPTIONS
 from kdrl_kernels.rows.tiles import GRADIENT, JSD, SWEEP, Tile
-from kdrl_kernels.rows.triton_math import KD_CODES, OPTIONS
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
@@ -61,7 +60,7 @@ def variants(table: dict[tuple[str, int, bool], Tile] = tiles.TILES) -> Iterator
     for kd, code in KD_CODES.items():
         flags = {"HAS_POLICY": True, "HAS_ENTROPY": True, "KD": code}
         block = flags | {"BLOCK": tiles.OBJECTIVE_BLOCK}
-        yield f"objective-{kd}", triton_objective._objective_kernel, block, {}, 4
+        yield f"objective-{kd}", kernel_objective._objective_kernel, block, {}, 4
 
 
 def compile_one(variant: Variant, target: GPUTarget, aligned: bool) -> Any:

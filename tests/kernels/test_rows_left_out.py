@@ -11,7 +11,7 @@ from torch import Tensor
 
 import kdrl_kernels as kk
 from kdrl_kernels import gemm
-from kdrl_kernels.rows import torch as row_work
+from kdrl_kernels.rows import eager as row_work
 from tests.kernels.params import F16, F32, F64
 
 V, H = 37, 16

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kdrl_kernels.objective import Coefficients, Objective, Rows, TokenLoss
 from kdrl_kernels.objective import coefficients as autograd_coefficients
+from kdrl_kernels.rows.kernel_math import K2, KD_CODES, OPTIONS, RKL, expm1
 from kdrl_kernels.rows.tiles import OBJECTIVE_BLOCK
-from kdrl_kernels.rows.triton_math import K2, KD_CODES, OPTIONS, RKL, expm1
 
 
 @triton.jit

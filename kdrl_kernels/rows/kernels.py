@@ -13,8 +13,7 @@ from torch import Tensor
 
 from kdrl_kernels.objective import Coefficients
 from kdrl_kernels.rows import Stats, Stream, TeacherStream
-from kdrl_kernels.rows.tiles import GRADIENT, JSD, SWEEP, Tile, tile_of
-from kdrl_kernels.rows.triton_math import (
+from kdrl_kernels.rows.kernel_math import (
     FKL,
     JSD_CODE,
     KD_CODES,
@@ -28,7 +27,8 @@ from kdrl_kernels.rows.triton_math import (
     rescale,
     tanh,
 )
-from kdrl_kernels.rows.triton_objective import coefficients
+from kdrl_kernels.rows.kernel_objective import coefficients
+from kdrl_kernels.rows.tiles import GRADIENT, JSD, SWEEP, Tile, tile_of
 
 __all__ = ["BLOCK_BUFFERS", "block_rows", "coefficients", "gradient", "resume_", "sweep"]
 
