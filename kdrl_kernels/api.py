@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kdrl_kernels import checks, logprobs, operators, reference, token_loss
-from kdrl_kernels.call import LossCall
-from kdrl_kernels.head import Head, TeacherHead, gathered
+from kdrl_kernels.call import LogprobCall, LossCall
+from kdrl_kernels.head import Head, TeacherHead, gathered, needs_gradient
 from kdrl_kernels.objective import (
     CallerLoss,
     ExactKd,
@@ -18,7 +18,6 @@ from kdrl_kernels.objective import (
     TokenLoss,
     row_metrics,
 )
-from kdrl_kernels.one_pass import needs_gradient
 from kdrl_kernels.plan import Geometry, max_rows
 
 
@@ -106,15 +105,12 @@ def linear_logprobs(
     if impl == "reference":
         return LogprobOutput(*reference.linear_logprobs(head, tokens, entropy))
     rows = max_rows(_geometry(head, None, None, impl), workspace_bytes)
-    cached = 0
-    if any(needs_gradient(head)):
+    needs, cached = needs_gradient(head), 0
+    if any(needs):
         V, dtype = weight.shape[0], hidden.dtype
         cached = logprobs.cached_rows(len(tokens), V, dtype, rows, cache_bytes)
-    return LogprobOutput(
-        *operators.linear_logprobs(
-            head, tokens, entropy=entropy, impl=impl, max_rows=rows, cached=cached
-        )
-    )
+    call = LogprobCall(head, tokens, entropy, impl, rows, cached, needs)
+    return LogprobOutput(*operators.linear_logprobs(call))
 
 
 def kdrl_loss(
@@ -175,7 +171,7 @@ def kdrl_loss(
     student = Head(hidden, gathered(weight), gathered(bias), temperature, softcap)
     if advantages is None and objective.policy != "off":
         raise ValueError(f"advantages must be [N] for policy={objective.policy!r}, got None")
-    call, impl = _loss_call(
+    call = _loss_call(
         student,
         tokens,
         objective,
@@ -195,12 +191,10 @@ def kdrl_loss(
         old_logprobs=checks.row_tensor("old_logprobs", old_logprobs, student),
         kd_weight=checks.row_tensor("kd_weight", kd_weight, student),
     )
-    if impl == "reference":
-        loss, terms, counts = reference.loss(call)
-    else:
-        loss, terms, counts = operators.kdrl_loss(call, impl)
+    solve = reference.loss if call.impl == "reference" else operators.kdrl_loss
+    loss, outputs, counts = solve(call)
     used = None if call.weights is None else call.weights != 0
-    rows = call.rows(terms.map(Tensor.detach), slice(None))  # a number would fix N in a graph
+    rows = call.rows(outputs.map(Tensor.detach), slice(None))  # a number would fix N in a graph
     return _output(loss, rows, used, row_metrics(objective, rows, used), counts)
 
 
@@ -253,7 +247,7 @@ def linear_token_loss(
         raise ValueError(f"teacher must be a TeacherHead for kl={kl!r}, got None")
     if not 0 < jsd_alpha < 1:
         raise ValueError(f"jsd_alpha must be in (0, 1), got {jsd_alpha}")
-    call, impl = _loss_call(
+    call = _loss_call(
         Head(hidden, gathered(weight), gathered(bias), temperature, softcap),
         tokens,
         CallerLoss(loss_fn, kl, jsd_alpha, entropy),
@@ -267,12 +261,10 @@ def linear_token_loss(
         workspace_bytes=workspace_bytes,
         impl=impl,
     )
-    if impl == "reference":
-        loss, terms, counts = reference.loss(call)
-    else:
-        loss, terms, counts = token_loss.token_loss(call, impl)
+    solve = reference.loss if call.impl == "reference" else token_loss.token_loss
+    loss, outputs, counts = solve(call)
     used = None if call.weights is None else call.weights != 0
-    rows = call.rows(terms.map(Tensor.detach), slice(0, len(tokens)))
+    rows = call.rows(outputs.map(Tensor.detach), slice(0, len(tokens)))
     return _output(loss, rows, used, {}, counts)
 
 
@@ -290,8 +282,8 @@ def _loss_call(
     compact: bool | None,
     workspace_bytes: int | None,
     impl: str | None,
-) -> tuple[LossCall, str]:
-    """(the call after every check that reads no value, the implementation)."""
+) -> LossCall:
+    """Return the call after every check that reads no value."""
     checks.check_tokens(tokens, student)
     checks.check_bytes("workspace_bytes", workspace_bytes)
     checks.check_teacher(teacher, teacher_logprobs, student)
@@ -305,6 +297,8 @@ def _loss_call(
         tokens=tokens,
         vocab_size=checks.check_vocab_size(vocab_size, student, teacher),
         loss=loss,
+        impl=impl,
+        needs=needs_gradient(student),
         weights=checks.row_tensor("token_weights", token_weights, student),
         normalizer=checks.normalizer_tensor(normalizer, student),
         teacher=teacher,
@@ -313,9 +307,9 @@ def _loss_call(
         compact=compact,
     )
     if impl == "reference":
-        return call, impl
+        return call
     geometry = _geometry(student, teacher, loss.exact_kd, impl)
-    return replace(call, max_rows=max_rows(geometry, workspace_bytes)), impl
+    return replace(call, max_rows=max_rows(geometry, workspace_bytes))
 
 
 def _geometry(student: Head, teacher: Head | None, kd: str | None, impl: str) -> Geometry:

@@ -1,4 +1,4 @@
-"""One call after its checks: what every implementation takes and returns."""
+"""The calls after their checks: what every implementation takes, and what it returns of rows."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from kdrl_kernels.head import Head
+from kdrl_kernels.head import Head, Needs
 from kdrl_kernels.objective import CallerLoss, Rows, TokenLoss
 
 RowSet = slice | Tensor
@@ -24,7 +24,7 @@ def size_of(rows: RowSet) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class RowTerms:
+class RowOutputs:
     """[N] per-token results in nats; None where not asked for or not defined."""
 
     logprobs: Tensor
@@ -32,16 +32,31 @@ class RowTerms:
     teacher_logprobs: Tensor | None = None
     kl: Tensor | None = None
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> "RowTerms":
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "RowOutputs":
         """fn of every field that is there."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{k: fn(v) for k, v in found.items() if v is not None})
 
-    def spread(self, rows: RowSet, N: int) -> "RowTerms":
+    def spread(self, rows: RowSet, N: int) -> "RowOutputs":
         """[N] with these terms in `rows` and 0 elsewhere."""
         if isinstance(rows, slice):
             return self
         return self.map(lambda values: values.new_zeros(N).index_copy(0, rows, values))
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobCall:
+    """Arguments of linear_logprobs after the checks that read no value."""
+
+    head: Head
+    tokens: Tensor
+    entropy: bool
+    impl: str
+    max_rows: int
+    """Rows of logits that may be held at once."""
+    cached: int
+    """Rows whose logits are kept until backward."""
+    needs: Needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +70,8 @@ class LossCall:
     tokens: Tensor
     vocab_size: int
     loss: TokenLoss
+    impl: str
+    needs: Needs
     weights: Tensor | None = None
     """None: 1 each, and no row is looked at for a 0."""
     normalizer: Tensor | None = None
@@ -80,6 +97,15 @@ class LossCall:
         """Entropy is an output or a term of the loss."""
         return self.entropy or self.loss.entropy
 
+    @property
+    def row_outputs(self) -> list[str]:
+        """The fields of RowOutputs that this call computes."""
+        names = ["logprobs"]
+        names += ["entropy"] if self.wants_entropy else []
+        names += ["teacher_logprobs"] if self.teacher is not None else []
+        names += ["kl"] if self.exact_kd is not None else []
+        return names
+
     def active_rows(self) -> RowSet:
         """The rows of non-zero weight. With weights on a GPU, this waits for it."""
         everything = slice(0, len(self.tokens))
@@ -100,7 +126,7 @@ class LossCall:
             return self.normalizer
         return weights.sum() if len(weights) else weights.new_ones(())
 
-    def rows(self, terms: RowTerms, rows: RowSet) -> Rows:
+    def rows(self, terms: RowOutputs, rows: RowSet) -> Rows:
         """What the loss of these rows depends on; terms hold only them."""
 
         def cut(tensor: Tensor | None) -> Tensor | None:

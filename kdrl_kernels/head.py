@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+Needs = tuple[bool, bool, bool]
+"""Whether hidden, weight and bias need a gradient."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,21 @@ class TeacherHead(Head):
             tensor = getattr(self, name)
             if tensor is not None:
                 object.__setattr__(self, name, tensor.detach())
+
+
+def needs_gradient(head: Head) -> Needs:
+    """Say which of hidden, weight and bias need a gradient, in the grad mode of the caller."""
+    hidden, weight, bias = (
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+        for tensor in (head.hidden, head.weight, head.bias)
+    )
+    return hidden, weight, bias
+
+
+def gradient_sizes(head: Head, needs: Needs) -> list[torch.Size | None]:
+    """Return the size of each gradient of hidden, weight and bias; None where none is needed."""
+    pairs = zip((head.hidden, head.weight, head.bias), needs, strict=True)
+    return [x.shape if need and x is not None else None for x, need in pairs]
 
 
 @overload

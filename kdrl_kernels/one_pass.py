@@ -12,15 +12,12 @@ from torch import Tensor
 
 from kdrl_kernels import gemm
 from kdrl_kernels import rows as row_work
-from kdrl_kernels.call import LossCall, RowSet, RowTerms, size_of, take
+from kdrl_kernels.call import LossCall, RowOutputs, RowSet, size_of, take
 from kdrl_kernels.checks import check_values, poison
-from kdrl_kernels.head import Head
+from kdrl_kernels.head import Head, Needs
 from kdrl_kernels.objective import NO_GRADIENT, Coefficients
 from kdrl_kernels.plan import accumulator, balanced, chunks_of, padded
 from kdrl_kernels.rows import Stats, Stream, TeacherStream
-
-Needs = tuple[bool, bool, bool]
-"""Whether hidden, weight and bias want a gradient."""
 
 
 class Buffers:
@@ -166,7 +163,7 @@ class Pass:
 
     loss: Tensor
     """0-d, normalised."""
-    terms: RowTerms
+    rows: RowOutputs
     """[N], 0 in rows of weight 0."""
     counts: Tensor
     """[3] int64: rows projected, rows that went into dX and dW, tokens out of range."""
@@ -175,25 +172,25 @@ class Pass:
     """0-d; the true gradients are scale · gradients."""
 
 
-def run(call: LossCall, impl: str, needs: Needs) -> Pass:
-    """All chunks of a loss; gradients only where `needs` asks for one."""
-    student = call.student
+def run(call: LossCall) -> Pass:
+    """Run all chunks of a loss; compute the gradients that call.needs names."""
+    student, needs = call.student, call.needs
     bad = check_values(call)
     call = replace(call, tokens=call.tokens.clamp(0, call.vocab_size - 1))  # reads stay inside
     active = call.active_rows()
     N = size_of(active)
     size = balanced(N, call.max_rows)
-    buffers = Buffers(student, call.vocab_size, size, 2 if call.exact_kd else 1, impl)
+    buffers = Buffers(student, call.vocab_size, size, 2 if call.exact_kd else 1, call.impl)
     work = buffers.work
     weights = call.row_weights(active, accumulator(student.hidden.dtype))
     scale = poison(call.total(weights).reciprocal(), bad)
     gradients = Gradients(student, needs)
-    losses, terms, gradient_rows, constant = [], [], 0, any(needs) and N > 0
+    losses, outputs, gradient_rows, constant = [], [], 0, any(needs) and N > 0
     for part in chunks_of(N, size):
         rows = active[part] if isinstance(active, Tensor) else part
-        p, q, stats, terms_here = _statistics(call, buffers, rows)
-        terms.append(terms_here)
-        inputs = call.rows(terms_here, rows)
+        p, q, stats, chunk_outputs = _statistics(call, buffers, rows)
+        outputs.append(chunk_outputs)
+        inputs = call.rows(chunk_outputs, rows)
         if not any(needs):
             losses.append(weights[part] * call.loss.losses(inputs))
             continue
@@ -221,7 +218,7 @@ def run(call: LossCall, impl: str, needs: Needs) -> Pass:
     loss = torch.cat(losses).sum() * scale
     return Pass(
         loss=loss,
-        terms=_concatenate(terms).spread(active, len(call.tokens)),
+        rows=_concatenate(outputs).spread(active, len(call.tokens)),
         counts=torch.stack([torch.full_like(bad, n) for n in (N, gradient_rows)] + [bad]),
         gradients=gradients,
         scale=gradients.finish_(scale, student.hidden.dtype),
@@ -230,7 +227,7 @@ def run(call: LossCall, impl: str, needs: Needs) -> Pass:
 
 def _statistics(
     call: LossCall, buffers: Buffers, rows: RowSet
-) -> tuple[Stream, TeacherStream | None, Stats, RowTerms]:
+) -> tuple[Stream, TeacherStream | None, Stats, RowOutputs]:
     """Streams of the student and, for exact KD, of the teacher, and what sweeping them found."""
     tokens, teacher, kd = take(call.tokens, rows), call.teacher, call.exact_kd
     q, lq = None, None
@@ -244,13 +241,14 @@ def _statistics(
     p = buffers.project(call.student, rows)
     stats = buffers.work.sweep(p, tokens, teacher=q, entropy=call.wants_entropy)
     lq = stats.teacher_logprobs if lq is None else lq
-    return p, q, stats, RowTerms(stats.logprobs, stats.entropy, lq, stats.kl)
+    return p, q, stats, RowOutputs(stats.logprobs, stats.entropy, lq, stats.kl)
 
 
-def _concatenate(terms: list[RowTerms]) -> RowTerms:
-    """One RowTerms of all chunks; they hold the same fields."""
-    names = [field.name for field in fields(RowTerms) if getattr(terms[0], field.name) is not None]
-    return RowTerms(**{name: torch.cat([getattr(t, name) for t in terms]) for name in names})
+def _concatenate(chunks: list[RowOutputs]) -> RowOutputs:
+    """Join the outputs of all chunks, which hold the same fields."""
+    names = [field.name for field in fields(RowOutputs)]
+    names = [name for name in names if getattr(chunks[0], name) is not None]
+    return RowOutputs(**{name: torch.cat([getattr(c, name) for c in chunks]) for name in names})
 
 
 def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -271,12 +269,3 @@ def needs_scaling(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> bool:
     """
     plain = gradient.dtype == dtype and scale.device.type == "cpu"
     return not plain or torch.is_grad_enabled() or torch.compiler.is_compiling() or bool(scale != 1)
-
-
-def needs_gradient(head: Head) -> Needs:
-    """Which of hidden, weight and bias want a gradient, in the grad mode of the caller."""
-
-    def wants(tensor: Tensor | None) -> bool:
-        return torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
-
-    return wants(head.hidden), wants(head.weight), wants(head.bias)

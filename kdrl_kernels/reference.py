@@ -6,7 +6,7 @@ float64 inputs are the measuring stick of the tests; lower precisions are comput
 import torch
 from torch import Tensor
 
-from kdrl_kernels.call import LossCall, RowTerms, take
+from kdrl_kernels.call import LossCall, RowOutputs, take
 from kdrl_kernels.checks import bad_tokens, check_head_values, check_values, poison
 from kdrl_kernels.head import Head
 from kdrl_kernels.objective import NO_GRADIENT
@@ -46,14 +46,14 @@ def row_terms(
     kd: str | None = None,
     jsd_alpha: float = 0.5,
     entropy: bool = False,
-) -> RowTerms:
+) -> RowOutputs:
     """Every per-token quantity a loss may use, differentiable in the student's tensors."""
     logp = head_logprobs(student, vocab_size)
     logprobs = logp.gather(1, tokens[:, None]).squeeze(1)
     p = logp.exp()
     entropies = -(p * torch.where(p > 0, logp, 0)).sum(dim=1) if entropy else None
     if teacher is None:
-        return RowTerms(logprobs, entropies)
+        return RowOutputs(logprobs, entropies)
     logq = head_logprobs(teacher, vocab_size).to(logp)
     kl = None
     if kd == "rkl":
@@ -64,7 +64,7 @@ def row_terms(
         m = jsd_alpha * logq.exp() + (1 - jsd_alpha) * p
         logm = torch.where(m > 0, m, 1).log()
         kl = jsd_alpha * kl_divergence(logq, logm) + (1 - jsd_alpha) * kl_divergence(logp, logm)
-    return RowTerms(logprobs, entropies, logq.gather(1, tokens[:, None]).squeeze(1), kl)
+    return RowOutputs(logprobs, entropies, logq.gather(1, tokens[:, None]).squeeze(1), kl)
 
 
 def linear_logprobs(head: Head, tokens: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
@@ -76,7 +76,7 @@ def linear_logprobs(head: Head, tokens: Tensor, entropy: bool) -> tuple[Tensor, 
     return poison(terms.logprobs, bad), terms.entropy
 
 
-def loss(call: LossCall) -> tuple[Tensor, RowTerms, Tensor]:
+def loss(call: LossCall) -> tuple[Tensor, RowOutputs, Tensor]:
     """(0-d loss, row terms, counts as one_pass.Pass); differentiable in hidden, weight and bias."""
     bad = check_values(call)
     active = call.active_rows()

@@ -15,8 +15,9 @@ from torch import Tensor
 
 import kdrl_kernels as kk
 from kdrl_kernels import logprobs, one_pass, token_loss
-from kdrl_kernels.call import LossCall
+from kdrl_kernels.call import LogprobCall, LossCall
 from kdrl_kernels.head import Head
+from kdrl_kernels.logprobs import BackwardCall
 from tests.kernels.params import BF16, F16, F32, KDS
 from tests.kernels.problem import Problem, make_problem
 
@@ -33,6 +34,8 @@ def _call(problem: Problem, **changes: Any) -> LossCall:
         "tokens": problem.tokens,
         "vocab_size": 37,
         "loss": options["objective"],
+        "impl": "torch",
+        "needs": (True, True, True),
         "normalizer": torch.ones((), device="meta"),
         "advantages": options["advantages"].float(),
         "old_logprobs": options["old_logprobs"].float(),
@@ -56,7 +59,7 @@ def test_one_pass(kd: str | None, dtype: torch.dtype) -> None:
     problem = _meta_problem(kd=kd, dtype=dtype)
     for normalizer in (torch.ones((), device="meta"), None):
         call = _call(problem, normalizer=normalizer)
-        result = one_pass.run(call, "torch", (True, True, True))
+        result = one_pass.run(call)
         assert all(x is not None and x.is_meta for x in result.gradients.tensors())
         assert one_pass.scaled(result.loss, result.scale, dtype).is_meta
 
@@ -69,7 +72,7 @@ def test_it_is_seen_where_the_host_waits(reason: str) -> None:
     if reason == "weights":
         changes = {"weights": problem.options["token_weights"]}
     with pytest.raises((RuntimeError, NotImplementedError), match=READS_A_VALUE):
-        one_pass.run(_call(problem, **changes), "torch", (True, True, True))
+        one_pass.run(_call(problem, **changes))
 
 
 @pytest.mark.parametrize("entropy", [False, True], ids=["logprobs", "entropy"])
@@ -78,20 +81,13 @@ def test_it_is_seen_where_the_host_waits(reason: str) -> None:
 def test_logprobs(dtype: torch.dtype, cached: int, entropy: bool) -> None:
     problem = _meta_problem(kd=None, dtype=dtype)
     head = Head(**problem.student, temperature=0.7, softcap=5.0)
-    options: dict[str, Any] = {"impl": "torch", "max_rows": 3}
-    scores = logprobs.score(head, problem.tokens, entropy=entropy, cached=cached, **options)
+    call = LogprobCall(head, problem.tokens, entropy, "torch", 3, cached, (True, True, True))
+    scores = logprobs.score(call)
     upstream = torch.ones_like(scores.logprobs)
-    found, scale = logprobs.gradients(
-        head,
-        problem.tokens,
-        scores,
-        upstream,
-        upstream if entropy else None,
-        needs=(True, True, True),
-        **options,
-    )
+    backward = BackwardCall(call, scores, upstream, upstream if entropy else None)
+    gradients, scale = logprobs.gradients(backward)
     assert scale.is_meta
-    assert all(x is not None and x.is_meta for x in found.tensors())
+    assert all(x is not None and x.is_meta for x in gradients.tensors())
 
 
 def _step(problem: Problem, impl: str, **changes: Any) -> dict[str, Tensor]:
@@ -115,7 +111,8 @@ def test_checks_and_metrics(kd: str | None, dtype: torch.dtype) -> None:
 
 
 def test_checks_and_metrics_of_a_token_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_loss, "as_given", nullcontext)  # meta tensors have no autocast
+    # meta tensors have no autocast
+    monkeypatch.setattr(token_loss, "without_autocast", nullcontext)
     problem = _meta_problem(kd="rkl")
     student = {k: v.requires_grad_() for k, v in problem.student.items()}
     result = kk.linear_token_loss(

@@ -1,7 +1,8 @@
 """The operators: registered as PyTorch wants them, and one graph in a compiled caller."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import kdrl_kernels as kk
 from kdrl_kernels.operators import logprobs as logprobs_op
 from kdrl_kernels.operators import loss as loss_op
+from kdrl_kernels.operators.flat import Layout
 from tests.kernels.params import BF16, F32, F64
 from tests.kernels.problem import make_problem
 
@@ -25,6 +27,40 @@ CASES: dict[str, dict[str, Any]] = {
     "distillation_only": {"kd": "rkl", "objective": {"policy": "off"}, "off_policy": False},
     "normalizer": {"kd": "k2", "normalizer": torch.tensor(9.0), "V_t": 30},
 }
+
+
+@dataclass(frozen=True)
+class _Inner:
+    x: Tensor
+    scale: float | Tensor = 1.0
+    cap: float | None = None
+
+
+@dataclass(frozen=True)
+class _Outer:
+    first: _Inner
+    second: _Inner | None
+    name: Literal["a", "b"] | None
+    size: int
+    flags: tuple[bool, bool]
+
+
+def test_a_call_becomes_arguments_and_comes_back() -> None:
+    layout, x, row_scales = Layout(_Outer), torch.ones(2), torch.zeros(2)
+    assert layout.schema("y") == (
+        "(Tensor first_x, Tensor? first_scale, float? first_scale_number, float? first_cap, "
+        "Tensor? second_x, Tensor? second_scale, float? second_scale_number, float? second_cap, "
+        "str? name, SymInt size, bool[] flags) -> (Tensor y)"
+    )
+    alone = _Outer(_Inner(x, scale=2), None, None, 3, (True, False))
+    assert layout.flatten(alone) == [x, None, 2.0, *[None] * 6, 3, (True, False)]
+    assert layout.rebuild(layout.flatten(alone)) == alone
+    both = _Outer(_Inner(x), _Inner(x, row_scales, 5), "b", 3, (True, False))
+    values = layout.flatten(both)
+    assert values == [x, None, 1.0, None, x, row_scales, None, 5.0, "b", 3, (True, False)]
+    assert layout.rebuild(values) == both
+
+
 DTYPES = pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 
 
@@ -91,9 +127,9 @@ def test_linear_logprobs(
         **student,
     )
     sum(x.sum() for x in (out.logprobs, out.entropy) if x is not None).backward()
-    ((given,), (upstream,)) = forward.copy(), backward.copy()
-    assert logprobs_op.LogprobArguments(*given).cached == cached
-    _opcheck(torch.ops.kdrl.linear_logprobs.default, given)
+    ((inputs,), (upstream,)) = forward.copy(), backward.copy()
+    assert logprobs_op.LAYOUT.rebuild(inputs).cached == cached
+    _opcheck(torch.ops.kdrl.linear_logprobs.default, inputs)
     upstream = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, upstream)
     _opcheck(torch.ops.kdrl.linear_logprobs_backward.default, upstream)
 
