@@ -8,6 +8,7 @@ from kdrl_kernels.api import (
     linear_token_loss,
 )
 from kdrl_kernels.head import TeacherHead
+from kdrl_kernels.metrics import mean_metrics
 from kdrl_kernels.objective import Objective, Rows
 from kdrl_kernels.plan import ChunkPlan, chunk_plan
 
@@ -24,4 +25,5 @@ __all__ = [
     "kdrl_loss",
     "linear_logprobs",
     "linear_token_loss",
+    "mean_metrics",
 ]

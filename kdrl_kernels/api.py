@@ -10,14 +10,8 @@ from torch import Tensor
 from kdrl_kernels import checks, logprobs, operators, reference, token_loss
 from kdrl_kernels.call import LogprobCall, LossCall
 from kdrl_kernels.head import Head, TeacherHead, gathered, needs_gradient
-from kdrl_kernels.objective import (
-    CallerLoss,
-    ExactKd,
-    Objective,
-    Rows,
-    TokenLoss,
-    row_metrics,
-)
+from kdrl_kernels.metrics import row_metrics
+from kdrl_kernels.objective import CallerLoss, ExactKd, Objective, Rows, TokenLoss
 from kdrl_kernels.plan import Geometry, max_rows
 
 
@@ -50,7 +44,7 @@ class LossOutput:
     entropy: Tensor | None
     """[N] in nats, where asked for or part of the loss."""
     metrics: dict[str, Tensor]
-    """0-d tensors on the device, over the rows of non-zero weight: see kdrl_loss."""
+    """0-d sums and counts on the device, over the rows of non-zero weight; kdrl_loss lists them."""
 
 
 def linear_logprobs(
@@ -158,9 +152,11 @@ def kdrl_loss(
             of dX and dW. On a GPU the host then waits, once a chunk, for their number while the
             gradient kernel runs. None: on a CPU, and where token_weights are given.
     Returns: LossOutput. metrics: tokens (rows projected), gradient_rows (rows of dX and dW),
-        bad_tokens, ratio_mean, ratio_max, clip_fraction (policy "clip"), with a teacher
-        teacher_gap_mean (mean lp - lq, nats) and k2_mean, and with a sampled KD
-        kd_flip_fraction (share of tokens where it turns the sign of the advantage).
+        bad_tokens, ratio_sum, ratio_max, clipped (policy "clip"), entropy_sum (where entropy is
+        computed); with a teacher, over the rows of kd_weight > 0: kd_tokens (their number),
+        teacher_log_ratio_sum (of l = lp - lq), k2_sum (of l²/2), kl_sum (where the loss computes
+        KL(p‖q)) and kd_flipped (rows whose advantage minus the pull of the KD term has the other
+        sign; not for "jsd" nor policy "off"). mean_metrics turns them into means.
     Raises: ValueError for a shape, device, token or option; TypeError for a type or dtype.
     Memory: as linear_logprobs, two buffers for exact KD and for kd_baseline; gradients are taken in
         the forward pass and kept in float32 until backward rounds them once. Under no_grad none

@@ -194,7 +194,9 @@ def token_losses(objective: Objective, rows: Rows) -> Tensor:
     loss = torch.zeros_like(log_ratio)
     if objective.policy != "off":
         assert rows.advantages is not None
-        loss = loss - rows.advantages * _clipped(objective, log_ratio, rows.advantages).exp()
+        loss = (
+            loss - rows.advantages * clipped_log_ratio(objective, log_ratio, rows.advantages).exp()
+        )
     if objective.kd is not None:
         loss = loss + _kd_term(objective, rows, log_ratio.detach())
     if objective.entropy_coef:
@@ -203,8 +205,8 @@ def token_losses(objective: Objective, rows: Rows) -> Tensor:
     return loss
 
 
-def _clipped(objective: Objective, log_ratio: Tensor, advantages: Tensor) -> Tensor:
-    """lp - old within the bounds of its advantage's sign: no gradient outside, r = 1 where A = 0.
+def clipped_log_ratio(objective: Objective, log_ratio: Tensor, advantages: Tensor) -> Tensor:
+    """Bound lp - old as its advantage's sign says: no gradient outside, r = 1 where A = 0.
 
     min(r·A, clip(r)·A) is A·min(r, 1 + high) for A > 0 and A·max(r, 1 - low) for A < 0. Bounding
     the logarithm instead of the ratio keeps exp, and its gradient, from overflowing.
@@ -233,10 +235,26 @@ def _kd_term(objective: Objective, rows: Rows, log_ratio: Tensor) -> Tensor:
         return scale * torch.where(scale == 0, 0, rows.kl)
     rows = objective.centred(rows)
     assert rows.teacher_logprobs is not None
-    gap = torch.where(scale == 0, 0, rows.logprobs - rows.teacher_logprobs)
-    if objective.kd == "k2":
-        return scale * gap.square() / 2
-    return scale * (torch.expm1(-gap) + gap)
+    teacher_log_ratio = torch.where(scale == 0, 0, rows.logprobs - rows.teacher_logprobs)
+    return scale * sampled_kd(objective.kd, teacher_log_ratio)
+
+
+def sampled_kd(kd: Kd | None, teacher_log_ratio: Tensor) -> Tensor:
+    """Return the sampled KD term "k2" or "k3" of l = log p - log q at the sampled tokens, [C]."""
+    if kd == "k2":
+        return teacher_log_ratio.square() / 2
+    return teacher_log_ratio - kd_pull(kd, teacher_log_ratio)
+
+
+def kd_pull(kd: Kd | None, teacher_log_ratio: Tensor) -> Tensor:
+    """Return the derivative of the KD term in log p: what it takes off the token's advantage, [C].
+
+    Of the exact "rkl" and "fkl" it is that of "k2" and "k3", which have their expected gradient.
+    """
+    if kd in ("k2", "rkl"):
+        return teacher_log_ratio
+    assert kd in ("k3", "fkl"), kd
+    return -torch.expm1(-teacher_log_ratio)
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,42 +300,3 @@ def coefficients(
     zero = torch.zeros_like(rows.logprobs)
     found = (zero if grad is None else grad for grad in grads)
     return losses.detach(), Coefficients(**dict(zip(names, found, strict=True)))
-
-
-def row_metrics(objective: Objective, rows: Rows, used: Tensor | None) -> dict[str, Tensor]:
-    """0-d tensors on the device; means and shares over the used rows ([N] bool, None: all).
-
-    0 where none is used. Rows that are not may hold anything.
-    """
-    lp = rows.logprobs
-    count = torch.full_like(lp[:0].sum(), len(lp)) if used is None else used.sum()
-
-    def kept(values: Tensor) -> Tensor:
-        return values.float() if used is None else torch.where(used, values, 0).float()
-
-    def mean(values: Tensor) -> Tensor:
-        return kept(values).sum() / count.clamp_min(1)
-
-    log_ratio = torch.zeros_like(lp) if rows.old_logprobs is None else lp - rows.old_logprobs
-    ratio = log_ratio.exp()
-    metrics = {
-        "ratio_mean": mean(ratio),
-        "ratio_max": kept(ratio).amax() if len(lp) else lp.sum(),
-    }
-    advantages = rows.advantages
-    if objective.policy == "clip" and advantages is not None:
-        bounded = _clipped(objective, log_ratio, advantages)
-        metrics["clip_fraction"] = mean((bounded != log_ratio) & (advantages != 0))
-    if rows.teacher_logprobs is not None:
-        gap = lp - rows.teacher_logprobs
-        metrics["teacher_gap_mean"] = mean(gap)
-        metrics["k2_mean"] = mean(gap.square() / 2)
-        if advantages is not None and objective.samples_teacher:
-            rows = objective.centred(rows)
-            assert rows.teacher_logprobs is not None
-            gap = lp - rows.teacher_logprobs
-            pull = gap if objective.kd == "k2" else -torch.expm1(-gap)
-            weight = 1.0 if rows.kd_weight is None else rows.kd_weight
-            left = advantages - objective.kd_coef * weight * pull
-            metrics["kd_flip_fraction"] = mean(advantages * left < 0)
-    return metrics

@@ -230,7 +230,7 @@ class Policy(HeadedModel):
             entropy=out.entropy,
             teacher_logprobs=out.teacher_logprobs,
             kl=out.kl if goal.exact_kd == "rkl" else None,
-            clip_fraction=out.metrics.get("clip_fraction"),
+            clip_fraction=kk.mean_metrics(out.metrics).get("clip_fraction"),
             token_weights=batch.token_weights,
             kd_weight=batch.kd_weight,
             advantages=batch.advantages,

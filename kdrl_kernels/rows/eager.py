@@ -12,7 +12,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kdrl_kernels.objective import Coefficients, Objective, Rows, TokenLoss
+from kdrl_kernels.objective import (
+    Coefficients,
+    Objective,
+    Rows,
+    TokenLoss,
+    kd_pull,
+    sampled_kd,
+)
 from kdrl_kernels.objective import coefficients as autograd_coefficients
 from kdrl_kernels.rows import Stats, Stream, TeacherStream
 
@@ -160,10 +167,9 @@ def coefficients(
             g = scale * weights
         else:
             assert rows.teacher_logprobs is not None
-            gap = torch.where(scale == 0, 0, lp - rows.teacher_logprobs)
-            pull = gap if loss.kd == "k2" else -torch.expm1(-gap)
-            value += scale * (gap.square() / 2 if loss.kd == "k2" else gap - pull)
-            c += scale * pull
+            teacher_log_ratio = torch.where(scale == 0, 0, lp - rows.teacher_logprobs)
+            value += scale * sampled_kd(loss.kd, teacher_log_ratio)
+            c += scale * kd_pull(loss.kd, teacher_log_ratio)
     e = None
     if loss.entropy:
         assert rows.entropy is not None
