@@ -1,4 +1,4 @@
-"""One pass over the LM head: log-probabilities, teacher KL, policy-gradient loss and gradients."""
+"""Computes log-probabilities, policy-gradient and teacher losses in one pass over the LM head."""
 
 from kdrl_kernels.api import (
     LogprobOutput,

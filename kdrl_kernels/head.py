@@ -1,4 +1,4 @@
-"""An LM head: final hidden states and the matrix that turns them into logits."""
+"""Defines an LM head: final hidden states and the matrix that turns them into logits."""
 
 import math
 from dataclasses import dataclass, replace
@@ -15,7 +15,9 @@ Needs = tuple[bool, bool, bool]
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """z = softcap(hidden · weightᵀ + bias) / temperature, where softcap(a) = cap · tanh(a / cap).
+    """Holds a head: z = softcap(hidden · weightᵀ + bias) / temperature.
+
+    softcap(a) = cap · tanh(a / cap).
 
     Args:
         hidden: [N, H], float32, float16, bfloat16 or float64: final hidden states.
@@ -37,7 +39,7 @@ class Head:
         check_head(self, prefix="")
 
     def select(self, rows: slice | Tensor) -> "Head":
-        """The same head on these rows: a slice, or int64 numbers."""
+        """Return this head on some rows: a slice, or int64 indices."""
         temperature = self.temperature
         if isinstance(temperature, Tensor):
             temperature = temperature[rows]
@@ -46,10 +48,11 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class TeacherHead(Head):
-    """The teacher's final hidden states and head: gives its log-probabilities or the exact KL.
+    """Holds the teacher's final hidden states and head, for its log-probabilities or the exact KL.
 
-    Fields and errors as Head: hidden [N, H_t], weight [V_t, H_t], bias [V_t] or None, temperature,
-    softcap. H_t and V_t may differ from the student's. Never trained: gradients stop here.
+    Fields and errors are those of Head: hidden [N, H_t], weight [V_t, H_t], bias [V_t] or None,
+    temperature, softcap. H_t and V_t may differ from the student's. It is never trained: gradients
+    stop here.
     """
 
     def __post_init__(self) -> None:
@@ -80,11 +83,11 @@ def gathered(tensor: Tensor) -> Tensor: ...
 @overload
 def gathered(tensor: None) -> None: ...
 def gathered(tensor: Tensor | None) -> Tensor | None:
-    """A DTensor as a plain tensor of full size; its gradient is summed over the ranks.
+    """Gather a DTensor to a plain tensor of full size, whose gradient is summed over the ranks.
 
-    Each rank has rows of its own, so its gradient is a partial sum, which goes back in the layout
-    of the DTensor (a reduce-scatter for FSDP2's shards). So every dimension of its mesh must be one
-    over which the rows differ, as for FSDP2: no tensor parallelism.
+    Each rank has other rows, so its gradient is a partial sum, which goes back in the layout of the
+    DTensor (a reduce-scatter for FSDP2's shards). So the rows must differ along every dimension of
+    its mesh, as they do for FSDP2 and not for tensor parallelism.
     """
     if not isinstance(tensor, DTensor):
         return tensor
@@ -92,7 +95,7 @@ def gathered(tensor: Tensor | None) -> Tensor | None:
 
 
 def check_head(head: Head, prefix: str) -> None:
-    """Raise the error that names the field, what it must be and what it is."""
+    """Raise an error that names the field, what it must be and what it is, unless head is valid."""
     hidden, weight, bias = head.hidden, head.weight, head.bias
     if isinstance(hidden, DTensor):
         raise TypeError(f"{prefix}hidden must be a plain tensor, this rank's rows, got a DTensor")

@@ -1,7 +1,7 @@
-"""linear_logprobs: log-probability and entropy for a loss that is not known yet.
+"""Computes log-probabilities and entropies for a loss that is not known yet.
 
-Forward keeps two numbers a row; backward projects each chunk again (4u in all, u = 2NHV FLOP),
-but for the first chunks, whose logits may be kept (3u for those).
+Forward keeps two numbers a row, and backward projects each chunk again (4u in all, u = 2 N H V
+FLOP), except the first chunks, whose logits may be kept (3u for those).
 """
 
 from dataclasses import dataclass
@@ -19,19 +19,19 @@ from kdrl_kernels.rows import Stats, Stream
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What the forward pass leaves: [N] each, and the logits of the first rows."""
+    """Holds what the forward pass leaves: [N] each, and the logits of the first rows."""
 
     logprobs: Tensor
     max: Tensor
     log_sum: Tensor
     entropy: Tensor | None
     cache: Tensor
-    """[rows, width], as the sweep left them; 0 rows where nothing is kept."""
+    """[rows, width], logits as the sweep left them; 0 rows where none are kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class BackwardCall:
-    """What the backward pass reads."""
+    """Holds what the backward pass reads."""
 
     forward: LogprobCall
     scores: Scores
@@ -42,7 +42,7 @@ class BackwardCall:
 
 
 def cached_rows(N: int, V: int, dtype: torch.dtype, max_rows: int, cache_bytes: int) -> int:
-    """Rows of whole chunks whose logits fit into cache_bytes."""
+    """Return how many rows, in whole chunks, have logits that fit into cache_bytes."""
     size = balanced(N, max_rows)
     fit = cache_bytes // (padded(V) * accumulator(dtype).itemsize)
     return N if fit >= N else fit // size * size

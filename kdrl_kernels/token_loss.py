@@ -1,4 +1,4 @@
-"""A caller's own per-token loss as autograd: a Python function, which no operator can take."""
+"""Runs a caller's own loss of each token by autograd, since no operator takes a function."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ from kdrl_kernels.operators.loss import rounded
 
 
 class _TokenLoss(torch.autograd.Function):
-    """hidden, weight, bias -> loss, and its gradients as outputs, which backward scales.
+    """Computes the loss of hidden, weight and bias, and its gradients, which backward scales.
 
-    As outputs they depend on the inputs, so that a second derivative raises.
+    The gradients are outputs, which depend on the inputs, so that a second derivative raises.
     """
 
     @staticmethod
@@ -22,7 +22,7 @@ class _TokenLoss(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,  # noqa: ARG004 (an input of the graph; call.student holds it)
-        bias: Tensor | None,  # noqa: ARG004 (the same)
+        bias: Tensor | None,  # noqa: ARG004 (an input of the graph too)
         call: LossCall,
         passes: list[one_pass.Pass],
     ) -> tuple[Tensor | None, ...]:

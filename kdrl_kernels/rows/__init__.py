@@ -1,4 +1,4 @@
-"""Row work of one chunk: statistics of logits, coefficients, logits into gradients.
+"""Defines the row work of one chunk: statistics of logits, coefficients, logits into gradients.
 
 Two modules define the same names: `eager` (any device) and `kernels` (GPU). Maths: README.md.
 """
@@ -11,10 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """Logits [C, V] of one head, as the GEMM left them, and what turns them into z.
+    """Holds logits [C, V] of one head, as the GEMM left them, and what turns them into z.
 
-    z = a / temperature, a = softcap(logits). `sweep` may put something else in the place of the
-    logits, which `gradient` of the same module expects; `resume_` does it without the statistics.
+    z = a / temperature, a = softcap(logits). `sweep` may overwrite the logits with what `gradient`
+    of the same module expects; `resume_` overwrites them without computing statistics.
     """
 
     logits: Tensor
@@ -24,7 +24,7 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class TeacherStream(Stream):
-    """The second stream of a sweep, and the divergence taken to it."""
+    """Holds the second stream of a sweep, and the divergence to it that is computed."""
 
     kd: str
     """"rkl", "fkl" or "jsd"."""
@@ -33,14 +33,14 @@ class TeacherStream(Stream):
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What the sweeps over a stream, or two, find out per row: [C], in nats.
+    """Holds the statistics of each row that sweeps over one stream or two compute: [C], in nats.
 
     log p_v = (a_v - max) / temperature - log_sum. Their sum, the usual lse, would lose 1e-3 nat
     at |z| = 1e4.
     """
 
     max: Tensor
-    """max_v a_v: before the temperature."""
+    """max_v a_v, before the temperature."""
     log_sum: Tensor
     """log(sum_v exp((a_v - max) / temperature))."""
     logprobs: Tensor

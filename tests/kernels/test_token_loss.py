@@ -267,7 +267,7 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"kl": "jsd", "jsd_alpha": 1}, ValueError, r"jsd_alpha must be in \(0, 1\), got 1"),
     ({"kl": "jsd", "jsd_alpha": float("nan")}, ValueError, r"jsd_alpha must be in \(0, 1\), got nan"),
     ({"loss_fn": "dapo"}, TypeError, "loss_fn must be callable, got str"),
-    ({"teacher_logprobs": torch.zeros(N)}, ValueError, "teacher_logprobs must be None when teacher is given"),
+    ({"teacher_logprobs": torch.zeros(N)}, ValueError, "teacher_logprobs must be None when teacher is passed"),
     ({"kl": "rkl", "teacher": None, "teacher_logprobs": torch.zeros(N)}, ValueError, "teacher must be a TeacherHead for kl='rkl'"),
     ({"token_weights": torch.ones(3)}, ValueError, r"token_weights must be \[N\] with N = 11, got \[3\]"),
     ({"normalizer": -1.0}, ValueError, "normalizer must be positive and finite, got -1.0"),
