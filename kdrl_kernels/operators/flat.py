@@ -16,7 +16,7 @@ FLOAT_OR_TENSOR = {float, Tensor}
 
 
 class Layout(Generic[T]):
-    """The arguments of an operator that stand for the fields of a frozen dataclass, in order.
+    """Lists the arguments of an operator that stand for the fields of a frozen dataclass.
 
     A nested dataclass gives the arguments of its fields, named parent_field; all of them are None
     where the field is. `float | Tensor` gives two arguments, one of which is None. The layout is

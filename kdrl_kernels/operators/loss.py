@@ -16,7 +16,7 @@ from kdrl_kernels.plan import accumulator
 
 @dataclass(frozen=True, slots=True)
 class ObjectiveCall(LossCall):
-    """A LossCall that an operator can take: a caller's own loss is a function, which none can."""
+    """Narrows a LossCall to what an operator takes: no loss that is a caller's function."""
 
     loss: Objective
 

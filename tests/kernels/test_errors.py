@@ -1,4 +1,4 @@
-"""Bad input: the error names the argument, what it must be, and what it is."""
+"""Bad input raises an error that names the argument, what it must be, and what it is."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What `import kdrl_kernels` costs, and that it works without Triton."""
+"""`import kdrl_kernels` loads little, and works without Triton."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""kdrl_loss against its definition in float64: every option, value and gradient."""
+"""kdrl_loss matches its definition in float64: every option, value and gradient."""
 
 from typing import Any
 
@@ -32,25 +32,27 @@ def test_every_kd_term(
 def test_a_baseline(impl: str, dtype: torch.dtype, off_policy: bool, device: str) -> None:
     kind: dict[str, Any] = {"kd": "k2", "dtype": dtype, "device": device, "off_policy": off_policy}
     objective = {"entropy_coef": 0.05, "kd_baseline": "kl"}
-    found = assert_matches_definition(impl, upstream=3.0, objective=objective, **kind)
-    assert found["kl"].min() > 0
+    results = assert_matches_definition(impl, upstream=3.0, objective=objective, **kind)
+    assert results["kl"].min() > 0
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_a_baseline_is_a_loss_of_the_centred_gap(impl: str, device: str) -> None:
-    """Against linear_token_loss, with the formula written out."""
+def test_a_baseline_is_a_loss_of_the_centred_log_ratio(impl: str, device: str) -> None:
+    """linear_token_loss gives the same, with the formula written out."""
     problem = make_problem(device=device, objective={"kd_baseline": "kl", "policy": "off"})
     ours, options = problem.solve(impl=impl), problem.options
     student = {k: v.clone().requires_grad_() for k, v in problem.student.items()}
 
     def centred(rows: kk.Rows) -> torch.Tensor:
         ratio = (rows.logprobs.detach() - options["old_logprobs"]).exp().clamp(max=2.0)
-        gap = rows.logprobs - rows.teacher_logprobs - rows.kl.detach()
-        return 0.5 * options["kd_weight"] * ratio * gap.square() / 2
+        centred_log_ratio = rows.logprobs - rows.teacher_logprobs - rows.kl.detach()
+        return 0.5 * options["kd_weight"] * ratio * centred_log_ratio.square() / 2
 
     teacher, weights = kk.TeacherHead(**problem.teacher), options["token_weights"]
-    given = {"teacher": teacher, "token_weights": weights, "kl": "rkl", "impl": impl}
-    kk.linear_token_loss(tokens=problem.tokens, loss_fn=centred, **student, **given).loss.backward()
+    arguments = {"teacher": teacher, "token_weights": weights, "kl": "rkl", "impl": impl}
+    kk.linear_token_loss(
+        tokens=problem.tokens, loss_fn=centred, **student, **arguments
+    ).loss.backward()
     for name, tensor in student.items():
         torch.testing.assert_close(ours[f"d{name}"], tensor.grad, rtol=1e-4, atol=1e-6)
 
@@ -97,8 +99,8 @@ def test_every_option(impl: str, options: dict[str, Any], kd: str, device: str) 
 @pytest.mark.parametrize("kd", ["k2", "k3"])
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_teacher_logprobs_from_a_server(impl: str, kd: str, device: str) -> None:
-    found = assert_matches_definition(impl, kd=kd, server=True, device=device)
-    assert found["teacher_logprobs"].abs().min() > 0
+    results = assert_matches_definition(impl, kd=kd, server=True, device=device)
+    assert results["teacher_logprobs"].abs().min() > 0
 
 
 @pytest.mark.parametrize(
@@ -122,14 +124,14 @@ def test_small_weights_survive_float16(impl: str, device: str) -> None:
     expected = problem.solve(impl=impl)
     # float16 has nothing below 6e-8: weights of 1e-7 must not reach the 16-bit logit gradients
     problem.options["token_weights"] = problem.options["token_weights"].float() * 1e-7
-    found = problem.solve(impl=impl)
+    results = problem.solve(impl=impl)
     for name in ("loss", "dhidden", "dweight"):
-        torch.testing.assert_close(found[name], expected[name], rtol=2e-3, atol=1e-5)
+        torch.testing.assert_close(results[name], expected[name], rtol=2e-3, atol=1e-5)
 
 
 @st.composite
 def kinds(draw: st.DrawFn) -> dict[str, Any]:
-    """Arguments of make_problem: any options that go together."""
+    """Draw arguments of make_problem: any options that go together."""
     kd = draw(st.sampled_from(KDS))
     objective = {
         "policy": draw(st.sampled_from(["clip", "none", "off"] if kd else ["clip", "none"])),
@@ -160,9 +162,9 @@ def kinds(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def _assert_same(impl: str, problem: Problem, bound: float) -> None:
-    """impl gives what the reference gives, to a bound that only a wrong formula passes.
+    """Assert that impl gives what the reference gives, to a bound that a wrong formula exceeds.
 
-    Where terms cancel, the reference at the dtype of the problem says how much is lost anyway.
+    Where sums cancel, the reference at the dtype of the problem says how much is lost anyway.
     """
     exact = problem.map(torch.Tensor.double).solve(impl="reference")
     eager = problem.solve(impl="reference")
@@ -263,9 +265,9 @@ def test_autocast_changes_nothing(device: str) -> None:
     problem = make_problem(kd="rkl", device=device)
     expected = problem.solve(impl="torch")
     with torch.autocast(device, dtype=torch.bfloat16):
-        found = problem.solve(impl="torch")
+        results = problem.solve(impl="torch")
     for name, value in expected.items():
-        assert torch.equal(found[name], value), name
+        assert torch.equal(results[name], value), name
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -274,8 +276,8 @@ def test_the_default_dtype_changes_nothing(impl: str, device: str) -> None:
     expected = problem.solve(impl=impl)
     torch.set_default_dtype(torch.float16)
     try:
-        found = problem.solve(impl=impl)
+        results = problem.solve(impl=impl)
     finally:
         torch.set_default_dtype(torch.float32)
     for name, value in expected.items():
-        assert torch.equal(found[name], value), name
+        assert torch.equal(results[name], value), name

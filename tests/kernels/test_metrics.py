@@ -1,4 +1,4 @@
-"""LossOutput.metrics: sums and counts against plain formulas, and the means that they give."""
+"""LossOutput.metrics holds sums and counts that match plain formulas; mean_metrics divides them."""
 
 import math
 from typing import Any
@@ -36,7 +36,7 @@ def _solve(problem: Problem, impl: str = "torch", **options: Any) -> kk.LossOutp
 
 
 def _clips(objective: kk.Objective, ratio: float, advantage: float) -> bool:
-    """The bound of the advantage's sign takes hold."""
+    """Say whether the ratio is outside the bound of its advantage's sign."""
     if advantage > 0:
         return ratio > 1 + objective.clip_high
     dual = math.inf if objective.dual_clip is None else objective.dual_clip
@@ -44,14 +44,14 @@ def _clips(objective: kk.Objective, ratio: float, advantage: float) -> bool:
 
 
 def _pull(objective: kk.Objective, log_ratio: float, kl: float) -> float:
-    """The derivative of the sampled KD term in log p."""
+    """Return the derivative of the sampled KD term in log p."""
     if objective.kd in ("k3", "fkl"):
         return -math.expm1(-log_ratio)
     return log_ratio - (kl if objective.kd_baseline else 0.0)
 
 
 def _plain_metrics(problem: Problem, result: kk.LossOutput) -> dict[str, float]:
-    """The definition: a loop over rows in Python's float64, from the outputs of the call."""
+    """Compute the metrics by their definition: a loop over rows in Python's float64."""
     objective, options, N = problem.options["objective"], problem.options, len(problem.tokens)
 
     def at(tensor: Tensor | None, n: int, missing: float = 0.0) -> float:
@@ -89,7 +89,7 @@ def _plain_metrics(problem: Problem, result: kk.LossOutput) -> dict[str, float]:
 
 
 def _masked(problem: Problem) -> Problem:
-    """Two rows are not used, one of them full of NaN; two used rows are not distilled."""
+    """Mask two rows, one of them full of NaN, and give two used rows no distillation."""
     problem.options["token_weights"][[1, 5]] = 0
     for name in ("advantages", "old_logprobs", "teacher_logprobs"):
         if name in problem.options:
@@ -198,7 +198,7 @@ def test_means_of_nothing_are_0(rows: str) -> None:
 def test_the_pull_is_the_derivative_that_the_row_work_takes(
     kd: Any, impl: str, device: str
 ) -> None:
-    """Also against autograd, through the value."""
+    """Eager, Triton and autograd through the value give the pull of kd_pull."""
     log_ratio = torch.linspace(-3, 3, 13, device=device, requires_grad=True)
     rows = Rows(log_ratio.detach(), teacher_logprobs=torch.zeros_like(log_ratio))
     objective = kk.Objective(policy="off", kd=kd, kd_coef=1.0)

@@ -66,7 +66,7 @@ def test_one_pass(kd: str | None, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("reason", ["weights", "compact"])
 def test_it_is_seen_where_the_host_waits(reason: str) -> None:
-    """Both are documented to wait: for the number of rows."""
+    """Both options are documented to wait for the number of rows."""
     problem = _meta_problem(kd="rkl")
     changes = {"compact": True}
     if reason == "weights":
@@ -104,10 +104,10 @@ def _step(problem: Problem, impl: str, **changes: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kd", KDS)
 @DTYPES
 def test_checks_and_metrics(kd: str | None, dtype: torch.dtype) -> None:
-    """What the public function does around the pass."""
+    """The public function waits for nothing around the pass either."""
     for normalizer in (torch.ones((), device="meta"), None):
-        found = _step(_meta_problem(kd=kd, dtype=dtype), "torch", normalizer=normalizer)
-        assert all(value.is_meta for value in found.values())
+        results = _step(_meta_problem(kd=kd, dtype=dtype), "torch", normalizer=normalizer)
+        assert all(value.is_meta for value in results.values())
 
 
 def test_checks_and_metrics_of_a_token_loss(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +128,7 @@ def test_checks_and_metrics_of_a_token_loss(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def waiting_is_an_error() -> Iterator[None]:
-    """A call that waits for the GPU raises."""
+    """Make a call that waits for the GPU raise."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     yield
@@ -143,9 +143,9 @@ def test_on_a_gpu(kd: str | None, dtype: torch.dtype, request: pytest.FixtureReq
     expected = _step(problem, "triton")  # compiles
     torch.cuda.synchronize()
     request.getfixturevalue("waiting_is_an_error")
-    found = _step(problem, "triton")
+    results = _step(problem, "triton")
     torch.cuda.set_sync_debug_mode("default")
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(results, expected, rtol=0, atol=0)
 
 
 @pytest.mark.gpu
@@ -158,12 +158,12 @@ def test_a_gpu_reports_a_wait() -> None:
 @pytest.mark.parametrize("kd", KDS)
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_compaction_gives_the_same_numbers(impl: str, kd: str | None, device: str) -> None:
-    """The way that waits, and the way that does not; some rows have no gradient."""
+    """Compaction, which waits, changes no number where some rows have no gradient."""
     problem = make_problem(8, kd=kd, device=device)
     problem.options["advantages"][[1, 4]] = 0
     if kd:
         problem.options["kd_weight"][[1, 4]] = 0
-    found, expected = (_step(problem, impl, compact=compact) for compact in (True, False))
-    assert found.pop("gradient_rows") <= 6
+    results, expected = (_step(problem, impl, compact=compact) for compact in (True, False))
+    assert results.pop("gradient_rows") <= 6
     assert expected.pop("gradient_rows") == 8
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(results, expected, rtol=1e-5, atol=1e-6)
