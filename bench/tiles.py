@@ -19,7 +19,8 @@ import torch
 
 from bench.machine import DEVICE, clock, machine_info, one_line
 from kdrl_kernels.objective import Coefficients
-from kdrl_kernels.rows import Stream, TeacherStream, kernels
+from kdrl_kernels.rows import kernels
+from kdrl_kernels.rows.streams import Stream, TeacherStream
 from kdrl_kernels.rows.tiles import GRADIENT, JSD, SWEEP, TILES, Tile
 from tests.kernels import aot
 

@@ -14,7 +14,7 @@ from kdrl_kernels.checks import bad_tokens, check_head_values, poison
 from kdrl_kernels.objective import Coefficients
 from kdrl_kernels.one_pass import Buffers, Gradients, gradient_view
 from kdrl_kernels.plan import accumulator, balanced, chunks_of, padded
-from kdrl_kernels.rows import Stats, Stream
+from kdrl_kernels.rows.streams import Stats, Stream
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from kdrl_kernels.checks import check_values, poison
 from kdrl_kernels.head import Head, Needs
 from kdrl_kernels.objective import NO_GRADIENT, Coefficients
 from kdrl_kernels.plan import accumulator, balanced, chunks_of, padded
-from kdrl_kernels.rows import Stats, Stream, TeacherStream
+from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
 
 
 class Buffers:

@@ -21,7 +21,7 @@ from kdrl_kernels.objective import (
     sampled_kd,
 )
 from kdrl_kernels.objective import coefficients as autograd_coefficients
-from kdrl_kernels.rows import Stats, Stream, TeacherStream
+from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
 
 CPU_BLOCK_ELEMENTS = 1 << 18
 """Logits of one block of rows on a CPU: 1 MB of float32."""

@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kdrl_kernels.objective import Coefficients
-from kdrl_kernels.rows import Stats, Stream, TeacherStream
 from kdrl_kernels.rows.kernel_math import (
     FKL,
     JSD_CODE,
@@ -28,6 +27,7 @@ from kdrl_kernels.rows.kernel_math import (
     tanh,
 )
 from kdrl_kernels.rows.kernel_objective import coefficients
+from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
 from kdrl_kernels.rows.tiles import GRADIENT, JSD, SWEEP, Tile, tile_of
 
 __all__ = ["BLOCK_BUFFERS", "block_rows", "coefficients", "gradient", "resume_", "sweep"]

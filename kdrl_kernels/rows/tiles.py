@@ -7,7 +7,7 @@ of loads in flight per SM, and of those the deepest, then the smallest. No tile 
 
 from dataclasses import dataclass
 
-from kdrl_kernels.rows import Stream
+from kdrl_kernels.rows.streams import Stream
 
 SWEEP, JSD, GRADIENT = "sweep", "jsd", "gradient"
 OBJECTIVE_BLOCK = 256

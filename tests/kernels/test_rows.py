@@ -5,7 +5,8 @@ import torch
 
 from kdrl_kernels.objective import Coefficients
 from kdrl_kernels.one_pass import Compaction, gradient_view
-from kdrl_kernels.rows import Stream, TeacherStream, load
+from kdrl_kernels.rows import load
+from kdrl_kernels.rows.streams import Stream, TeacherStream
 from kdrl_kernels.rows.tiles import Tile
 
 N, V = 5, 150
