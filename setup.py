@@ -49,8 +49,8 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["kdrl_kernels*", "kdrl_train*"]),
     package_data={
-        "kdrl_kernels": ["py.typed", "rows/README.md"],
-        "kdrl_train": ["py.typed", "tools/report/*.j2"],
+        "kdrl_kernels": ["py.typed", "README.md", "rows/README.md"],
+        "kdrl_train": ["py.typed", "tools/report/*.j2", "tools/report/*.css"],
     },
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require=EXTRAS,

@@ -19,8 +19,8 @@ import torch
 
 from bench.machine import DEVICE, clock, machine_info, one_line
 from kdrl_kernels.objective import Coefficients
-from kdrl_kernels.rows import Stream, TeacherStream
-from kdrl_kernels.rows import triton as kernels
+from kdrl_kernels.rows import kernels
+from kdrl_kernels.rows.streams import Stream, TeacherStream
 from kdrl_kernels.rows.tiles import GRADIENT, JSD, SWEEP, TILES, Tile
 from tests.kernels import aot
 
@@ -48,9 +48,9 @@ def compiled(tile: Tile) -> Iterator[tuple[Key, dict[str, int]]]:
         yield key, aot.resources(aot.compile_one(variant, aot.TARGETS["sm_90"], aligned=True))
 
 
-def describe(key: Key, tile: Tile, found: list[dict[str, int]]) -> Row:
+def describe(key: Key, tile: Tile, variants: list[dict[str, int]]) -> Row:
     """What one tile means for one line of the table; the worst of its variants."""
-    registers = max(one["registers"] for one in found)
+    registers = max(one["registers"] for one in variants)
     threads = 32 * tile.warps
     blocks = min(65_536 // (-(-registers // 8) * 8 * threads), 2048 // threads, 32)
     return {
@@ -59,7 +59,7 @@ def describe(key: Key, tile: Tile, found: list[dict[str, int]]) -> Row:
         "softcap": key[2],
         "tile": [tile.depth, tile.lanes, tile.warps],
         "registers": registers,
-        "spills": max(one["spills"] + one["stack"] for one in found),
+        "spills": max(one["spills"] + one["stack"] for one in variants),
         "blocks_per_sm": blocks,
         "in_flight_bytes_per_sm": blocks * tile.columns * 4 * key[1],
         "ms": _measure(key, tile) if DEVICE == "cuda" else None,
@@ -79,7 +79,7 @@ def _measure(key: Key, tile: Tile) -> float:
     coef = Coefficients(torch.randn(ROWS, device="cuda"), kl=stats.max if teacher else None)
     out = torch.empty(ROWS, COLUMNS, device="cuda", dtype=torch.bfloat16)
     temperatures = torch.ones(2, ROWS, device="cuda")
-    found = torch.randn(kernels.STATS, ROWS, device="cuda")
+    sweep_stats = torch.randn(kernels.STATS, ROWS, device="cuda")
 
     def call() -> None:
         if kernel == GRADIENT:
@@ -87,7 +87,7 @@ def _measure(key: Key, tile: Tile) -> float:
         elif kernel == SWEEP:
             kernels.sweep(student, tokens, teacher=teacher, tile=tile)
         elif teacher is not None:
-            kernels.add_mixture_kl(student, teacher, temperatures, found, tile)
+            kernels.add_mixture_kl(student, teacher, temperatures, sweep_stats, tile)
 
     return _median_ms(call)
 
@@ -157,10 +157,10 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for tile in GRID:
-        found: dict[Key, list[dict[str, int]]] = defaultdict(list)
+        by_tile: dict[Key, list[dict[str, int]]] = defaultdict(list)
         for key, resources in compiled(tile):
-            found[key].append(resources)
-        rows += [describe(key, tile, resources) for key, resources in found.items()]
+            by_tile[key].append(resources)
+        rows += [describe(key, tile, resources) for key, resources in by_tile.items()]
     rows.sort(key=lambda row: (row["kernel"], row["streams"], row["softcap"]))
     info = machine_info() | {"copy_ms": copy_ms() if DEVICE == "cuda" else None}
     (out / "tiles.json").write_text(json.dumps({"machine": info, "rows": rows}, indent=1))

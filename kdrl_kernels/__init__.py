@@ -1,4 +1,4 @@
-"""One pass over the LM head: log-probabilities, teacher KL, policy-gradient loss and gradients."""
+"""Computes log-probabilities, policy-gradient and teacher losses in one pass over the LM head."""
 
 from kdrl_kernels.api import (
     LogprobOutput,
@@ -8,6 +8,7 @@ from kdrl_kernels.api import (
     linear_token_loss,
 )
 from kdrl_kernels.head import TeacherHead
+from kdrl_kernels.metrics import mean_metrics
 from kdrl_kernels.objective import Objective, Rows
 from kdrl_kernels.plan import ChunkPlan, chunk_plan
 
@@ -24,4 +25,5 @@ __all__ = [
     "kdrl_loss",
     "linear_logprobs",
     "linear_token_loss",
+    "mean_metrics",
 ]

@@ -1,4 +1,4 @@
-"""The public functions: contract, checks and choice of implementation."""
+"""Defines the public functions: contract, checks and choice of implementation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,50 +8,43 @@ import torch
 from torch import Tensor
 
 from kdrl_kernels import checks, logprobs, operators, reference, token_loss
-from kdrl_kernels.call import LossCall
-from kdrl_kernels.head import Head, TeacherHead, gathered
-from kdrl_kernels.objective import (
-    CallerLoss,
-    ExactKd,
-    Objective,
-    Rows,
-    TokenLoss,
-    row_metrics,
-)
-from kdrl_kernels.one_pass import needs_gradient
+from kdrl_kernels.call import LogprobCall, LossCall
+from kdrl_kernels.head import Head, TeacherHead, gathered, needs_gradient
+from kdrl_kernels.metrics import row_metrics
+from kdrl_kernels.objective import CallerLoss, ExactKd, Objective, Rows, TokenLoss
 from kdrl_kernels.plan import Geometry, max_rows
 
 
 @dataclass(frozen=True, slots=True)
 class LogprobOutput:
-    """What linear_logprobs returns."""
+    """Holds what linear_logprobs returns."""
 
     logprobs: Tensor
-    """[N] float32 (float64 for float64 inputs), log-probability of each row's token, in nats."""
+    """[N] float32 (float64 for float64 inputs), the log-probability of each token, in nats."""
     entropy: Tensor | None
-    """[N] in nats, dtype of logprobs, where asked for."""
+    """[N] in nats, the entropy of each row in the dtype of logprobs; None unless entropy=True."""
 
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """What kdrl_loss returns, in float32 (float64 for float64 inputs).
+    """Holds what kdrl_loss and linear_token_loss return, in float32 (float64 for float64 inputs).
 
     [N] fields are detached, and 0 in rows of weight 0.
     """
 
     loss: Tensor
-    """0-d, differentiable once."""
+    """0-d, the loss, differentiable once."""
     logprobs: Tensor
     """[N], the student's log-probability of each token, in nats."""
     teacher_logprobs: Tensor | None
-    """[N], the teacher's; None without a teacher."""
+    """[N], the teacher's log-probability of each token, in nats; None without a teacher."""
     kl: Tensor | None
-    """[N] in nats: KL(p‖q) for "rkl" and kd_baseline "kl", KL(q‖p) for "fkl", Jensen-Shannon for
-    "jsd"; else None."""
+    """[N], the exact divergence of each row in nats: KL(p‖q) for "rkl" and kd_baseline "kl",
+    KL(q‖p) for "fkl", Jensen-Shannon for "jsd"; else None."""
     entropy: Tensor | None
-    """[N] in nats, where asked for or part of the loss."""
+    """[N], the entropy of each row in nats; None unless entropy=True or the loss reads it."""
     metrics: dict[str, Tensor]
-    """0-d tensors on the device, over the rows of non-zero weight: see kdrl_loss."""
+    """0-d sums and counts on the device, over the rows of non-zero weight; kdrl_loss lists them."""
 
 
 def linear_logprobs(
@@ -67,7 +60,7 @@ def linear_logprobs(
     cache_bytes: int = 0,
     impl: str | None = None,
 ) -> LogprobOutput:
-    """Log-probability of one token per row, and entropy, without [N, V] logits.
+    """Compute the log-probability of one token per row, and entropy, without [N, V] logits.
 
     z = softcap(hidden · weightᵀ + bias) / temperature
     logprobs[n] = z[n, tokens[n]] - log(sum_v exp(z[n, v]))
@@ -75,25 +68,25 @@ def linear_logprobs(
     Args:
         hidden: [N, H], float32, float16, bfloat16 or float64. A non-contiguous one is fine.
         weight: [V, H], dtype and device of hidden. A DTensor (FSDP2) is gathered once; its
-            gradient comes back in its own layout, summed over the ranks. bias: the same.
+            gradient comes back in its layout, summed over the ranks. bias may be one too.
         tokens: [N] int64 in [0, V). One outside raises on a CPU; on a GPU, where raising would
-            wait for the device, every log-probability is NaN.
+            wait for the device, it makes every log-probability NaN.
         bias: [V] or None.
         temperature: positive float or [N] tensor.
         softcap: positive float or None.
-        entropy: also return the entropy of each row.
-        workspace_bytes: bound of the memory beyond inputs, outputs and gradients; None: 2,048
-            rows or 1.25 GB, the larger, and at most a quarter of what is free; on a CPU 256 MB,
-            where 16-bit weights are widened 16 MB at a time beside it.
-        cache_bytes: where a gradient is wanted, keep the float32 logits of as many chunks as fit
-            until backward, which then does not compute them again: 3u in place of 4u for those,
-            the same gradients to the bit.
-        impl: "triton", "torch" or "reference" (full logits, the definition). None: Triton on GPU
-            tensors, PyTorch elsewhere. A named one never falls back.
+        entropy: True also returns the entropy of each row.
+        workspace_bytes: bound of the memory beyond inputs, outputs and gradients. None on a GPU:
+            2,048 rows or 1.25 GB, whichever is more, and at most a quarter of the free memory.
+            None on a CPU: 256 MB; 16-bit weights are widened 16 MB at a time in addition.
+        cache_bytes: where a gradient is needed, as many chunks as fit keep their float32 logits
+            until backward, which then does not compute them again: 3u instead of 4u for those
+            rows (u = 2 N H V FLOP), and the same gradients to the bit.
+        impl: "triton", "torch" or "reference" (the definition, with full logits). None: Triton on
+            GPU tensors, PyTorch elsewhere. A named one never falls back to another.
     Returns: LogprobOutput in nats, float32 (float64 for float64 inputs); differentiable once in
         hidden, weight and bias, for any later loss.
     Raises: ValueError for a shape, device, token or option; TypeError for a type or dtype.
-    Memory: C rows of float32 logits; backward float32 gradients, each rounded once.
+    Memory: float32 logits of one chunk of rows; in backward float32 gradients, rounded once.
     Source: chunked recomputation; the log-sum-exp of arXiv:1805.02867. Maths: rows/README.md.
     """
     weight, bias = gathered(weight), gathered(bias)
@@ -106,15 +99,12 @@ def linear_logprobs(
     if impl == "reference":
         return LogprobOutput(*reference.linear_logprobs(head, tokens, entropy))
     rows = max_rows(_geometry(head, None, None, impl), workspace_bytes)
-    cached = 0
-    if any(needs_gradient(head)):
+    needs, cached = needs_gradient(head), 0
+    if any(needs):
         V, dtype = weight.shape[0], hidden.dtype
         cached = logprobs.cached_rows(len(tokens), V, dtype, rows, cache_bytes)
-    return LogprobOutput(
-        *operators.linear_logprobs(
-            head, tokens, entropy=entropy, impl=impl, max_rows=rows, cached=cached
-        )
-    )
+    call = LogprobCall(head, tokens, entropy, impl, rows, cached, needs)
+    return LogprobOutput(*operators.linear_logprobs(call))
 
 
 def kdrl_loss(
@@ -139,43 +129,47 @@ def kdrl_loss(
     workspace_bytes: int | None = None,
     impl: str | None = None,
 ) -> LossOutput:
-    """Policy gradient, teacher KL and entropy bonus of N tokens in one pass over the head.
+    """Compute policy gradient, teacher KL and entropy bonus of N tokens in one pass over the head.
 
     loss = (1 / normalizer) · sum_n token_weights[n] · (PG + kd_coef · kd_weight[n] · s · KD
-           - entropy_coef · entropy), each term as in Objective.
+           - entropy_coef · entropy), where Objective defines each term.
 
     Args:
-        hidden, weight, bias, temperature, softcap, workspace_bytes, impl: as linear_logprobs.
+        hidden, weight, bias, temperature, softcap, workspace_bytes, impl: as in linear_logprobs.
         tokens: [N] int64, the sampled tokens. One outside [0, vocab_size) raises on a CPU; on a
             GPU it makes the loss NaN and is counted in metrics["bad_tokens"].
         advantages: [N] float; None with objective.policy "off".
         token_weights: [N] float, None: 1. Rows of weight 0 are never projected, may hold NaN, and
             give exactly zero gradient. Passing weights on a GPU costs one synchronisation.
-        old_logprobs: [N] float in nats, at sampling time; None: strictly on-policy (ratio 1).
+        old_logprobs: [N] float in nats, the policy's at sampling time; None: strictly on-policy
+            (ratio 1).
         teacher: TeacherHead with N rows, for sampled or exact KD.
-        teacher_logprobs: [N] float in nats, from a server, for sampled KD without kd_baseline.
+        teacher_logprobs: [N] float in nats, as a server returns them, for sampled KD without
+            kd_baseline.
         kd_weight: [N] float, schedule and mask of the KD term; None: 1.
         normalizer: number or 0-d tensor, e.g. the global token count; None: sum(token_weights).
-        vocab_size: columns from here on do not exist in either model; None: min(V, V_t).
-        entropy: also return the entropy of each row.
-        compact: leave rows whose logits have no gradient (clipped, or advantage 0 and no KD) out
-            of dX and dW. On a GPU the host then waits, once a chunk, for their number while the
-            gradient kernel runs. None: on a CPU, and where token_weights are given.
+        vocab_size: number of columns that both models use; None: min(V, V_t).
+        entropy: True also returns the entropy of each row.
+        compact: True leaves rows whose logits have no gradient (clipped, or advantage 0 and no KD)
+            out of dX and dW. On a GPU the host then waits, once a chunk, for the number of the
+            others while the gradient kernel runs. None: True on a CPU and with token_weights.
     Returns: LossOutput. metrics: tokens (rows projected), gradient_rows (rows of dX and dW),
-        bad_tokens, ratio_mean, ratio_max, clip_fraction (policy "clip"), with a teacher
-        teacher_gap_mean (mean lp - lq, nats) and k2_mean, and with a sampled KD
-        kd_flip_fraction (share of tokens where it turns the sign of the advantage).
+        bad_tokens, ratio_sum, ratio_max, clipped (policy "clip"), entropy_sum (where entropy is
+        computed); with a teacher, over the rows of kd_weight > 0: kd_tokens (their number),
+        teacher_log_ratio_sum (of l = lp - lq), k2_sum (of l²/2), kl_sum (where the loss computes
+        KL(p‖q)) and kd_flipped (rows whose advantage minus the pull of the KD term has the other
+        sign; not for "jsd" nor policy "off"). mean_metrics turns them into means.
     Raises: ValueError for a shape, device, token or option; TypeError for a type or dtype.
-    Memory: as linear_logprobs, two buffers for exact KD and for kd_baseline; gradients are taken in
-        the forward pass and kept in float32 until backward rounds them once. Under no_grad none
-        are computed.
+    Memory: as linear_logprobs, but two chunks of logits for exact KD and for kd_baseline. The
+        forward pass computes the gradients and keeps them in float32 until backward rounds them
+        once. Under no_grad it computes none.
     Source: KDRL, arXiv:2506.02208. Derivations: rows/README.md.
     """
     checks.check_objective(objective, teacher, teacher_logprobs)
     student = Head(hidden, gathered(weight), gathered(bias), temperature, softcap)
     if advantages is None and objective.policy != "off":
         raise ValueError(f"advantages must be [N] for policy={objective.policy!r}, got None")
-    call, impl = _loss_call(
+    call = _loss_call(
         student,
         tokens,
         objective,
@@ -195,12 +189,10 @@ def kdrl_loss(
         old_logprobs=checks.row_tensor("old_logprobs", old_logprobs, student),
         kd_weight=checks.row_tensor("kd_weight", kd_weight, student),
     )
-    if impl == "reference":
-        loss, terms, counts = reference.loss(call)
-    else:
-        loss, terms, counts = operators.kdrl_loss(call, impl)
+    solve = reference.loss if call.impl == "reference" else operators.kdrl_loss
+    loss, outputs, counts = solve(call)
     used = None if call.weights is None else call.weights != 0
-    rows = call.rows(terms.map(Tensor.detach), slice(None))  # a number would fix N in a graph
+    rows = call.rows(outputs.map(Tensor.detach), slice(None))  # a number would fix N in a graph
     return _output(loss, rows, used, row_metrics(objective, rows, used), counts)
 
 
@@ -225,7 +217,7 @@ def linear_token_loss(
     workspace_bytes: int | None = None,
     impl: str | None = None,
 ) -> LossOutput:
-    """A caller's own loss of each token, in one pass over the head, at the cost of kdrl_loss.
+    """Compute a caller's loss of each token in one pass over the head, at the cost of kdrl_loss.
 
     loss = (1 / normalizer) · sum_n token_weights[n] · loss_fn(rows)[n]
 
@@ -233,17 +225,17 @@ def linear_token_loss(
         loss_fn: rows -> [C] losses, called once a chunk under autograd. rows.index [C] says which
             of the N rows these are (advantages[rows.index]); rows.logprobs, rows.kl and
             rows.entropy carry the gradient; rows.teacher_logprobs does not. The loss of a row may
-            depend on that row alone: which rows come together is the chunk plan's business.
-            Gradients reach hidden, weight and bias, no other tensor (but for the reference,
-            which is plain autograd).
-        teacher, teacher_logprobs: give rows.teacher_logprobs.
-        kl: "rkl", "fkl" or "jsd" gives rows.kl; needs a TeacherHead.
-        entropy: gives rows.entropy, and returns it.
-        The rest: as kdrl_loss.
+            depend on that row alone, since the chunk plan decides which rows come together.
+            Gradients reach hidden, weight and bias, and no other tensor (impl "reference" is plain
+            autograd, and reaches all).
+        teacher, teacher_logprobs: set rows.teacher_logprobs.
+        kl: "rkl", "fkl" or "jsd" sets rows.kl; needs a TeacherHead.
+        entropy: True sets rows.entropy, and returns it.
+        The other arguments: as in kdrl_loss.
     Returns: LossOutput; metrics: tokens, gradient_rows, bad_tokens.
     Raises: as kdrl_loss; ValueError or TypeError where loss_fn does not return [C] losses that
         depend on the rows.
-    Memory: as kdrl_loss. Under torch.compile a caller's function breaks the graph here.
+    Memory: as kdrl_loss. torch.compile breaks the graph here, since loss_fn is Python.
     """
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
@@ -253,7 +245,7 @@ def linear_token_loss(
         raise ValueError(f"teacher must be a TeacherHead for kl={kl!r}, got None")
     if not 0 < jsd_alpha < 1:
         raise ValueError(f"jsd_alpha must be in (0, 1), got {jsd_alpha}")
-    call, impl = _loss_call(
+    call = _loss_call(
         Head(hidden, gathered(weight), gathered(bias), temperature, softcap),
         tokens,
         CallerLoss(loss_fn, kl, jsd_alpha, entropy),
@@ -267,12 +259,10 @@ def linear_token_loss(
         workspace_bytes=workspace_bytes,
         impl=impl,
     )
-    if impl == "reference":
-        loss, terms, counts = reference.loss(call)
-    else:
-        loss, terms, counts = token_loss.token_loss(call, impl)
+    solve = reference.loss if call.impl == "reference" else token_loss.token_loss
+    loss, outputs, counts = solve(call)
     used = None if call.weights is None else call.weights != 0
-    rows = call.rows(terms.map(Tensor.detach), slice(0, len(tokens)))
+    rows = call.rows(outputs.map(Tensor.detach), slice(0, len(tokens)))
     return _output(loss, rows, used, {}, counts)
 
 
@@ -290,8 +280,8 @@ def _loss_call(
     compact: bool | None,
     workspace_bytes: int | None,
     impl: str | None,
-) -> tuple[LossCall, str]:
-    """(the call after every check that reads no value, the implementation)."""
+) -> LossCall:
+    """Return the call after every check that reads no value."""
     checks.check_tokens(tokens, student)
     checks.check_bytes("workspace_bytes", workspace_bytes)
     checks.check_teacher(teacher, teacher_logprobs, student)
@@ -305,6 +295,8 @@ def _loss_call(
         tokens=tokens,
         vocab_size=checks.check_vocab_size(vocab_size, student, teacher),
         loss=loss,
+        impl=impl,
+        needs=needs_gradient(student),
         weights=checks.row_tensor("token_weights", token_weights, student),
         normalizer=checks.normalizer_tensor(normalizer, student),
         teacher=teacher,
@@ -313,9 +305,9 @@ def _loss_call(
         compact=compact,
     )
     if impl == "reference":
-        return call, impl
+        return call
     geometry = _geometry(student, teacher, loss.exact_kd, impl)
-    return replace(call, max_rows=max_rows(geometry, workspace_bytes)), impl
+    return replace(call, max_rows=max_rows(geometry, workspace_bytes))
 
 
 def _geometry(student: Head, teacher: Head | None, kd: str | None, impl: str) -> Geometry:

@@ -1,4 +1,4 @@
-"""One call after its checks: what every implementation takes and returns."""
+"""Defines the calls that every implementation takes, after their checks, and its row outputs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -6,47 +6,62 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from kdrl_kernels.head import Head
+from kdrl_kernels.head import Head, Needs
 from kdrl_kernels.objective import CallerLoss, Rows, TokenLoss
 
 RowSet = slice | Tensor
-"""Some of N rows: a slice, or their int64 numbers."""
+"""Some of N rows: a slice, or their int64 indices."""
 
 
 def take(tensor: Tensor, rows: RowSet) -> Tensor:
-    """tensor[rows]: a view for a slice, a copy for numbers."""
+    """Return tensor[rows]: a view for a slice, a copy for indices."""
     return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
 
 
 def size_of(rows: RowSet) -> int:
-    """How many rows these are."""
+    """Return how many rows these are."""
     return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
 
 @dataclass(frozen=True, slots=True)
-class RowTerms:
-    """[N] per-token results in nats; None where not asked for or not defined."""
+class RowOutputs:
+    """Holds what a pass computes of each row, [N] in nats; None for what the call does not need."""
 
     logprobs: Tensor
     entropy: Tensor | None = None
     teacher_logprobs: Tensor | None = None
     kl: Tensor | None = None
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> "RowTerms":
-        """fn of every field that is there."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{k: fn(v) for k, v in found.items() if v is not None})
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "RowOutputs":
+        """Apply fn to every field that is not None."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{k: fn(v) for k, v in values.items() if v is not None})
 
-    def spread(self, rows: RowSet, N: int) -> "RowTerms":
-        """[N] with these terms in `rows` and 0 elsewhere."""
+    def spread(self, rows: RowSet, N: int) -> "RowOutputs":
+        """Spread the values of some rows to [N], with 0 in the others."""
         if isinstance(rows, slice):
             return self
         return self.map(lambda values: values.new_zeros(N).index_copy(0, rows, values))
 
 
 @dataclass(frozen=True, slots=True)
+class LogprobCall:
+    """Holds the arguments of linear_logprobs after the checks that read no value."""
+
+    head: Head
+    tokens: Tensor
+    entropy: bool
+    impl: str
+    max_rows: int
+    """Rows of logits that may be held at once."""
+    cached: int
+    """Rows whose logits are kept until backward."""
+    needs: Needs
+
+
+@dataclass(frozen=True, slots=True)
 class LossCall:
-    """Arguments of kdrl_loss or linear_token_loss after the checks that read no value.
+    """Holds the arguments of kdrl_loss or linear_token_loss after the checks that read no value.
 
     [N] floats are float32, or float64 where hidden is. Columns from vocab_size on are not used.
     """
@@ -55,10 +70,12 @@ class LossCall:
     tokens: Tensor
     vocab_size: int
     loss: TokenLoss
+    impl: str
+    needs: Needs
     weights: Tensor | None = None
-    """None: 1 each, and no row is looked at for a 0."""
+    """[N]; None: every weight is 1, and no row is left out."""
     normalizer: Tensor | None = None
-    """0-d; None: sum of the weights."""
+    """0-d, divides the loss; None: the sum of the weights does."""
     advantages: Tensor | None = None
     old_logprobs: Tensor | None = None
     kd_weight: Tensor | None = None
@@ -66,9 +83,9 @@ class LossCall:
     teacher_logprobs: Tensor | None = None
     entropy: bool = False
     compact: bool = False
-    """Rows of coefficient 0 are left out of dX and dW."""
+    """True leaves rows whose coefficients are 0 out of dX and dW."""
     max_rows: int = 0
-    """Rows of logits that may be held at once; the reference holds all."""
+    """Rows of logits that may be held at once; the reference ignores it and holds all."""
 
     @property
     def exact_kd(self) -> str | None:
@@ -77,11 +94,20 @@ class LossCall:
 
     @property
     def wants_entropy(self) -> bool:
-        """Entropy is an output or a term of the loss."""
+        """True where entropy is an output or part of the loss."""
         return self.entropy or self.loss.entropy
 
+    @property
+    def row_outputs(self) -> list[str]:
+        """The fields of RowOutputs that this call computes."""
+        names = ["logprobs"]
+        names += ["entropy"] if self.wants_entropy else []
+        names += ["teacher_logprobs"] if self.teacher is not None else []
+        names += ["kl"] if self.exact_kd is not None else []
+        return names
+
     def active_rows(self) -> RowSet:
-        """The rows of non-zero weight. With weights on a GPU, this waits for it."""
+        """Return the rows of non-zero weight. With weights on a GPU, this waits for it."""
         everything = slice(0, len(self.tokens))
         if self.weights is None:
             return everything
@@ -89,38 +115,38 @@ class LossCall:
         return everything if len(active) == len(self.weights) else active
 
     def row_weights(self, rows: RowSet, dtype: torch.dtype) -> Tensor:
-        """[C] weights of these rows, in dtype."""
+        """Return the weights of these rows, [C] in dtype."""
         if self.weights is None:
             return torch.ones_like(take(self.tokens, rows), dtype=dtype)
         return take(self.weights, rows)
 
     def total(self, weights: Tensor) -> Tensor:
-        """0-d, what the loss is divided by, where the weights of the active rows are these."""
+        """Return what divides the loss, 0-d, for these weights of the active rows."""
         if self.normalizer is not None:
             return self.normalizer
         return weights.sum() if len(weights) else weights.new_ones(())
 
-    def rows(self, terms: RowTerms, rows: RowSet) -> Rows:
-        """What the loss of these rows depends on; terms hold only them."""
+    def rows(self, outputs: RowOutputs, rows: RowSet) -> Rows:
+        """Return what the loss of these rows depends on; outputs hold these rows alone."""
 
         def cut(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else take(tensor, rows)
 
-        teacher_logprobs = terms.teacher_logprobs
+        teacher_logprobs = outputs.teacher_logprobs
         if teacher_logprobs is None:
             teacher_logprobs = cut(self.teacher_logprobs)
         return Rows(
-            logprobs=terms.logprobs,
+            logprobs=outputs.logprobs,
             old_logprobs=cut(self.old_logprobs),
             advantages=cut(self.advantages),
             kd_weight=cut(self.kd_weight),
             teacher_logprobs=teacher_logprobs,
-            kl=terms.kl,
-            entropy=terms.entropy,
-            index=self._numbers(rows) if isinstance(self.loss, CallerLoss) else None,
+            kl=outputs.kl,
+            entropy=outputs.entropy,
+            index=self._indices(rows) if isinstance(self.loss, CallerLoss) else None,
         )
 
-    def _numbers(self, rows: RowSet) -> Tensor:
+    def _indices(self, rows: RowSet) -> Tensor:
         if isinstance(rows, Tensor):
             return rows
         return torch.arange(rows.start, rows.stop, device=self.tokens.device)

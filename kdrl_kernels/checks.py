@@ -1,4 +1,4 @@
-"""Checks of arguments: each error names the argument, what it must be and what it is."""
+"""Checks arguments: each error names the argument, what it must be and what it is."""
 
 import math
 from typing import Any
@@ -15,7 +15,7 @@ IMPLS = ("triton", "torch", "reference")
 
 
 def choose_impl(impl: str | None, head: Head) -> str:
-    """The named implementation if it can run, or the best one for the device. No fallback."""
+    """Return the named implementation, or raise if it cannot run; the best one for None."""
     device, dtype = head.hidden.device, head.hidden.dtype
     if impl is None:
         usable = device.type == "cuda" and dtype != torch.float64 and _has_triton()
@@ -50,7 +50,7 @@ def _interpreting() -> bool:
 
 
 def check_tokens(tokens: Tensor, head: Head) -> None:
-    """[N] int64 on the device of hidden; the range is checked apart (bad_tokens)."""
+    """Raise unless tokens are [N] int64 on the device of hidden; bad_tokens checks their range."""
     if not isinstance(tokens, Tensor):
         raise TypeError(f"tokens must be a tensor, got {type(tokens).__name__}")
     if tokens.dtype != torch.int64:
@@ -59,7 +59,7 @@ def check_tokens(tokens: Tensor, head: Head) -> None:
 
 
 def row_tensor(name: str, value: Any, head: Head) -> Tensor | None:
-    """value as a detached, contiguous [N] tensor of the accumulation dtype, or None."""
+    """Return value as a detached, contiguous [N] tensor of the accumulation dtype, or None."""
     if value is None:
         return None
     if not isinstance(value, Tensor):
@@ -81,20 +81,20 @@ def _check_rows(name: str, tensor: Tensor, head: Head) -> None:
 
 
 def check_vocab_size(vocab_size: int | None, head: Head, teacher: TeacherHead | None) -> int:
-    """The columns that exist in both models: vocab_size, or the smaller head."""
+    """Return how many columns both models use: vocab_size, or the rows of the smaller weight."""
     V = head.weight.shape[0]
-    limit = V if teacher is None else min(V, teacher.weight.shape[0])
+    shared_size = V if teacher is None else min(V, teacher.weight.shape[0])
     if vocab_size is None:
-        return limit
-    if not 0 < vocab_size <= limit:
-        raise ValueError(f"vocab_size must be in [1, {limit}], got {vocab_size}")
+        return shared_size
+    if not 0 < vocab_size <= shared_size:
+        raise ValueError(f"vocab_size must be in [1, {shared_size}], got {vocab_size}")
     return int(vocab_size)
 
 
 def bad_tokens(
     tokens: Tensor, vocab_size: int, size_name: str, weights: Tensor | None = None
 ) -> Tensor:
-    """0-d count of tokens outside [0, vocab_size), in rows of non-zero weight.
+    """Count the tokens outside [0, vocab_size) in rows of non-zero weight; 0-d.
 
     Raises: ValueError on a CPU; on a GPU raising would wait for the device.
     """
@@ -112,12 +112,12 @@ def bad_tokens(
 
 
 def poison(values: Tensor, bad: Tensor) -> Tensor:
-    """values, or NaN where a token was out of range."""
+    """Return values, all of them NaN where a token was out of range."""
     return values * torch.where(bad > 0, torch.nan, 1.0).to(values.dtype)
 
 
 def check_head_values(head: Head, weights: Tensor | None = None, prefix: str = "") -> None:
-    """A temperature of each row of non-zero weight must be positive: looked at on a CPU only."""
+    """Raise on a CPU unless the temperatures of all rows of non-zero weight are positive."""
     temperature = head.temperature
     if not isinstance(temperature, Tensor) or temperature.device.type != "cpu":
         return
@@ -130,10 +130,10 @@ def check_head_values(head: Head, weights: Tensor | None = None, prefix: str = "
 
 
 def check_values(call: LossCall) -> Tensor:
-    """0-d count of bad tokens, after every check that reads a value; those wait for no GPU.
+    """Make every check that reads a value, none of which waits for a GPU; count bad tokens, 0-d.
 
-    Apart from the checks of shapes, so that a compiled caller has no branch on a value.
-    Raises: ValueError, on a CPU.
+    These checks are separate from those of shapes, so that a compiled caller has no branch on a
+    value. Raises: ValueError, on a CPU.
     """
     check_head_values(call.student, call.weights)
     if call.teacher is not None:
@@ -152,7 +152,7 @@ def check_values(call: LossCall) -> Tensor:
 
 
 def normalizer_tensor(normalizer: Any, head: Head) -> Tensor | None:
-    """0-d, in the accumulation dtype and on the device of the head, or None."""
+    """Return the normalizer as a 0-d tensor on the device of the head, or None."""
     if normalizer is None:
         return None
     hidden, dtype = head.hidden, accumulator(head.hidden.dtype)
@@ -171,17 +171,17 @@ def _check_normalizer(value: float) -> None:
 
 
 def check_objective(objective: Any, teacher: Any, teacher_logprobs: Tensor | None) -> None:
-    """A teacher exactly where the objective has one, in the form it needs."""
+    """Raise unless a teacher is passed where the objective has one, in the form it needs."""
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be an Objective, got {type(objective).__name__}")
-    given = [
+    passed = [
         name
         for name, value in (("teacher", teacher), ("teacher_logprobs", teacher_logprobs))
         if value is not None
     ]
-    if objective.kd is None and given:
-        raise ValueError(f"{given[0]} must be None when objective.kd is None, got one: set kd")
-    if objective.kd is not None and not given:
+    if objective.kd is None and passed:
+        raise ValueError(f"{passed[0]} must be None when objective.kd is None, got one: set kd")
+    if objective.kd is not None and not passed:
         exact = objective.exact_kd is not None
         which = "teacher=TeacherHead(...)" if exact else "teacher or teacher_logprobs"
         raise ValueError(f"{which} must be passed for kd={objective.kd!r}, got neither")
@@ -196,16 +196,16 @@ def check_objective(objective: Any, teacher: Any, teacher_logprobs: Tensor | Non
 
 
 def check_teacher(teacher: Any, teacher_logprobs: Tensor | None, head: Head) -> None:
-    """At most one of the two; a TeacherHead with the rows, device and precision of head."""
+    """Raise unless one of the two at most is passed, with rows, device and precision of head."""
     if teacher is None:
         return
     if not isinstance(teacher, TeacherHead):
         raise TypeError(f"teacher must be a TeacherHead or None, got {type(teacher).__name__}")
     if teacher_logprobs is not None:
-        raise ValueError("teacher_logprobs must be None when teacher is given, got both")
+        raise ValueError("teacher_logprobs must be None when teacher is passed, got both")
     if (teacher.hidden.dtype == torch.float64) != (head.hidden.dtype == torch.float64):
         raise TypeError(
-            f"teacher.hidden must be float64 where hidden is, and only there: hidden is "
+            f"teacher.hidden must be float64 if and only if hidden is: hidden is "
             f"{head.hidden.dtype}, got {teacher.hidden.dtype}"
         )
     if teacher.hidden.shape[0] != head.hidden.shape[0]:
@@ -221,6 +221,6 @@ def check_teacher(teacher: Any, teacher_logprobs: Tensor | None, head: Head) -> 
 
 
 def check_bytes(name: str, value: int | None) -> None:
-    """A positive number of bytes, or None."""
+    """Raise unless value is a positive number of bytes, or None."""
     if value is not None and not value > 0:
         raise ValueError(f"{name} must be positive or None, got {value}")

@@ -1,7 +1,7 @@
-"""The three GEMMs of a chunk, accumulated in float32 (float64 for float64 operands).
+"""Runs the three GEMMs of a chunk, accumulated in float32 (float64 for float64 operands).
 
-On a GPU 16-bit operands go to cuBLAS with a float32 result. A CPU has no such GEMM: there 16-bit
-weights are widened a block of columns at a time, which computes the same products and sums.
+On a GPU, 16-bit operands go to cuBLAS with a float32 result. A CPU has no such GEMM:
+16-bit weights are widened a block of columns at a time, which gives the same products and sums.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ WIDEN_ELEMENTS = 1 << 22
 
 
 def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out [C, V] = hidden [C, H] · weight [V, H]ᵀ, one rounding, to the dtype of out."""
+    """Compute out [C, V] = hidden [C, H] · weight [V, H]ᵀ, one rounding, to the dtype of out."""
     if _native(hidden, out):
         torch.mm(hidden, weight.T, out=out)
     elif hidden.is_cuda:
@@ -26,7 +26,7 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def grad_hidden(dz: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out [C, H] = dz [C, V] · weight [V, H]; dz and weight in one dtype."""
+    """Compute out [C, H] = dz [C, V] · weight [V, H]; dz and weight in one dtype."""
     if _native(dz, out):
         torch.mm(dz, weight, out=out)
     elif dz.is_cuda:
@@ -38,7 +38,7 @@ def grad_hidden(dz: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def add_grad_weight(dz: Tensor, hidden: Tensor, out: Tensor, *, first: bool = False) -> None:
-    """out [V, H] += dz [C, V]ᵀ · hidden [C, H], or first: = ; dz and hidden in one dtype."""
+    """Add dz [C, V]ᵀ · hidden [C, H] to out [V, H], or overwrite it where first; one dtype."""
     if dz.is_cuda and not _native(dz, out):
         if first:
             torch.mm(dz.T, hidden, out_dtype=out.dtype, out=out)
@@ -59,7 +59,7 @@ def _native(operand: Tensor, out: Tensor) -> bool:
 
 
 def _blocks(weight: Tensor, rows: int) -> Iterator[slice]:
-    """Columns of the logits, so that their rows of weight and of dz are widened together."""
+    """Yield blocks of vocabulary columns, small enough to widen their weight and dz at once."""
     step = max(1, WIDEN_ELEMENTS // (weight.shape[1] + rows))
     for start in range(0, weight.shape[0], step):
         yield slice(start, start + step)

@@ -1,4 +1,4 @@
-"""An LM head: final hidden states and the matrix that turns them into logits."""
+"""Defines an LM head: final hidden states and the matrix that turns them into logits."""
 
 import math
 from dataclasses import dataclass, replace
@@ -9,11 +9,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+Needs = tuple[bool, bool, bool]
+"""Whether hidden, weight and bias need a gradient."""
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """z = softcap(hidden · weightᵀ + bias) / temperature, where softcap(a) = cap · tanh(a / cap).
+    """Holds a head: z = softcap(hidden · weightᵀ + bias) / temperature.
+
+    softcap(a) = cap · tanh(a / cap).
 
     Args:
         hidden: [N, H], float32, float16, bfloat16 or float64: final hidden states.
@@ -35,7 +39,7 @@ class Head:
         check_head(self, prefix="")
 
     def select(self, rows: slice | Tensor) -> "Head":
-        """The same head on these rows: a slice, or int64 numbers."""
+        """Return this head on some rows: a slice, or int64 indices."""
         temperature = self.temperature
         if isinstance(temperature, Tensor):
             temperature = temperature[rows]
@@ -44,10 +48,11 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class TeacherHead(Head):
-    """The teacher's final hidden states and head: gives its log-probabilities or the exact KL.
+    """Holds the teacher's final hidden states and head, for its log-probabilities or the exact KL.
 
-    Fields and errors as Head: hidden [N, H_t], weight [V_t, H_t], bias [V_t] or None, temperature,
-    softcap. H_t and V_t may differ from the student's. Never trained: gradients stop here.
+    Fields and errors are those of Head: hidden [N, H_t], weight [V_t, H_t], bias [V_t] or None,
+    temperature, softcap. H_t and V_t may differ from the student's. It is never trained: gradients
+    stop here.
     """
 
     def __post_init__(self) -> None:
@@ -58,16 +63,31 @@ class TeacherHead(Head):
                 object.__setattr__(self, name, tensor.detach())
 
 
+def needs_gradient(head: Head) -> Needs:
+    """Say which of hidden, weight and bias need a gradient, in the grad mode of the caller."""
+    hidden, weight, bias = (
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+        for tensor in (head.hidden, head.weight, head.bias)
+    )
+    return hidden, weight, bias
+
+
+def gradient_sizes(head: Head, needs: Needs) -> list[torch.Size | None]:
+    """Return the size of each gradient of hidden, weight and bias; None where none is needed."""
+    pairs = zip((head.hidden, head.weight, head.bias), needs, strict=True)
+    return [x.shape if need and x is not None else None for x, need in pairs]
+
+
 @overload
 def gathered(tensor: Tensor) -> Tensor: ...
 @overload
 def gathered(tensor: None) -> None: ...
 def gathered(tensor: Tensor | None) -> Tensor | None:
-    """A DTensor as a plain tensor of full size; its gradient is summed over the ranks.
+    """Gather a DTensor to a plain tensor of full size, whose gradient is summed over the ranks.
 
-    Each rank has rows of its own, so its gradient is a partial sum, which goes back in the layout
-    of the DTensor (a reduce-scatter for FSDP2's shards). So every dimension of its mesh must be one
-    over which the rows differ, as for FSDP2: no tensor parallelism.
+    Each rank has other rows, so its gradient is a partial sum, which goes back in the layout of the
+    DTensor (a reduce-scatter for FSDP2's shards). So the rows must differ along every dimension of
+    its mesh, as they do for FSDP2 and not for tensor parallelism.
     """
     if not isinstance(tensor, DTensor):
         return tensor
@@ -75,7 +95,7 @@ def gathered(tensor: Tensor | None) -> Tensor | None:
 
 
 def check_head(head: Head, prefix: str) -> None:
-    """Raise the error that names the field, what it must be and what it is."""
+    """Raise an error that names the field, what it must be and what it is, unless head is valid."""
     hidden, weight, bias = head.hidden, head.weight, head.bias
     if isinstance(hidden, DTensor):
         raise TypeError(f"{prefix}hidden must be a plain tensor, this rank's rows, got a DTensor")

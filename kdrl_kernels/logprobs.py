@@ -1,7 +1,7 @@
-"""linear_logprobs: log-probability and entropy for a loss that is not known yet.
+"""Computes log-probabilities and entropies for a loss that is not known yet.
 
-Forward keeps two numbers a row; backward projects each chunk again (4u in all, u = 2NHV FLOP),
-but for the first chunks, whose logits may be kept (3u for those).
+Forward keeps two numbers a row, and backward projects each chunk again (4u in all, u = 2 N H V
+FLOP), except the first chunks, whose logits may be kept (3u for those).
 """
 
 from dataclasses import dataclass
@@ -9,79 +9,81 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdrl_kernels.call import take
+from kdrl_kernels.call import LogprobCall, take
 from kdrl_kernels.checks import bad_tokens, check_head_values, poison
-from kdrl_kernels.head import Head
 from kdrl_kernels.objective import Coefficients
-from kdrl_kernels.one_pass import Buffers, Gradients, Needs, gradient_view
+from kdrl_kernels.one_pass import Buffers, Gradients, gradient_view
 from kdrl_kernels.plan import accumulator, balanced, chunks_of, padded
-from kdrl_kernels.rows import Stats, Stream
+from kdrl_kernels.rows.streams import Stats, Stream
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What the forward pass leaves: [N] each, and the logits of the first rows."""
+    """Holds what the forward pass leaves: [N] each, and the logits of the first rows."""
 
     logprobs: Tensor
     max: Tensor
     log_sum: Tensor
     entropy: Tensor | None
     cache: Tensor
-    """[rows, width], as the sweep left them; 0 rows where nothing is kept."""
+    """[rows, width], logits as the sweep left them; 0 rows where none are kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardCall:
+    """Holds what the backward pass reads."""
+
+    forward: LogprobCall
+    scores: Scores
+    grad_logprobs: Tensor
+    """[N], the gradient of a later loss to the log-probabilities."""
+    grad_entropy: Tensor | None
+    """[N], the gradient of a later loss to the entropies."""
 
 
 def cached_rows(N: int, V: int, dtype: torch.dtype, max_rows: int, cache_bytes: int) -> int:
-    """Rows of whole chunks whose logits fit into cache_bytes."""
+    """Return how many rows, in whole chunks, have logits that fit into cache_bytes."""
     size = balanced(N, max_rows)
     fit = cache_bytes // (padded(V) * accumulator(dtype).itemsize)
     return N if fit >= N else fit // size * size
 
 
-def score(
-    head: Head, tokens: Tensor, *, entropy: bool, impl: str, max_rows: int, cached: int
-) -> Scores:
-    """The forward pass; logits of the first `cached` rows stay."""
-    V, N = len(head.weight), len(tokens)
+def score(call: LogprobCall) -> Scores:
+    """Run the forward pass; keep the logits of the first call.cached rows."""
+    head, V, N = call.head, len(call.head.weight), len(call.tokens)
     check_head_values(head)
-    bad = bad_tokens(tokens, V, "V")
-    tokens = tokens.clamp(0, V - 1)  # reads stay inside
-    size = balanced(N, max_rows)
-    cache = head.hidden.new_empty(cached, padded(V), dtype=accumulator(head.hidden.dtype))
-    buffers = Buffers(head, V, size if cached < N else 0, 1, impl)
-    found = []
+    bad = bad_tokens(call.tokens, V, "V")
+    tokens = call.tokens.clamp(0, V - 1)  # reads stay inside
+    size = balanced(N, call.max_rows)
+    cache = head.hidden.new_empty(call.cached, padded(V), dtype=accumulator(head.hidden.dtype))
+    buffers = Buffers(head, V, size if call.cached < N else 0, 1, call.impl)
+    chunks = []
     for rows in chunks_of(N, size):
-        kept = cache[rows, :V] if rows.stop <= cached else None
+        kept = cache[rows, :V] if rows.stop <= call.cached else None
         stream = buffers.project(head, rows, out=kept)
-        found.append(buffers.work.sweep(stream, tokens[rows], entropy=entropy))
+        chunks.append(buffers.work.sweep(stream, tokens[rows], entropy=call.entropy))
     return Scores(
-        poison(torch.cat([stats.logprobs for stats in found]), bad),
-        torch.cat([stats.max for stats in found]),
-        torch.cat([stats.log_sum for stats in found]),
-        torch.cat([stats.entropy for stats in found]) if entropy else None,
+        poison(torch.cat([stats.logprobs for stats in chunks]), bad),
+        torch.cat([stats.max for stats in chunks]),
+        torch.cat([stats.log_sum for stats in chunks]),
+        torch.cat([stats.entropy for stats in chunks]) if call.entropy else None,
         cache,
     )
 
 
-def gradients(
-    head: Head,
-    tokens: Tensor,
-    scores: Scores,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor | None,
-    *,
-    impl: str,
-    max_rows: int,
-    needs: Needs,
-) -> tuple[Gradients, Tensor]:
-    """(gradients, 0-d scale), whose product is the true one, of upstream gradients [N]."""
-    V, N = len(head.weight), len(tokens)
-    size = balanced(N, max_rows)
-    buffers = Buffers(head, V, size, 1, impl)
-    found = Gradients(head, needs)
-    bad = bad_tokens(tokens, V, "V")
-    tokens = tokens.clamp(0, V - 1)
+def gradients(backward: BackwardCall) -> tuple[Gradients, Tensor]:
+    """Return gradients and a 0-d scale: their product is the gradient of the later loss."""
+    call, scores, grad_logprobs = backward.forward, backward.scores, backward.grad_logprobs
+    head, V, N = call.head, len(call.head.weight), len(call.tokens)
+    size = balanced(N, call.max_rows)
+    buffers = Buffers(head, V, size, 1, call.impl)
+    total = Gradients(head, call.needs)
+    bad = bad_tokens(call.tokens, V, "V")
+    tokens = call.tokens.clamp(0, V - 1)
     for rows in chunks_of(N, size):
-        entropy = None if scores.entropy is None else scores.entropy[rows]
+        entropy, grad_entropy = None, None
+        if backward.grad_entropy is not None and scores.entropy is not None:
+            entropy, grad_entropy = scores.entropy[rows], backward.grad_entropy[rows]
         stats = Stats(scores.max[rows], scores.log_sum[rows], scores.logprobs[rows], entropy)
         buffer = buffers.streams[0][: rows.stop - rows.start]
         if rows.stop <= len(scores.cache):
@@ -92,11 +94,8 @@ def gradients(
         else:
             stream = buffers.project(head, rows)
             buffers.work.resume_(stream, stats)
-        upstream = Coefficients(
-            grad_logprobs[rows], None if grad_entropy is None else grad_entropy[rows]
-        )
-        coef = found.in_unit(upstream)
+        coef = total.in_unit(Coefficients(grad_logprobs[rows], grad_entropy))
         out = gradient_view(buffer, head.hidden.dtype)
         dz = buffers.work.gradient(stream, tokens[rows], stats, coef, out=out)
-        found.add(head, rows, dz)
-    return found, found.finish_(poison(grad_logprobs.new_ones(()), bad), head.hidden.dtype)
+        total.add(head, rows, dz)
+    return total, total.finish_(poison(grad_logprobs.new_ones(()), bad), head.hidden.dtype)

@@ -1,8 +1,8 @@
-"""The training objective: its settings, and the loss of each token as a function of its row.
+"""Defines the training objective: its settings, and a token's loss as a function of its row.
 
-`token_losses` is the definition, which the reference differentiates through the logits. Value and
-coefficients of each row are written out in rows/torch.py and rows/triton_objective.py, by the table
-of rows/README.md; a caller's own loss gets its coefficients by autograd on [C] vectors.
+`token_losses` is the definition, which the reference differentiates through the logits. The table
+of rows/README.md gives value and coefficients of each row, and rows/eager.py and
+rows/kernel_objective.py compute them. A caller's own loss gets its coefficients by autograd.
 """
 
 import math
@@ -16,7 +16,6 @@ from torch import Tensor
 Policy = Literal["clip", "none", "off"]
 ExactKd = Literal["rkl", "fkl", "jsd"]
 Kd = Literal["k2", "k3", "rkl", "fkl", "jsd"]
-SAMPLED_KD = ("k2", "k3")
 EXACT_KD = get_args(ExactKd)
 
 NO_GRADIENT = (
@@ -31,7 +30,7 @@ _REFUSED_KD = {
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What is minimised per token: PG + kd_coef · kd_weight · s · KD - entropy_coef · entropy.
+    """Says what is minimised per token: PG + kd_coef · kd_weight · s · KD - entropy_coef · entropy.
 
     With r = exp(lp - old), l = lp - lq, and s = min(r, kd_ratio_cap) detached:
 
@@ -89,7 +88,7 @@ class Objective:
             "jsd_alpha": 0 < self.jsd_alpha < 1,
             "entropy_coef": math.isfinite(self.entropy_coef),
         }
-        limits = {
+        bounds = {
             "clip_low": "in [0, 1)",
             "clip_high": "finite and at least 0",
             "dual_clip": "above 1 and finite, or None",
@@ -100,27 +99,22 @@ class Objective:
         }
         for name, right in ranges.items():
             if not right:
-                raise ValueError(f"{name} must be {limits[name]}, got {getattr(self, name)}")
-
-    @property
-    def samples_teacher(self) -> bool:
-        """KD is taken at the sampled token."""
-        return self.kd in SAMPLED_KD
+                raise ValueError(f"{name} must be {bounds[name]}, got {getattr(self, name)}")
 
     @property
     def exact_kd(self) -> ExactKd | None:
-        """The divergence to the teacher's whole distribution that the loss reads of each row."""
+        """The divergence from the teacher's whole distribution that the loss reads, or None."""
         if self.kd_baseline is not None:
             return "rkl"
         return self.kd if self.kd in ("rkl", "fkl", "jsd") else None
 
     @property
     def entropy(self) -> bool:
-        """The loss reads the entropy of each row."""
+        """True where the loss reads the entropy of each row."""
         return self.entropy_coef != 0
 
     def centred(self, rows: "Rows") -> "Rows":
-        """With a baseline, rows without kl whose teacher_logprobs are lq + KL: l becomes l - KL."""
+        """Put lq + KL in the place of lq where there is a baseline, so that l becomes l - KL."""
         if self.kd_baseline is None:
             return rows
         assert rows.teacher_logprobs is not None
@@ -128,12 +122,12 @@ class Objective:
         return replace(rows, teacher_logprobs=rows.teacher_logprobs + rows.kl.detach(), kl=None)
 
     def losses(self, rows: "Rows") -> Tensor:
-        """[C], differentiable: token_losses."""
+        """Return the [C] losses of token_losses, differentiable."""
         return token_losses(self, rows)
 
     @property
     def log_ratio_bounds(self) -> tuple[float, float, float]:
-        """Bounds of lp - old: (upper for A > 0, lower for A < 0, upper for A < 0), in nats."""
+        """The bounds of lp - old in nats: (upper for A > 0, lower for A < 0, upper for A < 0)."""
         if self.policy != "clip":
             return math.inf, -math.inf, math.inf
         dual = math.inf if self.dual_clip is None else math.log(self.dual_clip)
@@ -142,29 +136,29 @@ class Objective:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What a token's loss may depend on; every field is [C], in nats where it is a log."""
+    """Holds what a token's loss may depend on; every field is [C], logarithms and KL in nats."""
 
     logprobs: Tensor
-    """lp, log-probability of the sampled token."""
+    """lp, the student's log-probability of the sampled token."""
     old_logprobs: Tensor | None = None
-    """At sampling time; None: strictly on-policy."""
+    """old, the policy's log-probability at sampling time; None: strictly on-policy."""
     advantages: Tensor | None = None
-    """A; None with policy "off"."""
+    """A, the advantage of each token; None with policy "off"."""
     kd_weight: Tensor | None = None
-    """Schedule and mask of the KD term; None: 1."""
+    """Weight of the KD term, its schedule and mask; None: 1."""
     teacher_logprobs: Tensor | None = None
     """lq, the teacher's log-probability of the sampled token."""
     kl: Tensor | None = None
     """KL(p‖q) for "rkl" and a baseline, KL(q‖p) for "fkl", Jensen-Shannon divergence for "jsd"."""
     entropy: Tensor | None = None
-    """Entropy of the student."""
+    """Entropy of the student's distribution."""
     index: Tensor | None = None
-    """int64, where these rows are in the [N] tensors of the call; linear_token_loss gives it."""
+    """int64, where these rows are in the [N] tensors of the call; linear_token_loss sets it."""
 
 
 @dataclass(frozen=True, slots=True)
 class CallerLoss:
-    """A caller's own loss of each token, in the place of an Objective."""
+    """Holds a caller's own loss of each token, in the place of an Objective."""
 
     fn: Callable[[Rows], Tensor]
     exact_kd: ExactKd | None
@@ -172,7 +166,7 @@ class CallerLoss:
     entropy: bool
 
     def losses(self, rows: Rows) -> Tensor:
-        """[C], checked."""
+        """Return the [C] losses of the caller, after checks of their type and shape."""
         losses = self.fn(rows)
         if not isinstance(losses, Tensor):
             raise TypeError(f"loss_fn must return a tensor, got {type(losses).__name__}")
@@ -188,13 +182,15 @@ TokenLoss = Objective | CallerLoss
 
 
 def token_losses(objective: Objective, rows: Rows) -> Tensor:
-    """[C] losses, differentiable in logprobs, kl and entropy; neither weighted nor normalised."""
+    """Return [C] losses before weights, differentiable in logprobs, kl and entropy."""
     old = rows.logprobs.detach() if rows.old_logprobs is None else rows.old_logprobs
     log_ratio = rows.logprobs - old
     loss = torch.zeros_like(log_ratio)
     if objective.policy != "off":
         assert rows.advantages is not None
-        loss = loss - rows.advantages * _clipped(objective, log_ratio, rows.advantages).exp()
+        loss = (
+            loss - rows.advantages * clipped_log_ratio(objective, log_ratio, rows.advantages).exp()
+        )
     if objective.kd is not None:
         loss = loss + _kd_term(objective, rows, log_ratio.detach())
     if objective.entropy_coef:
@@ -203,8 +199,8 @@ def token_losses(objective: Objective, rows: Rows) -> Tensor:
     return loss
 
 
-def _clipped(objective: Objective, log_ratio: Tensor, advantages: Tensor) -> Tensor:
-    """lp - old within the bounds of its advantage's sign: no gradient outside, r = 1 where A = 0.
+def clipped_log_ratio(objective: Objective, log_ratio: Tensor, advantages: Tensor) -> Tensor:
+    """Bound lp - old as its advantage's sign says: no gradient outside, r = 1 where A = 0.
 
     min(r·A, clip(r)·A) is A·min(r, 1 + high) for A > 0 and A·max(r, 1 - low) for A < 0. Bounding
     the logarithm instead of the ratio keeps exp, and its gradient, from overflowing.
@@ -222,7 +218,7 @@ def _clipped(objective: Objective, log_ratio: Tensor, advantages: Tensor) -> Ten
 
 
 def _kd_term(objective: Objective, rows: Rows, log_ratio: Tensor) -> Tensor:
-    """[C] kd_coef · kd_weight · s · KD, exactly 0 where kd_weight is 0 even if KD is infinite."""
+    """Return kd_coef · kd_weight · s · KD, [C], exactly 0 for weight 0 even if KD is infinite."""
     scale = log_ratio.clamp(max=math.log(objective.kd_ratio_cap)).exp() * objective.kd_coef
     if rows.old_logprobs is None:
         scale = torch.full_like(log_ratio, objective.kd_coef)
@@ -233,31 +229,47 @@ def _kd_term(objective: Objective, rows: Rows, log_ratio: Tensor) -> Tensor:
         return scale * torch.where(scale == 0, 0, rows.kl)
     rows = objective.centred(rows)
     assert rows.teacher_logprobs is not None
-    gap = torch.where(scale == 0, 0, rows.logprobs - rows.teacher_logprobs)
-    if objective.kd == "k2":
-        return scale * gap.square() / 2
-    return scale * (torch.expm1(-gap) + gap)
+    teacher_log_ratio = torch.where(scale == 0, 0, rows.logprobs - rows.teacher_logprobs)
+    return scale * sampled_kd(objective.kd, teacher_log_ratio)
+
+
+def sampled_kd(kd: Kd | None, teacher_log_ratio: Tensor) -> Tensor:
+    """Return the sampled KD term "k2" or "k3" of l = log p - log q at the sampled tokens, [C]."""
+    if kd == "k2":
+        return teacher_log_ratio.square() / 2
+    return teacher_log_ratio - kd_pull(kd, teacher_log_ratio)
+
+
+def kd_pull(kd: Kd | None, teacher_log_ratio: Tensor) -> Tensor:
+    """Return the derivative of the KD term in log p: what it takes off the token's advantage, [C].
+
+    Of the exact "rkl" and "fkl" it is that of "k2" and "k3", which have their expected gradient.
+    """
+    if kd in ("k2", "rkl"):
+        return teacher_log_ratio
+    assert kd in ("k3", "fkl"), kd
+    return -torch.expm1(-teacher_log_ratio)
 
 
 @dataclass(frozen=True, slots=True)
 class Coefficients:
-    """Derivatives of the weighted loss of each row, [C]; None where the loss has no such term."""
+    """Holds derivatives of each row's weighted loss, [C]; None where the loss has no such term."""
 
     logprobs: Tensor
     entropy: Tensor | None = None
     kl: Tensor | None = None
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Coefficients":
-        """fn of every field that is there."""
-        found = {"logprobs": self.logprobs, "entropy": self.entropy, "kl": self.kl}
-        return replace(self, **{k: fn(v) for k, v in found.items() if v is not None})
+        """Apply fn to every field that is not None."""
+        values = {"logprobs": self.logprobs, "entropy": self.entropy, "kl": self.kl}
+        return replace(self, **{k: fn(v) for k, v in values.items() if v is not None})
 
     def used(self) -> Tensor:
-        """[C] bool: rows whose logits have a gradient at all."""
+        """Return [C] bool, true for rows whose logits have a gradient other than 0."""
         return self._stack().ne(0).any(dim=0)
 
     def largest(self) -> Tensor:
-        """0-d, the largest absolute value; 0 without rows."""
+        """Return the largest absolute value, 0-d; 0 without rows."""
         return self._stack().abs().amax() if len(self.logprobs) else self.logprobs.sum()
 
     def _stack(self) -> Tensor:
@@ -267,7 +279,7 @@ class Coefficients:
 def coefficients(
     loss: TokenLoss, rows: Rows, weights: Tensor
 ) -> tuple[Tensor, Coefficients | None]:
-    """([C] weighted losses, their derivatives or None if constant): autograd on [C] vectors."""
+    """Return [C] weighted losses and, by autograd, their derivatives (None for constants)."""
     names = ["logprobs"]
     names += ["entropy"] if loss.entropy else []
     names += ["kl"] if rows.kl is not None else []
@@ -280,44 +292,5 @@ def coefficients(
     if all(grad is None for grad in grads):
         return losses.detach(), None
     zero = torch.zeros_like(rows.logprobs)
-    found = (zero if grad is None else grad for grad in grads)
-    return losses.detach(), Coefficients(**dict(zip(names, found, strict=True)))
-
-
-def row_metrics(objective: Objective, rows: Rows, used: Tensor | None) -> dict[str, Tensor]:
-    """0-d tensors on the device; means and shares over the used rows ([N] bool, None: all).
-
-    0 where none is used. Rows that are not may hold anything.
-    """
-    lp = rows.logprobs
-    count = torch.full_like(lp[:0].sum(), len(lp)) if used is None else used.sum()
-
-    def kept(values: Tensor) -> Tensor:
-        return values.float() if used is None else torch.where(used, values, 0).float()
-
-    def mean(values: Tensor) -> Tensor:
-        return kept(values).sum() / count.clamp_min(1)
-
-    log_ratio = torch.zeros_like(lp) if rows.old_logprobs is None else lp - rows.old_logprobs
-    ratio = log_ratio.exp()
-    metrics = {
-        "ratio_mean": mean(ratio),
-        "ratio_max": kept(ratio).amax() if len(lp) else lp.sum(),
-    }
-    advantages = rows.advantages
-    if objective.policy == "clip" and advantages is not None:
-        bounded = _clipped(objective, log_ratio, advantages)
-        metrics["clip_fraction"] = mean((bounded != log_ratio) & (advantages != 0))
-    if rows.teacher_logprobs is not None:
-        gap = lp - rows.teacher_logprobs
-        metrics["teacher_gap_mean"] = mean(gap)
-        metrics["k2_mean"] = mean(gap.square() / 2)
-        if advantages is not None and objective.samples_teacher:
-            rows = objective.centred(rows)
-            assert rows.teacher_logprobs is not None
-            gap = lp - rows.teacher_logprobs
-            pull = gap if objective.kd == "k2" else -torch.expm1(-gap)
-            weight = 1.0 if rows.kd_weight is None else rows.kd_weight
-            left = advantages - objective.kd_coef * weight * pull
-            metrics["kd_flip_fraction"] = mean(advantages * left < 0)
-    return metrics
+    derivatives = (zero if grad is None else grad for grad in grads)
+    return losses.detach(), Coefficients(**dict(zip(names, derivatives, strict=True)))

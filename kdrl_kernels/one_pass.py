@@ -1,8 +1,8 @@
-"""The chunk loop: project, sweep, coefficients, gradient in place, dX, dW.
+"""Runs the chunk loop: project, sweep, coefficients, gradient in place, dX, dW.
 
 The loss depends on the logits of a row only through its log-probability, entropy and KL, so the
 gradient of every logit is known as soon as the row has been swept: it is taken in the forward
-pass, chunk by chunk, and [N, V] logits never exist. Backward only scales what is there.
+pass, chunk by chunk, and [N, V] logits never exist. Backward only scales the result.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -12,19 +12,16 @@ from torch import Tensor
 
 from kdrl_kernels import gemm
 from kdrl_kernels import rows as row_work
-from kdrl_kernels.call import LossCall, RowSet, RowTerms, size_of, take
+from kdrl_kernels.call import LossCall, RowOutputs, RowSet, size_of, take
 from kdrl_kernels.checks import check_values, poison
-from kdrl_kernels.head import Head
+from kdrl_kernels.head import Head, Needs
 from kdrl_kernels.objective import NO_GRADIENT, Coefficients
 from kdrl_kernels.plan import accumulator, balanced, chunks_of, padded
-from kdrl_kernels.rows import Stats, Stream, TeacherStream
-
-Needs = tuple[bool, bool, bool]
-"""Whether hidden, weight and bias want a gradient."""
+from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
 
 
 class Buffers:
-    """One logits buffer [rows, vocab_size] per stream, used again by each chunk."""
+    """Holds one logits buffer [rows, vocab_size] per stream, which every chunk uses again."""
 
     def __init__(self, head: Head, vocab_size: int, rows: int, streams: int, impl: str) -> None:
         self.work = row_work.load(impl)
@@ -39,7 +36,7 @@ class Buffers:
     def project(
         self, head: Head, rows: RowSet, stream: int = 0, out: Tensor | None = None
     ) -> Stream:
-        """Logits of these rows, in the buffer of a stream or in out."""
+        """Compute the logits of some rows, in the buffer of a stream or in out."""
         hidden = take(head.hidden, rows)
         logits = self.streams[stream][: len(hidden)] if out is None else out
         gemm.project(hidden, head.weight[: self.vocab_size], logits)
@@ -52,12 +49,12 @@ class Buffers:
 
 
 def gradient_view(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """The memory of float32 logits [C, V] as [C, V] of dtype, each row at the start of its own."""
+    """View the memory of float32 logits [C, V] as [C, V] of dtype, rows where they were."""
     return logits if logits.dtype == dtype else logits.view(dtype)[:, : logits.shape[1]]
 
 
 class Gradients:
-    """dX, dW and db of one pass, in float32, before their common scale."""
+    """Accumulates dX, dW and db of one pass in float32, before their common scale."""
 
     def __init__(self, head: Head, needs: Needs) -> None:
         dtype = accumulator(head.hidden.dtype)
@@ -72,9 +69,10 @@ class Gradients:
             self.unit = head.hidden.new_full((), torch.finfo(dtype).tiny, dtype=dtype)
 
     def in_unit(self, coef: Coefficients) -> Coefficients:
-        """coef over the largest so far, which float16 logit gradients can hold; others as given.
+        """Divide float16 coefficients by the largest so far; return those of other dtypes as is.
 
-        A float16 below 6e-8 is 0, above 65,504 infinite. dW and db so far move to the new unit.
+        float16 rounds below 6e-8 to 0 and above 65,504 to infinity. The sums of dW and db so far
+        move to the new unit.
         """
         if self.unit is None:
             return coef
@@ -86,7 +84,7 @@ class Gradients:
         return coef.map(lambda values: values / unit)
 
     def add(self, head: Head, rows: RowSet, dz: Tensor) -> None:
-        """Add the terms of dz [C, V], the gradient of these rows' logits."""
+        """Add what dz [C, V], the gradient of these rows' logits, contributes."""
         V = dz.shape[1]
         if self.hidden is not None and isinstance(rows, slice):
             part = self.hidden[rows]
@@ -106,11 +104,11 @@ class Gradients:
         self.first = False
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """(dX, dW, db), None where not needed."""
+        """Return dX, dW and db, None where not needed."""
         return self.hidden, self.weight, self.bias
 
     def finish_(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """Leave the unit, scale what is not rounded later; the scale that is left to apply."""
+        """Undo the unit, scale what backward does not round, and return the scale that is left."""
         if self.weight is not None and self.first:
             self.weight.zero_()  # no row had a gradient
         for gradient in (self.weight, self.bias):
@@ -127,8 +125,8 @@ class Gradients:
 class Compaction:
     """Moves the rows whose logits have a gradient to the front of a chunk, in place.
 
-    A used row beyond the count goes into the slot of an unused one before it, whose logits nobody
-    needs any more: no slot is written while a row in it is still to be read.
+    A used row beyond their count goes into the slot of an unused one before it, whose logits are
+    not needed any more, so no slot is written while the row in it is still to be read.
     """
 
     def __init__(self, coef: Coefficients) -> None:
@@ -147,9 +145,9 @@ class Compaction:
             self.source = None  # known at once: nothing moves
 
     def rows(self, rows: RowSet) -> RowSet:
-        """The rows that are left, in the order of their slots. Waits for their number.
+        """Return the rows that are left, in the order of their slots; waits for their number.
 
-        Called after the gradient kernel has been queued: the GPU has work while the host waits.
+        The caller queues the gradient kernel first, so that the GPU works while the host waits.
         """
         if self._ready is not None:
             self._ready.synchronize()
@@ -162,38 +160,38 @@ class Compaction:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """Result of one pass over the head."""
+    """Holds the result of one pass over the head."""
 
     loss: Tensor
-    """0-d, normalised."""
-    terms: RowTerms
-    """[N], 0 in rows of weight 0."""
+    """0-d, the normalised loss."""
+    rows: RowOutputs
+    """[N] outputs, 0 in rows of weight 0."""
     counts: Tensor
     """[3] int64: rows projected, rows that went into dX and dW, tokens out of range."""
     gradients: Gradients
     scale: Tensor
-    """0-d; the true gradients are scale · gradients."""
+    """0-d; scale · gradients is the gradient of the loss."""
 
 
-def run(call: LossCall, impl: str, needs: Needs) -> Pass:
-    """All chunks of a loss; gradients only where `needs` asks for one."""
-    student = call.student
+def run(call: LossCall) -> Pass:
+    """Run all chunks of a loss; compute the gradients that call.needs names."""
+    student, needs = call.student, call.needs
     bad = check_values(call)
     call = replace(call, tokens=call.tokens.clamp(0, call.vocab_size - 1))  # reads stay inside
     active = call.active_rows()
     N = size_of(active)
     size = balanced(N, call.max_rows)
-    buffers = Buffers(student, call.vocab_size, size, 2 if call.exact_kd else 1, impl)
+    buffers = Buffers(student, call.vocab_size, size, 2 if call.exact_kd else 1, call.impl)
     work = buffers.work
     weights = call.row_weights(active, accumulator(student.hidden.dtype))
     scale = poison(call.total(weights).reciprocal(), bad)
     gradients = Gradients(student, needs)
-    losses, terms, gradient_rows, constant = [], [], 0, any(needs) and N > 0
+    losses, outputs, gradient_rows, constant = [], [], 0, any(needs) and N > 0
     for part in chunks_of(N, size):
         rows = active[part] if isinstance(active, Tensor) else part
-        p, q, stats, terms_here = _statistics(call, buffers, rows)
-        terms.append(terms_here)
-        inputs = call.rows(terms_here, rows)
+        p, q, stats, chunk_outputs = _statistics(call, buffers, rows)
+        outputs.append(chunk_outputs)
+        inputs = call.rows(chunk_outputs, rows)
         if not any(needs):
             losses.append(weights[part] * call.loss.losses(inputs))
             continue
@@ -221,7 +219,7 @@ def run(call: LossCall, impl: str, needs: Needs) -> Pass:
     loss = torch.cat(losses).sum() * scale
     return Pass(
         loss=loss,
-        terms=_concatenate(terms).spread(active, len(call.tokens)),
+        rows=_concatenate(outputs).spread(active, len(call.tokens)),
         counts=torch.stack([torch.full_like(bad, n) for n in (N, gradient_rows)] + [bad]),
         gradients=gradients,
         scale=gradients.finish_(scale, student.hidden.dtype),
@@ -230,8 +228,8 @@ def run(call: LossCall, impl: str, needs: Needs) -> Pass:
 
 def _statistics(
     call: LossCall, buffers: Buffers, rows: RowSet
-) -> tuple[Stream, TeacherStream | None, Stats, RowTerms]:
-    """Streams of the student and, for exact KD, of the teacher, and what sweeping them found."""
+) -> tuple[Stream, TeacherStream | None, Stats, RowOutputs]:
+    """Project and sweep some rows; return the streams, their statistics and the row outputs."""
     tokens, teacher, kd = take(call.tokens, rows), call.teacher, call.exact_kd
     q, lq = None, None
     if teacher is not None and kd is not None:
@@ -244,39 +242,32 @@ def _statistics(
     p = buffers.project(call.student, rows)
     stats = buffers.work.sweep(p, tokens, teacher=q, entropy=call.wants_entropy)
     lq = stats.teacher_logprobs if lq is None else lq
-    return p, q, stats, RowTerms(stats.logprobs, stats.entropy, lq, stats.kl)
+    return p, q, stats, RowOutputs(stats.logprobs, stats.entropy, lq, stats.kl)
 
 
-def _concatenate(terms: list[RowTerms]) -> RowTerms:
-    """One RowTerms of all chunks; they hold the same fields."""
-    names = [field.name for field in fields(RowTerms) if getattr(terms[0], field.name) is not None]
-    return RowTerms(**{name: torch.cat([getattr(t, name) for t in terms]) for name in names})
+def _concatenate(chunks: list[RowOutputs]) -> RowOutputs:
+    """Join the outputs of all chunks, which hold the same fields."""
+    names = [field.name for field in fields(RowOutputs)]
+    names = [name for name in names if getattr(chunks[0], name) is not None]
+    return RowOutputs(**{name: torch.cat([getattr(c, name) for c in chunks]) for name in names})
 
 
 def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient · scale, rounded once to dtype; scale is 0-d."""
+    """Return gradient · scale, rounded once to dtype; scale is 0-d."""
     out = torch.empty_like(gradient, dtype=dtype)
     return torch.mul(gradient, scale, out=out)
 
 
 def scaled_(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same, in place where the dtype is already right."""
+    """Return gradient · scale in dtype, in place where the dtype is already right."""
     return gradient.mul_(scale) if gradient.dtype == dtype else scaled(gradient, scale, dtype)
 
 
 def needs_scaling(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> bool:
-    """False where gradient itself is the answer; asked on a CPU only, where it costs no wait.
+    """Say whether gradient · scale in dtype differs from gradient; always true on a GPU.
 
-    The second copy of dW it saves is most of what a small model would hold.
+    There the value of scale would cost a wait. On a CPU, False saves a second copy of dW, which is
+    most of what a small model would hold.
     """
     plain = gradient.dtype == dtype and scale.device.type == "cpu"
     return not plain or torch.is_grad_enabled() or torch.compiler.is_compiling() or bool(scale != 1)
-
-
-def needs_gradient(head: Head) -> Needs:
-    """Which of hidden, weight and bias want a gradient, in the grad mode of the caller."""
-
-    def wants(tensor: Tensor | None) -> bool:
-        return torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
-
-    return wants(head.hidden), wants(head.weight), wants(head.bias)

@@ -1,4 +1,4 @@
-"""How a pass over the head is cut into chunks of rows, from a byte budget, and what it costs."""
+"""Cuts a pass over the head into chunks of rows by a byte budget, and tells what it costs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,58 +22,58 @@ ALIGN_COLUMNS = 64
 
 
 def padded(V: int) -> int:
-    """Columns a row of logits takes in memory."""
+    """Return the columns that a row of logits takes in memory."""
     return -(-V // ALIGN_COLUMNS) * ALIGN_COLUMNS
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """float32 for dtypes of up to 32 bits, float64 for float64: logits, sums and gradients."""
+    """Return the dtype of logits, sums and gradients: float64 for float64, else float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Sizes of one pass: what its memory and its arithmetic depend on."""
+    """Holds the sizes of one pass, on which its memory and its arithmetic depend."""
 
     N: int
     H: int
     V: int
     H_t: int
-    """0: no teacher head."""
+    """Hidden size of the teacher; 0: no teacher head."""
     V_t: int
     kd: str | None
-    """The divergence taken over both models' logits; a sampled KD or None: none is."""
+    """The divergence over both models' logits; a sampled KD or None where there is none."""
     dtype: torch.dtype
     device: torch.device
     impl: str
 
     @property
     def streams(self) -> int:
-        """Logits held together: 2 (student and teacher) for exact KD, else 1."""
+        """Chunks of logits held together: 2 (student and teacher) for exact KD, else 1."""
         return 2 if self.H_t and self.kd in EXACT_KD else 1
 
     @property
     def logit_bytes(self) -> int:
-        """One row of logits of one stream."""
+        """Bytes of one row of logits of one stream."""
         return padded(min(self.V, self.V_t or self.V)) * accumulator(self.dtype).itemsize
 
     @property
     def row_bytes(self) -> int:
-        """One row of a chunk: logits, and the hidden states and dX of a row that was gathered."""
+        """Bytes of a chunk's row: logits, and hidden states and dX of a row that was gathered."""
         gathered = (self.H + self.H_t) * self.dtype.itemsize
         return (
             self.logit_bytes * self.streams + gathered + self.H * accumulator(self.dtype).itemsize
         )
 
     def chunk_bytes(self, rows: int) -> int:
-        """What a chunk of so many rows holds, with the temporaries of its row work."""
+        """Return what a chunk of so many rows holds, with the temporaries of its row work."""
         work = row_work.load(self.impl)
         block = min(rows, work.block_rows(self.V, self.device))
         return rows * self.row_bytes + block * work.BLOCK_BUFFERS * self.logit_bytes
 
 
 def max_rows(geometry: Geometry, workspace_bytes: int | None) -> int:
-    """Rows that the budget holds at once, at least 1.
+    """Return the rows that the budget holds at once, at least 1.
 
     workspace_bytes: the budget; None: as many rows as GPU_BYTES (on a CPU CPU_BYTES) hold of the
     student's logits, at least FLOOR_ROWS on a GPU, and within a quarter of its free memory.
@@ -100,19 +100,22 @@ def max_rows(geometry: Geometry, workspace_bytes: int | None) -> int:
 
 
 def balanced(N: int, rows: int) -> int:
-    """Rows of one chunk where at most `rows` fit: N in as few chunks, of equal size, at least 1."""
+    """Return the rows of a chunk where at most `rows` fit: the fewest chunks, of equal size."""
     chunks = max(1, -(-N // rows))
     return max(1, -(-N // chunks))
 
 
 def chunks_of(N: int, size: int) -> Iterator[slice]:
-    """N rows in chunks; one empty chunk where there are none."""
+    """Yield N rows in chunks; one empty chunk for no rows."""
     for start in range(0, max(N, 1), size):
         yield slice(start, min(start + size, N))
 
 
 def _default_rows(geometry: Geometry) -> int:
-    """The same for every loss on one head, so that old and new pass are equal to the bit."""
+    """Return the default rows of a chunk, the same for every loss on one head.
+
+    So linear_logprobs and kdrl_loss give the same log-probabilities to the bit.
+    """
     logits = padded(geometry.V) * accumulator(geometry.dtype).itemsize
     if geometry.device.type == "cpu":
         return max(1, CPU_BYTES // logits)
@@ -120,7 +123,7 @@ def _default_rows(geometry: Geometry) -> int:
 
 
 def _free_budget(geometry: Geometry) -> int | None:
-    """A quarter of the free memory of a GPU, at least one row; None where it is not known."""
+    """Return a quarter of a GPU's free memory, at least one row; None where it is not known."""
     device = geometry.device
     known = device.type == "cuda" and torch.cuda.is_available()
     if not known or torch.compiler.is_compiling():
@@ -132,31 +135,31 @@ def _free_budget(geometry: Geometry) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class ChunkPlan:
-    """What a pass over the head holds and computes; print it to read it."""
+    """Tells what a pass over the head holds and computes; print it to read it."""
 
     geometry: Geometry
     rows: int
     """Rows of one chunk."""
     chunks: int
     workspace_bytes: int
-    """Held beside inputs, outputs and gradients: logits, gathered rows, row work."""
+    """Bytes held besides inputs, outputs and gradients: logits, gathered rows, row work."""
     gradient_bytes: int
-    """dX and dW, in float32 until backward rounds them."""
+    """Bytes of dX and dW, in float32 until backward rounds them."""
     flop: dict[str, int]
-    """Of each GEMM: project, teacher, dX, dW."""
+    """FLOP of each GEMM: project, teacher, dX, dW."""
     row_work_bytes: int
-    """Read and written by the row kernels."""
+    """Bytes that the row kernels read and write."""
 
     def gemm_ms(self, tflops: float) -> float:
-        """All GEMMs at this rate, in TFLOP/s."""
+        """Return the time of all GEMMs at a rate in TFLOP/s."""
         return sum(self.flop.values()) / tflops / 1e9
 
     def row_work_ms(self, terabytes_per_s: float) -> float:
-        """All row kernels at this bandwidth, bytes read plus bytes written."""
+        """Return the time of all row kernels at a bandwidth, bytes read plus bytes written."""
         return self.row_work_bytes / terabytes_per_s / 1e9
 
     def predicted_ms(self, tflops: float, terabytes_per_s: float) -> float:
-        """Forward and backward at these rates, one after the other."""
+        """Return the time of GEMMs and row kernels at these rates, one after the other."""
         return self.gemm_ms(tflops) + self.row_work_ms(terabytes_per_s)
 
     def __str__(self) -> str:
@@ -191,17 +194,17 @@ def chunk_plan(
     workspace_bytes: int | None = None,
     impl: str | None = None,
 ) -> ChunkPlan:
-    """How kdrl_loss would cut N tokens over a head [V, H], and what it would hold and compute.
+    """Plan how kdrl_loss cuts N tokens over a head [V, H], and what it holds and computes.
 
     Args:
         teacher: (H_t, V_t) of a TeacherHead, or None.
         kd, kd_baseline: as in Objective; "rkl", "fkl", "jsd" and a baseline hold the teacher's
             logits beside the student's.
-        dtype: of hidden and weight.
-        device: "cuda" needs no GPU here; where there is one, its free memory bounds the default.
+        dtype: dtype of hidden and weight.
+        device: "cuda" works without a GPU too; the free memory of a GPU bounds the default.
         hidden_grad, weight_grad: a frozen backbone or head costs no dX or dW.
-        workspace_bytes, impl: as kdrl_loss; impl None: "triton" on "cuda", else "torch".
-    Returns: ChunkPlan. plan.predicted_ms(tflops, terabytes_per_s) is the time at given rates.
+        workspace_bytes, impl: as in kdrl_loss; impl None: "triton" on "cuda", else "torch".
+    Returns: ChunkPlan. plan.predicted_ms(tflops, terabytes_per_s) is the time at rates you know.
     Raises: ValueError for a size below 1 or a budget that does not hold one row.
     """
     H_t, V_t = teacher or (0, 0)

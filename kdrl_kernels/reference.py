@@ -1,19 +1,19 @@
-"""The definition: eager PyTorch with full [N, V] logits and autograd. Any device and float dtype.
+"""Defines every loss in eager PyTorch, with full [N, V] logits and autograd, on any device.
 
-float64 inputs are the measuring stick of the tests; lower precisions are computed in float32.
+The tests measure against float64 inputs; float16 and bfloat16 are computed in float32.
 """
 
 import torch
 from torch import Tensor
 
-from kdrl_kernels.call import LossCall, RowTerms, take
+from kdrl_kernels.call import LossCall, RowOutputs, take
 from kdrl_kernels.checks import bad_tokens, check_head_values, check_values, poison
 from kdrl_kernels.head import Head
 from kdrl_kernels.objective import NO_GRADIENT
 
 
 def head_logprobs(head: Head, vocab_size: int) -> Tensor:
-    """log_softmax of the head's first vocab_size columns, [N, vocab_size], float32 or float64."""
+    """Return log_softmax of the head's first columns, [N, vocab_size] in float32 or float64."""
     dtype = torch.promote_types(head.hidden.dtype, torch.float32)
     logits = head.hidden.to(dtype) @ head.weight[:vocab_size].to(dtype).T
     if head.bias is not None:
@@ -27,17 +27,18 @@ def head_logprobs(head: Head, vocab_size: int) -> Tensor:
 
 
 def kl_divergence(logp: Tensor, logq: Tensor) -> Tensor:
-    """KL(p‖q) of each row, [N], from log-probabilities [N, V]; a column with p = 0 counts 0.
+    """Return KL(p‖q) of each row, [N], of log-probabilities [N, V]; a column with p = 0 counts 0.
 
     An infinite term is a constant, so that a row of KD weight 0 keeps a gradient of 0, not NaN.
     """
     p = logp.exp()
-    gap = torch.where(p > 0, logp - logq, 0)
-    finite = gap.isfinite()
-    return (p * torch.where(finite, gap, 0) + torch.where(finite, 0, gap).detach()).sum(dim=1)
+    log_ratio = torch.where(p > 0, logp - logq, 0)
+    finite = log_ratio.isfinite()
+    infinite_part = torch.where(finite, 0, log_ratio).detach()
+    return (p * torch.where(finite, log_ratio, 0) + infinite_part).sum(dim=1)
 
 
-def row_terms(
+def row_outputs(
     student: Head,
     tokens: Tensor,
     vocab_size: int,
@@ -46,14 +47,14 @@ def row_terms(
     kd: str | None = None,
     jsd_alpha: float = 0.5,
     entropy: bool = False,
-) -> RowTerms:
-    """Every per-token quantity a loss may use, differentiable in the student's tensors."""
+) -> RowOutputs:
+    """Return what a loss may use of each row, differentiable in the student's tensors."""
     logp = head_logprobs(student, vocab_size)
     logprobs = logp.gather(1, tokens[:, None]).squeeze(1)
     p = logp.exp()
     entropies = -(p * torch.where(p > 0, logp, 0)).sum(dim=1) if entropy else None
     if teacher is None:
-        return RowTerms(logprobs, entropies)
+        return RowOutputs(logprobs, entropies)
     logq = head_logprobs(teacher, vocab_size).to(logp)
     kl = None
     if kd == "rkl":
@@ -64,23 +65,23 @@ def row_terms(
         m = jsd_alpha * logq.exp() + (1 - jsd_alpha) * p
         logm = torch.where(m > 0, m, 1).log()
         kl = jsd_alpha * kl_divergence(logq, logm) + (1 - jsd_alpha) * kl_divergence(logp, logm)
-    return RowTerms(logprobs, entropies, logq.gather(1, tokens[:, None]).squeeze(1), kl)
+    return RowOutputs(logprobs, entropies, logq.gather(1, tokens[:, None]).squeeze(1), kl)
 
 
 def linear_logprobs(head: Head, tokens: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
-    """(logprobs [N], entropy [N] or None), differentiable in hidden, weight and bias."""
+    """Return logprobs [N] and entropy [N] or None, differentiable in hidden, weight and bias."""
     check_head_values(head)
     V = head.weight.shape[0]
     bad = bad_tokens(tokens, V, "V")
-    terms = row_terms(head, tokens.clamp(0, V - 1), V, entropy=entropy)
-    return poison(terms.logprobs, bad), terms.entropy
+    outputs = row_outputs(head, tokens.clamp(0, V - 1), V, entropy=entropy)
+    return poison(outputs.logprobs, bad), outputs.entropy
 
 
-def loss(call: LossCall) -> tuple[Tensor, RowTerms, Tensor]:
-    """(0-d loss, row terms, counts as one_pass.Pass); differentiable in hidden, weight and bias."""
+def loss(call: LossCall) -> tuple[Tensor, RowOutputs, Tensor]:
+    """Return the 0-d loss, differentiable; row outputs; counts as in one_pass.Pass."""
     bad = check_values(call)
     active = call.active_rows()
-    terms = row_terms(
+    outputs = row_outputs(
         call.student.select(active),
         take(call.tokens.clamp(0, call.vocab_size - 1), active),
         call.vocab_size,
@@ -89,10 +90,10 @@ def loss(call: LossCall) -> tuple[Tensor, RowTerms, Tensor]:
         jsd_alpha=call.loss.jsd_alpha,
         entropy=call.wants_entropy,
     )
-    weights = call.row_weights(active, terms.logprobs.dtype)
-    losses = call.loss.losses(call.rows(terms, active))
-    if terms.logprobs.requires_grad and not losses.requires_grad and len(losses):
+    weights = call.row_weights(active, outputs.logprobs.dtype)
+    losses = call.loss.losses(call.rows(outputs, active))
+    if outputs.logprobs.requires_grad and not losses.requires_grad and len(losses):
         raise ValueError(NO_GRADIENT)
     value = (weights * losses).sum() / call.total(weights)
     counts = torch.stack([torch.full_like(bad, len(weights)) for _ in range(2)] + [bad])
-    return poison(value, bad), terms.spread(active, len(call.tokens)), counts
+    return poison(value, bad), outputs.spread(active, len(call.tokens)), counts

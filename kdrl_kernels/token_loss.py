@@ -1,4 +1,4 @@
-"""A caller's own per-token loss as autograd: a Python function, which no operator can take."""
+"""Runs a caller's own loss of each token by autograd, since no operator takes a function."""
 
 from typing import Any
 
@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from kdrl_kernels import one_pass
-from kdrl_kernels.call import LossCall, RowTerms
-from kdrl_kernels.operators.flat import as_given
+from kdrl_kernels.call import LossCall, RowOutputs
+from kdrl_kernels.operators.flat import without_autocast
 from kdrl_kernels.operators.loss import rounded
 
 
 class _TokenLoss(torch.autograd.Function):
-    """hidden, weight, bias -> loss, and its gradients as outputs, which backward scales.
+    """Computes the loss of hidden, weight and bias, and its gradients, which backward scales.
 
-    As outputs they depend on the inputs, so that a second derivative raises.
+    The gradients are outputs, which depend on the inputs, so that a second derivative raises.
     """
 
     @staticmethod
@@ -22,15 +22,13 @@ class _TokenLoss(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,  # noqa: ARG004 (an input of the graph; call.student holds it)
-        bias: Tensor | None,  # noqa: ARG004 (the same)
+        bias: Tensor | None,  # noqa: ARG004 (an input of the graph too)
         call: LossCall,
-        impl: str,
-        needs: one_pass.Needs,
-        found: list[one_pass.Pass],
+        passes: list[one_pass.Pass],
     ) -> tuple[Tensor | None, ...]:
-        with as_given(hidden.device):
-            result = one_pass.run(call, impl, needs)
-        found.append(result)
+        with without_autocast(hidden.device):
+            result = one_pass.run(call)
+        passes.append(result)
         outputs = *result.gradients.tensors(), result.scale
         ctx.dtype = hidden.dtype
         ctx.save_for_backward(*outputs)
@@ -41,17 +39,14 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
         *gradients, scale = ctx.saved_tensors
         if grad_loss is None:
-            return (None,) * 7
+            return (None,) * 5
         scale = scale * grad_loss
-        found = (None if x is None else rounded(x, scale, ctx.dtype) for x in gradients)
-        return *found, None, None, None, None
+        results = (None if x is None else rounded(x, scale, ctx.dtype) for x in gradients)
+        return *results, None, None
 
 
-def token_loss(call: LossCall, impl: str) -> tuple[Tensor, RowTerms, Tensor]:
-    """(0-d loss, row terms, counts); the loss is differentiable once in hidden, weight, bias."""
-    student, found = call.student, list[one_pass.Pass]()
-    needs = one_pass.needs_gradient(student)
-    loss, *_ = _TokenLoss.apply(
-        student.hidden, student.weight, student.bias, call, impl, needs, found
-    )
-    return loss, found[0].terms, found[0].counts
+def token_loss(call: LossCall) -> tuple[Tensor, RowOutputs, Tensor]:
+    """Return the 0-d loss, differentiable once in hidden, weight and bias; row outputs; counts."""
+    student, passes = call.student, list[one_pass.Pass]()
+    loss, *_ = _TokenLoss.apply(student.hidden, student.weight, student.bias, call, passes)
+    return loss, passes[0].rows, passes[0].counts

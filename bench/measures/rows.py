@@ -27,7 +27,8 @@ from kdrl_kernels import gemm
 from kdrl_kernels.objective import Coefficients
 from kdrl_kernels.one_pass import gradient_view
 from kdrl_kernels.plan import padded
-from kdrl_kernels.rows import Stats, Stream, TeacherStream, load
+from kdrl_kernels.rows import load
+from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
 
 LOGIT = torch.float32
 """What the GEMM leaves, whatever the operands."""

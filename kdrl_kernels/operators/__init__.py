@@ -1,6 +1,7 @@
-"""torch.library operators, so that a compiled caller keeps one graph: the calls, flattened.
+"""Operators of torch.library, which let a compiled caller keep one graph.
 
-An operator takes tensors and numbers only. Each runs with autograd and autocast off.
+An operator takes tensors and numbers only: flat.py flattens a call. Each runs with autograd and
+autocast off.
 """
 
 from kdrl_kernels.operators.logprobs import linear_logprobs

@@ -1,66 +1,17 @@
-"""Row work of one chunk: statistics of logits, coefficients, logits into gradients.
+"""Does the row work of one chunk: statistics of logits, coefficients, logits into gradients.
 
-Two modules with the same names: `torch` (any device) and `triton` (GPU). Maths: README.md.
+Two modules define the same names: `eager` (any device) and `kernels` (GPU). Maths: README.md.
 """
 
-from dataclasses import dataclass
 from types import ModuleType
 
-from torch import Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Stream:
-    """Logits [C, V] of one head, as the GEMM left them, and what turns them into z.
-
-    z = a / temperature, a = softcap(logits). `sweep` may put something else in the place of the
-    logits, which `gradient` of the same module expects; `resume_` does it without the statistics.
-    """
-
-    logits: Tensor
-    temperature: float | Tensor
-    softcap: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class TeacherStream(Stream):
-    """The second stream of a sweep, and the divergence taken to it."""
-
-    kd: str
-    """"rkl", "fkl" or "jsd"."""
-    jsd_alpha: float = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """What the sweeps over a stream, or two, find out per row: [C], in nats.
-
-    log p_v = (a_v - max) / temperature - log_sum. Their sum, the usual lse, would lose 1e-3 nat
-    at |z| = 1e4.
-    """
-
-    max: Tensor
-    """max_v a_v: before the temperature."""
-    log_sum: Tensor
-    """log(sum_v exp((a_v - max) / temperature))."""
-    logprobs: Tensor
-    entropy: Tensor | None = None
-    teacher_max: Tensor | None = None
-    teacher_log_sum: Tensor | None = None
-    teacher_logprobs: Tensor | None = None
-    kl: Tensor | None = None
-    """KL(p‖q) for "rkl", KL(q‖p) for "fkl", the Jensen-Shannon divergence for "jsd"."""
-    mixture_kl: Tensor | None = None
-    """KL(p‖m) for "jsd", which its gradient needs."""
+from kdrl_kernels.rows import eager
 
 
 def load(impl: str) -> ModuleType:
-    """The row module of an implementation; Triton is imported only when it is asked for."""
-    # plain imports: torch.compile traces them, but not import_module
-    if impl == "triton":
-        from kdrl_kernels.rows import triton  # noqa: PLC0415 (optional)
+    """Return the row module of an implementation: `eager` for "torch", `kernels` for "triton"."""
+    if impl == "triton":  # a plain import: torch.compile traces it, but not import_module
+        from kdrl_kernels.rows import kernels  # noqa: PLC0415 (Triton is optional)
 
-        return triton
-    from kdrl_kernels.rows import torch  # noqa: PLC0415 (it imports this package)
-
-    return torch
+        return kernels
+    return eager

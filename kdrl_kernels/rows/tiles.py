@@ -1,24 +1,24 @@
-"""Tiles of the row kernels: how many columns a program reads at a time, and with how many warps.
+"""Tells the row kernels how many columns a program reads at a time, and with how many warps.
 
-Written by `python -m bench.tiles`, here from compiled resources alone (bench/results/aot-sm_90):
-of the tiles with three blocks an SM, at most 64 registers and no spills, one with 48 KB of loads
-in flight an SM, the deepest and then the smallest. Not yet from times on a GPU.
+`python -m bench.tiles` wrote the table, from compiled resources alone (bench/results/aot-sm_90):
+it took tiles with three blocks per SM, at most 64 registers and no spills, of those one with 48 KB
+of loads in flight per SM, and of those the deepest, then the smallest. No tile was timed on a GPU.
 """
 
 from dataclasses import dataclass
 
-from kdrl_kernels.rows import Stream
+from kdrl_kernels.rows.streams import Stream
 
 SWEEP, JSD, GRADIENT = "sweep", "jsd", "gradient"
 OBJECTIVE_BLOCK = 256
-"""Rows a program of the objective kernel."""
+"""Rows that one program of the objective kernel computes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """[depth, lanes] columns a step: lanes side by side, one 16-byte load a thread for each depth.
+    """Describes one step: [depth, lanes] columns, lanes side by side, 16-byte loads per depth.
 
-    Only the sweep tells the two apart: it keeps a running maximum a lane.
+    Only the sweep distinguishes the two: it keeps a running maximum per lane.
     """
 
     depth: int
@@ -27,7 +27,7 @@ class Tile:
 
     @property
     def columns(self) -> int:
-        """Columns a step."""
+        """Columns of one step."""
         return self.depth * self.lanes
 
 
@@ -47,6 +47,6 @@ TILES = {
 
 
 def tile_of(kernel: str, student: Stream, teacher: Stream | None) -> Tile:
-    """The tile of a kernel on one stream, or on two."""
+    """Return the tile of a kernel on one stream or on two."""
     softcap = any(x is not None and x.softcap is not None for x in (student, teacher))
     return TILES[kernel, 1 if teacher is None else 2, softcap]

@@ -19,21 +19,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kdrl_kernels.rows import tiles, triton_objective
-from kdrl_kernels.rows import triton as kernels
+from kdrl_kernels.rows import kernel_objective, kernels, tiles
+from kdrl_kernels.rows.kernel_math import KD_CODES, OPTIONS
 from kdrl_kernels.rows.tiles import GRADIENT, JSD, SWEEP, Tile
-from kdrl_kernels.rows.triton_math import KD_CODES, OPTIONS
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 DIVISIBLE = [["tt.divisibility", 16]]
 
 Variant = tuple[str, Any, dict[str, Any], dict[str, str | None], int]
-"""Name, kernel, constexprs, types that differ from the usual ones (None: not there), warps."""
+"""Name, kernel, constexprs, types that differ from the usual ones (None: no argument), warps."""
 
 
 def variants(table: dict[tuple[str, int, bool], Tile] = tiles.TILES) -> Iterator[Variant]:
-    """Every KD term, with a softcap in all streams or in none, at the tiles of the table."""
+    """Yield every kernel and KD term, with and without softcaps, at the table's tiles."""
     for kd, cap in product((None, "rkl", "fkl", "jsd"), (None, "fp32")):
         caps = {"softcap": cap, "t_softcap": cap}
         name = f"{kd}{'-softcap' if cap else ''}"
@@ -61,11 +60,11 @@ def variants(table: dict[tuple[str, int, bool], Tile] = tiles.TILES) -> Iterator
     for kd, code in KD_CODES.items():
         flags = {"HAS_POLICY": True, "HAS_ENTROPY": True, "KD": code}
         block = flags | {"BLOCK": tiles.OBJECTIVE_BLOCK}
-        yield f"objective-{kd}", triton_objective._objective_kernel, block, {}, 4
+        yield f"objective-{kd}", kernel_objective._objective_kernel, block, {}, 4
 
 
 def compile_one(variant: Variant, target: GPUTarget, aligned: bool) -> Any:
-    """The compiled kernel, for padded rows; aligned: V is a multiple of 16 as well."""
+    """Compile a kernel for padded rows; aligned says that V is a multiple of 16 as well."""
     _, kernel, constexprs, types, warps = variant
     constexprs = constexprs | {name: None for name, kind in types.items() if kind is None}
 
@@ -89,13 +88,13 @@ def compile_one(variant: Variant, target: GPUTarget, aligned: bool) -> Any:
 
 
 def resources(compiled: Any) -> dict[str, int]:
-    """Registers a thread, bytes of stack and spills a thread, bytes of shared memory."""
+    """Return registers, stack and spilled bytes per thread, and bytes of shared memory."""
     if "amdgcn" in compiled.asm:
         report = compiled.asm["amdgcn"]
         names = {"registers": "vgpr_count", "spills": "vgpr_spill_count"}
         names |= {"stack": "private_segment_fixed_size"}
-        found = {key: re.search(rf"\.{name}:\s+(\d+)", report) for key, name in names.items()}
-        numbers = {key: int(match[1]) for key, match in found.items()}
+        matches = {key: re.search(rf"\.{name}:\s+(\d+)", report) for key, name in names.items()}
+        numbers = {key: int(match[1]) for key, match in matches.items()}
     else:
         report = _cuobjdump(compiled.asm["cubin"])
         numbers = {
@@ -106,7 +105,7 @@ def resources(compiled: Any) -> dict[str, int]:
 
 
 def _cuobjdump(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, LOCAL and SHARED of a cubin."""
+    """Read REG, STACK, LOCAL and SHARED of a cubin."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -117,7 +116,7 @@ def _cuobjdump(cubin: bytes) -> dict[str, int]:
 
 
 def main() -> None:
-    """One JSON line for each kernel variant, alignment and target."""
+    """Print one JSON line for each kernel variant, alignment and target."""
     for variant, aligned, (arch, target) in product(variants(), (True, False), TARGETS.items()):
         if not aligned and (variant[0].startswith("objective") or "softcap" in variant[0]):
             continue  # the first has no V; the others differ by nothing more
@@ -132,7 +131,7 @@ def main() -> None:
 
 
 def barriers_in_loops(ptx: str) -> int:
-    """Barriers between a label and a later branch back to it."""
+    """Count the barriers between a label and a later branch back to it."""
     lines = ptx.splitlines()
     labels = {line.split(":")[0]: i for i, line in enumerate(lines) if line.startswith("$L__BB")}
     inside = set()

@@ -1,4 +1,4 @@
-"""Uninitialised memory is NaN in these tests, so that an unwritten output shows."""
+"""Fills uninitialised memory with NaN in these tests, so that an unwritten output shows."""
 
 import os
 from collections.abc import Iterator
@@ -9,14 +9,14 @@ import torch
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
-    """Tensors here are tiny: more threads only wait for each other, unless OMP_NUM_THREADS asks."""
+    """Use one thread unless OMP_NUM_THREADS is set: tensors are tiny, threads would only wait."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def nan_filled_empty() -> Iterator[None]:
-    """torch.empty and its relatives give NaN (what deterministic mode does, by design)."""
+    """Make torch.empty and its relatives give NaN, as deterministic mode does by design."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

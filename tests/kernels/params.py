@@ -1,4 +1,4 @@
-"""Implementations and dtypes that can run here, as pytest parameters with readable ids."""
+"""Lists implementations and dtypes that can run here, as pytest parameters with readable ids."""
 
 import os
 

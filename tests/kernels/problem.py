@@ -1,4 +1,4 @@
-"""Random problems for kdrl_loss, run by any implementation at any precision."""
+"""Makes random problems for kdrl_loss, and solves them by any implementation and precision."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ from tests.tolerance import assert_matches
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Inputs of kdrl_loss; tensors that carry a gradient are in `student`."""
+    """Holds inputs of kdrl_loss; tensors that carry a gradient are in `student`."""
 
     student: dict[str, Tensor]
     tokens: Tensor
@@ -24,7 +24,7 @@ class Problem:
     teacher_options: dict[str, Any] = field(default_factory=dict)
 
     def map(self, fn: Any) -> "Problem":
-        """fn of every floating-point tensor."""
+        """Apply fn to every floating-point tensor."""
 
         def over(values: dict[str, Any]) -> dict[str, Any]:
             return {k: fn(v) if _is_float(v) else v for k, v in values.items()}
@@ -35,7 +35,7 @@ class Problem:
         )
 
     def solve(self, upstream: float = 1.0, **options: Any) -> dict[str, Tensor]:
-        """Loss, per-token outputs and gradients of upstream · loss."""
+        """Return loss, per-token outputs and gradients of upstream · loss."""
         student = {k: v.detach().clone().requires_grad_() for k, v in self.student.items()}
         teacher = self.teacher and kk.TeacherHead(**self.teacher, **self.teacher_options)
         result = kk.kdrl_loss(
@@ -48,9 +48,9 @@ class Problem:
         )
         (result.loss * upstream).backward()
         names = ("logprobs", "teacher_logprobs", "kl", "entropy")
-        found = {"loss": result.loss.detach()} | {n: getattr(result, n) for n in names}
-        found |= {f"d{k}": v.grad for k, v in student.items()}
-        return {k: v for k, v in found.items() if v is not None}
+        results = {"loss": result.loss.detach()} | {n: getattr(result, n) for n in names}
+        results |= {f"d{k}": v.grad for k, v in student.items()}
+        return {k: v for k, v in results.items() if v is not None}
 
 
 def _is_float(value: Any) -> bool:
@@ -74,7 +74,7 @@ def make_problem(
     teacher_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> Problem:
-    """A problem whose logits have a spread of a few nats and whose maximum moves along V."""
+    """Make a problem whose logits spread over a few nats and whose maximum moves along V."""
     rng = torch.Generator().manual_seed(SEED + seed)
 
     def randn(*shape: int) -> Tensor:
@@ -104,7 +104,7 @@ def make_problem(
 def assert_matches_definition(
     impl: str, *, seed: int = 0, upstream: float = 1.0, **kind: Any
 ) -> dict[str, Tensor]:
-    """impl on make_problem(**kind) against the reference in float32 and in float64."""
+    """Assert that impl solves make_problem(**kind) as the reference does; return its results."""
     problem = make_problem(seed=seed, **kind)
     ours = problem.solve(upstream, impl=impl)
     assert_solves(problem, ours, upstream)
@@ -112,7 +112,7 @@ def assert_matches_definition(
 
 
 def assert_solves(problem: Problem, ours: Mapping[str, Tensor], upstream: float = 1.0) -> None:
-    """Some of the results of a problem against the reference in float32 and in float64."""
+    """Assert that some results of a problem match the reference in float32 and in float64."""
 
     def reference(dtype: torch.dtype) -> dict[str, Tensor]:
         results = problem.map(lambda x: x.to(dtype)).solve(upstream, impl="reference")
@@ -125,17 +125,17 @@ def assert_solves(problem: Problem, ours: Mapping[str, Tensor], upstream: float 
     assert_matches(ours, reference, size)
 
 
-def loss_size(problem: Problem, found: Mapping[str, Tensor]) -> float:
-    """sum_n |weighted loss of row n| / normalizer: what rounding of the summed loss relates to."""
+def loss_size(problem: Problem, results: Mapping[str, Tensor]) -> float:
+    """Return sum_n |weighted loss of row n| / normalizer, which the loss's rounding relates to."""
     options = {k: v.double() if _is_float(v) else v for k, v in problem.options.items()}
     rows = Rows(
-        found["logprobs"],
+        results["logprobs"],
         options.get("old_logprobs"),
         options["advantages"],
         options.get("kd_weight"),
-        found.get("teacher_logprobs"),
-        found.get("kl"),
-        found.get("entropy"),
+        results.get("teacher_logprobs"),
+        results.get("kl"),
+        results.get("entropy"),
     )
     weights = options["token_weights"]
     total = (weights * token_losses(options["objective"], rows)).abs().sum()

@@ -1,4 +1,4 @@
-"""linear_logprobs: logits kept until backward change no bit; layout of the inputs no result."""
+"""linear_logprobs gives the same bits with a cache, and the same results in any memory layout."""
 
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +42,7 @@ def _leaves(dtype: torch.dtype, device: str) -> tuple[dict[str, Tensor], Tensor]
 def _score(
     student: dict[str, Tensor], tokens: Tensor, impl: str, rows: int, **options: Any
 ) -> kk.LogprobOutput:
-    """linear_logprobs in chunks of CHUNK rows, with a cache for `rows` of them."""
+    """Call linear_logprobs in chunks of CHUNK rows, with a cache for `rows` of them."""
     dtype, device = student["hidden"].dtype, student["hidden"].device
     sizes = {"dtype": dtype, "device": device, "impl": "torch" if impl == "reference" else impl}
     budget = kk.chunk_plan(CHUNK, H, V, **sizes).workspace_bytes
@@ -58,7 +58,7 @@ def _score(
 
 
 def _scalar(out: kk.LogprobOutput) -> Tensor:
-    """A sum with different weights."""
+    """Sum the outputs with different weights."""
     upstream = torch.linspace(-1, 2, 2 * N).view(2, N).to(out.logprobs)
     total = out.logprobs @ upstream[0]
     return total if out.entropy is None else total + out.entropy @ upstream[1]
@@ -67,16 +67,16 @@ def _scalar(out: kk.LogprobOutput) -> Tensor:
 def _solve(
     impl: str, dtype: torch.dtype, device: str, rows: int, **options: Any
 ) -> dict[str, Tensor]:
-    """Outputs and gradients."""
+    """Return outputs and gradients."""
     student, tokens = _leaves(dtype, device)
     out = _score(student, tokens, impl, rows, **options)
     _scalar(out).backward()
-    found = {"logprobs": out.logprobs.detach()} | {f"d{k}": v.grad for k, v in student.items()}
-    return found if out.entropy is None else found | {"entropy": out.entropy.detach()}
+    results = {"logprobs": out.logprobs.detach()} | {f"d{k}": v.grad for k, v in student.items()}
+    return results if out.entropy is None else results | {"entropy": out.entropy.detach()}
 
 
 class Calls:
-    """Rows of each projection, and the rows of the cache of each forward pass."""
+    """Records the rows of each projection, and of the cache of each forward pass."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.projected: list[int] = []
@@ -88,9 +88,9 @@ class Calls:
             project(hidden, weight, out)
 
         def watched(*args: Any, **options: Any) -> logprobs.Scores:
-            found = score(*args, **options)
-            self.cached.append(len(found.cache))
-            return found
+            scores = score(*args, **options)
+            self.cached.append(len(scores.cache))
+            return scores
 
         monkeypatch.setattr(gemm, "project", counted)
         monkeypatch.setattr(logprobs, "score", watched)
@@ -98,7 +98,7 @@ class Calls:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """Spies on the library."""
+    """Record calls of the library."""
     return Calls(monkeypatch)
 
 
@@ -130,7 +130,10 @@ def test_a_cache_changes_no_bit(
 def test_what_is_kept_is_not_projected_again(
     rows: int, kept: int, impl: str, calls: Calls, device: str
 ) -> None:
-    """u = 2NHV: 4u without a cache, 3u where all is kept; whole chunks only."""
+    """A pass costs 4u without a cache, 3u where all is kept (u = 2 N H V).
+
+    Only whole chunks are kept.
+    """
     student, tokens = _leaves(F32, device)
     out = _score(student, tokens, impl, rows)
     assert calls.cached == [kept]
@@ -156,7 +159,7 @@ def test_backward_twice(impl: str, dtype: torch.dtype, rows: int, device: str) -
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_what_autograd_holds(impl: str, device: str) -> None:
-    """The cache is the only tensor of V columns beside the weight that waits for backward."""
+    """The cache is the only tensor of V columns besides the weight that autograd saves."""
     held: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -181,10 +184,10 @@ def test_nothing_is_kept_without_a_gradient(impl: str, calls: Calls, device: str
     frozen = _score({k: v.detach() for k, v in student.items()}, tokens, impl, N)
     assert calls.cached == [0, 0]
     assert not out.logprobs.requires_grad
-    wanted = _score(student, tokens, impl, N)
+    expected = _score(student, tokens, impl, N)
     assert calls.cached == [0, 0, N]
-    assert torch.equal(out.logprobs, wanted.logprobs)
-    assert torch.equal(frozen.logprobs, wanted.logprobs)
+    assert torch.equal(out.logprobs, expected.logprobs)
+    assert torch.equal(frozen.logprobs, expected.logprobs)
 
 
 @pytest.mark.parametrize("name", ["hidden", "weight", "bias"])
@@ -205,21 +208,21 @@ def _transposed(x: Tensor) -> Tensor:
 
 
 def _columns(x: Tensor) -> Tensor:
-    """A slice of columns; the others are NaN."""
+    """Return the tensor as a slice of columns; the others are NaN."""
     wide = torch.full((len(x), x.shape[1] + 5), torch.nan, dtype=x.dtype, device=x.device)
     wide[:, 2:-3] = x
     return wide[:, 2:-3]
 
 
 def _every_third_row(x: Tensor) -> Tensor:
-    """Rows of a tensor with two rows of NaN after each."""
+    """Return the tensor as rows of a larger one, with two rows of NaN after each."""
     tall = torch.full((3 * len(x), *x.shape[1:]), torch.nan, dtype=x.dtype, device=x.device)
     tall[::3] = x
     return tall[::3]
 
 
 def _every_second_column(x: Tensor) -> Tensor:
-    """No dimension of stride 1."""
+    """Return the tensor with no dimension of stride 1."""
     return torch.stack([x, torch.full_like(x, torch.nan)], dim=2)[:, :, 0]
 
 
@@ -230,15 +233,17 @@ ALL_IDS = [*IDS, "reference-float32"]
 
 
 def _laid_out(tensors: dict[str, Tensor], layout: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """hidden and weight in another layout, the bias in every third place."""
-    found = {k: (_every_third_row if k == "bias" else layout)(v) for k, v in tensors.items()}
-    assert not any(x.is_contiguous() for x in found.values())
-    return found
+    """Put hidden and weight into another layout, and the bias into every third element."""
+    results = {k: (_every_third_row if k == "bias" else layout)(v) for k, v in tensors.items()}
+    assert not any(x.is_contiguous() for x in results.values())
+    return results
 
 
-def _assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
+def _assert_same(
+    results: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    assert results.keys() == expected.keys()
+    for name, value in results.items():
         error = relative_error(value, expected[name])
         assert error <= BOUNDS[dtype], f"{name}: {error:.1e}"
 
@@ -264,8 +269,8 @@ def test_layout_of_linear_logprobs(
             leaves, tokens, impl, CHUNK, entropy=True, softcap=3.0, temperature=temperature
         )
         _scalar(out).backward()
-        found = {"logprobs": out.logprobs.detach(), "entropy": out.entropy.detach()}
-        solved.append(found | {f"d{k}": v.grad for k, v in leaves.items()})
+        results = {"logprobs": out.logprobs.detach(), "entropy": out.entropy.detach()}
+        solved.append(results | {f"d{k}": v.grad for k, v in leaves.items()})
     _assert_same(solved[1], solved[0], dtype)
 
 
@@ -282,7 +287,7 @@ LOSSES = [
 def test_layout_of_kdrl_loss(
     impl: str, dtype: torch.dtype, kd: str, layout: Callable[[Tensor], Tensor], device: str
 ) -> None:
-    """Student and teacher, with rows of weight 0 and without."""
+    """kdrl_loss reads student and teacher in any layout, with rows of weight 0 and without."""
     problem = make_problem(N, H, V, kd=kd, dtype=dtype, device=device)
     sizes = {"teacher": (H + 3, V), "kd": kd, "dtype": dtype, "device": device}
     budget = kk.chunk_plan(CHUNK, H, V, impl="torch", **sizes).workspace_bytes
@@ -297,8 +302,8 @@ def test_layout_of_kdrl_loss(
         )
         result.loss.backward()
         names = [name for name in expected if not name.startswith("d")]
-        found = {name: getattr(result, name).detach() for name in names}
-        _assert_same(found | {f"d{k}": v.grad for k, v in leaves.items()}, expected, dtype)
+        results = {name: getattr(result, name).detach() for name in names}
+        _assert_same(results | {f"d{k}": v.grad for k, v in leaves.items()}, expected, dtype)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

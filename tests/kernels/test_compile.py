@@ -18,7 +18,7 @@ Row = dict[str, int | str]
 
 @pytest.fixture(scope="module")
 def report() -> list[Row]:
-    """Resources of every kernel variant and target, from a process without interpreter."""
+    """Return the resources of every kernel variant and target; its process has no interpreter."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "error", "-m", "tests.kernels.aot"]
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -32,8 +32,8 @@ def test_every_kernel_and_target_is_there(report: list[Row]) -> None:
     for kd in ("None", "rkl", "fkl", "jsd"):
         assert {f"sweep-{kd}-aligned", f"sweep-{kd}-ragged"} <= kernels
         assert {f"gradient-{kd}-bf16-aligned", f"gradient-{kd}-softcap-bf16-aligned"} <= kernels
-    found = {(row["kernel"], row["arch"]) for row in report}
-    assert found == {(kernel, arch) for kernel in kernels for arch in ARCHES}
+    pairs = {(row["kernel"], row["arch"]) for row in report}
+    assert pairs == {(kernel, arch) for kernel in kernels for arch in ARCHES}
 
 
 def test_no_kernel_spills(report: list[Row]) -> None:
@@ -45,7 +45,7 @@ def test_shared_memory_is_bounded(report: list[Row]) -> None:
 
 
 def test_registers_leave_640_threads_an_sm(report: list[Row]) -> None:
-    """Enough loads in flight to hide the latency of memory; an SM has 65,536 registers."""
+    """So enough loads are in flight to hide the latency of memory; an SM has 65,536 registers."""
     assert not [
         row for row in report if row["arch"] != "gfx942" and row["registers"] > 65_536 // 640
     ]

@@ -1,4 +1,4 @@
-"""A head sharded over two ranks (FSDP2): numbers of one process, and what is communicated."""
+"""A head sharded over two ranks (FSDP2) gives one process's numbers; each gather happens once."""
 
 import time
 from collections.abc import Callable
@@ -27,7 +27,7 @@ Tensors = dict[str, Tensor]
 
 
 def _tensors(V: int) -> Tensors:
-    """A whole problem in float64, the same on each rank."""
+    """Return a whole problem in float64, the same on each rank."""
     rng = torch.Generator().manual_seed(V)
 
     def randn(*shape: int) -> Tensor:
@@ -50,38 +50,40 @@ def _tensors(V: int) -> Tensors:
 ROWS = ("hidden", "teacher_hidden", "tokens", "advantages", "token_weights")
 
 
-def _loss(name: str, given: Tensors) -> Tensor:
-    """This rank's part: rows of its own, over the tokens of all ranks."""
-    head = given["hidden"], given["weight"], given["tokens"]
+def _loss(name: str, tensors: Tensors) -> Tensor:
+    """Return this rank's loss: that of its rows, divided by the tokens of all ranks."""
+    head = tensors["hidden"], tensors["weight"], tensors["tokens"]
     total = torch.tensor(N - 2.0, dtype=torch.float64)  # tokens of all ranks
     if name == "linear_logprobs":
-        out = kk.linear_logprobs(*head, bias=given["bias"], entropy=True)
+        out = kk.linear_logprobs(*head, bias=tensors["bias"], entropy=True)
         assert out.entropy is not None
-        return -(out.logprobs * given["advantages"] + out.entropy.square()).sum() / total
+        return -(out.logprobs * tensors["advantages"] + out.entropy.square()).sum() / total
     options: dict[str, Any] = {
-        "bias": given["bias"],
-        "token_weights": given["token_weights"],
+        "bias": tensors["bias"],
+        "token_weights": tensors["token_weights"],
         "normalizer": total,
-        "teacher": kk.TeacherHead(given["teacher_hidden"], given["teacher_weight"]),
+        "teacher": kk.TeacherHead(tensors["teacher_hidden"], tensors["teacher_weight"]),
     }
     if name == "linear_token_loss":
-        A = given["advantages"]
+        A = tensors["advantages"]
         return kk.linear_token_loss(
             *head, lambda rows: rows.kl - A[rows.index] * rows.logprobs, kl="rkl", **options
         ).loss
     objective = kk.Objective(kd="rkl")
-    return kk.kdrl_loss(*head, advantages=given["advantages"], objective=objective, **options).loss
+    return kk.kdrl_loss(
+        *head, advantages=tensors["advantages"], objective=objective, **options
+    ).loss
 
 
-def _own(given: Tensors) -> Tensors:
-    """The rows of this rank."""
+def _of_this_rank(tensors: Tensors) -> Tensors:
+    """Select the rows of this rank."""
     rows = RANK_ROWS[dist.get_rank()]
-    return given | {name: given[name][rows] for name in ROWS}
+    return tensors | {name: tensors[name][rows] for name in ROWS}
 
 
-def _sharded(given: Tensors, *names: str) -> Tensors:
+def _sharded(tensors: Tensors, *names: str) -> Tensors:
     mesh = init_device_mesh("cpu", (2,))
-    return given | {name: distribute_tensor(given[name], mesh, [Shard(0)]) for name in names}
+    return tensors | {name: distribute_tensor(tensors[name], mesh, [Shard(0)]) for name in names}
 
 
 def _summed(value: Tensor) -> Tensor:
@@ -91,7 +93,7 @@ def _summed(value: Tensor) -> Tensor:
 
 
 def _full(gradient: Tensor | None, like: Tensor) -> Tensor:
-    """The gradient of a DTensor as a plain tensor, after a look at its layout."""
+    """Return the gradient of a DTensor as a plain tensor, after a check of its layout."""
     assert isinstance(gradient, DTensor)
     assert isinstance(like, DTensor)
     assert gradient.placements == like.placements
@@ -100,7 +102,7 @@ def _full(gradient: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _communicated(fn: Callable[[], Any]) -> dict[str, int]:
-    """How often each collective ran."""
+    """Count how often each collective runs."""
     with CommDebugMode() as comm:
         fn()
     return {str(op).rsplit(".", 1)[-1]: n for op, n in comm.get_comm_counts().items() if n}
@@ -114,34 +116,34 @@ def _check_same_as_one_process(name: str, V: int) -> None:
     expected = _loss(name, whole)
     expected.backward()
 
-    given = _sharded(_own(_tensors(V)), "weight", "bias", "teacher_weight")
+    tensors = _sharded(_of_this_rank(_tensors(V)), "weight", "bias", "teacher_weight")
     for key in trained:
-        given[key].requires_grad_()
-    loss = _loss(name, given)
+        tensors[key].requires_grad_()
+    loss = _loss(name, tensors)
     loss.backward()
     assert_close(_summed(loss), expected.detach(), rtol=1e-12, atol=1e-12)
     for key in ("weight", "bias"):
-        full = _full(given[key].grad, given[key])
+        full = _full(tensors[key].grad, tensors[key])
         assert_close(full, whole[key].grad, rtol=1e-12, atol=1e-12)
     mine = whole["hidden"].grad
     assert mine is not None
-    assert_close(given["hidden"].grad, mine[RANK_ROWS[dist.get_rank()]], rtol=1e-12, atol=1e-12)
-    assert given["teacher_weight"].grad is None
+    assert_close(tensors["hidden"].grad, mine[RANK_ROWS[dist.get_rank()]], rtol=1e-12, atol=1e-12)
+    assert tensors["teacher_weight"].grad is None
 
 
 def _check_communication(name: str) -> None:
-    """One gather of each sharded tensor; one reduce-scatter of each that is trained."""
-    given = _sharded(_own(_tensors(12)), "weight")
-    given["weight"].requires_grad_()
-    given["hidden"].requires_grad_()
-    found: list[Tensor] = []
-    forward = _communicated(lambda: found.append(_loss(name, given)))
+    """Each sharded tensor is gathered once; each one that is trained is reduce-scattered once."""
+    tensors = _sharded(_of_this_rank(_tensors(12)), "weight")
+    tensors["weight"].requires_grad_()
+    tensors["hidden"].requires_grad_()
+    losses: list[Tensor] = []
+    forward = _communicated(lambda: losses.append(_loss(name, tensors)))
     assert forward == {"all_gather_into_tensor": 1}, forward
-    backward = _communicated(found[0].backward)
+    backward = _communicated(losses[0].backward)
     assert backward == {"reduce_scatter_tensor": 1}, backward
 
-    given["weight"].requires_grad_(False)
-    both = _communicated(lambda: _loss(name, given).backward())
+    tensors["weight"].requires_grad_(False)
+    both = _communicated(lambda: _loss(name, tensors).backward())
     assert both == {"all_gather_into_tensor": 1}, both
 
 
@@ -153,19 +155,19 @@ def _check_tied() -> None:
     expected = _loss("kdrl_loss", whole)
     expected.backward()
 
-    given = _sharded(_own(_tensors(12)), "weight")
-    given["weight"].requires_grad_()
-    embedding = kk.head.gathered(given["weight"])
-    given["hidden"] = embedding[given["tokens"]].tanh()
-    loss = _loss("kdrl_loss", given)
+    tensors = _sharded(_of_this_rank(_tensors(12)), "weight")
+    tensors["weight"].requires_grad_()
+    embedding = kk.head.gathered(tensors["weight"])
+    tensors["hidden"] = embedding[tensors["tokens"]].tanh()
+    loss = _loss("kdrl_loss", tensors)
     loss.backward()
     assert_close(_summed(loss), expected.detach(), rtol=1e-12, atol=1e-12)
-    full = _full(given["weight"].grad, given["weight"])
+    full = _full(tensors["weight"].grad, tensors["weight"])
     assert_close(full, whole["weight"].grad, rtol=1e-12, atol=1e-12)
 
 
 class _Model(nn.Module):
-    """A layer and a head whose weight forward hands over."""
+    """Holds a layer and a head, whose weight forward passes to the loss."""
 
     def __init__(self, V: int, name: str) -> None:
         super().__init__()
@@ -175,18 +177,18 @@ class _Model(nn.Module):
         with torch.no_grad():
             self.layer.weight.copy_(torch.eye(H) + 0.1)
 
-    def forward(self, given: Tensors) -> Tensor:
-        hidden = self.layer(given["hidden"])
-        return _loss(self.name, given | {"hidden": hidden, "weight": self.head})
+    def forward(self, tensors: Tensors) -> Tensor:
+        hidden = self.layer(tensors["hidden"])
+        return _loss(self.name, tensors | {"hidden": hidden, "weight": self.head})
 
 
 def _check_fully_shard(name: str, V: int) -> None:
-    """A module of FSDP2, which gathers the parameters itself and averages over the ranks."""
+    """A module of FSDP2 gathers the parameters itself and averages gradients over the ranks."""
     plain, sharded = _Model(V, name), _Model(V, name)
     expected = plain(_tensors(V))
     expected.backward()
     fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
-    loss = sharded(_own(_tensors(V)))
+    loss = sharded(_of_this_rank(_tensors(V)))
     (loss * dist.get_world_size()).backward()
     assert_close(_summed(loss), expected.detach(), rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(sharded.parameters(), plain.parameters(), strict=True):
@@ -196,14 +198,14 @@ def _check_fully_shard(name: str, V: int) -> None:
     sharded.reshard()
     sharded.zero_grad()
     _loss(name, _tensors(V) | {"weight": plain.head}).backward()
-    _loss(name, _own(_tensors(V)) | {"weight": sharded.head}).backward()
+    _loss(name, _of_this_rank(_tensors(V)) | {"weight": sharded.head}).backward()
     assert_close(_full(sharded.head.grad, sharded.head), plain.head.grad, rtol=1e-12, atol=1e-12)
 
 
 def _check_refused(name: str, which: str) -> None:
-    given = _sharded(_own(_tensors(12)), which)
+    tensors = _sharded(_of_this_rank(_tensors(12)), which)
     with pytest.raises(TypeError, match=rf"^{which.replace('_', '.')} must be a plain tensor"):
-        _loss(name, given)
+        _loss(name, tensors)
 
 
 CASES: dict[str, Callable[[], None]] = {"tied": _check_tied}
@@ -218,11 +220,11 @@ CASES["refused-teacher_hidden"] = lambda: _check_refused("kdrl_loss", "teacher_h
 
 
 def _rank(rank: int, folder: Path) -> None:
-    """Every case in this process; what failed goes into a file."""
+    """Run every case in this process, and write what failed to a file."""
     torch.set_num_threads(1)
     store = f"file://{folder / 'store'}"
-    limit = timedelta(seconds=DEADLINE_S)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=limit)
+    deadline = timedelta(seconds=DEADLINE_S)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=deadline)
     for name, check in CASES.items():
         try:
             check()
@@ -236,7 +238,7 @@ def _rank(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where both ranks wrote; processes that hang are ended."""
+    """Return the folder to which both ranks wrote; end processes that hang."""
     folder = tmp_path_factory.mktemp("ranks")
     ranks = torch.multiprocessing.spawn(_rank, (folder,), nprocs=2, join=False)
     end = time.monotonic() + DEADLINE_S
@@ -251,5 +253,5 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks(case: str, outcomes: Path) -> None:
-    found = [(outcomes / f"{case}-{rank}").read_text(encoding="utf-8") for rank in range(2)]
-    assert found == ["ok", "ok"]
+    texts = [(outcomes / f"{case}-{rank}").read_text(encoding="utf-8") for rank in range(2)]
+    assert texts == ["ok", "ok"]

@@ -1,4 +1,4 @@
-"""Rows and logits at the edge: none, one, masked, NaN, infinite, one-hot, huge."""
+"""Rows and logits at the edge are computed right: none, one, masked, NaN, infinite, huge."""
 
 from typing import Any
 
@@ -61,7 +61,7 @@ def test_masked_rows_may_hold_nan_and_bad_tokens(kd: str, impl: str, device: str
 
 
 def _masked(problem: Any, kept: Tensor, impl: str) -> Any:
-    """The same rows, left out by hand."""
+    """Compare with a call from which the masked rows are left out by hand."""
     student = problem.student | {"hidden": problem.student["hidden"][kept]}
     options = {k: v[kept] if isinstance(v, Tensor) else v for k, v in problem.options.items()}
     teacher = kk.TeacherHead(problem.teacher["hidden"][kept], problem.teacher["weight"])
@@ -83,9 +83,9 @@ def test_every_row_masked(impl: str, device: str) -> None:
 def _exact_and_ours(
     impl: str, device: str, kd: str, student_logits: Tensor, teacher_logits: Tensor
 ) -> list[tuple[Any, dict[str, Tensor]]]:
-    """kdrl_loss on given logits (hidden = logits, weight = identity): float64 reference, impl."""
+    """Run kdrl_loss with hidden = logits, weight = identity: float64 reference, then impl."""
     N, V = student_logits.shape
-    found = []
+    results = []
     for name, dtype in (("reference", torch.float64), (impl, torch.float32)):
         eye = torch.eye(V, dtype=dtype, device=device)
         bias = student_logits[0].to(device, dtype) * 0
@@ -100,12 +100,14 @@ def _exact_and_ours(
         options = {"objective": kk.Objective(kd=kd, kd_coef=0.5), "entropy": True}
         advantages = torch.linspace(-1, 1, N, device=device)
         tokens = torch.arange(N, device=device) % V
-        found.append(_run(name, student, tokens, teacher=teacher, advantages=advantages, **options))
-    return found
+        results.append(
+            _run(name, student, tokens, teacher=teacher, advantages=advantages, **options)
+        )
+    return results
 
 
 def _assert_close(ours: Any, exact: Any, grads: Any, exact_grads: Any) -> None:
-    """To float32 rounding; a loss is a sum whose terms cancel."""
+    """Assert equality to float32 rounding; the parts of a loss may cancel."""
     for name in ("logprobs", "teacher_logprobs", "entropy"):
         assert relative_error(getattr(ours, name), getattr(exact, name)) < 1e-6, name
     assert relative_error(ours.loss, exact.loss) < 1e-5
@@ -150,7 +152,7 @@ def test_columns_that_are_minus_infinity_in_both(kd: str, impl: str, device: str
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_teacher_that_excludes_what_the_student_does_not(impl: str, device: str) -> None:
-    """KL(p‖q) is infinite and says so; KL(q‖p) is finite; a KD weight of 0 keeps the row clean."""
+    """KL(p‖q) is infinite and stays so; KL(q‖p) is finite; a row of KD weight 0 stays finite."""
     torch.manual_seed(0)
     hidden, eye = torch.rand(2, 4, device=device), torch.eye(4, device=device)
     bias = torch.tensor([0, 0, 0, -torch.inf], device=device)
@@ -177,7 +179,7 @@ def test_a_teacher_that_excludes_what_the_student_does_not(impl: str, device: st
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_far_off_policy_rows_overflow_nothing_that_is_clipped(impl: str, device: str) -> None:
-    """lp - old = ±1e4: clipped, dual-clipped and zero-advantage rows have finite gradients."""
+    """At lp - old = ±1e4, clipped, dual-clipped and zero-advantage rows have finite gradients."""
     hidden = torch.tensor([[1e4, 0.0]] * 3 + [[-1e4, 0.0]], device=device)
     old = torch.tensor([-1e4, -1e4, -1e4, 0.0], device=device)
     advantages = torch.tensor([1.0, -1.0, 0.0, -1.0], device=device)
@@ -227,9 +229,9 @@ def test_a_nan_input_makes_the_loss_nan(name: str, impl: str, device: str) -> No
 def test_a_softcap_where_the_sampled_token_has_no_probability_left(
     impl: str, temperature: float, device: str
 ) -> None:
-    """p of the token is 0 in float32, but its own logit still has a gradient, and a slope."""
+    """p of the token is 0 in float32, but its logit still has a gradient, and a slope."""
     hidden, weight = torch.tensor([[1.0, 0.0]]), torch.tensor([[25.0, 1], [-15, 2], [0, 3]])
-    found = []
+    results = []
     for name, dtype in ((impl, torch.float32), ("reference", torch.float64)):
         inputs = [x.to(device, dtype).clone().requires_grad_() for x in (hidden, weight)]
         kk.kdrl_loss(
@@ -241,8 +243,8 @@ def test_a_softcap_where_the_sampled_token_has_no_probability_left(
             temperature=temperature,
             impl=name,
         ).loss.backward()
-        found.append([x.grad.double() for x in inputs])
-    for ours, exact in zip(*found, strict=True):
+        results.append([x.grad.double() for x in inputs])
+    for ours, exact in zip(*results, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
 
 
@@ -250,19 +252,19 @@ def test_a_softcap_where_the_sampled_token_has_no_probability_left(
 @pytest.mark.parametrize("size", [1e-8, 1e-4, 1e5])
 @pytest.mark.parametrize("kd", [None, "k2", "rkl", "fkl", "jsd"])
 def test_float16_gradients_of_any_size(kd: str | None, size: float, impl: str, device: str) -> None:
-    """Coefficients that float16 cannot hold: the first rows' are the smallest, chunk by chunk."""
+    """float16 cannot hold these coefficients; those of the first chunks are the smallest."""
     problem = make_problem(12, kd=kd, dtype=torch.float16, device=device, off_policy=False)
     sizes = torch.logspace(-3, 0, 12, device=device) * size
     options = {"advantages": sizes, "normalizer": size, "token_weights": None, "kd_weight": None}
     if kd:
         objective = kk.Objective(policy="off", kd=kd, kd_coef=size)
         options |= {"objective": objective, "advantages": None, "kd_weight": sizes / size}
-    found = problem.solve(impl=impl, workspace_bytes=3 * 64 * 4 * 10, **options)
+    results = problem.solve(impl=impl, workspace_bytes=3 * 64 * 4 * 10, **options)
     exact = problem.map(torch.Tensor.double).solve(
         impl="reference", **{k: _double(v) for k, v in options.items()}
     )
     for name in ("dhidden", "dweight", "dbias"):
-        assert relative_error(found[name], exact[name]) <= 2e-3, name
+        assert relative_error(results[name], exact[name]) <= 2e-3, name
 
 
 def _double(value: Any) -> Any:

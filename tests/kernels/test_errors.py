@@ -1,4 +1,4 @@
-"""Bad input: the error names the argument, what it must be, and what it is."""
+"""Bad input raises an error that names the argument, what it must be, and what it is."""
 
 from typing import Any
 
@@ -58,7 +58,7 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"normalizer": 0}, ValueError, "normalizer must be positive and finite, got 0.0"),
     ({"normalizer": float("inf")}, ValueError, "normalizer must be positive and finite, got inf"),
     ({"objective": "clip"}, TypeError, "objective must be an Objective, got str"),
-    ({"teacher": kk.TeacherHead(torch.ones(4, 6).double(), torch.ones(12, 6).double())}, TypeError, "teacher.hidden must be float64 where hidden is, and only there"),
+    ({"teacher": kk.TeacherHead(torch.ones(4, 6).double(), torch.ones(12, 6).double())}, TypeError, "teacher.hidden must be float64 if and only if hidden is"),
     ({"teacher": kk.TeacherHead(torch.ones(4, 6, device="meta"), torch.ones(12, 6, device="meta"))}, ValueError, "teacher.hidden must be on the device of hidden"),
     ({"normalizer": torch.ones(2)}, ValueError, r"normalizer must be 0-d, got \[2\]"),
     ({"workspace_bytes": 0}, ValueError, "workspace_bytes must be positive or None, got 0"),
@@ -68,7 +68,7 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"teacher": None, "objective": kk.Objective(kd="rkl")}, ValueError, r"teacher=TeacherHead\(...\) must be passed for kd='rkl'"),
     ({"teacher": torch.ones(4)}, TypeError, "teacher must be a TeacherHead or None, got Tensor"),
     ({"objective": kk.Objective(kd=None)}, ValueError, "teacher must be None when objective.kd is None"),
-    ({"teacher_logprobs": torch.ones(4)}, ValueError, "teacher_logprobs must be None when teacher is given"),
+    ({"teacher_logprobs": torch.ones(4)}, ValueError, "teacher_logprobs must be None when teacher is passed"),
     ({"teacher": None, "teacher_logprobs": torch.ones(4), "objective": kk.Objective(kd="fkl")}, ValueError, "teacher must be a TeacherHead for the exact kd='fkl'"),
     ({"teacher": None, "teacher_logprobs": torch.ones(4), "objective": kk.Objective(kd_baseline="kl")}, ValueError, "teacher must be a TeacherHead for kd_baseline='kl', got teacher_logprobs: use kd_baseline=None with those"),
     ({"teacher": None, "objective": kk.Objective(kd_baseline="kl")}, ValueError, r"teacher=TeacherHead\(...\) must be passed for kd='k2', got neither"),

@@ -1,4 +1,4 @@
-"""What each KD form optimises, by exact enumeration on a tiny vocabulary in float64.
+"""Each KD form optimises what Objective says, by exact enumeration of a tiny vocabulary.
 
 One prefix, token y drawn from the student p (or, off-policy, from a behaviour policy b): the
 expected gradient is the sum over every y of its probability times the gradient kdrl_loss returns.
@@ -21,7 +21,7 @@ EVERY_TERM = pytest.mark.parametrize("term", KD_TERMS, ids=lambda term: "-".join
 
 
 def _distributions(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of student, teacher and behaviour policy, [V] each."""
+    """Return logits of student, teacher and behaviour policy, [V] each."""
     rng = torch.Generator().manual_seed(seed)
     student, teacher, behaviour = torch.randn(3, V, generator=rng, dtype=torch.float64)
     return student, teacher, behaviour
@@ -35,7 +35,7 @@ def _token_gradients(
     old: Tensor | None,
     term: dict[str, Any],
 ) -> Tensor:
-    """Row y [V]: gradient of weights[y] · KD(y), the logits being hidden · identity."""
+    """Return in row y the gradient [V] of weights[y] · KD(y), where logits = hidden · identity."""
     hidden = student.expand(V, V).clone().requires_grad_()
     identity = torch.eye(V, dtype=torch.float64)
     settings = {"kd_coef": 1.0, "kd_ratio_cap": 1e9, "jsd_alpha": JSD_ALPHA} | term
@@ -55,7 +55,7 @@ def _token_gradients(
 
 
 def _head_gradient(*args: Any) -> Tensor:
-    """Gradient [V] of sum_y weights[y] · KD(y)."""
+    """Return the gradient [V] of sum_y weights[y] · KD(y)."""
     return _token_gradients(*args).sum(dim=0)
 
 
@@ -74,7 +74,7 @@ def _forward_kl(logp: Tensor, logq: Tensor) -> Tensor:
 
 
 def _jensen_shannon(logp: Tensor, logq: Tensor) -> Tensor:
-    """a KL(q‖m) + (1 - a) KL(p‖m), m = a q + (1 - a) p, written out."""
+    """Compute a KL(q‖m) + (1 - a) KL(p‖m), m = a q + (1 - a) p, written out."""
     logm = (JSD_ALPHA * logq.exp() + (1 - JSD_ALPHA) * logp.exp()).log()
     return JSD_ALPHA * _reverse_kl(logq, logm) + (1 - JSD_ALPHA) * _reverse_kl(logp, logm)
 
@@ -102,20 +102,20 @@ def test_expected_gradient(
     student, teacher, behaviour = _distributions()
     sampler = torch.log_softmax(behaviour if off_policy else student, 0)
     old = sampler if off_policy else None
-    found = _head_gradient(student, teacher, sampler.exp(), impl, old, term)
+    gradient = _head_gradient(student, teacher, sampler.exp(), impl, old, term)
     expected = _true_gradient(divergence, student, torch.log_softmax(teacher, 0))
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
 
 
 def _variance(student: Tensor, teacher: Tensor, term: dict[str, Any]) -> float:
-    """E|gradient|² - |E gradient|² over the token that is drawn."""
+    """Return E|gradient|² - |E gradient|² over the token that is drawn."""
     p = torch.softmax(student, 0)
     rows = _token_gradients(student, teacher, p, "torch", None, term)  # p_y times the gradient
     return float((rows.square().sum(dim=1) / p).sum() - rows.sum(dim=0).square().sum())
 
 
 def test_the_baseline_takes_out_variance() -> None:
-    """Over random pairs: a baseline lowers nearly every variance, and their mean."""
+    """Over random pairs, a baseline lowers nearly every variance, and their mean."""
     pairs = [_distributions(seed)[:2] for seed in range(20)]
     plain, centred = (
         torch.tensor([_variance(*pair, term) for pair in pairs]) for term in ({"kd": "k2"}, CENTRED)
@@ -132,12 +132,12 @@ def test_a_capped_ratio_is_no_longer_exact_with_a_baseline() -> None:
     expected = _true_gradient(_reverse_kl, student, torch.log_softmax(teacher, 0))
     for term in ({"kd": "k2"}, CENTRED):
         capped = term | {"kd_ratio_cap": 1.0}
-        found = _head_gradient(student, teacher, sampler.exp(), "torch", sampler, capped)
-        assert (found - expected).abs().max() > 0.01
+        gradient = _head_gradient(student, teacher, sampler.exp(), "torch", sampler, capped)
+        assert (gradient - expected).abs().max() > 0.01
 
 
 def test_k1_as_a_loss_has_no_teacher_and_no_expected_gradient() -> None:
-    """Why it is refused: E[d(lp - lq)] = sum_y p_y dlog p_y = 0, whatever the teacher is."""
+    """So it is refused: E[d(lp - lq)] = sum_y p_y dlog p_y = 0, whatever the teacher is."""
     student, teacher, _ = _distributions()
     logits = student.clone().requires_grad_()
     logp = torch.log_softmax(logits, 0)
@@ -149,18 +149,18 @@ def test_k1_as_a_loss_has_no_teacher_and_no_expected_gradient() -> None:
 def test_k3_off_policy_is_not_the_reverse_kl() -> None:
     student, teacher, behaviour = _distributions()
     sampler = torch.log_softmax(behaviour, 0)
-    found = _head_gradient(student, teacher, sampler.exp(), "torch", sampler, {"kd": "k3"})
+    gradient = _head_gradient(student, teacher, sampler.exp(), "torch", sampler, {"kd": "k3"})
     expected = _true_gradient(_reverse_kl, student, torch.log_softmax(teacher, 0))
-    assert (found - expected).abs().max() > 0.01
+    assert (gradient - expected).abs().max() > 0.01
 
 
 def test_k2_off_policy_needs_the_ratio() -> None:
     """Without old log-probabilities, samples of another policy give another gradient."""
     student, teacher, behaviour = _distributions()
     sampler = torch.log_softmax(behaviour, 0)
-    found = _head_gradient(student, teacher, sampler.exp(), "torch", None, {"kd": "k2"})
+    gradient = _head_gradient(student, teacher, sampler.exp(), "torch", None, {"kd": "k2"})
     expected = _true_gradient(_reverse_kl, student, torch.log_softmax(teacher, 0))
-    assert (found - expected).abs().max() > 0.01
+    assert (gradient - expected).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])

@@ -1,4 +1,4 @@
-"""What must not change a result: chunk size, micro-batches, order of rows, a second run."""
+"""Chunk size, micro-batches, order of rows and a second run do not change a result."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 import kdrl_kernels as kk
 from kdrl_kernels import gemm
 from kdrl_kernels.plan import padded
-from kdrl_kernels.rows import torch as row_work
+from kdrl_kernels.rows import eager as row_work
 from tests.kernels.params import F32, F64
 from tests.kernels.problem import Problem, assert_solves, make_problem
 from tests.tolerance import relative_error
@@ -22,7 +22,7 @@ ROW_BYTES = {dtype: (padded(V) * (2 + 6) + 16 + 19 + 16) * dtype.itemsize for dt
 def _assert_same(
     problem: Problem, ours: dict[str, Tensor], expected: dict[str, Tensor], bound: float = 1e-10
 ) -> None:
-    """Equal to the bound in float64; in float32 both are within rounding of the same problem."""
+    """Assert equality to the bound in float64; in float32, to rounding of the same problem."""
     if ours["loss"].dtype == F32:
         assert_solves(problem, ours)
         return
@@ -62,7 +62,7 @@ def test_columns_widened_at_a_time(dtype: torch.dtype, monkeypatch: pytest.Monke
 
 
 def _micro_batches(problem: Problem, parts: list[Tensor], impl: str) -> dict[str, Tensor]:
-    """Gradients added up over micro-batches that share one normalizer."""
+    """Add up gradients over micro-batches that share one normalizer."""
     student = {k: v.clone().requires_grad_() for k, v in problem.student.items()}
     normalizer = problem.options["token_weights"].sum()
     loss = torch.zeros_like(normalizer)
@@ -107,14 +107,14 @@ def test_a_constant_added_to_all_logits_changes_nothing(impl: str, device: str) 
     shifted = problem.map(lambda x: x)
     shifted.student["bias"] = problem.student["bias"] + 8.0
     expected = problem.solve(impl=impl)
-    found = shifted.solve(impl=impl)
+    results = shifted.solve(impl=impl)
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(results[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_layout_of_inputs_does_not_matter(impl: str, device: str) -> None:
-    """A transposed weight and a strided hidden give the same gradients, in their own layout."""
+    """A transposed weight and a strided hidden give the same gradients, in their layout."""
     problem = make_problem(device=device)
     expected = problem.solve(impl=impl)
     strided: dict[str, Any] = problem.student | {
@@ -164,7 +164,7 @@ def test_a_tied_embedding_gets_both_gradients(device: str) -> None:
 @pytest.mark.parametrize("upstream", [1.0, 3.0])
 @pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=str)
 def test_backward_any_number_of_times(dtype: torch.dtype, upstream: float) -> None:
-    """Each gives the whole gradient, whatever was done to what the one before gave."""
+    """Each backward gives the whole gradient, whatever was done to the gradient before it."""
     problem = make_problem(20, V=V, kd="rkl", dtype=dtype)
     expected = problem.solve(upstream, impl="torch")
     student = {k: v.clone().requires_grad_() for k, v in problem.student.items()}
@@ -182,8 +182,8 @@ def test_backward_any_number_of_times(dtype: torch.dtype, upstream: float) -> No
 @pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kd", ["k2", "rkl", "jsd"])
 def test_on_policy_ratio_is_exactly_1_by_default(kd: str, dtype: torch.dtype) -> None:
-    """The same rows a chunk for every loss: the old pass and the new give the same bits."""
+    """Every loss has the same rows per chunk, so old and new log-probabilities have equal bits."""
     problem = make_problem(20, V=V, kd=kd, dtype=dtype, off_policy=False)
     old = kk.linear_logprobs(tokens=problem.tokens, impl="torch", **problem.student).logprobs
-    found = problem.solve(impl="torch", old_logprobs=old)
-    assert torch.equal(found["logprobs"], old)
+    results = problem.solve(impl="torch", old_logprobs=old)
+    assert torch.equal(results["logprobs"], old)

@@ -1,4 +1,4 @@
-"""Peak memory of a call: the plan's workspace beside inputs, outputs and gradients, no [N, V]."""
+"""A call's peak memory is inputs, outputs, gradients and the plan's workspace, without [N, V]."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ SMALL_BYTES = 100_000
 
 
 def _peak_bytes(call: Callable[[], object]) -> int:
-    """The most that the allocator had given out at once during the call, beyond what it had."""
+    """Return the most memory that was allocated at once during a call, beyond that before it."""
     # acc_events: without it torch 2.11 warns
     options = {"profile_memory": True, "acc_events": True}
     with profile(activities=[ProfilerActivity.CPU], **options) as profiler:
@@ -69,7 +69,7 @@ def test_the_rows_of_a_baseline_are_those_that_both_streams_leave_room_for(
 
 
 def test_the_reference_does_hold_all_logits() -> None:
-    """What the test above watches for is seen where it happens."""
+    """The measurement above shows [N, V] logits where they are held."""
     problem = make_problem(N, H, V, kd="rkl")
     assert _peak_bytes(lambda: problem.solve(impl="reference")) >= 4 * N * V * 4
 

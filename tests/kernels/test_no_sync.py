@@ -15,8 +15,9 @@ from torch import Tensor
 
 import kdrl_kernels as kk
 from kdrl_kernels import logprobs, one_pass, token_loss
-from kdrl_kernels.call import LossCall
+from kdrl_kernels.call import LogprobCall, LossCall
 from kdrl_kernels.head import Head
+from kdrl_kernels.logprobs import BackwardCall
 from tests.kernels.params import BF16, F16, F32, KDS
 from tests.kernels.problem import Problem, make_problem
 
@@ -33,6 +34,8 @@ def _call(problem: Problem, **changes: Any) -> LossCall:
         "tokens": problem.tokens,
         "vocab_size": 37,
         "loss": options["objective"],
+        "impl": "torch",
+        "needs": (True, True, True),
         "normalizer": torch.ones((), device="meta"),
         "advantages": options["advantages"].float(),
         "old_logprobs": options["old_logprobs"].float(),
@@ -56,20 +59,20 @@ def test_one_pass(kd: str | None, dtype: torch.dtype) -> None:
     problem = _meta_problem(kd=kd, dtype=dtype)
     for normalizer in (torch.ones((), device="meta"), None):
         call = _call(problem, normalizer=normalizer)
-        result = one_pass.run(call, "torch", (True, True, True))
+        result = one_pass.run(call)
         assert all(x is not None and x.is_meta for x in result.gradients.tensors())
         assert one_pass.scaled(result.loss, result.scale, dtype).is_meta
 
 
 @pytest.mark.parametrize("reason", ["weights", "compact"])
 def test_it_is_seen_where_the_host_waits(reason: str) -> None:
-    """Both are documented to wait: for the number of rows."""
+    """Both options are documented to wait for the number of rows."""
     problem = _meta_problem(kd="rkl")
     changes = {"compact": True}
     if reason == "weights":
         changes = {"weights": problem.options["token_weights"]}
     with pytest.raises((RuntimeError, NotImplementedError), match=READS_A_VALUE):
-        one_pass.run(_call(problem, **changes), "torch", (True, True, True))
+        one_pass.run(_call(problem, **changes))
 
 
 @pytest.mark.parametrize("entropy", [False, True], ids=["logprobs", "entropy"])
@@ -78,20 +81,13 @@ def test_it_is_seen_where_the_host_waits(reason: str) -> None:
 def test_logprobs(dtype: torch.dtype, cached: int, entropy: bool) -> None:
     problem = _meta_problem(kd=None, dtype=dtype)
     head = Head(**problem.student, temperature=0.7, softcap=5.0)
-    options: dict[str, Any] = {"impl": "torch", "max_rows": 3}
-    scores = logprobs.score(head, problem.tokens, entropy=entropy, cached=cached, **options)
+    call = LogprobCall(head, problem.tokens, entropy, "torch", 3, cached, (True, True, True))
+    scores = logprobs.score(call)
     upstream = torch.ones_like(scores.logprobs)
-    found, scale = logprobs.gradients(
-        head,
-        problem.tokens,
-        scores,
-        upstream,
-        upstream if entropy else None,
-        needs=(True, True, True),
-        **options,
-    )
+    backward = BackwardCall(call, scores, upstream, upstream if entropy else None)
+    gradients, scale = logprobs.gradients(backward)
     assert scale.is_meta
-    assert all(x is not None and x.is_meta for x in found.tensors())
+    assert all(x is not None and x.is_meta for x in gradients.tensors())
 
 
 def _step(problem: Problem, impl: str, **changes: Any) -> dict[str, Tensor]:
@@ -108,14 +104,15 @@ def _step(problem: Problem, impl: str, **changes: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kd", KDS)
 @DTYPES
 def test_checks_and_metrics(kd: str | None, dtype: torch.dtype) -> None:
-    """What the public function does around the pass."""
+    """The public function waits for nothing around the pass either."""
     for normalizer in (torch.ones((), device="meta"), None):
-        found = _step(_meta_problem(kd=kd, dtype=dtype), "torch", normalizer=normalizer)
-        assert all(value.is_meta for value in found.values())
+        results = _step(_meta_problem(kd=kd, dtype=dtype), "torch", normalizer=normalizer)
+        assert all(value.is_meta for value in results.values())
 
 
 def test_checks_and_metrics_of_a_token_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_loss, "as_given", nullcontext)  # meta tensors have no autocast
+    # meta tensors have no autocast
+    monkeypatch.setattr(token_loss, "without_autocast", nullcontext)
     problem = _meta_problem(kd="rkl")
     student = {k: v.requires_grad_() for k, v in problem.student.items()}
     result = kk.linear_token_loss(
@@ -131,7 +128,7 @@ def test_checks_and_metrics_of_a_token_loss(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def waiting_is_an_error() -> Iterator[None]:
-    """A call that waits for the GPU raises."""
+    """Make a call that waits for the GPU raise."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     yield
@@ -146,9 +143,9 @@ def test_on_a_gpu(kd: str | None, dtype: torch.dtype, request: pytest.FixtureReq
     expected = _step(problem, "triton")  # compiles
     torch.cuda.synchronize()
     request.getfixturevalue("waiting_is_an_error")
-    found = _step(problem, "triton")
+    results = _step(problem, "triton")
     torch.cuda.set_sync_debug_mode("default")
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(results, expected, rtol=0, atol=0)
 
 
 @pytest.mark.gpu
@@ -161,12 +158,12 @@ def test_a_gpu_reports_a_wait() -> None:
 @pytest.mark.parametrize("kd", KDS)
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_compaction_gives_the_same_numbers(impl: str, kd: str | None, device: str) -> None:
-    """The way that waits, and the way that does not; some rows have no gradient."""
+    """Compaction, which waits, changes no number where some rows have no gradient."""
     problem = make_problem(8, kd=kd, device=device)
     problem.options["advantages"][[1, 4]] = 0
     if kd:
         problem.options["kd_weight"][[1, 4]] = 0
-    found, expected = (_step(problem, impl, compact=compact) for compact in (True, False))
-    assert found.pop("gradient_rows") <= 6
+    results, expected = (_step(problem, impl, compact=compact) for compact in (True, False))
+    assert results.pop("gradient_rows") <= 6
     assert expected.pop("gradient_rows") == 8
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(results, expected, rtol=1e-5, atol=1e-6)

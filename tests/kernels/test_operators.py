@@ -1,7 +1,8 @@
-"""The operators: registered as PyTorch wants them, and one graph in a compiled caller."""
+"""The operators pass PyTorch's checks, and a compiled caller is one graph."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import kdrl_kernels as kk
 from kdrl_kernels.operators import logprobs as logprobs_op
 from kdrl_kernels.operators import loss as loss_op
+from kdrl_kernels.operators.flat import Layout
 from tests.kernels.params import BF16, F32, F64
 from tests.kernels.problem import make_problem
 
@@ -25,11 +27,45 @@ CASES: dict[str, dict[str, Any]] = {
     "distillation_only": {"kd": "rkl", "objective": {"policy": "off"}, "off_policy": False},
     "normalizer": {"kd": "k2", "normalizer": torch.tensor(9.0), "V_t": 30},
 }
+
+
+@dataclass(frozen=True)
+class _Inner:
+    x: Tensor
+    scale: float | Tensor = 1.0
+    cap: float | None = None
+
+
+@dataclass(frozen=True)
+class _Outer:
+    first: _Inner
+    second: _Inner | None
+    name: Literal["a", "b"] | None
+    size: int
+    flags: tuple[bool, bool]
+
+
+def test_a_call_becomes_arguments_and_comes_back() -> None:
+    layout, x, row_scales = Layout(_Outer), torch.ones(2), torch.zeros(2)
+    assert layout.schema("y") == (
+        "(Tensor first_x, Tensor? first_scale, float? first_scale_number, float? first_cap, "
+        "Tensor? second_x, Tensor? second_scale, float? second_scale_number, float? second_cap, "
+        "str? name, SymInt size, bool[] flags) -> (Tensor y)"
+    )
+    alone = _Outer(_Inner(x, scale=2), None, None, 3, (True, False))
+    assert layout.flatten(alone) == [x, None, 2.0, *[None] * 6, 3, (True, False)]
+    assert layout.rebuild(layout.flatten(alone)) == alone
+    both = _Outer(_Inner(x), _Inner(x, row_scales, 5), "b", 3, (True, False))
+    values = layout.flatten(both)
+    assert values == [x, None, 1.0, None, x, row_scales, None, 5.0, "b", 3, (True, False)]
+    assert layout.rebuild(values) == both
+
+
 DTYPES = pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 
 
 def _recorded(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[tuple[Any, ...]]:
-    """The arguments of each call of an operator from here on."""
+    """Record the arguments of each call of an operator from here on."""
     operator, seen = getattr(module, name), list[tuple[Any, ...]]()
 
     def record(*args: Any) -> Any:
@@ -41,13 +77,13 @@ def _recorded(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[t
 
 
 def _opcheck(operator: Any, args: tuple[Any, ...]) -> None:
-    """Every check of torch.library.opcheck, of which one that fails raises."""
+    """Run every check of torch.library.opcheck; one that fails raises."""
     copies = torch.utils._pytree.tree_map_only(
         Tensor, lambda x: x.detach().clone().requires_grad_(x.requires_grad), args
     )
-    found = torch.library.opcheck(operator, copies)
-    assert set(found.values()) == {"SUCCESS"}
-    assert len(found) == 4
+    outcomes = torch.library.opcheck(operator, copies)
+    assert set(outcomes.values()) == {"SUCCESS"}
+    assert len(outcomes) == 4
 
 
 @pytest.mark.parametrize("trained", [("hidden", "weight", "bias"), ("hidden",), ()], ids=len)
@@ -91,9 +127,9 @@ def test_linear_logprobs(
         **student,
     )
     sum(x.sum() for x in (out.logprobs, out.entropy) if x is not None).backward()
-    ((given,), (upstream,)) = forward.copy(), backward.copy()
-    assert logprobs_op.LogprobArguments(*given).cached == cached
-    _opcheck(torch.ops.kdrl.linear_logprobs.default, given)
+    ((inputs,), (upstream,)) = forward.copy(), backward.copy()
+    assert logprobs_op.LAYOUT.rebuild(inputs).cached == cached
+    _opcheck(torch.ops.kdrl.linear_logprobs.default, inputs)
     upstream = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, upstream)
     _opcheck(torch.ops.kdrl.linear_logprobs_backward.default, upstream)
 
@@ -106,7 +142,7 @@ def test_scaled(dtype: torch.dtype) -> None:
 
 
 def _inputs(seed: int, N: int = 8) -> dict[str, Tensor]:
-    """Everything a caller may pass as a tensor; other values for another seed."""
+    """Return everything a caller may pass as a tensor; another seed gives other values."""
     problem = make_problem(N, 5, 11, kd="rkl", V_t=13, dtype=F64, seed=seed)
     rng = torch.Generator().manual_seed(seed)
     assert problem.teacher is not None
@@ -135,7 +171,7 @@ def _loss_caller(
     teacher_weight: Tensor,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """kdrl_loss as one step of a model."""
+    """Call kdrl_loss as a step of a model does."""
     result = kk.kdrl_loss(
         hidden + x @ A,
         weight,
@@ -163,7 +199,7 @@ def _logprob_caller(
     old_logprobs: Tensor,
     **_: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """A sequence-level loss of the caller's own."""
+    """Compute a sequence-level loss of a caller."""
     out = kk.linear_logprobs(
         hidden + x @ A, weight, tokens, bias=bias, temperature=temperature, entropy=True
     )
@@ -173,10 +209,10 @@ def _logprob_caller(
 
 
 def _solve(fn: Callable[..., tuple[Tensor, Tensor]], inputs: dict[str, Tensor]) -> dict[str, Any]:
-    given = {k: v.detach().clone().requires_grad_(v.requires_grad) for k, v in inputs.items()}
-    loss, per_row = fn(**given)
+    leaves = {k: v.detach().clone().requires_grad_(v.requires_grad) for k, v in inputs.items()}
+    loss, per_row = fn(**leaves)
     loss.backward()
-    gradients = {k: v.grad for k, v in given.items() if v.requires_grad}
+    gradients = {k: v.grad for k, v in leaves.items() if v.requires_grad}
     return {"loss": loss.detach(), "rows": per_row} | gradients
 
 
@@ -185,7 +221,7 @@ CALLERS = pytest.mark.parametrize("caller", [_loss_caller, _logprob_caller])
 
 @CALLERS
 def test_compiled_caller_is_one_graph(caller: Any) -> None:
-    """Same numbers as eager; other values, other zeros among the weights: no other graph."""
+    """The graph gives eager's numbers; other values, and other zero weights, need no new graph."""
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(caller, fullgraph=True, backend=counter)
@@ -215,19 +251,19 @@ def test_compiled_caller_takes_any_number_of_rows(caller: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own
 def test_compiled_caller_of_a_token_loss_gets_the_right_numbers() -> None:
-    """A Python function cannot be in an operator: the graph breaks there."""
+    """No operator takes a Python function, so the graph breaks there."""
     torch.compiler.reset()
 
     def caller(
-        x: Tensor, A: Tensor, hidden: Tensor, weight: Tensor, tokens: Tensor, **given: Tensor
+        x: Tensor, A: Tensor, hidden: Tensor, weight: Tensor, tokens: Tensor, **others: Tensor
     ) -> tuple[Tensor, Tensor]:
         result = kk.linear_token_loss(
             hidden + x @ A,
             weight,
             tokens,
-            lambda rows: -given["advantages"][rows.index] * rows.logprobs + rows.entropy.square(),
-            bias=given["bias"],
-            token_weights=given["token_weights"],
+            lambda rows: -others["advantages"][rows.index] * rows.logprobs + rows.entropy.square(),
+            bias=others["bias"],
+            token_weights=others["token_weights"],
             entropy=True,
         )
         return result.loss * 3, result.logprobs

@@ -1,4 +1,4 @@
-"""Rows per chunk: within the budget, balanced, at least one; and what the plan says of a pass."""
+"""Chunks stay within the budget and are balanced; the plan tells bytes, FLOP and time."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_a_bad_size_is_named() -> None:
 
 
 def test_flop_bytes_and_time_of_the_reference_shape() -> None:
-    """DESIGN's numbers: 1u = 22.6 ms at 790 TFLOP/s; two streams of float32 are 2.5 GB."""
+    """1u is 22.6 ms at 790 TFLOP/s, and two streams of float32 are 2.5 GB."""
     plan = kk.chunk_plan(
         16_384, 3584, 152_064, teacher=(3584, 152_064), kd="rkl", workspace_bytes=2_600_000_000
     )

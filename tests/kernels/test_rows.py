@@ -1,11 +1,12 @@
-"""The Triton row kernels over many blocks, and over each other's memory, against PyTorch's."""
+"""The Triton row kernels match PyTorch's over many blocks, in place, and compacted."""
 
 import pytest
 import torch
 
 from kdrl_kernels.objective import Coefficients
 from kdrl_kernels.one_pass import Compaction, gradient_view
-from kdrl_kernels.rows import Stream, TeacherStream, load
+from kdrl_kernels.rows import load
+from kdrl_kernels.rows.streams import Stream, TeacherStream
 from kdrl_kernels.rows.tiles import Tile
 
 N, V = 5, 150
@@ -44,7 +45,7 @@ def test_tiles(
 ) -> None:
     tokens = torch.tensor([0, 15, 16, 149, 77], device=device)
     coef = _coefficients(kd, device)
-    found = {}
+    results = {}
     for impl, options in (("torch", {}), ("triton", {"tile": tile})):
         work = load(impl)
         student, teacher = _streams(kd, softcap, device)
@@ -52,8 +53,8 @@ def test_tiles(
         out = gradient_view(student.logits, dtype)
         dz = work.gradient(student, tokens, stats, coef, out=out, teacher=teacher, **options)
         assert dz.data_ptr() == student.logits.data_ptr()  # in place
-        found[impl] = stats, dz.float()
-    (expected, expected_dz), (stats, dz) = found["torch"], found["triton"]
+        results[impl] = stats, dz.float()
+    (expected, expected_dz), (stats, dz) = results["torch"], results["triton"]
     names = ["max", "log_sum", "logprobs", "entropy"] + (["teacher_logprobs", "kl"] if kd else [])
     names += ["mixture_kl"] if kd == "jsd" else []
     for name in names:
@@ -68,7 +69,7 @@ def test_tiles(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_compaction_in_place(impl: str, dtype: torch.dtype, used: str, device: str) -> None:
-    """The gradient of each used row, once, in the first slots, to the bit."""
+    """The gradient of each used row is in one of the first slots, to the bit."""
     work = load(impl)
     tokens = torch.tensor([0, 15, 16, 149, 77], device=device)
     keep = torch.tensor([flag == "1" for flag in used], device=device)
@@ -88,7 +89,7 @@ def test_compaction_in_place(impl: str, dtype: torch.dtype, used: str, device: s
 
 
 def test_minus_infinity_in_the_first_blocks_of_one_stream(device: str) -> None:
-    """A running maximum that starts late, in the student, the teacher or both."""
+    """The running maximum may start late, in the student, the teacher or both."""
     tokens = torch.tensor([140, 140, 140], device=device)
     student, teacher = torch.randn(2, 3, V, generator=torch.Generator().manual_seed(0)).to(device)
     student[0, :100] = student[2, :100] = -torch.inf
@@ -111,13 +112,13 @@ def test_minus_infinity_in_the_first_blocks_of_one_stream(device: str) -> None:
         assert stats["triton"].kl.isinf().tolist() == infinite
 
 
-def test_a_gap_that_underflows_after_it_was_infinite(device: str) -> None:
+def test_a_log_ratio_that_underflows_after_it_was_infinite(device: str) -> None:
     """A column the teacher excludes leads the first block, then sinks to p = 0: it counts 0."""
     student, teacher = torch.zeros(2, 1, V, device=device)
     student[0, 3], student[0, 140] = 5.0, 500.0
     teacher[0, 3] = -torch.inf
     tokens = torch.tensor([140], device=device)
-    found = [
+    results = [
         load(impl).sweep(
             Stream(student.clone(), 1.0, None),
             tokens,
@@ -127,5 +128,5 @@ def test_a_gap_that_underflows_after_it_was_infinite(device: str) -> None:
         for impl, tile in (("torch", {}), ("triton", {"tile": Tile(1, 16, 4)}))
     ]
     expected = torch.tensor([149.0], device=device).log()  # p is one-hot, q uniform over the rest
-    for stats in found:
+    for stats in results:
         torch.testing.assert_close(stats.kl, expected)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import kdrl_kernels as kk
 from kdrl_kernels import gemm
-from kdrl_kernels.rows import torch as row_work
+from kdrl_kernels.rows import eager as row_work
 from tests.kernels.params import F16, F32, F64
 
 V, H = 37, 16
@@ -24,7 +24,7 @@ SHIFTS = {"kept": 0.05, "above": 1.0, "below": -1.0}
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What decides whether a row has a gradient."""
+    """Holds what decides whether a row has a gradient."""
 
     ratio: str = "kept"
     advantage: float = 1.0
@@ -32,7 +32,7 @@ class Row:
     weight: float = 1.0
 
     def has_gradient(self, kd: bool) -> bool:
-        """By the definition of Objective."""
+        """Say whether the definition of Objective gives this row a gradient."""
         outside = "above" if self.advantage > 0 else "below"
         policy = self.advantage != 0 and self.ratio != outside
         return self.weight != 0 and (policy or (kd and self.kd_weight != 0))
@@ -54,13 +54,13 @@ class Gemms:
         return counted
 
     def total(self, name: str) -> int:
-        """Rows of all chunks."""
+        """Return the rows of all chunks."""
         return sum(self.rows[name])
 
 
 @dataclass(frozen=True, slots=True)
 class Solved:
-    """One call with its gradients, and its GEMMs."""
+    """Holds one call with its gradients and its GEMMs."""
 
     result: kk.LossOutput
     hidden: Tensor
@@ -70,12 +70,12 @@ class Solved:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """metrics: (tokens, gradient_rows)."""
+        """The counts of the metrics: (tokens, gradient_rows)."""
         metrics = self.result.metrics
         return int(metrics["tokens"]), int(metrics["gradient_rows"])
 
     def assert_gemms(self, projections: int = 1) -> None:
-        """The GEMMs have the rows that the metrics tell."""
+        """Assert that the GEMMs have the rows that the metrics count."""
         tokens, gradient_rows = self.counts
         assert self.gemms.total("project") == projections * tokens
         assert self.gemms.total("grad_hidden") == gradient_rows
@@ -93,7 +93,7 @@ def _solve(
     block: int = 1000,
     **options: Any,
 ) -> Solved:
-    """kdrl_loss on these rows, `chunk` at a time, the PyTorch row work in blocks of `block`."""
+    """Run kdrl_loss on rows, `chunk` at a time, the PyTorch row work in blocks of `block`."""
     rng = torch.Generator().manual_seed(len(rows))
     N = len(rows)
 
@@ -137,24 +137,24 @@ def _solve(
     return Solved(result, *(x.grad for x in leaves), gemms)
 
 
-def _assert_close(found: Tensor, expected: Tensor, bound: float) -> None:
-    error = (found.double() - expected.double()).abs().max()
+def _assert_close(solved: Tensor, expected: Tensor, bound: float) -> None:
+    error = (solved.double() - expected.double()).abs().max()
     assert error <= bound * expected.double().abs().max(), f"{error:.1e}"
 
 
 def _assert_same_without_compaction(
-    rows: list[Row], found: Solved, dtype: torch.dtype, **options: Any
+    rows: list[Row], solved: Solved, dtype: torch.dtype, **options: Any
 ) -> None:
-    """Everything but the count of rows is as with compact=False."""
+    """Assert that everything but the count of rows is as with compact=False."""
     full = _solve(rows, dtype=dtype, compact=False, **options)
-    assert full.counts == (found.counts[0], found.counts[0])
-    assert torch.equal(found.result.loss, full.result.loss)
-    assert torch.equal(found.result.logprobs, full.result.logprobs)
+    assert full.counts == (solved.counts[0], solved.counts[0])
+    assert torch.equal(solved.result.loss, full.result.loss)
+    assert torch.equal(solved.result.logprobs, full.result.logprobs)
     # sums over columns, then over fewer rows, in another order; a 16-bit result may round off
     bounds = {F64: 1e-12, F32: 1e-6, F16: torch.finfo(F16).eps}
-    _assert_close(found.hidden, full.hidden, bounds[dtype])
-    _assert_close(found.weight, full.weight, bounds[dtype])
-    _assert_close(found.bias, full.bias, bounds[dtype])
+    _assert_close(solved.hidden, full.hidden, bounds[dtype])
+    _assert_close(solved.weight, full.weight, bounds[dtype])
+    _assert_close(solved.bias, full.bias, bounds[dtype])
 
 
 def _used(rows: list[Row], kd: str | None) -> list[int]:
@@ -174,7 +174,7 @@ POLICY = [
     Row("above", 2.0, weight=2.0),  # clipped
     Row("kept", 1.0),
 ]
-"""Of 9 rows of weight > 0, 5 have a gradient."""
+"""Five of the nine rows of weight > 0 have a gradient."""
 KD = [
     Row("above", 1.0, kd_weight=0.0),  # clipped
     Row("above", 1.0),
@@ -187,7 +187,7 @@ KD = [
     Row("kept", 0.0, kd_weight=0.0, weight=3.0),
     Row("below", -1.0, kd_weight=0.2),
 ]
-"""Of 9 rows of weight > 0, 5 have a gradient."""
+"""Five of the nine rows of weight > 0 have a gradient."""
 TABLES = {None: POLICY, "k2": KD, "rkl": KD, "fkl": KD, "jsd": KD}
 
 
@@ -204,22 +204,22 @@ def test_rows_of_each_gemm(
     kd: str | None, impl: str, dtype: torch.dtype, chunk: int, device: str
 ) -> None:
     rows, run = TABLES[kd], {"impl": impl, "device": device, "kd": kd, "chunk": chunk}
-    found = _solve(rows, dtype=dtype, **run)
-    assert found.counts == (9, 5)
-    found.assert_gemms(projections=1 if kd is None else 2)
-    left = (found.hidden != 0).any(dim=1).nonzero().squeeze(1).tolist()
+    solved = _solve(rows, dtype=dtype, **run)
+    assert solved.counts == (9, 5)
+    solved.assert_gemms(projections=1 if kd is None else 2)
+    left = (solved.hidden != 0).any(dim=1).nonzero().squeeze(1).tolist()
     assert left == _used(rows, kd)
-    _assert_same_without_compaction(rows, found, dtype, **run)
+    _assert_same_without_compaction(rows, solved, dtype, **run)
 
 
 @ANY
 @pytest.mark.parametrize("kd", [None, "k2", "rkl"])
 def test_no_row_has_a_gradient(kd: str | None, impl: str, dtype: torch.dtype, device: str) -> None:
     rows = [Row("kept", 0.0, 0.0), Row("above", 1.0, 0.0), Row(weight=0.0), Row("below", -1, 0.0)]
-    found = _solve(rows, impl=impl, dtype=dtype, device=device, kd=kd, chunk=2)
-    assert found.counts == (3, 0)
-    found.assert_gemms(projections=1 if kd is None else 2)
-    for gradient in (found.hidden, found.weight, found.bias):
+    solved = _solve(rows, impl=impl, dtype=dtype, device=device, kd=kd, chunk=2)
+    assert solved.counts == (3, 0)
+    solved.assert_gemms(projections=1 if kd is None else 2)
+    for gradient in (solved.hidden, solved.weight, solved.bias):
         assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
@@ -229,39 +229,39 @@ def test_every_row_has_a_gradient(
     compact: bool | None, impl: str, dtype: torch.dtype, device: str
 ) -> None:
     rows = [Row(advantage=a) for a in (1.0, -2.0, 0.5, 1.5, -1.0)]
-    found = _solve(rows, impl=impl, dtype=dtype, device=device, compact=compact, chunk=2)
-    assert found.counts == (5, 5)
-    found.assert_gemms()
-    assert (found.hidden != 0).any(dim=1).all()
+    solved = _solve(rows, impl=impl, dtype=dtype, device=device, compact=compact, chunk=2)
+    assert solved.counts == (5, 5)
+    solved.assert_gemms()
+    assert (solved.hidden != 0).any(dim=1).all()
 
 
 @ANY
 def test_an_entropy_bonus_leaves_no_row_out(impl: str, dtype: torch.dtype, device: str) -> None:
-    found = _solve(POLICY, impl=impl, dtype=dtype, device=device, entropy_coef=0.1)
-    assert found.counts == (9, 9)
-    found.assert_gemms()
-    kept = (found.hidden != 0).any(dim=1).nonzero().squeeze(1).tolist()
+    solved = _solve(POLICY, impl=impl, dtype=dtype, device=device, entropy_coef=0.1)
+    assert solved.counts == (9, 9)
+    solved.assert_gemms()
+    kept = (solved.hidden != 0).any(dim=1).nonzero().squeeze(1).tolist()
     assert kept == [n for n, row in enumerate(POLICY) if row.weight]
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_a_loss_of_weight_zero_everywhere(impl: str, device: str) -> None:
-    found = _solve([Row(weight=0.0)] * 4, impl=impl, device=device, normalizer=2.0)
-    assert found.counts == (0, 0)
-    assert found.gemms.total("project") == 0
-    assert found.result.loss == 0
-    for gradient in (found.hidden, found.weight, found.bias):
+    solved = _solve([Row(weight=0.0)] * 4, impl=impl, device=device, normalizer=2.0)
+    assert solved.counts == (0, 0)
+    assert solved.gemms.total("project") == 0
+    assert solved.result.loss == 0
+    for gradient in (solved.hidden, solved.weight, solved.bias):
         assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_without_token_weights_a_cpu_leaves_rows_out(impl: str) -> None:
-    """compact=None: rows are numbers in a slice here, not a gathered list."""
+    """compact=None leaves rows out of a slice, where no rows were gathered before."""
     rows = [Row(row.ratio, row.advantage) for row in POLICY]
-    found = _solve(rows, impl=impl)
-    assert found.counts == (11, len(_used(rows, None)))
-    found.assert_gemms()
-    _assert_same_without_compaction(rows, found, F32, impl=impl)
+    solved = _solve(rows, impl=impl)
+    assert solved.counts == (11, len(_used(rows, None)))
+    solved.assert_gemms()
+    _assert_same_without_compaction(rows, solved, F32, impl=impl)
 
 
 ROWS = st.builds(
@@ -285,14 +285,14 @@ def test_random_rows(
     rows: list[Row], kd: str | None, chunk: int, block: int, dtype: torch.dtype
 ) -> None:
     run: dict[str, Any] = {"kd": kd, "chunk": chunk, "block": block}
-    found = _solve(rows, dtype=dtype, **run)
+    solved = _solve(rows, dtype=dtype, **run)
     used = _used(rows, kd)
-    assert found.counts == (sum(row.weight != 0 for row in rows), len(used))
-    found.assert_gemms(projections=1 if kd is None else 2)
+    assert solved.counts == (sum(row.weight != 0 for row in rows), len(used))
+    solved.assert_gemms(projections=1 if kd is None else 2)
     unused = [n for n in range(len(rows)) if n not in used]
-    assert torch.equal(found.hidden[unused], torch.zeros_like(found.hidden[unused]))
-    assert not found.hidden.isnan().any()
-    _assert_same_without_compaction(rows, found, dtype, **run)
+    assert torch.equal(solved.hidden[unused], torch.zeros_like(solved.hidden[unused]))
+    assert not solved.hidden.isnan().any()
+    _assert_same_without_compaction(rows, solved, dtype, **run)
 
 
 @given(
@@ -307,6 +307,6 @@ def test_random_rows_on_triton(
 ) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     run: dict[str, Any] = {"kd": kd, "chunk": chunk, "impl": "triton", "device": device}
-    found = _solve(rows, dtype=dtype, **run)
-    assert found.counts == (sum(row.weight != 0 for row in rows), len(_used(rows, kd)))
-    _assert_same_without_compaction(rows, found, dtype, **run)
+    solved = _solve(rows, dtype=dtype, **run)
+    assert solved.counts == (sum(row.weight != 0 for row in rows), len(_used(rows, kd)))
+    _assert_same_without_compaction(rows, solved, dtype, **run)

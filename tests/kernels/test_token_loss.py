@@ -1,4 +1,4 @@
-"""linear_token_loss: losses of a caller, against autograd through full logits in float64."""
+"""linear_token_loss matches autograd through full logits in float64, for many losses."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,8 +14,8 @@ from tests.kernels.params import F32, F64, IMPL_DTYPES, IMPLS
 from tests.kernels.token_losses import (
     CASES,
     UNUSED,
+    CallerTensors,
     Case,
-    Given,
     N,
     V,
     call,
@@ -71,7 +71,7 @@ def test_every_row_of_non_zero_weight_is_seen_once(
 
     def loss_fn(rows: kk.Rows) -> Tensor:
         seen.append(rows.index)
-        return dapo(rows, setup.given)
+        return dapo(rows, setup.inputs)
 
     with torch.set_grad_enabled(grad):
         result = call(setup, loss_fn, impl=impl, rows=rows)
@@ -101,16 +101,16 @@ def test_gradient_rows_are_those_whose_loss_has_a_gradient(impl: str, device: st
 @pytest.mark.parametrize("impl", ["torch", "triton"])  # the reference is plain autograd
 def test_only_hidden_weight_and_bias_get_a_gradient(impl: str, device: str) -> None:
     setup = with_leaves(make_setup(CASES["dapo"], F32, device))
-    given = {k: v.requires_grad_() for k, v in setup.given.items()}
-    call(setup, lambda rows: dapo(rows, given), impl=impl).loss.backward()
+    inputs = {k: v.requires_grad_() for k, v in setup.inputs.items()}
+    call(setup, lambda rows: dapo(rows, inputs), impl=impl).loss.backward()
     assert setup.student["weight"].grad.abs().max() > 0
-    assert given["advantages"].grad is None
-    assert given["old"].grad is None
+    assert inputs["advantages"].grad is None
+    assert inputs["old"].grad is None
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_log_probabilities_of_a_teacher_on_a_server(impl: str, device: str) -> None:
-    setup = make_setup(CASES["limited_kd"], F32, device, masked=True)
+    setup = make_setup(CASES["bounded_kd"], F32, device, masked=True)
     expected = with_leaves(setup)
     with_head = call(expected, impl=impl)
     with_head.loss.backward()
@@ -124,20 +124,20 @@ def test_log_probabilities_of_a_teacher_on_a_server(impl: str, device: str) -> N
         assert relative_error(tensor.grad, expected.student[name].grad) <= 1e-6, name
 
 
-def _by_hand(objective: kk.Objective, given: Given) -> Callable[[kk.Rows], Tensor]:
-    """The formulas of Objective, written out on ratios."""
+def _by_hand(objective: kk.Objective, inputs: CallerTensors) -> Callable[[kk.Rows], Tensor]:
+    """Return the formulas of Objective, written out on ratios."""
 
     def loss_fn(rows: kk.Rows) -> Tensor:
-        A, kd_weight = given["advantages"][rows.index], given["kd_weight"][rows.index]
-        ratio = (rows.logprobs - given["old"][rows.index]).exp()
+        A, kd_weight = inputs["advantages"][rows.index], inputs["kd_weight"][rows.index]
+        ratio = (rows.logprobs - inputs["old"][rows.index]).exp()
         low, high = 1 - objective.clip_low, 1 + objective.clip_high
         bounded = torch.where(A > 0, ratio.clamp(max=high), ratio.clamp(low, objective.dual_clip))
-        gap = rows.logprobs - rows.teacher_logprobs
+        teacher_log_ratio = rows.logprobs - rows.teacher_logprobs
         kd = rows.kl
         if objective.kd == "k2":
-            kd = gap.square() / 2
+            kd = teacher_log_ratio.square() / 2
         elif objective.kd == "k3":
-            kd = (-gap).exp() - 1 + gap
+            kd = (-teacher_log_ratio).exp() - 1 + teacher_log_ratio
         weight = kd_weight * ratio.detach().clamp(max=objective.kd_ratio_cap)
         return (
             -A * bounded + objective.kd_coef * weight * kd - objective.entropy_coef * rows.entropy
@@ -160,27 +160,27 @@ def test_kdrl_loss_is_one_of_these_losses(
     objective = kk.Objective(
         clip_high=0.28, dual_clip=1.5, kd=kd, kd_coef=0.5, jsd_alpha=0.3, entropy_coef=0.1
     )
-    own, fused = with_leaves(setup), with_leaves(setup)
+    callers, fused = with_leaves(setup), with_leaves(setup)
     options = {"workspace_bytes": smallest_budget(setup, impl, 3), "impl": impl}
-    found = call(own, _by_hand(objective, setup.given), **options)
+    ours = call(callers, _by_hand(objective, setup.inputs), **options)
     not_of_kdrl_loss = ("kl", "jsd_alpha")
     options |= {k: v for k, v in setup.options.items() if k not in not_of_kdrl_loss}
     expected = kk.kdrl_loss(
         tokens=setup.tokens,
         **fused.student,
-        advantages=setup.given["advantages"],
-        old_logprobs=setup.given["old"],
-        kd_weight=setup.given["kd_weight"],
+        advantages=setup.inputs["advantages"],
+        old_logprobs=setup.inputs["old"],
+        kd_weight=setup.inputs["kd_weight"],
         teacher=kk.TeacherHead(**setup.teacher),
         objective=objective,
         **options,
     )
     for name in ("logprobs", "teacher_logprobs", "entropy", *(["kl"] if exact_kd else [])):
-        assert torch.equal(getattr(found, name), getattr(expected, name)), name
-    found.loss.backward()
+        assert torch.equal(getattr(ours, name), getattr(expected, name)), name
+    ours.loss.backward()
     expected.loss.backward()
-    assert relative_error(found.loss, expected.loss) <= bound
-    for name, tensor in own.student.items():
+    assert relative_error(ours.loss, expected.loss) <= bound
+    for name, tensor in callers.student.items():
         error = relative_error(tensor.grad, fused.student[name].grad)
         assert error <= bound, f"d{name}: {error:.1e}"
 
@@ -202,7 +202,7 @@ def test_no_gradient_is_computed_that_nobody_wants(
 
     def loss_fn(rows: kk.Rows) -> Tensor:
         wants.append(rows.logprobs.requires_grad or torch.is_grad_enabled() > frozen)
-        return kl_and_entropy(rows, setup.given)
+        return kl_and_entropy(rows, setup.inputs)
 
     with torch.set_grad_enabled(frozen):
         result = call(setup if frozen else with_leaves(setup), loss_fn, impl=impl)
@@ -226,7 +226,7 @@ def test_a_gradient_that_is_not_wanted_is_not_computed(
 @pytest.mark.parametrize("square", [False, True], ids=["loss", "square"])
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_a_second_derivative_raises(impl: str, square: bool, device: str) -> None:
-    """Also beside a term that has one, where a gradient without a graph would go unnoticed."""
+    """It raises also next to a loss that has one, where a missing graph would go unnoticed."""
     setup = with_leaves(make_setup(CASES["dapo"], F32, device))
     hidden = setup.student["hidden"]
     loss = call(setup, impl=impl).loss
@@ -255,7 +255,7 @@ RESULTS: list[tuple[Callable[[kk.Rows], Any], type[Exception], str]] = [
 def test_what_a_loss_must_return(
     loss_fn: Callable[[kk.Rows], Any], error: type[Exception], message: str, impl: str, device: str
 ) -> None:
-    setup = with_leaves(make_setup(CASES["limited_kd"], F32, device))
+    setup = with_leaves(make_setup(CASES["bounded_kd"], F32, device))
     with pytest.raises(error, match=message):
         call(setup, loss_fn, impl=impl)
 
@@ -267,7 +267,7 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"kl": "jsd", "jsd_alpha": 1}, ValueError, r"jsd_alpha must be in \(0, 1\), got 1"),
     ({"kl": "jsd", "jsd_alpha": float("nan")}, ValueError, r"jsd_alpha must be in \(0, 1\), got nan"),
     ({"loss_fn": "dapo"}, TypeError, "loss_fn must be callable, got str"),
-    ({"teacher_logprobs": torch.zeros(N)}, ValueError, "teacher_logprobs must be None when teacher is given"),
+    ({"teacher_logprobs": torch.zeros(N)}, ValueError, "teacher_logprobs must be None when teacher is passed"),
     ({"kl": "rkl", "teacher": None, "teacher_logprobs": torch.zeros(N)}, ValueError, "teacher must be a TeacherHead for kl='rkl'"),
     ({"token_weights": torch.ones(3)}, ValueError, r"token_weights must be \[N\] with N = 11, got \[3\]"),
     ({"normalizer": -1.0}, ValueError, "normalizer must be positive and finite, got -1.0"),
@@ -280,7 +280,7 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ("changes", "error", "message"), ARGUMENTS, ids=[message[:40] for _, _, message in ARGUMENTS]
 )
 def test_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
-    setup = make_setup(CASES["limited_kd"], F32, "cpu")
+    setup = make_setup(CASES["bounded_kd"], F32, "cpu")
     with pytest.raises(error, match=message):
         call(setup, **changes)
 
@@ -288,11 +288,11 @@ def test_arguments(changes: dict[str, Any], error: type[Exception], message: str
 def test_an_error_in_the_loss_is_not_hidden(device: str) -> None:
     setup = with_leaves(make_setup(CASES["dapo"], F32, device))
     with pytest.raises(KeyError, match="rewards"):
-        call(setup, lambda rows: rows.logprobs * setup.given["rewards"])
+        call(setup, lambda rows: rows.logprobs * setup.inputs["rewards"])
 
 
 def test_a_loss_that_is_constant_in_some_chunks(device: str) -> None:
-    """The cut into chunks decides nothing: rows without a gradient are rows without a gradient."""
+    """Constant chunks give their rows no gradient, and do not make the whole loss constant."""
     setup = with_leaves(make_setup(CASES["sft"], F64, device))
 
     def early(rows: kk.Rows) -> Tensor:

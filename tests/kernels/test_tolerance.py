@@ -12,13 +12,13 @@ from tests.tolerance import Float32Rounding, assert_matches, rounding_floors
 
 
 def reference(dtype: torch.dtype) -> dict[str, Tensor]:
-    """A sum whose terms cancel, and a product."""
+    """Compute a sum that cancels, and a product."""
     x = torch.tensor([1.0, 1e-4, -1.0], dtype=torch.float64).to(dtype)
     return {"sum": x.sum(), "product": x * x}
 
 
 def test_the_floor_of_a_sum_is_its_length_and_size() -> None:
-    """sqrt(3) · 2 · u over the result 1e-4; one rounding of each product."""
+    """The floors are sqrt(3) · 2 · u over the result 1e-4, and one rounding of each product."""
     floors = rounding_floors(reference, reference(torch.float64), {})
     assert floors["sum"] == pytest.approx(3**0.5 * 2.0001 * 2**-24 / 1e-4, rel=1e-6)
     assert floors["product"] == pytest.approx(2**-24, rel=1e-6)

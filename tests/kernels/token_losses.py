@@ -1,4 +1,4 @@
-"""Losses of a caller for linear_token_loss, and the same by autograd through full logits."""
+"""Defines losses of a caller for linear_token_loss, and solves them through full logits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,65 +10,65 @@ from torch import Tensor
 import kdrl_kernels as kk
 from tests.kernels.params import SEED
 
-Given = dict[str, Tensor]
+CallerTensors = dict[str, Tensor]
 """[N] tensors of the caller, which a loss reads at rows.index."""
 N, H, V = 11, 16, 37
 UNUSED = [0, 4, 5, 10]
 """Rows of weight 0 in a masked setup."""
 
 
-def dapo(rows: kk.Rows, given: Given) -> Tensor:
-    """Clip with a higher upper bound."""
-    A = given["advantages"][rows.index]
-    ratio = (rows.logprobs - given["old"][rows.index]).exp()
+def dapo(rows: kk.Rows, inputs: CallerTensors) -> Tensor:
+    """Clip the ratio with a higher upper bound."""
+    A = inputs["advantages"][rows.index]
+    ratio = (rows.logprobs - inputs["old"][rows.index]).exp()
     return -torch.minimum(ratio * A, ratio.clamp(1 - 0.2, 1 + 0.28) * A)
 
 
-def cispo(rows: kk.Rows, given: Given) -> Tensor:
-    """A clipped ratio as a constant: no token loses its gradient."""
-    ratio = (rows.logprobs.detach() - given["old"][rows.index]).exp().clamp(max=1.28)
-    return -ratio * given["advantages"][rows.index] * rows.logprobs
+def cispo(rows: kk.Rows, inputs: CallerTensors) -> Tensor:
+    """Weight log-probabilities by a clipped ratio without gradient: no token loses its gradient."""
+    ratio = (rows.logprobs.detach() - inputs["old"][rows.index]).exp().clamp(max=1.28)
+    return -ratio * inputs["advantages"][rows.index] * rows.logprobs
 
 
-def two_sided(rows: kk.Rows, given: Given) -> Tensor:
-    """GRPO with a bound delta on the ratio of negative advantages too."""
-    A = given["advantages"][rows.index]
-    ratio = (rows.logprobs - given["old"][rows.index]).exp()
+def two_sided(rows: kk.Rows, inputs: CallerTensors) -> Tensor:
+    """Bound the ratio of negative advantages too."""
+    A = inputs["advantages"][rows.index]
+    ratio = (rows.logprobs - inputs["old"][rows.index]).exp()
     return -torch.minimum(ratio.clamp(max=1.5) * A, ratio.clamp(1 - 0.2, 1 + 0.2) * A)
 
 
-def sft(rows: kk.Rows, given: Given) -> Tensor:  # noqa: ARG001 (needs nothing of the caller)
+def sft(rows: kk.Rows, inputs: CallerTensors) -> Tensor:  # noqa: ARG001 (needs nothing of the caller)
     return -rows.logprobs
 
 
-def limited_kd(rows: kk.Rows, given: Given) -> Tensor:  # noqa: ARG001 (the same)
-    """Reverse KL on sampled tokens, whose coefficient tanh keeps within ±0.5."""
+def bounded_kd(rows: kk.Rows, inputs: CallerTensors) -> Tensor:  # noqa: ARG001 (needs nothing of the caller)
+    """Take the reverse KL on sampled tokens, with a coefficient that tanh keeps within ±0.5."""
     pull = 0.5 * torch.tanh((rows.logprobs - rows.teacher_logprobs) / 0.5)
     return pull.detach() * rows.logprobs
 
 
-def exact_kl(rows: kk.Rows, given: Given) -> Tensor:
-    """Policy gradient and exact KL, with a weight of each row."""
-    policy = -given["advantages"][rows.index] * rows.logprobs
-    return policy + given["kd_weight"][rows.index] * rows.kl
+def exact_kl(rows: kk.Rows, inputs: CallerTensors) -> Tensor:
+    """Add policy gradient and exact KL, with a weight of each row."""
+    policy = -inputs["advantages"][rows.index] * rows.logprobs
+    return policy + inputs["kd_weight"][rows.index] * rows.kl
 
 
-def kl_and_entropy(rows: kk.Rows, given: Given) -> Tensor:
-    """Every quantity at once, none of them linearly."""
-    return rows.kl.sqrt() * given["kd_weight"][rows.index] - rows.entropy * rows.logprobs
+def kl_and_entropy(rows: kk.Rows, inputs: CallerTensors) -> Tensor:
+    """Use every quantity at once, none of them linearly."""
+    return rows.kl.sqrt() * inputs["kd_weight"][rows.index] - rows.entropy * rows.logprobs
 
 
-def entropy_bonus(rows: kk.Rows, given: Given) -> Tensor:
-    """Policy gradient with a bonus for entropy below a target."""
-    short = (given["target"][rows.index] - rows.entropy).relu()
-    return short.square() - given["advantages"][rows.index] * rows.logprobs
+def entropy_bonus(rows: kk.Rows, inputs: CallerTensors) -> Tensor:
+    """Add a bonus for entropy below a target to the policy gradient."""
+    short = (inputs["target"][rows.index] - rows.entropy).relu()
+    return short.square() - inputs["advantages"][rows.index] * rows.logprobs
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A loss, and what it asks linear_token_loss for."""
+    """Holds a loss, and what linear_token_loss must compute for it."""
 
-    loss: Callable[[kk.Rows, Given], Tensor]
+    loss: Callable[[kk.Rows, CallerTensors], Tensor]
     kl: str | None = None
     entropy: bool = False
     teacher: bool = False
@@ -79,7 +79,7 @@ CASES = {
     "cispo": Case(cispo),
     "two_sided": Case(two_sided),
     "sft": Case(sft),
-    "limited_kd": Case(limited_kd, teacher=True),
+    "bounded_kd": Case(bounded_kd, teacher=True),
     "rkl": Case(exact_kl, "rkl", teacher=True),
     "fkl": Case(exact_kl, "fkl", teacher=True),
     "jsd": Case(exact_kl, "jsd", teacher=True),
@@ -90,17 +90,17 @@ CASES = {
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """Arguments of one call; tensors that carry a gradient are in `student`."""
+    """Holds arguments of one call; tensors that carry a gradient are in `student`."""
 
     case: Case
     student: dict[str, Tensor]
     tokens: Tensor
-    given: Given
+    inputs: CallerTensors
     teacher: dict[str, Any] | None
     options: dict[str, Any]
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Setup":
-        """fn of every floating-point tensor."""
+        """Apply fn to every floating-point tensor."""
 
         def over(values: dict[str, Any]) -> dict[str, Any]:
             floats = {k for k, v in values.items() if isinstance(v, Tensor)}
@@ -109,7 +109,7 @@ class Setup:
         return replace(
             self,
             student=over(self.student),
-            given=over(self.given),
+            inputs=over(self.inputs),
             teacher=self.teacher and over(self.teacher),
             options=over(self.options),
         )
@@ -118,7 +118,7 @@ class Setup:
 def make_setup(
     case: Case, dtype: torch.dtype, device: str, *, masked: bool = False, seed: int = 0
 ) -> Setup:
-    """Masked: rows of weight 0 that hold NaN, and every other option away from its default."""
+    """Make a setup; masked has rows of weight 0 that hold NaN, and no option at its default."""
     rng = torch.Generator().manual_seed(SEED + seed)
 
     def randn(*shape: int) -> Tensor:
@@ -131,8 +131,12 @@ def make_setup(
     teacher: dict[str, Any] | None = None
     if case.teacher:
         teacher = {"hidden": randn(N, H + 3), "weight": randn(V_t, H + 3) * (2 / H**0.5)}
-    given = {"advantages": randn(N), "old": randn(N) - 3, "kd_weight": torch.rand(N, generator=rng)}
-    given["target"] = torch.full((N,), 2.5)
+    inputs = {
+        "advantages": randn(N),
+        "old": randn(N) - 3,
+        "kd_weight": torch.rand(N, generator=rng),
+    }
+    inputs["target"] = torch.full((N,), 2.5)
     options: dict[str, Any] = {"kl": case.kl, "entropy": case.entropy}
     if masked:
         weights = torch.rand(N, generator=rng) + 0.1
@@ -145,12 +149,12 @@ def make_setup(
             teacher["hidden"][UNUSED] = torch.nan
             teacher |= {"temperature": 1.3, "softcap": 5.0}
     tokens = torch.randint(vocab, (N,), generator=rng)
-    setup = Setup(case, student, tokens.to(device), given, teacher, options)
+    setup = Setup(case, student, tokens.to(device), inputs, teacher, options)
     return setup.map(lambda x: x.to(dtype).to(device))
 
 
 def smallest_budget(setup: Setup, impl: str, rows: int) -> int:
-    """The smallest workspace that holds so many rows."""
+    """Return the smallest workspace that holds so many rows."""
     hidden, weight = setup.student["hidden"], setup.student["weight"]
     teacher = setup.teacher and (setup.teacher["hidden"].shape[1], len(setup.teacher["weight"]))
     return kk.chunk_plan(
@@ -172,14 +176,14 @@ def call(
     rows: int = 3,
     **options: Any,
 ) -> kk.LossOutput:
-    """linear_token_loss in chunks of at most so many rows, without backward."""
-    student, given = setup.student, setup.given
+    """Call linear_token_loss in chunks of at most so many rows, without backward."""
+    student, inputs = setup.student, setup.inputs
     teacher = setup.teacher and kk.TeacherHead(**setup.teacher)
     return kk.linear_token_loss(
         student["hidden"],
         student["weight"],
         setup.tokens,
-        loss_fn or (lambda rows: setup.case.loss(rows, given)),
+        loss_fn or (lambda rows: setup.case.loss(rows, inputs)),
         bias=student["bias"],
         **{
             "teacher": teacher,
@@ -196,18 +200,18 @@ def with_leaves(setup: Setup) -> Setup:
     return replace(setup, student=student)
 
 
-def found_by(setup: Setup, result: Any) -> dict[str, Tensor]:
-    """Loss, per-token outputs and the gradients of 0.7 · loss."""
+def results_of(setup: Setup, result: Any) -> dict[str, Tensor]:
+    """Return loss, per-token outputs and the gradients of 0.7 · loss."""
     (result.loss * 0.7).backward()
     names = ("loss", "logprobs", "teacher_logprobs", "kl", "entropy")
-    found = {name: getattr(result, name) for name in names}
-    found |= {f"d{k}": v.grad for k, v in setup.student.items()}
-    return {k: v.detach() for k, v in found.items() if v is not None}
+    results = {name: getattr(result, name) for name in names}
+    results |= {f"d{k}": v.grad for k, v in setup.student.items()}
+    return {k: v.detach() for k, v in results.items() if v is not None}
 
 
 def solve(setup: Setup, impl: str) -> dict[str, Tensor]:
     setup = with_leaves(setup)
-    return found_by(setup, call(setup, impl=impl))
+    return results_of(setup, call(setup, impl=impl))
 
 
 def log_softmax(head: dict[str, Any], temperature: Any, softcap: Any, vocab: int) -> Tensor:
@@ -233,7 +237,7 @@ def divergence(kind: str, logp: Tensor, logq: Tensor, alpha: float) -> Tensor:
 
 @dataclass(slots=True)
 class Plain:
-    """What autograd through full logits gives, in the shape of LossOutput."""
+    """Holds what autograd through full logits gives, with the fields of LossOutput."""
 
     loss: Tensor
     logprobs: Tensor
@@ -243,7 +247,7 @@ class Plain:
 
 
 def solve_plainly(setup: Setup) -> tuple[dict[str, Tensor], float]:
-    """(what solve gives, the size of the loss) with [N, V] logits of the rows of weight > 0."""
+    """Solve with [N, V] logits of the rows of weight > 0; return results and size of the loss."""
     setup = with_leaves(setup)
     student, teacher, options = setup.student, setup.teacher, setup.options
     weights = options.get("token_weights", torch.ones_like(student["hidden"][:, 0]))
@@ -266,7 +270,7 @@ def solve_plainly(setup: Setup) -> tuple[dict[str, Tensor], float]:
             rows = replace(rows, kl=kl)
     if setup.case.entropy:
         rows = replace(rows, entropy=-(logp.exp() * logp).sum(1))
-    losses = weights[index] * setup.case.loss(rows, setup.given)
+    losses = weights[index] * setup.case.loss(rows, setup.inputs)
     total = options.get("normalizer", weights.sum())
 
     def spread(values: Tensor | None) -> Tensor | None:
@@ -275,4 +279,4 @@ def solve_plainly(setup: Setup) -> tuple[dict[str, Tensor], float]:
     names = ("logprobs", "teacher_logprobs", "kl", "entropy")
     fields = {name: spread(getattr(rows, name)) for name in names}
     size = float(losses.detach().abs().sum() / total)
-    return found_by(setup, Plain(losses.sum() / total, **fields)), size
+    return results_of(setup, Plain(losses.sum() / total, **fields)), size

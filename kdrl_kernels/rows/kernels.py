@@ -1,4 +1,4 @@
-"""Row work on Triton: kernels and launchers, one program a row. Maths: README.md.
+"""Does the row work on Triton: kernels and launchers, one program per row. Maths: README.md.
 
 a = softcap(logits) [C, V], d = (a - max a) / temperature; the same of the teacher with _t. Logits
 are float32. Kernels keep d in units of log 2, so that an exponential is one exp2.
@@ -12,9 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdrl_kernels.objective import Coefficients
-from kdrl_kernels.rows import Stats, Stream, TeacherStream
-from kdrl_kernels.rows.tiles import GRADIENT, JSD, SWEEP, Tile, tile_of
-from kdrl_kernels.rows.triton_math import (
+from kdrl_kernels.rows.kernel_math import (
     FKL,
     JSD_CODE,
     KD_CODES,
@@ -24,11 +22,13 @@ from kdrl_kernels.rows.triton_math import (
     OPTIONS,
     RKL,
     expectation,
-    mixture_gap,
+    mixture_log_ratio,
     rescale,
     tanh,
 )
-from kdrl_kernels.rows.triton_objective import coefficients
+from kdrl_kernels.rows.kernel_objective import coefficients
+from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
+from kdrl_kernels.rows.tiles import GRADIENT, JSD, SWEEP, Tile, tile_of
 
 __all__ = ["BLOCK_BUFFERS", "block_rows", "coefficients", "gradient", "resume_", "sweep"]
 
@@ -37,17 +37,17 @@ STATS = len(fields(Stats))
 
 
 def block_rows(V: int, device: torch.device) -> int:  # noqa: ARG001 (interface of row modules)
-    """No temporaries beside the logits."""
+    """Return 0: this row work has no temporaries besides the logits."""
     return 0
 
 
 def resume_(stream: Stream, stats: Stats) -> None:
-    """Nothing: the kernels leave logits as they are."""
+    """Do nothing: the kernels leave logits as they are."""
 
 
 @triton.jit
 def _load_a(row_ptr, v, V, width, softcap):
-    """a = softcap · tanh(logits / softcap) at columns v; -inf from V on.
+    """Load a = softcap · tanh(logits / softcap) at columns v; -inf from V on.
 
     Memory is read up to `width`, a multiple of 16 where rows are padded: 16 bytes at a time.
     """
@@ -59,7 +59,7 @@ def _load_a(row_ptr, v, V, width, softcap):
 
 @triton.jit
 def _step(row_ptr, v, V, width, top, k, softcap):
-    """(new top, shift to it, d, exp2(d)) of a [DEPTH, LANES] tile; d, shift in units of log 2."""
+    """Return new top, shift to it, d, exp2(d) of a tile [DEPTH, LANES]; d, shift in log 2."""
     a = _load_a(row_ptr, v, V, width, softcap)
     new_top = tl.maximum(top, tl.max(a, axis=0))
     d = (a - new_top[None, :]) * k
@@ -68,7 +68,7 @@ def _step(row_ptr, v, V, width, top, k, softcap):
 
 @triton.jit
 def _finish(row_ptr, stats_ptr, y, C, V, top, s, k, softcap):
-    """Store max, log sum and log-probability; (shift of each lane to the row's top, row's s)."""
+    """Store max, log sum, log-probability; return each lane's shift to the row's top, and s."""
     row_top = tl.max(top, axis=0)
     shift = (top - row_top) * k
     row_s = tl.sum(rescale(s, shift), axis=0)
@@ -89,8 +89,8 @@ def _sweep_kernel(
 
     s = sum_v exp(d), entropy = log s - sum_v exp(d) d / s, and for the teacher d_t, s_t:
     KL(p‖q) = sum_v exp(d) (d - d_t) / s - log s + log s_t.
-    Each of LANES columns keeps its own maximum and sums over [DEPTH, LANES] tiles, so that the
-    loop has no barrier; they meet after it.
+    Each of LANES columns keeps a maximum and sums over [DEPTH, LANES] tiles, so that the loop has
+    no barrier; the lanes are joined after it.
     """
     n = tl.program_id(0).to(tl.int64)  # n · stride passes 2**31 at real vocabulary sizes
     z_ptr += n * stride_zn
@@ -103,7 +103,7 @@ def _sweep_kernel(
     top = tl.full((LANES,), LOWEST, tl.float32)
     top_t = tl.full((LANES,), LOWEST, tl.float32)
     s, surprise = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
-    s_t, gap = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
+    s_t, divergence = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
     for start in range(0, V, DEPTH * LANES):
         v = start + columns
         top, shift, d, e = _step(z_ptr, v, V, width, top, k, softcap)
@@ -112,9 +112,11 @@ def _sweep_kernel(
         if KD >= RKL:
             top_t, shift_t, d_t, e_t = _step(t_ptr, v, V, width, top_t, k_t, t_softcap)
             if KD == RKL:
-                gap = rescale(gap + s * (shift - shift_t), shift) + expectation(e, d - d_t)
+                divergence = rescale(divergence + s * (shift - shift_t), shift)
+                divergence += expectation(e, d - d_t)
             if KD == FKL:
-                gap = rescale(gap + s_t * (shift_t - shift), shift_t) + expectation(e_t, d_t - d)
+                divergence = rescale(divergence + s_t * (shift_t - shift), shift_t)
+                divergence += expectation(e_t, d_t - d)
             s_t = rescale(s_t, shift_t) + tl.sum(e_t, axis=0)
         s = rescale(s, shift) + tl.sum(e, axis=0)
     shift, row_s = _finish(z_ptr, stats_ptr, y, C, V, top, s, k, softcap)
@@ -124,13 +126,13 @@ def _sweep_kernel(
     if KD >= RKL:
         stats_t_ptr = stats_ptr + 4 * C
         shift_t, row_s_t = _finish(t_ptr, stats_t_ptr, y, C, V, top_t, s_t, k_t, t_softcap)
-        log_ratio = tl.log(row_s_t) - tl.log(row_s)
+        log_s_ratio = tl.log(row_s_t) - tl.log(row_s)
         if KD == RKL:
-            row_gap = tl.sum(rescale(gap + s * (shift - shift_t), shift), axis=0)
-            tl.store(stats_ptr + 7 * C, row_gap * LN2 / row_s + log_ratio)
+            row_divergence = tl.sum(rescale(divergence + s * (shift - shift_t), shift), axis=0)
+            tl.store(stats_ptr + 7 * C, row_divergence * LN2 / row_s + log_s_ratio)
         if KD == FKL:
-            row_gap = tl.sum(rescale(gap + s_t * (shift_t - shift), shift_t), axis=0)
-            tl.store(stats_ptr + 7 * C, row_gap * LN2 / row_s_t - log_ratio)
+            row_divergence = tl.sum(rescale(divergence + s_t * (shift_t - shift), shift_t), axis=0)
+            tl.store(stats_ptr + 7 * C, row_divergence * LN2 / row_s_t - log_s_ratio)
 
 
 @triton.jit
@@ -146,17 +148,17 @@ def _jsd_kernel(
     k, k_t = LOG2_E / tl.load(temperature_ptr + n), LOG2_E / tl.load(temperature_ptr + C + n)
     top, log2_s = tl.load(stats_ptr), tl.load(stats_ptr + C) * LOG2_E
     top_t, log2_s_t = tl.load(stats_ptr + 4 * C), tl.load(stats_ptr + 5 * C) * LOG2_E
-    p_gap, q_gap = tl.zeros((BLOCK_V,), tl.float32), tl.zeros((BLOCK_V,), tl.float32)
+    p_kl, q_kl = tl.zeros((BLOCK_V,), tl.float32), tl.zeros((BLOCK_V,), tl.float32)
     for start in range(0, V, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
         log2_p = (_load_a(z_ptr, v, V, width, softcap) - top) * k - log2_s
         log2_q = (_load_a(t_ptr, v, V, width, t_softcap) - top_t) * k_t - log2_s_t
-        p, q, gap = tl.exp2(log2_p), tl.exp2(log2_q), (log2_q - log2_p) * LN2
-        t = mixture_gap(gap, alpha)
-        p_gap += tl.where(p > 0, p * (t - tl.where(gap > 0, gap, 0.0)), 0.0)
-        q_gap += tl.where(q > 0, q * (t + tl.where(gap < 0, gap, 0.0)), 0.0)
-    mixture_kl = tl.sum(p_gap, axis=0)
-    tl.store(stats_ptr + 7 * C, alpha * tl.sum(q_gap, axis=0) + (1 - alpha) * mixture_kl)
+        p, q, log_ratio = tl.exp2(log2_p), tl.exp2(log2_q), (log2_p - log2_q) * LN2
+        t = mixture_log_ratio(log_ratio, alpha)
+        p_kl += tl.where(p > 0, p * (t + tl.where(log_ratio < 0, log_ratio, 0.0)), 0.0)
+        q_kl += tl.where(q > 0, q * (t - tl.where(log_ratio > 0, log_ratio, 0.0)), 0.0)
+    mixture_kl = tl.sum(p_kl, axis=0)
+    tl.store(stats_ptr + 7 * C, alpha * tl.sum(q_kl, axis=0) + (1 - alpha) * mixture_kl)
     tl.store(stats_ptr + 8 * C, mixture_kl)
 
 
@@ -168,24 +170,24 @@ def sweep(
     entropy: bool = False,
     tile: Tile | None = None,
 ) -> Stats:
-    """Statistics of one stream, or of two with their divergence."""
+    """Compute statistics of one stream, or of two and their divergence."""
     kd = teacher.kd if teacher else None
     tile = tile or tile_of(SWEEP, student, teacher)
     C, V = student.logits.shape
     other = teacher or student
-    found = torch.empty(STATS, C, device=tokens.device, dtype=torch.float32)
+    stats = torch.empty(STATS, C, device=tokens.device, dtype=torch.float32)
     temperatures = torch.stack([_temperatures(student), _temperatures(other)])
     strides = student.logits.stride(0), other.logits.stride(0)
     sizes = V, _width(V, *strides), C
     if C:
         _sweep_kernel[(C,)](
-            student.logits, other.logits, tokens, temperatures, found, *strides, *sizes,
+            student.logits, other.logits, tokens, temperatures, stats, *strides, *sizes,
             student.softcap, other.softcap, entropy, KD_CODES[kd], tile.depth, tile.lanes,
             num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
     if teacher is not None and kd == "jsd":
-        add_mixture_kl(student, teacher, temperatures, found)
-    top, log_sum, logprobs, entropies, *rest = found
+        add_mixture_kl(student, teacher, temperatures, stats)
+    top, log_sum, logprobs, entropies, *rest = stats
     rest = rest if kd == "jsd" else rest[:-1]
     return Stats(top, log_sum, logprobs, entropies if entropy else None, *(rest if teacher else []))
 
@@ -194,16 +196,16 @@ def add_mixture_kl(
     student: Stream,
     teacher: TeacherStream,
     temperatures: Tensor,
-    found: Tensor,
+    stats: Tensor,
     tile: Tile | None = None,
 ) -> None:
-    """The last two rows of found [STATS, C], the statistics of a sweep over both streams."""
+    """Write the last two rows of stats [STATS, C], which a sweep over both streams left."""
     tile = tile or tile_of(JSD, student, teacher)
     C, V = student.logits.shape
     strides = student.logits.stride(0), teacher.logits.stride(0)
     if C:
         _jsd_kernel[(C,)](
-            student.logits, teacher.logits, temperatures, found, *strides, V, _width(V, *strides),
+            student.logits, teacher.logits, temperatures, stats, *strides, V, _width(V, *strides),
             C, student.softcap, teacher.softcap, teacher.jsd_alpha, tile.columns,
             num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
@@ -215,7 +217,7 @@ def _gradient_kernel(
     stride_zn, stride_tn, stride_dn, V, width, C, softcap, t_softcap, alpha,
     HAS_ENTROPY: tl.constexpr, KD: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dz[slot, v] = dL/dlogits of row n = source[slot]; rows of row_ptr: _record.
+    """dz[slot, v] = dL/dlogits of row n = source[slot]; _record gives the rows of row_ptr.
 
     c (1[v = y] - p_v) - e p_v (log p_v + entropy) + g p_v (log p_v - log q_v - KL), or with
     + g (p_v - q_v), "fkl", or + g (1 - alpha) p_v (log p_v - log m_v - KL(p‖m)), "jsd"; all times
@@ -256,7 +258,7 @@ def _gradient_kernel(
             else:
                 pull = (log2_p - log2_q) * LN2
                 if KD == JSD_CODE:
-                    t = mixture_gap(-pull, alpha)
+                    t = mixture_log_ratio(pull, alpha)
                     pull = (1 - alpha) * (t + tl.where(pull < 0, pull, 0.0))
                     pull -= (1 - alpha) * tl.load(row_ptr + 8 * C)
                 else:
@@ -282,10 +284,10 @@ def gradient(
     source: Tensor | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """dL/dlogits of row source[n] in out[n]; source None: of row n. Rows with source -1 are left.
+    """Write dL/dlogits of row source[n] to out[n]; of row n where source is None.
 
-    out [C, V] may be the student's own memory, as it is or as a 16-bit view: source[n] is n, or
-    a row that no slot of out lies over.
+    Slots with source -1 are not written. out [C, V] may be the student's memory, as it is or as a
+    16-bit view: source[n] is n, or a row whose memory no slot of out covers.
     """
     if coef.kl is None:
         teacher = None
@@ -306,13 +308,13 @@ def gradient(
 
 
 def _width(V: int, *strides: int) -> int:
-    """Columns that a row has in memory: V rounded up to 16 where rows are padded."""
+    """Return the columns of a row in memory: V rounded up to 16 where rows are padded."""
     padded = -(-V // 16) * 16
     return padded if min(strides) >= padded else V
 
 
 def _temperatures(stream: Stream) -> Tensor:
-    """[C] float32."""
+    """Return the temperature of each row, [C] float32."""
     logits, temperature = stream.logits, stream.temperature
     if isinstance(temperature, Tensor):
         return temperature.to(logits.dtype)
@@ -320,7 +322,7 @@ def _temperatures(stream: Stream) -> Tensor:
 
 
 def _record(stats: Stats, coef: Coefficients, *temperatures: Tensor) -> Tensor:
-    """[14, C]: the fields of stats, of coef, the temperatures; a missing one is never read."""
+    """Stack the fields of stats and coef, and temperatures: [14, C]; a None is never read."""
     values = [getattr(part, field.name) for part in (stats, coef) for field in fields(part)]
     filled = [stats.max if value is None else value for value in values]
     return torch.stack([*filled, *temperatures])

@@ -1,4 +1,4 @@
-"""The loss of each row and its derivatives on Triton: token_losses of objective.py, fused."""
+"""Computes each row's loss and its derivatives on Triton: token_losses of objective.py, fused."""
 
 import math
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kdrl_kernels.objective import Coefficients, Objective, Rows, TokenLoss
 from kdrl_kernels.objective import coefficients as autograd_coefficients
+from kdrl_kernels.rows.kernel_math import K2, KD_CODES, OPTIONS, RKL, expm1
 from kdrl_kernels.rows.tiles import OBJECTIVE_BLOCK
-from kdrl_kernels.rows.triton_math import K2, KD_CODES, OPTIONS, RKL, expm1
 
 
 @triton.jit
@@ -42,13 +42,13 @@ def _objective_kernel(
             g += scale
         else:
             lq = tl.load(lq_ptr + n, mask=mask, other=0.0)
-            gap = tl.where(scale == 0, 0.0, lp - lq)
+            teacher_log_ratio = tl.where(scale == 0, 0.0, lp - lq)
             if KD == K2:
-                loss += scale * gap * gap / 2
-                c += scale * gap
+                loss += scale * teacher_log_ratio * teacher_log_ratio / 2
+                c += scale * teacher_log_ratio
             else:
-                loss += scale * (expm1(-gap) + gap)
-                c -= scale * expm1(-gap)
+                loss += scale * (expm1(-teacher_log_ratio) + teacher_log_ratio)
+                c -= scale * expm1(-teacher_log_ratio)
     if HAS_ENTROPY:
         loss -= entropy_coef * tl.load(entropy_ptr + n, mask=mask, other=0.0)
     w = tl.load(weight_ptr + n, mask=mask, other=0.0)
@@ -61,7 +61,7 @@ def _objective_kernel(
 def coefficients(
     loss: TokenLoss, rows: Rows, weights: Tensor, BLOCK: int = OBJECTIVE_BLOCK
 ) -> tuple[Tensor, Coefficients | None]:
-    """([C] weighted losses, their derivatives); a caller's own loss goes through autograd."""
+    """Return [C] weighted losses and their derivatives; autograd gives those of a caller's loss."""
     if not isinstance(loss, Objective):
         return autograd_coefficients(loss, rows, weights)
     rows = loss.centred(rows)
@@ -70,9 +70,9 @@ def coefficients(
     high, low, dual = loss.log_ratio_bounds
     cap = math.inf if rows.old_logprobs is None else math.log(loss.kd_ratio_cap)
     kd_weight = torch.ones_like(lp) if rows.kd_weight is None else rows.kd_weight
-    given = (rows.old_logprobs, rows.advantages, rows.teacher_logprobs, rows.kl, rows.entropy)
-    # lp stands for what is missing: old = lp is a ratio of 1, the rest is never read
-    old, advantages, lq, kl, entropy = (lp if x is None else x for x in given)
+    optional = (rows.old_logprobs, rows.advantages, rows.teacher_logprobs, rows.kl, rows.entropy)
+    # lp replaces what is None: old = lp gives a ratio of 1, the others are never read
+    old, advantages, lq, kl, entropy = (lp if x is None else x for x in optional)
     if C:
         _objective_kernel[(triton.cdiv(C, BLOCK),)](
             lp, old, advantages, kd_weight, lq, kl, entropy, weights, out, C, high, low, dual, cap,

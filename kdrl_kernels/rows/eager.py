@@ -1,9 +1,9 @@
-"""Row work in plain PyTorch, in place and in blocks of rows that stay in a CPU's cache.
+"""Does the row work in plain PyTorch, in place, in blocks of rows that stay in a CPU's cache.
 
-The sweep leaves exp(d), d = z - max z, where the student's logits were (with a softcap d: its slope
-is not 0 where exp(d) is), and in the teacher's place what the gradient needs of both: it is then a
-sum of two or three buffers times a number each row.
-Maths: README.md.
+The sweep leaves exp(d), d = z - max z, where the student's logits were (with a softcap it leaves d,
+since the slope of the softcap is not 0 where exp(d) is). In the place of the teacher's logits it
+leaves what the gradient needs of both. The gradient of a row is then a sum of two or three buffers,
+each times a number. Maths: README.md.
 """
 
 import math
@@ -12,20 +12,27 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kdrl_kernels.objective import Coefficients, Objective, Rows, TokenLoss
+from kdrl_kernels.objective import (
+    Coefficients,
+    Objective,
+    Rows,
+    TokenLoss,
+    kd_pull,
+    sampled_kd,
+)
 from kdrl_kernels.objective import coefficients as autograd_coefficients
-from kdrl_kernels.rows import Stats, Stream, TeacherStream
+from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
 
 CPU_BLOCK_ELEMENTS = 1 << 18
 """Logits of one block of rows on a CPU: 1 MB of float32."""
 GPU_BLOCK_ELEMENTS = 1 << 23
-"""The same on a GPU: enough to fill it."""
+"""Logits of one block of rows on a GPU: enough to fill it."""
 BLOCK_BUFFERS = 6
-"""Temporaries of a block's size that are alive together, at most."""
+"""The most temporaries of a block's size that are alive together."""
 
 
 def block_rows(V: int, device: torch.device) -> int:
-    """Rows of one block, at least 1."""
+    """Return the rows of one block, at least 1."""
     elements = CPU_BLOCK_ELEMENTS if device.type == "cpu" else GPU_BLOCK_ELEMENTS
     return max(1, elements // V)
 
@@ -33,7 +40,7 @@ def block_rows(V: int, device: torch.device) -> int:
 def sweep(
     student: Stream, tokens: Tensor, *, teacher: TeacherStream | None = None, entropy: bool = False
 ) -> Stats:
-    """Statistics of one stream, or of two with their divergence; what is left: see above."""
+    """Compute statistics of one stream, or of two and their divergence; overwrite the logits."""
     blocks = [
         _sweep_block(student, tokens[rows], rows, teacher, entropy)
         for rows in _blocks(len(tokens), student.logits)
@@ -46,7 +53,7 @@ def _sweep_block(
 ) -> dict[str, Tensor]:
     d, top = _lower_(student, rows)
     d_y = _pick(d, tokens)
-    found = {"max": top}
+    stats = {"max": top}
     keep = student.softcap is not None
     if teacher is None:
         e = _exp(d, keep or entropy)
@@ -54,21 +61,21 @@ def _sweep_block(
     else:
         d_t, top_t = _lower_(teacher, rows)
         d_t_y = _pick(d_t, tokens)
-        e, total, total_t, other = _divergence_(d, d_t, teacher, keep or entropy)
+        e, total, total_t, divergences = _divergence_(d, d_t, teacher, keep or entropy)
         log_sum_t = total_t.log()
-        found |= other | {"teacher_max": top_t, "teacher_log_sum": log_sum_t}
-        found["teacher_logprobs"] = d_t_y - log_sum_t
-    found["log_sum"] = total.log()
-    found["logprobs"] = d_y - found["log_sum"]
+        stats |= divergences | {"teacher_max": top_t, "teacher_log_sum": log_sum_t}
+        stats["teacher_logprobs"] = d_t_y - log_sum_t
+    stats["log_sum"] = total.log()
+    stats["logprobs"] = d_y - stats["log_sum"]
     if entropy:
-        found["entropy"] = found["log_sum"] - _sum_(d * e) / total
+        stats["entropy"] = stats["log_sum"] - _sum_(d * e) / total
         if not keep:
             d.copy_(e)
-    return found
+    return stats
 
 
 def _lower_(stream: Stream, rows: slice, top: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(d in the place of the logits, max a)."""
+    """Return d, in the place of the logits, and max a."""
     d = stream.logits[rows]
     if stream.softcap is not None:
         d.div_(stream.softcap).tanh_().mul_(stream.softcap)
@@ -80,58 +87,61 @@ def _lower_(stream: Stream, rows: slice, top: Tensor | None = None) -> tuple[Ten
 
 
 def _exp(d: Tensor, keep: bool) -> Tensor:
-    """exp(d), over d unless it is kept."""
+    """Return exp(d), written over d unless d is kept."""
     return d.exp() if keep else d.exp_()
 
 
 def _divergence_(
     d: Tensor, d_t: Tensor, teacher: TeacherStream, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """(exp(d), its sum, that of exp(d_t), the divergences of a block).
+    """Return exp(d), its sum, that of exp(d_t), and the divergences of a block.
 
-    Over d_t: "rkl" exp(d) (d - d_t), "fkl" (q - p) sum exp(d_t), "jsd" exp(d) (log p - log m).
+    Over d_t it writes exp(d) (d - d_t) for "rkl", (q - p) sum exp(d_t) for "fkl", and
+    exp(d) (log p - log m) for "jsd".
     """
     e_t = d_t.exp()
     total_t = e_t.sum(dim=1)
     if teacher.kd == "fkl":
-        gap = (d_t - d).mul_(e_t)
+        weighted = (d_t - d).mul_(e_t)
         e = _exp(d, keep)
         total = e.sum(dim=1)
         torch.sub(e_t, torch.mul(e, (total_t / total)[:, None], out=d_t), out=d_t)
-        kl = _sum_(gap) / total_t - (total_t.log() - total.log())
+        kl = _sum_(weighted) / total_t - (total_t.log() - total.log())
         return e, total, total_t, {"kl": kl}
-    gap = d_t.sub_(d)
+    difference = torch.sub(d, d_t, out=d_t)
     e = _exp(d, keep)
     total = e.sum(dim=1)
-    log_ratio = total_t.log() - total.log()
+    log_total_ratio = total_t.log() - total.log()
     if teacher.kd == "rkl":
-        kl = _sum_(gap.mul_(e).neg_()) / total + log_ratio
+        kl = _sum_(difference.mul_(e)) / total + log_total_ratio
         return e, total, total_t, {"kl": kl}
     alpha = teacher.jsd_alpha
-    t = _mixture_gap(gap.sub_(log_ratio[:, None]), alpha)
-    q_kl = _sum_((t + gap.clamp(max=0)).mul_(e_t)) / total_t
-    p_kl = _sum_(torch.sub(t, gap.clamp_(min=0), out=gap).mul_(e)) / total
+    log_ratio = difference.add_(log_total_ratio[:, None])  # log p - log q
+    t = _mixture_log_ratio(log_ratio, alpha)
+    q_kl = _sum_((t - log_ratio.clamp(min=0)).mul_(e_t)) / total_t
+    p_kl = _sum_(torch.add(t, log_ratio.clamp_(max=0), out=log_ratio).mul_(e)) / total
     return e, total, total_t, {"kl": alpha * q_kl + (1 - alpha) * p_kl, "mixture_kl": p_kl}
 
 
-def _sum_(terms: Tensor) -> Tensor:
-    """Sum of each row; NaN, which is 0 · inf, becomes 0."""
-    return _nan_to_0(terms).sum(dim=1)
+def _sum_(values: Tensor) -> Tensor:
+    """Sum each row; NaN, which is 0 · inf, becomes 0."""
+    return _nan_to_0(values).sum(dim=1)
 
 
-def _mixture_gap(gap: Tensor, alpha: float) -> Tensor:
-    """t of log p - log m = t - max(gap, 0) and log q - log m = t + min(gap, 0).
+def _mixture_log_ratio(log_ratio: Tensor, alpha: float) -> Tensor:
+    """Return t, where log p - log m = t + min(l, 0), log q - log m = t - max(l, 0).
 
-    gap = log q - log p, m = alpha q + (1 - alpha) p, t = -log(1 + w (exp(-|gap|) - 1)) with w the
-    share of the smaller one: no cancellation.
+    l = log p - log q, m = alpha q + (1 - alpha) p, t = -log(1 + w (exp(-|l|) - 1)), and w is the
+    share of the smaller of p and q: nothing cancels.
     """
-    # where(gap > 0, 1 - alpha, alpha), whose numbers would be broadcast at the price of an exp
-    share = torch.gt(gap, 0, out=torch.empty_like(gap)).mul_(1 - 2 * alpha).add_(alpha)
-    return gap.abs().neg_().expm1_().mul_(share).log1p_().neg_()
+    # where(l < 0, 1 - alpha, alpha), which would broadcast its two numbers at the price of an exp
+    share = torch.lt(log_ratio, 0, out=torch.empty_like(log_ratio))
+    share.mul_(1 - 2 * alpha).add_(alpha)
+    return log_ratio.abs().neg_().expm1_().mul_(share).log1p_().neg_()
 
 
 def resume_(stream: Stream, stats: Stats) -> None:
-    """What sweep left of one stream, out of the same logits projected again."""
+    """Overwrite logits that were projected again with what sweep of one stream left of them."""
     for rows in _blocks(len(stream.logits), stream.logits):
         d, _ = _lower_(stream, rows, stats.max[rows])
         if stream.softcap is None:
@@ -141,7 +151,7 @@ def resume_(stream: Stream, stats: Stats) -> None:
 def coefficients(
     loss: TokenLoss, rows: Rows, weights: Tensor
 ) -> tuple[Tensor, Coefficients | None]:
-    """([C] weighted losses, their derivatives); a caller's own loss goes through autograd."""
+    """Return [C] weighted losses and their derivatives; autograd gives those of a caller's loss."""
     if not isinstance(loss, Objective):
         return autograd_coefficients(loss, rows, weights)
     rows = loss.centred(rows)
@@ -160,10 +170,9 @@ def coefficients(
             g = scale * weights
         else:
             assert rows.teacher_logprobs is not None
-            gap = torch.where(scale == 0, 0, lp - rows.teacher_logprobs)
-            pull = gap if loss.kd == "k2" else -torch.expm1(-gap)
-            value += scale * (gap.square() / 2 if loss.kd == "k2" else gap - pull)
-            c += scale * pull
+            teacher_log_ratio = torch.where(scale == 0, 0, lp - rows.teacher_logprobs)
+            value += scale * sampled_kd(loss.kd, teacher_log_ratio)
+            c += scale * kd_pull(loss.kd, teacher_log_ratio)
     e = None
     if loss.entropy:
         assert rows.entropy is not None
@@ -175,7 +184,7 @@ def coefficients(
 def _policy(
     objective: Objective, log_ratio: Tensor, advantages: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(-A r within its bounds, its derivative in lp): 0 outside them, and where A = 0."""
+    """Return -A r within its bounds and its derivative in lp, 0 outside them and where A = 0."""
     assert advantages is not None
     high, low, dual = (log_ratio.new_full((), x) for x in objective.log_ratio_bounds)
     upper = torch.where(advantages > 0, high, dual)
@@ -195,25 +204,28 @@ def gradient(
     teacher: TeacherStream | None = None,
     source: Tensor | None = None,
 ) -> Tensor:
-    """dL/dlogits of row source[n] in out[n]; source None: of row n. Rows with source -1 are left.
+    """Write dL/dlogits of row source[n] to out[n]; of row n where source is None.
 
-    out [C, V] may be the student's own memory, as it is or as a 16-bit view: source[n] is n, or
-    a row that no slot of out lies over. The teacher's memory is used up.
+    Slots with source -1 are not written. out [C, V] may be the student's memory, as it is or as a
+    16-bit view: source[n] is n, or a row whose memory no slot of out covers. The teacher's logits
+    are overwritten.
     """
     source = None if source is None else source[source >= 0]
-    own, of_teacher, of_entropy = _scales(stats, coef, teacher)
+    scale, teacher_scale, entropy_scale = _scales(stats, coef, teacher)
     for slots in _blocks(len(tokens) if source is None else len(source), student.logits):
         rows = slots if source is None else source[slots]
         e, slope = student.logits[rows], None
         if student.softcap is not None:
             e, slope = e.exp(), _softcap_slope(student, e, stats.max, rows)
-        surprise = None if of_entropy is None else torch.xlogy(e, e).mul_(of_entropy[rows, None])
+        surprise = None
+        if entropy_scale is not None:
+            surprise = torch.xlogy(e, e).mul_(entropy_scale[rows, None])
         direct = source is None and out.dtype == e.dtype
-        dz = torch.mul(e, own[rows, None], out=out[slots] if direct else None)
+        dz = torch.mul(e, scale[rows, None], out=out[slots] if direct else None)
         if surprise is not None:
             dz += surprise
-        if teacher is not None and of_teacher is not None:
-            dz += _nan_to_0(teacher.logits[rows].mul_(of_teacher[rows, None]))
+        if teacher is not None and teacher_scale is not None:
+            dz += _nan_to_0(teacher.logits[rows].mul_(teacher_scale[rows, None]))
         dz.scatter_add_(1, tokens[rows, None], coef.logprobs[rows, None])
         if slope is not None:
             dz *= slope
@@ -227,40 +239,43 @@ def gradient(
 def _scales(
     stats: Stats, coef: Coefficients, teacher: TeacherStream | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """[C] factors of exp(d), of what lies in the teacher's place, and of exp(d) d; 0 where g is."""
+    """Return the [C] factors of exp(d), of what replaced the teacher's logits, and of exp(d) d.
+
+    The factors from the divergence are 0 where g is, even if the divergence is infinite.
+    """
     total = stats.log_sum.exp()
-    own, of_teacher, of_entropy = -coef.logprobs, None, None
+    scale, teacher_scale, entropy_scale = -coef.logprobs, None, None
     if coef.kl is not None:
         assert teacher is not None
         assert stats.teacher_log_sum is not None
         g, log_sum_t = coef.kl, stats.teacher_log_sum
         if teacher.kd == "fkl":
-            of_teacher, pull = -g / log_sum_t.exp(), torch.zeros_like(g)
+            teacher_scale, pull = -g / log_sum_t.exp(), torch.zeros_like(g)
         elif teacher.kd == "rkl":
             assert stats.kl is not None
-            of_teacher, pull = g / total, log_sum_t - stats.log_sum - stats.kl
+            teacher_scale, pull = g / total, log_sum_t - stats.log_sum - stats.kl
         else:
             assert stats.mixture_kl is not None
             g = g * (1 - teacher.jsd_alpha)
-            of_teacher, pull = g / total, -stats.mixture_kl
-        own = own + torch.where(g == 0, 0, g * pull)
+            teacher_scale, pull = g / total, -stats.mixture_kl
+        scale = scale + torch.where(g == 0, 0, g * pull)
     if coef.entropy is not None:
         assert stats.entropy is not None
-        own = own - coef.entropy * (stats.entropy - stats.log_sum)
-        of_entropy = -coef.entropy / total
-    return own / total, of_teacher, of_entropy
+        scale = scale - coef.entropy * (stats.entropy - stats.log_sum)
+        entropy_scale = -coef.entropy / total
+    return scale / total, teacher_scale, entropy_scale
 
 
 def _softcap_slope(stream: Stream, d: Tensor, top: Tensor, rows: slice | Tensor) -> Tensor:
-    """d softcap(x) / dx = 1 - tanh², with tanh = (temperature · d + max) / softcap."""
+    """Return d softcap(x) / dx = 1 - tanh², where tanh = (temperature · d + max) / softcap."""
     assert stream.softcap is not None
     a = (d * _column(stream.temperature, rows)).add_(top[rows, None])
     return 1 - a.div_(stream.softcap).square_()
 
 
-def _nan_to_0(terms: Tensor) -> Tensor:
-    """0 · inf counts 0."""
-    return terms.nan_to_num_(nan=0, posinf=math.inf, neginf=-math.inf)
+def _nan_to_0(values: Tensor) -> Tensor:
+    """Replace NaN, which is 0 · inf here, by 0 in place."""
+    return values.nan_to_num_(nan=0, posinf=math.inf, neginf=-math.inf)
 
 
 def _pick(d: Tensor, tokens: Tensor) -> Tensor:

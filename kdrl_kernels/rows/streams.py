@@ -1,0 +1,50 @@
+"""Defines what row work reads and returns: logits of one head or two, and their statistics."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Holds logits [C, V] of one head, as the GEMM left them, and what turns them into z.
+
+    z = a / temperature, a = softcap(logits). `sweep` may overwrite the logits with what `gradient`
+    of the same module expects; `resume_` overwrites them without computing statistics.
+    """
+
+    logits: Tensor
+    temperature: float | Tensor
+    softcap: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherStream(Stream):
+    """Holds the second stream of a sweep, and the divergence to it that is computed."""
+
+    kd: str
+    """"rkl", "fkl" or "jsd"."""
+    jsd_alpha: float = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Holds the statistics of each row that sweeps over one stream or two compute: [C], in nats.
+
+    log p_v = (a_v - max) / temperature - log_sum. Their sum, the usual lse, would lose 1e-3 nat
+    at |z| = 1e4.
+    """
+
+    max: Tensor
+    """max_v a_v, before the temperature."""
+    log_sum: Tensor
+    """log(sum_v exp((a_v - max) / temperature))."""
+    logprobs: Tensor
+    entropy: Tensor | None = None
+    teacher_max: Tensor | None = None
+    teacher_log_sum: Tensor | None = None
+    teacher_logprobs: Tensor | None = None
+    kl: Tensor | None = None
+    """KL(p‖q) for "rkl", KL(q‖p) for "fkl", the Jensen-Shannon divergence for "jsd"."""
+    mixture_kl: Tensor | None = None
+    """KL(p‖m) for "jsd", which its gradient needs."""

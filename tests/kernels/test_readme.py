@@ -1,0 +1,81 @@
+"""The example of kdrl_kernels/README.md runs as it stands, on tiny tensors."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kdrl_kernels as kk
+
+README = Path(kk.__file__).with_name("README.md").read_text(encoding="utf-8")
+N, H, V = 5, 4, 11
+
+
+def _inputs() -> dict[str, Any]:
+    rng = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=rng)
+
+    return {
+        "hidden": randn(N, H).requires_grad_(),
+        "weight": randn(V, H).requires_grad_(),
+        "tokens": torch.randint(V, (N,), generator=rng),
+        "advantages": randn(N),
+        "old_logprobs": randn(N) - 2,
+        "t_hidden": randn(N, H + 1),
+        "t_weight": randn(V + 2, H + 1),
+        "global_token_count": 2 * N,
+    }
+
+
+def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    inputs = _inputs()
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    names = dict(inputs)
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    out, scores = names["out"], names["scores"]
+    torch.testing.assert_close(scores.logprobs, out.logprobs)
+    assert out.kl.min() > 0
+    assert names["means"]["ratio_mean"] == 1
+    assert names["means"]["kl_mean"] > 0
+    weight, cispo = inputs["weight"], names["cispo"]
+    assert weight.grad.abs().sum() > 0
+    loss = kk.linear_token_loss(
+        inputs["hidden"], weight, inputs["tokens"], cispo, impl="reference"
+    ).loss
+    ours = kk.linear_token_loss(inputs["hidden"], weight, inputs["tokens"], cispo).loss
+    torch.testing.assert_close(ours, loss)
+    assert "16,384 tokens" in capsys.readouterr().out
+
+
+def test_the_metrics_table_names_every_key() -> None:
+    inputs = _inputs()
+    metrics: set[str] = set()
+    for objective in (kk.Objective(kd="rkl", entropy_coef=0.1), kk.Objective(kd_baseline="kl")):
+        out = kk.kdrl_loss(
+            inputs["hidden"],
+            inputs["weight"],
+            inputs["tokens"],
+            advantages=inputs["advantages"],
+            teacher=kk.TeacherHead(inputs["t_hidden"], inputs["t_weight"]),
+            objective=objective,
+        )
+        metrics |= out.metrics.keys()
+    section = README.split("## Metrics")[1].split("##")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == sorted(metrics)
+    assert {name for name in kk.mean_metrics(out.metrics) if name not in metrics} <= set(
+        re.findall(r"`(\w+)`", section)
+    )
+
+
+def test_files_that_are_named_exist() -> None:
+    root = Path(kk.__file__).parents[1]
+    names = re.findall(r"`(tests/[\w/]+\.py)`", README)
+    assert names
+    assert all((root / name).is_file() for name in names)
