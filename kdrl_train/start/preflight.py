@@ -15,7 +15,7 @@ from kdrl_train.batch import Example
 from kdrl_train.config import TrainConfig
 from kdrl_train.errors import RankError
 from kdrl_train.model.eos import eos_ids
-from kdrl_train.model.fsdp import call_gathered
+from kdrl_train.model.fsdp import gathered
 from kdrl_train.model.load import use_device
 from kdrl_train.model.policy import HeadedModel
 from kdrl_train.model.probe import probe
@@ -256,10 +256,11 @@ def check_gold(config: TrainConfig, examples: Sequence[Example], verifier: Verif
 
 
 def _probed(model: HeadedModel, name: str, packed: bool) -> str:
-    gap = call_gathered(model, lambda whole: probe(whole, name, packed=packed))
+    with gathered(model):
+        probe_error = probe(model, name, packed=packed)
     kind = "tied" if _tied(model) else "untied"
     rows = "packed rows keep sequences apart" if packed else "one sequence per row"
-    return f"{type(model.model).__name__}, {kind} head: own logits to {gap:.0e}; {rows}"
+    return f"{type(model.model).__name__}, {kind} head: own logits to {probe_error:.0e}; {rows}"
 
 
 def _tied(model: HeadedModel) -> bool:
@@ -276,7 +277,8 @@ def check_teacher_reads(config: TrainConfig, loaded: Loaded) -> str:
     assert loaded.teacher is not None
     some = loaded.examples[:PROBE_PROMPTS]
     prompts = [torch.tensor(encode_prompt(loaded.tokenizer, e, config.data)) for e in some]
-    total, count = call_gathered(loaded.teacher, partial(_prompt_logprobs, prompts=prompts))
+    with gathered(loaded.teacher):
+        total, count = _prompt_logprobs(loaded.teacher, prompts)
     mean = total / max(count, 1)
     if not abs(mean) < float("inf"):
         raise ValueError(f"model.teacher must give finite log-probabilities, got {mean}")
