@@ -1,21 +1,21 @@
-"""Errors that end a run with a message for its user, beside ValueError and OSError."""
+"""The errors, besides ValueError and OSError, that end a run with a message for its user."""
 
 
 class RunError(RuntimeError):
-    """The command line prints its message and exits with 1."""
+    """An error whose message the command line prints before it exits with 1."""
 
 
 class EngineError(RunError):
-    """The engine does not sample from the policy that is trained."""
+    """The engine does not sample from the policy that is being trained."""
 
 
 class RewardError(RunError, ValueError):
-    """The reward function fails on everything it is given."""
+    """The reward function failed on every completion of a prompt."""
 
 
 class MidStepError(RunError):
-    """A later update of a step went wrong: the weights are those of no whole step."""
+    """An update of a step failed after an earlier one: the weights belong to no whole step."""
 
 
 class RankError(RunError):
-    """Another rank failed; the message is its own."""
+    """Some rank failed; the message names that rank and repeats its error."""

@@ -1,7 +1,7 @@
-"""One process or many: the ranks of a run, and what they tell each other.
+"""The ranks of a run, one process or many, and how they exchange values.
 
-torchrun starts K processes and says so in the environment. Without it there is one process and no
-process group. Every rank runs the same program; rank 0 writes.
+torchrun starts several processes and tells each its rank through the environment. Without torchrun
+there is one process and no process group. Every rank runs the same program; only rank 0 writes.
 """
 
 import os
@@ -19,27 +19,30 @@ from kdrl_train.errors import RankError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)
-"""Longest wait for the others: one may still generate, or wait for its verifier."""
+"""The longest wait for other ranks, which may still generate or wait for their verifier."""
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among all of them."""
+    """Describes this process among all processes of the run."""
 
     rank: int = 0
     size: int = 1
     launched: bool = False
-    """By torchrun: there is a process group, and FSDP2 shards the models, be it over one rank."""
+    """Whether torchrun started it: then there is a process group, and FSDP2 shards the models, even
+    over a single rank."""
 
     @property
     def main(self) -> bool:
-        """Whether this is the rank that writes."""
+        """Say whether this is the rank that writes."""
         return self.rank == 0
 
     def share(self, make: Callable[[], T]) -> list[T]:
-        """make() of every rank, in their order. What one of them raises stops all of them.
+        """Call make() on every rank and return all values, in the order of the ranks.
 
-        Values travel by pickle. Raises: in one process what make raises, else RankError everywhere.
+        Values are sent by pickle. All ranks must call this together.
+
+        Raises: RankError on all ranks if make() fails on one; with a single rank, its own error.
         """
         if self.size == 1:
             return [make()]
@@ -49,29 +52,31 @@ class World:
         except Exception as caught:
             error = caught
         message = None if error is None else f"{type(error).__name__}: {error}"
-        told: list[Any] = [None] * self.size
-        dist.all_gather_object(told, (value, message))
-        for rank, (_, failure) in enumerate(told):
+        outcomes: list[Any] = [None] * self.size
+        dist.all_gather_object(outcomes, (value, message))
+        for rank, (_, failure) in enumerate(outcomes):
             if failure is not None:
                 raise RankError(f"rank {rank} stopped with {failure}") from error
-        return [value for value, _ in told]
+        return [value for value, _ in outcomes]
 
     def on_main(self, make: Callable[[], T]) -> T:
-        """make() of rank 0, for all ranks."""
+        """Call make() on rank 0 alone and return its value on all ranks."""
         return self.share(lambda: make() if self.main else None)[0]  # type: ignore[return-value]
 
     def any(self, flag: bool) -> bool:
-        """Whether it is set on some rank."""
+        """Say whether `flag` is true on some rank."""
         return flag if self.size == 1 else any(self.share(lambda: flag))
 
     def sum(self, values: dict[str, Tensor], largest: tuple[str, ...] = ()) -> dict[str, Tensor]:
-        """Sums over ranks, in float64 on the CPU; of the names in `largest` the maximum.
+        """Add up tensors over the ranks, in float64 on the CPU.
 
-        values: {name: [...]}; a name that a rank lacks counts as 0 there.
+        Args:
+            values: one tensor for each name; a name that a rank lacks counts as 0 there.
+            largest: names whose maximum is taken instead of their sum.
         """
-        own = {name: value.detach().double().cpu() for name, value in values.items()}
+        copies = {name: value.detach().double().cpu() for name, value in values.items()}
         total: dict[str, Tensor] = {}
-        for part in self.share(lambda: own):
+        for part in self.share(lambda: copies):
             for name, value in part.items():
                 if name not in total:
                     total[name] = value
@@ -83,14 +88,14 @@ class World:
 
 
 ALONE = World()
-"""One process, without a process group."""
+"""The world of a single process, without a process group."""
 
 
 @contextmanager
 def connect(device: torch.device) -> Iterator[World]:
-    """The world of this process; its process group lives as long as the block.
+    """Yield the world of this process; its process group exists as long as the block.
 
-    device: of the models. Backends: gloo for CPU tensors and objects, NCCL for those of GPUs.
+    device: where the models are. gloo carries CPU tensors and objects, NCCL the tensors of GPUs.
     """
     if "RANK" not in os.environ:
         yield ALONE

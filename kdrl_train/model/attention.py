@@ -1,9 +1,10 @@
-"""Attention over packed rows whose cost grows with the sequences, not with the row.
+"""Attention over a pack: its cost grows with its sequences' lengths, not with the pack's length.
 
-transformers' own SDPA masks a row of T tokens with [T, T] numbers. Here the sequences of a row are
-told apart by their lengths: on a GPU in 16 bit by PyTorch's variable-length kernel; elsewhere they
-are brought into batches of similar length, padded on the right, where causal attention needs no
-mask. Registered with transformers as "packed"; without packed lengths it is SDPA.
+A pack is several sequences in one row of T tokens. transformers' own SDPA masks it with [T, T]
+numbers. Here the sequences are kept apart by their lengths: on a GPU in 16 bit by PyTorch's
+variable-length kernel; elsewhere they go into batches of similar length, padded on the right, where
+causal attention needs no mask. It is registered with transformers as "packed"; without packed
+lengths it is SDPA.
 """
 
 from collections.abc import Sequence
@@ -24,13 +25,13 @@ VARLEN_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def choose(model: Any, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The attention of a transformers model where its configuration leaves it open.
+    """Choose the attention of a transformers model whose configuration leaves it open.
 
     Args:
-        dtype: of the compute.
-    Returns: "flash_attention_2" where it is installed and can run, else "packed"; None, its own
-        default, for a model that computes more than SDPA does (capped scores, sinks) or whose code
-        hands nothing on to its attention.
+        dtype: the compute dtype.
+    Returns: "flash_attention_2" where it is installed and can run, else "packed". None stands for
+        the model's own default; it is chosen for a model that computes more than SDPA does (capped
+        scores, sinks), or whose code passes nothing on to its attention.
     """
     half = device.type == "cuda" and dtype in VARLEN_DTYPES
     if half and model._supports_flash_attn and is_flash_attn_2_available():
@@ -39,9 +40,9 @@ def choose(model: Any, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def packed_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
-    """What tells a model's attention the lengths of the sequences in its one row.
+    """Return the arguments that tell a model's attention the lengths of a pack's sequences.
 
-    The mask is a token that transformers hands on as it is; nobody reads it.
+    The mask is a placeholder: transformers passes it on unchanged, and nothing reads it.
     """
     ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
     return {
@@ -66,9 +67,9 @@ def attention(
     packed_lengths: Sequence[int] | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, heads, T, D], key and value [1, heads_kv, T, D] -> [1, T, heads, D].
+    """Map query [1, heads, T, D], key and value [1, heads_kv, T, D] to [1, T, heads, D].
 
-    sliding_window: tokens that a query sees, itself included; None: all before it.
+    sliding_window: how many tokens a query sees, itself included; None: all before it.
     """
     if packed_lengths is None:
         return sdpa_attention_forward(
@@ -76,27 +77,28 @@ def attention(
         )
     window = sliding_window if sliding_window and sliding_window < max(packed_lengths) else None
     groups = query.shape[1] // key.shape[1]
-    rows = [x[0] for x in (query, repeat_kv(key, groups), repeat_kv(value, groups))]
+    heads = [x[0] for x in (query, repeat_kv(key, groups), repeat_kv(value, groups))]
     if torch.is_autocast_enabled(query.device.type):  # rotary leaves float32 behind
-        rows = [row.to(torch.get_autocast_dtype(query.device.type)) for row in rows]
-    if _has_varlen(rows[0]):
-        return _varlen(rows, packed_lengths, more["cu_seq_lens_q"], scaling, window)[None], None
-    return _padded(rows, packed_lengths, scaling, window).transpose(0, 1)[None], None
+        heads = [x.to(torch.get_autocast_dtype(query.device.type)) for x in heads]
+    if _has_varlen(heads[0]):
+        return _varlen(heads, packed_lengths, more["cu_seq_lens_q"], scaling, window)[None], None
+    return _padded(heads, packed_lengths, scaling, window).transpose(0, 1)[None], None
 
 
 def _has_varlen(query: Tensor) -> bool:
+    """Say whether PyTorch's variable-length kernel takes such a query."""
     return query.device.type == "cuda" and query.dtype in VARLEN_DTYPES
 
 
 def _varlen(
-    rows: list[Tensor],
+    heads: list[Tensor],
     lengths: Sequence[int],
     ends: Tensor,
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """query, key, value [heads, T, D] -> [T, heads, D], in one kernel."""
-    query, key, value = (row.transpose(0, 1) for row in rows)
+    """Map the heads of query, key and value, each [heads, T, D], to [T, heads, D] in one kernel."""
+    query, key, value = (x.transpose(0, 1) for x in heads)
     longest = max(lengths)
     out = varlen.varlen_attn(
         query,
@@ -109,40 +111,43 @@ def _varlen(
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
     )
-    assert isinstance(out, Tensor)  # a pair where more is asked for
+    assert isinstance(out, Tensor)  # it returns a pair only with return_aux
     return out
 
 
 def _padded(
-    rows: list[Tensor], lengths: Sequence[int], scaling: float | None, window: int | None
+    heads: list[Tensor], lengths: Sequence[int], scaling: float | None, window: int | None
 ) -> Tensor:
-    """query, key, value [heads, T, D] -> [heads, T, D], in batches of lengths within a factor 2."""
+    """Map the heads of query, key and value, each [heads, T, D], to [heads, T, D].
+
+    The sequences go into batches whose lengths differ by less than a factor of 2.
+    """
     starts = [0, *accumulate(lengths)]
-    sizes: dict[int, list[int]] = {}
+    batches: dict[int, list[int]] = {}
     for i, length in enumerate(lengths):
-        sizes.setdefault(length.bit_length(), []).append(i)
-    pieces, places = [], []
-    for members in sizes.values():
+        batches.setdefault(length.bit_length(), []).append(i)
+    outputs, positions = [], []
+    for members in batches.values():
         longest = max(lengths[i] for i in members)
         index = torch.tensor([starts[i] for i in members])[:, None] + torch.arange(longest)
         inside = torch.arange(longest) < torch.tensor([lengths[i] for i in members])[:, None]
-        index = index.where(inside, starts[members[0]]).to(rows[0].device)
-        query, key, value = (row[:, index].transpose(0, 1) for row in rows)  # [B, heads, ., D]
-        mask = None if window is None else _band(longest, window, rows[0].device)
+        index = index.where(inside, starts[members[0]]).to(heads[0].device)
+        query, key, value = (x[:, index].transpose(0, 1) for x in heads)  # [B, heads, ., D]
+        mask = None if window is None else _band(longest, window, heads[0].device)
         out = scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling
         )
         inside = inside.to(out.device)
-        pieces.append(out.transpose(0, 1)[:, inside])
-        places.append(index[inside])
-    order = torch.cat(places).argsort()
-    return torch.cat(pieces, dim=1)[:, order]
+        outputs.append(out.transpose(0, 1)[:, inside])
+        positions.append(index[inside])
+    order = torch.cat(positions).argsort()
+    return torch.cat(outputs, dim=1)[:, order]
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:
-    """[length, length] bool: a token sees itself and the window - 1 before it."""
-    place = torch.arange(length, device=device)
-    distance = place[:, None] - place
+    """Return the [length, length] bool mask where a token sees itself and window - 1 before it."""
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position
     return (distance >= 0) & (distance < window)
 
 

@@ -1,13 +1,14 @@
-"""FSDP2: a policy or teacher over all ranks, one shard of every weight each.
+"""Shards a policy or teacher with FSDP2: each rank keeps one shard of every weight.
 
-Every layer is a unit that is gathered when it computes. What is left (embedding, last norm, LM
-head) is the root's, gathered when the policy's forward begins, so that the loss inside it sees the
-whole head. Weights are float32 where the optimizer sees them, in the compute dtype where they
-compute; gradients are averaged over ranks in float32.
+Every layer is a unit, whose weights are gathered when it computes. The remaining weights
+(embedding, last norm, LM head) belong to the root, and are gathered when the policy's forward pass
+begins, so that the loss inside it sees the whole head. Weights are float32 where the optimizer sees
+them, and in the compute dtype where they compute; gradients are averaged over ranks in float32.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,20 +27,20 @@ from torch.distributed.tensor import DTensor
 from kdrl_train.model.policy import HeadedModel
 from kdrl_train.ranks import World
 
-T = TypeVar("T")
-
 
 def shard(
     wrapped: HeadedModel, device: torch.device, world: World, *, offload: bool = False
 ) -> None:
     """Shard a policy or teacher in place, over all ranks of the process group.
 
-    One unit after the other is sent out whole and cut: a device holds its shards and one unit.
+    Rank 0 sends one unit after the other to all ranks, each of which keeps its part: a device
+    never holds more than its shards and one whole unit.
 
     Args:
-        wrapped: with its weights in CPU memory on rank 0, on the meta device elsewhere.
-        device: where it computes.
-        offload: shards (of a policy also gradients and AdamW's moments) wait in CPU memory.
+        wrapped: the model, with its weights in CPU memory on rank 0, on the meta device elsewhere.
+        device: the device that computes.
+        offload: whether the shards (of a policy also its gradients and AdamW's moments) stay in
+            CPU memory while they are not used.
     Raises: ValueError for a model that does not name its layers.
     """
     dtypes = world.on_main(lambda: {name: t.dtype for name, t in _tensors(wrapped)})
@@ -49,20 +50,20 @@ def shard(
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # the normaliser is a float64 tensor, and stays one
     )
-    place = CPUOffloadPolicy() if offload else OffloadPolicy()
+    offload_policy = CPUOffloadPolicy() if offload else OffloadPolicy()
     names = {id(tensor): name for name, tensor in _tensors(wrapped)}
-    done: set[nn.Module] = set()
+    sent: set[nn.Module] = set()
     for unit in [*layers(wrapped.model), wrapped]:
-        own = [module for module in unit.modules() if module not in done]
-        done.update(own)
-        _receive(own, lambda tensor: dtypes[names[id(tensor)]], device, world)
-        fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=place)
+        modules = [module for module in unit.modules() if module not in sent]
+        sent.update(modules)
+        _receive(modules, lambda tensor: dtypes[names[id(tensor)]], device, world)
+        fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload_policy)
     wrapped.device = device
     register_fsdp_forward_method(wrapped, "call")
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every parameter and buffer; a tied one once."""
+    """Yield (name, tensor) of every parameter and buffer; a tied one comes once."""
     yield from module.named_parameters()
     yield from module.named_buffers()
 
@@ -73,8 +74,10 @@ def _receive(
     device: torch.device,
     world: World,
 ) -> None:
-    """Put rank 0's parameters and buffers of some modules, whole, on the device of every rank; tied
-    ones stay so."""
+    """Put rank 0's parameters and buffers of some modules, whole, on the device of every rank.
+
+    Tied tensors stay tied.
+    """
     received: dict[int, Tensor] = {}
     for module in modules:
         kinds: list[dict[str, Any]] = [module._parameters, module._buffers]
@@ -83,51 +86,69 @@ def _receive(
                 if tensor is None:
                     continue
                 if id(tensor) not in received:
-                    here = torch.empty(tensor.shape, dtype=dtype_of(tensor), device=device)
+                    copy = torch.empty(tensor.shape, dtype=dtype_of(tensor), device=device)
                     if world.main:
-                        here.copy_(tensor.detach())
-                    dist.broadcast(here, src=0)
+                        copy.copy_(tensor.detach())
+                    dist.broadcast(copy, src=0)
                     if isinstance(tensor, nn.Parameter):
-                        here = nn.Parameter(here, requires_grad=tensor.requires_grad)
-                    received[id(tensor)] = here
+                        copy = nn.Parameter(copy, requires_grad=tensor.requires_grad)
+                    received[id(tensor)] = copy
                 tensors[name] = received[id(tensor)]
 
 
-def call_gathered(wrapped: HeadedModel, question: Callable[[HeadedModel], T]) -> T:
-    """question(wrapped), with what lies outside the layers gathered as in its forward. Where it is
-    sharded all ranks ask together."""
+@contextmanager
+def gathered(wrapped: HeadedModel) -> Iterator[None]:
+    """Keep the weights outside the layers whole within the block, as in the forward pass.
+
+    A layer gathers its own weights when it computes. Where the model is sharded, all ranks must
+    enter the block together and run the same layers in it, without gradients.
+    """
+    # An empty forward pass makes FSDP2 take `wrapped` for the root and gather its weights. After
+    # unshard() alone the first layer to run would become a root, and training would fail.
+    wrapped.call(_do_nothing)
     try:
-        return wrapped.call(question)
+        yield
     finally:
-        if isinstance(wrapped, FSDPModule):
-            wrapped.reshard()
+        reshard(wrapped)
+
+
+def _do_nothing(_wrapped: HeadedModel) -> None:
+    """Compute nothing."""
 
 
 def layers(model: Any) -> list[nn.Module]:
-    """The blocks of a transformers model, by the class names that it declares for sharding."""
+    """Return the blocks of a transformers model, by the class names it declares for sharding.
+
+    Raises: ValueError for a model that declares none.
+    """
     names = set(model._no_split_modules or ())
-    found = [module for module in model.modules() if type(module).__name__ in names]
-    if not found:
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    if not blocks:
         raise ValueError(
             f"the model must name its layers in _no_split_modules, got {type(model).__name__} with "
             f"{sorted(names) or 'none'}: it cannot be sharded, start it without torchrun"
         )
-    return found
+    return blocks
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, on every rank (a collective); a plain one as it is."""
+    """Return the whole of a sharded tensor, on every rank (a collective); a plain one unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def reshard(wrapped: HeadedModel) -> None:
-    """Let go of the root's gathered weights after a forward without a backward pass, which would
-    have: the next one would not see what the optimiser does in between."""
+    """Free the root's gathered weights after a forward pass that no backward pass follows.
+
+    Otherwise the next forward pass would reuse them and miss the optimiser steps in between.
+    """
     if isinstance(wrapped, FSDPModule):
         wrapped.reshard()
 
 
 def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole weight) of every parameter, one at a time; every rank must take all of them."""
+    """Yield (name, whole weight) of every parameter, one at a time.
+
+    Where the model is sharded, every rank must take all of them.
+    """
     for name, parameter in model.named_parameters():
         yield name, full(parameter.detach())

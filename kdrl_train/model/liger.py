@@ -1,7 +1,8 @@
-"""liger-kernel's kernels of the layers, RMSNorm, SwiGLU (GEGLU) and RoPE, for a loaded model.
+"""Puts liger-kernel's layers (RMSNorm, SwiGLU or GEGLU, and RoPE) into a loaded model.
 
-Its losses stay out: the loss is kdrl_kernels' own. RoPE, and what is built later, is patched for
-the model's whole architecture in this process: liger-kernel replaces names in transformers' module.
+Its losses are not used: the loss is kdrl_kernels' own. liger-kernel replaces names in transformers'
+module, so RoPE and every layer that is built later are replaced for all models of that architecture
+in this process.
 """
 
 import importlib
@@ -14,9 +15,9 @@ REMEDY = "leave model.liger out"
 
 
 def require_liger(device: torch.device) -> Any:
-    """liger-kernel's patching module.
+    """Import and return liger-kernel's patching module.
 
-    Raises: ValueError where `device` is no GPU, or Triton or liger-kernel is not installed.
+    Raises: ValueError if `device` is not a GPU, or Triton or liger-kernel is not installed.
     """
     if device.type != "cuda" or find_spec("triton") is None:
         raise ValueError(
@@ -33,11 +34,11 @@ def require_liger(device: torch.device) -> Any:
 
 
 def patch_layers(module: Any, model: Any, key: str) -> None:
-    """Put liger's layers into `model`, a causal LM of transformers; its forward stays its own.
+    """Put liger's layers into `model`, a causal LM of transformers, and leave its forward as it is.
 
     Args:
-        module: from `require_liger`.
-        key: "model.policy" or "model.teacher", for the message.
+        module: what `require_liger` returned.
+        key: "model.policy" or "model.teacher", which the message names.
     Raises: ValueError for an architecture that liger-kernel does not know.
     """
     kind = model.config.model_type

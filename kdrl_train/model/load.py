@@ -1,4 +1,4 @@
-"""Models and tokenizers from folders or hub ids, on the run's device."""
+"""Loads models and tokenizers from folders or hub ids, onto the run's device."""
 
 import os
 from pathlib import Path
@@ -16,16 +16,18 @@ from kdrl_train.ranks import ALONE, World
 
 
 class HasVocabulary(Protocol):
-    """A teacher, as far as the policy's vocabulary depends on it: in process, or a server's."""
+    """A teacher, in this process or in a server, that limits the policy's vocabulary."""
 
     @property
     def vocab_size(self) -> int | None:
-        """Columns of its head; None where nobody says."""
+        """The number of columns of its head; None if its server does not say."""
 
 
 def device_of(config: ModelConfig) -> torch.device:
-    """The run's device; "auto" is cuda where there is one, else cpu. Under torchrun each rank has
-    the GPU of its number on the machine."""
+    """Return the run's device; "auto" is cuda where there is one, else cpu.
+
+    Under torchrun each rank uses the GPU whose index is its rank on the machine.
+    """
     device = torch.device(config.device if config.device != "auto" else _best_device())
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -33,11 +35,12 @@ def device_of(config: ModelConfig) -> torch.device:
 
 
 def _best_device() -> str:
+    """Return "cuda" where PyTorch can use a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def use_device(config: ModelConfig) -> torch.device:
-    """The run's device; a GPU named by its index becomes the current one, where kernels launch."""
+    """Return the run's device; make a GPU with an index the current one, where kernels launch."""
     device = device_of(config)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
@@ -45,33 +48,36 @@ def use_device(config: ModelConfig) -> torch.device:
 
 
 def load_tokenizer(folder: str) -> Any:
-    """The tokenizer of a model folder or hub id."""
+    """Load the tokenizer of a model folder or hub id."""
     return AutoTokenizer.from_pretrained(folder)
 
 
 def load_model(
     folder: str, key: str, config: ModelConfig, dtype: torch.dtype, world: World = ALONE
 ) -> Any:
-    """A causal LM from a folder or hub id, in evaluation mode: on the run's device or, for the
-    ranks of a launched world to shard, in CPU memory on the first and on the meta device elsewhere.
+    """Load a causal LM from a folder or hub id, in evaluation mode.
+
+    It is on the run's device. Under torchrun it is still to be sharded: in CPU memory on rank 0,
+    and on the meta device elsewhere.
 
     Args:
         folder: config.policy or config.teacher.
-        key: "model.policy" or "model.teacher", for messages.
-        config: device, attention and layer kernels.
-        dtype: of the weights.
-        world: all its ranks call it together.
+        key: "model.policy" or "model.teacher", which messages name.
+        config: says which device, attention and layer kernels to use.
+        dtype: the dtype of the weights.
+        world: the ranks of the run, which all call this together.
     Raises: ValueError for a name that is neither a model folder nor a loadable hub id, and where
-        liger-kernel's layers are asked for and cannot be had; over several ranks RankError.
+        model.liger is set but liger-kernel's layers cannot be used; RankError in place of both with
+        several ranks.
     """
     if not folder:
         raise ValueError(f"{key} must name a folder or hub id, got nothing: set {key}")
     device = use_device(config)
     liger = require_liger(device) if config.liger else None
-    found: list[Any] = []
+    models: list[Any] = []  # a model stays on its rank: what share returns is sent to all
     make = _read if world.main else _shell
-    world.share(lambda: found.append(make(folder, key, dtype, config.attention)))
-    (model,) = found
+    world.share(lambda: models.append(make(folder, key, dtype, config.attention)))
+    (model,) = models
     model.generation_config = world.on_main(lambda: model.generation_config)  # a shell has none
     chosen = attention.choose(model, device, getattr(torch, config.dtype))
     if config.attention is None and chosen is not None:
@@ -82,7 +88,7 @@ def load_model(
 
 
 def _read(folder: str, key: str, dtype: torch.dtype, attention_name: str | None) -> Any:
-    """A model with its weights, in CPU memory."""
+    """Read a model with its weights into CPU memory."""
     try:
         return AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation=attention_name
@@ -95,7 +101,7 @@ def _read(folder: str, key: str, dtype: torch.dtype, attention_name: str | None)
 
 
 def _shell(folder: str, _key: str, dtype: torch.dtype, attention_name: str | None) -> Any:
-    """The same model on the meta device: what its weights are, without them."""
+    """Build the same model on the meta device: the shapes of its weights without their values."""
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
@@ -104,10 +110,10 @@ def _shell(folder: str, _key: str, dtype: torch.dtype, attention_name: str | Non
 
 
 def load_teacher(config: TrainConfig, world: World = ALONE) -> Teacher | None:
-    """The teacher in its compute dtype, sharded under torchrun; None where the method has no
-    distillation.
+    """Load the teacher in its compute dtype, sharded under torchrun.
 
-    Raises: ValueError when the method distils and model.teacher is not set.
+    Returns: None if the method does not distil.
+    Raises: ValueError if the method distils and model.teacher is not set.
     """
     if config.method.kd is None:
         return None
@@ -125,9 +131,9 @@ def load_teacher(config: TrainConfig, world: World = ALONE) -> Teacher | None:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Recompute activations in the backward pass; transformers renamed the method after 5.17."""
+    """Make a model recompute its activations in the backward pass."""
     if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable()
+        model.activation_checkpointing_enable()  # its name in transformers after 5.17
     else:
         model.gradient_checkpointing_enable()
 
@@ -138,17 +144,21 @@ def load_policy(
     world: World = ALONE,
     policy_class: type[Policy] = Policy,
 ) -> Policy:
-    """The policy, its weights in float32, sharded under torchrun; its vocabulary ends where the
-    teacher's does."""
+    """Load the policy with its weights in float32, sharded under torchrun.
+
+    Args:
+        teacher: the policy samples no token beyond the teacher's vocabulary; None: from its own.
+        policy_class: Policy, or a subclass with another loss.
+    """
     model = load_model(config.model.policy, "model.policy", config.model, torch.float32, world)
     if config.model.gradient_checkpointing:
         checkpoint_activations(model)
     columns = model.get_output_embeddings().weight.shape[0]
-    theirs = None if teacher is None else teacher.vocab_size
+    teacher_columns = None if teacher is None else teacher.vocab_size
     policy = policy_class(
         model,
         config.method,
-        vocab_size=columns if theirs is None else min(columns, theirs),
+        vocab_size=columns if teacher_columns is None else min(columns, teacher_columns),
         workspace_bytes=config.optim.workspace_bytes,
         head_impl=config.optim.head_impl,
         temperature=config.sampling.temperature,

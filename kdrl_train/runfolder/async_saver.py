@@ -1,7 +1,7 @@
-"""A run's checkpoints, one at a time: the trainer waits for the disk, or (save_async) goes on.
+"""Saves a run's checkpoints one at a time: while the trainer waits, or (save_async) in a thread.
 
-All ranks call every method together, but for close. Nothing else than `checkpoint` decides what is
-on the disk at any moment: a process that is killed leaves the newest checkpoint that was whole.
+All ranks call every method together, except close. Which checkpoints are on the disk is decided by
+`checkpoint` alone: a process that is killed leaves the newest one that was whole.
 """
 
 import warnings
@@ -18,14 +18,15 @@ from torch import nn
 from kdrl_train.config import TrainConfig
 from kdrl_train.ranks import TIMEOUT, World
 from kdrl_train.runfolder import checkpoint
+from kdrl_train.runfolder.checkpoint import RunState
 
 
 class Saver:
     """Writes the checkpoints of a run.
 
     Args:
-        config: out, save_async, keep_checkpoints.
-        say: where a checkpoint that is on the disk is reported.
+        config: the configuration of the run; out and save_async are read, and all of it is saved.
+        say: called with a line for each checkpoint that is on the disk.
     """
 
     def __init__(self, config: TrainConfig, world: World, say: Callable[[str], None]) -> None:
@@ -45,41 +46,38 @@ class Saver:
         optimizer: torch.optim.Optimizer,
         rollouts: dict[str, Any] | None,
     ) -> None:
-        """See checkpoint.save. One that is still being written is waited for.
+        """Save a checkpoint after `step` optimiser steps; the arguments are those of RunState.
 
-        Raises: OSError for this checkpoint, or that one.
+        An earlier checkpoint that is still being written is waited for.
+
+        Raises: OSError if this checkpoint or that earlier one cannot be written.
         """
         self.check(wait=True)
-        folder, config, world = self.config.out / "checkpoints", self.config, self.world
-        state: dict[str, Any] = {
-            "step": step,
-            "model": model,
-            "optimizer": optimizer,
-            "config": config,
-            "world": world,
-            "rollouts": rollouts,
-        }
-        if config.save_async:
-            self._future = self._pool.submit(begin(folder, group=self._group, **state))
+        folder = self.config.out / "checkpoints"
+        state = RunState(
+            step=step, model=model, optimizer=optimizer, config=self.config, rollouts=rollouts
+        )
+        if self.config.save_async:
+            self._future = self._pool.submit(begin(folder, state, self.world, self._group))
         else:
-            self.say(f"saved {checkpoint.save(folder, **state)}")
+            self.say(f"saved {checkpoint.save(folder, state, self.world)}")
 
     def check(self, *, wait: bool = False) -> None:
-        """Report the checkpoint that was being written, if it is done; wait: until it is.
+        """Report the checkpoint that the thread writes, if it is done; with `wait` once it is.
 
-        Raises: OSError where it could not be written; RankError where that was on another rank.
+        Raises: OSError if it could not be written; RankError if it failed on another rank.
         """
         future = self._future
         if future is None:
             return
         try:
-            done = self.world.share(lambda: future.result() if wait or future.done() else None)
+            written = self.world.share(lambda: future.result() if wait or future.done() else None)
         except Exception:
             self._future = None
             raise
-        if None not in done:
+        if None not in written:
             self._future = None
-            self.say(f"saved {done[0]}")
+            self.say(f"saved {written[0]}")
 
     def close(self) -> None:
         """Wait for the thread; may be called twice."""
@@ -89,40 +87,36 @@ class Saver:
 
 
 def begin(
-    folder: Path,
-    *,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    config: TrainConfig,
-    world: World,
-    group: dist.ProcessGroup | None,
-    rollouts: dict[str, Any] | None,
+    folder: Path, state: RunState, world: World, group: dist.ProcessGroup | None
 ) -> Callable[[], Path]:
-    """checkpoint.save in two parts: the state is copied to the CPU, and a thread begins to write.
+    """Begin what checkpoint.save does: copy the state to the CPU and start a thread that writes it.
 
-    Args: as of checkpoint.save, and
-        group: of all ranks, on the CPU, for what the writing threads tell each other; nobody else
-            may use it. None in one process.
-    Returns: the second part, for another thread: wait for the files, give them their name.
-    Raises: OSError, as the second part does.
+    Args:
+        folder, state, world: the arguments of checkpoint.save.
+        group: a process group of all ranks on the CPU, which the writing threads use and nothing
+            else may use; None in one process.
+    Returns: the second part, to be called in another thread. It waits until the files are written,
+        gives the checkpoint its name and returns its folder.
+    Raises: OSError if the checkpoint cannot be written; the second part does so too.
     """
-    with checkpoint.writing(folder, step) as work:
+    with checkpoint.writing(folder, state.step) as work:
         world.on_main(lambda: checkpoint.clean(folder))
-        warnings.filterwarnings("ignore", message=checkpoint.ONE_PROCESS)  # from another thread
-        written = dcp.async_save(
-            checkpoint.whole_state(model, optimizer),
+        # without a block that ends: the warning comes from another thread
+        warnings.filterwarnings("ignore", message=checkpoint.ONE_PROCESS)
+        saving = dcp.async_save(
+            checkpoint.whole_state(state.model, state.optimizer),
             checkpoint_id=work,
             process_group=group,
             no_dist=not world.launched,
         )
-    assert isinstance(written, Future)
+    assert isinstance(saving, Future)
 
     def finish() -> Path:
-        with checkpoint.writing(folder, step) as work:
-            written.result()
-            if world.main:  # which has heard of all ranks that they are done
-                checkpoint.publish(work, step, config, rollouts)
-        return checkpoint.folder_of(folder, step)
+        """Wait for the files, then name the checkpoint."""
+        with checkpoint.writing(folder, state.step) as work:
+            saving.result()
+            if world.main:  # its result says that all ranks have written
+                checkpoint.publish(work, state)
+        return checkpoint.folder_of(folder, state.step)
 
     return finish

@@ -1,13 +1,13 @@
-"""Checkpoints: model, optimizer, step and random state, complete or absent, never in between.
+"""Writes and reads checkpoints: model, optimizer, step and random state, each whole or absent.
 
     checkpoints/step_000050/   torch.distributed.checkpoint files and meta.json
-    checkpoints/LATEST         name of the newest one, for scripts: `latest` goes by the names
+    checkpoints/LATEST         name of the newest one, for scripts; `latest` does not read it
     checkpoints/.tmp_*         being written or deleted; ignored, and removed by the next save
 
 A folder gets its final name by a rename after everything in it has reached the disk, so a process
 killed at any moment leaves the previous checkpoint as the newest. Every rank writes its shards, and
-any number of ranks can read them. Of the random state the CPU generator suffices: dropout is off,
-and every other draw is seeded by (seed, step).
+any number of ranks can read them. The state of the CPU generator is the only random state saved,
+and it suffices: dropout is off, and every other draw is seeded by (seed, step).
 """
 
 import json
@@ -38,97 +38,104 @@ from kdrl_train.config_file import to_dict
 from kdrl_train.ranks import ALONE, World
 
 ROLLOUTS = "rollouts.pt"
-"""In a checkpoint of a run that draws them ahead: the next step's."""
+"""The file with the next step's completions, in a checkpoint of a run that prefetches them."""
 
 _NAME = re.compile(r"step_(\d{6,})")
 ONE_PROCESS = "torch.distributed is disabled"
-"""What a save without a process group warns of."""
+"""The beginning of the warning that a save without a process group raises."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunState:
+    """What a checkpoint saves of a run."""
+
+    step: int
+    """Optimiser steps done."""
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    config: TrainConfig
+    """The whole of it is saved; its keep_checkpoints says how many checkpoints stay."""
+    rollouts: dict[str, Any] | None = None
+    """The next step's completions, if they are drawn already; rank 0 writes them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A complete checkpoint on disk."""
+    """A complete checkpoint on the disk."""
 
     folder: Path
     step: int
     """Optimiser steps done."""
     config: dict[str, Any]
-    """Resolved configuration of the run that wrote it."""
+    """The whole configuration of the run that wrote it."""
     files: dict[str, int]
-    """Name and size in bytes of every file beside meta.json."""
+    """The size in bytes of every file but meta.json, by its name."""
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints in `folder`, oldest first."""
-    found = [p for p in folder.glob("step_*") if _NAME.fullmatch(p.name)]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+    """List the complete checkpoints in `folder`, oldest first."""
+    complete = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)]
+    return sorted(complete, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def latest(folder: Path) -> Checkpoint | None:
-    """The newest complete checkpoint, or None."""
-    found = checkpoints(folder)
-    if not found:
-        return None
-    return read(found[-1])
+    """Return the newest complete checkpoint, or None if there is none.
+
+    Raises: ValueError if it is damaged.
+    """
+    complete = checkpoints(folder)
+    return read(complete[-1]) if complete else None
 
 
 def read(folder: Path) -> Checkpoint:
-    """What a checkpoint folder says of itself.
+    """Read the description of a checkpoint folder, and check that its files have their sizes.
 
-    Raises: ValueError for a folder that is none, or of which a file is missing or was cut.
+    Raises: ValueError for a folder that is no checkpoint, or has a missing or shortened file.
     """
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        found = Checkpoint(folder, meta["step"], meta["config"], meta["files"])
+        checkpoint = Checkpoint(folder, meta["step"], meta["config"], meta["files"])
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{folder} must be a checkpoint folder with a meta.json, got {error!r}: name one of "
-            "checkpoints/step_*, or delete it to resume from the one before"
+            "checkpoints/step_*, or delete it to resume from the previous checkpoint"
         ) from error
-    for name, size in found.files.items():
+    for name, size in checkpoint.files.items():
         path = folder / name
-        there = path.stat().st_size if path.exists() else None
-        if there != size:
+        size_now = path.stat().st_size if path.exists() else None
+        if size_now != size:
             raise ValueError(
                 f"{path} must have {size} bytes as when it was saved, got "
-                f"{'no such file' if there is None else there}: the checkpoint is damaged; delete "
-                f"{folder} to resume from the one before"
+                f"{'no such file' if size_now is None else size_now}: the checkpoint is damaged; "
+                f"delete {folder} to resume from the previous checkpoint"
             )
-    return found
+    return checkpoint
 
 
-def save(
-    folder: Path,
-    *,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    config: TrainConfig,
-    world: World = ALONE,
-    rollouts: dict[str, Any] | None = None,
-) -> Path:
-    """Write the state after `step` optimiser steps, then delete all but the newest ones.
+def save(folder: Path, state: RunState, world: World = ALONE) -> Path:
+    """Write a checkpoint, then delete the oldest ones beyond config.keep_checkpoints.
 
     Args:
-        folder: the run's checkpoints folder, of a file system that all ranks see; made if absent.
-        step: optimiser steps done.
-        config: it goes in whole; config.keep_checkpoints are kept.
-        world: all ranks call it together.
-        rollouts: of the next step, where they are drawn already: written by rank 0.
+        folder: the run's checkpoints folder, made if absent, on a file system that all ranks see.
+        world: the ranks of the run, which all call this together.
     Returns: the checkpoint's folder.
-    Raises: OSError where it cannot be written (a full disk, say); what was there before is whole.
+    Raises: OSError if it cannot be written (a full disk, say); earlier checkpoints stay whole.
     """
-    with writing(folder, step) as work:
+    with writing(folder, state.step) as work:
         world.on_main(lambda: clean(folder))
+        tensors = whole_state(state.model, state.optimizer)
         with _quiet():
-            dcp.save(whole_state(model, optimizer), checkpoint_id=work, no_dist=not world.launched)
-        world.on_main(lambda: publish(work, step, config, rollouts))
-    return folder_of(folder, step)
+            dcp.save(tensors, checkpoint_id=work, no_dist=not world.launched)
+        world.on_main(lambda: publish(work, state))
+    return folder_of(folder, state.step)
 
 
 @contextmanager
 def writing(folder: Path, step: int) -> Iterator[Path]:
-    """Where a checkpoint is written; an error removes it and says so."""
+    """Yield the folder in which a checkpoint is written; an error removes it.
+
+    Raises: OSError naming the checkpoint that could not be written, and the cause.
+    """
     work = folder / f".tmp_{folder_of(folder, step).name}"
     try:
         yield work
@@ -136,34 +143,35 @@ def writing(folder: Path, step: int) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
         raise OSError(
             f"the checkpoint of step {step} must be written to {folder}, got {_cause(error)}: free "
-            "space or correct --out, then --resume from the one before"
+            "space or correct --out, then --resume from the previous checkpoint"
         ) from error
 
 
 def folder_of(folder: Path, step: int) -> Path:
+    """Return the folder of the checkpoint after `step` optimiser steps."""
     return folder / f"step_{step:06d}"
 
 
 def clean(folder: Path) -> None:
-    """Make the folder; remove what a killed save or removal left."""
+    """Make the checkpoints folder, and remove what a killed save or removal left in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    for rest in folder.glob(".tmp_*"):
-        rest.unlink() if rest.is_file() else shutil.rmtree(rest)
+    for leftover in folder.glob(".tmp_*"):
+        leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
 
 
-def publish(work: Path, step: int, config: TrainConfig, rollouts: dict[str, Any] | None) -> None:
-    """Give a written checkpoint its name, and delete all but the newest ones."""
-    final = folder_of(work.parent, step)
-    if rollouts is not None:
-        torch.save(rollouts, work / ROLLOUTS)
+def publish(work: Path, state: RunState) -> None:
+    """Give a written checkpoint its name, and delete the oldest ones that need not be kept."""
+    final = folder_of(work.parent, state.step)
+    if state.rollouts is not None:
+        torch.save(state.rollouts, work / ROLLOUTS)
     meta = {
-        "step": step,
-        "config": to_dict(config),
+        "step": state.step,
+        "config": to_dict(state.config),
         "torch": torch.__version__,
         "files": {path.name: path.stat().st_size for path in sorted(work.iterdir())},
     }
     _write(work / "meta.json", json.dumps(meta, indent=1))
-    if final.exists():  # of the same step, written before a resume from an older one
+    if final.exists():  # written before the run was resumed from an older checkpoint
         _remove(final)
     _sync(work)
     work.rename(final)
@@ -171,7 +179,7 @@ def publish(work: Path, step: int, config: TrainConfig, rollouts: dict[str, Any]
     pointer = final.with_name(".tmp_LATEST")
     _write(pointer, final.name + "\n")
     pointer.rename(final.with_name("LATEST"))
-    for old in checkpoints(final.parent)[: -config.keep_checkpoints]:
+    for old in checkpoints(final.parent)[: -state.config.keep_checkpoints]:
         _remove(old)
 
 
@@ -184,7 +192,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """What went wrong on the first rank that failed, in one line."""
+    """Say in one line what went wrong on the first rank that failed."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
@@ -198,9 +206,9 @@ def load(
 ) -> int:
     """Load a checkpoint into model, optimizer and the global random state.
 
-    Whether its configuration fits the run is checked by resume.open_folder.
+    resume.open_folder has checked that its configuration fits the run.
 
-    Returns: optimiser steps done.
+    Returns: the number of optimiser steps done.
     Raises: ValueError for a checkpoint of another architecture, or a damaged one.
     """
     state = whole_state(model, optimizer)
@@ -218,7 +226,7 @@ def load(
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Load the weights of a checkpoint folder, and nothing else.
 
-    Raises: ValueError for a folder that is no whole checkpoint, or of another architecture.
+    Raises: ValueError for a folder that is no whole checkpoint, and for another architecture.
     """
     state = {"model": get_model_state_dict(model)}
     _read_into(state, read(folder).folder)
@@ -226,40 +234,41 @@ def load_weights(folder: Path, model: nn.Module) -> None:
 
 
 def _read_into(state: dict[str, Any], folder: Path) -> None:
-    """Fill a state from a checkpoint; ValueError where they do not fit."""
+    """Fill a state from a checkpoint; ValueError if they do not fit."""
     try:
         with _quiet():
             dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     except (CheckpointException, RuntimeError) as error:
         raise ValueError(
             f"{folder} must hold the state of this model, got {_cause(error)}: resume with the "
-            "same architecture, or delete a damaged checkpoint to resume from the one before"
+            "same architecture, or delete a damaged checkpoint to resume from the previous one"
         ) from error
 
 
 def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Collect the tensors that a checkpoint holds: model, optimizer and random state."""
     model_state, optim_state = get_state_dict(model, optimizer)
     return {"model": model_state, "optimizer": optim_state, "rng": torch.get_rng_state()}
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warning that there is one process, which no_dist=True has just said."""
+    """Silence within the block the warning that there is no process group, which is known."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=ONE_PROCESS)
         yield
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint; its name goes first, so that a half-deleted one is never read."""
-    doomed = folder.with_name(f".tmp_{folder.name}_old")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+    """Delete a checkpoint; it is renamed first, so that a half-deleted one is never read."""
+    renamed = folder.with_name(f".tmp_{folder.name}_old")
+    folder.rename(renamed)
+    shutil.rmtree(renamed)
 
 
 def _sync(folder: Path) -> None:
     """Flush every file of a folder, and its directory entry, to the disk."""
-    if os.name == "nt":  # refuses it for directories; the files were flushed as they were written
+    if os.name == "nt":  # it flushes no directory; each file was flushed as it was written
         return
     for path in [*folder.iterdir(), folder]:
         if path.is_dir() and path != folder:

@@ -1,4 +1,4 @@
-"""events.jsonl: what happened to a run beside its steps, and what software it ran on."""
+"""Writes events.jsonl: starts, stops and errors of a run, and the software it ran on."""
 
 import platform
 import subprocess
@@ -19,36 +19,37 @@ PACKAGES = ("kdrl-kernels", "torch", "triton", "transformers", "numpy", "math-ve
 
 
 class Events:
-    """The events of one run folder. They happened, so a resumed run keeps those of steps that it
-    does again; its event `resumed` says from which step, and how many rows of metrics it drops.
+    """The events of one run folder.
 
-    A row: time (ISO 8601, UTC), step (optimiser steps done by then), event (started, resumed,
-    stopped, failed, finished; teacher: it is away, or back; rewards: some failed), message; started
-    and resumed also have versions, ranks and dropped.
+    A resumed run keeps the events of the steps that it repeats, since they did happen; its event
+    `resumed` says from which step it goes on and how many records of metrics.jsonl it dropped.
+    The README of this folder lists the kinds of events and their keys.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
         self._lock = threading.Lock()  # a teacher's outage is reported by a thread
         if self.path.exists():
-            jsonl.write(self.path, jsonl.read(self.path))  # a torn last line would spoil the next
+            jsonl.write(self.path, jsonl.read(self.path))  # without a torn line at the end
 
     def add(self, step: int, event: str, message: str, **more: Any) -> None:
-        """Append a row. step: optimiser steps that are done."""
+        """Append an event; `step` is the number of optimiser steps that are done."""
         time = datetime.now(UTC).isoformat(timespec="seconds")
-        row = {"time": time, "step": step, "event": event, "message": message, **more}
+        record = {"time": time, "step": step, "event": event, "message": message, **more}
         with self._lock:
-            jsonl.append(self.path, row)
+            jsonl.append(self.path, record)
 
 
 @contextmanager
 def recorded(log: Any, config: TrainConfig, ranks: int) -> Iterator[None]:
-    """Around the steps of a run: notes in its RunLog `log` that they begin, on what, and the error
-    that ends them, if one does; it is raised on."""
+    """Note in a RunLog that the steps of the block begin, and the error that ends them, if any.
+
+    The error is raised on.
+    """
     log.event(
         "resumed" if config.resume else "started",
-        f"{config.out}: steps {log.done + 1} to {config.steps}",
-        dropped=log.dropped,
+        f"{config.out}: steps {log.steps_done + 1} to {config.steps}",
+        dropped=log.dropped_records,
         ranks=ranks,
         versions=versions(),
     )
@@ -62,24 +63,29 @@ def recorded(log: Any, config: TrainConfig, ranks: int) -> Iterator[None]:
 
 @cache
 def versions() -> dict[str, str]:
-    """Python, the packages that decide results, and the commit of this code where there is one."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the packages that decide results, and this commit.
+
+    The commit is absent where this code is not in a checkout.
+    """
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
     commit = _commit(Path(__file__).parent)
-    return found if commit is None else found | {"commit": commit}
+    return installed if commit is None else installed | {"commit": commit}
 
 
 def _commit(folder: Path) -> str | None:
-    """Commit of a folder's checkout, "-dirty" where it was changed since; None: not in one."""
+    """Return the commit of a folder's checkout, with "-dirty" if files differ from it.
+
+    None: the folder is in no checkout.
+    """
+    git = ["git", "-C", str(folder)]
+    is_tracked = [*git, "ls-files", "--error-unmatch", "events.py"]
+    describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        tracked = ["git", "-C", str(folder), "ls-files", "--error-unmatch", "events.py"]
-        subprocess.run(tracked, capture_output=True, check=True, timeout=10)
-        ask = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
-        done = subprocess.run(
-            [*ask, "--exclude=*"], capture_output=True, text=True, check=True, timeout=10
-        )
+        subprocess.run(is_tracked, capture_output=True, check=True, timeout=10)
+        result = subprocess.run(describe, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None  # no git here, or an installed package
-    return done.stdout.strip()
+    return result.stdout.strip()

@@ -1,4 +1,4 @@
-"""Export of a trained policy as a transformers folder."""
+"""Exports a trained policy as a folder that transformers loads."""
 
 import shutil
 from pathlib import Path
@@ -10,9 +10,10 @@ from kdrl_train.ranks import ALONE, World
 
 
 def export(model: Any, tokenizer: Any, folder: Path, world: World = ALONE) -> None:
-    """Write a transformers folder that from_pretrained loads; an older one is replaced.
+    """Write a folder that from_pretrained loads; an older one is replaced.
 
-    world: all ranks call it together; rank 0 collects the weights on the CPU and writes.
+    world: the ranks of the run, which all call this together; rank 0 collects the weights on the
+        CPU and writes.
     """
     weights = None
     if world.launched:
@@ -22,6 +23,7 @@ def export(model: Any, tokenizer: Any, folder: Path, world: World = ALONE) -> No
 
 
 def _export(model: Any, tokenizer: Any, folder: Path, weights: dict[str, Any] | None) -> None:
+    """Write the folder under another name and rename it; None: the weights are the model's own."""
     work = folder.with_name(f".tmp_{folder.name}")
     if work.exists():
         shutil.rmtree(work)

@@ -1,4 +1,4 @@
-"""JSON lines: one row a line, no NaN, whole after a kill."""
+"""Reads and writes JSON lines: one record a line, without NaN; a file is replaced whole."""
 
 import json
 import math
@@ -10,40 +10,52 @@ from typing import Any
 Record = dict[str, Any]
 
 
-def line(row: Mapping[str, Any]) -> str:
-    """One line, with its end. A number that is not finite becomes null: JSON has no NaN."""
-    return json.dumps(_finite(row), ensure_ascii=False) + "\n"
+def line(record: Mapping[str, Any]) -> str:
+    """Return a record as one line with its end.
+
+    A number that is not finite becomes null, since JSON has no NaN.
+    """
+    return json.dumps(_finite(record), ensure_ascii=False) + "\n"
 
 
 def read(path: Path) -> list[Record]:
-    """Rows of a file; a torn line (the process was killed) ends them. No file: none."""
-    rows: list[Record] = []
+    """Return the records of a file up to the first torn line, which a killed process leaves.
+
+    A file that does not exist has none.
+    """
+    records: list[Record] = []
     if not path.exists():
-        return rows
-    whole = path.read_text(encoding="utf-8", errors="replace")  # torn within a character, too
-    for text in whole.removesuffix("\n").split("\n"):  # splitlines would cut at U+2028
+        return records
+    text = path.read_text(encoding="utf-8", errors="replace")  # a character may be torn, too
+    for part in text.removesuffix("\n").split("\n"):  # splitlines would cut at U+2028
         try:
-            rows.append(json.loads(text))
+            records.append(json.loads(part))
         except json.JSONDecodeError:
             break
-    return rows
+    return records
 
 
-def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Replace a file as a whole; makes its folder."""
+def write(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Replace a file as a whole; its folder is made if absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, "".join(line(record) for record in records))
+
+
+def append(path: Path, record: Record) -> None:
+    """Append one record to a file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line(record))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace the text of a file: a killed process leaves the old text or the new one."""
     work = path.with_name(f".{path.name}.tmp")
-    work.write_text("".join(line(row) for row in rows), encoding="utf-8")
+    work.write_text(text, encoding="utf-8")
     os.replace(work, path)
 
 
-def append(path: Path, row: Record) -> None:
-    """One more line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line(row))
-
-
 def _finite(value: Any) -> Any:
+    """Return a JSON value with None in place of every number that is not finite."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.jsonl, events.jsonl, samples/, and a console line a step."""
+"""Writes what a run reports: metrics.jsonl, events.jsonl, samples/, and a console line a step."""
 
 import sys
 import time
@@ -21,43 +21,48 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-BESIDE = ("eval", "diagnostics")
-"""Stages that are no part of a training step: their seconds do not count for its speed."""
+OUTSIDE_THE_STEP = ("eval", "diagnostics")
+"""Stages that only measure: their seconds do not count for the speed of a training step."""
 WITHOUT_TOKENS = ("sync", "wait")
 """Stages of a step that handle no tokens, so that they have no speed of their own."""
 
 
 class Stages:
-    """Wall-clock seconds of each stage of one step."""
+    """Measures the wall-clock seconds of each stage of one step."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Time a block; blocks of one name add up."""
+        """Time a block; the seconds of blocks with the same name add up."""
         start = time.perf_counter()
         try:
             yield
         finally:
             if torch.cuda.is_available():
-                torch.cuda.synchronize()  # kernels of this stage would count for the next
+                torch.cuda.synchronize()  # or its kernels would count for the next stage
             self.add(name, since=start)
 
     def add(self, name: str, since: float) -> None:
-        """Time from `since`, of time.perf_counter, until now."""
+        """Add the time from `since`, a value of time.perf_counter, until now."""
         elapsed = time.perf_counter() - since
         self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
 
     def metrics(self, tokens: int) -> dict[str, float]:
-        """Seconds, and `tokens` (those of the step's completions) per second, in all and of each
-        stage that handles them; the stages of BESIDE have no part in the latter."""
-        step = {name: value for name, value in self.seconds.items() if name not in BESIDE}
+        """Return the seconds and the tokens per second, of the step and of each stage.
+
+        tokens: how many tokens the step's completions have. The stages of OUTSIDE_THE_STEP have
+            seconds, but no part in the speed.
+        """
+        of_step = {
+            name: value for name, value in self.seconds.items() if name not in OUTSIDE_THE_STEP
+        }
         return {
-            "tokens_per_s": tokens / sum(step.values()),
+            "tokens_per_s": tokens / sum(of_step.values()),
             **{
                 f"tokens_per_s_{name}": tokens / value
-                for name, value in step.items()
+                for name, value in of_step.items()
                 if name not in WITHOUT_TOKENS
             },
             "seconds": sum(self.seconds.values()),
@@ -66,8 +71,11 @@ class Stages:
 
 
 def peak_memory_bytes(device: torch.device) -> float | None:
-    """Most memory in use: on a GPU, allocated there since the last reset; else of this process
-    since its start (None on Windows, which does not say)."""
+    """Return the largest amount of memory in use so far.
+
+    On a GPU it is the memory allocated there since the last reset of its statistics; elsewhere
+    that of this process since its start, or None on Windows, which does not report it.
+    """
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     if resource is None:
@@ -77,16 +85,16 @@ def peak_memory_bytes(device: torch.device) -> float | None:
 
 
 class RunLog:
-    """The log of one run folder.
+    """Writes the log of one run folder.
 
     Args:
         folder: the run folder; made if absent.
-        first_step: step the run starts at. Rows and samples of this step and later, which a killed
-            run wrote after its last checkpoint, are removed, and so is a torn last line.
-        steps: steps in all, for the console.
-        console: where lines go; None: standard output.
-        writes: False on all ranks but the first: nothing is written or printed.
-        trackers: started; they get every row too.
+        first_step: the step at which the run starts. Records and samples of this step and later,
+            which a killed run wrote after its last checkpoint, are removed, and so is a torn line.
+        steps: how many steps the run has in all, for the console.
+        console: where lines are printed; None: standard output.
+        writes: False on all ranks but rank 0: nothing is written or printed.
+        trackers: get every record too; already started.
     """
 
     def __init__(
@@ -104,79 +112,89 @@ class RunLog:
         self.steps = steps
         self.console = Console(highlight=False) if console is None else console
         self.metrics_path = folder / "metrics.jsonl"
-        self.done = first_step
-        """Optimiser steps of which there is a row."""
-        self.dropped = 0
-        """Rows that were removed."""
+        self.postponed_path = folder / "postponed.jsonl"
+        self.steps_done = first_step
+        """Optimiser steps that are done, for events."""
+        self.dropped_records = 0
+        """How many records of metrics.jsonl were removed."""
+        self._logged: set[int] = set()
         if not writes:
             return
-        self.postponed_path = folder / "postponed.jsonl"
         (folder / "samples").mkdir(parents=True, exist_ok=True)
-        rows = read_records(folder)
-        kept = [row for row in rows if row["step"] < first_step]
+        records = read_records(folder)
+        kept = [record for record in records if record["step"] < first_step]
         jsonl.write(self.metrics_path, kept)
         for path in (folder / "samples").glob("step_*.jsonl"):
             if path.name >= _samples_name(first_step):
                 path.unlink()
-        self.dropped = len(rows) - len(kept)
+        self.dropped_records = len(records) - len(kept)
+        self._logged = {record["step"] for record in kept}
         self.events = Events(folder)
 
-    def step(self, row: dict[str, Any]) -> None:
-        """Append one step's metrics and print its line. A number that is not finite becomes null
-        in the file: JSON has no NaN."""
+    def step(self, record: Record) -> None:
+        """Append one step's record to metrics.jsonl and print its line.
+
+        A number that is not finite becomes null in the file, since JSON has no NaN.
+        """
         if not self.writes:
             return
-        jsonl.append(self.metrics_path, row)
-        self.done = row["step"] + 1
+        jsonl.append(self.metrics_path, record)
+        self._logged.add(record["step"])
+        self.steps_done = record["step"] + 1
         if self.trackers is not None:
-            self.trackers.log(row)
+            self.trackers.log(record)
         width = self.console.width if self.console.is_terminal else None
-        self.console.print(_line(row, self.steps, width), soft_wrap=True)
+        self.console.print(_line(record, self.steps, width), soft_wrap=True)
 
-    def postpone(self, row: dict[str, Any]) -> None:
-        """Keep a step's row aside, outside of metrics.jsonl: its evaluation is still to come."""
+    def postpone(self, record: Record) -> None:
+        """Keep a step's record in postponed.jsonl, since its evaluation is still to come."""
         if self.writes:
-            jsonl.write(self.postponed_path, [row])
+            jsonl.write(self.postponed_path, [record])
 
-    def postponed(self, step: int) -> dict[str, Any] | None:
-        """The row kept aside, if it is of this step and metrics.jsonl lacks it."""
-        logged = {other["step"] for other in read_records(self.folder)}
-        rows = jsonl.read(self.postponed_path)
-        return next((row for row in rows if row["step"] == step and step not in logged), None)
+    def postponed(self, step: int) -> Record | None:
+        """Return the record that was postponed, if it is this step's and metrics.jsonl lacks it."""
+        if step in self._logged:
+            return None
+        records = jsonl.read(self.postponed_path)
+        return next((record for record in records if record["step"] == step), None)
 
     def say(self, message: str) -> None:
-        """One line on the console, nothing in the files."""
+        """Print one line on the console, and write nothing."""
         if self.writes:
             self.console.print(Text(message), soft_wrap=True)
 
     def event(self, kind: str, message: str, *, say: bool = True, **more: Any) -> None:
-        """A row of events.jsonl; on the console too unless not `say`. From any thread."""
+        """Append an event to events.jsonl, and print its message if `say`; from any thread."""
         if self.writes:
-            self.events.add(self.done, kind, message, **more)
+            self.events.add(self.steps_done, kind, message, **more)
         if say:
             self.say(message)
 
-    def samples(self, step: int, rows: list[Record]) -> None:
+    def samples(self, step: int, records: list[Record]) -> None:
         """Write a step's samples, if there are any, to samples/step_XXXXXX.jsonl."""
-        if self.writes and rows:
-            jsonl.write(self.folder / "samples" / _samples_name(step), rows)
+        if self.writes and records:
+            jsonl.write(self.folder / "samples" / _samples_name(step), records)
 
 
 def read_records(folder: Path) -> list[Record]:
-    """Rows of metrics.jsonl in a run folder; a torn line (the process was killed) ends them."""
+    """Return the records of metrics.jsonl in a run folder, up to the first torn line."""
     return jsonl.read(folder / "metrics.jsonl")
 
 
 def _samples_name(step: int) -> str:
+    """Return the name of a step's file in samples/."""
     return f"step_{step:06d}.jsonl"
 
 
-def _line(row: dict[str, Any], steps: int, width: int | None) -> Text:
-    """One step: what went in, how it went, what it cost. In a terminal of `width` columns it goes
-    on, indented, where the next number would not fit; None: it stays one line, as files want it."""
-    head = f"step {row['step'] + 1:{len(str(steps))}d}/{steps}"
+def _line(record: Record, steps: int, width: int | None) -> Text:
+    """Return a step's console line.
+
+    In a terminal of `width` columns it is continued, indented, on another line where the next
+    number would not fit; None: it stays one line, as it should in a file.
+    """
+    head = f"step {record['step'] + 1:{len(str(steps))}d}/{steps}"
     line, column = Text(head, style="bold"), len(head)
-    for name, value in [*_step_parts(row), *_eval_parts(row)]:
+    for name, value in [*_step_parts(record), *_eval_parts(record)]:
         size = len(name) + len(value) + 3
         if width is not None and column + size > width:
             line.append("\n" + " " * len(head))
@@ -186,33 +204,35 @@ def _line(row: dict[str, Any], steps: int, width: int | None) -> Text:
     return line
 
 
-def _step_parts(row: dict[str, Any]) -> list[tuple[str, str]]:
+def _step_parts(record: Record) -> list[tuple[str, str]]:
+    """Return (name, value) of each number of a training step on its line."""
     return [
-        ("reward", f"{row['reward']:.3f}"),
-        ("right", f"{row['accuracy']:.1%}"),
-        ("signal", f"{row['groups_with_signal']:.0%}"),
-        ("tokens", f"{row['response_length']:.0f}"),
-        ("cut", f"{row['truncated']:.0%}"),
-        ("entropy", _number(row["entropy"], ".3f")),
-        ("KL", _number(row["kl_teacher"], ".4f")),
-        ("beta", _number(row["kd_coef"], ".1e")),
-        ("loss", f"{row['loss']:+.2e}"),
-        ("|g|", f"{row['grad_norm']:.2f}"),
-        ("tok/s", f"{row['tokens_per_s']:.0f}"),
-        ("s", f"{row['seconds']:.1f}"),
+        ("reward", f"{record['reward']:.3f}"),
+        ("right", f"{record['accuracy']:.1%}"),
+        ("signal", f"{record['groups_with_signal']:.0%}"),
+        ("tokens", f"{record['response_length']:.0f}"),
+        ("cut", f"{record['truncated']:.0%}"),
+        ("entropy", _number(record["entropy"], ".3f")),
+        ("KL", _number(record["kl_teacher"], ".4f")),
+        ("beta", _number(record["kd_coef"], ".1e")),
+        ("loss", f"{record['loss']:+.2e}"),
+        ("|g|", f"{record['grad_norm']:.2f}"),
+        ("tok/s", f"{record['tokens_per_s']:.0f}"),
+        ("s", f"{record['seconds']:.1f}"),
     ]
 
 
-def _eval_parts(row: dict[str, Any]) -> list[tuple[str, str]]:
-    """The shares of an evaluation with their intervals, where the row has them, in percent."""
+def _eval_parts(record: Record) -> list[tuple[str, str]]:
+    """Return (name, value) of each score of an evaluation with its interval, if it was one."""
     parts = []
     for name in ("avg", "pass", "maj"):
         key = f"eval_{name}_at_k"
-        if key in row:
-            low, high = 100 * row[f"{key}_low"], 100 * row[f"{key}_high"]
-            parts.append((f"{name}@k", f"{row[key]:.1%} ({low:.1f}-{high:.1f})"))
+        if key in record:
+            low, high = 100 * record[f"{key}_low"], 100 * record[f"{key}_high"]
+            parts.append((f"{name}@k", f"{record[key]:.1%} ({low:.1f}-{high:.1f})"))
     return parts
 
 
 def _number(value: float | None, form: str) -> str:
+    """Format a number; None becomes a dash."""
     return "-" if value is None else format(value, form)

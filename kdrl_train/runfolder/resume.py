@@ -1,4 +1,4 @@
-"""Whether a run folder may be started or resumed, and with which settings."""
+"""Decides whether a run may start in a folder or resume it, and which settings may change then."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -39,25 +39,25 @@ MAY_CHANGE = (
     "optim.workspace_bytes",
     "optim.head_impl",
 )
-"""Keys that a resumed run may set anew: they do not change what the training converges to."""
+"""Settings that a resumed run may change: they do not change what the training converges to."""
 
 
-def _fixed(config: dict[str, Any], free: set[str], prefix: str = "") -> dict[str, Any]:
-    """The keys outside of `free`."""
-    out = {}
+def _without(config: dict[str, Any], keys: set[str], prefix: str = "") -> dict[str, Any]:
+    """Return a nested configuration without some dotted keys."""
+    kept = {}
     for name, value in config.items():
         key = f"{prefix}{name}"
-        if key not in free:
-            out[name] = _fixed(value, free, f"{key}.") if isinstance(value, dict) else value
-    return out
+        if key not in keys:
+            kept[name] = _without(value, keys, f"{key}.") if isinstance(value, dict) else value
+    return kept
 
 
 def open_folder(config: TrainConfig) -> Checkpoint | None:
-    """The checkpoint that a run continues from; None for a new run, or one that was killed before
-    its first checkpoint. Changes nothing.
+    """Return the checkpoint that a run continues from, and change nothing.
 
-    Raises: ValueError for a used folder without resume, for resume where there is no run, or one
-        of another configuration, and for a damaged checkpoint.
+    Returns: None for a new run, and for one that was killed before its first checkpoint.
+    Raises: ValueError for a used folder without resume, for resume in a folder without a run or
+        with a run of another configuration, and for a damaged checkpoint.
     """
     newest = latest(config.out / "checkpoints")
     if config.resume:
@@ -81,17 +81,19 @@ def open_folder(config: TrainConfig) -> Checkpoint | None:
 
 
 def check_config(place: Path, written: dict[str, Any], config: TrainConfig) -> None:
-    """Raise ValueError with the differing keys unless `config` may continue the run at `place`,
-    whose configuration was `written`."""
-    free = set(MAY_CHANGE)
+    """Check that `config` may continue the run at `place`, whose configuration is `written`.
+
+    Raises: ValueError naming the settings that differ, if any of them may not.
+    """
+    may_change = set(MAY_CHANGE)
     if any(schedule.waits_for_plateau for schedule in config.method.schedules.values()):
-        free.remove("eval")  # its scores decide when the schedule switches
-    before = str(written.get("model", {}).get("teacher"))
-    if config.model.teacher_is_url and replace(config.model, teacher=before).teacher_is_url:
-        free.add("model.teacher")  # which model answers there is in teacher.json
-    changed = differences(_fixed(written, free), _fixed(to_dict(config), free))
+        may_change.remove("eval")  # its scores decide when the schedule switches
+    teacher = str(written.get("model", {}).get("teacher"))
+    if config.model.teacher_is_url and replace(config.model, teacher=teacher).teacher_is_url:
+        may_change.add("model.teacher")  # teacher.json says which model the server must have
+    changed = differences(_without(written, may_change), _without(to_dict(config), may_change))
     if changed:
-        lines = [f"  {key}: {old} there, {new} now" for key, (old, new) in changed.items()]
+        lines = [f"  {key}: {old} before, {new} now" for key, (old, new) in changed.items()]
         raise ValueError(
             f"a resumed run must keep the settings of {place}, got other values:\n"
             + "\n".join(lines)

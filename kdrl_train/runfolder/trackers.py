@@ -1,7 +1,7 @@
-"""TensorBoard, wandb and trackio: the numbers of metrics.jsonl, sent on to where a team looks.
+"""Sends the numbers of metrics.jsonl to TensorBoard, wandb or trackio as well.
 
-metrics.jsonl is always written; these come on top, and are imported only when log.trackers names
-them. A resumed run goes on in the same curve, each step in it once. One process of a run tracks.
+metrics.jsonl is always written. A tracker is imported only if log.trackers names it. A resumed run
+continues the same curve, in which each step is once. Only rank 0 of a run tracks.
 """
 
 import importlib
@@ -14,31 +14,33 @@ from uuid import uuid4
 import yaml
 
 from kdrl_train.config import LogConfig
+from kdrl_train.runfolder import jsonl
+from kdrl_train.runfolder.jsonl import Record
 
 
 class Tracker(Protocol):
-    """One place where rows go."""
+    """A service or library that records of metrics.jsonl are sent to."""
 
     def start(self, config: dict[str, Any], folder: Path, first_step: int) -> None:
-        """Open the run of `folder`, or continue it; rows from `first_step` on will come."""
+        """Open the run of `folder`, or continue it; its next record is that of `first_step`."""
 
-    def log(self, row: dict[str, Any]) -> None:
-        """One row of metrics.jsonl, with its "step"."""
+    def log(self, record: Record) -> None:
+        """Send a record of metrics.jsonl, with its "step"."""
 
     def close(self) -> None:
-        """After the last row; also where `start` was never reached."""
+        """End the tracking; called once, even if `start` was not."""
 
 
-def numbers(row: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a row but its step; what is None is left out."""
-    return {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
+def numbers(record: Record) -> dict[str, float]:
+    """Return the numbers of a record without its step, and without values that are None."""
+    return {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
 
 
 class TensorBoard:
-    """Event files in tensorboard/ of the run folder.
+    """Writes event files into tensorboard/ of the run folder.
 
-    What a killed run wrote after its last checkpoint is purged by the event that a resumed one
-    begins with.
+    A resumed run begins with an event that makes TensorBoard drop what a killed run wrote after its
+    last checkpoint.
     """
 
     def __init__(self) -> None:
@@ -50,20 +52,22 @@ class TensorBoard:
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         self.writer.add_text("config", f"```yaml\n{text}```", first_step)
 
-    def log(self, row: dict[str, Any]) -> None:
-        for name, value in numbers(row).items():
-            self.writer.add_scalar(name, value, row["step"])
-        self.writer.flush()  # a killed run loses no row
+    def log(self, record: Record) -> None:
+        for name, value in numbers(record).items():
+            self.writer.add_scalar(name, value, record["step"])
+        self.writer.flush()  # a killed run loses no record
 
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
 
 
-class Service:
-    """wandb or trackio, whose interfaces are one. They take rows in the order of their steps and
-    take none back, so a file <name>.json in the run folder holds the run's name there and the next
-    step it lacks: what a killed run sent after its last checkpoint is not sent again.
+class OnlineTracker:
+    """Sends records to wandb or trackio, which have the same interface.
+
+    They take records in the order of their steps and take none back. So a file <name>.json in the
+    run folder holds the name of the run at the service and the next step to send: what a killed run
+    sent after its last checkpoint is not sent again.
     """
 
     def __init__(self, name: str, project: str) -> None:
@@ -78,48 +82,53 @@ class Service:
         self.state = {"id": number, "name": f"{folder.name}-{number}", "next_step": first_step}
         if self.path.exists():
             self.state = json.loads(self.path.read_text(encoding="utf-8"))
-        own = {"name": self.state["name"]}  # trackio knows a run by its name
+        identity = {"name": self.state["name"]}  # trackio knows a run by its name
         if self.name == "wandb":
-            own |= {"id": self.state["id"], "dir": str(folder)}
-        self.run = self.init(project=self.project, config=config, resume="allow", **own)
-        self._remember()
+            identity |= {"id": self.state["id"], "dir": str(folder)}
+        self.run = self.init(project=self.project, config=config, resume="allow", **identity)
+        self._write_state()
 
-    def log(self, row: dict[str, Any]) -> None:
-        if row["step"] >= self.state["next_step"]:
-            self.state["next_step"] = row["step"] + 1
-            self._remember()  # first: killed in between, a row is missing there, and none is twice
-            self.run.log(numbers(row), step=row["step"])
+    def log(self, record: Record) -> None:
+        if record["step"] >= self.state["next_step"]:
+            self.state["next_step"] = record["step"] + 1
+            self._write_state()  # before sending: a kill in between loses a record, repeats none
+            self.run.log(numbers(record), step=record["step"])
 
     def close(self) -> None:
         if self.run is not None:
             self.run.finish()
 
-    def _remember(self) -> None:
-        work = self.path.with_name(f".{self.path.name}.tmp")
-        work.write_text(json.dumps(self.state) + "\n", encoding="utf-8")
-        work.replace(self.path)
+    def _write_state(self) -> None:
+        """Write the file <name>.json."""
+        jsonl.replace_text(self.path, json.dumps(self.state) + "\n")
 
 
 class Trackers(AbstractContextManager["Trackers"]):
-    """All trackers of a run, as one; a context manager that closes them, whatever happens.
+    """Sends records to all trackers of a run; leaving its block closes them.
 
     Args:
-        config: which ones.
-    Raises: ValueError, with the command that installs it, for one that cannot be imported.
+        config: names the trackers.
+    Raises: ValueError for a tracker that cannot be imported; it names the command that installs it.
     """
 
     def __init__(self, config: LogConfig) -> None:
         self.trackers = [_make(name, config.project) for name in config.trackers]
 
     def start(self, config: dict[str, Any], folder: Path, first_step: int) -> None:
-        """config: plain values, as config_file.to_dict gives; folder: it exists."""
+        """Open or continue the run at every tracker.
+
+        Args:
+            config: the configuration as plain values, which config_file.to_dict returns.
+            folder: the run folder, which exists.
+            first_step: the step of the next record.
+        """
         for tracker in self.trackers:
             tracker.start(config, folder, first_step)
 
-    def log(self, row: dict[str, Any]) -> None:
-        """One row of metrics.jsonl."""
+    def log(self, record: Record) -> None:
+        """Send a record of metrics.jsonl to every tracker."""
         for tracker in self.trackers:
-            tracker.log(row)
+            tracker.log(record)
 
     def __exit__(self, *_: object) -> None:
         for tracker in self.trackers:
@@ -127,8 +136,9 @@ class Trackers(AbstractContextManager["Trackers"]):
 
 
 def _make(name: str, project: str) -> Tracker:
+    """Import and return the tracker of a name; ValueError if that fails."""
     try:
-        return TensorBoard() if name == "tensorboard" else Service(name, project)
+        return TensorBoard() if name == "tensorboard" else OnlineTracker(name, project)
     except (ImportError, AttributeError) as error:  # the latter: an empty folder of that name
         raise ValueError(
             f"log.trackers must name packages that are installed, got {name}: {error}; "

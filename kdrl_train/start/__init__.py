@@ -1,1 +1,1 @@
-"""What happens before step 0: loading, checking, opening a run."""
+"""This room holds what happens before step 0: loading, checking and opening a run."""

@@ -1,4 +1,4 @@
-"""Loads everything that a run is made of: models, tokenizers, problems."""
+"""Loads what a run needs before it can be checked: models, tokenizers and problems."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from kdrl_train.rollouts.problems import load_examples
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What the checks look at."""
+    """Holds the models, tokenizers and problems of a run, which the preflight checks."""
 
     tokenizer: Any
     policy: Policy
@@ -22,22 +22,23 @@ class Loaded:
     teacher: Teacher | None
     examples: list[Example]
     held_out: list[Example]
-    """Problems of the evaluation during training; none where it is off."""
+    """The problems of the evaluation during training; empty where it is off."""
     server: TeacherClient | None = None
-    """The teacher, where it is behind a URL; `teacher` is None then."""
+    """The connection to a teacher behind a URL; `teacher` is None then."""
 
     def close(self) -> None:
-        """Drop the connections to the teacher's server."""
+        """Close the connections to the teacher's server."""
         if self.server is not None:
             self.server.close()
 
 
 def load(config: TrainConfig, world: World = ALONE, policy_class: type[Policy] = Policy) -> Loaded:
-    """Load models, tokenizers and problems of a run; all ranks of its world call it together.
+    """Load the models, tokenizers and problems of a run; all ranks call this together.
 
     policy_class: Policy, or a subclass with another loss.
 
-    Raises: ValueError or OSError, as they do; RankError where several ranks load a model.
+    Raises: ValueError or OSError for what cannot be loaded; with several ranks a model that cannot
+        be loaded raises RankError.
     """
     examples, held_out = load_examples(config.data), []
     if config.eval.every and config.eval.data.path:

@@ -1,4 +1,4 @@
-"""Preflight: will the run fit its device? The estimate of `plan`, for the device that is there."""
+"""The memory check of the preflight: compares the estimate of `plan` with this run's device."""
 
 import os
 
@@ -10,16 +10,17 @@ from kdrl_train.start.estimate.memory import by_moment, causes, memory_terms
 from kdrl_train.start.estimate.shapes import shape_of
 
 FAR = 1.1
-"""An estimate beyond this many times the device's memory fails; one above it is a warning. In two
-real runs it was 0.9 and 1.02 times what they took, for the longest completions allowed."""
+"""An estimate of more than this many times the device's memory is a failure; one between 1 and this
+is a warning. In two real runs the estimate, which reckons with the longest completions that are
+allowed, was 0.9 and 1.02 times the memory that they took."""
 GB = 1e9
 
 
 def check_memory(config: TrainConfig, policy: Policy, teacher: Teacher | None, ranks: int) -> str:
-    """The most that one of `ranks` processes holds, beside what its device has.
+    """Compare the most memory that one of `ranks` processes needs with what its device has.
 
-    Raises: UserWarning where it is more than the device has, ValueError where it is far more, with
-        the settings that make it smaller.
+    Raises: UserWarning if it needs more than the device has, ValueError if it needs far more; both
+        name the settings that make it smaller.
     """
     device = policy.device
     try:
@@ -29,19 +30,19 @@ def check_memory(config: TrainConfig, policy: Policy, teacher: Teacher | None, r
     terms = memory_terms(case)
     moments = by_moment(terms)
     worst = max(moments, key=lambda moment: moments[moment])
-    peak, here = moments[worst], int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    total = memory_bytes(device, here)
+    peak, ranks_here = moments[worst], int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    total = memory_bytes(device, ranks_here)
     lengths = f"{config.data.max_prompt_tokens:,} + {config.sampling.max_new_tokens:,}"
-    found = (
+    comparison = (
         f"{peak / GB:,.2f} GB at its worst ({worst}), estimated for lengths up to {lengths} "
         f"tokens; {device} has {total / GB:,.2f} GB"
     )
     if peak <= total:
-        return found
+        return comparison
     remedies = "; ".join(f"{term.name}: {term.remedy}" for term in causes(terms, total))
     message = (
-        f"{found} for each of {ranks} process(es): {remedies}. `python -m kdrl_train plan` shows "
-        "every term, also for more GPUs (torchrun)"
+        f"{comparison} for each of {ranks} process(es): {remedies}. `python -m "
+        "kdrl_train plan` shows every term, for any number of GPUs (torchrun)"
     )
     if peak <= FAR * total:
         raise UserWarning(f"may not fit: {message}")
@@ -49,7 +50,10 @@ def check_memory(config: TrainConfig, policy: Policy, teacher: Teacher | None, r
 
 
 def _case(config: TrainConfig, policy: Policy, teacher: Teacher | None, ranks: int) -> Case:
-    """Raises ValueError for what is not modelled."""
+    """Return what the estimate is computed from.
+
+    Raises: ValueError for settings that the estimate does not model.
+    """
     if config.optim.head_impl == "reference" or config.model.attention == "eager":
         raise ValueError("optim.head_impl reference and model.attention eager are not modelled")
     if config.engine.kind in ("continuous", "vllm"):

@@ -1,4 +1,4 @@
-"""Preflight: everything that would waste a run, found before its first training minute."""
+"""The preflight: checks, before the first step, for mistakes that would waste a run."""
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -15,7 +15,7 @@ from kdrl_train.batch import Example
 from kdrl_train.config import TrainConfig
 from kdrl_train.errors import RankError
 from kdrl_train.model.eos import eos_ids
-from kdrl_train.model.fsdp import call_gathered
+from kdrl_train.model.fsdp import gathered
 from kdrl_train.model.load import use_device
 from kdrl_train.model.policy import HeadedModel
 from kdrl_train.model.probe import probe
@@ -31,21 +31,21 @@ from kdrl_train.start.memory import check_memory
 from kdrl_train.start.teacher_server import check_same_tokens, check_scores, check_server
 
 GOLD_AT_START = 64
-"""Gold answers that `train` checks before step 0; `check` takes all of them."""
+"""How many gold answers `train` checks before step 0; `check` checks all of them."""
 PROBE_PROMPTS = 4
-"""Prompts that the teacher probe reads."""
+"""How many prompts the teacher probe reads."""
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the preflight table."""
+class CheckResult:
+    """The result of one check: a line of the preflight table."""
 
     name: str
     passed: bool
     detail: str
-    """What was found; on failure also the remedy."""
+    """What the check saw; after a failure also what to do about it."""
     warning: bool = False
-    """Passed, but not beyond doubt."""
+    """Whether the check passed with a doubt, which `detail` explains."""
 
 
 def preflight(
@@ -54,12 +54,12 @@ def preflight(
     verifier: Verifier,
     gold: int | None = None,
     world: World = ALONE,
-) -> list[Finding]:
-    """Run every check: rank 0, but for those that read with a model, which all ranks do.
+) -> list[CheckResult]:
+    """Run every check, on rank 0 alone or, where a model must compute, on all ranks.
 
     Args:
         gold: how many gold answers are judged against themselves; None: all.
-        world: the ranks of the run.
+        world: the ranks of the run, which all call this together.
     """
     packed = config.optim.micro_batch_tokens > 1
     policy, teacher, server = loaded.policy, loaded.teacher, loaded.server
@@ -76,65 +76,69 @@ def preflight(
             "teacher probe": lambda: check_teacher_reads(config, loaded),
         }
     if server is not None:
-        tokenizer, some = loaded.tokenizer, loaded.examples[:PROBE_PROMPTS]
+        tokenizer, probed = loaded.tokenizer, loaded.examples[:PROBE_PROMPTS]
         checks |= {
             "teacher server": lambda: check_server(server),
             "tokenizers": lambda: check_same_tokens(server, tokenizer),
-            "teacher probe": lambda: check_scores(config, server, tokenizer, some),
+            "teacher probe": lambda: check_scores(config, server, tokenizer, probed),
         }
     if config.engine.kind == "vllm_server":
         checks["engine"] = lambda: check_engine(config)
     checks["vocabulary"] = lambda: check_vocabulary(loaded)
     checks["memory"] = lambda: check_memory(config, policy, teacher, world.size)
-    reading = {"policy head", "teacher head"} | (
+    on_all_ranks = {"policy head", "teacher head"} | (
         {"teacher probe"} if teacher is not None else set()
     )
-    findings = []
-    for name, run in checks.items():
-        if name in reading:
-            findings.append(_examine(name, run))
+    results = []
+    for name, check in checks.items():
+        if name in on_all_ranks:
+            results.append(_result(name, check))
         else:
-            findings.append(world.on_main(partial(_examine, name, run)))
-    return findings
+            results.append(world.on_main(partial(_result, name, check)))
+    return results
 
 
-def _examine(name: str, run: Callable[[], str]) -> Finding:
+def _result(name: str, check: Callable[[], str]) -> CheckResult:
+    """Run one check; a UserWarning that it raises is a warning, another error is a failure."""
     try:
-        return Finding(name, passed=True, detail=run())
-    except UserWarning as doubt:
-        return Finding(name, passed=True, detail=str(doubt), warning=True)
+        return CheckResult(name, passed=True, detail=check())
+    except UserWarning as warning:
+        return CheckResult(name, passed=True, detail=str(warning), warning=True)
     except (ValueError, OSError) as error:
-        return Finding(name, passed=False, detail=str(error))
+        return CheckResult(name, passed=False, detail=str(error))
 
 
 def check_engine(config: TrainConfig) -> str:
-    """The vLLM server answers, and was started as the run needs it. Raises: ValueError if not."""
+    """Check that the vLLM server replies and was started as the run needs it.
+
+    Raises: ValueError if not.
+    """
     client = VllmClient(str(config.engine.url), config.engine.timeout_s)
     model, window = inspect(client, config)
     return f"{client.url}: {model}, a window of {window:,} tokens"
 
 
 def check_tokenizers(policy: Any, teacher: Any) -> str:
-    """The two vocabularies are the same map from token to id.
+    """Check that the two vocabularies are the same map from token to id.
 
-    Raises: ValueError naming the first token (by id) that differs.
+    Raises: ValueError naming the token with the lowest id that differs.
     """
-    ours = {i: token for token, i in policy.get_vocab().items()}
-    theirs = {i: token for token, i in teacher.get_vocab().items()}
-    for i in sorted(ours.keys() | theirs.keys()):
-        if ours.get(i) != theirs.get(i):
+    policy_tokens = {i: token for token, i in policy.get_vocab().items()}
+    teacher_tokens = {i: token for token, i in teacher.get_vocab().items()}
+    for i in sorted(policy_tokens.keys() | teacher_tokens.keys()):
+        if policy_tokens.get(i) != teacher_tokens.get(i):
             raise ValueError(
                 f"model.teacher must have the policy's tokenizer, got another: token {i} is "
-                f"{ours.get(i)!r} for the policy and {theirs.get(i)!r} for the teacher; choose "
-                "two models of one family, or distil nothing with --preset grpo"
+                f"{policy_tokens.get(i)!r} for the policy and {teacher_tokens.get(i)!r} for the "
+                "teacher; choose two models of one family, or do without a teacher: --preset grpo"
             )
-    return f"the same {len(ours):,} tokens"
+    return f"the same {len(policy_tokens):,} tokens"
 
 
 def check_vocabulary(loaded: Loaded) -> str:
-    """Every token of the tokenizer has a column in every head; padding columns are counted.
+    """Check that every head has a column for every token, and count the columns of each head.
 
-    Raises: ValueError for a tokenizer larger than a head.
+    Raises: ValueError for a tokenizer with more tokens than a head has columns.
     """
     highest = max(loaded.tokenizer.get_vocab().values())
     heads = {"policy": loaded.policy.vocab_size}
@@ -148,34 +152,35 @@ def check_vocabulary(loaded: Loaded) -> str:
                 f"and a token with id {highest:,}: resize its embeddings, or use its own tokenizer"
             )
     sizes = ", ".join(f"{name} {columns:,}" for name, columns in heads.items())
-    used = min(heads.values())
-    return f"{highest + 1:,} tokens; columns: {sizes}; those from {used:,} on are left out"
+    common = min(heads.values())
+    return f"{highest + 1:,} tokens; columns: {sizes}; those from {common:,} on are not sampled"
 
 
 def check_eos(loaded: Loaded, kd_eos: str = "keep") -> str:
-    """Tokenizer, policy and teacher end a sequence with the same tokens.
+    """Check that tokenizer, policy and teacher end a sequence with the same tokens.
 
     Args:
-        kd_eos: "mask" lets the teacher end with others: no end is distilled then.
-    Raises: ValueError where the tokenizer's token is unknown to the policy, or the teacher's to
-        the policy: completions would run on, or the teacher would ask for an end nobody honours.
+        kd_eos: "mask" lets the teacher end with other tokens: then no end is distilled.
+    Raises: ValueError if the policy does not know the tokenizer's end-of-sequence token, so that
+        completions would run on, or one of the teacher's, so that the teacher would teach an end
+        at which sampling does not stop.
     """
     model, tokenizer = loaded.policy.model, loaded.tokenizer
     ids = eos_ids(model, tokenizer)
     declared = model.generation_config.eos_token_id
     declared = [declared] if isinstance(declared, int) else declared or []
-    own = tokenizer.eos_token_id
-    if declared and own is not None and own not in declared:
+    eos_id = tokenizer.eos_token_id
+    if declared and eos_id is not None and eos_id not in declared:
         raise ValueError(
-            f"the policy's end-of-sequence tokens must agree, got {own} ({tokenizer.eos_token!r}) "
-            f"from its tokenizer and {declared} from its generation_config.json: put both into "
-            "eos_token_id of generation_config.json"
+            f"the policy's end-of-sequence tokens must agree, got {eos_id} "
+            f"({tokenizer.eos_token!r}) from its tokenizer and {declared} from its "
+            "generation_config.json: put both into eos_token_id of generation_config.json"
         )
     note = ""
-    theirs = [] if loaded.server is None else loaded.server.info.eos_ids
+    teacher_ids = [] if loaded.server is None else loaded.server.info.eos_ids
     if loaded.teacher is not None:
-        theirs = eos_ids(loaded.teacher.model, loaded.teacher_tokenizer)
-    extra = sorted(set(theirs or []) - set(ids))
+        teacher_ids = eos_ids(loaded.teacher.model, loaded.teacher_tokenizer)
+    extra = sorted(set(teacher_ids or []) - set(ids))
     if extra and kd_eos == "keep":
         raise ValueError(
             f"the teacher must end sequences as the policy does, got {extra} "
@@ -184,14 +189,14 @@ def check_eos(loaded: Loaded, kd_eos: str = "keep") -> str:
         )
     if extra:
         note = f"; the teacher also ends with {extra}, so ends are not distilled"
-    if theirs is None:
+    if teacher_ids is None:
         note = "; the teacher's are not known: its server does not say"
     return f"{ids} {tokenizer.convert_ids_to_tokens(ids)}{note}"
 
 
 def check_prompts(config: TrainConfig, loaded: Loaded) -> str:
-    """Every prompt encodes within max_prompt_tokens, and fits the window with its completion:
-    those to learn from in both models, held-out ones (eval.data) in the policy.
+    """Check that no prompt is longer than max_prompt_tokens, and that each fits a model's window
+    together with its completion: training prompts both models', held-out ones the policy's.
 
     Raises: ValueError for a prompt that is too long, or a window that is too short.
     """
@@ -218,12 +223,12 @@ def check_prompts(config: TrainConfig, loaded: Loaded) -> str:
 
 
 def _window(model: HeadedModel) -> int | None:
-    """Positions of a model; None: it names no limit."""
+    """Return the number of positions of a model; None if its configuration names none."""
     return getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _check_window(name: str, window: int | None, longest: int, config: TrainConfig) -> None:
-    """Raises ValueError where a model's positions end before the longest prompt's completion."""
+    """Raise ValueError if the longest prompt and a completion do not fit a model's window."""
     if window is not None and longest + config.sampling.max_new_tokens > window:
         raise ValueError(
             f"{name} must hold the longest prompt and completion, got a window of {window} "
@@ -233,9 +238,9 @@ def _check_window(name: str, window: int | None, longest: int, config: TrainConf
 
 
 def check_gold(config: TrainConfig, examples: Sequence[Example], verifier: Verifier) -> str:
-    """Each gold answer, in a box, is right against itself.
+    """Check that each gold answer, in a box, earns a reward when it is judged against itself.
 
-    A reward function of the user's own may want another format, so it is only run, not judged.
+    A reward function of the user's own may expect another format: it must only run without error.
 
     Raises: ValueError naming the first gold answer that fails, and the error if there was one.
     """
@@ -256,27 +261,37 @@ def check_gold(config: TrainConfig, examples: Sequence[Example], verifier: Verif
 
 
 def _probed(model: HeadedModel, name: str, packed: bool) -> str:
-    gap = call_gathered(model, lambda whole: probe(whole, name, packed=packed))
+    """Check that a model can be split at its LM head and keeps packed sequences apart.
+
+    Raises: ValueError if not, as `probe` does.
+    """
+    with gathered(model):
+        probe_error = probe(model, name, packed=packed)
     kind = "tied" if _tied(model) else "untied"
-    rows = "packed rows keep sequences apart" if packed else "one sequence per row"
-    return f"{type(model.model).__name__}, {kind} head: own logits to {gap:.0e}; {rows}"
+    packs = "packs keep their sequences apart" if packed else "one sequence per pack"
+    return (
+        f"{type(model.model).__name__}, {kind} head: within {probe_error:.0e} of the model's own "
+        f"logits; {packs}"
+    )
 
 
 def _tied(model: HeadedModel) -> bool:
+    """Say whether the LM head and the input embeddings share their weight."""
     embeddings = model.model.get_input_embeddings()
     return embeddings.weight is model.model.get_output_embeddings().weight
 
 
 @torch.no_grad()
 def check_teacher_reads(config: TrainConfig, loaded: Loaded) -> str:
-    """The teacher's mean log-probability of a few prompts, beside that of a uniform guess.
+    """Compare the teacher's mean log-probability of a few prompts with that of a uniform guess.
 
-    Raises: ValueError when it is not a finite number.
+    Raises: ValueError if it is not a finite number.
     """
     assert loaded.teacher is not None
-    some = loaded.examples[:PROBE_PROMPTS]
-    prompts = [torch.tensor(encode_prompt(loaded.tokenizer, e, config.data)) for e in some]
-    total, count = call_gathered(loaded.teacher, partial(_prompt_logprobs, prompts=prompts))
+    probed = loaded.examples[:PROBE_PROMPTS]
+    prompts = [torch.tensor(encode_prompt(loaded.tokenizer, e, config.data)) for e in probed]
+    with gathered(loaded.teacher):
+        total, count = _prompt_logprobs(loaded.teacher, prompts)
     mean = total / max(count, 1)
     if not abs(mean) < float("inf"):
         raise ValueError(f"model.teacher must give finite log-probabilities, got {mean}")
@@ -285,7 +300,7 @@ def check_teacher_reads(config: TrainConfig, loaded: Loaded) -> str:
 
 
 def _prompt_logprobs(teacher: HeadedModel, prompts: list[Tensor]) -> tuple[float, int]:
-    """Sum of the log-probabilities of prompts, each [T], and how many they are."""
+    """Return the sum of the log-probabilities of prompts, each [T], and how many they are."""
     total, count = 0.0, 0
     for prompt in prompts:
         ids = prompt.to(teacher.device)
@@ -295,42 +310,48 @@ def _prompt_logprobs(teacher: HeadedModel, prompts: list[Tensor]) -> tuple[float
     return total, count
 
 
-def findings_table(findings: Sequence[Finding]) -> Table:
-    """The preflight as a rich table."""
+def results_table(results: Sequence[CheckResult]) -> Table:
+    """Return the results of the preflight as a rich table."""
     table = Table(title="preflight")
-    for name in ("check", "", "found"):
+    for name in ("check", "result", "detail"):
         table.add_column(name, overflow="fold")
-    for finding in findings:
-        mark = "[green]ok[/]" if finding.passed else "[bold red]failed[/]"
-        mark = "[yellow]warning[/]" if finding.warning else mark
-        table.add_row(finding.name, mark, _plain(finding.detail))
+    for result in results:
+        mark = "[green]ok[/]" if result.passed else "[bold red]failed[/]"
+        mark = "[yellow]warning[/]" if result.warning else mark
+        table.add_row(result.name, mark, _plain(result.detail))
     return table
 
 
 def _plain(text: str) -> str:
-    """Square brackets that rich must not read as markup."""
+    """Escape the square brackets of a text, which rich would read as markup."""
     return text.replace("[", r"\[")
 
 
-def require(findings: Sequence[Finding]) -> list[str]:
-    """The warnings. Raises: ValueError listing the findings that failed, if any."""
-    failed = [f"  {f.name}: {f.detail}" for f in findings if not f.passed]
+def require(results: Sequence[CheckResult]) -> list[str]:
+    """Return the warnings of the preflight, one line each.
+
+    Raises: ValueError listing the checks that failed, if any.
+    """
+    failed = [f"  {result.name}: {result.detail}" for result in results if not result.passed]
     if failed:
         raise ValueError("the run must pass its preflight, got:\n" + "\n".join(failed))
-    return [f"{f.name}: {f.detail}" for f in findings if f.warning]
+    return [f"{result.name}: {result.detail}" for result in results if result.warning]
 
 
 def main(config: TrainConfig) -> int:
-    """Preflight of a run, of one process or by torchrun: a table, and 0 if all is well, else 1."""
+    """Run the preflight of a run and print its table, in one process or under torchrun.
+
+    Returns: 0 if every check passed, else 1.
+    """
     with connect_ranks(use_device(config.model)) as world:
         try:
             loaded = load(config, world)
         except (ValueError, OSError, RankError) as error:
             name = "teacher server" if isinstance(error, TeacherError) else "loading"
-            findings = [Finding(name, passed=False, detail=str(error))]
+            results = [CheckResult(name, passed=False, detail=str(error))]
         else:
             with Verifier(config.reward) as verifier, closing(loaded):
-                findings = preflight(config, loaded, verifier, world=world)
+                results = preflight(config, loaded, verifier, world=world)
         if world.main:
-            Console().print(findings_table(findings))
-    return 0 if all(finding.passed for finding in findings) else 1
+            Console().print(results_table(results))
+    return 0 if all(result.passed for result in results) else 1

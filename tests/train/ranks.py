@@ -1,6 +1,6 @@
-"""Processes that train, started quickly: forked from one that has imported the trainer already.
+"""Starts processes that train quickly: they are forked from one that has imported the trainer.
 
-It is a process of its own, so that nothing is forked from pytest's, which has threads.
+That one is not pytest's process, which has threads and must not be forked.
 """
 
 import atexit
@@ -27,32 +27,40 @@ DEADLINE_S = 120.0
 def train_ranks(
     config: TrainConfig, ranks: int, sabotage: Callable[[int], None] | None = None
 ) -> list[str]:
-    """train.main on every rank; what each said, an error as "Type: message" in the last line.
+    """Run train.main on every rank and return what each printed.
 
-    sabotage: a function of a module, called on each rank with its number before the run.
+    An error is in the last line, as "Type: message".
+
+    sabotage: a function of a module, which is called with the rank on each rank before the run.
     """
-    return _ask(_on_processes, ranks, partial(_train, config, sabotage))
+    return on_processes(ranks, partial(_train, config, sabotage))
 
 
 def on_ranks(ranks: int, call: Callable[[World], Any]) -> list[Any]:
-    """call(world) of every rank, or what it raised."""
-    return _ask(_on_processes, ranks, partial(_connected, call))
+    """Call call(world) on every rank and return its results, or the errors it raised."""
+    return on_processes(ranks, partial(_connected, call))
+
+
+def on_processes(ranks: int, call: Callable[[int], Any]) -> list[Any]:
+    """Call call(rank) in a process for each rank, without a process group; return the results."""
+    results: list[Any] = _in_launcher(_on_processes, ranks, call)
+    return results
 
 
 class Background:
     """A forked process that calls a function of a module."""
 
     def __init__(self, target: Callable[..., None], *arguments: Any) -> None:
-        self.pid: int = _ask(_start, target, arguments)
+        self.pid: int = _in_launcher(_start, target, arguments)
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs."""
-        found: int | None = _ask(_exit_code, self.pid)
-        return found
+        """The exit code, or None while it runs."""
+        code: int | None = _in_launcher(_exit_code, self.pid)
+        return code
 
     def kill(self) -> None:
-        """SIGKILL, and wait until it is gone."""
+        """Send SIGKILL, and wait until the process is gone."""
         os.kill(self.pid, signal.SIGKILL)
         while self.exit_code is None:
             pass
@@ -69,13 +77,13 @@ def _launcher() -> Connection:
     return ours
 
 
-def _ask(what: Callable[..., Any], *arguments: Any) -> Any:
-    """what(*arguments), there."""
-    _launcher().send((what, arguments))
-    answer = _launcher().recv()
-    if isinstance(answer, AssertionError):
-        raise answer
-    return answer
+def _in_launcher(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Call call(*arguments) in the launcher and return its result, or raise its AssertionError."""
+    _launcher().send((call, arguments))
+    result = _launcher().recv()
+    if isinstance(result, AssertionError):
+        raise result
+    return result
 
 
 # in the launcher
@@ -86,9 +94,9 @@ _started: dict[int, Any] = {}
 
 def _serve(connection: Connection) -> None:
     while True:
-        what, arguments = connection.recv()
+        call, arguments = connection.recv()
         try:
-            connection.send(what(*arguments))
+            connection.send(call(*arguments))
         except AssertionError as error:
             connection.send(error)
 
@@ -112,17 +120,17 @@ def _on_processes(ranks: int, call: Callable[[int], Any]) -> list[Any]:
         port = free.getsockname()[1]
     pipes = [_fork.Pipe(duplex=False) for _ in range(ranks)]
     processes = [
-        _fork.Process(target=_answer, args=(rank, ranks, port, call, sender))
+        _fork.Process(target=_run_rank, args=(rank, ranks, port, call, sender))
         for rank, (_, sender) in enumerate(pipes)
     ]
     try:
-        answers = []
+        results = []
         for process in processes:
             process.start()
         for receiver, _ in pipes:
-            assert receiver.poll(DEADLINE_S), f"no answer in {DEADLINE_S:.0f} s"
-            answers.append(receiver.recv())
-        return answers
+            assert receiver.poll(DEADLINE_S), f"no result in {DEADLINE_S:.0f} s"
+            results.append(receiver.recv())
+        return results
     finally:
         for process in processes:
             process.kill()
@@ -132,7 +140,7 @@ def _on_processes(ranks: int, call: Callable[[int], Any]) -> list[Any]:
 # in the forked processes
 
 
-def _answer(
+def _run_rank(
     rank: int, ranks: int, port: int, call: Callable[[int], Any], sender: Connection
 ) -> None:
     os.environ |= {

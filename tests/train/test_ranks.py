@@ -1,4 +1,4 @@
-"""What ranks tell each other."""
+"""Ranks exchange values and errors."""
 
 import os
 from typing import Any
@@ -11,7 +11,7 @@ from kdrl_train.ranks import ALONE, World, connect
 from tests.train.ranks import on_ranks
 
 
-def test_one_process_asks_nobody() -> None:
+def test_one_process_needs_no_group() -> None:
     with connect(torch.device("cpu")) as world:
         assert world is ALONE
         assert (world.rank, world.size, world.launched, world.main) == (0, 1, False, True)
@@ -28,8 +28,8 @@ def test_one_process_asks_nobody() -> None:
 
 def _talk(world: World) -> list[Any]:
     rank = world.rank
-    own = {"sum": torch.tensor(10.0**rank), "most": torch.tensor(5.0 - rank)}
-    total = world.sum(own | ({"last": torch.tensor([1.0])} if rank == 2 else {}), ("most",))
+    values = {"sum": torch.tensor(10.0**rank), "most": torch.tensor(5.0 - rank)}
+    total = world.sum(values | ({"last": torch.tensor([1.0])} if rank == 2 else {}), ("most",))
     return [
         world.share(lambda: rank * rank),
         world.on_main(lambda: f"of rank {rank}"),

@@ -86,7 +86,7 @@ def test_resumed_run_equals_the_uninterrupted_one(config: Callable[..., TrainCon
     assert without_times(first) == without_times(expected[:1])
     with pytest.raises(ValueError, match=r"out must be a new folder, got .*pass --resume"):
         run(parts)
-    with pytest.raises(ValueError, match=r"(?s)keep the settings of.*  seed: 0 there, 1 now"):
+    with pytest.raises(ValueError, match=r"(?s)keep the settings of.*  seed: 0 before, 1 now"):
         run(replace(parts, resume=True, seed=1))
     rows = run(replace(parts, resume=True))
     assert without_times(rows) == without_times(expected)

@@ -1,5 +1,8 @@
-"""Several ranks do what one process does, and stop together. Sampled tokens are the same: their
-draws do not depend on ranks. Sums are taken in another order, hence the tolerances."""
+"""Several ranks do what one process does, and stop together.
+
+They sample the same tokens, whose draws do not depend on the number of ranks. They add up in
+another order, hence the tolerances.
+"""
 
 import io
 import subprocess
@@ -31,7 +34,7 @@ from tests.train.ranks import train_ranks
 from tests.train.test_train import without_times
 
 Config = Callable[..., TrainConfig]
-ONE = OptimConfig(learning_rate=1e-3, micro_batch_tokens=1)
+ONE_SEQUENCE_PER_PACK = OptimConfig(learning_rate=1e-3, micro_batch_tokens=1)
 
 
 def alone(config: TrainConfig) -> list[dict[str, Any]]:
@@ -46,27 +49,26 @@ def together(config: TrainConfig, ranks: int, **options: Any) -> list[dict[str, 
     return read_records(config.out)
 
 
-def assert_same_metrics(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    assert len(found) == len(expected)
-    for row, other in zip(without_times(found), without_times(expected), strict=True):
-        assert set(row) == set(other)
+def assert_same_metrics(records: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert len(records) == len(expected)
+    for record, other in zip(without_times(records), without_times(expected), strict=True):
+        assert set(record) == set(other)
         for name, value in other.items():
-            rounding = (
-                1e-5 if name.startswith("sampler_mismatch") else 1e-6
-            )  # a gap is rounding alone
+            mismatch = name.startswith("sampler_mismatch")  # which is nothing but rounding
+            rounding = 1e-5 if mismatch else 1e-6
             near = value if value is None else pytest.approx(value, rel=1e-4, abs=rounding)
-            assert row[name] == near, (row["step"], name)
+            assert record[name] == near, (record["step"], name)
 
 
 def gradient(config: TrainConfig) -> dict[str, Tensor]:
-    """First moments of AdamW after the first step: the clipped gradient times 1 - beta_1."""
+    """Read AdamW's first moments after the first step: the clipped gradient times 1 - beta_1."""
     model = AutoModelForCausalLM.from_pretrained(config.model.policy)
     policy = Policy(model, config.method)
     optimizer = torch.optim.AdamW(policy.parameters())
-    state = get_state_dict(policy, optimizer)
-    found = {"model": state[0], "optimizer": state[1]}
-    checkpoint._read_into(found, config.out / "checkpoints" / "step_000001")
-    return {name: one["exp_avg"] for name, one in found["optimizer"]["state"].items()}
+    model_state, optimizer_state = get_state_dict(policy, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    checkpoint._read_into(state, config.out / "checkpoints" / "step_000001")
+    return {name: moments["exp_avg"] for name, moments in state["optimizer"]["state"].items()}
 
 
 @pytest.mark.parametrize("policy", ["student", "llama"])  # a tied head, and one of its own
@@ -94,7 +96,7 @@ BUDGET = ScheduleConfig(kind="kl_budget", initial=0.1, target_kl=2.0, gain=0.4, 
 VARIANTS: dict[str, dict[str, Any]] = {
     "reward shaping": {"method": SHAPED},
     "budget": {"method": replace(PRESETS["kdrl"], kd_coef=BUDGET, kd_mask="wrong")},
-    "updates": {"optim": replace(ONE, updates_per_rollout=2)},
+    "updates": {"optim": replace(ONE_SEQUENCE_PER_PACK, updates_per_rollout=2)},
     "correction": {"method": replace(EXACT, sampler_correction="mask")},
     "measured": {"log": LogConfig(diagnostics_every=1)},
 }
@@ -104,7 +106,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_every_method_is_the_same_on_two_ranks(config: Config, name: str) -> None:
     settings = dict(VARIANTS[name])
     if name == "measured":  # the first micro-batches of all ranks: here the whole step
-        settings["optim"] = replace(ONE, micro_batch_tokens=9999)
+        settings["optim"] = replace(ONE_SEQUENCE_PER_PACK, micro_batch_tokens=9999)
         settings["eval"] = EvalConfig(data=config().data, every=2, samples=3, max_problems=5)
     whole, parts = (config(out, **settings) for out in ("whole", "parts"))
     assert_same_metrics(together(parts, 2), alone(whole))
@@ -112,7 +114,9 @@ def test_every_method_is_the_same_on_two_ranks(config: Config, name: str) -> Non
 
 def test_a_rank_without_tokens_learns_too(config: Config) -> None:
     sampling = SamplingConfig(prompts_per_step=1, group_size=2, max_new_tokens=8)
-    whole, parts = (config(name, sampling=sampling, optim=ONE) for name in ("whole", "parts"))
+    whole, parts = (
+        config(name, sampling=sampling, optim=ONE_SEQUENCE_PER_PACK) for name in ("whole", "parts")
+    )
     assert_same_metrics(together(parts, 3), alone(whole))
 
 
@@ -136,8 +140,8 @@ def test_a_run_resumes_on_another_number_of_ranks(config: Config, first: int, th
     whole, parts = config("whole", steps=4), config("parts", steps=2)
     expected = alone(whole)
     together(parts, first)
-    found = together(replace(parts, steps=4, resume=True), then)
-    assert_same_metrics(found, expected)
+    records = together(replace(parts, steps=4, resume=True), then)
+    assert_same_metrics(records, expected)
 
 
 def test_a_checkpoint_of_one_process_is_read_by_ranks(config: Config) -> None:
@@ -284,7 +288,7 @@ def test_the_same_engine_without_sabotage_agrees(config: Config) -> None:
         assert row["sampler_mismatch_mean"] < 1e-5
 
 
-def test_the_limit_of_the_gap_can_be_set(config: Config) -> None:
+def test_the_largest_sampler_mismatch_can_be_set(config: Config) -> None:
     base = config(steps=1)
     settings = replace(base, engine=replace(base.engine, max_sampler_mismatch=1e-12))
     with pytest.raises(RuntimeError, match=r"within engine.max_sampler_mismatch = 1e-12 nats"):

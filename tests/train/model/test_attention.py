@@ -1,4 +1,4 @@
-"""attention: a packed row is its sequences, one by one, by any of the ways it may be computed."""
+"""Attention over a pack equals attention over each of its sequences, however it is computed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ WINDOW = 8
 
 
 def definition(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
-    """softmax of the scores that a token sees, sequence by sequence, in float64."""
+    """Compute attention as softmax(scores a token sees) · values, sequence by sequence, float64."""
     pieces, start = [], 0
     for length in LENGTHS:
         q, k, v = (x[0, :, start : start + length].double() for x in (query, key, value))
@@ -35,7 +35,7 @@ def definition(query: Tensor, key: Tensor, value: Tensor, window: int | None) ->
 def variable_length(
     query: Tensor, key: Tensor, value: Tensor, *ends: Any, scale: float, window_size: tuple
 ) -> Tensor:
-    """varlen_attn's contract on a CPU."""
+    """Do on a CPU what varlen_attn promises."""
     assert ends[0].tolist() == [0, 5, 6, 23, 53, 69, 72, 103]
     assert ends[0] is ends[1]
     assert ends[2:] == (31, 31)
@@ -61,14 +61,14 @@ def test_matches_the_definition(
     upstream = torch.randn(1, T, 4, 16, generator=draw)
     arguments = attention.packed_arguments(LENGTHS, torch.device("cpu"))
     mask = arguments.pop("attention_mask")
-    found, _ = attention.attention(
+    out, _ = attention.attention(
         torch.nn.Module(), query, key, value, mask, scaling=0.3, sliding_window=window, **arguments
     )
-    gradients = torch.autograd.grad(found, (query, key, value), upstream.to(found.dtype))
+    gradients = torch.autograd.grad(out, (query, key, value), upstream.to(out.dtype))
     wide = [x.repeat_interleave(4 // x.shape[1], dim=1) for x in (query, key, value)]
     exact = definition(*wide, window)
     expected = torch.autograd.grad(exact, (query, key, value), upstream.double())
-    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -93,15 +93,15 @@ def test_packed_logprobs_are_those_of_padded_batches(
     mask = torch.stack([(torch.arange(longest) < len(x)).long() for x in ids])
     with torch.no_grad():
         logits = model(input_ids=padded, attention_mask=mask).logits
-        expected = torch.cat([row[: len(x)] for row, x in zip(logits, ids, strict=True)])
+        expected = torch.cat([z[: len(x)] for z, x in zip(logits, ids, strict=True)])
         model.set_attn_implementation(attention.NAME)
         policy = Policy(model, MethodConfig(kd=None))
         positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
         hidden = policy.hidden(torch.cat(ids)[None], positions, None, LENGTHS)
         weight, _ = policy.head()
-        found = hidden @ weight.T
+        packed = hidden @ weight.T
     torch.testing.assert_close(
-        found.log_softmax(dim=1), expected.log_softmax(dim=1), rtol=1e-5, atol=1e-5
+        packed.log_softmax(dim=1), expected.log_softmax(dim=1), rtol=1e-5, atol=1e-5
     )
 
 
@@ -121,7 +121,7 @@ def test_which_attention_is_chosen(
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     model = AutoModelForCausalLM.from_pretrained(folders["student"])
     for installed in (False, True):
-        monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda found=installed: found)
+        monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda answer=installed: answer)
         expected = "flash_attention_2" if installed else "packed"
         assert attention.choose(model, gpu, torch.bfloat16) == expected
         assert attention.choose(model, gpu, torch.float32) == "packed"
@@ -136,10 +136,10 @@ def test_which_attention_is_chosen(
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "stablelm"])
-def test_who_computes_more_keeps_its_own(
+def test_a_model_that_computes_more_keeps_its_attention(
     tiny: Callable[..., Any], tokenizer: Any, tmp_path: Path, family: str
 ) -> None:
-    """Capped scores, attention sinks, and code that hands no lengths on."""
+    """These have capped scores, attention sinks, and code that passes no lengths on."""
     model = tiny(family)
     before = model.config._attn_implementation
     model.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Loading under torchrun: rank 0 reads the weights, every rank gets its shards of them."""
+"""Under torchrun rank 0 reads the weights, and every rank gets its shards of them."""
 
 import shutil
 from collections.abc import Callable
@@ -15,27 +15,30 @@ from kdrl_train.config import SamplingConfig, TrainConfig
 from kdrl_train.errors import RankError
 from kdrl_train.model import fsdp
 from kdrl_train.model import load as models
+from kdrl_train.model.probe import probe
 from kdrl_train.ranks import World
 from kdrl_train.start import preflight
 from kdrl_train.start.load import load
-from tests.train.ranks import _ask, _on_processes, on_ranks
+from tests.train.ranks import on_processes, on_ranks
 
 Config = Callable[..., TrainConfig]
 
 
 def load_both(config: TrainConfig, world: World) -> list[str]:
-    """What differs between the sharded models and those of one process; on rank 1 no file of
-    weights may be read."""
+    """List what differs between the sharded models and those of one process.
+
+    Rank 1 may read no file of weights.
+    """
     alone = [models.load_teacher(config), models.load_policy(config, None)]
     if not world.main:
         models._read = None
     together = [models.load_teacher(config, world), models.load_policy(config, None, world)]
     wrong = []
-    for mine, whole in zip(together, alone, strict=True):
-        assert mine is not None
+    for sharded, whole in zip(together, alone, strict=True):
+        assert sharded is not None
         assert whole is not None
         exact = dict(whole.named_parameters())
-        for name, parameter in mine.named_parameters():
+        for name, parameter in sharded.named_parameters():
             if not isinstance(parameter, DTensor):
                 wrong.append(f"{name} is not sharded")
             full = fsdp.full(parameter)
@@ -43,16 +46,16 @@ def load_both(config: TrainConfig, world: World) -> list[str]:
                 wrong.append(name)
             if parameter.requires_grad != exact.pop(name).requires_grad:
                 wrong.append(f"requires_grad of {name}")
-        buffers = dict(mine.named_buffers())
+        buffers = dict(sharded.named_buffers())
         for name, buffer in whole.named_buffers():
             if buffers[name].dtype != buffer.dtype or not torch.equal(buffers[name], buffer):
                 wrong.append(name)
         wrong += sorted(exact)
-        if preflight._tied(mine) != preflight._tied(whole):
+        if preflight._tied(sharded) != preflight._tied(whole):
             wrong.append("tied")
-        if mine.device != whole.device:
+        if sharded.device != whole.device:
             wrong.append("device")
-        if mine.model.generation_config != whole.model.generation_config:
+        if sharded.model.generation_config != whole.model.generation_config:
             wrong.append("generation_config")
     return wrong
 
@@ -89,13 +92,13 @@ def run_check(config: TrainConfig, _rank: int) -> int:
 
 def test_check_reads_with_sharded_models(config: Config) -> None:
     settings = config()
-    assert _ask(_on_processes, 2, partial(run_check, settings)) == [0, 0]
+    assert on_processes(2, partial(run_check, settings)) == [0, 0]
     long = replace(settings, sampling=SamplingConfig(max_new_tokens=300))
-    assert _ask(_on_processes, 2, partial(run_check, long)) == [1, 1]
+    assert on_processes(2, partial(run_check, long)) == [1, 1]
 
 
 def probe_another(config: TrainConfig, world: World) -> list[str]:
-    """The findings for a teacher whose own logits are twice those of its head."""
+    """Name the checks that fail for a teacher whose own logits are twice those of its head."""
     loaded = load(config, world)
     assert loaded.teacher is not None
     module = loaded.teacher.model
@@ -108,10 +111,42 @@ def probe_another(config: TrainConfig, world: World) -> list[str]:
 
     module.forward = twice
     with preflight.Verifier(config.reward) as verifier:
-        found = preflight.preflight(config, loaded, verifier, 1, world)
+        results = preflight.preflight(config, loaded, verifier, 1, world)
     sharded = all(isinstance(p, DTensor) for p in loaded.teacher.parameters())
-    return [f.name for f in found if not f.passed] + ["whole"] * (not sharded)
+    return [result.name for result in results if not result.passed] + ["whole"] * (not sharded)
 
 
 def test_another_formula_is_found_through_shards(config: Config) -> None:
     assert on_ranks(2, partial(probe_another, config())) == [["teacher head"]] * 2
+
+
+def probe_gathered(config: TrainConfig, world: World) -> list[Any]:
+    """Probe a policy and read a prompt with it, gathered; then take its gradient, sharded."""
+    policy = models.load_policy(config, None, world)
+    head = policy.model.get_output_embeddings()
+    with fsdp.gathered(policy):
+        whole = not isinstance(head.weight, DTensor)
+        error = probe(policy, "model.policy")
+    ids = torch.arange(2, 12)[None]
+    with fsdp.gathered(policy), torch.no_grad():
+        logits = policy.model(input_ids=ids, use_cache=False).logits
+    sharded = all(isinstance(p, DTensor) for p in policy.parameters())
+    policy.call(lambda inner: inner.model(input_ids=ids).logits.logsumexp(dim=2).sum()).backward()
+    gradients = [fsdp.full(p.grad).tolist() for p in policy.parameters()]
+    return [whole, sharded, error, logits.tolist(), gradients]
+
+
+def test_a_gathered_model_computes_what_a_whole_one_does(config: Config) -> None:
+    settings = config()
+    policy = models.load_policy(settings, None)
+    exact_error = probe(policy, "model.policy")
+    ids = torch.arange(2, 12)[None]
+    exact_logits = policy.model(input_ids=ids, use_cache=False).logits
+    exact_logits.logsumexp(dim=2).sum().backward()
+    for results in on_ranks(2, partial(probe_gathered, settings)):
+        whole, sharded, error, logits, gradients = results
+        assert (whole, sharded) == (True, True)
+        assert error == exact_error
+        assert logits == exact_logits.tolist()
+        for parameter, gradient in zip(policy.parameters(), gradients, strict=True):
+            torch.testing.assert_close(torch.tensor(gradient), parameter.grad, rtol=1e-5, atol=1e-6)

@@ -1,5 +1,7 @@
-"""layer_kernels: liger's layers and nothing else of it; clear refusals. Their arithmetic needs a
-GPU."""
+"""model.liger puts in liger-kernel's layers and nothing else, and is refused clearly elsewhere.
+
+The layers' arithmetic needs a GPU and is not tested here.
+"""
 
 import sys
 from collections.abc import Callable
@@ -26,7 +28,7 @@ def test_a_cpu_is_refused() -> None:
 
 
 def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(liger, "find_spec", str)  # Triton is there
+    monkeypatch.setattr(liger, "find_spec", str)  # Triton is installed
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     for name in [name for name in sys.modules if name.startswith("liger_kernel.")]:
         monkeypatch.delitem(sys.modules, name)

@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on."""
+"""With save_async a checkpoint is written while training goes on."""
 
 import resource
 import signal
@@ -39,8 +39,8 @@ def test_it_holds_the_state_of_its_step(tiny: Callable[..., Any], tmp_path: Path
     assert said == [f"saved {folder / 'step_000002'}"]
     assert torch.load(folder / "step_000002" / "rollouts.pt") == {"of": "the next step"}
     other, other_optimizer = make(tiny, seed=9)
-    found = checkpoint.latest(folder)
-    assert checkpoint.load(found, model=other, optimizer=other_optimizer) == 2
+    newest = checkpoint.latest(folder)
+    assert checkpoint.load(newest, model=other, optimizer=other_optimizer) == 2
     for ours, theirs in zip(states(other, other_optimizer), expected, strict=True):
         assert torch.equal(ours, theirs)
     saver.close()
@@ -48,18 +48,18 @@ def test_it_holds_the_state_of_its_step(tiny: Callable[..., Any], tmp_path: Path
 
 def test_the_next_step_does_not_wait(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config(steps=2, save_every=1, save_async=True)
-    publish, rows = checkpoint.publish, []
+    publish, counts = checkpoint.publish, []
 
-    def late(*given: Any) -> None:
+    def late(*arguments: Any) -> None:
         until = time.monotonic() + 30
         while len(read_records(settings.out)) < 2 and time.monotonic() < until:
             time.sleep(0.01)
-        rows.append(len(read_records(settings.out)))
-        publish(*given)
+        counts.append(len(read_records(settings.out)))
+        publish(*arguments)
 
     monkeypatch.setattr(checkpoint, "publish", late)
     run(settings)
-    assert rows == [2, 2]
+    assert counts == [2, 2]
     assert (settings.out / "checkpoints" / "LATEST").read_text() == "step_000002\n"
 
 
@@ -86,5 +86,5 @@ def test_a_full_disk_stops_the_run_after_the_step(config: Config) -> None:
     names = {path.name for path in (settings.out / "checkpoints").iterdir()}
     assert names == {"LATEST", "step_000001"}
     assert len(read_records(settings.out)) < 5  # the one after the next save at the latest
-    rows = run(replace(more, steps=3))
-    assert without_times(rows) == without_times(run(config("whole", steps=3)))
+    records = run(replace(more, steps=3))
+    assert without_times(records) == without_times(run(config("whole", steps=3)))

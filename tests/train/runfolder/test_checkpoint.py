@@ -1,4 +1,4 @@
-"""checkpoint: bit-equal, complete or absent, and only for the run that wrote it."""
+"""Checkpoints are bit-equal, complete or absent, and only for the run that wrote them."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,10 +22,15 @@ from kdrl_train.config_file import to_dict
 from kdrl_train.method.config import MethodConfig, ScheduleConfig
 from kdrl_train.model.policy import Policy
 from kdrl_train.runfolder import checkpoint
+from kdrl_train.runfolder.checkpoint import RunState
 from kdrl_train.runfolder.export import export
 from kdrl_train.runfolder.resume import check_config
 
 CONFIG = TrainConfig(keep_checkpoints=2)
+
+
+def state(policy: Policy, optimizer: torch.optim.Optimizer, step: int) -> RunState:
+    return RunState(step=step, model=policy, optimizer=optimizer, config=CONFIG)
 
 
 def make(tiny: Callable[..., Any], seed: int) -> tuple[Policy, torch.optim.Optimizer]:
@@ -49,13 +54,13 @@ def states(policy: Policy, optimizer: torch.optim.Optimizer) -> list[torch.Tenso
 def test_loading_continues_bit_equal(tiny: Callable[..., Any], tmp_path: Path) -> None:
     policy, optimizer = make(tiny, seed=0)
     train(policy, optimizer, steps=2)
-    checkpoint.save(tmp_path, step=2, model=policy, optimizer=optimizer, config=CONFIG)
+    checkpoint.save(tmp_path, state(policy, optimizer, step=2))
     train(policy, optimizer, steps=3)
 
     other, other_optimizer = make(tiny, seed=9)
     torch.manual_seed(1234)
-    found = checkpoint.latest(tmp_path)
-    step = checkpoint.load(found, model=other, optimizer=other_optimizer)
+    newest = checkpoint.latest(tmp_path)
+    step = checkpoint.load(newest, model=other, optimizer=other_optimizer)
     assert step == 2
     assert other.model.lm_head.weight is other.model.model.embed_tokens.weight
     train(other, other_optimizer, steps=3)
@@ -68,7 +73,7 @@ def test_the_newest_ones_are_kept(tiny: Callable[..., Any], tmp_path: Path) -> N
     train(policy, optimizer, steps=1)
     assert checkpoint.latest(tmp_path) is None
     for step in (5, 10, 999_999, 1_000_000):
-        checkpoint.save(tmp_path, step=step, model=policy, optimizer=optimizer, config=CONFIG)
+        checkpoint.save(tmp_path, state(policy, optimizer, step))
     names = ["LATEST", "step_1000000", "step_999999"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
     assert checkpoint.latest(tmp_path).step == 1_000_000
@@ -79,8 +84,7 @@ def test_a_killed_save_leaves_the_previous_checkpoint(
 ) -> None:
     policy, optimizer = make(tiny, seed=0)
     train(policy, optimizer, steps=1)
-    save = {"model": policy, "optimizer": optimizer, "config": CONFIG}
-    checkpoint.save(tmp_path, step=1, **save)
+    checkpoint.save(tmp_path, state(policy, optimizer, step=1))
 
     class Killed(BaseException):
         pass
@@ -95,9 +99,9 @@ def test_a_killed_save_leaves_the_previous_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", kill)  # everything is written, but not yet in place
         with pytest.raises(Killed):
-            checkpoint.save(tmp_path, step=2, **save)
+            checkpoint.save(tmp_path, state(policy, optimizer, step=2))
     assert checkpoint.latest(tmp_path).step == 1
-    checkpoint.save(tmp_path, step=2, **save)
+    checkpoint.save(tmp_path, state(policy, optimizer, step=2))
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["LATEST", "step_000001", "step_000002"]
     assert (tmp_path / "LATEST").read_text() == "step_000002\n"
@@ -107,7 +111,7 @@ def test_saving_a_step_again_replaces_it(tiny: Callable[..., Any], tmp_path: Pat
     policy, optimizer = make(tiny, seed=0)
     train(policy, optimizer, steps=1)
     for _ in range(2):
-        checkpoint.save(tmp_path, step=1, model=policy, optimizer=optimizer, config=CONFIG)
+        checkpoint.save(tmp_path, state(policy, optimizer, step=1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step_000001"]
 
 
@@ -119,9 +123,9 @@ def test_a_checkpoint_of_another_run_is_refused() -> None:
     with pytest.raises(ValueError, match=r"keep the settings of runs.a") as error:
         check_config(place, written, changed)
     assert str(error.value).splitlines()[1:-1] == [
-        "  seed: 0 there, 3 now",
-        "  model.teacher: None there, t now",
-        "  optim.learning_rate: 1e-06 there, 1.0 now",
+        "  seed: 0 before, 3 now",
+        "  model.teacher: None before, t now",
+        "  optim.learning_rate: 1e-06 before, 1.0 now",
     ]
 
 
@@ -139,12 +143,12 @@ def test_what_may_change_may_change() -> None:
     )
     check_config(place, written, changed)
     other = replace(changed, sampling=SamplingConfig(group_size=3))
-    with pytest.raises(ValueError, match=r"  sampling\.group_size: 8 there, 3 now"):
+    with pytest.raises(ValueError, match=r"  sampling\.group_size: 8 before, 3 now"):
         check_config(place, written, other)
 
 
 def test_windows_flushes_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "os", SimpleNamespace(name="nt"))  # nothing there to call
+    monkeypatch.setattr(checkpoint, "os", SimpleNamespace(name="nt"))  # it has no fsync
     checkpoint._sync(tmp_path)
 
 
@@ -172,6 +176,6 @@ def test_an_evaluation_that_a_schedule_waits_for_may_not_change() -> None:
     evaluation = EvalConfig(every=3, data=DataConfig(path="held_out.jsonl"))
     config = replace(CONFIG, method=MethodConfig(kd_coef=waits), eval=evaluation)
     other = replace(config, eval=replace(evaluation, every=5))
-    with pytest.raises(ValueError, match=r"  eval\.every: 3 there, 5 now"):
+    with pytest.raises(ValueError, match=r"  eval\.every: 3 before, 5 now"):
         check_config(Path("runs/a"), to_dict(config), other)
     check_config(Path("runs/a"), to_dict(config), replace(config, save_every=1))

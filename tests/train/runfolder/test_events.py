@@ -1,4 +1,4 @@
-"""events: what a run notes, through ends of every kind and a resume."""
+"""A run notes in events.jsonl how it starts, resumes and ends."""
 
 import json
 from collections.abc import Callable
@@ -35,15 +35,15 @@ def test_a_killed_run_and_its_resume(config: Callable[..., TrainConfig]) -> None
         path.rename(settings.out / "gone")
     assert read(settings.out).status == "finished"  # of the 3 steps that it was to do
     run(replace(settings, steps=3, resume=True))
-    found = noted(settings)
-    assert [(e["event"], e["step"]) for e in found] == [
+    written = noted(settings)
+    assert [(e["event"], e["step"]) for e in written] == [
         ("started", 0),
         ("resumed", 2),
         ("finished", 3),
     ]
-    assert [e.get("dropped") for e in found] == [0, 1, None]
-    assert found[1]["ranks"] == 1
-    assert {"python", "torch", "transformers"} <= set(found[1]["versions"])
+    assert [e.get("dropped") for e in written] == [0, 1, None]
+    assert written[1]["ranks"] == 1
+    assert {"python", "torch", "transformers"} <= set(written[1]["versions"])
     assert len(list((settings.out / "samples").iterdir())) == 3
 
 
@@ -72,11 +72,11 @@ def test_a_stop_is_noted(
     settings = config(steps=3)
     finish = train.finish
 
-    def ask(running: Any, step: int, *more: Any) -> None:
+    def request(running: Any, step: int, *more: Any) -> None:
         finish(running, step, *more)
         running.interrupt.requested = True
 
-    monkeypatch.setattr(train, "finish", ask)
+    monkeypatch.setattr(train, "finish", request)
     run(settings)
     assert kinds(settings) == [("started", 0), ("stopped", 1)]
     assert read(settings.out).status == "stopped"
@@ -85,7 +85,7 @@ def test_a_stop_is_noted(
 class FullDisk:
     """A log that cannot note an end."""
 
-    done, dropped = 0, 0
+    steps_done, dropped_records = 0, 0
 
     def event(self, kind: str, *_: Any, **__: Any) -> None:
         if kind == "failed":

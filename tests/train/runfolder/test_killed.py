@@ -83,10 +83,10 @@ def _saving(config: TrainConfig) -> bool:
     return any((config.out / "checkpoints").glob(".tmp_step*"))
 
 
-def _same(found: TrainConfig, expected: list[dict[str, Any]], whole: TrainConfig) -> None:
-    assert without_times(read_records(found.out)) == without_times(expected)
+def _same(parts: TrainConfig, expected: list[dict[str, Any]], whole: TrainConfig) -> None:
+    assert without_times(read_records(parts.out)) == without_times(expected)
     theirs = weights(whole.out / "model")
-    for name, tensor in weights(found.out / "model").items():
+    for name, tensor in weights(parts.out / "model").items():
         assert torch.equal(tensor, theirs[name]), name
 
 
@@ -97,18 +97,18 @@ def test_sigterm_saves_and_ends_with_0(config: Config) -> None:
     save_yaml(parts, parts.out.with_suffix(".yaml"))
     command = [sys.executable, "-m", "kdrl_train", "train", "--config"]
     command.append(str(parts.out.with_suffix(".yaml")))
-    same = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # for equal bits
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # for equal bits
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=same
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
     deadline = time.monotonic() + DEADLINE_S
     while len(read_records(parts.out)) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
-    asked = time.monotonic()
+    requested = time.monotonic()
     process.send_signal(signal.SIGTERM)
     words, _ = process.communicate(timeout=30)
     assert process.returncode == 0, words
-    assert time.monotonic() - asked < 10
+    assert time.monotonic() - requested < 10
     done = len(read_records(parts.out))
     assert 2 <= done < 6
     assert f"stopped by a signal after {done} steps: --resume continues" in words
@@ -132,10 +132,10 @@ def test_a_signal_in_the_middle_of_a_step_drops_the_step(
 
     with monkeypatch.context() as patch:
         patch.setattr(Policy, "forward", stop_in_second_step)
-        rows = run(parts)
-    assert without_times(rows) == without_times(expected[: len(rows)])
-    assert 0 < len(rows) < 3
-    assert checkpoint.latest(parts.out / "checkpoints").step == len(rows)
+        records = run(parts)
+    assert without_times(records) == without_times(expected[: len(records)])
+    assert 0 < len(records) < 3
+    assert checkpoint.latest(parts.out / "checkpoints").step == len(records)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert without_times(run(replace(parts, resume=True))) == without_times(expected)
 
@@ -175,17 +175,17 @@ def test_a_signal_in_an_evaluation_postpones_it(
         calls[:] = calls[:1] and [0]  # the second evaluation of the run, the first of the resumed
         with monkeypatch.context() as patch:
             patch.setattr(train, "evaluation", partial(stop_in_evaluation, train.evaluation))
-            rows = run(replace(parts, resume=bool(calls)))
-        assert without_times(rows) == without_times(expected[:1])
+            records = run(replace(parts, resume=bool(calls)))
+        assert without_times(records) == without_times(expected[:1])
         assert checkpoint.latest(parts.out / "checkpoints").step == 2
     assert without_times(run(replace(parts, resume=True))) == without_times(expected)
-    assert {len(rows) for rows in (expected, read_records(parts.out))} == {4}
+    assert {len(records) for records in (expected, read_records(parts.out))} == {4}
 
 
 def test_an_error_in_an_evaluation_costs_no_step(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its row waits for the resumed run, which may also do without the evaluation."""
+    """Its record waits for the resumed run, which may also do without the evaluation."""
     held_out = EvalConfig(data=config().data, every=2, samples=2, max_problems=3)
     whole, parts, without = (config(out, eval=held_out) for out in ("whole", "parts", "without"))
     expected = run(whole)
@@ -200,9 +200,9 @@ def test_an_error_in_an_evaluation_costs_no_step(
     assert without_times(read_records(parts.out)) == without_times(expected[:1])
     assert checkpoint.latest(parts.out / "checkpoints").step == 2
     shutil.copytree(parts.out, without.out)
-    rows = run(replace(without, resume=True, eval=EvalConfig()))
-    assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
-    assert not any("eval_avg_at_k" in row for row in rows)
+    records = run(replace(without, resume=True, eval=EvalConfig()))
+    assert [record["loss"] for record in records] == [record["loss"] for record in expected]
+    assert not any("eval_avg_at_k" in record for record in records)
     assert without_times(run(replace(parts, resume=True))) == without_times(expected)
 
 
@@ -213,10 +213,10 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(config: Config) -
     (settings.out / "metrics.jsonl").write_text('{"step": 0}\n{"st')
     with pytest.raises(ValueError, match="pass --resume to continue that run"):
         run(settings)
-    with pytest.raises(ValueError, match=r"(?s)keep the settings of .*run, got.*seed: 0 there, 1"):
+    with pytest.raises(ValueError, match=r"(?s)keep the settings of .*run, got.*seed: 0 before, 1"):
         run(replace(settings, resume=True, seed=1))
-    rows = run(replace(settings, resume=True))
-    assert without_times(rows) == without_times(run(config("other", steps=2)))
+    records = run(replace(settings, resume=True))
+    assert without_times(records) == without_times(run(config("other", steps=2)))
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(config: Config) -> None:
@@ -263,13 +263,13 @@ def test_a_damaged_checkpoint_is_named(config: Config, name: str, damage: str) -
     else:
         path.unlink()
     again = replace(settings, steps=3, resume=True)
-    with pytest.raises(ValueError, match="to resume from the one before") as error:
+    with pytest.raises(ValueError, match="to resume from the previous") as error:
         run(again)
     assert "step_000002" in str(error.value)
     for file in path.parent.iterdir():
         file.unlink()
     path.parent.rmdir()
-    assert [row["step"] for row in run(again)] == [0, 1, 2]
+    assert [record["step"] for record in run(again)] == [0, 1, 2]
 
 
 def test_bits_that_rot_are_found(config: Config) -> None:
@@ -288,8 +288,8 @@ def test_a_kill_between_pointer_and_rename_does_no_harm(config: Config) -> None:
     settings = config(steps=1)
     run(settings)
     (settings.out / "checkpoints" / ".tmp_LATEST").write_text("step_000002\n")
-    rows = run(replace(settings, steps=2, resume=True))
-    assert [row["step"] for row in rows] == [0, 1]
+    records = run(replace(settings, steps=2, resume=True))
+    assert [record["step"] for record in records] == [0, 1]
     names = {path.name for path in (settings.out / "checkpoints").iterdir()}
     assert names == {"LATEST", "step_000001", "step_000002"}
 

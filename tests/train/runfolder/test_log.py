@@ -1,4 +1,4 @@
-"""log: what is in the files of a run folder, after a clean end and after a kill."""
+"""The log's files hold what they should, after a clean end and after a kill."""
 
 import io
 import json
@@ -11,7 +11,7 @@ from rich.console import Console
 
 from kdrl_train.runfolder.log import RunLog, Stages, read_records
 
-ROW = {
+RECORD = {
     "reward": 0.5,
     "accuracy": 0.25,
     "groups_with_signal": 1.0,
@@ -39,12 +39,12 @@ def log(folder: Path, first: int = 0, **console: Any) -> tuple[RunLog, io.String
     return RunLog(folder, first, 10, Console(file=out, **{"width": 80} | console)), out
 
 
-def test_a_step_is_one_row_and_one_line(tmp_path: Path) -> None:
+def test_a_step_is_one_record_and_one_line(tmp_path: Path) -> None:
     run, out = log(tmp_path)
-    run.step({"step": 3} | ROW)
-    run.step({"step": 4} | ROW)
-    rows = read_records(tmp_path)
-    assert rows == [{"step": s} | ROW | {"kl_teacher": None} for s in (3, 4)]
+    run.step({"step": 3} | RECORD)
+    run.step({"step": 4} | RECORD)
+    records = read_records(tmp_path)
+    assert records == [{"step": s} | RECORD | {"kl_teacher": None} for s in (3, 4)]
     lines = out.getvalue().splitlines()
     assert len(lines) == 2
     assert lines[0].startswith("step  4/10  reward 0.500  right 25.0%  signal 100%  tokens 12")
@@ -52,14 +52,16 @@ def test_a_step_is_one_row_and_one_line(tmp_path: Path) -> None:
 
 
 def test_a_terminal_breaks_no_number(tmp_path: Path) -> None:
-    row = {"step": 9} | ROW | EVALUATION | {"response_length": 12345.6, "tokens_per_s": 123456.7}
+    record = (
+        {"step": 9} | RECORD | EVALUATION | {"response_length": 12345.6, "tokens_per_s": 123456.7}
+    )
     run, wide = log(tmp_path / "file")
-    run.step(row)
+    run.step(record)
     (whole,) = wide.getvalue().splitlines()
     shares = ["avg@k 50.0% (43.8-56.2)", "pass@k 75.0% (68.8-81.2)", "maj@k 62.5% (56.2-68.8)"]
     assert whole.endswith("  ".join(["", *shares]))
     run, narrow = log(tmp_path / "terminal", width=100, force_terminal=True, color_system=None)
-    run.step(row)
+    run.step(record)
     lines = narrow.getvalue().splitlines()
     assert len(lines) == 3
     assert max(map(len, lines)) <= 100
@@ -67,14 +69,14 @@ def test_a_terminal_breaks_no_number(tmp_path: Path) -> None:
     assert "  ".join(line.strip() for line in lines) == whole
 
 
-def test_resuming_drops_the_rows_after_the_checkpoint(tmp_path: Path) -> None:
+def test_resuming_drops_the_records_after_the_checkpoint(tmp_path: Path) -> None:
     run, _ = log(tmp_path)
     for step in range(4):
-        run.step({"step": step} | ROW)
+        run.step({"step": step} | RECORD)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "rew')  # killed in the middle of a line
     log(tmp_path, first=2)
-    assert [row["step"] for row in read_records(tmp_path)] == [0, 1]
+    assert [record["step"] for record in read_records(tmp_path)] == [0, 1]
 
 
 def test_resuming_drops_the_samples_after_the_checkpoint(tmp_path: Path) -> None:
@@ -86,6 +88,19 @@ def test_resuming_drops_the_samples_after_the_checkpoint(tmp_path: Path) -> None
     kept = sorted((tmp_path / "samples").iterdir())
     assert [path.name for path in kept] == ["step_000000.jsonl", "step_000001.jsonl"]
     assert json.loads(kept[0].read_text("utf-8")) == {"step": 0, "log_ratio": [0.5, None]}
+
+
+def test_a_postponed_record_waits_until_it_is_logged(tmp_path: Path) -> None:
+    run, _ = log(tmp_path)
+    run.step({"step": 0} | RECORD)
+    run.postpone({"step": 1, "reward": 0.5})
+    assert run.postponed(0) is None
+    assert run.postponed(1) == {"step": 1, "reward": 0.5}
+    again, _ = log(tmp_path, first=2)
+    assert again.postponed(1) == {"step": 1, "reward": 0.5}
+    again.step({"step": 1} | RECORD)
+    assert again.postponed(1) is None
+    assert log(tmp_path, first=2)[0].postponed(1) is None
 
 
 def test_stages_add_up_and_measuring_costs_no_speed() -> None:

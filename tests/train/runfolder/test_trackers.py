@@ -1,4 +1,4 @@
-"""trackers: each step once, in one run, also after a kill; and nothing imported unasked."""
+"""Trackers get each step once, in one run, also after a kill; unused ones are not imported."""
 
 import io
 import subprocess
@@ -33,12 +33,12 @@ def config(config: Callable[..., TrainConfig]) -> Callable[..., TrainConfig]:
 
 
 def follow(trackers: tuple[str, ...], folder: Path, first: int, last: int, value: float) -> None:
-    """Rows of the steps first, ..., last of one process."""
+    """Send the records of steps first, ..., last from one process."""
     folder.mkdir(exist_ok=True)
-    with Trackers(LogConfig(trackers=trackers)) as found:
-        found.start({"seed": 1, "model": {"policy": "x"}}, folder, first)
+    with Trackers(LogConfig(trackers=trackers)) as opened:
+        opened.start({"seed": 1, "model": {"policy": "x"}}, folder, first)
         for step in range(first, last + 1):
-            found.log({"step": step, "reward": value + step, "kl_teacher": None})
+            opened.log({"step": step, "reward": value + step, "kl_teacher": None})
 
 
 def events(folder: Path) -> EventAccumulator:
@@ -48,11 +48,11 @@ def events(folder: Path) -> EventAccumulator:
 def test_tensorboard_holds_each_step_once(tmp_path: Path) -> None:
     follow(("tensorboard",), tmp_path, 0, 3, value=0.5)
     follow(("tensorboard",), tmp_path, 2, 4, value=100.5)  # the checkpoint was that of 2 steps
-    found = events(tmp_path)
-    curve = [(event.step, event.value) for event in found.Scalars("reward")]
+    written = events(tmp_path)
+    curve = [(event.step, event.value) for event in written.Scalars("reward")]
     assert curve == [(0, 0.5), (1, 1.5), (2, 102.5), (3, 103.5), (4, 104.5)]
-    assert found.Tags()["scalars"] == ["reward"]
-    text = found.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert written.Tags()["scalars"] == ["reward"]
+    text = written.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "seed: 1\nmodel:\n  policy: x\n" in text
 
 
@@ -61,27 +61,28 @@ def test_a_run_and_its_resumption_are_one_curve(config: Callable[..., TrainConfi
     quiet = Console(file=io.StringIO())
     train.main(replace(settings, steps=1), quiet)
     folder = train.main(replace(settings, resume=True), quiet)
-    rows, found = read_records(folder), events(folder)
-    assert [row["step"] for row in rows] == [0, 1, 2]
+    records, written = read_records(folder), events(folder)
+    assert [record["step"] for record in records] == [0, 1, 2]
     for name in ("loss", "entropy", "seconds_update"):
-        curve = [(event.step, event.value) for event in found.Scalars(name)]
-        assert curve == [(row["step"], pytest.approx(row[name])) for row in rows], name
+        curve = [(event.step, event.value) for event in written.Scalars(name)]
+        expected = [(record["step"], pytest.approx(record[name])) for record in records]
+        assert curve == expected, name
 
 
 class FakeService:
-    """Stands for the modules wandb and trackio: what was asked of it, in order."""
+    """Stands for the modules wandb and trackio, and keeps what they get, in order."""
 
     def __init__(self) -> None:
         self.runs: list[dict[str, Any]] = []
-        self.rows: list[tuple[int, dict[str, float]]] = []
+        self.records: list[tuple[int, dict[str, float]]] = []
         self.finished = 0
 
     def init(self, **settings: Any) -> SimpleNamespace:
         self.runs.append(settings)
         return SimpleNamespace(log=self.log, finish=self.finish)
 
-    def log(self, row: dict[str, float], step: int) -> None:
-        self.rows.append((step, row))
+    def log(self, record: dict[str, float], step: int) -> None:
+        self.records.append((step, record))
 
     def finish(self) -> None:
         self.finished += 1
@@ -96,7 +97,8 @@ def test_a_service_gets_each_step_once(
     follow((name,), tmp_path / "run", 0, 3, value=0.5)
     follow((name,), tmp_path / "run", 2, 4, value=0.5)
     follow((name,), tmp_path / "other", 0, 0, value=9.5)
-    assert service.rows == [(i, {"reward": i + 0.5}) for i in range(5)] + [(0, {"reward": 9.5})]
+    expected = [(i, {"reward": i + 0.5}) for i in range(5)] + [(0, {"reward": 9.5})]
+    assert service.records == expected
     assert service.finished == 3
     first, second, other = service.runs
     assert first == second
@@ -135,10 +137,11 @@ def test_a_failed_run_closes_its_trackers(
     assert (len(service.runs), service.finished) == (1, 1)
 
 
-def test_nothing_is_imported_unasked() -> None:
+def test_unused_trackers_are_not_imported() -> None:
     code = "import sys, kdrl_train.train; from kdrl_train import config\n"
     code += "from kdrl_train.runfolder import trackers\n"
     code += "trackers.Trackers(config.LogConfig())\n"
     code += "print({'tensorboard', 'wandb', 'trackio'} & set(sys.modules))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "set()"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"

@@ -1,4 +1,4 @@
-"""check, memory: what plan estimates, against the device that is there."""
+"""The memory check compares the estimate of `plan` with the device."""
 
 import io
 from collections.abc import Callable
@@ -27,17 +27,17 @@ def estimate(config: TrainConfig, loaded: Loaded, ranks: int = 1) -> float:
 
 @pytest.fixture
 def device_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """device_with(bytes): what the device is said to have."""
+    """device_with(bytes) makes the device say that it has so much memory."""
     return lambda size: monkeypatch.setattr(memory, "memory_bytes", lambda *_: size)
 
 
 def test_this_machine_holds_a_tiny_run(config: Config) -> None:
     settings = config()
     loaded = load(settings)
-    found = memory.check_memory(settings, loaded.policy, loaded.teacher, 1)
+    detail = memory.check_memory(settings, loaded.policy, loaded.teacher, 1)
     gigabytes = estimate(settings, loaded) / 1e9
-    assert found.startswith(f"{gigabytes:,.2f} GB at its worst (")
-    assert found.endswith(f"cpu has {memory_bytes(torch.device('cpu'), 1) / 1e9:,.2f} GB")
+    assert detail.startswith(f"{gigabytes:,.2f} GB at its worst (")
+    assert detail.endswith(f"cpu has {memory_bytes(torch.device('cpu'), 1) / 1e9:,.2f} GB")
 
 
 def test_a_little_too_much_is_a_warning_and_far_too_much_a_failure(
@@ -66,11 +66,11 @@ def test_what_is_not_modelled_is_not_estimated(config: Config) -> None:
     settings = config()
     loaded = load(settings)
     eager = replace(settings, model=replace(settings.model, attention="eager"))
-    found = memory.check_memory(eager, loaded.policy, loaded.teacher, 1)
-    assert found.startswith("not estimated: ")
+    detail = memory.check_memory(eager, loaded.policy, loaded.teacher, 1)
+    assert detail.startswith("not estimated: ")
     vllm = replace(settings, engine=EngineConfig(kind="vllm"))
-    found = memory.check_memory(vllm, loaded.policy, loaded.teacher, 1)
-    assert found == "not estimated: engine.kind vllm is not modelled"
+    detail = memory.check_memory(vllm, loaded.policy, loaded.teacher, 1)
+    assert detail == "not estimated: engine.kind vllm is not modelled"
     with pytest.raises(ValueError, match=r'kind must be "generate" to be planned, got "vllm'):
         PlanConfig(engine=vllm.engine)
 
@@ -81,7 +81,7 @@ def test_a_server_samples_elsewhere_and_a_checkpoint_in_a_thread_is_a_copy(confi
     server = EngineConfig(kind="vllm_server", url="http://host:1")
     kinds = (settings, replace(settings, engine=server), replace(settings, save_async=True))
     plain, elsewhere, copied = (
-        memory_terms(memory._case(one, loaded.policy, loaded.teacher, 1)) for one in kinds
+        memory_terms(memory._case(kind, loaded.policy, loaded.teacher, 1)) for kind in kinds
     )
     sampling = {term for term in plain if set(term.when) <= {"prefill", "decode"}}
     assert len(sampling) == 6

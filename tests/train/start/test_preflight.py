@@ -1,4 +1,4 @@
-"""check: each mistake is found before the first step, and its message names the remedy."""
+"""`check` finds each mistake before the first step, and its message says what to do."""
 
 import copy
 import shutil
@@ -84,8 +84,10 @@ def test_a_token_without_a_column_is_refused(loaded: Loaded, tiny: Callable[...,
     with pytest.raises(ValueError, match=r"model\.teacher must have a column .* got 250 columns"):
         preflight.check_vocabulary(small)
     padded = replace(loaded, teacher=Teacher(tiny("llama", vocab_size=320)))
-    found = preflight.check_vocabulary(padded)
-    assert found == "258 tokens; columns: policy 258, teacher 320; those from 258 on are left out"
+    detail = preflight.check_vocabulary(padded)
+    assert (
+        detail == "258 tokens; columns: policy 258, teacher 320; those from 258 on are not sampled"
+    )
 
 
 def test_ends_of_sequence_must_agree(loaded: Loaded, tiny: Callable[..., Any]) -> None:
@@ -117,9 +119,9 @@ def test_prompts_must_fit(config: TrainConfig, loaded: Loaded) -> None:
 
 
 def test_held_out_prompts_must_fit(config: TrainConfig, tmp_path: Path) -> None:
-    rows = ['{"question": "1+1=", "answer": "2"}', '{"question": "10+10+10=", "answer": "30"}']
+    lines = ['{"question": "1+1=", "answer": "2"}', '{"question": "10+10+10=", "answer": "30"}']
     path = tmp_path / "held.jsonl"
-    path.write_text("\n".join(rows), encoding="utf-8")
+    path.write_text("\n".join(lines), encoding="utf-8")
     evaluation = EvalConfig(data=DataConfig(path=str(path)), every=1)
     held = replace(config, eval=evaluation)
     loaded = load(held)
@@ -148,7 +150,7 @@ def test_gold_answers_must_be_right(config: TrainConfig) -> None:
 
 def test_a_custom_reward_is_run_but_not_judged(config: TrainConfig) -> None:
     class Scripted:
-        """What a verifier with the user's own function may answer."""
+        """Replies what a verifier with the user's own function may reply."""
 
         def __init__(self, outcome: Any) -> None:
             self.outcome = outcome
@@ -157,11 +159,11 @@ def test_a_custom_reward_is_run_but_not_judged(config: TrainConfig) -> None:
             errors = {0: "KeyError: 'x'"} if self.outcome == "error" else {}
             return Verdicts([0.0] * len(completions), [self.outcome] * len(completions), errors)
 
-    own = replace(config, reward=RewardConfig(function="own:reward"))
+    custom = replace(config, reward=RewardConfig(function="custom:reward"))
     examples = [Example("set:0", "", "1")]
-    assert preflight.check_gold(own, examples, Scripted("wrong")) == "1 wrong"
+    assert preflight.check_gold(custom, examples, Scripted("wrong")) == "1 wrong"
     with pytest.raises(ValueError, match=r"answer '1', error KeyError: 'x': correct"):
-        preflight.check_gold(own, examples, Scripted("error"))
+        preflight.check_gold(custom, examples, Scripted("error"))
 
 
 def test_failures_are_listed_together(
@@ -170,18 +172,19 @@ def test_failures_are_listed_together(
     broken = replace(loaded, teacher=Teacher(tiny("llama", vocab_size=250)))
     short = replace(config, sampling=SamplingConfig(max_new_tokens=300))
     with Verifier(config.reward) as verifier:
-        findings = preflight.preflight(short, broken, verifier, gold=3)
-    assert [f.name for f in findings if not f.passed] == ["prompts", "vocabulary"]
-    assert next(f for f in findings if f.name == "gold answers").detail == "3 right"
+        results = preflight.preflight(short, broken, verifier, gold=3)
+    assert [result.name for result in results if not result.passed] == ["prompts", "vocabulary"]
+    assert {result.name: result.detail for result in results}["gold answers"] == "3 right"
     with pytest.raises(ValueError, match=r"(?s)pass its preflight, got:\n  prompts: .*\n  vocab"):
-        preflight.require(findings)
+        preflight.require(results)
 
 
-def test_one_sequence_per_row_needs_no_packing(config: TrainConfig, loaded: Loaded) -> None:
+def test_one_sequence_per_pack_needs_no_packing(config: TrainConfig, loaded: Loaded) -> None:
     alone = replace(config, optim=OptimConfig(micro_batch_tokens=1))
     with Verifier(config.reward) as verifier:
-        findings = {f.name: f.detail for f in preflight.preflight(alone, loaded, verifier, gold=1)}
-    assert findings["policy head"].endswith("one sequence per row")
+        results = preflight.preflight(alone, loaded, verifier, gold=1)
+    details = {result.name: result.detail for result in results}
+    assert details["policy head"].endswith("one sequence per pack")
 
 
 def test_a_model_folder_without_a_model_is_named(config: TrainConfig, tmp_path: Path) -> None:

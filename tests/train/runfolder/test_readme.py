@@ -1,0 +1,70 @@
+"""The README of the run folder names the keys that a run writes, and no others."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+from kdrl_train import runfolder
+from kdrl_train.config import (
+    EngineConfig,
+    EvalConfig,
+    LogConfig,
+    RewardConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+from kdrl_train.method.presets import PRESETS
+from kdrl_train.runfolder import jsonl
+from tests.train.test_train import run
+
+README = Path(runfolder.__file__).with_name("README.md")
+ONLY_ON_SEVERAL_RANKS = {"seconds_wait"}
+
+
+def expanded(name: str) -> list[str]:
+    """Write out the alternatives of a name: a_{b,c} -> a_b, a_c."""
+    parts = re.split(r"\{(.*?)\}", name)
+    choices = [part.split(",") if i % 2 else [part] for i, part in enumerate(parts)]
+    return ["".join(choice) for choice in product(*choices)]
+
+
+def documented_keys() -> list[str]:
+    """Read the keys in the first column of the README's table of metrics."""
+    section = README.read_text(encoding="utf-8").split("## metrics.jsonl")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")][2:]
+    return [
+        key
+        for row in rows
+        for name in re.findall(r"`(.*?)`", row.split("|")[1])
+        for key in expanded(name)
+    ]
+
+
+def test_every_key_of_a_run_is_in_the_readme(config: Callable[..., TrainConfig]) -> None:
+    sampling = SamplingConfig(prompts_per_step=2, group_size=2, max_new_tokens=4)
+    base = config(
+        steps=2,
+        sampling=sampling,
+        samples_per_step=1,
+        method=replace(PRESETS["kdrl"], sampler_correction="truncate"),
+        eval=EvalConfig(data=config().data, every=1, samples=2, max_problems=2),
+        log=LogConfig(diagnostics_every=1),
+    )
+    base = replace(base, reward=RewardConfig(function="exact", workers=1))  # it reads answers
+    prefetching = replace(
+        base, out=base.out.with_name("prefetch"), engine=EngineConfig(staleness=1)
+    )
+    written = {
+        key for settings in (base, prefetching) for record in run(settings) for key in record
+    }
+    documented = documented_keys()
+    assert len(documented) == len(set(documented))
+    assert set(documented) == written | ONLY_ON_SEVERAL_RANKS
+    text = README.read_text(encoding="utf-8")
+    for name in ("events.jsonl", "samples/step_000001.jsonl"):
+        for record in jsonl.read(base.out / name):
+            assert not [key for key in record if f"`{key}`" not in text], name
+    files = {path.name for path in base.out.iterdir()}
+    assert not [name for name in files if f"`{name}" not in text]
