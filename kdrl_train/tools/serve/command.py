@@ -7,8 +7,8 @@
 
 The reply to /score has one log-probability, float32 in nats, for each id after the first
 prompt_tokens ids, of softmax(logits[:vocab_size] / temperature). Status 422 means that the request
-is wrong; its message names the field and its value. Status 503 with Retry-After means that the model
-is still loading, or that too many sequences wait.
+is wrong; its message names the field and its value. Status 503 with Retry-After means that the
+model is still loading, or that too many sequences wait.
 """
 
 import contextlib
