@@ -37,7 +37,7 @@ from kdrl_train.method.config import MethodConfig
 from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.log import read_records
 from kdrl_train.start.estimate.memory import by_moment
-from kdrl_train.tools.plan.command import LIBRARIES, PlanConfig, make_plan
+from kdrl_train.tools.plan.command import LIBRARIES, PlanConfig, make_estimate
 from kdrl_train.tools.toy.models import EOS, train_tokenizer
 
 PROMPT = 32
@@ -133,8 +133,8 @@ def measure(run: TrainConfig) -> dict[str, Any]:
 def compare(name: str, folder: Path) -> dict[str, Any]:
     """Prediction and measurement of one of RUNS, with models written to `folder`."""
     run = write_run(name, folder)
-    plan = make_plan(update(PlanConfig(device="cpu", launch_us=0.0), to_dict(run)))
-    moments = by_moment([term for term in plan.memory if term.name != LIBRARIES])
+    estimate = make_estimate(update(PlanConfig(device="cpu", launch_us=0.0), to_dict(run)))
+    moments = by_moment([term for term in estimate.memory if term.name != LIBRARIES])
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         found = pool.submit(measure, run).result()
@@ -143,7 +143,7 @@ def compare(name: str, folder: Path) -> dict[str, Any]:
         "predicted_bytes": predicted,
         "predicted_over_measured": predicted / found["measured_bytes"],
         "moments": moments,
-        "predicted_seconds": {term.name: term.value for term in plan.time},
+        "predicted_seconds": {term.name: term.value for term in estimate.time},
     }
 
 

@@ -1,1 +1,1 @@
-"""The commands beside `train`."""
+"""Holds the commands other than `train` and `check`."""

@@ -1,8 +1,8 @@
-"""The demo: from nothing to a policy trained with KDRL, in minutes on two CPU cores.
+"""Trains a small policy with KDRL from nothing, in minutes on two CPU cores.
 
-Writes a task; trains a tokenizer, a teacher on worked solutions, and a smaller student on the same
-solutions with slips in them; then runs `train` with the `kdrl` preset, and measures the student
-before and after on problems that neither has seen.
+The demo writes a task, then trains a tokenizer, a teacher on worked solutions, and a smaller
+student on the same solutions with slips in them. It runs `train` with the `kdrl` preset, and
+measures the student before and after on problems that neither model has seen.
 """
 
 import itertools
@@ -51,7 +51,7 @@ from kdrl_train.tools.evaluate import evaluate
 from kdrl_train.tools.toy import ArithmeticConfig, make_arithmetic
 from kdrl_train.tools.toy.models import ArchitectureConfig, train_tokenizer
 
-KL_STEP = 2**31 + 1  # seeds of the completions that the KL is measured on; evaluation has 2**31
+KL_STEP = 2**31 + 1  # seeds the completions that the KL is measured on; evaluation uses 2**31
 
 
 @settings
@@ -121,7 +121,7 @@ class DemoConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """One model on the held-out problems, sampled at temperature 1."""
+    """Holds what was measured of one model on the held-out problems, sampled at temperature 1."""
 
     accuracy: float
     """avg@k: share of right completions."""
@@ -130,12 +130,12 @@ class Measurement:
     truncated: float
     """Share of completions cut at max_new_tokens."""
     kl: float
-    """Exact KL(model || teacher), nats per token of the model's own completions."""
+    """Exact KL(model || teacher), nats per token of the model's completions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoResult:
-    """What the table shows; also in result.json."""
+    """Holds what the table shows; result.json has the same."""
 
     before: Measurement
     after: Measurement
@@ -147,33 +147,33 @@ class DemoResult:
 
 
 def main(config: DemoConfig, console: Console | None = None) -> DemoResult:
-    """Run the demo and print its table.
+    """Runs the demo and prints its table.
 
     Args:
         console: where progress and the table go; None: standard output.
-    Raises: ValueError for a folder that is there already.
+    Raises: ValueError if the folder exists.
     """
     console = console or Console(highlight=False)
     out = config.out or free_folder(Path("runs"))
     if out.exists():
         raise ValueError(f"out must be a new folder, got {out}, which exists: choose another --out")
-    clock = Clock(console)
+    stopwatch = Stopwatch(console)
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     try:
-        with clock("task and tokenizer"):
+        with stopwatch("task and tokenizer"):
             write_task(config, out)
-        with clock("teacher"):
+        with stopwatch("teacher"):
             sft.main(sft_config(config, out, "teacher"), console)
-        with clock("student"):
+        with stopwatch("student"):
             sft.main(sft_config(config, out, "student"), console)
         run = train_config(config, out)
-        with clock("measure before"):
+        with stopwatch("measure before"):
             before = measure(str(out / "student"), run, config)
             teacher = measure(str(out / "teacher"), run, config)
-        with clock("KDRL"):
+        with stopwatch("KDRL"):
             train.main(run, console)
-        with clock("measure after"):
+        with stopwatch("measure after"):
             after = measure(str(run.out / "model"), run, config)
     finally:
         torch.set_num_threads(threads)
@@ -181,7 +181,7 @@ def main(config: DemoConfig, console: Console | None = None) -> DemoResult:
         before=before,
         after=after,
         teacher=teacher,
-        seconds=clock.seconds | {"total": sum(clock.seconds.values())},
+        seconds=stopwatch.seconds | {"total": sum(stopwatch.seconds.values())},
         run=run.out,
     )
     text = json.dumps(asdict(result), indent=1, default=str)
@@ -190,8 +190,8 @@ def main(config: DemoConfig, console: Console | None = None) -> DemoResult:
     return result
 
 
-class Clock:
-    """Announces each part of the demo and takes its wall-clock seconds."""
+class Stopwatch:
+    """Announces each part of the demo and measures its wall-clock seconds."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -199,7 +199,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Time a block."""
+        """Measures a block."""
         self.console.rule(part, align="left")
         start = time.perf_counter()
         yield
@@ -207,14 +207,14 @@ class Clock:
 
 
 def free_folder(parent: Path) -> Path:
-    """parent/demo, or parent/demo-2, -3, ... if that is taken."""
+    """Returns parent/demo, or the first of parent/demo-2, -3, ... that does not exist."""
     names = itertools.chain(["demo"], (f"demo-{i}" for i in itertools.count(2)))
     return next(parent / name for name in names if not (parent / name).exists())
 
 
 def write_task(config: DemoConfig, out: Path) -> None:
-    """train.jsonl, sloppy.jsonl (the same problems, solved with slips), held_out.jsonl (others)
-    and tokenizer/ in `out`."""
+    """Writes train.jsonl, sloppy.jsonl (the same problems, solved with slips), held_out.jsonl
+    (other problems) and tokenizer/ in `out`."""
     rows = make_arithmetic(config.problems + config.held_out, config.seed, config.task)
     sloppy = make_arithmetic(config.problems, config.seed, config.task, config.slips)
     jsonl.write(out / "train.jsonl", rows[: config.problems])
@@ -225,16 +225,16 @@ def write_task(config: DemoConfig, out: Path) -> None:
 
 
 def data_config(path: Path) -> DataConfig:
-    """A file of the task: the newline after the question is part of the prompt."""
+    """Configures a file of the task; the newline after the question is part of the prompt."""
     return DataConfig(path=str(path), prompt_template="{prompt}\n")
 
 
 def sft_config(config: DemoConfig, out: Path, name: str) -> sft.SftConfig:
-    """Supervised run of the "teacher" or the "student", into the folder of that name."""
+    """Configures the supervised run of the "teacher" or the "student"."""
     strong = name == "teacher"
     return sft.SftConfig(
         out=out / name,
-        seed=config.seed + strong,  # not the same batches in the same order
+        seed=config.seed + strong,  # so that the two see other batches
         data=data_config(out / ("train.jsonl" if strong else "sloppy.jsonl")),
         tokenizer=str(out / "tokenizer"),
         architecture=config.teacher if strong else config.student,
@@ -246,8 +246,10 @@ def sft_config(config: DemoConfig, out: Path, name: str) -> sft.SftConfig:
 
 
 def train_config(config: DemoConfig, out: Path) -> TrainConfig:
-    """The preset `kdrl` with the exact KL. Beta is larger than the paper's and falls: minutes, not
-    days, are there to learn in."""
+    """Configures the preset `kdrl` with the exact KL.
+
+    Beta is larger than the paper's and falls, since the run has minutes to learn, not days.
+    """
     beta = ScheduleConfig(
         kind="linear", initial=config.beta, final=config.final_beta, steps=config.steps
     )
@@ -271,7 +273,7 @@ def train_config(config: DemoConfig, out: Path) -> TrainConfig:
 
 
 def measure(model: str, run: TrainConfig, config: DemoConfig) -> Measurement:
-    """Sample `samples` completions of each held-out problem from the model in a folder."""
+    """Measures the model in a folder on `samples` completions of each held-out problem."""
     run = replace(run, model=replace(run.model, policy=model))
     held_out = data_config(Path(run.data.path).with_name("held_out.jsonl"))
     examples = load_examples(held_out)
@@ -285,9 +287,8 @@ def measure(model: str, run: TrainConfig, config: DemoConfig) -> Measurement:
             tokenizer,
             examples,
             data=held_out,
-            sampling=run.sampling,
+            sampling=replace(run.sampling, group_size=config.samples),
             verifier=verifier,
-            samples=config.samples,
             seed=config.seed,
             vocab_size=policy.sampled_vocab_size,
         )
@@ -303,7 +304,8 @@ def measure(model: str, run: TrainConfig, config: DemoConfig) -> Measurement:
 def teacher_kl(
     policy: Policy, teacher: Teacher, tokenizer: Any, examples: list[Example], run: TrainConfig
 ) -> float:
-    """Mean exact KL(policy || teacher) in nats per token, on one completion of each example."""
+    """Measures the mean exact KL(policy || teacher) in nats per token, on one completion of each
+    example."""
     rollouts = generate_rollouts(
         policy.model,
         tokenizer,
@@ -324,7 +326,7 @@ def teacher_kl(
 
 
 def result_table(result: DemoResult, config: DemoConfig) -> Table:
-    """Student before and after, and the teacher; the time and the folder below."""
+    """Makes a table of the student before and after, and the teacher; time and folder below."""
     total = result.seconds["total"]
     parts = ", ".join(f"{name} {s:.0f} s" for name, s in result.seconds.items() if name != "total")
     gain = 100 * (result.after.accuracy - result.before.accuracy)
@@ -334,18 +336,19 @@ def result_table(result: DemoResult, config: DemoConfig) -> Table:
         caption_justify="left",
     )
     table.add_column("")
-    for name in (f"avg@{config.samples}", "tokens", "cut off", "KL to teacher (nats/token)"):
+    kl = "KL to teacher (nats/token)"
+    for name in (f"avg@{config.samples}", "tokens per completion", "cut off", kl):
         table.add_column(name, justify="right")
-    for name, row in (
+    for name, measurement in (
         ("student before", result.before),
         ("student after", result.after),
         ("teacher", result.teacher),
     ):
         table.add_row(
             name,
-            f"{row.accuracy:.1%}",
-            f"{row.length:.1f}",
-            f"{row.truncated:.1%}",
-            f"{row.kl:z.4f}",
+            f"{measurement.accuracy:.1%}",
+            f"{measurement.length:.1f}",
+            f"{measurement.truncated:.1%}",
+            f"{measurement.kl:z.4f}",
         )
     return table

@@ -1,4 +1,4 @@
-"""How good a policy is: avg@k, pass@k, maj@k with their intervals, response length, truncation."""
+"""Measures a policy: avg@k, pass@k and maj@k with intervals, response length, truncation."""
 
 import json
 import time
@@ -31,37 +31,36 @@ def evaluate(
     data: DataConfig,
     sampling: SamplingConfig,
     verifier: Verifier,
-    samples: int,
     seed: int = 0,
     vocab_size: int | None = None,
 ) -> EvalResult:
-    """Sample `samples` completions of each example and score them.
+    """Samples sampling.group_size completions of each example and scores them.
 
-    The draw is a function of seed alone, so that two models, or two moments of a run, see the same
-    noise.
+    The random numbers depend on the seed alone, so that two models, or two steps of a run, are
+    measured with the same ones.
 
     Args:
-        model, tokenizer: transformers causal LM; left in the mode it was in.
+        model, tokenizer: transformers causal LM; it stays in its mode (train or eval).
         examples: at least one.
-        data: how a prompt is encoded.
-        sampling: max_new_tokens, temperature, batch_size; its group_size is replaced by `samples`.
+        data: says how a prompt is encoded.
+        sampling: group_size (k of avg@k), max_new_tokens, temperature, batch_size.
         verifier: open.
-        vocab_size: columns from here on are never drawn; None: the model's own width.
+        vocab_size: only token ids below it are sampled; None: all that the model's head has.
     Raises: ValueError for an empty list of examples.
     """
     if not examples:
         raise ValueError("examples must hold at least one problem, got none")
     start = time.perf_counter()
     prompts = [encode_prompt(tokenizer, example, data) for example in examples]
-    sampling = replace(sampling, group_size=samples)
     rollouts = generate_rollouts(model, tokenizer, prompts, sampling, seed, EVAL_STEP, vocab_size)
+    samples = sampling.group_size
     answers = [example.gold for example in examples for _ in range(samples)]
     verdicts = verifier.score(rollouts.texts, answers)
     return summarize(rollouts, verdicts, samples, seed, time.perf_counter() - start)
 
 
 def evaluate_folder(config: EvaluateConfig) -> EvalResult:
-    """Load the model folder and the problems that `config` names, and measure."""
+    """Loads the model folder and the problems that `config` names, and measures the model."""
     examples = load_examples(config.data)[: config.max_problems]
     tokenizer = load_tokenizer(config.model.policy)
     dtype = getattr(torch, config.model.dtype)
@@ -74,32 +73,35 @@ def evaluate_folder(config: EvaluateConfig) -> EvalResult:
             tokenizer,
             examples,
             data=config.data,
-            sampling=config.sampling,
+            sampling=replace(config.sampling, group_size=config.samples),
             verifier=verifier,
-            samples=config.samples,
             seed=config.seed,
             vocab_size=common_width(model, config.model),
         )
 
 
 def common_width(model: Any, config: ModelConfig) -> int:
-    """Columns that a policy trained with the teacher samples from: those that both heads have;
-    without a teacher all of its own. Of the teacher only its width is asked."""
-    columns = model.get_output_embeddings().weight.shape[0]
+    """Returns the number of token ids that a policy samples from when it trains with this teacher.
+
+    It is that of the smaller of the two heads; without a teacher, that of the policy's head. The
+    teacher's weights are not loaded.
+    """
+    vocab_size = model.get_output_embeddings().weight.shape[0]
     if config.teacher is None:
-        return columns
+        return vocab_size
     if config.teacher_is_url:
         with closing(connect(config, TeacherConfig())) as server:
-            return min(columns, server.vocab_size or columns)
-    return min(columns, AutoConfig.from_pretrained(config.teacher).get_text_config().vocab_size)
+            return min(vocab_size, server.vocab_size or vocab_size)
+    teacher = AutoConfig.from_pretrained(config.teacher).get_text_config()
+    return min(vocab_size, teacher.vocab_size)
 
 
 def result_table(results: dict[str, EvalResult]) -> Table:
-    """Name of a policy -> its measurement: a rich table with a column for each policy."""
+    """Makes a table with a column for each policy, from the policies' names and results."""
     first = next(iter(results.values()))
     table = Table(
         title=f"{first.problems} problems, {first.samples} completions each",
-        caption="(95% interval, by bootstrap over the problems)",
+        caption="(95% interval by bootstrap over the problems)",
     )
     table.add_column("")
     for policy in results:
@@ -118,7 +120,7 @@ def result_table(results: dict[str, EvalResult]) -> Table:
 
 
 def _share(result: EvalResult, name: str) -> str:
-    """A share and its interval, in percent; "-" where it is not known."""
+    """Writes a share and its interval in percent, or "-" if the result has no such share."""
     if name not in result.shares:
         return "-"
     low, high = result.intervals[name]
@@ -126,7 +128,7 @@ def _share(result: EvalResult, name: str) -> str:
 
 
 def main(config: EvaluateConfig) -> EvalResult:
-    """Measure a saved model: a table on the screen and, with `out`, the numbers as JSON."""
+    """Measures a saved model; prints a table and, if `out` is set, writes the numbers as JSON."""
     result = evaluate_folder(config)
     Console().print(result_table({config.model.policy: result}))
     if config.out is not None:

@@ -1,7 +1,7 @@
-"""Take a step that was stopped apart: loss and gradient of each completion on its own.
+"""Repeats a step that stopped a run, one completion at a time, to find the one that failed.
 
-A loss or gradient that is not finite leaves failed_step_XXXXXX.pt in the run folder, with the
-step's completions and rewards, and a checkpoint of the weights that met them.
+A run whose loss or gradient is not finite leaves failed_step_XXXXXX.pt in its folder, with the
+step's completions and rewards, and a checkpoint of the weights before the step.
 """
 
 import math
@@ -37,7 +37,7 @@ class ReplayConfig:
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """One completion on its own, divided by the normaliser of the whole step."""
+    """Holds loss and gradient of one completion, divided by the normaliser of the whole step."""
 
     index: int
     example_id: str
@@ -48,36 +48,39 @@ class Replayed:
     loss: float
     grad_norm: float
     lowest_logprob: float
-    """Of its tokens, nats."""
+    """Smallest log-probability of a token, nats."""
 
     @property
     def finite(self) -> bool:
-        """Whether it could have been learnt from."""
+        """Says whether loss and gradient are finite."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 def main(config: ReplayConfig, console: Console | None = None) -> list[Replayed]:
-    """Compute, and print as a table. Raises ValueError for a file or run folder that is none."""
+    """Repeats the step and prints a table of its completions.
+
+    Raises: ValueError if the file is not such a dump, or its folder not a run folder.
+    """
     dump = load_dump(config.file)
-    found = replay(dump, config.file.parent)
-    broken = [one for one in found if not one.finite]
-    shown = found
+    replayed = replay(dump, config.file.parent)
+    broken = [one for one in replayed if not one.finite]
+    shown = replayed
     if not config.all:
-        rest = sorted((one for one in found if one.finite), key=lambda one: -one.grad_norm)
-        shown = broken + rest[:10]
+        finite = sorted((one for one in replayed if one.finite), key=lambda one: -one.grad_norm)
+        shown = broken + finite[:10]
     out = Console(highlight=False) if console is None else console
-    out.print(table(shown, f"step {dump['step']}: {len(broken)} of {len(found)} not finite"))
+    out.print(table(shown, f"step {dump['step']}: {len(broken)} of {len(replayed)} not finite"))
     if not broken:
-        out.print("each is finite on its own: the sum, or other weights, were not")
-    return found
+        out.print("each completion alone is finite: the sum was not, or the step had other weights")
+    return replayed
 
 
 def load_dump(file: Path) -> dict[str, Any]:
-    """The dump of a stopped step. Raises ValueError for a file that is none."""
+    """Reads the dump of a step that stopped a run. Raises ValueError if the file is not one."""
     try:
         dump = torch.load(file)
         return {name: dump[name] for name in (*_STEP, *_ROLLOUTS)}
-    except Exception as error:  # torch.load has many
+    except Exception as error:  # torch.load raises many types
         raise ValueError(
             f"file must be a failed_step_XXXXXX.pt of a run folder, got {file}: {error!r}"
         ) from error
@@ -88,14 +91,14 @@ _ROLLOUTS = tuple(field.name for field in fields(Rollouts))
 
 
 def replay(dump: dict[str, Any], folder: Path) -> list[Replayed]:
-    """Every completion of the dump, at the weights of the step it stopped at.
+    """Repeats every completion of the dump with the weights before the step.
 
-    Raises: ValueError where the run folder has no configuration or no checkpoint of that step.
+    Raises: ValueError if the run folder has no configuration, or no checkpoint of that step.
     """
     if dump["part"]:
         raise ValueError(
-            f"file must be of the first update of its step, got update {dump['part'] + 1}: nothing "
-            "keeps the weights between two updates"
+            f"file must be of the first update of its step, got update {dump['part'] + 1}: the "
+            "weights between two updates of a step are not saved"
         )
     config = update(TrainConfig(), load_yaml(folder / "config.yaml"))
     use_device(config.model)
@@ -114,7 +117,7 @@ def replay(dump: dict[str, Any], folder: Path) -> list[Replayed]:
         config.sampling.max_new_tokens,
     )
     coefficients = replace(CompletionCoefficients(**dump["coefficients"]), token_weights=weights)
-    found = []
+    replayed = []
     policy.train()
     for batch in pack(rollouts, coefficients, micro_batch_tokens=1):  # a completion each
         index, packed = int(batch.rollout[0]), batch.to(policy.device)
@@ -124,7 +127,7 @@ def replay(dump: dict[str, Any], folder: Path) -> list[Replayed]:
         grads = [p.grad for p in policy.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads).item()
         policy.zero_grad(set_to_none=True)
-        found.append(
+        replayed.append(
             Replayed(
                 index=index,
                 example_id=dump["example_ids"][index],
@@ -137,22 +140,23 @@ def replay(dump: dict[str, Any], folder: Path) -> list[Replayed]:
                 lowest_logprob=out.logprobs.min().item(),
             )
         )
-    return found
+    return replayed
 
 
-def table(rows: list[Replayed], title: str) -> Table:
-    """Completions as a rich table; those that are not finite in red."""
+def table(completions: list[Replayed], title: str) -> Table:
+    """Makes a table of completions; those that are not finite are red."""
     out = Table(title=title)
-    names = ("#", "problem", "tokens", "reward", "advantage", "kd weight", "loss", "|g|", "min lp")
+    numbers = ("reward", "advantage", "kd weight", "loss", "gradient norm", "lowest log p")
+    names = ("#", "problem", "tokens", *numbers)
     for name in names:
         out.add_column(name, justify="left" if name == "problem" else "right")
-    for row in rows:
-        numbers = (row.reward, row.advantage, row.kd_weight, row.loss, row.grad_norm)
+    for one in completions:
+        values = (one.reward, one.advantage, one.kd_weight, one.loss, one.grad_norm)
         out.add_row(
-            str(row.index),
-            row.example_id,
-            str(row.tokens),
-            *(f"{number:.3g}" for number in (*numbers, row.lowest_logprob)),
-            style="" if row.finite else "bold red",
+            str(one.index),
+            one.example_id,
+            str(one.tokens),
+            *(f"{value:.3g}" for value in (*values, one.lowest_logprob)),
+            style="" if one.finite else "bold red",
         )
     return out

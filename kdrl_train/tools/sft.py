@@ -1,8 +1,8 @@
-"""Supervised training, from scratch or from a model, on rows of prompt and worked solution.
+"""Trains a model on prompts and worked solutions, from random weights or from a saved model.
 
-A row becomes prompt ids + solution ids + EOS. Batches are padded on the right: with causal
-attention no token sees a pad that follows it, so no attention mask is needed. The loss goes through
-kdrl_kernels.linear_logprobs, on the tokens that carry it and no others.
+An example is prompt ids + solution ids + EOS. Batches are padded on the right: with causal
+attention no token sees a pad that follows it, so no attention mask is needed.
+kdrl_kernels.linear_logprobs computes the loss, only on the tokens that carry it.
 """
 
 import itertools
@@ -37,8 +37,8 @@ from kdrl_train.settings import (
 )
 from kdrl_train.tools.toy.models import ArchitectureConfig, make_model, train_tokenizer
 
-MAX_PADDED = 1.25  # tokens of a padded group, of those of its rows
-FINAL_LR_SHARE = 0.05  # of the peak, at the end of the cosine
+MAX_PADDED = 1.25  # most tokens of a padded group, divided by those of its examples
+FINAL_LR_SHARE = 0.05  # learning rate at the end of the cosine, divided by the peak
 LOG_EVERY_S = 10.0
 
 
@@ -90,7 +90,7 @@ class SftConfig:
 
 @dataclass(frozen=True, slots=True)
 class SolvedExample:
-    """One row, encoded."""
+    """Holds a problem and its solution as token ids."""
 
     prompt: list[int]
     """Token ids of the prompt."""
@@ -103,20 +103,20 @@ class SolvedExample:
 
 @dataclass(frozen=True, slots=True)
 class PaddedBatch:
-    """B rows, padded on the right to T tokens, with N tokens that carry loss."""
+    """Holds B examples, padded on the right to T tokens; N of the tokens carry loss."""
 
     ids: Tensor
     """[B, T] int64."""
     predicts: Tensor
-    """[B, T] bool, N of them true: the next token carries loss."""
+    """[B, T] bool, true at N places: the next token carries loss."""
     targets: Tensor
-    """[N] int64: those tokens, in the order of predicts."""
+    """[N] int64: the tokens that carry loss, in the order of predicts."""
 
 
 def read_solutions(config: SftConfig) -> list[tuple[Example, str]]:
-    """Every row of config.data: the problem, and the text of config.solution_column.
+    """Reads every row of config.data: the problem, and the text in config.solution_column.
 
-    Raises: as data.load_examples does, for the solution column too.
+    Raises: ValueError as problems.load_examples does, also for the solution column.
     """
     column = config.solution_column
     data = replace(config.data, answer_column=column)
@@ -127,81 +127,82 @@ def read_solutions(config: SftConfig) -> list[tuple[Example, str]]:
     return solutions
 
 
-def encode_rows(
+def encode_examples(
     tokenizer: Any, solutions: Sequence[tuple[Example, str]], config: SftConfig, longest: int
 ) -> list[SolvedExample]:
-    """Token ids of every row; the prompt's are those that `train` will send.
+    """Encodes every problem and solution; `train` encodes the prompts in the same way.
 
-    Raises: ValueError, naming the row, for one longer than `longest`, the model's positions.
+    Raises: ValueError that names an example longer than `longest`, the model's positions.
     """
-    rows = []
+    encoded = []
     for example, solution in solutions:
         ids = tokenizer(solution, add_special_tokens=False)["input_ids"]
         prompt = encode_prompt(tokenizer, example, config.data)
-        row = SolvedExample(prompt, [*ids, tokenizer.eos_token_id])
-        if len(row) > longest:
+        solved = SolvedExample(prompt, [*ids, tokenizer.eos_token_id])
+        if len(solved) > longest:
             raise ValueError(
-                f"architecture.max_positions must be at least {len(row)}, the tokens of "
-                f"{example.id}, got {longest}: raise it, or drop the row"
+                f"architecture.max_positions must be at least {len(solved)}, the tokens of "
+                f"{example.id}, got {longest}: raise it, or leave that problem out"
             )
-        rows.append(row)
-    return rows
+        encoded.append(solved)
+    return encoded
 
 
 def batches(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:
-    """Every index once, in random order; a function of the arguments alone.
+    """Distributes every index over batches in random order, which the arguments alone determine.
 
-    Rows of like length are not sought out: on a task whose length is its number of steps, batches
-    of one length each left a model at 6% where mixed ones brought it to 78%.
+    Batches do not collect examples of similar length: on a task whose length is its number of
+    steps, batches of one length each left a model at 6% where mixed ones brought it to 78%.
 
     Args:
-        lengths: tokens of each row.
-        batch_tokens: bounds the sum of a batch's lengths; a longer row is a batch of its own.
+        lengths: tokens of each example.
+        batch_tokens: most tokens of a batch; a longer example is a batch alone.
     """
     order = list(range(len(lengths)))
     random.Random(f"{seed}/{epoch}").shuffle(order)
-    out: list[list[int]] = []
+    members: list[list[int]] = []
     room = 0
     for i in order:
         if lengths[i] > room:
-            out.append([])
+            members.append([])
             room = batch_tokens
-        out[-1].append(i)
+        members[-1].append(i)
         room -= lengths[i]
-    return out
+    return members
 
 
-def parts(rows: Sequence[SolvedExample]) -> list[list[SolvedExample]]:
-    """The rows of a batch in groups of like length: padded, none is a quarter larger than its rows.
+def length_groups(examples: Sequence[SolvedExample]) -> list[list[SolvedExample]]:
+    """Splits a batch into groups of similar length, so that padding adds at most a quarter to each.
 
-    One forward and backward pass each, summed: it saves 40% of the work on GSM8K, and the update is
-    still that of the whole batch.
+    Each group has a forward and a backward pass, and the gradients are summed: it saves 40% of the
+    work on GSM8K, and the update is still that of the whole batch.
     """
-    out: list[list[SolvedExample]] = []
+    groups: list[list[SolvedExample]] = []
     tokens = 0
-    for row in sorted(rows, key=len):
-        tokens += len(row)
-        if not out or (len(out[-1]) + 1) * len(row) > MAX_PADDED * tokens:
-            out.append([])
-            tokens = len(row)
-        out[-1].append(row)
-    return out
+    for example in sorted(examples, key=len):
+        tokens += len(example)
+        if not groups or (len(groups[-1]) + 1) * len(example) > MAX_PADDED * tokens:
+            groups.append([])
+            tokens = len(example)
+        groups[-1].append(example)
+    return groups
 
 
-def collate(rows: Sequence[SolvedExample], pad: int, learn_prompts: bool) -> PaddedBatch:
-    """B rows -> one batch. The first token of a row has nothing before it and carries no loss."""
-    T = max(map(len, rows))
-    ids = torch.full((len(rows), T), pad)
-    carries = torch.zeros(len(rows), T, dtype=torch.bool)
-    for b, row in enumerate(rows):
-        ids[b, : len(row)] = torch.tensor(row.prompt + row.solution)
-        carries[b, (1 if learn_prompts else len(row.prompt)) : len(row)] = True
+def collate(examples: Sequence[SolvedExample], pad: int, learn_prompts: bool) -> PaddedBatch:
+    """Pads B examples into one batch. The first token of an example carries no loss: nothing comes
+    before it."""
+    T = max(map(len, examples))
+    ids = torch.full((len(examples), T), pad)
+    carries = torch.zeros(len(examples), T, dtype=torch.bool)
+    for b, example in enumerate(examples):
+        ids[b, : len(example)] = torch.tensor(example.prompt + example.solution)
+        carries[b, (1 if learn_prompts else len(example.prompt)) : len(example)] = True
     carries[:, 0] = False
     return PaddedBatch(ids=ids, predicts=carries.roll(-1, dims=1), targets=ids[carries])
 
 
 def sft_loss(model: Any, batch: PaddedBatch) -> Tensor:
-    """Summed negative log-likelihood of batch.targets, nats: a 0-d float32 tensor."""
+    """Sums the negative log-likelihood of batch.targets in nats, into a 0-d float32 tensor."""
     device = model.device
     hidden = model.base_model(input_ids=batch.ids.to(device), use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
@@ -212,37 +213,43 @@ def sft_loss(model: Any, batch: PaddedBatch) -> Tensor:
 
 
 def backward(
-    model: Any, rows: Sequence[SolvedExample], pad: int, learn_prompts: bool
+    model: Any, examples: Sequence[SolvedExample], pad: int, learn_prompts: bool
 ) -> tuple[float, int]:
-    """Adds the gradient of the rows' mean loss to the parameters -> loss, tokens that carry it."""
-    batch = [collate(part, pad, learn_prompts) for part in parts(rows)]
-    tokens = sum(len(part.targets) for part in batch)
+    """Adds the gradient of the examples' mean loss to the parameters.
+
+    Returns: the mean loss in nats, and the number of tokens that carry it.
+    """
+    padded = [collate(group, pad, learn_prompts) for group in length_groups(examples)]
+    tokens = sum(len(batch.targets) for batch in padded)
     total = 0.0
-    for part in batch:
-        loss = sft_loss(model, part) / tokens
+    for batch in padded:
+        loss = sft_loss(model, batch) / tokens
         loss.backward()
         total += loss.item()
     return total, tokens
 
 
 def learning_rate_at(config: SftConfig, step: int, progress: float) -> float:
-    """Linear warm-up over warmup_steps, times a cosine from 1 to 0.05 in `progress` in [0, 1]."""
+    """Returns the learning rate: linear warm-up, times a cosine from 1 to 0.05 over `progress`.
+
+    progress: from 0 at the start of the run to 1 at its end.
+    """
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     cosine = FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * (1 + math.cos(math.pi * progress)) / 2
     return config.learning_rate * warm * cosine
 
 
 def fit(
-    model: Any, rows: Sequence[SolvedExample], pad: int, config: SftConfig, console: Console
+    model: Any, examples: Sequence[SolvedExample], pad: int, config: SftConfig, console: Console
 ) -> list[dict[str, float]]:
     """Trains `model` in place.
 
     Args:
-        pad: token that fills a batch; it is neither read nor learnt.
+        pad: id of the token that fills a batch; the model never sees or learns it.
         console: gets a line every ten seconds.
     Returns: one dict per step: step, loss (nats per token), learning_rate, grad_norm, tokens (that
         carried loss), seconds (since the start).
-    Raises: FloatingPointError, before the step is taken, for a loss or gradient norm not finite.
+    Raises: FloatingPointError before the optimiser step if loss or gradient norm is not finite.
     """
     start = logged = time.monotonic()
     optimizer = torch.optim.AdamW(
@@ -250,7 +257,7 @@ def fit(
     )
     metrics: list[dict[str, float]] = []
     model.train()
-    for step, rows_of_step in zip(range(config.steps), _endless(rows, config), strict=False):
+    for step, batch in zip(range(config.steps), _endless(examples, config), strict=False):
         progress = step / config.steps
         if config.minutes is not None:
             progress = max(progress, (time.monotonic() - start) / (60 * config.minutes))
@@ -258,7 +265,7 @@ def fit(
                 break
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(config, step, progress)
-        loss, tokens = backward(model, rows_of_step, pad, config.learn_prompts)
+        loss, tokens = backward(model, batch, pad, config.learn_prompts)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm.item())):
             raise FloatingPointError(
@@ -284,22 +291,22 @@ def fit(
     return metrics
 
 
-def _endless(rows: Sequence[SolvedExample], config: SftConfig) -> Iterator[list[SolvedExample]]:
-    """The rows of each step: epoch 0, 1, 2, ..."""
-    lengths = [len(row) for row in rows]
+def _endless(examples: Sequence[SolvedExample], config: SftConfig) -> Iterator[list[SolvedExample]]:
+    """Yields the examples of each step, epoch after epoch."""
+    lengths = [len(example) for example in examples]
     for epoch in itertools.count():
         for members in batches(lengths, config.batch_tokens, config.seed, epoch):
-            yield [rows[i] for i in members]
+            yield [examples[i] for i in members]
 
 
 def main(config: SftConfig, console: Console | None = None) -> Path:
     """Trains a tokenizer (unless one is named) and a model; returns the folder config.out.
 
-    The folder appears complete or not at all: it is written beside its place and renamed.
+    The folder is complete or absent: it is written under another name and then renamed.
 
     Args:
         console: where progress goes; None: standard output.
-    Raises: ValueError for a folder that is there already, and as encode_rows and fit do.
+    Raises: ValueError if the folder exists, and what encode_examples and fit raise.
     """
     if config.out.exists():
         raise ValueError(f"out must be a new folder, got {config.out}, which exists; remove it")
@@ -321,15 +328,16 @@ def main(config: SftConfig, console: Console | None = None) -> Path:
             config.model, dtype=torch.float32
         ).to(device)
     longest = model.config.get_text_config().max_position_embeddings
-    rows = encode_rows(tokenizer, solutions, config, longest)
+    examples = encode_examples(tokenizer, solutions, config, longest)
     parameters = sum(p.numel() for p in model.parameters())
     console.print(
-        f"{config.out}: {parameters:,} parameters, vocabulary {len(tokenizer)}, {len(rows):,} rows"
+        f"{config.out}: {parameters:,} parameters, vocabulary {len(tokenizer)}, "
+        f"{len(examples):,} examples"
     )
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    metrics = fit(model, rows, pad, config, console)
+    metrics = fit(model, examples, pad, config, console)
     partial = config.out.with_name(config.out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was stopped while it wrote
+    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was stopped while it wrote
     partial.mkdir(parents=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)

@@ -1,4 +1,4 @@
-"""Configurations of models without weights, and runs on them small enough to reckon by hand."""
+"""Makes configurations of models without weights, and runs small enough to compute by hand."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -52,14 +52,14 @@ LLAMA_8B = {
 
 
 def write_config(folder: Path, family: str, **sizes: Any) -> str:
-    """A folder with a config.json and nothing else."""
+    """Writes a folder with a config.json and nothing else."""
     transformers.AutoConfig.for_model(family, **(SPECIAL | sizes)).save_pretrained(folder)
     assert [path.name for path in folder.iterdir()] == ["config.json"]
     return str(folder)
 
 
 def write_models(root: Path) -> dict[str, str]:
-    """Folders of a tied and an untied policy, their teacher, and a model of 7.6e9 parameters."""
+    """Writes a tied and an untied policy, their teacher, and a model of 7.6e9 parameters."""
     return {
         "tied": write_config(root / "tied", "qwen2", **POLICY, tie_word_embeddings=True),
         "untied": write_config(root / "untied", "qwen2", **POLICY, tie_word_embeddings=False),
@@ -69,7 +69,7 @@ def write_models(root: Path) -> dict[str, str]:
 
 
 def case_of(models: dict[str, str], policy: str, **changes: Any) -> Case:
-    """P = 2, G = 4, prompts of 6 and completions of 10 tokens; CPU, float32, no teacher."""
+    """Makes P = 2, G = 4, prompts of 6 and completions of 10 tokens; CPU, float32, no teacher."""
     run = TrainConfig(
         method=MethodConfig(kd=None),
         data=DataConfig(max_prompt_tokens=6),
@@ -81,7 +81,7 @@ def case_of(models: dict[str, str], policy: str, **changes: Any) -> Case:
 
 
 def sharded_case(models: dict[str, str], **placement: Any) -> Case:
-    """The same in bfloat16 on four GPUs, the head tied, with a teacher and recomputation."""
+    """Makes case_of in bfloat16 on four GPUs: tied head, a teacher, layers recomputed."""
     case = case_of(models, "tied")
     model = ModelConfig(dtype="bfloat16", gradient_checkpointing=True)
     return replace(

@@ -1,4 +1,4 @@
-"""Made-up run folders, for the report: nothing is trained."""
+"""Writes invented run folders for tests of the report; nothing is trained."""
 
 import json
 import math
@@ -12,8 +12,8 @@ from kdrl_train.runfolder import jsonl
 STAGES = ("rollout", "verify", "teacher", "update", "sync")
 
 
-def row(step: int, seed: int = 0, level: float = 0.0, teacher: bool = True) -> dict[str, Any]:
-    """A row of metrics.jsonl; `level` lifts its reward."""
+def record(step: int, seed: int = 0, level: float = 0.0, teacher: bool = True) -> dict[str, Any]:
+    """Makes a record of metrics.jsonl; `level` is added to its reward."""
     wave = 0.1 * math.sin(0.7 * step + seed)
     times = {f"seconds_{name}": 0.5 + 0.1 * i for i, name in enumerate(STAGES)}
     known = 0.9 - 0.001 * step if teacher else None
@@ -49,7 +49,7 @@ def row(step: int, seed: int = 0, level: float = 0.0, teacher: bool = True) -> d
 
 
 def sample(step: int, **more: Any) -> dict[str, Any]:
-    """A line of samples/."""
+    """Makes a line of samples/."""
     return {
         "step": step,
         "id": "p1",
@@ -70,22 +70,22 @@ def sample(step: int, **more: Any) -> dict[str, Any]:
 
 def run_folder(
     folder: Path,
-    rows: list[dict[str, Any]],
+    records: list[dict[str, Any]],
     *,
     seed: int = 0,
     samples: dict[int, list[dict[str, Any]]] | None = None,
     events: list[dict[str, Any]] | None = None,
     **config: Any,
 ) -> Path:
-    """Write one; config: fields of TrainConfig."""
+    """Writes a run folder; config: fields of TrainConfig."""
     folder.mkdir(parents=True)
     settings = {
         "model": ModelConfig(policy="student", teacher="teacher"),
         "sampling": SamplingConfig(max_new_tokens=48),
-        "steps": len(rows) or 10,
+        "steps": len(records) or 10,
     } | config
     save_yaml(TrainConfig(out=folder, seed=seed, **settings), folder / "config.yaml")
-    text = "".join(json.dumps(one) + "\n" for one in rows)  # NaN stays, as in a foreign file
+    text = "".join(json.dumps(one) + "\n" for one in records)  # NaN stays, as in a foreign file
     (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
     if samples:
         (folder / "samples").mkdir()

@@ -50,12 +50,12 @@ def running(app: Any, port: int | None = None) -> Iterator[str]:
         thread.join()
 
 
-def service(folder: Path, **config: Any) -> command.Service:
+def service(folder: Path, **config: Any) -> command.ServedTeacher:
     """A loaded model, as the server holds it."""
-    made = command.Service()
+    served = command.ServedTeacher()
     model = ModelConfig(teacher=str(folder), device="cpu")
-    command.load(ServeConfig(model=model, **config), made)
-    return made
+    command.load(ServeConfig(model=model, **config), served)
+    return served
 
 
 def teacher_app(folder: Path, **config: Any) -> fastapi.FastAPI:

@@ -1,1 +1,1 @@
-"""What a run needs, predicted from the shapes of its models: memory and time, term by term."""
+"""Predicts the memory of a run, term by term, from the shapes of its models."""

@@ -1,4 +1,4 @@
-"""A run on its devices, and what one process of it handles."""
+"""Describes a run on its devices, and how much of it one process handles."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,21 +13,22 @@ from kdrl_train.start.estimate.shapes import ModelShape
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """On how many of which devices, and what is kept elsewhere."""
+    """Says on how many devices a run is placed, and what it keeps in the memory of the CPU."""
 
     gpus: int = 1
     """Processes, one for each GPU."""
     cpu: bool = False
     """The processes run on a CPU."""
     teacher_weights: Literal["sharded", "full", "cpu"] = "sharded"
-    """Of an in-process teacher: a share on each GPU, all on each, or in the CPU's memory."""
+    """Where an in-process teacher's weights are: a share on each GPU, all of them on each GPU, or
+    in the CPU's memory."""
     offload_policy: bool = False
-    """The policy's shards, gradients and AdamW's moments are in the CPU's memory."""
+    """Whether the policy's shards, its gradients and AdamW's moments are in the CPU's memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """A run on its devices, and what one process of it handles."""
+    """Holds a run with its models' shapes and its devices, and derives what one process handles."""
 
     run: TrainConfig
     policy: ModelShape
@@ -37,62 +38,68 @@ class Case:
 
     @property
     def sharded(self) -> bool:
-        """Whether FSDP2 shards the policy."""
+        """Says whether FSDP2 shards the policy."""
         return self.placement.gpus > 1
 
     @property
     def teacher_weights(self) -> Literal["sharded", "full", "cpu"]:
-        """Where they are: one device has no share but the whole, a CPU no memory but its own."""
+        """Says where the teacher's weights really are.
+
+        A run on one device does not shard them, and a run on a CPU has nowhere to move them to.
+        """
         placement = self.placement
-        elsewhere = placement.teacher_weights == "cpu" and not placement.cpu
+        offloaded = placement.teacher_weights == "cpu" and not placement.cpu
         if placement.teacher_weights == "sharded" and self.sharded:
             return "sharded"
-        return "cpu" if elsewhere else "full"
+        return "cpu" if offloaded else "full"
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the forward and backward pass."""
+        """Returns the dtype of the forward and the backward pass."""
         return getattr(torch, self.run.model.dtype)
 
     @property
     def stream_bytes(self) -> int:
-        """A number of the residual stream: float32 under autocast, which keeps the weights so."""
+        """Returns the bytes of one number of the residual stream.
+
+        One GPU keeps float32 weights and computes by autocast: its residual stream is float32.
+        """
         return self.dtype.itemsize if self.sharded else 4
 
     @property
     def rollouts(self) -> int:
-        """Completions of one process in a step."""
+        """Counts the completions that one process handles in a step."""
         sampling = self.run.sampling
         return -(-sampling.prompts_per_step * sampling.group_size // self.placement.gpus)
 
     @property
     def batch(self) -> int:
-        """Completions it generates at a time."""
+        """Counts the completions that one process generates at the same time."""
         return min(self.run.sampling.batch_size, self.rollouts)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt and completion."""
+        """Counts the tokens of the longest prompt with the longest completion."""
         return self.run.data.max_prompt_tokens + self.run.sampling.max_new_tokens
 
     @property
-    def row(self) -> int:
-        """T: tokens of the longest row; one sequence always fits."""
+    def pack_tokens(self) -> int:
+        """Counts T, the tokens of the longest pack; a pack always holds at least one sequence."""
         budget = self.run.optim.micro_batch_tokens
         return max(self.longest, min(budget, self.rollouts * self.longest))
 
     @property
     def packed(self) -> bool:
-        """Whether attention is our own: what `train` chooses unless it is told otherwise."""
+        """Says whether attention is this package's "packed", which `train` uses by default."""
         return self.run.model.attention in (None, attention.NAME)
 
     @property
     def masked(self) -> bool:
-        """Whether attention in a packed row takes a [T, T] mask: only transformers' own SDPA."""
+        """Says whether attention over a pack takes a [T, T] mask: transformers' "sdpa" does."""
         return self.run.model.attention == "sdpa" and self.run.optim.micro_batch_tokens > 1
 
     def attention_width(self, model: ModelShape) -> int:
-        """Numbers that a layer's attention keeps for each token: query, key, value and output."""
+        """Counts the numbers that attention keeps for each token: query, key, value, output."""
         q, kv = model.heads_width, model.kv_width
         if self.packed:
             varlen = not self.placement.cpu and self.dtype in attention.VARLEN_DTYPES
@@ -100,15 +107,15 @@ class Case:
         return 4 * q if self.masked else 2 * q + 2 * kv
 
     def activation_bytes(self, model: ModelShape) -> int:
-        """What a layer keeps for each token, without its mask: the table in memory.py."""
+        """Returns the bytes that a layer keeps for each token, without a mask: see memory.py."""
         b, s = self.dtype.itemsize, self.stream_bytes
         norms = (4 + s + b) * model.normed + (4 + b) * model.heads_normed
         return norms + b * (self.attention_width(model) + 4 * model.intermediate)
 
     def chunk_plan(self, tokens: int) -> ChunkPlan:
-        """The one-pass head over so many tokens."""
+        """Returns the chunk plan of the one-pass head for a number of tokens."""
         policy, teacher, optim, method = self.policy, self.teacher, self.run.optim, self.run.method
-        kd = "k2" if method.kd == "reward" else method.kd  # its teacher is read as that of k2
+        kd = "k2" if method.kd == "reward" else method.kd  # both need the same
         return chunk_plan(
             tokens,
             policy.hidden,

@@ -1,4 +1,4 @@
-"""What a device can do: a table of peaks, and this machine's CPU, measured."""
+"""Says how fast a device is: GPUs by their data sheets, this CPU by a measurement."""
 
 import os
 import time
@@ -10,7 +10,7 @@ import torch
 
 DeviceName = Literal["a100", "h100", "h200", "b200", "cpu"]
 GLOO_BYTES_PER_S = 1e9
-"""Between processes on one CPU; a guess."""
+"""Speed between processes on one CPU; a guess."""
 GEMM_SIZE = 1024
 COPY_ELEMENTS = 1 << 24
 ROUNDS = 3
@@ -18,29 +18,29 @@ ROUNDS = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
-    """What one process has, at the share of the peaks that it is said to reach."""
+    """Holds the memory and the speeds that one process can count on."""
 
     memory_bytes: float
     flops: float
-    """FLOP/s of GEMMs in the run's dtype."""
+    """FLOP/s that GEMMs reach in the run's dtype."""
     bandwidth: float
-    """Bytes/s of memory, read plus written."""
+    """Bytes/s that memory reaches, read plus written."""
     link: float
     """Bytes/s that one device receives from the others in a collective."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Peaks:
-    """A data sheet (SXM modules, dense, no sparsity)."""
+    """Holds the numbers of a data sheet (SXM modules, dense matrices)."""
 
     memory_gb: float
-    """As sold, in 1e9 bytes; the device has about 5% more, which the CUDA context and NCCL take."""
+    """Memory as sold, in 1e9 bytes; the device has about 5% more, for the CUDA context and NCCL."""
     bfloat16: float
-    """TFLOP/s."""
+    """TFLOP/s in bfloat16."""
     float32: float
-    """TFLOP/s without TF32, which PyTorch leaves off."""
+    """TFLOP/s in float32 without TF32, which PyTorch does not use by default."""
     bandwidth: float
-    """TB/s."""
+    """TB/s of memory."""
     nvlink: float
     """GB/s in one direction, inside a node."""
     network: float
@@ -56,16 +56,19 @@ PEAKS = {
 
 
 def link_gb_per_s(peaks: Peaks, gpus: int, gpus_per_node: int) -> float:
-    """GB/s a GPU receives at most: over several nodes their cards together bound all of a node."""
+    """Returns the GB/s that a GPU receives at most.
+
+    Over several nodes, the GPUs of a node share its network cards.
+    """
     if gpus <= gpus_per_node:
         return peaks.nvlink
     return min(peaks.nvlink, gpus_per_node * peaks.network)
 
 
 def measure_cpu(dtype: torch.dtype, processes: int) -> Device:
-    """This machine's CPU, shared by so many processes: a GEMM and a copy, the best of three.
+    """Measures this CPU with a GEMM and a copy (best of three) and divides it by the processes.
 
-    Raises: ValueError where the system does not say how much memory it has.
+    Raises: ValueError if the system does not report its memory.
     """
     a = torch.randn(GEMM_SIZE, GEMM_SIZE).to(dtype)
     source = torch.zeros(COPY_ELEMENTS)
@@ -81,14 +84,14 @@ def measure_cpu(dtype: torch.dtype, processes: int) -> Device:
 
 
 def memory_bytes(device: torch.device, processes: int) -> float:
-    """Of a GPU all that it has; of this machine the share of one of so many processes on it."""
+    """Returns the memory of a GPU, or the share of this machine's memory that each process gets."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     return _system_memory() / processes
 
 
 def _best(work: Callable[[], object]) -> float:
-    """Seconds of the fastest of ROUNDS calls, after one to warm up."""
+    """Returns the seconds of the fastest of ROUNDS calls, after one to warm up."""
     times = []
     for _ in range(ROUNDS + 1):
         start = time.perf_counter()
@@ -102,5 +105,6 @@ def _system_memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError) as error:
         raise ValueError(
-            "--gpu-memory must be given where the system does not tell its memory, got nothing"
+            "--gpu-memory must be set where the system does not report its memory, got "
+            "nothing: pass the GB of one process"
         ) from error

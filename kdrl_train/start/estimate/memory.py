@@ -1,22 +1,22 @@
-"""Memory of one GPU, term by term, and the moment of a step at which it is most.
+"""Predicts the memory of one GPU, term by term, and the moment of a step that needs the most.
 
-What is modelled: kdrl_train's step with transformers' `generate`. Over several GPUs FSDP2 shards
-float32 weights, gradients and moments, each layer a group and the rest (embedding, head, last norm)
-the root's; one GPU holds the model as it is, and computes in bfloat16 by autocast.
+The model is a step of kdrl_train with transformers' `generate`. Over several GPUs FSDP2 shards the
+float32 weights, gradients and moments: each layer is a group, and the rest (embedding, head, last
+norm) is the root's group. One GPU holds the whole model and computes in bfloat16 by autocast.
 
-Activations that a layer keeps for each token, as transformers' modules and PyTorch's autograd do
-without fused kernels, b bytes a number of the compute dtype, s of the residual stream:
+The table says what a layer keeps for each token in transformers' modules under PyTorch's autograd,
+without fused kernels. b is the bytes of a number in the compute dtype, s in the residual stream:
 
     norm of the stream, width H   (4 + s + b) H    float32 input, normalised, output
     norm of queries or keys       (4 + b) each
-    attention, our own "packed"   b · 4 q          q, k, v, output; k and v repeated to q each.
+    attention, "packed"           b · 4 q          q, k, v and output; k and v as wide as q.
                                                    5 q without a variable-length kernel (CPU,
-                                                   float32): the output of the batches, of the row
-    attention, "sdpa"             b · 4 q          and its own [T, T] mask in b
+                                                   float32): the output exists twice
+    attention, "sdpa"             b · 4 q          and a [T, T] mask of b bytes a number
     attention, others             b (2 q + 2 kv)
     gated MLP, width I            b · 4 I          gate, its activation, up, their product
 
-Not modelled: fragmentation (the reserve is for it), the CUDA context, NCCL's buffers.
+Fragmentation (the reserve covers it), the CUDA context and NCCL's buffers are not modelled.
 """
 
 from collections.abc import Sequence
@@ -26,31 +26,31 @@ from kdrl_train.start.estimate.case import Case
 from kdrl_train.start.estimate.terms import Term, product
 
 MOMENTS = {
-    "prefill": "the prompts of a batch are read",
-    "decode": "the last token of a batch is drawn",
-    "teacher": "the teacher reads a row",
-    "head": "the loss of a row, with all that its layers keep",
-    "backward": "the gradient of the last layer, the first in backward",
-    "root": "the gradient of embedding and head, the last in backward",
-    "optimizer": "AdamW's step",
+    "prefill": "the policy reads the prompts of a batch",
+    "decode": "the policy samples the last token of a batch",
+    "teacher": "the teacher reads a pack",
+    "head": "the loss of a pack is computed; the layers still keep their activations",
+    "backward": "backward begins: the gradient of the last layer",
+    "root": "backward ends: the gradient of embedding and head",
+    "optimizer": "AdamW makes its step",
 }
 ALWAYS = tuple(MOMENTS)
 UPDATE = ("head", "backward")
 ROLLOUT = ("prefill", "decode")
 LOGIT_COPIES = 5
-"""float32 [batch, V] alive together while a token is drawn: logits, their copy, the last scores,
-the new ones, probabilities."""
+"""Tensors float32 [batch, V] that exist together while a token is sampled: logits, their copy, the
+previous scores, the new scores, probabilities."""
 MORE_GPUS = "raise --gpus"
 WAIT = "--no-save-async"
 LARGER = "choose GPUs with more memory, or a smaller model"
 
 
 def memory_terms(case: Case) -> list[Term]:
-    """Bytes of one GPU; each term with the moments at which they are held.
+    """Lists what one GPU holds in bytes, each term with the moments at which it is held.
 
     Lengths are the longest that the configuration allows, not means.
 
-    Raises: ValueError for a workspace that does not hold a row of logits.
+    Raises: ValueError if the workspace is too small for the logits of one token.
     """
     return [
         *_states(case),
@@ -63,34 +63,36 @@ def memory_terms(case: Case) -> list[Term]:
 
 
 def by_moment(terms: Sequence[Term]) -> dict[str, float]:
-    """Bytes held at each moment."""
+    """Sums the bytes held at each moment."""
     return {moment: sum(t.value for t in terms if moment in t.when) for moment in MOMENTS}
 
 
 def loading_bytes(case: Case) -> float:
-    """CPU memory of rank 0 while it reads the models, one after the other, for all to shard."""
+    """Returns the CPU memory of rank 0 while it reads the models, one after the other, to share
+    them out."""
     teacher = 0 if case.teacher is None else case.dtype.itemsize * case.teacher.parameters
     return max(4 * case.policy.parameters, teacher)
 
 
-def causes(terms: Sequence[Term], limit: float) -> list[Term]:
-    """For each moment above `limit` bytes the largest terms, as many as exceed it."""
-    found: list[Term] = []
+def causes(terms: Sequence[Term], available_bytes: float) -> list[Term]:
+    """Finds the terms to make smaller: for each moment that needs more than `available_bytes`, the
+    largest terms that together are the excess."""
+    too_large: list[Term] = []
     for moment, held in by_moment(terms).items():
-        excess = held - limit
+        excess = held - available_bytes
         for term in sorted(terms, key=lambda t: -t.value):
             if excess > 0 and moment in term.when and term.remedy:
                 excess -= term.value
-                found += [term] if term not in found else []
-    return found
+                too_large += [term] if term not in too_large else []
+    return too_large
 
 
 def _states(case: Case) -> list[Term]:
-    """What lasts longer than a row, over the GPUs."""
+    """Lists what lasts from pack to pack: weights, gradients and AdamW's moments."""
     P, placement = case.policy.parameters, case.placement
     over = (placement.gpus, "GPUs")
     everything = (P, "parameters")
-    several = case.rollouts * case.longest > case.row
+    several_packs = case.rollouts * case.longest > case.pack_tokens
     if placement.offload_policy and not placement.cpu:
         return []
     remedy = f"{MORE_GPUS}, or --model.offload-policy"
@@ -98,7 +100,7 @@ def _states(case: Case) -> list[Term]:
         product("weights, float32", ALWAYS, [(4, "B"), everything], over, remedy=remedy),
         product(
             "gradients, float32",
-            (*(("teacher", *UPDATE) if several else ()), "root", "optimizer"),
+            (*(("teacher", *UPDATE) if several_packs else ()), "root", "optimizer"),
             [(4, "B"), everything],
             over,
             remedy=remedy,
@@ -118,7 +120,7 @@ def _states(case: Case) -> list[Term]:
 
 
 def _passes(case: Case) -> list[Term]:
-    """Weights in the compute dtype, and gradients on their way to their shards."""
+    """Lists copies of the weights in the compute dtype, and gradients before they are sharded."""
     policy, b = case.policy, case.dtype.itemsize
     head = (policy.head_parameters, "head parameters")
     layer = (policy.layer_parameters, "parameters of a layer")
@@ -142,16 +144,16 @@ def _passes(case: Case) -> list[Term]:
 
 
 def _shorter(case: Case) -> str:
-    """How a row gets fewer tokens."""
-    if case.row > case.longest:
+    """Says which setting makes a pack shorter."""
+    if case.pack_tokens > case.longest:
         return "lower optim.micro_batch_tokens"
-    return "lower sampling.max_new_tokens or data.max_prompt_tokens: a row holds one sequence"
+    return "lower sampling.max_new_tokens or data.max_prompt_tokens: a pack holds one sequence"
 
 
 def _activations(case: Case) -> list[Term]:
-    """What the policy's layers keep of a row for backward."""
+    """Lists what the policy's layers keep of a pack for backward."""
     policy, b, s = case.policy, case.dtype.itemsize, case.stream_bytes
-    tokens, layers = (case.row, "tokens"), (policy.layers, "layers")
+    tokens, layers = (case.pack_tokens, "tokens"), (policy.layers, "layers")
     kept = (case.activation_bytes(policy), "B")
     mask = [(b, "B"), tokens, tokens]
     last = (policy.hidden * (4 + s + 2 * b), "B")
@@ -178,10 +180,10 @@ def _activations(case: Case) -> list[Term]:
 
 
 def _head(case: Case) -> list[Term]:
-    """The one-pass head on a row, every token of which may carry a loss."""
-    policy, plan, shorter = case.policy, case.chunk_plan(case.row), _shorter(case)
-    what = f"B: {plan.rows:,} rows, {plan.geometry.streams} buffer(s) of logits"
-    tokens, H, V = (case.row, "tokens"), (policy.hidden, "H"), (policy.vocabulary, "V")
+    """Lists what the one-pass head holds for a pack in which every token may carry a loss."""
+    policy, plan, shorter = case.policy, case.chunk_plan(case.pack_tokens), _shorter(case)
+    what = f"B: logits of {plan.rows:,} tokens, {plan.geometry.streams} buffer(s)"
+    tokens, H, V = (case.pack_tokens, "tokens"), (policy.hidden, "H"), (policy.vocabulary, "V")
     return [
         product(
             "workspace of the head",
@@ -195,11 +197,11 @@ def _head(case: Case) -> list[Term]:
 
 
 def _teacher(case: Case) -> list[Term]:
-    """The teacher in this process, its passes and what they leave for the loss."""
+    """Lists what a teacher in this process holds: weights, its forward pass, and its output."""
     teacher, b = case.teacher, case.dtype.itemsize
     if teacher is None:
         return []
-    everything, tokens = (teacher.parameters, "parameters"), (case.row, "tokens")
+    everything, tokens = (teacher.parameters, "parameters"), (case.pack_tokens, "tokens")
     head = (teacher.head_parameters, "head parameters")
     two_layers = 2 * teacher.layer_parameters + teacher.root_parameters
     inner = (3 * b * (teacher.intermediate + teacher.hidden), "B")
@@ -226,13 +228,13 @@ def _teacher(case: Case) -> list[Term]:
 
 
 def _rollout(case: Case) -> list[Term]:
-    """`generate` on a batch of completions: it reads all prompts at once, then token by token."""
+    """Lists what `generate` holds: it reads all prompts of a batch at once, then samples tokens."""
     policy, b, run = case.policy, case.dtype.itemsize, case.run
-    if run.engine.kind == "vllm_server":  # it has devices of its own
+    if run.engine.kind == "vllm_server":  # the server runs on other devices
         return []
     prompt, length = run.data.max_prompt_tokens, case.longest
     batch = (case.batch, "completions")
-    pair = (case.stream_bytes + b) * policy.kv_width  # rotated keys are as wide as the stream
+    pair = (case.stream_bytes + b) * policy.kv_width  # rotated keys have the stream's dtype
     per_token = (policy.layers * pair, "B")
     inner = (3 * b * (policy.intermediate + policy.hidden), "B")
     fewer = "lower sampling.batch_size"
@@ -275,7 +277,7 @@ def _rollout(case: Case) -> list[Term]:
     ]
     if case.sharded or b < 4 or run.engine.staleness:
         copy = [(b, "B"), (policy.parameters, "parameters")]
-        terms.append(product("policy, whole, to sample", ROLLOUT, copy, remedy=LARGER))
-    if run.engine.staleness:  # the update is beside it
+        terms.append(product("copy of the policy that samples", ROLLOUT, copy, remedy=LARGER))
+    if run.engine.staleness:  # the next step is sampled during the update
         terms = [replace(t, when=ALWAYS) if "decode" in t.when else t for t in terms]
     return terms

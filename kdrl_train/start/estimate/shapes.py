@@ -1,4 +1,4 @@
-"""Sizes of a model from its config.json alone: built on the meta device, no weights are read."""
+"""Reads the sizes of a model from its config.json alone, on the meta device, without weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,19 +14,19 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
-    """A dense decoder of transformers. All counts are exact."""
+    """Holds the sizes of a dense decoder of transformers. All counts are exact."""
 
     parameters: int
-    """In all; those of a tied head once."""
+    """All parameters; a tied head counts once."""
     layers: int
     layers_parameters: int
-    """Of all decoder layers."""
+    """Parameters of all decoder layers together."""
     layer_parameters: int
-    """Of the largest decoder layer."""
+    """Parameters of the largest decoder layer."""
     largest: int
     """Elements of the largest parameter."""
     hidden: int
-    """H."""
+    """H: width of the residual stream."""
     vocabulary: int
     """V: rows of the head."""
     heads_width: int
@@ -38,32 +38,32 @@ class ModelShape:
     normed: int
     """Widths of a layer's norms over the residual stream, summed."""
     heads_normed: int
-    """The same of its norms over queries and keys (Qwen3)."""
+    """Widths of a layer's norms over queries and keys (Qwen3), summed."""
     tied: bool
-    """The head is the embedding."""
+    """Whether head and embedding are one parameter."""
 
     @property
     def root_parameters(self) -> int:
-        """Outside the layers (embedding, head, last norm): FSDP2's root group."""
+        """Counts the parameters outside the layers: embedding, head, last norm."""
         return self.parameters - self.layers_parameters
 
     @property
     def head_parameters(self) -> int:
-        """V · H."""
+        """Counts the parameters of the head, V · H."""
         return self.vocabulary * self.hidden
 
     @property
     def read_parameters(self) -> int:
-        """Read for each token that is drawn: all but an untied embedding."""
+        """Counts the parameters that are read to sample a token: all but an untied embedding."""
         return self.layers_parameters + self.head_parameters
 
 
 def read_shape(folder: str, key: str) -> ModelShape:
-    """Sizes of the causal LM in a folder (its config.json is enough) or of a hub id.
+    """Reads the sizes of the causal LM in a folder (its config.json is enough) or of a hub id.
 
     Args:
         key: "model.policy" or "model.teacher", for messages.
-    Raises: ValueError for what is no causal LM, or one that is not a dense decoder.
+    Raises: ValueError if it is not a causal LM, or not a dense decoder.
     """
     if not folder:
         raise ValueError(f"{key} must name a folder or hub id, got nothing: set {key}")
@@ -80,11 +80,12 @@ def read_shape(folder: str, key: str) -> ModelShape:
 
 
 def shape_of(model: Any, name: str) -> ModelShape:
-    """Sizes of a causal LM, on any device.
+    """Returns the sizes of a causal LM on any device.
 
     Args:
-        name: for messages.
-    Raises: ValueError for a mixture of experts, and where a size is not known.
+        name: how messages call the model.
+    Raises: ValueError for a mixture of experts, and for a model whose sizes are not in its
+        configuration.
     """
     text = model.config.get_text_config()
     missing = [size for size in SIZES if not getattr(text, size, None)]
@@ -94,8 +95,8 @@ def shape_of(model: Any, name: str) -> ModelShape:
     if missing or experts or not layers:
         why = f"without {', '.join(missing or ['layers'])}" if not experts else experts[0]
         raise ValueError(
-            f"{name} must be a dense decoder, got {type(model).__name__} ({why}): what it holds is "
-            "not modelled"
+            f"{name} must be a dense decoder, got {type(model).__name__} ({why}): the "
+            "memory of other models is not modelled"
         )
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     q = text.num_attention_heads * width
@@ -125,7 +126,7 @@ def _count(parameters: Any) -> int:
 
 
 def _normed(layer: nn.Module, width: int, q: int, kv: int) -> tuple[int, int]:
-    """Numbers a token passes through norms of the stream, and of queries and keys."""
+    """Sums the widths of a layer's norms: over the residual stream, and over queries and keys."""
     stream, heads = 0, 0
     for name, module in layer.named_modules():
         if not type(module).__name__.endswith("Norm"):

@@ -1,16 +1,16 @@
-"""One line of a prediction: a product of named numbers."""
+"""Makes the lines of an estimate: each is a product of named numbers."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 Factor = tuple[float, str]
-"""A number and what it counts."""
+"""A number and its unit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One line of a prediction."""
+    """Is one line of an estimate."""
 
     name: str
     value: float
@@ -19,13 +19,13 @@ class Term:
     when: tuple[str, ...]
     """Moments at which these bytes are held, or the part of the step these seconds belong to."""
     remedy: str = ""
-    """What makes it smaller."""
+    """Settings that make the value smaller; empty where there are none."""
 
 
 def product(
     name: str, when: Sequence[str], factors: Sequence[Factor], over: Factor = (1, ""), **more: str
 ) -> Term:
-    """The product of `factors` over one number, with the formula that says so."""
+    """Makes a term of the product of `factors`, divided by `over`, with its formula."""
     value = math.prod(number for number, _ in factors) / over[0]
     formula = " · ".join(f"{number_text(number)} {unit}" for number, unit in factors)
     if over[1]:
@@ -34,5 +34,5 @@ def product(
 
 
 def number_text(number: float) -> str:
-    """A whole or large number in full, another with four digits."""
+    """Writes whole and large numbers in full, others with four digits."""
     return f"{number:,.0f}" if isinstance(number, int) or number >= 1e4 else f"{number:,.4g}"

@@ -1,1 +1,1 @@
-"""`plan`: memory and time of a run, predicted from the models' configurations."""
+"""Implements `plan`, which estimates memory and time of a run from the models' config.json."""

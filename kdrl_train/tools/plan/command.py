@@ -1,8 +1,8 @@
-"""Will it fit, and how long does a step take? Predicted from the models' config.json alone.
+"""Estimates whether a run fits its devices and how long a step takes, from config.json alone.
 
-`python -m kdrl_train plan` takes the settings of `train` (or the config.yaml of a run) and says
-which devices. Every number it prints is an estimate: planning/memory.py and planning/speed.py say
-how it is made, bench/results/plan-cpu/README.md how far memory was off in two real runs.
+`python -m kdrl_train plan` takes the settings of `train` (or the config.yaml of a run) and a choice
+of devices. Every number it prints is an estimate: start/estimate/memory.py and tools/plan/speed.py
+say how it is made, bench/results/plan-cpu/README.md how far memory was off in two real runs.
 """
 
 import json
@@ -40,7 +40,7 @@ from kdrl_train.tools.plan.speed import Lengths, time_terms, totals
 
 GB = 1e9
 LIBRARIES = "Python and libraries"
-"""Term of a CPU: what this process holds so far; `train` loads a few more."""
+"""Name of the term, on a CPU, for what this process holds so far; `train` loads a few more."""
 
 
 @settings
@@ -116,64 +116,64 @@ class PlanConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """The prediction. Every number is an estimate."""
+class Estimate:
+    """Holds the memory and the time that a run is expected to take."""
 
     memory: list[Term]
-    limit: float
-    """Bytes of one GPU, less the reserve."""
+    available_bytes: float
+    """Memory of one GPU without the reserve."""
     time: list[Term]
     rollouts: int
     """Completions of a step, over all GPUs."""
     response: float
-    """Mean tokens of one."""
-    loading: float
-    """Bytes of rank 0's CPU memory before the models are sharded."""
+    """Mean tokens of a completion."""
+    loading_bytes: float
+    """CPU memory of rank 0 before the models are sharded."""
 
     @property
     def moments(self) -> dict[str, float]:
-        """Bytes held at each moment."""
+        """Returns the bytes held at each moment."""
         return by_moment(self.memory)
 
     @property
     def peak(self) -> float:
-        """Bytes at the worst moment."""
+        """Returns the bytes held at the moment that needs the most."""
         return max(self.moments.values())
 
     @property
     def fits(self) -> bool:
-        """Whether the worst moment is within the limit."""
-        return self.peak <= self.limit
+        """Says whether the peak is within the available memory."""
+        return self.peak <= self.available_bytes
 
     @property
     def causes(self) -> list[Term]:
-        """The largest terms of each moment that does not fit."""
-        return causes(self.memory, self.limit)
+        """Returns the largest terms of each moment that does not fit."""
+        return causes(self.memory, self.available_bytes)
 
     def to_dict(self) -> dict[str, Any]:
-        """What --json writes."""
-        one_by_one, hidden = totals(self.time)
+        """Returns what --json writes."""
+        sequential, overlapped = totals(self.time)
         return {
             "estimate": True,
             "memory": [asdict(term) for term in self.memory],
             "moments": self.moments,
             "peak_bytes": self.peak,
-            "limit_bytes": self.limit,
-            "loading_bytes": self.loading,
+            "limit_bytes": self.available_bytes,
+            "loading_bytes": self.loading_bytes,
             "fits": self.fits,
             "causes": {term.name: term.remedy for term in self.causes},
             "time": [asdict(term) for term in self.time],
-            "seconds": one_by_one,
-            "seconds_communication_hidden": hidden,
-            "tokens_per_s": self.rollouts * self.response / one_by_one,
+            "seconds": sequential,
+            "seconds_communication_hidden": overlapped,
+            "tokens_per_s": self.rollouts * self.response / sequential,
         }
 
 
-def make_plan(config: PlanConfig) -> Plan:
-    """Memory and time of a run.
+def make_estimate(config: PlanConfig) -> Estimate:
+    """Estimates memory and time of a run.
 
     Raises: ValueError for models that cannot be read or are not modelled, and for a workspace that
-        does not hold a row of logits.
+        is too small for the logits of one token.
     """
     policy = read_shape(config.model.policy, "model.policy")
     teacher = None
@@ -192,23 +192,23 @@ def make_plan(config: PlanConfig) -> Plan:
         libraries = peak_memory_bytes(torch.device("cpu")) or 0.0
         memory.append(Term(LIBRARIES, libraries, "of this process", ALWAYS))
     device = device_of(config)
-    return Plan(
+    return Estimate(
         memory=memory,
-        limit=device.memory_bytes * (1 - config.reserve),
+        available_bytes=device.memory_bytes * (1 - config.reserve),
         time=time_terms(case, device, config.lengths, config.launch_us),
         rollouts=config.sampling.prompts_per_step * config.sampling.group_size,
         response=config.lengths.response,
-        loading=loading_bytes(case),
+        loading_bytes=loading_bytes(case),
     )
 
 
 def device_of(config: PlanConfig) -> Device:
-    """What one process has, at the shares it is said to reach; a CPU is measured as it is."""
+    """Returns the memory and the speeds of one process: a CPU is measured, a GPU reaches the
+    configured shares of its peaks."""
     dtype = config.model.dtype
     if config.device == "cpu":
-        found = measure_cpu(getattr(torch, dtype), config.gpus)
-        memory, flops, bandwidth = found.memory_bytes, found.flops, found.bandwidth
-        link = found.link
+        cpu = measure_cpu(getattr(torch, dtype), config.gpus)
+        memory, flops, bandwidth, link = cpu.memory_bytes, cpu.flops, cpu.bandwidth, cpu.link
     else:
         peaks = PEAKS[config.device]
         memory = peaks.memory_gb * GB
@@ -227,61 +227,62 @@ def device_of(config: PlanConfig) -> Device:
     return Device(memory_bytes=memory, flops=flops, bandwidth=bandwidth, link=link)
 
 
-def memory_table(plan: Plan, config: PlanConfig) -> Table:
-    """One line a term, then one a moment."""
+def memory_table(estimate: Estimate, config: PlanConfig) -> Table:
+    """Makes a table of memory: one line for each term, then one for each moment."""
     table = Table(title=f"memory of one of {config.gpus} x {config.device}, estimated")
-    table.add_column("held")
+    table.add_column("term")
     table.add_column("GB", justify="right")
-    for name in ("when", "how much", "too much"):
+    for name in ("held during", "formula", "too large: what to change"):
         table.add_column(name, overflow="fold")
-    too_much = plan.causes
-    for term in plan.memory:
+    too_large = estimate.causes
+    for term in estimate.memory:
         when = "always" if term.when == ALWAYS else ", ".join(term.when)
-        remedy = f"[bold red]{term.remedy}[/]" if term in too_much else ""
+        remedy = f"[bold red]{term.remedy}[/]" if term in too_large else ""
         table.add_row(term.name, _gb(term.value), when, term.formula, remedy)
     table.add_section()
-    for moment, held in plan.moments.items():
-        over = held > plan.limit
-        text = f"[bold red]{_gb(held - plan.limit)} GB over[/]" if over else ""
-        table.add_row(f"at: {moment}", _gb(held), "", MOMENTS[moment], text)
+    for moment, held in estimate.moments.items():
+        excess = held - estimate.available_bytes
+        text = f"[bold red]{_gb(excess)} GB too much[/]" if excess > 0 else ""
+        table.add_row(f"sum at: {moment}", _gb(held), "", MOMENTS[moment], text)
     return table
 
 
-def time_table(plan: Plan, config: PlanConfig) -> Table:
-    """One line a term, then the sums."""
+def time_table(estimate: Estimate, config: PlanConfig) -> Table:
+    """Makes a table of time: one line for each term, then the sums."""
     table = Table(title=f"one step on {config.gpus} x {config.device}, estimated")
-    table.add_column("what")
-    table.add_column("s", justify="right")
-    table.add_column("part")
-    table.add_column("how much", overflow="fold")
-    for term in plan.time:
+    table.add_column("term")
+    table.add_column("seconds", justify="right")
+    table.add_column("part of the step")
+    table.add_column("formula", overflow="fold")
+    for term in estimate.time:
         table.add_row(term.name, _seconds(term.value), ", ".join(term.when), term.formula)
     table.add_section()
-    one_by_one, hidden = totals(plan.time)
-    rate = f"{plan.rollouts * plan.response / one_by_one:,.0f} response tokens a second"
-    table.add_row("one after the other", _seconds(one_by_one), "", rate)
-    if hidden < one_by_one:
-        note = "communication behind the passes, at best"
-        table.add_row("overlapped", _seconds(hidden), "", note)
+    sequential, overlapped = totals(estimate.time)
+    rate = f"{estimate.rollouts * estimate.response / sequential:,.0f} response tokens per second"
+    table.add_row("sum", _seconds(sequential), "", rate)
+    if overlapped < sequential:
+        note = "at best: communication takes place during forward and backward"
+        table.add_row("sum, overlapped", _seconds(overlapped), "", note)
     return table
 
 
-def verdict(plan: Plan, config: PlanConfig) -> str:
-    """The last line: does it fit, with how much to spare, and how sure that is."""
-    limit = f"{_gb(plan.limit)} GB ({config.reserve:.0%} kept for fragmentation)"
-    moment = max(plan.moments, key=lambda name: plan.moments[name])
-    peak = f"{_gb(plan.peak)} GB at its worst ({moment})"
-    if plan.fits:
-        text = f"[bold green]fits[/]: {peak} of {limit}, {_gb(plan.limit - plan.peak)} GB free."
+def verdict(estimate: Estimate, config: PlanConfig) -> str:
+    """Writes the last lines: whether the run fits, what is free, and what the estimate assumes."""
+    available = f"{_gb(estimate.available_bytes)} GB ({config.reserve:.0%} kept for fragmentation)"
+    moment = max(estimate.moments, key=lambda name: estimate.moments[name])
+    peak = f"the most is {_gb(estimate.peak)} GB (at: {moment}) of {available}"
+    if estimate.fits:
+        free = estimate.available_bytes - estimate.peak
+        text = f"[bold green]fits[/]: {peak}; {_gb(free)} GB stay free."
     else:
-        text = f"[bold red]does not fit[/]: {peak} of {limit}. What would help stands in the table."
+        text = f"[bold red]does not fit[/]: {peak}. The last column says what to change."
     if config.gpus > 1:
-        text += f" To load, rank 0 takes {_gb(plan.loading)} GB of CPU memory."
+        text += f" To load the models, rank 0 takes {_gb(estimate.loading_bytes)} GB of CPU memory."
     return (
-        f"{text} All of this is an estimate from shapes, for lengths up to "
-        f"{config.data.max_prompt_tokens:,} + {config.sampling.max_new_tokens:,} tokens in memory, "
-        f"and {config.lengths.prompt:,} + {config.lengths.response:,} on average in time; the "
-        "verifier is not in it."
+        f"{text} These numbers are estimates. Memory is for the longest sequences, "
+        f"{config.data.max_prompt_tokens:,} prompt + {config.sampling.max_new_tokens:,} response "
+        f"tokens; time is for a mean of {config.lengths.prompt:,} + {config.lengths.response:,} "
+        "tokens, without the verifier."
     )
 
 
@@ -294,18 +295,18 @@ def _seconds(seconds: float) -> str:
 
 
 def main(config: PlanConfig, console: Console | None = None) -> int:
-    """Print the plan; returns 0 if it fits, else 1.
+    """Prints the estimate; returns 0 if the run fits, else 1.
 
     Args:
         console: where the tables go; None: standard output.
-    Raises: as make_plan does.
+    Raises: what make_estimate raises.
     """
-    plan = make_plan(config)
+    estimate = make_estimate(config)
     console = console or Console(highlight=False)
-    console.print(memory_table(plan, config))
-    console.print(time_table(plan, config))
-    console.print(verdict(plan, config))
+    console.print(memory_table(estimate, config))
+    console.print(time_table(estimate, config))
+    console.print(verdict(estimate, config))
     if config.json is not None:
-        text = json.dumps(plan.to_dict(), indent=1)
+        text = json.dumps(estimate.to_dict(), indent=1)
         config.json.write_text(text + "\n", encoding="utf-8")
-    return 0 if plan.fits else 1
+    return 0 if estimate.fits else 1

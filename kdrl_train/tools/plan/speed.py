@@ -1,8 +1,8 @@
-"""Time of one step, term by term: a roofline, each term at an achievable share of a peak.
+"""Estimates the time of one step, term by term, from the speeds that a device reaches.
 
-Estimates: nothing overlaps within the sum (but see `totals`), kernels reach the shares that are
-given, completions have their mean length except where a batch waits for its longest. Left out: the
-verifier (worker processes on the CPU), data, logs, checkpoints.
+Each term is work divided by a speed. Terms do not overlap (but see `totals`), and completions have
+their mean length, except where a batch waits for its longest. The verifier (worker processes on the
+CPU), data, logs and checkpoints are left out.
 """
 
 from collections.abc import Sequence
@@ -14,33 +14,35 @@ from kdrl_train.start.estimate.shapes import ModelShape
 from kdrl_train.start.estimate.terms import Term, number_text
 
 CACHE_PASSES = 3
-"""The cache of keys and values is read and written to grow by a token, then read by attention."""
+"""To add a token, the cache of keys and values is read and written; attention reads it again."""
 ELEMENTWISE_PASSES = 4
-"""What a layer keeps is written and read in the forward pass, its gradient in backward."""
+"""The forward pass writes and reads what a layer keeps; backward does so with its gradient."""
 ADAMW_PASSES = 10
-"""float32 a parameter: w, g, m, v read, w, m, v written; for the clip g read twice, written."""
+"""float32 numbers that move for each parameter: AdamW reads w, g, m, v and writes w, m, v; clipping
+reads g twice and writes it."""
 HOST_BYTES_PER_S = 25e9
-"""Between a GPU's memory and the CPU's, over PCIe."""
+"""Speed between a GPU's memory and the CPU's, over PCIe."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lengths:
-    """Mean tokens."""
+    """Holds the mean tokens of a prompt and of a response."""
 
     prompt: float
     response: float
 
     @property
     def sequence(self) -> float:
-        """Both."""
+        """Sums prompt and response."""
         return self.prompt + self.response
 
 
 def time_terms(case: Case, device: Device, lengths: Lengths, launch_us: float) -> list[Term]:
-    """Seconds of one step on each process, all at the same time.
+    """Lists the seconds of one step; all processes work at the same time.
 
     Args:
-        launch_us: microseconds that Python and launches take a layer and token step of `generate`.
+        launch_us: microseconds that Python and kernel launches take for each layer and token of
+            `generate`.
     """
     terms = [
         *_rollout(case, device, lengths, launch_us),
@@ -53,7 +55,8 @@ def time_terms(case: Case, device: Device, lengths: Lengths, launch_us: float) -
 
 
 def totals(terms: Sequence[Term]) -> tuple[float, float]:
-    """Seconds of a step: all terms after each other; with communication behind the passes."""
+    """Returns two sums of a step's seconds: without overlap, and with communication during the
+    forward and backward passes."""
     parts = {part: sum(t.value for t in terms if part in t.when) for part in PARTS}
     hidden = min(parts["communication"], parts["teacher"] + parts["update"])
     return sum(parts.values()), sum(parts.values()) - hidden
@@ -75,7 +78,7 @@ def _move(name: str, part: str, size: float, formula: str, rate: float) -> Term:
 
 
 def _rollout(case: Case, device: Device, lengths: Lengths, launch_us: float) -> list[Term]:
-    """`generate`: each batch runs until its longest completion ends, all rows to the end."""
+    """Times `generate`: a batch computes all its completions until the longest one ends."""
     policy, b, B = case.policy, case.dtype.itemsize, case.batch
     S = case.run.sampling.max_new_tokens
     batches = -(-case.rollouts // B)
@@ -96,7 +99,7 @@ def _rollout(case: Case, device: Device, lengths: Lengths, launch_us: float) -> 
         ),
         _move("decode, keys and values", "rollout", read, shapes, device.bandwidth),
         Term(
-            "decode, Python and launches",
+            "decode, Python and kernel launches",
             launches,
             f"{steps:,} steps · {policy.layers} layers · {launch_us:g} us",
             ("rollout",),
@@ -112,16 +115,16 @@ def _rollout(case: Case, device: Device, lengths: Lengths, launch_us: float) -> 
 
 
 def _forward_flop(model: ModelShape, tokens: float, context: float) -> float:
-    """The layers' GEMMs and attention over `context` keys a token."""
+    """Counts the FLOP of the layers' GEMMs and of attention over `context` keys for each token."""
     attention = 4 * model.layers * model.heads_width * context
     return tokens * (2 * model.layers_parameters + attention)
 
 
 def _passes(case: Case, device: Device, lengths: Lengths) -> list[Term]:
-    """Teacher forward, policy forward and backward: the layers, without heads."""
+    """Times the layers, without heads: the teacher's forward, the policy's forward and backward."""
     policy, teacher = case.policy, case.teacher
     tokens = case.rollouts * lengths.sequence
-    context = case.row if case.masked else lengths.sequence / 2  # a mask skips no work
+    context = case.pack_tokens if case.masked else lengths.sequence / 2  # a mask skips no work
     work = _forward_flop(policy, tokens, context)
     layers = f"{policy.layers_parameters:,} · {tokens:,.0f} tokens, and attention"
     kept = policy.layers * case.activation_bytes(policy)
@@ -145,20 +148,27 @@ def _passes(case: Case, device: Device, lengths: Lengths) -> list[Term]:
 
 
 def _head(case: Case, device: Device, lengths: Lengths) -> list[Term]:
-    """The one-pass head over all tokens of the step: 3u, the teacher's tau·u, row kernels."""
-    plan = case.chunk_plan(round(case.rollouts * lengths.response))
-    g = plan.geometry
+    """Times the one-pass head over all tokens of the step: its GEMMs and its row kernels.
+
+    The policy's GEMMs take 3u, u = 2·N·H·V FLOP; the teacher's one takes tau·u, tau its share of u.
+    """
+    chunk_plan = case.chunk_plan(round(case.rollouts * lengths.response))
+    g = chunk_plan.geometry
     u = f"{g.N:,} · {g.H:,} · {g.V:,}"
-    own = sum(flop for name, flop in plan.flop.items() if name != "teacher")
+    policy_flop = sum(flop for name, flop in chunk_plan.flop.items() if name != "teacher")
     terms = [
-        _compute("head, 3u", "update", own, f"3 · 2 · {u}", device),
-        _move("head, rows", "update", plan.row_work_bytes, "float32 logits", device.bandwidth),
+        _compute("head, GEMMs", "update", policy_flop, f"3 · 2 · {u}", device),
+        _move(
+            "head, row kernels",
+            "update",
+            chunk_plan.row_work_bytes,
+            "float32 logits",
+            device.bandwidth,
+        ),
     ]
     if case.teacher is not None:
-        theirs = f"2 · {g.N:,} · {g.H_t:,} · {g.V_t:,}"
-        terms.append(
-            _compute("head, teacher's tau·u", "update", plan.flop["teacher"], theirs, device)
-        )
+        formula, flop = f"2 · {g.N:,} · {g.H_t:,} · {g.V_t:,}", chunk_plan.flop["teacher"]
+        terms.append(_compute("head, teacher's GEMM", "update", flop, formula, device))
     return terms
 
 
@@ -174,10 +184,10 @@ def _optimizer(case: Case, device: Device) -> list[Term]:
 
 
 def _communication(case: Case, device: Device, lengths: Lengths) -> list[Term]:
-    """FSDP2's collectives: each GPU receives or sends what the others hold, once a pass."""
+    """Times FSDP2's collectives: in each pass a GPU receives, or sends, what the others hold."""
     policy, teacher, b = case.policy, case.teacher, case.dtype.itemsize
-    row = max(case.run.optim.micro_batch_tokens, lengths.sequence)
-    rows = -(-case.rollouts * lengths.sequence // row)
+    pack_tokens = max(case.run.optim.micro_batch_tokens, lengths.sequence)
+    packs = -(-case.rollouts * lengths.sequence // pack_tokens)
     others = (case.placement.gpus - 1) / case.placement.gpus
 
     def move(name: str, part: str, passes: float, size: int, parameters: int) -> Term:
@@ -186,14 +196,14 @@ def _communication(case: Case, device: Device, lengths: Lengths) -> list[Term]:
 
     part = "communication"
     terms = [
-        move("all-gather, policy", part, 2 * rows, b, policy.parameters),
-        move("reduce-scatter, gradients", part, rows, 4, policy.parameters),
+        move("all-gather, policy", part, 2 * packs, b, policy.parameters),
+        move("reduce-scatter, gradients", part, packs, 4, policy.parameters),
         move("weights to the sampler", "rollout", 1, b, policy.parameters),
     ]
     if teacher is not None and case.teacher_weights == "sharded":
-        terms.append(move("all-gather, teacher", part, rows, b, teacher.parameters))
+        terms.append(move("all-gather, teacher", part, packs, b, teacher.parameters))
     if teacher is not None and case.teacher_weights == "cpu":
-        size = rows * b * teacher.parameters
-        formula = f"{rows:,.0f} rows · {b} B · {teacher.parameters:,}"
+        size = packs * b * teacher.parameters
+        formula = f"{packs:,.0f} packs · {b} B · {teacher.parameters:,}"
         terms.append(_move("teacher from the CPU", part, size, formula, HOST_BYTES_PER_S))
     return terms

@@ -1,4 +1,4 @@
-"""A page about training runs: `python -m kdrl_train report RUN [RUN ...]`, or `write` from code.
+"""Writes a page about training runs: `python -m kdrl_train report RUN [RUN ...]`, or from code:
 
 from kdrl_train.tools.report import Figure, Note, Table, charts, write
 

@@ -1,4 +1,4 @@
-"""What a page is made of. Every text is escaped by the page; an svg comes from charts.py."""
+"""Defines the blocks of a page. The page escapes every text; an svg comes from charts.py."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,10 +11,10 @@ Cell = str | float | None
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of texts and numbers; a number is written in three digits, None as "-".
+    """Is a table of texts and numbers; a number is written in three digits, None as "-".
 
-    The first column names its row. A text of several lines keeps them, so that an interval can
-    stand below its value.
+    The first column names its row. A text keeps its line breaks, so that an interval can be
+    written below its value.
     """
 
     kind: ClassVar[str] = "table"
@@ -25,24 +25,24 @@ class Table:
 
     @property
     def cells(self) -> list[list[tuple[str, bool]]]:
-        """(text, whether it is kept from wrapping) of each row."""
+        """Returns (text, whether it must not wrap) for each cell of each row."""
         return [[_cell(value) for value in row] for row in self.rows]
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A chart as charts.py makes it; figures that follow each other stand side by side."""
+    """Is a chart made by charts.py; the page shows consecutive figures side by side."""
 
     kind: ClassVar[str] = "figure"
     title: str
-    """Where the chart has no heading of its own; else empty."""
+    """Heading; empty if the chart draws one."""
     svg: str
     note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A paragraph."""
+    """Is a paragraph."""
 
     kind: ClassVar[str] = "note"
     text: str
@@ -51,14 +51,14 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Legend:
-    """Which look is which group, for the figures that follow."""
+    """Says which look is which group, for the figures that follow."""
 
     kind: ClassVar[str] = "legend"
     names: Sequence[str]
 
     @property
     def keys(self) -> list[tuple[str, str]]:
-        """(svg of 38 x 12, name) of each."""
+        """Returns (svg of 38 x 12, name) for each group."""
         looks = [Look(i).key(4, 6) for i in range(len(self.names))]
         size = {"viewBox": "0 0 38 12", "width": 38, "height": 12, "aria_hidden": "true"}
         pairs = zip(looks, self.names, strict=True)
@@ -67,7 +67,7 @@ class Legend:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A piece of a completion with its tints; words: what a pointer is told."""
+    """Is one token of a completion with its colours; words: shown while the pointer is over it."""
 
     text: str
     classes: str
@@ -76,29 +76,29 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One completion."""
+    """Is one completion with its verdict and its coloured tokens."""
 
     group: str
     facts: Sequence[tuple[str, str]]
     right: bool | None
     tokens: Sequence[Token]
     rest: str = ""
-    """What is not tinted, at the end."""
+    """The end of a long completion, without colours."""
     strongest: Sequence[tuple[str, str]] = ()
-    """(token, l) of the largest gaps."""
+    """(token, l) where the teacher log-ratio l is largest in size."""
 
 
 @dataclass(frozen=True, slots=True)
-class Tints:
-    """What the looks of tokens mean: (classes, words) of each."""
+class TokenLegend:
+    """Says what the colours of tokens mean: (classes, words) for each."""
 
-    kind: ClassVar[str] = "tints"
+    kind: ClassVar[str] = "token_legend"
     looks: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
-class Samples:
-    """Completions of one prompt, side by side."""
+class PromptSamples:
+    """Shows completions of one prompt side by side."""
 
     kind: ClassVar[str] = "samples"
     title: str
@@ -108,19 +108,19 @@ class Samples:
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """Blocks that open on request."""
+    """Holds blocks that a reader can open."""
 
     kind: ClassVar[str] = "folded"
     title: str
     blocks: Sequence["Block"]
 
 
-Block = Table | Figure | Note | Legend | Tints | Samples | Folded
+Block = Table | Figure | Note | Legend | TokenLegend | PromptSamples | Folded
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A heading with an anchor, and what stands under it."""
+    """Is a heading with an anchor, and its blocks."""
 
     id: str
     title: str

@@ -1,8 +1,7 @@
-"""Charts as SVG text: lines with bands, values with intervals, histograms, stacked bars.
+"""Draws charts as SVG text: lines with bands, values with intervals, histograms, stacked bars.
 
-Each is readable on its own (`save`), on white and on black, and inside a page. Groups keep their
-look by the index of their Look, so give the same group the same index everywhere. WIDTH is that of
-a phone, where a page shows a chart at its own size.
+A chart can be read on its own (`save`), on white and on black, and inside a page. A group keeps its
+look by the index of its Look, so give the same group the same index in all charts.
 """
 
 import math
@@ -10,40 +9,39 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeGuard
 
-from kdrl_train.tools.report.svg import (
-    RULE,
-    Axis,
-    Look,
-    cut,
-    document,
-    element,
-    number,
-    text,
-    tooltip,
+from kdrl_train.tools.report.chart_parts import (
+    BOTTOM,
+    DASHED,
+    HEIGHT,
+    LEFT,
+    LINE,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Value,
+    grid,
+    heading,
+    hover_area,
+    is_finite,
+    legend_entry,
+    reference_line,
+    rule,
 )
+from kdrl_train.tools.report.svg import Axis, Look, cut, document, element, number, text, tooltip
 
-WIDTH, HEIGHT = 360.0, 220.0
-LEFT, RIGHT, TOP, BOTTOM = 52.0, 10.0, 26.0, 38.0
-LINE = 17.0
-"""Height of a line of a legend or a table."""
 NUMBERS = 118.0
 """Width of the numbers of a point chart."""
 MARKS = 5
 """Marks on a line."""
-STRIPS = 32
-"""Places along the x axis where a pointer is told the values."""
-
-LEVEL = {"stroke": RULE, "stroke_dasharray": "4 3", "class_": "rule strong"}
-
-Value = float | None
+HOVER_AREAS = 32
+"""Most areas along the x axis that show values while the pointer is over them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One line. x, y and the bounds of its band have one length; None, and what is not finite,
-    interrupts line and band."""
+    """Holds one line. x, y and the bounds of its band have one length; None, and a number that is
+    not finite, interrupts line and band."""
 
     name: str
     x: Sequence[float]
@@ -56,7 +54,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One value, with its interval where there is one."""
+    """Holds one value, and its interval if it has one."""
 
     name: str
     value: Value
@@ -67,7 +65,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Bars:
-    """Counts or shares of the bins of a histogram."""
+    """Holds the counts, or the shares, of a histogram."""
 
     name: str
     values: Sequence[float]
@@ -76,7 +74,7 @@ class Bars:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A level that a chart is read against."""
+    """Names a level that the values of a chart are compared with."""
 
     name: str
     value: float
@@ -92,10 +90,10 @@ def line_chart(
     references: Sequence[Reference] = (),
     legend: bool = True,
 ) -> str:
-    """Lines with bands over one x axis; a pointer is told the values.
+    """Draws lines with bands over one x axis; the pointer shows values.
 
-    A logarithmic axis leaves out what is not above 0. legend: below the plot; without it, say
-    elsewhere which look is which group.
+    A logarithmic axis leaves out values that are not above 0. legend: draws one below the plot;
+    without it, the page must say which look is which group.
     """
     series = [_drawable(one, log_x=log_x, log_y=log_y) for one in series]
     xs = [x for one in series for x, y in zip(one.x, one.y, strict=True) if y is not None]
@@ -104,18 +102,20 @@ def line_chart(
     plot = HEIGHT - BOTTOM
     horizontal = Axis.fit(xs, LEFT, WIDTH - RIGHT, log=log_x)
     vertical = Axis.fit([y for y in ys if y is not None] + levels, plot, TOP, log=log_y, room=0.05)
-    parts = [_heading(title), *_grid(horizontal, vertical, x_label)]
-    parts += [_level(one, vertical) for one in references]
+    parts = [heading(title), *grid(horizontal, vertical, x_label)]
+    parts += [reference_line(one.name, one.value, vertical) for one in references]
     parts += [_band(one, horizontal, vertical) for one in series]
     for place, one in enumerate(series):
         parts += _line(one, horizontal, vertical, (place + 0.5) / len(series))
-    parts += _strips(series, horizontal, x_label)
+    parts += _hover_areas(series, horizontal, x_label)
     height = HEIGHT
     if legend:
-        parts += [_key(one.name, one.look, HEIGHT + i * LINE) for i, one in enumerate(series)]
+        parts += [
+            legend_entry(one.name, one.look, HEIGHT + i * LINE) for i, one in enumerate(series)
+        ]
         height += LINE * len(series)
-    told = "; ".join(_told(one) for one in series) or "no values"
-    return document(title, f"{title} over {x_label}. {told}.", WIDTH, height, parts)
+    words = "; ".join(_describe(one) for one in series) or "no values"
+    return document(title, f"{title} over {x_label}. {words}.", WIDTH, height, parts)
 
 
 def point_chart(
@@ -126,29 +126,29 @@ def point_chart(
     references: Sequence[Reference] = (),
     named: float = 110.0,
 ) -> str:
-    """A row each: name, value with its interval on a common axis, and the numbers.
+    """Draws a line for each point: name, value with interval on a common axis, and the numbers.
 
-    named: width of the names, longer ones are cut; with more, the chart is as much wider.
+    named: width of the names; longer names are cut. A larger value makes the chart wider.
     """
     wide = WIDTH + named - 110.0
-    known = [v for p in points for v in (p.value, p.low, p.high) if _finite(v)]
+    known = [v for p in points for v in (p.value, p.low, p.high) if is_finite(v)]
     levels = [one.value for one in references]
     axis = Axis.fit([*known, *levels], named, wide - NUMBERS, room=0.06)
     top = TOP + (10 if references else 0)
     bottom = top + LINE * len(points) + 4
-    parts = [_heading(title)]
+    parts = [heading(title)]
     for tick in axis.ticks if known else ():
-        parts += [_rule(axis(tick), top - 4, axis(tick), bottom)]
+        parts += [rule(axis(tick), top - 4, axis(tick), bottom)]
         parts += [text(axis.label(tick), axis(tick), bottom + 13, anchor="middle")]
     for one in references:
         x = axis(one.value)
-        parts.append(element("line", x1=x, x2=x, y1=top - 4, y2=bottom, **LEVEL))
+        parts.append(element("line", x1=x, x2=x, y1=top - 4, y2=bottom, **DASHED))
         parts.append(text(one.name, x, top - 7, anchor="middle", font_size=10))
     for i, point in enumerate(points):
-        parts += _row(point, top + LINE * i + 8, axis)
+        parts += _point(point, top + LINE * i + 8, axis)
     parts.append(text(x_label, (named + wide - NUMBERS) / 2, bottom + 28, anchor="middle"))
-    told = "; ".join(f"{p.name} {number(p.value)}" for p in points)
-    return document(title, f"{title}: {told}.", wide, bottom + (34 if x_label else 18), parts)
+    words = "; ".join(f"{p.name} {number(p.value)}" for p in points)
+    return document(title, f"{title}: {words}.", wide, bottom + (34 if x_label else 18), parts)
 
 
 def histogram_chart(
@@ -159,18 +159,17 @@ def histogram_chart(
     x_label: str = "",
     legend: bool = True,
 ) -> str:
-    """Shares of bins as outlines, a line for each group, so that several can be compared.
+    """Draws histograms as outlines, one for each group, so that they can be compared.
 
-    labels: of the bins, as many as each has values; shown where they have room. Values are divided
-    by their sum.
+    labels: the interval of each value, shown where there is room. Values are divided by their sum.
     """
     shares = [[v / (sum(one.values) or 1.0) for v in one.values] for one in bars]
     axis = Axis(0.0, max((v for one in shares for v in one), default=1.0) * 1.05 or 1.0, 0, 0)
     vertical = Axis(0.0, axis.high, HEIGHT - BOTTOM, TOP)
     wide = (WIDTH - LEFT - RIGHT) / len(labels)
-    parts = [_heading(title)]
+    parts = [heading(title)]
     for tick in vertical.ticks:
-        parts.append(_rule(LEFT, vertical(tick), WIDTH - RIGHT, vertical(tick)))
+        parts.append(rule(LEFT, vertical(tick), WIDTH - RIGHT, vertical(tick)))
         parts.append(text(f"{100 * tick:g}%", LEFT - 5, vertical(tick) + 4, anchor="end"))
     every = math.ceil(max(len(label) for label in labels) * 6.5 / wide)
     for i in range(0, len(labels), every):
@@ -185,15 +184,15 @@ def histogram_chart(
         parts.append(element("polygon", points=place, fill=Look(one.look).color, opacity=0.14))
         parts.append(Look(one.look).line(corners))
     for i, label in enumerate(labels):
-        told = [
+        lines = [
             f"{one.name} {100 * values[i]:.1f}%" for one, values in zip(bars, shares, strict=True)
         ]
-        words = "\n".join([f"{x_label} {label}", *told])
-        parts.append(_hit(LEFT + i * wide, TOP, wide, HEIGHT - BOTTOM - TOP, words))
+        words = "\n".join([f"{x_label} {label}", *lines])
+        parts.append(hover_area(LEFT + i * wide, TOP, wide, HEIGHT - BOTTOM - TOP, words))
     parts.append(text(x_label, (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, anchor="middle"))
     height = HEIGHT
     if legend:
-        parts += [_key(one.name, one.look, HEIGHT + i * LINE) for i, one in enumerate(bars)]
+        parts += [legend_entry(one.name, one.look, HEIGHT + i * LINE) for i, one in enumerate(bars)]
         height += LINE * len(bars)
     peaks = "; ".join(
         f"{one.name}: most in {labels[values.index(max(values))]}"
@@ -203,72 +202,67 @@ def histogram_chart(
 
 
 def stacked_chart(
-    rows: Sequence[tuple[str, dict[str, float]]], *, title: str, unit: str = "s"
+    bars: Sequence[tuple[str, dict[str, float]]], *, title: str, unit: str = "s"
 ) -> str:
-    """A bar for each row, of parts that add up; parts keep order and look, and are named in the bar
-    where they have room, and below."""
-    names = list(dict.fromkeys(name for _, parts in rows for name in parts))
-    most = max((sum(parts.values()) for _, parts in rows), default=1.0) or 1.0
+    """Draws a bar for each (name, parts), whose parts add up; a legend names the parts."""
+    names = list(dict.fromkeys(name for _, parts in bars for name in parts))
+    most = max((sum(parts.values()) for _, parts in bars), default=1.0) or 1.0
     named, tall = 92.0, 24.0
     axis = Axis(0.0, most, named, WIDTH - 46)
-    drawn = [_heading(title)]
-    for i, (row, parts) in enumerate(rows):
+    drawn = [heading(title)]
+    for i, (bar, parts) in enumerate(bars):
         y, total = TOP + i * (tall + 6), 0.0
-        drawn.append(text(cut(row, 14), 0, y + tall / 2 + 4))
+        drawn.append(text(cut(bar, 14), 0, y + tall / 2 + 4))
         for name, value in parts.items():
             x, end = axis(total), axis(total + value)
             total += value
             look = Look(names.index(name))
-            words = f"{row}, {name}: {number(value)} {unit}"
+            words = f"{bar}, {name}: {number(value)} {unit}"
             paint = {"fill": look.color, "stroke": "#ffffff", "stroke_width": 1, "class_": "part"}
             box = {"x": x, "y": y, "width": max(end - x, 0.0), "height": tall}
             drawn.append(element("rect", tooltip(words), **box, **paint))
             if end - x > 6.5 * len(name) + 4:
                 drawn.append(_inside(name, (x + end) / 2, y + tall / 2 + 4))
         drawn.append(text(f"{number(total)} {unit}", axis(total) + 4, y + tall / 2 + 4))
-    top = TOP + len(rows) * (tall + 6) + 4
+    top = TOP + len(bars) * (tall + 6) + 4
     columns = 3
     for i, name in enumerate(names):
         x, y = 4 + (i % columns) * (WIDTH / columns), top + (i // columns) * LINE
         drawn.append(element("rect", x=x, y=y, width=11, height=11, fill=Look(i).color))
         drawn.append(text(name, x + 16, y + 10))
-    told = "; ".join(
-        f"{row}: " + ", ".join(f"{name} {number(v)} {unit}" for name, v in parts.items())
-        for row, parts in rows
+    words = "; ".join(
+        f"{bar}: " + ", ".join(f"{name} {number(v)} {unit}" for name, v in parts.items())
+        for bar, parts in bars
     )
     height = top + LINE * math.ceil(len(names) / columns) + 4
-    return document(title, f"{title}. {told}.", WIDTH, height, drawn)
+    return document(title, f"{title}. {words}.", WIDTH, height, drawn)
 
 
 def save(svg: str, path: Path) -> None:
-    """A chart as a file of its own."""
+    """Writes a chart to a file."""
     path.write_text(f'<?xml version="1.0" encoding="UTF-8"?>\n{svg}\n', encoding="utf-8")
 
 
-def _row(point: Point, y: float, axis: Axis) -> list[str]:
-    """A row of a point chart, y its middle."""
-    look, told = Look(point.look), number(point.value)
+def _point(point: Point, y: float, axis: Axis) -> list[str]:
+    """Draws a line of a point chart, with its middle at y."""
+    look, words = Look(point.look), number(point.value)
     parts = [text(cut(point.name, int(axis.start / 6.4)), 0, y + 4)]
-    if _finite(point.low) and _finite(point.high):
+    if is_finite(point.low) and is_finite(point.high):
         low, high = axis(point.low), axis(point.high)
-        told += f" ({number(point.low)} to {number(point.high)})"
+        words += f" ({number(point.low)} to {number(point.high)})"
         path = f"M{low:.1f} {y - 3:.1f}v6m0 -3H{high:.1f}m0 -3v6"
         parts.append(element("path", d=path, fill="none", stroke=look.color, stroke_width=1.6))
-    if _finite(point.value):
+    if is_finite(point.value):
         parts.append(look.mark(axis(point.value), y))
-    parts.append(text(told, axis.end + 8, y + 4, font_size=10))
-    return [*parts, _hit(0, y - LINE / 2, axis.end + NUMBERS, LINE, f"{point.name}: {told}")]
-
-
-def _finite(value: Value) -> TypeGuard[float]:
-    return value is not None and math.isfinite(value)
+    parts.append(text(words, axis.end + 8, y + 4, font_size=10))
+    return [*parts, hover_area(0, y - LINE / 2, axis.end + NUMBERS, LINE, f"{point.name}: {words}")]
 
 
 def _drawable(one: Series, *, log_x: bool, log_y: bool) -> Series:
-    """Its points with a place on the axes, None for the values that have none."""
+    """Replaces the values that have no place on the axes by None."""
 
     def fits(value: Value, *, log: bool) -> Value:
-        return value if _finite(value) and not (log and value <= 0) else None
+        return value if is_finite(value) and not (log and value <= 0) else None
 
     def keep(values: Sequence[Value] | None) -> list[Value] | None:
         if values is None:
@@ -279,51 +273,12 @@ def _drawable(one: Series, *, log_x: bool, log_y: bool) -> Series:
     return Series(one.name, one.x, keep(one.y) or [], one.look, keep(one.low), keep(one.high))
 
 
-def _heading(title: str) -> str:
-    return text(title, 0, 12, font_size=12.5, font_weight="600", class_="ink head")
-
-
-def _rule(x1: float, y1: float, x2: float, y2: float) -> str:
-    paint = {"stroke": RULE, "stroke_width": 1, "stroke_opacity": 0.3, "class_": "rule"}
-    return element("line", x1=x1, y1=y1, x2=x2, y2=y2, **paint)
-
-
-def _hit(x: float, y: float, width: float, height: float, words: str) -> str:
-    """An area without a look that tells a pointer what is there."""
-    box = {"x": x, "y": y, "width": width, "height": height}
-    return element("rect", tooltip(words), **box, fill="none", pointer_events="all", class_="hit")
-
-
-def _grid(horizontal: Axis, vertical: Axis, x_label: str) -> list[str]:
-    parts = []
-    for tick in vertical.ticks:
-        y = vertical(tick)
-        parts += [_rule(LEFT, y, WIDTH - RIGHT, y)]
-        parts += [text(vertical.label(tick), LEFT - 5, y + 4, anchor="end")]
-    for tick in horizontal.ticks:
-        x = horizontal(tick)
-        parts += [_rule(x, HEIGHT - BOTTOM, x, HEIGHT - BOTTOM + 4)]
-        parts += [text(horizontal.label(tick), x, HEIGHT - BOTTOM + 15, anchor="middle")]
-    scales = [
-        f"{name} logarithmic" for name, axis in (("y", vertical), ("x", horizontal)) if axis.log
-    ]
-    label = x_label + (f" ({', '.join(scales)})" if scales else "")
-    return [*parts, text(label, (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, anchor="middle")]
-
-
-def _level(one: Reference, vertical: Axis) -> str:
-    y = vertical(one.value)
-    ends = {"x1": LEFT, "x2": WIDTH - RIGHT, "y1": y, "y2": y}
-    line = element("line", **ends, **LEVEL)
-    return line + text(one.name, WIDTH - RIGHT, y - 3, anchor="end", font_size=10)
-
-
 def _inside(name: str, x: float, y: float) -> str:
     return text(name, x, y, anchor="middle", fill="#ffffff", class_="on", font_size=10)
 
 
 def _runs(one: Series, *values: Sequence[Value]) -> list[list[int]]:
-    """Stretches of places where all of the values are there."""
+    """Returns the stretches of indices at which no value is None."""
     runs: list[list[int]] = [[]]
     for i in range(len(one.x)):
         if any(v[i] is None for v in values):
@@ -338,22 +293,22 @@ def _band(one: Series, horizontal: Axis, vertical: Axis) -> str:
         return ""
     drawn = ""
     for run in _runs(one, one.low, one.high):
-        there = [(one.x[i], one.high[i]) for i in run] + [(one.x[i], one.low[i]) for i in run[::-1]]
-        place = " ".join(f"{horizontal(x):.1f},{vertical(y):.1f}" for x, y in there)  # type: ignore[arg-type]
+        edge = [(one.x[i], one.high[i]) for i in run] + [(one.x[i], one.low[i]) for i in run[::-1]]
+        place = " ".join(f"{horizontal(x):.1f},{vertical(y):.1f}" for x, y in edge)  # type: ignore[arg-type]
         drawn += element("polygon", points=place, fill=Look(one.look).color, opacity=0.18)
     return drawn
 
 
 def _line(one: Series, horizontal: Axis, vertical: Axis, offset: float) -> list[str]:
-    """Its stretches, and some marks; `offset` in [0, 1) keeps the marks of several lines apart. A
-    point that has no neighbours is always marked: its line has no length."""
+    """Draws a line and some marks on it; `offset` in [0, 1) keeps the marks of several lines apart.
+    A point without neighbours is always marked, since its line has no length."""
     look, parts, marked = Look(one.look), [], set()
     places: list[tuple[float, float]] = []
     for run in _runs(one, one.y):
-        there = [(horizontal(one.x[i]), vertical(y)) for i in run if (y := one.y[i]) is not None]
-        parts.append(look.line(there))
-        places += there
-        if len(there) == 1:
+        stretch = [(horizontal(one.x[i]), vertical(y)) for i in run if (y := one.y[i]) is not None]
+        parts.append(look.line(stretch))
+        places += stretch
+        if len(stretch) == 1:
             marked.add(len(places) - 1)
     if len(places) <= MARKS:
         marked = set(range(len(places)))
@@ -363,34 +318,34 @@ def _line(one: Series, horizontal: Axis, vertical: Axis, offset: float) -> list[
     return parts + [look.mark(*places[i]) for i in sorted(marked)]
 
 
-def _strips(series: Sequence[Series], horizontal: Axis, x_label: str) -> list[str]:
-    """Areas over the plot, each with the values of all lines at one of their points."""
+def _hover_areas(series: Sequence[Series], horizontal: Axis, x_label: str) -> list[str]:
+    """Draws areas over the plot that show the values of all lines at some of their points."""
     xs = sorted({x for one in series for x in one.x})
-    xs = xs[:: max(math.ceil(len(xs) / STRIPS), 1)]
+    xs = xs[:: max(math.ceil(len(xs) / HOVER_AREAS), 1)]
     middles = [horizontal(x) for x in xs]
     ends = [LEFT, *((a + b) / 2 for a, b in pairwise(middles)), WIDTH - RIGHT]
     tables = [{x: i for i, x in enumerate(one.x)} for one in series]
     parts = []
     for i, x in enumerate(xs):
-        told = [f"{x_label} {number(x)}"]
+        lines = [f"{x_label} {number(x)}"]
         for one, place in zip(series, tables, strict=True):
             if x in place and one.y[place[x]] is not None:
-                told.append(_value(one, place[x]))
+                lines.append(_value_text(one, place[x]))
         parts.append(
-            _hit(ends[i], TOP, ends[i + 1] - ends[i], HEIGHT - BOTTOM - TOP, "\n".join(told))
+            hover_area(ends[i], TOP, ends[i + 1] - ends[i], HEIGHT - BOTTOM - TOP, "\n".join(lines))
         )
     return parts
 
 
-def _value(one: Series, i: int) -> str:
+def _value_text(one: Series, i: int) -> str:
     words = f"{one.name}: {number(one.y[i])}"
     if one.low is not None and one.high is not None and one.low[i] is not None:
         words += f" ({number(one.low[i])} to {number(one.high[i])})"
     return words
 
 
-def _told(one: Series) -> str:
-    """A line in words."""
+def _describe(one: Series) -> str:
+    """Describes a line in words."""
     known = [(x, y) for x, y in zip(one.x, one.y, strict=True) if y is not None]
     if not known:
         return f"{one.name}: no values"
@@ -398,7 +353,3 @@ def _told(one: Series) -> str:
     lowest, highest = (f([y for _, y in known]) for f in (min, max))
     ends = f"{number(y0)} at {number(x0)}, {number(y1)} at {number(x1)}"
     return f"{one.name}: {ends}, between {number(lowest)} and {number(highest)}"
-
-
-def _key(name: str, look: int, y: float) -> str:
-    return Look(look).key(4, y + 6) + text(cut(name, 48), 42, y + 10)

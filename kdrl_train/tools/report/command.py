@@ -1,4 +1,4 @@
-"""`python -m kdrl_train report`."""
+"""Implements `python -m kdrl_train report`."""
 
 from pathlib import Path
 
@@ -23,9 +23,12 @@ class ReportConfig:
 
 
 def main(config: ReportConfig, console: Console | None = None) -> int:
-    """Write the page and say where; returns 0. Raises: ValueError for what is no run."""
+    """Writes the page and prints its path; returns 0.
+
+    Raises: ValueError if no run folder is named, or a folder is not a run.
+    """
     if not config.runs:
-        raise ValueError("report must be given run folders, got none: name at least one")
+        raise ValueError("report must get run folders, got none: name at least one")
     path = write(by_settings(config.runs), config.out, title=config.title)
     console = console or Console(highlight=False)
     console.print(f"{path}: {path.stat().st_size / 1e6:.1f} MB", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The page: sections through the template, in one file that loads nothing."""
+"""Writes the page: one HTML file that loads nothing from the network."""
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -8,7 +8,7 @@ import jinja2
 
 from kdrl_train.tools.report import events_section, sections, token_colours
 from kdrl_train.tools.report.blocks import Block, Section
-from kdrl_train.tools.report.runs import Group, read
+from kdrl_train.tools.report.runs import RunGroup, read
 
 
 def write(
@@ -18,36 +18,36 @@ def write(
     title: str = "Training report",
     extra: Sequence[Block] = (),
 ) -> Path:
-    """Write one self-contained HTML page about training runs.
+    """Writes one self-contained HTML page about training runs.
 
     Args:
-        groups: name -> run folders of `train`: runs of one setting that differ in their seed, drawn
-            as one line with a band. The first group is the one the others are compared with. A run
-            may be at any stage, or have crashed: the page says so.
+        groups: name -> run folders of `train`. The runs of a group have the same settings but for
+            their seed and are drawn as one line with a band. The other groups are compared with
+            the first one. A run may still be running, or may have crashed: the page says so.
         out: the file; its folder is made if absent.
-        title: of the page, as plain text.
-        extra: what stands first, under "Results": Table, Figure, Note or Folded of this package.
-            Texts are escaped; svgs are taken as they are, so let them come from charts.py.
+        title: heading of the page, as plain text.
+        extra: blocks of the first section, "Results": Table, Figure, Note or Folded of this
+            package. Texts are escaped; svgs are not, so they must come from charts.py.
     Returns: out.
-    Raises: ValueError for no groups, a group without runs, or a folder that is no run.
+    Raises: ValueError if there is no group, a group has no run, or a folder is not a run.
     """
     if not groups or not all(groups.values()):
         empty = [name for name, folders in groups.items() if not folders] or "no groups"
-        raise ValueError(f"each group must have a run, got {empty}: leave it out")
-    made = [
-        Group(name, look, [read(Path(folder)) for folder in folders])
+        raise ValueError(f"each group must have a run, got {empty}: name at least one run folder")
+    run_groups = [
+        RunGroup(name, look, [read(Path(folder)) for folder in folders])
         for look, (name, folders) in enumerate(groups.items())
     ]
     parts = [Section("results", "Results", extra)] if extra else []
     parts += [
-        sections.overview(made),
-        sections.differences(made),
-        sections.curves(made),
-        sections.settings(made),
-        sections.stages(made),
-        sections.histograms(made),
-        token_colours.section(made),
-        events_section.section(made),
+        sections.overview(run_groups),
+        sections.differences(run_groups),
+        sections.curves(run_groups),
+        sections.settings(run_groups),
+        sections.stages(run_groups),
+        sections.histograms(run_groups),
+        token_colours.section(run_groups),
+        events_section.section(run_groups),
     ]
     html = render(title, parts)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def write(
 
 
 def render(title: str, parts: Sequence[Section]) -> str:
-    """The HTML of sections."""
+    """Renders sections by the template."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -64,5 +64,5 @@ def render(title: str, parts: Sequence[Section]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return environment.get_template("page.html.j2").render(title=title, parts=parts, made=made)
+    time = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return environment.get_template("page.html.j2").render(title=title, parts=parts, time=time)

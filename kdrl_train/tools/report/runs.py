@@ -1,4 +1,4 @@
-"""Run folders as numbers: settings, columns of metrics.jsonl, events, samples."""
+"""Reads run folders: settings, columns of metrics.jsonl, events and samples."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,69 +14,71 @@ from kdrl_train.runfolder.events import FILE as EVENTS
 from kdrl_train.runfolder.jsonl import Record
 
 APART = ("seed", "out", "resume")
-"""Settings in which runs of one group may differ."""
+"""Settings that may differ between the runs of a group."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """One number over a run's steps."""
+    """Holds one number of a run over its steps."""
 
     steps: np.ndarray
-    """[K] optimiser steps done, from 1: those whose rows have the key."""
+    """[K] optimiser steps done, from 1, whose records have the key."""
     values: np.ndarray
-    """[K] float64, NaN where the row says null."""
+    """[K] float64, NaN where the record has null."""
 
 
 @dataclass(frozen=True)
 class RunData:
-    """One run folder, as far as it was written."""
+    """Holds what is in a run folder so far."""
 
     folder: Path
     settings: dict[str, Any]
     """Dotted key -> value."""
-    rows: list[Record]
+    records: list[Record]
+    """The lines of metrics.jsonl."""
     events: list[Record]
 
     @property
     def seed(self) -> Any:
-        """As in its settings; None where they do not say."""
+        """Returns the seed; None if the settings have none."""
         return self.settings.get("seed")
 
     @property
     def steps(self) -> int:
-        """Optimiser steps that are done."""
-        return self.rows[-1]["step"] + 1 if self.rows else 0
+        """Counts the optimiser steps that are done."""
+        return self.records[-1]["step"] + 1 if self.records else 0
 
     @cached_property
     def columns(self) -> dict[str, Column]:
-        """Every key of its rows that holds numbers (or null), but the step."""
-        found = {}
-        for key in dict.fromkeys(key for row in self.rows for key in row if key != "step"):
-            rows = [row for row in self.rows if key in row]
-            values = [row[key] for row in rows]
+        """Returns a column for every key whose values are numbers or null, without the step."""
+        columns = {}
+        for key in dict.fromkeys(key for r in self.records for key in r if key != "step"):
+            records = [record for record in self.records if key in record]
+            values = [record[key] for record in records]
             if not any(isinstance(value, (list, str)) for value in values):
-                steps = np.array([row["step"] + 1 for row in rows])
-                found[key] = Column(steps, np.array(values, dtype=float))  # null becomes NaN
-        return found
+                steps = np.array([record["step"] + 1 for record in records])
+                columns[key] = Column(steps, np.array(values, dtype=float))  # null becomes NaN
+        return columns
 
     def counts(self, key: str, share: float, *, late: bool) -> list[int]:
-        """Sum of a column of counts over the first, or the last, `share` of its steps."""
-        rows = [row[key] for row in self.rows if row.get(key)]
-        some = rows[-tail(len(rows), share) :] if late else rows[: tail(len(rows), share)]
-        return [int(n) for n in np.sum(some, axis=0)] if some else []
+        """Sums the counts of a key over the first, or the last, `share` of its steps."""
+        counts = [record[key] for record in self.records if record.get(key)]
+        number = tail(len(counts), share)
+        part = counts[-number:] if late else counts[:number]
+        return [int(n) for n in np.sum(part, axis=0)] if part else []
 
     @cached_property
     def sampled(self) -> list[int]:
-        """Steps (from 0) of which there are samples."""
+        """Lists the steps (from 0) whose samples were saved."""
         return sorted(int(p.stem.split("_")[1]) for p in self.folder.glob("samples/step_*.jsonl"))
 
     def samples(self, step: int) -> list[Record]:
-        """Lines of a step's samples; step from 0."""
+        """Reads the samples of a step, counted from 0."""
         return jsonl.read(self.folder / "samples" / f"step_{step:06d}.jsonl")
 
     @property
     def status(self) -> str:
-        """How it ended, as far as its files tell."""
+        """Says how the run ended, as far as its files show."""
         ends = ("started", "resumed", "finished", "stopped", "failed")
         last = next((e for e in reversed(self.events) if e.get("event") in ends), None)
         if last is not None and last["event"] in ("stopped", "failed"):
@@ -84,26 +86,29 @@ class RunData:
         total = self.settings.get("steps")
         if (last is not None and last["event"] == "finished") or self.steps == total:
             return "finished"
-        return "no end recorded: it runs, or was killed"
+        return "no end recorded: still running, or killed"
 
 
 def tail(count: int, share: float) -> int:
-    """How many of so many steps are a share of them; at least 1."""
+    """Returns how many steps are a share of `count` steps; at least 1."""
     return max(1, round(count * share))
 
 
 def read(folder: Path) -> RunData:
-    """A run folder. Raises: ValueError for a folder that is none, or with a broken config.yaml."""
+    """Reads a run folder.
+
+    Raises: ValueError for a folder without config.yaml, or with a broken one.
+    """
     path = folder / "config.yaml"
     if not path.is_file():
         inside = sorted(p.parent.name for p in folder.glob("*/config.yaml"))
-        hint = f": it holds the runs {', '.join(inside)}" if inside else ""
+        hint = f"; it holds the runs {', '.join(inside)}" if inside else ""
         raise ValueError(
             "a run must be a folder that `train` has written, with config.yaml, got "
             f"{folder}, which has none{hint}"
         )
-    rows = [row for row in jsonl.read(folder / "metrics.jsonl") if "step" in row]
-    return RunData(folder, dict(_dotted(load_yaml(path))), rows, jsonl.read(folder / EVENTS))
+    records = [record for record in jsonl.read(folder / "metrics.jsonl") if "step" in record]
+    return RunData(folder, dict(_dotted(load_yaml(path))), records, jsonl.read(folder / EVENTS))
 
 
 def _dotted(settings: dict[str, Any], key: str = "") -> Iterable[tuple[str, Any]]:
@@ -116,36 +121,36 @@ def _dotted(settings: dict[str, Any], key: str = "") -> Iterable[tuple[str, Any]
 
 
 @dataclass(frozen=True)
-class Group:
-    """Runs that are drawn as one: their mean, and how far they are apart."""
+class RunGroup:
+    """Holds runs that are drawn as one line, their mean, with a band."""
 
     name: str
     look: int
-    """Index among the groups."""
+    """Index of the group; it chooses colour, dashes and mark."""
     runs: list[RunData]
 
     def having(self, key: str) -> list[Column]:
-        """A column of those runs that have a number in it."""
-        found = [run.columns[key] for run in self.runs if key in run.columns]
-        return [column for column in found if not np.isnan(column.values).all()]
+        """Returns a column of each run that has a number in it."""
+        columns = [run.columns[key] for run in self.runs if key in run.columns]
+        return [column for column in columns if not np.isnan(column.values).all()]
 
 
 def by_settings(folders: Iterable[Path]) -> dict[str, list[Path]]:
-    """Runs whose settings differ in APART alone, together, by a name made of their folders' names.
+    """Groups runs whose settings differ in APART alone; a group is named after its folders.
 
-    Raises: ValueError for a folder that is no run, or is given twice.
+    Raises: ValueError for a folder that is not a run, or is named twice.
     """
-    found: dict[str, list[Path]] = {}
+    groups: dict[str, list[Path]] = {}
     seen = set()
     for folder in folders:
         if folder.resolve() in seen:
-            raise ValueError(f"each run must be given once, got {folder} twice")
+            raise ValueError(f"each run must be named once, got {folder} twice")
         seen.add(folder.resolve())
         settings = read(folder).settings
         key = repr(sorted((k, v) for k, v in settings.items() if k not in APART))
-        found.setdefault(key, []).append(folder)
+        groups.setdefault(key, []).append(folder)
     named: dict[str, list[Path]] = {}
-    for runs in found.values():
+    for runs in groups.values():
         name = _common_name(runs)
         if name in named:
             name = f"{name} ({runs[0]})"
@@ -154,7 +159,7 @@ def by_settings(folders: Iterable[Path]) -> dict[str, list[Path]]:
 
 
 def _common_name(folders: list[Path]) -> str:
-    """What the folders' names begin with; of one, its name."""
+    """Returns what the folders' names begin with; for one folder, its name."""
     names = [folder.resolve().name for folder in folders]
     if len(names) == 1:
         return names[0]

@@ -1,4 +1,4 @@
-"""From runs to what is drawn: curves of groups, final values with intervals, differences."""
+"""Computes what is drawn from runs: curves of groups, final values, differences, intervals."""
 
 import math
 from collections.abc import Sequence
@@ -7,77 +7,77 @@ from dataclasses import dataclass
 import numpy as np
 
 from kdrl_train.tools.report.charts import Series
-from kdrl_train.tools.report.runs import Column, Group, RunData, tail
+from kdrl_train.tools.report.runs import Column, RunData, RunGroup, tail
 
 POINTS = 150
-"""Most points of a curve: of longer runs each is the mean of equally many steps."""
+"""Most points of a curve; in longer runs a point is the mean of several steps."""
 FINAL = 0.1
-"""Share of a run's steps whose mean is its final value."""
+"""Share of a run's steps, the last ones, whose mean is its final value."""
 T_975: tuple[float, ...] = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 T_975 += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074)
 """97.5% quantiles of Student's t, from 1 degree of freedom on."""
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
-    """A mean with its 95% interval; None where there is none."""
+class MeanInterval:
+    """Holds a mean and its 95% interval; None where it has none."""
 
     value: float | None
     low: float | None = None
     high: float | None = None
     count: int = 1
-    """Runs, or pairs of runs, that it is the mean of."""
+    """Number of runs, or of pairs of runs, in the mean."""
 
 
-def width(groups: Sequence[Group]) -> int:
-    """Steps to a point of a curve, so that the longest run has at most POINTS."""
+def steps_per_point(groups: Sequence[RunGroup]) -> int:
+    """Returns the steps of each point of a curve, so that the longest run has at most POINTS."""
     longest = max((run.steps for group in groups for run in group.runs), default=0)
     return max(1, math.ceil(longest / POINTS))
 
 
-def curve(group: Group, key: str, every: int) -> Series | None:
-    """Mean over the group's runs, of each `every` steps; None where no run has a number.
+def curve(group: RunGroup, key: str, every: int) -> Series | None:
+    """Returns the mean over the group's runs of each `every` steps; None if no run has a number.
 
-    Band: the lowest and the highest of the runs; of a single one, of the steps of each point.
-    A point without a number in any run interrupts the line.
+    The band goes from the lowest to the highest run; for a single run, from the lowest to the
+    highest step of each point. A point without a number in any run interrupts the line.
     """
     columns = group.having(key)
     if not columns:
         return None
-    places, runs = _binned(columns, every)
+    points, runs = _point_means(columns, every)
     known = ~np.isnan(runs).all(axis=0)
-    mean = np.full(len(places), np.nan)
+    mean = np.full(len(points), np.nan)
     low, high = mean.copy(), mean.copy()
     mean[known] = np.nanmean(runs[:, known], axis=0)
     if len(columns) > 1:
         low[known], high[known] = np.nanmin(runs[:, known], 0), np.nanmax(runs[:, known], 0)
     else:
-        low, high = _extremes(columns[0], places, every)
+        low, high = _extremes(columns[0], points, every)
     band = len(columns) > 1 or every > 1
-    x = places * every + (every + 1) / 2
+    x = points * every + (every + 1) / 2
     bounds = (_values(low), _values(high)) if band else (None, None)
     return Series(group.name, x.tolist(), _values(mean), group.look, *bounds)
 
 
-def _binned(columns: Sequence[Column], every: int) -> tuple[np.ndarray, np.ndarray]:
-    """Points that some column has, and the means of each column there, NaN where it has none."""
-    bins = [(column.steps - 1) // every for column in columns]
-    places = np.unique(np.concatenate(bins))
-    runs = np.full((len(columns), len(places)), np.nan)
-    for run, column, own in zip(runs, columns, bins, strict=True):
+def _point_means(columns: Sequence[Column], every: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the points that some column has, and the means of each column there, or NaN."""
+    points_of = [(column.steps - 1) // every for column in columns]
+    points = np.unique(np.concatenate(points_of))
+    runs = np.full((len(columns), len(points)), np.nan)
+    for run, column, run_points in zip(runs, columns, points_of, strict=True):
         known = ~np.isnan(column.values)
-        index = np.searchsorted(places, own[known])
-        sums = np.bincount(index, column.values[known], len(places))
-        counts = np.bincount(index, minlength=len(places))
+        index = np.searchsorted(points, run_points[known])
+        sums = np.bincount(index, column.values[known], len(points))
+        counts = np.bincount(index, minlength=len(points))
         run[counts > 0] = sums[counts > 0] / counts[counts > 0]
-    return places, runs
+    return points, runs
 
 
-def _extremes(column: Column, places: np.ndarray, every: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest value of each point of one run."""
+def _extremes(column: Column, points: np.ndarray, every: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the lowest and the highest value of each point of one run."""
     known = ~np.isnan(column.values)
-    index = np.searchsorted(places, (column.steps[known] - 1) // every)
-    low, high = np.full(len(places), np.inf), np.full(len(places), -np.inf)
+    index = np.searchsorted(points, (column.steps[known] - 1) // every)
+    low, high = np.full(len(points), np.inf), np.full(len(points), -np.inf)
     np.minimum.at(low, index, column.values[known])
     np.maximum.at(high, index, column.values[known])
     return np.where(np.isinf(low), np.nan, low), np.where(np.isinf(high), np.nan, high)
@@ -88,7 +88,10 @@ def _values(array: np.ndarray) -> list[float | None]:
 
 
 def final(run: RunData, key: str) -> float | None:
-    """Mean of the last tenth of a run's steps; of an evaluation, its last. None: no number."""
+    """Returns the mean of the last tenth of a run's steps; of evaluations, the last value.
+
+    None where the run has no number.
+    """
     column = run.columns.get(key)
     if column is None:
         return None
@@ -99,32 +102,37 @@ def final(run: RunData, key: str) -> float | None:
     return float(known.mean()) if len(known) else None
 
 
-def mean_interval(values: Sequence[float]) -> Estimate:
-    """Mean and 95% t-interval; of one value no interval, of none no mean."""
+def mean_interval(values: Sequence[float]) -> MeanInterval:
+    """Returns the mean and its 95% t-interval; one value has no interval, none has no mean."""
     if not values:
-        return Estimate(None, count=0)
+        return MeanInterval(None, count=0)
     mean, count = float(np.mean(values)), len(values)
     if count == 1:
-        return Estimate(mean)
+        return MeanInterval(mean)
     quantile = T_975[count - 2] if count - 2 < len(T_975) else 1.96 + 2.5 / (count - 1)
     reach = quantile * float(np.std(values, ddof=1)) / math.sqrt(count)
-    return Estimate(mean, mean - reach, mean + reach, count)
+    return MeanInterval(mean, mean - reach, mean + reach, count)
 
 
-def estimate(group: Group, key: str) -> Estimate:
-    """Final value of a group. Interval: over its runs; of one run, that of its last evaluation over
-    the problems where it has one."""
-    found = [value for run in group.runs if (value := final(run, key)) is not None]
-    one = mean_interval(found)
-    if one.count != 1 or len(group.runs) != 1:
-        return one
+def final_interval(group: RunGroup, key: str) -> MeanInterval:
+    """Returns the final value of a group with an interval over its runs.
+
+    The interval of a single run is that of its last evaluation over the problems, if it has one.
+    """
+    finals = [value for run in group.runs if (value := final(run, key)) is not None]
+    mean = mean_interval(finals)
+    if mean.count != 1 or len(group.runs) != 1:
+        return mean
     bounds = [final(group.runs[0], f"{key}_{end}") for end in ("low", "high")]
-    return Estimate(one.value, bounds[0], bounds[1])
+    return MeanInterval(mean.value, bounds[0], bounds[1])
 
 
-def difference(base: Group, other: Group, key: str) -> Estimate:
-    """other - base of the final values: the mean over pairs of runs with the same seed; without two
-    such pairs, of the two means, without an interval. count: pairs."""
+def difference(base: RunGroup, other: RunGroup, key: str) -> MeanInterval:
+    """Returns the difference other - base of the final values, as a mean over runs of equal seeds.
+
+    `count` is the number of such pairs. With fewer than two, it is the difference of the two means,
+    without an interval.
+    """
     pairs = []
     for run in other.runs:
         twins = [one for one in base.runs if one.seed == run.seed and run.seed is not None]
@@ -134,5 +142,5 @@ def difference(base: Group, other: Group, key: str) -> Estimate:
                 pairs.append(b - a)
     if len(pairs) > 1:
         return mean_interval(pairs)
-    a, b = estimate(base, key).value, estimate(other, key).value
-    return Estimate(None if a is None or b is None else b - a, count=len(pairs))
+    a, b = final_interval(base, key).value, final_interval(other, key).value
+    return MeanInterval(None if a is None or b is None else b - a, count=len(pairs))

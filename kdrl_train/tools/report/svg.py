@@ -1,7 +1,7 @@
-"""What all charts share: elements as text, axes with round ticks, numbers, the look of a group.
+"""Writes SVG elements as text, axes with round ticks, numbers, and the look of a group.
 
-Colours are attributes that read on white and on black, so that a chart stands on its own; a page's
-style sheet may set others by class.
+Colours are attributes that can be read on white and on black, so that a chart needs no page; the
+style sheet of a page may set others by class.
 """
 
 import math
@@ -20,18 +20,18 @@ PALETTE = (
     "#5d7f95",
     "#7a68d8",
 )
-"""Of the groups, in their order. Contrast at least 3 with white and with #14171c."""
+"""Colours of the groups, in their order. Contrast at least 3 with white and with #14171c."""
 DASHES = ("", "7 3", "2 2.5", "9 3 2 3", "5 2 1 2 1 2", "12 3", "1 2", "4 4")
 MARKERS = ("circle", "square", "triangle", "diamond", "cross", "plus", "down", "ring")
 INK, RULE = "#7b828c", "#7b828c"
-"""Of texts and of lines."""
+"""Colours of texts and of lines."""
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 
 
 def element(name: str, content: str = "", /, **attributes: Any) -> str:
-    """One element; stroke_width becomes stroke-width, class_ class; None is left out.
+    """Writes one element; stroke_width becomes stroke-width, class_ class; None is left out.
 
-    content: markup, see `text`.
+    content: markup; `text` writes plain text.
     """
     parts = [
         f' {key.rstrip("_").replace("_", "-")}="{escape(_attribute(value))}"'
@@ -46,19 +46,19 @@ def _attribute(value: Any) -> str:
 
 
 def text(content: str, x: float, y: float, *, anchor: str = "start", **attributes: Any) -> str:
-    """A text; its baseline starts, has its middle, or ends at x."""
-    given = {"class_": "ink", "fill": INK, "font_size": 11} | attributes
-    return element("text", escape(content), x=x, y=y, text_anchor=anchor, **given)
+    """Writes a text; anchor says whether it starts, has its middle, or ends at x."""
+    attributes = {"class_": "ink", "fill": INK, "font_size": 11} | attributes
+    return element("text", escape(content), x=x, y=y, text_anchor=anchor, **attributes)
 
 
 def document(
     title: str, description: str, width: float, height: float, parts: Iterable[str]
 ) -> str:
-    """An <svg> that says what it shows to those who do not see it."""
-    told = element("title", escape(title)) + element("desc", escape(description))
+    """Writes an <svg> with a title and a description for screen readers."""
+    labels = element("title", escape(title)) + element("desc", escape(description))
     return element(
         "svg",
-        told + "".join(parts),
+        labels + "".join(parts),
         xmlns="http://www.w3.org/2000/svg",
         role="img",
         viewBox=f"0 0 {width:g} {height:g}",
@@ -69,14 +69,14 @@ def document(
 
 
 def tooltip(words: str) -> str:
-    """A <title>: what a pointer is told."""
+    """Writes a <title>, which browsers show while the pointer is over its element."""
     return element("title", escape(words))
 
 
 def number(value: float | None, *, sign: str = "") -> str:
-    """Three digits that matter: 0.512, 12,345, 2.5e-6; "-" for None and what is not finite.
+    """Writes three significant digits: 0.512, 12,345, 2.5e-6; "-" for None and infinite numbers.
 
-    sign: "+" writes it before positive numbers too.
+    sign: "+" writes the sign of positive numbers too.
     """
     if value is None or not math.isfinite(value):
         return "-"
@@ -87,12 +87,13 @@ def number(value: float | None, *, sign: str = "") -> str:
 
 
 def cut(name: str, most: int) -> str:
-    """A name of at most so many characters."""
+    """Cuts a name to at most `most` characters."""
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers of [low, high], 1, 2 or 5 times a power of ten apart, at most `most`."""
+    """Lists at most `most` round numbers in [low, high]; their distance is 1, 2 or 5 times a power
+    of ten."""
     power = 10.0 ** math.floor(math.log10((high - low) / most))
     steps = (s * power for s in (1, 2, 5, 10, 20))
     step = next(s for s in steps if math.floor(high / s) - math.ceil(low / s) + 1 <= most)
@@ -100,18 +101,18 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Powers of ten of [low, high], thinned out; with 2 and 5 times them where few are inside."""
+    """Lists at most `most` powers of ten in [low, high], with 2 and 5 times them if few."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in ((1, 2, 5), (1, 3), (1,)):
-        found = [s * 10.0**p for p in powers for s in steps if low <= s * 10.0**p <= high]
-        if len(found) <= most:
-            return found
-    return found[:: math.ceil(len(found) / most)]
+        inside = [s * 10.0**p for p in powers for s in steps if low <= s * 10.0**p <= high]
+        if len(inside) <= most:
+            return inside
+    return inside[:: math.ceil(len(inside) / most)]
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """A linear or logarithmic map from data to places in the drawing."""
+    """Maps data to places in the drawing, linearly or logarithmically."""
 
     low: float
     high: float
@@ -129,8 +130,8 @@ class Axis:
         log: bool = False,
         room: float = 0,
     ) -> "Axis":
-        """Around finite values (above 0 where log), with a share `room` of free space at each end;
-        of equal values, a range around them."""
+        """Makes an axis around finite values (above 0 if log), with a share `room` of free space at
+        each end; around equal values it has a range too."""
         inside = [v for v in values if v > 0] if log else list(values)
         low, high = min(inside, default=1.0), max(inside, default=1.0)
         if log:
@@ -143,7 +144,7 @@ class Axis:
         return cls(low - extra, high + extra, start, end)
 
     def __call__(self, value: float) -> float:
-        """Place of a value; what lies outside is held at the ends."""
+        """Returns the place of a value; values outside are placed at the ends."""
         a, b, v = self.low, self.high, value
         if self.log:
             a, b, v = math.log(a), math.log(b), math.log(max(v, self.low))
@@ -152,11 +153,11 @@ class Axis:
 
     @property
     def ticks(self) -> list[float]:
-        """Round numbers inside."""
+        """Lists round numbers on the axis."""
         return (log_ticks if self.log else ticks)(self.low, self.high)
 
     def label(self, value: float) -> str:
-        """A tick in no more digits than it needs."""
+        """Writes a tick in no more digits than it needs."""
         if value == 0:
             return "0"
         if not 1e-3 <= abs(value) < 1e6:
@@ -165,7 +166,7 @@ class Axis:
 
 
 def marker(kind: str, x: float, y: float, color: str, size: float = 3.2) -> str:
-    """A mark of a group, centred."""
+    """Draws the mark of a group around (x, y)."""
     s, paint = size, {"fill": color, "stroke": color, "stroke_width": 1}
     if kind in ("circle", "ring"):
         if kind == "ring":
@@ -190,27 +191,27 @@ def marker(kind: str, x: float, y: float, color: str, size: float = 3.2) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How the group of an index is drawn: told apart by colour, dashes and mark."""
+    """Says how the group of an index is drawn: groups differ in colour, dashes and mark."""
 
     index: int
 
     @property
     def color(self) -> str:
-        """One of PALETTE."""
+        """Returns a colour of PALETTE."""
         return PALETTE[self.index % len(PALETTE)]
 
     @property
     def dash(self) -> str:
-        """Of its line; other than that of a group with the same colour."""
+        """Returns the dashes of a line; groups of the same colour have other dashes."""
         return DASHES[(self.index + self.index // len(PALETTE)) % len(DASHES)]
 
     @property
     def marker(self) -> str:
-        """One of MARKERS; other than that of a group with the same colour."""
+        """Returns one of MARKERS; groups of the same colour have other marks."""
         return MARKERS[(self.index + 3 * (self.index // len(PALETTE))) % len(MARKERS)]
 
     def line(self, points: Sequence[tuple[float, float]]) -> str:
-        """A line through places of the drawing."""
+        """Draws a line through places of the drawing."""
         place = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         paint = {"fill": "none", "stroke": self.color, "stroke_width": 1.8}
         return element(
@@ -218,9 +219,9 @@ class Look:
         )
 
     def mark(self, x: float, y: float) -> str:
-        """Its mark."""
+        """Draws the mark of the group at (x, y)."""
         return marker(self.marker, x, y, self.color)
 
     def key(self, x: float, y: float) -> str:
-        """Line and mark as in a legend, 30 wide."""
+        """Draws line and mark for a legend, 30 wide."""
         return self.line([(x, y), (x + 30, y)]) + self.mark(x + 15, y)

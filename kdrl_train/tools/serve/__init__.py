@@ -1,1 +1,1 @@
-"""`serve`: a teacher's server."""
+"""Implements `serve`, the server of a teacher."""

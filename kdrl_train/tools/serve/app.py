@@ -1,4 +1,4 @@
-"""The end points of a teacher's server; what they say: serve.py. Needs fastapi (extra `serve`)."""
+"""Answers the requests to a teacher's server, described in command.py. Needs the extra `serve`."""
 
 import asyncio
 import math
@@ -10,17 +10,16 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 
-from kdrl_train.tools.serve.scorer import Job, Scorer, Service
+from kdrl_train.tools.serve.scorer import Job, Scorer, ServedTeacher
 
 WRONG, GONE, FAILED, BUSY = 422, 499, 500, 503
-"""Status of a request that can never be answered, of one that nobody waits for any more, of one
-that failed, of one to send again."""
+"""Status codes: the request is wrong; the client has left; the model failed; try again later."""
 POLL_S = 0.2
-"""Between two looks at whether a client still waits."""
+"""Seconds between two checks that a client is still connected."""
 
 
-class Sequence(BaseModel):
-    """Token ids of a prompt and its completion."""
+class TokenSequence(BaseModel):
+    """Holds the token ids of a prompt and its completion."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     ids: list[int]
@@ -28,81 +27,81 @@ class Sequence(BaseModel):
 
 
 class ScoreRequest(BaseModel):
-    """Body of POST /score."""
+    """Is the body of POST /score."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
-    sequences: list[Sequence]
+    sequences: list[TokenSequence]
     temperature: float = 1.0
     vocab_size: int | None = None
 
 
-def make(service: Service) -> FastAPI:
-    """The application of one service, which may still be loading."""
+def make(served: ServedTeacher) -> FastAPI:
+    """Makes the application of one teacher, which may still be loading."""
     app = FastAPI(title="kdrl_train teacher")
     app.add_exception_handler(RequestValidationError, _wrong_shape)
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        if service.scorer is None:
+        if served.scorer is None:
             return JSONResponse({"status": "loading"}, BUSY)
         return JSONResponse({"status": "ready"})
 
     @app.get("/version")
     async def version() -> JSONResponse:
-        return JSONResponse(_ready(service)[1])
+        return JSONResponse(_ready(served)[1])
 
     @app.post("/score")
     async def score(request: ScoreRequest, connection: Request) -> JSONResponse:
-        scorer, info = _ready(service)
+        scorer, info = _ready(served)
         try:
             jobs = jobs_of(request, info, scorer.queue_size)
         except ValueError as error:
             raise HTTPException(WRONG, str(error)) from error
         if not scorer.submit(jobs):
             raise HTTPException(BUSY, "too many sequences wait", {"Retry-After": "1"})
-        found = await _answers(jobs, connection)
-        for i, logprobs in enumerate(found):
+        scores = await _scores(jobs, connection)
+        for i, logprobs in enumerate(scores):
             for t in (~logprobs.isfinite()).nonzero().flatten().tolist():
                 raise HTTPException(
                     WRONG,
                     f"sequences.{i} must have finite log-probabilities, got {logprobs[t]} for "
-                    f"token {t} of its completion: this model cannot say that token there",
+                    f"token {t} of its completion: this model gives that token probability 0",
                 )
-        answer = {"logprobs": [x.tolist() for x in found], "fingerprint": info["fingerprint"]}
-        return JSONResponse(answer)
+        reply = {"logprobs": [x.tolist() for x in scores], "fingerprint": info["fingerprint"]}
+        return JSONResponse(reply)
 
     return app
 
 
-async def _answers(jobs: list[Job], connection: Request) -> list[torch.Tensor]:
-    """Log-probabilities [T] of each job. Jobs of a client that has gone never reach the model.
+async def _scores(jobs: list[Job], connection: Request) -> list[torch.Tensor]:
+    """Waits for the log-probabilities [T] of each job; cancels the jobs if the client has left.
 
-    Raises: HTTPException.
+    Raises: HTTPException if the client has left, or the model failed.
     """
-    answers = asyncio.gather(*(asyncio.wrap_future(job.logprobs) for job in jobs))
-    while not (await asyncio.wait([answers], timeout=POLL_S))[0]:
+    scores = asyncio.gather(*(asyncio.wrap_future(job.logprobs) for job in jobs))
+    while not (await asyncio.wait([scores], timeout=POLL_S))[0]:
         if await connection.is_disconnected():
             for job in jobs:
                 job.logprobs.cancel()
-            raise HTTPException(GONE, "the client has gone")
+            raise HTTPException(GONE, "the client has left")
     try:
-        return answers.result()
+        return scores.result()
     except Exception as error:  # whatever torch raised
         raise HTTPException(FAILED, f"{type(error).__name__}: {error}") from error
 
 
 def jobs_of(request: ScoreRequest, info: dict[str, Any], queue_size: int) -> list[Job]:
-    """The sequences of a request as jobs.
+    """Turns the sequences of a request into jobs.
 
     Args:
-        info: of /version.
+        info: the reply of /version.
         queue_size: most sequences of one request.
-    Raises: ValueError naming the field and its value.
+    Raises: ValueError that names the field and its value.
     """
-    columns, window = info["vocab_size"], info["window"]
-    limit = columns if request.vocab_size is None else request.vocab_size
-    if not 1 <= limit <= columns:
-        raise ValueError(f"vocab_size must be in [1, {columns}], got {limit}")
+    head_size, window = info["vocab_size"], info["window"]
+    vocab_size = head_size if request.vocab_size is None else request.vocab_size
+    if not 1 <= vocab_size <= head_size:
+        raise ValueError(f"vocab_size must be in [1, {head_size}], got {vocab_size}")
     if not 0 < request.temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {request.temperature}")
     if not 1 <= len(request.sequences) <= queue_size:
@@ -122,22 +121,23 @@ def jobs_of(request: ScoreRequest, info: dict[str, Any], queue_size: int) -> lis
                 f"{len(ids)} tokens, got {n}"
             )
         for t, token in enumerate(ids):
-            if not 0 <= token < limit:
-                raise ValueError(f"sequences.{i}.ids.{t} must be in [0, {limit}), got {token}")
-        jobs.append(Job(torch.tensor(ids[:n]), torch.tensor(ids[n:]), request.temperature, limit))
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"sequences.{i}.ids.{t} must be in [0, {vocab_size}), got {token}")
+        prompt, completion = torch.tensor(ids[:n]), torch.tensor(ids[n:])
+        jobs.append(Job(prompt, completion, request.temperature, vocab_size))
     return jobs
 
 
-def _ready(service: Service) -> tuple[Scorer, dict[str, Any]]:
-    if service.scorer is None or service.info is None:
+def _ready(served: ServedTeacher) -> tuple[Scorer, dict[str, Any]]:
+    if served.scorer is None or served.info is None:
         raise HTTPException(BUSY, "the model is loading", {"Retry-After": "2"})
-    return service.scorer, service.info
+    return served.scorer, served.info
 
 
 async def _wrong_shape(_request: Request, error: Exception) -> JSONResponse:
-    """FastAPI's own finding in the form of the other messages: field, what it must be, value."""
+    """Writes a validation error of FastAPI like the other messages: field, rule, value."""
     assert isinstance(error, RequestValidationError)
-    found = error.errors()[0]
-    field = ".".join(map(str, found["loc"][1:])) or "the body"
-    detail = f"{field}: {found['msg']}, got {found['input']!r:.100}"
+    first = error.errors()[0]
+    field = ".".join(map(str, first["loc"][1:])) or "the body"
+    detail = f"{field}: {first['msg']}, got {first['input']!r:.100}"
     return JSONResponse({"detail": detail}, WRONG)

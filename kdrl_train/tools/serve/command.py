@@ -1,13 +1,14 @@
-"""A teacher's server: scores token ids for any number of trainers.
+"""Serves a teacher: it scores token ids for any number of trainers.
 
     POST /score     {"sequences": [{"ids": [...], "prompt_tokens": 5}, ...], "temperature": 1.0,
                      "vocab_size": null} -> {"logprobs": [[...], ...], "fingerprint": "..."}
-    GET  /version   what the model is: see describe
+    GET  /version   the model and its tokenizer: see describe
     GET  /health    {"status": "ready"}, or 503 and {"status": "loading"}
 
-Log-probabilities are float32 in nats, one for each id after the first prompt_tokens ones, of
-softmax(logits[:vocab_size] / temperature). 422: the request is wrong, and the message names the
-field and its value. 503 with Retry-After: still loading, or too many sequences wait.
+The reply to /score has one log-probability, float32 in nats, for each id after the first
+prompt_tokens ids, of softmax(logits[:vocab_size] / temperature). Status 422 means that the request
+is wrong; its message names the field and its value. Status 503 with Retry-After means that the
+model is still loading, or that too many sequences wait.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ from kdrl_train.model.policy import Teacher
 from kdrl_train.model.probe import probe
 from kdrl_train.model.teacher.client import vocabulary_hash
 from kdrl_train.settings import PositiveInt, settings
-from kdrl_train.tools.serve.scorer import Scorer, Service
+from kdrl_train.tools.serve.scorer import Scorer, ServedTeacher
 
 PACKAGES = ("kdrl-kernels", "torch", "transformers")
 
@@ -52,10 +53,10 @@ class ServeConfig:
 
 
 def main(config: ServeConfig) -> None:
-    """Serve until SIGTERM or SIGINT. The port is open, and says loading, before the model is there.
+    """Serves until SIGTERM or SIGINT. While the model loads, the server replies "loading".
 
-    Raises: ValueError for a model that cannot be loaded, or without fastapi and uvicorn; SystemExit
-        for an address that is in use.
+    Raises: ValueError if the model cannot be loaded, or fastapi or uvicorn is not installed;
+        SystemExit if the address is in use.
     """
     if config.model.teacher is None or config.model.teacher_is_url:
         raise ValueError(
@@ -65,9 +66,9 @@ def main(config: ServeConfig) -> None:
     for key in ("weights", "offload_policy", "offload_teacher"):
         if getattr(config.model, key):
             raise ValueError(
-                f"model.{key} must not be set to serve, got {getattr(config.model, key)}: the "
-                "teacher is served as its folder has it, whole on one device; a run's own policy "
-                "is in its folder model/"
+                f"model.{key} must not be set to serve, got {getattr(config.model, key)}: "
+                "the teacher is loaded from its folder, whole, on one device; a trained policy is "
+                "in model/ of its run folder"
             )
     try:
         uvicorn = importlib.import_module("uvicorn")
@@ -76,30 +77,30 @@ def main(config: ServeConfig) -> None:
         raise ValueError(
             f"serve must have fastapi and uvicorn, got {error}: pip install 'kdrl-kernels[serve]'"
         ) from error
-    service, failures = Service(), []
+    served, failures = ServedTeacher(), []
     settings = uvicorn.Config(
-        app.make(service), host=config.host, port=config.port, log_level="warning"
+        app.make(served), host=config.host, port=config.port, log_level="warning"
     )
     server = uvicorn.Server(settings)
 
-    def load_it() -> None:
+    def load_in_thread() -> None:
         try:
-            load(config, service)
-        except Exception as error:  # raised below, by the thread that the caller waits for
+            load(config, served)
+        except Exception as error:  # the main thread raises it below
             failures.append(error)
             server.should_exit = True
 
-    threading.Thread(target=load_it, name="loader", daemon=True).start()
-    with contextlib.suppress(KeyboardInterrupt):  # the server has already stopped in good order
+    threading.Thread(target=load_in_thread, name="loader", daemon=True).start()
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn has already shut down
         server.run()
     if failures:
         raise failures[0]
 
 
-def load(config: ServeConfig, service: Service) -> None:
-    """Load the model into the service, and say so.
+def load(config: ServeConfig, served: ServedTeacher) -> None:
+    """Loads the model, and prints its address.
 
-    A model that mixes up the sequences of a packed row gets one sequence a row.
+    A model that does not keep the sequences of a pack apart scores one sequence at a time.
     """
     dtype = getattr(torch, config.model.dtype)
     folder = str(config.model.teacher)
@@ -110,20 +111,21 @@ def load(config: ServeConfig, service: Service) -> None:
         probe(model, "model.teacher")
     except ValueError as error:
         probe(model, "model.teacher", packed=False)
-        console.print(f"one sequence a pass: {error}", markup=False, soft_wrap=True)
+        console.print(f"one sequence in each forward pass: {error}", markup=False, soft_wrap=True)
         batch_tokens = 1
     info = describe(folder, model, load_tokenizer(folder))
-    service.info = info
-    service.scorer = Scorer(model, batch_tokens, config.queue_size)
+    served.info = info
+    served.scorer = Scorer(model, batch_tokens, config.queue_size)
     console.print(f"{folder} at http://{config.host}:{config.port}", markup=False, soft_wrap=True)
 
 
 def describe(folder: str, model: Teacher, tokenizer: Any) -> dict[str, Any]:
-    """The answer of /version.
+    """Makes the reply to /version.
 
-    model: folder or hub id. vocab_size: columns of the head. window: most tokens of a sequence, or
-    null. dtype. tokenizer: vocabulary_hash. eos_ids: every token that ends a sequence. fingerprint:
-    of all of these; it comes with each answer of /score. packages: their versions.
+    model: folder or hub id. vocab_size: rows of the head. window: most tokens of a sequence, or
+    null. dtype: that of the model. tokenizer: its vocabulary_hash. eos_ids: all tokens that end a
+    sequence. fingerprint: a hash of all these, which each reply to /score repeats. packages: their
+    versions.
     """
     info = {
         "model": folder,
@@ -140,5 +142,5 @@ def describe(folder: str, model: Teacher, tokenizer: Any) -> dict[str, Any]:
 def _version(package: str) -> str | None:
     try:
         return version(package)
-    except PackageNotFoundError:  # run from its sources
+    except PackageNotFoundError:  # it runs from its sources
         return None

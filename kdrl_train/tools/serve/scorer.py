@@ -1,4 +1,4 @@
-"""Log-probabilities of many clients' sequences by one model, batched to a token budget."""
+"""Scores the sequences of many clients by one model, in batches of a limited number of tokens."""
 
 import queue
 import threading
@@ -16,7 +16,7 @@ from kdrl_train.model.policy import HeadedModel
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One sequence to score."""
+    """Is one sequence to score."""
 
     prompt_ids: Tensor
     """[T] int64, at least one."""
@@ -24,22 +24,22 @@ class Job:
     """[T] int64, at least one, in [0, vocab_size)."""
     temperature: float
     vocab_size: int
-    """Columns of the head from here on are left out."""
+    """The softmax is taken over the first vocab_size tokens."""
     logprobs: Future[Tensor] = field(default_factory=Future)
-    """[T] float32, nats, on the CPU."""
+    """The result: [T] float32, nats, on the CPU."""
 
     @property
     def tokens(self) -> int:
-        """Tokens that the model is fed."""
+        """Counts the tokens that the model reads."""
         return len(self.prompt_ids) + len(self.completion_ids) - 1
 
 
 class Scorer:
-    """A model and the one thread that runs it, on jobs in the order they came.
+    """Runs a model in one thread, on jobs in the order in which they came.
 
     Args:
         model: at temperature 1.
-        batch_tokens: budget of one forward pass; a longer job has one of its own.
+        batch_tokens: most tokens of one forward pass; a longer job has a pass alone.
         queue_size: jobs that may wait.
     """
 
@@ -51,7 +51,10 @@ class Scorer:
         threading.Thread(target=self._run, name="scorer", daemon=True).start()
 
     def submit(self, jobs: list[Job]) -> bool:
-        """Take all jobs, to be called by one thread; False, and none taken, if they do not fit."""
+        """Accepts all jobs, or none and returns False if they do not fit the queue.
+
+        Only one thread may call it.
+        """
         if self._queue.qsize() + len(jobs) > self.queue_size:
             return False
         for job in jobs:
@@ -61,15 +64,15 @@ class Scorer:
     def _run(self) -> None:
         device = self.model.model.device
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # a thread's own setting: kernels launch there
-        held: Job | None = None
+            torch.cuda.set_device(device)  # each thread has its current device
+        next_job: Job | None = None
         while True:
-            batch = [held or self._queue.get()]
-            held = self._fill(batch)
+            batch = [next_job or self._queue.get()]
+            next_job = self._fill(batch)
             self._work(batch)
 
     def _fill(self, batch: list[Job]) -> Job | None:
-        """Add what waits, up to the budget; returns the first job that did not fit, if any."""
+        """Adds waiting jobs up to batch_tokens; returns the first job that did not fit, if any."""
         tokens = batch[0].tokens
         while not self._queue.empty():
             job = self._queue.get()
@@ -83,38 +86,38 @@ class Scorer:
 
     def _work(self, batch: list[Job]) -> None:
         batch = [job for job in batch if job.logprobs.set_running_or_notify_cancel()]
-        if not batch:  # nobody waits any more
+        if not batch:  # all clients have left
             return
         try:
-            found = score_packed(self.model, batch)
-        except Exception as error:  # whatever torch raises goes to who asked; the server lives on
+            scores = score_packed(self.model, batch)
+        except Exception as error:  # torch may raise anything: clients get it, the server goes on
             for job in batch:
                 job.logprobs.set_exception(error)
             return
-        for job, logprobs in zip(batch, found, strict=True):
+        for job, logprobs in zip(batch, scores, strict=True):
             job.logprobs.set_result(logprobs)
 
 
 @torch.no_grad()
 def score_packed(model: HeadedModel, jobs: list[Job]) -> list[Tensor]:
-    """Log-probabilities [T] of each job, float32 nats on the CPU, from one packed forward pass.
+    """Scores jobs in one forward pass over a pack: [T] float32 nats on the CPU for each job.
 
     Args:
         model: at temperature 1.
-        jobs: of one vocab_size.
+        jobs: all with the same vocab_size.
     """
-    device, limit = model.model.device, jobs[0].vocab_size
-    row = feed([job.prompt_ids for job in jobs], [job.completion_ids for job in jobs])
-    ids, positions, places = (tensor.to(device) for tensor in row)
+    device, vocab_size = model.model.device, jobs[0].vocab_size
+    packed = feed([job.prompt_ids for job in jobs], [job.completion_ids for job in jobs])
+    ids, positions, places = (tensor.to(device) for tensor in packed)
     hidden = model.hidden(ids, positions, places, [job.tokens for job in jobs])
     weight, bias = model.head()
     lengths = [len(job.completion_ids) for job in jobs]
     temperature = torch.tensor([job.temperature * model.temperature for job in jobs])
     out = kk.linear_logprobs(
         hidden,
-        weight[:limit],
+        weight[:vocab_size],
         torch.cat([job.completion_ids for job in jobs]).to(device),
-        bias=None if bias is None else bias[:limit],
+        bias=None if bias is None else bias[:vocab_size],
         temperature=temperature.repeat_interleave(torch.tensor(lengths)).to(device),
         softcap=model.softcap,
     )
@@ -122,8 +125,9 @@ def score_packed(model: HeadedModel, jobs: list[Job]) -> list[Tensor]:
 
 
 @dataclass(slots=True)
-class Service:
-    """What the end points answer from; both are None until the model is loaded."""
+class ServedTeacher:
+    """Holds the model that the server scores with; both fields are None until it is loaded."""
 
     scorer: Scorer | None = None
     info: dict[str, Any] | None = None
+    """The reply to /version."""

@@ -1,4 +1,4 @@
-"""Synthetic tasks: problems with worked solutions, made from a seed."""
+"""Makes toy tasks: problems with worked solutions, from a seed."""
 
 from kdrl_train.tools.toy.arithmetic import ArithmeticConfig, make_arithmetic
 from kdrl_train.tools.toy.countdown import CountdownConfig, countdown_reward, make_countdown

@@ -1,4 +1,4 @@
-"""Several-step arithmetic: evaluate an expression, one operation a line."""
+"""Makes arithmetic problems: an expression is evaluated, one operation a line."""
 
 import itertools
 import random
@@ -12,7 +12,7 @@ from kdrl_train.settings import NaturalInt, PositiveInt, settings
 from kdrl_train.tools.toy.solved_problems import apply, check_slips, distinct, slip
 
 Operation = tuple[str, int]  # operator, operand
-Problem = tuple[int, list[Operation]]  # first number, what is done to it
+Problem = tuple[int, list[Operation]]  # first number, operations on it
 
 
 @settings
@@ -46,11 +46,12 @@ class ArithmeticConfig:
             )
 
     def longer(self) -> "ArithmeticConfig":
-        """Out of distribution: one or two operations more than the longest here."""
+        """Returns a harder configuration: one or two operations more than the longest."""
         return replace(self, min_steps=self.max_steps + 1, max_steps=self.max_steps + 2)
 
     def larger(self) -> "ArithmeticConfig":
-        """Out of distribution: numbers up to twice as large, one of them larger than any here."""
+        """Returns a harder configuration: numbers up to twice as large, and one of them larger
+        than any number here."""
         return replace(
             self,
             max_operand=2 * self.max_operand,
@@ -70,21 +71,21 @@ LEVELS = {
 def make_arithmetic(
     n: int, seed: int, config: ArithmeticConfig | None = None, slips: float = 0.0
 ) -> list[dict[str, str]]:
-    """n different problems of several-step arithmetic, each with its solution worked out.
+    """Makes n different problems of several steps, each with a worked solution.
 
     {"question": "(3+4)*6-5=?", "solution": "3+4=7\\n7*6=42\\n42-5=37\\n#### 37", "answer": "37"}
 
     Args:
-        n: rows, all with different questions; so rows[:k] and rows[k:] share no problem.
-        seed: rows are a function of (seed, config, slips), and a smaller n gives a prefix of them.
+        n: number of rows. All questions differ, so rows[:k] and rows[k:] share no problem.
+        seed: rows are a function of (seed, config, slips); a smaller n gives a prefix of them.
         config: which expressions; None: the default.
-        slips: chance in [0, 1] that a step of a solution is off by 1, 2 or 10. The solution goes on
-            from there to its own wrong end; questions and answers are those of slips = 0. A step
-            where any slip would leave [1, max_total] further on is left right.
+        slips: chance in [0, 1] that the result of a step is off by 1, 2 or 10. The solution goes on
+            with the wrong result; questions and answers are those of slips = 0. A step stays right
+            if every slip would lead to a result outside [1, max_total].
     Returns: n dicts of question, solution and answer. Questions are evaluated by the usual rules
         of precedence; numbers are whole and positive throughout.
-    Raises: ValueError if the configuration has too few different expressions for n rows, or slips
-        is not in [0, 1].
+    Raises: ValueError if the configuration has fewer than n different expressions, or slips is not
+        in [0, 1].
     """
     check_slips(slips)
     config = config or ArithmeticConfig()
@@ -101,7 +102,7 @@ def make_arithmetic(
 
 
 def _draw(rng: random.Random, config: ArithmeticConfig) -> tuple[str, Problem] | None:
-    """A question and its problem, every result in [1, max_total]; None if no number is `beyond`."""
+    """Draws a question and its problem; returns None if no number is larger than `beyond`."""
     start = total = rng.randint(1, config.max_operand)
     operations: list[Operation] = []
     for _ in range(rng.randint(config.min_steps, config.max_steps)):
@@ -129,7 +130,7 @@ def _solution(
     slips: float,
     config: ArithmeticConfig,
 ) -> str:
-    """The steps and where they end, each off with probability `slips`."""
+    """Writes the steps and their end; each step is off with probability `slips`."""
     steps = []
     for i, (operator, operand) in enumerate(operations):
         result = apply(end, operator, operand)
@@ -142,13 +143,13 @@ def _solution(
 
 
 def _results(start: int, operations: list[Operation]) -> list[int]:
-    """The result after each operation."""
+    """Returns the result after each operation."""
     steps = itertools.accumulate(operations, lambda total, step: apply(total, *step), initial=start)
     return list(steps)[1:]
 
 
 def _expression(start: int, operations: list[Operation]) -> str:
-    """The question: a product of a sum needs parentheses."""
+    """Writes the expression; a product of a sum needs parentheses."""
     text, is_sum = str(start), False
     for operator, operand in operations:
         if operator == "*" and is_sum:

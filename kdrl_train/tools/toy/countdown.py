@@ -1,4 +1,4 @@
-"""Countdown: reach a target from given numbers, each used exactly once, by + - and *."""
+"""Makes Countdown problems: reach a target by + - and *, using each number exactly once."""
 
 import random
 import re
@@ -12,8 +12,8 @@ from kdrl_train.rollouts.rewards import UnparseableError
 from kdrl_train.settings import NaturalInt, PositiveInt, settings
 from kdrl_train.tools.toy.solved_problems import apply, check_slips, distinct, slip
 
-Step = tuple[int, str, int]  # place of the left number, operator, place of the right one
-Problem = tuple[list[int], list[Step]]  # the numbers; results of steps take the places after them
+Step = tuple[int, str, int]  # index of the left number, operator, index of the right number
+Problem = tuple[list[int], list[Step]]  # numbers; the results of steps are numbered after them
 
 _STEP = re.compile(r"([0-9]{1,9})([-+*])([0-9]{1,9})=([0-9]{1,9})")
 _END = re.compile(r"#### ?([0-9]{1,9})")
@@ -51,11 +51,12 @@ class CountdownConfig:
             )
 
     def longer(self) -> "CountdownConfig":
-        """Out of distribution: one number more than the longest here."""
+        """Returns a harder configuration: one number more than the longest problem."""
         return replace(self, min_numbers=self.max_numbers + 1, max_numbers=self.max_numbers + 1)
 
     def larger(self) -> "CountdownConfig":
-        """Out of distribution: numbers up to twice as large, one of them larger than any here."""
+        """Returns a harder configuration: numbers up to twice as large, and one of them larger
+        than any number here."""
         return replace(
             self,
             max_number=2 * self.max_number,
@@ -75,23 +76,23 @@ LEVELS = {
 def make_countdown(
     n: int, seed: int, config: CountdownConfig | None = None, slips: float = 0.0
 ) -> list[dict[str, str]]:
-    """n different problems, each with one derivation of the target.
+    """Makes n different problems, each with one derivation of the target.
 
     {"question": "3,5,7->26", "solution": "7*3=21\\n21+5=26\\n#### 26", "answer": "3,5,7->26"}
 
-    The numbers of a question ascend, so that no problem stands twice in another order. Any right
-    derivation is right, so the answer holds what `countdown_reward` needs: the question.
+    The numbers of a question ascend, so that no problem is repeated in another order. Every correct
+    derivation is accepted, so the answer is what `countdown_reward` needs: the question.
 
     Args:
-        n: rows, all with different questions; so rows[:k] and rows[k:] share no problem.
-        seed: rows are a function of (seed, config, slips), and a smaller n gives a prefix of them.
+        n: number of rows. All questions differ, so rows[:k] and rows[k:] share no problem.
+        seed: rows are a function of (seed, config, slips); a smaller n gives a prefix of them.
         config: which problems; None: the default.
-        slips: chance in [0, 1] that a step of a solution is off by 1, 2 or 10. The solution goes on
-            from there to its own wrong end; questions and answers are those of slips = 0. A step
-            where any slip would leave [1, max_total] further on is left right.
+        slips: chance in [0, 1] that the result of a step is off by 1, 2 or 10. The solution goes on
+            with the wrong result; questions and answers are those of slips = 0. A step stays right
+            if every slip would lead to a result outside [1, max_total].
     Returns: n dicts of question, solution and answer; every result is in [1, max_total].
-    Raises: ValueError if the configuration has too few different problems for n rows, or slips is
-        not in [0, 1].
+    Raises: ValueError if the configuration has fewer than n different problems, or slips is not in
+        [0, 1].
     """
     check_slips(slips)
     config = config or CountdownConfig()
@@ -108,16 +109,16 @@ def make_countdown(
 
 
 def countdown_reward(completion: str, answer: str) -> float:
-    """1.0 where the steps use the given numbers, each exactly once, and reach the target, else 0.0.
+    """Returns 1.0 if the steps use each number exactly once and reach the target, else 0.0.
 
-    A completion is steps "7*3=21", one a line, then "#### 26". Each step takes two numbers that are
-    there and puts its result in their place; in the end one number is left, and it is the target.
+    A completion has steps like "7*3=21", one a line, then "#### 26". Each step takes away two of
+    the numbers and adds its result; at the end one number is left, which must be the target.
 
     Args:
         completion: the policy's text.
-        answer: a row's: given numbers and target, "3,5,7->26".
-    Raises: UnparseableError for another form, a negative number or one of over 9 digits; ValueError
-        where the answer itself cannot be read.
+        answer: numbers and target of a row, "3,5,7->26".
+    Raises: UnparseableError if the completion has another form, a negative number, or a number of
+        more than 9 digits; ValueError if the answer cannot be read.
     """
     gold = _ANSWER.fullmatch(answer.strip())
     if gold is None:
@@ -139,7 +140,7 @@ def countdown_reward(completion: str, answer: str) -> float:
 
 
 def _derivation(completion: str) -> str | None:
-    """What a completion votes for: all that it wrote, since its steps are its answer."""
+    """Returns what a completion votes for: its whole text, since the steps are the answer."""
     try:
         _read(completion)
     except UnparseableError:
@@ -151,7 +152,7 @@ countdown_reward.answer = _derivation  # type: ignore[attr-defined] # see reward
 
 
 def _read(completion: str) -> tuple[list[tuple[int, str, int, int]], int]:
-    """Steps (left, operator, right, result) and the stated end. Raises UnparseableError."""
+    """Reads the steps (left, operator, right, result) and the end. Raises UnparseableError."""
     *lines, last = completion.strip().split("\n")
     end = _END.fullmatch(last)
     steps = [_STEP.fullmatch(line) for line in lines]
@@ -162,7 +163,7 @@ def _read(completion: str) -> tuple[list[tuple[int, str, int, int]], int]:
 
 
 def _draw(rng: random.Random, config: CountdownConfig) -> tuple[str, Problem] | None:
-    """A question with a derivation, its results in [1, max_total]; None: the draw had no end."""
+    """Draws a question with a derivation; returns None if the drawn numbers allow none."""
     count = rng.randint(config.min_numbers, config.max_numbers)
     numbers = sorted(rng.randint(1, config.max_number) for _ in range(count))
     if numbers[-1] <= config.beyond:
@@ -170,7 +171,7 @@ def _draw(rng: random.Random, config: CountdownConfig) -> tuple[str, Problem] | 
     values, steps, free = list(numbers), [], list(range(count))
     while len(free) > 1:
         pair = rng.sample(free, 2)
-        left, right = sorted(pair, key=lambda place: (-values[place], place))  # the larger first
+        left, right = sorted(pair, key=lambda index: (-values[index], index))  # the larger first
         operators = [
             operator
             for operator in "++--*"  # a product, the hardest to find, is half as frequent
@@ -181,7 +182,7 @@ def _draw(rng: random.Random, config: CountdownConfig) -> tuple[str, Problem] | 
             return None
         operator = rng.choice(operators)
         steps.append((left, operator, right))
-        free = [place for place in free if place not in pair] + [len(values)]
+        free = [index for index in free if index not in pair] + [len(values)]
         values.append(apply(values[left], operator, values[right]))
     return f"{','.join(map(str, numbers))}->{values[-1]}", (numbers, steps)
 
@@ -193,7 +194,7 @@ def _solution(
     slips: float,
     config: CountdownConfig,
 ) -> str:
-    """The steps and where they end, each off with probability `slips`."""
+    """Writes the steps and their end; each step is off with probability `slips`."""
     values, lines = list(numbers), []
     for i, (left, operator, right) in enumerate(steps):
         result = apply(values[left], operator, values[right])
@@ -205,7 +206,7 @@ def _solution(
 
 
 def _results(values: list[int], rest: list[Step], result: int) -> list[int]:
-    """What the rest of the steps gives where the step after `values` gave `result`."""
+    """Returns the results of the steps `rest`, if the step before them gave `result`."""
     known = [*values, result]
     for left, operator, right in rest:
         known.append(apply(known[left], operator, known[right]))

@@ -1,4 +1,4 @@
-"""Small models from nothing: a tokenizer trained on texts, a causal LM with fresh weights."""
+"""Makes small models: a tokenizer trained on texts, and a causal LM with random weights."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +15,7 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""Where no merge crosses: Qwen's rule, one digit at a time."""
+"""Pieces of text that no merge joins: Qwen's rule, one digit at a time."""
 
 
 @settings
@@ -57,17 +57,17 @@ class ArchitectureConfig:
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, folder: Path | None = None
 ) -> transformers.PreTrainedTokenizerFast:
-    """Byte-level BPE with pad, begin and end tokens; every digit stays a token of its own.
+    """Trains a byte-level BPE with pad, begin and end tokens, in which every digit is one token.
 
-    Any text (in Unicode's NFC) round-trips, since all 256 bytes are in the vocabulary. Encoding
-    adds no special token, and there is no chat template. The rules and the name of the end token
-    are Qwen's to the letter: AutoTokenizer puts them, whatever was saved, on the tokenizer in a
-    folder whose model is a Qwen2 (transformers 5.23).
+    Every text (in Unicode's NFC) is decoded as it was encoded, since all 256 bytes are in the
+    vocabulary. Encoding adds no special token, and there is no chat template. The rules and the
+    name of the end token are exactly Qwen's: AutoTokenizer uses them, whatever was saved, for a
+    tokenizer in the folder of a Qwen2 model (transformers 5.23).
 
     Args:
-        texts: what the merges are learnt from.
-        vocab_size: most entries, at least 259; fewer where the texts hold too few pairs to merge.
-        folder: also saved there, for AutoTokenizer.
+        texts: the merges are learnt from them.
+        vocab_size: most entries, at least 259; texts with few pairs to merge give fewer.
+        folder: where the tokenizer is saved for AutoTokenizer; None: nowhere.
     Raises: ValueError for a vocab_size below 259.
     """
     special = [PAD, BOS, EOS]
@@ -102,17 +102,17 @@ def train_tokenizer(
 
 
 def make_model(architecture: ArchitectureConfig, tokenizer: Any, seed: int) -> Any:
-    """A causal LM with fresh weights, float32, on the CPU; its EOS and pad are the tokenizer's.
+    """Makes a causal LM with random weights, float32, on the CPU, for a tokenizer.
 
     Args:
-        tokenizer: gives the vocabulary size and the special ids.
-        seed: of the initial weights; the global random state is left as it was.
-    Raises: ValueError for a tokenizer without an EOS token.
+        tokenizer: its vocabulary size and special ids are the model's.
+        seed: determines the weights; the global random state does not change.
+    Raises: ValueError if the tokenizer has no EOS token.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"tokenizer must have an eos_token, got none in {tokenizer.name_or_path!r}: "
-            "solutions could never end; set eos_token in its tokenizer_config.json"
+            "without it no solution ends; set eos_token in its tokenizer_config.json"
         )
     special = {
         "bos_token_id": tokenizer.bos_token_id,

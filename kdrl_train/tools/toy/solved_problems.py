@@ -1,4 +1,4 @@
-"""What every task needs: problems that differ, slips in their solutions."""
+"""Draws problems that differ, and puts slips in their solutions, for all tasks."""
 
 import random
 from collections.abc import Callable, Iterable
@@ -7,20 +7,20 @@ from typing import TypeVar
 Problem = TypeVar("Problem")
 
 SLIPS = (-10, -2, -1, 1, 2, 10)
-"""What a slip adds to the result of a step."""
+"""Numbers that a slip adds to the result of a step."""
 TRIES_PER_ROW = 200
-"""Draws before "no new problem" is called exhaustion."""
+"""Draws without a new problem after which no more problems are expected."""
 
 
 def distinct(
     n: int, draw: Callable[[], tuple[str, Problem] | None], space: object
 ) -> dict[str, Problem]:
-    """n different questions with their problems, in the order of their first draw.
+    """Draws n different questions with their problems, in the order of their first draw.
 
     Args:
-        draw: one (question, problem) at random, or None where the draw came to nothing.
-        space: what is drawn from; named in the error.
-    Raises: ValueError where TRIES_PER_ROW draws in a row bring no new question.
+        draw: returns a random (question, problem), or None if it has drawn no problem.
+        space: the configuration that is drawn from, for the error message.
+    Raises: ValueError if TRIES_PER_ROW successive draws bring no new question.
     """
     problems: dict[str, Problem] = {}
     for _ in range(n):
@@ -32,23 +32,23 @@ def distinct(
         else:
             raise ValueError(
                 f"n must be at most the number of different problems of {space}, got {n}: "
-                f"no new one after {len(problems)}; raise a maximum of it"
+                f"no new one after {len(problems)}; raise one of its maxima"
             )
     return problems
 
 
 def apply(left: int, operator: str, right: int) -> int:
-    """left + right, left - right or left * right."""
+    """Returns left + right, left - right or left * right."""
     return {"+": left + right, "-": left - right, "*": left * right}[operator]
 
 
 def slip(
     rng: random.Random, right: int, go_on: Callable[[int], Iterable[int]], max_total: int
 ) -> int:
-    """A wrong result of a step, or the right one where none leaves the rest in [1, max_total].
+    """Returns a wrong result of a step; the right one if no wrong one keeps all in [1, max_total].
 
     Args:
-        go_on: the step's result -> the results of the steps after it.
+        go_on: maps the step's result to the results of the steps after it.
     """
     wrong = [
         end
@@ -59,6 +59,6 @@ def slip(
 
 
 def check_slips(slips: float) -> None:
-    """Raise ValueError unless the chance of a slip is in [0, 1]."""
+    """Raises ValueError unless the chance of a slip is in [0, 1]."""
     if not 0 <= slips <= 1:
         raise ValueError(f"slips must be in [0, 1], got {slips}")

@@ -1,4 +1,4 @@
-"""The tasks by name, and their data sets: to train on, to measure on, out of distribution."""
+"""Names the tasks and makes their data sets: for training, for measuring, out of distribution."""
 
 import random
 from collections.abc import Mapping
@@ -12,14 +12,14 @@ Rows = list[dict[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One kind of problem."""
+    """Describes one kind of problem."""
 
     make: Any
-    """(n, seed, config, slips) -> n rows of question, solution, answer."""
+    """Function (n, seed, config, slips) -> n rows of question, solution, answer."""
     levels: Mapping[str, Any]
     """Name of a difficulty level -> its config, which has `longer()` and `larger()`."""
     reward: str
-    """What reward.function must be."""
+    """The value that reward.function must have."""
 
 
 TASKS = {
@@ -35,36 +35,37 @@ TASKS = {
 def make_splits(
     task: str, level: str, seed: int, *, train: int, held_out: int = 1000, slips: float = 0.0
 ) -> dict[str, Rows]:
-    """Sets of rows, no two of which share a question.
+    """Makes sets of rows, no two of which share a question.
 
     Args:
         task, level: a name in TASKS, and one of its levels.
-        seed: with the numbers of rows it fixes every set.
+        seed: determines every set, together with the numbers of rows.
         train: rows of "train".
         held_out: rows of each other set.
-        slips: above 0: also "sloppy", the problems of "train" solved with slips.
-    Returns: "test" and "validation", drawn as "train" is; "longer" (more steps or numbers than any
-        there) and "larger" (a number above all there): out of distribution.
-    Raises: ValueError for a name that is not known, a number of rows below 1, or a level with too
-        few different problems.
+        slips: if above 0, there is also "sloppy", the problems of "train" solved with slips.
+    Returns: "train"; "test" and "validation", drawn like it; "longer" (more steps or numbers than
+        in any problem of "train") and "larger" (with a number above all of "train").
+    Raises: ValueError for an unknown name, a number of rows below 1, or a level with too few
+        different problems.
     """
-    known = _named("task", task, TASKS)
-    config = _named("level", level, known.levels)
+    chosen = _named("task", task, TASKS)
+    config = _named("level", level, chosen.levels)
     for name, rows in (("train", train), ("held_out", held_out)):
         if rows < 1:
             raise ValueError(f"{name} must be at least 1, got {rows}")
     n = 2 * held_out + train
-    order = random.Random(seed).sample(range(n), n)  # later draws are longer: short ones run out
-    drawn = _take(known.make(n, seed, config), order)
+    # short problems run out while they are drawn, so later ones are longer: shuffle
+    order = random.Random(seed).sample(range(n), n)
+    drawn = _take(chosen.make(n, seed, config), order)
     sets = {
         "train": drawn[2 * held_out :],
         "validation": drawn[held_out : 2 * held_out],
         "test": drawn[:held_out],
-        "longer": known.make(held_out, seed, config.longer()),
-        "larger": known.make(held_out, seed, config.larger()),
+        "longer": chosen.make(held_out, seed, config.longer()),
+        "larger": chosen.make(held_out, seed, config.larger()),
     }
     if slips:
-        sets["sloppy"] = _take(known.make(n, seed, config, slips), order)[2 * held_out :]
+        sets["sloppy"] = _take(chosen.make(n, seed, config, slips), order)[2 * held_out :]
     return sets
 
 

@@ -1,4 +1,4 @@
-"""plan, memory: each term by hand, exact parameter counts, what autograd keeps, monotonicity."""
+"""The estimate of memory: terms by hand, exact parameter counts, what autograd keeps, trends."""
 
 import itertools
 import math
@@ -42,7 +42,7 @@ def values(case: Case) -> dict[str, float]:
 
 
 def test_one_process_in_float32_by_hand(models: dict[str, str]) -> None:
-    """P = 2 (72 + 36 + 36 + 64 + 384 + 16) + 2·256 + 8 = 1,736; rows of 64 tokens."""
+    """P = 2 (72 + 36 + 36 + 64 + 384 + 16) + 2·256 + 8 = 1,736; packs of 64 tokens."""
     assert values(case_of(models, "untied")) == {
         "weights, float32": 4 * 1736,
         "gradients, float32": 4 * 1736,
@@ -65,7 +65,7 @@ def test_one_process_in_float32_by_hand(models: dict[str, str]) -> None:
 
 
 def test_four_gpus_in_bfloat16_by_hand(models: dict[str, str]) -> None:
-    """Policy 2·608 + 256 + 8 = 1,480, teacher 3·1,128 + 2·480 + 12 = 4,356; rows of 32 tokens."""
+    """Policy 2·608 + 256 + 8 = 1,480, teacher 3·1,128 + 2·480 + 12 = 4,356; packs of 32 tokens."""
     assert values(sharded_case(models)) == {
         "weights, float32": 1480,
         "gradients, float32": 1480,
@@ -94,7 +94,7 @@ def test_four_gpus_in_bfloat16_by_hand(models: dict[str, str]) -> None:
         "keys and values": 2 * 16 * (2 * 2 * 2 * 4),
         "a layer's keys, copied to grow": 2 * 16 * (2 * 4),
         "logits of a token": 20 * 2 * 32,
-        "policy, whole, to sample": 2 * 1480,
+        "copy of the policy that samples": 2 * 1480,
     }
 
 
@@ -108,52 +108,54 @@ def test_a_baseline_holds_the_teachers_logits(
     case = sharded_case(models)
     case = replace(case, run=replace(case.run, method=method))
     assert case.chunk_plan(32).geometry.streams == streams
-    found = values(case)["workspace of the head"]
-    assert found == 32 * (streams * 64 * 4 + (8 + 12) * 2 + 8 * 4)
+    workspace = values(case)["workspace of the head"]
+    assert workspace == 32 * (streams * 64 * 4 + (8 + 12) * 2 + 8 * 4)
 
 
 def test_moments_add_up_what_is_held_together(models: dict[str, str]) -> None:
     held = by_moment(memory_terms(case_of(models, "untied")))
     states, gradients = 12 * 1736, 4 * 1736
-    row = 8192 + 77824 + 2048  # last norm, activations, dX
+    pack = 8192 + 77824 + 2048  # last norm, activations, dX
     assert held == {
         "prefill": states + 1536 + 6912 + 720,
         "decode": states + 4096 + 1024 + 2560,
         "teacher": states + gradients,
-        "head": states + gradients + row + 118784 + 1024,
-        "backward": states + gradients + row + 12288,
+        "head": states + gradients + pack + 118784 + 1024,
+        "backward": states + gradients + pack + 12288,
         "root": states + gradients + 1024,
         "optimizer": states + gradients + 2048,
     }
 
 
-def test_gradients_do_not_exist_before_the_backward_of_the_only_row(models: dict[str, str]) -> None:
+def test_gradients_do_not_exist_before_backward_of_the_only_pack(
+    models: dict[str, str],
+) -> None:
     case = case_of(models, "untied")
-    one = replace(case, run=replace(case.run, optim=OptimConfig(micro_batch_tokens=128)))
-    assert one.row == 128
-    moments = {t.name: t.when for t in memory_terms(one)}["gradients, float32"]
+    one_pack = replace(case, run=replace(case.run, optim=OptimConfig(micro_batch_tokens=128)))
+    assert one_pack.pack_tokens == 128
+    moments = {t.name: t.when for t in memory_terms(one_pack)}["gradients, float32"]
     assert moments == ("root", "optimizer")
 
 
 def test_a_tied_head_and_autocast_on_one_gpu(models: dict[str, str]) -> None:
     case = case_of(models, "tied")
     bf16 = replace(case.run, model=ModelConfig(dtype="bfloat16"))
-    found = values(replace(case, run=bf16, placement=Placement()))
-    assert found["weights, float32"] == 4 * 1480
-    assert found["the tied head's gradient"] == 4 * 256
-    assert found["weights in bfloat16"] == 2 * 1216
-    assert found["head in bfloat16"] == 2 * 256
-    assert found["policy, whole, to sample"] == 2 * 1480
-    assert found["activations"] == 2 * 64 * (10 * 16 + 2 * (4 * 8 + 4 * 16))
-    assert found["keys and values"] == 4 * 16 * 2 * (4 + 2) * 4
-    assert found["AdamW temporaries"] == 4 * 1480
+    sizes = values(replace(case, run=bf16, placement=Placement()))
+    assert sizes["weights, float32"] == 4 * 1480
+    assert sizes["the tied head's gradient"] == 4 * 256
+    assert sizes["weights in bfloat16"] == 2 * 1216
+    assert sizes["head in bfloat16"] == 2 * 256
+    assert sizes["copy of the policy that samples"] == 2 * 1480
+    assert sizes["activations"] == 2 * 64 * (10 * 16 + 2 * (4 * 8 + 4 * 16))
+    assert sizes["keys and values"] == 4 * 16 * 2 * (4 + 2) * 4
+    assert sizes["AdamW temporaries"] == 4 * 1480
     assert "the tied head's gradient" not in values(case_of(models, "untied"))
 
 
-def test_rollouts_ahead_are_held_beside_the_update(models: dict[str, str]) -> None:
+def test_prefetched_rollouts_are_held_beside_the_update(models: dict[str, str]) -> None:
     case = case_of(models, "untied")
-    ahead = replace(case, run=replace(case.run, engine=EngineConfig(staleness=1)))
-    held, more = by_moment(memory_terms(case)), by_moment(memory_terms(ahead))
+    prefetching = replace(case, run=replace(case.run, engine=EngineConfig(staleness=1)))
+    held, more = by_moment(memory_terms(case)), by_moment(memory_terms(prefetching))
     copy = 4 * 1736
     decode = 4096 + 1024 + 2560  # see test_moments_add_up_what_is_held_together
     assert more["decode"] == held["decode"] + copy
@@ -162,17 +164,17 @@ def test_rollouts_ahead_are_held_beside_the_update(models: dict[str, str]) -> No
 
 
 def test_only_a_masked_attention_takes_a_mask(models: dict[str, str]) -> None:
-    """Four GPUs, bfloat16, layers recomputed, rows of 32 tokens: q = 8 and kv = 4 numbers."""
+    """Four GPUs, bfloat16, layers recomputed, packs of 32 tokens: q = 8 and kv = 4 numbers."""
     case = sharded_case(models)
     for attention, width, mask in (("sdpa", 32, 2048), ("flash_attention_2", 24, None)):
         model = replace(case.run.model, attention=attention)
-        found = values(replace(case, run=replace(case.run, model=model)))
-        assert found["one layer, recomputed"] == 32 * (8 * 16 + 2 * (width + 4 * 16)), attention
-        assert found.get("a layer's mask") == mask
-        assert found.get("teacher's mask") == (mask and 3 * 32 * 32)
+        sizes = values(replace(case, run=replace(case.run, model=model)))
+        assert sizes["one layer, recomputed"] == 32 * (8 * 16 + 2 * (width + 4 * 16)), attention
+        assert sizes.get("a layer's mask") == mask
+        assert sizes.get("teacher's mask") == (mask and 3 * 32 * 32)
     float32 = replace(case.run, model=replace(case.run.model, dtype="float32"))
-    found = values(replace(case, run=float32))
-    assert found["one layer, recomputed"] == 32 * (12 * 16 + 4 * (5 * 8 + 4 * 16))
+    sizes = values(replace(case, run=float32))
+    assert sizes["one layer, recomputed"] == 32 * (12 * 16 + 4 * (5 * 8 + 4 * 16))
 
 
 def test_where_the_teacher_is(models: dict[str, str]) -> None:
@@ -187,7 +189,7 @@ def test_where_the_teacher_is(models: dict[str, str]) -> None:
     assert values(replace(alone, placement=here))["teacher"] == 2 * 4356
 
 
-def test_a_shaped_reward_is_planned_as_sampled_distillation(models: dict[str, str]) -> None:
+def test_a_shaped_reward_is_estimated_as_sampled_distillation(models: dict[str, str]) -> None:
     case = sharded_case(models)
     shaped, sampled = (
         values(replace(case, run=replace(case.run, method=MethodConfig(kd=kd))))
@@ -204,7 +206,7 @@ def test_an_offloaded_policy_is_not_on_the_gpu(models: dict[str, str]) -> None:
 
 
 def test_formulas_say_what_the_numbers_are(models: dict[str, str]) -> None:
-    """The first word of each factor is its number."""
+    """Multiplies the first word of each factor, which is its number."""
     for term in memory_terms(sharded_case(models)):
         top, *over = term.formula.split(" / ")
         numbers = [float(part.split()[0].replace(",", "")) for part in top.split(" · ")]
@@ -248,7 +250,7 @@ def test_parameters_are_those_of_the_real_model(tmp_path: Path, family: str, tie
 def test_activations_are_what_autograd_keeps(
     tmp_path: Path, family: str, checkpointing: bool, attention: str
 ) -> None:
-    """Of a packed row of two sequences on a CPU, to 2%: positions and sums over rows are small."""
+    """Checks a pack of two sequences on a CPU, to 2%: positions and sums over tokens are small."""
     sizes = POLICY | {"hidden_size": 128, "head_dim": 32, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "intermediate_size": 320, "num_hidden_layers": 3}
     config = transformers.AutoConfig.for_model(family, **(SPECIAL | sizes))
@@ -272,7 +274,7 @@ def test_activations_are_what_autograd_keeps(
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         ids = torch.zeros(1, T, dtype=torch.int64)
         model.model(input_ids=ids, position_ids=positions, use_cache=False, **more)
-    found = sum(t.untyped_storage().nbytes() for t in kept.values())
+    kept_bytes = sum(t.untyped_storage().nbytes() for t in kept.values())
     config.save_pretrained(tmp_path)
     run = TrainConfig(
         method=MethodConfig(kd=None),
@@ -287,13 +289,13 @@ def test_activations_are_what_autograd_keeps(
     names = ["last norm, hidden states", "activations", "masks of the layers"]
     if checkpointing:
         names[1:] = ["inputs of the layers"]
-    after = 2 * 4 * T * 128  # the last norm's output and its loss rows, which only the head keeps
+    after = 2 * 4 * T * 128  # the last norm's output and its loss tokens, which only the head keeps
     predicted = sum(terms.get(name, 0) for name in names) - after
-    assert predicted == pytest.approx(found, rel=0.02)
+    assert predicted == pytest.approx(kept_bytes, rel=0.02)
 
 
 def test_more_gpus_never_hold_more(models: dict[str, str]) -> None:
-    """From two on: one holds no gathered copies."""
+    """Compares two GPUs and more: a single one holds no gathered copies."""
     case = sharded_case(models)
     sizes = [
         by_moment(memory_terms(replace(case, placement=Placement(gpus=gpus))))
@@ -304,7 +306,7 @@ def test_more_gpus_never_hold_more(models: dict[str, str]) -> None:
     assert sizes[-1]["head"] < sizes[0]["head"]
 
 
-def test_longer_rows_hold_more(models: dict[str, str]) -> None:
+def test_longer_packs_hold_more(models: dict[str, str]) -> None:
     case = case_of(models, "untied")
     sizes = [
         by_moment(
@@ -320,7 +322,7 @@ def test_longer_rows_hold_more(models: dict[str, str]) -> None:
         assert shorter["decode"] == longer["decode"]
 
 
-def test_a_row_of_one_long_sequence_is_not_shortened_by_its_budget(models: dict[str, str]) -> None:
+def test_a_pack_of_one_long_sequence_is_not_shortened_by_its_budget(models: dict[str, str]) -> None:
     case = case_of(models, "untied")
     short = replace(case.run, optim=OptimConfig(micro_batch_tokens=8))
     remedy = {t.name: t.remedy for t in memory_terms(replace(case, run=short))}["dX, float32"]

@@ -1,4 +1,4 @@
-"""charts: what is drawn where, on its own and in words."""
+"""charts: what is drawn where, and what is written about it."""
 
 import math
 import re
@@ -24,15 +24,15 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def luminance(color: str) -> float:
-    """Relative luminance of WCAG."""
+    """Returns the relative luminance that WCAG defines."""
     parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
     return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
 def points(svg: str, name: str = "polyline") -> list[list[tuple[float, float]]]:
-    found = ET.fromstring(svg).iter(f"{SVG}{name}")
-    pairs = [re.findall(r"([-\d.]+),([-\d.]+)", one.get("points", "")) for one in found]
+    shapes = ET.fromstring(svg).iter(f"{SVG}{name}")
+    pairs = [re.findall(r"([-\d.]+),([-\d.]+)", one.get("points", "")) for one in shapes]
     return [[(float(x), float(y)) for x, y in one] for one in pairs]
 
 
@@ -109,7 +109,7 @@ def test_a_line_goes_through_its_points() -> None:
     assert {y for _, y in band} == {y0, y1}
 
 
-def test_what_is_no_number_interrupts_the_line() -> None:
+def test_a_value_that_is_not_finite_interrupts_the_line() -> None:
     one = Series("a", [1, 2, 3, 4, 5], [1.0, 2.0, math.nan, 3.0, None])
     lines = points(line_chart([one], title="t", legend=False))
     assert [len(line) for line in lines] == [2, 1]
@@ -134,7 +134,7 @@ def test_a_line_without_numbers_says_so() -> None:
     assert texts(line_chart([], title="t"), "desc")
 
 
-def test_a_pointer_is_told_all_values() -> None:
+def test_the_pointer_shows_all_values() -> None:
     some = [Series(name, range(100), range(100), i) for i, name in enumerate("ab")]
     titles = texts(line_chart(some, title="t"), "title")
     assert len(titles) <= 40
@@ -165,8 +165,8 @@ def test_bars_are_shares() -> None:
 
 
 def test_parts_add_up() -> None:
-    rows = [("grpo", {"rollout": 3.0, "update": 1.0}), ("kdrl", {"rollout": 2.0, "teacher": 2.0})]
-    svg = stacked_chart(rows, title="t")
+    bars = [("grpo", {"rollout": 3.0, "update": 1.0}), ("kdrl", {"rollout": 2.0, "teacher": 2.0})]
+    svg = stacked_chart(bars, title="t")
     boxes = [b for b in ET.fromstring(svg).iter(f"{SVG}rect") if b.get("class") == "part"]
     wide = [float(box.get("width", "0")) for box in boxes]
     assert wide[0] == pytest.approx(3 * wide[1], rel=0.01)
@@ -174,7 +174,7 @@ def test_parts_add_up() -> None:
     assert "kdrl, teacher: 2 s" in texts(svg, "title")
 
 
-def test_a_chart_is_a_file_of_its_own(tmp_path: Path) -> None:
+def test_a_chart_is_saved_as_a_file(tmp_path: Path) -> None:
     save(line_chart([Series("<a> & b", [1, 2], [1, 2])], title="<t>"), tmp_path / "a.svg")
     root = ET.parse(tmp_path / "a.svg").getroot()
     assert root.tag == f"{SVG}svg"

@@ -1,4 +1,4 @@
-"""demo: a tiny setting from end to end, and the numbers it reports."""
+"""demo: a tiny setting from end to end, and the numbers that it reports."""
 
 import io
 import json
@@ -51,9 +51,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[demo.DemoResult,
 
 def test_the_run_is_kdrl_with_exact_kl_and_a_falling_beta(finished) -> None:
     result, out, _ = finished
-    rows = read_records(result.run)
+    records = read_records(result.run)
     assert result.run == out / "run"
-    assert [row["kd_coef"] for row in rows] == pytest.approx([0.5, 0.275])
+    assert [record["kd_coef"] for record in records] == pytest.approx([0.5, 0.275])
     config = demo.train_config(CONFIG, out)
     assert replace(config.method, kd="k2", kd_coef=PRESETS["kdrl"].kd_coef) == PRESETS["kdrl"]
     assert config.method.kd == "rkl"
@@ -76,7 +76,7 @@ def test_student_and_run_differ_and_result_json_is_the_result(finished) -> None:
 def test_the_table_shows_the_result(finished) -> None:
     result, out, text = finished
     table = text[text.rindex("KDRL, 2 steps; 6 held-out problems") :]
-    for name, row in (
+    for name, measurement in (
         ("student before", result.before),
         ("student after", result.after),
         ("teacher", result.teacher),
@@ -84,16 +84,16 @@ def test_the_table_shows_the_result(finished) -> None:
         line = next(line for line in table.splitlines() if line.startswith(f"│ {name} "))
         cells = [cell.strip() for cell in line.split("│")[2:-1]]
         assert cells == [
-            f"{row.accuracy:.1%}",
-            f"{row.length:.1f}",
-            f"{row.truncated:.1%}",
-            f"{row.kl:z.4f}",
+            f"{measurement.accuracy:.1%}",
+            f"{measurement.length:.1f}",
+            f"{measurement.truncated:.1%}",
+            f"{measurement.kl:z.4f}",
         ]
     assert f"{100 * (result.after.accuracy - result.before.accuracy):+.1f} points" in table
     assert str(out / "run") in "".join(line.strip() for line in table.splitlines())
 
 
-def test_nobody_trains_on_what_is_measured_or_on_another_answer(finished) -> None:
+def test_measured_problems_are_not_learnt_and_slips_keep_the_answer(finished) -> None:
     _, out, _ = finished
     train, sloppy, held_out = (
         [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
@@ -108,7 +108,7 @@ def test_nobody_trains_on_what_is_measured_or_on_another_answer(finished) -> Non
 
 
 def test_kl_is_that_of_the_full_distributions(finished) -> None:
-    """On the same completions, from the models' own logits, one sequence at a time."""
+    """Recomputes the KL on the same completions, from the models' logits, one at a time."""
     result, out, _ = finished
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(out / name).eval() for name in ("student", "teacher")

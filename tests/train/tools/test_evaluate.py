@@ -1,4 +1,4 @@
-"""evaluate: unbiased pass@k, and numbers that come from the completions."""
+"""eval: unbiased pass@k, and numbers that come from the completions."""
 
 import io
 import json
@@ -76,8 +76,8 @@ def verdicts(outcomes: str, answers: list[str | None]) -> Verdicts:
 
 
 def test_scores_of_problems_by_hand() -> None:
-    found = problem_scores(verdicts("RRWWUTWWRWWW", [*"5567", None, None, *"895666"]), samples=4)
-    assert {name: scores.tolist() for name, scores in found.items()} == {
+    scores = problem_scores(verdicts("RRWWUTWWRWWW", [*"5567", None, None, *"895666"]), samples=4)
+    assert {name: values.tolist() for name, values in scores.items()} == {
         "avg@4": [0.5, 0, 0.25],
         "pass@1": [0.5, 0, 0.25],
         "pass@2": [pytest.approx(5 / 6), 0, 0.5],
@@ -92,16 +92,16 @@ def test_scores_of_problems_by_hand() -> None:
 def test_intervals_are_those_of_the_mean() -> None:
     draw = np.random.default_rng(0)
     scores = {"a": (draw.random(400) < 0.3).astype(float), "b": np.full(400, 0.7)}
-    found = intervals(scores, seed=0)
-    assert found["b"] == pytest.approx((0.7, 0.7))
+    bounds = intervals(scores, seed=0)
+    assert bounds["b"] == pytest.approx((0.7, 0.7))
     mean = scores["a"].mean()
-    half = 1.96 * (mean * (1 - mean) / 400) ** 0.5  # of the normal distribution
-    assert found["a"] == (
+    half = 1.96 * (mean * (1 - mean) / 400) ** 0.5  # by the normal distribution
+    assert bounds["a"] == (
         pytest.approx(mean - half, abs=half / 7),
         pytest.approx(mean + half, abs=half / 7),
     )
-    assert intervals(scores, seed=0) == found
-    assert intervals(scores, seed=1)["a"] != found["a"]
+    assert intervals(scores, seed=0) == bounds
+    assert intervals(scores, seed=1)["a"] != bounds["a"]
 
 
 def test_a_measurement_of_a_model(folders: dict[str, Path], tokenizer: Any) -> None:
@@ -111,7 +111,8 @@ def test_a_measurement_of_a_model(folders: dict[str, Path], tokenizer: Any) -> N
     with Verifier(REWARD) as verifier:
 
         def measure(**changes: Any) -> Any:
-            settings = {"data": data, "sampling": SAMPLING, "verifier": verifier, "samples": 3}
+            sampling = replace(SAMPLING, group_size=3)
+            settings = {"data": data, "sampling": sampling, "verifier": verifier}
             return evaluate(model, tokenizer, examples, **settings | changes)
 
         result = measure()
@@ -133,9 +134,7 @@ def test_a_measurement_of_a_model(folders: dict[str, Path], tokenizer: Any) -> N
         assert (again.avg_at_k, again.mean_length) == (result.avg_at_k, result.mean_length)
         assert other.outcomes != result.outcomes
         with pytest.raises(ValueError, match="at least one problem, got none"):
-            evaluate(
-                model, tokenizer, [], data=data, sampling=SAMPLING, verifier=verifier, samples=1
-            )
+            evaluate(model, tokenizer, [], data=data, sampling=SAMPLING, verifier=verifier)
 
 
 def test_answers_vote_as_their_reward_says(folders: dict[str, Path], tokenizer: Any) -> None:
@@ -148,16 +147,15 @@ def test_answers_vote_as_their_reward_says(folders: dict[str, Path], tokenizer: 
             tokenizer,
             load_examples(data),
             data=data,
-            sampling=SAMPLING,
+            sampling=replace(SAMPLING, group_size=4),
             verifier=verifier,
-            samples=4,
         )
     assert result.avg_at_k < result.maj_at_k < result.pass_at_k[4]  # wrong ones rarely agree
     low, high = result.intervals["maj@4"]
-    row = result.metrics()
-    assert row["eval_maj_at_k"] == result.maj_at_k
-    assert (row["eval_maj_at_k_low"], row["eval_maj_at_k_high"]) == (low, high)
-    assert set(row) == {"eval_length", "eval_truncated"} | {
+    record = result.metrics()
+    assert record["eval_maj_at_k"] == result.maj_at_k
+    assert (record["eval_maj_at_k_low"], record["eval_maj_at_k_high"]) == (low, high)
+    assert set(record) == {"eval_length", "eval_truncated"} | {
         f"eval_{name}_at_k{bound}"
         for name in ("avg", "pass", "maj")
         for bound in ("", "_low", "_high")
@@ -173,7 +171,7 @@ def test_answers_vote_as_their_reward_says(folders: dict[str, Path], tokenizer: 
 
 @pytest.fixture
 def padded(folders: dict[str, Path], tokenizer: Any, tiny: Any, tmp_path: Path) -> Path:
-    """The student with 6 columns of padding, whose logits are all but sure to be drawn."""
+    """Saves the student with 6 more tokens in its head, which would be sampled almost always."""
     model = tiny("qwen2", seed=1, vocab_size=len(tokenizer) + 6, tie_word_embeddings=False)
     with torch.no_grad():
         model.lm_head.weight[len(tokenizer) :] *= 100
@@ -182,7 +180,7 @@ def padded(folders: dict[str, Path], tokenizer: Any, tiny: Any, tmp_path: Path) 
     return tmp_path / "padded"
 
 
-def test_columns_that_the_teacher_lacks_are_not_drawn(
+def test_tokens_that_the_teacher_lacks_are_not_sampled(
     folders: dict[str, Path], padded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     highest = []
@@ -195,24 +193,24 @@ def test_columns_that_the_teacher_lacks_are_not_drawn(
 
     for user in (evaluation, generate_engine):
         monkeypatch.setattr(user, "generate_rollouts", watch)
-    own = EvaluateConfig(
+    alone = EvaluateConfig(
         model=ModelConfig(policy=str(padded), device="cpu"),
         data=DataConfig(path=str(folders["task"])),
         sampling=SAMPLING,
         reward=REWARD,
         samples=1,
     )
-    evaluate_folder(own)
-    model = replace(own.model, teacher=str(folders["teacher"]))
-    evaluate_folder(replace(own, model=model))
+    evaluate_folder(alone)
+    model = replace(alone.model, teacher=str(folders["teacher"]))
+    evaluate_folder(replace(alone, model=model))
     assert highest[0] >= 258 > highest[1]
-    held = EvalConfig(data=own.data, every=1, samples=1, max_problems=5)
+    held = EvalConfig(data=alone.data, every=1, samples=1, max_problems=5)
     train.main(
         TrainConfig(
             out=padded.with_name("run"),
             steps=1,
             model=model,
-            data=own.data,
+            data=alone.data,
             sampling=replace(SAMPLING, prompts_per_step=2, group_size=2),
             reward=REWARD,
             eval=held,

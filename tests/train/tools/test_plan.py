@@ -1,4 +1,4 @@
-"""plan, the command: what fits, what does not and why, its files and its messages."""
+"""plan: what fits, what does not and why, its files and its messages."""
 
 import io
 import json
@@ -29,7 +29,7 @@ def arguments(models: dict[str, str], **changes: str) -> list[str]:
     return ["plan", *(part for key, value in options.items() for part in (f"--{key}", value))]
 
 
-def test_a_plan_that_fits(
+def test_an_estimate_that_fits(
     models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "plan.json"
@@ -57,9 +57,9 @@ def test_what_does_not_fit_is_named_with_its_remedy(models: dict[str, str]) -> N
         optim=OptimConfig(micro_batch_tokens=16384),
         gpus=8,
     )
-    found = command.make_plan(config)
-    assert not found.fits
-    causes = {term.name: term.remedy for term in found.causes}
+    estimate = command.make_estimate(config)
+    assert not estimate.fits
+    causes = {term.name: term.remedy for term in estimate.causes}
     kept = "--model.gradient-checkpointing, or lower optim.micro_batch_tokens"
     assert causes["activations"] == kept
     out = io.StringIO()
@@ -68,28 +68,28 @@ def test_what_does_not_fit_is_named_with_its_remedy(models: dict[str, str]) -> N
     line = next(line for line in text.splitlines() if line.startswith("│ activations "))
     assert kept in line
     assert "does not fit" in text
-    assert "GB over" in text
+    assert "GB too much" in text
     recomputed = replace(config, model=replace(config.model, gradient_checkpointing=True))
-    assert command.make_plan(recomputed).peak < found.peak
+    assert command.make_estimate(recomputed).peak < estimate.peak
 
 
 def test_causes_are_the_largest_terms_that_exceed(models: dict[str, str]) -> None:
     """One byte too much blames one term; all of it blames everything that has a remedy."""
-    found = command.make_plan(
+    estimate = command.make_estimate(
         PlanConfig(
             model=ModelConfig(policy=models["7b"], teacher=models["7b"]),
             sampling=SamplingConfig(batch_size=8),
             gpus=1,
         )
     )
-    worst = max(found.moments, key=lambda name: found.moments[name])
+    worst = max(estimate.moments, key=lambda name: estimate.moments[name])
     largest = max(
-        (t for t in found.memory if worst in t.when and t.remedy), key=lambda term: term.value
+        (t for t in estimate.memory if worst in t.when and t.remedy), key=lambda term: term.value
     )
-    assert replace(found, limit=found.peak - 1).causes == [largest]
-    assert replace(found, limit=found.peak).causes == []
-    everything = {term.name for term in found.memory if term.remedy}
-    assert {term.name for term in replace(found, limit=0.0).causes} == everything
+    assert replace(estimate, available_bytes=estimate.peak - 1).causes == [largest]
+    assert replace(estimate, available_bytes=estimate.peak).causes == []
+    everything = {term.name for term in estimate.memory if term.remedy}
+    assert {t.name for t in replace(estimate, available_bytes=0.0).causes} == everything
 
 
 @pytest.mark.parametrize(
@@ -126,16 +126,16 @@ def test_a_missing_teacher_and_a_mixture_of_experts_are_named(
 ) -> None:
     model = ModelConfig(policy=models["tied"])
     with pytest.raises(ValueError, match=r"model\.teacher must name a folder or hub id"):
-        command.make_plan(PlanConfig(model=model))
+        command.make_estimate(PlanConfig(model=model))
     experts = write_config(tmp_path / "moe", "mixtral", **POLICY, num_local_experts=4)
     with pytest.raises(ValueError, match=r"model\.policy = .*dense decoder.*experts = 4"):
-        command.make_plan(PlanConfig(model=ModelConfig(policy=experts)))
+        command.make_estimate(PlanConfig(model=ModelConfig(policy=experts)))
     gpt2 = write_config(tmp_path / "gpt2", "gpt2")
     with pytest.raises(ValueError, match=r"dense decoder, got GPT2.* \(without intermediate_size"):
-        command.make_plan(PlanConfig(model=ModelConfig(policy=gpt2)))
+        command.make_estimate(PlanConfig(model=ModelConfig(policy=gpt2)))
 
 
-def test_a_run_s_own_config_and_a_preset(models: dict[str, str], tmp_path: Path) -> None:
+def test_the_config_of_a_run_and_a_preset(models: dict[str, str], tmp_path: Path) -> None:
     run = TrainConfig(model=ModelConfig(policy=models["tied"], teacher=models["teacher"]))
     save_yaml(run, tmp_path / "config.yaml")
     path = tmp_path / "plan.json"

@@ -1,4 +1,4 @@
-"""plan, time: each term by hand, what overlaps, and the devices."""
+"""The estimate of time: each term by hand, what overlaps, and the devices."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ DEVICE = Device(memory_bytes=1e9, flops=1e9, bandwidth=1e8, link=1e7)
 
 def test_time_by_hand(models: dict[str, str]) -> None:
     """Two completions a GPU, of 6 + 5 tokens on average and 10 at most; 1,216 = 2·608."""
-    found = {
+    seconds = {
         term.name: term.value
         for term in time_terms(
             sharded_case(models), DEVICE, Lengths(prompt=6, response=5), launch_us=100
@@ -30,35 +30,35 @@ def test_time_by_hand(models: dict[str, str]) -> None:
     expected = {
         "decode, weights": 10 * max(2 * read / 1e8, 2 * read * 2 / 1e9),
         "decode, keys and values": 3 * 2 * (10 * 6 + 50) * (4 * 2 * 4) / 1e8,
-        "decode, Python and launches": 10 * 2 * 1e-4,
+        "decode, Python and kernel launches": 10 * 2 * 1e-4,
         "prefill": prompts * (2 * 1216 + 4 * 2 * 8 * 3) / 1e9,
         "policy, forward and backward": 3 * forward / 1e9,
         "policy, norms and activations": 4 * kept * tokens / 1e8,
         "policy, recomputed": forward / 1e9,
         "teacher, forward": tokens * (2 * 3384 + 4 * 3 * 12 * 5.5) / 1e9,
-        "head, 3u": 3 * 2 * 10 * 8 * 32 / 1e9,
-        "head, rows": (2 * 2 * 10 * 256 + 10 * 32 * 2) / 1e8,
-        "head, teacher's tau·u": 2 * 10 * 12 * 40 / 1e9,
+        "head, GEMMs": 3 * 2 * 10 * 8 * 32 / 1e9,
+        "head, row kernels": (2 * 2 * 10 * 256 + 10 * 32 * 2) / 1e8,
+        "head, teacher's GEMM": 2 * 10 * 12 * 40 / 1e9,
         "AdamW and clip": 40 * 1480 / 4 / 1e8,
         "all-gather, policy": 2 * 1 * 2 * 1480 * 0.75 / 1e7,
         "reduce-scatter, gradients": 4 * 1480 * 0.75 / 1e7,
         "weights to the sampler": 2 * 1480 * 0.75 / 1e7,
         "all-gather, teacher": 2 * 4356 * 0.75 / 1e7,
     }
-    assert found == pytest.approx(expected)
+    assert seconds == pytest.approx(expected)
 
 
 def test_communication_hides_behind_the_passes_at_best(models: dict[str, str]) -> None:
     lengths = Lengths(prompt=6, response=5)
     terms = time_terms(sharded_case(models), DEVICE, lengths, launch_us=100)
-    one_by_one, hidden = totals(terms)
+    sequential, overlapped = totals(terms)
     parts = {part: sum(t.value for t in terms if part in t.when) for part in ("communication",)}
     compute = sum(t.value for t in terms if {"update", "teacher"} & set(t.when))
-    assert one_by_one == pytest.approx(sum(t.value for t in terms))
-    assert hidden == pytest.approx(one_by_one - min(parts["communication"], compute))
+    assert sequential == pytest.approx(sum(t.value for t in terms))
+    assert overlapped == pytest.approx(sequential - min(parts["communication"], compute))
     alone = replace(case_of(models, "untied"), placement=Placement())
-    one_by_one, hidden = totals(time_terms(alone, DEVICE, lengths, launch_us=100))
-    assert one_by_one == hidden
+    sequential, overlapped = totals(time_terms(alone, DEVICE, lengths, launch_us=100))
+    assert sequential == overlapped
 
 
 def test_a_mask_skips_no_attention(models: dict[str, str]) -> None:
@@ -76,9 +76,9 @@ def test_a_mask_skips_no_attention(models: dict[str, str]) -> None:
 def test_offloading_costs_time(models: dict[str, str]) -> None:
     lengths = Lengths(prompt=6, response=5)
     case = sharded_case(models, teacher_weights="cpu", offload_policy=True)
-    found = {t.name: t.value for t in time_terms(case, DEVICE, lengths, launch_us=0)}
-    assert found["teacher from the CPU"] == pytest.approx(2 * 4356 / 25e9)
-    assert found["offloaded policy"] == pytest.approx(8 * 370 / 25e9)
+    seconds = {t.name: t.value for t in time_terms(case, DEVICE, lengths, launch_us=0)}
+    assert seconds["teacher from the CPU"] == pytest.approx(2 * 4356 / 25e9)
+    assert seconds["offloaded policy"] == pytest.approx(8 * 370 / 25e9)
 
 
 def test_devices() -> None:
@@ -86,15 +86,16 @@ def test_devices() -> None:
     assert link_gb_per_s(PEAKS["h100"], 64, 8) == 400
     assert link_gb_per_s(PEAKS["a100"], 16, 4) == 100
     config = PlanConfig(device="h100", gpus=64, model=ModelConfig(dtype="bfloat16"))
-    found = command.device_of(config)
-    assert found == Device(
+    assert command.device_of(config) == Device(
         memory_bytes=80e9,
         flops=pytest.approx(0.7 * 989e12),
         bandwidth=pytest.approx(0.8 * 3.35e12),
         link=pytest.approx(0.7 * 400e9),
     )
-    own = replace(config, gpu_memory=96, tflops=100, bandwidth=1, interconnect=10, gemm_share=1.0)
-    assert command.device_of(own) == Device(
+    custom = replace(
+        config, gpu_memory=96, tflops=100, bandwidth=1, interconnect=10, gemm_share=1.0
+    )
+    assert command.device_of(custom) == Device(
         memory_bytes=96e9, flops=100e12, bandwidth=pytest.approx(0.8e12), link=pytest.approx(7e9)
     )
 

@@ -1,4 +1,4 @@
-"""replay: the completion that broke a step is found."""
+"""replay: it names the completion that made a step fail."""
 
 import io
 import math
@@ -24,7 +24,7 @@ Config = Callable[..., TrainConfig]
 
 @pytest.fixture
 def failed(config: Config, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The dump of a step whose fourth completion has an infinite advantage."""
+    """Makes the dump of a step whose fourth completion has an infinite advantage."""
     advantages, calls = grpo.advantages, []
 
     def broken(*arguments: Any) -> Tensor:
@@ -43,9 +43,9 @@ def failed(config: Config, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_culprit_is_named(failed: Path) -> None:
     out = io.StringIO()
-    found = replay.main(replay.ReplayConfig(file=failed), Console(file=out, width=200))
-    assert [one.index for one in found if not one.finite] == [3]
-    assert sorted(one.index for one in found) == list(range(16))
+    replayed = replay.main(replay.ReplayConfig(file=failed), Console(file=out, width=200))
+    assert [one.index for one in replayed if not one.finite] == [3]
+    assert sorted(one.index for one in replayed) == list(range(16))
     words = out.getvalue()
     assert "step 2: 1 of 16 not finite" in words
     assert sum("task.jsonl:" in line for line in words.splitlines()) == 11
@@ -57,22 +57,22 @@ def test_the_culprit_is_named(failed: Path) -> None:
 def test_numbers_are_those_of_the_step(
     failed: Path, monkeypatch: pytest.MonkeyPatch, config: Config
 ) -> None:
-    """Without the culprit the losses sum to that of a run that was not broken."""
+    """Compares the sum of losses, without the infinite advantage, with that of an unbroken run."""
     monkeypatch.undo()
     dump = torch.load(failed)
     coefficients = coefficients_of(dump["rewards"], EXACT, 2)
     dump["coefficients"]["advantages"] = coefficients.advantages
     torch.save(dump, failed)
-    found = replay.main(replay.ReplayConfig(file=failed), Console(file=io.StringIO()))
-    assert all(one.finite for one in found)
-    rows = run(config("whole", steps=3))
-    assert sum(one.loss for one in found) == pytest.approx(rows[2]["loss"], rel=1e-4)
-    for one in found:
+    replayed = replay.main(replay.ReplayConfig(file=failed), Console(file=io.StringIO()))
+    assert all(one.finite for one in replayed)
+    records = run(config("whole", steps=3))
+    assert sum(one.loss for one in replayed) == pytest.approx(records[2]["loss"], rel=1e-4)
+    for one in replayed:
         assert one.tokens == len(dump["completion_ids"][one.index])
         assert one.lowest_logprob == pytest.approx(dump["logprobs"][one.index].min().item(), 1e-4)
 
 
-def test_what_is_no_dump_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "other.pt").write_bytes(b"nothing")
     for name in ("other.pt", "missing.pt"):
         assert main(["replay", "--file", str(tmp_path / name)]) == 1

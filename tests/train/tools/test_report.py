@@ -1,4 +1,4 @@
-"""report: what the page says about made-up runs, and that it is a sound page."""
+"""report: what the page says about invented runs, and that its HTML is correct."""
 
 import re
 import time
@@ -12,15 +12,15 @@ import pytest
 from kdrl_train import cli
 from kdrl_train.config import OptimConfig
 from kdrl_train.tools.report import Figure, Folded, Note, Table, by_settings, charts, write
-from kdrl_train.tools.report.runs import Group, read
-from kdrl_train.tools.report.statistics import difference, estimate, mean_interval
-from tests.train.run_folders import row, run_folder, sample
+from kdrl_train.tools.report.runs import RunGroup, read
+from kdrl_train.tools.report.statistics import difference, final_interval, mean_interval
+from tests.train.run_folders import record, run_folder, sample
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
 
 
 class Page(HTMLParser):
-    """Reads a page: every element closed in its turn, texts, attributes."""
+    """Parses a page: texts, attributes, and that every element is closed in order."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Page(HTMLParser):
 
 
 def check(path: Path) -> Page:
-    """The page, once it is found sound."""
+    """Parses a page and checks its links, ids, headings and charts."""
     html = path.read_text(encoding="utf-8")
     page = Page(html)
     ids = page.values("id")
@@ -76,22 +76,22 @@ def check(path: Path) -> Page:
 
 @pytest.fixture
 def arms(tmp_path: Path) -> dict[str, list[Path]]:
-    """grpo and kdrl, two seeds each; kdrl's reward is 0.2 and 0.3 higher."""
-    made: dict[str, list[Path]] = {"grpo": [], "kdrl": []}
+    """Writes grpo and kdrl, two seeds each; kdrl's reward is 0.2 and 0.3 higher."""
+    folders: dict[str, list[Path]] = {"grpo": [], "kdrl": []}
     for seed in (0, 1):
         for name, level in (("grpo", 0.0), ("kdrl", 0.2 + 0.1 * seed)):
-            rows = [row(step, seed=0, level=level) for step in range(20)]
+            records = [record(step, seed=0, level=level) for step in range(20)]
             lines = {step: [sample(step)] for step in (0, 10, 19)}
             optim = OptimConfig(learning_rate=1e-3 if name == "grpo" else 2e-3)
             folder = tmp_path / f"{name}-s{seed}"
-            made[name].append(run_folder(folder, rows, seed=seed, samples=lines, optim=optim))
-    return made
+            folders[name].append(run_folder(folder, records, seed=seed, samples=lines, optim=optim))
+    return folders
 
 
 def test_runs_that_differ_in_their_seed_are_one_group(arms: dict[str, list[Path]]) -> None:
     folders = [folder for runs in arms.values() for folder in runs]
     assert by_settings(folders) == arms
-    with pytest.raises(ValueError, match="each run must be given once"):
+    with pytest.raises(ValueError, match="each run must be named once"):
         by_settings([folders[0], folders[0]])
 
 
@@ -100,75 +100,76 @@ def test_the_whole_page(arms: dict[str, list[Path]], tmp_path: Path) -> None:
     for words in (
         "learning_rate",
         "tokens per second",
-        "gap l, last 10% of the steps",
+        "teacher log-ratio l, last 10% of the steps",
         "verifier timeouts",
         "step 20",
         "Largest |l|",
     ):
         assert words.lower() in page.text.lower(), words
-    assert "brand_new_number" in page.text  # a key that nobody has told the report of
+    assert "brand_new_number" in page.text  # a key that the report does not know
     assert "The same at every step of every run" in page.text
-    rows = [t for t in page.texts if t == "optim.learning_rate"]
-    assert len(rows) == 2  # what differs, and all settings
+    settings = [t for t in page.texts if t == "optim.learning_rate"]
+    assert len(settings) == 2  # what differs, and all settings
     assert "sampling.max_new_tokens" not in page.text.split("All settings")[0]
 
 
 def test_differences_are_paired_by_seed(arms: dict[str, list[Path]], tmp_path: Path) -> None:
     groups = [
-        Group(name, i, [read(f) for f in runs]) for i, (name, runs) in enumerate(arms.items())
+        RunGroup(name, i, [read(f) for f in runs]) for i, (name, runs) in enumerate(arms.items())
     ]
-    found = difference(*groups, "reward")
-    assert found.count == 2
-    assert found.value == pytest.approx(0.25)
+    paired = difference(*groups, "reward")
+    assert paired.count == 2
+    assert paired.value == pytest.approx(0.25)
     half = 12.706 * 0.05  # t of one degree of freedom, times 0.1 / sqrt(2) / sqrt(2)
-    assert (found.low, found.high) == pytest.approx((0.25 - half, 0.25 + half))
-    other = run_folder(tmp_path / "other", [row(s, level=0.5) for s in range(20)], seed=7)
-    alone = difference(groups[0], Group("other", 2, [read(other)]), "reward")
-    assert alone.value == pytest.approx(0.5)
-    assert (alone.low, alone.count) == (None, 0)
+    assert (paired.low, paired.high) == pytest.approx((0.25 - half, 0.25 + half))
+    other = run_folder(tmp_path / "other", [record(s, level=0.5) for s in range(20)], seed=7)
+    unpaired = difference(groups[0], RunGroup("other", 2, [read(other)]), "reward")
+    assert unpaired.value == pytest.approx(0.5)
+    assert (unpaired.low, unpaired.count) == (None, 0)
 
 
 def test_intervals_by_hand() -> None:
-    found = mean_interval([1.0, 2.0, 3.0])
-    assert (found.value, found.count) == (2.0, 3)
-    assert found.high == pytest.approx(2 + 4.303 / 3**0.5, rel=1e-3)
+    mean = mean_interval([1.0, 2.0, 3.0])
+    assert (mean.value, mean.count) == (2.0, 3)
+    assert mean.high == pytest.approx(2 + 4.303 / 3**0.5, rel=1e-3)
     assert mean_interval([]).value is None
     assert mean_interval([5.0]).low is None
 
 
 def test_one_run_has_the_interval_of_its_evaluation(tmp_path: Path) -> None:
-    rows = [row(0), row(1) | {f"eval_avg_at_k{end}": v for end, v in EVALUATION.items()}]
-    found = estimate(Group("a", 0, [read(run_folder(tmp_path / "a", rows))]), "eval_avg_at_k")
-    assert (found.value, found.low, found.high) == (0.5, 0.4, 0.6)
+    records = [record(0), record(1) | {f"eval_avg_at_k{end}": v for end, v in EVALUATION.items()}]
+    group = RunGroup("a", 0, [read(run_folder(tmp_path / "a", records))])
+    mean = final_interval(group, "eval_avg_at_k")
+    assert (mean.value, mean.low, mean.high) == (0.5, 0.4, 0.6)
 
 
 EVALUATION = {"": 0.5, "_low": 0.4, "_high": 0.6}
 
 
 @pytest.mark.parametrize("steps", [0, 1])
-def test_a_run_that_hardly_began(steps: int, tmp_path: Path) -> None:
-    folder = run_folder(tmp_path / "run", [row(step) for step in range(steps)], steps=10)
+def test_a_run_that_has_just_begun(steps: int, tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", [record(step) for step in range(steps)], steps=10)
     page = check(write({"run": [folder]}, tmp_path / "report.html"))
     assert f"{steps} of 10" in page.text
-    assert "no end recorded: it runs, or was killed" in page.text
+    assert "no end recorded: still running, or killed" in page.text
     assert ("No steps yet." in page.text) == (steps == 0)
 
 
-def test_without_a_teacher_nothing_is_drawn_of_it(tmp_path: Path) -> None:
-    rows = [row(step, teacher=False) for step in range(5)]
+def test_without_a_teacher_nothing_about_it_is_drawn(tmp_path: Path) -> None:
+    records = [record(step, teacher=False) for step in range(5)]
     lines = {0: [sample(0, log_ratio=None, kd_weight=0.0)]}
-    folder = run_folder(tmp_path / "run", rows, samples=lines)
+    folder = run_folder(tmp_path / "run", records, samples=lines)
     page = check(write({"run": [folder]}, tmp_path / "report.html"))
     assert "KL to the teacher, nats per token" not in page.text
     assert "Largest |l|" not in page.text
     assert not re.search(r'class="[pn][123]', (tmp_path / "report.html").read_text("utf-8"))
 
 
-def test_null_interrupts_a_line_and_is_told(tmp_path: Path) -> None:
-    rows = [row(step) for step in range(9)]
-    rows[4]["loss"] = None
-    rows[5]["loss"] = float("nan")
-    path = write({"run": [run_folder(tmp_path / "run", rows)]}, tmp_path / "report.html")
+def test_null_interrupts_a_line_and_is_counted(tmp_path: Path) -> None:
+    records = [record(step) for step in range(9)]
+    records[4]["loss"] = None
+    records[5]["loss"] = float("nan")
+    path = write({"run": [run_folder(tmp_path / "run", records)]}, tmp_path / "report.html")
     page = check(path)
     assert "loss is null (was not finite)" in page.text
     chart = path.read_text("utf-8").split("<title>loss</title>")[1].split("</svg>")[0]
@@ -182,20 +183,20 @@ def test_a_crash_is_shown(tmp_path: Path) -> None:
         {"time": "2026-01-01T00:02:00+00:00", "step": 5, "event": "resumed", "dropped": 2},
         {"time": "2026-01-01T00:03:00+00:00", "step": 6, "event": "failed", "message": "Boom: <b>"},
     ]
-    folder = run_folder(tmp_path / "run", [row(s) for s in range(6)], steps=50, events=events)
+    folder = run_folder(tmp_path / "run", [record(s) for s in range(6)], steps=50, events=events)
     text = check(write({"run": [folder]}, tmp_path / "report.html")).text
     assert "6 of 50 failed" in text
-    assert "away (of steps that were dropped by a resume)" in text
-    assert "2 rows after its checkpoint were dropped" in text
+    assert "away (a resume dropped this step)" in text
+    assert "2 steps after the checkpoint were dropped" in text
     assert "Boom: <b>" in text
 
 
 def test_what_models_wrote_is_text(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)></p>"
-    rows = {
+    lines = {
         0: [sample(0, completion=evil, prompt=evil, answer=evil, token_chars=[9, len(evil) - 9])]
     }
-    folder = run_folder(tmp_path / "evil", [row(0)], samples=rows)
+    folder = run_folder(tmp_path / "evil", [record(0)], samples=lines)
     extra = [Note(evil, evil), Table(evil, [evil], [[evil]], evil)]
     page = check(write({evil: [folder]}, tmp_path / "r.html", title=evil, extra=extra))
     assert not page.tags["img"]
@@ -207,7 +208,9 @@ def test_tokens_joined_are_the_text(tmp_path: Path) -> None:
     long = "ab" * 900
     lines = [sample(0), sample(0, prompt="long", completion=long, token_chars=[2] * 900)]
     lines += [sample(0, prompt="uncut", token_chars=None)]
-    path = write({"a": [run_folder(tmp_path / "a", [row(0)], samples={0: lines})]}, tmp_path / "r")
+    path = write(
+        {"a": [run_folder(tmp_path / "a", [record(0)], samples={0: lines})]}, tmp_path / "r"
+    )
     shown = re.findall(r'<p class="tokens">(.*?)</p>', path.read_text("utf-8"), re.DOTALL)
     assert [re.sub("<[^>]*>", "", one) for one in shown] == ["1+2=3 ü", long, "1+2=3 ü"]
     first = re.findall(r'<span class="(.*?)" title="(.*?)">', shown[0], re.DOTALL)
@@ -229,9 +232,9 @@ def test_extra_sections_come_first(arms: dict[str, list[Path]], tmp_path: Path) 
 
 
 def test_ten_thousand_steps(tmp_path: Path) -> None:
-    rows = [row(step) for step in range(10_000)]
+    records = [record(step) for step in range(10_000)]
     lines = {0: [sample(0)], 9_999: [sample(9_999)]}
-    folders = [run_folder(tmp_path / "long", rows, samples=lines)]
+    folders = [run_folder(tmp_path / "long", records, samples=lines)]
     start = time.perf_counter()
     path = write({"long": folders}, tmp_path / "report.html")
     assert time.perf_counter() - start < 3
@@ -248,8 +251,8 @@ def test_command(
     assert str(out) in capsys.readouterr().out.replace("\n", "")
     assert "Difference from grpo" in check(out).text
     assert cli.main(["report", str(tmp_path), "--out", str(out)]) == 1
-    said = capsys.readouterr().err
-    assert f"got {tmp_path}, which has none: it holds the runs grpo-s0" in said
+    message = capsys.readouterr().err
+    assert f"got {tmp_path}, which has none; it holds the runs grpo-s0" in message
     assert cli.main(["report"]) == 1
 
 
@@ -260,9 +263,9 @@ def test_nothing_to_report_is_an_error(groups: dict[str, Any], tmp_path: Path) -
 
 
 def test_older_runs_have_fewer_files(tmp_path: Path, arms: dict[str, list[Path]]) -> None:
-    """Samples without tokens, no events: what a version before these were recorded left."""
+    """Reads samples without tokens and a run without events, as an older version left them."""
     names = ("step", "prompt", "completion", "answer", "reward", "tokens", "truncated")
     old = {name: sample(0)[name] for name in names}
-    folder = run_folder(tmp_path / "old", [row(0)], samples={0: [old]})
+    folder = run_folder(tmp_path / "old", [record(0)], samples={0: [old]})
     page = check(write({"old": [folder]} | arms, tmp_path / "r.html"))
     assert "1+2=3 ü" in page.texts

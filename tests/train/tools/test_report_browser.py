@@ -1,4 +1,4 @@
-"""report in a real browser: nothing on its console, nothing wider than a phone, both schemes."""
+"""report in a real browser: an empty console, nothing wider than a phone, both colour schemes."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kdrl_train.tools.report import Figure, Note, Table, charts, write
-from tests.train.run_folders import row, run_folder, sample
+from tests.train.run_folders import record, run_folder, sample
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), "")
@@ -24,7 +24,7 @@ f.onload = () => setTimeout(() => {{
   const wide = [...d.body.querySelectorAll("*")].filter(e => !inside(e) &&
     e.getBoundingClientRect().right > w + 1).map(e => e.tagName + "." + e.className);
   const small = [...d.querySelectorAll("figure svg")].map(e => e.getBoundingClientRect().width);
-  document.title = "FOUND" + JSON.stringify({{
+  document.title = "MEASURED" + JSON.stringify({{
     width: w, scroll: root.scrollWidth, wide: wide.slice(0, 5), narrowest: Math.min(...small),
     page: getComputedStyle(d.body).backgroundColor, ink: getComputedStyle(d.body).color,
     sheets: d.styleSheets.length, charts: small.length,
@@ -35,13 +35,13 @@ f.onload = () => setTimeout(() => {{
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with report.html: long names, long words, many steps, every kind of block."""
+    """Writes report.html with long names, long words, many steps and every kind of block."""
     root = tmp_path_factory.mktemp("browser")
     groups = {}
     for i, name in enumerate(("grpo", "an_arm_with_quite_a_long_name_without_any_space_in_it")):
-        rows = [row(step, seed=i, level=0.1 * i) for step in range(400)]
+        records = [record(step, seed=i, level=0.1 * i) for step in range(400)]
         lines = {0: [sample(0)], 399: [sample(399, completion="x" * 999, token_chars=None)]}
-        groups[name] = [run_folder(root / f"{name}-s0", rows, samples=lines)]
+        groups[name] = [run_folder(root / f"{name}-s0", records, samples=lines)]
     svg = charts.point_chart([charts.Point("kdrl", 0.5, 0.4, 0.6)], title="avg@4")
     extra = [Note("w" * 300), Table("t", ["a" * 90, "b" * 90], [["c" * 90, 1.0]]), Figure("f", svg)]
     write(groups, root / "report.html", title="A title " + "y" * 80, extra=extra)
@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def browse(folder: Path, page: str, *more: str) -> subprocess.CompletedProcess[str]:
-    """What the browser prints; its console goes to stderr."""
+    """Opens a page; what it has on its console goes to stderr."""
     command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
     command += ["--enable-logging=stderr", "--allow-file-access-from-files"]
     command += ["--virtual-time-budget=5000", f"--user-data-dir={folder / 'profile'}"]
@@ -58,12 +58,12 @@ def browse(folder: Path, page: str, *more: str) -> subprocess.CompletedProcess[s
 
 
 def measure(folder: Path, width: int, *more: str) -> dict[str, Any]:
-    """Of the page in a frame of so many pixels."""
+    """Measures the page in a frame that is `width` pixels wide."""
     (folder / "frame.html").write_text(FRAME.format(width), encoding="utf-8")
     done = browse(folder, "frame.html", "--dump-dom", *more)
     assert "CONSOLE" not in done.stderr
-    (found,) = re.findall(r"<title>FOUND(.*)END</title>", done.stdout)
-    return json.loads(found)
+    (measured,) = re.findall(r"<title>MEASURED(.*)END</title>", done.stdout)
+    return json.loads(measured)
 
 
 def brightness(color: str) -> float:
@@ -73,14 +73,14 @@ def brightness(color: str) -> float:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_shows_all_of_it_in_both_schemes(folder: Path, scheme: str) -> None:
     more = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
-    found = measure(folder, 360, *more)
-    assert found["width"] == 360
-    assert found["scroll"] == 360, found["wide"]
-    assert found["wide"] == []
-    assert found["sheets"] == 1
-    assert found["charts"] > 15
-    assert found["narrowest"] >= 300  # text of 11 units is at least 9 pixels high
-    page, ink = brightness(found["page"]), brightness(found["ink"])
+    measured = measure(folder, 360, *more)
+    assert measured["width"] == 360
+    assert measured["scroll"] == 360, measured["wide"]
+    assert measured["wide"] == []
+    assert measured["sheets"] == 1
+    assert measured["charts"] > 15
+    assert measured["narrowest"] >= 300  # text of 11 units is at least 9 pixels high
+    page, ink = brightness(measured["page"]), brightness(measured["ink"])
     assert (page < 60 and ink > 200) if scheme == "dark" else (page > 240 and ink < 60)
 
 

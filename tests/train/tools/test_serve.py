@@ -1,4 +1,4 @@
-"""serve: scores equal the model's own, every wrong request is named, nobody waits for ever."""
+"""serve: scores are the model's log-probabilities, errors are named, no client waits for ever."""
 
 import asyncio
 import math
@@ -35,15 +35,17 @@ SIZES = [(3, 4), (1, 9), (7, 1), (20, 30)]
 
 
 @pytest.fixture(scope="module")
-def loaded(folders: dict[str, Path]) -> command.Service:
+def loaded(folders: dict[str, Path]) -> command.ServedTeacher:
     return service(folders["teacher"], queue_size=64)
 
 
-def ask(service: command.Service, method: str, path: str, body: Any = None) -> httpx2.Response:
-    """One request, without a network."""
+def request(
+    served: command.ServedTeacher, method: str, path: str, body: Any = None
+) -> httpx2.Response:
+    """Sends one request, without a network."""
 
     async def send() -> httpx2.Response:
-        transport = httpx2.ASGITransport(make(service))
+        transport = httpx2.ASGITransport(make(served))
         async with httpx2.AsyncClient(transport=transport, base_url="http://teacher") as client:
             if not isinstance(body, str):
                 return await client.request(method, path, json=body)
@@ -53,27 +55,27 @@ def ask(service: command.Service, method: str, path: str, body: Any = None) -> h
     return asyncio.run(send())
 
 
-def sequences(draw: torch.Generator, limit: int = 258) -> list[dict[str, Any]]:
+def sequences(draw: torch.Generator, vocab_size: int = 258) -> list[dict[str, Any]]:
     return [
-        {"ids": torch.randint(limit, (p + c,), generator=draw).tolist(), "prompt_tokens": p}
+        {"ids": torch.randint(vocab_size, (p + c,), generator=draw).tolist(), "prompt_tokens": p}
         for p, c in SIZES
     ]
 
 
 def expected(model: Any, ids: list[int], prompt_tokens: int, temperature: float, V: int) -> Tensor:
-    """From the model's own logits, one sequence at a time."""
+    """Computes log-probabilities from the model's logits, one sequence at a time."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids])).logits[0, prompt_tokens - 1 : -1, :V]
     chosen = torch.tensor(ids[prompt_tokens:])[:, None]
     return (logits / temperature).log_softmax(dim=1).gather(1, chosen).squeeze(1)
 
 
-def test_a_client_that_has_gone_costs_no_pass(
+def test_a_client_that_has_left_costs_no_pass(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first request holds the model, the second one's client leaves, the third is answered."""
-    made = service(folders["teacher"], queue_size=64)
-    scorer, go, scored, taken = made.scorer, threading.Event(), [], []
+    """Holds the model with a first request, drops a second one, and answers a third."""
+    served = service(folders["teacher"], queue_size=64)
+    scorer, go, scored, accepted = served.scorer, threading.Event(), [], []
     compute, submit = scorer_module.score_packed, scorer.submit
 
     def compute_later(model: HeadedModel, jobs: list[Job]) -> list[Tensor]:
@@ -82,7 +84,7 @@ def test_a_client_that_has_gone_costs_no_pass(
         return compute(model, jobs)
 
     def remember(jobs: list[Job]) -> bool:
-        taken.extend(jobs)
+        accepted.extend(jobs)
         return submit(jobs)
 
     def wait_for(condition: Callable[[], bool]) -> None:
@@ -93,35 +95,38 @@ def test_a_client_that_has_gone_costs_no_pass(
 
     monkeypatch.setattr(scorer_module, "score_packed", compute_later)
     monkeypatch.setattr(scorer, "submit", remember)
-    gone = httpx2.Timeout(DEADLINE_S, read=0.5)
+    short = httpx2.Timeout(DEADLINE_S, read=0.5)
     bodies = [{"sequences": [{"ids": [3] * n, "prompt_tokens": 1}]} for n in (3, 4, 5)]
-    with running(make(made)) as url, ThreadPoolExecutor(2) as pool:
+    with running(make(served)) as url, ThreadPoolExecutor(2) as pool:
         first = pool.submit(httpx2.post, f"{url}/score", json=bodies[0], timeout=DEADLINE_S)
-        wait_for(lambda: len(taken) == 1 and taken[0].logprobs.running())
+        wait_for(lambda: len(accepted) == 1 and accepted[0].logprobs.running())
         with pytest.raises(httpx2.ReadTimeout):
-            httpx2.post(f"{url}/score", json=bodies[1], timeout=gone)
-        wait_for(lambda: len(taken) == 2 and taken[1].logprobs.cancelled())
+            httpx2.post(f"{url}/score", json=bodies[1], timeout=short)
+        wait_for(lambda: len(accepted) == 2 and accepted[1].logprobs.cancelled())
         third = pool.submit(httpx2.post, f"{url}/score", json=bodies[2], timeout=DEADLINE_S)
-        wait_for(lambda: len(taken) == 3)
+        wait_for(lambda: len(accepted) == 3)
         go.set()
-        answers = [request.result().json()["logprobs"][0] for request in (first, third)]
-    assert [len(logprobs) for logprobs in answers] == [2, 4]
+        replies = [post.result().json()["logprobs"][0] for post in (first, third)]
+    assert [len(logprobs) for logprobs in replies] == [2, 4]
     assert scored == [2, 4]
 
 
-@pytest.mark.parametrize(("temperature", "limit"), [(1.0, None), (0.7, None), (1.3, 200)])
+@pytest.mark.parametrize(("temperature", "vocab_size"), [(1.0, None), (0.7, None), (1.3, 200)])
 def test_scores_are_those_of_the_models_own_logits(
-    loaded: command.Service, folders: dict[str, Path], temperature: float, limit: int | None
+    loaded: command.ServedTeacher,
+    folders: dict[str, Path],
+    temperature: float,
+    vocab_size: int | None,
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(folders["teacher"])
-    asked = sequences(torch.Generator().manual_seed(0), limit or 258)
-    body = {"sequences": asked, "temperature": temperature, "vocab_size": limit}
-    answer = ask(loaded, "POST", "/score", body).json()
-    assert answer["fingerprint"] == loaded.info["fingerprint"]
-    assert len(answer["logprobs"]) == len(asked)
-    for sequence, found in zip(asked, answer["logprobs"], strict=True):
-        exact = expected(model, **sequence, temperature=temperature, V=limit or 258)
-        torch.testing.assert_close(torch.tensor(found), exact, rtol=1e-5, atol=1e-5)
+    sent = sequences(torch.Generator().manual_seed(0), vocab_size or 258)
+    body = {"sequences": sent, "temperature": temperature, "vocab_size": vocab_size}
+    reply = request(loaded, "POST", "/score", body).json()
+    assert reply["fingerprint"] == loaded.info["fingerprint"]
+    assert len(reply["logprobs"]) == len(sent)
+    for sequence, logprobs in zip(sent, reply["logprobs"], strict=True):
+        exact = expected(model, **sequence, temperature=temperature, V=vocab_size or 258)
+        torch.testing.assert_close(torch.tensor(logprobs), exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -138,21 +143,21 @@ def test_caps_scales_and_biases_are_the_models(
     model, temperatures = tiny(family, **config), [0.5, 1.0, 2.0]
     ids = torch.randint(258, (3, 12), generator=torch.Generator().manual_seed(0))
     jobs = [Job(i[:5], i[5:], t, 258) for i, t in zip(ids, temperatures, strict=True)]
-    found = score_packed(HeadedModel(model), jobs)
-    for row, t, logprobs in zip(ids.tolist(), temperatures, found, strict=True):
-        exact = expected(model, row, 5, t, 258)
+    scores = score_packed(HeadedModel(model), jobs)
+    for sequence, t, logprobs in zip(ids.tolist(), temperatures, scores, strict=True):
+        exact = expected(model, sequence, 5, t, 258)
         torch.testing.assert_close(logprobs, exact, rtol=1e-5, atol=1e-5)
 
 
 def test_version_says_what_must_match(
-    loaded: command.Service, folders: dict[str, Path], tokenizer: Any
+    loaded: command.ServedTeacher, folders: dict[str, Path], tokenizer: Any
 ) -> None:
-    found = ask(loaded, "GET", "/version").json()
-    packages = found.pop("packages")
+    info = request(loaded, "GET", "/version").json()
+    packages = info.pop("packages")
     assert packages["torch"] == torch.__version__
     assert set(packages) == {"kdrl-kernels", "torch", "transformers"}
-    assert found.pop("fingerprint")
-    assert found == {
+    assert info.pop("fingerprint")
+    assert info == {
         "model": str(folders["teacher"]),
         "vocab_size": 258,
         "window": 256,
@@ -163,7 +168,7 @@ def test_version_says_what_must_match(
 
 
 def test_another_model_has_another_fingerprint(
-    loaded: command.Service, folders: dict[str, Path]
+    loaded: command.ServedTeacher, folders: dict[str, Path]
 ) -> None:
     other = service(folders["other_teacher"]).info
     assert other["tokenizer"] == loaded.info["tokenizer"]
@@ -171,15 +176,15 @@ def test_another_model_has_another_fingerprint(
     assert service(folders["teacher"]).info == loaded.info
 
 
-def test_until_the_model_is_there_it_is_loading(loaded: command.Service) -> None:
-    empty = command.Service()
-    health = ask(empty, "GET", "/health")
+def test_until_the_model_is_loaded_the_server_says_so(loaded: command.ServedTeacher) -> None:
+    empty = command.ServedTeacher()
+    health = request(empty, "GET", "/health")
     assert (health.status_code, health.json()) == (503, {"status": "loading"})
     for method, path, body in (("GET", "/version", None), ("POST", "/score", {"sequences": []})):
-        answer = ask(empty, method, path, body)
-        assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
-        assert answer.json() == {"detail": "the model is loading"}
-    health = ask(loaded, "GET", "/health")
+        reply = request(empty, method, path, body)
+        assert (reply.status_code, reply.headers["retry-after"]) == (503, "2")
+        assert reply.json() == {"detail": "the model is loading"}
+    health = request(loaded, "GET", "/health")
     assert (health.status_code, health.json()) == (200, {"status": "ready"})
 
 
@@ -216,41 +221,41 @@ GOOD = {"ids": [5, 6, 7], "prompt_tokens": 2}
         ("{", "JSON decode error"),
     ],
 )
-def test_a_wrong_request_is_named(loaded: command.Service, body: Any, message: str) -> None:
-    answer = ask(loaded, "POST", "/score", body)
-    assert answer.status_code == 422
-    assert message in answer.json()["detail"]
+def test_a_wrong_request_is_named(loaded: command.ServedTeacher, body: Any, message: str) -> None:
+    reply = request(loaded, "POST", "/score", body)
+    assert reply.status_code == 422
+    assert message in reply.json()["detail"]
 
 
-def test_a_token_that_cannot_be_said_is_no_number(
-    loaded: command.Service, monkeypatch: pytest.MonkeyPatch
+def test_a_token_of_probability_0_is_an_error(
+    loaded: command.ServedTeacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def score(_model: HeadedModel, jobs: list[Job]) -> list[Tensor]:
         return [torch.tensor([-1.0, -math.inf]) for _ in jobs]
 
     monkeypatch.setattr(scorer_module, "score_packed", score)
     body = {"sequences": [GOOD | {"prompt_tokens": 1}]}
-    answer = ask(loaded, "POST", "/score", body)
-    assert answer.status_code == 422
-    assert "sequences.0 must have finite log-probabilities, got -inf for token 1" in answer.text
+    reply = request(loaded, "POST", "/score", body)
+    assert reply.status_code == 422
+    assert "sequences.0 must have finite log-probabilities, got -inf for token 1" in reply.text
 
 
-def test_a_failure_goes_to_who_asked_and_the_server_lives_on(
-    loaded: command.Service, monkeypatch: pytest.MonkeyPatch
+def test_a_failure_reaches_its_client_and_the_server_goes_on(
+    loaded: command.ServedTeacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_model: HeadedModel, _jobs: list[Job]) -> list[Tensor]:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(scorer_module, "score_packed", fail)
-    answer = ask(loaded, "POST", "/score", {"sequences": [GOOD, GOOD]})
-    assert (answer.status_code, answer.json()) == (500, {"detail": "RuntimeError: out of memory"})
+    reply = request(loaded, "POST", "/score", {"sequences": [GOOD, GOOD]})
+    assert (reply.status_code, reply.json()) == (500, {"detail": "RuntimeError: out of memory"})
     monkeypatch.undo()
-    assert ask(loaded, "POST", "/score", {"sequences": [GOOD]}).status_code == 200
+    assert request(loaded, "POST", "/score", {"sequences": [GOOD]}).status_code == 200
 
 
 @pytest.fixture
 def gated(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, list[list[Job]]]:
-    """The model answers when the event is set; the batches it was given."""
+    """Makes the model wait for an event; returns the event and the batches that it gets."""
     gate, batches = threading.Event(), []
 
     def score(_model: HeadedModel, jobs: list[Job]) -> list[Tensor]:
@@ -273,7 +278,7 @@ def test_batches_keep_the_order_and_the_token_budget(
     scorer = Scorer(HeadedModel(tiny("llama")), batch_tokens=10, queue_size=100)
     first = job(1, 0)
     assert scorer.submit([first])
-    while not batches:  # it works on the first while the others come
+    while not batches:  # the model has the first job while the others come
         pass
     lengths = [4, 6, 1, 12, 3, 3, 2, 1]
     jobs = [job(n, i + 1, 200 if i == 7 else 258) for i, n in enumerate(lengths)]
@@ -286,20 +291,20 @@ def test_batches_keep_the_order_and_the_token_budget(
     assert [[j.tokens for j in batch] for batch in batches] == expected_tokens
 
 
-def test_a_full_queue_sends_away(
-    gated: tuple[threading.Event, list[list[Job]]], loaded: command.Service
+def test_a_full_queue_refuses_requests(
+    gated: tuple[threading.Event, list[list[Job]]], loaded: command.ServedTeacher
 ) -> None:
     gate, batches = gated
-    small = command.Service(Scorer(loaded.scorer.model, 10, queue_size=2), loaded.info)
+    small = command.ServedTeacher(Scorer(loaded.scorer.model, 10, queue_size=2), loaded.info)
     assert small.scorer.submit([job(1, 0)])
     while not batches:
         pass
     assert small.scorer.submit([job(1, 1)])
-    answer = ask(small, "POST", "/score", {"sequences": [GOOD, GOOD]})
-    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-    assert answer.json() == {"detail": "too many sequences wait"}
+    reply = request(small, "POST", "/score", {"sequences": [GOOD, GOOD]})
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
+    assert reply.json() == {"detail": "too many sequences wait"}
     gate.set()
-    assert ask(small, "POST", "/score", {"sequences": [GOOD]}).json()["logprobs"] == [[-7.0]]
+    assert request(small, "POST", "/score", {"sequences": [GOOD]}).json()["logprobs"] == [[-7.0]]
 
 
 def test_a_model_that_mixes_sequences_gets_one_a_pass(
@@ -312,7 +317,10 @@ def test_a_model_that_mixes_sequences_gets_one_a_pass(
 
     monkeypatch.setattr(command, "probe", leaks)
     assert service(folders["teacher"]).scorer.batch_tokens == 1
-    assert "one sequence a pass: model.teacher must keep packed" in capsys.readouterr().out
+    assert (
+        "one sequence in each forward pass: model.teacher must keep packed"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("teacher", [None, "http://127.0.0.1:1"])

@@ -1,4 +1,4 @@
-"""sft and scratch: what is learnt, in which order, and what transformers loads back."""
+"""sft and toy models: what is learnt, in which order, and what transformers loads back."""
 
 import itertools
 import json
@@ -112,8 +112,8 @@ def test_a_saved_folder_is_the_model_and_the_tokenizer(
         assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
     fresh = make_model(shape, tokenizer, config.seed)
     assert not torch.equal(model.base_model.norm.weight, fresh.base_model.norm.weight)
-    rows = metrics(tmp_path / "model")
-    assert [row["step"] for row in rows] == [0, 1, 2]
+    records = metrics(tmp_path / "model")
+    assert [record["step"] for record in records] == [0, 1, 2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "tokenizer"]
 
 
@@ -134,59 +134,58 @@ def test_training_learns_and_two_runs_are_equal(task: Path, tmp_path: Path) -> N
             task, out=tmp_path / name, steps=150, batch_tokens=512, learning_rate=1e-2
         )
         sft.main(config, QUIET)
-        rows = metrics(tmp_path / name)
-        losses.append([row["loss"] for row in rows])
+        losses.append([record["loss"] for record in metrics(tmp_path / name)])
     assert losses[0] == losses[1]
-    assert losses[0][0] > 5.4  # log(264) nats: it knows nothing
+    assert losses[0][0] > 5.4  # log(264) nats: all tokens are equally likely
     assert sum(losses[0][-5:]) / 5 < 2.5  # which tokens occur, and in what order
 
 
 @pytest.mark.parametrize("learn_prompts", [False, True])
-def test_gradient_is_that_of_each_row_alone(tokenizer, learn_prompts: bool) -> None:
+def test_gradient_is_that_of_each_example_alone(tokenizer, learn_prompts: bool) -> None:
     model = make_model(TINY, tokenizer, seed=0).double()
-    rows = [
+    examples = [
         SolvedExample([5, 6, 7], [8, 9, 2]),
         SolvedExample([5], [6, 2]),
         SolvedExample([], [7, 8, 2]),
         SolvedExample([9], [7] * 9),
     ]
-    assert len(sft.parts(rows)) > 1
+    assert len(sft.length_groups(examples)) > 1
     nll, tokens = torch.zeros((), dtype=torch.float64), 0
-    for row in rows:
-        ids = torch.tensor(row.prompt + row.solution)
-        first = 1 if learn_prompts else max(1, len(row.prompt))
+    for example in examples:
+        ids = torch.tensor(example.prompt + example.solution)
+        first = 1 if learn_prompts else max(1, len(example.prompt))
         logits = model(input_ids=ids[None]).logits[0, first - 1 : -1]
         nll = nll + F.cross_entropy(logits, ids[first:], reduction="sum")
         tokens += len(ids) - first
     expected = torch.autograd.grad(nll / tokens, list(model.parameters()))
-    loss, counted = sft.backward(model, rows, tokenizer.pad_token_id, learn_prompts)
+    loss, counted = sft.backward(model, examples, tokenizer.pad_token_id, learn_prompts)
     assert counted == tokens
     assert loss == pytest.approx((nll / tokens).item(), rel=1e-6)
     for parameter, grad in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-5, atol=1e-7)
 
 
-def test_batches_hold_every_row_once_within_the_budget() -> None:
+def test_batches_hold_every_example_once_within_the_budget() -> None:
     lengths = [(7 * i) % 40 + 1 for i in range(200)] + [500]
-    found = sft.batches(lengths, 128, seed=3, epoch=0)
-    assert sorted(i for batch in found for i in batch) == list(range(201))
-    for batch in found:
+    batches = sft.batches(lengths, 128, seed=3, epoch=0)
+    assert sorted(i for batch in batches for i in batch) == list(range(201))
+    for batch in batches:
         assert batch == [200] or sum(lengths[i] for i in batch) <= 128
-    for left, right in itertools.pairwise(found):  # none could have taken one more
+    for left, right in itertools.pairwise(batches):  # no batch has room for one more
         assert sum(lengths[i] for i in [*left, right[0]]) > 128
-    assert sft.batches(lengths, 128, seed=3, epoch=0) == found
-    assert sft.batches(lengths, 128, seed=3, epoch=1) != found
-    assert sft.batches(lengths, 128, seed=4, epoch=0) != found
+    assert sft.batches(lengths, 128, seed=3, epoch=0) == batches
+    assert sft.batches(lengths, 128, seed=3, epoch=1) != batches
+    assert sft.batches(lengths, 128, seed=4, epoch=0) != batches
 
 
-def test_parts_hold_every_row_once_with_little_padding() -> None:
-    rows = [SolvedExample([i], [0] * ((7 * i) % 40 + 1)) for i in range(60)]
-    found = sft.parts(rows)
-    assert sorted(row.prompt[0] for part in found for row in part) == list(range(60))
-    for part in found:
-        assert len(part) * max(map(len, part)) <= 1.25 * sum(map(len, part))
-    assert 1 < len(found) < 12
-    assert len(sft.parts([rows[0]] * 9)) == 1
+def test_length_groups_hold_every_example_once_with_little_padding() -> None:
+    examples = [SolvedExample([i], [0] * ((7 * i) % 40 + 1)) for i in range(60)]
+    groups = sft.length_groups(examples)
+    assert sorted(one.prompt[0] for group in groups for one in group) == list(range(60))
+    for group in groups:
+        assert len(group) * max(map(len, group)) <= 1.25 * sum(map(len, group))
+    assert 1 < len(groups) < 12
+    assert len(sft.length_groups([examples[0]] * 9)) == 1
 
 
 def test_learning_rate_by_hand(task: Path) -> None:
@@ -200,10 +199,10 @@ def test_learning_rate_by_hand(task: Path) -> None:
 def test_minutes_end_a_run_early(task: Path, tmp_path: Path) -> None:
     config = config_for(task, out=tmp_path / "m", steps=10**6, minutes=0.01, batch_tokens=256)
     sft.main(config, QUIET)
-    rows = metrics(tmp_path / "m")
-    assert 1 <= len(rows) < 10**6
-    assert rows[-1]["seconds"] < 30
-    assert rows[-1]["learning_rate"] < config.learning_rate
+    records = metrics(tmp_path / "m")
+    assert 1 <= len(records) < 10**6
+    assert records[-1]["seconds"] < 30
+    assert records[-1]["learning_rate"] < config.learning_rate
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(task: Path, tokenizer) -> None:
@@ -212,30 +211,30 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(task: Path, tokenizer) 
         model.lm_head.weight[4] = torch.inf
     before = model.base_model.norm.weight.clone()
     config = config_for(task, steps=2)
-    rows = [SolvedExample([5], [6, tokenizer.eos_token_id])]
+    examples = [SolvedExample([5], [6, tokenizer.eos_token_id])]
     with pytest.raises(FloatingPointError, match=r"must be finite, got .* at step 0; lower learn"):
-        sft.fit(model, rows, tokenizer.pad_token_id, config, QUIET)
+        sft.fit(model, examples, tokenizer.pad_token_id, config, QUIET)
     assert torch.equal(model.base_model.norm.weight, before)
 
 
-def test_rows_are_what_train_sends_then_the_solution(task: Path, tokenizer) -> None:
+def test_examples_are_the_prompts_of_train_and_the_solutions(task: Path, tokenizer) -> None:
     config = config_for(task)
     solutions = sft.read_solutions(config)
-    rows = sft.encode_rows(tokenizer, solutions, config, config.architecture.max_positions)
+    examples = sft.encode_examples(tokenizer, solutions, config, config.architecture.max_positions)
     first = make_arithmetic(1, seed=0)[0]
-    assert len(rows) == 64
-    assert tokenizer.decode(rows[0].prompt) == first["question"] + "\n"
-    assert tokenizer.decode(rows[0].solution) == first["solution"] + tokenizer.eos_token
+    assert len(examples) == 64
+    assert tokenizer.decode(examples[0].prompt) == first["question"] + "\n"
+    assert tokenizer.decode(examples[0].solution) == first["solution"] + tokenizer.eos_token
     assert solutions[0][0].gold == first["answer"]
 
 
-def test_a_row_too_long_is_named(task: Path, tokenizer) -> None:
+def test_an_example_too_long_is_named(task: Path, tokenizer) -> None:
     config = config_for(task)
     with pytest.raises(ValueError, match=r"max_positions must be .* of train.jsonl:\d+, got 20"):
-        sft.encode_rows(tokenizer, sft.read_solutions(config), config, longest=20)
+        sft.encode_examples(tokenizer, sft.read_solutions(config), config, longest=20)
 
 
-def test_it_goes_on_from_a_model(task: Path, tmp_path: Path) -> None:
+def test_training_continues_a_model(task: Path, tmp_path: Path) -> None:
     first = sft.main(config_for(task, out=tmp_path / "first", steps=3), QUIET)
     small = {"learning_rate": 1e-9, "weight_decay": 0.0, "steps": 1}
     settings = config_for(task, out=tmp_path / "second", model=str(first), **small)

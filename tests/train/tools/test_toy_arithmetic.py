@@ -1,4 +1,4 @@
-"""tasks: problems are right by Python's own arithmetic, different, and a function of the seed."""
+"""arithmetic: problems are right by Python's arithmetic, different, and determined by the seed."""
 
 import json
 import re

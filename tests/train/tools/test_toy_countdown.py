@@ -1,4 +1,4 @@
-"""countdown: the reward checks every step, and every problem that is drawn has a right one."""
+"""countdown: the reward checks every step, and every problem has a correct derivation."""
 
 import itertools
 import re
@@ -113,7 +113,7 @@ def test_the_vote_is_for_the_derivation() -> None:
 def test_the_verdict_is_that_of_the_expression_written_out(
     numbers: list[int], data: st.DataObject
 ) -> None:
-    """Random derivations, right by construction, and then one character changed."""
+    """Draws derivations that are right by construction, and then changes one character."""
     left, lines = list(numbers), []
     while len(left) > 1:
         a = left.pop(data.draw(st.integers(0, len(left) - 1)))

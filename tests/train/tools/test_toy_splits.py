@@ -1,4 +1,4 @@
-"""splits: sets of both tasks, at every level, that share no question."""
+"""splits: the sets of both tasks share no question at any level."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 from kdrl_train.rollouts.rewards import load_reward
 from kdrl_train.tools.toy import TASKS, make_splits
 
-LEVELS = [(task, level) for task, known in TASKS.items() for level in known.levels]
+LEVELS = [(task, level) for task, kind in TASKS.items() for level in kind.levels]
 
 
 @pytest.mark.parametrize(("task", "level"), LEVELS)
@@ -30,7 +30,7 @@ def test_sets_are_a_function_of_the_seed(task: str) -> None:
 
 
 def test_what_is_held_out_is_as_hard_as_what_is_learnt() -> None:
-    """Short problems run out while they are drawn, so the later ones are longer."""
+    """Checks the mix: short problems run out while they are drawn, so the later ones are longer."""
     sets = make_splits("arithmetic", "medium", 0, train=18000, held_out=1000)
 
     def long(name: str) -> float:
@@ -68,10 +68,12 @@ def test_what_cannot_be_made_is_refused(fields: dict[str, object], message: str)
 
 
 def test_import_is_light() -> None:
-    """A verifier worker imports the tasks: a second of torch each would be felt."""
+    """Imports the tasks as a verifier worker does, without the seconds that torch takes."""
     code = (
         "import kdrl_train.tools.toy, sys; "
         "print({'torch', 'transformers', 'sympy', 'pebble'} & set(sys.modules))"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "set()"
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert process.stdout.strip() == "set()"

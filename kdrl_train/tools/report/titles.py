@@ -1,0 +1,70 @@
+"""Names the numbers of metrics.jsonl for the page: titles and captions of curves, columns."""
+
+CURVES = {
+    "Reward": {
+        "reward": "reward, mean",
+        "accuracy": "right completions, share",
+        "eval_avg_at_k": "held-out avg@k",
+        "eval_pass_at_k": "held-out pass@k",
+        "eval_maj_at_k": "held-out maj@k",
+        "groups_with_signal": "groups with different rewards, share",
+    },
+    "Teacher": {
+        "kl_teacher": "KL to the teacher, nats per token",
+        "k2": "k2 = l²/2, mean over tokens",
+        "kd_coef": "beta, weight of distillation (kd_coef)",
+        "policy_coef": "weight of the policy gradient (policy_coef)",
+        "kd_share": "distilled tokens, share",
+        "kd_flip_share": "tokens pushed the other way by distillation",
+        "rl_grad_norm": "norm of the policy gradient",
+        "kd_grad_norm": "norm of the distillation gradient",
+        "rl_kd_cosine": "cosine of the two gradients",
+    },
+    "Responses": {
+        "response_length": "response length, tokens",
+        "truncated": "responses cut at max_new_tokens, share",
+        "entropy": "entropy, nats per token",
+        "eval_length": "held-out response length, tokens",
+        "eval_truncated": "held-out responses cut, share",
+    },
+    "Optimisation": {
+        "loss": "loss",
+        "grad_norm": "gradient norm, before clipping",
+        "clip_fraction": "clipped tokens, share",
+        "learning_rate": "learning rate",
+    },
+    "Health": {
+        "sampler_mismatch_mean": "sampler mismatch, mean, nats",
+        "sampler_mismatch_max": "sampler mismatch, largest, nats",
+        "sampler_weight_mean": "sampler correction, mean weight",
+        "sampler_limited": "sampler correction, weights at the cap, share",
+        "verifier_timeout": "verifier timeouts",
+        "verifier_unparseable": "completions without a readable answer",
+        "verifier_error": "failed rewards",
+        "tokens_per_s": "tokens per second",
+        "seconds": "seconds per step",
+        "peak_memory_bytes": "peak memory, bytes",
+    },
+}
+"""Key of metrics.jsonl -> title, by heading."""
+CAPTIONS = {
+    "k2": "l is the teacher log-ratio, log p - log q.",
+    "kd_flip_share": "Tokens whose advantage minus the pull of distillation has the other sign.",
+    "sampler_mismatch_mean": "Mean |log p trainer - log p sampler| over sampled tokens.",
+    "sampler_mismatch_max": "Largest |log p trainer - log p sampler| of a sampled token.",
+    "sampler_weight_mean": "Mean of p trainer / p sampler over tokens, capped.",
+}
+"""Key of metrics.jsonl -> caption, for curves whose title does not say enough."""
+TABLED = {
+    "eval_avg_at_k": "avg@k",
+    "eval_pass_at_k": "pass@k",
+    "accuracy": "right, share",
+    "reward": "reward",
+    "kl_teacher": "KL to teacher, nats",
+    "response_length": "response tokens",
+    "truncated": "cut, share",
+    "entropy": "entropy, nats",
+    "grad_norm": "gradient norm",
+    "tokens_per_s": "tokens/s",
+}
+"""Key of metrics.jsonl -> column of the table of final values."""
