@@ -3,7 +3,7 @@
 import contextlib
 import math
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
@@ -16,9 +16,7 @@ from kdrl_train.batch import Verdicts
 from kdrl_train.config import RewardConfig
 from kdrl_train.rollouts.rewards import load_reward
 from kdrl_train.rollouts.verifier_worker import Judged, do_nothing, judge, start_worker
-
-POLL_S = 0.2
-"""Between two looks at whether the run was asked to stop."""
+from kdrl_train.waiting import POLL_S, Poll
 
 
 class Verifier(AbstractContextManager["Verifier"]):
@@ -42,7 +40,7 @@ class Verifier(AbstractContextManager["Verifier"]):
         self,
         completions: Sequence[str],
         answers: Sequence[str],
-        poll: Callable[[], None] | None = None,
+        poll: Poll | None = None,
     ) -> Verdicts:
         """Score R completions against R gold answers; waits for all of them.
 
@@ -81,9 +79,7 @@ class Verifier(AbstractContextManager["Verifier"]):
                 verdicts.errors[index] = message
         return verdicts
 
-    def _judge(
-        self, pairs: dict[int, tuple[str, str]], poll: Callable[[], None] | None
-    ) -> dict[int, Judged]:
+    def _judge(self, pairs: dict[int, tuple[str, str]], poll: Poll | None) -> dict[int, Judged]:
         """What the pool answers for {index: (completion, answer)}; less than all if it breaks."""
         function, timeout_s = self.config.function, self.config.timeout_s
         futures: dict[int, ProcessFuture] = {}

@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from kdrl_train import cli, train
+from kdrl_train import cli, train, waiting
 from kdrl_train.batch import Verdicts
 from kdrl_train.config import EngineConfig, LogConfig, SamplingConfig, TeacherConfig, TrainConfig
 from kdrl_train.config_file import save_yaml
@@ -46,7 +46,7 @@ K2 = MethodConfig(kd="k2", kd_coef=ScheduleConfig(initial=0.5, final=0.5))
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "LONGEST_WAIT_S", 0.3)
+    monkeypatch.setattr(waiting, "LONGEST_WAIT_S", 0.3)
     monkeypatch.setattr(remote, "QUIET_S", 0.2)
 
 

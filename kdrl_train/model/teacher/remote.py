@@ -1,6 +1,5 @@
 """A teacher behind a URL, asked for many completions at a time, waited for when it is away."""
 
-import random
 import threading
 import time
 from collections.abc import Callable
@@ -14,11 +13,8 @@ from kdrl_train.config import TrainConfig
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.schedules import History, schedule_value
 from kdrl_train.model.teacher.client import NoAnswerError, Query, TeacherClient, TeacherError
+from kdrl_train.waiting import POLL_S, Poll, retry_waits
 
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 15.0
-"""Between two tries: doubled each time, times a random factor in [0.5, 1]."""
-POLL_S = 0.2
-"""Between two looks at whether the run was asked to stop."""
 QUIET_S = 1.0
 """A silence shorter than this is not reported: a full queue is no outage."""
 
@@ -70,7 +66,7 @@ class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
         rollouts: Rollouts,
         wanted_R: Tensor,
         asked: dict[int, Future[Tensor]],
-        poll: Callable[[], None] | None = None,
+        poll: Poll | None = None,
     ) -> list[Tensor | None]:
         """Wait for the wanted ones; those not asked for so far are asked for now, the unwanted
         dropped.
@@ -126,16 +122,14 @@ class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
             raise
 
     def _ask_until_answered(self, query: Query) -> Tensor:
-        start, wait_s = time.monotonic(), FIRST_WAIT_S
+        start, waits = time.monotonic(), retry_waits()
         while not self._stop.is_set():
             left = self.config.deadline_s - self._silence(start)
             try:
                 found = self.client.logprobs(query, min(self.config.timeout_s, max(left, 0.1)))
             except NoAnswerError as error:
                 self._missed(error, start)
-                pause = max(wait_s * random.uniform(0.5, 1), error.wait_s)
-                self._stop.wait(min(pause, left))
-                wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+                self._stop.wait(min(max(next(waits), error.wait_s), left))
             else:
                 self._answered()
                 return found

@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
+from kdrl_train import waiting
 from kdrl_train.batch import Rollouts
 from kdrl_train.config import ModelConfig, SamplingConfig, TeacherConfig, TrainConfig
 from kdrl_train.method.config import MethodConfig, ScheduleConfig
@@ -28,8 +29,8 @@ APIS = ("kdrl", "openai")
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(remote, "LONGEST_WAIT_S", 0.05)
+    monkeypatch.setattr(waiting, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(waiting, "LONGEST_WAIT_S", 0.05)
     monkeypatch.setattr(remote, "QUIET_S", 0.1)
 
 
