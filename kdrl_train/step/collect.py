@@ -13,6 +13,7 @@ from kdrl_train.errors import RewardError
 from kdrl_train.model.teacher.remote import RemoteTeacher, may_ask_early
 from kdrl_train.rollouts.engines import require_version
 from kdrl_train.rollouts.problems import encode_prompt, step_indices
+from kdrl_train.rollouts.sampler import SampleRequest
 from kdrl_train.runfolder.log import Stages
 from kdrl_train.runfolder.signals import Stopped
 from kdrl_train.step.run import Run
@@ -119,14 +120,10 @@ def _own_part(
     examples = examples[first:end]
     prompts = [encode_prompt(run.tokenizer, example, data) for example in examples]
     with stages("rollout"):
-        rollouts = run.engine.generate(
-            prompts,
-            sampling,
-            seed=run.config.seed,
-            step=step,
-            first=first,
-            poll=poll,
+        request = SampleRequest(
+            prompts=prompts, sampling=sampling, seed=run.config.seed, step=step, first=first
         )
+        rollouts = run.engine.generate(request, poll)
     poll()
     everybody = torch.ones(len(rollouts.texts), dtype=torch.bool)
     asked = {} if teacher is None else teacher.query(rollouts, everybody)

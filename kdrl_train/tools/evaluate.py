@@ -18,7 +18,7 @@ from kdrl_train.model.load import load_model, load_tokenizer
 from kdrl_train.model.policy import HeadedModel
 from kdrl_train.model.teacher.client import connect
 from kdrl_train.rollouts.problems import encode_prompt, load_examples
-from kdrl_train.rollouts.sampler import generate_rollouts
+from kdrl_train.rollouts.sampler import SampleRequest, generate_rollouts
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder.checkpoint import load_weights
 
@@ -54,7 +54,8 @@ def evaluate(
     start = time.perf_counter()
     prompts = [encode_prompt(tokenizer, example, data) for example in examples]
     sampling = replace(sampling, group_size=samples)
-    rollouts = generate_rollouts(model, tokenizer, prompts, sampling, seed, EVAL_STEP, vocab_size)
+    request = SampleRequest(prompts=prompts, sampling=sampling, seed=seed, step=EVAL_STEP)
+    rollouts = generate_rollouts(model, tokenizer, request, sampled_vocab_size=vocab_size)
     answers = [example.gold for example in examples for _ in range(samples)]
     verdicts = verifier.score(rollouts.texts, answers)
     return summarize(rollouts, verdicts, samples, seed, time.perf_counter() - start)
