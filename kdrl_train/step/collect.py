@@ -10,7 +10,7 @@ from torch import Tensor
 from kdrl_train.batch import Batch, Example, JudgedRollouts
 from kdrl_train.config import DataConfig, SamplingConfig
 from kdrl_train.errors import RewardError
-from kdrl_train.model.teacher.remote import RemoteTeacher, may_ask_early
+from kdrl_train.model.teacher.remote import RemoteTeacher, may_query_early
 from kdrl_train.rollouts.engines import require_version
 from kdrl_train.rollouts.problems import encode_prompt, step_indices
 from kdrl_train.rollouts.sampler import SampleRequest
@@ -54,7 +54,7 @@ def draw(run: Run, step: int, stages: Stages, poll: Callable[[], None]) -> Judge
     """
     config, examples = run.config, _examples(run, step)
     known = len(run.history.kl) == step or not config.method.kd_coef.reads_history
-    early = run.remote and known and may_ask_early(config.method, step, run.history)
+    early = run.remote and known and may_query_early(config.method, step, run.history)
     teacher = run.remote if early else None  # it scores while the rewards are computed
     return _own_part(run, examples, config.data, config.sampling, step, stages, teacher, poll)
 

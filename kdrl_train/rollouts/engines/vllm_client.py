@@ -104,7 +104,7 @@ class VllmClient:
     def _json(self, response: httpx2.Response, path: str) -> Any:
         if response.status_code != 200:
             raise EngineError(
-                f"the server at {self.url} must answer {path}, got status {response.status_code}: "
+                f"the server at {self.url} must reply to {path}, got status {response.status_code}: "
                 f"{response.text[:500]}"
             )
         try:
@@ -114,13 +114,13 @@ class VllmClient:
 
     def _nonsense(self, path: str, reply: str) -> EngineError:
         return EngineError(
-            f"the server at {self.url} must answer {path} as vLLM 0.32 does, got {reply[:500]!r}: "
+            f"the server at {self.url} must reply to {path} as vLLM 0.32 does, got {reply[:500]!r}: "
             "is it vLLM, and is there a proxy in between?"
         )
 
     def _silence(self, path: str, error: Exception) -> EngineError:
         return EngineError(
-            f"the server at {self.url} must answer {path} within engine.timeout_s = "
+            f"the server at {self.url} must reply to {path} within engine.timeout_s = "
             f"{self.timeout_s:g} s, got {type(error).__name__} ({error}): start it again, and "
             "continue with --resume"
         )

@@ -161,7 +161,7 @@ def test_a_push_that_fails_is_told_before_anything_is_sampled(
         engine.generate(REQUEST)
     server.dev_mode = False
     engine.load(policy, 5)
-    with pytest.raises(EngineError, match="must answer /collective_rpc, got status 404"):
+    with pytest.raises(EngineError, match="must reply to /collective_rpc, got status 404"):
         engine.generate(REQUEST)
     engine.file.mkdir()
     engine.load(policy, 6)
@@ -204,7 +204,7 @@ REPLIES = {
     "positive": (choice([9, 0], [0.1, -1.0]), "log-probability 0.1 of token 9"),
     "old": ({"text": "9"}, "must return token_ids and log-probabilities, got .*: use vLLM 0.32"),
     "a page": (fastapi.Response("<html>"), "/v1/completions as vLLM 0.32 does, got '<html>'"),
-    "refused": (status(400, "too long"), "answer /v1/completions, got status 400: too long"),
+    "refused": (status(400, "too long"), "reply to /v1/completions, got status 400: too long"),
 }
 
 
@@ -243,7 +243,7 @@ def test_a_server_that_is_gone_stops_the_run(server: Scripted, config: Config) -
         engine = open_engine(settings, policy, load_tokenizer(settings.model.policy), ALONE)
     with pytest.raises(EngineError, match=r"within engine.timeout_s = 5 s, got ConnectError"):
         engine.generate(REQUEST)
-    with pytest.raises(EngineError, match=r"answer /v1/completions within .* got ConnectError"):
+    with pytest.raises(EngineError, match=r"reply to /v1/completions within .* got ConnectError"):
         engine.server.complete("policy", [CompletionRequest([1], {})], 1, int)
 
 
