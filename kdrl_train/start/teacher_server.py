@@ -62,8 +62,8 @@ def check_same_tokens(client: TeacherClient, tokenizer: Any) -> str:
         if text != expected:
             raise ValueError(
                 f"the teacher at {client.url} must have the policy's tokenizer, got another: token "
-                f"{token} is {expected!r} for the policy and {text!r} for the teacher; serve a model "
-                "of the policy's family"
+                f"{token} is {expected!r} for the policy and {text!r} for the teacher; serve a "
+                "model of the policy's family"
             )
     return f"{compared} of {size:,} tokens compared, up to id {chosen[-1]:,}: the same"
 

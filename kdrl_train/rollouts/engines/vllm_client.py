@@ -104,8 +104,8 @@ class VllmClient:
     def _json(self, response: httpx2.Response, path: str) -> Any:
         if response.status_code != 200:
             raise EngineError(
-                f"the server at {self.url} must reply to {path}, got status {response.status_code}: "
-                f"{response.text[:500]}"
+                f"the server at {self.url} must reply to {path}, got status "
+                f"{response.status_code}: {response.text[:500]}"
             )
         try:
             return response.json()
@@ -114,8 +114,8 @@ class VllmClient:
 
     def _nonsense(self, path: str, reply: str) -> EngineError:
         return EngineError(
-            f"the server at {self.url} must reply to {path} as vLLM 0.32 does, got {reply[:500]!r}: "
-            "is it vLLM, and is there a proxy in between?"
+            f"the server at {self.url} must reply to {path} as vLLM 0.32 does, got "
+            f"{reply[:500]!r}: set engine.url to a vLLM server, without a proxy in between"
         )
 
     def _silence(self, path: str, error: Exception) -> EngineError:
