@@ -174,8 +174,8 @@ def sample(model: Any, tokenizer: Any, examples: Any, made: TrainConfig, step: i
     sampling = replace(made.sampling, group_size=size)
     request = SampleRequest(prompts=prompts, sampling=sampling, seed=made.seed, step=step)
     rollouts = generate_rollouts(model, tokenizer, request)
-    answers = [example.gold for example in examples for _ in range(size)]
-    return rollouts, verifier.score(rollouts.texts, answers)
+    golds = [example.gold for example in examples for _ in range(size)]
+    return rollouts, verifier.score(rollouts.texts, golds)
 
 
 def measure(config: StudyConfig, trial: Trial, folder: Path, made: TrainConfig) -> dict[str, Score]:

@@ -127,9 +127,9 @@ def _own_part(
     poll()
     everybody = torch.ones(len(rollouts.texts), dtype=torch.bool)
     asked = {} if teacher is None else teacher.query(rollouts, everybody)
-    answers = [example.gold for example in examples for _ in range(sampling.group_size)]
+    golds = [example.gold for example in examples for _ in range(sampling.group_size)]
     with stages("verify"):
-        verdicts = run.verifier.score(rollouts.texts, answers, poll)
+        verdicts = run.verifier.score(rollouts.texts, golds, poll)
     scores: list[Tensor | None] = [None] * len(everybody)
     if teacher is not None:
         with stages("teacher"):

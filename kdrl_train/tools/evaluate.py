@@ -56,8 +56,8 @@ def evaluate(
     sampling = replace(sampling, group_size=samples)
     request = SampleRequest(prompts=prompts, sampling=sampling, seed=seed, step=EVAL_STEP)
     rollouts = generate_rollouts(model, tokenizer, request, sampled_vocab_size=vocab_size)
-    answers = [example.gold for example in examples for _ in range(samples)]
-    verdicts = verifier.score(rollouts.texts, answers)
+    golds = [example.gold for example in examples for _ in range(samples)]
+    verdicts = verifier.score(rollouts.texts, golds)
     return summarize(rollouts, verdicts, samples, seed, time.perf_counter() - start)
 
 

@@ -22,7 +22,7 @@ from kdrl_train.tools.serve import command
 from kdrl_train.tools.serve.app import make
 from kdrl_train.tools.serve.command import ServeConfig
 
-START_S = 60.0
+START_S = 180.0
 
 
 def free_port() -> int:
