@@ -30,7 +30,7 @@ from kdrl_train.config_file import load_yaml, update
 from kdrl_train.method.evaluation import EVAL_STEP, summarize
 from kdrl_train.model.load import load_model, load_tokenizer
 from kdrl_train.rollouts.problems import encode_prompt, load_examples, step_indices
-from kdrl_train.rollouts.sampler import generate_rollouts
+from kdrl_train.rollouts.sampler import SampleRequest, generate_rollouts
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder import events, jsonl
 from kdrl_train.runfolder.log import read_records
@@ -172,9 +172,10 @@ def sample(model: Any, tokenizer: Any, examples: Any, made: TrainConfig, step: i
     """`size` judged completions of each example, drawn by (seed, step) as in training."""
     prompts = [encode_prompt(tokenizer, example, made.data) for example in examples]
     sampling = replace(made.sampling, group_size=size)
-    rollouts = generate_rollouts(model, tokenizer, prompts, sampling, made.seed, step)
-    answers = [example.gold for example in examples for _ in range(size)]
-    return rollouts, verifier.score(rollouts.texts, answers)
+    request = SampleRequest(prompts=prompts, sampling=sampling, seed=made.seed, step=step)
+    rollouts = generate_rollouts(model, tokenizer, request)
+    golds = [example.gold for example in examples for _ in range(size)]
+    return rollouts, verifier.score(rollouts.texts, golds)
 
 
 def measure(config: StudyConfig, trial: Trial, folder: Path, made: TrainConfig) -> dict[str, Score]:

@@ -1,1 +1,1 @@
-"""Rollouts: problems, sampling, rewards and their verification."""
+"""Turns problems into judged completions: reads, samples and verifies. How: README.md."""

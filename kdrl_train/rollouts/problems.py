@@ -1,4 +1,4 @@
-"""Problems and gold answers: reading them, ordering them, turning them into prompt tokens."""
+"""Reads problems with their gold answers, orders them by step, and encodes them as prompts."""
 
 import importlib
 import json
@@ -19,41 +19,43 @@ _HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?(?::[\w.-]+)?")
 
 
 def load_examples(config: DataConfig) -> list[Example]:
-    """Every row of a data set, in file order; nothing is skipped but blank lines of a .jsonl.
+    """Read every record of a data set, in file order; only blank lines of a .jsonl are skipped.
+
+    A record is a line of a .jsonl file, a row of a .parquet file or a row of a hub data set.
 
     Args:
         config: `path` is a .jsonl or .parquet file, a folder of them (those whose name starts with
             the split; all of them where no name starts with a split's name), or a hub id, which
             may name a configuration after a colon ("openai/gsm8k:main") and is read by `datasets`.
-    Returns: at least one Example. A numeric answer becomes text, 27.0 as "27".
-    Raises: FileNotFoundError for a path that is not there; ValueError for a missing column, a row
-        that is not usable or an empty set, each naming the file, the row and the config key.
+    Returns: at least one Example. A numeric gold answer becomes text, 27.0 as "27".
+    Raises: FileNotFoundError for a path that does not exist; ValueError for a missing column, a
+        record that is not usable or an empty set, each naming the file, the record and the setting.
     """
     if "{prompt}" not in config.prompt_template:
         raise ValueError(
             "data.prompt_template must contain {prompt}, where the problem goes, "
             f"got {config.prompt_template!r}"
         )
-    examples = [_example(place, row, config) for place, row in _rows(config)]
+    examples = [_example(place, record, config) for place, record in _records(config)]
     if not examples:
         raise ValueError(
-            f"data.path must hold at least one row, got 0 in {config.path!r}: check the file, or "
-            f"data.split (now {config.split!r})"
+            f"data.path must hold at least one record, got 0 in {config.path!r}: check the file, "
+            f"or data.split (now {config.split!r})"
         )
     return examples
 
 
 def gold_answer(text: str) -> str:
-    """What follows the last `####` of a worked solution (GSM8K), else the text itself, stripped."""
+    """Return what follows the last `####` of a worked solution (GSM8K), else the text, stripped."""
     return text.rpartition("####")[2].strip()
 
 
 def step_indices(n_examples: int, seed: int, step: int, prompts_per_step: int) -> list[int]:
-    """The examples of one step: P indices into [0, n_examples), a pure function of its arguments.
+    """Return the examples of one step: P indices into [0, n_examples).
 
-    Steps walk through one endless sequence of epochs, each a fresh permutation drawn from
-    (seed, epoch): every example once per epoch, nothing dropped at its end, nothing to save.
-    A step that crosses the end of an epoch may hold an example twice.
+    They are a pure function of the arguments. The steps go through one endless sequence of epochs.
+    Each epoch is a new permutation, drawn from (seed, epoch), and holds every example once. A step
+    that crosses the end of an epoch may hold an example twice.
 
     Raises: ValueError where n_examples or prompts_per_step is below 1, or step below 0.
     """
@@ -70,15 +72,17 @@ def step_indices(n_examples: int, seed: int, step: int, prompts_per_step: int) -
 
 
 def encode_prompt(tokenizer: Any, example: Example, config: DataConfig) -> list[int]:
-    """Token ids of a prompt, ready to be continued.
+    """Encode a problem as the token ids of a prompt that a model continues.
 
-    With data.chat_template and a tokenizer that has one: system and user message and the header of
-    the assistant's turn. Otherwise the text with the tokenizer's own special tokens (BOS).
+    With data.chat_template and a tokenizer that has a template, the prompt is the system message if
+    data.system_prompt is set, the user message, and the header of the assistant's turn. Otherwise
+    it is the text with the special tokens that the tokenizer adds (BOS).
 
     Args:
-        tokenizer: of transformers.
-    Raises: ValueError for a prompt of no tokens, or of more than data.max_prompt_tokens (it names
-        the example and both numbers; nothing is cut), and for a system prompt that has no template.
+        tokenizer: a tokenizer of transformers.
+    Raises: ValueError for a prompt without tokens or with more than data.max_prompt_tokens (it
+        names the example and both numbers; no prompt is cut), and for a system prompt without a
+        chat template.
     """
     if config.chat_template and tokenizer.chat_template is not None:
         messages = [{"role": "user", "content": example.prompt}]
@@ -103,7 +107,7 @@ def encode_prompt(tokenizer: Any, example: Example, config: DataConfig) -> list[
         raise ValueError(
             f"prompt {example.id} must have at most data.max_prompt_tokens = "
             f"{config.max_prompt_tokens} tokens, got {len(ids)}: raise data.max_prompt_tokens or "
-            "remove the row"
+            "remove the record"
         )
     return list(ids)
 
@@ -115,16 +119,16 @@ def _permutation(n_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(order)
 
 
-def _rows(config: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it was read, row) of the whole data set."""
+def _records(config: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (place, record) for the whole data set; messages name a record by its place."""
     path = Path(config.path)
     if config.path and path.is_file():
-        yield from _file_rows(path)
+        yield from _file_records(path)
     elif config.path and path.is_dir():
         for file in _split_files(path, config.split):
-            yield from _file_rows(file)
+            yield from _file_records(file)
     elif _HUB_ID.fullmatch(config.path) and path.suffix not in SUFFIXES:
-        yield from _hub_rows(config)
+        yield from _hub_records(config)
     else:
         raise FileNotFoundError(
             "data.path must be an existing .jsonl or .parquet file, a folder of them, or a hub id, "
@@ -133,84 +137,89 @@ def _rows(config: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
+    """List the files of a split, in the order of their names."""
     files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
     chosen = [file for file in files if file.name.startswith(split)]
     if not chosen and not any(file.name.startswith(_SPLIT_NAMES) for file in files):
         chosen = files
     if not chosen:
-        found = ", ".join(file.name for file in files) or "no .jsonl or .parquet file"
+        names = ", ".join(file.name for file in files) or "no .jsonl or .parquet file"
         raise FileNotFoundError(
-            f"data.split must start the name of a file in {folder}, got {split!r} with {found}: "
+            f"data.split must start the name of a file in {folder}, got {split!r} with {names}: "
             "set data.split, or name the file in data.path"
         )
     return chosen
 
 
-def _file_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _file_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix == ".jsonl":
-        yield from _jsonl_rows(path)
+        yield from _jsonl_records(path)
     elif path.suffix == ".parquet":
-        rows: Iterable[dict[str, Any]] = (
+        records: Iterable[dict[str, Any]] = (
             importlib.import_module("pyarrow.parquet").read_table(path).to_pylist()
         )
-        for number, row in enumerate(rows, start=1):
-            yield f"{path.name}:{number}", row
+        for number, record in enumerate(records, start=1):
+            yield f"{path.name}:{number}", record
     else:
         raise ValueError(
             f"data.path must end in .jsonl or .parquet, got {str(path)!r}: convert the file"
         )
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _jsonl_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             place = f"{path.name}:{number}"
             try:
-                row = json.loads(line)
+                record = json.loads(line)
             except ValueError as error:  # not JSON, or not UTF-8
                 raise ValueError(
                     f"{place} in {path.parent} must be one JSON object in UTF-8, got {error}: "
                     "correct the line"
                 ) from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{place} in {path.parent} must be a JSON object, got {row!r}")
-            yield place, row
+            if not isinstance(record, dict):
+                raise ValueError(
+                    f"{place} in {path.parent} must be a JSON object, got {record!r}: correct the "
+                    "line"
+                )
+            yield place, record
 
 
-def _hub_rows(config: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+def _hub_records(config: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     datasets = importlib.import_module("datasets")
     name, _, configuration = config.path.partition(":")
     try:
-        rows = datasets.load_dataset(name, configuration or None, split=config.split)
+        records = datasets.load_dataset(name, configuration or None, split=config.split)
     except (OSError, ValueError) as error:  # unknown id, no network, unknown split or configuration
         raise ValueError(
             f"data.path must be an existing file or folder, or a hub id that has data.split = "
             f"{config.split!r}, got {config.path!r}: {error}"
         ) from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{config.path}:{number}", row
+    for number, record in enumerate(records, start=1):
+        yield f"{config.path}:{number}", record
 
 
-def _example(place: str, row: dict[str, Any], config: DataConfig) -> Example:
-    problem = _text(place, row, "data.prompt_column", config.prompt_column)
-    answer = gold_answer(_text(place, row, "data.answer_column", config.answer_column))
-    if not answer:
+def _example(place: str, record: dict[str, Any], config: DataConfig) -> Example:
+    problem = _text(place, record, "data.prompt_column", config.prompt_column)
+    gold = gold_answer(_text(place, record, "data.answer_column", config.answer_column))
+    if not gold:
         raise ValueError(
-            f"data.answer_column {config.answer_column!r} of {place} must hold an answer, got "
-            f"{row[config.answer_column]!r}: correct or remove the row"
+            f"data.answer_column {config.answer_column!r} of {place} must hold a gold answer, got "
+            f"{record[config.answer_column]!r}: correct or remove the record"
         )
-    return Example(place, config.prompt_template.replace("{prompt}", problem), answer)
+    return Example(place, config.prompt_template.replace("{prompt}", problem), gold)
 
 
-def _text(place: str, row: dict[str, Any], key: str, column: str) -> str:
-    """The column's value as text: numbers spelled out, 27.0 as "27"; nothing else is converted."""
-    if column not in row:
+def _text(place: str, record: dict[str, Any], key: str, column: str) -> str:
+    """Return a column's value as text: 27.0 becomes "27"; only text and numbers are accepted."""
+    if column not in record:
         raise ValueError(
-            f"{key} must be a column of {place}, which has {sorted(row)}, got {column!r}: set {key}"
+            f"{key} must be a column of {place}, which has {sorted(record)}, got {column!r}: set "
+            f"{key}"
         )
-    value = row[column]
+    value = record[column]
     if isinstance(value, float) and math.isfinite(value):
         value = str(int(value)) if value.is_integer() else repr(value)
     elif isinstance(value, int) and not isinstance(value, bool):
@@ -218,12 +227,12 @@ def _text(place: str, row: dict[str, Any], key: str, column: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(
             f"{key} {column!r} of {place} must hold text or a number, got {value!r}: correct or "
-            "remove the row, or name another column"
+            "remove the record, or name another column"
         )
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # "\ud800" in JSON; tokenizers fail on it without a place
+    except UnicodeEncodeError as error:  # "\ud800" in JSON; a tokenizer would not name the record
         raise ValueError(
-            f"{key} {column!r} of {place} must be valid Unicode, got {error}: correct the row"
+            f"{key} {column!r} of {place} must be valid Unicode, got {error}: correct the record"
         ) from error
     return value

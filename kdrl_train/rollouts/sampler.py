@@ -1,10 +1,12 @@
-"""Completions from transformers `generate`, with the log-probabilities they were sampled at.
+"""Samples completions with transformers `generate`, and records their log-probabilities.
 
-P prompts, G completions per prompt, R = P * G, V vocabulary, T tokens of one completion.
+P prompts, G completions per prompt, R = P * G, B completions of one batch, V vocabulary, T tokens
+of one completion.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,39 +17,66 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from kdrl_train.batch import Rollouts
 from kdrl_train.config import SamplingConfig
 from kdrl_train.model.eos import eos_ids
+from kdrl_train.waiting import Poll
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleRequest:
+    """Asks an engine for R = P * G completions: G in a row for each of P prompts."""
+
+    prompts: Sequence[Sequence[int]]
+    """P lists of token ids, each of at least one token."""
+    sampling: SamplingConfig
+    """Gives group_size (G), max_new_tokens, temperature and batch_size; prompts_per_step is not
+    read."""
+    seed: int
+    """The seed of the run."""
+    step: int
+    """The step that the completions are for, from 0."""
+    first: int = 0
+    """Place of the first prompt in the step, where the request holds only a part of its prompts."""
+
+    def entropy(self, r: int) -> tuple[int, int, int, int]:
+        """Return (seed, step, place of the prompt in the step, place in its group) of completion r.
+
+        An engine that draws each completion from these numbers alone draws the same one whatever
+        shares the batch, and on whatever rank the prompt is.
+        """
+        prompt, sample = divmod(r, self.sampling.group_size)
+        return self.seed, self.step, self.first + prompt, sample
 
 
 class Draw(LogitsProcessor):
-    """Draws each token from softmax(logits / temperature) by a uniform number of its own, keeps its
-    log-probability, and leaves `generate` no choice but that token.
+    """Draws each token from softmax(logits / temperature) and leaves `generate` no other choice.
 
-    The draw inverts the cumulative probability, summed in float64: one number per token decides,
-    whatever shares the batch. Columns from vocab_size on are never drawn: the loss knows nothing
-    of them either.
+    Each token is drawn by a uniform number of its own, which inverts the cumulative probability,
+    summed in float64: other completions in the batch change nothing. The log-probability of each
+    drawn token is kept.
 
     Args:
-        uniforms_BT: [B, T] float64 in [0, 1), T the most tokens that may be asked for.
-        poll: called before each token; what it raises ends the generation.
+        uniforms_BT: [B, T] float64 in [0, 1), where T is the largest number of tokens to draw.
+        sampled_vocab_size: columns from here on are never drawn, since the loss leaves them out.
+        poll: called before each token; an exception it raises stops sampling.
     """
 
     def __init__(
         self,
         uniforms_BT: Tensor,
         temperature: float,
-        vocab_size: int,
-        poll: Callable[[], None] | None = None,
+        sampled_vocab_size: int,
+        poll: Poll | None = None,
     ) -> None:
         self.uniforms_BT = uniforms_BT
         self.temperature = temperature
-        self.vocab_size = vocab_size
+        self.sampled_vocab_size = sampled_vocab_size
         self.poll = poll
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
-        """input_ids [B, T so far], scores [B, V] float32 -> [B, V]: 0 where drawn, else -inf."""
+        """Map scores [B, V] float32 to [B, V]: 0 for the drawn token, -inf for all others."""
         if self.poll is not None:
             self.poll()
-        logprobs = (scores[:, : self.vocab_size] / self.temperature).log_softmax(dim=1)
+        logprobs = (scores[:, : self.sampled_vocab_size] / self.temperature).log_softmax(dim=1)
         cumulative = logprobs.double().exp_().cumsum_(dim=1)
         place = self.uniforms_BT[:, len(self.logprobs), None] * cumulative[:, -1:]
         drawn = torch.searchsorted(cumulative, place, right=True)  # the first one above: p > 0
@@ -56,9 +85,9 @@ class Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
     def recorded(self) -> Tensor:
-        """Log-probabilities of the drawn tokens, [B, T] float32 nats, on the CPU.
+        """Return the log-probabilities of the drawn tokens, [B, T] float32 nats, on the CPU.
 
-        Raises: FloatingPointError where one is not finite: the logits were not.
+        Raises: FloatingPointError where one is not finite, because the logits were not.
         """
         logprobs = torch.stack(self.logprobs, dim=1).float().cpu()
         if not logprobs.isfinite().all():
@@ -70,82 +99,74 @@ class Draw(LogitsProcessor):
 
 
 def uniforms(seed: int, step: int, prompt: int, sample: int, count: int) -> np.ndarray:
-    """[count] float64 in [0, 1): the numbers that draw one completion. A function of its arguments
-    alone, so that neither batches nor ranks change what is drawn."""
+    """Return the [count] numbers in [0, 1), float64, that draw the tokens of one completion.
+
+    They are a function of the arguments alone, so neither batches nor ranks change what is drawn.
+    """
     return np.random.default_rng([seed, step, prompt, sample]).random(count)
 
 
 def generate_rollouts(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    sampling: SamplingConfig,
-    seed: int,
-    step: int,
-    vocab_size: int | None = None,
+    request: SampleRequest,
+    poll: Poll | None = None,
     *,
-    first: int = 0,
-    poll: Callable[[], None] | None = None,
+    sampled_vocab_size: int | None = None,
 ) -> Rollouts:
-    """G completions of each prompt, drawn from softmax(logits / temperature) and nothing else.
+    """Sample the completions of a request from softmax(logits / temperature) and nothing else.
 
-    The draw of a completion is a function of (seed, step, place of its prompt in the step, place
-    in its group), the prompt and the weights, but for the rounding of logits in another batch; the
-    global random state is left as it was, and so are the model's mode and generation config.
+    A completion is a function of request.entropy(r), its prompt and the weights, except where the
+    rounding of logits in another batch changes a token. The global random state, the model's mode
+    and its generation config stay as they were.
 
     Args:
         model: transformers causal LM.
         tokenizer: decodes the completions; its end-of-sequence token ends one, as do the model's.
-        prompts: P token lists, each of at least one token.
-        sampling: group_size, max_new_tokens, temperature, batch_size.
-        vocab_size: columns from here on are never drawn; None: the model's own width.
-        first: place of the first prompt in the step, where this is a part of its prompts.
-        poll: called before each token; what it raises ends the generation.
+        poll: called before each token; an exception it raises stops sampling.
+        sampled_vocab_size: columns from here on are never drawn; None: every column may be drawn.
     Raises: ValueError for an empty prompt.
     """
-    if any(len(prompt) == 0 for prompt in prompts):
+    if any(len(prompt) == 0 for prompt in request.prompts):
         raise ValueError("prompts must hold at least one token each, got an empty one")
+    sampling = request.sampling
     stops = torch.tensor(eos_ids(model, tokenizer))
     columns = model.get_output_embeddings().weight.shape[0]
-    tensors = [torch.tensor(list(prompt), dtype=torch.int64) for prompt in prompts]
+    tensors = [torch.tensor(list(prompt), dtype=torch.int64) for prompt in request.prompts]
     prompt_ids = [t for t in tensors for _ in range(sampling.group_size)]
-    completions: list[Tensor] = []
-    logprobs: list[Tensor] = []
-    cut: list[bool] = []
+    completions: list[tuple[Tensor, Tensor, bool]] = []
     with _sampling_mode(model):
         for start in range(0, len(prompt_ids), sampling.batch_size):
             batch = prompt_ids[start : start + sampling.batch_size]
-            places = (divmod(r, sampling.group_size) for r in range(start, start + len(batch)))
             numbers = [
-                uniforms(seed, step, first + p, g, sampling.max_new_tokens) for p, g in places
+                uniforms(*request.entropy(r), sampling.max_new_tokens)
+                for r in range(start, start + len(batch))
             ]
             draw = Draw(
                 torch.from_numpy(np.stack(numbers)).to(model.device),
                 sampling.temperature,
-                columns if vocab_size is None else vocab_size,
+                columns if sampled_vocab_size is None else sampled_vocab_size,
                 poll,
             )
             ids_BT = _generate(model, batch, stops, sampling.max_new_tokens, draw)
-            logprobs_BT = draw.recorded()
-            for ids, lps in zip(ids_BT, logprobs_BT, strict=True):
-                ends = torch.isin(ids, stops).nonzero()
-                length = int(ends[0]) + 1 if len(ends) else len(ids)
-                completions.append(ids[:length].clone())
-                logprobs.append(lps[:length].clone())
-                cut.append(len(ends) == 0)
+            pairs = zip(ids_BT, draw.recorded(), strict=True)
+            completions += [_up_to_its_end(ids, logprobs, stops) for ids, logprobs in pairs]
     return Rollouts(
         prompt_ids=prompt_ids,
-        completion_ids=completions,
-        logprobs=logprobs,
-        truncated=torch.tensor(cut, dtype=torch.bool),
-        texts=[tokenizer.decode(c, skip_special_tokens=True) for c in completions],
+        completion_ids=[ids for ids, _, _ in completions],
+        logprobs=[logprobs for _, logprobs, _ in completions],
+        truncated=torch.tensor([truncated for _, _, truncated in completions], dtype=torch.bool),
+        texts=[tokenizer.decode(ids, skip_special_tokens=True) for ids, _, _ in completions],
     )
 
 
 @contextmanager
 def _sampling_mode(model: Any) -> Iterator[None]:
-    """Evaluation mode, the key-value cache on, and no generation config of the model's own: what
-    its file sets (top_k, repetition_penalty, ...) would fill whatever a caller leaves open."""
+    """Set evaluation mode and an empty generation config, and restore both at the end.
+
+    The values of the model's own generation config (top_k, repetition_penalty, ...) would apply
+    wherever a caller leaves them open.
+    """
     training, generation_config = model.training, model.generation_config
     model.eval()
     model.generation_config = GenerationConfig()
@@ -163,16 +184,18 @@ def _generate(
     max_new_tokens: int,
     draw: Draw,
 ) -> Tensor:
-    """B prompts, left-padded -> completion ids [B, T] on the CPU; what follows a row's first
-    end-of-sequence token is padding."""
+    """Return the completion ids [B, T] of B left-padded prompts, on the CPU.
+
+    What follows the first end-of-sequence token of a completion is padding.
+    """
     device = model.device
     width = max(len(p) for p in prompts)
     pad = int(stops[0])
     ids = torch.full((len(prompts), width), pad)
     mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = prompt
-        mask[row, width - len(prompt) :] = 1
+    for b, prompt in enumerate(prompts):
+        ids[b, width - len(prompt) :] = prompt
+        mask[b, width - len(prompt) :] = 1
     config = GenerationConfig(
         do_sample=False,  # Draw has drawn
         max_new_tokens=max_new_tokens,
@@ -188,3 +211,10 @@ def _generate(
             logits_processor=LogitsProcessorList([draw]),
         )
     return out[:, width:].cpu()
+
+
+def _up_to_its_end(ids: Tensor, logprobs: Tensor, stops: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Cut ids and logprobs [T] after the first end-of-sequence token; True where there is none."""
+    ends = torch.isin(ids, stops).nonzero()
+    length = int(ends[0]) + 1 if len(ends) else len(ids)
+    return ids[:length].clone(), logprobs[:length].clone(), len(ends) == 0

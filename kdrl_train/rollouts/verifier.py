@@ -1,9 +1,13 @@
-"""Scoring completions in worker processes, each under a deadline that a hang cannot outlive."""
+"""Scores completions in worker processes, each under a deadline that ends even a hang in C code.
+
+A reward is NaN for one reason alone: the reward function failed, and the outcome is `error`. It
+raised, it returned something that is not a finite number, or its worker died.
+"""
 
 import contextlib
 import math
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
@@ -16,24 +20,22 @@ from kdrl_train.batch import Verdicts
 from kdrl_train.config import RewardConfig
 from kdrl_train.rollouts.rewards import load_reward
 from kdrl_train.rollouts.verifier_worker import Judged, do_nothing, judge, start_worker
-
-POLL_S = 0.2
-"""Between two looks at whether the run was asked to stop."""
+from kdrl_train.waiting import POLL_S, Poll
 
 
 class Verifier(AbstractContextManager["Verifier"]):
-    """A pool of worker processes that scores completions; use it as a context manager.
+    """Scores completions in a pool of worker processes; use it as a context manager.
 
-    A completion that passes the deadline costs its worker, which is killed and replaced, and
-    nothing else: every completion is a task of its own (0.1 to 0.2 ms each).
+    Every completion is a task of its own. One that passes the deadline costs its worker, which is
+    killed and replaced, and no other completion.
 
     Args:
-        config: reward function, deadline in seconds per completion, number of processes.
+        config: gives the reward function, the deadline of a completion, and the number of workers.
     Raises: ValueError for an unknown reward function.
     """
 
     def __init__(self, config: RewardConfig) -> None:
-        load_reward(config.function)  # fail here, with the remedy, and not in a worker
+        load_reward(config.function)  # an unknown name must fail here, not in a worker
         self.config = config
         self._closed = False
         self._pool = self._start()
@@ -41,29 +43,29 @@ class Verifier(AbstractContextManager["Verifier"]):
     def score(
         self,
         completions: Sequence[str],
-        answers: Sequence[str],
-        poll: Callable[[], None] | None = None,
+        golds: Sequence[str],
+        poll: Poll | None = None,
     ) -> Verdicts:
-        """Score R completions against R gold answers; waits for all of them.
+        """Score R completions against R gold answers, and wait for all verdicts.
 
         Args:
-            poll: called now and then; what it raises ends the waiting.
+            poll: called regularly; an exception it raises stops the waiting.
         Raises: ValueError where the lengths differ or the Verifier is closed; ChildProcessError
             where the workers cannot start.
         """
         if self._closed:
             raise ValueError("Verifier must be open to score, got a closed one: make a new one")
-        if len(completions) != len(answers):
+        if len(completions) != len(golds):
             raise ValueError(
-                f"answers must hold one gold answer per completion, got {len(answers)} for "
-                f"{len(completions)} completions: repeat each answer group_size times"
+                f"golds must hold one gold answer per completion, got {len(golds)} for "
+                f"{len(completions)} completions: repeat each gold answer group_size times"
             )
         judged: dict[int, Judged] = {}
         restarts = 0
         while len(judged) < len(completions):
-            pairs = zip(completions, answers, strict=True)
+            pairs = zip(completions, golds, strict=True)
             judged |= self._judge({i: p for i, p in enumerate(pairs) if i not in judged}, poll)
-            if len(judged) < len(completions):  # a worker died while idle, which ends the pool
+            if len(judged) < len(completions):  # an idle worker died, which ends the pool
                 if restarts:
                     raise ChildProcessError(
                         "verifier workers must start, but all of them died, twice: call the reward "
@@ -73,21 +75,19 @@ class Verifier(AbstractContextManager["Verifier"]):
                 restarts += 1
         verdicts = Verdicts(rewards=[], outcomes=[], restarts=restarts)
         for index in range(len(completions)):
-            reward, outcome, message, given = judged[index]
+            reward, outcome, message, answer = judged[index]
             verdicts.rewards.append(reward)
             verdicts.outcomes.append(outcome)
-            verdicts.answers.append(given)
+            verdicts.answers.append(answer)
             if message:
                 verdicts.errors[index] = message
         return verdicts
 
-    def _judge(
-        self, pairs: dict[int, tuple[str, str]], poll: Callable[[], None] | None
-    ) -> dict[int, Judged]:
-        """What the pool answers for {index: (completion, answer)}; less than all if it breaks."""
+    def _judge(self, pairs: dict[int, tuple[str, str]], poll: Poll | None) -> dict[int, Judged]:
+        """Judge {index: (completion, gold)} in the pool; some are missing where the pool breaks."""
         function, timeout_s = self.config.function, self.config.timeout_s
         futures: dict[int, ProcessFuture] = {}
-        with contextlib.suppress(RuntimeError):  # pebble's word for a pool that is broken already
+        with contextlib.suppress(RuntimeError):  # raised for a pool that is already broken
             for index, pair in pairs.items():
                 futures[index] = self._pool.schedule(
                     judge, args=(function, *pair, timeout_s), timeout=timeout_s
@@ -97,17 +97,18 @@ class Verifier(AbstractContextManager["Verifier"]):
             while waiting and alive:
                 if poll is not None:
                     poll()
-                alive = self._pool.active  # before the last look: what a broken pool answers counts
+                # read before the last wait, so that verdicts of a pool that breaks now still count
+                alive = self._pool.active
                 _, waiting = wait(waiting, POLL_S)
         except BaseException:
             for future in waiting:
                 future.cancel()
             raise
-        found = {i: _verdict(future) for i, future in futures.items() if future.done()}
-        return {i: verdict for i, verdict in found.items() if verdict is not None}
+        verdicts = {i: _verdict(future) for i, future in futures.items() if future.done()}
+        return {i: verdict for i, verdict in verdicts.items() if verdict is not None}
 
     def close(self) -> None:
-        """Stop the workers; pending work is dropped. May be called twice."""
+        """Stop the workers and drop pending work. May be called twice."""
         self._closed = True
         self._pool.stop()
         self._pool.join()
@@ -116,10 +117,13 @@ class Verifier(AbstractContextManager["Verifier"]):
         self.close()
 
     def _start(self) -> ProcessPool:
-        # forkserver: the workers are forked from a small process of one thread. Forking this one
-        # could copy locks that torch's threads hold at that moment (a deadlock) and a CUDA context;
-        # spawn (the only one on Windows) is as safe, but pays the import of sympy and the parser's
-        # tables, two seconds, for each worker that a hang costs, where the server has paid once.
+        """Start a pool whose workers are forked from a small process, not from this one.
+
+        A fork of this process could copy locks that torch's threads hold at that moment, which is a
+        deadlock, and a CUDA context. `spawn`, the only method on Windows, is as safe as
+        `forkserver`, but each worker that replaces a killed one imports sympy and builds the
+        parser's tables again; the fork server has done both once.
+        """
         if "forkserver" in multiprocessing.get_all_start_methods():
             context: Any = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["kdrl_train.rollouts.warm_rewards"])
@@ -136,8 +140,10 @@ class Verifier(AbstractContextManager["Verifier"]):
 
 
 def _verdict(future: ProcessFuture) -> Judged | None:
-    """Of one completion that is done with; None: the pool broke. A worker that was killed or died
-    at work costs this completion alone."""
+    """Return the verdict on one completion; None: the pool broke before it was judged.
+
+    A worker that was killed at the deadline, or died at work, costs this completion alone.
+    """
     error = future.exception()
     if error is None:
         return future.result()

@@ -1,4 +1,4 @@
-"""The worker's side of the verifier: scores one completion, without torch or transformers."""
+"""Scores one completion in a worker process of the verifier, without torch or transformers."""
 
 import math
 import signal
@@ -9,19 +9,20 @@ from typing import Literal, SupportsFloat
 from kdrl_train.rollouts.rewards import UnparseableError, load_answer, load_reward, warm_up
 
 ORPHAN_GRACE_S = 10.0
-"""Seconds past the deadline after which a worker that nobody has killed ends by itself."""
+"""Seconds past the deadline after which a worker ends by itself, if nobody has killed it."""
 Judged = tuple[float, Literal["right", "wrong", "unparseable", "timeout", "error"], str, str | None]
-"""The verdict on one completion: reward, outcome, message of an error, answer that it votes for."""
+"""The verdict on one completion: its reward, which is NaN for the outcome `error` and for no other;
+its outcome; the message of an error; and the answer that it votes for."""
 
 
 def do_nothing() -> None:
-    """A task without work."""
+    """Return at once: a first task, which makes the pool start its workers."""
 
 
 def start_worker(function: str) -> None:
-    """Import the reward and warm it up outside of any deadline; die at once when told to."""
-    # pebble's own handler runs between two byte codes, so not while C code (gmpy2, numpy) works on;
-    # the whole pool would stand still for its 3 seconds of grace before the kill.
+    """Import the reward and warm it up, outside of any deadline; make SIGTERM end the process."""
+    # A Python handler, such as pebble's, runs between two byte codes, so not while C code (gmpy2,
+    # numpy) runs; the whole pool would wait for pebble's 3 seconds of grace before the kill.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     warm_up(_reward(function))
 
@@ -29,21 +30,24 @@ def start_worker(function: str) -> None:
 _reward = lru_cache(maxsize=1)(load_reward)
 
 
-def judge(function: str, completion: str, answer: str, timeout_s: float) -> Judged:
-    """Score one completion; ends the process where the deadline has long passed."""
+def judge(function: str, completion: str, gold: str, timeout_s: float) -> Judged:
+    """Score one completion against its gold answer.
+
+    It ends the process ORPHAN_GRACE_S past the deadline, where the trainer has not done so.
+    """
     has_timer = hasattr(signal, "setitimer")  # not on Windows
     if has_timer:  # SIGALRM ends the process: a hang must not outlive a trainer that was killed
         signal.setitimer(signal.ITIMER_REAL, timeout_s + ORPHAN_GRACE_S)
     try:
         reward_function = _reward(function)
-        value = reward_function(completion, answer)
+        value = reward_function(completion, gold)
         vote = load_answer(reward_function)(completion)
     except UnparseableError:
         return 0.0, "unparseable", "", None
-    except Exception as error:  # anybody's code: counted, message kept, the reward becomes NaN
+    except Exception as error:  # a user's code may raise anything; the message is kept
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{frame.filename}:{frame.lineno}"
-        return math.nan, "error", f"{type(error).__name__}: {error} ({where})", None
+        line = f"{frame.filename}:{frame.lineno}"
+        return math.nan, "error", f"{type(error).__name__}: {error} ({line})", None
     finally:
         if has_timer:
             signal.setitimer(signal.ITIMER_REAL, 0)

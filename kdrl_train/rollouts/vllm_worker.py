@@ -1,7 +1,7 @@
-"""Takes new weights inside vLLM.
+"""Loads new weights inside vLLM.
 
-For a server: --worker-extension-cls kdrl_train.rollouts.vllm_worker.Worker.
-It needs no other part of this package there. Importing it changes vLLM on a CPU, see below.
+A server takes it by --worker-extension-cls kdrl_train.rollouts.vllm_worker.Worker, and needs this
+package without its dependencies. Importing this module changes vLLM on a CPU, see below.
 """
 
 from collections.abc import Iterable
@@ -15,15 +15,15 @@ from vllm.platforms import current_platform
 from kdrl_train.errors import EngineError
 
 if current_platform.is_cpu():
-    # oneDNN's packed copies of weights would stay as they were, a tied head's without an error.
-    # vLLM imports an extension before it builds the model, and calls no other hook of it.
+    # vLLM would keep oneDNN's packed copies of the old weights, of a tied head without an error.
+    # An import is the only hook: vLLM imports an extension before it builds the model.
     _custom_ops._supports_onednn = False
 
 
 def load_weights(model: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
     """Copy weights, by their names in transformers, into a model of vLLM.
 
-    Raises: EngineError where one of the model's own gets none.
+    Raises: EngineError where a parameter of the model gets none.
     """
     missing = {name for name, _ in model.named_parameters()} - set(model.load_weights(weights))
     if missing:
@@ -31,13 +31,13 @@ def load_weights(model: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
 
 
 class Worker:
-    """Methods that the server's /collective_rpc calls on each of its workers."""
+    """Holds the methods that the server's /collective_rpc calls on each of its workers."""
 
     kdrl_label: str | None = None
-    """Which push the weights are from; None: from the model's folder."""
+    """Label of the push that the weights are from; None: they are from the model's folder."""
 
     def kdrl_load(self: Any, path: str, label: str) -> None:
-        """Take the weights in a safetensors file, and call them `label`."""
+        """Load the weights of a safetensors file, and keep their label."""
         self.kdrl_label = "a push that failed"
         with safe_open(path, framework="pt") as file:
             names = file.keys()
@@ -45,7 +45,7 @@ class Worker:
         self.kdrl_label = label
 
     def kdrl_state(self: Any) -> dict[str, str | None]:
-        """Label of the weights, their dtype, and which log-probabilities are recorded."""
+        """Return the label and dtype of the weights, and which log-probabilities vLLM records."""
         config = self.vllm_config.model_config
         return {
             "label": self.kdrl_label,

@@ -1,5 +1,8 @@
-"""Warms `math` up when imported. For the verifier's fork server alone, which can only be asked for
-imports: workers forked from it, also those that replace a killed one, are warm at once."""
+"""Warms the `math` reward up when it is imported.
+
+The verifier's fork server, which can be told to import modules and nothing else, imports it. The
+workers forked from that server, also those that replace a killed one, are then warm at once.
+"""
 
 from kdrl_train.rollouts.rewards import math_reward, warm_up
 

@@ -1,12 +1,13 @@
-"""Preflight of a teacher behind a URL: does its model fit the policy, does it answer."""
+"""Checks before the first step that a teacher behind a URL replies, and fits the policy."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from kdrl_train.batch import Example
 from kdrl_train.config import TrainConfig
 from kdrl_train.model.teacher.client import (
-    NoAnswerError,
+    NoReplyError,
     OpenAiClient,
     Query,
     TeacherClient,
@@ -15,12 +16,14 @@ from kdrl_train.model.teacher.client import (
 )
 from kdrl_train.rollouts.problems import encode_prompt
 
+T = TypeVar("T")
+
 PROBE_TOKENS = 256
-"""Tokens, spread over the vocabulary, whose texts are compared where no hash of it is known."""
+"""Number of tokens, spread over the vocabulary, whose texts are compared without a hash of it."""
 
 
 def check_server(client: TeacherClient) -> str:
-    """What the server says of itself; that it answers was seen when the run was loaded."""
+    """Say what the server says of its model; `load` has seen that it replies."""
     info = client.info
     parts = [f"{client.url}: {info.model}", info.dtype]
     parts.append(None if info.vocab_size is None else f"{info.vocab_size:,} columns")
@@ -29,10 +32,13 @@ def check_server(client: TeacherClient) -> str:
 
 
 def check_same_tokens(client: TeacherClient, tokenizer: Any) -> str:
-    """The server's tokens are the policy's: by the hash of the map or, where the server has none,
-    by the texts of some.
+    """Check that the server's tokens are the policy's.
 
-    Raises: ValueError where they differ; TeacherError for a server without prompt log-probs.
+    It compares the hashes of the two maps from token to id or, where the server has none, the texts
+    of PROBE_TOKENS tokens.
+
+    Raises: ValueError where they differ; TeacherError for a server without prompt
+        log-probabilities.
     """
     size = len(tokenizer.get_vocab())
     if not isinstance(client, OpenAiClient):
@@ -48,16 +54,16 @@ def check_same_tokens(client: TeacherClient, tokenizer: Any) -> str:
     chosen = [ids[i * (len(ids) - 1) // max(count - 1, 1)] for i in range(count)]
     query = Query("a probe of the vocabulary", ids[:1], chosen)
     compared = 0
-    for token, theirs in zip(chosen, _ask(client.texts, query), strict=True):
-        ours = tokenizer.decode([token])
-        if theirs is None or "\ufffd" in theirs + ours:  # a part of a character: no text of its own
+    for token, text in zip(chosen, _query_once(client.texts, query), strict=True):
+        expected = tokenizer.decode([token])
+        if text is None or "\ufffd" in text + expected:  # a part of a character has no text
             continue
         compared += 1
-        if theirs != ours:
+        if text != expected:
             raise ValueError(
                 f"the teacher at {client.url} must have the policy's tokenizer, got another: token "
-                f"{token} is {ours!r} for the policy and {theirs!r} for the teacher; serve a model "
-                "of the policy's family"
+                f"{token} is {expected!r} for the policy and {text!r} for the teacher; serve a "
+                "model of the policy's family"
             )
     return f"{compared} of {size:,} tokens compared, up to id {chosen[-1]:,}: the same"
 
@@ -65,25 +71,26 @@ def check_same_tokens(client: TeacherClient, tokenizer: Any) -> str:
 def check_scores(
     config: TrainConfig, client: TeacherClient, tokenizer: Any, examples: list[Example]
 ) -> str:
-    """The teacher's mean log-probability of a few prompts, beside that of a uniform guess.
+    """Say the teacher's mean log-probability of a few prompts, and that of a uniform guess.
 
-    Raises: TeacherError where it does not give finite ones.
+    Raises: TeacherError where the teacher does not return finite log-probabilities.
     """
     total, count = 0.0, 0
     for example in examples:
         ids = encode_prompt(tokenizer, example, config.data)
         if len(ids) > 1:
-            found = _ask(client.logprobs, Query(f"prompt {example.id}", ids[:1], ids[1:]))
-            total, count = total + found.sum().item(), count + len(found)
+            query = Query(f"prompt {example.id}", ids[:1], ids[1:])
+            logprobs = _query_once(client.logprobs, query)
+            total, count = total + logprobs.sum().item(), count + len(logprobs)
     uniform = -math.log(client.vocab_size or len(tokenizer))
     return f"{total / max(count, 1):.2f} nats per prompt token (uniform guess: {uniform:.2f})"
 
 
-def _ask(ask: Any, query: Query) -> Any:
-    """One try: a run that has not begun need not wait."""
+def _query_once(method: Callable[[Query], T], query: Query) -> T:
+    """Call a method of the client once: a run that has not begun need not wait for its teacher."""
     try:
-        return ask(query)
-    except NoAnswerError as error:
+        return method(query)
+    except NoReplyError as error:
         raise TeacherError(
-            f"model.teacher must answer, got {error} for {query.name}: see the server's log"
+            f"model.teacher must reply, got {error} for {query.name}: see the server's log"
         ) from error

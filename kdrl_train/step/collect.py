@@ -9,9 +9,10 @@ from torch import Tensor
 from kdrl_train.batch import Batch, Example, JudgedRollouts
 from kdrl_train.config import DataConfig, SamplingConfig
 from kdrl_train.errors import RewardError
-from kdrl_train.model.teacher.remote import RemoteTeacher, may_ask_early
+from kdrl_train.model.teacher.remote import RemoteTeacher, may_query_early
 from kdrl_train.rollouts.engines import require_version
 from kdrl_train.rollouts.problems import encode_prompt, step_indices
+from kdrl_train.rollouts.sampler import SampleRequest
 from kdrl_train.runfolder.log import Stages
 from kdrl_train.step.run import Run
 
@@ -53,7 +54,7 @@ def draw(run: Run, step: int, stages: Stages, poll: Callable[[], None]) -> Judge
     """
     config, examples = run.config, _examples_of(run, step)
     known = len(run.history.kl) == step or not config.method.kd_coef.reads_history
-    early = run.remote and known and may_ask_early(config.method, step, run.history)
+    early = run.remote and known and may_query_early(config.method, step, run.history)
     teacher = run.remote if early else None  # it scores while the rewards are computed
     return _draw_share(run, examples, config.data, config.sampling, step, stages, teacher, poll)
 
@@ -102,14 +103,10 @@ def _draw_share(
     examples = examples[first:end]
     prompts = [encode_prompt(run.tokenizer, example, data) for example in examples]
     with stages("rollout"):
-        rollouts = run.engine.generate(
-            prompts,
-            sampling,
-            seed=run.config.seed,
-            step=step,
-            first=first,
-            poll=poll,
+        request = SampleRequest(
+            prompts=prompts, sampling=sampling, seed=run.config.seed, step=step, first=first
         )
+        rollouts = run.engine.generate(request, poll)
     poll()
     all_R = torch.ones(len(rollouts.texts), dtype=torch.bool)
     pending = {} if teacher is None else teacher.query(rollouts, all_R)

@@ -35,7 +35,7 @@ from kdrl_train.model.load import load_policy, load_teacher, load_tokenizer
 from kdrl_train.model.packing import pack
 from kdrl_train.model.policy import Policy, Teacher
 from kdrl_train.rollouts.problems import encode_prompt, load_examples
-from kdrl_train.rollouts.sampler import generate_rollouts
+from kdrl_train.rollouts.sampler import SampleRequest, generate_rollouts
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder import jsonl
 from kdrl_train.settings import (
@@ -306,14 +306,14 @@ def teacher_kl(
 ) -> float:
     """Measures the mean exact KL(policy || teacher) in nats per token, on one completion of each
     example."""
+    request = SampleRequest(
+        prompts=[encode_prompt(tokenizer, example, run.data) for example in examples],
+        sampling=replace(run.sampling, group_size=1),
+        seed=run.seed,
+        step=KL_STEP,
+    )
     rollouts = generate_rollouts(
-        policy.model,
-        tokenizer,
-        [encode_prompt(tokenizer, example, run.data) for example in examples],
-        replace(run.sampling, group_size=1),
-        run.seed,
-        KL_STEP,
-        policy.sampled_vocab_size,
+        policy.model, tokenizer, request, sampled_vocab_size=policy.sampled_vocab_size
     )
     zeros, ones = torch.zeros(len(examples)), torch.ones(len(examples))
     coefficients = CompletionCoefficients(advantages=zeros, kd_weight=ones, token_weights=ones)

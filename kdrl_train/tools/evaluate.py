@@ -18,7 +18,7 @@ from kdrl_train.model.load import load_model, load_tokenizer
 from kdrl_train.model.policy import HeadedModel
 from kdrl_train.model.teacher.client import connect
 from kdrl_train.rollouts.problems import encode_prompt, load_examples
-from kdrl_train.rollouts.sampler import generate_rollouts
+from kdrl_train.rollouts.sampler import SampleRequest, generate_rollouts
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder.checkpoint import load_weights
 
@@ -52,10 +52,11 @@ def evaluate(
         raise ValueError("examples must hold at least one problem, got none")
     start = time.perf_counter()
     prompts = [encode_prompt(tokenizer, example, data) for example in examples]
-    rollouts = generate_rollouts(model, tokenizer, prompts, sampling, seed, EVAL_STEP, vocab_size)
     samples = sampling.group_size
-    answers = [example.gold for example in examples for _ in range(samples)]
-    verdicts = verifier.score(rollouts.texts, answers)
+    request = SampleRequest(prompts=prompts, sampling=sampling, seed=seed, step=EVAL_STEP)
+    rollouts = generate_rollouts(model, tokenizer, request, sampled_vocab_size=vocab_size)
+    golds = [example.gold for example in examples for _ in range(samples)]
+    verdicts = verifier.score(rollouts.texts, golds)
     return summarize(rollouts, verdicts, samples, seed, time.perf_counter() - start)
 
 

@@ -1,4 +1,4 @@
-"""Teachers' servers for tests: in a thread, in a process that can be killed, and scripted ones."""
+"""Starts teachers' servers for tests: in a thread, in a process, and scripted ones."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ from kdrl_train.tools.serve import command
 from kdrl_train.tools.serve.app import make
 from kdrl_train.tools.serve.command import ServeConfig
 
-START_S = 60.0
+START_S = 180.0
 
 
 def free_port() -> int:
@@ -33,7 +33,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def running(app: Any, port: int | None = None) -> Iterator[str]:
-    """An application on a port of its own, in a thread; its URL."""
+    """Run an application in a thread, on a free port unless one is named; yields its URL."""
     port = port or free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
     thread = threading.Thread(target=server.run)
@@ -51,7 +51,7 @@ def running(app: Any, port: int | None = None) -> Iterator[str]:
 
 
 def service(folder: Path, **config: Any) -> command.ServedTeacher:
-    """A loaded model, as the server holds it."""
+    """Load a model as the server does."""
     served = command.ServedTeacher()
     model = ModelConfig(teacher=str(folder), device="cpu")
     command.load(ServeConfig(model=model, **config), served)
@@ -59,12 +59,12 @@ def service(folder: Path, **config: Any) -> command.ServedTeacher:
 
 
 def teacher_app(folder: Path, **config: Any) -> fastapi.FastAPI:
-    """The real application on the model of a folder."""
+    """Make the real application on the model of a folder."""
     return make(service(folder, **config))
 
 
 class Process:
-    """`python -m kdrl_train serve` in a process of its own."""
+    """Runs `python -m kdrl_train serve` in a process that a test can kill."""
 
     def __init__(self, folder: Path) -> None:
         self.port = free_port()
@@ -80,7 +80,7 @@ class Process:
         self.process = subprocess.Popen(self.command, env=environment)
 
     def wait_until_ready(self) -> list[str]:
-        """The statuses that /health gave on the way."""
+        """Wait for the server, and return the statuses that /health gave on the way."""
         seen = []
         deadline = time.monotonic() + START_S
         while not seen or seen[-1] != "ready":
@@ -92,13 +92,13 @@ class Process:
         return seen
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Kill the process by SIGKILL."""
         self.process.kill()
         self.process.wait()
 
 
 class Scripted:
-    """A server with the answers of a test, and a record of who asked what.
+    """A server that replies as a test says, and records its queries.
 
     score(ids, prompt_tokens) returns the log-probabilities, or a Response to send as it is.
     """
@@ -116,7 +116,7 @@ class Scripted:
         } | info
         self.models: list[dict[str, Any]] = [{"id": "scripted", "max_model_len": 256}]
         self.text: Callable[[int], str | None] = lambda _token: None
-        self.asked: Counter[tuple[int, ...]] = Counter()
+        self.queries: Counter[tuple[int, ...]] = Counter()
         self.bodies: list[dict[str, Any]] = []
         self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
@@ -131,27 +131,27 @@ class Scripted:
 
     def kdrl(self, body: dict[str, Any]) -> Any:
         (sequence,) = body["sequences"]
-        found = self._found(body, sequence["ids"], sequence["prompt_tokens"])
-        if isinstance(found, fastapi.Response):
-            return found
-        return {"logprobs": [found], "fingerprint": self.info["fingerprint"]}
+        scores = self._scores(body, sequence["ids"], sequence["prompt_tokens"])
+        if isinstance(scores, fastapi.Response):
+            return scores
+        return {"logprobs": [scores], "fingerprint": self.info["fingerprint"]}
 
     def openai(self, body: dict[str, Any]) -> Any:
-        """As vLLM: null for the first token, then one mapping a token."""
+        """Reply as vLLM does: null for the first token, then one mapping for each token."""
         ids = body["prompt"]
-        found = self._found(body, ids, 1)
-        if isinstance(found, fastapi.Response):
-            return found
+        scores = self._scores(body, ids, 1)
+        if isinstance(scores, fastapi.Response):
+            return scores
         entries = [
             {str(token): {"logprob": x, "rank": 1, "decoded_token": self.text(token)}}
-            for token, x in zip(ids[1:], found, strict=False)
+            for token, x in zip(ids[1:], scores, strict=False)
         ]
         choice = {"index": 0, "text": "!", "prompt_logprobs": [None, *entries]}
         return {"model": body["model"], "choices": [choice]}
 
-    def _found(self, body: dict[str, Any], ids: list[int], prompt_tokens: int) -> Any:
+    def _scores(self, body: dict[str, Any], ids: list[int], prompt_tokens: int) -> Any:
         with self.lock:
-            self.asked[tuple(ids)] += 1
+            self.queries[tuple(ids)] += 1
             self.bodies.append(body)
             self.at_once += 1
             self.most_at_once = max(self.most_at_once, self.at_once)
@@ -163,10 +163,10 @@ class Scripted:
 
 
 def by_position(ids: list[int], prompt_tokens: int) -> list[float]:
-    """-0.01 · (place in the sequence, id) as one number: which token is where."""
+    """Score each token of the completion by -(place in the sequence + id / 1000)."""
     return [-(t + token / 1000) for t, token in enumerate(ids) if t >= prompt_tokens]
 
 
 def status(code: int, text: str = "", **headers: str) -> fastapi.Response:
-    """An answer to send as it is."""
+    """Make a reply to send as it is."""
     return PlainTextResponse(text, code, {k.replace("_", "-"): v for k, v in headers.items()})

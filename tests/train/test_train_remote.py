@@ -22,13 +22,14 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from kdrl_train import cli, train
+from kdrl_train import cli, train, waiting
 from kdrl_train.batch import Verdicts
 from kdrl_train.config import EngineConfig, LogConfig, SamplingConfig, TeacherConfig, TrainConfig
 from kdrl_train.config_file import save_yaml
 from kdrl_train.method.config import MethodConfig, ScheduleConfig
 from kdrl_train.model.teacher import remote
 from kdrl_train.model.teacher.client import TeacherError, vocabulary_hash
+from kdrl_train.model.teacher.remote import RemoteTeacher
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder.log import read_records
 from tests.train.servers import (
@@ -46,7 +47,7 @@ K2 = MethodConfig(kd="k2", kd_coef=ScheduleConfig(initial=0.5, final=0.5))
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "LONGEST_WAIT_S", 0.3)
+    monkeypatch.setattr(waiting, "LONGEST_WAIT_S", 0.3)
     monkeypatch.setattr(remote, "QUIET_S", 0.2)
 
 
@@ -54,9 +55,9 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def config(config: Callable[..., TrainConfig]) -> Callable[..., TrainConfig]:
     """config(out, folder or URL of the teacher, reward="early_bytes", **fields)."""
 
-    def make(out: str, where: str, reward: str = "early_bytes", **fields: Any) -> TrainConfig:
+    def make(out: str, teacher: str, reward: str = "early_bytes", **fields: Any) -> TrainConfig:
         made = config(out, reward=reward, **({"method": K2} | fields))
-        return replace(made, model=replace(made.model, teacher=where))
+        return replace(made, model=replace(made.model, teacher=teacher))
 
     return make
 
@@ -73,7 +74,7 @@ def started(folders: dict[str, Path]) -> Iterator[Process]:
 
 @pytest.fixture
 def process(started: Process) -> Process:
-    """The command in a process of its own, ready."""
+    """Start the command in a process, if it does not run, and wait until it is ready."""
     if started.process.poll() is not None:
         started.start()
         started.wait_until_ready()
@@ -81,7 +82,7 @@ def process(started: Process) -> Process:
 
 
 def run(config: TrainConfig) -> tuple[list[dict[str, Any]], str]:
-    """Rows of metrics.jsonl, and what the console said."""
+    """Run; returns the records of metrics.jsonl, and what the console said."""
     text = io.StringIO()
     train.main(config, Console(file=text, width=200))
     return read_records(config.out), text.getvalue()
@@ -92,7 +93,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 def assert_same_run(ours: Path, theirs: Path) -> None:
-    """Losses, gradients and models equal to 1e-5: a server packs other sequences together."""
+    """Compare losses, gradients and models to 1e-5: a server packs other sequences together."""
     pairs = zip(read_records(ours), read_records(theirs), strict=True)
     for mine, other in pairs:
         for key in ("step", "reward", "response_length", "kd_share", "verifier_right"):
@@ -117,11 +118,11 @@ def test_a_step_is_that_of_the_teacher_in_process(
     settings = {"method": replace(K2, kd_mask=mask), "sampling": sampling, "steps": 1}
     remote = config("remote", process.url, **settings)
     local = config("local", str(folders["teacher"]), **settings)
-    rows, _ = run(remote)
+    records, _ = run(remote)
     run(local)
     assert_same_run(remote.out, local.out)
-    assert rows[0]["seconds_teacher"] > 0
-    assert (rows[0]["kd_share"] == 1.0) == (mask == "none")
+    assert records[0]["seconds_teacher"] > 0
+    assert (records[0]["kd_share"] == 1.0) == (mask == "none")
 
 
 @pytest.mark.parametrize("kind", ["constant", "kl_budget"])  # known early, and not
@@ -139,7 +140,7 @@ def test_a_run_ahead_is_that_of_the_teacher_in_process(
 
 
 def on_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
-    """Do something before the completions of a step are drawn, once."""
+    """Call `action` once, before the completions of a step are drawn."""
     collect, done = train.collect, []
 
     def wrapped(run: train.Run, now: int, stages: train.Stages) -> Any:
@@ -170,7 +171,7 @@ def test_a_killed_teacher_pauses_the_run_until_it_is_back(
 
         on_step(monkeypatch, 1, kill_and_start_another)
         _, said = run(remote)
-    assert f"the teacher at {process.url} does not answer, ConnectError" in said
+    assert f"the teacher at {process.url} does not reply, ConnectError" in said
     assert f"the teacher at {process.url} is back after" in said
     assert_same_run(remote.out, local.out)
 
@@ -194,7 +195,7 @@ def test_past_the_deadline_a_checkpoint_is_left_to_resume_from(
         server.enter_context(running(app, port))
         on_step(patch, 2, server.close)
         assert cli.main(["train", "--config", str(file)]) == 1
-    assert "must answer within teacher.deadline_s = 3 s" in capsys.readouterr().err
+    assert "must reply within teacher.deadline_s = 3 s" in capsys.readouterr().err
     assert {p.name for p in (remote.out / "checkpoints").iterdir()} == {"LATEST", "step_000002"}
     assert len(read_records(remote.out)) == 2
     with running(app, port):
@@ -204,14 +205,14 @@ def test_past_the_deadline_a_checkpoint_is_left_to_resume_from(
 
 @pytest.fixture
 def scripted(tokenizer: Any) -> Iterator[tuple[Scripted, str]]:
-    """A server that records who asked, and its URL."""
+    """Start a server that records its queries; yields it and its URL."""
     server = Scripted(by_position, tokenizer=vocabulary_hash(tokenizer))
     with running(server.app()) as url:
         yield server, url
 
 
 def training_calls(server: Scripted) -> int:
-    """Completions asked for; those of the preflight have a prompt of one token."""
+    """Count the queries of training; those of the preflight have a prompt of one token."""
     return sum(body["sequences"][0]["prompt_tokens"] > 1 for body in server.bodies)
 
 
@@ -228,8 +229,8 @@ def test_nothing_to_distil_costs_no_call(
 ) -> None:
     method, reward = NO_CALL[name]
     server, url = scripted
-    rows, _ = run(config("run", url, reward, method=method, steps=1))
-    assert rows[0]["kd_share"] == 0.0
+    records, _ = run(config("run", url, reward, method=method, steps=1))
+    assert records[0]["kd_share"] == 0.0
     assert training_calls(server) == 0
 
 
@@ -237,8 +238,8 @@ def test_a_masked_completion_costs_no_call(
     config: Callable[..., TrainConfig], scripted: tuple[Scripted, str]
 ) -> None:
     server, url = scripted
-    rows, _ = run(config("run", url, method=replace(K2, kd_mask="wrong"), steps=2))
-    wrong = sum(row["verifier_wrong"] for row in rows)
+    records, _ = run(config("run", url, method=replace(K2, kd_mask="wrong"), steps=2))
+    wrong = sum(record["verifier_wrong"] for record in records)
     assert 0 < wrong < 32
     assert training_calls(server) == wrong
 
@@ -261,7 +262,7 @@ def test_the_teacher_scores_while_rewards_are_made(
 
     monkeypatch.setattr(Verifier, "score", wait_for_the_teacher)
     run(config("run", url, steps=1))
-    assert before[-1] == 16  # all were answered before the first reward
+    assert before[-1] == 16  # all replies came before the first reward
     assert training_calls(server) == 16
 
 
@@ -274,15 +275,15 @@ def test_ends_are_not_distilled_where_they_are_masked(
     settings = {"sampling": sampling, "steps": 1}
     with pytest.raises(ValueError, match=r"the teacher must end .* got \[7\] .*kd_eos to mask"):
         run(config("kept", url, **settings))
-    rows, _ = run(config("masked", url, method=replace(K2, kd_eos="mask"), **settings))
-    ended = 128 * (1 - rows[0]["truncated"])
-    tokens = 128 * rows[0]["response_length"]
+    records, _ = run(config("masked", url, method=replace(K2, kd_eos="mask"), **settings))
+    ended = 128 * (1 - records[0]["truncated"])
+    tokens = 128 * records[0]["response_length"]
     assert ended > 0
-    assert rows[0]["kd_share"] == pytest.approx((tokens - ended) / tokens)
+    assert records[0]["kd_share"] == pytest.approx((tokens - ended) / tokens)
 
 
 @pytest.mark.parametrize("mask", ["none", "wrong"])
-def test_two_ranks_ask_for_their_shares(
+def test_two_ranks_query_their_shares(
     config: Callable[..., TrainConfig], process: Process, mask: str
 ) -> None:
     settings = {"method": replace(K2, kd_mask=mask), "steps": 2}
@@ -295,29 +296,29 @@ def test_gradients_are_told_apart_with_a_server(
     config: Callable[..., TrainConfig], folders: dict[str, Path], process: Process
 ) -> None:
     settings = {"method": K2, "steps": 1, "log": LogConfig(diagnostics_every=1)}
-    (row,), _ = run(config("remote", process.url, **settings))
+    (record,), _ = run(config("remote", process.url, **settings))
     (local,), _ = run(config("local", str(folders["teacher"]), **settings))
     for name in ("rl_grad_norm", "kd_grad_norm", "rl_kd_cosine"):
-        assert row[name] == pytest.approx(local[name], rel=1e-4)
+        assert record[name] == pytest.approx(local[name], rel=1e-4)
 
 
 def test_a_signal_does_not_wait_for_a_teacher_that_is_away(
     config: Callable[..., TrainConfig], folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running(teacher_app(folders["teacher"])) as url:
-        remote = config("remote", url, method=K2, steps=3)
-        ask = remote.RemoteTeacher.ask
+        settings = config("remote", url, method=K2, steps=3)
+        query = RemoteTeacher.query
 
-        def away(self: Any, *given: Any) -> Any:
-            self.client._http.base_url = f"http://127.0.0.1:{free_port()}"  # nobody there
+        def away(self: Any, *arguments: Any) -> Any:
+            self.client._http.base_url = f"http://127.0.0.1:{free_port()}"  # no server
             threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
-            return ask(self, *given)
+            return query(self, *arguments)
 
-        monkeypatch.setattr(remote.RemoteTeacher, "ask", away)
+        monkeypatch.setattr(RemoteTeacher, "query", away)
         start = time.monotonic()
-        rows, words = run(remote)
+        records, words = run(settings)
     assert time.monotonic() - start < 15
-    assert rows == []
+    assert records == []
     assert "stopped by a signal after 0 steps" in words
 
 

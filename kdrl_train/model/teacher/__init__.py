@@ -1,1 +1,1 @@
-"""A teacher behind a URL."""
+"""Scores completions by a teacher behind a URL. How to use one: README.md."""

@@ -1,10 +1,11 @@
-"""One request to a teacher behind a URL, in the two formats that it may speak.
+"""Sends one query to a teacher behind a URL, in one of the two formats that it may speak.
 
-kdrl: `python -m kdrl_train serve`. openai: what vLLM does, by its sources of 2026. POST
-/v1/completions with `"prompt": ids, "max_tokens": 1, "prompt_logprobs": 0` answers
-`choices[0].prompt_logprobs`: null for the first token, then for each one a mapping from its id, as
-text, to {"logprob", "rank", "decoded_token"}. These are at temperature 1 whatever is asked, over
-all columns of the model's head; -inf is sent as -9999.
+kdrl is the format of `python -m kdrl_train serve`. openai is what vLLM does, by its sources of
+2026: the reply to POST /v1/completions with `"prompt": ids, "max_tokens": 1, "prompt_logprobs": 0`
+holds `choices[0].prompt_logprobs`, which is null for the first token, and for each other one a
+mapping from its id, as text, to {"logprob", "rank", "decoded_token"}. These log-probabilities are
+at temperature 1, whatever the request says, over all columns of the model's head; -inf is sent as
+-9999.
 """
 
 import hashlib
@@ -24,19 +25,19 @@ from kdrl_train.errors import RunError
 T = TypeVar("T")
 
 TRY_AGAIN = (429, 500, 502, 503, 504)
-"""Answers of a server that is full, loading or restarting."""
+"""Status codes of a server that is full, loading or restarting."""
 FORBIDDEN = -9998.0
-"""vLLM writes -inf as -9999."""
+"""A log-probability below this stands for -inf, which vLLM writes as -9999."""
 ROUNDING = 1e-3
-"""A log-probability above this is none: rounding explains less."""
+"""A log-probability above this is wrong: rounding alone stays below it."""
 
 
 class TeacherError(RunError, OSError):
-    """The teacher's server gives no answer in time, or a wrong one: the run cannot go on."""
+    """Ends the run: the teacher's server did not reply in time, or its reply is wrong."""
 
 
-class NoAnswerError(Exception):
-    """No answer this time: ask again, after `wait_s` seconds if the server said how many."""
+class NoReplyError(Exception):
+    """Asks for a new try: the server did not reply. wait_s: seconds that it told us to wait."""
 
     def __init__(self, message: str, wait_s: float = 0.0) -> None:
         super().__init__(message)
@@ -45,14 +46,14 @@ class NoAnswerError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One completion to score."""
+    """Describes one completion to score."""
 
     name: str
-    """What messages call it."""
+    """What messages call the completion."""
     prompt_ids: list[int]
     completion_ids: list[int]
-    vocab_size: int | None = None
-    """Columns from here on are no part of the distribution (not for openai); None: all are."""
+    sampled_vocab_size: int | None = None
+    """Columns from here on are left out of the distribution (not by openai); None: none is."""
     temperature: float = 1.0
 
     def __str__(self) -> str:
@@ -62,35 +63,36 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class TeacherInfo:
-    """What a server says of its teacher; None: it does not say."""
+    """Describes the model of a server; None stands for what the server does not say."""
 
     model: str
     window: int | None
-    """Most tokens of a prompt with its completion."""
+    """Largest number of tokens of a prompt with its completion."""
     vocab_size: int | None = None
     dtype: str | None = None
     tokenizer: str | None = None
-    """vocabulary_hash of its tokenizer."""
+    """The vocabulary_hash of the model's tokenizer."""
     eos_ids: list[int] | None = None
     fingerprint: str | None = None
-    """Changes with any of the above; in every answer, since a server may restart as another."""
+    """Changes with any of the above. Every reply holds it, as a server may restart with another
+    model."""
 
 
 class TeacherClient(ABC):
-    """A teacher's server; threads may share it.
+    """Talks to a teacher's server; threads may share one client.
 
     Args:
         url: http://host:port, with or without /v1.
-        config: timeouts, and the connections that are kept open.
-    Raises: TeacherError when it does not answer at once with what it is.
+        config: gives the timeouts and the number of connections.
+    Raises: TeacherError when the server does not reply at once and describe its model.
     """
 
     def __init__(self, url: str, config: TeacherConfig) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.timeout_s = config.timeout_s
-        limits = httpx2.Limits(max_connections=config.concurrency)
+        connections = httpx2.Limits(max_connections=config.concurrency)
         try:
-            self._http = httpx2.Client(base_url=self.url, limits=limits)
+            self._http = httpx2.Client(base_url=self.url, limits=connections)
         except httpx2.InvalidURL as error:
             raise TeacherError(f"model.teacher must be a URL, got {url!r}: {error}") from error
         try:
@@ -98,70 +100,74 @@ class TeacherClient(ABC):
         except TeacherError:
             self.close()
             raise
-        except NoAnswerError as error:
+        except NoReplyError as error:
             self.close()
             raise TeacherError(
-                f"model.teacher must answer, got {error} from {self.url}: start it with `python -m "
+                f"model.teacher must reply, got {error} from {self.url}: start it with `python -m "
                 "kdrl_train serve`, wait until its /health says ready, or correct the URL"
             ) from error
 
     @property
     def vocab_size(self) -> int | None:
-        """Columns of the teacher's head; None: the server does not say."""
+        """Number of columns of the teacher's head; None: the server does not say."""
         return self.info.vocab_size
 
     def close(self) -> None:
-        """Drop the connections."""
+        """Close the connections."""
         self._http.close()
 
     def logprobs(self, query: Query, timeout_s: float | None = None) -> Tensor:
-        """[T] float32, nats: log-probability of each token of the completion.
+        """Return the log-probability of each token of the completion, [T] float32, nats.
 
-        Raises: NoAnswerError to ask again; TeacherError for an answer that is no answer to this.
+        Raises: NoReplyError where a new try may help; TeacherError for a reply that does not fit.
         """
         timeout_s = timeout_s or self.timeout_s
         values = self._read(str(query), lambda: [float(x) for x in self._values(query, timeout_s)])
-        found = torch.tensor(values, dtype=torch.float32)
-        problem = _problem(found, query.completion_ids)
+        logprobs = torch.tensor(values, dtype=torch.float32)
+        problem = _problem(logprobs, query.completion_ids)
         if problem is not None:
             raise TeacherError(
                 f"the teacher at {self.url} must give a finite log-probability for each token of "
                 f"{query}, got {problem}: see the server's log and model.teacher_api"
             )
-        return found
+        return logprobs
 
     def _read(self, what: str, reader: Callable[[], T]) -> T:
-        """reader(); TeacherError where the answer has not the format that it expects."""
+        """Return reader(); raise TeacherError where a reply has not the format it expects."""
         try:
             return reader()
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise TeacherError(
-                f"the teacher at {self.url} must answer in the format of model.teacher_api, got "
-                f"{type(error).__name__} ({error}) when reading {what}: is it the right one?"
+                f"the teacher at {self.url} must reply in the format of model.teacher_api, got "
+                f"{type(error).__name__} ({error}) when reading {what}: set model.teacher_api "
+                "to the format of this server"
             ) from error
 
     def _send(self, what: str, path: str, body: Any, timeout_s: float) -> Any:
-        """JSON of one answer; GET without a body; `what` is asked for, for messages."""
+        """Return the JSON of one reply; without a body the request is a GET.
+
+        what: names in messages what the request is for.
+        """
         method = "GET" if body is None else "POST"
         try:
             response = self._http.request(method, path, json=body, timeout=timeout_s)
         except httpx2.TransportError as error:
-            raise NoAnswerError(f"{type(error).__name__} ({error})") from error
+            raise NoReplyError(f"{type(error).__name__} ({error})") from error
         status, text = response.status_code, response.text[:500]
         if status in TRY_AGAIN:
             wait = response.headers.get("retry-after", "0")
-            raise NoAnswerError(f"status {status} ({text})", float(wait) if wait.isdigit() else 0.0)
+            raise NoReplyError(f"status {status} ({text})", float(wait) if wait.isdigit() else 0.0)
         if status != 200:
             raise TeacherError(
-                f"the teacher at {self.url} must answer {method} {path} with {what}, got status "
+                f"the teacher at {self.url} must reply to {method} {path} with {what}, got status "
                 f"{status}: {text}; see model.teacher and model.teacher_api"
             )
         try:
             return response.json()
         except ValueError as error:
             raise TeacherError(
-                f"the teacher at {self.url} must answer {method} {path} with {what} in JSON, got "
-                f"{text!r}: see model.teacher and model.teacher_api"
+                f"the teacher at {self.url} must reply to {method} {path} with {what} in JSON, "
+                f"got {text!r}: see model.teacher and model.teacher_api"
             ) from error
 
     @abstractmethod
@@ -172,7 +178,7 @@ class TeacherClient(ABC):
 
 
 class KdrlClient(TeacherClient):
-    """`python -m kdrl_train serve`."""
+    """Talks to `python -m kdrl_train serve`."""
 
     def _info(self, _name: str | None) -> TeacherInfo:
         version = self._send("what it is", "/version", None, self.timeout_s)
@@ -184,24 +190,24 @@ class KdrlClient(TeacherClient):
         body = {
             "sequences": [{"ids": ids, "prompt_tokens": len(query.prompt_ids)}],
             "temperature": query.temperature,
-            "vocab_size": query.vocab_size,
+            "vocab_size": query.sampled_vocab_size,
         }
-        answer = self._send(str(query), "/score", body, timeout_s)
-        if answer["fingerprint"] != self.info.fingerprint:
+        reply = self._send(str(query), "/score", body, timeout_s)
+        if reply["fingerprint"] != self.info.fingerprint:
             raise TeacherError(
                 f"the teacher at {self.url} must stay the same during a run, got another one than "
                 f"{self.info.model} ({self.info.dtype}): restart the server as it was"
             )
-        (values,) = answer["logprobs"]
+        (values,) = reply["logprobs"]
         return values
 
 
 class OpenAiClient(TeacherClient):
-    """vLLM, or another server with its prompt_logprobs."""
+    """Talks to vLLM, or to another server that returns prompt_logprobs as vLLM does."""
 
     def _info(self, name: str | None) -> TeacherInfo:
-        answer = self._send("its models", "/v1/models", None, self.timeout_s)
-        models = self._read("/v1/models", lambda: {m["id"]: m for m in answer["data"]})
+        reply = self._send("its models", "/v1/models", None, self.timeout_s)
+        models = self._read("/v1/models", lambda: {m["id"]: m for m in reply["data"]})
         if name is None and len(models) == 1:
             (name,) = models
         if name is None or name not in models:
@@ -210,14 +216,14 @@ class OpenAiClient(TeacherClient):
                 f"{', '.join(models)}"
             )
         longest = models[name].get("max_model_len")
-        # it insists on generating a token, which needs a place too
+        # the server generates one token for each query, which needs a place in the window too
         return TeacherInfo(model=name, window=None if longest is None else longest - 1)
 
     def _values(self, query: Query, timeout_s: float) -> list[float]:
         return [entry["logprob"] for entry in self._entries(query, timeout_s)]
 
     def texts(self, query: Query) -> list[str | None]:
-        """What the server decodes each token of the completion to; None where it does not say."""
+        """Return the text of each token of the completion; None where the server does not say."""
         entries = self._read(str(query), lambda: self._entries(query, self.timeout_s))
         return [entry.get("decoded_token") for entry in entries]
 
@@ -230,34 +236,34 @@ class OpenAiClient(TeacherClient):
             "temperature": query.temperature,
             "prompt_logprobs": 0,  # of the tokens themselves, and of no other
         }
-        answer = self._send(str(query), "/v1/completions", body, timeout_s)
-        (choice,) = answer["choices"]
-        found = choice.get("prompt_logprobs")
-        if found is None:
+        reply = self._send(str(query), "/v1/completions", body, timeout_s)
+        (choice,) = reply["choices"]
+        entries = choice.get("prompt_logprobs")
+        if entries is None:
             raise TeacherError(
                 f"the teacher at {self.url} must return prompt log-probabilities, got none for "
                 f"{query}: use vLLM, or `python -m kdrl_train serve`"
             )
         start = len(query.prompt_ids)
-        return [entry[str(i)] for i, entry in zip(ids[start:], found[start:], strict=True)]
+        return [entry[str(i)] for i, entry in zip(ids[start:], entries[start:], strict=True)]
 
 
-def _problem(found: Tensor, ids: list[int]) -> str | None:
-    """What is wrong with the log-probabilities of tokens; None: nothing."""
-    if len(found) != len(ids):
-        return f"{len(found)}"
-    for t in (~((found > FORBIDDEN) & (found < ROUNDING))).nonzero().flatten().tolist():
-        return f"{found[t]:g} for token {t} (id {ids[t]})"
+def _problem(logprobs: Tensor, ids: list[int]) -> str | None:
+    """Say what is wrong with the log-probabilities of tokens; None: nothing is."""
+    if len(logprobs) != len(ids):
+        return f"{len(logprobs)} for {len(ids)} tokens"
+    for t in (~((logprobs > FORBIDDEN) & (logprobs < ROUNDING))).nonzero().flatten().tolist():
+        return f"{logprobs[t]:g} for token {t} (id {ids[t]})"
     return None
 
 
 def connect(model: ModelConfig, config: TeacherConfig) -> TeacherClient:
-    """A client of the server at model.teacher. Raises: TeacherError unless it is ready."""
+    """Make a client of the server at model.teacher. Raises: TeacherError unless it is ready."""
     url = str(model.teacher)
     return KdrlClient(url, config) if model.teacher_api == "kdrl" else OpenAiClient(url, config)
 
 
 def vocabulary_hash(tokenizer: Any) -> str:
-    """SHA-256 of the map from token to id: the same for two tokenizers with the same map."""
+    """Return the SHA-256 of a tokenizer's map from token to id; equal maps have equal hashes."""
     pairs = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""teacher.json in a run folder: which model behind a URL the run learns from, to its end."""
+"""Keeps in a run folder's teacher.json which model behind a URL the run learns from."""
 
 import json
 from dataclasses import asdict
@@ -8,10 +8,11 @@ from kdrl_train.model.teacher.client import TeacherClient, TeacherError
 
 
 def require_same_teacher(folder: Path, client: TeacherClient) -> None:
-    """Note what a run's first server says of its model; a resumed run must meet the same one, at
-    whatever URL.
+    """Write what the first server of a run says of its model, or compare it with what is written.
 
-    Raises: TeacherError where it is another.
+    A resumed run must learn from the same model, at whatever URL.
+
+    Raises: TeacherError where it is another one.
     """
     path, now = folder / "teacher.json", asdict(client.info)
     if not path.exists():
@@ -22,9 +23,11 @@ def require_same_teacher(folder: Path, client: TeacherClient) -> None:
     before = json.loads(path.read_text(encoding="utf-8"))
     if now != before:
         changed = [
-            f"{k}: {before.get(k)} there, {now[k]} now" for k in now if before.get(k) != now[k]
+            f"{k}: {before.get(k)} in the file, {now[k]} now"
+            for k in now
+            if before.get(k) != now[k]
         ]
         raise TeacherError(
-            f"the teacher at {client.url} must be that of {path}, got another ("
+            f"the teacher at {client.url} must be that of {path}, got another one ("
             f"{'; '.join(changed)}): serve that model again, or start a new run with another --out"
         )

@@ -1,6 +1,5 @@
-"""A teacher behind a URL, asked for many completions at a time, waited for when it is away."""
+"""Queries a teacher behind a URL for many completions at a time, and waits while it is away."""
 
-import random
 import threading
 import time
 from collections.abc import Callable
@@ -13,93 +12,94 @@ from kdrl_train.batch import Rollouts
 from kdrl_train.config import TrainConfig
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.schedules import History, schedule_value
-from kdrl_train.model.teacher.client import NoAnswerError, Query, TeacherClient, TeacherError
+from kdrl_train.model.teacher.client import NoReplyError, Query, TeacherClient, TeacherError
+from kdrl_train.waiting import POLL_S, Poll, retry_waits
 
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 15.0
-"""Between two tries: doubled each time, times a random factor in [0.5, 1]."""
-POLL_S = 0.2
-"""Between two looks at whether the run was asked to stop."""
 QUIET_S = 1.0
-"""A silence shorter than this is not reported: a full queue is no outage."""
+"""A shorter time without a reply, in seconds, is not reported: a full queue is no outage."""
 
 
 class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
-    """Log-probabilities of completions from a server; use it as a context manager.
+    """Gets the log-probabilities of completions from a server; use it as a context manager.
 
-    At most config.concurrency completions are on their way. One that gets no answer is asked for
-    again; after config.deadline_s without an answer to any, all that are waited for fail.
+    At most config.concurrency queries are open at a time. A query without a reply is sent again;
+    after config.deadline_s without a reply to any query, all pending ones fail.
 
     Args:
-        client: the server; not closed here.
-        config: concurrency, deadlines, and the sampling temperature.
-        vocab_size: columns from here on are not sampled; None: all are.
-        say: where outages are reported, from any thread.
+        client: talks to the server; it is not closed here.
+        config: gives concurrency, deadlines, and the sampling temperature.
+        sampled_vocab_size: columns from here on are not sampled; None: all are.
+        say: reports outages; it is called from any thread.
     """
 
     def __init__(
         self,
         client: TeacherClient,
         config: TrainConfig,
-        vocab_size: int | None,
+        sampled_vocab_size: int | None,
         say: Callable[[str], None],
     ) -> None:
         self.client = client
         self.config = config.teacher
-        self.vocab_size = vocab_size
+        self.sampled_vocab_size = sampled_vocab_size
         self.temperature = config.sampling.temperature
         self.say = say
         self._pool = ThreadPoolExecutor(config.teacher.concurrency, thread_name_prefix="teacher")
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._last_answer = time.monotonic()
+        self._last_reply = time.monotonic()
         self._outage: float | None = None
         self._failure: TeacherError | None = None
 
-    def query(self, rollouts: Rollouts, wanted_R: Tensor) -> dict[int, Future[Tensor]]:
-        """Send the completions of wanted_R [R] bool, without waiting for an answer.
+    def query(self, rollouts: Rollouts, selected_R: Tensor) -> dict[int, Future[Tensor]]:
+        """Send the completions selected by selected_R [R] bool, without waiting for a reply.
 
-        Returns: completion -> its log-probabilities [T] float32, nats.
+        Returns: completion -> the future of its log-probabilities [T] float32, nats.
         """
         return {
             r: self._pool.submit(self._score, self._query(rollouts, r))
-            for r in wanted_R.nonzero().flatten().tolist()
+            for r in selected_R.nonzero().flatten().tolist()
         }
 
     def collect(
         self,
         rollouts: Rollouts,
-        wanted_R: Tensor,
-        asked: dict[int, Future[Tensor]],
-        poll: Callable[[], None] | None = None,
+        selected_R: Tensor,
+        pending: dict[int, Future[Tensor]],
+        poll: Poll | None = None,
     ) -> list[Tensor | None]:
-        """Wait for the wanted ones; those not asked for so far are asked for now, the unwanted
-        dropped.
+        """Wait for the replies to the selected completions.
+
+        Those that are not pending yet are sent now; pending ones that are not selected are dropped.
 
         Args:
-            wanted_R: [R] bool.
-            asked: from `ask` with the same rollouts.
-            poll: called now and then; what it raises ends the waiting.
-        Returns: R of [T] float32 nats, None where not wanted.
-        Raises: TeacherError, of the first that failed.
+            selected_R: [R] bool.
+            pending: what `query` returned for the same rollouts; may be empty.
+            poll: called regularly; an exception it raises stops the waiting.
+        Returns: R of [T] float32 nats, None where not selected.
+        Raises: TeacherError, that of the first query that failed.
         """
-        missing = wanted_R.clone()
-        missing[list(asked)] = False
-        futures = asked | self.query(rollouts, missing)
+        missing_R = selected_R.clone()
+        missing_R[list(pending)] = False
+        futures = pending | self.query(rollouts, missing_R)
         for r, future in futures.items():
-            if not wanted_R[r]:
+            if not selected_R[r]:
                 future.cancel()
         try:
-            waiting = {futures[r] for r in wanted_R.nonzero().flatten().tolist()}
+            waiting = {futures[r] for r in selected_R.nonzero().flatten().tolist()}
             while waiting:
                 if poll is not None:
                     poll()
                 _, waiting = wait(waiting, POLL_S)
-            return [futures[r].result() if wanted_R[r] else None for r in range(len(wanted_R))]
+            return [
+                futures[r].result() if selected else None
+                for r, selected in enumerate(selected_R.tolist())
+            ]
         except TeacherError as error:
             raise self._failure or error from None
 
     def close(self) -> None:
-        """Drop what was asked for; waits for requests on their way. May be called twice."""
+        """Drop pending queries, and wait for open requests. May be called twice."""
         self._stop.set()
         self._pool.shutdown(cancel_futures=True)
 
@@ -111,46 +111,45 @@ class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
             name=f"completion {r} of the step",
             prompt_ids=rollouts.prompt_ids[r].tolist(),
             completion_ids=rollouts.completion_ids[r].tolist(),
-            vocab_size=self.vocab_size,
+            sampled_vocab_size=self.sampled_vocab_size,
             temperature=self.temperature,
         )
 
     def _score(self, query: Query) -> Tensor:
-        """[T] nats of one completion, in a thread of the pool."""
+        """Return the [T] nats of one completion; runs in a thread of the pool."""
         try:
-            return self._ask_until_answered(query)
+            return self._reply_to(query)
         except TeacherError as error:
             with self._lock:
                 self._failure = self._failure or error
-            self._stop.set()  # the others wait for nothing
+            self._stop.set()  # the other queries need not wait
             raise
 
-    def _ask_until_answered(self, query: Query) -> Tensor:
-        start, wait_s = time.monotonic(), FIRST_WAIT_S
+    def _reply_to(self, query: Query) -> Tensor:
+        """Send a query until a reply comes, the deadline has passed or the teacher is closed."""
+        start, waits = time.monotonic(), retry_waits()
         while not self._stop.is_set():
-            left = self.config.deadline_s - self._silence(start)
+            left_s = self.config.deadline_s - self._silence(start)
             try:
-                found = self.client.logprobs(query, min(self.config.timeout_s, max(left, 0.1)))
-            except NoAnswerError as error:
+                logprobs = self.client.logprobs(query, min(self.config.timeout_s, max(left_s, 0.1)))
+            except NoReplyError as error:
                 self._missed(error, start)
-                pause = max(wait_s * random.uniform(0.5, 1), error.wait_s)
-                self._stop.wait(min(pause, left))
-                wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+                self._stop.wait(min(max(next(waits), error.wait_s), left_s))
             else:
-                self._answered()
-                return found
-        raise TeacherError(f"the teacher at {self.client.url} is no longer asked")
+                self._replied()
+                return logprobs
+        raise TeacherError(f"the teacher at {self.client.url} is no longer queried")
 
     def _silence(self, start: float) -> float:
-        """Seconds since its last answer to anybody, or since a query's start if that was later."""
-        return time.monotonic() - max(start, self._last_answer)
+        """Return the seconds since the last reply to any query, or since `start` if later."""
+        return time.monotonic() - max(start, self._last_reply)
 
-    def _missed(self, error: NoAnswerError, start: float) -> None:
+    def _missed(self, error: NoReplyError, start: float) -> None:
         """Report an outage, once; raise TeacherError past the deadline."""
         silence, deadline_s = self._silence(start), self.config.deadline_s
         if silence >= deadline_s:
             raise TeacherError(
-                f"the teacher at {self.client.url} must answer within teacher.deadline_s = "
+                f"the teacher at {self.client.url} must reply within teacher.deadline_s = "
                 f"{deadline_s:g} s, got {error}: start it again, and continue with --resume"
             )
         with self._lock:
@@ -159,23 +158,26 @@ class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
                 self._outage = time.monotonic() - silence
         if report:
             self.say(
-                f"the teacher at {self.client.url} does not answer, {error}: "
+                f"the teacher at {self.client.url} does not reply, {error}: "
                 f"waiting for it, {deadline_s:g} s at most"
             )
 
-    def _answered(self) -> None:
+    def _replied(self) -> None:
+        """Note the time of a reply, and report the end of an outage."""
         with self._lock:
-            self._last_answer = time.monotonic()
+            self._last_reply = time.monotonic()
             outage, self._outage = self._outage, None
         if outage is not None:
-            silence = self._last_answer - outage
+            silence = self._last_reply - outage
             self.say(f"the teacher at {self.client.url} is back after {silence:.0f} s")
 
 
-def may_ask_early(method: MethodConfig, step: int, history: History) -> bool:
-    """Whether each completion of the step is distilled whatever its reward, so that the teacher can
-    score while the rewards are computed. Otherwise it must wait for them: a completion that is not
-    distilled costs no call."""
+def may_query_early(method: MethodConfig, step: int, history: History) -> bool:
+    """Say whether each completion of the step is distilled whatever its reward.
+
+    The teacher can then score while the rewards are computed. Otherwise it must wait for them, so
+    that a completion that is not distilled costs no request.
+    """
     return (
         method.kd is not None
         and method.kd_mask == "none"

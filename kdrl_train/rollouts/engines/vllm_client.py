@@ -1,22 +1,24 @@
-"""HTTP to a vLLM server, as 0.32 speaks it in development mode; errors are EngineError."""
+"""Talks to a vLLM server over HTTP, as vLLM 0.32 speaks it in development mode.
+
+Every failure is an EngineError.
+"""
 
 import asyncio
-from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import httpx2
 
 from kdrl_train.errors import EngineError
-from kdrl_train.rollouts.engines.requests import Reply, Request
+from kdrl_train.rollouts.engines.requests import CompletionReply, CompletionRequest
+from kdrl_train.waiting import POLL_S, Poll, retry_waits
 
-POLL_S = 0.2
-"""Between two looks at whether the run was asked to stop."""
-WAITS_S = (0.1, 0.5, 2.0)
-"""Before asking again where a connection broke, as one may that was idle."""
+RETRIES = 4
+"""New tries where a connection broke, as an idle one may; they wait up to 3.75 s in all."""
 
 
 class VllmClient:
-    """A server.
+    """Sends requests to one server.
 
     Args:
         url: http://host:port, with or without /v1.
@@ -28,7 +30,7 @@ class VllmClient:
         self.timeout_s = timeout_s
 
     def workers(self, method: str, *arguments: str) -> list[Any]:
-        """Call a method of rollouts/vllm_worker.py on each worker; returns their results."""
+        """Call a method of rollouts/vllm_worker.py on each worker, and return their results."""
         path = "/collective_rpc"
         reply = self.send("POST", path, {"method": method, "args": arguments})
         if not (isinstance(reply, dict) and isinstance(reply.get("results"), list)):
@@ -37,7 +39,7 @@ class VllmClient:
         return results
 
     def send(self, verb: str, path: str, body: Any = None) -> Any:
-        """JSON of one answer."""
+        """Return the JSON of one reply."""
         try:
             response = httpx2.request(verb, self.url + path, json=body, timeout=self.timeout_s)
         except (httpx2.TransportError, httpx2.InvalidURL) as error:
@@ -45,41 +47,43 @@ class VllmClient:
         return self._json(response, path)
 
     def complete(
-        self, model: str, requests: list[Request], together: int, poll: Callable[[], None]
-    ) -> list[Reply]:
-        """An reply for each request, in their order.
+        self, model: str, requests: list[CompletionRequest], concurrency: int, poll: Poll
+    ) -> list[CompletionReply]:
+        """Return a reply for each request, in their order.
 
         Args:
-            model: the server's name for it.
-            together: most of them on their way at a time.
-            poll: called now and then; what it raises ends the rest, on the server too.
+            model: the name that the server has for its model.
+            concurrency: largest number of requests that wait for a reply at a time.
+            poll: called regularly; an exception it raises stops sampling, on the server too.
         """
-        return asyncio.run(self._complete_all(model, requests, together, poll))
+        return asyncio.run(self._complete_all(model, requests, concurrency, poll))
 
     async def _complete_all(
-        self, model: str, requests: list[Request], together: int, poll: Callable[[], None]
-    ) -> list[Reply]:
-        limits = httpx2.Limits(max_connections=together)
+        self, model: str, requests: list[CompletionRequest], concurrency: int, poll: Poll
+    ) -> list[CompletionReply]:
+        limits = httpx2.Limits(max_connections=concurrency)
         timeout = httpx2.Timeout(self.timeout_s, pool=None)
         async with httpx2.AsyncClient(base_url=self.url, limits=limits, timeout=timeout) as http:
             tasks = [asyncio.create_task(self._complete(http, model, r)) for r in requests]
-            waiting = set(tasks)
+            pending = set(tasks)
             try:
-                while waiting:
+                while pending:
                     poll()
-                    done, waiting = await asyncio.wait(waiting, timeout=POLL_S)
+                    done, pending = await asyncio.wait(pending, timeout=POLL_S)
                     for task in done:
                         task.result()
             finally:
                 for task in tasks:
-                    task.cancel()  # the server drops what nobody waits for
+                    task.cancel()  # the server drops a request that nobody waits for
                 await asyncio.gather(*tasks, return_exceptions=True)
         return [task.result() for task in tasks]
 
-    async def _complete(self, http: httpx2.AsyncClient, model: str, request: Request) -> Reply:
+    async def _complete(
+        self, http: httpx2.AsyncClient, model: str, request: CompletionRequest
+    ) -> CompletionReply:
         path = "/v1/completions"
         body = {"model": model, "prompt": request.prompt_ids, "return_token_ids": True}
-        for wait_s in (*WAITS_S, None):
+        for wait_s in (*islice(retry_waits(), RETRIES), None):
             try:
                 response = await http.post(path, json=body | request.params)
                 break
@@ -90,7 +94,7 @@ class VllmClient:
         reply = self._json(response, path)
         try:
             (choice,) = reply["choices"]
-            return Reply(choice["token_ids"], choice["logprobs"]["token_logprobs"])
+            return CompletionReply(choice["token_ids"], choice["logprobs"]["token_logprobs"])
         except (LookupError, TypeError, ValueError) as error:
             raise EngineError(
                 f"the server at {self.url} must return token_ids and log-probabilities, got "
@@ -100,8 +104,8 @@ class VllmClient:
     def _json(self, response: httpx2.Response, path: str) -> Any:
         if response.status_code != 200:
             raise EngineError(
-                f"the server at {self.url} must answer {path}, got status {response.status_code}: "
-                f"{response.text[:500]}"
+                f"the server at {self.url} must reply to {path}, got status "
+                f"{response.status_code}: {response.text[:500]}"
             )
         try:
             return response.json()
@@ -110,13 +114,13 @@ class VllmClient:
 
     def _nonsense(self, path: str, reply: str) -> EngineError:
         return EngineError(
-            f"the server at {self.url} must answer {path} as vLLM 0.32 does, got {reply[:500]!r}: "
-            "is it vLLM, and is there a proxy in between?"
+            f"the server at {self.url} must reply to {path} as vLLM 0.32 does, got "
+            f"{reply[:500]!r}: set engine.url to a vLLM server, without a proxy in between"
         )
 
     def _silence(self, path: str, error: Exception) -> EngineError:
         return EngineError(
-            f"the server at {self.url} must answer {path} within engine.timeout_s = "
+            f"the server at {self.url} must reply to {path} within engine.timeout_s = "
             f"{self.timeout_s:g} s, got {type(error).__name__} ({error}): start it again, and "
             "continue with --resume"
         )

@@ -1,12 +1,12 @@
-"""A vLLM server as the engine: completions by HTTP, weights by a file in a folder that both see.
+"""Samples on a vLLM server: completions come over HTTP, weights go through a file both can see.
 
-Every push has a label of its own, which the server's workers keep: a server that was restarted, or
-that another run has pushed to, does not have it.
+Every push of weights has a label of its own, which the server's workers keep. A server that was
+restarted, or that another run has pushed to, has another label or none.
 """
 
 import os
 import time
-from collections.abc import Callable
+from itertools import islice
 from typing import Any
 from uuid import uuid4
 
@@ -20,24 +20,29 @@ from kdrl_train.errors import EngineError, RunError
 from kdrl_train.model.fsdp import full_weights
 from kdrl_train.model.policy import Policy
 from kdrl_train.ranks import World
-from kdrl_train.rollouts.engines.requests import Reply, Request, RequestEngine
-from kdrl_train.rollouts.engines.vllm_client import WAITS_S, VllmClient
+from kdrl_train.rollouts.engines.requests import (
+    CompletionReply,
+    CompletionRequest,
+    RequestEngine,
+)
+from kdrl_train.rollouts.engines.vllm_client import RETRIES, VllmClient
+from kdrl_train.waiting import Poll, retry_waits
 
 WEIGHTS = "engine_weights.safetensors"
-"""The file, in the run's folder; there only while the server reads it."""
+"""Name of the file in the run's folder; it exists only while the server reads it."""
 
 
 def inspect(server: VllmClient, config: TrainConfig) -> tuple[str, int]:
-    """The server's name for its model, and its window in tokens.
+    """Return the server's name for its model, and its window in tokens.
 
-    Raises: ValueError unless it is there, and was started as the run needs it.
+    Raises: ValueError unless the server replies, and was started as the run needs it.
     """
-    wanted = {"dtype": config.model.dtype, "logprobs_mode": "processed_logprobs"}
+    required = {"dtype": config.model.dtype, "logprobs_mode": "processed_logprobs"}
     try:
         (model,) = server.send("GET", "/v1/models")["data"]
         for state in server.workers("kdrl_state"):
-            if {key: state[key] for key in wanted} != wanted:
-                raise EngineError(f"{state} where {wanted} is needed")
+            if {key: state[key] for key in required} != required:
+                raise EngineError(f"{state} where {required} is needed")
         return model["id"], model["max_model_len"]
     except (EngineError, LookupError, ValueError, TypeError) as error:
         raise ValueError(
@@ -49,9 +54,9 @@ def inspect(server: VllmClient, config: TrainConfig) -> tuple[str, int]:
 
 
 class VllmServerEngine(RequestEngine):
-    """Engine (see the package) behind engine.url; all ranks ask it, rank 0 alone pushes weights.
+    """An Engine whose model is at engine.url; all ranks send requests, rank 0 pushes weights.
 
-    Raises: ValueError unless the server is there, and started as it must be.
+    Raises: ValueError unless the server replies, and was started as the run needs it.
     """
 
     def __init__(self, config: TrainConfig, policy: Policy, tokenizer: Any, world: World) -> None:
@@ -65,12 +70,12 @@ class VllmServerEngine(RequestEngine):
         self.model, self.window = inspect(self.server, config)
 
     def replies(
-        self, requests: list[Request], sampling: SamplingConfig, poll: Callable[[], None]
-    ) -> list[Reply]:
-        """See RequestEngine. At most sampling.batch_size are on their way at a time.
+        self, requests: list[CompletionRequest], sampling: SamplingConfig, poll: Poll
+    ) -> list[CompletionReply]:
+        """Return replies as RequestEngine says; at most sampling.batch_size are open at a time.
 
-        Raises: EngineError where the server fails, has other weights, or too short a window; what
-            went wrong in the last push.
+        Raises: EngineError where the server fails, has other weights or too short a window, and
+            where the last push of weights failed.
         """
         if self.failure is not None:
             raise self.failure
@@ -83,13 +88,16 @@ class VllmServerEngine(RequestEngine):
             )
         self._require_weights()
         replies = self.server.complete(self.model, requests, sampling.batch_size, poll)
-        self._require_weights()  # it may have been restarted in between
+        self._require_weights()  # the server may have been restarted in between
         return replies
 
     @torch.no_grad()
     def load(self, policy: Policy, version: int) -> None:
-        """See Engine. What goes wrong is raised when it is next asked: the step that is done can
-        still be saved."""
+        """Load weights as Engine says.
+
+        An error of the push is raised by the next `generate`, so that the step that is done can
+        still be saved.
+        """
         weights: dict[str, Tensor] = {}
         for name, weight in full_weights(policy.model):
             if self.world.main:
@@ -102,7 +110,7 @@ class VllmServerEngine(RequestEngine):
         self.version = version
 
     def _push(self, weights: dict[str, Tensor], version: int) -> str:
-        """Returns: the label of the push."""
+        """Write the weights, have the server load them, and return the label of this push."""
         label = f"{version} steps, {uuid4().hex}"
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -115,22 +123,25 @@ class VllmServerEngine(RequestEngine):
                 self.file.unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
             raise EngineError(
-                f"the weights for the server must be written to {self.file}, got {error}: see `out`"
+                f"the weights for the server must be written to {self.file}, got {error}: set "
+                "`out` to a folder that can be written, with enough space"
             ) from error
-        for wait_s in (0.0, *WAITS_S):  # what has just ended may still hold its keys and values
+        # a request that has just ended may still hold its keys and values
+        for wait_s in (0.0, *islice(retry_waits(), RETRIES)):
             time.sleep(wait_s)
             if self.server.send("POST", "/reset_prefix_cache")["success"]:
                 return label
         raise EngineError(
             f"the server at {self.server.url} must drop its prefix cache after a push, got a "
-            "refusal: it has requests of somebody else, and must serve this run alone"
+            "refusal: it has requests of another client, and must serve this run alone"
         )
 
     def _require_weights(self) -> None:
+        """Raise EngineError unless every worker of the server has the label of the last push."""
         labels = [state["label"] for state in self.server.workers("kdrl_state")]
         if any(label != self.label for label in labels):
             raise EngineError(
                 f"the server at {self.server.url} must have the weights of this run after "
                 f"{self.version} steps, got {labels[0] or 'those it was started with'}: it was "
-                "restarted, or another run uses it; --resume pushes them again"
+                "restarted, or another run uses it; --resume pushes the weights again"
             )

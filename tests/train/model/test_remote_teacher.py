@@ -1,4 +1,4 @@
-"""teachers: a server is asked again, waited for, and believed only when its answer is one."""
+"""remote teacher: it sends queries again, waits for a server, and checks every reply."""
 
 import re
 import threading
@@ -14,13 +14,14 @@ import torch
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
+from kdrl_train import waiting
 from kdrl_train.batch import Rollouts
 from kdrl_train.config import ModelConfig, SamplingConfig, TeacherConfig, TrainConfig
 from kdrl_train.method.config import MethodConfig, ScheduleConfig
 from kdrl_train.method.schedules import History
 from kdrl_train.model.teacher import remote
 from kdrl_train.model.teacher.client import TeacherError, connect
-from kdrl_train.model.teacher.remote import RemoteTeacher, may_ask_early
+from kdrl_train.model.teacher.remote import RemoteTeacher, may_query_early
 from tests.train.servers import Scripted, by_position, free_port, running, status
 
 APIS = ("kdrl", "openai")
@@ -28,13 +29,13 @@ APIS = ("kdrl", "openai")
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(remote, "LONGEST_WAIT_S", 0.05)
+    monkeypatch.setattr(waiting, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(waiting, "LONGEST_WAIT_S", 0.05)
     monkeypatch.setattr(remote, "QUIET_S", 0.1)
 
 
 def rollouts(count: int = 4) -> Rollouts:
-    """Completions of 1 to `count` tokens after prompts of 2, all ids different."""
+    """Make completions of 1 to `count` tokens after prompts of 2, all ids different."""
     completions = [torch.arange(r + 1) + 10 * r + 5 for r in range(count)]
     return Rollouts(
         prompt_ids=[torch.tensor([2, 3])] * count,
@@ -53,8 +54,8 @@ def expected(r: int) -> torch.Tensor:
     return torch.tensor(by_position(ids, 2))
 
 
-class Asked:
-    """A RemoteTeacher on a scripted server, and what it said."""
+class Connected:
+    """Connects a RemoteTeacher to a scripted server, and keeps what it reports."""
 
     def __init__(self, url: str, api: str = "kdrl", **config: Any) -> None:
         self.said: list[str] = []
@@ -64,7 +65,7 @@ class Asked:
         self.client = connect(self.config.model, self.config.teacher)
         self.teacher = RemoteTeacher(self.client, self.config, 200, self.said.append)
 
-    def __enter__(self) -> "Asked":
+    def __enter__(self) -> "Connected":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -77,7 +78,7 @@ class Asked:
 
 @pytest.fixture
 def scripted() -> Iterator[Callable[..., tuple[Scripted, str]]]:
-    """scripted(score, **info) -> a server in a thread, and its URL."""
+    """Give scripted(score, **info), which starts a server in a thread: the server and its URL."""
     with ExitStack() as stack:
 
         def start(score: Callable = by_position, **info: Any) -> tuple[Scripted, str]:
@@ -90,12 +91,12 @@ def scripted() -> Iterator[Callable[..., tuple[Scripted, str]]]:
 @pytest.mark.parametrize("api", APIS)
 def test_each_completion_gets_its_own_tokens(scripted: Callable, api: str) -> None:
     server, url = scripted()
-    with Asked(url + ("/v1/" if api == "openai" else "/"), api) as asked:
-        found = asked.all()
+    with Connected(url + ("/v1/" if api == "openai" else "/"), api) as connected:
+        logprobs = connected.all()
     for r in range(4):
-        torch.testing.assert_close(found[r], expected(r))
-        assert found[r].dtype == torch.float32
-    assert set(server.asked.values()) == {1}
+        torch.testing.assert_close(logprobs[r], expected(r))
+        assert logprobs[r].dtype == torch.float32
+    assert set(server.queries.values()) == {1}
     body = server.bodies[0]
     if api == "kdrl":
         assert (body["temperature"], body["vocab_size"]) == (1.0, 200)
@@ -110,23 +111,25 @@ def test_each_completion_gets_its_own_tokens(scripted: Callable, api: str) -> No
         }
 
 
-def test_only_the_wanted_are_asked_and_each_once(scripted: Callable) -> None:
+def test_only_the_selected_are_sent_and_each_once(scripted: Callable) -> None:
     server, url = scripted()
-    with Asked(url) as asked:
-        early = asked.teacher.query(rollouts(), torch.tensor([True, False, True, False]))
+    with Connected(url) as connected:
+        early = connected.teacher.query(rollouts(), torch.tensor([True, False, True, False]))
         [future.result() for future in early.values()]
-        wanted = torch.tensor([True, True, False, False])
-        found = asked.teacher.collect(rollouts(), wanted, early)
-        nothing = asked.teacher.collect(rollouts(), ~ALL, {})
-    assert [x is not None for x in found] == [True, True, False, False]
-    torch.testing.assert_close(found[1], expected(1))
+        selected = torch.tensor([True, True, False, False])
+        logprobs = connected.teacher.collect(rollouts(), selected, early)
+        nothing = connected.teacher.collect(rollouts(), ~ALL, {})
+    assert [x is not None for x in logprobs] == [True, True, False, False]
+    torch.testing.assert_close(logprobs[1], expected(1))
     assert nothing == [None] * 4
-    assert server.asked == {(2, 3, 5): 1, (2, 3, 25, 26, 27): 1, (2, 3, 15, 16): 1}
+    assert server.queries == {(2, 3, 5): 1, (2, 3, 25, 26, 27): 1, (2, 3, 15, 16): 1}
 
 
 @pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize("code", [429, 500, 502, 503])
-def test_a_busy_server_is_asked_again(scripted: Callable, api: str, code: int) -> None:
+def test_a_query_to_a_busy_server_is_sent_again(
+    scripted: Callable, monkeypatch: pytest.MonkeyPatch, api: str, code: int
+) -> None:
     tries: Counter = Counter()
 
     def busy_twice(ids: list[int], prompt_tokens: int) -> Any:
@@ -135,12 +138,13 @@ def test_a_busy_server_is_asked_again(scripted: Callable, api: str, code: int) -
             return status(code, "later")
         return by_position(ids, prompt_tokens)
 
+    monkeypatch.setattr(remote, "QUIET_S", 60.0)
     server, url = scripted(busy_twice)
-    with Asked(url, api) as asked:
-        found = asked.all()
-    torch.testing.assert_close(found[3], expected(3))
-    assert set(server.asked.values()) == {3}
-    assert asked.said == []  # a second of it is no outage
+    with Connected(url, api) as connected:
+        logprobs = connected.all()
+    torch.testing.assert_close(logprobs[3], expected(3))
+    assert set(server.queries.values()) == {3}
+    assert connected.said == []  # a full queue is no outage
 
 
 def test_the_server_says_when_to_come_again(scripted: Callable) -> None:
@@ -153,8 +157,8 @@ def test_the_server_says_when_to_come_again(scripted: Callable) -> None:
         return by_position(ids, prompt_tokens)
 
     _, url = scripted(once)
-    with Asked(url) as asked:
-        asked.teacher.collect(rollouts(), torch.tensor([True, False, False, False]), {})
+    with Connected(url) as connected:
+        connected.teacher.collect(rollouts(), torch.tensor([True, False, False, False]), {})
     assert times[1] - times[0] >= 1.0
 
 
@@ -169,26 +173,26 @@ def test_a_hung_request_is_sent_again(scripted: Callable) -> None:
         return by_position(ids, prompt_tokens)
 
     server, url = scripted(hang_once)
-    with Asked(url, timeout_s=0.3) as asked:
-        found = asked.all()
+    with Connected(url, timeout_s=0.3) as connected:
+        logprobs = connected.all()
         release.set()
-    torch.testing.assert_close(found[2], expected(2))
-    assert set(server.asked.values()) == {2}
+    torch.testing.assert_close(logprobs[2], expected(2))
+    assert set(server.queries.values()) == {2}
 
 
 def test_concurrency_is_bounded_and_used(scripted: Callable) -> None:
     barrier = threading.Barrier(3)
 
     def together(ids: list[int], prompt_tokens: int) -> Any:
-        barrier.wait(10)  # passes only when three are there at once
+        barrier.wait(10)  # passes only when three queries wait at once
         time.sleep(0.02)
         return by_position(ids, prompt_tokens)
 
     server, url = scripted(together)
-    with Asked(url, concurrency=3) as asked:
+    with Connected(url, concurrency=3) as connected:
         many = rollouts(12)
-        found = asked.teacher.collect(many, torch.ones(12, dtype=torch.bool), {})
-    assert len(found) == 12
+        logprobs = connected.teacher.collect(many, torch.ones(12, dtype=torch.bool), {})
+    assert len(logprobs) == 12
     assert server.most_at_once == 3
 
 
@@ -196,20 +200,20 @@ def test_an_outage_pauses_and_is_reported_once() -> None:
     server = Scripted(by_position)
     port = free_port()
     with running(server.app(), port) as url:
-        asked = Asked(url, concurrency=2)
-    with asked:
-        futures = asked.teacher.query(rollouts(), ALL)
+        connected = Connected(url, concurrency=2)
+    with connected:
+        futures = connected.teacher.query(rollouts(), ALL)
         deadline = time.monotonic() + 10
-        while not asked.said:
+        while not connected.said:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(0.3)  # several more tries of each
         assert not any(future.done() for future in futures.values())
         with running(server.app(), port):
-            found = asked.teacher.collect(rollouts(), ALL, futures)
-    torch.testing.assert_close(found[3], expected(3))
-    paused, back = asked.said
-    assert paused.startswith(f"the teacher at {url} does not answer, ConnectError")
+            logprobs = connected.teacher.collect(rollouts(), ALL, futures)
+    torch.testing.assert_close(logprobs[3], expected(3))
+    paused, back = connected.said
+    assert paused.startswith(f"the teacher at {url} does not reply, ConnectError")
     assert paused.endswith("waiting for it, 1800 s at most")
     assert re.fullmatch(rf"the teacher at {url} is back after \d+ s", back)
 
@@ -217,39 +221,39 @@ def test_an_outage_pauses_and_is_reported_once() -> None:
 def test_after_the_deadline_everything_fails_at_once() -> None:
     server = Scripted(by_position)
     with running(server.app()) as url:
-        asked = Asked(url, concurrency=2, deadline_s=0.5)
-    with asked:
+        connected = Connected(url, concurrency=2, deadline_s=0.5)
+    with connected:
         start = time.monotonic()
-        message = r"must answer within teacher\.deadline_s = 0\.5 s, got ConnectError.*--resume"
+        message = r"must reply within teacher\.deadline_s = 0\.5 s, got ConnectError.*--resume"
         with pytest.raises(TeacherError, match=message):
-            asked.all()
+            connected.all()
         again = time.monotonic()
         assert again - start >= 0.5
         with pytest.raises(TeacherError, match=message):
-            asked.all()
+            connected.all()
         assert time.monotonic() - again < 0.4  # nobody waits for another deadline
-    assert server.asked == {}
+    assert server.queries == {}
 
 
-def test_the_deadline_counts_from_the_last_answer_to_anybody(scripted: Callable) -> None:
-    answered: list[int] = []
+def test_the_deadline_counts_from_the_last_reply_to_any_query(scripted: Callable) -> None:
+    replied: list[int] = []
 
     def first_one_last(ids: list[int], prompt_tokens: int) -> Any:
-        if ids[2] == 5 and len(answered) < 3:
+        if ids[2] == 5 and len(replied) < 3:
             return status(503)
         time.sleep(1.5)
-        answered.append(ids[2])
+        replied.append(ids[2])
         return by_position(ids, prompt_tokens)
 
     _, url = scripted(first_one_last)
-    with Asked(url, concurrency=2, deadline_s=4.0) as asked:
-        found = asked.all()
-    assert answered == [15, 25, 35, 5]  # the first waited for 4.5 s
-    torch.testing.assert_close(found[0], expected(0))
+    with Connected(url, concurrency=2, deadline_s=4.0) as connected:
+        logprobs = connected.all()
+    assert replied == [15, 25, 35, 5]  # the first waited for 4.5 s
+    torch.testing.assert_close(logprobs[0], expected(0))
 
 
 def last(value: Any) -> Callable[[list[int], int], Any]:
-    """Scores with another last one."""
+    """Make a score function whose last log-probability is `value`."""
     return lambda ids, n: [*by_position(ids, n)[:-1], value]
 
 
@@ -261,7 +265,10 @@ WRONG = {
     "nothing": (last(None), r"format of model\.teacher_api"),
     "minus infinity": (last(-9999.0), r"got -9999 for token 2 \(id 27\)"),
     "positive": (last(3.5), r"must give a finite log-probability .* got 3\.5 for token 2"),
-    "too few": (lambda ids, n: by_position(ids, n)[1:], r"each token of .*, got 2|format"),
+    "too few": (
+        lambda ids, n: by_position(ids, n)[1:],
+        r"each token of .*, got 2 for 3 tokens|format",
+    ),
     "text": (raw(200, "<html>"), "in JSON, got '<html>'"),
     "other JSON": (raw(200, "[1]"), r"format of model\.teacher_api, got TypeError"),
     "refused": (raw(404, "no such model"), "got status 404: no such model; see"),
@@ -270,31 +277,31 @@ WRONG = {
 
 @pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_answer_stops_the_run(scripted: Callable, api: str, name: str) -> None:
+def test_a_wrong_reply_stops_the_run(scripted: Callable, api: str, name: str) -> None:
     score, message = WRONG[name]
     _, url = scripted(score)
-    with Asked(url, api) as asked, pytest.raises(TeacherError, match=message) as error:
-        asked.teacher.collect(rollouts(), torch.tensor([False, False, True, False]), {})
+    with Connected(url, api) as connected, pytest.raises(TeacherError, match=message) as error:
+        connected.teacher.collect(rollouts(), torch.tensor([False, False, True, False]), {})
     assert f"the teacher at {url} must" in str(error.value)
     assert "completion 2 of the step (3 tokens after a prompt of 2)" in str(error.value)
 
 
 def test_a_server_without_prompt_logprobs_is_refused(scripted: Callable) -> None:
-    answer = '{"choices": [{"text": "!", "prompt_logprobs": null}]}'
-    _, url = scripted(raw(200, answer))
+    reply = '{"choices": [{"text": "!", "prompt_logprobs": null}]}'
+    _, url = scripted(raw(200, reply))
     message = "must return prompt log-probabilities, got none for completion . of the step"
-    with Asked(url, "openai") as asked, pytest.raises(TeacherError, match=message):
-        asked.all()
+    with Connected(url, "openai") as connected, pytest.raises(TeacherError, match=message):
+        connected.all()
 
 
 def test_a_server_that_came_back_as_another_is_refused(scripted: Callable) -> None:
     server, url = scripted()
-    with Asked(url) as asked:
-        asked.all()
+    with Connected(url) as connected:
+        connected.all()
         server.info["fingerprint"] = "two"
         message = r"must stay the same during a run, got another one than scripted \(float32\)"
         with pytest.raises(TeacherError, match=message):
-            asked.all()
+            connected.all()
 
 
 def test_models_of_an_openai_server_are_chosen_by_name(scripted: Callable) -> None:
@@ -304,32 +311,30 @@ def test_models_of_an_openai_server_are_chosen_by_name(scripted: Callable) -> No
         with pytest.raises(
             TeacherError, match=rf"teacher\.name must be .*, got {name}: it has a, b"
         ):
-            Asked(url, "openai", name=name)
-    with Asked(url, "openai", name="a") as asked:
-        assert (asked.client.info.model, asked.client.info.window) == ("a", 255)
-        assert asked.client.vocab_size is None
-    with Asked(url, "openai", name="b") as asked:
-        assert asked.client.info.window is None
+            Connected(url, "openai", name=name)
+    with Connected(url, "openai", name="a") as connected:
+        assert (connected.client.info.model, connected.client.info.window) == ("a", 255)
+        assert connected.client.vocab_size is None
+    with Connected(url, "openai", name="b") as connected:
+        assert connected.client.info.window is None
 
 
 @pytest.mark.parametrize("api", APIS)
 def test_a_server_must_be_there_at_the_start(scripted: Callable, api: str) -> None:
     _, url = scripted()
-    with pytest.raises(
-        TeacherError, match=r"model\.teacher must answer, got ConnectError .* start"
-    ):
-        Asked(f"http://127.0.0.1:{free_port()}", api)
-    with pytest.raises(TeacherError, match=r"must answer GET /v\S* with .*, got status 404"):
-        Asked(f"{url}/elsewhere", api)
+    with pytest.raises(TeacherError, match=r"model\.teacher must reply, got ConnectError .* start"):
+        Connected(f"http://127.0.0.1:{free_port()}", api)
+    with pytest.raises(TeacherError, match=r"must reply to GET /v\S* with .*, got status 404"):
+        Connected(f"{url}/elsewhere", api)
     with pytest.raises(TeacherError, match=r"model\.teacher must be a URL"):
-        Asked("http://host:port", api)
+        Connected("http://host:port", api)
 
 
 def test_version_of_another_server_is_refused(scripted: Callable) -> None:
     server, url = scripted()
     del server.info["eos_ids"]
     with pytest.raises(TeacherError, match=r"got KeyError \('eos_ids'\) when reading /version"):
-        Asked(url)
+        Connected(url)
 
 
 @pytest.mark.parametrize(
@@ -338,11 +343,13 @@ def test_version_of_another_server_is_refused(scripted: Callable) -> None:
 )
 def test_a_mask_waits_for_the_rewards(mask: str, beta: float, early: bool) -> None:
     coefficient = ScheduleConfig(initial=beta, final=beta)
-    assert may_ask_early(MethodConfig(kd_mask=mask, kd_coef=coefficient), 0, History()) is early
-    assert not may_ask_early(MethodConfig(kd=None), 0, History())
+    assert may_query_early(MethodConfig(kd_mask=mask, kd_coef=coefficient), 0, History()) is early
+    assert not may_query_early(MethodConfig(kd=None), 0, History())
     annealed = ScheduleConfig(kind="linear", initial=0.1, final=0.0, steps=2)
-    found = [may_ask_early(MethodConfig(kd_coef=annealed), step, History()) for step in range(3)]
-    assert found == [True, True, False]
+    early_by_step = [
+        may_query_early(MethodConfig(kd_coef=annealed), step, History()) for step in range(3)
+    ]
+    assert early_by_step == [True, True, False]
 
 
 def test_settings_that_a_server_cannot_serve_are_refused() -> None:

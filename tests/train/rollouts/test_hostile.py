@@ -1,4 +1,4 @@
-"""200 hostile completions: each ends within its deadline, and costs nobody but itself."""
+"""hostile: each of 200 completions ends within its deadline, and no other one pays for it."""
 
 import time
 from collections import Counter
@@ -10,12 +10,12 @@ from kdrl_train.rollouts.verifier import Verifier
 TIMEOUT_S = 0.5
 WORKERS = 2
 RESTART_S = 0.5
-"""Allowance for a worker that a hang has cost: pebble looks at its workers ten times a second."""
+"""Seconds allowed for a new worker after a hang: pebble looks at its workers ten times a second."""
 GOLD = ("5", r"\frac{1}{2}", "x^2+1", r"(1, 2)", r"\{1, 2\}", r"2\sqrt{3}")
 
 
 def nested(depth: int) -> list[str]:
-    """Answers whose parse tree is `depth` levels deep, some of them unbalanced."""
+    """Make answers whose parse tree is `depth` levels deep, some of them unbalanced."""
     pairs = [
         *[("{", "}"), ("(", ")"), ("[", "]"), (r"\{", r"\}"), (r"\left(", r"\right)"), ("|", "|")],
         *[(r"\sqrt{", "}"), (r"\frac{1}{", "}"), (r"\frac{", "}{2}"), ("x^{", "}"), ("x_{", "}")],
@@ -167,18 +167,18 @@ ANSWERS = [*chain(*map(nested, (20, 100, 300))), *TOWERS, *LONG, *CHARACTERS, *C
 HOSTILE = [*(rf"so \boxed{{{answer}}}" for answer in ANSWERS), *AROUND]
 
 
-def test_200_hostile_completions_take_nobody_down() -> None:
+def test_200_hostile_completions_harm_no_other() -> None:
     assert len(HOSTILE) >= 200
     completions = list(chain(*((hostile, rf"\boxed{{{i}}}") for i, hostile in enumerate(HOSTILE))))
-    answers = list(chain(*((GOLD[i % len(GOLD)], str(i)) for i in range(len(HOSTILE)))))
+    golds = list(chain(*((GOLD[i % len(GOLD)], str(i)) for i in range(len(HOSTILE)))))
     with Verifier(RewardConfig(timeout_s=TIMEOUT_S, workers=WORKERS)) as verifier:
         verifier.score([r"\boxed{5}"], ["5"])  # the workers are up
         start = time.monotonic()
-        verdicts = verifier.score(completions, answers)
+        verdicts = verifier.score(completions, golds)
         elapsed = time.monotonic() - start
         assert verifier.score([r"\boxed{5}"], ["5"]).outcomes == ["right"]
     assert verdicts.errors == {}
-    assert verdicts.outcomes[1::2] == ["right"] * len(HOSTILE)  # neighbours pay for nothing
+    assert verdicts.outcomes[1::2] == ["right"] * len(HOSTILE)  # no neighbour pays
     counts = Counter(verdicts.outcomes[::2])
     assert set(counts) <= {"right", "wrong", "unparseable", "timeout"}
     assert min(counts[name] for name in ("wrong", "unparseable", "timeout")) >= 10

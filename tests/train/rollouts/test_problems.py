@@ -1,4 +1,4 @@
-"""data: rows from every source, an order that needs no state, prompts that are never cut."""
+"""problems: records from every source, an order without state, prompts that are never cut."""
 
 import json
 from collections import Counter
@@ -16,15 +16,15 @@ from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig
 from kdrl_train.rollouts.problems import encode_prompt, gold_answer, load_examples, step_indices
 
-ROWS = [
+RECORDS = [
     {"question": "What is 1 + 1?", "answer": "1 + 1 = <<1+1=2>>2\n#### 2"},
     {"question": "What is 2 + 2?", "answer": "4"},
 ]
 EXPECTED = [("What is 1 + 1?", "2"), ("What is 2 + 2?", "4")]
 
 
-def write_jsonl(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def write_jsonl(path: Path, records: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
 
 
@@ -33,7 +33,7 @@ def contents(examples: list[Example]) -> list[tuple[str, str]]:
 
 
 def test_jsonl(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "set.jsonl", ROWS)
+    path = write_jsonl(tmp_path / "set.jsonl", RECORDS)
     path.write_text("\n" + path.read_text(), encoding="utf-8")
     examples = load_examples(DataConfig(path=str(path)))
     assert contents(examples) == EXPECTED
@@ -42,16 +42,18 @@ def test_jsonl(tmp_path: Path) -> None:
 
 def test_parquet(tmp_path: Path) -> None:
     path = tmp_path / "set.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path)
     examples = load_examples(DataConfig(path=str(path)))
     assert contents(examples) == EXPECTED
     assert [example.id for example in examples] == ["set.parquet:1", "set.parquet:2"]
 
 
 def test_a_folder_gives_the_files_of_its_split(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "train-1.jsonl", ROWS[:1])
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS[1:]), tmp_path / "train-2.parquet")
-    write_jsonl(tmp_path / "test.jsonl", ROWS[1:])
+    write_jsonl(tmp_path / "train-1.jsonl", RECORDS[:1])
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(RECORDS[1:]), tmp_path / "train-2.parquet"
+    )
+    write_jsonl(tmp_path / "test.jsonl", RECORDS[1:])
     (tmp_path / "LICENSE").write_text("MIT")
     assert contents(load_examples(DataConfig(path=str(tmp_path)))) == EXPECTED
     assert contents(load_examples(DataConfig(path=str(tmp_path), split="test"))) == EXPECTED[1:]
@@ -61,23 +63,23 @@ def test_a_folder_gives_the_files_of_its_split(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_splits_gives_all_its_files(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "part-0.jsonl", ROWS[:1])
-    write_jsonl(tmp_path / "part-1.jsonl", ROWS[1:])
+    write_jsonl(tmp_path / "part-0.jsonl", RECORDS[:1])
+    write_jsonl(tmp_path / "part-1.jsonl", RECORDS[1:])
     assert contents(load_examples(DataConfig(path=str(tmp_path)))) == EXPECTED
 
 
 def test_a_hub_id_goes_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    calls = []
 
     def load_dataset(name: str, configuration: str | None, split: str) -> datasets.Dataset:
-        asked.append((name, configuration, split))
-        return datasets.Dataset.from_list(ROWS)
+        calls.append((name, configuration, split))
+        return datasets.Dataset.from_list(RECORDS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert contents(load_examples(DataConfig(path="someone/set", split="test"))) == EXPECTED
     examples = load_examples(DataConfig(path="openai/gsm8k:main"))
     assert [example.id for example in examples] == ["openai/gsm8k:main:1", "openai/gsm8k:main:2"]
-    assert asked == [("someone/set", None, "test"), ("openai/gsm8k", "main", "train")]
+    assert calls == [("someone/set", None, "test"), ("openai/gsm8k", "main", "train")]
 
 
 def test_a_hub_id_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,22 +126,25 @@ def test_columns_and_template_come_from_the_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("record", "message"),
     [
         ({"question": "?"}, r"data\.answer_column must be a column of set\.jsonl:2, which has"),
         ({"answer": "1"}, r"has \['answer'\], got 'question': set data\.prompt_column"),
         ({"question": "?", "answer": None}, r"data\.answer_column 'answer' .* got None: correct"),
         ({"question": "?", "answer": float("nan")}, "must hold text or a number, got nan"),
         ({"question": "?", "answer": True}, "must hold text or a number, got True"),
-        ({"question": "?", "answer": "so ####"}, "must hold an answer, got 'so ####': correct or"),
+        (
+            {"question": "?", "answer": "so ####"},
+            "must hold a gold answer, got 'so ####': correct",
+        ),
         ({"question": " ", "answer": "1"}, r"data\.prompt_column 'question' .* got ' ': correct"),
         ({"question": ["?"], "answer": "1"}, r"must hold text or a number, got \['\?'\]"),
         ({"question": "\ud800", "answer": "1"}, r"set\.jsonl:2 must be valid Unicode, got"),
         ([1], r"set\.jsonl:2 in .* must be a JSON object, got \[1\]"),
     ],
 )
-def test_a_bad_row_is_named(tmp_path: Path, row: Any, message: str) -> None:
-    path = write_jsonl(tmp_path / "set.jsonl", [ROWS[0], row])
+def test_a_bad_record_is_named(tmp_path: Path, record: Any, message: str) -> None:
+    path = write_jsonl(tmp_path / "set.jsonl", [RECORDS[0], record])
     with pytest.raises(ValueError, match=message):
         load_examples(DataConfig(path=str(path)))
 
@@ -147,7 +152,7 @@ def test_a_bad_row_is_named(tmp_path: Path, row: Any, message: str) -> None:
 @pytest.mark.parametrize("line", [b'{"question": 1', b'{"question": "\xff"}'])
 def test_a_broken_line_is_named(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "set.jsonl"
-    path.write_bytes(json.dumps(ROWS[0]).encode() + b"\n" + line)
+    path.write_bytes(json.dumps(RECORDS[0]).encode() + b"\n" + line)
     with pytest.raises(ValueError, match=r"set\.jsonl:2 in .* must be one JSON object in UTF-8"):
         load_examples(DataConfig(path=str(path)))
 
@@ -159,7 +164,7 @@ def test_an_empty_set_is_refused(tmp_path: Path, name: str) -> None:
         path.write_text("\n")
     else:
         pyarrow.parquet.write_table(pyarrow.table({"question": [], "answer": []}), path)
-    expected = rf"data\.path must hold at least one row, got 0 in .*{name}.*check the file"
+    expected = rf"data\.path must hold at least one record, got 0 in .*{name}.*check the file"
     with pytest.raises(ValueError, match=expected):
         load_examples(DataConfig(path=str(path)))
 

@@ -1,4 +1,4 @@
-"""Every gold answer of the real sets is read, right against itself and wrong against another.
+"""real data: every gold answer is read, is right against itself and wrong against another.
 
 The sets are not part of the project. KDRL_DATA names their folder; without it these tests skip.
 """
@@ -12,7 +12,7 @@ import pytest
 
 from kdrl_train.config import DataConfig, RewardConfig
 from kdrl_train.rollouts.problems import load_examples
-from kdrl_train.rollouts.rewards import check_answer
+from kdrl_train.rollouts.rewards import check_readable
 from kdrl_train.rollouts.verifier import Verifier
 
 NAMED = os.environ.get("KDRL_DATA", "")
@@ -39,27 +39,27 @@ def gold_answers(name: str) -> list[str]:
 
 
 def changed(answer: str) -> str:
-    """The same number with its last digit changed: 1,234 -> 1,235 and 9 -> 0."""
+    """Change the last digit of a number: 1,234 -> 1,235 and 9 -> 0."""
     return re.sub(r"\d$", lambda digit: str((int(digit[0]) + 1) % 10), answer)
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_every_gold_answer(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    answers = gold_answers(name)
-    assert len(answers) == sum(SETS[name].values())
-    for answer in answers:
-        check_answer(answer)
-    boxed = [f"Let us see. The answer is \\boxed{{{answer}}}." for answer in answers]
-    stated = [f"Let us see.\n#### {answer}" for answer in answers]
-    others = [f"The answer is \\boxed{{{changed(answer)}}}." for answer in answers]
+    golds = gold_answers(name)
+    assert len(golds) == sum(SETS[name].values())
+    for gold in golds:
+        check_readable(gold)
+    boxed = [f"Let us see. The answer is \\boxed{{{gold}}}." for gold in golds]
+    stated = [f"Let us see.\n#### {gold}" for gold in golds]
+    others = [f"The answer is \\boxed{{{changed(gold)}}}." for gold in golds]
     with Verifier(RewardConfig()) as verifier:
-        right = verifier.score([*boxed, *stated], [*answers, *answers]).counts["right"]
-        wrong = verifier.score(others, answers).counts["wrong"]
+        right = verifier.score([*boxed, *stated], [*golds, *golds]).counts["right"]
+        wrong = verifier.score(others, golds).counts["wrong"]
     with capsys.disabled():
-        rows = f"{len(answers)} gold answers parsed, {right // 2} right against themselves"
-        print(f"\n{name}: {rows}, {wrong} wrong against a changed number")
-    assert right == 2 * len(answers)
-    assert wrong == len(answers)
+        counts = f"{len(golds)} gold answers parsed, {right // 2} right against themselves"
+        print(f"\n{name}: {counts}, {wrong} wrong against a changed number")
+    assert right == 2 * len(golds)
+    assert wrong == len(golds)
 
 
 @pytest.mark.parametrize("name", SETS)

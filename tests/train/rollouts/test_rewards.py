@@ -1,4 +1,4 @@
-"""rewards: what counts as the answer, what counts as equal, and how a bad gold answer is named."""
+"""rewards: which text is the answer, which answers are equal, which gold answers are refused."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from kdrl_train.rollouts import rewards
 from kdrl_train.rollouts.rewards import (
     MAX_ANSWER_CHARS,
     UnparseableError,
-    check_answer,
+    check_readable,
     exact_reward,
     last_answer,
     load_answer,
@@ -55,7 +55,7 @@ def test_the_last_statement_is_the_answer(text: str, answer: str | None) -> None
 
 
 @pytest.mark.parametrize(
-    ("given", "gold"),
+    ("stated", "gold"),
     [
         ("1,234", "1234"),
         ("1{,}234.0", "1,234"),
@@ -75,12 +75,12 @@ def test_the_last_statement_is_the_answer(text: str, answer: str | None) -> None
         ("Monday", "Monday"),
     ],
 )
-def test_equal_answers_in_different_spellings(given: str, gold: str) -> None:
-    assert math_reward(rf"so \boxed{{{given}}}", gold) == 1.0
+def test_equal_answers_in_different_spellings(stated: str, gold: str) -> None:
+    assert math_reward(rf"so \boxed{{{stated}}}", gold) == 1.0
 
 
 @pytest.mark.parametrize(
-    ("given", "gold"),
+    ("stated", "gold"),
     [
         ("1,235", "1234"),
         ("7", "-7"),
@@ -96,8 +96,8 @@ def test_equal_answers_in_different_spellings(given: str, gold: str) -> None:
         ("no", "yes"),
     ],
 )
-def test_different_answers(given: str, gold: str) -> None:
-    assert math_reward(rf"so \boxed{{{given}}}", gold) == 0.0
+def test_different_answers(stated: str, gold: str) -> None:
+    assert math_reward(rf"so \boxed{{{stated}}}", gold) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -123,9 +123,9 @@ def test_no_readable_answer_is_told_apart_from_a_wrong_one(text: str) -> None:
 
 @pytest.mark.parametrize("answer", ["", "  ", "#", r"\frac{", "9" * (MAX_ANSWER_CHARS + 1)])
 def test_a_gold_answer_that_does_not_parse_is_an_error(answer: str) -> None:
-    expected = r"answer must be .* got .*correct the row, name another data.answer_column"
+    expected = r"gold answer must be .* got .*correct the record, name another data.answer_column"
     with pytest.raises(ValueError, match=expected):
-        check_answer(answer)
+        check_readable(answer)
     with pytest.raises(ValueError, match=expected):
         math_reward(r"\boxed{5}", answer)
 
@@ -154,7 +154,7 @@ def test_equal_answers_vote_together(same: list[str]) -> None:
     assert votes.isdisjoint({None, read(r"\boxed{7}")})
 
 
-def test_who_has_no_answer_has_no_vote() -> None:
+def test_a_completion_without_an_answer_has_no_vote() -> None:
     read = load_answer(math_reward)
     assert [read(text) for text in ("so 3 + 4 = 7", r"\boxed{}", r"\boxed{\frac{}}")] == [None] * 3
     assert load_answer(exact_reward)("#### 1.0") == "1.0"
@@ -185,11 +185,11 @@ def test_an_unknown_reward_is_refused(name: str, reason: str) -> None:
 
 
 def test_import_is_light() -> None:
-    """A worker process imports this module: a second of torch each would be felt."""
+    """Every worker process imports this module, and must not pay for torch."""
     heavy = "{'torch', 'transformers', 'sympy', 'pebble'}"
     code = f"import kdrl_train.rollouts.rewards, sys; print({heavy} & set(sys.modules))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "set()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_what_is_too_deep_for_sympy_is_unparseable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""verifier: outcomes and counts, and what one bad completion costs the others: nothing."""
+"""verifier: outcomes and counts; a bad completion costs the others nothing."""
 
 import math
 import os
@@ -22,14 +22,14 @@ HERE = f"{__name__}:scripted_reward"
 
 
 class StrangeError(Exception):
-    """Pickles, but cannot be read back: its constructor wants two arguments."""
+    """Is pickled, but cannot be read back: its constructor takes two arguments."""
 
     def __init__(self, first: str, second: str) -> None:
         super().__init__(first + second)
 
 
 def scripted_reward(completion: str, answer: str) -> object:
-    """Does what the completion says; the other tests name it as module:function."""
+    """Do what the completion says; the tests name this function as module:function."""
     if completion == "hang in C":
         return sum(range(10**12))  # no byte code for an hour, so no Python signal handler either
     if completion == "hang":
@@ -83,7 +83,7 @@ def test_a_hang_costs_its_own_completion_only(scripted: Verifier, hang: str) -> 
 
 
 def test_a_worker_dies_at_once_when_told(scripted: Verifier) -> None:
-    """With a handler of Python's own, one hang in C would hold up the pool for pebble's grace."""
+    """A Python handler would make one hang in C stop the pool for pebble's seconds of grace."""
     assert scripted.score(["SIGTERM"], [str(signal.SIG_DFL)]).rewards == [1.0]
 
 
@@ -124,7 +124,7 @@ def test_a_failing_reward_is_nan_and_keeps_its_message(
     assert scripted.score(["a"], ["a"]).rewards == [1.0]
 
 
-def test_own_rewards_may_be_partial_and_unparseable(scripted: Verifier) -> None:
+def test_a_users_reward_may_be_partial_and_unparseable(scripted: Verifier) -> None:
     verdicts = scripted.score(["half", "no answer"], ["a", "a"])
     assert verdicts.rewards == [0.5, 0.0]
     assert verdicts.outcomes == ["right", "unparseable"]
@@ -223,7 +223,7 @@ memory_of_this_process: list[str] = []
 
 
 def inherited_reward(completion: str, answer: str) -> int:
-    """How much of the trainer's memory the worker sees."""
+    """Return more than 0 where the worker sees the trainer's memory."""
     return len(memory_of_this_process) + len(completion + answer)
 
 
@@ -242,8 +242,8 @@ def test_empty_batch(mathematics: Verifier) -> None:
 
 def test_many_completions_keep_their_order(mathematics: Verifier) -> None:
     completions = [f"{'thinking ' * 30}\\boxed{{{number}}}" for number in range(512)]
-    answers = [str(number + number % 2) for number in range(512)]
-    assert mathematics.score(completions, answers).outcomes == ["right", "wrong"] * 256
+    golds = [str(number + number % 2) for number in range(512)]
+    assert mathematics.score(completions, golds).outcomes == ["right", "wrong"] * 256
 
 
 def test_an_unknown_reward_fails_before_any_worker_starts() -> None:
@@ -252,7 +252,7 @@ def test_an_unknown_reward_fails_before_any_worker_starts() -> None:
 
 
 def test_bad_calls_are_named(scripted: Verifier) -> None:
-    with pytest.raises(ValueError, match=r"got 1 for 2 completions: repeat each answer"):
+    with pytest.raises(ValueError, match=r"got 1 for 2 completions: repeat each gold answer"):
         scripted.score(["a", "b"], ["a"])
     closed = Verifier(RewardConfig(function="exact", workers=1))
     closed.close()

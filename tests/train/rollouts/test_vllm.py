@@ -29,6 +29,7 @@ from kdrl_train.ranks import ALONE
 from kdrl_train.rollouts.engines import open_engine
 from kdrl_train.rollouts.engines.vllm import VllmEngine
 from kdrl_train.rollouts.engines.vllm_server import VllmServerEngine
+from kdrl_train.rollouts.sampler import SampleRequest
 from kdrl_train.runfolder.log import read_records
 from tests.train.test_train import run
 
@@ -46,6 +47,7 @@ ENVIRONMENT = {
 LONG = [20 + i % 50 for i in range(140)]  # more than a block of keys and values, so it is cached
 PROMPTS = [[5], [20, 21, 22, 23], LONG]
 SAMPLING = SamplingConfig(group_size=4, max_new_tokens=12, temperature=0.8)
+REQUEST = SampleRequest(prompts=PROMPTS, sampling=SAMPLING, seed=0, step=0)
 K2 = MethodConfig(kd="k2", kd_coef=ScheduleConfig(initial=0.5, final=0.5))
 ENDS = {0, *range(200, 230)}
 
@@ -149,46 +151,51 @@ def engine(request: pytest.FixtureRequest, settings: Config) -> tuple[Any, Polic
     return KEPT[request.param], policy
 
 
-def own_logprobs(policy: Policy, prompt: Tensor, ids: Tensor, temperature: float = 0.8) -> Tensor:
-    """[T] nats: transformers' own, over the columns that may be drawn."""
+def policy_logprobs(
+    policy: Policy, prompt: Tensor, ids: Tensor, temperature: float = 0.8
+) -> Tensor:
+    """Compute [T] nats by transformers, over the columns that may be drawn."""
     with torch.no_grad():
         logits = policy.model(input_ids=torch.cat([prompt, ids])[None]).logits[0]
     logprobs = (logits[:, : policy.sampled_vocab_size] / temperature).log_softmax(dim=1)
     return logprobs[len(prompt) - 1 : -1].gather(1, ids[:, None]).squeeze(1)
 
 
-def gap(found: Rollouts, policy: Policy) -> float:
-    """Largest difference, in nats, between what was recorded and what the policy says."""
-    triples = zip(found.prompt_ids, found.completion_ids, found.logprobs, strict=True)
-    gaps = [(lps - own_logprobs(policy, prompt, ids)).abs().max() for prompt, ids, lps in triples]
-    print("\nlargest gap", max(gaps).item())
-    return max(gaps).item()
+def mismatch(rollouts: Rollouts, policy: Policy) -> float:
+    """Return the largest difference, in nats, between recorded and policy's log-probabilities."""
+    triples = zip(rollouts.prompt_ids, rollouts.completion_ids, rollouts.logprobs, strict=True)
+    largest = max(
+        (logprobs - policy_logprobs(policy, prompt, ids)).abs().max().item()
+        for prompt, ids, logprobs in triples
+    )
+    print("\nlargest mismatch", largest)
+    return largest
 
 
-def tokens(found: Rollouts) -> list[list[int]]:
-    return [ids.tolist() for ids in found.completion_ids]
+def tokens(rollouts: Rollouts) -> list[list[int]]:
+    return [ids.tolist() for ids in rollouts.completion_ids]
 
 
 def test_it_samples_from_the_policy(engine: tuple[Any, Policy]) -> None:
     sampler, policy = engine
-    found = sampler.generate(PROMPTS, SAMPLING, seed=0, step=0)
-    assert [ids.tolist() for ids in found.prompt_ids] == [p for p in PROMPTS for _ in range(4)]
-    assert gap(found, policy) < 1e-4
-    assert all(logprobs.dtype == torch.float32 for logprobs in found.logprobs)
-    drawn = tokens(found)
+    rollouts = sampler.generate(REQUEST)
+    assert [ids.tolist() for ids in rollouts.prompt_ids] == [p for p in PROMPTS for _ in range(4)]
+    assert mismatch(rollouts, policy) < 1e-4
+    assert all(logprobs.dtype == torch.float32 for logprobs in rollouts.logprobs)
+    drawn = tokens(rollouts)
     assert all(len({tuple(ids) for ids in drawn[p : p + 4]}) > 1 for p in (0, 4, 8))
     ended = [ids[-1] in ENDS for ids in drawn]
-    for ids, cut, end in zip(drawn, found.truncated.tolist(), ended, strict=True):
+    for ids, cut, end in zip(drawn, rollouts.truncated.tolist(), ended, strict=True):
         assert not set(ids[:-1]) & ENDS
         assert cut == (not end)
         assert not cut or len(ids) == 12
     assert {ids[-1] for ids in drawn} & ENDS - {0}
     assert not all(ended)
-    again = sampler.generate(PROMPTS[1:], SAMPLING, seed=0, step=0, first=1)
+    again = sampler.generate(replace(REQUEST, prompts=PROMPTS[1:], first=1))
     assert tokens(again) == drawn[4:]  # a function of the completion, not of the batch
-    assert tokens(sampler.generate(PROMPTS, SAMPLING, seed=0, step=1)) != drawn
-    assert again.texts == found.texts[4:]
-    nothing = sampler.generate([], SAMPLING, seed=0, step=0)  # a rank without a prompt
+    assert tokens(sampler.generate(replace(REQUEST, step=1))) != drawn
+    assert again.texts == rollouts.texts[4:]
+    nothing = sampler.generate(replace(REQUEST, prompts=[]))  # a rank without a prompt
     assert nothing.texts == []
     assert nothing.truncated.dtype == torch.bool
 
@@ -198,9 +205,9 @@ def test_ends_that_vllm_does_not_know_of(
 ) -> None:
     sampler, _ = engine
     monkeypatch.setattr(sampler, "stops", sorted(ENDS | set(range(100, 160))))
-    found = sampler.generate(PROMPTS, SAMPLING, seed=0, step=0)
-    assert any(100 <= ids[-1] < 160 for ids in tokens(found))
-    assert not any(100 <= token < 160 for ids in tokens(found) for token in ids[:-1])
+    rollouts = sampler.generate(REQUEST)
+    assert any(100 <= ids[-1] < 160 for ids in tokens(rollouts))
+    assert not any(100 <= token < 160 for ids in tokens(rollouts) for token in ids[:-1])
 
 
 def test_columns_that_a_teacher_lacks_are_not_drawn(
@@ -209,40 +216,39 @@ def test_columns_that_a_teacher_lacks_are_not_drawn(
     sampler, policy = engine
     policy.sampled_vocab_size = 100
     monkeypatch.setattr(sampler, "allowed", list(range(100)))
-    found = sampler.generate(PROMPTS, SAMPLING, seed=0, step=0)
-    assert max(max(ids) for ids in tokens(found)) < 100
-    assert gap(found, policy) < 1e-4
+    rollouts = sampler.generate(REQUEST)
+    assert max(max(ids) for ids in tokens(rollouts)) < 100
+    assert mismatch(rollouts, policy) < 1e-4
 
 
 def test_weights_that_are_pushed_are_sampled_from(engine: tuple[Any, Policy]) -> None:
     sampler, policy = engine
-    ask = {"prompts": PROMPTS, "sampling": SAMPLING, "seed": 0, "step": 0}
-    before = sampler.generate(**ask)
+    before = sampler.generate(REQUEST)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.mul_(0.8)
-    again = sampler.generate(**ask)
+    again = sampler.generate(REQUEST)
     assert tokens(again) == tokens(before)  # the policy moved, its copy did not
-    assert gap(again, policy) > 0.01
+    assert mismatch(again, policy) > 0.01
     sampler.load(policy, 1)
     assert sampler.version == 1
-    assert gap(sampler.generate(**ask), policy) < 1e-4
+    assert mismatch(sampler.generate(REQUEST), policy) < 1e-4
 
 
-def test_a_signal_ends_the_generation(engine: tuple[Any, Policy]) -> None:
+def test_a_poll_that_raises_stops_sampling(engine: tuple[Any, Policy]) -> None:
     sampler, policy = engine
     with pytest.raises(KeyError):
-        sampler.generate(PROMPTS, SAMPLING, seed=0, step=0, poll={}.popitem)
-    assert gap(sampler.generate(PROMPTS, SAMPLING, seed=0, step=0), policy) < 1e-4
+        sampler.generate(REQUEST, {}.popitem)
+    assert mismatch(sampler.generate(REQUEST), policy) < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["vllm", "vllm_server"])
 @pytest.mark.parametrize("head", ["tied", "untied"])
 def test_a_run(settings: Config, kind: str, head: str) -> None:
-    rows = run(settings(kind, head))
-    print("\ngaps", [(row["sampler_mismatch_mean"], row["sampler_mismatch_max"]) for row in rows])
-    assert [row["step"] for row in rows] == [0, 1, 2]
-    assert all(row["sampler_mismatch_max"] < 1e-4 for row in rows)
+    records = run(settings(kind, head))
+    print("\nlargest mismatches", [record["sampler_mismatch_max"] for record in records])
+    assert [record["step"] for record in records] == [0, 1, 2]
+    assert all(record["sampler_mismatch_max"] < 1e-4 for record in records)
 
 
 def test_a_push_that_is_skipped_stops_the_run(
@@ -324,8 +330,8 @@ def test_a_teacher_on_vllm(
     settings: Config, config: Config, heads: dict[str, Path], servers: Any
 ) -> None:
     base = settings("vllm_server")
-    own = load_policy(base, None)
-    VllmServerEngine(base, own, load_tokenizer(base.model.policy), ALONE).load(own, 0)
+    served = load_policy(base, None)
+    VllmServerEngine(base, served, load_tokenizer(base.model.policy), ALONE).load(served, 0)
     url = servers("tied")
     model = ModelConfig(
         policy=str(heads["untied"]), teacher=url, teacher_api="openai", device="cpu"
@@ -334,8 +340,10 @@ def test_a_teacher_on_vllm(
     with contextlib.closing(client):
         for prompt, ids in ((LONG, [50, 0, 7]), ([5], list(range(30, 90)))):
             scores = client.logprobs(Query("one", prompt, ids))
-            expected = own_logprobs(own, torch.tensor(prompt), torch.tensor(ids), temperature=1.0)
-            print("\nteacher gap", (scores - expected).abs().max().item())
+            expected = policy_logprobs(
+                served, torch.tensor(prompt), torch.tensor(ids), temperature=1.0
+            )
+            print("\nlargest difference from the teacher", (scores - expected).abs().max().item())
             torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
     rows = run(config(out="remote", model=model, method=K2, steps=2))
     local = replace(model, teacher=str(heads["tied"]), teacher_api="kdrl")

@@ -1,4 +1,4 @@
-"""The vLLM engines without vLLM: what they ask, and what they refuse, against a scripted server."""
+"""vLLM engines without vLLM: what they request and what they refuse, on a scripted server."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -17,23 +17,27 @@ import fastapi
 from fastapi.responses import JSONResponse
 from safetensors.torch import load_file
 
+from kdrl_train import waiting
 from kdrl_train.config import EngineConfig, SamplingConfig, TrainConfig
 from kdrl_train.errors import EngineError
 from kdrl_train.model.load import load_policy, load_tokenizer
 from kdrl_train.model.policy import Policy
 from kdrl_train.ranks import ALONE
-from kdrl_train.rollouts.engines import open_engine, vllm_client, vllm_server
+from kdrl_train.rollouts.engines import open_engine
+from kdrl_train.rollouts.engines.requests import CompletionRequest
 from kdrl_train.rollouts.engines.vllm import require_vllm
+from kdrl_train.rollouts.sampler import SampleRequest
 from kdrl_train.start import preflight
 from tests.train.servers import free_port, running, status
 
 Config = Callable[..., TrainConfig]
 SAMPLING = SamplingConfig(group_size=2, max_new_tokens=3, temperature=0.8)
 PROMPTS = [[5], [20, 21]]
+REQUEST = SampleRequest(prompts=PROMPTS, sampling=SAMPLING, seed=1, step=2)
 
 
 class Scripted:
-    """As vLLM answers; `choice` and `state` are what a test changes."""
+    """Replies as vLLM does; a test changes `choice` and `state`."""
 
     def __init__(self) -> None:
         self.state = {"label": None, "dtype": "float32", "logprobs_mode": "processed_logprobs"}
@@ -80,14 +84,14 @@ class Scripted:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Scripted:
-    for module in (vllm_client, vllm_server):
-        monkeypatch.setattr(module, "WAITS_S", (0.01, 0.01))
+    monkeypatch.setattr(waiting, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(waiting, "LONGEST_WAIT_S", 0.01)
     return Scripted()
 
 
 @pytest.fixture
 def opened(server: Scripted, config: Config) -> Iterator[tuple[Any, Policy]]:
-    """The engine of a run, its weights pushed, and the policy."""
+    """Open the engine of a run and push its weights; yields it and the policy."""
     with running(server.app()) as url:
         settings = at(config, url)
         policy = load_policy(settings, None)
@@ -100,29 +104,24 @@ def at(config: Config, url: str) -> TrainConfig:
     return config(engine=EngineConfig(kind="vllm_server", url=url, timeout_s=5.0))
 
 
-def draw(engine: Any, **changes: Any) -> Any:
-    ask = {"prompts": PROMPTS, "sampling": SAMPLING, "seed": 1, "step": 2} | changes
-    return engine.generate(**ask)
-
-
-def test_what_a_server_is_asked(opened: tuple[Any, Policy], server: Scripted) -> None:
+def test_what_a_server_receives(opened: tuple[Any, Policy], server: Scripted) -> None:
     engine, _ = opened
-    found = draw(engine)
-    assert found.truncated.tolist() == [False] * 4
-    assert [ids.tolist() for ids in found.completion_ids] == [[9, 0]] * 4
-    assert [lps.tolist() for lps in found.logprobs] == [[-1.0, -2.0]] * 4
-    assert [ids.tolist() for ids in found.prompt_ids] == [[5], [5], [20, 21], [20, 21]]
+    rollouts = engine.generate(REQUEST)
+    assert rollouts.truncated.tolist() == [False] * 4
+    assert [ids.tolist() for ids in rollouts.completion_ids] == [[9, 0]] * 4
+    assert [lps.tolist() for lps in rollouts.logprobs] == [[-1.0, -2.0]] * 4
+    assert [ids.tolist() for ids in rollouts.prompt_ids] == [[5], [5], [20, 21], [20, 21]]
     seeds = [(body["prompt"][0], body["seed"]) for body in server.bodies]
     assert len(set(seeds)) == 4
     assert len({seed for _, seed in seeds}) == 4
     assert all(0 <= seed < 2**63 for _, seed in seeds)
     body = server.bodies[0]
     neutral = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-    asked = {"model": "policy", "max_tokens": 3, "temperature": 0.8, "stop_token_ids": [0]}
-    asked |= {"logprobs": 0, "return_token_ids": True, "allowed_token_ids": None}
-    assert {key: body[key] for key in neutral | asked} == neutral | asked
+    expected = {"model": "policy", "max_tokens": 3, "temperature": 0.8, "stop_token_ids": [0]}
+    expected |= {"logprobs": 0, "return_token_ids": True, "allowed_token_ids": None}
+    assert {key: body[key] for key in neutral | expected} == neutral | expected
     server.bodies.clear()
-    draw(engine, prompts=PROMPTS[1:], first=1)  # another rank's share
+    engine.generate(replace(REQUEST, prompts=PROMPTS[1:], first=1))  # another rank's share
     again = [(body["prompt"][0], body["seed"]) for body in server.bodies]
     assert sorted(again) == sorted(pair for pair in seeds if pair[0] == 20)
 
@@ -132,7 +131,7 @@ def test_columns_that_a_teacher_lacks_are_not_allowed(server: Scripted, config: 
         settings = at(config, url)
         policy = load_policy(settings, SimpleNamespace(vocab_size=200))
         engine = open_engine(settings, policy, load_tokenizer(settings.model.policy), ALONE)
-        draw(engine)
+        engine.generate(REQUEST)
     assert server.bodies[0]["allowed_token_ids"] == list(range(200))
 
 
@@ -146,9 +145,9 @@ def test_a_push(opened: tuple[Any, Policy], server: Scripted) -> None:
     assert engine.version == 4
     assert server.state["label"] != first
     assert server.calls == ["kdrl_load", "reset", "reset"]  # in this order; tried again
-    own = dict(policy.model.named_parameters())
-    assert server.weights.keys() == own.keys()
-    assert all(torch.equal(server.weights[name], own[name]) for name in own)
+    expected = dict(policy.model.named_parameters())
+    assert server.weights.keys() == expected.keys()
+    assert all(torch.equal(server.weights[name], expected[name]) for name in expected)
     assert not engine.file.exists()
 
 
@@ -159,15 +158,15 @@ def test_a_push_that_fails_is_told_before_anything_is_sampled(
     server.resets = [False]
     engine.load(policy, 4)
     with pytest.raises(EngineError, match="must drop its prefix cache after a push, got a refusal"):
-        draw(engine)
+        engine.generate(REQUEST)
     server.dev_mode = False
     engine.load(policy, 5)
-    with pytest.raises(EngineError, match="must answer /collective_rpc, got status 404"):
-        draw(engine)
+    with pytest.raises(EngineError, match="must reply to /collective_rpc, got status 404"):
+        engine.generate(REQUEST)
     engine.file.mkdir()
     engine.load(policy, 6)
     with pytest.raises(EngineError, match=r"must be written to .*engine_weights.safetensors, got"):
-        draw(engine)
+        engine.generate(REQUEST)
     assert server.bodies == []
 
 
@@ -177,7 +176,7 @@ def test_a_server_with_other_weights_stops_the_run(
     engine, _ = opened
     server.state["label"] = None
     with pytest.raises(EngineError, match=r"after 3 steps, got those it was started with: it was"):
-        draw(engine)
+        engine.generate(REQUEST)
     assert server.bodies == []
 
 
@@ -187,7 +186,7 @@ def test_a_server_that_is_restarted_meanwhile_stops_the_run(
     engine, _ = opened
     server.forgets = True
     with pytest.raises(EngineError, match=r"got those it was started with"):
-        draw(engine)
+        engine.generate(REQUEST)
     assert len(server.bodies) == 4
 
 
@@ -195,7 +194,7 @@ def choice(ids: list[int], logprobs: list[float]) -> dict[str, Any]:
     return {"token_ids": ids, "logprobs": {"token_logprobs": logprobs}}
 
 
-ANSWERS = {
+REPLIES = {
     "short": (choice([9, 0], [-1.0]), "got 2 tokens and 1 log-probabilities for completion 0 of"),
     "empty": (choice([], []), "got 0 tokens and 0 log-probabilities"),
     "cut": (choice([9], [-1.0]), r"got 1 tokens of 3, ending with 9, not with \[0\]"),
@@ -205,36 +204,36 @@ ANSWERS = {
     "positive": (choice([9, 0], [0.1, -1.0]), "log-probability 0.1 of token 9"),
     "old": ({"text": "9"}, "must return token_ids and log-probabilities, got .*: use vLLM 0.32"),
     "a page": (fastapi.Response("<html>"), "/v1/completions as vLLM 0.32 does, got '<html>'"),
-    "refused": (status(400, "too long"), "answer /v1/completions, got status 400: too long"),
+    "refused": (status(400, "too long"), "reply to /v1/completions, got status 400: too long"),
 }
 
 
-@pytest.mark.parametrize("name", ANSWERS)
-def test_an_answer_that_is_none_stops_the_run(
+@pytest.mark.parametrize("name", REPLIES)
+def test_a_reply_that_does_not_fit_stops_the_run(
     opened: tuple[Any, Policy], server: Scripted, name: str
 ) -> None:
     engine, _ = opened
-    server.choice, message = ANSWERS[name]
+    server.choice, message = REPLIES[name]
     with pytest.raises(EngineError, match=message):
-        draw(engine)
+        engine.generate(REQUEST)
 
 
 def test_a_cut_completion(opened: tuple[Any, Policy], server: Scripted) -> None:
     engine, _ = opened
     server.choice = choice([9, 8, 7], [-1.0] * 3)
-    assert draw(engine).truncated.all()
+    assert engine.generate(REQUEST).truncated.all()
 
 
 def test_a_window_that_is_too_short(opened: tuple[Any, Policy]) -> None:
     engine, _ = opened
     with pytest.raises(EngineError, match=r"got a window of 256 tokens for 2 \+ 255: start it"):
-        draw(engine, sampling=replace(SAMPLING, max_new_tokens=255))
+        engine.generate(replace(REQUEST, sampling=replace(SAMPLING, max_new_tokens=255)))
 
 
-def test_a_signal_ends_the_generation(opened: tuple[Any, Policy]) -> None:
+def test_a_poll_that_raises_stops_sampling(opened: tuple[Any, Policy]) -> None:
     engine, _ = opened
     with pytest.raises(KeyError):
-        draw(engine, poll={}.popitem)
+        engine.generate(REQUEST, {}.popitem)
 
 
 def test_a_server_that_is_gone_stops_the_run(server: Scripted, config: Config) -> None:
@@ -243,9 +242,9 @@ def test_a_server_that_is_gone_stops_the_run(server: Scripted, config: Config) -
         policy = load_policy(settings, None)
         engine = open_engine(settings, policy, load_tokenizer(settings.model.policy), ALONE)
     with pytest.raises(EngineError, match=r"within engine.timeout_s = 5 s, got ConnectError"):
-        draw(engine)
-    with pytest.raises(EngineError, match=r"answer /v1/completions within .* got ConnectError"):
-        engine.server.complete("policy", [SimpleNamespace(prompt_ids=[1], params={})], 1, int)
+        engine.generate(REQUEST)
+    with pytest.raises(EngineError, match=r"reply to /v1/completions within .* got ConnectError"):
+        engine.server.complete("policy", [CompletionRequest([1], {})], 1, int)
 
 
 @pytest.mark.parametrize("fault", ["gone", "no development mode", "bfloat16", "no path"])

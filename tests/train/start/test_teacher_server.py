@@ -1,4 +1,4 @@
-"""check: a teacher behind a URL that does not fit is found before the first step."""
+"""teacher_server: `check` refuses a teacher behind a URL that does not fit the policy."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +21,7 @@ from tests.train.servers import Scripted, by_position, free_port, running, statu
 
 @pytest.fixture
 def server(tokenizer: Any) -> Iterator[tuple[Scripted, str]]:
-    """A server that fits the student, and its URL."""
+    """Start a server that fits the student; yields it and its URL."""
     made = Scripted(by_position, tokenizer=vocabulary_hash(tokenizer))
     made.text = lambda token: tokenizer.decode([token])
     with running(made.app()) as url:
@@ -31,7 +31,7 @@ def server(tokenizer: Any) -> Iterator[tuple[Scripted, str]]:
 def checked(
     folders: dict[str, Path], capsys: pytest.CaptureFixture[str], url: str, **changes: str
 ) -> tuple[int, str]:
-    """Exit code and table of `check`."""
+    """Run `check`; returns its exit code and its table."""
     values = {
         "model.policy": str(folders["student"]),
         "model.teacher": url,
@@ -51,12 +51,12 @@ def test_a_served_teacher_that_fits_passes(
         code, text = checked(folders, capsys, url)
     assert code == 0
     assert "failed" not in text
-    for found in (
+    for words in (
         "the same 258 tokens",
         "float32, 258 columns, a window of 256",
         "nats per prompt",
     ):
-        assert found in text, text
+        assert words in text, text
 
 
 def test_an_openai_server_that_fits_passes(
@@ -93,7 +93,7 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("name", MISFITS)
-def test_a_model_that_does_not_fit_is_a_failing_row(
+def test_a_model_that_does_not_fit_fails_the_check(
     folders: dict[str, Path],
     server: tuple[Scripted, str],
     capsys: pytest.CaptureFixture[str],
@@ -131,7 +131,7 @@ SILENT = {
 
 
 @pytest.mark.parametrize("name", SILENT)
-def test_a_server_without_scores_is_a_failing_row(
+def test_a_server_without_scores_fails_the_check(
     folders: dict[str, Path],
     server: tuple[Scripted, str],
     capsys: pytest.CaptureFixture[str],
@@ -162,12 +162,12 @@ def test_tokens_are_compared_by_their_texts_where_there_is_no_hash(
     assert "0 of 258 tokens compared" in text
 
 
-def test_a_server_that_is_not_there_is_a_failing_row(
+def test_a_server_that_is_not_there_fails_the_check(
     folders: dict[str, Path], server: tuple[Scripted, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, text = checked(folders, capsys, f"http://127.0.0.1:{free_port()}")
     assert code == 1
-    assert "teacher server failed model.teacher must answer, got ConnectError" in text
+    assert "teacher server failed model.teacher must reply, got ConnectError" in text
     assert "start it with `python -m kdrl_train serve`" in text
     server[0].models.append({"id": "another"})
     code, text = checked(folders, capsys, server[1], model__teacher_api="openai")
@@ -175,7 +175,7 @@ def test_a_server_that_is_not_there_is_a_failing_row(
     assert "teacher.name must be a model of" in text
 
 
-def test_without_distillation_no_server_is_asked(
+def test_without_distillation_no_server_is_queried(
     folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     url = f"http://127.0.0.1:{free_port()}"

@@ -23,11 +23,13 @@ from kdrl_train.model.packing import pack
 from kdrl_train.model.policy import Policy, Teacher
 from kdrl_train.ranks import ALONE
 from kdrl_train.rollouts.engines.generate import GenerateEngine
+from kdrl_train.rollouts.sampler import SampleRequest
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder import checkpoint
 from kdrl_train.runfolder.log import Stages, read_records
 from kdrl_train.step import score
 from kdrl_train.step.coefficients import Prepared, prepare
+from kdrl_train.waiting import Poll
 from tests.train.model.test_policy import KD, pair, relative_error
 from tests.train.ranks import train_ranks
 from tests.train.test_train import run, weights, without_times
@@ -146,10 +148,10 @@ def test_each_step_learns_from_the_weights_before_the_last(
 ) -> None:
     generate, drawn = GenerateEngine.generate, []
 
-    def watch(self: GenerateEngine, *arguments: Any, step: int, **more: Any) -> Rollouts:
+    def watch(self: GenerateEngine, request: SampleRequest, poll: Poll) -> Rollouts:
         thread = threading.current_thread() is not threading.main_thread()
-        drawn.append((step, self.version, thread))
-        return generate(self, *arguments, step=step, **more)
+        drawn.append((request.step, self.version, thread))
+        return generate(self, request, poll)
 
     monkeypatch.setattr(GenerateEngine, "generate", watch)
     rows = run(config(steps=4, engine=AHEAD))
@@ -195,10 +197,10 @@ def fail_in_the_thread(rank: int) -> None:
     """Of rank 1, when it draws for the step after the next."""
     generate = GenerateEngine.generate
 
-    def fail(self: GenerateEngine, *arguments: Any, step: int, **more: Any) -> Rollouts:
-        if rank == 1 and step == 3:
+    def fail(self: GenerateEngine, request: SampleRequest, poll: Poll) -> Rollouts:
+        if rank == 1 and request.step == 3:
             raise EngineError("it broke")
-        return generate(self, *arguments, step=step, **more)
+        return generate(self, request, poll)
 
     GenerateEngine.generate = fail  # type: ignore[method-assign]
 
@@ -213,10 +215,10 @@ def test_what_stops_a_step_leaves_its_rollouts(
     generate, clip = GenerateEngine.generate, train.update.__globals__["clip"]
     clipped: list[int] = []
 
-    def stop(self: GenerateEngine, *arguments: Any, step: int, **more: Any) -> Rollouts:
-        if step == 3:
+    def stop(self: GenerateEngine, request: SampleRequest, poll: Poll) -> Rollouts:
+        if request.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return generate(self, *arguments, step=step, **more)
+        return generate(self, request, poll)
 
     def fail(run_: train.Run) -> float:
         clipped.append(0)
@@ -248,9 +250,9 @@ def test_a_corrected_reward_judges_the_next_step_again(
     settings = config(steps=4, save_every=1, engine=AHEAD)
     generate, score, steps = GenerateEngine.generate, Verifier.score, []
 
-    def watch(self: GenerateEngine, *arguments: Any, step: int, **more: Any) -> Rollouts:
-        steps.append(step)
-        return generate(self, *arguments, step=step, **more)
+    def watch(self: GenerateEngine, request: SampleRequest, poll: Poll) -> Rollouts:
+        steps.append(request.step)
+        return generate(self, request, poll)
 
     def fail(self: Verifier, texts: list[str], *arguments: Any) -> Verdicts:
         verdicts = score(self, texts, *arguments)

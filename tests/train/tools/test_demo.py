@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdrl_train.method.presets import PRESETS
 from kdrl_train.rollouts.problems import load_examples
-from kdrl_train.rollouts.sampler import generate_rollouts
+from kdrl_train.rollouts.sampler import SampleRequest, generate_rollouts
 from kdrl_train.runfolder.log import read_records
 from kdrl_train.tools import demo
 from kdrl_train.tools.demo import DemoConfig
@@ -119,9 +119,9 @@ def test_kl_is_that_of_the_full_distributions(finished) -> None:
         tokenizer(example.prompt)["input_ids"]
         for example in load_examples(demo.data_config(out / "held_out.jsonl"))
     ]
-    rollouts = generate_rollouts(
-        student, tokenizer, prompts, replace(config.sampling, group_size=1), 1, demo.KL_STEP
-    )
+    sampling = replace(config.sampling, group_size=1)
+    request = SampleRequest(prompts=prompts, sampling=sampling, seed=1, step=demo.KL_STEP)
+    rollouts = generate_rollouts(student, tokenizer, request)
     kls = []
     for prompt, completion in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True):
         ids = torch.cat([prompt, completion])[None]
