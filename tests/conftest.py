@@ -1,6 +1,8 @@
-"""Device, gpu marker, and Triton's interpreter where there is no GPU."""
+"""Threads, workers, device, gpu marker, and Triton's interpreter where there is no GPU."""
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny; subprocesses inherit it
 
 import pytest
 import torch

@@ -1,6 +1,8 @@
 """Starts processes that train quickly: they are forked from one that has imported the trainer.
 
-That one is not pytest's process, which has threads and must not be forked.
+It is a process of its own, so that nothing is forked from pytest's, which has threads. It does
+once what costs each of them seconds otherwise: it loads a model, and starts the fork server of the
+verifiers.
 """
 
 import atexit
@@ -9,17 +11,21 @@ import multiprocessing
 import os
 import signal
 import socket
+import tempfile
 from collections.abc import Callable
 from functools import cache, partial
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+import transformers
 from rich.console import Console
 
 from kdrl_train import train
-from kdrl_train.config import TrainConfig
+from kdrl_train.config import RewardConfig, TrainConfig
 from kdrl_train.ranks import World, connect
+from kdrl_train.rollouts.verifier import Verifier
 
 DEADLINE_S = 120.0
 
@@ -93,12 +99,28 @@ _started: dict[int, Any] = {}
 
 
 def _serve(connection: Connection) -> None:
+    _warm_up()
     while True:
         call, arguments = connection.recv()
         try:
             connection.send(call(*arguments))
         except AssertionError as error:
             connection.send(error)
+
+
+def _warm_up() -> None:
+    """Import and build what the forked processes share with this one: models, a fork server."""
+    transformers.logging.disable_progress_bar()
+    tiny = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    for family in ("qwen2", "llama"):
+        heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
+        config = transformers.AutoConfig.for_model(family, **tiny, **heads)
+        with tempfile.TemporaryDirectory() as folder:
+            transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+            transformers.AutoModelForCausalLM.from_pretrained(folder)
+    Verifier(RewardConfig(workers=1)).close()  # starts the fork server
+    # it is no child of the forked processes: they cannot wait for it, so they must not look after it
+    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
 
 
 def _start(target: Callable[..., None], arguments: tuple[Any, ...]) -> int:
