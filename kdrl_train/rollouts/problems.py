@@ -36,7 +36,7 @@ def load_examples(config: DataConfig) -> list[Example]:
             "data.prompt_template must contain {prompt}, where the problem goes, "
             f"got {config.prompt_template!r}"
         )
-    examples = [_example(place, record, config) for place, record in _records(config)]
+    examples = [example_of(place, record, config) for place, record in data_records(config)]
     if not examples:
         raise ValueError(
             f"data.path must hold at least one record, got 0 in {config.path!r}: check the file, "
@@ -119,7 +119,7 @@ def _permutation(n_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(order)
 
 
-def _records(config: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+def data_records(config: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (place, record) for the whole data set; messages name a record by its place."""
     path = Path(config.path)
     if config.path and path.is_file():
@@ -201,9 +201,10 @@ def _hub_records(config: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{config.path}:{number}", record
 
 
-def _example(place: str, record: dict[str, Any], config: DataConfig) -> Example:
-    problem = _text(place, record, "data.prompt_column", config.prompt_column)
-    gold = gold_answer(_text(place, record, "data.answer_column", config.answer_column))
+def example_of(place: str, record: dict[str, Any], config: DataConfig) -> Example:
+    """Make the Example of a record. Raises: ValueError for a record that is not usable."""
+    problem = text_of(place, record, "data.prompt_column", config.prompt_column)
+    gold = gold_answer(text_of(place, record, "data.answer_column", config.answer_column))
     if not gold:
         raise ValueError(
             f"data.answer_column {config.answer_column!r} of {place} must hold a gold answer, got "
@@ -212,7 +213,7 @@ def _example(place: str, record: dict[str, Any], config: DataConfig) -> Example:
     return Example(place, config.prompt_template.replace("{prompt}", problem), gold)
 
 
-def _text(place: str, record: dict[str, Any], key: str, column: str) -> str:
+def text_of(place: str, record: dict[str, Any], key: str, column: str) -> str:
     """Return a column's value as text: 27.0 becomes "27"; only text and numbers are accepted."""
     if column not in record:
         raise ValueError(

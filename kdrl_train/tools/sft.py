@@ -24,7 +24,7 @@ import kdrl_kernels as kk
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig
 from kdrl_train.config_file import save_yaml
-from kdrl_train.rollouts.problems import _example, _rows, _text, encode_prompt
+from kdrl_train.rollouts.problems import data_records, encode_prompt, example_of, text_of
 from kdrl_train.runfolder import jsonl
 from kdrl_train.tools.toy.models import ArchitectureConfig, make_model, train_tokenizer
 
@@ -116,9 +116,9 @@ def read_solutions(config: SftConfig) -> list[tuple[Example, str]]:
     column = config.solution_column
     data = replace(config.data, answer_column=column)
     solutions = []
-    for place, row in _rows(data):
-        solution = _text(place, row, "solution_column", column)
-        solutions.append((_example(place, row, data), solution))
+    for place, row in data_records(data):
+        solution = text_of(place, row, "solution_column", column)
+        solutions.append((example_of(place, row, data), solution))
     return solutions
 
 
