@@ -202,7 +202,7 @@ def _hub_records(config: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def example_of(place: str, record: dict[str, Any], config: DataConfig) -> Example:
-    """Make the Example of a record; ValueError, naming its place, where it is not usable."""
+    """Make the Example of a record. Raises: ValueError for a record that is not usable."""
     problem = text_of(place, record, "data.prompt_column", config.prompt_column)
     gold = gold_answer(text_of(place, record, "data.answer_column", config.answer_column))
     if not gold:

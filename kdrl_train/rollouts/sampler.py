@@ -22,7 +22,7 @@ from kdrl_train.waiting import Poll
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleRequest:
-    """Asks an engine for R = P * G completions: G in a row for each of P prompts."""
+    """Describes R = P * G completions to sample: G in sequence for each of P prompts."""
 
     prompts: Sequence[Sequence[int]]
     """P lists of token ids, each of at least one token."""
@@ -164,8 +164,8 @@ def generate_rollouts(
 def _sampling_mode(model: Any) -> Iterator[None]:
     """Set evaluation mode and an empty generation config, and restore both at the end.
 
-    The values of the model's own generation config (top_k, repetition_penalty, ...) would apply
-    wherever a caller leaves them open.
+    Otherwise values of the model's generation config, such as top_k, would apply wherever a caller
+    leaves them open.
     """
     training, generation_config = model.training, model.generation_config
     model.eval()

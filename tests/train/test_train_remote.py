@@ -126,7 +126,7 @@ def test_a_step_is_that_of_the_teacher_in_process(
 
 
 @pytest.mark.parametrize("kind", ["constant", "kl_budget"])  # known early, and not
-def test_a_run_ahead_is_that_of_the_teacher_in_process(
+def test_a_prefetching_run_is_that_of_the_teacher_in_process(
     config: Callable[..., TrainConfig], folders: dict[str, Path], kind: Any
 ) -> None:
     method = replace(K2, kd_coef=replace(K2.kd_coef, kind=kind, target_kl=2.0, bounds=(0.1, 0.9)))

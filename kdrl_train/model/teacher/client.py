@@ -37,7 +37,10 @@ class TeacherError(RunError, OSError):
 
 
 class NoReplyError(Exception):
-    """Asks for a new try: the server did not reply. wait_s: seconds that it told us to wait."""
+    """Says that the server did not reply, so that a new try may help.
+
+    wait_s: seconds that the server told us to wait.
+    """
 
     def __init__(self, message: str, wait_s: float = 0.0) -> None:
         super().__init__(message)
@@ -49,7 +52,7 @@ class Query:
     """Describes one completion to score."""
 
     name: str
-    """What messages call the completion."""
+    """Names the completion in messages."""
     prompt_ids: list[int]
     completion_ids: list[int]
     sampled_vocab_size: int | None = None

@@ -76,7 +76,7 @@ class ContinuousEngine(GenerateEngine):
                     return_logprobs=True,
                     seed=int(seed),
                     max_requests_per_batch=sampling.batch_size,
-                    num_blocks=together * -(-longest // PAGE),  # not all memory there is
+                    num_blocks=together * -(-longest // PAGE),  # by default all memory is taken
                     page_size=PAGE,
                 ),
             )

@@ -19,7 +19,7 @@ from kdrl_train.waiting import Poll
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest:
-    """Asks vLLM for one completion."""
+    """Describes one completion to sample by vLLM."""
 
     prompt_ids: list[int]
     params: dict[str, Any]
