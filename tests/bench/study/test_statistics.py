@@ -27,7 +27,7 @@ def test_estimate_of_three_seeds_covers_too_although_runs_differ_more_than_probl
 
 def test_the_interval_of_single_numbers_is_students_t() -> None:
     found = estimate(np.array([[1.0], [2.0], [3.0]]))
-    assert found.high - 2 == pytest.approx(4.303 / np.sqrt(3), rel=0.03)
+    assert found.high - 2 == pytest.approx(4.303 / np.sqrt(3), rel=1e-3)
     assert (found.mean, found.seeds) == (2.0, 3)
     alone = estimate(np.array([[2.0]]))
     assert (alone.low, alone.high) == (2.0, 2.0)
