@@ -213,7 +213,7 @@ def test_bad_settings_are_named(change: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(("name", "millions"), [("student", 12), ("teacher", 21)])
 def test_the_gpu_study_has_models_of_the_size_it_says(name: str, millions: int) -> None:
-    path = Path(__file__).parents[3] / "bench/study_gpu.yaml"
+    path = Path(__file__).parents[3] / "bench/study/gpu.yaml"
     config = update(StudyConfig(), load_yaml(path))
     tokenizer = train_tokenizer(["1 + 2 = 3"], vocab_size=setup.VOCABULARY)
     model = make_model(getattr(config, name), tokenizer, seed=0)
