@@ -11,7 +11,6 @@ import os
 import sys
 import time
 import traceback
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,13 +21,14 @@ import torch
 from bench.study import setup
 from bench.study.arms import ARMS
 from bench.study.config import StudyConfig, Trial
-from bench.study.k1_control import k1_as_loss
+from bench.study.k1_control import K1Policy
 from kdrl_train import train
 from kdrl_train.batch import Rollouts, Verdicts
 from kdrl_train.config import ModelConfig, OptimConfig, RewardConfig, SamplingConfig, TrainConfig
 from kdrl_train.config_file import load_yaml, update
 from kdrl_train.method.evaluation import EVAL_STEP, summarize
 from kdrl_train.model.load import load_model, load_tokenizer
+from kdrl_train.model.policy import Policy
 from kdrl_train.rollouts.problems import encode_prompt, load_examples, step_indices
 from kdrl_train.rollouts.sampler import generate_rollouts
 from kdrl_train.rollouts.verifier import Verifier
@@ -144,8 +144,8 @@ def run(config: StudyConfig, trial: Trial) -> Result:
     elif trial.learning_rate is None:
         folder = task / ("student" if trial.arm == "student" else f"teacher_{trial.teacher}")
     else:
-        with k1_as_loss() if arm.k1_as_loss else nullcontext():
-            folder = train.main(made) / "model"
+        policy_class = K1Policy if arm.k1_as_loss else Policy
+        folder = train.main(made, policy_class=policy_class) / "model"
         if not folder.exists():  # ended by a signal, which is no result: it is done again
             raise SystemExit(f"{trial.name} was stopped before its last step")
         rows = read_records(made.out)
