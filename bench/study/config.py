@@ -1,4 +1,4 @@
-"""The study's settings, and what one training run of it is."""
+"""Holds the settings of a study, and of each of its training runs."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,30 +11,33 @@ from kdrl_train.tools.toy.models import ArchitectureConfig
 TaskName = Literal["arithmetic", "countdown"]
 TeacherName = Literal["weak", "middle", "strong"]
 SWEEP_SEED = 1000
-"""Of the runs that settings are chosen by: not among the seeds that are reported."""
+"""Seed of the runs that choose settings: it is not among the seeds that are reported."""
 RUNOFF_SEED = SWEEP_SEED + 1
-"""Of the second run of settings that the first cannot tell from the best."""
+"""Seed of the second run of settings whose first run was close to the best."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LabConfig:
-    """The models of a task, trained from scratch on worked solutions, some with slips in them: a
-    model that has seen slips samples slips as often, and so is as imperfect as is asked for."""
+class TaskModelsConfig:
+    """Settings of a task's student and teachers, trained from scratch on worked solutions.
+
+    Some solutions have slips in them: a model that has learnt from slips samples slips as often,
+    so their share sets how imperfect the model is.
+    """
 
     level: str = "medium"
-    """Difficulty of the problems, see kdrl_train/tools/toy."""
+    """Difficulty of the problems: a level of kdrl_train/tools/toy."""
     problems: int = 20000
-    """Problems to learn from, supervised and then by sampling."""
+    """Training problems, for the supervised training and for the sampling."""
     student_slips: float = 0.5
     """Chance of a slip in each step of the solutions that the student learns from."""
     student_steps: int = 600
     """Supervised steps of the student."""
     weak_slips: float = 0.4
-    """The same for the solutions of the weak teacher."""
+    """Chance of a slip for the weak teacher."""
     middle_slips: float = 0.25
-    """Of the teacher of all arms."""
+    """Chance of a slip for the middle teacher, which teaches all arms."""
     strong_slips: float = 0.1
-    """Of the strong teacher."""
+    """Chance of a slip for the strong teacher."""
     teacher_steps: int = 600
     """Supervised steps of a teacher."""
     batch_tokens: int = 1792
@@ -45,10 +48,12 @@ class LabConfig:
     """Longest completion, in tokens."""
 
 
-def _countdown() -> LabConfig:
-    """Its solutions are hard to plan: models are imperfect without slips, by how long they learn.
-    There are fewer different problems."""
-    return LabConfig(
+def _countdown() -> TaskModelsConfig:
+    """Return the models of countdown, whose number of supervised steps makes them imperfect.
+
+    Its solutions are hard to find, so most models need no slips. It has fewer different problems.
+    """
+    return TaskModelsConfig(
         problems=5500,
         student_slips=0.0,
         student_steps=450,
@@ -72,24 +77,24 @@ def _architecture(hidden: int) -> ArchitectureConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudyConfig:
-    """`python -m bench.study`: arms, their sweeps, seeds, and where it all is measured."""
+    """The settings of `python -m bench.study`: tasks, arms, sweeps, seeds and problems."""
 
     out: Path = Path("runs/study")
-    """Folder of the study. One that stopped goes on there: a run that ended is not done again."""
+    """Folder of the study. A study that stopped continues there: finished runs are kept."""
     quick: bool = False
-    """One task, five arms, one seed, no sweep, 30 steps: some minutes on two CPU cores."""
+    """One task, five trained arms, one seed, no sweep, 30 steps: some minutes on two CPU cores."""
     tasks: tuple[TaskName, ...] = ("arithmetic", "countdown")
-    """All arms run on the first one; the arms of `main_arms` on the others."""
+    """All arms run on the first task; the arms of `main_arms` run on the others."""
     arms: tuple[str, ...] = tuple(name for name in ARMS)
-    """Which arms of bench/study/arms.py."""
+    """Arms to run, by their names in bench/study/arms.py."""
     main_arms: tuple[str, ...] = ("student", "teacher", "sft", "grpo", "kd_rkl", "kdrl")
-    """Arms that the other tasks have too, and that have more seeds on the first."""
+    """Arms that run on every task, with more seeds on the first task."""
     quality_arms: tuple[str, ...] = ("kd_rkl", "kdrl")
     """Arms that run with each of the three teachers, on the first task."""
     seeds: int = 3
-    """Runs of each arm that is reported; seed s has the same prompts in the same order in all."""
+    """Reported runs of each arm. Seed s draws the same prompts in the same order in every arm."""
     main_seeds: int = 5
-    """The same, of the arms of `main_arms` on the first task."""
+    """Reported runs of each arm of `main_arms` on the first task."""
     steps: int = 80
     """Optimiser steps of a run."""
     prompts_per_step: int = 32
@@ -97,25 +102,25 @@ class StudyConfig:
     group_size: int = 8
     """G: completions of a prompt."""
     learning_rates: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3)
-    """Swept for each arm, at the middle one of its betas."""
+    """Learning rates that are tried for each arm, at the middle one of its betas."""
     betas: tuple[float, ...] = (0.02, 0.2, 2.0)
-    """Swept for each arm that has a beta, at its best learning rate."""
+    """Betas that are tried for each arm that has one, at its best learning rate."""
     more_betas: tuple[float, ...] = (0.063, 0.63)
-    """Run too, on the first task, for the arms whose sensitivity to beta is compared; settings are
-    not chosen by them."""
+    """Further betas of the arms whose sensitivity to beta is compared, on the first task. They
+    choose no settings."""
     widen: int = 2
-    """How often a sweep on the first task may go on, in the same ratio, past an end that is its
-    best."""
+    """How often a sweep on the first task may add a value past its end, in the same ratio, when
+    the best value is at that end."""
     validation_problems: int = 500
-    """Problems that the sweep is judged by."""
+    """Problems by which a sweep chooses."""
     test_problems: int = 1000
-    """Problems of each set that arms are reported on."""
+    """Problems in each set that arms are reported on."""
     samples: int = 4
     """k of avg@k: completions of each problem, at temperature 1; at most 9."""
     workers: int = 2
-    """Runs at a time, one CPU thread each."""
-    arithmetic: LabConfig = field(default_factory=LabConfig)
-    countdown: LabConfig = field(default_factory=_countdown)
+    """Runs at the same time, each with one CPU thread."""
+    arithmetic: TaskModelsConfig = field(default_factory=TaskModelsConfig)
+    countdown: TaskModelsConfig = field(default_factory=_countdown)
     student: ArchitectureConfig = field(default_factory=lambda: _architecture(64))
     """Shape of the student."""
     teacher: ArchitectureConfig = field(default_factory=lambda: _architecture(80))
@@ -147,23 +152,23 @@ class StudyConfig:
             raise ValueError("tasks must name at least one task, got none")
 
     def seeds_of(self, task: str, arm: str) -> range:
-        """Of the runs of an arm that are reported."""
+        """Return the seeds of an arm's reported runs."""
         main = task == self.tasks[0] and arm in self.main_arms
         return range(self.main_seeds if main else self.seeds)
 
-    def lab(self, task: str) -> LabConfig:
-        """The models of a task."""
+    def task_models(self, task: str) -> TaskModelsConfig:
+        """Return the settings of a task's models."""
         return getattr(self, task)
 
     def arms_of(self, task: str) -> tuple[str, ...]:
-        """The arms that run on a task."""
+        """Return the arms that run on a task."""
         if task == self.tasks[0]:
             return self.arms
         return tuple(arm for arm in self.arms if arm in self.main_arms)
 
 
 def quick(config: StudyConfig) -> StudyConfig:
-    """The small study: one learning rate and one beta for all arms, not swept."""
+    """Return the settings of the small study: one learning rate and beta for all arms, no sweep."""
     return replace(
         config,
         tasks=config.tasks[:1],
@@ -181,22 +186,22 @@ def quick(config: StudyConfig) -> StudyConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
-    """One run: an arm at given settings, and what it is measured on."""
+    """A trial is one run: an arm at one learning rate, beta and seed, and its test problems."""
 
     task: str
     arm: str
     learning_rate: float | None = None
     """None: nothing is trained."""
     beta: float | None = None
-    """None: the preset's own, or none."""
+    """None: the preset's, or the arm has none."""
     seed: int
     teacher: str = "middle"
     sweep: bool = False
-    """Measured on the validation problems; else on test and out of distribution."""
+    """Whether it is measured on the validation problems; else on test and out of distribution."""
 
     @property
     def name(self) -> str:
-        """Its folder inside the study's `trials`."""
+        """Name the trial by its folder inside the study's `trials`."""
         parts = [self.teacher]
         if self.learning_rate is not None:
             parts.append(f"lr{self.learning_rate:g}")

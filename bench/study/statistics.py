@@ -1,4 +1,4 @@
-"""Intervals of a study: means over seeds and problems, and paired differences.
+"""Computes the means of a study over seeds and problems, and their 95% intervals.
 
 S seeds (runs of an arm), P problems (the same ones in every run), D draws.
 """
@@ -16,23 +16,23 @@ ENDS = (0.025, 0.975)
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
-    """A mean with its 95% interval."""
+class MeanOverSeeds:
+    """A mean over seeds and problems, with its 95% interval."""
 
     mean: float
     low: float
     high: float
     seeds: int = 1
-    """Runs, or pairs of runs, that it is the mean of. Of one, the interval is over problems alone
-    and says nothing about another run."""
+    """Number of runs, or of pairs of runs, in the mean. For one run the interval is over problems
+    alone and says nothing about another run."""
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the interval lies on one side of 0, else 0."""
+        """Return 1 or -1 where the interval lies on one side of 0, else 0."""
         return (self.low > 0) - (self.high < 0)
 
 
-def estimate(scores_SP: np.ndarray, draws: int = DRAWS) -> Estimate:
+def mean_over_seeds(scores_SP: np.ndarray, draws: int = DRAWS) -> MeanOverSeeds:
     """Compute the mean over seeds and problems, and its 95% interval.
 
     Seeds and problems are both samples: another study of the same models and settings would draw
@@ -51,7 +51,7 @@ def estimate(scores_SP: np.ndarray, draws: int = DRAWS) -> Estimate:
     low, high = np.quantile(means_D, ENDS)
     if S > 1 and (error := float(scores_SP.mean(axis=1).std(ddof=1)) / math.sqrt(S)):
         low, high = (_moved_quantile(means_D, error, S - 1, share) for share in ENDS)
-    return Estimate(float(scores_SP.mean()), float(low), float(high), S)
+    return MeanOverSeeds(float(scores_SP.mean()), float(low), float(high), S)
 
 
 @lru_cache(maxsize=4)
@@ -76,7 +76,7 @@ def _moved_quantile(means_D: np.ndarray, error: float, freedom: int, share: floa
 
 
 def smooth(values: list[float], window: int) -> list[float]:
-    """Mean of each value and the `window` - 1 before it (fewer at the start)."""
+    """Average each value with the `window` - 1 values before it (fewer at the start)."""
     sums = np.cumsum([0.0, *values])
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, 0)
@@ -84,5 +84,5 @@ def smooth(values: list[float], window: int) -> list[float]:
 
 
 def first_reached(values: list[float], level: float) -> int | None:
-    """Index of the first value at or above `level`; None where there is none."""
+    """Return the index of the first value at or above `level`; None where none reaches it."""
     return next((i for i, value in enumerate(values) if value >= level), None)

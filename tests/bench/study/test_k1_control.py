@@ -1,4 +1,4 @@
-"""The control of the study: k1 as a loss has no teacher in its gradient."""
+"""Tests the control of the study: k1 as a loss has no teacher in its gradient."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ N, H, V = 6, 4, 9
 
 
 def policy(kind: type[Policy], method: MethodConfig) -> Policy:
-    """A policy of either class; its loss is called on tensors of the test's own."""
+    """Make a policy of either class; tests call its loss on tensors of their own."""
     tokenizer = train_tokenizer(["1 + 2 = 3"], vocab_size=300)
     model = make_model(ArchitectureConfig(hidden=32, layers=1), tokenizer, seed=0)
     return kind(model, method)
@@ -39,7 +39,7 @@ def plain() -> Policy:
 
 
 def pack(tokens: Tensor, **fields: Any) -> PackedBatch:
-    """A pack of one sequence; every token has weight 1, and advantage and kd_weight 0."""
+    """Make a pack of one sequence whose tokens have weight 1, advantage 0 and kd_weight 0."""
     count, zeros = len(tokens), torch.zeros(len(tokens), dtype=torch.float64)
     values = {
         "input_ids": tokens[None],
@@ -60,7 +60,7 @@ def pack(tokens: Tensor, **fields: Any) -> PackedBatch:
 def loss(
     model: Policy, hidden: Tensor, weight: Tensor, batch: PackedBatch, teacher: Tensor
 ) -> tuple[kk.LossOutput, Tensor]:
-    """The output of the policy's loss over len(batch.tokens), and its gradient to the head."""
+    """Return the output of the policy's loss, a mean over the tokens, and its gradient."""
     leaf = weight.clone().requires_grad_()
     normalizer = torch.tensor(float(len(batch.tokens)), dtype=torch.float64)
     head = kk.TeacherHead(hidden, teacher)
@@ -71,7 +71,7 @@ def loss(
 
 
 def random_case() -> tuple[Tensor, Tensor, PackedBatch, list[Tensor]]:
-    """Hidden states, head, a pack, and the heads of two teachers."""
+    """Return hidden states, a head, a pack, and the heads of two teachers."""
     rng = torch.Generator().manual_seed(0)
 
     def randn(*size: int) -> Tensor:
@@ -118,7 +118,7 @@ def test_what_is_logged_is_what_k2_would_log(control: Policy, plain: Policy) -> 
 
 
 def test_the_expected_gradient_of_the_term_is_zero(control: Policy, plain: Policy) -> None:
-    """By exact enumeration: one prefix, every token of the vocabulary at its probability."""
+    """One prefix is enumerated exactly: every token of the vocabulary at its probability."""
     rng = torch.Generator().manual_seed(1)
     hidden, weight, teacher = (
         torch.randn(*size, generator=rng, dtype=torch.float64) for size in ((1, H), (V, H), (V, H))

@@ -1,4 +1,4 @@
-"""The study: its arms, its processes and folder; one small study, run."""
+"""Tests the study's arms, processes and folder, and runs one small study."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from bench.study import __main__ as command
 from bench.study import results, setup, write_up
 from bench.study.analysis import Study
 from bench.study.arms import ARMS, PAPER_STEPS
-from bench.study.config import LabConfig, StudyConfig, Trial
+from bench.study.config import StudyConfig, TaskModelsConfig, Trial
 from bench.study.runner import Runner, summary
 from bench.study.trial import finish, train_config, trial_folder
 from kdrl_train import train
@@ -46,12 +46,12 @@ def test_every_arm_is_a_valid_run_of_any_length(name: str, steps: int, tmp_path:
     config = StudyConfig(out=tmp_path, steps=steps)
     beta = 0.2 if ARMS[name].tuned else None
     trial = Trial(task="countdown", arm=name, learning_rate=1e-3, beta=beta, seed=3)
-    made = train_config(config, trial)
-    assert made.method == ARMS[name].at(beta, steps)
-    assert (made.model.teacher is None) == (made.method.kd is None)
+    run = train_config(config, trial)
+    assert run.method == ARMS[name].at(beta, steps)
+    assert (run.model.teacher is None) == (run.method.kd is None)
     other = train_config(config, replace(trial, arm="grpo", beta=None))
-    teacher = replace(other.model, teacher=made.model.teacher)
-    assert made == replace(other, out=made.out, method=made.method, model=teacher)
+    teacher = replace(other.model, teacher=run.model.teacher)
+    assert run == replace(other, out=run.out, method=run.method, model=teacher)
 
 
 def test_a_run_that_a_signal_ended_is_no_result(
@@ -84,29 +84,29 @@ def test_sigterm_ends_what_the_study_started(small: StudyConfig, tmp_path: Path)
 
 @pytest.fixture(scope="module")
 def small() -> StudyConfig:
-    lab = LabConfig(problems=200, student_steps=2, teacher_steps=2)
+    models = TaskModelsConfig(problems=200, student_steps=2, teacher_steps=2)
     return StudyConfig(
         tasks=("arithmetic",), arms=("student", "sft", "kdrl"), quality_arms=(), seeds=1,
         main_seeds=1, steps=2, prompts_per_step=2, group_size=2, learning_rates=(1e-3,),
         betas=(0.2,), more_betas=(), validation_problems=4, test_problems=4, samples=2,
-        arithmetic=lab, countdown=lab, workers=1,
+        arithmetic=models, countdown=models, workers=1,
     )  # fmt: skip
 
 
 def test_a_study_goes_on_where_it_stopped_and_a_crash_is_a_result(
     small: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In this process: the quick study, part of CI, runs in those it starts."""
+    """The study runs in this process here; the quick study of CI runs in processes of its own."""
     config = replace(small, out=tmp_path / "study")
 
-    def process(_: Runner, names: list[str], told: Any) -> int:
+    def process(_: Runner, names: list[str], tell: Any) -> int:
         for name in names:
             folder = config.out / "trials" / name
             if not (folder / "trial.json").exists():
                 sft.main(setup.model_config(config, *name.split("/")), Console(quiet=True))
                 continue
             finish(config, folder)
-            told(name)
+            tell(name)
         return 0
 
     monkeypatch.setattr(Runner, "_process", process)
@@ -127,7 +127,7 @@ def test_a_study_goes_on_where_it_stopped_and_a_crash_is_a_result(
     trials = Study(results.load(config.out / "results.json")["trials"])
     assert len(trials.results) == 3
     assert [r.error for r in trials.crashed] == [
-        "ValueError: the teacher must have right samples to learn from, got none in "
+        "ValueError: the teacher must give right samples, got none from "
         f"{config.out}/tasks/arithmetic/teacher_middle"
     ]
     with pytest.raises(ValueError, match=r"tasks must begin with arithmetic, .* got countdown"):
@@ -143,7 +143,7 @@ def test_a_process_that_is_killed_is_reported_and_the_next_trial_runs(
     trials = [Trial(task="arithmetic", arm="grpo", learning_rate=1e-3, seed=s) for s in (0, 1)]
     starts: list[list[str]] = []
 
-    def process(_: Runner, names: list[str], told: Any) -> int:
+    def process(_: Runner, names: list[str], tell: Any) -> int:
         starts.append(list(names))
         if len(starts) == 1:
             trial_folder(config, trials[0]).joinpath("log.txt").write_text("out of memory")
@@ -152,17 +152,17 @@ def test_a_process_that_is_killed_is_reported_and_the_next_trial_runs(
             result("grpo", learning_rate=1e-3, seed=1).write(
                 trial_folder(config, trial) / "result.json"
             )
-            told(trial.name)
+            tell(trial.name)
         return 0
 
     monkeypatch.setattr(Runner, "_process", process)
     with Runner(config, Console(quiet=True)) as runner:
         runner._group(trials)
-        found = runner.trials(trials, "two")
+        results_by_trial = runner.trials(trials, "two")
     assert [len(names) for names in starts] == [2, 1]
-    assert [r.status for r in found.values()] == ["crashed", "done"]
-    assert found[trials[0]].error == "exit code -9: out of memory"
-    assert "CRASHED" in summary(found[trials[0]])
+    assert [r.status for r in results_by_trial.values()] == ["crashed", "done"]
+    assert results_by_trial[trials[0]].error == "exit code -9: out of memory"
+    assert "CRASHED" in summary(results_by_trial[trials[0]])
 
 
 @pytest.mark.parametrize(
