@@ -1,5 +1,6 @@
 """Tests that the committed write-up of the study is what its results.json gives."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -16,3 +17,12 @@ def test_the_committed_tables_are_those_of_the_committed_results(tmp_path: Path)
     assert (tmp_path / "README.md").read_text("utf-8") == (FOLDER / "README.md").read_text("utf-8")
     plots = {path.name for path in tmp_path.glob("*.svg")}
     assert plots == {path.name for path in FOLDER.glob("*.svg")}
+
+
+def test_every_interval_of_the_readme_is_in_the_committed_tables() -> None:
+    text = (FOLDER.parents[1] / "study/README.md").read_text("utf-8")
+    table = (FOLDER / "README.md").read_text("utf-8")
+    mean = r"[-+]?\d+\.\d+"
+    intervals = re.findall(rf"{mean} \({mean}(?:-| to ){mean}\)", " ".join(text.split()))
+    assert len(intervals) > 30
+    assert [interval for interval in intervals if interval not in table] == []
