@@ -26,7 +26,7 @@ PAGED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
+class TableSection:
     """A section of the write-up: a table, and the plots that belong to it."""
 
     table: Table
@@ -62,22 +62,24 @@ def write(config: StudyConfig, saved: Mapping[str, Any]) -> None:
         )
 
 
-def make_sections(study: Study, config: StudyConfig, tasks: Sequence[str]) -> list[Section]:
+def make_sections(study: Study, config: StudyConfig, tasks: Sequence[str]) -> list[TableSection]:
     """Make every table that has a row, with its plots; the paper's findings come first."""
     sections = []
     for task in tasks:
         drawn = plots.differences(study, task) | plots.questions(study, task)
-        sections.append(Section(tables.findings(study, task), drawn))
-        sections.append(Section(tables.arms(study, config, task), plots.accuracy(study, task)))
-        sections.append(Section(tables.reached(study, task)))
+        sections.append(TableSection(tables.findings(study, task), drawn))
+        sections.append(TableSection(tables.arms(study, config, task), plots.accuracy(study, task)))
+        sections.append(TableSection(tables.reached(study, task)))
     for task in tasks[:1]:
         sections.append(
-            Section(tables.quality(study, config, task), plots.quality(study, config, task))
+            TableSection(tables.quality(study, config, task), plots.quality(study, config, task))
         )
-        sections.append(Section(tables.sensitivity(study, task), plots.sensitivity(study, task)))
-    sections += [Section(tables.cost(study, task), plots.cost(study, task)) for task in tasks]
-    sections += [Section(tables.sweeps(study, task), folded=True) for task in tasks]
-    sections.append(Section(tables.crashes(study, config)))
+        sections.append(
+            TableSection(tables.sensitivity(study, task), plots.sensitivity(study, task))
+        )
+    sections += [TableSection(tables.cost(study, task), plots.cost(study, task)) for task in tasks]
+    sections += [TableSection(tables.sweeps(study, task), folded=True) for task in tasks]
+    sections.append(TableSection(tables.crashes(study, config)))
     return [section for section in sections if section.table.rows]
 
 
@@ -92,7 +94,7 @@ def conclusion(study: Study, task: str) -> str:
     return f"On {task}. {' '.join(sentences)}"
 
 
-def markdown(paragraphs: Sequence[str], sections: Sequence[Section]) -> str:
+def markdown(paragraphs: Sequence[str], sections: Sequence[TableSection]) -> str:
     """Compose README.md: the paragraphs, then the tables, each with links to its plots."""
     lines = ["# Results of the study", *paragraphs]
     for section in sections:
@@ -124,7 +126,7 @@ def as_markdown(table: Table) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def on_page(paragraphs: Sequence[str], sections: Sequence[Section]) -> list[Block]:
+def on_page(paragraphs: Sequence[str], sections: Sequence[TableSection]) -> list[Block]:
     """Compose the blocks of the page: the paragraphs, tables and plots of README.md."""
     blocks: list[Block] = [Note(text) for text in paragraphs]
     for section in sections:

@@ -57,9 +57,8 @@ def test_every_arm_is_a_valid_run_of_any_length(name: str, steps: int, tmp_path:
 def test_a_run_that_a_signal_ended_is_no_result(
     small: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        train, "main", lambda made, **_: made.out
-    )  # as it returns then: without model/
+    # what train.main returns then: a run folder without model/
+    monkeypatch.setattr(train, "main", lambda run, **_: run.out)
     config = replace(small, out=tmp_path)
     trial = Trial(task="arithmetic", arm="grpo", learning_rate=1e-3, seed=0)
     folder = trial_folder(config, trial)
