@@ -16,7 +16,10 @@ TRAIN = [
     "numpy>=1.26,<2.5",  # torch and datasets share arrays through it
     "httpx2>=2.0",  # asks a teacher behind a URL; huggingface_hub brings it (httpx, carried on)
 ]
-REPORT = ["jinja2>=3.1"]  # the template of a report's page, which escapes what models wrote
+REPORT = [
+    "jinja2>=3.1",  # the template of a report's page, which escapes what models wrote
+    "scipy>=1.14",  # Student's t, for the 95% intervals of means over runs
+]
 SERVE = [
     *TRAIN,
     "fastapi>=0.115",  # end points of a teacher's server, with checked requests
@@ -31,7 +34,7 @@ TEST = ["pytest>=8.4", "pytest-xdist>=3.8", "hypothesis>=6.140"]  # tests, on se
 TEST += ["ruff>=0.14", "mypy>=1.18", "types-PyYAML>=6.0"]  # style, types
 PEERS = ["liger-kernel==0.8.5", "trl==1.16.0", "cut-cross-entropy==25.1.1"]
 PEERS += ["flash-linear-attention==0.6.0", "quack-kernels==0.6.5"]
-BENCH = ["pytest-benchmark>=5.1", "matplotlib>=3.10", "jinja2>=3.1"]  # figures, plots, page
+BENCH = ["pytest-benchmark>=5.1", "matplotlib>=3.10", *REPORT]  # figures, plots, page, intervals
 BENCH += [f"{peer}; platform_system == 'Linux'" for peer in PEERS]  # what they are compared with
 GPU = ["flash-attn>=2.8; platform_system == 'Linux'", *LIGER]
 EXTRAS = {"train": TRAIN, "dev": SERVE + TEST + TENSORBOARD + REPORT, "bench": BENCH, "gpu": GPU}

@@ -1,1 +1,1 @@
-"""The scoreboard: this library beside every public one. Run: pytest bench/ or python -m bench."""
+"""The scoreboard compares this library with public ones: pytest bench/ or python -m bench."""

@@ -1,4 +1,4 @@
-"""The whole scoreboard in one command: python -m bench --minutes 8 --out DIR
+"""Makes the whole scoreboard in one command: python -m bench --minutes 8 --out DIR
 
 Needs no network. results.json is written anew after every record, so that a run which is stopped
 keeps what it has; then come the tables, plots and the page of bench/report.py. The stages follow
@@ -28,14 +28,14 @@ from bench.results_file import OURS, Record, new_run, save
 from bench.shapes import CPU_RAGGED, MODELS, RAGGED, SHAPES, Shape, default_shape
 
 STAGES = {"speed": 50, "rows": 2, "step": 6, "memory": 16, "scaling": 16, "shapes": 10}
-"""{stage: its share of the time}, in their order; what one leaves is the next one's."""
+"""{stage: its share of the time}, in order; time that a stage leaves goes to the next ones."""
 SCALING_ROUNDS = 3
 INPUT_SETS = 2
-"""Used in turn."""
+"""Sets of inputs that are used in turn."""
 
 
 class Scoreboard:
-    """One run: what is measured, and until when."""
+    """The scoreboard of one run: what is measured, and until when."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.shape: Shape = SHAPES[args.shape]
@@ -49,10 +49,10 @@ class Scoreboard:
         self.start, self.seconds = time.monotonic(), 60 * args.minutes
         self.settings: dict[tuple[str, str], Setting] = {}
         self.failed: list[str] = []
-        """Stages that an error ended, and the error."""
+        """Stages that an error ended, each with the error."""
 
     def records(self) -> Iterator[Record]:
-        """Everything that was asked for, the most important first."""
+        """Yield the records of all chosen stages, the most important first."""
         for stage in self.stages:
             free_cache()
             try:
@@ -73,7 +73,7 @@ class Scoreboard:
     def _timed(
         self, places: Sequence[tuple[Shape, str]], ops: Sequence[Op], deadline: float
     ) -> Iterator[Record]:
-        """Every operation at every shape and profile, each with its share of the time left."""
+        """Time every operation at every shape and profile, each with its share of the time."""
         parts = len(places) * len(ops)
         for index, (shape, profile) in enumerate(places):
             inputs = [make_inputs(shape, profile, seed=seed) for seed in range(INPUT_SETS)]
@@ -88,7 +88,7 @@ class Scoreboard:
             yield from memory.records(op, self.shape, self.profile, pairs, deadline)
 
     def _setting(self, op: Op, provider: Provider) -> Setting:
-        """The one it was timed with."""
+        """Return the setting that the provider was timed with."""
         return self.settings.get((op.name, provider.name)) or provider.settings[0]
 
     def _rows(self, deadline: float) -> Iterator[Record]:
@@ -101,7 +101,7 @@ class Scoreboard:
         yield from scaling.records(SCALING_ROUNDS, deadline, memory.in_own_process)
 
     def _shapes(self, deadline: float) -> Iterator[Record]:
-        """The other entropy profile, sizes that are not round, and other models' heads."""
+        """Time the other entropy profile, sizes that are not round, and other models' heads."""
         other = next(name for name in PROFILES if name != self.profile)
         cases = [(self.shape, other), (RAGGED if DEVICE == "cuda" else CPU_RAGGED, self.profile)]
         if DEVICE == "cuda":
@@ -110,7 +110,7 @@ class Scoreboard:
 
 
 def arguments() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     lines = (__doc__ or "").split("\n\n", 1)
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=lines[0], epilog=lines[1], allow_abbrev=False
@@ -128,7 +128,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Run, save, report. 1 where a result of this library is wrong or fails, 130 if stopped."""
+    """Run, save, report; return 1 if this library is wrong or fails anywhere, 130 if stopped."""
     args = arguments().parse_args()
     use_threads()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` too leaves a whole file
@@ -152,9 +152,9 @@ def main() -> int:
     return 130 if stopped else int(bool(wrong or scoreboard.failed))
 
 
-def _command(arguments_given: list[str]) -> str:
-    """As typed, but for the folder: it is nobody's business in a file that is published."""
-    shown = ["--out=DIR" if one.startswith("--out=") else one for one in arguments_given]
+def _command(typed: list[str]) -> str:
+    """Return the command as typed, without the folder, which a published file should not name."""
+    shown = ["--out=DIR" if one.startswith("--out=") else one for one in typed]
     if "--out" in shown:
         shown[shown.index("--out") + 1] = "DIR"
     return shlex.join(["python", "-m", "bench", *shown])

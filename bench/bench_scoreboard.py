@@ -1,4 +1,4 @@
-"""Every operation by every provider, in the tables of pytest-benchmark: pytest bench/
+"""Shows every operation by every provider in the tables of pytest-benchmark: pytest bench/
 
 The rounds of an operation are interleaved (speed.py), so they are all taken when its first test
 asks for them. Each test then hands its provider's samples to pytest-benchmark, whose timer it is.
@@ -21,13 +21,13 @@ PROVIDERS = {one.name: one for one in providers.load()}
 
 
 class Replay:
-    """A timer that shows durations which were taken before, one for each start and stop."""
+    """A timer that replays durations measured before, one for each start and stop."""
 
     def __init__(self) -> None:
         self.readings: Iterator[float] = iter(())
 
     def load(self, samples_ms: list[float]) -> None:
-        """The samples to come."""
+        """Set the samples to replay."""
         self.readings = iter([t for ms in samples_ms for t in (0.0, 1e-3 * ms)])
 
     def __call__(self) -> float:
@@ -38,7 +38,7 @@ replay = Replay()
 
 
 def _figures_of(one: Record) -> Record:
-    """The record, if it holds figures. Ours must; for others the status says why there are none."""
+    """Return a record with figures; without them fail for ours, skip others with the status."""
     if one["status"] != "ok":
         if one["provider"] == OURS:
             pytest.fail(one["status"])
@@ -70,8 +70,8 @@ def test_memory(
 ) -> None:
     start = clock()
     pair = provider, provider.settings[0]
-    (found,) = memory.records(op, shape, profile, [pair], deadline=math.inf)
-    one = _figures_of(found)
+    (memory_record,) = memory.records(op, shape, profile, [pair], deadline=math.inf)
+    one = _figures_of(memory_record)
     benchmark.group = f"{op.name}, shape {shape.name}: memory is in the JSON, this is a process"
     benchmark.extra_info["records"] = [one]
     replay.load([1e3 * (clock() - start)])

@@ -1,4 +1,4 @@
-"""pytest-benchmark: which shape, how many rounds, and the machine beside the figures."""
+"""Sets up pytest-benchmark: shape, rounds, and the machine beside the figures."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -20,26 +20,26 @@ Lookup = Callable[[str, str], Record]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options of this folder."""
+    """Add the options of this folder."""
     parser.addoption("--shape", choices=SHAPES, default=default_shape().name)
     parser.addoption("--profile", choices=PROFILES, default="reasoning", help="of the entropy")
     parser.addoption("--rounds", type=int, default=10, help="timed calls each")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Say why a case has no figure, without being asked."""
+    """Report why a case was skipped, without an option."""
     config.option.reportchars += "s"
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:  # noqa: ARG001
-    """Add ours to the plugin's."""
+    """Add our description of the machine to the plugin's."""
     machine_info["kdrl"] = machine.machine_info()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def threads() -> Iterator[None]:
-    """As many CPU threads as every CPU figure has, and then as many as before."""
+    """Use as many CPU threads as every CPU figure has, then restore the number."""
     before = torch.get_num_threads()
     machine.use_threads()
     yield
@@ -48,33 +48,33 @@ def threads() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shape(pytestconfig: pytest.Config) -> Shape:
-    """The shape asked for."""
+    """Return the shape of --shape."""
     return SHAPES[pytestconfig.getoption("--shape")]
 
 
 @pytest.fixture(scope="session")
 def profile(pytestconfig: pytest.Config) -> str:
-    """The entropy profile asked for."""
+    """Return the entropy profile of --profile."""
     return str(pytestconfig.getoption("--profile"))
 
 
 @pytest.fixture(scope="session")
 def inputs(shape: Shape, profile: str) -> list[Inputs]:
-    """Two sets for all operations, used in turn."""
+    """Make two sets of inputs for all operations, used in turn."""
     return [make_inputs(shape, profile, seed=seed) for seed in range(2)]
 
 
 @pytest.fixture(scope="session")
 def speed_of(inputs: list[Inputs], pytestconfig: pytest.Config) -> Lookup:
-    """(operation, provider) -> its record; the first of an operation times everybody."""
-    found: dict[tuple[str, str], Record] = {}
+    """Return a function (operation, provider) -> record, which times all providers together."""
+    records_by_case: dict[tuple[str, str], Record] = {}
 
     def look_up(op: str, provider: str) -> Record:
-        if (op, provider) not in found:
+        if (op, provider) not in records_by_case:
             rounds = pytestconfig.getoption("--rounds")
             everybody = providers.load()
             for one in speed.records(OPS_BY_NAME[op], inputs, everybody, rounds, float("inf")):
-                found[op, one["provider"]] = one
-        return found[op, provider]
+                records_by_case[op, one["provider"]] = one
+        return records_by_case[op, provider]
 
     return look_up

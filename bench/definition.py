@@ -1,6 +1,6 @@
-"""What each operation means: its formula in plain PyTorch over log-probabilities [C, V].
+"""Defines each operation by its formula in plain PyTorch over log-probabilities [C, V].
 
-Every comparison is with this, in float64. The home-made baselines are this too, in float32.
+Every comparison is with this in float64. The baselines of providers/home.py are this in float32.
 """
 
 from dataclasses import dataclass, replace
@@ -13,26 +13,26 @@ from bench.inputs import Inputs
 from bench.ops import Op
 
 CLIP = 0.2
-"""Of the ratio, on both sides."""
+"""Clip range of the ratio, on both sides of 1."""
 ALL = slice(None)
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
-    """Some rows of an operation: outputs [C] that were computed on the way, and the losses [C]."""
+class RowResults:
+    """The results of an operation on some rows: outputs [C] and losses [C]."""
 
     outputs: dict[str, Tensor]
     losses: Tensor | None
-    """None where there is only a forward pass. The loss of a call is their mean over all rows."""
+    """None for an operation without gradients. The loss of a call is their mean over all rows."""
 
 
 def advantages(inputs: Inputs, op: Op) -> Tensor:
-    """[N], the ones this operation uses."""
+    """Return the advantages [N] that the operation uses."""
     return inputs.half_advantages if op.active < 1 else inputs.advantages
 
 
 def policy_loss(lp: Tensor, inputs: Inputs, op: Op, part: slice = ALL) -> Tensor:
-    """-min(r A, clip(r) A) [C] of log-probabilities lp [C], of the rows in part."""
+    """Return -min(r A, clip(r) A) [C] of the log-probabilities lp [C] of the rows in part."""
     old = inputs.old_logprobs[part] if op.old_logprobs else lp.detach()
     ratio = (lp - old).exp()
     a = advantages(inputs, op)[part]
@@ -40,7 +40,7 @@ def policy_loss(lp: Tensor, inputs: Inputs, op: Op, part: slice = ALL) -> Tensor
 
 
 def divergence(kd: str, logp: Tensor, logq: Tensor) -> Tensor:
-    """KL(p‖q) for "rkl", KL(q‖p) for "fkl", the Jensen-Shannon divergence for "jsd": [C] nats."""
+    """Return KL(p‖q) for "rkl", KL(q‖p) for "fkl", Jensen-Shannon for "jsd": [C] nats."""
     if kd == "rkl":
         return (logp.exp() * (logp - logq)).sum(dim=1)
     if kd == "fkl":
@@ -50,13 +50,15 @@ def divergence(kd: str, logp: Tensor, logq: Tensor) -> Tensor:
     return (p * (logp - log_m) + q * (logq - log_m)).sum(dim=1) / 2
 
 
-def terms(inputs: Inputs, op: Op, logp: Tensor, logq: Tensor | None, part: slice = ALL) -> Terms:
-    """The operation on the rows in part, given log p and, where there is a teacher, log q."""
+def row_results(
+    inputs: Inputs, op: Op, logp: Tensor, logq: Tensor | None, part: slice = ALL
+) -> RowResults:
+    """Compute the operation on the rows in part from log p and, where there is a teacher, log q."""
     tokens = inputs.tokens[part, None]
     lp = logp.gather(1, tokens).squeeze(1)
     outputs = {"logprobs": lp}
     if not op.gradients:
-        return Terms(outputs | {"entropy": -(logp.exp() * logp).sum(dim=1)}, None)
+        return RowResults(outputs | {"entropy": -(logp.exp() * logp).sum(dim=1)}, None)
     losses = -lp if op.cross_entropy else torch.zeros_like(lp)
     if op.policy:
         losses = losses + policy_loss(lp, inputs, op, part)
@@ -67,11 +69,11 @@ def terms(inputs: Inputs, op: Op, logp: Tensor, logq: Tensor | None, part: slice
         else:
             outputs["kl"] = divergence(op.kd, logp, logq)
             losses = losses + outputs["kl"]
-    return Terms(outputs, losses)
+    return RowResults(outputs, losses)
 
 
 def log_softmax(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Log-probabilities [C, V], at least in float32."""
+    """Return log-probabilities [C, V], at least in float32."""
     logits = hidden @ weight.T
     wide = torch.promote_types(logits.dtype, torch.float32)
     return F.log_softmax(logits, dim=1, dtype=wide)
@@ -80,28 +82,28 @@ def log_softmax(hidden: Tensor, weight: Tensor) -> Tensor:
 def by_rows(
     inputs: Inputs, op: Op, dtype: torch.dtype, rows: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(outputs, gradients by input name) computed in dtype, some rows of logits at a time."""
+    """Compute (outputs, gradients by input name) in dtype, some rows of logits at a time."""
     leaves = {
         name: getattr(inputs, name).detach().to(dtype).requires_grad_(name in op.gradients)
         for name in ("hidden", "weight")
     }
-    given = replace(inputs, **leaves)
+    typed_inputs = replace(inputs, **leaves)
     t_weight = inputs.shared_teacher_weight.to(dtype) if op.kd else None
     parts: list[dict[str, Tensor]] = []
     N = inputs.shape.N
     for start in range(0, N, rows):
         part = slice(start, start + rows)
-        logp = log_softmax(given.hidden[part], given.shared_weight)
+        logp = log_softmax(typed_inputs.hidden[part], typed_inputs.shared_weight)
         logq = None
         if t_weight is not None:
             logq = log_softmax(inputs.teacher_hidden[part].to(dtype), t_weight)
-        found = terms(inputs, op, logp, logq, part)
-        outputs = found.outputs
-        if found.losses is not None:
-            (found.losses.sum() / N).backward()
-            outputs["loss"] = found.losses
+        results = row_results(inputs, op, logp, logq, part)
+        outputs = results.outputs
+        if results.losses is not None:
+            (results.losses.sum() / N).backward()
+            outputs["loss"] = results.losses
         parts.append({name: value.detach() for name, value in outputs.items()})
-        del logp, logq, found, outputs  # or the next rows come on top of these
+        del logp, logq, results, outputs  # or the next rows come on top of these
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if "loss" in whole:
         whole["loss"] = whole["loss"].mean()

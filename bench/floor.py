@@ -1,4 +1,4 @@
-"""The floor: nothing but the GEMMs of an operation, into buffers that already exist.
+"""Runs the floor: nothing but the GEMMs of an operation, into buffers that already exist.
 
 A chunk of C rows is projected, and its gradient GEMMs read a dz of the same shape and of the kind
 that softmax leaves. No row work, no allocation, no conversion.
@@ -12,11 +12,11 @@ from bench.ops import Op
 from kdrl_kernels.plan import padded
 
 ROWS = 2048
-"""C, of the library's own plans."""
+"""C: rows of a chunk, as many as the library plans."""
 
 
 class Floor:
-    """The bare GEMMs of the operations on one set of inputs; buffers are shared by all of them."""
+    """The bare GEMMs of all operations on one set of inputs, which share their buffers."""
 
     def __init__(self, inputs: Inputs, rows: int = ROWS) -> None:
         self.inputs, self.rows = inputs, min(rows, inputs.shape.N)
@@ -33,12 +33,12 @@ class Floor:
         self.dz = self.dz.view(self.rows, -1)[:, : inputs.shape.V]
         self.dz.copy_(torch.softmax(z, dim=1) * inputs.advantages[: self.rows, None])
 
-    def run(self, op: Op, given: Inputs | None = None, projections: int = 1) -> None:
-        """All GEMMs of one call of the operation on other inputs of this shape: op.flop(shape).
+    def run(self, op: Op, other_inputs: Inputs | None = None, projections: int = 1) -> None:
+        """Run all GEMMs of one call of the operation: op.flop(shape). Other inputs have this shape.
 
-        projections: of the student. With 2 it is the floor of who projects again for the gradient.
+        projections: of the student; 2 is the floor of a library that projects again in backward.
         """
-        inputs = given or self.inputs
+        inputs = other_inputs or self.inputs
         shape, hidden, weight = inputs.shape, inputs.hidden.detach(), inputs.weight.detach()
         for start in range(0, shape.N, self.rows):
             part = slice(start, min(start + self.rows, shape.N))
@@ -60,13 +60,13 @@ class Floor:
         return torch.zeros(*size, dtype=torch.float32, device=self.inputs.hidden.device)
 
     def _logits(self, V: int, C: int) -> Tensor:
-        """[C, V] of the buffer, rows apart as the library has them: odd sizes cost GEMMs time."""
+        """Return [C, V] of the buffer with the library's row stride: odd ones slow GEMMs down."""
         stride = padded(V)
         return self.logits[: C * stride].view(C, stride)[:, :V]
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a · b in float32."""
+    """Compute out = a · b in float32."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     else:
@@ -74,7 +74,7 @@ def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def _add_mm(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out += a · b in float32."""
+    """Compute out += a · b in float32."""
     if a.dtype == out.dtype:
         out.addmm_(a, b)
     else:

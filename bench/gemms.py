@@ -1,4 +1,4 @@
-"""Which GEMM variants exist and how fast each is: python -m bench.gemms --out DIR [--seconds 60]
+"""Measures GEMM variants, where they exist: python -m bench.gemms --out DIR [--seconds 60]
 
 The three GEMMs of a chunk of C rows, z = X · Wᵀ, dX = dz · W and dW (+)= dzᵀ · X, with 16-bit and
 float32 results, for C from 1,024 to 16,384 on a GPU; and a large copy. A variant that this PyTorch
@@ -25,18 +25,18 @@ CPU_SIZES = (256, 8192, (64, 128, 256, 512))
 """H, V, every C."""
 COPY_BYTES = 1 << (32 if DEVICE == "cuda" else 26)
 FILL = 64.0
-"""What out holds before its first call, as large as the products: a lost beta shows."""
+"""Value of out before its first call: as large as the products, so that a lost beta shows."""
 CORNER = 16
 """Rows and columns of a result that are computed again in float64."""
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way to compute out = beta · out + a · b."""
+    """A variant is one way to compute out = beta · out + a · b."""
 
     gemm: str
     call: str
-    """As it would be written."""
+    """The call, as one would write it."""
     result: torch.dtype
     beta: int
     run: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -44,7 +44,7 @@ class Variant:
 
 
 def variants(dtype: torch.dtype) -> Iterator[Variant]:
-    """All of them, for operands of this dtype."""
+    """Yield all variants for operands of this dtype."""
     wide = torch.float32
 
     def into(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def variants(dtype: torch.dtype) -> Iterator[Variant]:
 
 
 def describe(variant: Variant) -> dict[str, Any]:
-    """The variant in words."""
+    """Describe the variant in words."""
     return {
         "gemm": variant.gemm,
         "call": variant.call,
@@ -100,14 +100,14 @@ def describe(variant: Variant) -> dict[str, Any]:
 
 
 def measure(variant: Variant, a: Tensor, b: Tensor, out: Tensor) -> dict[str, Any]:
-    """Median ms, rate and error of one variant, or why it does not run."""
+    """Measure median ms, rate and error of one variant, or say why it does not run."""
     M, K, N = *a.shape, b.shape[1]
     row = describe(variant)
     try:
         out.fill_(FILL)
-        found = variant.run(a, b, out)[:CORNER, :CORNER].double()
+        corner = variant.run(a, b, out)[:CORNER, :CORNER].double()
         exact = a[:CORNER].double() @ b[:, :CORNER].double() + variant.beta * FILL
-        row["error"] = ((found - exact).abs().max() / exact.abs().max()).item()
+        row["error"] = ((corner - exact).abs().max() / exact.abs().max()).item()
         row["ms"] = median_ms(lambda: variant.run(a, b, out))
         row["tflop_per_s"] = 2 * M * K * N / (row["ms"] * 1e9)
     except (RuntimeError, TypeError, NotImplementedError) as error:  # the experiment's other result
@@ -116,7 +116,7 @@ def measure(variant: Variant, a: Tensor, b: Tensor, out: Tensor) -> dict[str, An
 
 
 def median_ms(call: Callable[[], object], repeats: int = 11) -> float:
-    """Median of several calls after two that warm up, each on its own clock."""
+    """Return the median of several calls, each timed alone, after two that warm up."""
     for _ in range(2):
         call()
     times = []
@@ -128,7 +128,7 @@ def median_ms(call: Callable[[], object], repeats: int = 11) -> float:
 
 
 def copy_row() -> dict[str, Any]:
-    """A large copy on the device, reads and writes counted."""
+    """Measure a large copy on the device, reads and writes counted."""
     source = torch.empty(COPY_BYTES // 4, dtype=torch.float32, device=DEVICE).normal_()
     target = torch.empty_like(source)
     ms = median_ms(lambda: target.copy_(source))
@@ -136,7 +136,7 @@ def copy_row() -> dict[str, Any]:
 
 
 def gemm_rows(H: int, V: int, C: int, dtype: torch.dtype, deadline: float) -> list[dict[str, Any]]:
-    """All variants for chunks of C rows; those left at the deadline (s) are named as not run."""
+    """Measure all variants for chunks of C rows; after the deadline (s) they count as not run."""
     hidden = torch.randn(C, H, device=DEVICE).to(dtype)
     weight = (torch.randn(V, H, device=DEVICE) / H**0.5).to(dtype)
     dz = (V * torch.softmax(hidden @ weight.T, dim=1, dtype=torch.float32)).to(dtype)
@@ -154,7 +154,7 @@ def gemm_rows(H: int, V: int, C: int, dtype: torch.dtype, deadline: float) -> li
 
 
 def table(report: dict[str, Any]) -> str:
-    """Markdown: one row a variant, one column a C, in TFLOP/s; then what was refused."""
+    """Write the markdown table, a row a variant and a column a C, then what was refused."""
     sizes = sorted({row["C"] for row in report["gemms"]})
     cases: dict[tuple[str, ...], dict[int, str]] = {}
     worst: dict[tuple[str, ...], float] = {}

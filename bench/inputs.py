@@ -1,4 +1,4 @@
-"""Seeded inputs whose logits look like a language model's. `python -m bench.inputs` checks that.
+"""Makes seeded inputs with logits like a language model's; `python -m bench.inputs` checks it.
 
 Heads have rows of length about 1, so that noise of length s in a hidden state gives logits of
 standard deviation s. A hidden state is such noise plus a multiple of one head row, which lifts
@@ -22,11 +22,11 @@ from bench.machine import DEVICE, use_threads
 from bench.shapes import SHAPES, Shape, default_shape
 
 SPREAD = 2.5
-"""Standard deviation of the logits that nobody lifts, in nats."""
+"""Standard deviation of the logits that are not lifted, in nats."""
 MARGIN_MEAN, MARGIN_SPREAD = 7.7, 5.2
-"""Of the lifted logit over the log-sum-exp of the rest, in nats: chosen for the profile above."""
+"""Mean and spread of the lifted logit over the log-sum-exp of the others, in nats."""
 TEACHER_NOISE = 0.35
-"""Share of the teacher's head and hidden states that is its own."""
+"""Share of noise in the teacher's head and hidden states."""
 PROFILES = ("reasoning", "flat")
 SAMPLE_ROWS = 256
 """Rows of logits held while tokens are sampled."""
@@ -34,11 +34,11 @@ SAMPLE_ROWS = 256
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What the benchmarked calls take; hidden and weight want gradients."""
+    """The inputs of the benchmarked calls; hidden and weight require gradients."""
 
     shape: Shape
     profile: str
-    """Of the entropy: "reasoning" or "flat"."""
+    """Profile of the entropy: "reasoning" or "flat"."""
     hidden: Tensor
     """[N, H]."""
     weight: Tensor
@@ -60,12 +60,12 @@ class Inputs:
 
     @property
     def shared_weight(self) -> Tensor:
-        """[min(V, V_t), H]: rows of the tokens that both models have, for who cannot cut."""
+        """Return the head's rows that both models have, [min(V, V_t), H]."""
         return _cut(self.weight, self.shape)
 
     @property
     def shared_teacher_weight(self) -> Tensor:
-        """[min(V, V_t), H_t]: the same of the teacher's head."""
+        """Return the teacher's rows that both models have, [min(V, V_t), H_t]."""
         return _cut(self.teacher_weight, self.shape)
 
 
@@ -79,7 +79,7 @@ def _cut(weight: Tensor, shape: Shape) -> Tensor:
 def make_inputs(
     shape: Shape, profile: str = "reasoning", device: str = DEVICE, seed: int = 0
 ) -> Inputs:
-    """Inputs of a shape; the same on every call with this device and seed.
+    """Make the inputs of a shape, the same on every call with this device and seed.
 
     Raises: ValueError for a profile that is not one of PROFILES.
     """
@@ -121,43 +121,43 @@ def make_inputs(
     )
 
 
-def _noisy_copy(student: Tensor, own: Tensor) -> Tensor:
-    """own, with the student's numbers where both have some, so that products of rows stay."""
-    rows, cols = (min(a, b) for a, b in zip(student.shape, own.shape, strict=True))
+def _noisy_copy(student: Tensor, noise: Tensor) -> Tensor:
+    """Mix the student's numbers into the noise where sizes overlap, keeping products of rows."""
+    rows, cols = (min(a, b) for a, b in zip(student.shape, noise.shape, strict=True))
     keep = math.sqrt((1 - TEACHER_NOISE**2) * student.shape[1] / cols)
-    own[:rows, :cols].mul_(TEACHER_NOISE).add_(student[:rows, :cols], alpha=keep)
-    return own
+    noise[:rows, :cols].mul_(TEACHER_NOISE).add_(student[:rows, :cols], alpha=keep)
+    return noise
 
 
 def _sample(hidden: Tensor, weight: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """(token, its log-probability, entropy of the row), each [N]; by the Gumbel trick."""
-    found = []
+    """Sample tokens by the Gumbel trick: (token, its log-probability, row entropy), each [N]."""
+    parts = []
     wide = weight.float()  # 16-bit logits near 30 are off by a third of the clip range
     for x in hidden.split(SAMPLE_ROWS):
         logp = (x.float() @ wide.T).log_softmax(dim=1)
         noise = torch.empty_like(logp).exponential_(generator=rng).clamp_min_(1e-30).log_()
         token = (logp - noise).argmax(dim=1)
         logprob = logp.gather(1, token[:, None]).squeeze(1)
-        found.append((token, logprob, -(logp.exp() * logp).sum(dim=1)))
-    token, logprob, entropy = (torch.cat(parts) for parts in zip(*found, strict=True))
+        parts.append((token, logprob, -(logp.exp() * logp).sum(dim=1)))
+    token, logprob, entropy = (torch.cat(parts) for parts in zip(*parts, strict=True))
     return token, logprob, entropy
 
 
 def print_profile(inputs: Inputs) -> None:
-    """Shares of tokens by entropy, and by distance to the teacher, of these inputs."""
-    gap = []
+    """Print the shares of tokens by entropy, and the mean distance to the teacher."""
+    log_ratios = []
     for x, t, token in zip(
         *(v.split(SAMPLE_ROWS) for v in (inputs.hidden, inputs.teacher_hidden, inputs.tokens)),
         strict=True,
     ):
         pair = ((x, inputs.shared_weight), (t, inputs.shared_teacher_weight))
         logp, logq = ((a @ w.T).float().log_softmax(dim=1) for a, w in pair)
-        gap.append((logp - logq).gather(1, token[:, None]).squeeze(1))
+        log_ratios.append((logp - logq).gather(1, token[:, None]).squeeze(1))
     low, high = ((m.float().mean().item()) for m in (inputs.entropy < 0.01, inputs.entropy > 0.67))
     print(
         f"shape {inputs.shape.name}, {inputs.profile}: entropy below 0.01 nat in {low:.0%} of the "
         f"tokens, above 0.67 nat in {high:.0%}, at most {inputs.entropy.max():.1f} nats; "
-        f"mean log p - log q {torch.cat(gap).mean():.2f} nats"
+        f"mean log p - log q {torch.cat(log_ratios).mean():.2f} nats"
     )
 
 

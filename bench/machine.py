@@ -1,4 +1,4 @@
-"""The machine a figure comes from, and its clock."""
+"""Describes the machine that a figure comes from, and reads its clock."""
 
 import platform
 import subprocess
@@ -10,25 +10,25 @@ from typing import Any
 import torch
 
 THREADS = 2
-"""CPU threads of every CPU figure."""
+"""CPU threads with which every CPU figure is measured."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def use_threads() -> None:
-    """Fix the CPU threads, where the work runs on the CPU."""
+    """Set the number of CPU threads, where the work runs on the CPU."""
     if DEVICE == "cpu":
         torch.set_num_threads(THREADS)
 
 
 def clock() -> float:
-    """Seconds, once the GPU has done what was asked of it so far."""
+    """Return the time in seconds, after the GPU has finished all work so far."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def readings() -> dict[str, float]:
-    """Of the device now, those that it offers: clock_mhz, temperature_c, power_w."""
+    """Read what the device offers of clock_mhz, temperature_c and power_w."""
     if DEVICE == "cuda":
         return _gpu_readings()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if _is_linux() else []
@@ -48,7 +48,7 @@ def _gpu_readings() -> dict[str, float]:
 
 
 def machine_info() -> dict[str, Any]:
-    """Device, versions, commit, threads."""
+    """Return device, versions, commit and threads."""
     info: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else _cpu_name(),
         "torch": torch.__version__,
@@ -66,7 +66,7 @@ def machine_info() -> dict[str, Any]:
 
 
 def one_line(info: dict[str, Any]) -> str:
-    """The machine as a table's caption."""
+    """Write the machine in one line, as a table's caption."""
     commit = (info["commit"] or "unknown")[:7] + ("+" if info["uncommitted"] else "")
     return (
         f"{info['device']}, {info['threads']} threads, torch {info['torch']}, "
@@ -97,7 +97,7 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of a git command in this repository; None without git or without a repository."""
+    """Return the output of a git command in this repository; None without git or a repository."""
     try:
         done = subprocess.run(
             ["git", "-C", str(Path(__file__).parents[1]), *arguments],

@@ -1,4 +1,4 @@
-"""The benchmarked operations: what each computes, and the GEMMs it cannot do without."""
+"""Lists the benchmarked operations: what each computes, and the GEMMs that it needs at least."""
 
 from dataclasses import dataclass
 
@@ -6,13 +6,13 @@ from bench.shapes import Shape
 
 FLOOR = "bare GEMMs"
 FLOOR_RECOMPUTED = "bare GEMMs, logits twice"
-"""Of an algorithm that projects again in its backward pass: 4u of GRPO."""
+"""Floor of an algorithm that projects again in its backward pass: 4u for GRPO."""
 FLOORS = (FLOOR, FLOOR_RECOMPUTED)
 
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One thing that a training step asks of the head. Its formula: definition.py."""
+    """An operation that a training step does with the head. Its formula: definition.py."""
 
     name: str
     policy: bool = False
@@ -23,7 +23,7 @@ class Op:
     cross_entropy: bool = False
     """-log p of the tokens. With neither term: log-probability and entropy, forward only."""
     frozen_head: bool = False
-    """The weight wants no gradient."""
+    """Whether the weight gets no gradient."""
     active: float = 1.0
     """Share of rows with an advantage that is not 0."""
     bar: float | None = None
@@ -31,23 +31,23 @@ class Op:
 
     @property
     def gradients(self) -> tuple[str, ...]:
-        """Names of the inputs that get one."""
+        """Name the inputs that get a gradient."""
         if not (self.policy or self.kd or self.cross_entropy):
             return ()
         return ("hidden",) if self.frozen_head else ("hidden", "weight")
 
     @property
     def floors(self) -> tuple[str, ...]:
-        """Names of the bare GEMMs it is timed against; its ratio is to the first."""
+        """Name the bare GEMMs that it is timed against; its ratio is to the first."""
         return FLOORS if self.gradients and not self.kd else (FLOOR,)
 
     @property
     def old_logprobs(self) -> bool:
-        """The ratio is not 1."""
+        """Say whether it has old log-probabilities, so that the ratio is not 1."""
         return self.policy and self.kd is None
 
     def flop(self, shape: Shape) -> float:
-        """FLOP of the GEMMs alone; rows whose gradient is 0 need no gradient GEMM."""
+        """Count the FLOP of the GEMMs alone; rows with a gradient of 0 need no gradient GEMM."""
         units = 1 + self.active * len(self.gradients) + (shape.tau if self.kd else 0)
         return units * shape.unit_flop
 
@@ -66,4 +66,4 @@ OPS = (
 )
 OPS_BY_NAME = {op.name: op for op in OPS}
 KEY_OPS = tuple(OPS_BY_NAME[name] for name in ("GRPO", "KDRL exact"))
-"""Those measured on further shapes and profiles too."""
+"""Operations that are measured on further shapes and profiles too."""

@@ -1,4 +1,4 @@
-"""Is this library slower than it was? Two runs of one machine, compared case by case.
+"""Compares two runs of one machine, case by case: is this library slower than it was?
 
 python -m bench.regress OLD NEW [--tolerance 0.1]
 
@@ -17,8 +17,8 @@ from pathlib import Path
 
 from bench import results_file
 from bench.reporting import figures
-from bench.reporting.figures import Case, Spread
-from bench.reporting.tables import Cell, Row, Table, markdown, megabytes, one_line, times
+from bench.reporting.figures import ProviderFigures, Spread
+from bench.reporting.tables import Cell, FigureTable, TableRow, markdown, megabytes, one_line, times
 from bench.results_file import OURS, Run
 
 Key = tuple[str, str, str]
@@ -31,7 +31,7 @@ SLACK_BYTES = 1e6
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One figure of one case, before and after."""
+    """A change of one figure of one case."""
 
     case: Key
     what: str
@@ -44,7 +44,7 @@ class Change:
 
 
 def compare(old: Run, new: Run, tolerance: float) -> tuple[list[Change], list[str]]:
-    """(changes, sentences about the cases that are not in the new run any more).
+    """Return (changes, sentences about the cases that are not in the new run any more).
 
     Raises: ValueError where the runs are not of one machine with the same versions.
     """
@@ -69,18 +69,18 @@ def compare(old: Run, new: Run, tolerance: float) -> tuple[list[Change], list[st
     return changes, vanished
 
 
-def _cases(run: Run) -> dict[Key, Case]:
-    """Ours."""
-    found = {}
-    for group in figures.groups(run):
-        for op in group.cases:
-            case = group.find(op, OURS)
-            if case:
-                found[op, group.shape, group.profile] = case
-    return found
+def _cases(run: Run) -> dict[Key, ProviderFigures]:
+    """Return the figures of this library, by case."""
+    ours = {}
+    for shape_figures in figures.groups(run):
+        for op in shape_figures.cases:
+            figures_of_ours = shape_figures.find(op, OURS)
+            if figures_of_ours:
+                ours[op, shape_figures.shape, shape_figures.profile] = figures_of_ours
+    return ours
 
 
-def _time(key: Key, old: Case, new: Case, tolerance: float) -> Change | None:
+def _time(key: Key, old: ProviderFigures, new: ProviderFigures, tolerance: float) -> Change | None:
     a, b = old.per_floor, new.per_floor
     if a is None or b is None:
         return None
@@ -89,7 +89,9 @@ def _time(key: Key, old: Case, new: Case, tolerance: float) -> Change | None:
     return Change(key, "time / floor", _spread(a), _spread(b), growth, worse)
 
 
-def _memory(key: Key, old: Case, new: Case, tolerance: float) -> Change | None:
+def _memory(
+    key: Key, old: ProviderFigures, new: ProviderFigures, tolerance: float
+) -> Change | None:
     a, b = old.extra_bytes, new.extra_bytes
     if a is None or b is None:
         return None
@@ -104,7 +106,7 @@ def _memory(key: Key, old: Case, new: Case, tolerance: float) -> Change | None:
     )
 
 
-def _why(now: Case | None, is_time: bool) -> str:
+def _why(now: ProviderFigures | None, is_time: bool) -> str:
     if now is None:
         return "not in the new run"
     status = now.status if is_time else now.memory_status
@@ -123,16 +125,16 @@ def _name(key: Key) -> str:
 
 
 def as_text(changes: list[Change], vanished: list[str]) -> str:
-    """A table of all changes, then what vanished, then the verdict."""
+    """Write a table of all changes, then what vanished, then the verdict."""
     rows = []
     for one in changes:
         verdict = "" if not one.worse else "slower" if one.what == "time / floor" else "more memory"
         wrong = one.growth == math.inf
         change = ("", "no figure") if wrong else (f"{one.growth - 1:+.1%}", verdict)
         cells = (_name(one.case), one.what, one.old, one.new, *change)
-        rows.append(Row(tuple(Cell(text) for text in cells)))
+        rows.append(TableRow(tuple(Cell(text) for text in cells)))
     columns = ("case", "figure", "old (quartiles)", "new (quartiles)", "change", "verdict")
-    table = markdown(Table(f"{OURS}: old and new", columns, tuple(rows)))
+    table = markdown(FigureTable(f"{OURS}: old and new", columns, tuple(rows)))
     worse = sum(one.worse for one in changes)
     return "\n".join([table, "", *vanished, f"{worse} of {len(changes)} figures got worse."])
 

@@ -1,4 +1,4 @@
-"""results.json -> table.md, plots and report.html in the same folder.
+"""Makes table.md, plots and report.html in the folder of a results.json.
 
 python bench/report.py DIR [MORE_JSON...]    more files: of the same machine; a later case wins
 python bench/report.py DIR --short           print one row an operation instead, for README
@@ -20,7 +20,7 @@ from bench.results_file import Run
 
 
 def read(paths: list[Path]) -> Run:
-    """Runs of one machine as one, finished if all of them are.
+    """Read runs of one machine as one, which is finished if all of them are.
 
     Raises: ValueError where a file is no run, or the machines differ.
     """
@@ -47,44 +47,44 @@ def write(folder: Path, more: Sequence[Path] = ()) -> str:
     Raises: as read.
     """
     run = read([folder, *more])
-    made = page.make(run)
+    content = page.make(run)
     for name in page.PLOTS:
         (folder / name).unlink(missing_ok=True)  # of an earlier run
-    lines = [short(made)]
+    lines = [short(content)]
     try:
         draw(run, folder)
     except ModuleNotFoundError as missing:
         if missing.name != "matplotlib":
             raise
         lines.append("matplotlib is not installed: no plots")
-    (folder / "table.md").write_text(page.as_markdown(made))
-    (folder / "report.html").write_text(page.as_html(made, folder))
+    (folder / "table.md").write_text(page.as_markdown(content))
+    (folder / "report.html").write_text(page.as_html(content, folder))
     names = [name for name in ("table.md", *page.PLOTS, "report.html") if (folder / name).exists()]
     return "\n\n".join([*lines, f"{folder}: {', '.join(names)}"])
 
 
-def short(made: page.Report) -> str:
-    """One row an operation."""
-    return "\n\n".join([made.machine, *(markdown(table) for table in made.short)])
+def short(content: page.Report) -> str:
+    """Write the short tables, with one row an operation."""
+    return "\n\n".join([content.machine, *(markdown(table) for table in content.short)])
 
 
 def draw(run: Run, folder: Path) -> None:
-    """The plots, of the shape with the most records."""
+    """Draw the plots of the shape with the most records."""
     from bench.reporting import curves, plots  # noqa: PLC0415  slow, and not everywhere: matplotlib
 
     machine = one_line(run["machine"])
-    found = figures.groups(run)
-    if found:
-        plots.time_plot(found[0], machine, folder / "time.png")
-        plots.memory_plot(found[0], machine, folder / "memory.png")
-        plots.accuracy_plot(found[0], machine, folder / "accuracy.png")
+    shape_figures = figures.groups(run)
+    if shape_figures:
+        plots.time_plot(shape_figures[0], machine, folder / "time.png")
+        plots.memory_plot(shape_figures[0], machine, folder / "memory.png")
+        plots.accuracy_plot(shape_figures[0], machine, folder / "accuracy.png")
     scaling = figures.scaling(run)
     if scaling:
         curves.scaling_plot(scaling, machine, folder / "scaling.png")
 
 
 def main() -> None:
-    """Read, then print or write."""
+    """Run the command: read the runs, then print or write."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""results.json: what a benchmark run leaves, and how it is read.
+"""Writes and reads results.json, the file of a benchmark run.
 
     {"machine": {...}, "command": ..., "started": ..., "finished": ... or null, "failed": [...],
      "records": [...]}
@@ -22,7 +22,7 @@ order within a round is drawn for each, inputs rotate):
     speed     total_ms, forward_ms, backward_ms: [every sample] (FLOORS: total_ms alone)
               flop: of the algorithm's own GEMMs
               errors: {"logprobs" "entropy" "kl" "loss" "dhidden" "dweight":
-                       {"max": max|found - exact| / max|exact|, "p999": its 99.9% quantile}}
+                       {"max": max|result - exact| / max|exact|, "p999": its 99.9% quantile}}
               tried: [{"setting": ..., "ms": ...}], where there was a choice
               clock: readings of the device's clock (MHz), temperature (degrees C), power (W)
     memory    extra_bytes: peak beyond inputs, outputs and gradients; input_bytes, output_bytes,
@@ -45,13 +45,13 @@ from bench.shapes import Shape
 OURS = "kdrl-kernels"
 NAME = "results.json"
 OUT_OF_TIME = "out of time"
-"""Status of a case whose turn did not come."""
+"""Status of a case that was not reached in time."""
 Record = dict[str, Any]
 Run = dict[str, Any]
 
 
 def new_run(command: str) -> Run:
-    """A run that has no record yet."""
+    """Return a run without records."""
     return {
         "machine": machine_info(),
         "command": command,
@@ -63,7 +63,7 @@ def new_run(command: str) -> Run:
 
 
 def record(kind: str, op: str, shape: Shape, profile: str, provider: str, **more: Any) -> Record:
-    """One record; status is "ok" unless more says otherwise."""
+    """Make one record; its status is "ok" unless `more` holds another."""
     return {
         "kind": kind,
         "op": op,
@@ -78,7 +78,7 @@ def record(kind: str, op: str, shape: Shape, profile: str, provider: str, **more
 
 
 def save(run: Run, folder: Path, done: bool = False) -> None:
-    """Write folder/results.json: all of it, or what was there before."""
+    """Write folder/results.json; a stop leaves the new file or the old one, never a part."""
     run["finished"] = _now() if done else None
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{NAME}.partial"
@@ -89,41 +89,41 @@ def save(run: Run, folder: Path, done: bool = False) -> None:
 
 
 def load(path: Path) -> Run:
-    """A run from its folder, its file, or the JSON that pytest-benchmark wrote of `pytest bench/`.
+    """Read a run from its folder, its file, or the JSON that `pytest bench/` wrote.
 
     Raises: ValueError where the file is none of these.
     """
     path = path / NAME if path.is_dir() else path
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} must be JSON: {error}") from None
-    found = found if isinstance(found, dict) else {}
-    if "benchmarks" in found and "kdrl" in found.get("machine_info", {}):
-        records = [one for b in found["benchmarks"] for one in b["extra_info"].get("records", [])]
+    content = content if isinstance(content, dict) else {}
+    if "benchmarks" in content and "kdrl" in content.get("machine_info", {}):
+        records = [one for b in content["benchmarks"] for one in b["extra_info"].get("records", [])]
         return {
-            "machine": found["machine_info"]["kdrl"],
+            "machine": content["machine_info"]["kdrl"],
             "command": "pytest bench/",
-            "started": found["datetime"],
-            "finished": found["datetime"],
+            "started": content["datetime"],
+            "finished": content["datetime"],
             "records": records,
         }
-    if not {"machine", "records"} <= found.keys():
-        raise ValueError(f"{path} must be results.json of a benchmark run, got {sorted(found)}")
-    return found
+    if not {"machine", "records"} <= content.keys():
+        raise ValueError(f"{path} must be results.json of a benchmark run, got {sorted(content)}")
+    return content
 
 
 def merge(runs: list[Run]) -> Run:
-    """Runs of one machine as one; of the same case a later one wins, if it was run.
+    """Merge runs of one machine; the later record of a case wins, unless it ran out of time.
 
     Raises: ValueError where machines, threads or versions differ: such figures never share a table.
     """
     first = runs[0]
     for run in runs[1:]:
         for name in ("device", "threads", "torch", "triton", "python"):
-            theirs, own = run["machine"][name], first["machine"][name]
-            if theirs != own:
-                raise ValueError(f"runs must be of one machine, got {name} {own} and {theirs}")
+            theirs, ours = run["machine"][name], first["machine"][name]
+            if theirs != ours:
+                raise ValueError(f"runs must be of one machine, got {name} {ours} and {theirs}")
     cases: dict[tuple[Any, ...], Record] = {}
     for one in (one for run in runs for one in run["records"]):
         if case_of(one) not in cases or one["status"] != OUT_OF_TIME:
@@ -132,7 +132,7 @@ def merge(runs: list[Run]) -> Run:
 
 
 def case_of(one: Record) -> tuple[Any, ...]:
-    """What makes a record another case: all but its figures."""
+    """Return what identifies the case of a record: everything but its figures."""
     keys = ("kind", "op", "shape", "profile", "provider", "axis", "value")
     return tuple(one.get(key) for key in keys)
 

@@ -1,4 +1,4 @@
-"""Named shapes: the heads of real models, and the two shapes that the targets are stated for."""
+"""Names shapes: the heads of real models, and the two shapes that the targets are stated for."""
 
 from dataclasses import dataclass, replace
 
@@ -7,32 +7,32 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A student's head, its teacher's head, and how many tokens go through both."""
+    """The sizes of a student's head and its teacher's head, and the tokens through both."""
 
     name: str
     N: int
-    """Tokens that carry a loss."""
+    """Number of tokens with a loss."""
     H: int
     V: int
     H_t: int
     V_t: int
     dtype: torch.dtype
-    """Of hidden states and heads."""
+    """Dtype of hidden states and heads."""
     source: str
     """The models that have these sizes."""
 
     @property
     def unit_flop(self) -> float:
-        """u = 2 N H V FLOP: one GEMM over the student's head."""
+        """Return u = 2 N H V FLOP: one GEMM over the student's head."""
         return 2.0 * self.N * self.H * self.V
 
     @property
     def tau(self) -> float:
-        """Cost of the teacher's projection in u."""
+        """Return the cost of the teacher's projection, in u."""
         return self.H_t * self.V_t / (self.H * self.V)
 
     def same(self, other: "Shape") -> bool:
-        """Under another name."""
+        """Say whether the other shape differs in name and source alone."""
         return replace(self, name=other.name, source=other.source) == other
 
 
@@ -63,5 +63,5 @@ SHAPES = {
 
 
 def default_shape() -> Shape:
-    """REFERENCE where there is a GPU, else CPU_SMALL."""
+    """Return REFERENCE where there is a GPU, else CPU_SMALL."""
     return REFERENCE if torch.cuda.is_available() else CPU_SMALL

@@ -1,4 +1,4 @@
-"""Which tile each row kernel should use: python -m bench.tiles --out DIR
+"""Finds the tile that each row kernel should use: python -m bench.tiles --out DIR
 
 Compiles the row kernels over a grid of tiles for sm_90: registers, spills, blocks an SM, bytes of
 loads in flight an SM. On a GPU each is timed too, over [2048, 152064] float32 logits, against a
@@ -35,22 +35,22 @@ ROWS, COLUMNS = 2048, 152_064
 ROUNDS = 20
 
 Key = tuple[str, int, bool]
-Row = dict[str, Any]
+TileRow = dict[str, Any]
 
 
 def compiled(tile: Tile) -> Iterator[tuple[Key, dict[str, int]]]:
-    """(key of the table, resources on sm_90) of every variant at one tile."""
+    """Compile every variant at one tile; yield its key in the table and its resources on sm_90."""
     for variant in aot.variants(dict.fromkeys(TILES, tile)):
-        kernel, kd, *rest = variant[0].split("-")
-        if kernel == "objective" or {"fp16", "fp32", "plain"} & set(rest):
+        kernel, kd, *options = variant[0].split("-")
+        if kernel == "objective" or {"fp16", "fp32", "plain"} & set(options):
             continue
-        key = kernel, 1 if kd == "None" else 2, "softcap" in rest
+        key = kernel, 1 if kd == "None" else 2, "softcap" in options
         yield key, aot.resources(aot.compile_one(variant, aot.TARGETS["sm_90"], aligned=True))
 
 
-def describe(key: Key, tile: Tile, variants: list[dict[str, int]]) -> Row:
-    """What one tile means for one line of the table; the worst of its variants."""
-    registers = max(one["registers"] for one in variants)
+def describe(key: Key, tile: Tile, resources: list[dict[str, int]]) -> TileRow:
+    """Describe a tile by one line of the table, from the worst of its variants."""
+    registers = max(one["registers"] for one in resources)
     threads = 32 * tile.warps
     blocks = min(65_536 // (-(-registers // 8) * 8 * threads), 2048 // threads, 32)
     return {
@@ -59,7 +59,7 @@ def describe(key: Key, tile: Tile, variants: list[dict[str, int]]) -> Row:
         "softcap": key[2],
         "tile": [tile.depth, tile.lanes, tile.warps],
         "registers": registers,
-        "spills": max(one["spills"] + one["stack"] for one in variants),
+        "spills": max(one["spills"] + one["stack"] for one in resources),
         "blocks_per_sm": blocks,
         "in_flight_bytes_per_sm": blocks * tile.columns * 4 * key[1],
         "ms": _measure(key, tile) if DEVICE == "cuda" else None,
@@ -67,7 +67,7 @@ def describe(key: Key, tile: Tile, variants: list[dict[str, int]]) -> Row:
 
 
 def _measure(key: Key, tile: Tile) -> float:
-    """Median time of one launch, ms."""
+    """Measure the median time of one launch, ms."""
     kernel, streams, softcap = key
     cap = 30.0 if softcap else None
     z, t = (torch.randn(ROWS, COLUMNS, device="cuda").mul_(4) for _ in range(2))
@@ -79,7 +79,7 @@ def _measure(key: Key, tile: Tile) -> float:
     coef = Coefficients(torch.randn(ROWS, device="cuda"), kl=stats.max if teacher else None)
     out = torch.empty(ROWS, COLUMNS, device="cuda", dtype=torch.bfloat16)
     temperatures = torch.ones(2, ROWS, device="cuda")
-    sweep_stats = torch.randn(kernels.STATS, ROWS, device="cuda")
+    row_sums = torch.randn(kernels.STATS, ROWS, device="cuda")
 
     def call() -> None:
         if kernel == GRADIENT:
@@ -87,7 +87,7 @@ def _measure(key: Key, tile: Tile) -> float:
         elif kernel == SWEEP:
             kernels.sweep(student, tokens, teacher=teacher, tile=tile)
         elif teacher is not None:
-            kernels.add_mixture_kl(student, teacher, temperatures, sweep_stats, tile)
+            kernels.add_mixture_kl(student, teacher, temperatures, row_sums, tile)
 
     return _median_ms(call)
 
@@ -102,14 +102,14 @@ def _median_ms(call: Callable[[], None]) -> float:
 
 
 def copy_ms() -> float:
-    """Time to copy one buffer of logits: as many bytes read as written."""
+    """Measure the time to copy one buffer of logits, which reads and writes as many bytes."""
     source = torch.randn(ROWS, COLUMNS, device="cuda")
     target = torch.empty_like(source)
     return _median_ms(lambda: target.copy_(source) and None)
 
 
-def best(rows: list[Row]) -> Row:
-    """The tile to take among those of one key."""
+def best(rows: list[TileRow]) -> TileRow:
+    """Choose the tile among those of one key."""
     usable = [row for row in rows if not row["spills"] and row["blocks_per_sm"] >= 3]
     if DEVICE == "cuda":
         return min(usable, key=lambda row: row["ms"])
@@ -123,8 +123,8 @@ def best(rows: list[Row]) -> Row:
     )
 
 
-def markdown(rows: list[Row]) -> str:
-    """One line a tile; the one taken is marked."""
+def markdown(rows: list[TileRow]) -> str:
+    """Write the table, one line a tile, with a mark at each chosen tile."""
     taken = [best(group) for group in _by_key(rows).values()]
     lines = [
         "| kernel | streams | softcap | depth x lanes, warps | registers | spills | blocks an SM "
@@ -142,25 +142,25 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _by_key(rows: list[Row]) -> dict[Key, list[Row]]:
-    groups: dict[Key, list[Row]] = defaultdict(list)
+def _by_key(rows: list[TileRow]) -> dict[Key, list[TileRow]]:
+    groups: dict[Key, list[TileRow]] = defaultdict(list)
     for row in rows:
         groups[row["kernel"], row["streams"], row["softcap"]].append(row)
     return groups
 
 
 def main() -> None:
-    """Sweep, save tiles.json, print."""
+    """Try all tiles, save tiles.json and tiles.md, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for tiles.json, tiles.md")
     out: Path = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = []
+    rows: list[TileRow] = []
     for tile in GRID:
-        by_tile: dict[Key, list[dict[str, int]]] = defaultdict(list)
+        resources_by_key: dict[Key, list[dict[str, int]]] = defaultdict(list)
         for key, resources in compiled(tile):
-            by_tile[key].append(resources)
-        rows += [describe(key, tile, resources) for key, resources in by_tile.items()]
+            resources_by_key[key].append(resources)
+        rows += [describe(key, tile, resources) for key, resources in resources_by_key.items()]
     rows.sort(key=lambda row: (row["kernel"], row["streams"], row["softcap"]))
     info = machine_info() | {"copy_ms": copy_ms() if DEVICE == "cuda" else None}
     (out / "tiles.json").write_text(json.dumps({"machine": info, "rows": rows}, indent=1))

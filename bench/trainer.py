@@ -1,4 +1,4 @@
-"""Tokens per second of a whole GRPO step, ours beside TRL's: python -m bench.trainer --out DIR
+"""Measures tokens/s of a whole GRPO step, ours and TRL's: python -m bench.trainer --out DIR
 
 Both train the same random model on the same prompts with the same reward, as many completions a
 step, drawn by transformers' `generate` at temperature 1, with AdamW. Each run is a process of its
@@ -32,17 +32,17 @@ RATE = 1e-4
 
 
 def long_words(completions: list[str], **_: Any) -> list[float]:
-    """The reward: share of a completion's words that are long."""
+    """Reward each completion by the share of its words that are long."""
     return [sum(len(word) > 4 for word in c.split()) / (len(c.split()) or 1) for c in completions]
 
 
 def long_enough(completion: str, _answer: str) -> float:
-    """The same, as kdrl_train calls it."""
+    """Reward one completion like long_words, as kdrl_train calls a reward."""
     return long_words([completion])[0]
 
 
 def make_task(folder: Path, hidden: int, layers: int) -> None:
-    """model/ (random Qwen2 and a tokenizer of words) and prompts.jsonl."""
+    """Write model/ (a random Llama and a tokenizer of words) and prompts.jsonl."""
     import tokenizers  # noqa: PLC0415  a part of transformers' installation
     import transformers  # noqa: PLC0415
 
@@ -79,7 +79,7 @@ def make_task(folder: Path, hidden: int, layers: int) -> None:
 
 
 def run_ours(folder: Path, steps: int) -> list[dict[str, float]]:
-    """{"seconds", "tokens"} of each step."""
+    """Train with kdrl_train; return {"seconds", "tokens"} of each step."""
     from rich.console import Console  # noqa: PLC0415
 
     from kdrl_train import config, train  # noqa: PLC0415
@@ -109,13 +109,13 @@ def run_ours(folder: Path, steps: int) -> list[dict[str, float]]:
 
 
 def run_trl(folder: Path, steps: int) -> list[dict[str, float]]:
-    """{"seconds", "tokens"} of each step."""
+    """Train with TRL; return {"seconds", "tokens"} of each step."""
     import datasets  # noqa: PLC0415
     import transformers  # noqa: PLC0415
     import trl  # noqa: PLC0415
 
-    class Clock(transformers.TrainerCallback):
-        """Seconds between the ends of steps."""
+    class StepEnds(transformers.TrainerCallback):
+        """A callback that records the time of the start and of the end of each step."""
 
         def __init__(self) -> None:
             self.ends: list[float] = []
@@ -146,13 +146,13 @@ def run_trl(folder: Path, steps: int) -> list[dict[str, float]]:
         report_to="none",
         disable_tqdm=True,
     )
-    clock = Clock()
+    step_ends = StepEnds()
     trainer = trl.GRPOTrainer(
         model=str(folder / "model"),
         reward_funcs=long_words,
         args=settings,
         train_dataset=datasets.Dataset.from_list([{"prompt": row["question"]} for row in rows]),
-        callbacks=[clock],
+        callbacks=[step_ends],
     )
     trainer.train()
     lengths = [
@@ -160,7 +160,7 @@ def run_trl(folder: Path, steps: int) -> list[dict[str, float]]:
         for row in trainer.state.log_history
         if "completions/mean_length" in row
     ]
-    seconds = [end - start for start, end in zip(clock.ends, clock.ends[1:], strict=False)]
+    seconds = [end - start for start, end in zip(step_ends.ends, step_ends.ends[1:], strict=False)]
     return [
         {"seconds": s, "tokens": length * PROMPTS * GROUP}
         for s, length in zip(seconds, lengths, strict=True)
@@ -171,7 +171,7 @@ RUNS = {"kdrl_train": run_ours, "TRL GRPOTrainer": run_trl}
 
 
 def main() -> int:
-    """Take turns, and write trainer.json and trainer.md."""
+    """Run both trainers in turns, and write trainer.json and trainer.md."""
     parser = argparse.ArgumentParser(prog="python -m bench.trainer", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each (default: 3)")
@@ -187,14 +187,17 @@ def main() -> int:
         return 0
     task.mkdir(parents=True, exist_ok=True)
     make_task(task, args.hidden, args.layers)
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in RUNS}
+    steps_by_trainer: dict[str, list[dict[str, float]]] = {name: [] for name in RUNS}
     for number in range(args.rounds):
         for name in sorted(RUNS, reverse=bool(number % 2)):
-            found[name] += _in_process(name, args)
-            print(f"round {number + 1}: {name} {_rate(found[name]):,.0f} tokens/s", flush=True)
+            steps_by_trainer[name] += _in_process(name, args)
+            print(
+                f"round {number + 1}: {name} {_rate(steps_by_trainer[name]):,.0f} tokens/s",
+                flush=True,
+            )
     command = f"python -m bench.trainer --rounds {args.rounds} --steps {args.steps} "
     command += f"--hidden {args.hidden} --layers {args.layers} --out DIR"
-    result = {"machine": machine_info(), "command": command, "steps": found}
+    result = {"machine": machine_info(), "command": command, "steps": steps_by_trainer}
     (args.out / "trainer.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (args.out / "trainer.md").write_text(_table(result), encoding="utf-8")
     print(_table(result))
@@ -217,16 +220,16 @@ def _rate(steps: list[dict[str, float]]) -> float:
 
 
 def _table(result: dict[str, Any]) -> str:
-    """Markdown: median and quartiles over steps."""
-    found = result["steps"]
-    base = _rate(found["TRL GRPOTrainer"])
+    """Write the markdown table of medians and quartiles over steps."""
+    steps_by_trainer = result["steps"]
+    base = _rate(steps_by_trainer["TRL GRPOTrainer"])
     lines = [
         f"`{result['command']}`: {one_line(result['machine'])}",
         "",
         "| trainer | tokens/s of a step (quartiles) | steps | tokens a step | ratio |",
         "|---|---|---|---|---|",
     ]
-    for name, steps in found.items():
+    for name, steps in steps_by_trainer.items():
         rates = [step["tokens"] / step["seconds"] for step in steps]
         low, middle, high = statistics.quantiles(rates, n=4)
         tokens = statistics.median(step["tokens"] for step in steps)

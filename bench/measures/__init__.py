@@ -1,1 +1,1 @@
-"""What is measured: each module gives records of results_file.py."""
+"""Measures speed, memory, accuracy and growth; each module gives records of results_file.py."""

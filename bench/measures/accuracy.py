@@ -1,6 +1,6 @@
-"""How far a call is from float64, and who may be timed.
+"""Measures how far a call is from float64, and decides which provider may be timed.
 
-Errors are relative to the largest exact number: max|found - exact| / max|exact|. Ours must stay
+Errors are relative to the largest exact number: max|result - exact| / max|exact|. Ours must stay
 within twice the error of plain float32 PyTorch on the same inputs plus one rounding. Others are
 marked as different beyond DIFFERS, which is meant to tell another formula from coarser rounding.
 """
@@ -19,69 +19,69 @@ DIFFERS = 0.05
 EXACT_ROWS = 256
 """Rows of float64 logits held at a time."""
 SAMPLE = 1 << 18
-"""At most so many numbers have their quantile taken: evenly spaced ones of a larger tensor."""
+"""Most numbers of which a quantile is taken; of a larger tensor evenly spaced ones are."""
 
 Errors = dict[str, dict[str, float]]
 
 
 def exact(inputs: Inputs, op: Op) -> Outputs:
-    """Outputs and gradients in float64."""
+    """Compute outputs and gradients in float64."""
     outputs, gradients = definition.by_rows(inputs, op, torch.float64, EXACT_ROWS)
     return outputs | gradients
 
 
 def with_gradients(outputs: Outputs, inputs: Inputs, op: Op) -> Outputs:
-    """Outputs of a call whose backward pass is done, and the gradients that it left."""
-    found = {name: value.detach() for name, value in outputs.items()}
+    """Collect the outputs of a call and the gradients that its backward pass left."""
+    results = {name: value.detach() for name, value in outputs.items()}
     for name in op.gradients:
         gradient = getattr(inputs, name).grad
         if gradient is not None:
-            found[f"d{name}"] = gradient
-    return found
+            results[f"d{name}"] = gradient
+    return results
 
 
-def errors(found: Outputs, truth: Outputs) -> Errors:
-    """{quantity: {"max", "p999"}} of everything found that the definition has.
+def errors(results: Outputs, truth: Outputs) -> Errors:
+    """Compute {quantity: {"max", "p999"}} of all results that the definition has too.
 
     The loss is a mean that may cancel: its error is relative to at least 1 nat.
     """
-    result = {}
-    for name in truth.keys() & found.keys():
+    errors_by_name = {}
+    for name in truth.keys() & results.keys():
         size = truth[name].abs().max().item()
-        gap = (found[name].double() - truth[name]).abs().flatten()
-        gap /= max(size, 1.0) if name == "loss" else size
-        result[name] = {"max": gap.max().item(), "p999": _quantile(gap)}
-    return dict(sorted(result.items()))
+        error = (results[name].double() - truth[name]).abs().flatten()
+        error /= max(size, 1.0) if name == "loss" else size
+        errors_by_name[name] = {"max": error.max().item(), "p999": _quantile(error)}
+    return dict(sorted(errors_by_name.items()))
 
 
-def difference(found: Outputs, truth: Outputs, found_errors: Errors, op: Op) -> str | None:
-    """Why this is not the same operation, in words; None if it is."""
-    missing = [f"d{name}" for name in op.gradients if f"d{name}" not in found]
-    missing += [name for name in ("loss", "entropy") if name in truth and name not in found]
+def difference(results: Outputs, truth: Outputs, measured: Errors, op: Op) -> str | None:
+    """Say why the results are of another operation; None if they are right."""
+    missing = [f"d{name}" for name in op.gradients if f"d{name}" not in results]
+    missing += [name for name in ("loss", "entropy") if name in truth and name not in results]
     if missing:
         return f"differs: no {' and no '.join(missing)}"
-    worst = max(found_errors, key=lambda name: _sortable(found_errors[name]["max"]))
-    error = found_errors[worst]["max"]
+    worst = max(measured, key=lambda name: _sortable(measured[name]["max"]))
+    error = measured[worst]["max"]
     return None if error <= DIFFERS else f"differs: {worst} is off by {error:.1%} of its largest"
 
 
 def beyond_budget(
-    found: Outputs, found_errors: Errors, truth: Outputs, inputs: Inputs, op: Op
+    results: Outputs, measured: Errors, truth: Outputs, inputs: Inputs, op: Op
 ) -> str | None:
-    """Why our own result is not good enough to have a speed; None if it is."""
+    """Say why our own result is too inaccurate to be timed; None if it is good enough."""
     outputs, gradients = definition.by_rows(inputs, op, torch.float32, EXACT_ROWS)
-    eager = {name: v for name, v in (outputs | gradients).items() if name in found}
-    plain = errors({name: v.to(found[name].dtype) for name, v in eager.items()}, truth)
-    for name, error in found_errors.items():
-        budget = 2 * plain[name]["max"] + torch.finfo(found[name].dtype).eps
+    eager = {name: v for name, v in (outputs | gradients).items() if name in results}
+    plain = errors({name: v.to(results[name].dtype) for name, v in eager.items()}, truth)
+    for name, error in measured.items():
+        budget = 2 * plain[name]["max"] + torch.finfo(results[name].dtype).eps
         if not error["max"] <= budget:
             return f"differs: error of {name} {error['max']:.1e}, budget {budget:.1e}"
     return None
 
 
-def _quantile(gap: Tensor) -> float:
-    step = -(-gap.numel() // SAMPLE)
-    return gap[::step].quantile(0.999).item()
+def _quantile(errors: Tensor) -> float:
+    step = -(-errors.numel() // SAMPLE)
+    return errors[::step].quantile(0.999).item()
 
 
 def _sortable(error: float) -> float:

@@ -1,4 +1,4 @@
-"""Memory of one call beyond inputs, outputs and gradients, each in a process of its own.
+"""Measures the memory of one call beyond inputs, outputs and gradients, in a process of its own.
 
 On a CPU (Linux) it is growth of the resident set's high-water mark, which is first set back to
 what is resident, with an allocator that gives every large block back to the system; on a GPU it
@@ -28,21 +28,21 @@ from bench.results_file import OUT_OF_TIME, Record, record
 from bench.shapes import Shape
 
 OPS = tuple(OPS_BY_NAME[name] for name in ("GRPO", "KDRL exact", "reverse KL", "logprob + entropy"))
-"""A process each takes its time: those that differ in what they must hold."""
+"""Operations that differ in what they must hold; each call needs a slow new process."""
 LARGE_BYTES = 1 << 16
 """On a CPU blocks of this size and more are mapped each, and unmapped when they are freed."""
 M_MMAP_THRESHOLD = -3
-"""glibc's name for that number, malloc.h."""
+"""The number of this option of glibc's mallopt, from malloc.h."""
 CASE_SECONDS = 120.0
-"""A case that takes longer is given up."""
+"""Seconds after which a case is stopped."""
 EXIT_SECONDS = 5.0
-"""For its process to end by itself, once it has answered."""
+"""Seconds that its process has to end by itself, after its reply."""
 
 
 def measure(
     shape: Shape, profile: str, op_name: str, provider_name: str, setting: Setting
 ) -> dict[str, int]:
-    """{"extra_bytes", "input_bytes", "output_bytes", "gradient_bytes"} of one call, right here."""
+    """Measure {"extra_bytes", "input_bytes", "output_bytes", "gradient_bytes"} in this process."""
     use_threads()
     if DEVICE == "cpu":
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
@@ -71,7 +71,7 @@ def measure(
 def in_own_process(
     shape: Shape, profile: str, op_name: str, provider_name: str, setting: Setting
 ) -> dict[str, int]:
-    """`measure` in a process made for it.
+    """Run `measure` in a new process.
 
     Raises: RuntimeError where the call fails, its process dies (killed for want of memory, say) or
     gives no answer.
@@ -89,20 +89,20 @@ def in_own_process(
     try:
         if not receiver.poll(CASE_SECONDS):
             raise RuntimeError(f"no answer in {CASE_SECONDS:.0f} s")
-        found = receiver.recv()
+        reply = receiver.recv()
         process.join(EXIT_SECONDS)
     except EOFError:
         raise RuntimeError("its process died, for want of memory perhaps") from None
     finally:
         process.kill()
         process.join()
-    if isinstance(found, Exception):
-        raise found
-    return found
+    if isinstance(reply, Exception):
+        raise reply
+    return reply
 
 
 def _answer(sender: Connection, case: tuple[Any, ...]) -> None:
-    """Send what `measure` finds, or the error it raises."""
+    """Send the result of `measure`, or the error it raises."""
     try:
         sender.send(measure(*case))
     except Exception as error:  # raised again by the one who asked
@@ -116,9 +116,9 @@ def records(
     contestants: Sequence[tuple[Provider, Setting]],
     deadline: float,
 ) -> Iterator[Record]:
-    """Records of kind "memory"; no case is begun after the deadline, of time.monotonic(), in s."""
+    """Yield records of kind "memory"; no case starts after the deadline, of time.monotonic()."""
     for provider, setting in contestants:
-        made = record(
+        memory_record = record(
             "memory",
             op.name,
             shape,
@@ -131,14 +131,14 @@ def records(
         try:
             providers.check(provider, op)
             if time.monotonic() > deadline:
-                made["status"] = OUT_OF_TIME
+                memory_record["status"] = OUT_OF_TIME
             else:
-                made |= in_own_process(shape, profile, op.name, provider.name, setting)
+                memory_record |= in_own_process(shape, profile, op.name, provider.name, setting)
         except Refusal as refusal:
-            made["status"] = str(refusal)
+            memory_record["status"] = str(refusal)
         except Exception as error:  # of other people's code: it stands in the table
-            made["status"] = failure(error)
-        yield made
+            memory_record["status"] = failure(error)
+        yield memory_record
 
 
 def _call(provider: Provider, inputs: Inputs, op: Op, setting: Setting) -> providers.Outputs:
@@ -150,7 +150,7 @@ def _call(provider: Provider, inputs: Inputs, op: Op, setting: Setting) -> provi
 
 
 def _reset_peak() -> int:
-    """Make the peak what is in use now, and return it in bytes."""
+    """Set the peak to what is in use now, and return it in bytes."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

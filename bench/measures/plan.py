@@ -1,4 +1,4 @@
-"""Memory that `plan` predicts against what two real runs of `train` take on this CPU.
+"""Compares the memory that `plan` predicts with what two real runs of `train` take on this CPU.
 
     python -m bench.measures.plan bench/results/plan-cpu
 
@@ -41,7 +41,7 @@ from kdrl_train.tools.plan.command import LIBRARIES, PlanConfig, make_estimate
 from kdrl_train.tools.toy.models import EOS, train_tokenizer
 
 PROMPT = 32
-"""Characters of each prompt, a token each, and tokens of each completion."""
+"""Characters (which are tokens) of each prompt, and tokens of each completion."""
 POLICY = {
     "hidden_size": 512,
     "intermediate_size": 1536,
@@ -57,7 +57,7 @@ TEACHER |= {"num_key_value_heads": 5}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RealRun:
-    """One run to compare."""
+    """The settings of one run to compare."""
 
     family: str
     tied: bool
@@ -66,7 +66,7 @@ class RealRun:
     group: int
     """Completions of each of two prompts."""
     row: int
-    """Tokens of a row, two or more rows a step."""
+    """Tokens of a pack, two or more packs a step."""
 
 
 RUNS = {
@@ -80,7 +80,7 @@ RUNS = {
 
 
 def write_run(name: str, folder: Path) -> TrainConfig:
-    """Random models, their tokenizer and a task in `folder`, and the run on them."""
+    """Write random models, their tokenizer and a task to `folder`; return the run on them."""
     chosen = RUNS[name]
     tokenizer = train_tokenizer(["a"], vocab_size=259)
     sizes = {"policy": (chosen.family, POLICY), "teacher": ("llama", TEACHER)}
@@ -120,7 +120,7 @@ def write_run(name: str, folder: Path) -> TrainConfig:
 
 
 def measure(run: TrainConfig) -> dict[str, Any]:
-    """Train right here -> bytes grown, and the seconds of each stage of the last step."""
+    """Train in this process; return the bytes grown, and the last step's seconds of each stage."""
     torch.set_num_threads(1)
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
     before = _reset_peak()
@@ -131,32 +131,32 @@ def measure(run: TrainConfig) -> dict[str, Any]:
 
 
 def compare(name: str, folder: Path) -> dict[str, Any]:
-    """Prediction and measurement of one of RUNS, with models written to `folder`."""
+    """Predict and measure one of RUNS, with models written to `folder`."""
     run = write_run(name, folder)
     estimate = make_estimate(update(PlanConfig(device="cpu", launch_us=0.0), to_dict(run)))
     moments = by_moment([term for term in estimate.memory if term.name != LIBRARIES])
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        found = pool.submit(measure, run).result()
+        measured = pool.submit(measure, run).result()
     predicted = max(moments.values())
-    return found | {
+    return measured | {
         "predicted_bytes": predicted,
-        "predicted_over_measured": predicted / found["measured_bytes"],
+        "predicted_over_measured": predicted / measured["measured_bytes"],
         "moments": moments,
         "predicted_seconds": {term.name: term.value for term in estimate.time},
     }
 
 
 def main(out: Path) -> None:
-    """Compare all, print a line each, write results.json."""
+    """Compare all runs, print a line each, and write results.json."""
     torch.set_num_threads(1)
     results: dict[str, Any] = {"machine": machine_info(), "runs": {}}
     for name in RUNS:
         with tempfile.TemporaryDirectory() as folder:
-            found = compare(name, Path(folder))
-        results["runs"][name] = found
-        sizes = [found[f"{kind}_bytes"] / 1e6 for kind in ("predicted", "measured")]
-        ratio = found["predicted_over_measured"]
+            comparison = compare(name, Path(folder))
+        results["runs"][name] = comparison
+        sizes = [comparison[f"{kind}_bytes"] / 1e6 for kind in ("predicted", "measured")]
+        ratio = comparison["predicted_over_measured"]
         print(f"{name}: predicted {sizes[0]:,.0f} MB, measured {sizes[1]:,.0f} MB: {ratio:.3f}")
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=1)

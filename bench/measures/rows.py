@@ -1,4 +1,4 @@
-"""Row kernels against a copy that moves as many bytes, over the logits of one chunk [C, V].
+"""Times row kernels against a copy that moves as many bytes, over the logits of a chunk [C, V].
 
 Bytes are the least that the interface of kdrl_kernels/rows asks for, [C] vectors left out:
 
@@ -31,67 +31,67 @@ from kdrl_kernels.rows import load
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
 
 LOGIT = torch.float32
-"""What the GEMM leaves, whatever the operands."""
+"""Dtype of the logits, whatever the operands of the GEMM."""
 
 
 class Chunk:
-    """The logits of the first C rows of student and teacher, and a buffer to work in."""
+    """The logits of the first C rows of student and teacher, and a working buffer."""
 
     def __init__(self, inputs: Inputs, C: int) -> None:
         self.C, self.V = C, min(inputs.shape.V, inputs.shape.V_t)
         hidden = inputs.hidden.detach()
         self.dtype, self.tokens = hidden.dtype, inputs.tokens[:C]
-        self.given = hidden.new_zeros(2, C, padded(self.V), dtype=LOGIT)
+        self.logits_of_gemm = hidden.new_zeros(2, C, padded(self.V), dtype=LOGIT)
         heads = (
             (hidden, inputs.weight.detach()),
             (inputs.teacher_hidden, inputs.teacher_weight),
         )
-        for logits, (x, weight) in zip(self.given, heads, strict=True):
+        for logits, (x, weight) in zip(self.logits_of_gemm, heads, strict=True):
             gemm.project(x[:C], weight[: self.V], logits[:, : self.V])
-        self.work = torch.empty_like(self.given)
+        self.work = torch.empty_like(self.logits_of_gemm)
         scale = inputs.advantages[:C] / C
         self.coef = Coefficients(scale, kl=torch.full_like(scale, 1 / C))
 
     def streams(self, kd: str | None) -> tuple[Stream, TeacherStream | None]:
-        """Over the working buffer; kd None: the student alone."""
+        """Return the streams over the working buffer; with kd None that of the student alone."""
         student, teacher = (part[:, : self.V] for part in self.work)
         return Stream(student, 1.0, None), TeacherStream(teacher, 1.0, None, kd) if kd else None
 
     def refill(self, streams: int) -> None:
-        """Logits as the GEMM left them, of the first streams of the buffer."""
-        self.work[:streams].copy_(self.given[:streams])
+        """Restore the logits of the first streams of the buffer as the GEMM left them."""
+        self.work[:streams].copy_(self.logits_of_gemm[:streams])
 
     def copy(self, moved: int) -> None:
-        """Read moved / 2 bytes and write as many."""
+        """Copy moved / 2 bytes: read them and write as many."""
         elements = moved // (2 * LOGIT.itemsize)
-        self.work.view(-1)[:elements].copy_(self.given.view(-1)[:elements])
+        self.work.view(-1)[:elements].copy_(self.logits_of_gemm.view(-1)[:elements])
 
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One of the functions of a row module, on one stream or on two."""
+    """A row kernel: a function of a row module, on one stream or on two."""
 
     name: str
     kd: str | None
-    """Divergence to the teacher: there is a second stream."""
+    """Divergence to the teacher, whose logits are a second stream; None: there is one stream."""
     reads: int
-    """Logits an element of [C, V]."""
+    """Logits that are read for each element of [C, V]."""
     is_gradient: bool = False
 
     def moved(self, chunk: Chunk) -> int:
-        """Bytes read and written, at least."""
+        """Count the bytes that are read and written at least."""
         written = chunk.dtype.itemsize if self.is_gradient else 0
         return (self.reads * LOGIT.itemsize + written) * chunk.C * chunk.V
 
     def run(self, work: ModuleType, chunk: Chunk) -> tuple[float, float]:
-        """(ms of the kernel, ms of the copy), each over refilled logits."""
+        """Measure (ms of the kernel, ms of the copy), each over refilled logits."""
         student, teacher = chunk.streams(self.kd)
         streams = 2 if self.kd else 1
-        found: list[Stats] = []
+        stats: list[Stats] = []
 
         def sweep() -> None:
             entropy = not self.kd and not self.is_gradient
-            found.append(work.sweep(student, chunk.tokens, teacher=teacher, entropy=entropy))
+            stats.append(work.sweep(student, chunk.tokens, teacher=teacher, entropy=entropy))
 
         def refill_and_sweep() -> None:
             chunk.refill(streams)
@@ -100,7 +100,7 @@ class Kernel:
         def gradient() -> None:
             coef = chunk.coef if self.kd else Coefficients(chunk.coef.logprobs)
             out = gradient_view(student.logits, chunk.dtype)
-            work.gradient(student, chunk.tokens, found[-1], coef, out=out, teacher=teacher)
+            work.gradient(student, chunk.tokens, stats[-1], coef, out=out, teacher=teacher)
 
         def refill() -> None:
             chunk.refill(streams)
@@ -121,9 +121,9 @@ KERNELS = (
 
 
 def chunk_rows(inputs: Inputs) -> int:
-    """C: what the library would take for exact KD on these inputs."""
+    """Return C, which the library would choose for exact KD on these inputs."""
     shape, device = inputs.shape, inputs.hidden.device
-    plan = kk.chunk_plan(
+    chunk_plan = kk.chunk_plan(
         shape.N,
         shape.H,
         shape.V,
@@ -133,11 +133,11 @@ def chunk_rows(inputs: Inputs) -> int:
         device=device,
         impl=_impl(device),
     )
-    return plan.rows
+    return chunk_plan.rows
 
 
 def records(inputs: Inputs, rounds: int, deadline: float) -> Iterator[Record]:
-    """One record a kernel, of the row module that this device uses; deadline of time.monotonic."""
+    """Yield a record for each kernel of this device's row module; deadline of time.monotonic."""
     work = load(_impl(inputs.hidden.device))
     chunk = Chunk(inputs, chunk_rows(inputs))
     measures = {kernel: _measure(kernel, work, chunk) for kernel in KERNELS}
@@ -162,7 +162,7 @@ def records(inputs: Inputs, rounds: int, deadline: float) -> Iterator[Record]:
 def _measure(
     kernel: Kernel, work: ModuleType, chunk: Chunk
 ) -> Callable[[int], tuple[float, float]]:
-    """A measure of sample_rounds."""
+    """Make a measure for sample_rounds."""
 
     def call(_: int) -> tuple[float, float]:
         return kernel.run(work, chunk)

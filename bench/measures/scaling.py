@@ -1,4 +1,4 @@
-"""How time and memory grow: with the tokens N, with the vocabulary V, with the workspace.
+"""Measures how time and memory grow with the tokens N, the vocabulary V and the workspace.
 
 One of N and V moves while everything else stands still; the budget is this library's own argument.
 Of the rest nothing but the usual way, the chunk loop and the bare GEMMs: these are curves, the
@@ -40,14 +40,14 @@ PROFILE = "reasoning"
 SEEDS = 2
 """Inputs used in turn."""
 LOGITS_SHARE = 0.6
-"""Of the free memory of a GPU that float32 logits may take: autograd holds more than these."""
+"""Share of a GPU's free memory that float32 logits may take: autograd holds more than these."""
 GIB = 1 << 30
 K = 1 << 10
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
-    """What is measured along each axis."""
+class ScalingSizes:
+    """The sizes that are measured along each axis."""
 
     shape: Shape
     """V where N moves, N where V moves, H everywhere; the teacher's head is as large."""
@@ -59,7 +59,7 @@ class Sizes:
 
 
 SIZES = (
-    Sizes(
+    ScalingSizes(
         SHAPES["qwen2.5-7b"],
         tokens=(1 * K, 4 * K, 16 * K, 64 * K, 128 * K),
         vocabularies=(32 * K, 64 * K, 128 * K, 256 * K),
@@ -67,7 +67,7 @@ SIZES = (
         workspace_tokens=16 * K,
     )
     if DEVICE == "cuda"
-    else Sizes(
+    else ScalingSizes(
         Shape("cpu-scaling", 128, 512, 8192, 512, 8192, FP32, "none: a minute on 2 cores"),
         tokens=(64, 256, 1024),
         vocabularies=(4096, 16384, 65536),
@@ -78,27 +78,27 @@ SIZES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
-    """One place of one curve."""
+class CurvePoint:
+    """A point of a curve: an operation and a provider at one value of an axis."""
 
     axis: str
     value: int
     op: Op
     name: str
-    """Of the provider, or FLOOR."""
+    """Name of the provider, or FLOOR."""
     setting: tuple[tuple[str, Any], ...] | None = None
-    """Items; None: the fastest."""
+    """Items of the setting; None: the fastest."""
 
 
-def points(sizes: Sizes) -> dict[str, list[tuple[Shape, list[Point]]]]:
-    """By axis: every shape, with what is measured on it, in turns."""
+def points(sizes: ScalingSizes) -> dict[str, list[tuple[Shape, list[CurvePoint]]]]:
+    """Return, by axis, every shape with the points that are measured on it in turns."""
     shape, names = sizes.shape, (FLOOR, *BY_NAME)
 
-    def line(axis: str, value: int) -> list[Point]:
-        return [Point(axis, value, op, name) for op in OPS for name in names]
+    def line(axis: str, value: int) -> list[CurvePoint]:
+        return [CurvePoint(axis, value, op, name) for op in OPS for name in names]
 
     budgets = [
-        Point("workspace", value, op, OURS, (("workspace_bytes", value),))
+        CurvePoint("workspace", value, op, OURS, (("workspace_bytes", value),))
         for op in OPS
         for value in sizes.workspaces
     ]
@@ -110,32 +110,38 @@ def points(sizes: Sizes) -> dict[str, list[tuple[Shape, list[Point]]]]:
 
 
 def records(
-    rounds: int, deadline: float, measure_memory: MeasureMemory | None, sizes: Sizes = SIZES
+    rounds: int, deadline: float, measure_memory: MeasureMemory | None, sizes: ScalingSizes = SIZES
 ) -> Iterator[Record]:
-    """All curves; of the time up to the deadline (time.monotonic) each axis has an equal part.
+    """Yield the records of all curves; each axis has an equal part of the time to the deadline.
 
-    measure_memory: asked after the times of an axis, while its part lasts; None: not measured.
+    measure_memory: called after the times of an axis, while its part lasts; None: not measured.
     """
     axes = list(points(sizes).values())
     for index, shapes in enumerate(axes):
         end = share(deadline, index, len(axes))
-        timed = [(one, shape) for shape, here in shapes for one in _times(shape, here, rounds, end)]
+        timed = [
+            (one, shape)
+            for shape, points_of_shape in shapes
+            for one in _times(shape, points_of_shape, rounds, end)
+        ]
         for one, shape in timed:
             if one["status"] == "ok" and one["provider"] != FLOOR and measure_memory is not None:
                 one.update(_memory(one, shape, end, measure_memory))
             yield one
 
 
-def _times(shape: Shape, here: list[Point], rounds: int, deadline: float) -> list[Record]:
-    """Records of all points of one shape, without their memory."""
-    found = {point: _record(point, shape) for point in here}
+def _times(
+    shape: Shape, points_of_shape: list[CurvePoint], rounds: int, deadline: float
+) -> list[Record]:
+    """Make the records of all points of one shape, without their memory."""
+    records_by_point = {point: _record(point, shape) for point in points_of_shape}
     if time.monotonic() > deadline:
-        return [one | {"status": OUT_OF_TIME} for one in found.values()]
+        return [one | {"status": OUT_OF_TIME} for one in records_by_point.values()]
     free = free_bytes()
     inputs = [make_inputs(shape, PROFILE, seed=seed) for seed in range(SEEDS)]
     floor = Floor(inputs[0])
-    measures: dict[Point, Callable[[int], float]] = {}
-    for point, one in found.items():
+    measures: dict[CurvePoint, Callable[[int], float]] = {}
+    for point, one in records_by_point.items():
         if point.name == FULL_LOGITS and (reason := too_large(shape, point.op, free)):
             one["status"] = reason
             continue
@@ -147,22 +153,22 @@ def _times(shape: Shape, here: list[Point], rounds: int, deadline: float) -> lis
             one["setting"] = dict(fastest_setting(provider, inputs[0], point.op, deadline))
         measures[point] = _measure(provider, point.op, one["setting"], inputs)
     for point, samples in sample_rounds(measures, rounds, deadline).items():
-        found[point]["status"] = samples.status
+        records_by_point[point]["status"] = samples.status
         if samples.values:
-            found[point] |= {"total_ms": samples.values, "extra_bytes": None}
+            records_by_point[point] |= {"total_ms": samples.values, "extra_bytes": None}
     del measures, floor, inputs
     if DEVICE == "cuda":
         torch.cuda.empty_cache()  # memory is measured in another process
-    return list(found.values())
+    return list(records_by_point.values())
 
 
 def free_bytes() -> int | None:
-    """Of a GPU, before inputs are made; None on a CPU."""
+    """Return the free memory of a GPU, before inputs are made; None on a CPU."""
     return torch.cuda.mem_get_info()[0] if DEVICE == "cuda" else None
 
 
 def too_large(shape: Shape, op: Op, free: int | None) -> str | None:
-    """Why full logits cannot be tried here, or None where they can."""
+    """Say why full logits cannot be tried here; None where they can."""
     need = 4 * shape.N * (shape.V + (shape.V_t if op.kd else 0))
     if free is None or need <= LOGITS_SHARE * free:
         return None
@@ -187,7 +193,7 @@ def _measure(
     return call
 
 
-def _record(point: Point, shape: Shape) -> Record:
+def _record(point: CurvePoint, shape: Shape) -> Record:
     provider = BY_NAME.get(point.name)
     return record(
         "scaling",
@@ -204,11 +210,11 @@ def _record(point: Point, shape: Shape) -> Record:
 
 
 def _memory(one: Record, shape: Shape, deadline: float, measure: MeasureMemory) -> dict[str, Any]:
-    """What to add to a record: extra_bytes, or why there is no figure."""
+    """Return what to add to a record: extra_bytes, or why there is no figure."""
     if time.monotonic() > deadline:
         return {"memory_status": OUT_OF_TIME}
     try:
-        found = measure(shape, PROFILE, one["op"], one["provider"], one["setting"])
+        sizes = measure(shape, PROFILE, one["op"], one["provider"], one["setting"])
     except Exception as error:  # of a process of its own: the times are still good
         return {"memory_status": failure(error)}
-    return {"extra_bytes": found["extra_bytes"]}
+    return {"extra_bytes": sizes["extra_bytes"]}

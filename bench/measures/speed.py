@@ -1,4 +1,4 @@
-"""Time of one operation, by everybody who can do it, side by side.
+"""Times one operation by every provider that can do it, side by side.
 
 First every provider is compared with float64; who computes something else, or fails, has no time.
 Of several settings the faster in a trial is kept. Then come the rounds: in each one everybody is
@@ -16,7 +16,7 @@ from bench.inputs import Inputs
 from bench.measures import accuracy
 from bench.measures.timing import (
     OUT_OF_TIME,
-    Samples,
+    RoundSamples,
     clear_gradients,
     failure,
     sample_rounds,
@@ -28,11 +28,11 @@ from bench.providers import Outputs, Provider, Refusal, Setting
 from bench.results_file import OURS, Record, record
 
 ENTRY_SHARE = 0.6
-"""Of the time of a case: who has not been tried by then is left out, and the rest has rounds."""
+"""Share of an operation's time for the trials; a provider not tried by then is left out."""
 
 
-class Case:
-    """One operation on one shape: who takes part, and with which setting."""
+class Contest:
+    """A contest of providers in one operation on one shape, each with its fastest setting."""
 
     def __init__(self, op: Op, inputs: Sequence[Inputs], deadline: float) -> None:
         """inputs: at least one set, used in turn. deadline: of time.monotonic(), in seconds."""
@@ -43,7 +43,7 @@ class Case:
         self.entries: dict[str, dict[str, Any]] = {}
 
     def enter(self, provider: Provider) -> None:
-        """Try its settings; it takes part if one of them is right, else its status says why not."""
+        """Try a provider's settings; it takes part if one is right, else its status says why."""
         entry = self.entries[provider.name] = {
             "package": provider.package,
             "version": providers.version(provider),
@@ -69,7 +69,7 @@ class Case:
             ]
 
     def race(self, floor: Floor, rounds: int) -> Iterator[Record]:
-        """Time those who take part against the bare GEMMs; then the records of everybody."""
+        """Time the providers that take part against the bare GEMMs; yield a record for everyone."""
         before = machine.readings()
         measures: dict[str, Callable[[int], tuple[float, float]]] = {
             name: self._bare_gemms(floor, projections)
@@ -91,17 +91,17 @@ class Case:
         return time.monotonic() > self.entry_deadline
 
     def _trial(self, provider: Provider, setting: Setting) -> dict[str, Any]:
-        """Accuracy of one setting, and its time where there is another one to choose from."""
+        """Measure the accuracy of one setting, and its time where there are several."""
         first, trial = self.inputs[0], {"setting": dict(setting), "status": "ok"}
         try:
             clear_gradients(first, self.op)
             outputs = providers.forward(provider, first, self.op, setting)
             if self.op.gradients:
                 outputs["loss"].backward()
-            found = accuracy.with_gradients(outputs, first, self.op)
-            trial["errors"] = accuracy.errors(found, self.truth)
-            trial["status"] = self._judge(provider, found, trial["errors"]) or "ok"
-            del outputs, found
+            results = accuracy.with_gradients(outputs, first, self.op)
+            trial["errors"] = accuracy.errors(results, self.truth)
+            trial["status"] = self._judge(provider, results, trial["errors"]) or "ok"
+            del outputs, results
             trial["ms"] = 0.0
             if len(provider.settings) > 1 and trial["status"] == "ok":
                 trial["ms"] = trial_ms(provider, first, self.op, setting)
@@ -111,50 +111,50 @@ class Case:
             trial["status"] = failure(error)
         return trial
 
-    def _judge(self, provider: Provider, found: Outputs, errors: accuracy.Errors) -> str | None:
-        different = accuracy.difference(found, self.truth, errors, self.op)
+    def _judge(self, provider: Provider, results: Outputs, errors: accuracy.Errors) -> str | None:
+        different = accuracy.difference(results, self.truth, errors, self.op)
         if different or provider.name != OURS:
             return different
-        return accuracy.beyond_budget(found, errors, self.truth, self.inputs[0], self.op)
+        return accuracy.beyond_budget(results, errors, self.truth, self.inputs[0], self.op)
 
-    def _given(self, n: int) -> Inputs:
+    def _inputs_of_round(self, n: int) -> Inputs:
         return self.inputs[n % len(self.inputs)]
 
     def _bare_gemms(self, floor: Floor, projections: int) -> Callable[[int], tuple[float, float]]:
         def call(n: int) -> tuple[float, float]:
             start = machine.clock()
-            floor.run(self.op, self._given(n), projections)
+            floor.run(self.op, self._inputs_of_round(n), projections)
             return 1e3 * (machine.clock() - start), 0.0
 
         return call
 
     def _call(self, provider: Provider, setting: Setting) -> Callable[[int], tuple[float, float]]:
-        return lambda n: timed_call(provider, self._given(n), self.op, setting)
+        return lambda n: timed_call(provider, self._inputs_of_round(n), self.op, setting)
 
     def _record(
         self,
         name: str,
         entry: dict[str, Any],
-        samples: Samples[tuple[float, float]] | None,
+        samples: RoundSamples[tuple[float, float]] | None,
         clock: Any,
     ) -> Record:
         shape = self.inputs[0].shape
-        made = record("speed", self.op.name, shape, self.inputs[0].profile, name, **entry)
-        if made["status"] != "ok" or samples is None:
-            return made
-        made |= {"total_ms": [sum(pair) for pair in samples.values], "clock": clock}
-        made["flop"] = self.op.flop(shape)
+        speed_record = record("speed", self.op.name, shape, self.inputs[0].profile, name, **entry)
+        if speed_record["status"] != "ok" or samples is None:
+            return speed_record
+        speed_record |= {"total_ms": [sum(pair) for pair in samples.values], "clock": clock}
+        speed_record["flop"] = self.op.flop(shape)
         if name not in FLOORS:
             pairs = zip(*samples.values, strict=True)
-            made["forward_ms"], made["backward_ms"] = (list(part) for part in pairs)
-        return made
+            speed_record["forward_ms"], speed_record["backward_ms"] = (list(part) for part in pairs)
+        return speed_record
 
 
 def records(
     op: Op, inputs: Sequence[Inputs], contestants: Sequence[Provider], rounds: int, deadline: float
 ) -> Iterator[Record]:
-    """Everybody on one operation: records of kind "speed", those of the floors first."""
-    case = Case(op, inputs, deadline)
+    """Yield the records of kind "speed" of one operation, those of the floors first."""
+    contest = Contest(op, inputs, deadline)
     for provider in contestants:
-        case.enter(provider)
-    yield from case.race(Floor(inputs[0]), rounds)
+        contest.enter(provider)
+    yield from contest.race(Floor(inputs[0]), rounds)

@@ -1,8 +1,9 @@
-"""The head's share of a training step: a whole causal LM of a real model's sizes, random weights.
+"""Measures the head's share of a training step of a causal LM with a real model's sizes.
 
-A step is the backbone's forward pass over a batch of sequences, the head through a provider's call,
-and backward through everything; no optimiser. The head alone is the same call on hidden states that
-are given. For KDRL the teacher's hidden states are given as well: its backbone is not timed.
+The weights are random. A step is the backbone's forward pass over a batch of sequences, the head
+through a provider's call, and backward through everything; there is no optimiser. The head alone is
+the same call on existing hidden states. For KDRL the teacher's hidden states exist as well: its
+backbone is not timed.
 """
 
 import gc
@@ -35,16 +36,16 @@ from bench.shapes import BF16, SHAPES, Shape
 OPS = tuple(OPS_BY_NAME[name] for name in ("GRPO", "KDRL exact"))
 DEFAULT = tuple(one for one in PROVIDERS if one.name in (OURS, "PyTorch, full logits"))
 PROFILE = "flat"
-"""Of the entropy: random weights lift no token."""
+"""Profile of the entropy: random weights lift no token."""
 BATCHES = 2
 """Batches used in turn."""
 OLD_NOISE = 0.02
-"""Of the old log-probabilities, nats: inside the clip range, or the clipped rows cost nothing."""
+"""Noise of the old log-probabilities, nats: inside the clip range, since clipped rows cost less."""
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
-    """A Qwen2 model and a batch; hidden size, vocabulary and tokens are the shape's."""
+class ModelSizes:
+    """The sizes of a Qwen2 model and its batch, beside hidden size, vocabulary and tokens."""
 
     shape: Shape
     layers: int
@@ -54,7 +55,7 @@ class Sizes:
     length: int
     """Tokens of one sequence; there are shape.N / length of them."""
     tied: bool
-    """The head is the embedding."""
+    """Whether the head is the embedding."""
 
 
 def _cut(name: str, tokens: int) -> Shape:
@@ -64,37 +65,37 @@ def _cut(name: str, tokens: int) -> Shape:
 QWEN_1_5B = Shape("qwen2.5-1.5b", 8192, 1536, 151936, 3584, 152064, BF16, "Qwen2.5-1.5B, 7B")
 MODELS = (
     (
-        Sizes(_cut("qwen2.5-0.5b", 16384), 24, 14, 2, 4864, 2048, tied=True),
-        Sizes(QWEN_1_5B, 28, 12, 2, 8960, 2048, tied=True),
-        Sizes(_cut("qwen2.5-7b", 4096), 28, 28, 4, 18944, 2048, tied=False),
+        ModelSizes(_cut("qwen2.5-0.5b", 16384), 24, 14, 2, 4864, 2048, tied=True),
+        ModelSizes(QWEN_1_5B, 28, 12, 2, 8960, 2048, tied=True),
+        ModelSizes(_cut("qwen2.5-7b", 4096), 28, 28, 4, 18944, 2048, tied=False),
     )
     if DEVICE == "cuda"
-    else (Sizes(_cut("cpu-small", 256), 2, 16, 4, 2816, 128, tied=True),)
+    else (ModelSizes(_cut("cpu-small", 256), 2, 16, 4, 2816, 128, tied=True),)
 )
 """Fewer tokens the larger the model: all activations are kept, there is no checkpointing."""
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """Sequences, and what the head is given with their hidden states."""
+class StepBatch:
+    """A batch of sequences, and the inputs of the head on their hidden states."""
 
     ids: Tensor
     """[sequences, length] int64."""
     inputs: Inputs
-    """hidden: of the backbone, on its own, wants a gradient; weight: the model's head."""
+    """hidden: a detached copy of the backbone's, which requires a gradient; weight: the model's."""
 
 
 class Trainee:
-    """One model with its batches: times a step, and the head alone."""
+    """A model with its batches, which times a step, and the head alone."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: ModelSizes) -> None:
         self.sizes = sizes
         self.model = _build(sizes)
-        given = make_inputs(sizes.shape, PROFILE)
-        self.batches = [self._batch(given, seed) for seed in range(BATCHES)]
+        head_inputs = make_inputs(sizes.shape, PROFILE)
+        self.batches = [self._batch(head_inputs, seed) for seed in range(BATCHES)]
 
-    def step_ms(self, provider: Provider, op: Op, setting: Setting, batch: Batch) -> float:
-        """Forward and backward of everything, ms. The gradients stay in the model.
+    def step_ms(self, provider: Provider, op: Op, setting: Setting, batch: StepBatch) -> float:
+        """Time forward and backward of everything, in ms. The gradients stay in the model.
 
         Raises: RuntimeError where the gradient did not reach the first layer.
         """
@@ -107,15 +108,15 @@ class Trainee:
             raise RuntimeError(f"{provider.name}, {op.name}: the backbone got no gradient")
         return 1e3 * (end - start)
 
-    def head_ms(self, provider: Provider, op: Op, setting: Setting, batch: Batch) -> float:
-        """Forward and backward of the head on hidden states that are given, ms."""
+    def head_ms(self, provider: Provider, op: Op, setting: Setting, batch: StepBatch) -> float:
+        """Time forward and backward of the head on existing hidden states, in ms."""
         self.model.zero_grad(set_to_none=True)
         return sum(timed_call(provider, batch.inputs, op, setting))
 
     def describe(self, op: Op) -> dict[str, Any]:
-        """The record's model."""
+        """Describe the model for a record."""
         sizes = self.sizes
-        found: dict[str, Any] = {
+        description: dict[str, Any] = {
             "layers": sizes.layers,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "tokens": sizes.shape.N,
@@ -124,37 +125,37 @@ class Trainee:
             "source": f"Qwen2 of transformers, random weights; sizes: {sizes.shape.source}",
         }
         if op.kd:
-            found["teacher"] = "hidden states given: its backbone is not timed"
-        return found
+            description["teacher"] = "hidden states given: its backbone is not timed"
+        return description
 
     def _hidden(self, ids: Tensor) -> Tensor:
-        """[N, H] of the backbone."""
+        """Compute the hidden states [N, H] by the backbone."""
         return self.model.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
 
     @torch.no_grad()
-    def _batch(self, given: Inputs, seed: int) -> Batch:
+    def _batch(self, head_inputs: Inputs, seed: int) -> StepBatch:
         shape, weight = self.sizes.shape, self.model.lm_head.weight
-        rng = torch.Generator(given.hidden.device).manual_seed(seed)
+        rng = torch.Generator(head_inputs.hidden.device).manual_seed(seed)
         size = shape.N // self.sizes.length, self.sizes.length + 1
         V = min(shape.V, shape.V_t)
-        ids = torch.randint(V, size, generator=rng, device=given.hidden.device)
+        ids = torch.randint(V, size, generator=rng, device=head_inputs.hidden.device)
         tokens = ids[:, 1:].flatten()
         hidden = self._hidden(ids[:, :-1])
         old = kk.linear_logprobs(hidden, weight[:V], tokens).logprobs
         noise = torch.randn(shape.N, generator=rng, device=old.device)
         inputs = replace(
-            given,
+            head_inputs,
             hidden=hidden.requires_grad_(),
             weight=weight,
             tokens=tokens,
             old_logprobs=old + OLD_NOISE * noise,
-            teacher_hidden=given.teacher_hidden.roll(seed, dims=0),
+            teacher_hidden=head_inputs.teacher_hidden.roll(seed, dims=0),
         )
-        return Batch(ids[:, :-1], inputs)
+        return StepBatch(ids[:, :-1], inputs)
 
 
-def _build(sizes: Sizes) -> Any:
-    """A transformers model on this device; head rows as long as those of inputs.py."""
+def _build(sizes: ModelSizes) -> Any:
+    """Build a transformers model on this device; head rows are as long as those of inputs.py."""
     from transformers import AutoModelForCausalLM, Qwen2Config  # noqa: PLC0415 (seconds to import)
 
     shape = sizes.shape
@@ -181,9 +182,9 @@ def records(
     rounds: int,
     deadline: float,
     providers: Sequence[Provider] = DEFAULT,
-    models: Sequence[Sizes] = MODELS,
+    models: Sequence[ModelSizes] = MODELS,
 ) -> Iterator[Record]:
-    """Every model, operation and provider; deadline of time.monotonic, in equal parts a model."""
+    """Yield records of every model, operation and provider; models share the time equally."""
     for index, sizes in enumerate(models):
         yield from _of_model(sizes, rounds, share(deadline, index, len(models)), providers)
         gc.collect()  # modules refer to each other
@@ -192,7 +193,7 @@ def records(
 
 
 def _of_model(
-    sizes: Sizes, rounds: int, deadline: float, providers: Sequence[Provider]
+    sizes: ModelSizes, rounds: int, deadline: float, providers: Sequence[Provider]
 ) -> Iterator[Record]:
     trainee, reason = None, OUT_OF_TIME
     if time.monotonic() < deadline:
@@ -204,22 +205,26 @@ def _of_model(
     if trainee is None:
         yield from (_record(sizes, *case) | {"status": reason} for case in cases)
         return
-    found = [_enter(trainee, *case, deadline) for case in cases]
+    records_of_cases = [_enter(trainee, *case, deadline) for case in cases]
     measures = {
-        index: _measure(trainee, *case, found[index]["setting"])
+        index: _measure(trainee, *case, records_of_cases[index]["setting"])
         for index, case in enumerate(cases)
-        if found[index]["status"] == "ok"
+        if records_of_cases[index]["status"] == "ok"
     }
     for index, samples in sample_rounds(measures, rounds, deadline).items():
-        found[index]["status"] = samples.status
+        records_of_cases[index]["status"] = samples.status
         if samples.values:
             step_ms, head_ms = zip(*samples.values, strict=True)
             model = trainee.describe(cases[index][0])
-            found[index] |= {"model": model, "step_ms": [*step_ms], "head_ms": [*head_ms]}
-    yield from found
+            records_of_cases[index] |= {
+                "model": model,
+                "step_ms": [*step_ms],
+                "head_ms": [*head_ms],
+            }
+    yield from records_of_cases
 
 
-def _record(sizes: Sizes, op: Op, provider: Provider) -> Record:
+def _record(sizes: ModelSizes, op: Op, provider: Provider) -> Record:
     return record(
         "step",
         op.name,
@@ -247,13 +252,13 @@ def _enter(trainee: Trainee, op: Op, provider: Provider, deadline: float) -> Rec
 def _measure(
     trainee: Trainee, op: Op, provider: Provider, setting: Setting
 ) -> Callable[[int], tuple[float, float]]:
-    """(ms of the step, ms of the head), a measure of sample_rounds."""
+    """Make a measure for sample_rounds: (ms of the step, ms of the head)."""
 
     def call(number: int) -> tuple[float, float]:
         batch = trainee.batches[number % BATCHES]
         calls = [trainee.step_ms, trainee.head_ms]
         first = number // BATCHES % 2  # the head comes first in every other pair of rounds
-        found = {index: calls[index](provider, op, setting, batch) for index in (first, 1 - first)}
-        return found[0], found[1]
+        ms = {index: calls[index](provider, op, setting, batch) for index in (first, 1 - first)}
+        return ms[0], ms[1]
 
     return call

@@ -1,4 +1,4 @@
-"""The time of one call of a provider, and samples of many calls taken in turns.
+"""Times one call of a provider, and takes samples of many calls in turns.
 
 Gradients of the call before are dropped outside of the clock: adding to them would be timed too.
 """
@@ -21,26 +21,26 @@ from bench.providers import Provider, Setting, forward
 from bench.results_file import OUT_OF_TIME
 
 LEAVES = ("hidden", "weight")
-"""Inputs that may want a gradient."""
+"""Inputs that may require a gradient."""
 ENOUGH_ROUNDS = 3
-"""Rounds that make a figure, where time ends before all of them."""
+"""Rounds that are enough for a figure, where time ends before all of them."""
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
 
 def clear_gradients(inputs: Inputs, op: Op) -> None:
-    """Drop the gradients of the last call; the weight wants one unless the operation freezes it."""
+    """Drop the gradients of the last call; the weight requires one unless the head is frozen."""
     inputs.hidden.grad = inputs.weight.grad = None
     inputs.weight.requires_grad_(not op.frozen_head)
 
 
 def gradients_left(inputs: Inputs) -> tuple[str, ...]:
-    """Names of the inputs that hold a gradient."""
+    """Name the inputs that hold a gradient."""
     return tuple(name for name in LEAVES if getattr(inputs, name).grad is not None)
 
 
 def timed_call(provider: Provider, inputs: Inputs, op: Op, setting: Setting) -> tuple[float, float]:
-    """(forward, backward) of one call in ms; backward is 0 where the operation has none.
+    """Time (forward, backward) of one call in ms; backward is 0 where the operation has none.
 
     The gradients stay in inputs until the next call.
     Raises: RuntimeError where the call did not leave the gradients of the operation, all of them.
@@ -52,16 +52,16 @@ def timed_call(provider: Provider, inputs: Inputs, op: Op, setting: Setting) -> 
     if op.gradients:
         outputs["loss"].backward()
     end = clock()
-    left = gradients_left(inputs)
-    if left != op.gradients:
+    gradients = gradients_left(inputs)
+    if gradients != op.gradients:
         raise RuntimeError(
-            f"{provider.name}, {op.name} must leave gradients of {op.gradients}, got {left}"
+            f"{provider.name}, {op.name} must leave gradients of {op.gradients}, got {gradients}"
         )
     return 1e3 * (middle - start), 1e3 * (end - middle) if op.gradients else 0.0
 
 
 def device_ms(prepare: Callable[[], object], call: Callable[[], object]) -> float:
-    """Time that the device spends in a call after prepare, which is outside of the clock.
+    """Measure the time that the device spends in a call after prepare, which is not timed.
 
     On a GPU prepare must keep the device busy for longer than the host takes to ask for the call:
     a kernel of a fifth of a millisecond is not timed with the Python in front of it.
@@ -81,13 +81,13 @@ def device_ms(prepare: Callable[[], object], call: Callable[[], object]) -> floa
 
 
 @dataclass(frozen=True, slots=True)
-class Samples(Generic[Value]):
-    """What one thing measured in every round."""
+class RoundSamples(Generic[Value]):
+    """The samples of one measure, one for every round."""
 
     status: str
-    """Of results_file.py."""
+    """A status as in results_file.py."""
     values: list[Value]
-    """One a round; none unless status is "ok"."""
+    """One value a round; none unless status is "ok"."""
 
 
 def sample_rounds(
@@ -95,8 +95,8 @@ def sample_rounds(
     rounds: int,
     deadline: float,
     warm_up: bool = True,
-) -> dict[Key, Samples[Value]]:
-    """All measures once a round, in an order drawn for it.
+) -> dict[Key, RoundSamples[Value]]:
+    """Take all measures once a round, in an order drawn for it.
 
     Args:
         measures: called with the number of the round, by which it may choose its inputs.
@@ -110,11 +110,11 @@ def sample_rounds(
     numbers = range(-1 if warm_up else 0, rounds)
     done = _run_rounds(measures, numbers, deadline, values, failed)
     status = "ok" if done >= min(rounds, ENOUGH_ROUNDS) else OUT_OF_TIME
-    found = {}
+    samples = {}
     for key, taken in values.items():
         state = failed.get(key, status)
-        found[key] = Samples(state, taken[:done] if state == "ok" else [])
-    return found
+        samples[key] = RoundSamples(state, taken[:done] if state == "ok" else [])
+    return samples
 
 
 def _run_rounds(
@@ -124,7 +124,7 @@ def _run_rounds(
     values: dict[Key, list[Value]],
     failed: dict[Key, str],
 ) -> int:
-    """Fill values and failed; how many rounds are complete. That of a negative number warms up."""
+    """Fill values and failed; return the number of complete rounds. Round -1 warms up."""
     for n in numbers:
         keys = [key for key in measures if key not in failed]
         random.Random(n).shuffle(keys)
@@ -142,7 +142,7 @@ def _run_rounds(
 
 
 def free_cache() -> None:
-    """Give a GPU's unused memory back, to other processes too; not after a fault of the device."""
+    """Free a GPU's unused memory, for other processes too, unless the device has failed."""
     gc.collect()
     if DEVICE == "cuda":
         with contextlib.suppress(RuntimeError):  # a peer's illegal access fails every later call
@@ -150,7 +150,7 @@ def free_cache() -> None:
 
 
 def failure(error: Exception) -> str:
-    """The status of a call that raised, in one line; frees what it left on a GPU."""
+    """Return the status of a call that raised, in one line, and free what it left on a GPU."""
     free_cache()
     if isinstance(error, torch.OutOfMemoryError):
         return "failed: out of memory"
@@ -159,12 +159,12 @@ def failure(error: Exception) -> str:
 
 
 def trial_ms(provider: Provider, inputs: Inputs, op: Op, setting: Setting) -> float:
-    """The faster of two calls in ms, by which a setting is chosen."""
+    """Return the faster of two calls in ms, by which a setting is chosen."""
     return min(sum(timed_call(provider, inputs, op, setting)) for _ in range(2))
 
 
 def fastest_setting(provider: Provider, inputs: Inputs, op: Op, deadline: float) -> Setting:
-    """Of the provider's settings, by trial_ms; the first where none was tried."""
+    """Return the fastest of the provider's settings by trial_ms; the first if none was tried."""
     if len(provider.settings) == 1:
         return provider.settings[0]
     tried: list[float] = []
@@ -180,6 +180,6 @@ def fastest_setting(provider: Provider, inputs: Inputs, op: Op, deadline: float)
 
 
 def share(deadline: float, part: int, parts: int) -> float:
-    """Deadline of one part of several, of which the ones before are over: what they left counts."""
+    """Return the deadline of one part of several; time that earlier parts left is shared."""
     now = time.monotonic()
     return now + (deadline - now) / (parts - part)

@@ -1,4 +1,4 @@
-"""Everybody who computes a part of the same job, behind one interface.
+"""Puts every library that computes a part of the same job behind one interface.
 
 A library offers pieces (log-probabilities, a divergence, a whole GRPO loss); an operation is put
 together from the fewest of its pieces, or refused with the reason. Libraries are imported by
@@ -28,12 +28,12 @@ MODULES = ("home", "liger", "trl", "cce", "torch_lce", "verl", "fla", "quack", "
 
 
 class Refusal(Exception):  # noqa: N818 (nothing is wrong)
-    """The provider does not do this: the message is the reason shown in the table."""
+    """A provider does not do an operation; the message is the reason shown in the table."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Provider:
-    """One library, or one way of using it. Calls take (inputs, ..., **setting)."""
+    """A provider is one library, or one way to use it. Its calls take (inputs, ..., **setting)."""
 
     name: str
     package: str | None = None
@@ -41,9 +41,9 @@ class Provider:
     gpu_only: str | None = None
     """Why it does not run on a CPU."""
     settings: tuple[Setting, ...] = ({},)
-    """Tried once each; the fastest is timed."""
+    """Settings that are tried once each; the fastest is timed."""
     whole: Callable[..., Outputs] | None = None
-    """(inputs, op, **setting): every operation, in one call."""
+    """(inputs, op, **setting) -> outputs of any operation, in one call."""
     score: Callable[..., tuple[Tensor, Tensor | None]] | None = None
     """(hidden, weight, tokens, entropy: bool, **setting) -> log-probabilities [N], entropy [N]."""
     divergence: Callable[..., Tensor] | None = None
@@ -53,19 +53,19 @@ class Provider:
     cross_entropy: Callable[..., Tensor] | None = None
     """(inputs, **setting) -> mean of -log p, 0-d."""
     refused: Mapping[str, str] = field(default_factory=dict)
-    """{operation or KD term: why not}, beside those that no piece computes."""
+    """{operation or KD term: reason} of further refusals, beside what no piece computes."""
 
 
 def load() -> list[Provider]:
-    """All providers that this project knows, installed or not."""
-    found: list[Provider] = []
+    """Import the modules of all providers, installed or not, and return the providers."""
+    every_provider: list[Provider] = []
     for name in MODULES:
-        found += importlib.import_module(f"bench.providers.{name}").PROVIDERS
-    return found
+        every_provider += importlib.import_module(f"bench.providers.{name}").PROVIDERS
+    return every_provider
 
 
 def version(provider: Provider) -> str | None:
-    """Version of its package; None where there is none to install, or none installed."""
+    """Return the version of the provider's package; None without a package, or if not installed."""
     try:
         return metadata.version(provider.package) if provider.package else None
     except metadata.PackageNotFoundError:
@@ -73,7 +73,7 @@ def version(provider: Provider) -> str | None:
 
 
 def check(provider: Provider, op: Op) -> None:
-    """Raises: Refusal where the provider cannot do this here, with the reason."""
+    """Raise Refusal, with the reason, where the provider cannot do the operation here."""
     if provider.package and version(provider) is None:
         raise Refusal("not installed")
     if DEVICE == "cpu" and provider.gpu_only:
@@ -92,15 +92,17 @@ def _check_pieces(provider: Provider, op: Op) -> None:
         "policy gradient": (op.policy, provider.policy or provider.score),
         "cross entropy": (op.cross_entropy, provider.cross_entropy or provider.score),
     }
-    missing = [name for name, (wanted, piece) in needed.items() if wanted and piece is None]
+    missing = [
+        name for name, (needs_piece, piece) in needed.items() if needs_piece and piece is None
+    ]
     if missing:
         raise Refusal(f"not supported: no {' and no '.join(missing)}")
 
 
 def forward(provider: Provider, inputs: Inputs, op: Op, setting: Setting) -> Outputs:
-    """The operation's forward pass; call .backward() on its "loss", where it has one, after it.
+    """Run the operation's forward pass; its "loss", where it has one, takes .backward().
 
-    A whole call where there is one, else the sum of the calls that the operation needs.
+    It is one call where the provider has `whole`, else the sum of the pieces that it needs.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other people's code
@@ -113,15 +115,15 @@ def _composed(provider: Provider, inputs: Inputs, op: Op, setting: Setting) -> O
     if not op.gradients:
         with torch.no_grad():
             return _score(provider, inputs, setting, entropy=True)
-    found: Outputs = {}
+    outputs: Outputs = {}
     fused = provider.cross_entropy if op.cross_entropy else provider.policy
     if op.kd == "k2" or (fused is None and (op.policy or op.cross_entropy)):
-        found = _score(provider, inputs, setting, entropy=False)
+        outputs = _score(provider, inputs, setting, entropy=False)
     losses: list[Tensor] = []
     if op.cross_entropy:
-        losses.append(fused(inputs, **setting) if fused else -found["logprobs"].mean())
-    if op.policy and "logprobs" in found:
-        losses.append(definition.policy_loss(found["logprobs"], inputs, op).mean())
+        losses.append(fused(inputs, **setting) if fused else -outputs["logprobs"].mean())
+    if op.policy and "logprobs" in outputs:
+        losses.append(definition.policy_loss(outputs["logprobs"], inputs, op).mean())
     elif op.policy:
         assert provider.policy is not None
         losses.append(provider.policy(inputs, op, **setting))
@@ -130,13 +132,13 @@ def _composed(provider: Provider, inputs: Inputs, op: Op, setting: Setting) -> O
             assert provider.score is not None
             teacher = inputs.teacher_hidden, inputs.shared_teacher_weight, inputs.tokens
             lq, _ = provider.score(*teacher, False, **setting)
-        losses.append((found["logprobs"] - lq).square().mean() / 2)
+        losses.append((outputs["logprobs"] - lq).square().mean() / 2)
     elif op.kd:
         assert provider.divergence is not None
         kl = provider.divergence(inputs, op.kd, **setting)
-        found |= {"kl": kl} if kl.ndim else {}
+        outputs |= {"kl": kl} if kl.ndim else {}
         losses.append(kl.mean())
-    return found | {"loss": sum(losses[1:], losses[0])}
+    return outputs | {"loss": sum(losses[1:], losses[0])}
 
 
 def _score(provider: Provider, inputs: Inputs, setting: Setting, entropy: bool) -> Outputs:

@@ -1,4 +1,4 @@
-"""Cut cross-entropy: -log p of each token, whose kernels never write the logits to memory.
+"""Provides Cut cross-entropy: -log p of each token, by kernels that write no logits to memory.
 
 On a GPU its default filter is on: in the backward pass it leaves out the blocks of probabilities
 that are all below eps / 32 of the dtype, 2**-12 for bfloat16, and with them a little gradient.

@@ -1,4 +1,4 @@
-"""flash-linear-attention: its two losses fused with the head, in chunks of rows."""
+"""Provides flash-linear-attention: its two losses fused with the head, in chunks of rows."""
 
 from importlib import import_module
 
@@ -12,7 +12,7 @@ NOT_CLIPPED = "its GRPO loss takes logits, and no old log-probabilities"
 
 
 def _divergence(inputs: Inputs, kd: str, accumulate_grad_in_fp32: bool, **_: int) -> Tensor:
-    """0-d: "batchmean" is the sum over rows and tokens, by the number of rows."""
+    """Return the 0-d mean over rows: its "batchmean" sums over the vocabulary, too."""
     assert kd == "fkl"
     heads = inputs.shared_weight, inputs.shared_teacher_weight
     module = import_module("fla.modules.fused_kl_div")

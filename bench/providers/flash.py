@@ -1,4 +1,4 @@
-"""flash-attn: cross entropy in Triton, on all logits."""
+"""Provides flash-attn: cross entropy in Triton, on all logits."""
 
 from importlib import import_module
 
@@ -13,7 +13,7 @@ def _score(
     tokens: Tensor,
     _entropy: bool,
 ) -> tuple[Tensor, None]:
-    """Log-probabilities; their gradient overwrites the logits."""
+    """Compute log-probabilities; their gradient overwrites the logits."""
     module = import_module("flash_attn.ops.triton.cross_entropy")
     losses, _ = module.cross_entropy_loss(hidden @ weight.T, tokens, inplace_backward=True)
     return -losses, None

@@ -1,4 +1,4 @@
-"""This library, and three baselines that anybody can write: full logits, compiled, in chunks."""
+"""Provides this library, and three PyTorch baselines: full logits, compiled, and in chunks."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ CHUNKS = ({"rows": 1024}, {"rows": 4096}) if DEVICE == "cuda" else ({"rows": 64}
 
 
 def _ours(inputs: Inputs, op: Op, workspace_bytes: int | None = None) -> Outputs:
-    """This library, as README calls it."""
+    """Call this library as its README does."""
     head: tuple[Tensor, ...] = (inputs.hidden, inputs.shared_weight, inputs.tokens)
     options: dict[str, Any] = {"workspace_bytes": workspace_bytes}
     if not op.gradients:
@@ -33,37 +33,37 @@ def _ours(inputs: Inputs, op: Op, workspace_bytes: int | None = None) -> Outputs
             old_logprobs=inputs.old_logprobs if op.old_logprobs else None,
             teacher=kk.TeacherHead(inputs.teacher_hidden, inputs.teacher_weight) if op.kd else None,
             objective=kk.Objective(policy="clip" if op.policy else "off", kd=op.kd, kd_coef=1.0),
-            compact=op.active < 1 or None,  # on a GPU it is asked for
+            compact=op.active < 1 or None,  # on a GPU it must be set
             **options,
         )
-    found = {"loss": out.loss, "logprobs": out.logprobs, "kl": out.kl}
-    return {name: value for name, value in found.items() if value is not None}
+    outputs = {"loss": out.loss, "logprobs": out.logprobs, "kl": out.kl}
+    return {name: value for name, value in outputs.items() if value is not None}
 
 
 def _full_logits(inputs: Inputs, op: Op) -> Outputs:
-    """The usual way to write it: all logits at once, gradients by autograd."""
+    """Compute all logits at once, and gradients by autograd: the usual way to write it."""
     with torch.set_grad_enabled(bool(op.gradients)):
         logp = definition.log_softmax(inputs.hidden, inputs.shared_weight)
         logq = None
         if op.kd:
             with torch.no_grad():
                 logq = definition.log_softmax(inputs.teacher_hidden, inputs.shared_teacher_weight)
-        found = definition.terms(inputs, op, logp, logq)
-    if found.losses is None:
-        return found.outputs
-    return found.outputs | {"loss": found.losses.mean()}
+        results = definition.row_results(inputs, op, logp, logq)
+    if results.losses is None:
+        return results.outputs
+    return results.outputs | {"loss": results.losses.mean()}
 
 
 _compiled: dict[str, Any] = {}
-"""One function an operation."""
+"""One compiled function an operation."""
 
 
 def _full_logits_compiled(inputs: Inputs, op: Op) -> Outputs:
-    """The same under torch.compile, one graph an operation."""
+    """Run _full_logits under torch.compile, with one graph an operation."""
     if op.name not in _compiled:
 
-        def call(given: Inputs) -> Outputs:
-            return _full_logits(given, op)
+        def call(graph_inputs: Inputs) -> Outputs:
+            return _full_logits(graph_inputs, op)
 
         _compiled[op.name] = torch.compile(call, dynamic=False)
     with torch._dynamo.config.patch(recompile_limit=1000):  # one for each operation and shape
@@ -71,7 +71,7 @@ def _full_logits_compiled(inputs: Inputs, op: Op) -> Outputs:
 
 
 def _chunked(inputs: Inputs, op: Op, rows: int) -> Outputs:
-    """Thirty lines of PyTorch: each chunk's gradient is taken while its logits are there."""
+    """Take each chunk's gradient while its logits exist, in thirty lines of PyTorch."""
     outputs, gradients = definition.by_rows(inputs, op, inputs.hidden.dtype, rows)
     if not op.gradients:
         return outputs
@@ -81,7 +81,7 @@ def _chunked(inputs: Inputs, op: Op, rows: int) -> Outputs:
 
 
 class _Taken(torch.autograd.Function):
-    """A loss whose gradients are known already."""
+    """A loss whose gradients were taken in the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, taken: list[Tensor], *leaves: Tensor) -> Tensor:  # noqa: ARG004

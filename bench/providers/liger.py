@@ -1,4 +1,4 @@
-"""liger-kernel: losses in chunks of PyTorch, losses on Triton kernels, token log-probabilities.
+"""Provides liger-kernel: losses in PyTorch chunks, losses on Triton kernels, log-probabilities.
 
 Its loss classes return one number each, the mean over tokens. They take their gradients in the
 forward pass. The chunked GRPO loss keeps float32 logits and sums; the chunked divergence works in
@@ -22,7 +22,7 @@ from bench.providers import Provider, Refusal
 
 TRITON = "Triton kernels"
 BETA = {"fkl": 0.0, "rkl": 1.0, "jsd": 0.5}
-"""The teacher's share of the mixture that its Jensen-Shannon divergence is against."""
+"""The teacher's share of the mixture in its Jensen-Shannon divergence."""
 CHUNK_ROWS = (1024, 4096, 16384) if DEVICE == "cuda" else (64, 256)
 CHUNKED = tuple({"chunk_size": rows, "compiled": True} for rows in CHUNK_ROWS)
 CHUNKED += ({"chunk_size": CHUNK_ROWS[1], "compiled": False},)
@@ -31,7 +31,7 @@ BUDGETS = (1, 8)
 
 
 def _chunked_policy(inputs: Inputs, op: Op, chunk_size: int, compiled: bool) -> Tensor:
-    """A token is a sequence of length 1, so that each has an advantage of its own."""
+    """Pass each token as a sequence of length 1, so that it has an advantage of its own."""
     column = {"old_per_token_logps": inputs.old_logprobs[:, None]} if op.old_logprobs else {}
     loss = import_module("liger_kernel.chunked_loss").LigerFusedLinearGRPOLoss(
         beta=0.0,
@@ -55,7 +55,7 @@ def _chunked_policy(inputs: Inputs, op: Op, chunk_size: int, compiled: bool) -> 
 
 
 def _chunked_divergence(inputs: Inputs, kd: str, **options: Any) -> Tensor:
-    """Of heads with the same rows: where the teacher has more, it would take logits of 0 for p."""
+    """Pass the shared rows of both heads: it takes logits of 0 for rows that the student lacks."""
     student = (inputs.hidden, inputs.shared_weight)
     teacher = (inputs.teacher_hidden, inputs.shared_teacher_weight)
     loss = import_module("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss(
@@ -66,7 +66,7 @@ def _chunked_divergence(inputs: Inputs, kd: str, **options: Any) -> Tensor:
 
 
 def _triton_policy(inputs: Inputs, op: Op) -> Tensor:
-    """Over full logits. Each sequence carries one row more than its tokens, here one token."""
+    """Compute over full logits. Each sequence has one row more than its one token."""
     logits = inputs.hidden @ inputs.shared_weight.T
     loss, _ = import_module("liger_kernel.transformers.grpo_loss").triton_grpo_loss(
         F.pad(logits[:, None], (0, 0, 0, 1)),
@@ -94,7 +94,7 @@ def _triton_divergence(inputs: Inputs, kd: str, **_of_score: int) -> Tensor:
 
 
 def _fused_kl(inputs: Inputs, _kd: str) -> Tensor:
-    """KL(q‖p). It is given the teacher's probabilities, so all of them are there at once."""
+    """Compute KL(q‖p) from the teacher's probabilities, which all exist at once."""
     with torch.no_grad():
         q = (inputs.teacher_hidden @ inputs.shared_teacher_weight.T).softmax(
             dim=1, dtype=torch.float32
@@ -108,7 +108,7 @@ def _fused_kl(inputs: Inputs, _kd: str) -> Tensor:
 def _token_cross_entropy(
     hidden: Tensor, weight: Tensor, tokens: Tensor, _entropy: bool, budget: int
 ) -> tuple[Tensor, None]:
-    """Its backward pass projects again, since it needs each token's coefficient."""
+    """Compute a loss per token; its backward pass projects again, for each token's coefficient."""
     return -_fused_cross_entropy(hidden, weight, tokens, "none", budget), None
 
 
@@ -119,7 +119,7 @@ def _mean_cross_entropy(inputs: Inputs, budget: int) -> Tensor:
 def _fused_cross_entropy(
     hidden: Tensor, weight: Tensor, tokens: Tensor, reduction: str, budget: int
 ) -> Tensor:
-    """By its autograd function, because its module leaves out the budget."""
+    """Call its autograd function, because its module does not pass the budget."""
     ignore_index, z_loss, smoothing = -100, 0.0, 0.0
     before = (None, None, ignore_index, z_loss, smoothing, reduction)  # no bias, no class weights
     after = (None, False, None, False, False, False, None, None)  # plain: no cap, scaling, metrics
@@ -130,18 +130,18 @@ def _fused_cross_entropy(
 def _scaled_cross_entropy(
     hidden: Tensor, weight: Tensor, tokens: Tensor, entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """A CuTe kernel on Hopper GPUs, for bfloat16; elsewhere PyTorch, 512 tokens at a time."""
+    """Call a CuTe kernel on Hopper GPUs in bfloat16; elsewhere PyTorch, 512 tokens at a time."""
     hopper = hidden.is_cuda and torch.cuda.get_device_capability(hidden.device) == (9, 0)
     if hopper and find_spec("cutlass") is None:
         raise Refusal("not supported: on a Hopper GPU it needs nvidia-cutlass-dsl")
     function = import_module("liger_kernel.ops").LigerFusedLinearScaledCrossEntropyFunction
-    found = function.apply(hidden, weight, tokens, return_entropy=entropy)
-    nll, h = found if entropy else (found, None)
+    outputs = function.apply(hidden, weight, tokens, return_entropy=entropy)
+    nll, h = outputs if entropy else (outputs, None)
     return -nll, h
 
 
-def _provider(way: str, **rest: Any) -> Provider:
-    return Provider(name=f"Liger, {way}", package="liger-kernel", **rest)
+def _provider(way: str, **pieces: Any) -> Provider:
+    return Provider(name=f"Liger, {way}", package="liger-kernel", **pieces)
 
 
 PROVIDERS = (

@@ -1,4 +1,4 @@
-"""QuACK: cross entropy in CUTLASS kernels, fused with the head in chunks, or on all logits."""
+"""Provides QuACK: cross entropy in CUTLASS kernels, fused with the head, or on all logits."""
 
 from importlib import import_module
 from typing import Any
@@ -10,7 +10,7 @@ from bench.inputs import Inputs
 from bench.providers import Provider
 
 ALIGNED = 8
-"""Its chunks want sizes that are multiples of this; and 16-bit numbers, for its own GEMM."""
+"""Its chunks need sizes that are multiples of this, and 16-bit numbers for its own GEMM."""
 
 
 def _library() -> Any:
@@ -24,7 +24,7 @@ def _score(
     _entropy: bool,
     **_: int,
 ) -> tuple[Tensor, None]:
-    """On all logits: its chunks give no loss per token. Gradients overwrite the logits."""
+    """Compute on all logits, since its chunks give no loss per token; gradients overwrite them."""
     losses = _library().linear_cross_entropy_func(
         hidden, weight, None, tokens, reduction="none", inplace_backward=True
     )
@@ -32,7 +32,7 @@ def _score(
 
 
 def _cross_entropy(inputs: Inputs, chunk_size: int) -> Tensor:
-    """In chunks where they are possible, else on all logits, as its own nn.Module chooses."""
+    """Compute in chunks where they are possible, else on all logits, as its nn.Module does."""
     weight = inputs.shared_weight
     aligned = all(size % ALIGNED == 0 for size in (*inputs.hidden.shape, len(weight)))
     if aligned and inputs.hidden.dtype != torch.float32:

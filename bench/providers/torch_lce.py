@@ -1,4 +1,4 @@
-"""torch.nn.functional.linear_cross_entropy: plain, and in chunks of tokens, from torch 2.13.
+"""Provides torch.nn.functional.linear_cross_entropy, plain and in chunks, from torch 2.13.
 
 The mean takes its gradients in the forward pass. Without reduction the chunks are projected again
 in the backward pass, each with its tokens' coefficients.
@@ -22,7 +22,7 @@ CHUNKING = (None, "auto", "aspect_ratio:1")
 def _score(
     hidden: Tensor, weight: Tensor, tokens: Tensor, _entropy: bool, chunking: str | None
 ) -> tuple[Tensor, None]:
-    """In float32, though a plain call returns the dtype of the hidden states."""
+    """Return float32, although a plain call returns the dtype of the hidden states."""
     nll = F.linear_cross_entropy(
         hidden, weight, tokens, reduction="none", options=_options(chunking)
     )

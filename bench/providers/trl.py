@@ -1,4 +1,4 @@
-"""TRL's kernels: projections in tiles, each folded into running sums by Triton (GPU) or PyTorch.
+"""Provides TRL's kernels: tiles of the projection go into running sums, by Triton or PyTorch.
 
 Both project again in the backward pass and add gradients up in float32; neither holds [N, V].
 The divergence takes its tiles of logits in float32, 4096 tokens by 32768 of the vocabulary; the
@@ -13,7 +13,7 @@ from bench.inputs import Inputs
 from bench.providers import Provider
 
 BETA = {"fkl": 0.0, "rkl": 1.0, "jsd": 0.5}
-"""The teacher's share of the mixture that its Jensen-Shannon divergence is against."""
+"""The teacher's share of the mixture in its Jensen-Shannon divergence."""
 VOCABULARY_TILES = (8192, 32768)
 """Its trainers use 32768."""
 
@@ -29,7 +29,7 @@ def _score(
 
 
 def _divergence(inputs: Inputs, kd: str, **_of_score: int) -> Tensor:
-    """Of heads with the same rows: it goes by the number of the student's."""
+    """Cut both heads to the shared rows, since it reads as many as the student has."""
     student = (inputs.hidden, inputs.shared_weight, None)
     teacher = (inputs.teacher_hidden, inputs.shared_teacher_weight, None)
     function = import_module("trl.kernels.chunked_divergence").ChunkedDivergenceFunction

@@ -1,4 +1,4 @@
-"""Unsloth Zoo, as a black box: called by its signatures and docstrings, its source not read.
+"""Provides Unsloth Zoo as a black box: by its signatures and docstrings, its source not read.
 
 Triton on a GPU; on a CPU, and by its docstring wherever Triton fails, it falls back to PyTorch.
 """
@@ -16,12 +16,12 @@ from bench.providers import Provider
 from bench.providers.verl import bare_package
 
 BETA = {"fkl": 0.0, "rkl": 1.0, "jsd": 0.5}
-"""Of its generalised Jensen-Shannon divergence, by KD term."""
+"""The parameter of its generalised Jensen-Shannon divergence, by KD term."""
 
 
 @functools.cache
 def _library() -> Any:
-    """Its module of losses fused with the head.
+    """Import its module of losses fused with the head.
 
     unsloth_zoo's own __init__ refuses to run without unsloth, which patches transformers and trl.
     The bare package stays, for what a call may import later.
@@ -35,14 +35,14 @@ def _library() -> Any:
 def _score(
     hidden: Tensor, weight: Tensor, tokens: Tensor, entropy: bool, rows_per_chunk: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    found = _library().fused_linear_logprobs(
+    outputs = _library().fused_linear_logprobs(
         hidden, weight, tokens, return_entropy=entropy, rows_per_chunk=rows_per_chunk
     )
-    return found if entropy else (found, None)
+    return outputs if entropy else (outputs, None)
 
 
 def _divergence(inputs: Inputs, kd: str, rows_per_chunk: int | None) -> Tensor:
-    """0-d: the mean over rows."""
+    """Return the 0-d mean over rows."""
     return _library().fused_linear_jsd(
         inputs.hidden,
         inputs.shared_weight,

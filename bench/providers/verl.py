@@ -1,4 +1,4 @@
-"""verl: log-probability and entropy of a linear head in Triton, as its actors use them."""
+"""Provides verl: log-probability and entropy of a linear head in Triton, as its actors do."""
 
 import functools
 import sys
@@ -12,15 +12,15 @@ from torch import Tensor
 from bench.providers import Provider
 
 H_MULTIPLE = 128
-"""Of the hidden size: its kernels assert that."""
+"""The hidden size must be a multiple of this: its kernels assert that."""
 FOLDER = "bench_verl_kernel"
-"""What its folder of kernels is called while it is loaded from here."""
+"""Module name under which its folder of kernels is loaded."""
 BACKWARD = ("_Split_Dlogits_N", "_Total_Separate", "_Total_Fuse_MN")
 """Members of its BackwardEnum, its default first; _Split_Dlogits_M is not implemented."""
 
 
 def bare_package(name: str) -> ModuleType:
-    """The package as it is before its __init__ runs: enough to import single modules of it."""
+    """Return the package without running its __init__: enough to import single modules of it."""
     spec = find_spec(name)
     assert spec is not None
     return sys.modules.setdefault(name, module_from_spec(spec))
@@ -28,7 +28,7 @@ def bare_package(name: str) -> ModuleType:
 
 @functools.cache
 def _library() -> SimpleNamespace:
-    """Its two modules; verl itself, which wants ray, hydra and tensordict, is not imported.
+    """Import its two modules, and not verl itself, which needs ray, hydra and tensordict.
 
     They go by another name, because its forward pass imports its kernels on every call: verl's own
     names are free again afterwards.
@@ -52,7 +52,7 @@ def _library() -> SimpleNamespace:
 def _score(
     hidden: Tensor, weight: Tensor, tokens: Tensor, entropy: bool, backward: str
 ) -> tuple[Tensor, Tensor | None]:
-    """It computes both in any case.
+    """Compute log-probability and entropy, which it always does together.
 
     Per token, also where a mean is wanted: its own means are wrong unless N is a multiple of 16.
     """

@@ -1,4 +1,4 @@
-"""What all plots share: colours, sizes in inches and points, headline, logarithmic axes."""
+"""Holds what all plots share: colours, sizes, headline, logarithmic axes."""
 
 import math
 from itertools import pairwise
@@ -19,17 +19,17 @@ STEPS = (
     (1, 3),
     (1,),
 )
-"""Labelled multiples of a power of ten, the most first."""
+"""Sets of multiples of a power of ten that get a label, the largest set first."""
 
 
 def headline(figure: Figure, height: float, title: str, lines: str) -> None:
-    """Title and what was measured where, at the top left; height of the figure in inches."""
+    """Write title and machine at the top left; height of the figure in inches."""
     figure.text(0.012, 1 - 0.1 / height, title, fontsize=12.5, weight="bold", color=INK, va="top")
     figure.text(0.012, 1 - 0.36 / height, lines, fontsize=9, color=PALE, va="top", linespacing=1.3)
 
 
 def log_axis(axis: Axis, limits: tuple[float, float], inches: float, apart: float) -> None:
-    """As many labelled ticks as have room, at least so many inches apart."""
+    """Put labelled ticks on an axis, as many as have room, so many inches apart."""
     ticks = log_ticks(limits, apart / inches)
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
@@ -37,20 +37,20 @@ def log_axis(axis: Axis, limits: tuple[float, float], inches: float, apart: floa
 
 
 def log_ticks(limits: tuple[float, float], apart: float) -> list[float]:
-    """Round numbers inside the limits, neighbours at least that share of the axis apart."""
+    """Choose round numbers inside the limits, at least that share of the axis apart."""
     low, high = (math.floor(math.log10(x)) for x in limits)
     least = (limits[1] / limits[0]) ** apart
-    found: list[float] = []
+    ticks: list[float] = []
     for steps in STEPS:
-        every = [step * 10.0**power for power in range(low, high + 1) for step in steps]
-        found = [x for x in every if limits[0] <= x <= limits[1]]
-        if all(b / a >= least for a, b in pairwise(found)):
-            return found
-    return found[:: math.ceil(math.log10(least))]
+        multiples = [step * 10.0**power for power in range(low, high + 1) for step in steps]
+        ticks = [x for x in multiples if limits[0] <= x <= limits[1]]
+        if all(b / a >= least for a, b in pairwise(ticks)):
+            return ticks
+    return ticks[:: math.ceil(math.log10(least))]
 
 
 def plain(x: float) -> str:
-    """A tick: 2,000, 0.5, 1e-07."""
+    """Write a tick: 2,000, 0.5, 1e-07."""
     if x < 1e-3:
         return f"{x:.0e}"
     return f"{x:,.0f}" if x >= 1000 else f"{x:g}"

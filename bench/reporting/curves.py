@@ -1,4 +1,4 @@
-"""The scaling plot: time and memory against tokens, vocabulary and workspace."""
+"""Draws the scaling plot: time and memory against tokens, vocabulary and workspace."""
 
 from pathlib import Path
 from typing import Any
@@ -23,24 +23,26 @@ STYLES = (
     ("<", (0, (1, 3)), "#555555"),
     (">", (0, (6, 3, 1, 3)), "#884422"),
 )
-"""Marker, dashes, colour of the providers beside ours and the floor."""
+"""Marker, dashes and colour of each provider but ours and the floor."""
 AXES = {
     "N": "tokens N",
     "V": "vocabulary V",
-    "workspace": "workspace asked for, MB",
+    "workspace": "workspace allowed, MB",
 }
 FIGURES = {"total_ms": "time, ms", "extra_bytes": "extra memory, MB"}
 TOP, TALL, AXIS, LINE, BOTTOM = 1.02, 2.2, 0.5, 0.175, 0.0  # inches
 LEFT, BETWEEN = 0.62, 0.62  # inches
 
 Scaling = dict[tuple[str, str, str, str], list[Line]]
-"""As figures.scaling returns it."""
+"""What figures.scaling returns."""
 
 
-def scaling_plot(found: Scaling, machine: str, path: Path) -> None:
-    """Two rows, time and memory, of a panel an axis, of the case with the most records."""
-    op, shape, profile = main_case(found)
-    panels = {key[3]: lines for key, lines in found.items() if key[:3] == (op, shape, profile)}
+def scaling_plot(lines_by_case: Scaling, machine: str, path: Path) -> None:
+    """Draw the case with the most records: a panel an axis, time above memory."""
+    op, shape, profile = main_case(lines_by_case)
+    panels = {
+        key[3]: lines for key, lines in lines_by_case.items() if key[:3] == (op, shape, profile)
+    }
     axes = [axis for axis in AXES if axis in panels]
     names = list(dict.fromkeys(line.provider for axis in axes for line in panels[axis]))
     keys = 0.2 + LINE * (max(len(lines) for lines in panels.values()))
@@ -62,10 +64,10 @@ def scaling_plot(found: Scaling, machine: str, path: Path) -> None:
         figure.savefig(path)
 
 
-def main_case(found: Scaling) -> tuple[str, str, str]:
-    """(op, shape, profile) with the most records."""
+def main_case(lines_by_case: Scaling) -> tuple[str, str, str]:
+    """Return the (op, shape, profile) with the most records."""
     count: dict[tuple[str, str, str], int] = {}
-    for (op, shape, profile, _), lines in found.items():
+    for (op, shape, profile, _), lines in lines_by_case.items():
         more = sum(len(line.points) for line in lines)
         count[op, shape, profile] = count.get((op, shape, profile), 0) + more
     return max(count, key=lambda key: count[key])
@@ -74,7 +76,7 @@ def main_case(found: Scaling) -> tuple[str, str, str]:
 def _draw(
     axes: Axes, lines: list[Line], name: str, axis: str, wide: float, names: list[str]
 ) -> None:
-    """One panel with its key below."""
+    """Draw one panel with its key below."""
     unit = 1e6 if axis == "workspace" else 1.0
     scale = 1e6 if name == "extra_bytes" else 1.0
     seen: list[tuple[float, float]] = []
@@ -118,7 +120,7 @@ def _draw(
 
 
 def _style(provider: str, names: list[str]) -> dict[str, Any]:
-    """The same in all panels."""
+    """Return the style of a provider's line, the same in all panels."""
     if provider == OURS:
         return {"color": ACCENT, "marker": "D", "linewidth": 2.6, "markersize": 7, "zorder": 4}
     if provider == FLOOR:

@@ -1,4 +1,4 @@
-"""Records of a run -> the figures of its report: quartiles, ratios by round, fits. No text."""
+"""Computes the figures of a report from a run's records: quartiles, ratios by round, fits."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,25 +13,25 @@ from bench.results_file import OURS, Record, Run
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Quartiles of some samples."""
+    """The quartiles of some samples."""
 
     low: float
     median: float
     high: float
     paired: bool = True
-    """False: a ratio of two medians, since its parts were not timed in the same rounds."""
+    """False: it is a ratio of two medians, since both were not timed in the same rounds."""
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """One provider's figures of an operation; None where there is none."""
+class ProviderFigures:
+    """The figures of one provider in an operation; None where there is none."""
 
     op: str
     provider: str
     version: str | None
     status: str
     total: Spread | None = None
-    """ms, as all times."""
+    """Time of forward and backward, in ms as all times."""
     forward: Spread | None = None
     backward: Spread | None = None
     per_floor: Spread | None = None
@@ -44,62 +44,62 @@ class Case:
     tokens_per_s: float | None = None
     extra_bytes: float | None = None
     memory_status: str | None = None
-    """Of the memory record; None where there is no record."""
+    """Status of the memory record; None without a record."""
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     setting: dict[str, Any] = field(default_factory=dict)
     tried: int = 0
-    """Settings that were timed before the fastest was taken."""
+    """Number of settings that were timed before the fastest was taken."""
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """All cases of one shape and profile, by operation: the floor, then by time, then the rest."""
+class ShapeFigures:
+    """All figures of one shape and profile, by operation: the floor, then by time, then others."""
 
     shape: str
     profile: str
     sizes: dict[str, int]
     dtype: str
-    cases: dict[str, list[Case]]
+    cases: dict[str, list[ProviderFigures]]
 
-    def find(self, op: str, provider: str) -> Case | None:
-        """The case of that name; None where there is none."""
+    def find(self, op: str, provider: str) -> ProviderFigures | None:
+        """Return the figures of a provider; None where it has none."""
         return next((case for case in self.cases[op] if case.provider == provider), None)
 
-    def peers(self, op: str) -> list[Case]:
-        """Everybody who was timed, but the floors and us, fastest first."""
+    def peers(self, op: str) -> list[ProviderFigures]:
+        """List the providers with a time, except the floors and ours, fastest first."""
         return [c for c in self.cases[op] if c.total and c.provider not in (*FLOORS, OURS)]
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One provider along an axis of a scaling measurement."""
+    """The line of a provider along an axis of a scaling measurement."""
 
     provider: str
     points: list[Record]
-    """By value; any status."""
+    """Its records by value, with any status."""
     time_power: float | None
     """time ~ value ** time_power."""
     memory_power: float | None
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
-        """(values, figures) above 0: of "total_ms" (its median) or "extra_bytes"."""
+        """Return (values, figures), above 0, of "total_ms" (medians) or "extra_bytes"."""
         pairs = []
         for one in self.points:
-            found = spread(samples(one.get(name))) if one["status"] == "ok" else None
-            if found and found.median > 0:
-                pairs.append((float(one["value"]), found.median))
+            quartiles = spread(samples(one.get(name))) if one["status"] == "ok" else None
+            if quartiles and quartiles.median > 0:
+                pairs.append((float(one["value"]), quartiles.median))
         return [value for value, _ in pairs], [figure for _, figure in pairs]
 
 
 def samples(value: Any) -> list[float]:
-    """Samples of a record's entry: a list, one number, or nothing."""
+    """Return the samples of a record's entry, which is a list, one number, or None."""
     if value is None:
         return []
     return [float(v) for v in value] if isinstance(value, list) else [float(value)]
 
 
 def spread(values: Sequence[float], paired: bool = True) -> Spread | None:
-    """Quartiles; None of nothing."""
+    """Compute quartiles; None without values."""
     if not values:
         return None
     low, median, high = (float(q) for q in np.percentile(values, [25, 50, 75]))
@@ -107,12 +107,12 @@ def spread(values: Sequence[float], paired: bool = True) -> Spread | None:
 
 
 def ratios(over: Any, under: Any) -> list[float]:
-    """over / under, sample by sample, as far as both go."""
+    """Divide sample by sample, as far as both go."""
     return [a / b for a, b in zip(samples(over), samples(under), strict=False) if b > 0]
 
 
 def time_ratio(over: Record | None, under: Record | None) -> Spread | None:
-    """Quartiles over rounds of two records' times; of records of two runs, their medians' ratio."""
+    """Divide two records' times by round, or their medians if they are of different runs."""
     if not over or not under or over["status"] != "ok" or under["status"] != "ok":
         return None
     a, b = over.get("total_ms"), under.get("total_ms")
@@ -123,44 +123,54 @@ def time_ratio(over: Record | None, under: Record | None) -> Spread | None:
 
 
 def power(values: Sequence[float], figures: Sequence[float]) -> float | None:
-    """Least-squares slope of log(figure) on log(value); None where two values do not exist."""
+    """Fit the slope of log(figure) on log(value) by least squares; None below two values."""
     if len(set(values)) < 2:
         return None
     return float(np.polyfit(np.log(values), np.log(figures), 1)[0])
 
 
-def groups(run: Run) -> list[Group]:
-    """Cases of the "speed" and "memory" records, the group with the most cases first."""
+def groups(run: Run) -> list[ShapeFigures]:
+    """Group the "speed" and "memory" records by shape and profile, the most records first."""
     records = [one for one in run["records"] if one["kind"] in ("speed", "memory")]
     size = Counter((one["shape"], one["profile"]) for one in records)
     of_shape = Counter(one["shape"] for one in records)
-    found = []
+    shapes = []
     for shape, profile in sorted(size, key=lambda key: (-of_shape[key[0]], key[0], -size[key])):
-        own = [one for one in records if (one["shape"], one["profile"]) == (shape, profile)]
-        names = dict.fromkeys(one["op"] for one in own)
-        cases = {op: _cases([one for one in own if one["op"] == op]) for op in in_order(names)}
-        found.append(Group(shape, profile, own[0]["sizes"], own[0]["dtype"], cases))
-    return found
+        shape_records = [
+            one for one in records if (one["shape"], one["profile"]) == (shape, profile)
+        ]
+        names = dict.fromkeys(one["op"] for one in shape_records)
+        cases = {
+            op: _cases([one for one in shape_records if one["op"] == op]) for op in in_order(names)
+        }
+        shapes.append(
+            ShapeFigures(
+                shape, profile, shape_records[0]["sizes"], shape_records[0]["dtype"], cases
+            )
+        )
+    return shapes
 
 
 def in_order(ops: Iterable[str]) -> list[str]:
-    """Operations as in ops.py, then others."""
+    """Sort operations as in ops.py, unknown ones last."""
     known = list(OPS_BY_NAME)
     return sorted(ops, key=lambda op: known.index(op) if op in known else len(known))
 
 
-def _cases(records: list[Record]) -> list[Case]:
-    """All providers of one operation, the floor first, then by time, then those without a time."""
+def _cases(records: list[Record]) -> list[ProviderFigures]:
+    """Make the figures of one operation: the floor first, then by time, then those without."""
     speed, memory = (
         {one["provider"]: one for one in records if one["kind"] == kind}
         for kind in ("speed", "memory")
     )
-    found = []
+    cases = []
     for provider in dict.fromkeys([*speed, *memory]):
-        one, more = speed.get(provider), memory.get(provider)
-        found.append(_case(provider, one, more, speed.get(FLOOR), speed.get(OURS)))
+        speed_record, memory_record = speed.get(provider), memory.get(provider)
+        cases.append(
+            _case(provider, speed_record, memory_record, speed.get(FLOOR), speed.get(OURS))
+        )
     return sorted(
-        found,
+        cases,
         key=lambda c: (c.provider != FLOOR, c.total.median if c.total else float("inf"), c.status),
     )
 
@@ -171,7 +181,7 @@ def _case(
     memory: Record | None,
     floor: Record | None,
     ours: Record | None,
-) -> Case:
+) -> ProviderFigures:
     ok_memory = memory is not None and memory["status"] == "ok"
     shared: dict[str, Any] = {
         "extra_bytes": memory["extra_bytes"] if memory and ok_memory else None,
@@ -183,10 +193,10 @@ def _case(
     total = spread(samples(one.get("total_ms"))) if one and one["status"] == "ok" else None
     if one is None or total is None:
         status = "not timed" if one is None or one["status"] == "ok" else one["status"]
-        return Case(*names, status, **shared)
+        return ProviderFigures(*names, status, **shared)
     share = time_ratio(floor, one)
     flop = one.get("flop") or (floor or {}).get("flop")
-    return Case(
+    return ProviderFigures(
         *names,
         "ok",
         total=total,
@@ -205,7 +215,7 @@ def _case(
 
 
 def scaling(run: Run) -> dict[tuple[str, str, str, str], list[Line]]:
-    """{(op, shape, profile, axis): lines}, ours first, the floor last."""
+    """Return {(op, shape, profile, axis): lines}, ours first, the floor last."""
     points: dict[tuple[str, str, str, str], dict[str, list[Record]]] = {}
     for one in run["records"]:
         if one["kind"] == "scaling":
@@ -226,8 +236,8 @@ def _line(provider: str, points: list[Record]) -> Line:
 
 
 def clock_ranges(run: Run) -> dict[str, tuple[float, float]]:
-    """{name of a reading: (lowest, highest)} over all records."""
-    found: dict[str, list[float]] = {}
+    """Return {name of a reading: (lowest, highest)} over all records."""
+    readings: dict[str, list[float]] = {}
 
     def add(name: str, reading: Any) -> None:
         if isinstance(reading, dict):
@@ -237,15 +247,15 @@ def clock_ranges(run: Run) -> dict[str, tuple[float, float]]:
             for value in reading:
                 add(name, value)
         elif isinstance(reading, int | float):
-            found.setdefault(name, []).append(float(reading))
+            readings.setdefault(name, []).append(float(reading))
 
     for one in run["records"]:
         add("clock", one.get("clock"))
-    return {name: (min(values), max(values)) for name, values in found.items()}
+    return {name: (min(values), max(values)) for name, values in readings.items()}
 
 
 def rounds(run: Run) -> tuple[int, int] | None:
-    """Fewest and most timed rounds of a provider."""
+    """Return the fewest and the most timed rounds of a provider."""
     times = [one.get("total_ms") for one in run["records"] if one["kind"] == "speed"]
     counts = [len(samples(value)) for value in times if value]
     return (min(counts), max(counts)) if counts else None

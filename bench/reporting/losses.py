@@ -1,9 +1,9 @@
-"""Where ours loses: one sentence for every case in which somebody else is better, from the data."""
+"""Lists where ours loses: one sentence for every case in which a peer is better."""
 
 from dataclasses import dataclass
 
 from bench.ops import FLOORS
-from bench.reporting.figures import Case, Group, Spread
+from bench.reporting.figures import ProviderFigures, ShapeFigures, Spread
 from bench.reporting.tables import (
     error,
     holds_less,
@@ -30,59 +30,63 @@ KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """One case that somebody else wins, or that misses its target."""
+    """A loss: a case that a peer wins, or that misses its target."""
 
     kind: str
     """One of KINDS."""
     share: float
-    """Theirs (or the target) / ours, below 1; 0 where we have no figure."""
+    """The peer's figure (or the target) / ours, below 1; 0 where we have no figure."""
     sentence: str
 
 
-def losses(found: list[Group]) -> dict[str, list[Loss]]:
-    """By kind, the worst first; kinds without a loss are left out."""
-    every = [
+def losses(shapes: list[ShapeFigures]) -> dict[str, list[Loss]]:
+    """List losses by kind, the worst first; kinds without a loss are left out."""
+    unsorted = [
         loss
-        for group in found
+        for group in shapes
         for op in group.cases
         for case in group.cases[op]
         if case.provider not in FLOORS
         for loss in _of_case(group, case, group.find(op, OURS))
     ]
     by_kind = {
-        kind: sorted((one for one in every if one.kind == kind), key=lambda one: one.share)
+        kind: sorted((one for one in unsorted if one.kind == kind), key=lambda one: one.share)
         for kind in KINDS
     }
     return {kind: some for kind, some in by_kind.items() if some}
 
 
-def _of_case(group: Group, case: Case, ours: Case | None) -> list[Loss]:
+def _of_case(
+    group: ShapeFigures, case: ProviderFigures, ours: ProviderFigures | None
+) -> list[Loss]:
     where = f"{case.op} ({group.shape}, {group.profile}): {case.provider}"
-    found: list[Loss] = []
+    losses_of_case: list[Loss] = []
     if case.provider == OURS:
         return _target(group, case)
     if case.total and (ours is None or ours.total is None):
         why = "not run" if ours is None else one_line(ours.status)
         sentence = f"{where} takes {number(case.total.median)} ms, ours: {why}."
-        found.append(Loss("missing", 0.0, sentence))
+        losses_of_case.append(Loss("missing", 0.0, sentence))
     if ours is None:
-        return found
+        return losses_of_case
     if case.per_ours and case.per_ours.median < 1:
-        found.append(Loss("time", case.per_ours.median, _time(where, case.per_ours, case, ours)))
+        losses_of_case.append(
+            Loss("time", case.per_ours.median, _time(where, case.per_ours, case, ours))
+        )
     if case.extra_bytes and ours.extra_bytes and holds_less(case.extra_bytes, ours.extra_bytes):
         both = (megabytes(case.extra_bytes), megabytes(ours.extra_bytes))
         share = case.extra_bytes / ours.extra_bytes
         sentence = f"{where} holds {both[0]} MB extra against {both[1]} MB: {times(share)} of ours."
-        found.append(Loss("memory", share, sentence))
-    dx, own = error(case, "dhidden", "max"), error(ours, "dhidden", "max")
-    if dx is not None and own and dx < own:
-        both = (scientific(dx), scientific(own))
+        losses_of_case.append(Loss("memory", share, sentence))
+    dx, our_dx = error(case, "dhidden", "max"), error(ours, "dhidden", "max")
+    if dx is not None and our_dx and dx < our_dx:
+        both = (scientific(dx), scientific(our_dx))
         sentence = f"{where} has an error of {both[0]} in dX against {both[1]}."
-        found.append(Loss("accuracy", dx / own, sentence))
-    return found
+        losses_of_case.append(Loss("accuracy", dx / our_dx, sentence))
+    return losses_of_case
 
 
-def _target(group: Group, case: Case) -> list[Loss]:
+def _target(group: ShapeFigures, case: ProviderFigures) -> list[Loss]:
     bar, ratio = target(group, case.op), case.per_floor
     if bar is None or ratio is None or ratio.median <= bar:
         return []
@@ -94,7 +98,7 @@ def _target(group: Group, case: Case) -> list[Loss]:
     return [Loss("target", bar / ratio.median, sentence)]
 
 
-def _time(where: str, ratio: Spread, case: Case, ours: Case) -> str:
+def _time(where: str, ratio: Spread, case: ProviderFigures, ours: ProviderFigures) -> str:
     figures = f"{median(case.total)} ms against {median(ours.total)} ms"
     text = f"{where} takes {figures}: {ratio_text(ratio)} of our time"
     if not ratio.paired:

@@ -1,4 +1,4 @@
-"""The two pages of a report: markdown, and HTML in one file that loads nothing."""
+"""Writes the two pages of a report: markdown, and HTML in one file that loads nothing."""
 
 import base64
 import html
@@ -10,7 +10,7 @@ import jinja2
 from bench import machine
 from bench.reporting import figures, sections
 from bench.reporting.losses import KINDS, Loss, losses
-from bench.reporting.tables import MARK, Table, markdown, number
+from bench.reporting.tables import MARK, FigureTable, markdown, number
 from bench.results_file import Run
 
 TEMPLATE = "report.html.j2"
@@ -42,7 +42,7 @@ NOTES = (
     "figure, and the reason in its place. Liger's Triton GRPO loss takes one advantage a sequence; "
     "here each token has its own, which costs it a padded copy of the logits.",
     "Extra memory: the peak beyond inputs, outputs and gradients, of a process of its own, in MB "
-    "of 10^6 bytes; differences of less than half a MB are not marked. Errors: |found - exact| "
+    "of 10^6 bytes; differences of less than half a MB are not marked. Errors: |result - exact| "
     "against float64, relative to max|exact|: the largest, and the 99.9% quantile.",
     "A whole step is forward and backward of the student, without an optimiser step, a rollout, or "
     "the teacher's own layers. On a CPU the copy beside the row kernels may stay in the cache.",
@@ -51,55 +51,55 @@ NOTES = (
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything that the pages show."""
+    """The content of a report: everything that the pages show."""
 
     machine: str
     facts: tuple[tuple[str, str], ...]
     """(what, value) of the head of the page."""
     unfinished: bool
-    short: tuple[Table, ...]
+    short: tuple[FigureTable, ...]
     losses: dict[str, list[Loss]]
-    full: tuple[Table, ...]
-    more: tuple[Table, ...]
+    full: tuple[FigureTable, ...]
+    more: tuple[FigureTable, ...]
     """Scaling, step, rows."""
 
 
 def make(run: Run) -> Report:
-    """Tables and sentences of a run."""
-    found = figures.groups(run)
+    """Make the tables and sentences of a run."""
+    shapes = figures.groups(run)
     others = (sections.step_table(run), sections.rows_table(run))
     return Report(
         machine.one_line(run["machine"]),
         _facts(run),
         run.get("finished") is None,
-        tuple(sections.short(group) for group in found),
-        losses(found),
-        tuple(sections.full(group) for group in found),
+        tuple(sections.short(group) for group in shapes),
+        losses(shapes),
+        tuple(sections.full(group) for group in shapes),
         (*sections.scaling_tables(run), *(table for table in others if table)),
     )
 
 
 def _facts(run: Run) -> tuple[tuple[str, str], ...]:
-    found = [("machine", machine.one_line(run["machine"]))]
+    facts = [("machine", machine.one_line(run["machine"]))]
     if run.get("commits"):
-        found.append(("commits", "figures of several: " + ", ".join(run["commits"])))
-    found.append(("command", run["command"]))
-    found.append(("started", run.get("started") or "not known"))
-    found.append(("finished", run.get("finished") or "stopped before it was done"))
-    found += [("failed", stage) for stage in run.get("failed", [])]
+        facts.append(("commits", "figures of several: " + ", ".join(run["commits"])))
+    facts.append(("command", run["command"]))
+    facts.append(("started", run.get("started") or "not known"))
+    facts.append(("finished", run.get("finished") or "stopped before it was done"))
+    facts += [("failed", stage) for stage in run.get("failed", [])]
     rounds = figures.rounds(run)
     if rounds:
         fewest, most = rounds
-        found.append(("rounds", str(most) if fewest == most else f"{fewest} to {most}"))
+        facts.append(("rounds", str(most) if fewest == most else f"{fewest} to {most}"))
     for name, (low, high) in figures.clock_ranges(run).items():
         what, unit = READINGS.get(name, (name, ""))
         both = number(low) if low == high else f"{number(low)} to {number(high)}"
-        found.append((what, f"{both} {unit}".strip()))
-    return tuple(found)
+        facts.append((what, f"{both} {unit}".strip()))
+    return tuple(facts)
 
 
 def as_markdown(report: Report) -> str:
-    """table.md."""
+    """Write table.md."""
     parts = ["# Benchmark report"]
     if report.unfinished:
         parts.append("**This run was stopped before it was done: what follows is a part of it.**")
@@ -119,7 +119,7 @@ def as_markdown(report: Report) -> str:
 
 
 def as_html(report: Report, folder: Path) -> str:
-    """report.html, with those plots that the folder has."""
+    """Write report.html, with the plots that exist in the folder."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -139,6 +139,6 @@ def as_html(report: Report, folder: Path) -> str:
 
 
 def _code(text: str) -> str:
-    """`so` -> <code>so</code>."""
+    """Turn `so` into <code>so</code>."""
     parts = html.escape(text).split("`")
     return "".join(f"<code>{p}</code>" if i % 2 else p for i, p in enumerate(parts))

@@ -1,4 +1,4 @@
-"""Plots of time, memory and accuracy: rows of dots with their figures beside them.
+"""Draws the plots of time, memory and accuracy: rows of dots with their figures beside them.
 
 Told apart by shape, filling and line style, so that they read the same in grey.
 """
@@ -18,7 +18,7 @@ from matplotlib.textpath import TextPath
 
 from bench.ops import FLOOR, FLOORS
 from bench.reporting.axes import ACCENT, DPI, FAINT, INK, PALE, SIZE, WIDTH, headline, log_axis
-from bench.reporting.figures import Group, Spread
+from bench.reporting.figures import ShapeFigures, Spread
 from bench.reporting.tables import describe, error, megabytes, number, ratio_text, scientific, times
 from bench.results_file import OURS
 
@@ -30,67 +30,67 @@ EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 
 @dataclass(frozen=True, slots=True)
 class Dots:
-    """One provider's row: a dot or two, and its figures."""
+    """A provider's row in a panel: one dot or two, and figures."""
 
     name: str
-    found: tuple[Spread | None, ...]
-    """One for each of the panel's series; the dot is the median, the whisker the quartiles."""
+    spreads: tuple[Spread | None, ...]
+    """One for each series of the panel: the dot is the median, the whisker the quartiles."""
     figures: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One operation."""
+    """A panel of a plot shows one operation."""
 
     title: str
     rows: list[Dots]
     columns: tuple[str, ...]
-    """Heading of each of the figures."""
+    """Heading of each column of figures."""
     tick: float | None = None
-    """A vertical line: the floor, or a rounding unit."""
+    """Place of a vertical line: the floor, or a rounding unit."""
     missing: tuple[str, ...] = ()
-    """Who has no figure here, though elsewhere."""
+    """Providers with a figure in another panel and none in this one."""
     aligned: bool = False
-    """The tick stands at the same place in all panels, so that ratios to it compare."""
+    """Whether the tick is at the same place as in other panels, so that ratios compare."""
 
     @property
     def note(self) -> list[str]:
-        """Lines below the rows."""
+        """Return the lines of text below the rows."""
         text = f"no figure: {_list(self.missing)}" if self.missing else ""
         return textwrap.wrap(text, 76, break_on_hyphens=False)
 
     @property
     def names(self) -> float:
-        """Inches that the longest name takes."""
+        """Return the width of the longest name, in inches."""
         return max(_inches(row.name) for row in self.rows) + 0.2
 
     @property
     def figures(self) -> float:
-        """Inches that a column of figures takes."""
+        """Return the width of a column of figures, in inches."""
         every = [*self.columns, *(text for row in self.rows for text in row.figures)]
         return max(_inches(text) for text in every) + 0.12
 
     @property
     def height(self) -> float:
-        """Inches."""
+        """Return the height of the panel, in inches."""
         lines = len(self.rows) + 0.86 * len(self.note)
         return HEAD + ROW * lines + GAP + (TICKS if self.aligned else 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """The same in all panels of a plot."""
+    """Sizes that all panels of a plot share."""
 
     limits: tuple[float, float]
-    """Of the axis; relative to the tick where panels are aligned."""
+    """Limits of the axis; relative to the tick where panels are aligned."""
     names: float
-    """Inches."""
+    """Width of the column of names, in inches."""
     figures: float
-    """Inches, of a column."""
+    """Width of a column of figures, in inches."""
 
 
-def time_plot(group: Group, machine: str, path: Path) -> None:
-    """Time by operation and provider, and the floor."""
+def time_plot(group: ShapeFigures, machine: str, path: Path) -> None:
+    """Draw the time of each provider by operation, and the floor."""
     panels = []
     floors = {op: group.find(op, FLOOR) for op in group.cases}
     aligned = all(floor and floor.total for floor in floors.values())
@@ -115,16 +115,16 @@ def time_plot(group: Group, machine: str, path: Path) -> None:
     _dot_plot(group, machine, title, panels, legend, path, _never(group, "total"))
 
 
-def memory_plot(group: Group, machine: str, path: Path) -> None:
-    """Extra memory by operation and provider."""
+def memory_plot(group: ShapeFigures, machine: str, path: Path) -> None:
+    """Draw the extra memory of each provider by operation."""
     panels = []
     for op, cases in group.cases.items():
         ours = group.find(op, OURS)
-        own = ours.extra_bytes if ours else None
+        our_bytes = ours.extra_bytes if ours else None
         held = [(c, c.extra_bytes) for c in cases if c.extra_bytes is not None]
         rows = []
         for case, size in sorted(held, key=lambda pair: pair[1]):
-            ratio = times(size / own) if own and own > 0 else ""
+            ratio = times(size / our_bytes) if our_bytes and our_bytes > 0 else ""
             shown = _point(max(size / 1e6, 0.1))  # nothing at all is not on a log axis
             rows.append(Dots(case.provider, (shown,), (megabytes(size), ratio)))
         panels.append(Panel(op, rows, ("MB", "/ ours"), None, _missing(group, op, "extra_bytes")))
@@ -133,8 +133,8 @@ def memory_plot(group: Group, machine: str, path: Path) -> None:
     _dot_plot(group, machine, title, panels, legend, path, _never(group, "extra_bytes"))
 
 
-def accuracy_plot(group: Group, machine: str, path: Path) -> None:
-    """Largest error of dX and of the log-probabilities by operation and provider."""
+def accuracy_plot(group: ShapeFigures, machine: str, path: Path) -> None:
+    """Draw the largest errors of dX and of the log-probabilities by operation and provider."""
     eps = EPS.get(group.dtype)
     panels = []
     for op, cases in group.cases.items():
@@ -144,7 +144,7 @@ def accuracy_plot(group: Group, machine: str, path: Path) -> None:
             shown = [None if x is None else _point(max(x, 1e-12)) for x in pair]
             figures = tuple(scientific(x) for x in pair)
             rows.append(Dots(case.provider, tuple(shown), figures))
-        rows.sort(key=lambda row: [one.median if one else 0.0 for one in row.found])
+        rows.sort(key=lambda row: [one.median if one else 0.0 for one in row.spreads])
         panels.append(Panel(op, rows, ("dX", "log-prob"), eps, _missing(group, op, "errors")))
     legend = [
         _dot_key(True, "dX, ours"),
@@ -159,29 +159,29 @@ def accuracy_plot(group: Group, machine: str, path: Path) -> None:
 
 
 def _list(names: Iterable[str]) -> str:
-    """Names may hold commas, and are not broken between lines."""
+    """List names, which may hold commas, so that no line breaks inside of one."""
     return " · ".join(name.replace(" ", "\N{NO-BREAK SPACE}") for name in names)
 
 
 def _point(x: float) -> Spread:
-    """Without quartiles."""
+    """Return a spread without quartiles."""
     return Spread(x, x, x)
 
 
-def _missing(group: Group, op: str, figure: str) -> tuple[str, ...]:
-    """Who has no such figure here, but has it in another operation."""
+def _missing(group: ShapeFigures, op: str, figure: str) -> tuple[str, ...]:
+    """List the providers that have such a figure in another operation alone."""
     here = {case.provider for case in group.cases[op] if getattr(case, figure)}
     return tuple(name for name in _some(group, figure) if name not in here)
 
 
-def _some(group: Group, figure: str) -> list[str]:
+def _some(group: ShapeFigures, figure: str) -> list[str]:
     every = [case for cases in group.cases.values() for case in cases]
     names = dict.fromkeys(case.provider for case in every if getattr(case, figure))
     return [name for name in names if name not in FLOORS]
 
 
-def _never(group: Group, figure: str) -> str:
-    """Footnote: who has no such figure in any operation, and why in the first one."""
+def _never(group: ShapeFigures, figure: str) -> str:
+    """Write the footnote: who has no such figure in any operation, with the first reason."""
     some = _some(group, figure)
     why: dict[str, dict[str, None]] = {}
     for case in (case for cases in group.cases.values() for case in cases):
@@ -195,7 +195,7 @@ def _dot_key(ours: bool, label: str, second: bool = False) -> Line2D:
 
 
 def _dot_style(ours: bool, second: bool = False) -> dict[str, Any]:
-    """Ours is filled, a second series has another shape."""
+    """Return the style of a dot: ours is filled, and a second series has another shape."""
     color = ACCENT if ours else PALE
     return {
         "marker": ("^" if second else "D") if ours else ("v" if second else "o"),
@@ -207,7 +207,7 @@ def _dot_style(ours: bool, second: bool = False) -> dict[str, Any]:
 
 
 def _dot_plot(
-    group: Group,
+    group: ShapeFigures,
     machine: str,
     title: str,
     panels: list[Panel],
@@ -215,7 +215,7 @@ def _dot_plot(
     path: Path,
     footnote: str,
 ) -> None:
-    """Panels in two columns of about the same height, all on one axis of figures."""
+    """Draw the panels in two columns of about the same height, all on one axis."""
     panels = [panel for panel in panels if panel.rows]
     if not panels:
         return
@@ -250,7 +250,7 @@ def _dot_plot(
 
 
 def _in_two(panels: list[Panel]) -> list[list[Panel]]:
-    """Cut where the taller column is least tall; the order is down, then right."""
+    """Cut the panels into two columns so that the taller one is as short as possible."""
 
     def taller(cut: int) -> float:
         return max(sum(p.height for p in part) for part in (panels[:cut], panels[cut:]))
@@ -260,27 +260,27 @@ def _in_two(panels: list[Panel]) -> list[list[Panel]]:
 
 
 def _limits(panels: list[Panel]) -> tuple[float, float]:
-    """Of all panels together."""
+    """Compute the limits of the axis over all panels."""
     seen = []
     for panel in panels:
         unit = panel.tick if panel.tick and panel.aligned else 1.0
         seen += [panel.tick / unit] if panel.tick else []
-        spreads = [one for row in panel.rows for one in row.found if one]
-        seen += [x / unit for one in spreads for x in (one.low, one.high)]
+        every_spread = [one for row in panel.rows for one in row.spreads if one]
+        seen += [x / unit for one in every_spread for x in (one.low, one.high)]
     low, high = min(seen), max(seen)
     room = max((high / low) ** 0.05, 1.02)
     return low / room, high * room
 
 
 def _inches(text: str) -> float:
-    """Width of a text, bold."""
+    """Return the width of a bold text, in inches."""
     if not text:
         return 0.0
     font = FontProperties(family="DejaVu Sans", weight="bold")
     return float(TextPath((0, 0), text, size=SIZE, prop=font).get_extents().width) / 72
 
 
-def _what(group: Group) -> str:
+def _what(group: ShapeFigures) -> str:
     sizes = describe(group.sizes, group.dtype)
     return f"Shape {group.shape}: {sizes}; profile {group.profile}"
 
@@ -288,7 +288,7 @@ def _what(group: Group) -> str:
 def _draw(
     figure: Figure, panel: Panel, left: float, top: float, shared: Shared, last: bool
 ) -> None:
-    """One panel; left and top in inches."""
+    """Draw one panel; left and top are in inches."""
     width, height = figure.get_size_inches()
     names, each, scale = shared.names, shared.figures, 1.0
     if panel.aligned and panel.tick:
@@ -316,7 +316,7 @@ def _draw(
         axes.axvline(panel.tick, color=INK, linewidth=2, zorder=1.5, solid_capstyle="butt")
 
     def write(x: float, row: float, text: str, **more: Any) -> None:
-        """x in inches from the left end of the axes."""
+        """Write a text at x inches from the left end of the axes."""
         more = {"va": "center_baseline", "color": INK} | more
         axes.text(x / wide, row, text, transform=axes.get_yaxis_transform(), **more)
 
@@ -326,10 +326,10 @@ def _draw(
     for index, row in enumerate(panel.rows):
         _row(axes, index, row)
         ours = row.name == OURS
-        own = {"weight": "bold", "color": ACCENT} if ours else {}
-        write(-0.08, index, row.name, ha="right", **own)
+        font = {"weight": "bold", "color": ACCENT} if ours else {}
+        write(-0.08, index, row.name, ha="right", **font)
         for column, text in enumerate(row.figures):
-            write(wide + each * (column + 1), index, text, ha="right", **own)
+            write(wide + each * (column + 1), index, text, ha="right", **font)
     for index, text in enumerate(panel.note):
         shift = 0.0 if not last else 0.75
         y = len(panel.rows) - 0.06 + shift + 0.86 * index
@@ -337,16 +337,16 @@ def _draw(
 
 
 def _row(axes: Axes, index: int, row: Dots) -> None:
-    """Dots and whiskers of one provider."""
+    """Draw the dots and whiskers of one provider."""
     ours = row.name == OURS
     axes.axhline(index, color=FAINT, linewidth=0.6, linestyle=(0, (1, 2)), zorder=0.5)
-    for series, found in reversed(list(enumerate(row.found))):
-        if found is None:
+    for series, spread in reversed(list(enumerate(row.spreads))):
+        if spread is None:
             continue
         color = ACCENT if ours else PALE
-        if found.high > found.low:
-            axes.plot([found.low, found.high], [index] * 2, color=color, linewidth=1.8, zorder=2)
-            for end in (found.low, found.high):
+        if spread.high > spread.low:
+            axes.plot([spread.low, spread.high], [index] * 2, color=color, linewidth=1.8, zorder=2)
+            for end in (spread.low, spread.high):
                 axes.plot([end] * 2, [index - 0.2, index + 0.2], color=color, lw=1.2, zorder=2)
         style = _dot_style(ours, series == 1)
-        axes.plot(found.median, index, linestyle="none", zorder=3, clip_on=False, **style)
+        axes.plot(spread.median, index, linestyle="none", zorder=3, clip_on=False, **style)

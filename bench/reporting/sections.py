@@ -1,13 +1,21 @@
-"""Figures -> the tables of the report."""
+"""Makes the tables of the report from its figures."""
 
 from collections.abc import Sequence
 
 from bench.ops import FLOOR
-from bench.reporting.figures import Case, Group, Line, ratios, samples, scaling, spread
+from bench.reporting.figures import (
+    Line,
+    ProviderFigures,
+    ShapeFigures,
+    ratios,
+    samples,
+    scaling,
+    spread,
+)
 from bench.reporting.tables import (
     Cell,
-    Row,
-    Table,
+    FigureTable,
+    TableRow,
     describe,
     error,
     holds_less,
@@ -59,16 +67,16 @@ SHORT_COLUMNS = (
 )
 
 
-def full(group: Group) -> Table:
-    """All providers of all operations of a shape and profile."""
+def full(group: ShapeFigures) -> FigureTable:
+    """Tabulate all providers of all operations of a shape and profile."""
     rows = [row for cases in group.cases.values() for row in _rows(group, cases)]
     title = f"Shape {group.shape}, profile {group.profile}"
     notes = (f"Shape {group.shape}: {describe(group.sizes, group.dtype)}.", *_settings(group))
-    return Table(title, COLUMNS, tuple(rows), notes, "operation")
+    return FigureTable(title, COLUMNS, tuple(rows), notes, "operation")
 
 
-def _rows(group: Group, cases: Sequence[Case]) -> list[Row]:
-    """Of one operation; peers that have no figure for the same reason share a row."""
+def _rows(group: ShapeFigures, cases: Sequence[ProviderFigures]) -> list[TableRow]:
+    """Make the rows of one operation; peers without figures for the same reason share a row."""
     rows = []
     absent: dict[tuple[str, str], list[str]] = {}
     for case in cases:
@@ -80,11 +88,11 @@ def _rows(group: Group, cases: Sequence[Case]) -> list[Row]:
         key = one_line(case.status) + held, kind
         absent.setdefault(key, []).append(label(case.provider, case.version))
     for (status, kind), names in absent.items():
-        rows.append(Row((Cell(", ".join(names)),), status, kind, cases[0].op))
+        rows.append(TableRow((Cell(", ".join(names)),), status, kind, cases[0].op))
     return rows
 
 
-def _row(group: Group, case: Case) -> Row:
+def _row(group: ShapeFigures, case: ProviderFigures) -> TableRow:
     ours = group.find(case.op, OURS)
     name, kind = Cell(label(case.provider, case.version)), kind_of(case.provider)
     peer = kind == "peer"
@@ -96,7 +104,7 @@ def _row(group: Group, case: Case) -> Row:
         memory = Cell(one_line(case.memory_status))
     dx, own_dx = (error(one, "dhidden", "max") for one in (case, ours))
     faster = peer and case.per_ours is not None and case.per_ours.median < 1
-    return Row(
+    return TableRow(
         (
             name,
             Cell(quartiles(case.total)),
@@ -118,8 +126,8 @@ def _row(group: Group, case: Case) -> Row:
     )
 
 
-def _settings(group: Group) -> list[str]:
-    """Which setting was kept, of those with a choice."""
+def _settings(group: ShapeFigures) -> list[str]:
+    """Say which setting was kept, for providers with several."""
     kept: dict[str, dict[str, list[str]]] = {}
     for op, cases in group.cases.items():
         for case in cases:
@@ -134,22 +142,22 @@ def _settings(group: Group) -> list[str]:
     ]
 
 
-def short(group: Group) -> Table:
-    """One row an operation: ours, the floor, and the fastest of the others."""
+def short(group: ShapeFigures) -> FigureTable:
+    """Tabulate one row an operation: ours, the floor, and the fastest peer."""
     rows = tuple(_short_row(group, op) for op in group.cases)
     note = f"Shape {group.shape}: {describe(group.sizes, group.dtype)}."
-    return Table(
+    return FigureTable(
         f"In short: shape {group.shape}, profile {group.profile}", SHORT_COLUMNS, rows, (note,)
     )
 
 
-def _short_row(group: Group, op: str) -> Row:
+def _short_row(group: ShapeFigures, op: str) -> TableRow:
     ours, floor = group.find(op, OURS), group.find(op, FLOOR)
     best = next(iter(group.peers(op)), None)
     name = Cell(op)
     per_ours = best.per_ours if best else None
     peer_bytes, own_bytes = (one.extra_bytes if one else None for one in (best, ours))
-    return Row(
+    return TableRow(
         (
             name,
             Cell(median(ours.total) if ours and ours.total else one_line(_why_not(ours))),
@@ -165,24 +173,26 @@ def _short_row(group: Group, op: str) -> Row:
     )
 
 
-def _why_not(case: Case | None) -> str:
+def _why_not(case: ProviderFigures | None) -> str:
     return "not run" if case is None else case.status
 
 
-def scaling_tables(run: Run) -> list[Table]:
-    """One an operation, shape, profile and axis."""
+def scaling_tables(run: Run) -> list[FigureTable]:
+    """Make a table of each operation, shape, profile and axis."""
     return [_scaling_table(*key, lines) for key, lines in scaling(run).items()]
 
 
-def _scaling_table(op: str, shape: str, profile: str, axis: str, lines: Sequence[Line]) -> Table:
+def _scaling_table(
+    op: str, shape: str, profile: str, axis: str, lines: Sequence[Line]
+) -> FigureTable:
     values = sorted({one["value"] for line in lines for one in line.points})
     rows = []
     for line in lines:
         cells = {one["value"]: _point(one) for one in line.points}
         texts = [line.provider, *(cells.get(value, "") for value in values), _fit(line, axis)]
-        rows.append(Row(tuple(Cell(text) for text in texts), kind=kind_of(line.provider)))
+        rows.append(TableRow(tuple(Cell(text) for text in texts), kind=kind_of(line.provider)))
     columns = ("provider", *(axis_value(axis, value) for value in values), "fit")
-    return Table(
+    return FigureTable(
         f"{op} against {axis}: shape {shape}, profile {profile}",
         columns,
         tuple(rows),
@@ -193,13 +203,13 @@ def _scaling_table(op: str, shape: str, profile: str, axis: str, lines: Sequence
 def _point(one: Record) -> str:
     if one["status"] != "ok":
         return one_line(one["status"])
-    found = f"{median(spread(samples(one.get('total_ms'))))} ms"
+    figures = f"{median(spread(samples(one.get('total_ms'))))} ms"
     extra = one.get("extra_bytes")
-    return found if extra is None else f"{found}, {megabytes(extra)} MB"
+    return figures if extra is None else f"{figures}, {megabytes(extra)} MB"
 
 
 def axis_value(axis: str, value: float) -> str:
-    """Tokens, entries of the vocabulary, or the bytes of a workspace."""
+    """Write a value of an axis: tokens, entries of the vocabulary, or MB of a workspace."""
     return f"{megabytes(value)} MB" if axis == "workspace" else f"{axis} = {value:,}"
 
 
@@ -208,9 +218,9 @@ def _fit(line: Line, axis: str) -> str:
     return ", ".join(f"{name} ~ {law(axis, p)}" for name, p in powers if p is not None)
 
 
-def step_table(run: Run) -> Table | None:
-    """A whole training step, and the head's share of it."""
-    rows: list[tuple[float, Row]] = []
+def step_table(run: Run) -> FigureTable | None:
+    """Tabulate a whole training step, and the head's share of it."""
+    rows: list[tuple[float, TableRow]] = []
     models: dict[str, dict[str, None]] = {}
     for one in run["records"]:
         if one["kind"] != "step":
@@ -218,7 +228,7 @@ def step_table(run: Run) -> Table | None:
         where = f"{one['op']}, shape {one['shape']}"
         names, kind = (Cell(label(one["provider"], one.get("version"))),), kind_of(one["provider"])
         if one["status"] != "ok":
-            rows.append((float("inf"), Row(names, one_line(one["status"]), kind, where)))
+            rows.append((float("inf"), TableRow(names, one_line(one["status"]), kind, where)))
             continue
         step, head = (spread(samples(one[name])) for name in ("step_ms", "head_ms"))
         part = spread(ratios(one["head_ms"], one["step_ms"]))
@@ -227,7 +237,7 @@ def step_table(run: Run) -> Table | None:
             Cell(quartiles(head)),
             Cell(percent(part.median if part else None)),
         )
-        rows.append((step.median if step else 0.0, Row(names + cells, kind=kind, group=where)))
+        rows.append((step.median if step else 0.0, TableRow(names + cells, kind=kind, group=where)))
         model = ", ".join(f"{name} {value}" for name, value in (one.get("model") or {}).items())
         models.setdefault(model, dict.fromkeys([where]))[where] = None
     columns = ("provider", "step ms (quartiles)", "head ms (quartiles)", "head's share")
@@ -235,8 +245,8 @@ def step_table(run: Run) -> Table | None:
     return _by_group("A whole training step", columns, rows, "step", notes)
 
 
-def rows_table(run: Run) -> Table | None:
-    """The row kernels against a copy of as many bytes."""
+def rows_table(run: Run) -> FigureTable | None:
+    """Tabulate the row kernels against a copy of as many bytes."""
     rows = []
     for one in run["records"]:
         if one["kind"] != "rows":
@@ -244,14 +254,14 @@ def rows_table(run: Run) -> Table | None:
         where = f"shape {one['shape']}, profile {one['profile']}, {one['dtype']}"
         names = (Cell(one["op"] if one["provider"] == OURS else f"{one['op']}, {one['provider']}"),)
         if one["status"] != "ok":
-            rows.append((0.0, Row(names, one_line(one["status"]), group=where)))
+            rows.append((0.0, TableRow(names, one_line(one["status"]), group=where)))
             continue
         total = spread(samples(one["total_ms"]))
         part = spread(ratios(one["copy_ms"], one["total_ms"]))
         rate = one["bytes"] / total.median / 1e6 if total else None
         texts = (megabytes(one["bytes"]), quartiles(total), number(rate))
         cells = (*(Cell(text) for text in texts), Cell(percent(part.median if part else None)))
-        rows.append((0.0, Row(names + cells, group=where)))
+        rows.append((0.0, TableRow(names + cells, group=where)))
     columns = ("kernel", "MB moved", "ms (quartiles)", "GB/s", "share of a copy's rate")
     note = "Share: the median over rounds of copy time / time, for a copy of as many bytes."
     return _by_group("Row kernels", columns, rows, "shape", (note,))
@@ -260,11 +270,11 @@ def rows_table(run: Run) -> Table | None:
 def _by_group(
     title: str,
     columns: tuple[str, ...],
-    rows: list[tuple[float, Row]],
+    rows: list[tuple[float, TableRow]],
     name: str,
     notes: tuple[str, ...],
-) -> Table | None:
-    """Rows of a group together, by the number beside them; groups in the order they came in."""
+) -> FigureTable | None:
+    """Sort rows by group, in order of appearance, then by the number beside them."""
     order = list(dict.fromkeys(row.group for _, row in rows))
     rows.sort(key=lambda pair: (order.index(pair[1].group), pair[0]))
-    return Table(title, columns, tuple(row for _, row in rows), notes, name) if rows else None
+    return FigureTable(title, columns, tuple(row for _, row in rows), notes, name) if rows else None

@@ -1,64 +1,64 @@
-"""A table: how its numbers are written, and how it is written in markdown."""
+"""Defines a table, how its numbers are written, and how it is written in markdown."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from bench.ops import FLOORS, OPS_BY_NAME
-from bench.reporting.figures import Case, Group, Spread
+from bench.reporting.figures import ProviderFigures, ShapeFigures, Spread
 from bench.results_file import OURS
 
 MARK = "▼"
-"""Beside a figure to our disadvantage: better than ours, or ours beyond its target."""
+"""Mark of a figure to our disadvantage: better than ours, or ours beyond its target."""
 SLACK_BYTES = 0.5e6
-"""Differences of memory that say nothing."""
+"""Differences of memory up to this size are not marked."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """Text of a cell."""
+    """A cell of a table."""
 
     text: str
     mark: bool = False
-    """To our disadvantage."""
+    """Whether the figure is to our disadvantage."""
 
     def __str__(self) -> str:
         return f"{self.text} {MARK}" if self.mark else self.text
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """Cells of a row; where there is a status, it stands in place of all cells but the first."""
+class TableRow:
+    """A row of a table; a status stands in the place of all cells but the first."""
 
     cells: tuple[Cell, ...]
     status: str | None = None
     kind: str = "peer"
     """"ours", "floor" or "peer"."""
     group: str = ""
-    """Rows of one group follow each other: an operation."""
+    """Name of the row's group, such as an operation; rows of a group follow each other."""
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
-    """A table with its caption."""
+class FigureTable:
+    """A table of figures, with its caption."""
 
     title: str
     columns: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     notes: tuple[str, ...] = ()
     group_name: str | None = None
-    """What the groups are; None: rows have none."""
+    """Heading of the groups; None: the rows have none."""
 
-    def groups(self) -> list[tuple[str, list[Row]]]:
-        """Rows by group, in their order."""
-        found: dict[str, list[Row]] = {}
+    def groups(self) -> list[tuple[str, list[TableRow]]]:
+        """Return the rows by group, in order."""
+        rows_by_group: dict[str, list[TableRow]] = {}
         for row in self.rows:
-            found.setdefault(row.group, []).append(row)
-        return list(found.items())
+            rows_by_group.setdefault(row.group, []).append(row)
+        return list(rows_by_group.items())
 
 
 def number(x: float | None) -> str:
-    """Three or four significant digits, thousands with a comma."""
+    """Write a number with three or four significant digits, thousands with a comma."""
     if x is None:
         return ""
     size = abs(x)
@@ -73,99 +73,99 @@ def number(x: float | None) -> str:
 
 
 def times(x: float | None) -> str:
-    """A ratio; with a third decimal where two would hide on which side of 1 it is."""
+    """Write a ratio, with a third decimal where two would hide on which side of 1 it is."""
     if x is None:
         return ""
     return f"{x:.3f}" if 0.995 <= x < 1.005 and x != 1 else f"{x:.2f}" if x < 100 else number(x)
 
 
 def ratio_text(ratio: Spread | None) -> str:
-    """The median; "≈" where it is not one over rounds."""
+    """Write the median of a ratio, with "≈" where it is not one over rounds."""
     return "" if ratio is None else ("" if ratio.paired else "≈ ") + times(ratio.median)
 
 
-def quartiles(found: Spread | None) -> str:
-    """Median (lower - upper quartile)."""
-    if found is None:
+def quartiles(spread: Spread | None) -> str:
+    """Write the median (lower - upper quartile)."""
+    if spread is None:
         return ""
-    return f"{number(found.median)} ({number(found.low)}-{number(found.high)})"
+    return f"{number(spread.median)} ({number(spread.low)}-{number(spread.high)})"
 
 
-def median(found: Spread | None) -> str:
-    """The median, if there is one."""
-    return "" if found is None else number(found.median)
+def median(spread: Spread | None) -> str:
+    """Write the median, or nothing."""
+    return "" if spread is None else number(spread.median)
 
 
 def megabytes(size: float | None) -> str:
-    """MB of 10**6 bytes."""
+    """Write a size in MB of 10**6 bytes."""
     return "" if size is None else number(size / 1e6)
 
 
 def percent(share: float | None) -> str:
-    """A share of 1."""
+    """Write a share in percent."""
     return "" if share is None else f"{100 * share:.1f}%"
 
 
 def one_line(text: str) -> str:
-    """A status may quote another library's error."""
+    """Put a status, which may quote another library's error, into one line."""
     return " ".join(text.split())
 
 
-def error(case: Case | None, name: str, of: str) -> float | None:
-    """One error of a case, relative to the largest exact value."""
+def error(case: ProviderFigures | None, name: str, of: str) -> float | None:
+    """Return one error of a case, relative to the largest exact value."""
     return case.errors.get(name, {}).get(of) if case else None
 
 
 def scientific(x: float | None) -> str:
-    """An error: two digits."""
+    """Write an error with two digits."""
     return "" if x is None else f"{x:.1e}"
 
 
 def is_less(a: float | None, b: float | None) -> bool:
-    """a < b, and both exist."""
+    """Say whether both exist and a < b."""
     return a is not None and b is not None and a < b
 
 
 def holds_less(a: float | None, b: float | None) -> bool:
-    """a < b, both bytes that exist, by more than a process's heap hides."""
+    """Say whether both exist and a is less than b by more than SLACK_BYTES."""
     return a is not None and b is not None and a < b - SLACK_BYTES
 
 
-def target(group: Group, op: str) -> float | None:
-    """Highest ratio to the floor that the design allows; it is stated for the shape "cpu"."""
+def target(group: ShapeFigures, op: str) -> float | None:
+    """Return the highest ratio to the floor that the design allows, stated for the shape "cpu"."""
     known = OPS_BY_NAME.get(op)
     return known.bar if known and group.shape == "cpu" else None
 
 
-def misses(group: Group, case: Case | None) -> bool:
-    """Ours, and above its target."""
+def misses(group: ShapeFigures, case: ProviderFigures | None) -> bool:
+    """Say whether the case is ours and above its target."""
     if case is None or case.provider != OURS or case.per_floor is None:
         return False
     return is_less(target(group, case.op), case.per_floor.median)
 
 
 def law(axis: str, power: float) -> str:
-    """N^0.98."""
+    """Write a power law, such as N^0.98."""
     return f"{axis}^{round(power, 2) + 0.0:.2f}"  # no -0.00
 
 
 def label(provider: str, version: str | None) -> str:
-    """provider (version)."""
+    """Write provider (version)."""
     return f"{provider} ({version})" if version else provider
 
 
 def kind_of(provider: str) -> str:
-    """Of a row."""
+    """Return the kind of a provider's row."""
     return "ours" if provider == OURS else "floor" if provider in FLOORS else "peer"
 
 
 def describe(sizes: dict[str, int], dtype: str) -> str:
-    """Sizes of a shape."""
+    """Write the sizes of a shape."""
     return ", ".join([*(f"{name} = {size:,}" for name, size in sizes.items()), dtype])
 
 
-def markdown(table: Table, heading: str = "###") -> str:
-    """Title, table, notes."""
+def markdown(table: FigureTable, heading: str = "###") -> str:
+    """Write title, table and notes in markdown."""
     first = (table.group_name,) if table.group_name else ()
     columns = first + table.columns
     lines = [f"{heading} {table.title}", "", _line(columns), _line(["---"] * len(columns))]

@@ -1,1 +1,1 @@
-"""The proof: KDRL and its rivals on made-up tasks; `python -m bench.study`."""
+"""The study compares KDRL with other methods on synthetic tasks: `python -m bench.study`."""

@@ -1,78 +1,78 @@
-"""What the runs of a study say: means with intervals, paired differences, the paper's findings."""
+"""Analyses the runs of a study: means with intervals, paired differences, the paper's findings."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
 
 from bench.study.config import Trial
-from bench.study.statistics import Estimate, estimate, first_reached, smooth
-from bench.study.trial import STAGES, Result
+from bench.study.statistics import MeanOverSeeds, first_reached, mean_over_seeds, smooth
+from bench.study.trial import STAGES, TrialResult
 
 MARGIN = 0.02
-"""Share of right completions within which two arms count as alike. That an interval holds 0 does
-not show it: a wide one holds it always."""
+"""Two arms count as equal where the whole interval of their difference, a share of right
+completions, is smaller than this. An interval that contains 0 shows no equality: a wide one always
+contains it."""
 SMOOTHED_STEPS = 10
-"""Steps whose training samples say when an accuracy is reached."""
+"""An accuracy is reached when the mean over the training samples of so many steps reaches it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """A statement about two arms, and what the paper (arXiv 2506.02208) found."""
+class Claim:
+    """A claim compares two arms, and holds what the paper (arXiv:2506.02208) found."""
 
     question: str
     arm: str
     other: str
     paper: str
-    """Empty: the paper does not say."""
+    """The paper's figures; empty where it has none."""
     metric: Literal["accuracy", "length"] = "accuracy"
     expected: Literal[1, 0, -1] = 1
-    """Sign of arm less other in the paper; 0: no difference beyond MARGIN."""
+    """Sign of (arm - other) in the paper; 0: no difference beyond MARGIN."""
 
 
 DIFFERS, UNDECIDED, SEEN = "differs from the paper", "not decided here", "as in the paper"
 ONE_SEED = "one seed: not judged"
 
-FINDINGS = (
-    Finding("KDRL against GRPO", "kdrl", "grpo", "56.8 against 54.6"),
-    Finding("KDRL against distillation", "kdrl", "kd_rkl", "56.8 against 56.1"),
-    Finding("distillation against GRPO", "kd_rkl", "grpo", "56.1 against 54.6"),
-    Finding("annealed against constant", "kdrl_annealed", "kdrl", "57.2 against 56.8"),
-    Finding("annealed against GRPO", "kdrl_annealed", "grpo", "57.2 against 54.6"),
-    Finding("k2 against k3", "kdrl", "kdrl_k3", "about 1.4 points more"),
-    Finding("joint loss against shaping", "kdrl", "reward_shaping", "steady, where it collapses"),
-    Finding("masking: accuracy", "kdrl_masked", "kdrl", "kept", expected=0),
-    Finding(
-        "masking: length", "kdrl_masked", "kdrl", "1,400 tokens shorter", "length", expected=-1
-    ),
-    Finding("group mask: accuracy", "kdrl_group_masked", "kdrl", ""),
-    Finding("exact KL against k2, in KDRL", "kdrl_exact", "kdrl", ""),
-    Finding("exact KL against k2, alone", "kd_rkl_exact", "kd_rkl", ""),
-    Finding("centred k2 against k2", "kdrl_centred", "kdrl", ""),
-    Finding("distil then RL against joint", "opd_then_rl", "kdrl", ""),
-    Finding("SFT against distillation", "sft", "kd_rkl", ""),
-    Finding("KDRL against SFT", "kdrl", "sft", ""),
-    Finding("linear to 0 against constant", "kdrl_linear", "kdrl", ""),
-    Finding("cosine to 0 against constant", "kdrl_cosine", "kdrl", ""),
-    Finding("three steps against constant", "kdrl_step", "kdrl", ""),
-    Finding("4p(1 - p) against constant", "kdrl_adaptive", "kdrl", ""),
-    Finding("k1 as a loss against GRPO", "k1_as_loss", "grpo", ""),
+CLAIMS = (
+    Claim("KDRL against GRPO", "kdrl", "grpo", "56.8 against 54.6"),
+    Claim("KDRL against distillation", "kdrl", "kd_rkl", "56.8 against 56.1"),
+    Claim("distillation against GRPO", "kd_rkl", "grpo", "56.1 against 54.6"),
+    Claim("annealed against constant", "kdrl_annealed", "kdrl", "57.2 against 56.8"),
+    Claim("annealed against GRPO", "kdrl_annealed", "grpo", "57.2 against 54.6"),
+    Claim("k2 against k3", "kdrl", "kdrl_k3", "about 1.4 points more"),
+    Claim("joint loss against shaping", "kdrl", "reward_shaping", "steady, where it collapses"),
+    Claim("masking: accuracy", "kdrl_masked", "kdrl", "kept", expected=0),
+    Claim("masking: length", "kdrl_masked", "kdrl", "1,400 tokens shorter", "length", expected=-1),
+    Claim("group mask: accuracy", "kdrl_group_masked", "kdrl", ""),
+    Claim("exact KL against k2, in KDRL", "kdrl_exact", "kdrl", ""),
+    Claim("exact KL against k2, alone", "kd_rkl_exact", "kd_rkl", ""),
+    Claim("centred k2 against k2", "kdrl_centred", "kdrl", ""),
+    Claim("distil then RL against joint", "opd_then_rl", "kdrl", ""),
+    Claim("SFT against distillation", "sft", "kd_rkl", ""),
+    Claim("KDRL against SFT", "kdrl", "sft", ""),
+    Claim("linear to 0 against constant", "kdrl_linear", "kdrl", ""),
+    Claim("cosine to 0 against constant", "kdrl_cosine", "kdrl", ""),
+    Claim("three steps against constant", "kdrl_step", "kdrl", ""),
+    Claim("4p(1 - p) against constant", "kdrl_adaptive", "kdrl", ""),
+    Claim("k1 as a loss against GRPO", "k1_as_loss", "grpo", ""),
 )
 
 
 class Study:
-    """The results of one study, by what they are of.
+    """A study holds its results, sorted by task, arm, teacher and seed.
 
     Args:
         results: of all runs; those of a sweep and those that crashed are kept apart.
     """
 
-    def __init__(self, results: Iterable[Result]) -> None:
+    def __init__(self, results: Iterable[TrialResult]) -> None:
         self.results = list(results)
         self.crashed = [r for r in self.results if r.status == "crashed"]
         self.swept = [r for r in self.results if r.trial.sweep]
-        self._final: dict[tuple[str, str, str], dict[int, Result]] = {}
+        self._final: dict[tuple[str, str, str], dict[int, TrialResult]] = {}
         for result in self.results:
             trial = result.trial
             if not trial.sweep and result.status == "done":
@@ -80,25 +80,28 @@ class Study:
                 self._final.setdefault(key, {})[trial.seed] = result
 
     def arms(self, task: str) -> list[str]:
-        """Arms with a run that is reported, in the order of the runs."""
+        """List the arms with a reported run, in the order of the runs."""
         return [arm for t, arm, teacher in self._final if t == task and teacher == "middle"]
 
-    def runs(self, task: str, arm: str, teacher: str = "middle") -> dict[int, Result]:
-        """Seed -> run that ended and is reported."""
+    def runs(self, task: str, arm: str, teacher: str = "middle") -> dict[int, TrialResult]:
+        """Return the runs of an arm that ended and are reported, by seed."""
         return self._final.get((task, arm, teacher), {})
 
     def accuracy(
         self, task: str, arm: str, name: str = "test", teacher: str = "middle"
-    ) -> Estimate | None:
-        """Mean share of right completions on a set of problems; None without a run."""
+    ) -> MeanOverSeeds | None:
+        """Compute the mean share of right completions on a set of problems; None without a run."""
         runs = self.runs(task, arm, teacher)
         if not runs:
             return None
-        return estimate(np.stack([run.scores[name].shares for run in runs.values()]))
+        return mean_over_seeds(np.stack([run.scores[name].shares for run in runs.values()]))
 
     def pairs(self, task: str, arm: str, other: str, metric: str = "accuracy") -> np.ndarray | None:
-        """[S, P] arm less other, of the seeds that both have: share of right completions of each
-        test problem, or, with P = 1, length in tokens. None where they share no seed."""
+        """Subtract the results of `other` from those of `arm`, for the seeds that both have.
+
+        Returns: [S, P] differences of the share of right completions of each test problem, or,
+            with P = 1, of the length in tokens. None where the arms share no seed.
+        """
         ours, theirs = self.runs(task, arm), self.runs(task, other)
         both = [
             (ours[seed].scores["test"], theirs[seed].scores["test"])
@@ -112,16 +115,20 @@ class Study:
 
     def difference(
         self, task: str, arm: str, other: str, metric: str = "accuracy"
-    ) -> Estimate | None:
-        """The mean of `pairs`, with its interval."""
+    ) -> MeanOverSeeds | None:
+        """Compute the mean of `pairs`, with its interval."""
         pairs = self.pairs(task, arm, other, metric)
-        return None if pairs is None else estimate(pairs)
+        return None if pairs is None else mean_over_seeds(pairs)
 
     def tokens_to(self, task: str, arm: str, level: float) -> list[int | None]:
-        """Of each run with a curve: sampled tokens until its training samples are right at least
-        this often, in the mean over SMOOTHED_STEPS steps; None: never. Each prompt is drawn once in
-        a run, but was among the problems that student and teacher learnt from supervised."""
-        found: list[int | None] = []
+        """Count the tokens that each run sampled until its accuracy reached a level.
+
+        The accuracy is that of the training samples, in the mean over SMOOTHED_STEPS steps; None
+        where it never reached the level. Runs without a curve are left out. A run draws each prompt
+        once, but student and teacher have learnt from all of these problems in their supervised
+        training.
+        """
+        tokens_of_runs: list[int | None] = []
         for run in self.runs(task, arm).values():
             if not run.curve:
                 continue
@@ -129,37 +136,40 @@ class Study:
             tokens = np.cumsum([value or 0.0 for value in run.curve["tokens"]])
             whole = smooth(right, SMOOTHED_STEPS)
             step = first_reached(whole[SMOOTHED_STEPS - 1 :], level)
-            found.append(None if step is None else int(tokens[step + SMOOTHED_STEPS - 1]))
-        return found
+            tokens_of_runs.append(None if step is None else int(tokens[step + SMOOTHED_STEPS - 1]))
+        return tokens_of_runs
 
     def stage_seconds(self, task: str, arm: str) -> dict[str, float]:
-        """Stage -> its seconds, spread over all steps: the median of the steps that have it, times
-        their share. Over all runs of an arm; the stages that it has."""
-        found = {}
+        """Compute the seconds that each stage adds to a step, over all runs of an arm.
+
+        They are the median over the steps that have the stage, times the share of such steps.
+        Stages that no step has are left out.
+        """
+        seconds = {}
         for stage in STAGES:
             curves = [r.curve.get(f"seconds_{stage}", []) for r in self.runs(task, arm).values()]
             steps = [value for curve in curves for value in curve]
             values = [value for value in steps if value is not None]
             if values:
-                found[stage] = float(np.median(values)) * len(values) / len(steps)
-        return found
+                seconds[stage] = float(np.median(values)) * len(values) / len(steps)
+        return seconds
 
 
-def verdict(finding: Finding, found: Estimate) -> str:
-    """Whether the paper's finding was seen here."""
-    if found.seeds < 2:
+def verdict(claim: Claim, difference: MeanOverSeeds) -> str:
+    """Say whether the difference measured here agrees with the paper's finding."""
+    if difference.seeds < 2:
         return ONE_SEED
-    if not finding.paper:
-        return {1: "more", -1: "less", 0: UNDECIDED}[found.sign]
-    if finding.expected == 0 and found.low > -MARGIN and found.high < MARGIN:
+    if not claim.paper:
+        return {1: "more", -1: "less", 0: UNDECIDED}[difference.sign]
+    if claim.expected == 0 and difference.low > -MARGIN and difference.high < MARGIN:
         return SEEN
-    if found.sign == 0:
+    if difference.sign == 0:
         return UNDECIDED
-    return SEEN if found.sign == finding.expected else DIFFERS
+    return SEEN if difference.sign == claim.expected else DIFFERS
 
 
 def order(verdicts: Sequence[str]) -> list[int]:
-    """Places of verdicts, those that contradict the paper first, then those that decide nothing."""
+    """Sort the indices of verdicts: contradictions of the paper first, then undecided ones."""
     ranks = (DIFFERS, UNDECIDED, SEEN)
     keys = [ranks.index(v) if v in ranks else len(ranks) for v in verdicts]
     return sorted(range(len(verdicts)), key=keys.__getitem__)
@@ -167,32 +177,38 @@ def order(verdicts: Sequence[str]) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A finding with what was measured of it."""
+    """A judged claim holds the difference that was measured, and the verdict."""
 
-    finding: Finding
-    found: Estimate
+    claim: Claim
+    difference: MeanOverSeeds
     seeds: list[float]
     """The difference at each seed."""
     verdict: str
 
 
-def judge(study: "Study", task: str) -> list[Judged]:
-    """The findings that were measured: the paper's, in the order of `order`, then the others."""
-    rows = []
-    for one in FINDINGS:
-        pairs = study.pairs(task, one.arm, one.other, one.metric)
+@cache
+def judge(study: Study, task: str) -> list[Judged]:
+    """Judge every claim that was measured: the paper's, in the order of `order`, then others."""
+    judged = []
+    for claim in CLAIMS:
+        pairs = study.pairs(task, claim.arm, claim.other, claim.metric)
         if pairs is not None:
-            found = estimate(pairs)
-            rows.append(Judged(one, found, pairs.mean(axis=1).tolist(), verdict(one, found)))
-    rows.sort(key=lambda row: not row.finding.paper)
-    papers = sum(bool(row.finding.paper) for row in rows)
-    return [rows[i] for i in order([row.verdict for row in rows[:papers]])] + rows[papers:]
+            difference = mean_over_seeds(pairs)
+            judged.append(
+                Judged(claim, difference, pairs.mean(axis=1).tolist(), verdict(claim, difference))
+            )
+    papers = [one for one in judged if one.claim.paper]
+    sorted_papers = [papers[i] for i in order([one.verdict for one in papers])]
+    return sorted_papers + [one for one in judged if not one.claim.paper]
 
 
-def sweep_points(study: Study, task: str) -> dict[Trial, Estimate | None]:
-    """Run of a sweep -> its accuracy on the validation problems; None: it crashed."""
+@cache
+def sweep_points(study: Study, task: str) -> dict[Trial, MeanOverSeeds | None]:
+    """Return the validation accuracy of each run of a sweep; None where it crashed."""
     return {
-        r.trial: None if r.status == "crashed" else estimate(r.scores["validation"].shares[None])
+        r.trial: None
+        if r.status == "crashed"
+        else mean_over_seeds(r.scores["validation"].shares[None])
         for r in study.swept
         if r.trial.task == task
     }

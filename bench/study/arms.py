@@ -1,4 +1,4 @@
-"""The arms of the study: ways to spend the same sampled tokens, each a preset with one change."""
+"""Defines the arms of the study, which train on as many samples by different methods."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -7,26 +7,26 @@ from kdrl_train.method.config import MethodConfig, ScheduleConfig
 from kdrl_train.method.presets import PRESETS
 
 PAPER_STEPS = 280
-"""Length that the presets' schedules are written for; an arm stretches them to the study's."""
+"""Steps that the presets' schedules are written for; an arm stretches them to the study's steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arm:
-    """One way to train the student."""
+    """An arm is one way to train the student."""
 
     title: str
-    """What it is, in a few words."""
+    """What the arm does, in a few words."""
     method: MethodConfig | None = None
-    """None: no rollouts of the student's own; SFT on the teacher's, or nothing at all."""
+    """None: the student samples nothing; it learns from the teacher's samples, or not at all."""
     tuned: bool = False
     """Whether beta is swept; else it is the preset's."""
     k1_as_loss: bool = False
-    """The control: what distils is l itself (control.py)."""
+    """Whether the distillation term is l itself, as a control (k1_control.py)."""
     like: str | None = None
-    """Take learning rate and beta from that arm's sweep; None: an own sweep."""
+    """Arm whose learning rate and beta this arm takes; None: it has a sweep of its own."""
 
     def at(self, beta: float | None, steps: int) -> MethodConfig:
-        """The method at beta (None: the preset's), its schedules stretched to `steps`."""
+        """Return the method at beta (None: the preset's), its schedules stretched to `steps`."""
         assert self.method is not None
         kd, policy = self.method.kd_coef, self.method.policy_coef
         factor = 1.0 if beta is None else beta / kd.initial
@@ -38,7 +38,7 @@ class Arm:
 
 
 def _stretched(schedule: ScheduleConfig, factor: float, steps: int) -> ScheduleConfig:
-    """Values times `factor`; steps as the same share of a run of another length."""
+    """Multiply a schedule's values by `factor`, and its steps by steps / PAPER_STEPS."""
     share = steps / PAPER_STEPS
     at = [max(1, round(step * share)) for step in schedule.at]
     return replace(
@@ -76,7 +76,7 @@ ARMS: Mapping[str, Arm] = {
     ),
     "kdrl_exact": Arm(title="KDRL, exact KL", method=replace(_KDRL, kd="rkl"), tuned=True),
     "kdrl_centred": Arm(
-        title="KDRL, k2 less the row's KL", method=replace(_KDRL, kd_baseline="kl"), tuned=True
+        title="KDRL, centred k2", method=replace(_KDRL, kd_baseline="kl"), tuned=True
     ),
     "kdrl_k3": Arm(title="KDRL, k3", method=replace(_KDRL, kd="k3"), tuned=True),
     "kdrl_masked": Arm(
@@ -107,7 +107,7 @@ ARMS: Mapping[str, Arm] = {
         title="KDRL, beta times 4p(1 - p) of the group", method=_scheduled(_UNDECIDED), tuned=True
     ),
 }
-"""By name. What differs from a preset is in sight here, and nothing else differs."""
+"""The arms by name. Each differs from its preset by what is written here, and by nothing else."""
 
 NOT_TRAINED = ("student", "teacher")
 SCHEDULES = (
@@ -118,4 +118,4 @@ SCHEDULES = (
     "kdrl_step",
     "kdrl_adaptive",
 )
-"""What the sensitivity to beta is measured on."""
+"""Arms whose sensitivity to beta is measured."""

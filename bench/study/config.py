@@ -1,4 +1,4 @@
-"""The study's settings, and what one training run of it is."""
+"""Holds the settings of a study, and of each of its training runs."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,13 +20,13 @@ from kdrl_train.tools.toy.models import ArchitectureConfig
 TaskName = Literal["arithmetic", "countdown"]
 TeacherName = Literal["weak", "middle", "strong"]
 SWEEP_SEED = 1000
-"""Of the runs that settings are chosen by: not among the seeds that are reported."""
+"""Seed of the runs that choose settings: it is not among the seeds that are reported."""
 RUNOFF_SEED = SWEEP_SEED + 1
-"""Of the second run of settings that the first cannot tell from the best."""
+"""Seed of the second run of settings whose first run was close to the best."""
 
 
 @settings
-class LabConfig:
+class TaskModelsConfig:
     """The models of a task, trained from scratch on worked solutions. Some solutions have slips
     (wrong calculations): a model that learns from them slips as often, which sets its accuracy."""
 
@@ -54,10 +54,10 @@ class LabConfig:
     """Longest completion, in tokens."""
 
 
-def _countdown() -> LabConfig:
+def _countdown() -> TaskModelsConfig:
     """Models of the countdown task. Its solutions are hard to plan: models make errors without
     slips, more of them the less they learn. There are fewer different problems."""
-    return LabConfig(
+    return TaskModelsConfig(
         problems=5500,
         student_slips=0.0,
         student_steps=450,
@@ -123,8 +123,8 @@ class StudyConfig:
     """k of avg@k: completions per problem, at temperature 1."""
     workers: PositiveInt = 2
     """Runs at the same time, each with one CPU thread."""
-    arithmetic: LabConfig = field(default_factory=LabConfig)
-    countdown: LabConfig = field(default_factory=_countdown)
+    arithmetic: TaskModelsConfig = field(default_factory=TaskModelsConfig)
+    countdown: TaskModelsConfig = field(default_factory=_countdown)
     student: ArchitectureConfig = field(default_factory=lambda: _architecture(64))
     """Shape of the student."""
     teacher: ArchitectureConfig = field(default_factory=lambda: _architecture(80))
@@ -144,23 +144,23 @@ class StudyConfig:
             raise ValueError("tasks must name at least one task, got none")
 
     def seeds_of(self, task: str, arm: str) -> range:
-        """Of the runs of an arm that are reported."""
+        """Return the seeds of an arm's reported runs."""
         main = task == self.tasks[0] and arm in self.main_arms
         return range(self.main_seeds if main else self.seeds)
 
-    def lab(self, task: str) -> LabConfig:
-        """The models of a task."""
+    def task_models(self, task: str) -> TaskModelsConfig:
+        """Return the settings of a task's models."""
         return getattr(self, task)
 
     def arms_of(self, task: str) -> tuple[str, ...]:
-        """The arms that run on a task."""
+        """Return the arms that run on a task."""
         if task == self.tasks[0]:
             return self.arms
         return tuple(arm for arm in self.arms if arm in self.main_arms)
 
 
 def quick(config: StudyConfig) -> StudyConfig:
-    """The small study: one learning rate and one beta for all arms, not swept."""
+    """Return the settings of the small study: one learning rate and beta for all arms, no sweep."""
     return replace(
         config,
         tasks=config.tasks[:1],
@@ -178,22 +178,22 @@ def quick(config: StudyConfig) -> StudyConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
-    """One run: an arm at given settings, and what it is measured on."""
+    """A trial is one run: an arm at one learning rate, beta and seed, and its test problems."""
 
     task: str
     arm: str
     learning_rate: float | None = None
     """None: nothing is trained."""
     beta: float | None = None
-    """None: the preset's own, or none."""
+    """None: the preset's, or the arm has none."""
     seed: int
     teacher: str = "middle"
     sweep: bool = False
-    """Measured on the validation problems; else on test and out of distribution."""
+    """Whether it is measured on the validation problems; else on test and out of distribution."""
 
     @property
     def name(self) -> str:
-        """Its folder inside the study's `trials`."""
+        """Name the trial by its folder inside the study's `trials`."""
         parts = [self.teacher]
         if self.learning_rate is not None:
             parts.append(f"lr{self.learning_rate:g}")

@@ -1,4 +1,7 @@
-"""The plots of a study. Each function: file name without suffix -> svg; none without values."""
+"""Draws the plots of a study.
+
+Each public function returns SVG texts by file name without suffix, or {} where it has no values.
+"""
 
 from collections.abc import Sequence
 
@@ -8,7 +11,7 @@ from bench.study import analysis, tables
 from bench.study.analysis import Study
 from bench.study.arms import ARMS, SCHEDULES
 from bench.study.config import StudyConfig
-from bench.study.statistics import Estimate, smooth
+from bench.study.statistics import MeanOverSeeds, smooth
 from kdrl_train.tools.report import charts
 from kdrl_train.tools.report.charts import Point, Reference, Series
 
@@ -25,24 +28,26 @@ QUESTIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "control": ("control", "accuracy", ("grpo", "kdrl", "k1_as_loss")),
 }  # fmt: skip
-"""Name -> title, metric of the curve, arms."""
+"""Title, metric of the curve and arms of each plot, by name."""
 BASIC = {"grpo", "kdrl"}
 METRICS = {"accuracy": "% right", "response_length": "tokens of a response"}
 NAMED = 184.0
-"""Width of the names of findings."""
+"""Width of the column of questions, in units of the SVG."""
 QUALITIES = ("weak", "middle", "strong")
 
 
 def differences(study: Study, task: str) -> dict[str, str]:
-    """Every finding that is a difference of accuracies, with its interval; but for the control,
-    which is far from all others and has a plot of its own."""
+    """Draw every difference of accuracies with its interval, except that of the control.
+
+    The control is far from all others and has a plot of its own.
+    """
     judged = [
         one
         for one in analysis.judge(study, task)
-        if one.finding.metric == "accuracy" and not ARMS[one.finding.arm].k1_as_loss
+        if one.claim.metric == "accuracy" and not ARMS[one.claim.arm].k1_as_loss
     ]
     points = [
-        _point(one.finding.question, one.found, look=0 if one.finding.paper else 1)
+        _point(one.claim.question, one.difference, look=0 if one.claim.paper else 1)
         for one in judged
     ]
     svg = charts.point_chart(
@@ -56,47 +61,49 @@ def differences(study: Study, task: str) -> dict[str, str]:
 
 
 def accuracy(study: Study, task: str) -> dict[str, str]:
-    """Every arm on the test problems."""
+    """Draw the accuracy of every arm on the test problems."""
     points = [_point(arm, study.accuracy(task, arm)) for arm in study.arms(task)]
     title = f"{task}: right on the test problems, %"
     return {f"accuracy_{task}": charts.point_chart(points, title=title, x_label="%")}
 
 
 def questions(study: Study, task: str) -> dict[str, str]:
-    """Training curves of the arms of each question, where one beside those of BASIC ran."""
-    found = {}
+    """Draw the training curves of the arms of each question, where one that is not BASIC ran."""
+    svgs = {}
     for name, (title, metric, arms) in QUESTIONS.items():
         ran = [arm for arm in arms if any(run.curve for run in study.runs(task, arm).values())]
         if len(ran) > 1 and set(ran) - BASIC:
             lines = [_learning(study, task, arm, arms.index(arm), metric) for arm in ran]
-            found[f"{name}_{task}"] = charts.line_chart(
+            svgs[f"{name}_{task}"] = charts.line_chart(
                 lines,
                 title=f"{task}: {title}, {METRICS[metric]}",
                 x_label="sampled tokens, thousands",
             )
-    return found
+    return svgs
 
 
 def cost(study: Study, task: str) -> dict[str, str]:
-    """Stages of a step over its rollout, which is the same work in all arms: what else the machine
-    did while an arm ran slows both."""
+    """Draw the time of each stage of a step, relative to the rollout.
+
+    The rollout is the same work in all arms, and other load of the machine slows both alike.
+    """
     rows = []
     for arm in study.arms(task):
-        found = study.stage_seconds(task, arm)
-        if "rollout" in found:
-            rows.append((arm, {name: s / found["rollout"] for name, s in found.items()}))
+        seconds = study.stage_seconds(task, arm)
+        if "rollout" in seconds:
+            rows.append((arm, {name: s / seconds["rollout"] for name, s in seconds.items()}))
     svg = charts.stacked_chart(rows, title=f"{task}: cost of a step, rollout = 1", unit="")
     return {f"cost_{task}": svg} if rows else {}
 
 
 def sensitivity(study: Study, task: str) -> dict[str, str]:
-    """Validation accuracy of each schedule over beta, at its learning rate of the sweep."""
+    """Draw the validation accuracy of each schedule over beta, at the sweep's learning rate."""
     lines = []
     for look, arm in enumerate(SCHEDULES):
-        found = tables.by_beta(study, task, arm)
-        if len(found) > 1:
-            y = [None if e is None else 100 * e.mean for e in found.values()]
-            lines.append(Series(arm, list(found), y, look=look))
+        accuracies = tables.by_beta(study, task, arm)
+        if len(accuracies) > 1:
+            y = [None if share is None else 100 * share.mean for share in accuracies.values()]
+            lines.append(Series(arm, list(accuracies), y, look=look))
     title = f"{task}: validation, % right, by beta"
     return (
         {"beta": charts.line_chart(lines, title=title, x_label="beta", log_x=True)} if lines else {}
@@ -104,7 +111,7 @@ def sensitivity(study: Study, task: str) -> dict[str, str]:
 
 
 def quality(study: Study, config: StudyConfig, task: str) -> dict[str, str]:
-    """Accuracy of each arm over that of its teacher."""
+    """Draw the accuracy of each arm over that of its teacher."""
     lines = []
     for look, arm in enumerate(config.quality_arms):
         pairs = [
@@ -126,16 +133,15 @@ def quality(study: Study, config: StudyConfig, task: str) -> dict[str, str]:
     return {"teachers": svg} if lines else {}
 
 
-def _point(name: str, found: Estimate | None, look: int = 0) -> Point:
-    if found is None:
+def _point(name: str, share: MeanOverSeeds | None, look: int = 0) -> Point:
+    if share is None:
         return Point(name, None)
-    mean, low, high = (round(100 * value, 1) for value in (found.mean, found.low, found.high))
+    mean, low, high = (round(100 * value, 1) for value in (share.mean, share.low, share.high))
     return Point(name, mean, low, high, look)
 
 
 def _learning(study: Study, task: str, arm: str, look: int, metric: str) -> Series:
-    """A metric of the training samples over sampled tokens: mean of the seeds, and from the least
-    to the most."""
+    """Make the line of a training metric over sampled tokens: mean, lowest and highest seed."""
     runs = [run for run in study.runs(task, arm).values() if run.curve]
     steps = min(len(run.curve[metric]) for run in runs)
     scale = 100.0 if metric == "accuracy" else 1.0

@@ -1,4 +1,4 @@
-"""results.json of a study: every run that ended, and the machine, versions and settings."""
+"""Writes and reads results.json: the runs that ended, and the machine, versions and settings."""
 
 import json
 import os
@@ -9,19 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from bench.study.config import StudyConfig, Trial
-from bench.study.trial import Result
+from bench.study.trial import TrialResult
 from kdrl_train.config_file import to_dict
 from kdrl_train.runfolder import events
 
 SWEEP_CURVES = ("accuracy",)
-"""What is kept of the curves of a sweep's runs."""
+"""Metrics whose curves are kept for the runs of a sweep."""
 
 
-def save(config: StudyConfig, found: Mapping[Trial, Result]) -> dict[str, Any]:
-    """Write results.json into the study's folder; returns what is in it, `trials` as Results."""
+def save(config: StudyConfig, results_by_trial: Mapping[Trial, TrialResult]) -> dict[str, Any]:
+    """Write results.json into the study's folder and return its content.
+
+    The content's "trials" are TrialResult objects here, dictionaries in the file.
+    """
     results = [
         replace(r, curve={k: r.curve[k] for k in SWEEP_CURVES if k in r.curve}) if t.sweep else r
-        for t, r in found.items()
+        for t, r in results_by_trial.items()
     ]
     about = {"machine": machine(), "config": {**to_dict(config), "out": None}}
     text = json.dumps(about | {"trials": [asdict(result) for result in results]})
@@ -32,13 +35,13 @@ def save(config: StudyConfig, found: Mapping[Trial, Result]) -> dict[str, Any]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What `save` returned, from its file."""
+    """Read from a file what `save` returned."""
     values = json.loads(path.read_text(encoding="utf-8"))
-    return values | {"trials": [Result.from_dict(one) for one in values["trials"]]}
+    return values | {"trials": [TrialResult.from_dict(one) for one in values["trials"]]}
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what the study was made."""
+    """Describe the machine, and the versions of the libraries."""
     return {"cores": os.cpu_count(), "processor": _processor(), **events.versions()}
 
 

@@ -1,4 +1,4 @@
-"""Runs of a study in processes of their own, some at a time; one that ended is not done again."""
+"""Runs the trials of a study in processes of their own; a trial that ended is not run again."""
 
 import json
 import os
@@ -17,19 +17,22 @@ from rich.console import Console
 
 from bench.study import setup
 from bench.study.config import StudyConfig, Trial
-from bench.study.statistics import estimate
-from bench.study.trial import Result, trial_folder
+from bench.study.statistics import mean_over_seeds
+from bench.study.trial import TrialResult, trial_folder
 
 Job = TypeVar("Job")
 Done = TypeVar("Done")
 
 TAIL_CHARS = 400
-"""Of a log, in the message of a run that was killed."""
+"""Characters of the log's end in the message of a run that was killed."""
 
 
 class Runner(AbstractContextManager["Runner"]):
-    """config.workers processes, each of one CPU thread. Use it as a context manager: what still
-    runs when it is left, by an error or Ctrl-C, is ended, and is begun anew by the next study."""
+    """A runner keeps config.workers processes busy, each with one CPU thread.
+
+    Use it as a context manager: when it is left, by an error or Ctrl-C, it kills the processes that
+    still run, and the next study begins their trials anew.
+    """
 
     def __init__(self, config: StudyConfig, console: Console) -> None:
         self.config = config
@@ -47,7 +50,10 @@ class Runner(AbstractContextManager["Runner"]):
         self._pool.shutdown(cancel_futures=True)
 
     def models(self) -> None:
-        """Every problem and model of the study. Raises: ChildProcessError where one fails."""
+        """Make every problem and model of the study that does not exist yet.
+
+        Raises: ChildProcessError where a model cannot be trained.
+        """
         for task in self.config.tasks:
             setup.write_task(self.config, task)
         pairs = [
@@ -59,25 +65,29 @@ class Runner(AbstractContextManager["Runner"]):
         for (task, name), code in done:
             if code:
                 raise ChildProcessError(
-                    f"{task}/{name} must train, got exit code {code}: its message is above"
+                    f"{task}/{name} must be trained, got exit code {code}: its message is above"
                 )
 
-    def trials(self, trials: Iterable[Trial], what: str) -> dict[Trial, Result]:
-        """Results of all, in order; a trial that crashes has that as its result."""
-        wanted = list(dict.fromkeys(trials))
-        if not wanted:
+    def trials(self, trials: Iterable[Trial], what: str) -> dict[Trial, TrialResult]:
+        """Run the trials that have no result yet and return the results of all, in order.
+
+        The result of a trial that crashes says so.
+        """
+        distinct = list(dict.fromkeys(trials))
+        if not distinct:
             return {}
-        left = [trial for trial in wanted if not self._path(trial).exists()]
-        self.console.rule(f"{what}: {len(wanted)} runs, {len(left)} to do", align="left")
-        for _ in self._each(grouped(left, self.config.workers), self._group):
+        to_do = [trial for trial in distinct if not self._path(trial).exists()]
+        title = f"{what}: {len(distinct)} runs, {len(to_do)} of them to do"
+        self.console.rule(title, align="left")
+        for _ in self._each(grouped(to_do, self.config.workers), self._group):
             pass
-        return {trial: Result.read(self._path(trial)) for trial in wanted}
+        return {trial: TrialResult.read(self._path(trial)) for trial in distinct}
 
     def _group(self, trials: list[Trial]) -> None:
-        """Trials in one process; again from the next one where one of them ends it."""
+        """Run trials in one process; if a trial kills it, run those behind that one in another."""
         waiting = {trial.name: trial for trial in trials}
 
-        def ended(name: str) -> None:
+        def on_end(name: str) -> None:
             self._ended(waiting.pop(name))
 
         while waiting and not self._closed:
@@ -87,22 +97,25 @@ class Runner(AbstractContextManager["Runner"]):
                 folder.mkdir(parents=True)
                 text = json.dumps(asdict(trial)) + "\n"
                 (folder / "trial.json").write_text(text, encoding="utf-8")
-            code = self._process(list(waiting), ended)
+            code = self._process(list(waiting), on_end)
             if waiting and not self._closed:
                 self._killed(waiting.pop(next(iter(waiting))), code)
 
     def _ended(self, trial: Trial) -> None:
-        self.console.print(summary(Result.read(self._path(trial))), markup=False)
+        self.console.print(summary(TrialResult.read(self._path(trial))), markup=False)
 
     def _killed(self, trial: Trial, code: int) -> None:
-        """A process that ended by itself, and left no result, has crashed."""
+        """Write the result of a trial whose process ended without one: it has crashed."""
         log = trial_folder(self.config, trial) / "log.txt"
         error = f"exit code {code}: {_tail(log)}"
-        Result(trial=trial, status="crashed", error=error).write(self._path(trial))
+        TrialResult(trial=trial, status="crashed", error=error).write(self._path(trial))
         self._ended(trial)
 
-    def _process(self, names: Sequence[str], told: Callable[[str], object]) -> int:
-        """Exit code of a child that does what is named, and tells each that has ended."""
+    def _process(self, names: Sequence[str], tell: Callable[[str], object]) -> int:
+        """Run trials or models, by name, in a child process and return its exit code.
+
+        `tell` is called with the name of each trial that has ended, and with what a model prints.
+        """
         command = [sys.executable, "-m", "bench.study.trial", str(self.config.out), *names]
         with self._lock:
             if self._closed:
@@ -117,13 +130,13 @@ class Runner(AbstractContextManager["Runner"]):
         assert process.stdout is not None
         with process:
             for line in process.stdout:
-                told(line.rstrip("\n"))
+                tell(line.rstrip("\n"))
         with self._lock:
             self._running.discard(process)
         return process.returncode
 
     def _each(self, jobs: Sequence[Job], do: Callable[[Job], Done]) -> Iterable[tuple[Job, Done]]:
-        """Each job with what `do` made of it, as they end."""
+        """Yield each job with the result of do(job), in the order in which they end."""
         futures: dict[Future[Done], Job] = {self._pool.submit(do, job): job for job in jobs}
         for future in as_completed(futures):
             yield futures[future], future.result()
@@ -136,8 +149,10 @@ class Runner(AbstractContextManager["Runner"]):
 
 
 def grouped(trials: Sequence[Trial], workers: int) -> list[list[Trial]]:
-    """Trials of an arm that one process does, one after the other: to start it takes some seconds.
-    The long ones first, and none so long that the other workers wait for it."""
+    """Divide trials into groups of one arm, each for one process, which takes seconds to start.
+
+    Long groups come first, and none is so long that the other workers wait for it.
+    """
     arms: dict[tuple[str, str, str], list[Trial]] = {}
     for trial in trials:
         arms.setdefault((trial.task, trial.arm, trial.teacher), []).append(trial)
@@ -150,12 +165,12 @@ def _tail(log: Path) -> str:
     return log.read_text(encoding="utf-8", errors="replace")[-TAIL_CHARS:].strip()
 
 
-def summary(result: Result) -> str:
-    """One line for the console."""
+def summary(result: TrialResult) -> str:
+    """Describe a result in one line for the console."""
     if result.status == "crashed":
         return f"{result.trial.name}: CRASHED, {result.error}"
     parts = []
     for name, score in result.scores.items():
-        found = estimate(score.shares[None])
-        parts.append(f"{name} {found.mean:.1%} ({100 * found.low:.1f}-{100 * found.high:.1f})")
+        share = mean_over_seeds(score.shares[None])
+        parts.append(f"{name} {share.mean:.1%} ({100 * share.low:.1f}-{100 * share.high:.1f})")
     return f"{result.trial.name}: {', '.join(parts)} in {result.seconds:.0f} s"

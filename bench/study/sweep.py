@@ -1,4 +1,4 @@
-"""Which runs a study makes: sweeps first, then what they chose, over seeds."""
+"""Decides which runs a study makes: sweeps first, then the settings they chose, over seeds."""
 
 from collections.abc import Iterator, Mapping
 from statistics import fmean
@@ -6,17 +6,17 @@ from typing import Literal, NamedTuple
 
 from bench.study.arms import ARMS, NOT_TRAINED, SCHEDULES
 from bench.study.config import RUNOFF_SEED, SWEEP_SEED, StudyConfig, Trial
-from bench.study.trial import Result
+from bench.study.trial import TrialResult
 
 CLOSE = 0.02
-"""Settings whose one run is less right than the best by no more than this share run again."""
+"""Settings run a second time if their first accuracy is at most this far below the best."""
 
-Found = Mapping[Trial, Result]
+Results = Mapping[Trial, TrialResult]
 """The runs of a sweep that have ended."""
 
 
 class Settings(NamedTuple):
-    """What is chosen for an arm."""
+    """The learning rate and the beta that are chosen for an arm."""
 
     learning_rate: float | None
     """None: nothing is trained."""
@@ -24,17 +24,17 @@ class Settings(NamedTuple):
     """None: the arm has none to choose."""
 
     def run(self, task: str, arm: str, seed: int) -> Trial:
-        """A run of a sweep at these settings."""
+        """Return a run of a sweep at these settings."""
         return Trial(task=task, arm=arm, seed=seed, sweep=True, **self._asdict())
 
 
 def has_beta(arm: str) -> bool:
-    """Whether the study sets beta."""
+    """Say whether the study sets the arm's beta."""
     return ARMS[arm].tuned
 
 
 def swept(config: StudyConfig, task: str) -> Iterator[str]:
-    """Arms with a sweep of their own: those that are trained and take no other's settings."""
+    """Yield the arms with a sweep: those that train and do not take another arm's settings."""
     for arm in config.arms_of(task):
         settings = len(config.learning_rates) * (len(config.betas) if has_beta(arm) else 1)
         if arm not in NOT_TRAINED and ARMS[arm].like is None and settings > 1:
@@ -42,13 +42,13 @@ def swept(config: StudyConfig, task: str) -> Iterator[str]:
 
 
 def middle(config: StudyConfig, arm: str) -> Settings:
-    """Where a sweep starts; without one, the only settings."""
+    """Return the settings at which a sweep starts; an arm without a sweep runs at them."""
     rates, betas = sorted(config.learning_rates), sorted(config.betas)
     return Settings(rates[len(rates) // 2], betas[len(betas) // 2] if has_beta(arm) else None)
 
 
 def rate_sweep(config: StudyConfig, task: str) -> list[Trial]:
-    """Every learning rate, at the middle beta."""
+    """List the runs of every learning rate, at the middle beta."""
     return [
         middle(config, arm)._replace(learning_rate=rate).run(task, arm, SWEEP_SEED)
         for arm in swept(config, task)
@@ -56,22 +56,25 @@ def rate_sweep(config: StudyConfig, task: str) -> list[Trial]:
     ]
 
 
-def beta_sweep(config: StudyConfig, task: str, found: Found) -> list[Trial]:
-    """Every beta, at the best learning rate of the sweep before."""
+def beta_sweep(config: StudyConfig, task: str, results: Results) -> list[Trial]:
+    """List the runs of every beta, at the best learning rate of the sweep before."""
     return [
-        best(task, arm, found)._replace(beta=beta).run(task, arm, SWEEP_SEED)
+        best(task, arm, results)._replace(beta=beta).run(task, arm, SWEEP_SEED)
         for arm in swept(config, task)
         if has_beta(arm)
         for beta in config.betas
     ]
 
 
-def runoff(config: StudyConfig, task: str, found: Found) -> list[Trial]:
-    """A second run, with another seed, of the best settings of each arm and of those close to them
-    that have had one. Nothing for an arm with no settings close, or where none learnt anything."""
+def runoff(config: StudyConfig, task: str, results: Results) -> list[Trial]:
+    """List second runs, with another seed, of each arm's best settings and of those close to them.
+
+    Settings that had a second run are left out, and so are arms without close settings and arms
+    that learnt nothing.
+    """
     trials = []
     for arm in swept(config, task):
-        runs, winner = accuracies(task, arm, found), best(task, arm, found)
+        runs, winner = accuracies(task, arm, results), best(task, arm, results)
         least = fmean(runs[winner]) - CLOSE
         once = [one for one, values in runs.items() if len(values) == 1 and values[0] >= least]
         if set(once) - {winner} and fmean(runs[winner]) > 0:
@@ -80,13 +83,15 @@ def runoff(config: StudyConfig, task: str, found: Found) -> list[Trial]:
 
 
 def past_the_end(
-    config: StudyConfig, task: str, found: Found, key: Literal["learning_rate", "beta"]
+    config: StudyConfig, task: str, results: Results, key: Literal["learning_rate", "beta"]
 ) -> list[Trial]:
-    """One more value of `key` for each arm whose best one is the least or the greatest it has
-    tried: it might be better still beyond. As far from the end as the next one is, as a ratio."""
+    """List a run of one more value of `key` for each arm whose best value is an end of its sweep.
+
+    A better value may lie beyond. The ratio to the end is that of the end to its neighbour.
+    """
     trials = []
     for arm in swept(config, task):
-        runs, winner = accuracies(task, arm, found), best(task, arm, found)
+        runs, winner = accuracies(task, arm, results), best(task, arm, results)
         tried = sorted({getattr(one, key) for one in runs} - {None})
         value = getattr(winner, key)
         if len(tried) > 1 and value in (tried[0], tried[-1]) and fmean(runs[winner]) > 0:
@@ -96,10 +101,10 @@ def past_the_end(
     return trials
 
 
-def accuracies(task: str, arm: str, found: Found) -> dict[Settings, list[float]]:
-    """Settings of an arm -> avg@k of each of their runs on the validation problems; 0: crashed."""
+def accuracies(task: str, arm: str, results: Results) -> dict[Settings, list[float]]:
+    """Return avg@k on the validation problems of each run of an arm, by settings; 0: crashed."""
     runs: dict[Settings, list[float]] = {}
-    for trial, result in found.items():
+    for trial, result in results.items():
         if (trial.task, trial.arm) == (task, arm):
             score = result.scores.get("validation")
             right = 0.0 if score is None else float(score.shares.mean())
@@ -107,30 +112,36 @@ def accuracies(task: str, arm: str, found: Found) -> dict[Settings, list[float]]
     return runs
 
 
-def best(task: str, arm: str, found: Found) -> Settings:
-    """The best mean of those that have run most often: one lucky run is not enough where others
-    have had two."""
-    runs = accuracies(task, arm, found)
+def best(task: str, arm: str, results: Results) -> Settings:
+    """Choose the settings with the best mean among those with the most runs.
+
+    One lucky run is not enough where other settings have had two.
+    """
+    runs = accuracies(task, arm, results)
     return max(runs, key=lambda one: (len(runs[one]), fmean(runs[one])))
 
 
-def chosen(config: StudyConfig, task: str, found: Found) -> dict[str, Settings]:
-    """Arm -> its settings: what its sweep found best, or the arm's whose settings it takes; without
-    a sweep the middle ones."""
+def chosen(config: StudyConfig, task: str, results: Results) -> dict[str, Settings]:
+    """Return the settings of each arm: the best of its sweep, or of that of the arm it is `like`.
+
+    An arm without a sweep has the middle settings.
+    """
     with_sweep = set(swept(config, task))
 
     def choose(arm: str) -> Settings:
         if arm in NOT_TRAINED:
             return Settings(None, None)
         source = ARMS[arm].like or arm
-        return best(task, source, found) if source in with_sweep else middle(config, source)
+        return best(task, source, results) if source in with_sweep else middle(config, source)
 
     return {arm: choose(arm) for arm in config.arms_of(task)}
 
 
 def more_betas(config: StudyConfig, task: str, best: Mapping[str, Settings]) -> list[Trial]:
-    """Further values of beta, on the first task, for the arms whose sensitivity to it is compared.
-    Settings are not chosen by them: the other arms have not tried them."""
+    """List runs of further betas, on the first task, for the arms whose sensitivity is compared.
+
+    They choose no settings, since the other arms have not tried these values.
+    """
     return [
         best[arm]._replace(beta=beta).run(task, arm, SWEEP_SEED)
         for arm in SCHEDULES
@@ -140,7 +151,7 @@ def more_betas(config: StudyConfig, task: str, best: Mapping[str, Settings]) -> 
 
 
 def final_trials(config: StudyConfig, task: str, best: Mapping[str, Settings]) -> list[Trial]:
-    """Every arm at its settings, over the seeds."""
+    """List the reported runs: every arm at its settings, over the seeds."""
     return [
         Trial(task=task, arm=arm, seed=seed, **settings._asdict())
         for arm, settings in best.items()
@@ -149,8 +160,10 @@ def final_trials(config: StudyConfig, task: str, best: Mapping[str, Settings]) -
 
 
 def quality_trials(config: StudyConfig, best: Mapping[str, Settings]) -> list[Trial]:
-    """The teachers of another quality, and what learns from them, on the first task, at the
-    settings chosen with the middle one."""
+    """List the runs of the weak and the strong teacher and of the arms that learn from them.
+
+    They are on the first task, at the settings chosen with the middle teacher.
+    """
     learnt = [arm for arm in config.quality_arms if arm in best]
     arms = {"teacher": Settings(None, None)} | {arm: best[arm] for arm in learnt}
     return [

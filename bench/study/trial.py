@@ -1,8 +1,8 @@
-"""Runs of the study in a process of their own: `python -m bench.study.trial STUDY NAME...`.
+"""Runs trials of the study in one process: `python -m bench.study.trial STUDY NAME...`.
 
-NAME is a trial's, or that of a model of a task ("arithmetic/student"). What a trial prints goes to
-log.txt in its folder, what it raises is its result, and its name on standard output says that it
-has ended. Importing takes as long as ten steps, so that one process does several, one by one.
+NAME is that of a trial, or of a model of a task ("arithmetic/student"). The output of a trial goes
+to log.txt in its folder, an error becomes its result, and its name on standard output says that it
+has ended. Imports take as long as ten steps, so one process runs several trials in turn.
 """
 
 import json
@@ -11,7 +11,6 @@ import os
 import sys
 import time
 import traceback
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,13 +21,14 @@ import torch
 from bench.study import setup
 from bench.study.arms import ARMS
 from bench.study.config import StudyConfig, Trial
-from bench.study.k1_control import k1_as_loss
+from bench.study.k1_control import K1Policy
 from kdrl_train import train
 from kdrl_train.batch import Rollouts, Verdicts
 from kdrl_train.config import ModelConfig, OptimConfig, RewardConfig, SamplingConfig, TrainConfig
 from kdrl_train.config_file import load_yaml, update
 from kdrl_train.method.evaluation import EVAL_STEP, summarize
 from kdrl_train.model.load import load_model, load_tokenizer
+from kdrl_train.model.policy import Policy
 from kdrl_train.rollouts.problems import encode_prompt, load_examples, step_indices
 from kdrl_train.rollouts.sampler import SampleRequest, generate_rollouts
 from kdrl_train.rollouts.verifier import Verifier
@@ -44,7 +44,7 @@ MICRO_BATCH_TOKENS = 2048
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """A model on one set of problems, sampled at temperature 1."""
+    """The score of a model on one set of problems, sampled at temperature 1."""
 
     samples: int
     """k: completions of each problem."""
@@ -53,60 +53,62 @@ class Score:
     pass_at_k: float
     maj_at_k: float | None
     length: float
-    """Tokens of a completion, mean."""
+    """Mean number of tokens of a completion."""
     truncated: float
-    """Share of completions cut at max_new_tokens."""
+    """Share of the completions that were cut at max_new_tokens."""
 
     @property
     def shares(self) -> np.ndarray:
-        """[P] share of right completions of each problem."""
+        """Return the share of right completions of each problem, [P]."""
         return np.array([int(digit) for digit in self.right]) / self.samples
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Result:
-    """What became of a trial: result.json in its folder."""
+class TrialResult:
+    """The result of a trial, which is result.json in its folder."""
 
     trial: Trial
     status: Literal["done", "crashed"]
     error: str | None = None
     seconds: float = 0.0
     scores: dict[str, Score] = field(default_factory=dict)
-    """Set of problems -> score."""
+    """Scores by the name of the set of problems."""
     curve: dict[str, list[float | None]] = field(default_factory=dict)
-    """Metric -> its value at each step; also "seconds_rollout" and the other stages."""
+    """Values of each metric at every step; also "seconds_rollout" and the other stages."""
     sampled_tokens: int = 0
-    """Tokens of all completions that it learnt from."""
+    """Tokens of all completions that were sampled for training."""
     commit: str | None = None
-    """Of the code that made it, where it ran from a clone with git."""
+    """Commit of the code, where the trial ran from a clone with git."""
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Result":
-        """From what asdict made of one."""
+    def from_dict(cls, values: dict[str, Any]) -> "TrialResult":
+        """Rebuild a result from the dictionary that dataclasses.asdict made."""
         scores = {name: Score(**score) for name, score in values["scores"].items()}
         return cls(**values | {"trial": Trial(**values["trial"]), "scores": scores})
 
     @classmethod
-    def read(cls, path: Path) -> "Result":
-        """From a file that `write` made."""
+    def read(cls, path: Path) -> "TrialResult":
+        """Read a result from a file that `write` made."""
         return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
 
     def write(self, path: Path) -> None:
-        """Complete or not at all."""
+        """Write the result; the file is complete or does not exist."""
         partial = path.with_name(path.name + ".partial")
         partial.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
         partial.replace(path)
 
 
 def trial_folder(config: StudyConfig, trial: Trial) -> Path:
-    """Where a trial leaves its run and its result."""
+    """Return the folder of a trial's run and result."""
     return config.out / "trials" / trial.name
 
 
 def train_config(config: StudyConfig, trial: Trial) -> TrainConfig:
-    """The run of a trial: nothing differs between two arms but the method, the learning rate and
-    whether there is a teacher."""
-    arm, task, room = ARMS[trial.arm], setup.folder(config, trial.task), config.lab(trial.task)
+    """Return the settings of a trial's training run.
+
+    Two arms differ in the method, the learning rate and the presence of a teacher alone.
+    """
+    arm, task = ARMS[trial.arm], setup.folder(config, trial.task)
     method = None if arm.method is None else arm.at(trial.beta, config.steps)
     teacher = str(task / f"teacher_{trial.teacher}")
     base = TrainConfig(
@@ -119,7 +121,7 @@ def train_config(config: StudyConfig, trial: Trial) -> TrainConfig:
         sampling=SamplingConfig(
             prompts_per_step=config.prompts_per_step,
             group_size=config.group_size,
-            max_new_tokens=room.max_new_tokens,
+            max_new_tokens=config.task_models(trial.task).max_new_tokens,
             batch_size=1024,
         ),
         reward=RewardConfig(function=TASKS[trial.task].reward, workers=1),
@@ -133,29 +135,29 @@ def train_config(config: StudyConfig, trial: Trial) -> TrainConfig:
     return replace(base, method=method, model=replace(base.model, teacher=teacher_or_none))
 
 
-def run(config: StudyConfig, trial: Trial) -> Result:
-    """Train, where the arm does, and measure."""
+def run(config: StudyConfig, trial: Trial) -> TrialResult:
+    """Train, unless the arm trains nothing, then measure the model."""
     start = time.perf_counter()
-    made, arm, task = train_config(config, trial), ARMS[trial.arm], setup.folder(config, trial.task)
+    run_config, task = train_config(config, trial), setup.folder(config, trial.task)
     curve: dict[str, list[float | None]] = {}
     sampled = 0
     if trial.arm == "sft":
-        folder, sampled = distil_offline(config, trial, made)
+        folder, sampled = distil_offline(config, trial, run_config)
     elif trial.learning_rate is None:
         folder = task / ("student" if trial.arm == "student" else f"teacher_{trial.teacher}")
     else:
-        with k1_as_loss() if arm.k1_as_loss else nullcontext():
-            folder = train.main(made) / "model"
-        if not folder.exists():  # ended by a signal, which is no result: it is done again
+        policy_class = K1Policy if ARMS[trial.arm].k1_as_loss else Policy
+        folder = train.main(run_config, policy_class=policy_class) / "model"
+        if not folder.exists():  # a signal ended it, which is no result: the trial runs again
             raise SystemExit(f"{trial.name} was stopped before its last step")
-        rows = read_records(made.out)
+        rows = read_records(run_config.out)
         names = [*CURVES, *(f"seconds_{stage}" for stage in STAGES)]
         curve = {name: [_short(row.get(name)) for row in rows] for name in names}
         sampled = sum(row["tokens"] for row in rows)
-    return Result(
+    return TrialResult(
         trial=trial,
         status="done",
-        scores=measure(config, trial, folder, made),
+        scores=measure(config, trial, folder, run_config),
         curve=curve,
         sampled_tokens=sampled,
         seconds=time.perf_counter() - start,
@@ -163,79 +165,85 @@ def run(config: StudyConfig, trial: Trial) -> Result:
 
 
 def _short(value: float | None) -> float | None:
-    """Five digits: a result is read by people, and kept."""
+    """Round to five digits, since results are committed and read by people."""
     return None if value is None else float(f"{value:.5g}")
 
 
-def sample(model: Any, tokenizer: Any, examples: Any, made: TrainConfig, step: int, size: int,
+def sample(model: Any, tokenizer: Any, examples: Any, run_config: TrainConfig, step: int, size: int,
            verifier: Verifier) -> tuple[Rollouts, Verdicts]:  # fmt: skip
-    """`size` judged completions of each example, drawn by (seed, step) as in training."""
-    prompts = [encode_prompt(tokenizer, example, made.data) for example in examples]
-    sampling = replace(made.sampling, group_size=size)
-    request = SampleRequest(prompts=prompts, sampling=sampling, seed=made.seed, step=step)
+    """Sample and judge `size` completions of each example, drawn by (seed, step) as in training."""
+    prompts = [encode_prompt(tokenizer, example, run_config.data) for example in examples]
+    sampling = replace(run_config.sampling, group_size=size)
+    request = SampleRequest(prompts=prompts, sampling=sampling, seed=run_config.seed, step=step)
     rollouts = generate_rollouts(model, tokenizer, request)
     golds = [example.gold for example in examples for _ in range(size)]
     return rollouts, verifier.score(rollouts.texts, golds)
 
 
-def measure(config: StudyConfig, trial: Trial, folder: Path, made: TrainConfig) -> dict[str, Score]:
-    """A model folder on the validation problems (of a sweep), or on the test problems and those
-    out of distribution; the same draws for every arm with this seed."""
+def measure(
+    config: StudyConfig, trial: Trial, folder: Path, run_config: TrainConfig
+) -> dict[str, Score]:
+    """Score a model on the validation problems (in a sweep), else on all sets of test problems.
+
+    Every arm with this seed uses the same random draws.
+    """
     sets = {"validation": config.validation_problems}
     if not trial.sweep:
         sets = dict.fromkeys(("test", *setup.OUT_OF_DISTRIBUTION), config.test_problems)
-    model = load_model(str(folder), "model.policy", made.model, torch.float32)
+    model = load_model(str(folder), "model.policy", run_config.model, torch.float32)
     tokenizer, k = load_tokenizer(str(folder)), config.samples
     scores = {}
-    with Verifier(made.reward) as verifier:
+    with Verifier(run_config.reward) as verifier:
         for name, count in sets.items():
             data = setup.data_config(setup.folder(config, trial.task) / f"{name}.jsonl")
             examples = load_examples(data)[:count]
-            judged = sample(model, tokenizer, examples, made, EVAL_STEP, k, verifier)
+            judged = sample(model, tokenizer, examples, run_config, EVAL_STEP, k, verifier)
             scores[name] = score(*judged, samples=k, seed=trial.seed)
     return scores
 
 
 def score(rollouts: Rollouts, verdicts: Verdicts, *, samples: int, seed: int) -> Score:
-    """Of `samples` judged completions of each problem."""
-    found = summarize(rollouts, verdicts, samples, seed, 0.0)
+    """Score `samples` judged completions of each problem."""
+    summary = summarize(rollouts, verdicts, samples, seed, 0.0)
     right = np.array([outcome == "right" for outcome in verdicts.outcomes]).reshape(-1, samples)
     return Score(
         samples=samples,
         right="".join(str(n) for n in right.sum(axis=1)),
-        pass_at_k=found.pass_at_k[samples],
-        maj_at_k=found.maj_at_k,
-        length=found.mean_length,
-        truncated=found.truncated,
+        pass_at_k=summary.pass_at_k[samples],
+        maj_at_k=summary.maj_at_k,
+        length=summary.mean_length,
+        truncated=summary.truncated,
     )
 
 
-def distil_offline(config: StudyConfig, trial: Trial, made: TrainConfig) -> tuple[Path, int]:
-    """SFT of the student on the teacher's right completions of the prompts that the other arms
-    see, as many completions and as many updates as theirs; each completion is learnt once.
+def distil_offline(config: StudyConfig, trial: Trial, run_config: TrainConfig) -> tuple[Path, int]:
+    """Train the student by SFT on the teacher's right completions.
 
-    Returns: the model's folder, and the tokens of all completions, wrong ones too.
+    The teacher completes the prompts that the other arms see, as often as they do, and the student
+    makes as many updates as they do. It learns from each right completion once.
+
+    Returns: the model's folder, and the tokens of all completions, wrong ones included.
     """
-    task, out = setup.folder(config, trial.task), made.out.parent
+    task, out = setup.folder(config, trial.task), run_config.out.parent
     folder = task / f"teacher_{trial.teacher}"
-    model = load_model(str(folder), "model.teacher", made.model, torch.float32)
-    tokenizer, examples = load_tokenizer(str(folder)), load_examples(made.data)
+    model = load_model(str(folder), "model.teacher", run_config.model, torch.float32)
+    tokenizer, examples = load_tokenizer(str(folder)), load_examples(run_config.data)
     rows, tokens, learnt = [], 0, 0
-    with Verifier(made.reward) as verifier:
+    with Verifier(run_config.reward) as verifier:
         for step in range(config.steps):
-            places = step_indices(len(examples), made.seed, step, config.prompts_per_step)
-            chosen = [examples[i] for i in places]
-            found, verdicts = sample(
-                model, tokenizer, chosen, made, step, config.group_size, verifier
+            places = step_indices(len(examples), run_config.seed, step, config.prompts_per_step)
+            examples_of_step = [examples[i] for i in places]
+            rollouts, verdicts = sample(
+                model, tokenizer, examples_of_step, run_config, step, config.group_size, verifier
             )
-            tokens += int(found.lengths.sum())
+            tokens += int(rollouts.lengths.sum())
             for r, outcome in enumerate(verdicts.outcomes):
                 if outcome == "right":
-                    prompt = chosen[r // config.group_size].prompt.rstrip("\n")
-                    rows.append({"question": prompt, "solution": found.texts[r]})
-                    learnt += len(found.completion_ids[r]) + len(found.prompt_ids[r])
+                    prompt = examples_of_step[r // config.group_size].prompt.rstrip("\n")
+                    rows.append({"question": prompt, "solution": rollouts.texts[r]})
+                    learnt += len(rollouts.completion_ids[r]) + len(rollouts.prompt_ids[r])
     if not rows:
-        raise ValueError(f"the teacher must have right samples to learn from, got none in {folder}")
+        raise ValueError(f"the teacher must give right samples, got none from {folder}")
     jsonl.write(out / "samples.jsonl", rows)
     assert trial.learning_rate is not None
     sft.main(
@@ -255,11 +263,11 @@ def distil_offline(config: StudyConfig, trial: Trial, made: TrainConfig) -> tupl
 
 
 def main(argv: list[str]) -> int:
-    """Do everything that is named; a trial's error goes into its result, a model's is raised."""
+    """Run the named trials and models; a trial's error goes into its result, a model's is fatal."""
     out, names = Path(argv[0]), argv[1:]
     config = update(StudyConfig(), load_yaml(out / "study.yaml"))
     torch.set_num_threads(1)
-    told = os.fdopen(os.dup(1), "w", buffering=1)
+    report = os.fdopen(os.dup(1), "w", buffering=1)
     for name in names:
         folder = out / "trials" / name
         if not (folder / "trial.json").exists():
@@ -270,19 +278,19 @@ def main(argv: list[str]) -> int:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         finish(config, folder)
-        told.write(f"{name}\n")
+        report.write(f"{name}\n")
     return 0
 
 
 def finish(config: StudyConfig, folder: Path) -> None:
-    """The result of the trial whose trial.json is in the folder."""
+    """Run the trial whose trial.json is in the folder, and write its result there."""
     trial = Trial(**json.loads((folder / "trial.json").read_text(encoding="utf-8")))
     try:
         result = run(config, trial)
     except Exception as error:
         traceback.print_exc()
         message = f"{type(error).__name__}: {error}"
-        result = Result(trial=trial, status="crashed", error=message)
+        result = TrialResult(trial=trial, status="crashed", error=message)
     result = replace(result, commit=events.versions().get("commit"))
     result.write(folder / "result.json")
 

@@ -1,1 +1,1 @@
-"""Tests of the benchmark folder."""
+"""Tests the benchmark folder."""

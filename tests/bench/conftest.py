@@ -1,4 +1,4 @@
-"""Threads of these tests."""
+"""Sets the CPU threads of these tests."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tensors here are tiny."""
+    """Use one thread, since the tensors here are tiny."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""The floor and the inputs of bench/."""
+"""Tests the floor and the inputs of bench/."""
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -28,7 +28,7 @@ def _name(one: Any) -> str:
 
 
 @pytest.fixture(scope="module", params=[TINY, ODD], ids=_name)
-def given(request: pytest.FixtureRequest) -> Inputs:
+def inputs(request: pytest.FixtureRequest) -> Inputs:
     return make_inputs(request.param, device="cpu")
 
 
@@ -38,18 +38,18 @@ def _add_mm_flop(_: Any, a: Sequence[int], b: Sequence[int], **__: Any) -> int:
 
 @pytest.mark.parametrize("rows", [8, 2048], ids="{} rows".format)
 @pytest.mark.parametrize("op", OPS, ids=_name)
-def test_floor_does_the_flop_of_the_operation(given: Inputs, op: Op, rows: int) -> None:
-    floor, shape = Floor(given, rows), given.shape
+def test_floor_does_the_flop_of_the_operation(inputs: Inputs, op: Op, rows: int) -> None:
+    floor, shape = Floor(inputs, rows), inputs.shape
     in_place = {torch.ops.aten.addmm_: _add_mm_flop}  # torch leaves it out
     with FlopCounterMode(display=False, custom_mapping=in_place) as counted:
         floor.run(op)
-    found, row_flop = counted.get_total_flops(), 2 * shape.H * shape.V
+    flop, row_flop = counted.get_total_flops(), 2 * shape.H * shape.V
     # a chunk's active rows are whole ones: half a row off each, for each gradient
     rounded = ceil(shape.N / rows) * row_flop * len(op.gradients) / 2 if op.active < 1 else 0
-    assert abs(found - op.flop(shape)) <= rounded, (found, op.flop(shape))
-    with FlopCounterMode(display=False, custom_mapping=in_place) as again:
+    assert abs(flop - op.flop(shape)) <= rounded, (flop, op.flop(shape))
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counted_again:
         floor.run(op, projections=2)
-    assert again.get_total_flops() == found + shape.unit_flop
+    assert counted_again.get_total_flops() == flop + shape.unit_flop
 
 
 # inputs
@@ -57,7 +57,7 @@ def test_floor_does_the_flop_of_the_operation(given: Inputs, op: Op, rows: int) 
 
 @pytest.fixture(scope="module")
 def small() -> dict[str, Inputs]:
-    """{profile: inputs of cpu-small}."""
+    """Return inputs of the shape cpu-small, by profile."""
     return {profile: make_inputs(CPU_SMALL, profile, "cpu") for profile in PROFILES}
 
 
@@ -67,7 +67,7 @@ def _tensors(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def _logp(inputs: Inputs, who: str) -> Tensor:
-    """[N, min(V, V_t)] of the student ("") or the teacher ("teacher_"), float64."""
+    """Return log-probabilities of student ("") or teacher ("teacher_"): [N, V] in float64."""
     hidden, weight = getattr(inputs, f"{who}hidden"), getattr(inputs, f"shared_{who}weight")
     return (hidden.detach().double() @ weight.detach().double().T).log_softmax(dim=1)
 
@@ -90,7 +90,7 @@ def test_entropy_is_of_the_students_logits(small: dict[str, Inputs], profile: st
 
 
 def test_tokens_are_sampled(small: dict[str, Inputs]) -> None:
-    """Their log-probability is minus the entropy on average; of the likeliest it is far more."""
+    """A sampled token's log-probability is minus the entropy on average; the likeliest has more."""
     inputs = small["flat"]
     logp = _logp(inputs, "")
     chosen = logp.gather(1, inputs.tokens[:, None]).squeeze(1)
@@ -114,10 +114,10 @@ def test_tokens_are_of_both_models(shape: Shape, profile: str) -> None:
 
 
 def test_same_seed_same_inputs() -> None:
-    first, again, other = (_tensors(make_inputs(ODD, device="cpu", seed=n)) for n in (3, 3, 4))
+    first, same_seed, other = (_tensors(make_inputs(ODD, device="cpu", seed=n)) for n in (3, 3, 4))
     assert len(first) == 9
     for name, value in first.items():
-        assert torch.equal(value, again[name]), name
+        assert torch.equal(value, same_seed[name]), name
         assert not torch.equal(value, other[name]), name
 
 
@@ -160,7 +160,7 @@ def test_unknown_profile_is_named() -> None:
 
 
 def test_shared_weight_is_cut_where_the_models_differ() -> None:
-    """Where they do not, it is the tensor itself: a slice would cost a copy of its gradient."""
+    """Equal models keep the tensor itself: a slice would cost a copy of its gradient."""
     more, fewer, same = (
         make_inputs(shape, device="cpu") for shape in (FEW, replace(FEW, V=40, V_t=600), TINY)
     )

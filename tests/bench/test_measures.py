@@ -1,4 +1,4 @@
-"""step, rows and scaling of bench/ on tiny sizes: what is timed is the right thing."""
+"""Tests step, rows and scaling of bench/ on tiny sizes: they time what they say."""
 
 import copy
 import math
@@ -27,8 +27,8 @@ GRPO, KDRL = (OPS_BY_NAME[name] for name in ("GRPO", "KDRL exact"))
 HOME = {one.name: one for one in PROVIDERS}
 FULL, CHUNKS = "PyTorch, full logits", "PyTorch, chunk loop"
 ROUNDS = 4
-MODEL = step.Sizes(replace(TINY, N=16), 2, 4, 2, 96, 8, tied=True)
-SIZES = scaling.Sizes(
+MODEL = step.ModelSizes(replace(TINY, N=16), 2, 4, 2, 96, 8, tied=True)
+SIZES = scaling.ScalingSizes(
     TINY,
     tokens=(8, 24),
     vocabularies=(128, 300),
@@ -55,7 +55,7 @@ def trainee() -> step.Trainee:
 
 
 def assert_samples(one: Record, *names: str) -> None:
-    """These are times, as many as rounds."""
+    """Check that a list holds as many times as there are rounds."""
     assert one["status"] == "ok", one
     for name in names:
         assert len(one[name]) == ROUNDS, (name, one)
@@ -71,14 +71,14 @@ def assert_no_figure(one: Record, status: str) -> None:
 
 
 def test_step_records() -> None:
-    found = list(step.records(ROUNDS, later(), models=(MODEL,)))
-    assert [(one["op"], one["provider"]) for one in found] == [
+    records = list(step.records(ROUNDS, later(), models=(MODEL,)))
+    assert [(one["op"], one["provider"]) for one in records] == [
         (op, provider) for op in ("GRPO", "KDRL exact") for provider in (OURS, FULL)
     ]
     H, V, kv, wide = 64, 512, 32, 96
     attention = 2 * H * H + H + 2 * (H * kv + kv)  # q with bias, o without, k and v with
     parameters = V * H + H + 2 * (attention + 3 * H * wide + 2 * H)
-    for one in found:
+    for one in records:
         assert_samples(one, "step_ms", "head_ms")
         assert one["kind"] == "step"
         assert one["sizes"]["N"] == 16
@@ -90,22 +90,24 @@ def test_step_records() -> None:
 
 def test_step_out_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "Trainee", None)  # no model is built any more
-    found = list(step.records(ROUNDS, time.monotonic() - 1, models=(MODEL,)))
-    assert len(found) == 4
-    for one in found:
+    records = list(step.records(ROUNDS, time.monotonic() - 1, models=(MODEL,)))
+    assert len(records) == 4
+    for one in records:
         assert_no_figure(one, "out of time")
 
 
 def test_step_names_why_a_provider_is_not_timed() -> None:
     others = (Provider(name="other", package="kdrl-not-on-any-index"), no_head)
-    found = list(step.records(ROUNDS, later(), others, (MODEL,)))
-    assert_no_figure(found[0], "not installed")
-    assert found[1]["status"].startswith("failed: RuntimeError: no head, GRPO: the backbone got no")
-    assert "step_ms" not in found[1]
+    records = list(step.records(ROUNDS, later(), others, (MODEL,)))
+    assert_no_figure(records[0], "not installed")
+    assert records[1]["status"].startswith(
+        "failed: RuntimeError: no head, GRPO: the backbone got no"
+    )
+    assert "step_ms" not in records[1]
 
 
 def test_step_without_memory_for_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(_: step.Sizes) -> None:
+    def fails(_: step.ModelSizes) -> None:
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(step, "Trainee", fails)
@@ -125,11 +127,13 @@ def test_the_steps_gradient_reaches_every_parameter(trainee: step.Trainee, op: A
 
     def by_definition(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
         def loss() -> Tensor:
-            given = replace(batch.inputs, old_logprobs=batch.inputs.old_logprobs.to(dtype))
+            head_inputs = replace(batch.inputs, old_logprobs=batch.inputs.old_logprobs.to(dtype))
             hidden = model.model(input_ids=batch.ids).last_hidden_state.flatten(0, 1)
             logp = (hidden @ model.lm_head.weight.T).log_softmax(dim=1)
-            t_logits = given.teacher_hidden.to(dtype) @ given.teacher_weight.to(dtype).T
-            losses = definition.terms(given, op, logp, t_logits.log_softmax(dim=1)).losses
+            t_logits = head_inputs.teacher_hidden.to(dtype) @ head_inputs.teacher_weight.to(dtype).T
+            losses = definition.row_results(
+                head_inputs, op, logp, t_logits.log_softmax(dim=1)
+            ).losses
             assert losses is not None
             return losses.mean()
 
@@ -165,12 +169,16 @@ def test_the_head_alone_has_the_steps_hidden_states(trainee: step.Trainee) -> No
 
 def test_no_row_of_a_step_is_clipped(trainee: step.Trainee) -> None:
     for batch in trainee.batches:
-        given = batch.inputs
-        logp = (given.hidden @ given.weight.T).detach().log_softmax(dim=1)
-        gap = logp.gather(1, given.tokens[:, None]).squeeze(1) - given.old_logprobs
-        assert 0 < gap.abs().max() < math.log1p(definition.CLIP)
-        assert torch.equal(given.tokens.view(2, 8)[:, :-1], batch.ids[:, 1:])
-        assert 1 < (given.hidden @ given.weight.T).std() < 4  # as long as those of inputs.py
+        head_inputs = batch.inputs
+        logp = (head_inputs.hidden @ head_inputs.weight.T).detach().log_softmax(dim=1)
+        log_ratio = (
+            logp.gather(1, head_inputs.tokens[:, None]).squeeze(1) - head_inputs.old_logprobs
+        )
+        assert 0 < log_ratio.abs().max() < math.log1p(definition.CLIP)
+        assert torch.equal(head_inputs.tokens.view(2, 8)[:, :-1], batch.ids[:, 1:])
+        assert (
+            1 < (head_inputs.hidden @ head_inputs.weight.T).std() < 4
+        )  # as long as those of inputs.py
 
 
 # rows
@@ -186,9 +194,9 @@ BYTES = {
 
 
 def test_rows_records(inputs: Inputs) -> None:
-    found = list(rows.records(inputs, ROUNDS, later()))
-    assert [one["op"] for one in found] == [*BYTES]
-    for one in found:
+    all_records = list(rows.records(inputs, ROUNDS, later()))
+    assert [one["op"] for one in all_records] == [*BYTES]
+    for one in all_records:
         assert_samples(one, "total_ms", "copy_ms")
         assert (one["kind"], one["provider"], one["shape"]) == ("rows", OURS, "tiny")
         assert one["bytes"] == BYTES[one["op"]] * TINY.N * TINY.V
@@ -197,8 +205,8 @@ def test_rows_records(inputs: Inputs) -> None:
 
 def test_rows_bytes_of_a_16_bit_gradient() -> None:
     chunk: Any = SimpleNamespace(C=3, V=1000, dtype=torch.bfloat16)
-    found = {kernel.name: kernel.moved(chunk) for kernel in rows.KERNELS}
-    assert found == {
+    moved = {kernel.name: kernel.moved(chunk) for kernel in rows.KERNELS}
+    assert moved == {
         "sweep": 12_000,
         "sweep, two streams": 24_000,
         "jsd": 48_000,
@@ -208,9 +216,9 @@ def test_rows_bytes_of_a_16_bit_gradient() -> None:
 
 
 def test_rows_out_of_time(inputs: Inputs) -> None:
-    found = list(rows.records(inputs, ROUNDS, time.monotonic() - 1))
-    assert len(found) == len(BYTES)
-    for one in found:
+    all_records = list(rows.records(inputs, ROUNDS, time.monotonic() - 1))
+    assert len(all_records) == len(BYTES)
+    for one in all_records:
         assert_no_figure(one, "out of time")
 
 
@@ -226,30 +234,30 @@ def test_copy_moves_as_many_bytes(inputs: Inputs, kernel: rows.Kernel) -> None:
 def test_rows_are_timed_on_the_heads_logits(
     monkeypatch: pytest.MonkeyPatch, inputs: Inputs
 ) -> None:
-    """At every sweep of every round the buffers hold the logits, though sweeps write over them."""
+    """Every sweep of every round reads the logits, although sweeps write over them."""
     work = load(rows._impl(inputs.hidden.device))
     real, seen = work.sweep, []
     logits = (inputs.hidden @ inputs.weight.T).detach()
     t_logits = inputs.teacher_hidden @ inputs.teacher_weight.T
 
-    def spy(student: Any, tokens: Tensor, *, teacher: Any = None, **more: Any) -> Any:
+    def spy(student: Any, tokens: Tensor, *, teacher: Any = None, **options: Any) -> Any:
         torch.testing.assert_close(student.logits, logits)
         if teacher is not None:
             torch.testing.assert_close(teacher.logits, t_logits)
         assert torch.equal(tokens, inputs.tokens)
         seen.append(teacher and teacher.kd)
-        return real(student, tokens, teacher=teacher, **more)
+        return real(student, tokens, teacher=teacher, **options)
 
     monkeypatch.setattr(work, "sweep", spy)
-    found = list(rows.records(inputs, ROUNDS, later()))
-    assert {one["status"] for one in found} == {"ok"}
+    all_records = list(rows.records(inputs, ROUNDS, later()))
+    assert {one["status"] for one in all_records} == {"ok"}
     each = ROUNDS + 1  # and the one that warms up
     assert [seen.count(kd) for kd in (None, "rkl", "jsd")] == [2 * each, 2 * each, each]
     assert logits.std() > 1
 
 
 def test_rows_gradient_is_one(monkeypatch: pytest.MonkeyPatch, inputs: Inputs) -> None:
-    """What is timed is dL/dlogits of c · log p_y + g · KL(p‖q), in place."""
+    """The timed gradient is dL/dlogits of c · log p_y + g · KL(p‖q), in place."""
     work = load(rows._impl(inputs.hidden.device))
     real, checked = work.gradient, []
 
@@ -265,16 +273,16 @@ def test_rows_gradient_is_one(monkeypatch: pytest.MonkeyPatch, inputs: Inputs) -
             loss = loss + (coef.kl * definition.divergence("rkl", logp, logq)).sum()
         return torch.autograd.grad(loss, z)[0]
 
-    def spy(student: Any, tokens: Tensor, stats: Any, coef: Any, **more: Any) -> Any:
-        out = real(student, tokens, stats, coef, **more)
+    def spy(student: Any, tokens: Tensor, stats: Any, coef: Any, **options: Any) -> Any:
+        out = real(student, tokens, stats, coef, **options)
         assert out.data_ptr() == student.logits.data_ptr()
         assert_matches({"dz": out}, lambda dtype: {"dz": exact(coef, dtype)})
         checked.append(coef.kl is not None)
         return out
 
     monkeypatch.setattr(work, "gradient", spy)
-    found = list(rows.records(inputs, ROUNDS, later()))
-    assert {one["status"] for one in found} == {"ok"}
+    all_records = list(rows.records(inputs, ROUNDS, later()))
+    assert {one["status"] for one in all_records} == {"ok"}
     assert sorted(checked) == [False] * (ROUNDS + 1) + [True] * (ROUNDS + 1)
 
 
@@ -282,21 +290,21 @@ def test_rows_gradient_is_one(monkeypatch: pytest.MonkeyPatch, inputs: Inputs) -
 
 
 def test_scaling_records() -> None:
-    found = list(scaling.records(ROUNDS, later(), None, SIZES))
+    all_records = list(scaling.records(ROUNDS, later(), None, SIZES))
     curves = {
         "N": (SIZES.tokens, (FLOOR, OURS, FULL, CHUNKS)),
         "V": (SIZES.vocabularies, (FLOOR, OURS, FULL, CHUNKS)),
         "workspace": (SIZES.workspaces, (OURS,)),
     }
-    assert {(r["axis"], r["value"], r["op"], r["provider"]) for r in found} == {
+    assert {(r["axis"], r["value"], r["op"], r["provider"]) for r in all_records} == {
         (axis, value, op, provider)
         for axis, (values, providers) in curves.items()
         for value in values
         for provider in providers
         for op in ("GRPO", "KDRL exact")
     }
-    assert len(found) == 36
-    for one in found:
+    assert len(all_records) == 36
+    for one in all_records:
         assert_samples(one, "total_ms")
         assert one["kind"] == "scaling"
         assert one["extra_bytes"] is None
@@ -312,8 +320,16 @@ def test_scaling_records() -> None:
 def test_scaling_times_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
 
-    def fake(provider: Provider, given: Inputs, op: Any, setting: Any) -> tuple[float, float]:
-        called.append((provider.name, given.hidden.shape, given.weight.shape, op.name, setting))
+    def fake(provider: Provider, case: Inputs, op: Any, setting: Any) -> tuple[float, float]:
+        called.append(
+            (
+                provider.name,
+                case.hidden.shape,
+                case.weight.shape,
+                op.name,
+                setting,
+            )
+        )
         return 1.0, 2.0
 
     monkeypatch.setattr(scaling, "timed_call", fake)
@@ -327,53 +343,55 @@ def test_scaling_times_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_scaling_memory_is_that_of_its_case() -> None:
-    asked = []
+    measured = []
 
     def fake(shape: Any, profile: str, op: str, provider: str, setting: Any) -> dict[str, int]:
-        asked.append((shape.N, shape.V, shape.V_t, profile, op, provider, tuple(setting.items())))
+        measured.append(
+            (shape.N, shape.V, shape.V_t, profile, op, provider, tuple(setting.items()))
+        )
         if provider == FULL:
             raise RuntimeError("its process died")
-        return {"extra_bytes": len(asked), "input_bytes": -1}
+        return {"extra_bytes": len(measured), "input_bytes": -1}
 
-    found = list(scaling.records(ROUNDS, later(), fake, SIZES))
-    for one in found:
+    all_records = list(scaling.records(ROUNDS, later(), fake, SIZES))
+    for one in all_records:
         if one["provider"] == FLOOR:
             assert one["extra_bytes"] is None
             continue
         sizes = [one["sizes"][name] for name in ("N", "V", "V_t")]
-        rest = one["profile"], one["op"], one["provider"], tuple(one["setting"].items())
-        number = asked.index((*sizes, *rest)) + 1
+        case = one["profile"], one["op"], one["provider"], tuple(one["setting"].items())
+        number = measured.index((*sizes, *case)) + 1
         if one["provider"] == FULL:
             assert one["extra_bytes"] is None
             assert one["memory_status"] == "failed: RuntimeError: its process died"
         else:
             assert one["extra_bytes"] == number
-    assert len(asked) == len(set(asked)) == 28
+    assert len(measured) == len(set(measured)) == 28
 
 
 def test_scaling_out_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "make_inputs", None)  # nothing is made any more
-    found = list(scaling.records(ROUNDS, time.monotonic() - 1, None, SIZES))
-    assert len(found) == 36
-    for one in found:
+    all_records = list(scaling.records(ROUNDS, time.monotonic() - 1, None, SIZES))
+    assert len(all_records) == 36
+    for one in all_records:
         assert_no_figure(one, "out of time")
 
 
 def test_scaling_skips_full_logits_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     most = 4 * 24 * 512 / scaling.LOGITS_SHARE
     monkeypatch.setattr(scaling, "free_bytes", lambda: math.ceil(most))
-    found = list(scaling.records(ROUNDS, later(), None, SIZES))
+    all_records = list(scaling.records(ROUNDS, later(), None, SIZES))
     skipped = {
         (one["axis"], one["value"], one["op"]): one["status"]
-        for one in found
+        for one in all_records
         if one["status"] != "ok"
     }
-    assert all(one["provider"] == FULL for one in found if one["status"] != "ok")
+    assert all(one["provider"] == FULL for one in all_records if one["status"] != "ok")
     assert skipped == {  # one stream: 24 x 512 and 32 x 300 fit; two: half of that
         ("N", 24, "KDRL exact"): "not supported: 24 x 512 logits need 0.0 GB",
         ("V", 300, "KDRL exact"): "not supported: 32 x 300 logits need 0.0 GB",
     }
-    for one in found:
+    for one in all_records:
         if one["status"] != "ok":
             assert_no_figure(one, one["status"])
 

@@ -1,4 +1,4 @@
-"""Everybody who is timed computes the operation of bench/definition.py."""
+"""Tests that every provider computes the operations of bench/definition.py."""
 
 import warnings
 from importlib import metadata
@@ -55,9 +55,9 @@ def test_computes_the_definition(provider: Provider, op: Op, inputs: Inputs) -> 
             outputs = providers.forward(provider, inputs, op, setting)
             if op.gradients:
                 outputs["loss"].backward()
-        found = with_gradients(outputs, inputs, op)
-        wrong = errors(found, truth)
-        assert difference(found, truth, wrong, op) is None, setting
+        results = with_gradients(outputs, inputs, op)
+        wrong = errors(results, truth)
+        assert difference(results, truth, wrong, op) is None, setting
         assert max(error["max"] for error in wrong.values()) < BOUND, (setting, wrong)
 
 
@@ -100,8 +100,8 @@ def test_missing_piece_is_named(op_name: str, missing: str) -> None:
 
 
 def test_all_missing_pieces_are_named() -> None:
-    found = _refusal(Provider(name="nothing"), "KDRL exact")
-    assert found == "not supported: no divergence and no policy gradient"
+    reason = _refusal(Provider(name="nothing"), "KDRL exact")
+    assert reason == "not supported: no divergence and no policy gradient"
     assert _refusal(Provider(name="nothing"), "cross entropy") == "not supported: no cross entropy"
 
 

@@ -1,4 +1,4 @@
-"""A run that is slower than another one fails, one that is not passes."""
+"""Tests that a slower run fails the comparison with an older one, and that others pass."""
 
 import copy
 import sys
@@ -14,7 +14,7 @@ from tests.bench.test_report import FLOOR_MS, make_run, speed
 
 
 def changed(factors: list[float], slower_machine: float = 1.0, size: int | None = None) -> Run:
-    """The run of test_report with other times of ours / the floor, and other memory."""
+    """Change our time relative to the floor, and our memory, in the run of test_report."""
     run = copy.deepcopy(make_run())
     for one in run["records"]:
         if one["kind"] == "speed" and one["provider"] == FLOOR:
@@ -29,7 +29,7 @@ def changed(factors: list[float], slower_machine: float = 1.0, size: int | None 
 
 @pytest.fixture
 def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Exit code of the command on two runs."""
+    """Return the exit code of the command on two runs."""
 
     def main(old: Run, new: Run, *options: str) -> int:
         for name, run in (("old", old), ("new", new)):

@@ -1,4 +1,4 @@
-"""The report of a small run made by hand: numbers, statuses, losses, plots, one page."""
+"""Tests the report of a small hand-written run: numbers, statuses, losses, plots, the page."""
 
 import copy
 import math
@@ -41,15 +41,17 @@ STATUSES = {
 }
 
 
-def speed(provider: str, ms: list[float], dx: float = 1e-6, **more: Any) -> Record:
-    """GRPO on the shape "cpu"; backward takes a quarter."""
-    shape = more.pop("shape", CPU)
-    found = {"package": None, "version": None, "setting": {}, "flop": 2e11, "total_ms": ms}
+def speed(provider: str, ms: list[float], dx: float = 1e-6, **changes: Any) -> Record:
+    """Make a record of GRPO on the shape "cpu", whose backward pass takes a quarter."""
+    shape = changes.pop("shape", CPU)
+    fields = {"package": None, "version": None, "setting": {}, "flop": 2e11, "total_ms": ms}
     if provider != FLOOR:
-        found |= {"forward_ms": [0.75 * x for x in ms], "backward_ms": [0.25 * x for x in ms]}
+        fields |= {"forward_ms": [0.75 * x for x in ms], "backward_ms": [0.25 * x for x in ms]}
         names = {"logprobs": 2e-7, "dhidden": dx, "dweight": 3e-6}
-        found["errors"] = {name: {"max": x, "p999": x / 2} for name, x in names.items()}
-    return record("speed", more.pop("op", "GRPO"), shape, "reasoning", provider, **(found | more))
+        fields["errors"] = {name: {"max": x, "p999": x / 2} for name, x in names.items()}
+    return record(
+        "speed", changes.pop("op", "GRPO"), shape, "reasoning", provider, **(fields | changes)
+    )
 
 
 def memory(provider: str, size: int) -> Record:
@@ -57,7 +59,7 @@ def memory(provider: str, size: int) -> Record:
 
 
 def scaled(provider: str, axis: str, power: float) -> list[Record]:
-    """Time ~ value ** power, memory constant."""
+    """Make scaling records with time ~ value ** power and constant memory."""
     return [
         record(
             "scaling",
@@ -75,7 +77,7 @@ def scaled(provider: str, axis: str, power: float) -> list[Record]:
 
 
 def make_run() -> Run:
-    """Ours takes 1.1 floors; "fast" 0.9 of ours with more memory; "slow" twice ours with less."""
+    """Make a run: ours takes 1.1 floors, "fast" 0.9 of ours and more memory, "slow" the reverse."""
     ours = [1.1 * ms for ms in FLOOR_MS]
     records = [
         speed(FLOOR, FLOOR_MS),
@@ -98,7 +100,7 @@ def make_run() -> Run:
     }
 
 
-def only(run: Run) -> figures.Group:
+def only(run: Run) -> figures.ShapeFigures:
     (group,) = figures.groups(run)
     return group
 
@@ -109,10 +111,10 @@ def save(run: Run, folder: Path) -> Path:
 
 
 def row_of(text: str, name: str) -> list[str]:
-    """Cells of the one row of a markdown table that has this name in bold or plain."""
+    """Return the cells of the one row of a markdown table with this name, bold or plain."""
     rows = [[cell.strip(" *") for cell in line.split(" | ")] for line in text.splitlines()]
-    (found,) = [row for row in rows if len(row) > 1 and row[1] == name]
-    return found
+    (cells,) = [row for row in rows if len(row) > 1 and row[1] == name]
+    return cells
 
 
 def test_exact_numbers_of_the_table() -> None:
@@ -135,9 +137,9 @@ def test_status_stands_in_place_of_figures(provider: str, status: str, tmp_path:
     shown = " ".join(status.split())
     row = next(row for row in sections.full(only(run)).rows if str(row.cells[0]) == provider)
     assert (row.status, len(row.cells)) == (shown, 1)
-    made = page.make(run)
-    assert f"{provider} | {shown.replace('|', chr(92) + '|')} |" in page.as_markdown(made)
-    assert f">{shown}</td>" in page.as_html(made, tmp_path)
+    content = page.make(run)
+    assert f"{provider} | {shown.replace('|', chr(92) + '|')} |" in page.as_markdown(content)
+    assert f">{shown}</td>" in page.as_html(content, tmp_path)
 
 
 def test_ratios_are_of_samples_of_the_same_round() -> None:
@@ -156,15 +158,15 @@ def test_rounds_of_two_runs_are_not_paired() -> None:
     run = make_run()
     slow = next(one for one in run["records"] if one["provider"] == "slow")
     slow |= {"run": 1, "total_ms": [500.0, 600.0, 100.0]}
-    found = only(run).find("GRPO", "slow")
-    assert (found.per_floor.median, found.per_floor.paired) == (500 / 200, False)
+    slow = only(run).find("GRPO", "slow")
+    assert (slow.per_floor.median, slow.per_floor.paired) == (500 / 200, False)
     assert row_of(markdown(sections.full(only(run))), "slow (1.2)")[5] == "≈ 2.50"
 
 
 def test_losses_are_listed_and_nothing_else() -> None:
     run = make_run()
-    found = losses([only(run)])
-    assert {kind: [one.sentence for one in some] for kind, some in found.items()} == {
+    losses_by_kind = losses([only(run)])
+    assert {kind: [one.sentence for one in some] for kind, some in losses_by_kind.items()} == {
         "time": [
             "GRPO (cpu, reasoning): fast takes 198 ms against 220 ms: 0.90 of our time "
             "(quartiles 0.90-0.90)."
@@ -256,7 +258,7 @@ def test_head_of_the_page() -> None:
 
 def test_unfinished_run_says_so(tmp_path: Path) -> None:
     done, stopped = page.make(make_run()), page.make(make_run() | {"finished": None})
-    for text in (page.as_markdown, lambda made: page.as_html(made, tmp_path)):
+    for text in (page.as_markdown, lambda content: page.as_html(content, tmp_path)):
         assert "This run was stopped before it was done" in text(stopped)
         assert dict(stopped.facts)["finished"] == "stopped before it was done"
         assert "stopped before it was done" not in text(done)
@@ -283,7 +285,7 @@ def test_merged_runs(tmp_path: Path) -> None:
 
 
 class Loads(HTMLParser):
-    """Collects what a page loads, and checks that what is opened is closed."""
+    """A parser that collects what a page loads, and checks that every open tag is closed."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Readings, results file, memory records and command line of bench/."""
+"""Tests the readings, the results file, the memory records and the command line of bench/."""
 
 import json
 import subprocess
@@ -29,12 +29,12 @@ READINGS = {"clock_mhz": 1980.0, "temperature_c": 45.0, "power_w": 312.57}
 
 
 def _nvidia_smi(answers: list[dict[str, str]]) -> Callable[..., Any]:
-    """A subprocess.run that answers what was asked, a line for each GPU."""
+    """Fake subprocess.run: it prints the readings that the command names, a line for each GPU."""
 
     def run(command: Sequence[str], **_: Any) -> Any:
         assert command[0] == "nvidia-smi"
-        (asked,) = (one.partition("=")[2] for one in command if one.startswith("--query-gpu="))
-        lines = [", ".join(gpu[name] for name in asked.split(",")) + "\n" for gpu in answers]
+        (names,) = (one.partition("=")[2] for one in command if one.startswith("--query-gpu="))
+        lines = [", ".join(gpu[name] for name in names.split(",")) + "\n" for gpu in answers]
         return subprocess.CompletedProcess(command, 0, "".join(lines), "")
 
     return run
@@ -93,8 +93,8 @@ def test_readings_of_a_cpu(
 MACHINE = {"device": "CPU", "threads": 2, "torch": "2", "triton": "3", "python": "3.11"}
 
 
-def _speed(op: str = "GRPO", **more: Any) -> Record:
-    return results_file.record("speed", op, TINY, "reasoning", OURS, **more)
+def _speed(op: str = "GRPO", **changes: Any) -> Record:
+    return results_file.record("speed", op, TINY, "reasoning", OURS, **changes)
 
 
 def _run(*records: Record, **machine_: Any) -> Run:
@@ -109,7 +109,7 @@ def _run(*records: Record, **machine_: Any) -> Run:
 
 def test_load_of_pytest_benchmark(tmp_path: Path) -> None:
     records = [_speed(total_ms=[1.0]), _speed("JSD", total_ms=[2.0]), _speed("KDRL k2")]
-    found = {
+    content = {
         "machine_info": {"node": "x", "kdrl": MACHINE},
         "datetime": "2026-01-02T03:04:05+00:00",
         "benchmarks": [
@@ -119,11 +119,11 @@ def test_load_of_pytest_benchmark(tmp_path: Path) -> None:
         ],
     }
     path = tmp_path / "0001.json"
-    path.write_text(json.dumps(found))
+    path.write_text(json.dumps(content))
     run = results_file.load(path)
     assert run["records"] == records
     assert run["machine"] == MACHINE
-    assert run["started"] == found["datetime"]
+    assert run["started"] == content["datetime"]
 
 
 def test_load_reads_what_save_wrote(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_merge_adds_a_case_that_is_late_and_new() -> None:
 
 
 def test_merge_tells_cases_apart() -> None:
-    """Neither another shape, profile, provider, kind nor point of an axis is the same case."""
+    """A case changes with the shape, profile, provider, kind and point of an axis."""
     base = _speed(axis="N", value=64, total_ms=[1.0])
     others = [("shape", "cpu"), ("profile", "flat"), ("provider", "x"), ("kind", "scaling")]
     others += [("axis", "V"), ("op", "JSD")]
@@ -201,8 +201,8 @@ def test_merge_refuses_another_machine(name: str) -> None:
 BYTES = {"extra_bytes": 7, "input_bytes": 5, "output_bytes": 3, "gradient_bytes": 2}
 
 
-def _provider(name: str, **more: Any) -> Provider:
-    return Provider(name=name, **{"whole": lambda *_: {}, **more})
+def _provider(name: str, **fields: Any) -> Provider:
+    return Provider(name=name, **{"whole": lambda *_: {}, **fields})
 
 
 GOOD, BROKEN, LAST = (_provider(name) for name in ("good", "broken", "last"))
@@ -213,28 +213,28 @@ PIECES = _provider("pieces", whole=None)
 
 def _memory(deadline: float, *contestants: Provider) -> dict[str, Record]:
     pairs = [(one, {"rows": len(one.name)}) for one in contestants]
-    found = list(memory.records(GRPO, TINY, "flat", pairs, deadline))
-    assert [one["provider"] for one in found] == [one.name for one in contestants]
-    for one in found:
+    all_records = list(memory.records(GRPO, TINY, "flat", pairs, deadline))
+    assert [one["provider"] for one in all_records] == [one.name for one in contestants]
+    for one in all_records:
         assert (one["kind"], one["op"], one["shape"]) == ("memory", "GRPO", "tiny")
         assert (one["profile"], one["setting"]) == ("flat", {"rows": len(one["provider"])})
         assert (one["status"] == "ok") == (BYTES.items() <= one.items())
         assert one["status"] == "ok" or not BYTES.keys() & one.keys()
-    return {one["provider"]: one for one in found}
+    return {one["provider"]: one for one in all_records}
 
 
 def test_memory_statuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[Any, ...]] = []
+    measured: list[tuple[Any, ...]] = []
 
     def measure(*case: Any) -> dict[str, int]:
-        asked.append(case)
+        measured.append(case)
         if case[3] == "broken":
             raise RuntimeError("its process died\nand a trace")
         return dict(BYTES)
 
     monkeypatch.setattr(memory, "in_own_process", measure)
-    found = _memory(time.monotonic() + 600, ABSENT, GOOD, REFUSED, BROKEN, PIECES, LAST)
-    assert {name: one["status"] for name, one in found.items()} == {
+    records_by_name = _memory(time.monotonic() + 600, ABSENT, GOOD, REFUSED, BROKEN, PIECES, LAST)
+    assert {name: one["status"] for name, one in records_by_name.items()} == {
         "absent": "not installed",
         "good": "ok",
         "refused": "not supported: its clip differs",
@@ -242,27 +242,27 @@ def test_memory_statuses(monkeypatch: pytest.MonkeyPatch) -> None:
         "pieces": "not supported: no policy gradient",
         "last": "ok",
     }
-    assert asked == [
+    assert measured == [
         (TINY, "flat", "GRPO", name, {"rows": len(name)}) for name in ("good", "broken", "last")
     ]
 
 
 def test_memory_begins_nothing_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    deadline, asked = time.monotonic() + 0.5, []
+    deadline, measured = time.monotonic() + 0.5, []
 
     def measure(*case: Any) -> dict[str, int]:
-        asked.append(case[3])
+        measured.append(case[3])
         while time.monotonic() <= deadline:
             time.sleep(0.01)
         return dict(BYTES)
 
     monkeypatch.setattr(memory, "in_own_process", measure)
-    found = _memory(deadline, GOOD, LAST, ABSENT, BROKEN)
-    assert [one["status"] for one in found.values()] == [
+    records_by_name = _memory(deadline, GOOD, LAST, ABSENT, BROKEN)
+    assert [one["status"] for one in records_by_name.values()] == [
         *["ok", "out of time"],
         *["not installed", "out of time"],  # a reason to be refused is no matter of time
     ]
-    assert asked == ["good"]
+    assert measured == ["good"]
 
 
 # command line
@@ -302,7 +302,7 @@ def test_stages_share_the_time(stages: list[str], monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("given_", "shown"),
+    ("typed", "shown"),
     [
         (["--out", "/home/me/x"], "python -m bench --out DIR"),
         (
@@ -313,10 +313,10 @@ def test_stages_share_the_time(stages: list[str], monkeypatch: pytest.MonkeyPatc
     ],
     ids=["alone", "between", "none"],
 )
-def test_command_hides_the_folder(given_: list[str], shown: str) -> None:
-    before = list(given_)
-    assert main._command(given_) == shown
-    assert given_ == before
+def test_command_hides_the_folder(typed: list[str], shown: str) -> None:
+    before = list(typed)
+    assert main._command(typed) == shown
+    assert typed == before
 
 
 @pytest.mark.parametrize("typed", [["--out=/home/me/x"], ["--out", "/home/me/x"]], ids=" ".join)
@@ -380,7 +380,7 @@ def test_exit_code_of_a_run_that_is_stopped(
 
 
 def _without_effects(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """main() runs in this process, and leaves its signals and threads alone."""
+    """Keep main(), run in this process, from changing its signals and threads."""
     monkeypatch.setattr(sys, "argv", ["bench", "--out", str(folder)])
     monkeypatch.setattr(main.signal, "signal", lambda *_: None)
     monkeypatch.setattr(main, "use_threads", lambda: None)

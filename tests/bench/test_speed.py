@@ -1,4 +1,4 @@
-"""Who is timed, who is not and why; what a sample is; what is left of a run that is stopped."""
+"""Tests who is timed, who is not and why, what a sample is, and what a stopped run leaves."""
 
 import json
 import os
@@ -34,17 +34,17 @@ def inputs() -> list[Inputs]:
 def _records(
     inputs: list[Inputs], *contestants: Provider, op: Op = GRPO, deadline: float = float("inf")
 ) -> dict[str, dict[str, Any]]:
-    found = speed.records(op, inputs, contestants, rounds=4, deadline=deadline)
-    return {one["provider"]: one for one in found}
+    all_records = speed.records(op, inputs, contestants, rounds=4, deadline=deadline)
+    return {one["provider"]: one for one in all_records}
 
 
 def _scaled(factor: float) -> Provider:
-    """The right outputs, and gradients times a factor."""
+    """Make a provider with the right outputs, and with gradients times a factor."""
 
-    def call(given: Inputs, op: Op) -> Outputs:
-        outputs, _ = definition.by_rows(given, op, torch.float32, 8)
-        logp = definition.log_softmax(given.hidden, given.weight)
-        whole = definition.terms(given, op, logp, None).losses
+    def call(case: Inputs, op: Op) -> Outputs:
+        outputs, _ = definition.by_rows(case, op, torch.float32, 8)
+        logp = definition.log_softmax(case.hidden, case.weight)
+        whole = definition.row_results(case, op, logp, None).losses
         assert whole is not None
         graph = whole.mean()
         return outputs | {"loss": factor * graph + (1 - factor) * graph.detach()}
@@ -53,14 +53,14 @@ def _scaled(factor: float) -> Provider:
 
 
 def test_everybody_has_a_sample_for_each_round(inputs: list[Inputs]) -> None:
-    found = _records(inputs, OUR_OWN, FULL_LOGITS)
-    assert list(found) == [*FLOORS, OURS, FULL_LOGITS.name]
-    for one in found.values():
+    by_name = _records(inputs, OUR_OWN, FULL_LOGITS)
+    assert list(by_name) == [*FLOORS, OURS, FULL_LOGITS.name]
+    for one in by_name.values():
         assert one["status"] == "ok"
         assert len(one["total_ms"]) == 4
         assert min(one["total_ms"]) > 0
         assert one["flop"] == 3 * 2 * 32 * 64 * 512
-    ours = found[OURS]
+    ours = by_name[OURS]
     parts = zip(ours["forward_ms"], ours["backward_ms"], ours["total_ms"], strict=True)
     assert all(a + b == total for a, b, total in parts)
     assert set(ours["errors"]) == {"logprobs", "loss", "dhidden", "dweight"}
@@ -71,8 +71,8 @@ def test_orders_differ_and_inputs_alternate(
 ) -> None:
     seen: list[tuple[str, int]] = []
 
-    def spy(provider: Provider, given: Inputs, *_: object) -> tuple[float, float]:
-        seen.append((provider.name, inputs.index(given)))
+    def spy(provider: Provider, case: Inputs, *_: object) -> tuple[float, float]:
+        seen.append((provider.name, inputs.index(case)))
         return 1.0, 2.0
 
     monkeypatch.setattr(speed, "timed_call", spy)
@@ -80,7 +80,16 @@ def test_orders_differ_and_inputs_alternate(
     _records(inputs, OUR_OWN, FULL_LOGITS)
     assert len(seen) == 10, "four rounds, and one that warms up"
     rounds = [seen[i : i + 2] for i in range(2, 10, 2)]
-    assert [given for one in rounds for _, given in one] == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert [case for one in rounds for _, case in one] == [
+        0,
+        0,
+        1,
+        1,
+        0,
+        0,
+        1,
+        1,
+    ]
     assert all({name for name, _ in one} == {OURS, FULL_LOGITS.name} for one in rounds)
     assert len({one[0][0] for one in rounds}) == 2, "the same one always goes first"
 
@@ -100,7 +109,7 @@ def test_nan_differs(inputs: list[Inputs]) -> None:
 
 
 def test_our_own_budget_is_the_tests(inputs: list[Inputs], monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error that others may have, of a percent, is too much for us."""
+    """Our library may not have an error of a percent, which others may."""
     slightly = _scaled(1.01)
     assert _records(inputs, slightly)[slightly.name]["status"] == "ok"
     monkeypatch.setattr(speed, "OURS", slightly.name)
@@ -110,8 +119,8 @@ def test_our_own_budget_is_the_tests(inputs: list[Inputs], monkeypatch: pytest.M
 
 
 def test_no_gradient_differs(inputs: list[Inputs]) -> None:
-    def call(given: Inputs, _: Op) -> Outputs:
-        return {"loss": given.hidden.sum()}  # the head is left out
+    def call(case: Inputs, _: Op) -> Outputs:
+        return {"loss": case.hidden.sum()}  # the head is left out
 
     one = _records(inputs, Provider(name="half", whole=call))["half"]
     assert one["status"] == "differs: no dweight"
@@ -120,26 +129,26 @@ def test_no_gradient_differs(inputs: list[Inputs]) -> None:
 def test_failure_stands_in_the_record(inputs: list[Inputs]) -> None:
     calls = 0
 
-    def later(given: Inputs, op: Op) -> Outputs:
+    def later(case: Inputs, op: Op) -> Outputs:
         nonlocal calls
         calls += 1
         if calls == 3:
             raise RuntimeError("illegal memory access\nand a long trace")
         assert FULL_LOGITS.whole is not None
-        return FULL_LOGITS.whole(given, op)
+        return FULL_LOGITS.whole(case, op)
 
-    found = _records(inputs, Provider(name="later", whole=later), OUR_OWN)
-    assert found["later"]["status"] == "failed: RuntimeError: illegal memory access"
-    assert "total_ms" not in found["later"]
-    assert len(found[OURS]["total_ms"]) == 4, "one failure costs nobody else a round"
+    by_name = _records(inputs, Provider(name="later", whole=later), OUR_OWN)
+    assert by_name["later"]["status"] == "failed: RuntimeError: illegal memory access"
+    assert "total_ms" not in by_name["later"]
+    assert len(by_name[OURS]["total_ms"]) == 4, "one failure costs nobody else a round"
 
 
 def test_the_faster_right_setting_is_kept(inputs: list[Inputs]) -> None:
-    def call(given: Inputs, op: Op, pause: float, factor: float) -> Outputs:
+    def call(case: Inputs, op: Op, pause: float, factor: float) -> Outputs:
         time.sleep(pause)
-        found = _scaled(factor).whole
-        assert found is not None
-        return found(given, op)
+        whole = _scaled(factor).whole
+        assert whole is not None
+        return whole(case, op)
 
     choices = ({"pause": 0.05, "factor": 1.0}, {"pause": 0.0, "factor": 1.0})
     wrong = {"pause": 0.0, "factor": 2.0}
@@ -150,16 +159,16 @@ def test_the_faster_right_setting_is_kept(inputs: list[Inputs]) -> None:
 
 
 def test_out_of_time(inputs: list[Inputs]) -> None:
-    found = _records(inputs, OUR_OWN, deadline=time.monotonic() - 1)
-    assert {one["status"] for one in found.values()} == {speed.OUT_OF_TIME}
-    assert not any("total_ms" in one for one in found.values())
+    by_name = _records(inputs, OUR_OWN, deadline=time.monotonic() - 1)
+    assert {one["status"] for one in by_name.values()} == {speed.OUT_OF_TIME}
+    assert not any("total_ms" in one for one in by_name.values())
 
 
 def test_errors_are_relative_to_the_largest() -> None:
     truth = {"dhidden": torch.arange(1.0, 2001.0).double(), "loss": torch.tensor(1e-9).double()}
-    found = {"dhidden": truth["dhidden"].clone(), "loss": torch.tensor(2e-9)}
-    found["dhidden"][3] += 20
-    errors = accuracy.errors(found, truth)
+    results = {"dhidden": truth["dhidden"].clone(), "loss": torch.tensor(2e-9)}
+    results["dhidden"][3] += 20
+    errors = accuracy.errors(results, truth)
     assert errors["dhidden"]["max"] == pytest.approx(0.01)
     assert errors["dhidden"]["p999"] == pytest.approx(0.0, abs=1e-9)
     assert errors["loss"]["max"] < 1e-8, "a mean that cancels is not 100% off"
@@ -183,7 +192,7 @@ def test_flop_of_the_operations() -> None:
 
 
 def test_a_call_that_leaves_too_few_gradients_is_refused(inputs: list[Inputs]) -> None:
-    partial = Provider(name="partial", whole=lambda given, _: {"loss": given.hidden.sum()})
+    partial = Provider(name="partial", whole=lambda case, _: {"loss": case.hidden.sum()})
     with pytest.raises(RuntimeError, match="partial, GRPO must leave gradients"):
         timing.timed_call(partial, inputs[0], GRPO, {})
 
@@ -191,17 +200,17 @@ def test_a_call_that_leaves_too_few_gradients_is_refused(inputs: list[Inputs]) -
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="sizes are of the CPU allocator")
 def test_memory_counts_the_logits() -> None:
-    """Full logits hold [N, V] several times, ours one chunk of them."""
+    """Full logits hold [N, V] several times, our library one chunk of them."""
     full = _memory(FULL_LOGITS.name, {})
-    own = _memory(OURS, {"workspace_bytes": 4 << 20})
+    ours = _memory(OURS, {"workspace_bytes": 4 << 20})
     logits = 4 * 512 * 8192
-    assert full["gradient_bytes"] == own["gradient_bytes"] == 4 * 64 * (512 + 8192)
+    assert full["gradient_bytes"] == ours["gradient_bytes"] == 4 * 64 * (512 + 8192)
     assert full["extra_bytes"] > 2 * logits
-    assert 0 < own["extra_bytes"] < logits / 2
+    assert 0 < ours["extra_bytes"] < logits / 2
 
 
 def _memory(provider: str, setting: dict[str, int]) -> dict[str, int]:
-    """From a process whose fork server no other test shares: it has torch loaded."""
+    """Measure memory in a process whose fork server no other test shares: it has torch loaded."""
     code = f"""
 import dataclasses, json
 from bench.measures.memory import in_own_process

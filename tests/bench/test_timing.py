@@ -1,4 +1,4 @@
-"""bench/timing.py: one call's gradients, whole rounds, who fails, deadlines."""
+"""Tests bench/measures/timing.py: gradients of a call, whole rounds, failures, deadlines."""
 
 import time
 from dataclasses import replace
@@ -31,15 +31,15 @@ def inputs() -> Inputs:
     return make_inputs(TINY)
 
 
-class Clock:
-    """A time.monotonic that moves only where it is told to."""
+class FakeClock:
+    """A clock in the place of time.monotonic, which moves only when a test moves it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
         monkeypatch.setattr(timing, "time", SimpleNamespace(monotonic=lambda: self.now))
 
     def second(self, number: int) -> int:
-        """A measure that lasts one second and finds its round's number."""
+        """Let one second pass and return the number of the round: a measure of sample_rounds."""
         self.now += 1
         return number
 
@@ -79,17 +79,17 @@ def test_a_call_without_its_gradients_is_no_sample(inputs: Inputs) -> None:
 def test_only_whole_rounds_count(
     monkeypatch: pytest.MonkeyPatch, deadline: float, whole: int
 ) -> None:
-    clock = Clock(monkeypatch)  # two measures: the warm-up ends at 2, round n at 2 n + 4
-    found = timing.sample_rounds({"a": clock.second, "b": clock.second}, 5, deadline)
-    for samples in found.values():
+    clock = FakeClock(monkeypatch)  # two measures: the warm-up ends at 2, round n at 2 n + 4
+    samples_by_key = timing.sample_rounds({"a": clock.second, "b": clock.second}, 5, deadline)
+    for samples in samples_by_key.values():
         assert samples.values == list(range(whole))
         assert samples.status == ("ok" if whole else "out of time")
 
 
 def test_fewer_rounds_than_enough_may_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch)
-    found = timing.sample_rounds({"a": clock.second}, 2, 100)
-    assert found["a"] == timing.Samples("ok", [0, 1])
+    clock = FakeClock(monkeypatch)
+    samples_by_key = timing.sample_rounds({"a": clock.second}, 2, 100)
+    assert samples_by_key["a"] == timing.RoundSamples("ok", [0, 1])
 
 
 def test_order_is_drawn_for_each_round() -> None:
@@ -111,10 +111,10 @@ def test_who_fails_is_out_and_the_others_go_on() -> None:
     def too_much(_: int) -> int:
         raise torch.OutOfMemoryError
 
-    found = timing.sample_rounds({"f": fails, "o": too_much, "a": lambda n: n}, 4, later())
-    assert found["a"] == timing.Samples("ok", [0, 1, 2, 3])
-    assert found["f"] == timing.Samples("failed: ValueError: bad rows", [])
-    assert found["o"] == timing.Samples("failed: out of memory", [])
+    samples_by_key = timing.sample_rounds({"f": fails, "o": too_much, "a": lambda n: n}, 4, later())
+    assert samples_by_key["a"] == timing.RoundSamples("ok", [0, 1, 2, 3])
+    assert samples_by_key["f"] == timing.RoundSamples("failed: ValueError: bad rows", [])
+    assert samples_by_key["o"] == timing.RoundSamples("failed: out of memory", [])
 
 
 def test_fastest_setting(monkeypatch: pytest.MonkeyPatch, inputs: Inputs) -> None:
@@ -133,7 +133,7 @@ def test_fastest_setting(monkeypatch: pytest.MonkeyPatch, inputs: Inputs) -> Non
 
 
 def test_what_one_part_leaves_is_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch)
+    clock = FakeClock(monkeypatch)
     assert timing.share(30, 0, 3) == 10
     clock.now = 6
     assert timing.share(30, 1, 3) == 18

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 from kdrl_train.tools.report.charts import Series
 from kdrl_train.tools.report.runs import Column, RunData, RunGroup, tail
@@ -13,9 +14,6 @@ POINTS = 150
 """Most points of a curve; in longer runs a point is the mean of several steps."""
 FINAL = 0.1
 """Share of a run's steps, the last ones, whose mean is its final value."""
-T_975: tuple[float, ...] = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-T_975 += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074)
-"""97.5% quantiles of Student's t, from 1 degree of freedom on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +107,7 @@ def mean_interval(values: Sequence[float]) -> MeanInterval:
     mean, count = float(np.mean(values)), len(values)
     if count == 1:
         return MeanInterval(mean)
-    quantile = T_975[count - 2] if count - 2 < len(T_975) else 1.96 + 2.5 / (count - 1)
-    reach = quantile * float(np.std(values, ddof=1)) / math.sqrt(count)
+    reach = float(stats.t.ppf(0.975, count - 1)) * float(np.std(values, ddof=1)) / math.sqrt(count)
     return MeanInterval(mean, mean - reach, mean + reach, count)
 
 

@@ -1,4 +1,4 @@
-"""The study: its arms, its processes and folder; one small study, run."""
+"""Tests the study's arms, processes and folder, and runs one small study."""
 
 import json
 import os
@@ -11,16 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
-import kdrl_kernels as kk
 from bench.study import __main__ as command
 from bench.study import results, setup, write_up
 from bench.study.analysis import Study
 from bench.study.arms import ARMS, PAPER_STEPS
-from bench.study.config import LabConfig, StudyConfig, Trial
-from bench.study.k1_control import k1_as_loss
+from bench.study.config import StudyConfig, TaskModelsConfig, Trial
 from bench.study.runner import Runner, summary
 from bench.study.trial import finish, train_config, trial_folder
 from kdrl_train import train
@@ -49,48 +46,19 @@ def test_every_arm_is_a_valid_run_of_any_length(name: str, steps: int, tmp_path:
     config = StudyConfig(out=tmp_path, steps=steps)
     beta = 0.2 if ARMS[name].tuned else None
     trial = Trial(task="countdown", arm=name, learning_rate=1e-3, beta=beta, seed=3)
-    made = train_config(config, trial)
-    assert made.method == ARMS[name].at(beta, steps)
-    assert (made.model.teacher is None) == (made.method.kd is None)
+    run = train_config(config, trial)
+    assert run.method == ARMS[name].at(beta, steps)
+    assert (run.model.teacher is None) == (run.method.kd is None)
     other = train_config(config, replace(trial, arm="grpo", beta=None))
-    teacher = replace(other.model, teacher=made.model.teacher)
-    assert made == replace(other, out=made.out, method=made.method, model=teacher)
-
-
-def test_the_control_has_no_teacher_in_its_gradient_and_the_method_has() -> None:
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(6, 4, generator=generator, dtype=torch.float64)
-    weight = torch.randn(9, 4, generator=generator, dtype=torch.float64)
-    tokens = torch.randint(9, (6,), generator=generator)
-    advantages, beta = torch.randn(6, generator=generator).double(), torch.full((6,), 0.3).double()
-    teachers = [torch.randn(9, 4, generator=generator, dtype=torch.float64) for _ in range(2)]
-
-    def gradient(teacher: torch.Tensor) -> torch.Tensor:
-        leaf = weight.clone().requires_grad_()
-        out = kk.kdrl_loss(
-            hidden, leaf, tokens, advantages=advantages, kd_weight=beta,
-            teacher=kk.TeacherHead(hidden, teacher), objective=kk.Objective(kd_coef=1.0),
-        )  # fmt: skip
-        out.loss.backward()
-        assert leaf.grad is not None
-        return leaf.grad
-
-    leaf = weight.clone().requires_grad_()
-    lp = (hidden @ leaf.T).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-    lq = (hidden @ teachers[0].T).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-    loss = (-advantages * (lp - lp.detach()).exp() + beta * (lp - lq)).mean()
-    expected = torch.autograd.grad(loss, leaf)[0]
-    with k1_as_loss():
-        found = [gradient(teacher) for teacher in teachers]
-    torch.testing.assert_close(found[0], expected)
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
-    assert (gradient(teachers[0]) - gradient(teachers[1])).abs().max() > 1e-3
+    teacher = replace(other.model, teacher=run.model.teacher)
+    assert run == replace(other, out=run.out, method=run.method, model=teacher)
 
 
 def test_a_run_that_a_signal_ended_is_no_result(
     small: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "main", lambda made: made.out)  # as it returns then: without model/
+    # what train.main returns then: a run folder without model/
+    monkeypatch.setattr(train, "main", lambda run, **_: run.out)
     config = replace(small, out=tmp_path)
     trial = Trial(task="arithmetic", arm="grpo", learning_rate=1e-3, seed=0)
     folder = trial_folder(config, trial)
@@ -115,29 +83,29 @@ def test_sigterm_ends_what_the_study_started(small: StudyConfig, tmp_path: Path)
 
 @pytest.fixture(scope="module")
 def small() -> StudyConfig:
-    lab = LabConfig(problems=200, student_steps=2, teacher_steps=2)
+    models = TaskModelsConfig(problems=200, student_steps=2, teacher_steps=2)
     return StudyConfig(
         tasks=("arithmetic",), arms=("student", "sft", "kdrl"), quality_arms=(), seeds=1,
         main_seeds=1, steps=2, prompts_per_step=2, group_size=2, learning_rates=(1e-3,),
         betas=(0.2,), more_betas=(), validation_problems=4, test_problems=4, samples=2,
-        arithmetic=lab, countdown=lab, workers=1,
+        arithmetic=models, countdown=models, workers=1,
     )  # fmt: skip
 
 
 def test_a_study_goes_on_where_it_stopped_and_a_crash_is_a_result(
     small: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In this process: the quick study, part of CI, runs in those it starts."""
+    """The study runs in this process here; the quick study of CI runs in processes of its own."""
     config = replace(small, out=tmp_path / "study")
 
-    def process(_: Runner, names: list[str], told: Any) -> int:
+    def process(_: Runner, names: list[str], tell: Any) -> int:
         for name in names:
             folder = config.out / "trials" / name
             if not (folder / "trial.json").exists():
                 sft.main(setup.model_config(config, *name.split("/")), Console(quiet=True))
                 continue
             finish(config, folder)
-            told(name)
+            tell(name)
         return 0
 
     monkeypatch.setattr(Runner, "_process", process)
@@ -158,7 +126,7 @@ def test_a_study_goes_on_where_it_stopped_and_a_crash_is_a_result(
     trials = Study(results.load(config.out / "results.json")["trials"])
     assert len(trials.results) == 3
     assert [r.error for r in trials.crashed] == [
-        "ValueError: the teacher must have right samples to learn from, got none in "
+        "ValueError: the teacher must give right samples, got none from "
         f"{config.out}/tasks/arithmetic/teacher_middle"
     ]
     with pytest.raises(ValueError, match=r"tasks must begin with arithmetic, .* got countdown"):
@@ -174,7 +142,7 @@ def test_a_process_that_is_killed_is_reported_and_the_next_trial_runs(
     trials = [Trial(task="arithmetic", arm="grpo", learning_rate=1e-3, seed=s) for s in (0, 1)]
     starts: list[list[str]] = []
 
-    def process(_: Runner, names: list[str], told: Any) -> int:
+    def process(_: Runner, names: list[str], tell: Any) -> int:
         starts.append(list(names))
         if len(starts) == 1:
             trial_folder(config, trials[0]).joinpath("log.txt").write_text("out of memory")
@@ -183,17 +151,17 @@ def test_a_process_that_is_killed_is_reported_and_the_next_trial_runs(
             result("grpo", learning_rate=1e-3, seed=1).write(
                 trial_folder(config, trial) / "result.json"
             )
-            told(trial.name)
+            tell(trial.name)
         return 0
 
     monkeypatch.setattr(Runner, "_process", process)
     with Runner(config, Console(quiet=True)) as runner:
         runner._group(trials)
-        found = runner.trials(trials, "two")
+        results_by_trial = runner.trials(trials, "two")
     assert [len(names) for names in starts] == [2, 1]
-    assert [r.status for r in found.values()] == ["crashed", "done"]
-    assert found[trials[0]].error == "exit code -9: out of memory"
-    assert "CRASHED" in summary(found[trials[0]])
+    assert [r.status for r in results_by_trial.values()] == ["crashed", "done"]
+    assert results_by_trial[trials[0]].error == "exit code -9: out of memory"
+    assert "CRASHED" in summary(results_by_trial[trials[0]])
 
 
 @pytest.mark.parametrize(
@@ -216,7 +184,7 @@ def test_bad_settings_are_named(change: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(("name", "millions"), [("student", 12), ("teacher", 21)])
 def test_the_gpu_study_has_models_of_the_size_it_says(name: str, millions: int) -> None:
-    path = Path(__file__).parents[3] / "bench/study_gpu.yaml"
+    path = Path(__file__).parents[3] / "bench/study/gpu.yaml"
     config = update(StudyConfig(), load_yaml(path))
     tokenizer = train_tokenizer(["1 + 2 = 3"], vocab_size=setup.VOCABULARY)
     model = make_model(getattr(config, name), tokenizer, seed=0)

@@ -1,4 +1,4 @@
-"""Which runs a study makes, and what its sweeps choose."""
+"""Tests which runs a study makes, and what its sweeps choose."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -14,45 +14,49 @@ from bench.study.arms import SCHEDULES
 from bench.study.config import RUNOFF_SEED, SWEEP_SEED, StudyConfig, Trial, quick
 from bench.study.runner import Runner, grouped
 from bench.study.sweep import Settings
-from bench.study.trial import Result
+from bench.study.trial import TrialResult
 from tests.bench.study.study_results import result
 
 TASK = "arithmetic"
 Percent = Callable[[Trial], int | None]
 
 
-class Scripted(Runner):
-    """Its runs end at once, as right as is said of them; None: crashed."""
+class ScriptedRunner(Runner):
+    """A runner whose runs end at once with a scripted accuracy in percent; None: crashed."""
 
     def __init__(self, config: StudyConfig, percent: Percent) -> None:
         super().__init__(config, Console(quiet=True))
         self.percent = percent
-        self.found: dict[Trial, Result] = {}
+        self.results_by_trial: dict[Trial, TrialResult] = {}
 
-    def trials(self, trials: Iterable[Trial], what: str) -> dict[Trial, Result]:  # noqa: ARG002
-        wanted = list(trials)
-        self.found |= {trial: self._run(trial) for trial in wanted}
-        return {trial: self.found[trial] for trial in wanted}
+    def trials(self, trials: Iterable[Trial], what: str) -> dict[Trial, TrialResult]:  # noqa: ARG002
+        distinct = list(trials)
+        self.results_by_trial |= {trial: self._run(trial) for trial in distinct}
+        return {trial: self.results_by_trial[trial] for trial in distinct}
 
-    def _run(self, trial: Trial) -> Result:
+    def _run(self, trial: Trial) -> TrialResult:
         percent = self.percent(trial)
         problems = f"{'4' * ((percent or 0) // 4)}{(percent or 0) % 4}".ljust(26, "0")[:25]
-        made = replace(result(trial.arm, problems, sweep=True), trial=trial)
-        return made if percent is not None else replace(made, status="crashed", scores={})
+        trial_result = replace(result(trial.arm, problems, sweep=True), trial=trial)
+        return (
+            trial_result
+            if percent is not None
+            else replace(trial_result, status="crashed", scores={})
+        )
 
     def tried(self, arm: str) -> set[tuple[Any, ...]]:
-        return {(t.learning_rate, t.beta, t.seed) for t in self.found if t.arm == arm}
+        return {(t.learning_rate, t.beta, t.seed) for t in self.results_by_trial if t.arm == arm}
 
 
 def run_sweep(
     percent: Percent, *arms: str, task: str = TASK, **fields: Any
-) -> tuple[dict[str, Settings], Scripted]:
-    """What a sweep chooses, and the runner with all that ran."""
+) -> tuple[dict[str, Settings], ScriptedRunner]:
+    """Return the settings that a sweep chooses, and the runner with everything that ran."""
     config = StudyConfig(arms=arms, **fields)
-    with Scripted(config, percent) as runner:
-        found = command.choose_settings(config, runner, task)
-    assert found == runner.found
-    return sweep.chosen(config, task, found), runner
+    with ScriptedRunner(config, percent) as runner:
+        results_by_trial = command.choose_settings(config, runner, task)
+    assert results_by_trial == runner.results_by_trial
+    return sweep.chosen(config, task, results_by_trial), runner
 
 
 def test_learning_rates_at_the_middle_beta_then_betas_at_the_best_rate() -> None:
@@ -64,7 +68,7 @@ def test_learning_rates_at_the_middle_beta_then_betas_at_the_best_rate() -> None
     assert runner.tried("grpo") == {(rate, None, SWEEP_SEED) for rate in rates}
     at_the_middle = {(rate, 0.2, SWEEP_SEED) for rate in rates}
     assert runner.tried("kdrl") == at_the_middle | {(5e-4, beta, SWEEP_SEED) for beta in betas}
-    assert {trial.arm for trial in runner.found} == {"grpo", "kdrl"}
+    assert {trial.arm for trial in runner.results_by_trial} == {"grpo", "kdrl"}
     assert best["kdrl"] == best["k1_as_loss"] == (5e-4, 0.2)
     assert best["grpo"] == (5e-4, None)
     assert best["student"] == (None, None)
@@ -94,12 +98,12 @@ def test_a_sweep_goes_on_past_an_end_that_is_best(
     assert {rate for rate, _, _ in runner.tried("grpo")} == tried
 
 
-def test_other_tasks_are_swept_as_far_as_is_said() -> None:
+def test_other_tasks_are_swept_over_the_configured_values_alone() -> None:
     best, runner = run_sweep(
         lambda t: int(10_000 * (t.learning_rate or 0)), "grpo", task="countdown"
     )
     assert best["grpo"].learning_rate == 1e-3
-    assert len(runner.found) == 3
+    assert len(runner.results_by_trial) == 3
 
 
 def test_betas_go_on_below_too_and_in_their_own_ratio() -> None:
@@ -110,10 +114,12 @@ def test_betas_go_on_below_too_and_in_their_own_ratio() -> None:
 
 
 def test_an_end_that_only_a_second_run_shows_is_passed_too() -> None:
-    once = {2.5e-4: 40, 5e-4: 50, 1e-3: 49, 2e-3: 60}
-    again = {5e-4: 40, 1e-3: 49, 2e-3: 60}
+    first_run = {2.5e-4: 40, 5e-4: 50, 1e-3: 49, 2e-3: 60}
+    second_run = {5e-4: 40, 1e-3: 49, 2e-3: 60}
     best, runner = run_sweep(
-        lambda t: (once if t.seed == SWEEP_SEED else again)[t.learning_rate or 0], "grpo", widen=1
+        lambda t: (first_run if t.seed == SWEEP_SEED else second_run)[t.learning_rate or 0],
+        "grpo",
+        widen=1,
     )
     assert (1e-3, None, RUNOFF_SEED) in runner.tried("grpo")
     assert (2e-3, None, SWEEP_SEED) in runner.tried("grpo")
@@ -121,14 +127,14 @@ def test_an_end_that_only_a_second_run_shows_is_passed_too() -> None:
 
 
 def test_one_lucky_run_does_not_choose() -> None:
-    """The better rate is found by second runs, and a beta whose second run is bad is not taken."""
+    """Second runs show which rate is better, and a beta with a bad second run is not chosen."""
     rate, other = 5e-4, 2.5e-4
-    said: dict[tuple[float | None, float | None], tuple[int, int]] = {
+    percents: dict[tuple[float | None, float | None], tuple[int, int]] = {
         (other, 0.2): (51, 44), (rate, 0.2): (50, 48), (1e-3, 0.2): (20, 20),
         (rate, 0.02): (52, 40), (rate, 2.0): (30, 30),
     }  # fmt: skip
     best, runner = run_sweep(
-        lambda t: said[t.learning_rate, t.beta][t.seed == RUNOFF_SEED], "kdrl_exact"
+        lambda t: percents[t.learning_rate, t.beta][t.seed == RUNOFF_SEED], "kdrl_exact"
     )
     twice = {(r, b) for r, b, seed in runner.tried("kdrl_exact") if seed == RUNOFF_SEED}
     assert twice == {(other, 0.2), (rate, 0.2), (rate, 0.02)}
@@ -149,11 +155,11 @@ def test_a_crash_loses() -> None:
 
 def test_second_runs_are_shown_apart() -> None:
     _, runner = run_sweep(lambda t: 50 - (t.seed == RUNOFF_SEED), "kdrl", widen=0)
-    study = Study(runner.found.values())
+    study = Study(runner.results_by_trial.values())
     rows = tables.sweeps(study, TASK).rows
     assert {(row[3][:4], row[4][:4]) for row in rows} == {("50.0", "49.0")}
     shown = tables.by_beta(study, TASK, "kdrl")
-    assert {beta: found and found.mean for beta, found in shown.items()} == {
+    assert {beta: accuracy and accuracy.mean for beta, accuracy in shown.items()} == {
         0.02: 0.5, 0.2: 0.5, 2.0: 0.5
     }  # fmt: skip
 
@@ -170,9 +176,9 @@ def test_the_quick_study_sweeps_nothing() -> None:
 def test_betas_that_are_only_compared_choose_nothing() -> None:
     config = StudyConfig(arms=("kdrl", "kdrl_k3", "kdrl_step"))
     best = dict.fromkeys(config.arms, Settings(1e-3, 2.0))
-    more = sweep.more_betas(config, TASK, best)
-    assert {t.arm for t in more} == {"kdrl", "kdrl_step"} <= set(SCHEDULES)
-    assert {(t.learning_rate, t.beta, t.sweep) for t in more} == {
+    trials = sweep.more_betas(config, TASK, best)
+    assert {t.arm for t in trials} == {"kdrl", "kdrl_step"} <= set(SCHEDULES)
+    assert {(t.learning_rate, t.beta, t.sweep) for t in trials} == {
         (1e-3, 0.063, True), (1e-3, 0.63, True)
     }  # fmt: skip
     assert sweep.more_betas(config, "countdown", best) == []

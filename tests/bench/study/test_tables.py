@@ -1,4 +1,4 @@
-"""What a study says of its results."""
+"""Tests the verdicts, tables and pages of a study."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,40 +6,40 @@ from pathlib import Path
 import pytest
 
 from bench.study import analysis, plots, results, tables, write_up
-from bench.study.analysis import FINDINGS, Finding, Study
+from bench.study.analysis import CLAIMS, Claim, Study
 from bench.study.arms import ARMS
 from bench.study.config import StudyConfig
-from bench.study.statistics import Estimate
-from bench.study.trial import Result
+from bench.study.statistics import MeanOverSeeds
+from bench.study.trial import TrialResult
 from tests.bench.study.study_results import result
 
 
-def seen(mean: float, low: float, high: float) -> Estimate:
-    return Estimate(mean, low, high, seeds=3)
+def three_seeds(mean: float, low: float, high: float) -> MeanOverSeeds:
+    return MeanOverSeeds(mean, low, high, seeds=3)
 
 
 @pytest.mark.parametrize(
-    ("found", "expected", "kept"),
+    ("difference", "expected", "kept"),
     [
-        (seen(0.05, 0.03, 0.07), "as in the paper", "differs from the paper"),
-        (seen(0.01, 0.005, 0.015), "as in the paper", "as in the paper"),
-        (seen(0.0, -0.01, 0.01), "not decided here", "as in the paper"),
-        (seen(0.0, -0.2, 0.2), "not decided here", "not decided here"),
-        (seen(-0.01, -0.03, 0.01), "not decided here", "not decided here"),
-        (seen(-0.05, -0.07, -0.03), "differs from the paper", "differs from the paper"),
-        (Estimate(0.05, 0.03, 0.07), "one seed: not judged", "one seed: not judged"),
+        (three_seeds(0.05, 0.03, 0.07), "as in the paper", "differs from the paper"),
+        (three_seeds(0.01, 0.005, 0.015), "as in the paper", "as in the paper"),
+        (three_seeds(0.0, -0.01, 0.01), "not decided here", "as in the paper"),
+        (three_seeds(0.0, -0.2, 0.2), "not decided here", "not decided here"),
+        (three_seeds(-0.01, -0.03, 0.01), "not decided here", "not decided here"),
+        (three_seeds(-0.05, -0.07, -0.03), "differs from the paper", "differs from the paper"),
+        (MeanOverSeeds(0.05, 0.03, 0.07), "one seed: not judged", "one seed: not judged"),
     ],
 )
-def test_verdicts_on_more_and_on_kept(found: Estimate, expected: str, kept: str) -> None:
-    assert {one.arm for one in FINDINGS} | {one.other for one in FINDINGS} <= set(ARMS)
-    assert analysis.verdict(FINDINGS[0], found) == expected
-    assert analysis.verdict(Finding("?", "a", "b", "kept", expected=0), found) == kept
+def test_verdicts_on_more_and_on_kept(difference: MeanOverSeeds, expected: str, kept: str) -> None:
+    assert {one.arm for one in CLAIMS} | {one.other for one in CLAIMS} <= set(ARMS)
+    assert analysis.verdict(CLAIMS[0], difference) == expected
+    assert analysis.verdict(Claim("?", "a", "b", "kept", expected=0), difference) == kept
 
 
 def test_what_the_paper_leaves_open_has_no_verdict_but_a_sign() -> None:
-    one = Finding("?", "a", "b", "")
-    assert analysis.verdict(one, seen(-0.1, -0.2, -0.05)) == "less"
-    assert analysis.verdict(one, seen(0.0, -0.2, 0.2)) == "not decided here"
+    one = Claim("?", "a", "b", "")
+    assert analysis.verdict(one, three_seeds(-0.1, -0.2, -0.05)) == "less"
+    assert analysis.verdict(one, three_seeds(0.0, -0.2, 0.2)) == "not decided here"
 
 
 def test_what_differs_from_the_paper_is_said_first() -> None:
@@ -49,7 +49,7 @@ def test_what_differs_from_the_paper_is_said_first() -> None:
         result(arm, digits, seed=seed) for arm, digits in right.items() for seed in range(3)
     )
     judged = analysis.judge(study, "arithmetic")
-    assert [one.finding.question for one in judged] == [
+    assert [one.claim.question for one in judged] == [
         "KDRL against GRPO", "distillation against GRPO", "k2 against k3",
         "KDRL against distillation", "exact KL against k2, in KDRL",
     ]  # fmt: skip
@@ -64,7 +64,7 @@ def test_differences_are_paired_by_seed() -> None:
     runs += [result("grpo", "1111", seed=0), result("grpo", "3333", seed=1)]
     runs += [result("grpo", "0000", seed=2)]  # kdrl has no such seed
     study = Study(runs)
-    assert study.difference("arithmetic", "kdrl", "grpo") == Estimate(0.25, 0.25, 0.25, 2)
+    assert study.difference("arithmetic", "kdrl", "grpo") == MeanOverSeeds(0.25, 0.25, 0.25, 2)
     shorter = study.pairs("arithmetic", "kdrl", "grpo", "length")
     assert shorter is not None
     assert shorter.tolist() == [[0.0], [0.0]]
@@ -74,7 +74,7 @@ def test_differences_are_paired_by_seed() -> None:
 
 
 def test_settings_at_an_end_of_their_sweep_are_marked(tmp_path: Path) -> None:
-    """An end of what was tried, which may lie past the values of the config; k1's is kdrl's."""
+    """A sweep may end past the values of the config; k1_as_loss has the sweep of kdrl."""
     tried = ((2.5e-4, 0.2), (5e-4, 0.2), (1e-3, 0.2), (5e-4, 0.02), (5e-4, 2.0), (5e-4, 20.0))
     runs = [
         result("kdrl", learning_rate=rate, beta=beta, seed=1000, sweep=True) for rate, beta in tried
@@ -112,22 +112,22 @@ def test_a_page_and_tables_of_a_half_finished_study(tmp_path: Path) -> None:
         result("kd_rkl", learning_rate=1e-3),
         status="crashed", error=f"boom | {tmp_path}/x", scores={},
     )  # fmt: skip
-    found = [result("student"), result("grpo", learning_rate=1e-3), bad]
-    found += [result("teacher"), result("kdrl", "4444", learning_rate=1e-3, beta=0.2)]
+    runs = [result("student"), result("grpo", learning_rate=1e-3), bad]
+    runs += [result("teacher"), result("kdrl", "4444", learning_rate=1e-3, beta=0.2)]
     sweeps = [
         result("kdrl", learning_rate=1e-3, beta=b, seed=1000, sweep=True) for b in (0.02, 0.2)
     ]
-    saved = results.save(config, {r.trial: r for r in [*found, *sweeps]})
-    made = write_up.parts(Study(saved["trials"]), config, ["arithmetic"])
-    text = write_up.markdown(["about"], made)
+    saved = results.save(config, {r.trial: r for r in [*runs, *sweeps]})
+    sections = write_up.make_sections(Study(saved["trials"]), config, ["arithmetic"])
+    text = write_up.markdown(["about"], sections)
     assert "KDRL against GRPO | kdrl - grpo | +62.5" in text
     assert "| +62.5 | 56.8 against 54.6 | one seed: not judged |" in text
     assert "kd_rkl/middle-lr0.001-seed0 | boom \\| x" in text
-    assert {name for part in made for name in part.plots} == {
+    assert {name for section in sections for name in section.plots} == {
         "differences_arithmetic", "accuracy_arithmetic", "beta", "cost_arithmetic",
     }  # fmt: skip
-    again = [Result.read(_written(r, tmp_path)) for r in found]
-    assert again == found
+    read_back = [TrialResult.read(_written(r, tmp_path)) for r in runs]
+    assert read_back == runs
 
 
 def test_every_question_of_the_paper_has_a_table_and_a_plot(tmp_path: Path) -> None:
@@ -137,12 +137,12 @@ def test_every_question_of_the_paper_has_a_table_and_a_plot(tmp_path: Path) -> N
         for arm in ARMS for seed in range(2)
     ]  # fmt: skip
     runs += [result(arm, teacher=t) for arm in ("teacher", "kdrl") for t in ("weak", "strong")]
-    made = write_up.parts(Study(runs), config, ["arithmetic"])
-    assert len(made[0].table.rows) == len(FINDINGS)
-    assert set(plots.QUESTIONS) <= {name.removesuffix("_arithmetic") for name in made[0].plots}
-    assert all(part.plots for part in made if "until" not in part.table.title)
+    sections = write_up.make_sections(Study(runs), config, ["arithmetic"])
+    assert len(sections[0].table.rows) == len(CLAIMS)
+    assert set(plots.QUESTIONS) <= {name.removesuffix("_arithmetic") for name in sections[0].plots}
+    assert all(section.plots for section in sections if "until" not in section.table.title)
 
 
-def _written(one: Result, folder: Path) -> Path:
+def _written(one: TrialResult, folder: Path) -> Path:
     one.write(folder / "result.json")
     return folder / "result.json"

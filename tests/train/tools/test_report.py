@@ -120,7 +120,7 @@ def test_differences_are_paired_by_seed(arms: dict[str, list[Path]], tmp_path: P
     paired = difference(*groups, "reward")
     assert paired.count == 2
     assert paired.value == pytest.approx(0.25)
-    half = 12.706 * 0.05  # t of one degree of freedom, times 0.1 / sqrt(2) / sqrt(2)
+    half = 12.7062047 * 0.05  # t of one degree of freedom, times 0.1 / sqrt(2) / sqrt(2)
     assert (paired.low, paired.high) == pytest.approx((0.25 - half, 0.25 + half))
     other = run_folder(tmp_path / "other", [record(s, level=0.5) for s in range(20)], seed=7)
     unpaired = difference(groups[0], RunGroup("other", 2, [read(other)]), "reward")

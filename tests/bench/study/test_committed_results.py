@@ -1,0 +1,28 @@
+"""Tests that the committed write-up of the study is what its results.json gives."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from bench.study import write_up
+
+FOLDER = Path(__file__).parents[3] / "bench/results/study"
+
+
+@pytest.mark.slow
+def test_the_committed_tables_are_those_of_the_committed_results(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_bytes((FOLDER / "results.json").read_bytes())
+    write_up.again(tmp_path)
+    assert (tmp_path / "README.md").read_text("utf-8") == (FOLDER / "README.md").read_text("utf-8")
+    plots = {path.name for path in tmp_path.glob("*.svg")}
+    assert plots == {path.name for path in FOLDER.glob("*.svg")}
+
+
+def test_every_interval_of_the_readme_is_in_the_committed_tables() -> None:
+    text = (FOLDER.parents[1] / "study/README.md").read_text("utf-8")
+    table = (FOLDER / "README.md").read_text("utf-8")
+    mean = r"[-+]?\d+\.\d+"
+    intervals = re.findall(rf"{mean} \({mean}(?:-| to ){mean}\)", " ".join(text.split()))
+    assert len(intervals) > 30
+    assert [interval for interval in intervals if interval not in table] == []
