@@ -26,6 +26,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rounds", type=int, default=10, help="timed calls each")
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Leave the machine to one process: what is timed must not share it."""
+    return 0
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Say why a case has no figure, without being asked."""
     config.option.reportchars += "s"
