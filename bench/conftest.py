@@ -26,6 +26,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rounds", type=int, default=10, help="timed calls each")
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Leave the machine to one process: what is timed must not share it."""
+    return 0
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Report why a case was skipped, without an option."""
     config.option.reportchars += "s"

@@ -39,7 +39,14 @@ def inputs(request: pytest.FixtureRequest, shape: Shape) -> Inputs:
 
 
 @pytest.mark.parametrize("op", OPS, ids=_id)
-@pytest.mark.parametrize("provider", PROVIDERS, ids=_id)
+@pytest.mark.parametrize(
+    "provider",
+    [
+        pytest.param(one, marks=pytest.mark.slow if one.name == "PyTorch, compiled" else ())
+        for one in PROVIDERS
+    ],
+    ids=_id,
+)
 def test_computes_the_definition(provider: Provider, op: Op, inputs: Inputs) -> None:
     if provider.name == "PyTorch, compiled" and (op.name not in COMPILED or inputs.shape != TINY):
         pytest.skip("compiled for two operations only")

@@ -201,22 +201,21 @@ def test_a_call_that_leaves_too_few_gradients_is_refused(inputs: list[Inputs]) -
 @pytest.mark.skipif(torch.cuda.is_available(), reason="sizes are of the CPU allocator")
 def test_memory_counts_the_logits() -> None:
     """Full logits hold [N, V] several times, our library one chunk of them."""
-    full = _memory(FULL_LOGITS.name, {})
-    ours = _memory(OURS, {"workspace_bytes": 4 << 20})
+    full, ours = _memory((FULL_LOGITS.name, {}), (OURS, {"workspace_bytes": 4 << 20}))
     logits = 4 * 512 * 8192
     assert full["gradient_bytes"] == ours["gradient_bytes"] == 4 * 64 * (512 + 8192)
     assert full["extra_bytes"] > 2 * logits
     assert 0 < ours["extra_bytes"] < logits / 2
 
 
-def _memory(provider: str, setting: dict[str, int]) -> dict[str, int]:
-    """Measure memory in a process whose fork server no other test shares: it has torch loaded."""
+def _memory(*cases: tuple[str, dict[str, int]]) -> list[dict[str, int]]:
+    """Measure in a process whose fork server no other test shares: it has torch loaded."""
     code = f"""
 import dataclasses, json
 from bench.measures.memory import in_own_process
 from bench.shapes import TINY
 shape = dataclasses.replace(TINY, name="memory", N=512, V=8192, V_t=8192)
-print(json.dumps(in_own_process(shape, "reasoning", "GRPO", {provider!r}, {setting!r})))
+print(json.dumps([in_own_process(shape, "reasoning", "GRPO", *case) for case in {cases!r}]))
 """
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -1,8 +1,9 @@
 """Compile every row kernel ahead of time, without a GPU, and print its resources as JSON lines.
 
-Run in a process without TRITON_INTERPRET: `python -m tests.kernels.aot`. sm_* give a cubin, whose
-resource report comes from the cuobjdump inside the triton wheel; gfx942 gives assembly, which ends
-in a report of its own.
+Run in a process without TRITON_INTERPRET: `python -m tests.kernels.aot [TARGET aligned|ragged]`.
+The arguments name one target and one alignment of the rows; without them all are compiled. sm_*
+give a cubin, whose resource report comes from the cuobjdump inside the triton wheel; gfx942 gives
+assembly, which ends in a report of its own.
 """
 
 import json
@@ -115,9 +116,11 @@ def _cuobjdump(cubin: bytes) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", report)}
 
 
-def main() -> None:
-    """Print one JSON line for each kernel variant, alignment and target."""
-    for variant, aligned, (arch, target) in product(variants(), (True, False), TARGETS.items()):
+def main(*only: str) -> None:
+    """Print one JSON line for each kernel variant, alignment and target; only: one of them."""
+    targets = {name: target for name, target in TARGETS.items() if name in (only[:1] or TARGETS)}
+    alignments = [name == "aligned" for name in only[1:] or ("aligned", "ragged")]
+    for variant, aligned, (arch, target) in product(variants(), alignments, targets.items()):
         if not aligned and (variant[0].startswith("objective") or "softcap" in variant[0]):
             continue  # the first has no V; the others differ by nothing more
         compiled = compile_one(variant, target, aligned)
@@ -143,4 +146,4 @@ def barriers_in_loops(ptx: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

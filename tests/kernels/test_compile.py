@@ -14,26 +14,36 @@ SHARED_LIMIT_BYTES = {"sm_80": 48 * 1024, "sm_90": 48 * 1024, "sm_100": 48 * 102
 """What a block gets without opting in to more; on AMD all that a compute unit has."""
 
 Row = dict[str, int | str]
+SLOW = pytest.mark.slow  # a minute of compiling
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("sm_90 aligned", id="sm_90"), pytest.param("", id="all", marks=SLOW)],
+)
+def only(request: pytest.FixtureRequest) -> list[str]:
+    """Name what is compiled: one target at aligned rows, or (an empty list) everything."""
+    return request.param.split()
 
 
 @pytest.fixture(scope="module")
-def report() -> list[Row]:
+def report(only: list[str]) -> list[Row]:
     """Return the resources of every kernel variant and target; its process has no interpreter."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "error", "-m", "tests.kernels.aot"]
+    command = [sys.executable, "-W", "error", "-m", "tests.kernels.aot", *only]
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-def test_every_kernel_and_target_is_there(report: list[Row]) -> None:
+def test_every_kernel_and_target_is_there(report: list[Row], only: list[str]) -> None:
     kernels = {str(row["kernel"]) for row in report}
     assert {name.split("-")[0] for name in kernels} == {"sweep", "jsd", "gradient", "objective"}
     for kd in ("None", "rkl", "fkl", "jsd"):
-        assert {f"sweep-{kd}-aligned", f"sweep-{kd}-ragged"} <= kernels
+        assert {f"sweep-{kd}-{rows}" for rows in only[1:] or ("aligned", "ragged")} <= kernels
         assert {f"gradient-{kd}-bf16-aligned", f"gradient-{kd}-softcap-bf16-aligned"} <= kernels
     pairs = {(row["kernel"], row["arch"]) for row in report}
-    assert pairs == {(kernel, arch) for kernel in kernels for arch in ARCHES}
+    assert pairs == {(kernel, arch) for kernel in kernels for arch in only[:1] or ARCHES}
 
 
 def test_no_kernel_spills(report: list[Row]) -> None:

@@ -37,8 +37,15 @@ def _coefficients(kd: str | None, device: str) -> Coefficients:
 
 
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.depth}x{tile.lanes}")
-@pytest.mark.parametrize("softcap", [None, 5.0], ids=["plain", "softcap"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "softcap"),
+    [
+        pytest.param(torch.float32, None, id="float32-plain"),
+        pytest.param(torch.float32, 5.0, id="float32-softcap"),
+        pytest.param(torch.float16, None, id="float16-plain"),
+        pytest.param(torch.float16, 5.0, id="float16-softcap", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("kd", [None, "rkl", "fkl", "jsd"])
 def test_tiles(
     kd: str | None, dtype: torch.dtype, softcap: float | None, tile: Tile, device: str

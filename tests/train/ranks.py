@@ -119,7 +119,7 @@ def _warm_up() -> None:
             transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
             transformers.AutoModelForCausalLM.from_pretrained(folder)
     Verifier(RewardConfig(workers=1)).close()  # starts the fork server
-    # it is no child of the forked processes: they cannot wait for it, so they must not look after it
+    # the fork server is no child of the forked processes, so these can neither check nor restart it
     forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
 
 

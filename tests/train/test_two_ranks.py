@@ -71,8 +71,19 @@ def gradient(config: TrainConfig) -> dict[str, Tensor]:
     return {name: moments["exp_avg"] for name, moments in state["optimizer"]["state"].items()}
 
 
-@pytest.mark.parametrize("policy", ["student", "llama"])  # a tied head, and one of its own
-@pytest.mark.parametrize(("ranks", "tokens"), [(1, 64), (2, 64), (2, 1), (3, 1000)], ids=str)
+@pytest.mark.parametrize(
+    ("ranks", "tokens", "policy"),
+    [  # the student has a tied head, the llama one of its own
+        (2, 1, "student"),
+        (3, 1000, "llama"),
+        (1, 64, "llama"),
+        (2, 64, "student"),
+        pytest.param(2, 1, "llama", marks=pytest.mark.slow),
+        pytest.param(3, 1000, "student", marks=pytest.mark.slow),
+        pytest.param(1, 64, "student", marks=pytest.mark.slow),
+        pytest.param(2, 64, "llama", marks=pytest.mark.slow),
+    ],
+)
 def test_ranks_learn_what_one_process_learns(
     config: Config, ranks: int, tokens: int, policy: str
 ) -> None:
@@ -135,7 +146,9 @@ def test_bfloat16_ranks_keep_float32_weights(config: Config) -> None:
         assert (weight - old[name]).abs().max().item() == pytest.approx(1e-3, rel=1e-2), name
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize(
+    ("first", "then"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow), (2, 3)]
+)
 def test_a_run_resumes_on_another_number_of_ranks(config: Config, first: int, then: int) -> None:
     whole, parts = config("whole", steps=4), config("parts", steps=2)
     expected = alone(whole)
@@ -306,6 +319,7 @@ def test_the_folder_of_a_run_is_whole(config: Config) -> None:
     assert Path(settings.out / "samples" / "step_000001.jsonl").exists()
 
 
+@pytest.mark.slow  # three processes import torch
 def test_torchrun_starts_it(config: Config) -> None:
     settings = config(steps=2)
     save_yaml(settings, settings.out.with_suffix(".yaml"))

@@ -4,6 +4,8 @@ import time
 from collections import Counter
 from itertools import chain
 
+import pytest
+
 from kdrl_train.config import RewardConfig
 from kdrl_train.rollouts.verifier import Verifier
 
@@ -167,6 +169,7 @@ ANSWERS = [*chain(*map(nested, (20, 100, 300))), *TOWERS, *LONG, *CHARACTERS, *C
 HOSTILE = [*(rf"so \boxed{{{answer}}}" for answer in ANSWERS), *AROUND]
 
 
+@pytest.mark.slow  # test_verifier.py has one of each kind
 def test_200_hostile_completions_harm_no_other() -> None:
     assert len(HOSTILE) >= 200
     completions = list(chain(*((hostile, rf"\boxed{{{i}}}") for i, hostile in enumerate(HOSTILE))))

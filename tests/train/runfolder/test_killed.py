@@ -44,7 +44,14 @@ def train_quietly(config: TrainConfig, threads: int) -> None:
 IN_THREADS = {"engine": EngineConfig(staleness=1), "save_async": True}
 
 
-@pytest.mark.parametrize(("fields", "count"), [({}, 20), (IN_THREADS, 4)], ids=["20", "threads"])
+@pytest.mark.parametrize(
+    ("fields", "count"),
+    [
+        pytest.param({}, 6, id="6"),
+        pytest.param({}, 20, id="20", marks=pytest.mark.slow),
+        pytest.param(IN_THREADS, 4, id="threads"),
+    ],
+)
 def test_killed_at_random_moments_it_equals_the_uninterrupted_run(
     config: Config, fields: dict[str, Any], count: int
 ) -> None:
@@ -91,7 +98,7 @@ def _same(parts: TrainConfig, expected: list[dict[str, Any]], whole: TrainConfig
 
 
 def test_sigterm_saves_and_ends_with_0(config: Config) -> None:
-    sampling = SamplingConfig(prompts_per_step=4, group_size=4, max_new_tokens=100)
+    sampling = SamplingConfig(prompts_per_step=4, group_size=4, max_new_tokens=50)
     whole = config("whole", steps=6, sampling=sampling)
     parts = config("parts", steps=6, sampling=sampling)
     save_yaml(parts, parts.out.with_suffix(".yaml"))

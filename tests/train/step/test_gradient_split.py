@@ -3,13 +3,12 @@
 import io
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
@@ -29,9 +28,11 @@ from kdrl_train.config import (
 from kdrl_train.method.config import MethodConfig, ScheduleConfig
 from kdrl_train.model.packing import PackedBatch
 from kdrl_train.model.policy import Policy, Teacher
+from kdrl_train.ranks import World
 from kdrl_train.runfolder.log import read_records
 from kdrl_train.step.gradient_split import gradient_split
 from tests.train import scripted_rewards
+from tests.train.ranks import on_ranks
 
 NAMES = ("rl_grad_norm", "kd_grad_norm", "rl_kd_cosine")
 BETA = 0.3
@@ -98,23 +99,19 @@ def test_cosine_of_what_pulls_together_and_apart(tiny: Callable[..., Any], sign:
     assert split["kd_grad_norm"] == pytest.approx(BETA * split["rl_grad_norm"], rel=1e-4)
 
 
-def rank_of_two(rank: int, folder: Path, policy: Policy, head: kk.TeacherHead) -> None:
-    """One of two ranks, which hold half of the weights each and see the same row."""
-    bound = timedelta(seconds=120)
-    store = f"file://{folder / 'store'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=bound)
+def norms_of_shards(policy: Policy, head: kk.TeacherHead, _world: World) -> None:
+    """Check one of two ranks, which hold half of the weights each and see the same row."""
     twelve = torch.tensor(12.0)
     whole = gradient_split(policy, batch(), twelve, head)
     fully_shard(policy)
     assert gradient_split(policy, batch(), twelve, head) == pytest.approx(whole, rel=1e-5)
     assert all(p.grad is None for p in policy.parameters())
-    dist.destroy_process_group()
 
 
-def test_shards_have_the_norms_of_the_whole(tiny: Callable[..., Any], tmp_path: Path) -> None:
+def test_shards_have_the_norms_of_the_whole(tiny: Callable[..., Any]) -> None:
     policy = Policy(tiny("qwen2", seed=1), MethodConfig(kd="k2"))
     head = Teacher(tiny("llama", seed=2))(batch())
-    torch.multiprocessing.spawn(rank_of_two, (tmp_path, policy, head), nprocs=2)
+    assert on_ranks(2, partial(norms_of_shards, policy, head)) == [None, None]
 
 
 def test_a_term_that_is_not_there_has_no_norm(tiny: Callable[..., Any]) -> None:
