@@ -102,7 +102,7 @@ def result_table(results: dict[str, EvalResult]) -> Table:
     first = next(iter(results.values()))
     table = Table(
         title=f"{first.problems} problems, {first.samples} completions each",
-        caption="(95% interval by bootstrap over the problems)",
+        caption="(95% interval by bootstrap over problems)",
     )
     table.add_column("")
     for policy in results:
@@ -110,10 +110,10 @@ def result_table(results: dict[str, EvalResult]) -> Table:
     for name in dict.fromkeys(name for result in results.values() for name in result.shares):
         table.add_row(name, *(_share(result, name) for result in results.values()))
     for name, cell in (
-        ("tokens", lambda result: f"{result.mean_length:.0f}"),
-        ("truncated", lambda result: f"{result.truncated:.1%}"),
+        ("tokens per completion", lambda result: f"{result.mean_length:.0f}"),
+        ("cut at max_new_tokens", lambda result: f"{result.truncated:.1%}"),
         ("unparseable", lambda result: str(result.outcomes["unparseable"])),
-        ("timeout", lambda result: str(result.outcomes["timeout"])),
+        ("verifier timeouts", lambda result: str(result.outcomes["timeout"])),
         ("seconds", lambda result: f"{result.seconds:.1f}"),
     ):
         table.add_row(name, *map(cell, results.values()))
