@@ -352,7 +352,7 @@ def test_without_matplotlib_there_are_tables(
     assert _images((tmp_path / "report.html").read_text()) == 0
 
 
-def _tick_gaps(limits: tuple[float, float], apart: float) -> list[float]:
+def _tick_distances(limits: tuple[float, float], apart: float) -> list[float]:
     axes = pytest.importorskip("bench.reporting.axes", exc_type=ImportError)
     ticks = axes.log_ticks(limits, apart)
     assert len(ticks) >= 2
@@ -362,7 +362,7 @@ def _tick_gaps(limits: tuple[float, float], apart: float) -> list[float]:
 
 @pytest.mark.parametrize("limits", [(90.0, 110.0), (700.0, 2300.0), (1e-9, 3e-2), (0.1, 2e5)])
 def test_tick_labels_never_touch(limits: tuple[float, float]) -> None:
-    assert min(_tick_gaps(limits, 0.2)) >= 0.2
+    assert min(_tick_distances(limits, 0.2)) >= 0.2
 
 
 def test_plots_show_the_shape_with_the_most_records() -> None:

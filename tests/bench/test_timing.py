@@ -86,7 +86,7 @@ def test_only_whole_rounds_count(
         assert samples.status == ("ok" if whole else "out of time")
 
 
-def test_fewer_rounds_than_enough_may_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fewer_rounds_than_enough_may_be_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = FakeClock(monkeypatch)
     samples_by_key = timing.sample_rounds({"a": clock.second}, 2, 100)
     assert samples_by_key["a"] == timing.RoundSamples("ok", [0, 1])

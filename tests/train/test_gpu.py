@@ -79,11 +79,11 @@ def test_the_variable_length_kernel_computes_what_padded_batches_do(
     kernel = attention._varlen
     monkeypatch.setattr(attention, "_varlen", lambda *args: calls.append(0) or kernel(*args))
     with torch.no_grad():
-        found = policy.hidden(ids, positions, None, LENGTHS).float()
+        result = policy.hidden(ids, positions, None, LENGTHS).float()
         monkeypatch.setattr(attention, "_has_varlen", lambda _query: False)
         expected = policy.hidden(ids, positions, None, LENGTHS).float()
     assert len(calls) == 2  # layers
-    error = (found - expected).norm() / expected.norm()
+    error = (result - expected).norm() / expected.norm()
     assert error < 0.02
 
 
@@ -93,7 +93,7 @@ def test_continuous_batching_agrees_with_the_trainer(config: Config) -> None:
         assert row["sampler_mismatch_mean"] < 0.05
 
 
-def test_rollouts_ahead_agree_with_the_trainer(config: Config) -> None:
+def test_prefetched_rollouts_agree_with_the_trainer(config: Config) -> None:
     settings = on_gpu(
         config(steps=4, save_every=1, save_async=True, engine=EngineConfig(staleness=1))
     )
