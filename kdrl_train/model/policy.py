@@ -76,7 +76,7 @@ class HeadedModel(nn.Module):
         )
 
     def call(self, function: Callable[[Any], T]) -> T:
-        """Return function(self); where the model is sharded use fsdp.call_gathered."""
+        """Return function(self). fsdp.gathered calls it, as a forward that FSDP2 prepares."""
         return function(self)
 
     def head(self) -> tuple[Tensor, Tensor | None]:
