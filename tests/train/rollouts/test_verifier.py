@@ -19,6 +19,7 @@ from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder.signals import Stopped
 
 HERE = f"{__name__}:scripted_reward"
+PID_REWARD = RewardConfig(function=f"{__name__}:pid_reward", workers=1, timeout_s=60)
 
 
 class StrangeError(Exception):
@@ -156,23 +157,30 @@ def test_a_gold_answer_that_does_not_parse_is_an_error(mathematics: Verifier) ->
     assert "answer must be a number or LaTeX that math-verify parses, got '#'" in verdicts.errors[0]
 
 
+def worker_pid(verifier: Verifier) -> int:
+    """Return the process id of the only worker."""
+    verdicts = verifier.score([""], [""])
+    assert verdicts.outcomes == ["right"]  # a timeout's reward of 0 would kill our process group
+    return int(verdicts.rewards[0])
+
+
 def test_workers_killed_while_idle_are_replaced() -> None:
-    with Verifier(RewardConfig(function=f"{__name__}:pid_reward", workers=1)) as verifier:
-        (pid,) = verifier.score([""], [""]).rewards
-        os.kill(int(pid), signal.SIGKILL)
+    with Verifier(PID_REWARD) as verifier:
+        pid = worker_pid(verifier)
+        os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + 5
         while verifier._pool.active and time.monotonic() < deadline:
             time.sleep(0.05)  # pebble looks at its workers ten times a second
-        (other,) = verifier.score([""], [""]).rewards
+        other = worker_pid(verifier)
     assert other not in (pid, os.getpid())
 
 
 def test_a_pool_that_breaks_is_started_anew_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Verifier(RewardConfig(function=f"{__name__}:pid_reward", workers=1)) as verifier:
-        (pid,) = verifier.score([""], [""]).rewards
+    with Verifier(PID_REWARD) as verifier:
+        pid = worker_pid(verifier)
         started, start = [], verifier._start
         monkeypatch.setattr(verifier, "_start", lambda: started.append(0) or start())
-        os.kill(int(pid), signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         verdicts = verifier.score([""] * 20, [""] * 20)  # at once: pebble has not seen it yet
         # one that pebble takes to have died at work costs its completion instead
         assert (len(started), verdicts.restarts) in ((1, 1), (0, 0))
