@@ -149,7 +149,8 @@ def table(completions: list[Replayed], title: str) -> Table:
     numbers = ("reward", "advantage", "kd weight", "loss", "gradient norm", "lowest log p")
     names = ("#", "problem", "tokens", *numbers)
     for name in names:
-        out.add_column(name, justify="left" if name == "problem" else "right")
+        is_name = name == "problem"
+        out.add_column(name, justify="left" if is_name else "right", no_wrap=is_name)
     for one in completions:
         values = (one.reward, one.advantage, one.kd_weight, one.loss, one.grad_norm)
         out.add_row(

@@ -263,11 +263,11 @@ def test_activations_are_what_autograd_keeps(
     more = {}
     if attention == NAME:
         more = packed_arguments([T // 2, T // 2], torch.device("cpu"))
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights and tensor.is_floating_point():
+        if tensor.untyped_storage().data_ptr() not in parameters and tensor.is_floating_point():
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
