@@ -54,7 +54,7 @@ setup(
     packages=find_packages(include=["kdrl_kernels*", "kdrl_train*"]),
     package_data={
         "kdrl_kernels": ["py.typed", "README.md", "rows/README.md"],
-        "kdrl_train": ["py.typed", "tools/report/*.j2", "tools/report/*.css"],
+        "kdrl_train": ["py.typed", "**/README.md", "tools/report/*.j2", "tools/report/*.css"],
     },
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require=EXTRAS,
