@@ -38,7 +38,8 @@ class Place:
 def retired(name: str) -> list[str]:
     """Return the retired words in a name."""
     bare = name.strip("_")
-    return sorted({part for part in bare.split("_") if part in PARTS} | ({bare} & WHOLE))
+    parts = {part for part in bare.lower().split("_") if part in PARTS}
+    return sorted(parts | ({bare} & WHOLE))
 
 
 def definitions(tree: ast.AST) -> Iterator[tuple[int, str]]:

@@ -22,7 +22,7 @@ from bench.reporting.figures import ShapeFigures, Spread
 from bench.reporting.tables import describe, error, megabytes, number, ratio_text, scientific, times
 from bench.results_file import OURS
 
-ROW, HEAD, GAP = 0.215, 0.34, 0.12  # inches: a row of dots, a panel's heading, between panels
+ROW, HEAD, SPACE = 0.215, 0.34, 0.12  # inches: a row of dots, a panel's heading, between panels
 TOP, BOTTOM = 1.0, 0.3  # inches above and below all panels
 TICKS = 0.2  # inches, of the labels below an axis
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
@@ -74,7 +74,7 @@ class Panel:
     def height(self) -> float:
         """Return the height of the panel, in inches."""
         lines = len(self.rows) + 0.86 * len(self.note)
-        return HEAD + ROW * lines + GAP + (TICKS if self.aligned else 0)
+        return HEAD + ROW * lines + SPACE + (TICKS if self.aligned else 0)
 
 
 @dataclass(frozen=True, slots=True)

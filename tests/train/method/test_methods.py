@@ -174,7 +174,7 @@ def test_the_default_costs_no_extra_pass(
 
 
 def test_several_updates_of_one_rollout(config: Callable[..., TrainConfig]) -> None:
-    """At this learning rate the second update is far off-policy; the sampler's gap is still that
+    """At this learning rate the second update is far off-policy; the sampler mismatch is still that
     of the weights it had."""
     once = replace(UPDATES, updates_per_rollout=1)
     rows = {n: run(config(str(n), steps=1, optim=o))[0] for n, o in ((1, once), (4, UPDATES))}

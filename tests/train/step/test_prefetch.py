@@ -1,4 +1,4 @@
-"""Rollouts one step ahead: whose they are, what is learnt from them, and that none is lost."""
+"""Prefetched rollouts: whose they are, what is learnt from them, and that none is lost."""
 
 import math
 import os
@@ -43,7 +43,7 @@ from tests.train.test_two_ranks import (
 )
 
 Config = Callable[..., TrainConfig]
-AHEAD = EngineConfig(staleness=1)
+STALE = EngineConfig(staleness=1)
 PREFIXES = [[5], [20, 21, 22]]
 V = 258
 
@@ -154,7 +154,7 @@ def test_each_step_learns_from_the_weights_before_the_last(
         return generate(self, request, poll)
 
     monkeypatch.setattr(GenerateEngine, "generate", watch)
-    rows = run(config(steps=4, engine=AHEAD))
+    rows = run(config(steps=4, engine=STALE))
     assert drawn == [(0, 0, False), (1, 0, True), (2, 1, True), (3, 2, True)]
     assert [row["staleness"] for row in rows] == [0, 1, 1, 1]
     (fresh,) = run(config("fresh", steps=1))
@@ -172,7 +172,7 @@ def test_two_ranks_learn_what_one_process_learns(
     config: Config, updates: int, correction: str
 ) -> None:
     settings: dict[str, Any] = {
-        "engine": AHEAD,
+        "engine": STALE,
         "optim": OptimConfig(
             learning_rate=1e-3, micro_batch_tokens=64, updates_per_rollout=updates
         ),
@@ -184,7 +184,7 @@ def test_two_ranks_learn_what_one_process_learns(
 
 
 def test_one_process_resumes_with_the_rollouts_that_two_ranks_saved(config: Config) -> None:
-    whole, parts = (config(out, steps=4, save_every=2, engine=AHEAD) for out in ("whole", "parts"))
+    whole, parts = (config(out, steps=4, save_every=2, engine=STALE) for out in ("whole", "parts"))
     expected = alone(whole)
     broken = train_ranks(parts, 2, sabotage=fail_in_the_thread)
     for words in broken:
@@ -210,7 +210,7 @@ def test_what_stops_a_step_leaves_its_rollouts(
     config: Config, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     """A signal while the next step is drawn, or an error in the update: resumed to the bit."""
-    whole, parts = (config(out, steps=4, engine=AHEAD) for out in ("whole", "parts"))
+    whole, parts = (config(out, steps=4, engine=STALE) for out in ("whole", "parts"))
     expected = run(whole)
     generate, clip = GenerateEngine.generate, train.update.__globals__["clip"]
     clipped: list[int] = []
@@ -247,7 +247,7 @@ def test_what_stops_a_step_leaves_its_rollouts(
 def test_a_corrected_reward_judges_the_next_step_again(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = config(steps=4, save_every=1, engine=AHEAD)
+    settings = config(steps=4, save_every=1, engine=STALE)
     generate, score, steps = GenerateEngine.generate, Verifier.score, []
 
     def watch(self: GenerateEngine, request: SampleRequest, poll: Poll) -> Rollouts:
@@ -272,7 +272,7 @@ def test_a_corrected_reward_judges_the_next_step_again(
 
 
 def test_rollouts_that_rot_are_named(config: Config) -> None:
-    settings = config(steps=2, save_every=1, engine=AHEAD)
+    settings = config(steps=2, save_every=1, engine=STALE)
     run(settings)
     folder = settings.out / "checkpoints" / "step_000001"
     path = folder / "rollouts.pt"
@@ -295,7 +295,7 @@ def test_an_engine_with_other_weights_stops_the_run(
 ) -> None:
     monkeypatch.setattr(GenerateEngine, "load", GenerateEngine.load)  # put back afterwards
     sabotage(0)
-    settings = config(steps=3, engine=AHEAD)
+    settings = config(steps=3, engine=STALE)
     with pytest.raises(EngineError, match=message):
         run(settings)
     assert [row["step"] for row in read_records(settings.out)] == [0]
