@@ -35,7 +35,8 @@ TEST += ["ruff>=0.14", "mypy>=1.18", "types-PyYAML>=6.0"]  # style, types
 TEST += ["pre-commit>=4.0"]  # runs style, types and the fast tests before each commit
 PEERS = ["liger-kernel==0.8.5", "trl==1.16.0", "cut-cross-entropy==25.1.1"]
 PEERS += ["flash-linear-attention==0.6.0", "quack-kernels==0.6.5"]
-BENCH = ["pytest-benchmark>=5.1", "matplotlib>=3.10", *REPORT]  # figures, plots, page, intervals
+BENCH = ["pytest>=8.4", "pytest-xdist>=3.8"]  # bench/ runs in one process; pyproject names xdist
+BENCH += ["pytest-benchmark>=5.1", "matplotlib>=3.10", *REPORT]  # figures, plots, page, intervals
 BENCH += [f"{peer}; platform_system == 'Linux'" for peer in PEERS]  # what they are compared with
 GPU = ["flash-attn>=2.8; platform_system == 'Linux'", *LIGER]
 EXTRAS = {"train": TRAIN, "dev": SERVE + TEST + TENSORBOARD + REPORT, "bench": BENCH, "gpu": GPU}

@@ -15,7 +15,8 @@ cd "$(dirname "$0")/.."
 out=${1:?usage: bash bench/gpu.sh OUT}
 mkdir -p "$out"
 export TRITON_DEFAULT_FP_FUSION=1 PYTHONUNBUFFERED=1
-limit() { timeout --signal=INT --kill-after=5 "$@"; } # on SIGINT pytest still writes its reports
+within() { timeout --signal=INT --kill-after=5 "$@"; } # on SIGINT pytest still writes its reports
+tests=(python3 -m pytest -o addopts= -q -m "not slow and not vllm") # one process: there is one GPU
 
 wheels=(wheels/*.whl)
 if [ -e "${wheels[0]}" ]; then
@@ -27,11 +28,11 @@ import platform, torch, triton
 print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__,
       "python", platform.python_version())
 PY
-limit 200 python3 -m pytest tests/kernels --junitxml="$out/kernels.xml" > "$out/kernels.log" 2>&1
+within 200 "${tests[@]}" tests/kernels --junitxml="$out/kernels.xml" > "$out/kernels.log" 2>&1
 code=$?
-limit 150 python3 -m pytest tests/train/test_gpu.py > "$out/train.log" 2>&1 || code=$?
-limit 60 python3 -m bench.gemms --out "$out" --seconds 50 > "$out/gemms.log" 2>&1
-limit 150 python3 -m bench --minutes 2 --out "$out" > "$out/bench.log" 2>&1 || code=$?
+within 150 "${tests[@]}" tests/train/test_gpu.py > "$out/train.log" 2>&1 || code=$?
+within 60 python3 -m bench.gemms --out "$out" --seconds 50 > "$out/gemms.log" 2>&1
+within 150 python3 -m bench --minutes 2 --out "$out" > "$out/bench.log" 2>&1 || code=$?
 {
     cat "$out/machine.txt"
     grep -hE "^(FAILED|ERROR|E  )|passed|failed" "$out/kernels.log" "$out/train.log" | tail -40

@@ -65,7 +65,7 @@ class Verdicts:
     """How R completions were judged, in their order."""
 
     rewards: list[float]
-    """[R]. timeout and unparseable: 0.0. error: NaN, so that nobody learns from it unseen."""
+    """[R]. timeout and unparseable: 0.0. error: NaN; the update leaves it out."""
     outcomes: list[Outcome]
     """[R]. right: reward above 0; wrong: 0 or below; the rest as counted by `counts`."""
     errors: dict[int, str] = field(default_factory=dict)

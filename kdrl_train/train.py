@@ -102,7 +102,7 @@ def stopped(run: Run, done: int) -> bool:
 
 
 def learn(run: Run, step: int, stages: Stages) -> dict[str, Any]:
-    """Take a step from its prompts to the optimiser step, its last act; returns its metrics.
+    """Run one step; the optimiser step comes last. Returns its metrics.
 
     Raises: Stopped, FloatingPointError or RunError before the step's first update, MidStepError
         before a later one.
@@ -155,8 +155,7 @@ def is_evaluated(run: Run, step: int) -> bool:
 
 
 def finish_postponed(run: Run, step: int) -> None:
-    """Make up for what the end of the run before has cut off: the evaluation after its last step,
-    if it still has one, and the step's record.
+    """Finish the last step of the interrupted run: its evaluation, if it has one, and its record.
 
     Raises: as finish.
     """

@@ -21,7 +21,7 @@ class History:
 
     eval_every: int = 0
     """Steps between evaluations. One at another step, the last of a run that was continued later,
-    is no part of the history: a run in one go would not have had it."""
+    does not count, since an uninterrupted run would not have made it."""
     kl: list[float | None] = field(default_factory=list)
     """kl_teacher of each step in nats per token; None where no token was distilled."""
     scores: list[float] = field(default_factory=list)

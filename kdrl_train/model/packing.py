@@ -1,4 +1,4 @@
-"""Packs completions into rows without padding, each sequence with its own positions from 0.
+"""Packs completions without padding, each sequence with its own positions from 0.
 
 A pack is [1, T] tokens. transformers sees positions that restart and lets no token attend across a
 sequence's start (masking_utils.find_packed_sequence_indices, in versions 5.17 to 5.23 the same);
@@ -202,8 +202,8 @@ def _teacher_logprobs(
 ) -> Tensor | None:
     """Concatenate a server's [T] log-probabilities of `members`; None where none is distilled.
 
-    Completions that the server was not queried for have kd weight 0 and get NaN: kk.kdrl_loss reads
-    no such row, and whoever else does will notice.
+    Completions that the server was not queried for have kd weight 0 and get NaN: kk.kdrl_loss does
+    not read them, and any other reader gets NaN.
     """
     known = coefficients.teacher_logprobs
     if known is None or not any(coefficients.kd_weight[r] > 0 for r in members):

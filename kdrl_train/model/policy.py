@@ -144,7 +144,7 @@ class PolicyOutput(NamedTuple):
     logprobs: Tensor
     """[N] nats, detached."""
     sums: dict[str, Tensor]
-    """See token_sums."""
+    """Sums over the tokens, computed by token_sums."""
     teacher_logprobs: Tensor | None = None
     """[N] nats, detached; None without a teacher."""
 

@@ -14,8 +14,8 @@ Prefix given, E_b[p / b · f] = E_p[f] for a token drawn from b. So the policy g
 distillation, sg(r) k2, have the gradients that samples of p would give, but for clip and
 kd_ratio_cap, which bound the weight of what p does more often than b. With w · p / p0 = p / b the
 same holds, and the clip is around p0, where the step starts, not around the stale b: decoupled PPO
-(arXiv:2110.00641, arXiv:2505.24298). p / b times w would count p0 / b twice and is never built.
-Which prefixes b visits is left as it is, as in PPO.
+(arXiv:2110.00641, arXiv:2505.24298). Multiplying p / b by w would apply p0 / b twice, so
+the code never does it. The distribution of prefixes remains that of b, as in PPO.
 """
 
 from collections.abc import Iterable, Mapping

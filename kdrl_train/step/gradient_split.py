@@ -1,6 +1,6 @@
-"""Measures how the gradients of reward and distillation relate, by two passes more.
+"""Measures how the gradients of reward and distillation relate, with two additional passes.
 
-Nothing of the step changes: gradients already accumulated are put aside and back, no random number
+Nothing of the step changes: accumulated gradients are stored and restored, no random number
 is drawn, no weight moves. Memory: two gradients of the whole model.
 """
 

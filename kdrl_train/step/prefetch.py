@@ -5,8 +5,8 @@ thread does the work of this rank, without a collective: it samples, verifies, a
 teacher's server where that does not depend on the step before. The main thread waits for it before
 the step's first update, so that
 
-- a signal or an error drops the step at hand whole, whose own completions are still there to be
-  saved: a resumed run goes on to the bit;
+- a signal or an error discards the whole current step. Its completions are saved with the
+  checkpoint, so a resumed run gives the same bits;
 - the trainer still holds the weights that sampled: score.probe_mismatch compares like with like,
   some of the new completions with its own log-probabilities. A mismatch measured in the step that
   learns from them would contain the update between the two.

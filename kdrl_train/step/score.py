@@ -1,4 +1,4 @@
-"""RolloutScores completions without a gradient, at the weights that they were sampled from."""
+"""Scores completions without a gradient, with the weights that sampled them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field

@@ -151,13 +151,13 @@ def mismatch_metrics(inputs: StepInputs, first: dict[str, float | None]) -> dict
     """Report how far the sampler's log-probabilities are from the trainer's, where the rollouts of
     the next step are drawn while this one trains; empty where they are not.
 
-    sampler_mismatch_mean and _max hold no update in between: they are of some of the next step's
-    completions, which are waited for here; in the last step of its own completions, or None where
-    these are stale. seconds_prefetch is what the thread took. All ranks call it together.
+    sampler_mismatch_mean and _max are measured before any update, on a few completions of the next
+    step, which this waits for. The last step has no next one: it uses its own completions, or None
+    if they are stale. seconds_prefetch is what the thread took. All ranks call it together.
 
     Args:
-        first: metrics of the step's first update; of stale completions their mismatch holds the
-            update between the weights that sampled and these.
+        first: metrics of the step's first update. For stale completions the mismatch includes the
+            change by one optimiser step.
     Raises: what the thread raised, RankError where that was on another rank; Stopped.
     """
     run, stale = inputs.run, inputs.batch.staleness

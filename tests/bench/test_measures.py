@@ -342,6 +342,7 @@ def test_scaling_times_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
         assert called.count(case) == ROUNDS + 1
 
 
+@pytest.mark.slow  # a process of its own
 def test_scaling_memory_is_that_of_its_case() -> None:
     measured = []
 

@@ -372,7 +372,11 @@ def test_plots_show_the_shape_with_the_most_records() -> None:
     assert [group.shape for group in figures.groups(run)] == ["cpu", "cpu-small"]
 
 
-@pytest.mark.parametrize("how", [["bench/report.py"], ["-m", "bench.report"]], ids=["file", "-m"])
+@pytest.mark.parametrize(
+    "how",
+    [["bench/report.py"], pytest.param(["-m", "bench.report"], marks=pytest.mark.slow)],
+    ids=["file", "-m"],
+)
 def test_command_runs_from_the_repository(how: list[str], tmp_path: Path) -> None:
     folder = save(make_run(), tmp_path)
     done = subprocess.run(

@@ -277,7 +277,12 @@ STAGES = list(main.STAGES)
 
 @pytest.mark.parametrize(
     "stages",
-    [STAGES, *([one] for one in STAGES), ["scaling", "speed"], ["shapes", "memory", "rows"]],
+    [
+        STAGES,
+        *(pytest.param([one], marks=pytest.mark.slow) for one in STAGES),
+        ["scaling", "speed"],
+        ["shapes", "memory", "rows"],
+    ],
     ids=" ".join,
 )
 def test_stages_share_the_time(stages: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,6 +197,7 @@ def test_a_call_that_leaves_too_few_gradients_is_refused(inputs: list[Inputs]) -
         timing.timed_call(partial, inputs[0], GRPO, {})
 
 
+@pytest.mark.slow  # test_measures.py has one case
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="sizes are of the CPU allocator")
 def test_memory_counts_the_logits() -> None:
@@ -237,6 +238,7 @@ def test_a_file_is_whole_or_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(json.loads(before)["records"]) == 1
 
 
+@pytest.mark.slow  # seconds of timing
 def test_a_run_that_is_stopped_keeps_what_it_has(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench", "--minutes", "2", "--shape", "tiny", "--rounds", "3"]
     command += ["--stages", "speed", "--providers", OURS, "--out", str(tmp_path / "run")]

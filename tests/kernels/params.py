@@ -21,3 +21,17 @@ IMPLS = ["reference", "torch", "triton"]
 SEED = 1_000_000 * int(os.environ.get("KDRL_TEST_SEED", "0"))
 """Added to the seed of every random problem: other inputs for the same tests."""
 KDS = [None, "k2", "k3", "rkl", "fkl", "jsd"]
+
+
+def quick_or_slow(impls: list[str], names: list[str], slow: set[str]) -> list[object]:
+    """Pair implementations with names; on Triton's interpreter, those of `slow` are marked so."""
+    return [
+        pytest.param(
+            impl,
+            name,
+            marks=[pytest.mark.slow] if impl == "triton" and name in slow else [],
+            id=f"{impl}-{name}",
+        )
+        for impl in impls
+        for name in names
+    ]

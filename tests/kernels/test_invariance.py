@@ -10,7 +10,7 @@ import kdrl_kernels as kk
 from kdrl_kernels import gemm
 from kdrl_kernels.plan import padded
 from kdrl_kernels.rows import eager as row_work
-from tests.kernels.params import F32, F64
+from tests.kernels.params import F32, F64, quick_or_slow
 from tests.kernels.problem import Problem, assert_solves, make_problem
 from tests.tolerance import relative_error
 
@@ -92,8 +92,9 @@ def test_micro_batches_and_order(kd: str, impl: str, dtype: torch.dtype, device:
         _assert_same(problem, _micro_batches(problem, parts, impl), expected)
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("kd", ["k2", "rkl", "fkl", "jsd"])
+@pytest.mark.parametrize(
+    ("impl", "kd"), quick_or_slow(["torch", "triton"], ["k2", "rkl", "fkl", "jsd"], {"fkl", "jsd"})
+)
 def test_two_runs_are_bitwise_equal(kd: str, impl: str, device: str) -> None:
     problem = make_problem(33, kd=kd, device=device)
     first, second = problem.solve(impl=impl), problem.solve(impl=impl)

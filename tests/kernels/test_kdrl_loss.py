@@ -11,7 +11,7 @@ import kdrl_kernels as kk
 from kdrl_kernels import one_pass
 from kdrl_kernels.objective import Rows
 from kdrl_kernels.rows import load
-from tests.kernels.params import F32, F64, IMPL_DTYPES, KDS
+from tests.kernels.params import F32, F64, IMPL_DTYPES, KDS, quick_or_slow
 from tests.kernels.problem import Problem, assert_matches_definition, loss_size, make_problem
 from tests.tolerance import relative_error
 
@@ -89,9 +89,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kd", ["k2", "rkl", "fkl", "jsd"])
+@pytest.mark.parametrize(
+    ("impl", "kd"), quick_or_slow(["torch", "triton"], ["k2", "rkl", "fkl", "jsd"], {"fkl", "jsd"})
+)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_every_option(impl: str, options: dict[str, Any], kd: str, device: str) -> None:
     assert_matches_definition(impl, kd=kd, device=device, **options)
 
@@ -180,7 +181,7 @@ def test_options_together_in_float64(kind: dict[str, Any]) -> None:
     _assert_same("torch", make_problem(dtype=F64, **kind), bound=1e-10)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(kind=kinds())
 def test_options_together_on_triton(kind: dict[str, Any]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"

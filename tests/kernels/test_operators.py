@@ -61,7 +61,8 @@ def test_a_call_becomes_arguments_and_comes_back() -> None:
     assert layout.rebuild(values) == both
 
 
-DTYPES = pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+SLOW_BF16 = pytest.param(BF16, marks=pytest.mark.slow)  # a schema knows no dtype
+DTYPES = pytest.mark.parametrize("dtype", [F32, SLOW_BF16], ids=str)
 
 
 def _recorded(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[tuple[Any, ...]]:

@@ -41,7 +41,7 @@ def _coefficients(kd: str | None, device: str) -> Coefficients:
     ("dtype", "softcap"),
     [
         pytest.param(torch.float32, None, id="float32-plain"),
-        pytest.param(torch.float32, 5.0, id="float32-softcap"),
+        pytest.param(torch.float32, 5.0, id="float32-softcap", marks=pytest.mark.slow),
         pytest.param(torch.float16, None, id="float16-plain"),
         pytest.param(torch.float16, 5.0, id="float16-softcap", marks=pytest.mark.slow),
     ],

@@ -63,7 +63,7 @@ def sample(step: int, **more: Any) -> dict[str, Any]:
         "advantage": 0.6,
         "kd_weight": 0.3,
         "token_chars": [1, 1, 1, 2, 0, 2],
-        "log_ratio": [0.05, -0.3, 1.0, 3.0, None, -4.0],
+        "teacher_log_ratio": [0.05, -0.3, 1.0, 3.0, None, -4.0],
         **more,
     }
 

@@ -40,6 +40,7 @@ def _talk(world: World) -> list[Any]:
     ]
 
 
+@pytest.mark.slow  # test_two_ranks.py has two ranks
 def test_three_ranks_agree() -> None:
     for rank, (squares, main, some, none, total, local) in enumerate(on_ranks(3, _talk)):
         assert squares == [0, 1, 4]

@@ -282,7 +282,7 @@ def test_ends_are_not_distilled_where_they_are_masked(
     assert records[0]["kd_share"] == pytest.approx((tokens - ended) / tokens)
 
 
-@pytest.mark.parametrize("mask", ["none", "wrong"])
+@pytest.mark.parametrize("mask", ["none", pytest.param("wrong", marks=pytest.mark.slow)])
 def test_two_ranks_query_their_shares(
     config: Callable[..., TrainConfig], process: Process, mask: str
 ) -> None:

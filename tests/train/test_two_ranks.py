@@ -123,6 +123,7 @@ def test_every_method_is_the_same_on_two_ranks(config: Config, name: str) -> Non
     assert_same_metrics(together(parts, 2), alone(whole))
 
 
+@pytest.mark.slow  # other tests here train on two ranks
 def test_a_rank_without_tokens_learns_too(config: Config) -> None:
     sampling = SamplingConfig(prompts_per_step=1, group_size=2, max_new_tokens=8)
     whole, parts = (
@@ -157,6 +158,7 @@ def test_a_run_resumes_on_another_number_of_ranks(config: Config, first: int, th
     assert_same_metrics(records, expected)
 
 
+@pytest.mark.slow  # other tests here train on two ranks
 def test_a_checkpoint_of_one_process_is_read_by_ranks(config: Config) -> None:
     whole, parts = config("whole", steps=4), config("parts", steps=2)
     expected = alone(whole)
@@ -165,6 +167,7 @@ def test_a_checkpoint_of_one_process_is_read_by_ranks(config: Config) -> None:
     assert_same_metrics(alone(replace(parts, steps=4, resume=True)), expected)
 
 
+@pytest.mark.slow  # other tests here train on two ranks
 def test_weights_alone_start_another_run(config: Config) -> None:
     source = config("source", steps=2)
     alone(source)
@@ -310,6 +313,7 @@ def test_the_largest_sampler_mismatch_can_be_set(config: Config) -> None:
     assert not (settings.out / "checkpoints").exists()
 
 
+@pytest.mark.slow  # other tests here train on two ranks
 def test_the_folder_of_a_run_is_whole(config: Config) -> None:
     settings = config(steps=2, save_every=1)
     together(settings, 2)

@@ -116,7 +116,7 @@ def curves(groups: Sequence[RunGroup]) -> Section:
 
 
 def _is_quantile(key: str) -> bool:
-    return key.startswith("log_ratio_p")
+    return key.startswith("teacher_log_ratio_p")
 
 
 def _charts(groups: Sequence[RunGroup], titles: dict[str, str], every: int) -> list[Block]:

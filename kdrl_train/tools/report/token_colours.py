@@ -89,7 +89,7 @@ def _step(shown: list[tuple[RunGroup, RunData, int]]) -> list[Block]:
 
 def sample(record: Record, group: str, kd: str | None) -> Sample:
     """Prepares a line of samples/ for the page; an older run may lack some of its keys."""
-    text, log_ratios = record["completion"], record.get("log_ratio") or []
+    text, log_ratios = record["completion"], record.get("teacher_log_ratio") or []
     tokens = _tokens(record, log_ratios, kd)
     sizes = [(abs(x), i) for i, x in enumerate(log_ratios[: len(tokens)]) if x is not None]
     largest = [i for _, i in sorted(sizes, reverse=True)[:STRONGEST]]

@@ -92,6 +92,7 @@ def small() -> StudyConfig:
     )  # fmt: skip
 
 
+@pytest.mark.slow  # .ci/run makes the quick study
 def test_a_study_goes_on_where_it_stopped_and_a_crash_is_a_result(
     small: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

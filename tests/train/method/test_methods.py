@@ -37,7 +37,10 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-@pytest.mark.parametrize("name", ["kl budget", "plateau", "updates"])
+@pytest.mark.parametrize(
+    "name",
+    ["plateau", *(pytest.param(x, marks=pytest.mark.slow) for x in ("kl budget", "updates"))],
+)
 def test_resumed_run_has_the_values_of_the_uninterrupted_one(
     config: Callable[..., TrainConfig], name: str
 ) -> None:

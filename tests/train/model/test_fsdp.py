@@ -62,7 +62,10 @@ def load_both(config: TrainConfig, world: World) -> list[str]:
 
 @pytest.mark.parametrize(
     ("policy", "teacher", "dtype"),
-    [("student", "teacher", "float32"), ("llama", "other_teacher", "bfloat16")],
+    [
+        ("student", "teacher", "float32"),
+        pytest.param("llama", "other_teacher", "bfloat16", marks=pytest.mark.slow),
+    ],
 )
 def test_shards_are_those_of_rank_0s_weights(
     config: Config, policy: str, teacher: str, dtype: Any, tmp_path: Path

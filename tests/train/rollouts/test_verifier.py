@@ -72,7 +72,7 @@ def test_rewards_and_counts_by_hand(mathematics: Verifier) -> None:
     assert verdicts.answers == ["5", "6", None, "1234", None]
 
 
-@pytest.mark.parametrize("hang", ["hang", "hang in C"])
+@pytest.mark.parametrize("hang", [pytest.param("hang", marks=pytest.mark.slow), "hang in C"])
 def test_a_hang_costs_its_own_completion_only(scripted: Verifier, hang: str) -> None:
     scripted.score(["a"], ["a"])  # the workers are up
     completions = ["a", hang, "b", hang, hang, *["a"] * 40]
@@ -164,6 +164,7 @@ def worker_pid(verifier: Verifier) -> int:
     return int(verdicts.rewards[0])
 
 
+@pytest.mark.slow  # a hang costs its worker in the tests above
 def test_workers_killed_while_idle_are_replaced() -> None:
     with Verifier(PID_REWARD) as verifier:
         pid = worker_pid(verifier)
@@ -175,6 +176,7 @@ def test_workers_killed_while_idle_are_replaced() -> None:
     assert other not in (pid, os.getpid())
 
 
+@pytest.mark.slow  # a hang costs its worker in the tests above
 def test_a_pool_that_breaks_is_started_anew_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with Verifier(PID_REWARD) as verifier:
         pid = worker_pid(verifier)
@@ -201,6 +203,7 @@ def test_restarts_add_up() -> None:
     assert Verdicts.join(parts).restarts == 2
 
 
+@pytest.mark.slow  # a hang costs its worker in the tests above
 def test_waiting_for_verdicts_can_be_ended() -> None:
     def stop() -> None:
         if time.monotonic() > start + 0.5:

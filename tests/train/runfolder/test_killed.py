@@ -47,7 +47,7 @@ IN_THREADS = {"engine": EngineConfig(staleness=1), "save_async": True}
 @pytest.mark.parametrize(
     ("fields", "count"),
     [
-        pytest.param({}, 6, id="6"),
+        pytest.param({}, 3, id="3"),
         pytest.param({}, 20, id="20", marks=pytest.mark.slow),
         pytest.param(IN_THREADS, 4, id="threads"),
     ],

@@ -82,12 +82,12 @@ def test_resuming_drops_the_records_after_the_checkpoint(tmp_path: Path) -> None
 def test_resuming_drops_the_samples_after_the_checkpoint(tmp_path: Path) -> None:
     run, _ = log(tmp_path)
     for step in range(3):
-        run.samples(step, [{"step": step, "log_ratio": [0.5, math.nan]}])
+        run.samples(step, [{"step": step, "teacher_log_ratio": [0.5, math.nan]}])
     run.samples(3, [])
     log(tmp_path, first=2)
     kept = sorted((tmp_path / "samples").iterdir())
     assert [path.name for path in kept] == ["step_000000.jsonl", "step_000001.jsonl"]
-    assert json.loads(kept[0].read_text("utf-8")) == {"step": 0, "log_ratio": [0.5, None]}
+    assert json.loads(kept[0].read_text("utf-8")) == {"step": 0, "teacher_log_ratio": [0.5, None]}
 
 
 def test_a_postponed_record_waits_until_it_is_logged(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_a_run_that_has_just_begun(steps: int, tmp_path: Path) -> None:
 
 def test_without_a_teacher_nothing_about_it_is_drawn(tmp_path: Path) -> None:
     records = [record(step, teacher=False) for step in range(5)]
-    lines = {0: [sample(0, log_ratio=None, kd_weight=0.0)]}
+    lines = {0: [sample(0, teacher_log_ratio=None, kd_weight=0.0)]}
     folder = run_folder(tmp_path / "run", records, samples=lines)
     page = check(write({"run": [folder]}, tmp_path / "report.html"))
     assert "KL to the teacher, nats per token" not in page.text
