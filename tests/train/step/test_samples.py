@@ -17,6 +17,7 @@ from kdrl_train.method.presets import PRESETS
 from kdrl_train.model.load import load_policy, load_teacher
 from kdrl_train.runfolder import jsonl
 from kdrl_train.step.samples import token_chars
+from kdrl_train.tools.report import token_colours
 from tests.train.ranks import train_ranks
 from tests.train.test_train import run
 
@@ -75,6 +76,8 @@ def test_a_line_says_what_the_step_saw(
             assert line["teacher_log_ratio"] == pytest.approx(
                 log_ratio_of(settings, batch, r).tolist(), abs=2e-4
             )
+    if name == "kdrl":
+        assert token_colours.sample(line, "kdrl", "k2").strongest
     if name == "kdrl_masked":
         assert 0 < sum(line["teacher_log_ratio"] is None for line in samples) < 16
 
