@@ -271,7 +271,7 @@ class TrainConfig:
         if self.method.kd_coef.kind == "reward_adaptive" and self.sampling.group_size < 2:
             raise ValueError(
                 'sampling.group_size must be at least 2 for method.kd_coef.kind "reward_adaptive", '
-                f"got {self.sampling.group_size}: a group of one is always decided"
+                f"got {self.sampling.group_size}: with one completion beta would always be 0"
             )
         if self.sampling.prompts_per_step % self.optim.updates_per_rollout:
             raise ValueError(

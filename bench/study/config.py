@@ -18,7 +18,6 @@ from kdrl_train.settings import (
 from kdrl_train.tools.toy.models import ArchitectureConfig
 
 TaskName = Literal["arithmetic", "countdown"]
-TeacherName = Literal["weak", "middle", "strong"]
 SWEEP_SEED = 1000
 """Seed of the runs that choose settings: it is not among the seeds that are reported."""
 RUNOFF_SEED = SWEEP_SEED + 1

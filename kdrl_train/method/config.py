@@ -134,7 +134,7 @@ class MethodConfig:
         if self.policy_coef.kind in ("kl_budget", "reward_adaptive"):
             raise ValueError(
                 "policy_coef.kind must be a function of the step or a switch, got "
-                f'"{self.policy_coef.kind}": it is for kd_coef'
+                f'"{self.policy_coef.kind}": this kind is allowed for kd_coef only'
             )
         if self.policy == "off" and self.kd in (None, "reward"):
             raise ValueError(

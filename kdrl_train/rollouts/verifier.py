@@ -54,7 +54,9 @@ class Verifier(AbstractContextManager["Verifier"]):
             where the workers cannot start.
         """
         if self._closed:
-            raise ValueError("Verifier must be open to score, got a closed one: make a new one")
+            raise ValueError(
+                "Verifier must be open to score, got a closed Verifier: create a new one"
+            )
         if len(completions) != len(golds):
             raise ValueError(
                 f"golds must hold one gold answer per completion, got {len(golds)} for "

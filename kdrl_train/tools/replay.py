@@ -26,7 +26,7 @@ from kdrl_train.start.load import load
 
 @settings
 class ReplayConfig:
-    """Which step is examined."""
+    """Settings of `replay`: the dump to examine."""
 
     file: Path = Path("failed_step.pt")
     """The file failed_step_XXXXXX.pt of a run folder."""

@@ -122,7 +122,7 @@ def test_every_preset_is_an_option(name: str) -> None:
         ("sampling: {group_size: 1}", r"group_size must be at least 2 for a policy gradient"),
         (
             "method: {policy: 'off', kd_coef: {kind: reward_adaptive}}\nsampling: {group_size: 1}",
-            r'at least 2 for method\.kd_coef\.kind "reward_adaptive", got 1: a group of one is',
+            r'at least 2 for method\.kd_coef\.kind "reward_adaptive", got 1: with one completion',
         ),
         (
             "method: {kd_coef: {kind: step}}",
@@ -143,7 +143,7 @@ def test_every_preset_is_an_option(name: str) -> None:
         ),
         (
             "method: {policy_coef: {kind: kl_budget}}",
-            r'method\.policy_coef\.kind must be .* got "kl_budget": it is for kd_coef',
+            r'method\.policy_coef\.kind must be .* got "kl_budget": this kind is allowed',
         ),
         (
             "method: {policy_coef: {kind: switch, patience: 2}}",

@@ -1,4 +1,4 @@
-"""Shows samples of the same prompt side by side, each token coloured by what it was taught."""
+"""Shows samples of the same prompt side by side, each token coloured by its teacher log-ratio."""
 
 from collections.abc import Sequence
 

@@ -268,7 +268,7 @@ def test_bad_calls_are_named(scripted: Verifier) -> None:
     closed = Verifier(RewardConfig(function="exact", workers=1))
     closed.close()
     closed.close()
-    with pytest.raises(ValueError, match="must be open to score, got a closed one"):
+    with pytest.raises(ValueError, match="must be open to score, got a closed Verifier"):
         closed.score(["a"], ["a"])
 
 
