@@ -33,6 +33,7 @@ from kdrl_train.method.histogram import PERCENTILES
 from kdrl_train.method.metrics import token_means
 from kdrl_train.method.schedules import ScheduledCoefs, scheduled_coefs
 from kdrl_train.model.packing import PackedBatch, pack
+from kdrl_train.ranks import World
 from kdrl_train.runfolder.log import Stages
 from kdrl_train.runfolder.signals import Stopped
 from kdrl_train.step.run import Run
@@ -117,7 +118,8 @@ def score(
     log-probabilities are added to the reward."""
     if run.config.method.kd != "reward":
         coefficients = replace(coefficients, kd_weight=torch.zeros_like(coefficients.kd_weight))
-    part = score_packs(run.policy, run.teacher, packs_of(run, batch, coefficients), recorder)
+    packs = packs_of(batch, coefficients, run.config, run.world)
+    part = score_packs(run.policy, run.teacher, packs, recorder)
     return RolloutScores.join(run.world.share(lambda: part))
 
 
@@ -146,14 +148,16 @@ def query_server(run: Run, batch: Batch, distilled_R: Tensor) -> list[Tensor | N
     return [next((x for x in logprobs if x is not None), None) for logprobs in candidates]
 
 
-def packs_of(run: Run, batch: Batch, coefficients: CompletionCoefficients) -> Iterable[PackedBatch]:
+def packs_of(
+    batch: Batch, coefficients: CompletionCoefficients, config: TrainConfig, world: World
+) -> Iterable[PackedBatch]:
     """Pack this rank's micro-batches of a step."""
     return pack(
         batch.rollouts,
         coefficients,
-        run.config.optim.micro_batch_tokens,
-        rank=run.world.rank,
-        ranks=run.world.size,
+        config.optim.micro_batch_tokens,
+        rank=world.rank,
+        ranks=world.size,
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kdrl_train.batch import Batch, Example, JudgedRollouts
-from kdrl_train.config import DataConfig, SamplingConfig
+from kdrl_train.config import DataConfig, SamplingConfig, TrainConfig
 from kdrl_train.errors import RewardError
 from kdrl_train.model.teacher.remote import RemoteTeacher, may_query_early
 from kdrl_train.rollouts.engines import require_version
@@ -34,7 +34,9 @@ def collect(run: Run, step: int, stages: Stages) -> Batch:
         judged, staleness = drawn.judged, step - drawn.version
     size = run.config.sampling.group_size
     batch = Batch(
-        examples=[example for example in _examples_of(run, step) for _ in range(size)],
+        examples=[
+            example for example in examples_of(run.examples, run.config, step) for _ in range(size)
+        ],
         rollouts=judged.rollouts,
         verdicts=judged.verdicts,
         rewards=torch.tensor(judged.verdicts.rewards, dtype=torch.float64).view(-1, size),
@@ -52,7 +54,7 @@ def draw(run: Run, step: int, stages: Stages, poll: Callable[[], None]) -> Judge
 
     poll: called regularly; an exception that it raises stops the drawing.
     """
-    config, examples = run.config, _examples_of(run, step)
+    config, examples = run.config, examples_of(run.examples, run.config, step)
     known = len(run.history.kl) == step or not config.method.kd_coef.reads_history
     early = run.remote and known and may_query_early(config.method, step, run.history)
     teacher = run.remote if early else None  # it scores while the rewards are computed
@@ -77,11 +79,10 @@ def sample_and_judge(
     )
 
 
-def _examples_of(run: Run, step: int) -> list[Example]:
+def examples_of(examples: list[Example], config: TrainConfig, step: int) -> list[Example]:
     """Choose the P examples of a step."""
-    count = run.config.sampling.prompts_per_step
-    indices = step_indices(len(run.examples), run.config.seed, step, count)
-    return [run.examples[i] for i in indices]
+    count = config.sampling.prompts_per_step
+    return [examples[i] for i in step_indices(len(examples), config.seed, step, count)]
 
 
 def _draw_share(

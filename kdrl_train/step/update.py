@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from kdrl_train.batch import Batch, CompletionCoefficients
+from kdrl_train.config import OptimConfig
 from kdrl_train.errors import MidStepError, RunError
 from kdrl_train.method import grpo
 from kdrl_train.method.histogram import coarse
 from kdrl_train.method.metrics import LARGEST, add_sums, token_means
 from kdrl_train.model.fsdp import full
+from kdrl_train.model.policy import Policy
 from kdrl_train.rollouts.engines import require_agreement
 from kdrl_train.runfolder.log import Stages
 from kdrl_train.step.coefficients import packs_of, prepare
@@ -68,7 +70,7 @@ def update(
         try:
             accumulated = accumulate(inputs, used_R, part)
             with stages("update"):
-                norm = clip(run)
+                norm = clip(run.policy, config.optim.max_grad_norm)
                 stop_if_not_finite(inputs, part, accumulated.loss, norm)
             if part == 0:
                 first = token_means(accumulated.sums) | prepared.metrics
@@ -80,7 +82,7 @@ def update(
                 raise
             raise MidStepError(f"{error} (update {part + 1} of the step)") from error
         with stages("update"):
-            rate = take_step(run, step)
+            rate = take_step(run.optimizer, config.optim, step)
         sums = add_sums(sums, accumulated.sums)
         losses.append(accumulated.loss)
         norms.append(norm)
@@ -123,7 +125,7 @@ def accumulate(inputs: StepInputs, used_R: Tensor, part: int) -> Accumulated:
     loss = torch.zeros((), dtype=torch.float64, device=device)
     policy.train()
     coefficients = replace(inputs.coefficients, token_weights=weights_R)
-    for turn, micro_batch in enumerate(packs_of(run, batch, coefficients)):
+    for turn, micro_batch in enumerate(packs_of(batch, coefficients, config, world)):
         if part == 0:
             run.stop_if_signalled()
         packed = micro_batch.to(device)
@@ -176,21 +178,19 @@ def mismatch_metrics(inputs: StepInputs, first: dict[str, float | None]) -> dict
     }
 
 
-def clip(run: Run) -> float:
-    """Scale the gradient down to max_grad_norm; returns its norm before, over all ranks."""
-    largest = run.config.optim.max_grad_norm
-    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), largest)
+def clip(policy: Policy, max_norm: float) -> float:
+    """Scale the gradient down to max_norm; returns its norm before, over all ranks."""
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)
     return full(norm).item()
 
 
-def take_step(run: Run, step: int) -> float:
+def take_step(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int) -> float:
     """Take the optimiser step; returns its learning rate."""
-    optim = run.config.optim
-    rate = grpo.learning_rate(optim.learning_rate, optim.warmup_steps, step)
-    for group in run.optimizer.param_groups:
+    rate = grpo.learning_rate(config.learning_rate, config.warmup_steps, step)
+    for group in optimizer.param_groups:
         group["lr"] = rate
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     return rate
 
 
