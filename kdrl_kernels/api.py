@@ -68,7 +68,8 @@ def linear_logprobs(
     Args:
         hidden: [N, H], float32, float16, bfloat16 or float64. A non-contiguous one is fine.
         weight: [V, H], dtype and device of hidden. A DTensor (FSDP2) is gathered once; its
-            gradient comes back in its layout, summed over the ranks. bias may be one too.
+            gradient comes back in its layout, averaged over the ranks as FSDP2 averages the
+            body's. One in float32 also fits 16-bit hidden states. bias may be one too.
         tokens: [N] int64 in [0, V). One outside raises on a CPU; on a GPU, where raising would
             wait for the device, it makes every log-probability NaN.
         bias: [V] or None.
@@ -89,7 +90,7 @@ def linear_logprobs(
     Memory: float32 logits of one chunk of rows; in backward float32 gradients, rounded once.
     Source: chunked recomputation; the log-sum-exp of arXiv:1805.02867. Maths: rows/README.md.
     """
-    weight, bias = gathered(weight), gathered(bias)
+    weight, bias = gathered(weight, hidden), gathered(bias, hidden)
     head = Head(hidden, weight, bias, temperature, softcap)
     checks.check_tokens(tokens, head)
     checks.check_bytes("workspace_bytes", workspace_bytes)
@@ -147,7 +148,8 @@ def kdrl_loss(
         teacher_logprobs: [N] float in nats, as a server returns them, for sampled KD without
             kd_baseline.
         kd_weight: [N] float, schedule and mask of the KD term; None: 1.
-        normalizer: number or 0-d tensor, e.g. the global token count; None: sum(token_weights).
+        normalizer: number or 0-d tensor, e.g. the token count of the step, divided by the ranks
+            where gradients are averaged over them; None: sum(token_weights).
         vocab_size: number of columns that both models use; None: min(V, V_t).
         entropy: True also returns the entropy of each row.
         compact: True leaves rows whose logits have no gradient (clipped, or advantage 0 and no KD)
@@ -166,7 +168,7 @@ def kdrl_loss(
     Source: KDRL, arXiv:2506.02208. Derivations: rows/README.md.
     """
     checks.check_objective(objective, teacher, teacher_logprobs)
-    student = Head(hidden, gathered(weight), gathered(bias), temperature, softcap)
+    student = Head(hidden, gathered(weight, hidden), gathered(bias, hidden), temperature, softcap)
     if advantages is None and objective.policy != "off":
         raise ValueError(f"advantages must be [N] for policy={objective.policy!r}, got None")
     call = _loss_call(
@@ -246,7 +248,7 @@ def linear_token_loss(
     if not 0 < jsd_alpha < 1:
         raise ValueError(f"jsd_alpha must be in (0, 1), got {jsd_alpha}")
     call = _loss_call(
-        Head(hidden, gathered(weight), gathered(bias), temperature, softcap),
+        Head(hidden, gathered(weight, hidden), gathered(bias, hidden), temperature, softcap),
         tokens,
         CallerLoss(loss_fn, kl, jsd_alpha, entropy),
         token_weights=token_weights,
@@ -287,7 +289,9 @@ def _loss_call(
     checks.check_teacher(teacher, teacher_logprobs, student)
     impl = checks.choose_impl(impl, student)
     if teacher is not None:
-        teacher = replace(teacher, weight=gathered(teacher.weight), bias=gathered(teacher.bias))
+        hidden = teacher.hidden
+        weight, bias = gathered(teacher.weight, hidden), gathered(teacher.bias, hidden)
+        teacher = replace(teacher, weight=weight, bias=bias)
     if compact is None:
         compact = student.hidden.device.type == "cpu" or token_weights is not None
     call = LossCall(

@@ -2,13 +2,16 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import overload
+from typing import Any, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+FLOATS16 = (torch.float16, torch.bfloat16)
 Needs = tuple[bool, bool, bool]
 """Whether hidden, weight and bias need a gradient."""
 
@@ -78,20 +81,54 @@ def gradient_sizes(head: Head, needs: Needs) -> list[torch.Size | None]:
     return [x.shape if need and x is not None else None for x, need in pairs]
 
 
-@overload
-def gathered(tensor: Tensor) -> Tensor: ...
-@overload
-def gathered(tensor: None) -> None: ...
-def gathered(tensor: Tensor | None) -> Tensor | None:
-    """Gather a DTensor to a plain tensor of full size, whose gradient is summed over the ranks.
+class _Gather(torch.autograd.Function):
+    """Gathers shards to a plain tensor; its gradient is the mean over the ranks, as shards."""
 
-    Each rank has other rows, so its gradient is a partial sum, which goes back in the layout of the
-    DTensor (a reduce-scatter for FSDP2's shards). So the rows must differ along every dimension of
-    its mesh, as they do for FSDP2 and not for tensor parallelism.
+    @staticmethod
+    def forward(ctx: Any, shards: DTensor, dtype: torch.dtype) -> Tensor:
+        ctx.mesh, ctx.placements, ctx.dtype = shards.device_mesh, shards.placements, shards.dtype
+        ctx.stride = shards.stride()
+        cast: Any = shards.to(dtype)  # Any: torch declares that a DTensor becomes a Tensor
+        return cast.full_tensor()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[DTensor, None]:
+        # 16-bit gradients are added in float32: a sum over many ranks would lose its last ranks
+        gradient = gradient.to(torch.promote_types(ctx.dtype, torch.float32))
+        each = [Partial()] * ctx.mesh.ndim
+        shape = gradient.shape
+        partial = DTensor.from_local(gradient, ctx.mesh, each, shape=shape, stride=ctx.stride)
+        mean = partial.redistribute(placements=ctx.placements) / ctx.mesh.size()
+        return mean.to(ctx.dtype), None
+
+
+@overload
+def gathered(tensor: Tensor, hidden: Tensor) -> Tensor: ...
+@overload
+def gathered(tensor: None, hidden: Tensor) -> None: ...
+def gathered(tensor: Tensor | None, hidden: Tensor) -> Tensor | None:
+    """Gather a DTensor to a plain tensor of full size, whose gradient is the mean over the ranks.
+
+    FSDP2, FSDP1 and DDP average every other gradient over the ranks, so one normalizer, the global
+    token count divided by the ranks, is right for the head and for the body, wherever the head is
+    gathered. The mean is also right along a dimension of tensor parallelism, whose ranks have the
+    same rows and thus the same gradient.
+
+    Args:
+        hidden: the hidden states. Where they have 16 bits, float32 shards become their dtype, as
+            under FSDP2's MixedPrecisionPolicy; the gradient is averaged in float32.
     """
     if not isinstance(tensor, DTensor):
         return tensor
-    return tensor.full_tensor(grad_placements=[Partial()] * tensor.device_mesh.ndim)
+    return _Gather.apply(tensor, _computed_dtype(tensor, hidden))
+
+
+def _computed_dtype(tensor: Tensor, hidden: Tensor) -> torch.dtype:
+    """Return the dtype in which a head's tensor meets the hidden states."""
+    half = getattr(hidden, "dtype", None) in FLOATS16
+    mixed = isinstance(tensor, DTensor) and tensor.dtype == torch.float32 and half
+    return hidden.dtype if mixed else tensor.dtype
 
 
 def check_head(head: Head, prefix: str) -> None:
@@ -114,6 +151,7 @@ def check_head(head: Head, prefix: str) -> None:
     if weight.shape[0] == 0:
         raise ValueError(f"{prefix}weight must have at least one row, got {list(weight.shape)}")
     check_like(f"{prefix}weight", weight, f"{prefix}hidden", hidden)
+    _check_whole(f"{prefix}weight", weight)
     if bias is not None:
         if not isinstance(bias, Tensor):
             raise TypeError(f"{prefix}bias must be a tensor or None, got {type(bias).__name__}")
@@ -128,14 +166,25 @@ def check_head(head: Head, prefix: str) -> None:
 
 
 def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """Raise unless tensor has the dtype and device of other."""
-    if tensor.dtype != other.dtype:
+    """Raise unless tensor has the dtype and device of other, once it is gathered."""
+    if _computed_dtype(tensor, other) != other.dtype:
         raise TypeError(
             f"{name} must have the dtype of {other_name} ({other.dtype}), got {tensor.dtype}"
         )
     if tensor.device != other.device:
         raise ValueError(
             f"{name} must be on the device of {other_name} ({other.device}), got {tensor.device}"
+        )
+
+
+def _check_whole(name: str, tensor: Tensor) -> None:
+    """Raise where FSDP has freed the memory of a weight that it keeps in shards."""
+    if torch.compiler.is_compiling() or isinstance(tensor, DTensor) or not dist.is_initialized():
+        return
+    if tensor.untyped_storage().nbytes() == 0:
+        raise ValueError(
+            f"{name} must be in memory, got one that FSDP has freed: call this inside the forward "
+            "of the module that holds it, or with FSDP2 read the module's parameter there and then"
         )
 
 

@@ -1,7 +1,13 @@
-"""A head sharded over two ranks (FSDP2) gives one process's numbers; each gather happens once."""
+"""A head on two ranks (FSDP2, FSDP1, DDP, tensor parallelism) gives one process's numbers.
 
+One recipe for all: normalizer = tokens of all ranks / ranks that hold different rows. Then the mean
+of the ranks' losses and gradients is that of one process.
+"""
+
+import itertools
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,12 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import kdrl_kernels as kk
+from kdrl_kernels.head import gathered
+from tests.tolerance import relative_error
 
 N, H, H_T = 10, 6, 4
 RANK_ROWS = [slice(0, 4), slice(4, N)]
@@ -50,10 +59,10 @@ def _tensors(V: int) -> Tensors:
 ROWS = ("hidden", "teacher_hidden", "tokens", "advantages", "token_weights")
 
 
-def _loss(name: str, tensors: Tensors) -> Tensor:
-    """Return this rank's loss: that of its rows, divided by the tokens of all ranks."""
+def _loss(name: str, tensors: Tensors, ranks: int = 1) -> Tensor:
+    """Return this rank's loss: that of its rows, divided by the tokens of all ranks / ranks."""
     head = tensors["hidden"], tensors["weight"], tensors["tokens"]
-    total = torch.tensor(N - 2.0, dtype=torch.float64)  # tokens of all ranks
+    total = torch.tensor((N - 2.0) / ranks, dtype=torch.float64)
     if name == "linear_logprobs":
         out = kk.linear_logprobs(*head, bias=tensors["bias"], entropy=True)
         assert out.entropy is not None
@@ -86,10 +95,10 @@ def _sharded(tensors: Tensors, *names: str) -> Tensors:
     return tensors | {name: distribute_tensor(tensors[name], mesh, [Shard(0)]) for name in names}
 
 
-def _summed(value: Tensor) -> Tensor:
+def _averaged(value: Tensor) -> Tensor:
     value = value.detach().clone()
     dist.all_reduce(value)
-    return value
+    return value / 2
 
 
 def _full(gradient: Tensor | None, like: Tensor) -> Tensor:
@@ -119,15 +128,17 @@ def _check_same_as_one_process(name: str, V: int) -> None:
     tensors = _sharded(_of_this_rank(_tensors(V)), "weight", "bias", "teacher_weight")
     for key in trained:
         tensors[key].requires_grad_()
-    loss = _loss(name, tensors)
+    loss = _loss(name, tensors, ranks=2)
     loss.backward()
-    assert_close(_summed(loss), expected.detach(), rtol=1e-12, atol=1e-12)
+    assert_close(_averaged(loss), expected.detach(), rtol=1e-12, atol=1e-12)
     for key in ("weight", "bias"):
         full = _full(tensors[key].grad, tensors[key])
         assert_close(full, whole[key].grad, rtol=1e-12, atol=1e-12)
     mine = whole["hidden"].grad
     assert mine is not None
-    assert_close(tensors["hidden"].grad, mine[RANK_ROWS[dist.get_rank()]], rtol=1e-12, atol=1e-12)
+    # the loss of this rank alone: the backbone's wrapper divides by the ranks when it averages
+    expected_rows = 2 * mine[RANK_ROWS[dist.get_rank()]]
+    assert_close(tensors["hidden"].grad, expected_rows, rtol=1e-12, atol=1e-12)
     assert tensors["teacher_weight"].grad is None
 
 
@@ -147,59 +158,162 @@ def _check_communication(name: str) -> None:
     assert both == {"all_gather_into_tensor": 1}, both
 
 
-def _check_tied() -> None:
-    """The head is the embedding too: its gradient is the sum of both uses."""
+class _Model(nn.Module):
+    """Holds an embedding, a layer and a head, whose weight goes to the loss: in forward or outside.
+
+    tied: the head is the embedding. The rest is float64 noise, so that each weight matters.
+    """
+
+    def __init__(self, V: int, tied: bool) -> None:
+        super().__init__()
+        weight = _tensors(V)["weight"]
+        self.embedding = nn.Embedding(V, H, dtype=torch.float64)
+        self.layer = nn.Linear(H, H, bias=False, dtype=torch.float64)
+        self.head = nn.Linear(H, V, bias=False, dtype=torch.float64)
+        with torch.no_grad():
+            self.embedding.weight.copy_(weight.flip(0))
+            self.layer.weight.copy_(torch.eye(H) + 0.1)
+            self.head.weight.copy_(weight)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, name: str, tensors: Tensors, ranks: int, inside: bool) -> Tensor:
+        hidden = self.layer(self.embedding(tensors["tokens"]).tanh())
+        return self.loss(name, tensors, hidden, ranks) if inside else hidden
+
+    def loss(self, name: str, tensors: Tensors, hidden: Tensor, ranks: int) -> Tensor:
+        dtype = hidden.dtype
+        cast = {key: x.to(dtype) if x.is_floating_point() else x for key, x in tensors.items()}
+        return _loss(name, cast | {"hidden": hidden, "weight": self.head.weight}, ranks)
+
+
+Wrap = Callable[[_Model], nn.Module]
+
+
+def _fsdp2(own_group: bool, mesh: tuple[int, ...] = (2,), **options: Any) -> Wrap:
+    def wrap(model: _Model) -> nn.Module:
+        device_mesh = init_device_mesh(
+            "cpu", mesh, mesh_dim_names=("copies", "shards")[-len(mesh) :]
+        )
+        groups = [model.layer, *([model.head] if own_group else []), model]
+        for module in groups:
+            fully_shard(module, mesh=device_mesh, **options)
+        return model
+
+    return wrap
+
+
+def _fsdp1(model: _Model) -> nn.Module:
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+
+
+def _whole(name: str, parameter: nn.Parameter) -> Tensor:
+    """Return the whole gradient of a parameter of any wrapper."""
+    gradient = parameter.grad
+    assert gradient is not None, name
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
+
+def _check_model(
+    wrap: Wrap, *, name: str = "kdrl_loss", tied: bool = False, inside: bool, V: int = 12
+) -> None:
+    """Every gradient is that of one process: head, layer and embedding, twice to see it add up."""
+    plain, model = _Model(V, tied), _Model(V, tied)
+    expected = plain(name, _tensors(V), 1, inside=True)
+    (2 * expected).backward()
+    wrapped = wrap(model)
+    for _ in range(2):
+        tensors = _of_this_rank(_tensors(V))
+        loss = wrapped(name, tensors, 2, inside)
+        if not inside:
+            loss = model.loss(name, tensors, loss, 2)
+        loss.backward()
+    assert_close(_averaged(loss), expected.detach(), rtol=1e-12, atol=1e-12)
+    full = FullyShardedDataParallel.summon_full_params(wrapped, with_grads=True)
+    with full if isinstance(wrapped, FullyShardedDataParallel) else nullcontext():
+        ours = dict(model.named_parameters())
+        for key, theirs in plain.named_parameters():
+            grad = theirs.grad
+            assert_close(_whole(key, ours[key]), grad, rtol=1e-12, atol=1e-12, msg=f"{key}")
+
+
+def _check_mixed(own_group: bool, inside: bool, tied: bool) -> None:
+    """float32 shards that compute in bfloat16: as near to float64 as plain bfloat16 is, times 2."""
+    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    V = 12
+
+    def gradients(dtype: torch.dtype) -> dict[str, Tensor]:
+        model = _Model(V, tied).to(dtype)
+        model("kdrl_loss", _tensors(V), 1, inside=True).backward()
+        return {key: _whole(key, p).double() for key, p in model.named_parameters()}
+
+    model = _Model(V, tied).float()
+    _fsdp2(own_group, mp_policy=precision)(model)
+    tensors = _of_this_rank(_tensors(V))
+    loss = model("kdrl_loss", tensors, 2, inside)
+    if not inside:
+        loss = model.loss("kdrl_loss", tensors, loss, 2)
+    loss.backward()
+    exact, plain = gradients(torch.float64), gradients(torch.bfloat16)
+    for key, parameter in model.named_parameters():
+        ours = _whole(key, parameter)
+        assert ours.dtype == torch.float32
+        error, budget = (relative_error(x, exact[key]) for x in (ours, plain[key]))
+        # either rounds every number to 8 bits; a factor of 2 would be an error of 0.5 or more
+        assert error <= 2 * budget + torch.finfo(torch.bfloat16).eps, (key, error, budget)
+
+
+def _check_tensor_parallel(name: str) -> None:
+    """The ranks of tensor parallelism have the same rows: the gradient is that of one of them."""
     whole = _tensors(12)
     whole["weight"].requires_grad_()
-    whole["hidden"] = whole["weight"][whole["tokens"]].tanh()
-    expected = _loss("kdrl_loss", whole)
+    expected = _loss(name, whole)
     expected.backward()
-
-    tensors = _sharded(_of_this_rank(_tensors(12)), "weight")
+    tensors = _sharded(_tensors(12), "weight")
     tensors["weight"].requires_grad_()
-    embedding = kk.head.gathered(tensors["weight"])
-    tensors["hidden"] = embedding[tensors["tokens"]].tanh()
-    loss = _loss("kdrl_loss", tensors)
+    loss = _loss(name, tensors)
     loss.backward()
-    assert_close(_summed(loss), expected.detach(), rtol=1e-12, atol=1e-12)
+    assert_close(loss.detach(), expected.detach(), rtol=1e-12, atol=1e-12)
     full = _full(tensors["weight"].grad, tensors["weight"])
     assert_close(full, whole["weight"].grad, rtol=1e-12, atol=1e-12)
 
 
-class _Model(nn.Module):
-    """Holds a layer and a head, whose weight forward passes to the loss."""
+def _check_two_dimensions(data: int) -> None:
+    """FSDP2 over `data` ranks of a head that tensor parallelism has cut over the others."""
+    plain, model = _Model(12, tied=False), _Model(12, tied=False)
+    plain("kdrl_loss", _tensors(12), 1, inside=True).backward()
+    mesh = init_device_mesh("cpu", (data, 2 // data), mesh_dim_names=("data", "tensor"))
+    cut = distribute_tensor(model.head.weight, mesh["tensor"], [Shard(0)])
+    model.head.weight = nn.Parameter(cut)
+    fully_shard(model.head, mesh=mesh["data"])
+    fully_shard(model, mesh=mesh["data"])
+    tensors = _of_this_rank(_tensors(12)) if data == 2 else _tensors(12)
+    model("kdrl_loss", tensors, data, inside=True).backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert_close(_whole("", ours), theirs.grad, rtol=1e-12, atol=1e-12)
 
-    def __init__(self, V: int, name: str) -> None:
-        super().__init__()
-        self.layer = nn.Linear(H, H, bias=False, dtype=torch.float64)
-        self.head = nn.Parameter(_tensors(V)["weight"])
-        self.name = name
-        with torch.no_grad():
-            self.layer.weight.copy_(torch.eye(H) + 0.1)
 
-    def forward(self, tensors: Tensors) -> Tensor:
-        hidden = self.layer(tensors["hidden"])
-        return _loss(self.name, tensors | {"hidden": hidden, "weight": self.head})
+def _check_mean_of_16_bits() -> None:
+    """Shards of float32 average a bfloat16 gradient in float32: 1 + 2^-8 is not rounded to 1."""
+    weight = _sharded({"weight": torch.zeros(2, 1)}, "weight")["weight"].requires_grad_()
+    whole = gathered(weight, torch.empty(0, 1, dtype=torch.bfloat16))
+    assert whole.dtype == torch.bfloat16
+    whole.backward(
+        torch.tensor([[2.0], [2.0]] if dist.get_rank() else [[2**-7], [2**-7]]).bfloat16()
+    )
+    assert _full(weight.grad, weight).tolist() == [[1 + 2**-8], [1 + 2**-8]]
 
 
-def _check_fully_shard(name: str, V: int) -> None:
-    """A module of FSDP2 gathers the parameters itself and averages gradients over the ranks."""
-    plain, sharded = _Model(V, name), _Model(V, name)
-    expected = plain(_tensors(V))
-    expected.backward()
-    fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
-    loss = sharded(_of_this_rank(_tensors(V)))
-    (loss * dist.get_world_size()).backward()
-    assert_close(_summed(loss), expected.detach(), rtol=1e-12, atol=1e-12)
-    for ours, theirs in zip(sharded.parameters(), plain.parameters(), strict=True):
-        assert_close(_full(ours.grad, ours), theirs.grad, rtol=1e-12, atol=1e-12)
-    # the head of a module outside its forward is a DTensor, whose gradient is the sum
-    plain.zero_grad()
-    sharded.reshard()
-    sharded.zero_grad()
-    _loss(name, _tensors(V) | {"weight": plain.head}).backward()
-    _loss(name, _of_this_rank(_tensors(V)) | {"weight": sharded.head}).backward()
-    assert_close(_full(sharded.head.grad, sharded.head), plain.head.grad, rtol=1e-12, atol=1e-12)
+def _check_freed() -> None:
+    """A weight that was kept from a forward pass is freed: refused, and not read."""
+    model = _Model(12, tied=False)
+    _fsdp2(own_group=True)(model)
+    kept: list[Tensor] = []
+    model.head.register_forward_pre_hook(lambda module, _: kept.append(module.weight))
+    model("kdrl_loss", _of_this_rank(_tensors(12)), 2, inside=False)  # makes `model` the root
+    model.head(torch.zeros(1, H, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"^weight must be in memory, got one that FSDP has freed"):
+        _loss("kdrl_loss", _of_this_rank(_tensors(12)) | {"weight": kept[0]}, 2)
 
 
 def _check_refused(name: str, which: str) -> None:
@@ -208,12 +322,34 @@ def _check_refused(name: str, which: str) -> None:
         _loss(name, tensors)
 
 
-CASES: dict[str, Callable[[], None]] = {"tied": _check_tied}
+CASES: dict[str, Callable[[], None]] = {
+    "mean-of-16-bits": _check_mean_of_16_bits,
+    "freed": _check_freed,
+    "fsdp1-inside": lambda: _check_model(_fsdp1, inside=True),
+    "fsdp1-inside-tied": lambda: _check_model(_fsdp1, inside=True, tied=True),
+    "ddp-inside": lambda: _check_model(DistributedDataParallel, inside=True),
+    "ddp-outside-tied": lambda: _check_model(DistributedDataParallel, inside=False, tied=True),
+    "hybrid": lambda: _check_model(_fsdp2(own_group=True, mesh=(2, 1)), inside=False),
+    "resharded-tied": lambda: _check_model(
+        _fsdp2(own_group=False, reshard_after_forward=True), inside=False, tied=True
+    ),
+    "data-and-tensor": lambda: _check_two_dimensions(2),
+    "tensor-and-data": lambda: _check_two_dimensions(1),
+}
+for _group, _inside, _tied in itertools.product((False, True), repeat=3):
+    if not (_group and _tied):  # FSDP2 keeps tied weights in one group
+        _id = f"{'own' if _group else 'root'}-{'inside' if _inside else 'outside'}-tied{_tied}"
+        CASES[f"fsdp2-{_id}"] = lambda group=_group, inside=_inside, tied=_tied: _check_model(
+            _fsdp2(group), inside=inside, tied=tied
+        )
+        CASES[f"mixed-{_id}"] = lambda a=_group, b=_inside, c=_tied: _check_mixed(a, b, c)
 for _name in CALLS:
     for _V in (11, 12, 1):
         CASES[f"same-{_name}-V{_V}"] = lambda n=_name, V=_V: _check_same_as_one_process(n, V)
-    for _V in (11, 12):
-        CASES[f"fully_shard-{_name}-V{_V}"] = lambda n=_name, V=_V: _check_fully_shard(n, V)
+    CASES[f"own-group-{_name}"] = lambda n=_name: _check_model(
+        _fsdp2(own_group=True), name=n, inside=False, V=11
+    )
+    CASES[f"tensor-parallel-{_name}"] = lambda n=_name: _check_tensor_parallel(n)
     CASES[f"communication-{_name}"] = lambda n=_name: _check_communication(n)
     CASES[f"refused-hidden-{_name}"] = lambda n=_name: _check_refused(n, "hidden")
 CASES["refused-teacher_hidden"] = lambda: _check_refused("kdrl_loss", "teacher_hidden")

@@ -27,7 +27,8 @@ def _inputs() -> dict[str, Any]:
         "old_logprobs": randn(N) - 2,
         "t_hidden": randn(N, H + 1),
         "t_weight": randn(V + 2, H + 1),
-        "global_token_count": 2 * N,
+        "tokens_of_the_step": 2 * N,
+        "ranks": 2,
     }
 
 
