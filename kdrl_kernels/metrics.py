@@ -5,7 +5,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kdrl_kernels.objective import Objective, Rows, clipped_log_ratio, kd_pull
+from kdrl_kernels.objective import (
+    Objective,
+    Rows,
+    clipped_log_ratio,
+    kd_pull,
+    policy_log_ratio,
+    subtract,
+)
 
 MEANS = {
     "ratio_mean": ("ratio_sum", "tokens"),
@@ -38,7 +45,7 @@ def row_metrics(objective: Objective, rows: Rows, used: Tensor | None) -> dict[s
     lp, advantages = rows.logprobs, rows.advantages
     wide = sum_dtype(lp.device)
     used = torch.ones_like(lp, dtype=torch.bool) if used is None else used
-    log_ratio = torch.zeros_like(lp) if rows.old_logprobs is None else lp - rows.old_logprobs
+    log_ratio = policy_log_ratio(rows)
     ratio = torch.where(used, log_ratio.exp(), 0).to(wide)
     metrics = {"ratio_sum": ratio.sum(), "ratio_max": ratio.amax() if len(lp) else ratio.sum()}
     if objective.policy == "clip" and advantages is not None:
@@ -56,7 +63,8 @@ def _teacher_metrics(objective: Objective, rows: Rows, used: Tensor) -> dict[str
     assert rows.teacher_logprobs is not None
     wide = sum_dtype(rows.logprobs.device)
     distilled = used if rows.kd_weight is None else used & (rows.kd_weight > 0)
-    log_ratio = torch.where(distilled, rows.logprobs - rows.teacher_logprobs, 0).to(wide)
+    log_ratio = subtract(rows.logprobs, rows.teacher_logprobs)
+    log_ratio = torch.where(distilled, log_ratio, 0).to(wide)
     metrics = {
         "kd_tokens": distilled.sum(),
         "teacher_log_ratio_sum": log_ratio.sum(),

@@ -183,8 +183,7 @@ TokenLoss = Objective | CallerLoss
 
 def token_losses(objective: Objective, rows: Rows) -> Tensor:
     """Return [C] losses before weights, differentiable in logprobs, kl and entropy."""
-    old = rows.logprobs.detach() if rows.old_logprobs is None else rows.old_logprobs
-    log_ratio = rows.logprobs - old
+    log_ratio = policy_log_ratio(rows)
     loss = torch.zeros_like(log_ratio)
     if objective.policy != "off":
         assert rows.advantages is not None
@@ -197,6 +196,23 @@ def token_losses(objective: Objective, rows: Rows) -> Tensor:
         assert rows.entropy is not None
         loss = loss - objective.entropy_coef * rows.entropy
     return loss
+
+
+def subtract(logprobs: Tensor, other: Tensor) -> Tensor:
+    """Return logprobs - other, with derivative 1 in logprobs; 0 where both are -inf.
+
+    A token of probability 0 has a log-probability of -inf, whose difference would be NaN.
+    """
+    difference = logprobs.clone()
+    with torch.no_grad():  # changes the values, not the derivative
+        difference.copy_(torch.where(logprobs == other, 0, logprobs - other))
+    return difference
+
+
+def policy_log_ratio(rows: Rows) -> Tensor:
+    """Return lp - old, [C]: 0 on-policy, with derivative 1 in lp."""
+    old = rows.logprobs.detach() if rows.old_logprobs is None else rows.old_logprobs
+    return subtract(rows.logprobs, old)
 
 
 def clipped_log_ratio(objective: Objective, log_ratio: Tensor, advantages: Tensor) -> Tensor:
@@ -229,7 +245,7 @@ def _kd_term(objective: Objective, rows: Rows, log_ratio: Tensor) -> Tensor:
         return scale * torch.where(scale == 0, 0, rows.kl)
     rows = objective.centred(rows)
     assert rows.teacher_logprobs is not None
-    teacher_log_ratio = torch.where(scale == 0, 0, rows.logprobs - rows.teacher_logprobs)
+    teacher_log_ratio = torch.where(scale == 0, 0, subtract(rows.logprobs, rows.teacher_logprobs))
     return scale * sampled_kd(objective.kd, teacher_log_ratio)
 
 
@@ -237,7 +253,8 @@ def sampled_kd(kd: Kd | None, teacher_log_ratio: Tensor) -> Tensor:
     """Return the sampled KD term "k2" or "k3" of l = log p - log q at the sampled tokens, [C]."""
     if kd == "k2":
         return teacher_log_ratio.square() / 2
-    return teacher_log_ratio - kd_pull(kd, teacher_log_ratio)
+    value = teacher_log_ratio - kd_pull(kd, teacher_log_ratio)
+    return torch.where(teacher_log_ratio == -math.inf, math.inf, value)
 
 
 def kd_pull(kd: Kd | None, teacher_log_ratio: Tensor) -> Tensor:

@@ -18,7 +18,9 @@ from kdrl_kernels.objective import (
     Rows,
     TokenLoss,
     kd_pull,
+    policy_log_ratio,
     sampled_kd,
+    subtract,
 )
 from kdrl_kernels.objective import coefficients as autograd_coefficients
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
@@ -156,7 +158,7 @@ def coefficients(
         return autograd_coefficients(loss, rows, weights)
     rows = loss.centred(rows)
     lp = rows.logprobs
-    log_ratio = torch.zeros_like(lp) if rows.old_logprobs is None else lp - rows.old_logprobs
+    log_ratio = policy_log_ratio(rows)
     value, c, g = torch.zeros_like(lp), torch.zeros_like(lp), None
     if loss.policy != "off":
         value, c = _policy(loss, log_ratio, rows.advantages)
@@ -170,7 +172,7 @@ def coefficients(
             g = scale * weights
         else:
             assert rows.teacher_logprobs is not None
-            teacher_log_ratio = torch.where(scale == 0, 0, lp - rows.teacher_logprobs)
+            teacher_log_ratio = torch.where(scale == 0, 0, subtract(lp, rows.teacher_logprobs))
             value += scale * sampled_kd(loss.kd, teacher_log_ratio)
             c += scale * kd_pull(loss.kd, teacher_log_ratio)
     e = None

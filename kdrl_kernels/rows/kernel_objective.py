@@ -14,6 +14,12 @@ from kdrl_kernels.rows.tiles import OBJECTIVE_BLOCK
 
 
 @triton.jit
+def _subtract(logprobs, other):
+    """Compute logprobs - other, 0 where both are -inf."""
+    return tl.where(logprobs == other, 0.0, logprobs - other)
+
+
+@triton.jit
 def _objective_kernel(
     lp_ptr, old_ptr, advantage_ptr, kd_weight_ptr, lq_ptr, kl_ptr, entropy_ptr, weight_ptr, out_ptr,
     C, log_high, log_low, log_dual, log_cap, kd_coef, entropy_coef,
@@ -23,7 +29,7 @@ def _objective_kernel(
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = n < C
     lp = tl.load(lp_ptr + n, mask=mask, other=0.0)
-    log_ratio = lp - tl.load(old_ptr + n, mask=mask, other=0.0)
+    log_ratio = _subtract(lp, tl.load(old_ptr + n, mask=mask, other=0.0))
     loss, c, g = tl.zeros_like(lp), tl.zeros_like(lp), tl.zeros_like(lp)
     if HAS_POLICY:  # comparisons, not minimum and maximum: those would lose a NaN
         a = tl.load(advantage_ptr + n, mask=mask, other=0.0)
@@ -42,12 +48,13 @@ def _objective_kernel(
             g += scale
         else:
             lq = tl.load(lq_ptr + n, mask=mask, other=0.0)
-            teacher_log_ratio = tl.where(scale == 0, 0.0, lp - lq)
+            teacher_log_ratio = tl.where(scale == 0, 0.0, _subtract(lp, lq))
             if KD == K2:
                 loss += scale * teacher_log_ratio * teacher_log_ratio / 2
                 c += scale * teacher_log_ratio
             else:
-                loss += scale * (expm1(-teacher_log_ratio) + teacher_log_ratio)
+                k3 = expm1(-teacher_log_ratio) + teacher_log_ratio
+                loss += scale * tl.where(teacher_log_ratio == float("-inf"), float("inf"), k3)
                 c -= scale * expm1(-teacher_log_ratio)
     if HAS_ENTROPY:
         loss -= entropy_coef * tl.load(entropy_ptr + n, mask=mask, other=0.0)
