@@ -67,7 +67,8 @@ class Verdicts:
     rewards: list[float]
     """[R]. timeout and unparseable: 0.0. error: NaN; the update leaves it out."""
     outcomes: list[Outcome]
-    """[R]. right: reward above 0; wrong: 0 or below; the rest as counted by `counts`."""
+    """[R]. right or wrong: as the reward function says, else by reward.right_above; the rest as
+    counted by `counts`."""
     errors: dict[int, str] = field(default_factory=dict)
     """Index of a completion with outcome `error` -> what its reward raised or returned."""
     answers: list[str | None] = field(default_factory=list)
@@ -127,6 +128,12 @@ class Batch:
     """R of [T] nats, where a server was queried while the rewards were computed; else None."""
     staleness: int
     """Optimiser steps between the weights that sampled them and those that learn from them."""
+
+    @property
+    def right(self) -> Tensor:
+        """[P, G] bool: which completions the verifier calls right."""
+        right_R = [outcome == "right" for outcome in self.verdicts.outcomes]
+        return torch.tensor(right_R).view_as(self.rewards)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.settings import (
+    Finite,
     NaturalFloat,
     NaturalInt,
     PositiveFloat,
@@ -168,6 +169,10 @@ class RewardConfig:
     timeout."""
     workers: PositiveInt = 2
     """Processes that compute rewards."""
+    right_above: Finite = 0.5
+    """A completion is right if its reward is above this: half of the largest reward, which is 1
+    for math and exact. Masks, schedules and shares of right completions count by it. A function of
+    your own that returns (reward, right) decides by itself."""
 
 
 @settings

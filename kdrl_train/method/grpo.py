@@ -69,18 +69,18 @@ def all_equal(rewards_PG: Tensor) -> Tensor:
     return high == low
 
 
-def kd_mask(rewards_PG: Tensor, mask: str) -> Tensor:
-    """Mask the completions that are distilled, by their rewards. A reward above 0 is right.
+def kd_mask(right_PG: Tensor, mask: str) -> Tensor:
+    """Mask the completions that are distilled, by the verdicts on them.
 
     Args:
-        rewards_PG: [P, G] float; NaN counts as not right.
+        right_PG: [P, G] bool; False also where there is no reward.
         mask: "none" (all), "wrong" (not right), "wrong_group" (no right one in the whole group).
     Returns: [P, G] float32 of 0 and 1.
     Raises: ValueError for an unknown mask.
     """
-    wrong = ~(rewards_PG > 0)
+    wrong = ~right_PG
     if mask == "none":
-        return torch.ones_like(rewards_PG, dtype=torch.float32)
+        return torch.ones_like(right_PG, dtype=torch.float32)
     if mask == "wrong":
         return wrong.float()
     if mask == "wrong_group":
@@ -122,7 +122,7 @@ def token_weights(
     )
 
 
-def group_factor(schedule: ScheduleConfig, rewards_PG: Tensor) -> Tensor:
+def group_factor(schedule: ScheduleConfig, rewards_PG: Tensor, right_PG: Tensor) -> Tensor:
     """Compute each group's share of the scheduled coefficient, [P, 1] float64.
 
     reward_adaptive: 4p(1 - p), p the share of right completions among those with a reward: 1 where
@@ -131,22 +131,23 @@ def group_factor(schedule: ScheduleConfig, rewards_PG: Tensor) -> Tensor:
     if schedule.kind != "reward_adaptive":
         return torch.ones(len(rewards_PG), 1, dtype=torch.float64)
     known = (~rewards_PG.isnan()).sum(dim=1, keepdim=True)
-    p = (rewards_PG > 0).sum(dim=1, keepdim=True).double() / known
+    p = right_PG.sum(dim=1, keepdim=True).double() / known
     return 4 * p * (1 - p)
 
 
-def kd_weights(rewards_PG: Tensor, method: MethodConfig, beta: float) -> Tensor:
+def kd_weights(rewards_PG: Tensor, right_PG: Tensor, method: MethodConfig, beta: float) -> Tensor:
     """Weight each completion's distillation: beta · group factor · mask, [R] float32.
 
     Args:
         rewards_PG: [P, G] float; NaN marks a completion whose reward function failed.
+        right_PG: [P, G] bool, the verdicts.
         beta: the schedule's value at this step.
     Returns: [R] float32; 0 without distillation.
     """
     if method.kd is None:
         return torch.zeros(rewards_PG.numel())
-    factor = beta * group_factor(method.kd_coef, rewards_PG)
-    return (factor.float() * kd_mask(rewards_PG, method.kd_mask)).flatten()
+    factor = beta * group_factor(method.kd_coef, rewards_PG, right_PG)
+    return (factor.float() * kd_mask(right_PG, method.kd_mask)).flatten()
 
 
 def shaped_rewards(rewards_PG: Tensor, kd_weight_R: Tensor, log_ratio_R: Tensor) -> Tensor:

@@ -7,18 +7,22 @@ from kdrl_train.method.grpo import all_equal
 from kdrl_train.method.histogram import PERCENTILES, quantiles
 
 
-def reward_metrics(rewards_PG: Tensor) -> dict[str, float]:
+def reward_metrics(rewards_PG: Tensor, right_PG: Tensor) -> dict[str, float]:
     """Compute mean reward, share of right completions and share of groups with signal.
 
     A reward of NaN is left out. A group has signal when two of its rewards differ: only then has it
     a policy gradient.
+
+    Args:
+        rewards_PG: [P, G] float.
+        right_PG: [P, G] bool, as the verifier says.
     """
-    known = rewards_PG[~rewards_PG.isnan()].double()
+    known_PG = ~rewards_PG.isnan()
     return {
-        "reward": known.mean().item(),
-        "accuracy": (known > 0).double().mean().item(),
+        "reward": rewards_PG[known_PG].double().mean().item(),
+        "accuracy": right_PG[known_PG].double().mean().item(),
         "groups_with_signal": (~all_equal(rewards_PG)).double().mean().item(),
-        "rewards_missing": float(rewards_PG.isnan().sum()),
+        "rewards_missing": float((~known_PG).sum()),
     }
 
 

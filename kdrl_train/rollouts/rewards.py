@@ -16,8 +16,8 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
-Reward = Callable[[str, str], float]
-"""Maps (completion, gold answer) to a finite number; above 0 it means right."""
+Reward = Callable[[str, str], float | tuple[float, bool]]
+"""Maps (completion, gold answer) to a finite number, or to (number, whether it is right)."""
 ReadAnswer = Callable[[str], str | None]
 """Maps a completion to the answer that it votes for; None: it has no vote."""
 
@@ -116,8 +116,8 @@ def check_readable(gold: str) -> None:
 def load_reward(name: str) -> Reward:
     """Return the reward function named `math`, `exact`, or `module:function`, which is imported.
 
-    A user's function takes (completion, answer), returns a finite number (above 0: right), and may
-    raise `UnparseableError`. It must be importable by name, since it runs in other processes.
+    A user's function takes (completion, answer), returns a finite number or (number, right), and
+    may raise `UnparseableError`. It must be importable by name, since it runs in other processes.
 
     Raises: ValueError for an unknown name, for a missing module or function, and for a name that
         is not callable.

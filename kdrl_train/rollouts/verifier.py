@@ -87,12 +87,13 @@ class Verifier(AbstractContextManager["Verifier"]):
 
     def _judge(self, pairs: dict[int, tuple[str, str]], poll: Poll | None) -> dict[int, Judged]:
         """Judge {index: (completion, gold)} in the pool; some are missing where the pool breaks."""
-        function, timeout_s = self.config.function, self.config.timeout_s
+        config = self.config
+        arguments = (config.timeout_s, config.right_above)
         futures: dict[int, ProcessFuture] = {}
         with contextlib.suppress(RuntimeError):  # raised for a pool that is already broken
             for index, pair in pairs.items():
                 futures[index] = self._pool.schedule(
-                    judge, args=(function, *pair, timeout_s), timeout=timeout_s
+                    judge, args=(config.function, *pair, *arguments), timeout=config.timeout_s
                 )
         waiting, alive = set(futures.values()), True
         try:

@@ -10,6 +10,8 @@ from kdrl_train.rollouts.rewards import UnparseableError, load_answer, load_rewa
 
 ORPHAN_GRACE_S = 10.0
 """Seconds past the deadline after which a worker ends by itself, if nobody has killed it."""
+MAX_MESSAGE_CHARS = 500
+"""Of an error's message; a user's function may quote the whole completion."""
 Judged = tuple[float, Literal["right", "wrong", "unparseable", "timeout", "error"], str, str | None]
 """The verdict on one completion: its reward, which is NaN for the outcome `error` and for no other;
 its outcome; the message of an error; and the answer that it votes for."""
@@ -30,10 +32,14 @@ def start_worker(function: str) -> None:
 _reward = lru_cache(maxsize=1)(load_reward)
 
 
-def judge(function: str, completion: str, gold: str, timeout_s: float) -> Judged:
+def judge(
+    function: str, completion: str, gold: str, timeout_s: float, right_above: float = 0.5
+) -> Judged:
     """Score one completion against its gold answer.
 
     It ends the process ORPHAN_GRACE_S past the deadline, where the trainer has not done so.
+
+    right_above: a reward above it is right, where the function gives no verdict.
     """
     has_timer = hasattr(signal, "setitimer")  # not on Windows
     if has_timer:  # SIGALRM ends the process: a hang must not outlive a trainer that was killed
@@ -47,11 +53,19 @@ def judge(function: str, completion: str, gold: str, timeout_s: float) -> Judged
     except Exception as error:  # a user's code may raise anything; the message is kept
         frame = traceback.extract_tb(error.__traceback__)[-1]
         line = f"{frame.filename}:{frame.lineno}"
-        return math.nan, "error", f"{type(error).__name__}: {error} ({line})", None
+        message = f"{type(error).__name__}: {error}"[:MAX_MESSAGE_CHARS]
+        return math.nan, "error", f"{message} ({line})", None
     finally:
         if has_timer:
             signal.setitimer(signal.ITIMER_REAL, 0)
-    reward = float(value) if isinstance(value, SupportsFloat) else math.nan
+    score: object = value
+    right: object = None
+    rule = "reward must be a finite number"
+    if isinstance(value, tuple) and len(value) == 2:
+        rule, (score, right) = "(reward, right) must be a finite number and True or False", value
+        score = score if right in (True, False) else None
+    reward = float(score) if isinstance(score, SupportsFloat) else math.nan
     if not math.isfinite(reward):
-        return math.nan, "error", f"reward must be a finite number, got {value!r}", None
-    return reward, "right" if reward > 0 else "wrong", "", vote
+        return math.nan, "error", f"{rule}, got {value!r}"[:MAX_MESSAGE_CHARS], None
+    right = reward > right_above if right is None else right
+    return reward, "right" if right else "wrong", "", vote

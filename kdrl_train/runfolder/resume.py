@@ -91,6 +91,10 @@ def check_config(place: Path, written: dict[str, Any], config: TrainConfig) -> N
     teacher = str(written.get("model", {}).get("teacher"))
     if config.model.teacher_is_url and replace(config.model, teacher=teacher).teacher_is_url:
         may_change.add("model.teacher")  # teacher.json says which model the server must have
+    reward = {"function": "math"} | written.get("reward", {})
+    builtin = reward["function"] in ("math", "exact")  # they pay 0 or 1
+    # a run without this setting called every reward above 0 right
+    written = written | {"reward": {"right_above": 0.5 if builtin else 0.0} | reward}
     changed = differences(_without(written, may_change), _without(to_dict(config), may_change))
     if changed:
         lines = [f"  {key}: {old} before, {new} now" for key, (old, new) in changed.items()]

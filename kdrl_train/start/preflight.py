@@ -143,7 +143,8 @@ def check_gold(config: TrainConfig, examples: Sequence[Example], verifier: Verif
 
     A reward function of the user's own may expect another format: it must only run without error.
 
-    Raises: ValueError naming the first gold answer that fails, and the error if there was one.
+    Raises: ValueError naming the first gold answer that fails, and the error if there was one;
+        UserWarning where reward.right_above is less than half of the largest reward.
     """
     answers = [example.gold for example in examples]
     verdicts = verifier.score([f"\\boxed{{{answer}}}" for answer in answers], answers)
@@ -158,6 +159,17 @@ def check_gold(config: TrainConfig, examples: Sequence[Example], verifier: Verif
                 f"{verdicts.errors.get(i, '')}".rstrip()
                 + ": correct the row, or set data.answer_column or reward.function"
             )
+    threshold = config.reward.right_above
+    summary += f"; right: a reward above {threshold:g} (reward.right_above)"
+    if judged:
+        return summary
+    low, high = min(verdicts.rewards), max(verdicts.rewards)
+    summary += f"; rewards from {low:g} to {high:g}"
+    if 2 * threshold < high and high > 1:
+        raise UserWarning(
+            f"{summary}: set reward.right_above to half of the largest reward, e.g. {high / 2:g}, "
+            "unless a smaller one is right too"
+        )
     return summary
 
 

@@ -67,7 +67,7 @@ def prepare(
     """Decide the coefficients of a step; the models run only where needs_scores says so."""
     config, method, rewards_PG = run.config, run.config.method, batch.rewards
     scheduled = scheduled_coefs(method, step, run.history)
-    kd_weight_R = grpo.kd_weights(rewards_PG, method, scheduled.kd)
+    kd_weight_R = grpo.kd_weights(rewards_PG, batch.right, method, scheduled.kd)
     rewarded_R = ~rewards_PG.isnan().flatten()
     coefficients = CompletionCoefficients(
         advantages=torch.zeros_like(kd_weight_R),
@@ -91,7 +91,7 @@ def prepare(
             log_ratio_R[r] = log_ratio
         rewards_PG = grpo.shaped_rewards(rewards_PG, kd_weight_R, log_ratio_R)
         kd_weight_R = torch.zeros_like(kd_weight_R)
-    metrics = scheduled_metrics(method, batch.rewards, scheduled) | _measured(scores.sums, method)
+    metrics = scheduled_metrics(method, batch, scheduled) | _measured(scores.sums, method)
     weights = None
     if method.sampler_correction != "none":
         weights, correction_metrics = correction(scores.logprobs, batch.rollouts, method)
@@ -162,10 +162,11 @@ def packs_of(
 
 
 def scheduled_metrics(
-    method: MethodConfig, rewards_PG: Tensor, scheduled: ScheduledCoefs
+    method: MethodConfig, batch: Batch, scheduled: ScheduledCoefs
 ) -> dict[str, float | None]:
     """Report kd_coef (before the mask, mean over groups) and policy_coef; None without one."""
-    kd = scheduled.kd * grpo.group_factor(method.kd_coef, rewards_PG).mean().item()
+    factor = grpo.group_factor(method.kd_coef, batch.rewards, batch.right)
+    kd = scheduled.kd * factor.mean().item()
     return {
         "kd_coef": None if method.kd is None else kd,
         "policy_coef": None if method.policy == "off" else scheduled.policy,

@@ -43,6 +43,8 @@ class Replayed:
     example_id: str
     tokens: int
     reward: float
+    outcome: str
+    """The verdict; "-" in a file of an older version."""
     advantage: float
     kd_weight: float
     loss: float
@@ -79,7 +81,8 @@ def load_dump(file: Path) -> dict[str, Any]:
     """Reads the dump of a step that stopped a run. Raises ValueError if the file is not one."""
     try:
         dump = torch.load(file)
-        return {name: dump[name] for name in (*_STEP, *_ROLLOUTS)}
+        step = {name: dump[name] for name in (*_STEP, *_ROLLOUTS)}
+        return step | {"outcomes": dump.get("outcomes") or ["-"] * len(dump["example_ids"])}
     except Exception as error:  # torch.load raises many types
         raise ValueError(
             f"file must be a failed_step_XXXXXX.pt of a run folder, got {file}: {error!r}"
@@ -133,6 +136,7 @@ def replay(dump: dict[str, Any], folder: Path) -> list[Replayed]:
                 example_id=dump["example_ids"][index],
                 tokens=len(batch.tokens),
                 reward=rewards.flatten()[index].item(),
+                outcome=dump["outcomes"][index],
                 advantage=coefficients.advantages[index].item(),
                 kd_weight=coefficients.kd_weight[index].item(),
                 loss=out.loss.item(),
@@ -147,15 +151,16 @@ def table(completions: list[Replayed], title: str) -> Table:
     """Makes a table of completions; those that are not finite are red."""
     out = Table(title=title)
     numbers = ("reward", "advantage", "kd weight", "loss", "gradient norm", "lowest log p")
-    names = ("#", "problem", "tokens", *numbers)
+    names = ("#", "problem", "outcome", "tokens", *numbers)
     for name in names:
-        is_name = name == "problem"
+        is_name = name in ("problem", "outcome")
         out.add_column(name, justify="left" if is_name else "right", no_wrap=is_name)
     for one in completions:
         values = (one.reward, one.advantage, one.kd_weight, one.loss, one.grad_norm)
         out.add_row(
             str(one.index),
             one.example_id,
+            one.outcome,
             str(one.tokens),
             *(f"{value:.3g}" for value in (*values, one.lowest_logprob)),
             style="" if one.finite else "bold red",

@@ -21,7 +21,7 @@ def coefficients_of(
     scheduled = scheduled_coefs(method, step)
     values = {
         "advantages": grpo.advantages(rewards_PG, method, scheduled.policy),
-        "kd_weight": grpo.kd_weights(rewards_PG, method, scheduled.kd),
+        "kd_weight": grpo.kd_weights(rewards_PG, rewards_PG > 0.5, method, scheduled.kd),
         "token_weights": (~rewards_PG.isnan()).float().flatten(),
     }
     return CompletionCoefficients(**values | fields)

@@ -10,6 +10,10 @@ def early_bytes(completion: str, answer: str) -> float:
     return float(sum(char.isascii() for char in completion) > len(completion) / 2)
 
 
+def format_pays(completion: str, answer: str) -> float:
+    return 0.1 + early_bytes(completion, answer)
+
+
 def one_missing(completion: str, answer: str) -> float:
     return early_bytes(completion, answer) if completion[:1].isascii() else math.nan
 

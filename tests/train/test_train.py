@@ -22,6 +22,7 @@ from kdrl_train.method import grpo
 from kdrl_train.method.config import MethodConfig, ScheduleConfig
 from kdrl_train.method.presets import PRESETS
 from kdrl_train.model.policy import Teacher
+from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.log import read_records
 from kdrl_train.start import open_run
 from tests.train.conftest import EXACT
@@ -209,6 +210,18 @@ def test_masked_completions_cost_no_teacher(
         assert rows[0]["entropy"] > 0
     with pytest.raises(AssertionError, match="the teacher ran"):
         run(config("unmasked", reward="always_right", steps=1))
+
+
+def test_a_reward_for_the_format_is_not_right(config: Callable[..., TrainConfig]) -> None:
+    """Rewards of 0.1 and 1.1: only the latter are right, so the former are distilled."""
+    method = replace(EXACT, kd_mask="wrong", kd_coef=ScheduleConfig(kind="reward_adaptive"))
+    settings = config(reward="format_pays", steps=1, samples_per_step=16, method=method)
+    (row,) = run(settings)
+    assert 0 < row["accuracy"] == row["verifier_right"] / 16 < 1
+    assert row["kd_share"] > 0
+    for line in jsonl.read(settings.out / "samples" / "step_000000.jsonl"):
+        assert line["outcome"] == ("right" if line["reward"] > 1 else "wrong")
+        assert line["outcome"] == "wrong" or line["kd_weight"] == 0.0
 
 
 def test_a_missing_reward_is_counted_and_left_out(config: Callable[..., TrainConfig]) -> None:

@@ -94,16 +94,18 @@ def sample(record: Record, group: str, kd: str | None) -> Sample:
     sizes = [(abs(x), i) for i, x in enumerate(log_ratios[: len(tokens)]) if x is not None]
     largest = [i for _, i in sorted(sizes, reverse=True)[:STRONGEST]]
     strongest = [(repr(tokens[i].text), _signed(log_ratios[i])) for i in largest]
-    reward = record.get("reward")
+    reward, outcome = record.get("reward"), record.get("outcome")
+    if outcome is None and reward is not None:  # written before there were verdicts
+        outcome = "right" if reward > 0 else "wrong"
     facts = {
-        "verdict": record.get("outcome") or ("-" if reward is None else "right" * (reward > 0)),
+        "verdict": outcome or "-",
         "reward": number(reward),
         "advantage": _signed(record.get("advantage")),
         "kd weight": number(record.get("kd_weight")),
         "gold answer": str(record.get("answer", "-")),
         "tokens": f"{record.get('tokens', '-')}{' (cut)' if record.get('truncated') else ''}",
     }
-    right = None if reward is None else reward > 0
+    right = None if outcome is None else outcome == "right"
     rest = text[sum(len(token.text) for token in tokens) :]
     return Sample(group, [*facts.items()], right, tokens, rest, strongest)
 

@@ -79,7 +79,7 @@ def test_unknown_options_raise() -> None:
     with pytest.raises(ValueError, match=r'estimator must be "grpo".*got "ppo"'):
         grpo.group_advantages(REWARDS, "ppo")
     with pytest.raises(ValueError, match=r'mask must be "none".*got "right"'):
-        grpo.kd_mask(REWARDS, "right")
+        grpo.kd_mask(REWARDS > 0.5, "right")
     with pytest.raises(ValueError, match=r'mode must be "token_mean".*got "sum"'):
         grpo.token_weights(torch.ones(2), torch.ones(2), "sum", 8)
     with pytest.raises(ValueError, match=r'mode must be "truncate" or "mask", got "none"'):
@@ -92,13 +92,13 @@ def test_unknown_options_raise() -> None:
     ("mask", "expected"),
     [
         ("none", [[1, 1, 1], [1, 1, 1], [1, 1, 1]]),
-        ("wrong", [[0, 1, 1], [1, 1, 1], [0, 0, 1]]),
+        ("wrong", [[0, 1, 1], [1, 1, 1], [0, 1, 1]]),
         ("wrong_group", [[0, 0, 0], [1, 1, 1], [0, 0, 0]]),
     ],
 )
 def test_masks(mask: str, expected: list[list[int]]) -> None:
-    rewards = torch.tensor([[1.0, 0.0, NAN], [0.0, NAN, -0.5], [1.0, 0.1, 0.0]])
-    assert torch.equal(grpo.kd_mask(rewards, mask), torch.tensor(expected, dtype=torch.float32))
+    right = torch.tensor([[True, False, False], [False] * 3, [True, False, False]])
+    assert torch.equal(grpo.kd_mask(right, mask), torch.tensor(expected, dtype=torch.float32))
 
 
 def test_warm_up() -> None:
@@ -148,7 +148,7 @@ def test_the_teacher_counts_most_where_a_group_is_undecided() -> None:
     # shares of right completions: 2/4, 4/4, 1/4; 4p(1 - p): 1, 0, 3/4; of the last one 2/3: 8/9
     rewards = torch.cat([REWARDS, torch.tensor([[1.0, NAN, 0.0, 1.0]])])
     adaptive = ScheduleConfig(kind="reward_adaptive", initial=0.5)
-    factor = grpo.group_factor(adaptive, rewards)
+    factor = grpo.group_factor(adaptive, rewards, rewards > 0.5)
     torch.testing.assert_close(factor, torch.tensor([[1], [0], [3 / 4], [8 / 9]]).double())
     method = MethodConfig(kd_coef=adaptive, kd_mask="wrong")
     weights = coefficients_of(rewards, method, step=7).kd_weight
@@ -156,7 +156,9 @@ def test_the_teacher_counts_most_where_a_group_is_undecided() -> None:
         [[0, 0.5, 0.5, 0], [0] * 4, [3 / 8, 3 / 8, 0, 3 / 8], [0, 4 / 9, 4 / 9, 0]]
     )
     torch.testing.assert_close(weights.view(4, 4), expected)
-    assert grpo.group_factor(PRESETS["kdrl"].kd_coef, rewards).tolist() == [[1.0]] * 4
+    assert (
+        grpo.group_factor(PRESETS["kdrl"].kd_coef, rewards, rewards > 0.5).tolist() == [[1.0]] * 4
+    )
 
 
 def test_shaped_rewards_by_hand() -> None:
@@ -198,10 +200,12 @@ def test_minibatches_are_whole_groups_and_hold_each_once() -> None:
 
 
 def test_reward_metrics() -> None:
-    values = reward_metrics(torch.tensor([[1.0, 0.0, NAN], [0.5, 0.5, 0.5]]))
+    rewards = torch.tensor([[1.0, 0.0, NAN], [0.5, 0.5, 0.5]])
+    right = torch.tensor([[True, False, False], [True, False, True]])
+    values = reward_metrics(rewards, right)
     assert values == {
         "reward": 0.5,
-        "accuracy": 0.8,
+        "accuracy": pytest.approx(0.6),  # three of the five with a reward
         "groups_with_signal": 0.5,
         "rewards_missing": 1.0,
     }

@@ -21,6 +21,15 @@ from kdrl_train.runfolder.signals import Stopped
 HERE = f"{__name__}:scripted_reward"
 PID_REWARD = RewardConfig(function=f"{__name__}:pid_reward", workers=1, timeout_s=60)
 
+SCORES = {
+    "pair": (1.0, "yes"),
+    "half": 0.5,
+    "format": 0.1,
+    "0.6": 0.6,
+    "judged": (0.1, True),
+    "refused": (2.0, False),
+}
+
 
 class StrangeError(Exception):
     """Is pickled, but cannot be read back: its constructor takes two arguments."""
@@ -45,7 +54,7 @@ def scripted_reward(completion: str, answer: str) -> object:
         return str(signal.getsignal(signal.SIGTERM)) == answer
     if completion == "no answer":
         raise UnparseableError("nothing there")
-    return {"nan": math.nan, "inf": math.inf, "none": None, "text": "1.0", "half": 0.5}.get(
+    return {"nan": math.nan, "inf": math.inf, "none": None, "text": "1.0", **SCORES}.get(
         completion, completion == answer
     )
 
@@ -109,6 +118,7 @@ verifier_worker.judge({HERE!r}, "hang in C", "a", timeout_s=0.1)
         ("inf", "must be a finite number, got inf"),
         ("none", "must be a finite number, got None"),
         ("text", "must be a finite number, got '1.0'"),
+        ("pair", "(reward, right) must be a finite number and True or False, got (1.0, 'yes')"),
         ("exit", "SystemExit: 3"),
         ("die", "worker died"),
     ],
@@ -126,9 +136,21 @@ def test_a_failing_reward_is_nan_and_keeps_its_message(
 
 
 def test_a_users_reward_may_be_partial_and_unparseable(scripted: Verifier) -> None:
-    verdicts = scripted.score(["half", "no answer"], ["a", "a"])
-    assert verdicts.rewards == [0.5, 0.0]
-    assert verdicts.outcomes == ["right", "unparseable"]
+    verdicts = scripted.score(["half", "format", "0.6", "no answer"], ["a"] * 4)
+    assert verdicts.rewards == [0.5, 0.1, 0.6, 0.0]
+    assert verdicts.outcomes == ["wrong", "wrong", "right", "unparseable"]
+
+
+def test_a_reward_function_may_give_the_verdict(scripted: Verifier) -> None:
+    verdicts = scripted.score(["judged", "refused"], ["a", "a"])
+    assert verdicts.rewards == [0.1, 2.0]
+    assert verdicts.outcomes == ["right", "wrong"]
+
+
+def test_the_threshold_of_right_is_a_setting() -> None:
+    config = RewardConfig(function=HERE, workers=1, right_above=0.55)
+    with Verifier(config) as verifier:
+        assert verifier.score(["half", "0.6"], ["a"] * 2).outcomes == ["wrong", "right"]
 
 
 def test_hostile_completions_end_within_the_deadline(mathematics: Verifier) -> None:

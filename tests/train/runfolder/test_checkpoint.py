@@ -15,6 +15,7 @@ from kdrl_train.config import (
     EvalConfig,
     ModelConfig,
     OptimConfig,
+    RewardConfig,
     SamplingConfig,
     TrainConfig,
 )
@@ -145,6 +146,17 @@ def test_what_may_change_may_change() -> None:
     other = replace(changed, sampling=SamplingConfig(group_size=3))
     with pytest.raises(ValueError, match=r"  sampling\.group_size: 8 before, 3 now"):
         check_config(place, written, other)
+
+
+def test_a_run_without_a_threshold_of_right_resumes_where_it_means_the_same() -> None:
+    place, written = Path("runs/a"), to_dict(CONFIG)
+    del written["reward"]["right_above"]
+    check_config(place, written, CONFIG)  # math pays 0 or 1
+    shaped = replace(CONFIG, reward=RewardConfig(function="my:reward"))
+    written["reward"]["function"] = "my:reward"
+    with pytest.raises(ValueError, match=r"  reward\.right_above: 0\.0 before, 0\.5 now"):
+        check_config(place, written, shaped)
+    check_config(place, written, replace(shaped, reward=replace(shaped.reward, right_above=0.0)))
 
 
 def test_windows_flushes_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """`check` finds each mistake before the first step, and its message says what to do."""
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -83,7 +84,8 @@ def test_a_token_without_a_column_is_refused(loaded: Loaded, tiny: Callable[...,
 def test_gold_answers_must_be_right(config: TrainConfig) -> None:
     examples = [Example(f"set:{i}", "", answer) for i, answer in enumerate(("1", "1/2", ""))]
     with Verifier(config.reward) as verifier:
-        assert preflight.check_gold(config, examples[:2], verifier) == "2 right"
+        detail = preflight.check_gold(config, examples[:2], verifier)
+        assert detail == "2 right; right: a reward above 0.5 (reward.right_above)"
         with pytest.raises(ValueError, match=r"2 right, 1 \w+; first: set:2, answer '', \w+"):
             preflight.check_gold(config, examples, verifier)
 
@@ -92,18 +94,24 @@ def test_a_custom_reward_is_run_but_not_judged(config: TrainConfig) -> None:
     class Scripted:
         """Replies what a verifier with the user's own function may reply."""
 
-        def __init__(self, outcome: Any) -> None:
-            self.outcome = outcome
+        def __init__(self, outcome: Any, *rewards: float) -> None:
+            self.outcome, self.rewards = outcome, list(rewards)
 
         def score(self, completions: list[str], _answers: list[str]) -> Verdicts:
             errors = {0: "KeyError: 'x'"} if self.outcome == "error" else {}
-            return Verdicts([0.0] * len(completions), [self.outcome] * len(completions), errors)
+            return Verdicts(self.rewards, [self.outcome] * len(completions), errors)
 
     custom = replace(config, reward=RewardConfig(function="custom:reward"))
     examples = [Example("set:0", "", "1")]
-    assert preflight.check_gold(custom, examples, Scripted("wrong")) == "1 wrong"
+    detail = preflight.check_gold(custom, examples, Scripted("wrong", 0.1))
+    threshold = "right: a reward above 0.5 (reward.right_above); rewards from 0.1 to 0.1"
+    assert detail == f"1 wrong; {threshold}"
     with pytest.raises(ValueError, match=r"answer '1', error KeyError: 'x': correct"):
-        preflight.check_gold(custom, examples, Scripted("error"))
+        preflight.check_gold(custom, examples, Scripted("error", math.nan))
+    with pytest.raises(UserWarning, match=r"from 2 to 10: set reward\.right_above .*, e\.g\. 5,"):
+        preflight.check_gold(custom, [*examples, *examples], Scripted("right", 10.0, 2.0))
+    half = replace(custom, reward=replace(custom.reward, right_above=5.0))
+    assert "above 5 (" in preflight.check_gold(half, examples, Scripted("right", 10.0))
 
 
 def test_failures_are_listed_together(
@@ -114,7 +122,8 @@ def test_failures_are_listed_together(
     with Verifier(config.reward) as verifier:
         results = preflight.preflight(short, broken, verifier, gold=3)
     assert [result.name for result in results if not result.passed] == ["prompts", "vocabulary"]
-    assert {result.name: result.detail for result in results}["gold answers"] == "3 right"
+    details = {result.name: result.detail for result in results}
+    assert details["gold answers"].startswith("3 right; ")
     with pytest.raises(ValueError, match=r"(?s)pass its preflight, got:\n  prompts: .*\n  vocab"):
         preflight.require(results)
 

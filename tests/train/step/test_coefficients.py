@@ -188,7 +188,9 @@ def prepared(
         history=History(),
         world=ALONE,
     )
-    batch: Any = SimpleNamespace(rollouts=rollouts, rewards=rewards, staleness=staleness)
+    batch: Any = SimpleNamespace(
+        rollouts=rollouts, rewards=rewards, right=rewards > 0.5, staleness=staleness
+    )
     return prepare(run, batch, 0, stages), stages
 
 

@@ -75,7 +75,9 @@ def every_token(
     stub: Any = SimpleNamespace(
         config=config, policy=policy, teacher=None, remote=None, history=History(), world=ALONE
     )
-    batch: Any = SimpleNamespace(rollouts=rollouts, rewards=rewards, staleness=staleness)
+    batch: Any = SimpleNamespace(
+        rollouts=rollouts, rewards=rewards, right=rewards > 0.5, staleness=staleness
+    )
     return rollouts, prepare(stub, batch, 0, Stages())
 
 

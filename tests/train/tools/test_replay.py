@@ -49,6 +49,9 @@ def test_the_culprit_is_named(failed: Path) -> None:
     words = out.getvalue()
     assert "step 2: 1 of 16 not finite" in words
     assert sum("task.jsonl:" in line for line in words.splitlines()) == 11
+    for one in replayed:
+        assert one.outcome == ("right" if one.reward > 0.5 else "wrong")
+    assert {"right", "wrong"} <= set(words.split())
     out = io.StringIO()
     replay.main(replay.ReplayConfig(file=failed, all=True), Console(file=out, width=200))
     assert sum("task.jsonl:" in line for line in out.getvalue().splitlines()) == 16

@@ -11,7 +11,16 @@ import pytest
 
 from kdrl_train import cli
 from kdrl_train.config import OptimConfig
-from kdrl_train.tools.report import Figure, Folded, Note, Table, by_settings, charts, write
+from kdrl_train.tools.report import (
+    Figure,
+    Folded,
+    Note,
+    Table,
+    by_settings,
+    charts,
+    token_colours,
+    write,
+)
 from kdrl_train.tools.report.runs import RunGroup, read
 from kdrl_train.tools.report.statistics import difference, final_interval, mean_interval
 from tests.train.run_folders import record, run_folder, sample
@@ -217,6 +226,14 @@ def test_tokens_joined_are_the_text(tmp_path: Path) -> None:
     # push = 0.6 - 0.3 l: 0.585, 0.69, 0.3, -0.3, then A alone, then 1.8
     assert [c for c, _ in first] == ["u2", "n1 u2", "p2 u1", "p3 d1", "u2 empty", "n3 u2"]
     assert "l +3\nA +0.6\npush -0.3" in first[3][1]
+
+
+def test_the_colour_of_a_sample_is_its_verdict() -> None:
+    lines = [sample(0, reward=0.1, outcome="wrong"), sample(0, reward=-1.0, outcome="right")]
+    older = sample(0)
+    del older["outcome"]
+    shown = [token_colours.sample(line, "run", "k2") for line in [*lines, older]]
+    assert [one.right for one in shown] == [False, True, True]
 
 
 def test_extra_sections_come_first(arms: dict[str, list[Path]], tmp_path: Path) -> None:
