@@ -1,17 +1,18 @@
 """Loads models and tokenizers from folders or hub ids, onto the run's device."""
 
 import os
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdrl_train.config import ModelConfig, TrainConfig
 from kdrl_train.model import attention
+from kdrl_train.model.folder import one_line, refusal, require_loadable
 from kdrl_train.model.fsdp import shard
 from kdrl_train.model.liger import patch_layers, require_liger
 from kdrl_train.model.policy import Policy, Teacher
+from kdrl_train.model.weights import require_complete, without_report
 from kdrl_train.ranks import ALONE, World
 
 
@@ -66,19 +67,14 @@ def load_model(
         config: says which device, attention and layer kernels to use.
         dtype: the dtype of the weights.
         world: the ranks of the run, which all call this together.
-    Raises: ValueError for a name that is neither a model folder nor a loadable hub id, and where
-        model.liger is set but liger-kernel's layers cannot be used; RankError in place of both with
-        several ranks.
+    Raises: ValueError as read_model does, and where model.liger is set but liger-kernel's layers
+        cannot be used; RankError in place of both with several ranks.
     """
     if not folder:
         raise ValueError(f"{key} must name a folder or hub id, got nothing: set {key}")
     device = use_device(config)
     liger = require_liger(device) if config.liger else None
-    models: list[Any] = []  # a model stays on its rank: what share returns is sent to all
-    make = _read if world.main else _shell
-    world.share(lambda: models.append(make(folder, key, dtype, config.attention)))
-    (model,) = models
-    model.generation_config = world.on_main(lambda: model.generation_config)  # a shell has none
+    model = _read_on_main(folder, key, dtype, config.attention, world)
     chosen = attention.choose(model, device, getattr(torch, config.dtype))
     if config.attention is None and chosen is not None:
         model.set_attn_implementation(chosen)
@@ -87,26 +83,52 @@ def load_model(
     return model.eval() if world.launched else model.to(device).eval()
 
 
-def _read(folder: str, key: str, dtype: torch.dtype, attention_name: str | None) -> Any:
-    """Read a model with its weights into CPU memory."""
+def read_model(folder: str, key: str, dtype: torch.dtype, attention_name: str | None = None) -> Any:
+    """Read a model with all its weights into CPU memory.
+
+    Raises: ValueError naming the setting `key` for a model that cannot be loaded, or that its files
+        do not hold whole.
+    """
+    require_loadable(folder, key)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention_name
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(
-            f"{key} must be a folder with a causal LM of transformers, or a hub id, got "
-            f"{folder!r} (looked in {Path.cwd()}): {error}"
-        ) from error
+        with without_report():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=attention_name,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # require_complete names them
+            )
+    except Exception as error:  # a model's code and its files' readers raise many types
+        raise refusal(key, folder, one_line(error)) from error
+    require_complete(model, report, key, folder)
+    return model
 
 
-def _shell(folder: str, _key: str, dtype: torch.dtype, attention_name: str | None) -> Any:
-    """Build the same model on the meta device: the shapes of its weights without their values."""
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention_name
-        )
+def _read_on_main(
+    folder: str, key: str, dtype: torch.dtype, attention_name: str | None, world: World
+) -> Any:
+    """Read a model on rank 0; the others build it on the meta device, without its weights."""
+    models: list[Any] = []  # a model stays on its rank: what on_main returns is sent to all
+
+    def read() -> tuple[Any, Any]:
+        model = read_model(folder, key, dtype, attention_name)
+        models.append(model)
+        return model.config, model.generation_config
+
+    def build() -> None:
+        with torch.device("meta"):
+            shell = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention_name
+            )
+        shell.generation_config = generation_config
+        models.append(shell)
+
+    config, generation_config = world.on_main(read)
+    world.share(lambda: None if world.main else build())
+    (model,) = models
+    return model
 
 
 def load_teacher(config: TrainConfig, world: World = ALONE) -> Teacher | None:

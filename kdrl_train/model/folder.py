@@ -1,0 +1,252 @@
+"""Looks at a model's files before transformers reads them, and refuses in one line what is wrong.
+
+A model is a folder, or an id of the hub, whose files are looked for in the hub's cache.
+"""
+
+import json
+import re
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from torch import Tensor
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
+from kdrl_train.settings import nearest
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_TIMEOUT_S = 10.0
+"""Longest wait for the hub's first reply; transformers itself waits and retries for 30 s."""
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""The files that transformers reads, in its order; of each there may be an index of shards."""
+POINTER = b"version https://git-lfs"
+AGAIN = "download it again"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def refusal(key: str, name: str, why: str) -> ValueError:
+    """Make the error for a model that cannot be used; `key` is the setting that names it."""
+    return ValueError(
+        f"{key} must be a folder with a causal LM of transformers, or a hub id, got {name!r} "
+        f"(looked in {Path.cwd()}): {why}"
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """Say what an error of transformers or the hub means for the user, in one line."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return "it has code of its own, which is not run here: name a model that transformers has"
+    if "gated repo" in text:
+        return "it is gated: accept its terms on its page of the hub, then run `hf auth login`"
+    if "Unrecognized configuration class" in text:
+        kind = re.sub(r".*?\.(\w+)'>.*", r"\1", text)
+        return (
+            f"transformers has no causal LM for its {kind}: name a text-only model; the text part "
+            "of one with images or sound must first be saved as a model of its own"
+        )
+    if isinstance(error, OSError | ValueError | ImportError):
+        return text[:400]
+    return f"{type(error).__name__}: {text[:400]}"
+
+
+def require_loadable(name: str, key: str) -> dict[str, Any]:
+    """Return the config.json of a model of transformers, after a look at its files.
+
+    Raises: ValueError for a name that is neither a folder nor an id, an adapter, a model with code
+        of its own, and files that are absent, cut, or pointers of git-lfs.
+    """
+    _require_place(name, key)
+    _require_no_adapter(name, key)
+    try:
+        if Path(name).is_dir():
+            config = _read_json(Path(name) / "config.json")
+        else:
+            config, _ = PretrainedConfig.get_config_dict(name)
+        tensors(name)
+    except (OSError, ValueError) as error:
+        raise refusal(key, name, one_line(error)) from error
+    kind = config.get("model_type")
+    if "auto_map" in config and kind not in CONFIG_MAPPING:
+        raise refusal(
+            key,
+            name,
+            f"its model_type {kind!r} has code of its own (auto_map in config.json), which is not "
+            "run here: name a model that transformers has",
+        )
+    return config
+
+
+def _require_place(name: str, key: str) -> None:
+    """Raise ValueError at once for a name that is no folder and that the hub does not know."""
+    path = Path(name)
+    if path.is_dir():
+        return
+    if path.exists():
+        raise refusal(key, name, "it is a file: name the folder that it is in")
+    local = HUB_ID.fullmatch(name) is None or name.startswith((".", "/"))
+    if local or ("/" in name and path.parent.is_dir()):
+        folders = []
+        if path.parent.is_dir():
+            folders = [str(other) for other in path.parent.iterdir() if other.is_dir()]
+        raise refusal(key, name, f"there is no such folder{nearest(name, folders)}")
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise refusal(
+            key,
+            name,
+            "there is no such folder, and no such model on the hub (or it is private: run "
+            "`hf auth login`)",
+        ) from error
+    except Exception as error:  # each version of the hub's client has its own network errors
+        raise refusal(
+            key,
+            name,
+            "there is no such folder, and the hub cannot be reached "
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0]})",
+        ) from error
+
+
+def _require_no_adapter(name: str, key: str) -> None:
+    """Raise ValueError for a LoRA or other adapter, which is only a part of a model."""
+    path = stored_file(name, "adapter_config.json")
+    if path is None:
+        return
+    base = None
+    if path.stat().st_size and not _is_pointer(path):
+        base = _read_json(path).get("base_model_name_or_path")
+    raise refusal(
+        key,
+        name,
+        f"it is an adapter of {base or 'a base model'} (adapter_config.json): merge the two with "
+        "peft, AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload(), save the result "
+        "with its tokenizer, and name that folder",
+    )
+
+
+def stored_file(name: str, file: str) -> Path | None:
+    """Return the path of a file of a model on this machine; None if it is not here."""
+    if Path(name).is_dir():
+        path = Path(name) / file
+        return path if path.is_file() else None
+    cached = try_to_load_from_cache(name, file)
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def quantization(config: dict[str, Any]) -> str | None:
+    """Return the method by which the weights of a config.json are quantised; None: they are not."""
+    for part in (config, config.get("text_config") or {}):
+        settings = part.get("quantization_config") or part.get("compression_config")
+        if settings:
+            return str(settings.get("quant_method") or "unknown method")
+    return None
+
+
+def tensors(name: str) -> dict[str, Tensor]:
+    """Return every tensor in a model's files, on the meta device; empty if none are here yet.
+
+    Raises: ValueError for a folder without weights, and for files that are absent or cut.
+    """
+    result: dict[str, Tensor] = {}
+    for path in _weight_files(name):
+        _require_whole(path)
+        read = _safetensors if path.suffix == ".safetensors" else _pickled
+        result |= read(path)
+    return result
+
+
+def _weight_files(name: str) -> list[Path]:
+    """Return the files of weights that transformers reads."""
+    for file in WEIGHTS:
+        path = stored_file(name, file)
+        if path is not None:
+            return [path]
+        index = stored_file(name, f"{file}.index.json")
+        if index is None:
+            continue
+        shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        paths = [index.parent / shard for shard in shards]
+        absent = [path.name for path in paths if not path.is_file()]
+        if absent:
+            raise ValueError(
+                f"{index} names {len(shards)} files, of which {len(absent)} are absent, first "
+                f"{absent[0]}: download them"
+            )
+        return paths
+    if Path(name).is_dir():
+        raise ValueError(f"it has no weights ({' or '.join(WEIGHTS)}, or an index of shards)")
+    return []
+
+
+def _require_whole(path: Path) -> None:
+    """Raise ValueError for an empty file, and a pointer of git-lfs."""
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty: {AGAIN}")
+    if _is_pointer(path):
+        raise ValueError(f"{path} is a pointer of git-lfs: run `git lfs pull` in its folder")
+
+
+def _is_pointer(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(POINTER)) == POINTER
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file with an object in it."""
+    if not path.is_file():
+        raise ValueError(f"it has no {path.name}")
+    _require_whole(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON ({error}): {AGAIN}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}: {AGAIN}")
+    return value
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    """Read the header of a safetensors file: 8 bytes of its length, then JSON, then the data."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if 8 + length > size:
+            raise ValueError(f"{path} is cut, or no safetensors file ({size:,} bytes): {AGAIN}")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            ends = [entry["data_offsets"][1] for entry in header.values()]
+            shapes = {
+                name: torch.empty(
+                    entry["shape"], dtype=DTYPES.get(entry["dtype"], torch.uint8), device="meta"
+                )
+                for name, entry in header.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): {AGAIN}") from error
+    whole = 8 + length + max(ends, default=0)
+    if size != whole:
+        raise ValueError(f"{path} must have {whole:,} bytes, got {size:,}: {AGAIN}")
+    return shapes
+
+
+def _pickled(path: Path) -> dict[str, Tensor]:
+    """Read a file of torch.save; nothing from the format before PyTorch 1.6."""
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            if file.read(4) == b"PK\x03\x04":  # the beginning of a zip file without its end
+                raise ValueError(f"{path} is cut: {AGAIN}")
+        return {}
+    try:
+        state = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+    except Exception as error:  # pickle, zip and PyTorch raise many types for damaged files
+        raise ValueError(f"{path} is damaged ({type(error).__name__}): {AGAIN}") from error
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}

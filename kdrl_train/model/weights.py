@@ -1,0 +1,71 @@
+"""Compares the tensors of a model with those of its files: none absent, and none lost unseen."""
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from kdrl_train.model.folder import refusal
+
+HARMLESS = re.compile(
+    r"(inv_freq|position_ids|masked_bias|attn\.bias|attention\.bias|num_batches_tracked)$"
+)
+"""Buffers that are computed, not learnt: rotary frequencies, positions, masks of GPT-2."""
+
+
+def require_complete(model: Any, report: dict[str, Any], key: str, name: str) -> None:
+    """Check that transformers read every weight of a model from its files.
+
+    It fills what it does not read with random numbers.
+
+    Args:
+        report: what from_pretrained returns with output_loading_info.
+    Raises: ValueError naming the weights that are absent or of another shape, and where a head
+        that config.json ties to the embeddings differs from them in the files.
+    """
+    absent = sorted(tensor for tensor in report["missing_keys"] if not HARMLESS.search(tensor))
+    if absent:
+        raise refusal(
+            key,
+            name,
+            f"its files lack {_some(absent)}: save the whole model (or set tie_word_embeddings in "
+            "config.json if only the head is absent, and it is the embeddings)",
+        )
+    other = sorted(report["mismatched_keys"])
+    if other:
+        tensor, stored, expected = other[0]
+        raise refusal(
+            key,
+            name,
+            f"{tensor} has shape {list(stored)} in its files and {list(expected)} by config.json "
+            f"({len(other)} such tensors): they do not belong together",
+        )
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for target, source in tied.items():
+        if parameters.get(target) is not parameters.get(source):
+            raise refusal(
+                key,
+                name,
+                f"config.json says that {target} is {source} (tie_word_embeddings), but its files "
+                "hold two: set tie_word_embeddings to false in config.json",
+            )
+
+
+def _some(names: list[str]) -> str:
+    """Write the first names of a list, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+@contextmanager
+def without_report() -> Iterator[None]:
+    """Silence the table that transformers logs of absent weights: ours is an error or a line."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,167 @@
+"""folder: what is wrong with a model's files is said in one line before they are read."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+from transformers import AutoModelForCausalLM
+
+from kdrl_train.model.folder import one_line, quantization, require_loadable, tensors
+from kdrl_train.model.load import read_model
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4000000000\n"
+Folder = Callable[..., Path]
+
+
+@pytest.fixture
+def folder(folders: dict[str, Path], tmp_path: Path) -> Folder:
+    """folder() -> a copy of the untied model `llama`, to be damaged."""
+    return lambda: shutil.copytree(folders["llama"], tmp_path / "model")
+
+
+def message(name: str | Path) -> str:
+    """Return the error of reading a model, which is one line."""
+    with pytest.raises(ValueError, match=r"^model\.policy must be a folder with a caus") as error:
+        read_model(str(name), "model.policy", torch.float32)
+    text = str(error.value)
+    assert "\n" not in text
+    assert f"got {str(name)!r}" in text
+    return text.partition("): ")[2]
+
+
+def test_the_tensors_are_those_of_the_files(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    model = tiny("llama").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    (tmp_path / "pickled").mkdir()
+    torch.save(model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    for name in ("one", "shards", "pickled"):
+        stored = tensors(str(tmp_path / name))
+        assert {(key, value.shape, value.dtype) for key, value in stored.items()} == {
+            (key, value.shape, torch.bfloat16) for key, value in model.state_dict().items()
+        }
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("model.safetensors", b"", "model.safetensors is empty: download it again"),
+        ("model.safetensors", 5, "is cut, or no safetensors file (5 bytes): download"),
+        ("model.safetensors", -1, "142,544 bytes, got 142,543: download it again"),
+        ("model.safetensors", b"\x02\0\0\0\0\0\0\0[]", "is damaged ("),
+        ("model.safetensors", POINTER, "is a pointer of git-lfs: run `git lfs pull`"),
+        ("config.json", -9, "config.json is not readable JSON ("),
+        ("config.json", b"[]", "config.json must hold a JSON object, got list: download"),
+        ("config.json", POINTER, "config.json is a pointer of git-lfs: run `git lfs pull`"),
+    ],
+)
+def test_a_damaged_file_is_named(
+    folder: Folder, file: str, content: bytes | int, reason: str
+) -> None:
+    path = folder() / file
+    path.write_bytes(path.read_bytes()[:content] if isinstance(content, int) else content)
+    assert reason in message(path.parent)
+
+
+def test_absent_files_are_named(folder: Folder, tiny: Callable[..., Any], tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    (tmp_path / "shards" / "model-00002-of-00007.safetensors").unlink()
+    assert "of which 1 are absent, first model-00002-of-00007.safetensors" in message(
+        tmp_path / "shards"
+    )
+    path = folder()
+    (path / "model.safetensors").unlink()
+    assert message(path).startswith("it has no weights (model.safetensors or pytorch_model.bin")
+    (path / "config.json").unlink()
+    assert message(path) == "it has no config.json"
+
+
+def test_pickled_weights_that_are_cut_are_named(folder: Folder) -> None:
+    path = folder()
+    model = AutoModelForCausalLM.from_pretrained(path)
+    (path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), path / "pytorch_model.bin")
+    assert read_model(str(path), "model.policy", torch.float32).config.hidden_size == 32
+    whole = (path / "pytorch_model.bin").read_bytes()
+    (path / "pytorch_model.bin").write_bytes(whole[: len(whole) // 2])
+    assert message(path) == f"{path}/pytorch_model.bin is cut: download it again"
+
+
+def test_an_adapter_names_its_base_and_the_remedy(folder: Folder) -> None:
+    path = folder()
+    settings = {"base_model_name_or_path": "org/base", "peft_type": "LORA"}
+    (path / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    for _ in range(2):  # a whole model beside it would be read without its adapter, or with it
+        assert message(path).startswith("it is an adapter of org/base (adapter_config.json): merge")
+        assert "merge_and_unload()" in message(path)
+        (path / "config.json").unlink(missing_ok=True)
+
+
+def test_code_of_its_own_is_refused(folder: Folder) -> None:
+    path = folder() / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_x.X"}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    require_loadable(str(path.parent), "model.policy")  # transformers has a llama itself
+    path.write_text(json.dumps(config | {"model_type": "x"}), encoding="utf-8")
+    reason = message(path.parent)
+    assert reason.startswith("its model_type 'x' has code of its own (auto_map in config.json)")
+    assert "trust_remote_code" not in reason
+
+
+def test_a_mistyped_name_waits_for_no_hub(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class UnreachableError(Exception):
+        pass
+
+    def fail(_api: HfApi, name: str, **_arguments: Any) -> None:
+        names.append(name)
+        raise UnreachableError("[Errno -2] Name or service not known\nRetry")
+
+    names: list[str] = []
+    monkeypatch.setattr(HfApi, "model_info", fail)
+    monkeypatch.chdir(folder().parent)
+    (tmp_path / "runs").mkdir()
+    for name in ("/no/such", "./mdoel", "absent/", "a/b/c", "runs/frist", "a b", "~/x"):
+        assert message(name).startswith("there is no such folder")
+    assert message(str(tmp_path / "mdoel")).endswith(f"(did you mean {tmp_path / 'model'}?)")
+    assert message("model/config.json") == "it is a file: name the folder that it is in"
+    assert names == []
+    for name in ("mdoel", "org/mdoel"):
+        assert message(name) == (
+            "there is no such folder, and the hub cannot be reached (UnreachableError: [Errno -2] "
+            "Name or service not known)"
+        )
+    assert names == ["mdoel", "org/mdoel"]
+
+
+def test_an_image_model_without_a_causal_lm_is_refused_in_one_line() -> None:
+    class Qwen2_5_VLConfig:  # noqa: N801 (transformers' own name)
+        pass
+
+    error = ValueError(
+        f"Unrecognized configuration class {Qwen2_5_VLConfig} for this kind of AutoModel: "
+        "AutoModelForCausalLM.\nModel type should be one of ApertusConfig, ArceeConfig."
+    )
+    assert one_line(error).startswith("transformers has no causal LM for its Qwen2_5_VLConfig:")
+
+
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
+        ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "fp8"),
+        ({"compression_config": {"format": "pack"}}, "unknown method"),
+        ({"quantization_config": None, "text_config": None}, None),
+        ({}, None),
+    ],
+)
+def test_quantization_is_read_from_the_config(config: dict, method: str | None) -> None:
+    assert quantization(config) == method

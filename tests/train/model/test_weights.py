@@ -1,0 +1,109 @@
+"""weights: a model has every weight from its files, or is refused with their names."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kdrl_train.model.load import read_model
+
+Tensors = dict[str, torch.Tensor]
+Saved = Callable[..., Path]
+
+
+@pytest.fixture
+def saved(tiny: Callable[..., Any], tmp_path: Path) -> Saved:
+    """saved(change, tied=False, family="llama", **settings) -> a folder with changed tensors.
+
+    settings replace those of its config.json.
+    """
+
+    def make(
+        change: Callable[[Tensors], None], *, tied: bool = False, family: str = "llama", **more: Any
+    ) -> Path:
+        tiny(family, tie_word_embeddings=tied).save_pretrained(tmp_path)
+        path = tmp_path / "model.safetensors"
+        state = load_file(path)
+        change(state)
+        save_file(state, path, metadata={"format": "pt"})
+        config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+        (tmp_path / "config.json").write_text(json.dumps(config | more), encoding="utf-8")
+        return tmp_path
+
+    return make
+
+
+def drop(*names: str) -> Callable[[Tensors], None]:
+    """Return a change that removes the tensors whose names hold one of these."""
+
+    def change(state: Tensors) -> None:
+        for key in [key for key in state if any(name in key for name in names)]:
+            del state[key]
+
+    return change
+
+
+def nothing(_state: Tensors) -> None:
+    """Change nothing."""
+
+
+def double_head(state: Tensors) -> None:
+    """Add a head that is not the embeddings."""
+    state["lm_head.weight"] = 2 * state["model.embed_tokens.weight"]
+
+
+def read(folder: Path) -> Any:
+    return read_model(str(folder), "model.policy", torch.float32)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi"])
+def test_absent_weights_are_named(saved: Saved, family: str) -> None:
+    folder = saved(drop("lm_head.weight"), family=family)
+    with pytest.raises(ValueError, match=r"model\.policy .*: its files lack lm_head\.weight: save"):
+        read(folder)
+
+
+def test_many_absent_weights_are_counted(saved: Saved) -> None:
+    folder = saved(drop("layers.1."))  # of 9 tensors: 4 of attention, 3 of the MLP, 2 norms
+    with pytest.raises(
+        ValueError, match=r"lack model\.layers\.1\.input_layernorm\.weight, .* 6 mo"
+    ):
+        read(folder)
+
+
+def test_a_tied_head_needs_no_tensor(saved: Saved) -> None:
+    model = read(saved(nothing, tied=True))
+    assert "lm_head.weight" not in load_file(Path(model.name_or_path) / "model.safetensors")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_either_of_two_tied_weights_is_enough_and_none_is_not(saved: Saved) -> None:
+    def rename(state: Tensors) -> None:
+        state["lm_head.weight"] = state.pop("model.embed_tokens.weight")
+
+    model = read(saved(rename, tied=True))
+    stored = load_file(Path(model.name_or_path) / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(model.model.embed_tokens.weight, stored)
+    folder = saved(drop("embed_tokens"), tied=True)
+    with pytest.raises(ValueError, match=r"its files lack .*embed_tokens\.weight"):
+        read(folder)
+
+
+def test_two_weights_that_the_config_ties_are_refused(saved: Saved) -> None:
+    folder = saved(double_head, tied=True)
+    with pytest.raises(ValueError, match=r"set tie_word_embeddings to false in config\.json$"):
+        read(folder)
+    model = read(saved(double_head, tied=True, tie_word_embeddings=False))  # the remedy
+    assert torch.equal(model.lm_head.weight, 2 * model.model.embed_tokens.weight)
+
+
+def test_weights_of_another_shape_are_named(saved: Saved) -> None:
+    folder = saved(nothing, intermediate_size=80)
+    with pytest.raises(
+        ValueError, match=r"has shape \[\d+, \d+\] in its files and \[\d+, \d+\] by .* \(6 such"
+    ):
+        read(folder)
