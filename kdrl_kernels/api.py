@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from kdrl_kernels import checks, logprobs, operators, reference, token_loss
-from kdrl_kernels.call import LogprobCall, LossCall
+from kdrl_kernels.batches import takes_batches
+from kdrl_kernels.call import LogprobCall, LossCall, RowOutputs
 from kdrl_kernels.head import Head, TeacherHead, gathered, needs_gradient
 from kdrl_kernels.metrics import row_metrics
 from kdrl_kernels.objective import CallerLoss, ExactKd, Objective, Rows, TokenLoss
@@ -47,11 +48,13 @@ class LossOutput:
     """0-d sums and counts on the device, over the rows of non-zero weight; kdrl_loss lists them."""
 
 
+@takes_batches
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
     tokens: Tensor,
     *,
+    mask: Tensor | None = None,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -66,12 +69,15 @@ def linear_logprobs(
     logprobs[n] = z[n, tokens[n]] - log(sum_v exp(z[n, v]))
 
     Args:
-        hidden: [N, H], float32, float16, bfloat16 or float64. A non-contiguous one is fine.
+        hidden: [N, H], float32, float16, bfloat16 or float64. A non-contiguous one is fine. Or
+            [B, T, H]: every [N] below, of arguments and outputs, is then [B, T].
         weight: [V, H], dtype and device of hidden. A DTensor (FSDP2) is gathered once; its
             gradient comes back in its layout, averaged over the ranks as FSDP2 averages the
             body's. One in float32 also fits 16-bit hidden states. bias may be one too.
         tokens: [N] int64 in [0, V). One outside raises on a CPU; on a GPU, where raising would
             wait for the device, it makes every log-probability NaN.
+        mask: [N] bool or number, None: all rows. Rows where it is 0 are never projected, may hold
+            NaN and any token, and give 0 and no gradient. On a GPU it costs one synchronisation.
         bias: [V] or None.
         temperature: positive float or [N] tensor.
         softcap: positive float or None.
@@ -97,17 +103,25 @@ def linear_logprobs(
     if cache_bytes < 0:
         raise ValueError(f"cache_bytes must be at least 0, got {cache_bytes}")
     impl = checks.choose_impl(impl, head)
+    used, N = checks.row_tensor("mask", mask, head, mask=True), len(tokens)
+    active = slice(0, N) if used is None else used.nonzero().squeeze(1)
+    if used is not None:
+        head, tokens = head.select(active), tokens[active]
     if impl == "reference":
-        return LogprobOutput(*reference.linear_logprobs(head, tokens, entropy))
-    rows = max_rows(_geometry(head, None, None, impl), workspace_bytes)
-    needs, cached = needs_gradient(head), 0
-    if any(needs):
-        V, dtype = weight.shape[0], hidden.dtype
-        cached = logprobs.cached_rows(len(tokens), V, dtype, rows, cache_bytes)
-    call = LogprobCall(head, tokens, entropy, impl, rows, cached, needs)
-    return LogprobOutput(*operators.linear_logprobs(call))
+        outputs = RowOutputs(*reference.linear_logprobs(head, tokens, entropy))
+    else:
+        rows = max_rows(_geometry(head, None, None, impl), workspace_bytes)
+        needs, cached = needs_gradient(head), 0
+        if any(needs):
+            V, dtype = weight.shape[0], hidden.dtype
+            cached = logprobs.cached_rows(len(tokens), V, dtype, rows, cache_bytes)
+        call = LogprobCall(head, tokens, entropy, impl, rows, cached, needs)
+        outputs = RowOutputs(*operators.linear_logprobs(call))
+    outputs = outputs.spread(active, N)
+    return LogprobOutput(outputs.logprobs, outputs.entropy)
 
 
+@takes_batches
 def kdrl_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -140,14 +154,15 @@ def kdrl_loss(
         tokens: [N] int64, the sampled tokens. One outside [0, vocab_size) raises on a CPU; on a
             GPU it makes the loss NaN and is counted in metrics["bad_tokens"].
         advantages: [N] float; None with objective.policy "off".
-        token_weights: [N] float, None: 1. Rows of weight 0 are never projected, may hold NaN, and
-            give exactly zero gradient. Passing weights on a GPU costs one synchronisation.
+        token_weights: [N] float, integer or bool, None: 1. Rows of weight 0 are never projected,
+            may hold NaN, and give exactly zero gradient. Passing weights on a GPU costs one
+            synchronisation.
         old_logprobs: [N] float in nats, the policy's at sampling time; None: strictly on-policy
             (ratio 1).
         teacher: TeacherHead with N rows, for sampled or exact KD.
         teacher_logprobs: [N] float in nats, as a server returns them, for sampled KD without
             kd_baseline.
-        kd_weight: [N] float, schedule and mask of the KD term; None: 1.
+        kd_weight: [N] float, integer or bool, schedule and mask of the KD term; None: 1.
         normalizer: number or 0-d tensor, e.g. the token count of the step, divided by the ranks
             where gradients are averaged over them; None: sum(token_weights).
         vocab_size: number of columns that both models use; None: min(V, V_t).
@@ -189,7 +204,7 @@ def kdrl_loss(
         call,
         advantages=checks.row_tensor("advantages", advantages, student),
         old_logprobs=checks.row_tensor("old_logprobs", old_logprobs, student),
-        kd_weight=checks.row_tensor("kd_weight", kd_weight, student),
+        kd_weight=checks.row_tensor("kd_weight", kd_weight, student, mask=True),
     )
     solve = reference.loss if call.impl == "reference" else operators.kdrl_loss
     loss, outputs, counts = solve(call)
@@ -198,6 +213,7 @@ def kdrl_loss(
     return _output(loss, rows, used, row_metrics(objective, rows, used), counts)
 
 
+@takes_batches
 def linear_token_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -225,7 +241,8 @@ def linear_token_loss(
 
     Args:
         loss_fn: rows -> [C] losses, called once a chunk under autograd. rows.index [C] says which
-            of the N rows these are (advantages[rows.index]); rows.logprobs, rows.kl and
+            of the N rows these are (advantages[rows.index]; rows are b · T + t where hidden is
+            [B, T, H]: advantages.flatten()[rows.index]); rows.logprobs, rows.kl and
             rows.entropy carry the gradient; rows.teacher_logprobs does not. The loss of a row may
             depend on that row alone, since the chunk plan decides which rows come together.
             Gradients reach hidden, weight and bias, and no other tensor (impl "reference" is plain
@@ -301,7 +318,7 @@ def _loss_call(
         loss=loss,
         impl=impl,
         needs=needs_gradient(student),
-        weights=checks.row_tensor("token_weights", token_weights, student),
+        weights=checks.row_tensor("token_weights", token_weights, student, mask=True),
         normalizer=checks.normalizer_tensor(normalizer, student),
         teacher=teacher,
         teacher_logprobs=checks.row_tensor("teacher_logprobs", teacher_logprobs, student),

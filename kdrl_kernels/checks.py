@@ -58,14 +58,18 @@ def check_tokens(tokens: Tensor, head: Head) -> None:
     _check_rows("tokens", tokens, head)
 
 
-def row_tensor(name: str, value: Any, head: Head) -> Tensor | None:
-    """Return value as a detached, contiguous [N] tensor of the accumulation dtype, or None."""
+def row_tensor(name: str, value: Any, head: Head, *, mask: bool = False) -> Tensor | None:
+    """Return value as a detached, contiguous [N] tensor of the accumulation dtype, or None.
+
+    mask: True also takes booleans and integers.
+    """
     if value is None:
         return None
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor or None, got {type(value).__name__}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+    if not value.is_floating_point() and (not mask or value.is_complex()):
+        kinds = "floating point, integer or bool" if mask else "floating point"
+        raise TypeError(f"{name} must be {kinds}, got {value.dtype}")
     _check_rows(name, value, head)
     return value.detach().to(accumulator(head.hidden.dtype)).contiguous()
 
@@ -106,7 +110,7 @@ def bad_tokens(
         row = int(bad.nonzero()[0])
         raise ValueError(
             f"tokens must be in [0, {size_name}) with {size_name} = {vocab_size}, "
-            f"got {int(tokens[row])} in row {row}; give padding a token_weight of 0"
+            f"got {int(tokens[row])} in row {row}; give padding a token_weight or mask of 0"
         )
     return count
 
@@ -208,7 +212,7 @@ def check_teacher(teacher: Any, teacher_logprobs: Tensor | None, head: Head) -> 
             f"teacher.hidden must be float64 if and only if hidden is: hidden is "
             f"{head.hidden.dtype}, got {teacher.hidden.dtype}"
         )
-    if teacher.hidden.shape[0] != head.hidden.shape[0]:
+    if teacher.hidden.shape[:-1] != head.hidden.shape[:-1]:
         raise ValueError(
             f"teacher.hidden must have N = {head.hidden.shape[0]} rows, "
             f"got {list(teacher.hidden.shape)}"

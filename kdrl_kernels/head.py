@@ -53,9 +53,9 @@ class Head:
 class TeacherHead(Head):
     """Holds the teacher's final hidden states and head, for its log-probabilities or the exact KL.
 
-    Fields and errors are those of Head: hidden [N, H_t], weight [V_t, H_t], bias [V_t] or None,
-    temperature, softcap. H_t and V_t may differ from the student's. It is never trained: gradients
-    stop here.
+    Fields and errors are those of Head: hidden [N, H_t] ([B, T, H_t] beside a student's [B, T, H]),
+    weight [V_t, H_t], bias [V_t] or None, temperature, softcap. H_t and V_t may differ from the
+    student's. It is never trained: gradients stop here.
     """
 
     def __post_init__(self) -> None:
@@ -141,15 +141,7 @@ def check_head(head: Head, prefix: str) -> None:
             raise TypeError(f"{prefix}{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in FLOATS:
             raise TypeError(f"{prefix}{name} must be a floating-point tensor, got {tensor.dtype}")
-        if tensor.ndim != 2:
-            dims = "[N, H]" if name == "hidden" else "[V, H]"
-            raise ValueError(f"{prefix}{name} must be {dims}, got {list(tensor.shape)}")
-    if weight.shape[1] != hidden.shape[1]:
-        raise ValueError(
-            f"{prefix}weight must be [V, H] with H = {hidden.shape[1]}, got {list(weight.shape)}"
-        )
-    if weight.shape[0] == 0:
-        raise ValueError(f"{prefix}weight must have at least one row, got {list(weight.shape)}")
+    _check_shapes(hidden, weight, prefix)
     check_like(f"{prefix}weight", weight, f"{prefix}hidden", hidden)
     _check_whole(f"{prefix}weight", weight)
     if bias is not None:
@@ -163,6 +155,19 @@ def check_head(head: Head, prefix: str) -> None:
     _check_temperature(head.temperature, hidden, f"{prefix}temperature")
     if head.softcap is not None and not 0 < head.softcap < math.inf:
         raise ValueError(f"{prefix}softcap must be positive and finite or None, got {head.softcap}")
+
+
+def _check_shapes(hidden: Tensor, weight: Tensor, prefix: str) -> None:
+    if hidden.ndim not in (2, 3):
+        raise ValueError(f"{prefix}hidden must be [N, H] or [B, T, H], got {list(hidden.shape)}")
+    if weight.ndim != 2:
+        raise ValueError(f"{prefix}weight must be [V, H], got {list(weight.shape)}")
+    if weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{prefix}weight must be [V, H] with H = {hidden.shape[-1]}, got {list(weight.shape)}"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError(f"{prefix}weight must have at least one row, got {list(weight.shape)}")
 
 
 def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
@@ -193,9 +198,10 @@ def _check_temperature(temperature: float | Tensor, hidden: Tensor, name: str) -
         if not temperature > 0:
             raise ValueError(f"{name} must be positive, got {temperature}")
         return
-    if temperature.shape != hidden.shape[:1]:
+    if temperature.shape != hidden.shape[:-1]:
+        sizes = "[N] with N = {}" if hidden.ndim == 2 else "[B, T] with B = {} and T = {}"
         raise ValueError(
-            f"{name} must be a float or [N] with N = {hidden.shape[0]}, "
+            f"{name} must be a float or {sizes.format(*hidden.shape)}, "
             f"got {list(temperature.shape)}"
         )
     if not temperature.is_floating_point():

@@ -26,7 +26,8 @@ def _call(**changes: Any) -> kk.LossOutput:
 ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"hidden": [1.0]}, TypeError, "hidden must be a tensor, got list"),
     ({"hidden": torch.ones(4, 8, dtype=torch.int32)}, TypeError, "floating-point tensor, got torch.int32"),
-    ({"hidden": torch.ones(2, 4, 8)}, ValueError, r"hidden must be \[N, H\], got \[2, 4, 8\]"),
+    ({"hidden": torch.ones(8)}, ValueError, r"hidden must be \[N, H\] or \[B, T, H\], got \[8\]"),
+    ({"token_weights": torch.ones(4) * 1j}, TypeError, "token_weights must be floating point, integer or bool, got torch.complex64"),
     ({"weight": torch.ones(8)}, ValueError, r"weight must be \[V, H\], got \[8\]"),
     ({"weight": torch.ones(10, 9)}, ValueError, r"weight must be \[V, H\] with H = 8, got \[10, 9\]"),
     ({"weight": torch.ones(0, 8)}, ValueError, r"weight must have at least one row, got \[0, 8\]"),
