@@ -25,7 +25,7 @@ FLOORS = (
     ("method",),
     ("batch",),
     ("ranks",),
-    ("errors", "settings", "waiting"),
+    ("errors", "proxies", "settings", "waiting"),
 )
 """The rooms of kdrl_train, from the highest to the lowest; rooms of one floor do not meet."""
 

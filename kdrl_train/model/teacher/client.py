@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kdrl_train.config import ModelConfig, TeacherConfig
 from kdrl_train.errors import RunError
+from kdrl_train.proxies import is_loopback, proxy_note
 
 T = TypeVar("T")
 
@@ -94,10 +95,14 @@ class TeacherClient(ABC):
         self.url = url.rstrip("/").removesuffix("/v1")
         self.timeout_s = config.timeout_s
         connections = httpx2.Limits(max_connections=config.concurrency)
+        trust = not is_loopback(self.url)
         try:
-            self._http = httpx2.Client(base_url=self.url, limits=connections)
-        except httpx2.InvalidURL as error:
-            raise TeacherError(f"model.teacher must be a URL, got {url!r}: {error}") from error
+            self._http = httpx2.Client(base_url=self.url, limits=connections, trust_env=trust)
+        except (httpx2.InvalidURL, ValueError, ImportError) as error:  # the latter two: a proxy
+            note = proxy_note(self.url)
+            raise TeacherError(
+                f"model.teacher must be a URL, got {url!r}{note}: {error}"
+            ) from error
         try:
             self.info = self._info(config.name)
         except TeacherError:
@@ -155,22 +160,23 @@ class TeacherClient(ABC):
         try:
             response = self._http.request(method, path, json=body, timeout=timeout_s)
         except httpx2.TransportError as error:
-            raise NoReplyError(f"{type(error).__name__} ({error})") from error
+            raise NoReplyError(f"{type(error).__name__} ({error}){proxy_note(self.url)}") from error
         status, text = response.status_code, response.text[:500]
         if status in TRY_AGAIN:
             wait = response.headers.get("retry-after", "0")
-            raise NoReplyError(f"status {status} ({text})", float(wait) if wait.isdigit() else 0.0)
+            message = f"status {status} ({text}){proxy_note(self.url)}"
+            raise NoReplyError(message, float(wait) if wait.isdigit() else 0.0)
         if status != 200:
             raise TeacherError(
                 f"the teacher at {self.url} must reply to {method} {path} with {what}, got status "
-                f"{status}: {text}; see model.teacher and model.teacher_api"
+                f"{status}: {text}{proxy_note(self.url)}; see model.teacher and model.teacher_api"
             )
         try:
             return response.json()
         except ValueError as error:
             raise TeacherError(
                 f"the teacher at {self.url} must reply to {method} {path} with {what} in JSON, "
-                f"got {text!r}: see model.teacher and model.teacher_api"
+                f"got {text!r}{proxy_note(self.url)}: see model.teacher and model.teacher_api"
             ) from error
 
     @abstractmethod

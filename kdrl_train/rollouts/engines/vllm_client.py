@@ -10,6 +10,7 @@ from typing import Any
 import httpx2
 
 from kdrl_train.errors import EngineError
+from kdrl_train.proxies import is_loopback, proxy_note
 from kdrl_train.rollouts.engines.requests import CompletionReply, CompletionRequest
 from kdrl_train.waiting import POLL_S, Poll, retry_waits
 
@@ -28,6 +29,7 @@ class VllmClient:
     def __init__(self, url: str, timeout_s: float) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.timeout_s = timeout_s
+        self.trust_env = not is_loopback(self.url)
 
     def workers(self, method: str, *arguments: str) -> list[Any]:
         """Call a method of rollouts/vllm_worker.py on each worker, and return their results."""
@@ -41,8 +43,15 @@ class VllmClient:
     def send(self, verb: str, path: str, body: Any = None) -> Any:
         """Return the JSON of one reply."""
         try:
-            response = httpx2.request(verb, self.url + path, json=body, timeout=self.timeout_s)
-        except (httpx2.TransportError, httpx2.InvalidURL) as error:
+            response = httpx2.request(
+                verb,
+                self.url + path,
+                json=body,
+                timeout=self.timeout_s,
+                trust_env=self.trust_env,
+            )
+        # ValueError, ImportError: a proxy of the environment that httpx2 cannot use
+        except (httpx2.TransportError, httpx2.InvalidURL, ValueError, ImportError) as error:
             raise self._silence(path, error) from error
         return self._json(response, path)
 
@@ -63,7 +72,9 @@ class VllmClient:
     ) -> list[CompletionReply]:
         limits = httpx2.Limits(max_connections=concurrency)
         timeout = httpx2.Timeout(self.timeout_s, pool=None)
-        async with httpx2.AsyncClient(base_url=self.url, limits=limits, timeout=timeout) as http:
+        async with httpx2.AsyncClient(
+            base_url=self.url, limits=limits, timeout=timeout, trust_env=self.trust_env
+        ) as http:
             tasks = [asyncio.create_task(self._complete(http, model, r)) for r in requests]
             pending = set(tasks)
             try:
@@ -105,7 +116,7 @@ class VllmClient:
         if response.status_code != 200:
             raise EngineError(
                 f"the server at {self.url} must reply to {path}, got status "
-                f"{response.status_code}: {response.text[:500]}"
+                f"{response.status_code}: {response.text[:500]}{proxy_note(self.url)}"
             )
         try:
             return response.json()
@@ -115,12 +126,12 @@ class VllmClient:
     def _nonsense(self, path: str, reply: str) -> EngineError:
         return EngineError(
             f"the server at {self.url} must reply to {path} as vLLM 0.32 does, got "
-            f"{reply[:500]!r}: set engine.url to a vLLM server, without a proxy in between"
+            f"{reply[:500]!r}{proxy_note(self.url)}: set engine.url to a vLLM server"
         )
 
     def _silence(self, path: str, error: Exception) -> EngineError:
         return EngineError(
             f"the server at {self.url} must reply to {path} within engine.timeout_s = "
-            f"{self.timeout_s:g} s, got {type(error).__name__} ({error}): start it again, and "
-            "continue with --resume"
+            f"{self.timeout_s:g} s, got {type(error).__name__} ({error}){proxy_note(self.url)}: "
+            "start it again, and continue with --resume"
         )
