@@ -25,6 +25,7 @@ from kdrl_train.config_file import load_yaml, to_dict, update
 from kdrl_train.errors import RunError
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.presets import PRESETS
+from kdrl_train.output import guarded
 from kdrl_train.settings import explanations, is_settings, nearest
 
 T = TypeVar("T")
@@ -258,8 +259,16 @@ def run(command: str, argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 done, 1 refused with a message, 2 wrong usage."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    """Entry point; returns the exit code: 0 done, 1 refused with a message, 2 wrong usage.
+
+    A command whose output nobody can read any more, as in `plan | head`, goes on without it.
+    """
+    with guarded():
+        return _main(list(sys.argv[1:] if argv is None else argv))
+
+
+def _main(argv: list[str]) -> int:
+    """Run the command that the arguments name, as `main` says."""
     console = Console(stderr=True, highlight=False)
     if not argv or argv[0] in ("-h", "--help"):
         Console(highlight=False).print(usage())

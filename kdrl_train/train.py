@@ -22,6 +22,7 @@ from kdrl_train.method.histogram import length_counts
 from kdrl_train.method.metrics import reward_metrics
 from kdrl_train.model.load import use_device
 from kdrl_train.model.policy import Policy
+from kdrl_train.output import guarded
 from kdrl_train.ranks import connect
 from kdrl_train.runfolder.events import recorded
 from kdrl_train.runfolder.export import export
@@ -42,7 +43,8 @@ def main(
 ) -> Path:
     """Train; returns the run folder, with the final model in model/.
 
-    On SIGTERM or Ctrl-C the step at hand is dropped and those done are saved.
+    On SIGTERM, SIGHUP or Ctrl-C the step at hand is dropped and those done are saved. Where nobody
+    can read what is printed any more, the run goes on without it.
 
     Args:
         config: the whole run.
@@ -54,7 +56,7 @@ def main(
         that samples from another policy, both before the optimiser step; RankError where another
         rank failed.
     """
-    with connect(use_device(config.model)) as world, ExitStack() as stack:
+    with guarded(), connect(use_device(config.model)) as world, ExitStack() as stack:
         run, first = open_run(config, world, stack, console, policy_class)
         with recorded(run.log, config, world.size):
             if steps(run, first):
@@ -96,8 +98,10 @@ def steps(run: Run, first: int) -> bool:
 
 
 def stopped(run: Run, done: int) -> bool:
-    """Say that a signal stopped the run; returns False."""
-    run.log.event("stopped", f"stopped by a signal after {done} steps: --resume continues")
+    """Say which signal stopped the run; returns False."""
+    names = filter(None, run.world.share(lambda: run.interrupt.signal))  # of any rank
+    name = next((f" ({name})" for name in names), "")
+    run.log.event("stopped", f"stopped by a signal{name} after {done} steps: --resume continues")
     return False
 
 

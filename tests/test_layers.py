@@ -25,7 +25,7 @@ FLOORS = (
     ("method",),
     ("batch",),
     ("ranks",),
-    ("errors", "proxies", "settings", "waiting"),
+    ("errors", "output", "proxies", "settings", "waiting"),
 )
 """The rooms of kdrl_train, from the highest to the lowest; rooms of one floor do not meet."""
 

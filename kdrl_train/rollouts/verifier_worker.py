@@ -2,10 +2,12 @@
 
 import math
 import signal
+import sys
 import traceback
 from functools import lru_cache
 from typing import Literal, SupportsFloat
 
+from kdrl_train.output import guard
 from kdrl_train.rollouts.rewards import UnparseableError, load_answer, load_reward, warm_up
 
 ORPHAN_GRACE_S = 10.0
@@ -26,6 +28,7 @@ def start_worker(function: str) -> None:
     # A Python handler, such as pebble's, runs between two byte codes, so not while C code (gmpy2,
     # numpy) runs; the whole pool would wait for pebble's 3 seconds of grace before the kill.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.stdout, sys.stderr = map(guard, (sys.stdout, sys.stderr))  # a reward function may print
     warm_up(_reward(function))
 
 

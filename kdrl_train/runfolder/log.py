@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from kdrl_train.output import Guarded, guard, loss
 from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.events import Events
 from kdrl_train.runfolder.jsonl import Record
@@ -111,6 +112,8 @@ class RunLog:
         self.trackers = trackers
         self.steps = steps
         self.console = Console(highlight=False) if console is None else console
+        if not isinstance(self.console.file, Guarded):  # a file of the caller's
+            self.console.file = guard(self.console.file)
         self.metrics_path = folder / "metrics.jsonl"
         self.postponed_path = folder / "postponed.jsonl"
         self.steps_done = first_step
@@ -118,6 +121,7 @@ class RunLog:
         self.dropped_records = 0
         """How many records of metrics.jsonl were removed."""
         self._logged: set[int] = set()
+        self._console_lost = False
         if not writes:
             return
         (folder / "samples").mkdir(parents=True, exist_ok=True)
@@ -144,7 +148,7 @@ class RunLog:
         if self.trackers is not None:
             self.trackers.log(record)
         width = self.console.width if self.console.is_terminal else None
-        self.console.print(_line(record, self.steps, width), soft_wrap=True)
+        self._print(_line(record, self.steps, width))
 
     def postpone(self, record: Record) -> None:
         """Keep a step's record in postponed.jsonl, since its evaluation is still to come."""
@@ -161,7 +165,20 @@ class RunLog:
     def say(self, message: str) -> None:
         """Print one line on the console, and write nothing."""
         if self.writes:
-            self.console.print(Text(message), soft_wrap=True)
+            self._print(Text(message))
+
+    def _print(self, text: Text) -> None:
+        """Print on the console; where that fails the first time, note it in events.jsonl."""
+        lost = None
+        try:
+            self.console.print(text, soft_wrap=True)
+        except OSError as error:  # a full disk, say, behind `> log.txt`
+            lost = error
+        lost = lost or loss(self.console.file)
+        if lost is not None and not self._console_lost:
+            self._console_lost = True
+            message = f"the console cannot be written ({lost}): the run goes on without it"
+            self.events.add(self.steps_done, "console", message)
 
     def event(self, kind: str, message: str, *, say: bool = True, **more: Any) -> None:
         """Append an event to events.jsonl, and print its message if `say`; from any thread."""

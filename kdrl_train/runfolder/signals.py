@@ -1,4 +1,4 @@
-"""Remembers SIGTERM and Ctrl-C until the run is at a place where it can stop and lose nothing."""
+"""Remembers SIGTERM, SIGHUP and Ctrl-C until the run can stop and lose nothing."""
 
 import signal
 import threading
@@ -10,16 +10,26 @@ class Stopped(Exception):  # noqa: N818  an event, not an error
     """A signal asked the run to stop: the steps that are done count, the current one is dropped."""
 
 
-class Interrupt:
-    """Within its block SIGTERM and SIGINT only set `requested`; a second SIGINT interrupts at once.
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+)  # Windows has no SIGHUP
 
-    A scheduler sends SIGTERM some seconds before it kills. The loop looks between the tokens of a
-    rollout (`poll`) and between micro-batches, then stops and has a checkpoint written. In another
-    thread than the main one the signals keep their effect, as Python allows no handler there.
+
+class Interrupt:
+    """Within its block a signal only sets `requested`; a second SIGINT interrupts at once.
+
+    A scheduler sends SIGTERM some seconds before it kills, a terminal that closes sends SIGHUP. The
+    loop looks between the tokens of a rollout (`poll`) and between micro-batches, then stops and
+    has a checkpoint written. SIGHUP stays ignored where it was, as nohup has it. In another thread
+    than the main one the signals keep their effect, as Python allows no handler there.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self.signal: str | None = None
+        """Name of the first signal that came."""
+        self.starting = False
+        """Whether no step is done yet that could be saved: SIGINT then interrupts at once."""
         self._previous: dict[signal.Signals, Any] = {}
 
     def poll(self) -> None:
@@ -29,13 +39,16 @@ class Interrupt:
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         """Handle a signal."""
-        if self.requested and number == signal.SIGINT:
+        if number == signal.SIGINT and (self.requested or self.starting):
             raise KeyboardInterrupt
         self.requested = True
+        self.signal = self.signal or signal.Signals(number).name
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in SIGNALS:
+                if number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self._previous[number] = signal.signal(number, self._remember)
         return self
 

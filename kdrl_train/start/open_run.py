@@ -45,6 +45,7 @@ def open_run(
     require_offload_fits(config, world)
     verifier = stack.enter_context(Verifier(config.reward))
     interrupt = stack.enter_context(Interrupt())
+    interrupt.starting = True
     trackers = stack.enter_context(Trackers(config.log))
     newest = world.on_main(lambda: open_folder(config))
     torch.manual_seed(config.seed)
@@ -83,6 +84,7 @@ def open_run(
         saver=stack.enter_context(closing(Saver(config, world, log.say))),
         prefetch=prefetch,
     )
+    interrupt.starting = False
     return run, first
 
 

@@ -25,7 +25,7 @@ from kdrl_train.errors import EngineError, RewardError, RunError
 from kdrl_train.method.config import ScheduleConfig
 from kdrl_train.method.presets import PRESETS
 from kdrl_train.model.policy import Policy
-from kdrl_train.runfolder import checkpoint
+from kdrl_train.runfolder import checkpoint, jsonl
 from kdrl_train.runfolder.log import read_records
 from kdrl_train.step import update
 from kdrl_train.tools import replay
@@ -118,15 +118,17 @@ def test_sigterm_saves_and_ends_with_0(config: Config) -> None:
     assert time.monotonic() - requested < 10
     done = len(read_records(parts.out))
     assert 2 <= done < 6
-    assert f"stopped by a signal after {done} steps: --resume continues" in words
+    assert f"stopped by a signal (SIGTERM) after {done} steps: --resume continues" in words
     assert checkpoint.latest(parts.out / "checkpoints").step == done
     assert not (parts.out / "model").exists()
     assert without_times(run(replace(parts, resume=True))) == without_times(run(whole))
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
 def test_a_signal_in_the_middle_of_a_step_drops_the_step(
-    config: Config, monkeypatch: pytest.MonkeyPatch
+    config: Config, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
+    before = signal.getsignal(number)
     whole, parts = config("whole"), config("parts")
     expected = run(whole)
     backward, calls = Policy.forward, []
@@ -134,7 +136,7 @@ def test_a_signal_in_the_middle_of_a_step_drops_the_step(
     def stop_in_second_step(*arguments: Any) -> Any:
         calls.append(0)
         if len(calls) == 6:  # four or five micro-batches a step
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return backward(*arguments)
 
     with monkeypatch.context() as patch:
@@ -143,7 +145,9 @@ def test_a_signal_in_the_middle_of_a_step_drops_the_step(
     assert without_times(records) == without_times(expected[: len(records)])
     assert 0 < len(records) < 3
     assert checkpoint.latest(parts.out / "checkpoints").step == len(records)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    message = f"stopped by a signal ({number.name}) after {len(records)} steps: --resume continues"
+    assert jsonl.read(parts.out / "events.jsonl")[-1]["message"] == message
+    assert signal.getsignal(number) == before
     assert without_times(run(replace(parts, resume=True))) == without_times(expected)
 
 

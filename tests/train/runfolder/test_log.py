@@ -3,13 +3,19 @@
 import io
 import json
 import math
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from kdrl_train.output import guard
+from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.log import RunLog, Stages, read_records
+from tests.train.test_output import FullDisk, unread_pipe
 
 RECORD = {
     "reward": 0.5,
@@ -130,3 +136,33 @@ def test_a_stage_is_timed_even_if_it_fails() -> None:
     with pytest.raises(KeyError), stages("rollout"):
         raise KeyError
     assert stages.seconds["rollout"] > 0
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (unread_pipe, "[Errno 32] Broken pipe"),
+        (FullDisk, "[Errno 28] No space left on device"),
+    ],
+    ids=["pipe", "disk"],
+)
+def test_a_run_outlives_its_console(
+    tmp_path: Path, make: Callable[[], Any], error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its console is a file of the caller's, or stdout; the loss is one event."""
+    stream = make()
+    for name, console in (("file", Console(file=stream)), ("stdout", None)):
+        monkeypatch.setattr(sys, "stdout", guard(stream))
+        run = RunLog(tmp_path / name, 0, 10, console)
+        run.event("started", "steps 1 to 10")
+        run.step({"step": 0} | RECORD)
+        run.event("stopped", "after 1 step")
+        events = jsonl.read(tmp_path / name / "events.jsonl")
+        assert [event["event"] for event in events] == ["started", "console", "stopped"]
+        assert events[1]["message"] == (
+            f"the console cannot be written ({error}): the run goes on without it"
+        )
+        assert len(read_records(tmp_path / name)) == 1
+    if make is unread_pipe:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what it still holds
+        stream.close()

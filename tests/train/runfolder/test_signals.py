@@ -9,13 +9,13 @@ import pytest
 from kdrl_train.runfolder.signals import Interrupt, Stopped
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_remembered_until_it_is_polled(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with Interrupt() as interrupt:
         interrupt.poll()
         os.kill(os.getpid(), number)
-        assert interrupt.requested
+        assert (interrupt.requested, interrupt.signal) == (True, number.name)
         with pytest.raises(Stopped):
             interrupt.poll()
     assert signal.getsignal(number) is before
@@ -26,6 +26,23 @@ def test_a_second_ctrl_c_does_not_wait() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_does_not_wait_where_nothing_can_be_saved() -> None:
+    with Interrupt() as interrupt:
+        interrupt.starting = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.signal == "SIGTERM"
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not interrupt.requested
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_a_second_sigterm_changes_nothing() -> None:
