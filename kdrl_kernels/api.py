@@ -213,6 +213,7 @@ def kdrl_loss(
     return _output(loss, rows, used, row_metrics(objective, rows, used), counts)
 
 
+@torch.compiler.disable(reason="the loss of linear_token_loss is a Python function")
 @takes_batches
 def linear_token_loss(
     hidden: Tensor,
@@ -254,7 +255,8 @@ def linear_token_loss(
     Returns: LossOutput; metrics: tokens, gradient_rows, bad_tokens.
     Raises: as kdrl_loss; ValueError or TypeError where loss_fn does not return [C] losses that
         depend on the rows.
-    Memory: as kdrl_loss. torch.compile breaks the graph here, since loss_fn is Python.
+    Memory: as kdrl_loss. torch.compile breaks the graph once, at this call, and traces nothing in
+        it, since loss_fn is Python; with fullgraph=True that is an error.
     """
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}")

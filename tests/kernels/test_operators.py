@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
 import kdrl_kernels as kk
 from kdrl_kernels.operators import logprobs as logprobs_op
@@ -185,7 +186,8 @@ def _loss_caller(
     assert result.kl is not None
     assert result.entropy is not None
     per_row = torch.stack([result.logprobs, result.kl, result.entropy])
-    return result.loss.square() + (A * A).sum(), per_row
+    means = torch.stack([x.double() for x in kk.mean_metrics(result.metrics).values()])
+    return result.loss.square() + (A * A).sum(), torch.cat([per_row.flatten(), means])
 
 
 def _logprob_caller(
@@ -251,9 +253,11 @@ def test_compiled_caller_takes_any_number_of_rows(caller: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own
-def test_compiled_caller_of_a_token_loss_gets_the_right_numbers() -> None:
-    """No operator takes a Python function, so the graph breaks there."""
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_a_token_loss_breaks_the_graph_of_its_caller_once(impl: str) -> None:
+    """No operator takes a Python function: one graph comes before the call, and one after it."""
     torch.compiler.reset()
+    counters.clear()
 
     def caller(
         x: Tensor, A: Tensor, hidden: Tensor, weight: Tensor, tokens: Tensor, **others: Tensor
@@ -266,15 +270,22 @@ def test_compiled_caller_of_a_token_loss_gets_the_right_numbers() -> None:
             bias=others["bias"],
             token_weights=others["token_weights"],
             entropy=True,
+            impl=impl,
         )
-        return result.loss * 3, result.logprobs
+        return result.loss * 3, result.logprobs + 1
 
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(caller, backend=counter)
     for seed in range(2):
         inputs = _inputs(seed)
-        compiled = torch.compile(caller, backend="aot_eager")
-        torch.testing.assert_close(
-            _solve(compiled, inputs), _solve(caller, inputs), rtol=1e-12, atol=1e-12
-        )
+        expected = _solve(caller, inputs)
+        torch.testing.assert_close(_solve(compiled, inputs), expected, rtol=1e-12, atol=1e-12)
+        graphs = [graph for graph in counter.graphs if len(graph.graph.nodes) > 2]
+        assert len(graphs) == 2  # a graph that PyTorch drops, to trace its frame again, is empty
+    assert sum(counters["graph_break"].values()) == 1
+    whole = torch.compile(caller, backend="eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="the loss of linear_token_loss is a Python function"):
+        whole(**_inputs(0))
 
 
 @CALLERS
