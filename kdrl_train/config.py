@@ -95,7 +95,8 @@ class DataConfig:
     system_prompt: str | None = None
     """System message, used when a chat template is applied."""
     max_prompt_tokens: PositiveInt = 1024
-    """Longest prompt, in tokens. If one is longer, the run is refused before it starts."""
+    """Longest prompt, in tokens. Problems with a longer one are left out and counted; where these
+    are more than half, the run is refused before it starts."""
 
 
 @settings

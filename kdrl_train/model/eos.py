@@ -21,3 +21,20 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
             "got none: completions could never end"
         )
     return sorted(ends)
+
+
+def turn_end_id(tokenizer: Any) -> int | None:
+    """Return the special token with which the chat template ends an assistant's turn.
+
+    Returns: None where it ends one with plain text or nothing, or renders no assistant's turn.
+    """
+    answer = "an answer"
+    messages = [{"role": "user", "content": "0"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # a template is a program that can raise anything; not all take an answer
+        return None
+    before, _, tail = text.rpartition(answer)
+    ids = tokenizer(tail if before else "", add_special_tokens=False)["input_ids"]
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return next((i for i in ids if i in special), None)

@@ -5,13 +5,19 @@ import json
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig
+from kdrl_train.rollouts.rendering import PromptError, TooLongError, encode_text
+
+MOST_LEFT_OUT = 0.5
+"""Largest share of the problems that may be left out because their prompts are too long."""
 
 SUFFIXES = (".jsonl", ".parquet")
 _SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
@@ -76,40 +82,96 @@ def encode_prompt(tokenizer: Any, example: Example, config: DataConfig) -> list[
 
     With data.chat_template and a tokenizer that has a template, the prompt is the system message if
     data.system_prompt is set, the user message, and the header of the assistant's turn. Otherwise
-    it is the text with the special tokens that the tokenizer adds (BOS).
+    it is the special tokens that the tokenizer puts before a text (BOS), and the text.
 
     Args:
         tokenizer: a tokenizer of transformers.
-    Raises: ValueError for a prompt without tokens or with more than data.max_prompt_tokens (it
-        names the example and both numbers; no prompt is cut), and for a system prompt without a
-        chat template.
+    Raises: TooLongError for more than data.max_prompt_tokens, no prompt is cut; PromptError for one
+        without tokens, a chat template that fails, and a system prompt without a chat template.
     """
-    if config.chat_template and tokenizer.chat_template is not None:
-        messages = [{"role": "user", "content": example.prompt}]
-        if config.system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": config.system_prompt})
-        # return_dict: transformers 5 returns a dictionary by default, 4 did not
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    elif config.system_prompt is not None:
-        raise ValueError(
-            "data.system_prompt must be None where no chat template is applied, got "
-            f"{config.system_prompt!r}: write it into data.prompt_template, or use a tokenizer "
-            "with a chat template and data.chat_template=True"
-        )
-    else:
-        ids = tokenizer(example.prompt)["input_ids"]
+    ids = encode_text(tokenizer, example.prompt, config)
     if not ids:
-        raise ValueError(
+        raise PromptError(
             f"prompt {example.id} must have at least one token, got 0 of {example.prompt!r}: check "
             "the tokenizer and data.prompt_template"
         )
     if len(ids) > config.max_prompt_tokens:
-        raise ValueError(
+        raise TooLongError(
             f"prompt {example.id} must have at most data.max_prompt_tokens = "
             f"{config.max_prompt_tokens} tokens, got {len(ids)}: raise data.max_prompt_tokens or "
             "remove the record"
         )
-    return list(ids)
+    return ids
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptFacts:
+    """What is known of the prompts of a data set once each was encoded."""
+
+    count: int
+    """How many are short enough."""
+    shortest: int
+    """Tokens of the shortest of these."""
+    longest: int
+    """Tokens of the longest of these."""
+    too_long: list[int]
+    """Places of the problems whose prompts are longer than data.max_prompt_tokens."""
+    first_too_long: str | None
+    """The name of the first of them."""
+    last: Counter[int]
+    """Token id -> how many prompts end with it."""
+    started_twice: int
+    """How many prompts hold the start of sequence more than once."""
+
+    def kept(self, examples: list[Example]) -> list[Example]:
+        """Leave out of the data set's problems those that are too long."""
+        places = set(self.too_long)
+        return [example for i, example in enumerate(examples) if i not in places]
+
+    @property
+    def left_out(self) -> str | None:
+        """Say how many problems are left out; None: none are."""
+        if not self.too_long:
+            return None
+        return (
+            f"{len(self.too_long):,} of {self.count + len(self.too_long):,} problems are left out: "
+            "their prompts have more than max_prompt_tokens tokens; the first is "
+            f"{self.first_too_long}"
+        )
+
+
+def encode_all(tokenizer: Any, examples: list[Example], config: DataConfig) -> PromptFacts:
+    """Encode every problem once, to see which prompts are too long.
+
+    Raises: PromptError as encode_prompt, and where more than MOST_LEFT_OUT of them are too long.
+    """
+    lengths, too_long, last, started_twice = [], [], Counter[int](), 0
+    for place, example in enumerate(examples):
+        try:
+            ids = encode_prompt(tokenizer, example, config)
+        except TooLongError:
+            too_long.append(place)
+            continue
+        lengths.append(len(ids))
+        last[ids[-1]] += 1
+        started_twice += ids.count(tokenizer.bos_token_id) > 1
+    first = examples[too_long[0]].id if too_long else None
+    if len(too_long) > MOST_LEFT_OUT * len(examples):
+        raise PromptError(
+            f"data.max_prompt_tokens must leave at least {1 - MOST_LEFT_OUT:.0%} of the problems, "
+            f"got {config.max_prompt_tokens}, and {len(too_long):,} of {len(examples):,} with "
+            f"longer prompts, {first} first: raise it, or correct data.prompt_template or "
+            "data.prompt_column"
+        )
+    return PromptFacts(
+        count=len(lengths),
+        shortest=min(lengths),
+        longest=max(lengths),
+        too_long=too_long,
+        first_too_long=first,
+        last=last,
+        started_twice=started_twice,
+    )
 
 
 @lru_cache(maxsize=2)  # a step touches one epoch, or two where it crosses an end

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdrl_train.batch import Example
-from kdrl_train.config import TrainConfig
+from kdrl_train.config import DataConfig, TrainConfig
 from kdrl_train.model.load import load_policy, load_teacher, load_tokenizer
 from kdrl_train.model.policy import Policy, Teacher
 from kdrl_train.model.teacher.client import TeacherClient, connect
 from kdrl_train.ranks import ALONE, World
-from kdrl_train.rollouts.problems import load_examples
+from kdrl_train.rollouts.problems import PromptFacts, encode_all, load_examples
+from kdrl_train.rollouts.rendering import PromptError
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +22,12 @@ class Loaded:
     teacher_tokenizer: Any | None
     teacher: Teacher | None
     examples: list[Example]
+    """The problems to learn from, without those whose prompts are too long."""
+    prompts: PromptFacts
     held_out: list[Example]
-    """The problems of the evaluation during training; empty where it is off."""
+    """The problems of the evaluation during training, without those whose prompts are too long;
+    empty where it is off."""
+    held_out_prompts: PromptFacts | None
     server: TeacherClient | None = None
     """The connection to a teacher behind a URL; `teacher` is None then."""
 
@@ -37,12 +42,18 @@ def load(config: TrainConfig, world: World = ALONE, policy_class: type[Policy] =
 
     policy_class: Policy, or a subclass with another loss.
 
-    Raises: ValueError or OSError for what cannot be loaded; with several ranks a model that cannot
-        be loaded raises RankError.
+    Raises: ValueError or OSError for what cannot be loaded; with several ranks a model or problems
+        that cannot be loaded raise RankError.
     """
-    examples, held_out = load_examples(config.data), []
+    tokenizer = load_tokenizer(config.model.policy)
+    examples, prompts = read_problems(config.data, tokenizer, world)
+    held_out: list[Example] = []
+    held_out_prompts = None
     if config.eval.every and config.eval.data.path:
-        held_out = load_examples(config.eval.data)[: config.eval.max_problems]
+        most = config.eval.max_problems
+        held_out, held_out_prompts = read_problems(
+            config.eval.data, tokenizer, world, "eval.", most
+        )
     teacher = server = None
     if config.method.kd is not None and config.model.teacher_is_url:
         server = connect(config.model, config.teacher)
@@ -50,11 +61,40 @@ def load(config: TrainConfig, world: World = ALONE, policy_class: type[Policy] =
         teacher = load_teacher(config, world)
     policy = load_policy(config, server or teacher, world, policy_class)
     return Loaded(
-        tokenizer=load_tokenizer(config.model.policy),
+        tokenizer=tokenizer,
         policy=policy,
         teacher_tokenizer=None if teacher is None else load_tokenizer(str(config.model.teacher)),
         teacher=teacher,
         examples=examples,
+        prompts=prompts,
         held_out=held_out,
+        held_out_prompts=held_out_prompts,
         server=server,
     )
+
+
+def read_problems(
+    data: DataConfig,
+    tokenizer: Any,
+    world: World = ALONE,
+    section: str = "",
+    max_problems: int | None = None,
+) -> tuple[list[Example], PromptFacts]:
+    """Read a data set, and leave out the problems whose prompts are too long.
+
+    Args:
+        world: the ranks that call this together; rank 0 alone encodes the prompts.
+        section: where `data` stands in the settings, for messages: "eval." or nothing.
+        max_problems: how many to read; None: all.
+    Raises: ValueError or OSError as load_examples and encode_all do.
+    """
+    examples = load_examples(data)[:max_problems]
+
+    def encode() -> PromptFacts:
+        try:
+            return encode_all(tokenizer, examples, data)
+        except PromptError as error:
+            raise PromptError(f"in {section}data: {error}" if section else str(error)) from error
+
+    facts = world.on_main(encode)
+    return facts.kept(examples), facts

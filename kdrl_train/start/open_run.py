@@ -65,7 +65,7 @@ def open_run(
         trackers.start(to_dict(config), config.out, first)
     log = RunLog(config.out, first, config.steps, console, writes=world.main, trackers=trackers)
     for warning in warnings:
-        log.say(warning)
+        log.event("warning", warning)
     run = Run(
         config=config,
         world=world,

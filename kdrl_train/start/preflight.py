@@ -23,16 +23,21 @@ from kdrl_train.ranks import connect as connect_ranks
 from kdrl_train.rollouts.engines.vllm_client import VllmClient
 from kdrl_train.rollouts.engines.vllm_server import inspect
 from kdrl_train.rollouts.problems import encode_prompt
+from kdrl_train.rollouts.rendering import PromptError
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.start.load import Loaded, load
 from kdrl_train.start.memory import check_memory
-from kdrl_train.start.prompts import check_eos, check_prompts, check_tokenizers
+from kdrl_train.start.prompts import (
+    PROBE_PROMPTS,
+    check_eos,
+    check_first_prompt,
+    check_prompts,
+    check_tokenizers,
+)
 from kdrl_train.start.teacher_server import check_same_tokens, check_scores, check_server
 
 GOLD_AT_START = 64
 """How many gold answers `train` checks before step 0; `check` checks all of them."""
-PROBE_PROMPTS = 4
-"""How many prompts the teacher probe reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +69,14 @@ def preflight(
     policy, teacher, server = loaded.policy, loaded.teacher, loaded.server
     checks: dict[str, Callable[[], str]] = {
         "prompts": lambda: check_prompts(config, loaded),
+        "first prompt": lambda: check_first_prompt(config, loaded),
         "gold answers": lambda: check_gold(config, loaded.examples[:gold], verifier),
-        "end of sequence": lambda: check_eos(loaded, config.method.kd_eos),
+        "end of sequence": lambda: check_eos(config, loaded),
         "policy head": lambda: _probed(policy, "model.policy", packed),
     }
     if teacher is not None:
         checks |= {
-            "tokenizers": lambda: check_tokenizers(loaded.tokenizer, loaded.teacher_tokenizer),
+            "tokenizers": lambda: check_tokenizers(config, loaded),
             "teacher head": lambda: _probed(teacher, "model.teacher", packed),
             "teacher probe": lambda: check_teacher_reads(config, loaded),
         }
@@ -260,7 +266,8 @@ def main(config: TrainConfig) -> int:
         try:
             loaded = load(config, world)
         except (ValueError, OSError, RankError) as error:
-            name = "teacher server" if isinstance(error, TeacherError) else "loading"
+            names = {TeacherError: "teacher server", PromptError: "prompts"}
+            name = next((n for kind, n in names.items() if isinstance(error, kind)), "loading")
             results = [CheckResult(name, passed=False, detail=str(error))]
         else:
             with Verifier(config.reward) as verifier, closing(loaded):

@@ -1,40 +1,147 @@
 """Checks of the prompts before the first step: how they are written, their lengths, their ends."""
 
+import re
 from typing import Any
 
-from kdrl_train.config import TrainConfig
-from kdrl_train.model.eos import eos_ids
+from kdrl_train.batch import Example
+from kdrl_train.config import DataConfig, TrainConfig
+from kdrl_train.model.eos import eos_ids, turn_end_id
 from kdrl_train.model.policy import HeadedModel
-from kdrl_train.rollouts.problems import encode_prompt
+from kdrl_train.rollouts.problems import PromptFacts, encode_prompt
+from kdrl_train.rollouts.rendering import (
+    PromptError,
+    chat_text,
+    encode_text,
+    plain_parts,
+    templated,
+)
 from kdrl_train.start.load import Loaded
 
 
 def check_prompts(config: TrainConfig, loaded: Loaded) -> str:
-    """Check that no prompt is longer than max_prompt_tokens, and that each fits a model's window
-    together with its completion: training prompts both models', held-out ones the policy's.
+    """Check that each prompt fits a model's window together with its completion: training prompts
+    both models', held-out ones the policy's.
 
-    Raises: ValueError for a prompt that is too long, or a window that is too short.
+    Raises: ValueError for a window that is too short; UserWarning where problems are left out.
     """
-    lengths = [len(encode_prompt(loaded.tokenizer, e, config.data)) for e in loaded.examples]
-    try:
-        held_out = [
-            len(encode_prompt(loaded.tokenizer, e, config.eval.data)) for e in loaded.held_out
-        ]
-    except ValueError as error:
-        raise ValueError(f"in eval.data: {error}") from error
-    needed = max(lengths) + config.sampling.max_new_tokens
-    _check_window("model.policy", _window(loaded.policy), max(lengths + held_out), config)
+    facts, held_out = loaded.prompts, loaded.held_out_prompts
+    longest = max(facts.longest, 0 if held_out is None else held_out.longest)
+    _check_window("model.policy", _window(loaded.policy), longest, config)
     if loaded.teacher is not None:
-        _check_window("model.teacher", _window(loaded.teacher), max(lengths), config)
+        _check_window("model.teacher", _window(loaded.teacher), facts.longest, config)
     if loaded.server is not None:
-        _check_window("model.teacher", loaded.server.info.window, max(lengths), config)
-    extra = f"{len(held_out):,} held out of at most {max(held_out)}, " if held_out else ""
-    template = config.data.chat_template and loaded.tokenizer.chat_template is not None
-    return (
-        f"{len(lengths):,} problems, {min(lengths)} to {max(lengths)} tokens, {extra}"
-        f"{'with the chat template' if template else 'without a chat template'}; at most {needed} "
-        "tokens with the completion"
+        _check_window("model.teacher", loaded.server.info.window, facts.longest, config)
+    extra = ""
+    if held_out is not None:
+        extra = f"{held_out.count:,} held out of at most {held_out.longest}, "
+    detail = (
+        f"{facts.count:,} problems, {facts.shortest} to {facts.longest} tokens, {extra}"
+        f"{'with the' if templated(loaded.tokenizer, config.data) else 'without a'} chat template; "
+        f"at most {facts.longest + config.sampling.max_new_tokens} tokens with the completion"
     )
+    doubts = [facts.left_out] if facts.left_out else []
+    if held_out is not None and held_out.left_out:
+        doubts.append(f"in eval.data {held_out.left_out}")
+    return _with_doubts(detail, doubts)
+
+
+def check_first_prompt(config: TrainConfig, loaded: Loaded) -> str:
+    """Show the first prompt with its special tokens.
+
+    Raises: UserWarning where prompts are written in a way that few runs intend.
+    """
+    tokenizer, example, data = loaded.tokenizer, loaded.examples[0], config.data
+    ids = encode_prompt(tokenizer, example, data)
+    doubts = [*_typed_escapes("data", data), *_doubtful_ends(loaded, loaded.prompts)]
+    detail = shown(tokenizer.decode(ids))
+    if templated(tokenizer, data):
+        doubts += _lost_text(tokenizer, example, data)
+        if "<think>" in tokenizer.decode(ids[-8:]):
+            note = "the chat template has written <think>: a completion does not begin with it"
+            detail += f"; {note}"
+            if config.reward.function not in ("math", "exact"):
+                doubts.append(f"{note}, and {config.reward.function} must not expect it")
+    else:
+        behind = plain_parts(tokenizer, example.prompt)[2]
+        if behind:
+            names = tokenizer.convert_ids_to_tokens(behind)
+            detail += f"; {names}, which the tokenizer puts behind a text, are left out"
+    if loaded.held_out_prompts is not None:
+        doubts += _typed_escapes("eval.data", config.eval.data)
+        doubts += [f"in eval.data {d}" for d in _doubtful_ends(loaded, loaded.held_out_prompts)]
+        other = [name for name in WRITTEN if getattr(data, name) != getattr(config.eval.data, name)]
+        if other:
+            doubts.append(
+                "held-out problems are written otherwise: eval.data and data differ in "
+                + ", ".join(other)
+            )
+    return _with_doubts(detail, doubts)
+
+
+PROBE_PROMPTS = 4
+"""How many prompts are compared, and how many the teacher's probe reads."""
+WRITTEN = ("prompt_template", "chat_template", "system_prompt")
+"""Settings of data and of eval.data that say how a prompt is written."""
+_LATEX = "abla|e|eq|eg|u|ot|otin|i|leq|geq|mid|exists|parallel|cong|sim|subseteq|earrow|ewline"
+_ESCAPE = re.compile(rf"(?<!\\)\\(?:[nrt](?![a-z])|n(?!(?:{_LATEX})(?![a-z])))")
+"""A backslash and n, r or t that begin no command of LaTeX, such as \\nabla or \\times."""
+
+
+def _typed_escapes(section: str, data: DataConfig) -> list[str]:
+    """Name the settings that hold a backslash and an n, which no shell turns into a line break."""
+    return [
+        f"{section}.{name} holds a backslash and {match.group()[1]!r}, which are no line break or "
+        "tab: quote it as $'...' in the shell, or in double quotes in YAML"
+        for name in ("prompt_template", "system_prompt")
+        if (match := _ESCAPE.search(getattr(data, name) or ""))
+    ]
+
+
+def _doubtful_ends(loaded: Loaded, facts: PromptFacts) -> list[str]:
+    """Say which prompts end with an end of sequence, or start twice."""
+    tokenizer, doubts = loaded.tokenizer, []
+    ends = set(eos_ids(loaded.policy.model, tokenizer))
+    closing = {token: facts.last[token] for token in sorted(ends) if facts.last[token]}
+    if closing:
+        names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(list(closing))))
+        doubts.append(
+            f"{sum(closing.values()):,} of {facts.count:,} prompts end with {names}, an end of "
+            "sequence: nothing is to follow it; let the chat template open the assistant's turn "
+            "(add_generation_prompt), or take it out of data.prompt_template"
+        )
+    if facts.started_twice and tokenizer.bos_token_id not in ends:
+        doubts.append(
+            f"{facts.started_twice:,} of {facts.count:,} prompts hold the start of sequence "
+            f"{tokenizer.bos_token!r} more than once: take it out of data.prompt_template or of "
+            "the problems"
+        )
+    return doubts
+
+
+def _lost_text(tokenizer: Any, example: Example, data: DataConfig) -> list[str]:
+    """Name what the chat template leaves out of a prompt."""
+    text = chat_text(tokenizer, example.prompt, data)
+    texts = {"the problem": example.prompt, "data.system_prompt": data.system_prompt}
+    return [
+        f"the chat template leaves out or changes {name}: correct chat_template of the tokenizer, "
+        "or write all into data.prompt_template and set data.chat_template to false"
+        for name, written in texts.items()
+        if written is not None and written.strip() not in text
+    ]
+
+
+def shown(text: str, width: int = 600) -> str:
+    """Write a text on one line, without its middle where it is longer than `width`."""
+    if len(text) > width:
+        text = f"{text[: width // 2]} [...] {text[-width // 2 :]}"
+    return repr(text)
+
+
+def _with_doubts(detail: str, doubts: list[str]) -> str:
+    """Return the detail of a check; raise it as a UserWarning where there are doubts."""
+    if doubts:
+        raise UserWarning("; ".join([*doubts, detail]))
+    return detail
 
 
 def _window(model: HeadedModel) -> int | None:
@@ -48,18 +155,20 @@ def _check_window(name: str, window: int | None, longest: int, config: TrainConf
         raise ValueError(
             f"{name} must hold the longest prompt and completion, got a window of {window} "
             f"tokens for {longest} + {config.sampling.max_new_tokens}: lower "
-            "sampling.max_new_tokens or choose another model"
+            "sampling.max_new_tokens, or data.max_prompt_tokens, which leaves longer prompts out, "
+            "or choose another model"
         )
 
 
-def check_eos(loaded: Loaded, kd_eos: str = "keep") -> str:
+def check_eos(config: TrainConfig, loaded: Loaded) -> str:
     """Check that tokenizer, policy and teacher end a sequence with the same tokens.
 
-    Args:
-        kd_eos: "mask" lets the teacher end with other tokens: then no end is distilled.
+    With method.kd_eos "mask" the teacher may end with other tokens: then no end is distilled.
+
     Raises: ValueError if the policy does not know the tokenizer's end-of-sequence token, so that
         completions would run on, or one of the teacher's, so that the teacher would teach an end
-        at which sampling does not stop.
+        at which sampling does not stop; UserWarning if it does not know the one with which the
+        chat template ends a turn.
     """
     model, tokenizer = loaded.policy.model, loaded.tokenizer
     ids = eos_ids(model, tokenizer)
@@ -77,7 +186,7 @@ def check_eos(loaded: Loaded, kd_eos: str = "keep") -> str:
     if loaded.teacher is not None:
         teacher_ids = eos_ids(loaded.teacher.model, loaded.teacher_tokenizer)
     extra = sorted(set(teacher_ids or []) - set(ids))
-    if extra and kd_eos == "keep":
+    if extra and config.method.kd_eos == "keep":
         raise ValueError(
             f"the teacher must end sequences as the policy does, got {extra} "
             f"({tokenizer.convert_ids_to_tokens(extra)}) beside the policy's {ids}: put them "
@@ -87,16 +196,28 @@ def check_eos(loaded: Loaded, kd_eos: str = "keep") -> str:
         note = f"; the teacher also ends with {extra}, so ends are not distilled"
     if teacher_ids is None:
         note = "; the teacher's are not known: its server does not say"
-    return f"{ids} {tokenizer.convert_ids_to_tokens(ids)}{note}"
+    detail, doubts = f"{ids} {tokenizer.convert_ids_to_tokens(ids)}{note}", []
+    turn_end = turn_end_id(tokenizer) if templated(tokenizer, config.data) else None
+    if turn_end is not None and turn_end not in ids:
+        doubts.append(
+            f"the chat template ends the assistant's turn with {turn_end} "
+            f"({tokenizer.convert_ids_to_tokens(turn_end)!r}), which does not end a completion: "
+            "put it into eos_token_id of the policy's generation_config.json, or set "
+            "data.chat_template to false"
+        )
+    return _with_doubts(detail, doubts)
 
 
-def check_tokenizers(policy: Any, teacher: Any) -> str:
-    """Check that the two vocabularies are the same map from token to id.
+def check_tokenizers(config: TrainConfig, loaded: Loaded) -> str:
+    """Check that the two vocabularies are the same map from token to id, and that both tokenizers
+    render the first prompts alike.
 
-    Raises: ValueError naming the token with the lowest id that differs.
+    Raises: ValueError naming the token with the lowest id that differs; UserWarning with both
+        renderings of a prompt where they differ: the teacher scores the policy's.
     """
-    policy_tokens = {i: token for token, i in policy.get_vocab().items()}
-    teacher_tokens = {i: token for token, i in teacher.get_vocab().items()}
+    assert loaded.teacher_tokenizer is not None
+    policy_tokens = {i: token for token, i in loaded.tokenizer.get_vocab().items()}
+    teacher_tokens = {i: token for token, i in loaded.teacher_tokenizer.get_vocab().items()}
     for i in sorted(policy_tokens.keys() | teacher_tokens.keys()):
         if policy_tokens.get(i) != teacher_tokens.get(i):
             raise ValueError(
@@ -104,4 +225,28 @@ def check_tokenizers(policy: Any, teacher: Any) -> str:
                 f"{policy_tokens.get(i)!r} for the policy and {teacher_tokens.get(i)!r} for the "
                 "teacher; choose two models of one family, or do without a teacher: --preset grpo"
             )
-    return f"the same {len(policy_tokens):,} tokens"
+    doubt = _teacher_rendering(config, loaded)
+    return _with_doubts(f"the same {len(policy_tokens):,} tokens", [doubt] if doubt else [])
+
+
+def _teacher_rendering(config: TrainConfig, loaded: Loaded) -> str | None:
+    """Say how the teacher's tokenizer renders a prompt where that is not the policy's rendering."""
+    tokenizer = loaded.tokenizer
+    for example in loaded.examples[:PROBE_PROMPTS]:
+        ids = encode_prompt(tokenizer, example, config.data)
+        try:
+            teacher_ids = encode_text(loaded.teacher_tokenizer, example.prompt, config.data)
+        except PromptError as error:
+            return f"the teacher's tokenizer renders no prompt: {error}"
+        if ids != teacher_ids:
+            texts = [tokenizer.decode(one) for one in (ids, teacher_ids)]
+            if texts[0] == texts[1]:
+                texts = [
+                    " ".join(tokenizer.convert_ids_to_tokens(one)) for one in (ids, teacher_ids)
+                ]
+            return (
+                f"the teacher's tokenizer renders a prompt as {shown(texts[1])}, the policy's as "
+                f"{shown(texts[0])}: the teacher scores the policy's; if it learnt from its own, "
+                "give the policy the teacher's chat_template"
+            )
+    return None

@@ -25,6 +25,7 @@ from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig
 from kdrl_train.config_file import save_yaml
 from kdrl_train.rollouts.problems import data_records, encode_prompt, example_of, text_of
+from kdrl_train.rollouts.rendering import TooLongError
 from kdrl_train.runfolder import jsonl
 from kdrl_train.settings import (
     NaturalFloat,
@@ -132,12 +133,18 @@ def encode_examples(
 ) -> list[SolvedExample]:
     """Encodes every problem and solution; `train` encodes the prompts in the same way.
 
-    Raises: ValueError that names an example longer than `longest`, the model's positions.
+    Those with a prompt of more than data.max_prompt_tokens are left out.
+
+    Raises: ValueError that names an example longer than `longest`, the model's positions, and where
+        no example is left.
     """
     encoded = []
     for example, solution in solutions:
+        try:
+            prompt = encode_prompt(tokenizer, example, config.data)
+        except TooLongError:
+            continue
         ids = tokenizer(solution, add_special_tokens=False)["input_ids"]
-        prompt = encode_prompt(tokenizer, example, config.data)
         solved = SolvedExample(prompt, [*ids, tokenizer.eos_token_id])
         if len(solved) > longest:
             raise ValueError(
@@ -145,6 +152,11 @@ def encode_examples(
                 f"{example.id}, got {longest}: raise it, or leave that problem out"
             )
         encoded.append(solved)
+    if not encoded:
+        raise ValueError(
+            "data.max_prompt_tokens must leave at least one example, got "
+            f"{config.data.max_prompt_tokens}, and {len(solutions):,} longer prompts: raise it"
+        )
     return encoded
 
 
@@ -329,6 +341,11 @@ def main(config: SftConfig, console: Console | None = None) -> Path:
         ).to(device)
     longest = model.config.get_text_config().max_position_embeddings
     examples = encode_examples(tokenizer, solutions, config, longest)
+    if len(examples) < len(solutions):
+        console.print(
+            f"{len(solutions) - len(examples):,} of {len(solutions):,} examples are left out: "
+            f"their prompts have more than {config.data.max_prompt_tokens} tokens"
+        )
     parameters = sum(p.numel() for p in model.parameters())
     console.print(
         f"{config.out}: {parameters:,} parameters, vocabulary {len(tokenizer)}, "

@@ -310,6 +310,22 @@ def test_held_out_problems_are_measured_at_their_steps(
         assert {k: v for k, v in row.items() if not k.startswith("eval_")} == plain
 
 
+def test_over_long_prompts_are_left_out_of_a_run(config: Callable[..., TrainConfig]) -> None:
+    settings = config(steps=3)
+    lines = Path(settings.data.path).read_text(encoding="utf-8").splitlines()
+    path = settings.out.with_name("long.jsonl")
+    long = json.dumps({"question": "1+1+1=", "answer": "3"})  # 6 tokens, all others have 4
+    path.write_text("\n".join([long, *lines, long]), encoding="utf-8")
+    data = replace(settings.data, path=str(path), max_prompt_tokens=5)
+    run(replace(settings, data=data))
+    samples = [jsonl.read(file) for file in sorted((settings.out / "samples").iterdir())]
+    ids = {sample["id"] for step in samples for sample in step}
+    assert len(ids) == 12  # 3 steps of 4 prompts, each once: those left out have no turn
+    assert not ids & {"long.jsonl:1", "long.jsonl:22"}
+    (warning,) = [e for e in jsonl.read(settings.out / "events.jsonl") if e["event"] == "warning"]
+    assert warning["message"].startswith("prompts: 2 of 22 problems are left out")
+
+
 def test_preflight_stops_a_run_before_its_folder_exists(
     config: Callable[..., TrainConfig],
 ) -> None:

@@ -14,7 +14,14 @@ from transformers import PreTrainedTokenizerFast
 
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig
-from kdrl_train.rollouts.problems import encode_prompt, gold_answer, load_examples, step_indices
+from kdrl_train.rollouts.problems import (
+    encode_all,
+    encode_prompt,
+    gold_answer,
+    load_examples,
+    step_indices,
+)
+from kdrl_train.rollouts.rendering import PromptError
 
 RECORDS = [
     {"question": "What is 1 + 1?", "answer": "1 + 1 = <<1+1=2>>2\n#### 2"},
@@ -261,6 +268,25 @@ def test_a_prompt_that_is_too_long_is_named(tokenizer: PreTrainedTokenizerFast) 
     expected = r"prompt set\.jsonl:7 must .* data\.max_prompt_tokens = 3 tokens, got 4: raise data"
     with pytest.raises(ValueError, match=expected):
         encode_prompt(tokenizer, EXAMPLE, DataConfig(max_prompt_tokens=3))
+
+
+def test_all_prompts_are_encoded_to_see_which_are_too_long(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    texts = ["what is", "1", "what is 1 1", "is <s> 1"]  # 3, 2, 5 and 4 tokens with <s>
+    examples = [Example(f"set.jsonl:{i}", text, "1") for i, text in enumerate(texts)]
+    facts = encode_all(tokenizer, examples, DataConfig(max_prompt_tokens=4))
+    assert (facts.count, facts.shortest, facts.longest, facts.too_long) == (3, 2, 4, [2])
+    assert (facts.last, facts.started_twice) == (Counter({4: 2, 3: 1}), 1)
+    assert facts.kept(examples) == [examples[0], examples[1], examples[3]]
+    assert facts.left_out.startswith("1 of 4 problems are left out: ")
+    assert facts.left_out.endswith("; the first is set.jsonl:2")
+    assert encode_all(tokenizer, examples, DataConfig()).left_out is None
+    half = encode_all(tokenizer, examples, DataConfig(max_prompt_tokens=3))
+    assert half.too_long == [2, 3]
+    expected = r"at least 50% of the problems, got 2, and 3 of 4 with longer prompts, set\.jsonl:0"
+    with pytest.raises(PromptError, match=expected):
+        encode_all(tokenizer, examples, DataConfig(max_prompt_tokens=2))
 
 
 def test_a_prompt_of_no_tokens_is_named(tokenizer: PreTrainedTokenizerFast) -> None:

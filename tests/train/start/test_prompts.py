@@ -1,12 +1,16 @@
 """Prompts before the first step: what they hold, whether they fit, and what ends a completion."""
 
 import copy
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kdrl_train.config import (
     DataConfig,
@@ -17,7 +21,8 @@ from kdrl_train.config import (
     TrainConfig,
 )
 from kdrl_train.model.policy import Policy
-from kdrl_train.start import prompts
+from kdrl_train.rollouts.rendering import PromptError
+from kdrl_train.start import preflight, prompts
 from kdrl_train.start.load import Loaded, load
 
 
@@ -38,59 +43,262 @@ def loaded(config: TrainConfig) -> Loaded:
     return load(config)
 
 
-def test_another_vocabulary_is_named_by_its_first_token(tokenizer: Any) -> None:
+def warning(check: Callable[..., str], config: TrainConfig, loaded: Loaded) -> str:
+    with pytest.raises(UserWarning) as caught:
+        check(config, loaded)
+    return str(caught.value)
+
+
+def with_template(tokenizer: Any, template: str | None) -> Any:
     other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    return other
+
+
+def test_another_vocabulary_is_named_by_its_first_token(
+    config: TrainConfig, loaded: Loaded
+) -> None:
+    other = copy.deepcopy(loaded.tokenizer)
     other.add_tokens(["<extra>"])
     with pytest.raises(ValueError, match=r"token 258 is None for the policy and '<extra>' for the"):
-        prompts.check_tokenizers(tokenizer, other)
-    assert prompts.check_tokenizers(tokenizer, copy.deepcopy(tokenizer)) == "the same 258 tokens"
+        prompts.check_tokenizers(config, replace(loaded, teacher_tokenizer=other))
+    assert prompts.check_tokenizers(config, loaded) == "the same 258 tokens"
 
 
-def test_ends_of_sequence_must_agree(loaded: Loaded, tiny: Callable[..., Any]) -> None:
-    assert prompts.check_eos(loaded) == "[0] ['<|endoftext|>']"
+def test_another_template_of_the_teacher_is_shown(config: TrainConfig, loaded: Loaded) -> None:
+    asks = "Q{{ messages[0]['content'] }}A"
+    policy = with_template(loaded.tokenizer, asks)
+    same = replace(loaded, tokenizer=policy, teacher_tokenizer=with_template(policy, asks))
+    assert prompts.check_tokenizers(config, same) == "the same 258 tokens"
+    other = replace(same, teacher_tokenizer=with_template(policy, asks.replace("Q", "U")))
+    doubt = warning(prompts.check_tokenizers, config, other)
+    assert "renders a prompt as 'U0+0=A', the policy's as 'Q0+0=A': the teacher scores" in doubt
+    without = replace(same, teacher_tokenizer=with_template(policy, None))
+    assert "as '0+0=', the policy's as 'Q0+0=A'" in warning(
+        prompts.check_tokenizers, config, without
+    )
+    plain = replace(config, data=replace(config.data, chat_template=False))
+    assert prompts.check_tokenizers(plain, other) == "the same 258 tokens"
+    fails = replace(same, teacher_tokenizer=with_template(policy, "{{ raise_exception('no') }}"))
+    assert "renders no prompt: the chat template must" in warning(
+        prompts.check_tokenizers, config, fails
+    )
+
+
+def test_other_tokens_of_the_same_text_are_shown(config: TrainConfig, loaded: Loaded) -> None:
+    """The vocabularies are equal; the teacher's tokenizer writes a space before a text."""
+    other = copy.deepcopy(loaded.tokenizer)
+    space = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    other.backend_tokenizer.pre_tokenizer = space
+    doubt = warning(prompts.check_tokenizers, config, replace(loaded, teacher_tokenizer=other))
+    assert "renders a prompt as ' 0+0=', the policy's as '0+0='" in doubt
+    unmerged = json.loads(loaded.tokenizer.backend_tokenizer.to_str())
+    unmerged["pre_tokenizer"] = None
+    unmerged["model"]["vocab"]["0+"] = 258
+    merged = copy.deepcopy(unmerged)
+    merged["model"]["merges"] = [["0", "+"]]
+    policy, teacher = (
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(one)))
+        for one in (unmerged, merged)
+    )
+    merges = replace(loaded, tokenizer=policy, teacher_tokenizer=teacher)
+    doubt = warning(prompts.check_tokenizers, config, merges)
+    assert "renders a prompt as '0+ 0 =', the policy's as '0 + 0 ='" in doubt
+
+
+def test_ends_of_sequence_must_agree(
+    config: TrainConfig, loaded: Loaded, tiny: Callable[..., Any]
+) -> None:
+    assert prompts.check_eos(config, loaded) == "[0] ['<|endoftext|>']"
     loaded.teacher.model.generation_config.eos_token_id = [0, 7]
     with pytest.raises(ValueError, match=r"the teacher must end sequences .* got \[7\]"):
-        prompts.check_eos(loaded)
+        prompts.check_eos(config, loaded)
+    mask = replace(config, method=replace(config.method, kd_eos="mask"))
     masked = "[0] ['<|endoftext|>']; the teacher also ends with [7], so ends are not distilled"
-    assert prompts.check_eos(loaded, "mask") == masked
+    assert prompts.check_eos(mask, loaded) == masked
     loaded.policy.model.generation_config.eos_token_id = [0, 7]
-    assert prompts.check_eos(loaded).startswith("[0, 7]")
+    assert prompts.check_eos(config, loaded).startswith("[0, 7]")
     model = tiny("llama")
     model.generation_config.eos_token_id = 9
     alone = replace(loaded, teacher=None, policy=Policy(model, TrainConfig().method))
     with pytest.raises(
         ValueError, match=r"got 0 \('<\|endoftext\|>'\) from its tokenizer and \[9\]"
     ):
-        prompts.check_eos(alone)
+        prompts.check_eos(config, alone)
+
+
+TURNS = (
+    "{% for m in messages %}{{ m['role'] + ':' + m['content'] + END }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("end", "doubtful"),
+    [
+        ("'<|im_end|>\\n'", True),
+        ("' <|im_end|>\\n<|endoftext|>'", True),  # the model writes the first one first
+        ("'<|endoftext|>'", False),
+        ("'\\n'", False),  # no token that could end a completion
+        ("'<|im_end|>' if loop.last and m.role == 'user' else '<|endoftext|>'", False),
+    ],
+)
+def test_the_end_of_a_turn_must_end_a_completion(
+    config: TrainConfig, loaded: Loaded, end: str, doubtful: bool
+) -> None:
+    tokenizer = with_template(loaded.tokenizer, TURNS.replace("END", f"({end})"))
+    tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
+    base = replace(loaded, tokenizer=tokenizer, teacher=None)
+    if not doubtful:
+        assert prompts.check_eos(config, base) == "[0] ['<|endoftext|>']"
+        return
+    doubt = warning(prompts.check_eos, config, base)
+    assert "ends the assistant's turn with 258 ('<|im_end|>'), which does not end a" in doubt
+    assert doubt.endswith("[0] ['<|endoftext|>']")
+    plain = replace(config, data=replace(config.data, chat_template=False))
+    assert prompts.check_eos(plain, base) == "[0] ['<|endoftext|>']"
+    base.policy.model.generation_config.eos_token_id = [0, 258]
+    assert prompts.check_eos(config, base) == "[0, 258] ['<|endoftext|>', '<|im_end|>']"
 
 
 def test_prompts_must_fit(config: TrainConfig, loaded: Loaded) -> None:
     assert prompts.check_prompts(config, loaded).startswith("20 problems, 4 to 4 tokens, without")
-    short = replace(config, data=replace(config.data, max_prompt_tokens=3))
-    with pytest.raises(ValueError, match=r"task\.jsonl:1"):
-        prompts.check_prompts(short, loaded)
     long = replace(config, sampling=SamplingConfig(max_new_tokens=253))
     with pytest.raises(ValueError, match=r"a window of 256 tokens for 4 \+ 253: lower"):
         prompts.check_prompts(long, loaded)
 
 
-def test_held_out_prompts_must_fit(config: TrainConfig, tmp_path: Path) -> None:
+@pytest.fixture
+def held(config: TrainConfig, tmp_path: Path) -> TrainConfig:
+    """With held-out prompts of 4 and 9 tokens."""
     lines = ['{"question": "1+1=", "answer": "2"}', '{"question": "10+10+10=", "answer": "30"}']
     path = tmp_path / "held.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8")
-    evaluation = EvalConfig(data=DataConfig(path=str(path)), every=1)
-    held = replace(config, eval=evaluation)
+    return replace(config, eval=EvalConfig(data=DataConfig(path=str(path)), every=1))
+
+
+def test_held_out_prompts_must_fit(held: TrainConfig) -> None:
     loaded = load(held)
     assert "20 problems, 4 to 4 tokens, 2 held out of at most 9," in prompts.check_prompts(
         held, loaded
     )
-    data = replace(evaluation.data, max_prompt_tokens=8)
-    short = replace(held, eval=replace(evaluation, data=data))
-    with pytest.raises(ValueError, match=r"in eval\.data: prompt held\.jsonl:2 .* 8 tokens, got 9"):
-        prompts.check_prompts(short, loaded)
     long = replace(held, sampling=SamplingConfig(max_new_tokens=250))
     with pytest.raises(ValueError, match=r"model\.policy must .* 256 tokens for 9 \+ 250: lower"):
         prompts.check_prompts(long, loaded)
-    first = replace(held, eval=replace(evaluation, max_problems=1))
+    first = replace(held, eval=replace(held.eval, max_problems=1))
     assert len(load(first).held_out) == 1
-    assert load(replace(held, eval=replace(evaluation, every=0))).held_out == []
+    assert load(replace(held, eval=replace(held.eval, every=0))).held_out == []
+
+
+def test_prompts_that_are_too_long_are_left_out_and_counted(held: TrainConfig) -> None:
+    swapped = replace(  # one of two training prompts is too long, and one of two held-out ones
+        held,
+        data=replace(held.eval.data, max_prompt_tokens=4),
+        eval=replace(held.eval, data=replace(held.eval.data, max_prompt_tokens=8)),
+    )
+    loaded = load(swapped)
+    assert [one.id for one in (*loaded.examples, *loaded.held_out)] == ["held.jsonl:1"] * 2
+    doubt = warning(prompts.check_prompts, swapped, loaded)
+    left_out = "1 of 2 problems are left out: their prompts have more than max_prompt_tokens"
+    assert doubt.startswith(left_out)
+    assert f"in eval.data {left_out} tokens; the first is held.jsonl:2; 1 problems, 4 to" in doubt
+    none = replace(held.data, max_prompt_tokens=3)
+    with pytest.raises(PromptError, match=r"at least 50% of .*, got 3, and 20 of 20 with longer"):
+        load(replace(held, data=none))
+    with pytest.raises(PromptError, match=r"in eval\.data: .*2 of 2 with .*, held\.jsonl:1 first"):
+        load(replace(held, eval=replace(held.eval, data=replace(none, path=held.eval.data.path))))
+
+
+def test_the_first_prompt_is_shown_with_its_special_tokens(
+    config: TrainConfig, loaded: Loaded
+) -> None:
+    assert prompts.check_first_prompt(config, loaded) == "'0+0='"
+    tokenizer = with_template(
+        loaded.tokenizer, "<|pad|>{{ messages[0]['content'] }}\n<|endoftext|>:"
+    )
+    chat = replace(loaded, tokenizer=tokenizer)
+    assert prompts.check_first_prompt(config, chat) == r"'<|pad|>0+0=\n<|endoftext|>:'"
+    assert prompts.shown("a" * 301 + "b" * 400) == f"'{'a' * 300} [...] {'b' * 300}'"
+
+
+@pytest.mark.parametrize(
+    ("template", "data", "doubt"),
+    [
+        ("{{ messages[0]['content'] }}<|endoftext|>", {}, "20 of 20 prompts end with '<|endoftext"),
+        ("<|pad|>u<|pad|>{{ messages[-1]['content'] }}", {}, "20 of 20 prompts hold the start of"),
+        (
+            "{{ messages[-1]['content'] }}",
+            {"system_prompt": "Brief."},
+            "out or changes data.system",
+        ),
+        ("{{ messages[0]['content'][0] }}", {}, "leaves out or changes the problem"),
+        ("{{ messages[0]['content'] }}<think>\n", {}, "early_bytes must not expect it"),
+        (None, {"prompt_template": r"{prompt}\nAnswer:"}, "data.prompt_template holds a backslash"),
+        (None, {"prompt_template": r"{prompt}\n"}, "a backslash and 'n', which are no line break"),
+        (None, {"prompt_template": r"\nplease solve {prompt}"}, "a backslash and 'n'"),
+        (None, {"prompt_template": r"Q:\t{prompt}"}, "a backslash and 't'"),
+        ("{{ messages | map(attribute='content') | join }}", {"system_prompt": r"a\n\nb"}, r"em_p"),
+    ],
+)
+def test_a_doubtful_way_to_write_prompts_is_named(
+    config: TrainConfig, template: str | None, data: dict[str, str], doubt: str
+) -> None:
+    reward = replace(config.reward, function="early_bytes")
+    written = replace(config, data=replace(config.data, **data), reward=reward)
+    loaded = load_with(written, template)
+    shown = warning(prompts.check_first_prompt, written, loaded)
+    assert doubt in shown, shown
+    assert len(shown.split("; ")) <= 4, shown  # this doubt, its advice and the prompt; no other
+
+
+def load_with(config: TrainConfig, template: str | None) -> Loaded:
+    """Load the policy with another chat template, in which its padding token starts a sequence."""
+    folder = Path(config.data.path).parent / "templated"
+    shutil.copytree(config.model.policy, folder, dirs_exist_ok=True)
+    tokenizer = with_template(AutoTokenizer.from_pretrained(folder), template)
+    tokenizer.bos_token = "<|pad|>"
+    tokenizer.save_pretrained(folder)
+    return load(replace(config, model=replace(config.model, policy=str(folder))))
+
+
+@pytest.mark.parametrize(
+    "text", [r"{prompt} $\nabla f \neq \nu$, \text{and} \times", r"{prompt}: a \\ b \\n", "a\nb"]
+)
+def test_latex_and_line_breaks_are_no_mistakes(config: TrainConfig, text: str) -> None:
+    template = text if "{prompt}" in text else f"{{prompt}}{text}"
+    written = replace(config, data=replace(config.data, prompt_template=template))
+    prompts.check_first_prompt(written, load(written))
+
+
+def test_held_out_problems_written_otherwise_are_named(held: TrainConfig) -> None:
+    other = replace(held, data=replace(held.data, prompt_template="{prompt} Box it."))
+    doubt = warning(prompts.check_first_prompt, other, load(other))
+    assert "eval.data and data differ in prompt_template;" in doubt
+    same = replace(
+        other, eval=replace(held.eval, data=replace(other.data, path=held.eval.data.path))
+    )
+    assert prompts.check_first_prompt(same, load(same)) == "'0+0= Box it.'"
+
+
+def test_what_the_tokenizer_puts_behind_a_text_is_named(
+    config: TrainConfig, loaded: Loaded
+) -> None:
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
+    )
+    detail = prompts.check_first_prompt(config, replace(loaded, tokenizer=tokenizer))
+    assert detail.startswith("'0+0='; ['<|endoftext|>'], which the tokenizer puts behind a text")
+
+
+def test_a_template_that_fails_is_a_line_of_the_table(
+    config: TrainConfig, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    shutil.copytree(config.model.policy, tmp_path / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "policy")
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    tokenizer.save_pretrained(tmp_path / "policy")
+    model = replace(config.model, policy=str(tmp_path / "policy"))
+    assert preflight.main(replace(config, model=model)) == 1
+    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "prompts failed the chat template must render a user's message, got" in out

@@ -1,5 +1,6 @@
 """sft and toy models: what is learnt, in which order, and what transformers loads back."""
 
+import io
 import itertools
 import json
 from dataclasses import replace
@@ -226,6 +227,27 @@ def test_examples_are_the_prompts_of_train_and_the_solutions(task: Path, tokeniz
     assert tokenizer.decode(examples[0].prompt) == first["question"] + "\n"
     assert tokenizer.decode(examples[0].solution) == first["solution"] + tokenizer.eos_token
     assert solutions[0][0].gold == first["answer"]
+
+
+def test_over_long_prompts_are_left_out_and_counted(task: Path, tokenizer, tmp_path: Path) -> None:
+    config = config_for(task, out=tmp_path / "out", steps=1)
+    lengths = [
+        len(one.prompt)
+        for one in sft.encode_examples(tokenizer, sft.read_solutions(config), config, 256)
+    ]
+    median = sorted(lengths)[32]
+    short = replace(config, data=replace(config.data, max_prompt_tokens=median))
+    kept = sum(length <= median for length in lengths)
+    out = io.StringIO()
+    own_tokenizer = tmp_path / "tokenizer"
+    tokenizer.save_pretrained(own_tokenizer)
+    sft.main(replace(short, tokenizer=str(own_tokenizer)), Console(file=out, width=200))
+    printed = out.getvalue()
+    assert f"{64 - kept} of 64 examples are left out: their prompts have more than" in printed
+    assert f"{kept} examples\n" in printed
+    none = replace(config, data=replace(config.data, max_prompt_tokens=1))
+    with pytest.raises(ValueError, match=r"at least one example, got 1, and 64 longer prompts"):
+        sft.encode_examples(tokenizer, sft.read_solutions(config), none, 256)
 
 
 def test_an_example_too_long_is_named(task: Path, tokenizer) -> None:

@@ -1,0 +1,87 @@
+"""Renders the text of a problem as the token ids that a model continues."""
+
+from typing import Any
+
+from kdrl_train.config import DataConfig
+
+
+class PromptError(ValueError):
+    """A problem cannot be made a prompt with these settings and this tokenizer."""
+
+
+class TooLongError(PromptError):
+    """A prompt has more than data.max_prompt_tokens tokens."""
+
+
+def templated(tokenizer: Any, config: DataConfig) -> bool:
+    """Say whether prompts are written in the tokenizer's chat template."""
+    return config.chat_template and getattr(tokenizer, "chat_template", None) is not None
+
+
+def encode_text(tokenizer: Any, text: str, config: DataConfig) -> list[int]:
+    """Encode the text of a problem, in the chat template where one is applied.
+
+    The ids begin with at most one start of sequence, also where both the text and the tokenizer
+    write one, and no token that the tokenizer puts behind a text, such as an end of sequence,
+    follows: a model continues the prompt.
+
+    Raises: PromptError for a system prompt without a chat template, and for a template that fails.
+    """
+    if templated(tokenizer, config):
+        ids = _apply(tokenizer, text, config, return_dict=False)
+    elif config.system_prompt is not None:
+        raise PromptError(
+            "data.system_prompt must be None where no chat template is applied, got "
+            f"{config.system_prompt!r}: write it into data.prompt_template, or use a tokenizer "
+            "with a chat template and data.chat_template=True"
+        )
+    else:
+        before, ids, _ = plain_parts(tokenizer, text)
+        if ids[: len(before)] != before:  # else the text has them already
+            ids = before + ids
+    start = getattr(tokenizer, "bos_token_id", None)
+    while start is not None and ids[:2] == [start, start]:
+        ids = ids[1:]
+    return list(ids)
+
+
+def plain_parts(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[int]]:
+    """Split a tokenizer's encoding of a text: what it puts before the text, the text's own ids, and
+    what it puts behind."""
+    whole = list(tokenizer(text)["input_ids"])
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    for start in range(len(whole) - len(ids) + 1):
+        if whole[start : start + len(ids)] == ids:
+            return whole[:start], ids, whole[start + len(ids) :]
+    raise PromptError(
+        "the policy's tokenizer must only put special tokens before and behind a text, got "
+        f"{whole} for {text!r} and {ids} without special tokens: correct its post-processor"
+    )
+
+
+def chat_text(tokenizer: Any, text: str, config: DataConfig) -> str:
+    """Write the text of a problem in the chat template. Raises: PromptError where it fails."""
+    return _apply(tokenizer, text, config, tokenize=False)
+
+
+def _apply(tokenizer: Any, text: str, config: DataConfig, **options: Any) -> Any:
+    """Apply the chat template to the system message, if there is one, and the user's message."""
+    messages = [{"role": "user", "content": text}]
+    if config.system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": config.system_prompt})
+    try:
+        # return_dict: transformers 5 returns a dictionary by default, 4 did not
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
+    except Exception as error:  # a template is a program: it can raise whatever its author wrote
+        cause = f"{type(error).__name__}: {error}"
+    try:
+        tokenizer.apply_chat_template(messages[-1:], add_generation_prompt=True, **options)
+    except Exception:  # the same
+        raise PromptError(
+            f"the chat template must render a user's message, got {cause}: correct chat_template "
+            "of the tokenizer, or set data.chat_template to false"
+        ) from None
+    raise PromptError(
+        f"the chat template must take a system message, got {cause}: write the text of "
+        "data.system_prompt into data.prompt_template, and unset data.system_prompt"
+    )

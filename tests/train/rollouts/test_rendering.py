@@ -1,0 +1,91 @@
+"""rendering: one start of sequence, no end, and templates that fail in their own words."""
+
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from kdrl_train.config import DataConfig
+from kdrl_train.rollouts.rendering import PromptError, encode_text
+
+WORDS = ["<s>", "</s>", "[X]", "[Y]", "what", "is", "1", "user", "system", "be"]
+IDS = {word: i for i, word in enumerate(WORDS)}
+
+
+def tokenizer_with(single: str, template: str | None = None) -> Any:
+    """A tokenizer of whole words that puts around a text what `single` says."""
+    backend = Tokenizer(models.WordLevel(IDS, unk_token="[X]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = [(word, IDS[word]) for word in single.split() if word != "$A"]
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=template
+    )
+
+
+def words(ids: list[int]) -> str:
+    return " ".join(WORDS[i] for i in ids)
+
+
+@pytest.mark.parametrize(
+    ("single", "text", "prompt"),
+    [
+        ("$A", "what is 1", "what is 1"),
+        ("<s> $A", "what is 1", "<s> what is 1"),
+        ("$A </s>", "what is 1", "what is 1"),
+        ("<s> $A </s>", "what is 1", "<s> what is 1"),
+        ("[X] [Y] $A [Y] </s>", "what is 1", "[X] [Y] what is 1"),
+        ("<s> $A </s>", "<s> what is 1", "<s> what is 1"),
+        ("<s> $A", "<s> <s> what is 1", "<s> what is 1"),
+        ("[X] [Y] $A", "[X] [Y] what", "[X] [Y] what"),
+        ("<s> $A", "what </s> <s> is", "<s> what </s> <s> is"),  # written by the user, inside
+        ("<s> $A </s>", "what </s>", "<s> what </s>"),  # the same: the preflight warns of it
+    ],
+)
+def test_a_text_starts_once_and_does_not_end(single: str, text: str, prompt: str) -> None:
+    assert words(encode_text(tokenizer_with(single), text, DataConfig())) == prompt
+
+
+@pytest.mark.parametrize("text", ["what is 1", "<s> what is 1"])
+def test_a_template_and_a_tokenizer_that_both_write_the_start(text: str) -> None:
+    template = "{{ bos_token + ' ' + messages[0]['content'] + ' user' }}"
+    tokenizer = tokenizer_with("<s> $A </s>", template)
+    assert words(encode_text(tokenizer, text, DataConfig())) == "<s> what is 1 user"
+
+
+REFUSES = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{{ messages[0]['content'] }}"
+)
+
+
+def test_a_template_without_system_messages_names_the_remedy() -> None:
+    tokenizer = tokenizer_with("$A", REFUSES)
+    assert words(encode_text(tokenizer, "what", DataConfig())) == "what"
+    expected = (
+        r"must take a system message, got TemplateError: System role not supported: write the text "
+        r"of data\.system_prompt into data\.prompt_template, and unset data\.system_prompt"
+    )
+    with pytest.raises(PromptError, match=expected):
+        encode_text(tokenizer, "what", DataConfig(system_prompt="be"))
+
+
+@pytest.mark.parametrize(
+    ("template", "cause"),
+    [
+        ("{{ raise_exception('no date') }}", "TemplateError: no date"),
+        ("{{ messages[0]['content'] + 1 }}", "TypeError: "),
+        ("{{ messages[0]['content']['text']['a'] }}", "UndefinedError: "),
+        ("{% if %}", "TemplateSyntaxError: "),
+        ("{{ 1 // 0 }}", "ZeroDivisionError: "),
+        ({"tool_use": "{{ 1 }}"}, "ValueError: .*multiple chat templates.*no default"),
+    ],
+)
+@pytest.mark.parametrize("system", [None, "be"])
+def test_a_template_that_fails_says_why(template: Any, cause: str, system: str | None) -> None:
+    tokenizer = tokenizer_with("$A")
+    tokenizer.chat_template = template
+    expected = rf"(?s)must render a user's message, got {cause}.*: correct chat_template"
+    with pytest.raises(PromptError, match=expected):
+        encode_text(tokenizer, "what", DataConfig(system_prompt=system))
