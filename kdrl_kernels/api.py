@@ -71,9 +71,11 @@ def linear_logprobs(
     Args:
         hidden: [N, H], float32, float16, bfloat16 or float64. A non-contiguous one is fine. Or
             [B, T, H]: every [N] below, of arguments and outputs, is then [B, T].
-        weight: [V, H], dtype and device of hidden. A DTensor (FSDP2) is gathered once; its
+        weight: [V, H], on the device of hidden, in its dtype; or one of the two in float32 and the
+            other in 16 bits, which computes in hidden's dtype, with a copy of weight in it, and
+            gives each its gradient in its own dtype. A DTensor (FSDP2) is gathered once; its
             gradient comes back in its layout, averaged over the ranks as FSDP2 averages the
-            body's. One in float32 also fits 16-bit hidden states. bias may be one too.
+            body's. bias may be one too.
         tokens: [N] int64 in [0, V). One outside raises on a CPU; on a GPU, where raising would
             wait for the device, it makes every log-probability NaN.
         mask: [N] bool or number, None: all rows. Rows where it is 0 are never projected, may hold

@@ -24,8 +24,9 @@ class Head:
 
     Args:
         hidden: [N, H], float32, float16, bfloat16 or float64: final hidden states.
-        weight: [V, H], dtype and device of hidden.
-        bias: [V], same dtype and device, or None. -inf forbids a token, unless a softcap makes
+        weight: [V, H], on the device of hidden, in its dtype; or one of the two in float32 and the
+            other in 16 bits. The arithmetic is that of hidden's dtype (in_one_dtype).
+        bias: [V], the same dtypes and device, or None. -inf forbids a token, unless a softcap makes
             it finite.
         temperature: positive float, or [N] tensor with one per row.
         softcap: positive float (final_logit_softcapping of Gemma), or None.
@@ -64,6 +65,24 @@ class TeacherHead(Head):
             tensor = getattr(self, name)
             if tensor is not None:
                 object.__setattr__(self, name, tensor.detach())
+
+
+def in_one_dtype(head: Head) -> Head:
+    """Return a head whose weight and bias are rounded to the dtype of hidden: no copy if they are.
+
+    So a float32 master weight meets 16-bit hidden states as under autocast, but the pass adds its
+    gradient in float32, and never rounds it to 16 bits.
+    """
+    dtype, bias = head.hidden.dtype, head.bias
+    return replace(
+        head, weight=head.weight.to(dtype), bias=bias if bias is None else bias.to(dtype)
+    )
+
+
+def gradient_dtypes(head: Head) -> list[torch.dtype]:
+    """Return the dtypes of the gradients of hidden, weight and bias: those of the tensors."""
+    hidden, bias = head.hidden, head.bias
+    return [hidden.dtype, head.weight.dtype, hidden.dtype if bias is None else bias.dtype]
 
 
 def needs_gradient(head: Head) -> Needs:
@@ -171,10 +190,12 @@ def _check_shapes(hidden: Tensor, weight: Tensor, prefix: str) -> None:
 
 
 def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """Raise unless tensor has the dtype and device of other, once it is gathered."""
-    if _computed_dtype(tensor, other) != other.dtype:
+    """Raise unless tensor is on the device of other, in its dtype or one of the mixed pairs."""
+    dtypes = {tensor.dtype, other.dtype}
+    if len(dtypes) > 1 and (torch.float32 not in dtypes or not dtypes & set(FLOATS16)):
         raise TypeError(
-            f"{name} must have the dtype of {other_name} ({other.dtype}), got {tensor.dtype}"
+            f"{name} must have the dtype of {other_name} ({other.dtype}), or one of the two must "
+            f"be float32 and the other float16 or bfloat16, got {tensor.dtype}"
         )
     if tensor.device != other.device:
         raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kdrl_kernels.call import LogprobCall, take
 from kdrl_kernels.checks import bad_tokens, check_head_values, poison
+from kdrl_kernels.head import in_one_dtype
 from kdrl_kernels.objective import Coefficients
 from kdrl_kernels.one_pass import Buffers, Gradients, gradient_view
 from kdrl_kernels.plan import accumulator, balanced, chunks_of, padded
@@ -50,7 +51,7 @@ def cached_rows(N: int, V: int, dtype: torch.dtype, max_rows: int, cache_bytes: 
 
 def score(call: LogprobCall) -> Scores:
     """Run the forward pass; keep the logits of the first call.cached rows."""
-    head, V, N = call.head, len(call.head.weight), len(call.tokens)
+    head, V, N = in_one_dtype(call.head), len(call.head.weight), len(call.tokens)
     check_head_values(head)
     bad = bad_tokens(call.tokens, V, "V")
     tokens = call.tokens.clamp(0, V - 1)  # reads stay inside
@@ -74,7 +75,7 @@ def score(call: LogprobCall) -> Scores:
 def gradients(backward: BackwardCall) -> tuple[Gradients, Tensor]:
     """Return gradients and a 0-d scale: their product is the gradient of the later loss."""
     call, scores, grad_logprobs = backward.forward, backward.scores, backward.grad_logprobs
-    head, V, N = call.head, len(call.head.weight), len(call.tokens)
+    head, V, N = in_one_dtype(call.head), len(call.head.weight), len(call.tokens)
     size = balanced(N, call.max_rows)
     buffers = Buffers(head, V, size, 1, call.impl)
     total = Gradients(head, call.needs)

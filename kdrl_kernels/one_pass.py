@@ -14,7 +14,7 @@ from kdrl_kernels import gemm
 from kdrl_kernels import rows as row_work
 from kdrl_kernels.call import LossCall, RowOutputs, RowSet, size_of, take
 from kdrl_kernels.checks import check_values, poison
-from kdrl_kernels.head import Head, Needs
+from kdrl_kernels.head import Head, Needs, in_one_dtype
 from kdrl_kernels.objective import NO_GRADIENT, Coefficients
 from kdrl_kernels.plan import accumulator, balanced, chunks_of, padded
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
@@ -175,9 +175,11 @@ class Pass:
 
 def run(call: LossCall) -> Pass:
     """Run all chunks of a loss; compute the gradients that call.needs names."""
-    student, needs = call.student, call.needs
+    student, needs = in_one_dtype(call.student), call.needs
+    teacher = None if call.teacher is None else in_one_dtype(call.teacher)
     bad = check_values(call)
-    call = replace(call, tokens=call.tokens.clamp(0, call.vocab_size - 1))  # reads stay inside
+    tokens = call.tokens.clamp(0, call.vocab_size - 1)  # reads stay inside
+    call = replace(call, tokens=tokens, student=student, teacher=teacher)
     active = call.active_rows()
     N = size_of(active)
     size = balanced(N, call.max_rows)

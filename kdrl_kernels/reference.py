@@ -15,15 +15,24 @@ from kdrl_kernels.objective import NO_GRADIENT
 def head_logprobs(head: Head, vocab_size: int) -> Tensor:
     """Return log_softmax of the head's first columns, [N, vocab_size] in float32 or float64."""
     dtype = torch.promote_types(head.hidden.dtype, torch.float32)
-    logits = head.hidden.to(dtype) @ head.weight[:vocab_size].to(dtype).T
+    hidden = head.hidden
+    logits = hidden.to(dtype) @ _rounded(head.weight[:vocab_size], hidden.dtype).to(dtype).T
     if head.bias is not None:
-        logits = logits + head.bias[:vocab_size].to(dtype)
+        logits = logits + _rounded(head.bias[:vocab_size], hidden.dtype).to(dtype)
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     temperature = head.temperature
     if isinstance(temperature, Tensor):
         temperature = temperature.detach().to(dtype)[:, None]
     return torch.log_softmax(logits / temperature, dim=1)
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round a wider tensor to dtype and back; its gradient is not rounded."""
+    if torch.promote_types(tensor.dtype, dtype) == dtype:
+        return tensor
+    change = (tensor.to(dtype).to(tensor.dtype) - tensor).detach()
+    return tensor + torch.where(tensor.isfinite(), change, 0)
 
 
 def kl_divergence(logp: Tensor, logq: Tensor) -> Tensor:

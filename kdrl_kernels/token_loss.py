@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kdrl_kernels import one_pass
 from kdrl_kernels.call import LossCall, RowOutputs
+from kdrl_kernels.head import gradient_dtypes
 from kdrl_kernels.operators.flat import without_autocast
 from kdrl_kernels.operators.loss import rounded
 
@@ -30,7 +31,7 @@ class _TokenLoss(torch.autograd.Function):
             result = one_pass.run(call)
         passes.append(result)
         outputs = *result.gradients.tensors(), result.scale
-        ctx.dtype = hidden.dtype
+        ctx.dtypes = gradient_dtypes(call.student)
         ctx.save_for_backward(*outputs)
         ctx.set_materialize_grads(False)
         return result.loss, *outputs
@@ -41,7 +42,8 @@ class _TokenLoss(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * 5
         scale = scale * grad_loss
-        results = (None if x is None else rounded(x, scale, ctx.dtype) for x in gradients)
+        pairs = zip(gradients, ctx.dtypes, strict=True)
+        results = (None if x is None else rounded(x, scale, dtype) for x, dtype in pairs)
         return *results, None, None
 
 

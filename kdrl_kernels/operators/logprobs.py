@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdrl_kernels import logprobs, one_pass
 from kdrl_kernels.call import LogprobCall
-from kdrl_kernels.head import gradient_sizes
+from kdrl_kernels.head import gradient_dtypes, gradient_sizes
 from kdrl_kernels.logprobs import BackwardCall, Scores
 from kdrl_kernels.operators.flat import Layout, fake, no_none, without_autocast
 from kdrl_kernels.plan import accumulator, padded
@@ -41,16 +41,18 @@ def _linear_logprobs_backward(*values: Any) -> tuple[Tensor, ...]:
     hidden = call.forward.head.hidden
     with without_autocast(hidden.device):
         gradients, scale = logprobs.gradients(call)
-        tensors = gradients.tensors()
-        results = (x if x is None else one_pass.scaled_(x, scale, hidden.dtype) for x in tensors)
+        pairs = zip(gradients.tensors(), gradient_dtypes(call.forward.head), strict=True)
+        results = (x if x is None else one_pass.scaled_(x, scale, dtype) for x, dtype in pairs)
         return tuple(no_none(results, like=hidden))
 
 
 @_linear_logprobs_backward.register_fake
 def _(*values: Any) -> tuple[Tensor, ...]:
     forward = BACKWARD_LAYOUT.rebuild(values).forward
-    hidden = forward.head.hidden
-    return tuple(fake(hidden, hidden.dtype, gradient_sizes(forward.head, forward.needs)))
+    head = forward.head
+    pairs = zip(gradient_dtypes(head), gradient_sizes(head, forward.needs), strict=True)
+    results = (None if n is None else head.hidden.new_empty(n, dtype=dtype) for dtype, n in pairs)
+    return tuple(no_none(results, like=head.hidden))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kdrl_kernels import one_pass
 from kdrl_kernels.call import LossCall, RowOutputs
-from kdrl_kernels.head import gradient_sizes
+from kdrl_kernels.head import gradient_dtypes, gradient_sizes
 from kdrl_kernels.objective import Objective
 from kdrl_kernels.operators.flat import Layout, fake, no_none, without_autocast
 from kdrl_kernels.plan import accumulator
@@ -48,7 +48,7 @@ def _(*values: Any) -> tuple[Tensor, ...]:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     call = LAYOUT.rebuild(inputs)
-    ctx.needs, ctx.dtype = call.needs, call.student.hidden.dtype
+    ctx.needs, ctx.dtypes = call.needs, gradient_dtypes(call.student)
     ctx.save_for_backward(*output[-4:])  # gradients and scale
     ctx.set_materialize_grads(False)
 
@@ -58,9 +58,9 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[An
         return LAYOUT.head_gradients([None] * 3)
     *gradients, scale = ctx.saved_tensors
     scale = scale * grad_loss
-    pairs = zip(gradients, ctx.needs, strict=True)
+    parts = zip(gradients, ctx.needs, ctx.dtypes, strict=True)
     return LAYOUT.head_gradients(
-        rounded(x, scale, ctx.dtype) if need else None for x, need in pairs
+        rounded(x, scale, dtype) if need else None for x, need, dtype in parts
     )
 
 
