@@ -6,7 +6,7 @@ from typing import Any
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig, TrainConfig
 from kdrl_train.model.eos import eos_ids, turn_end_id
-from kdrl_train.model.policy import HeadedModel
+from kdrl_train.model.window import window
 from kdrl_train.rollouts.problems import PromptFacts, encode_prompt
 from kdrl_train.rollouts.rendering import (
     PromptError,
@@ -26,9 +26,9 @@ def check_prompts(config: TrainConfig, loaded: Loaded) -> str:
     """
     facts, held_out = loaded.prompts, loaded.held_out_prompts
     longest = max(facts.longest, 0 if held_out is None else held_out.longest)
-    _check_window("model.policy", _window(loaded.policy), longest, config)
+    _check_window("model.policy", window(loaded.policy.model.config), longest, config)
     if loaded.teacher is not None:
-        _check_window("model.teacher", _window(loaded.teacher), facts.longest, config)
+        _check_window("model.teacher", window(loaded.teacher.model.config), facts.longest, config)
     if loaded.server is not None:
         _check_window("model.teacher", loaded.server.info.window, facts.longest, config)
     extra = ""
@@ -144,16 +144,11 @@ def _with_doubts(detail: str, doubts: list[str]) -> str:
     return detail
 
 
-def _window(model: HeadedModel) -> int | None:
-    """Return the number of positions of a model; None if its configuration names none."""
-    return getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def _check_window(name: str, window: int | None, longest: int, config: TrainConfig) -> None:
-    """Raise ValueError if the longest prompt and a completion do not fit a model's window."""
-    if window is not None and longest + config.sampling.max_new_tokens > window:
+def _check_window(name: str, tokens: int | None, longest: int, config: TrainConfig) -> None:
+    """Raise ValueError if the longest prompt and a completion do not fit a window of `tokens`."""
+    if tokens is not None and longest + config.sampling.max_new_tokens > tokens:
         raise ValueError(
-            f"{name} must hold the longest prompt and completion, got a window of {window} "
+            f"{name} must hold the longest prompt and completion, got a window of {tokens} "
             f"tokens for {longest} + {config.sampling.max_new_tokens}: lower "
             "sampling.max_new_tokens, or data.max_prompt_tokens, which leaves longer prompts out, "
             "or choose another model"

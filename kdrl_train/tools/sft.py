@@ -9,6 +9,7 @@ import itertools
 import math
 import random
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ import kdrl_kernels as kk
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig
 from kdrl_train.config_file import save_yaml
+from kdrl_train.model.window import window
 from kdrl_train.rollouts.problems import data_records, encode_prompt, example_of, text_of
 from kdrl_train.rollouts.rendering import TooLongError
 from kdrl_train.runfolder import jsonl
@@ -339,7 +341,7 @@ def main(config: SftConfig, console: Console | None = None) -> Path:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             config.model, dtype=torch.float32
         ).to(device)
-    longest = model.config.get_text_config().max_position_embeddings
+    longest = window(model.config) or sys.maxsize
     examples = encode_examples(tokenizer, solutions, config, longest)
     if len(examples) < len(solutions):
         console.print(

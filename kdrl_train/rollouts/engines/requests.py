@@ -13,6 +13,7 @@ from kdrl_train.errors import EngineError
 from kdrl_train.model.eos import eos_ids
 from kdrl_train.model.policy import Policy
 from kdrl_train.model.teacher.client import FORBIDDEN, ROUNDING
+from kdrl_train.model.window import window
 from kdrl_train.rollouts.sampler import SampleRequest
 from kdrl_train.waiting import Poll
 
@@ -130,6 +131,5 @@ def _no_poll() -> None:
 def longest_sequence(config: TrainConfig, policy: Policy) -> int:
     """Return the tokens of the longest prompt that the run may have, with its completion."""
     prompt = max(config.data.max_prompt_tokens, config.eval.data.max_prompt_tokens)
-    window = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
     longest = prompt + config.sampling.max_new_tokens
-    return longest if window is None else min(window, longest)
+    return min(window(policy.model.config) or longest, longest)

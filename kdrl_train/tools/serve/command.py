@@ -29,6 +29,7 @@ from kdrl_train.model.load import load_model, load_tokenizer
 from kdrl_train.model.policy import Teacher
 from kdrl_train.model.probe import probe
 from kdrl_train.model.teacher.client import vocabulary_hash
+from kdrl_train.model.window import window
 from kdrl_train.settings import PositiveInt, settings
 from kdrl_train.tools.serve.scorer import Scorer, ServedTeacher
 
@@ -130,7 +131,7 @@ def describe(folder: str, model: Teacher, tokenizer: Any) -> dict[str, Any]:
     info = {
         "model": folder,
         "vocab_size": model.vocab_size,
-        "window": getattr(model.model.config.get_text_config(), "max_position_embeddings", None),
+        "window": window(model.model.config),
         "dtype": str(model.compute_dtype).removeprefix("torch."),
         "tokenizer": vocabulary_hash(tokenizer),
         "eos_ids": eos_ids(model.model, tokenizer),
