@@ -6,7 +6,8 @@ continues the same curve, in which each step is once. Only rank 0 of a run track
 
 import importlib
 import json
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
@@ -20,6 +21,9 @@ from kdrl_train.runfolder.jsonl import Record
 
 class Tracker(Protocol):
     """A service or library that records of metrics.jsonl are sent to."""
+
+    def log_in(self) -> None:
+        """Get ready to start, with nothing written."""
 
     def start(self, config: dict[str, Any], folder: Path, first_step: int) -> None:
         """Open the run of `folder`, or continue it; its next record is that of `first_step`."""
@@ -47,6 +51,9 @@ class TensorBoard:
         self.module = importlib.import_module("torch.utils.tensorboard")
         self.writer: Any = None
 
+    def log_in(self) -> None:
+        """Do nothing: the files are on this machine."""
+
     def start(self, config: dict[str, Any], folder: Path, first_step: int) -> None:
         self.writer = self.module.SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
@@ -71,10 +78,17 @@ class OnlineTracker:
     """
 
     def __init__(self, name: str, project: str) -> None:
-        self.init = importlib.import_module(name).init
+        module = importlib.import_module(name)
+        self.init = module.init
+        self.login = getattr(module, "login", None)  # trackio has none: a Space has its own token
         self.name = name
         self.project = project
         self.run: Any = None
+
+    def log_in(self) -> None:
+        """Have wandb read its key, or ask for it on a terminal; offline it needs none."""
+        if self.login is not None:
+            self.login()
 
     def start(self, config: dict[str, Any], folder: Path, first_step: int) -> None:
         self.path = folder / f"{self.name}.json"
@@ -112,7 +126,13 @@ class Trackers(AbstractContextManager["Trackers"]):
     """
 
     def __init__(self, config: LogConfig) -> None:
-        self.trackers = [_make(name, config.project) for name in config.trackers]
+        self.trackers = {name: _make(name, config.project) for name in config.trackers}
+
+    def log_in(self) -> None:
+        """Make sure that every tracker knows its user. Raises: ValueError if one does not."""
+        for name, tracker in self.trackers.items():
+            with _blamed(name):
+                tracker.log_in()
 
     def start(self, config: dict[str, Any], folder: Path, first_step: int) -> None:
         """Open or continue the run at every tracker.
@@ -121,25 +141,42 @@ class Trackers(AbstractContextManager["Trackers"]):
             config: the configuration as plain values, which config_file.to_dict returns.
             folder: the run folder, which exists.
             first_step: the step of the next record.
+        Raises: ValueError for a tracker that does not start.
         """
-        for tracker in self.trackers:
-            tracker.start(config, folder, first_step)
+        for name, tracker in self.trackers.items():
+            with _blamed(name):
+                tracker.start(config, folder, first_step)
 
     def log(self, record: Record) -> None:
         """Send a record of metrics.jsonl to every tracker."""
-        for tracker in self.trackers:
+        for tracker in self.trackers.values():
             tracker.log(record)
 
     def __exit__(self, *_: object) -> None:
-        for tracker in self.trackers:
+        for tracker in self.trackers.values():
             tracker.close()
+
+
+@contextmanager
+def _blamed(name: str) -> Iterator[None]:
+    """Turn the errors of a tracker into a ValueError that names it and what to do."""
+    try:
+        yield
+    except Exception as error:  # services raise errors of their own, and those of their connection
+        login = " log in with `wandb login`, or set WANDB_MODE=offline," if name == "wandb" else ""
+        raise ValueError(
+            f"log.trackers must name trackers that can start, got {name}: {type(error).__name__}: "
+            f"{error}:{login} correct its settings, or leave it out"
+        ) from error
 
 
 def _make(name: str, project: str) -> Tracker:
     """Import and return the tracker of a name; ValueError if that fails."""
     try:
         return TensorBoard() if name == "tensorboard" else OnlineTracker(name, project)
-    except (ImportError, AttributeError) as error:  # the latter: an empty folder of that name
+    # a package may raise anything: AttributeError if it is an empty folder of that name, TypeError
+    # if it fits no protobuf that is installed
+    except Exception as error:
         raise ValueError(
             f"log.trackers must name packages that are installed, got {name}: {error}; "
             f"pip install 'kdrl-kernels[{name}]', or leave it out"

@@ -1,5 +1,6 @@
 """Opens a run: models, data, engine, optimizer and log, before its first step."""
 
+import shutil
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -48,6 +49,7 @@ def open_run(
     interrupt.starting = True
     trackers = stack.enter_context(Trackers(config.log))
     newest = world.on_main(lambda: open_folder(config))
+    world.on_main(trackers.log_in)
     torch.manual_seed(config.seed)
     loaded = stack.enter_context(closing(load(config, world, policy_class)))
     policy = loaded.policy
@@ -59,10 +61,7 @@ def open_run(
         prefetch = stack.enter_context(closing(Prefetch(policy.device, interrupt.poll)))
     first = restore(config, newest, policy, optimizer, prefetch)
     engine.load(policy, first)
-    if world.main:
-        config.out.mkdir(parents=True, exist_ok=True)
-        save_yaml(replace(config, resume=False), config.out / "config.yaml")
-        trackers.start(to_dict(config), config.out, first)
+    world.on_main(lambda: begin_folder(config, trackers, first))
     log = RunLog(config.out, first, config.steps, console, writes=world.main, trackers=trackers)
     for warning in warnings:
         log.event("warning", warning)
@@ -86,6 +85,22 @@ def open_run(
     )
     interrupt.starting = False
     return run, first
+
+
+def begin_folder(config: TrainConfig, trackers: Trackers, first: int) -> None:
+    """Open the run's trackers, then write config.yaml, which makes the folder a used one.
+
+    Raises: ValueError for a tracker that does not start; a folder that was new is removed again.
+    """
+    new = not config.out.exists()
+    config.out.mkdir(parents=True, exist_ok=True)
+    try:
+        trackers.start(to_dict(config), config.out, first)
+    except ValueError:
+        if new:
+            shutil.rmtree(config.out)
+        raise
+    save_yaml(replace(config, resume=False), config.out / "config.yaml")
 
 
 def require_offload_fits(config: TrainConfig, world: World) -> None:

@@ -25,6 +25,7 @@ from kdrl_train.rollouts.engines.vllm_server import inspect
 from kdrl_train.rollouts.problems import encode_prompt
 from kdrl_train.rollouts.rendering import PromptError
 from kdrl_train.rollouts.verifier import Verifier
+from kdrl_train.runfolder.trackers import Trackers
 from kdrl_train.start.load import Loaded, load
 from kdrl_train.start.memory import check_memory
 from kdrl_train.start.prompts import (
@@ -111,6 +112,16 @@ def _result(name: str, check: Callable[[], str]) -> CheckResult:
         return CheckResult(name, passed=True, detail=str(warning), warning=True)
     except (ValueError, OSError) as error:
         return CheckResult(name, passed=False, detail=str(error))
+
+
+def check_trackers(config: TrainConfig) -> str:
+    """Check that every tracker can be imported and knows its user; `train` does so at once too.
+
+    Raises: ValueError if not.
+    """
+    with Trackers(config.log) as trackers:
+        trackers.log_in()
+    return f"ready: {', '.join(config.log.trackers)}"
 
 
 def check_engine(config: TrainConfig) -> str:
@@ -263,15 +274,18 @@ def main(config: TrainConfig) -> int:
     Returns: 0 if every check passed, else 1.
     """
     with connect_ranks(use_device(config.model)) as world:
+        results = []
+        if config.log.trackers:
+            results = [world.on_main(lambda: _result("trackers", lambda: check_trackers(config)))]
         try:
             loaded = load(config, world)
         except (ValueError, OSError, RankError) as error:
             names = {TeacherError: "teacher server", PromptError: "prompts"}
             name = next((n for kind, n in names.items() if isinstance(error, kind)), "loading")
-            results = [CheckResult(name, passed=False, detail=str(error))]
+            results.append(CheckResult(name, passed=False, detail=str(error)))
         else:
             with Verifier(config.reward) as verifier, closing(loaded):
-                results = preflight(config, loaded, verifier, world=world)
+                results += preflight(config, loaded, verifier, world=world)
         if world.main:
             Console().print(results_table(results))
     return 0 if all(result.passed for result in results) else 1

@@ -1,6 +1,7 @@
 """Trackers get each step once, in one run, also after a kill; unused ones are not imported."""
 
 import io
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from kdrl_train.config import LogConfig, SamplingConfig, TrainConfig
 from kdrl_train.method.presets import PRESETS
 from kdrl_train.runfolder.log import read_records
 from kdrl_train.runfolder.trackers import Trackers
-from kdrl_train.start import open_run
+from kdrl_train.start import open_run, preflight
 
 SERVICES = ("wandb", "trackio")
 
@@ -119,6 +120,67 @@ def test_a_missing_package_stops_the_run_at_once(
     monkeypatch.setattr(open_run, "load", None)  # nothing is loaded before
     with pytest.raises(ValueError, match=message):
         train.main(config(name))
+    assert not config().out.exists()
+
+
+class WandbError(Exception):
+    """Stands for wandb's own errors, which derive from no other."""
+
+
+def refuse(**_: Any) -> None:
+    raise WandbError("No API key configured")
+
+
+@pytest.mark.parametrize("where", ["login", "init"])
+def test_a_service_that_does_not_know_its_user_leaves_no_folder(
+    config: Callable[..., TrainConfig],
+    where: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    service: Any = FakeService()
+    service.login = lambda: None
+    setattr(service, where, refuse)
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    message = "log.trackers must name trackers that can start, got wandb: WandbError: No API key "
+    message += "configured: log in with `wandb login`, or set WANDB_MODE=offline,"
+    settings = config("tensorboard", "wandb")
+    if where == "login":
+        monkeypatch.setattr(open_run, "load", None)  # nothing is loaded before
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        train.main(settings, Console(file=io.StringIO()))
+    assert not settings.out.exists()
+    settings.out.mkdir()  # a folder that was there stays, and is not a used one
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        train.main(settings, Console(file=io.StringIO()))
+    assert {path.name for path in settings.out.iterdir()} <= {"tensorboard"}
+    monkeypatch.undo()
+    train.main(replace(settings, steps=1, log=LogConfig()), Console(file=io.StringIO()))
+
+
+def test_check_names_a_service_that_does_not_know_its_user(
+    config: Callable[..., TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    service: Any = FakeService()
+    service.login = refuse
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    assert preflight.main(config("wandb")) == 1
+    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "trackers failed log.trackers must name trackers that can start, got wandb" in out
+    service.login = lambda: None
+    assert preflight.main(config("wandb")) == 0
+    assert service.runs == []
+
+
+def test_a_package_that_breaks_at_import_is_named(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "wandb.py").write_text("raise TypeError('Descriptors cannot be created')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(ValueError, match=r"got wandb: Descriptors cannot be created; pip install"):
+        train.main(config("wandb"))
     assert not config().out.exists()
 
 
