@@ -76,7 +76,7 @@ def _teacher_metrics(objective: Objective, rows: Rows, used: Tensor) -> dict[str
         kl = torch.where(distilled, rows.kl, 0).to(wide)
         metrics["kl_sum"] = kl.sum()
     if rows.advantages is not None and objective.policy != "off" and objective.kd != "jsd":
-        pull = kd_pull(objective.kd, log_ratio)
+        pull = kd_pull(objective, log_ratio)
         if objective.kd_baseline is not None:
             assert kl is not None
             pull = pull - kl

@@ -44,6 +44,9 @@ class Objective:
             None: no teacher.
         kd_baseline: "kl", with kd "k2" alone: (l - KL(p‖q))²/2, the exact KL of the row without
             gradient; the same expected gradient where s is not capped, usually of less variance.
+        k3_bound: b in nats, in (0, 60]. "k3" at -l > b goes on along its tangent, since exp(-l)
+            overflows at 88: exp(b)·(1 - l - b) - 1 + l, with the derivative 1 - exp(b) in lp. So
+            these tokens keep the largest pull; a bound of the value would take their gradient away.
         kd_coef: beta, at least 0.
         kd_ratio_cap: bound of the off-policy weight s of the KD term, positive.
         jsd_alpha: the teacher's share of the mixture m of "jsd", in (0, 1).
@@ -58,6 +61,7 @@ class Objective:
     dual_clip: float | None = None
     kd: Kd | None = "k2"
     kd_baseline: Literal["kl"] | None = None
+    k3_bound: float = 20.0
     kd_coef: float = 0.002
     kd_ratio_cap: float = 2.0
     jsd_alpha: float = 0.5
@@ -83,6 +87,7 @@ class Objective:
             "clip_low": 0 <= self.clip_low < 1,
             "clip_high": 0 <= self.clip_high < math.inf,
             "dual_clip": self.dual_clip is None or 1 < self.dual_clip < math.inf,
+            "k3_bound": 0 < self.k3_bound <= 60,
             "kd_coef": 0 <= self.kd_coef < math.inf,
             "kd_ratio_cap": self.kd_ratio_cap > 0,
             "jsd_alpha": 0 < self.jsd_alpha < 1,
@@ -92,6 +97,7 @@ class Objective:
             "clip_low": "in [0, 1)",
             "clip_high": "finite and at least 0",
             "dual_clip": "above 1 and finite, or None",
+            "k3_bound": "in (0, 60]",
             "kd_coef": "finite and at least 0",
             "kd_ratio_cap": "positive",
             "jsd_alpha": "in (0, 1)",
@@ -246,26 +252,27 @@ def _kd_term(objective: Objective, rows: Rows, log_ratio: Tensor) -> Tensor:
     rows = objective.centred(rows)
     assert rows.teacher_logprobs is not None
     teacher_log_ratio = torch.where(scale == 0, 0, subtract(rows.logprobs, rows.teacher_logprobs))
-    return scale * sampled_kd(objective.kd, teacher_log_ratio)
+    return scale * sampled_kd(objective, teacher_log_ratio)
 
 
-def sampled_kd(kd: Kd | None, teacher_log_ratio: Tensor) -> Tensor:
+def sampled_kd(objective: Objective, teacher_log_ratio: Tensor) -> Tensor:
     """Return the sampled KD term "k2" or "k3" of l = log p - log q at the sampled tokens, [C]."""
-    if kd == "k2":
+    if objective.kd == "k2":
         return teacher_log_ratio.square() / 2
-    value = teacher_log_ratio - kd_pull(kd, teacher_log_ratio)
-    return torch.where(teacher_log_ratio == -math.inf, math.inf, value)
+    bounded = (-teacher_log_ratio).clamp(max=objective.k3_bound)
+    slope = torch.expm1(bounded)
+    return slope - bounded + slope * (-teacher_log_ratio - objective.k3_bound).relu()
 
 
-def kd_pull(kd: Kd | None, teacher_log_ratio: Tensor) -> Tensor:
+def kd_pull(objective: Objective, teacher_log_ratio: Tensor) -> Tensor:
     """Return the derivative of the KD term in log p: what it takes off the token's advantage, [C].
 
     Of the exact "rkl" and "fkl" it is that of "k2" and "k3", which have their expected gradient.
     """
-    if kd in ("k2", "rkl"):
+    if objective.kd in ("k2", "rkl"):
         return teacher_log_ratio
-    assert kd in ("k3", "fkl"), kd
-    return -torch.expm1(-teacher_log_ratio)
+    assert objective.kd in ("k3", "fkl"), objective.kd
+    return -torch.expm1((-teacher_log_ratio).clamp(max=objective.k3_bound))
 
 
 @dataclass(frozen=True, slots=True)

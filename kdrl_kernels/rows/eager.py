@@ -173,8 +173,8 @@ def coefficients(
         else:
             assert rows.teacher_logprobs is not None
             teacher_log_ratio = torch.where(scale == 0, 0, subtract(lp, rows.teacher_logprobs))
-            value += scale * sampled_kd(loss.kd, teacher_log_ratio)
-            c += scale * kd_pull(loss.kd, teacher_log_ratio)
+            value += scale * sampled_kd(loss, teacher_log_ratio)
+            c += scale * kd_pull(loss, teacher_log_ratio)
     e = None
     if loss.entropy:
         assert rows.entropy is not None

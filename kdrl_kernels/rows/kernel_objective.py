@@ -22,7 +22,7 @@ def _subtract(logprobs, other):
 @triton.jit
 def _objective_kernel(
     lp_ptr, old_ptr, advantage_ptr, kd_weight_ptr, lq_ptr, kl_ptr, entropy_ptr, weight_ptr, out_ptr,
-    C, log_high, log_low, log_dual, log_cap, kd_coef, entropy_coef,
+    C, log_high, log_low, log_dual, log_cap, k3_bound, kd_coef, entropy_coef,
     HAS_POLICY: tl.constexpr, KD: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[:, n] = loss, dloss/dlp, dloss/dentropy, dloss/dKL: token_losses of objective.py."""
@@ -53,9 +53,11 @@ def _objective_kernel(
                 loss += scale * teacher_log_ratio * teacher_log_ratio / 2
                 c += scale * teacher_log_ratio
             else:
-                k3 = expm1(-teacher_log_ratio) + teacher_log_ratio
-                loss += scale * tl.where(teacher_log_ratio == float("-inf"), float("inf"), k3)
-                c -= scale * expm1(-teacher_log_ratio)
+                bounded = tl.where(-teacher_log_ratio > k3_bound, k3_bound, -teacher_log_ratio)
+                beyond = tl.where(-teacher_log_ratio > k3_bound, -teacher_log_ratio - k3_bound, 0.0)
+                slope = expm1(bounded)
+                loss += scale * (slope - bounded + slope * beyond)
+                c -= scale * slope
     if HAS_ENTROPY:
         loss -= entropy_coef * tl.load(entropy_ptr + n, mask=mask, other=0.0)
     w = tl.load(weight_ptr + n, mask=mask, other=0.0)
@@ -83,8 +85,8 @@ def coefficients(
     if C:
         _objective_kernel[(triton.cdiv(C, BLOCK),)](
             lp, old, advantages, kd_weight, lq, kl, entropy, weights, out, C, high, low, dual, cap,
-            float(loss.kd_coef), float(loss.entropy_coef), loss.policy != "off",
-            KD_CODES[loss.kd], loss.entropy, BLOCK, **OPTIONS,
+            float(loss.k3_bound), float(loss.kd_coef), float(loss.entropy_coef),
+            loss.policy != "off", KD_CODES[loss.kd], loss.entropy, BLOCK, **OPTIONS,
         )  # fmt: skip
     return out[0], Coefficients(
         logprobs=out[1],

@@ -97,6 +97,7 @@ OBJECTIVES: list[tuple[dict[str, Any], str]] = [
     ({"clip_low": 1.0}, r"clip_low must be in \[0, 1\), got 1.0"),
     ({"clip_high": -0.1}, "clip_high must be finite and at least 0, got -0.1"),
     ({"dual_clip": 1.0}, "dual_clip must be above 1 and finite, or None, got 1.0"),
+    ({"k3_bound": 61}, r"k3_bound must be in \(0, 60\], got 61"),
     ({"kd_coef": -1}, "kd_coef must be finite and at least 0, got -1"),
     ({"kd_ratio_cap": 0}, "kd_ratio_cap must be positive, got 0"),
     ({"jsd_alpha": 1}, r"jsd_alpha must be in \(0, 1\), got 1"),
