@@ -37,7 +37,7 @@ class Rollouts:
     truncated: Tensor
     """[R] bool: cut at max_new_tokens without an end-of-sequence token (finish reason length)."""
     texts: list[str]
-    """R decoded completions, without special tokens."""
+    """R decoded completions, with special tokens but without the end of sequence and padding."""
 
     @property
     def lengths(self) -> Tensor:

@@ -1,5 +1,6 @@
-"""Renders the text of a problem as the token ids that a model continues."""
+"""Renders problems as the token ids that a model continues, and completions as text."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from kdrl_train.config import DataConfig
@@ -85,3 +86,26 @@ def _apply(tokenizer: Any, text: str, config: DataConfig, **options: Any) -> Any
         f"the chat template must take a system message, got {cause}: write the text of "
         "data.system_prompt into data.prompt_template, and unset data.system_prompt"
     )
+
+
+def visible_ids(tokenizer: Any, ids: Sequence[int], truncated: bool) -> list[int | None]:
+    """Put None for the tokens of a completion that are no text: padding, and the special token that
+    ends the sequence, the last one unless the completion was truncated."""
+    visible = [None if i == tokenizer.pad_token_id else i for i in ids]
+    if not truncated and _is_special(tokenizer, ids[-1]):  # else an end such as "</answer>"
+        visible[-1] = None
+    return visible
+
+
+def _is_special(tokenizer: Any, token: int) -> bool:
+    """Say whether a token is one of those that skip_special_tokens skips."""
+    added = tokenizer.added_tokens_decoder.get(token)
+    return token in tokenizer.all_special_ids or (added is not None and added.special)
+
+
+def completion_text(tokenizer: Any, ids: Sequence[int], truncated: bool) -> str:
+    """Decode a completion with all its special tokens but padding and the end of sequence.
+
+    A reward can then see tokens such as <answer>, also where they were added as special tokens.
+    """
+    return tokenizer.decode([i for i in visible_ids(tokenizer, ids, truncated) if i is not None])

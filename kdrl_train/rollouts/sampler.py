@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from kdrl_train.batch import Rollouts
 from kdrl_train.config import SamplingConfig
 from kdrl_train.model.eos import eos_ids
+from kdrl_train.rollouts.rendering import completion_text
 from kdrl_train.waiting import Poll
 
 
@@ -156,7 +157,7 @@ def generate_rollouts(
         completion_ids=[ids for ids, _, _ in completions],
         logprobs=[logprobs for _, logprobs, _ in completions],
         truncated=torch.tensor([truncated for _, _, truncated in completions], dtype=torch.bool),
-        texts=[tokenizer.decode(ids, skip_special_tokens=True) for ids, _, _ in completions],
+        texts=[completion_text(tokenizer, ids.tolist(), cut) for ids, _, cut in completions],
     )
 
 

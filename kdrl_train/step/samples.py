@@ -3,6 +3,7 @@
 R completions of the step, T tokens of one of them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from kdrl_train.batch import Batch, CompletionCoefficients
 from kdrl_train.model.packing import PackedBatch
 from kdrl_train.model.policy import PolicyOutput
 from kdrl_train.ranks import World
+from kdrl_train.rollouts.rendering import visible_ids
 from kdrl_train.runfolder.jsonl import Record
 
 DIGITS = 4
@@ -76,7 +78,10 @@ class SampleRecorder:
                 "advantage": None if known is None else round(known.advantages[r].item(), 6),
                 "kd_weight": None if known is None else round(known.kd_weight[r].item(), 6),
                 "token_chars": token_chars(
-                    tokenizer, rollouts.completion_ids[r].tolist(), rollouts.texts[r]
+                    tokenizer,
+                    rollouts.completion_ids[r].tolist(),
+                    rollouts.texts[r],
+                    bool(rollouts.truncated[r]),
                 ),
                 "teacher_log_ratio": log_ratios.get(r),
             }
@@ -93,14 +98,17 @@ class SampleRecorder:
         return numbers
 
 
-def token_chars(tokenizer: Any, ids: list[int], text: str) -> list[int] | None:
-    """Count how many characters of `text`, the ids' decoding without special tokens, each id wrote.
+def token_chars(tokenizer: Any, ids: Sequence[int], text: str, truncated: bool) -> list[int] | None:
+    """Count how many characters of `text`, the completion's text, each of its ids wrote.
 
-    A character of several tokens counts for the last of them. None where the parts do not add up.
+    A character of several tokens counts for the last of them; the end of sequence and padding wrote
+    none. None where the parts do not add up.
     """
-    alone = tokenizer.batch_decode([[i] for i in ids], skip_special_tokens=True)
+    visible = visible_ids(tokenizer, ids, truncated)
+    alone = ["" if i is None else tokenizer.decode([i]) for i in visible]
     if "".join(alone) != text:
-        alone = _in_context(tokenizer, ids)
+        parts = iter(_in_context(tokenizer, [i for i in visible if i is not None]))
+        alone = ["" if i is None else next(parts) for i in visible]
     return [len(part) for part in alone] if "".join(alone) == text else None
 
 
@@ -112,8 +120,8 @@ def _in_context(tokenizer: Any, ids: list[int]) -> list[str]:
     """
     parts, start, read = [], 0, 0
     for end in range(1, len(ids) + 1):
-        known = tokenizer.decode(ids[start:read], skip_special_tokens=True)
-        text = tokenizer.decode(ids[start:end], skip_special_tokens=True)
+        known = tokenizer.decode(ids[start:read])
+        text = tokenizer.decode(ids[start:end])
         if text.endswith("\ufffd") and end < len(ids):  # in the middle of a character
             parts.append("")
             continue

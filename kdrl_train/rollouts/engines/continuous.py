@@ -20,6 +20,7 @@ from kdrl_train.errors import EngineError
 from kdrl_train.model.eos import eos_ids
 from kdrl_train.model.policy import Policy
 from kdrl_train.rollouts.engines.generate import GenerateEngine
+from kdrl_train.rollouts.rendering import completion_text
 from kdrl_train.rollouts.sampler import SampleRequest
 from kdrl_train.waiting import Poll
 
@@ -91,12 +92,14 @@ class ContinuousEngine(GenerateEngine):
                 "engine.kind to generate"
             )
         ids = [torch.tensor(output.generated_tokens) for output in outputs]
+        truncated = [int(tokens[-1]) not in stops for tokens in ids]
         return Rollouts(
             prompt_ids=[torch.tensor(prompt) for prompt in prompts],
             completion_ids=ids,
             logprobs=[torch.tensor(output.logprobs, dtype=torch.float32) for output in outputs],
-            truncated=torch.tensor([int(t[-1]) not in stops for t in ids], dtype=torch.bool),
-            texts=self.tokenizer.batch_decode(
-                [tokens.tolist() for tokens in ids], skip_special_tokens=True
-            ),
+            truncated=torch.tensor(truncated, dtype=torch.bool),
+            texts=[
+                completion_text(self.tokenizer, tokens.tolist(), cut)
+                for tokens, cut in zip(ids, truncated, strict=True)
+            ],
         )

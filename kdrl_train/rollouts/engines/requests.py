@@ -14,6 +14,7 @@ from kdrl_train.model.eos import eos_ids
 from kdrl_train.model.policy import Policy
 from kdrl_train.model.teacher.client import FORBIDDEN, ROUNDING
 from kdrl_train.model.window import window
+from kdrl_train.rollouts.rendering import completion_text
 from kdrl_train.rollouts.sampler import SampleRequest
 from kdrl_train.waiting import Poll
 
@@ -73,14 +74,16 @@ class RequestEngine(ABC):
                     f"got {problem} for completion {r} of step {request.step + 1}: see vLLM's log "
                     "and options"
                 )
+        truncated = [reply.ids[-1] not in self.stops for reply in replies]
         return Rollouts(
             prompt_ids=[torch.tensor(one.prompt_ids) for one in requests],
             completion_ids=[torch.tensor(reply.ids) for reply in replies],
             logprobs=[torch.tensor(reply.logprobs, dtype=torch.float32) for reply in replies],
-            truncated=torch.tensor(
-                [reply.ids[-1] not in self.stops for reply in replies], dtype=torch.bool
-            ),
-            texts=[self.tokenizer.decode(reply.ids, skip_special_tokens=True) for reply in replies],
+            truncated=torch.tensor(truncated, dtype=torch.bool),
+            texts=[
+                completion_text(self.tokenizer, reply.ids, cut)
+                for reply, cut in zip(replies, truncated, strict=True)
+            ],
         )
 
     @abstractmethod

@@ -1,5 +1,6 @@
 """sampler: it draws from the plain softmax and nothing else, and records what it drew."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from kdrl_train.config import SamplingConfig
 from kdrl_train.model.eos import eos_ids
 from kdrl_train.rollouts.sampler import Draw, SampleRequest, generate_rollouts, uniforms
 from kdrl_train.runfolder.signals import Stopped
+from tests.train.conftest import EOS, PAD
 
 PROMPTS = [[5], [20, 21, 22, 23, 24, 25, 26], [30, 31, 32]]
 HOSTILE = {
@@ -98,6 +100,21 @@ def test_truncation_is_marked(model: Any, tokenizer: Any) -> None:
     rollouts = generate_rollouts(model, tokenizer, request([[5]], max_new_tokens=2))
     assert rollouts.lengths.tolist() == [2, 2]
     assert rollouts.truncated.tolist() == [True, True]
+
+
+@pytest.mark.parametrize("name", ["<answer>", EOS, PAD])
+def test_a_reward_sees_special_tokens_but_ends_and_padding(
+    model: Any, tokenizer: Any, name: str
+) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["<answer>"], special_tokens=True)
+    model.resize_token_embeddings(len(tokenizer))
+    head = torch.nn.Linear(32, len(tokenizer))
+    torch.nn.init.zeros_(head.weight)
+    head.bias.data[tokenizer.convert_tokens_to_ids(name)] = 50  # the only token that is drawn
+    model.lm_head = head
+    rollouts = generate_rollouts(model, tokenizer, request([[5]], group_size=1, max_new_tokens=3))
+    assert rollouts.texts == ["<answer>" * 3 if name == "<answer>" else ""]
 
 
 def test_a_draw_is_a_function_of_seed_and_step(model: Any, tokenizer: Any) -> None:

@@ -126,6 +126,14 @@ def test_what_a_server_receives(opened: tuple[Any, Policy], server: Scripted) ->
     assert sorted(again) == sorted(pair for pair in seeds if pair[0] == 20)
 
 
+def test_special_tokens_of_a_reply_are_text(opened: tuple[Any, Policy], server: Scripted) -> None:
+    engine, _ = opened
+    engine.tokenizer.add_tokens(["<answer>"], special_tokens=True)
+    ids = [258, 1, 0]  # then padding, and the end of sequence
+    server.choice = {"token_ids": ids, "logprobs": {"token_logprobs": [-1.0, -2.0, -3.0]}}
+    assert engine.generate(REQUEST).texts == ["<answer>"] * 4
+
+
 def test_columns_that_a_teacher_lacks_are_not_allowed(server: Scripted, config: Config) -> None:
     with running(server.app()) as url:
         settings = at(config, url)

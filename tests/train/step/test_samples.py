@@ -1,5 +1,6 @@
 """samples: the lines of a run say of each token what the models say of it."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from kdrl_train.config import OptimConfig, SamplingConfig, TrainConfig
 from kdrl_train.method.grpo import group_advantages
 from kdrl_train.method.presets import PRESETS
 from kdrl_train.model.load import load_policy, load_teacher
+from kdrl_train.rollouts.rendering import completion_text
 from kdrl_train.runfolder import jsonl
 from kdrl_train.step.samples import token_chars
 from kdrl_train.tools.report import token_colours
@@ -112,13 +114,28 @@ def test_none_are_written_where_none_are_wanted(config: Callable[..., TrainConfi
 @pytest.mark.parametrize("text", ["3+4=7", "ü", "aüb", "日本", "x\n\ny ", "🙂!"])
 def test_characters_of_several_tokens(text: str, tokenizer: Any) -> None:
     ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-    counts = token_chars(tokenizer, ids, text)
+    counts = token_chars(tokenizer, ids, text, truncated=False)
     assert counts is not None
     assert len(counts) == len(ids)
     assert counts[-1] == 0
     assert sum(counts) == len(text)
     if text == "aüb":
         assert counts == [1, 0, 1, 1, 0]
+
+
+def test_special_tokens_are_characters_but_not_ends_and_padding(tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["<answer>"], special_tokens=True)
+    ends, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    ids = [258, *tokenizer("ü")["input_ids"], pad, 258, ends]
+    text = completion_text(tokenizer, ids, truncated=False)
+    assert text == "<answer>ü<answer>"
+    assert token_chars(tokenizer, ids, text, truncated=False) == [8, 0, 1, 0, 8, 0]
+    assert completion_text(tokenizer, ids[:-1], truncated=True) == text
+    assert completion_text(tokenizer, ids[:-2], truncated=True) == "<answer>ü"
+    plain = tokenizer("a#")["input_ids"]  # "#" ends sequences, and is a part of the text
+    assert completion_text(tokenizer, plain, truncated=False) == "a#"
+    assert token_chars(tokenizer, plain, "a#", truncated=False) == [1, 1]
 
 
 def test_a_space_that_only_its_neighbours_show() -> None:
@@ -128,14 +145,14 @@ def test_a_space_that_only_its_neighbours_show() -> None:
     made = transformers.PreTrainedTokenizerFast(tokenizer_object=core)
     text = made.decode([0, 1, 0])
     assert text == "a b a"
-    assert token_chars(made, [0, 1, 0], text) == [1, 2, 2]
-    assert token_chars(made, [0, 1, 0], "another text") is None
+    assert token_chars(made, [0, 1, 0], text, truncated=True) == [1, 2, 2]
+    assert token_chars(made, [0, 1, 0], "another text", truncated=True) is None
 
 
 def test_bytes_that_are_no_text(tokenizer: Any) -> None:
     draw = torch.Generator().manual_seed(0)
     for _ in range(50):
         ids = torch.randint(2, 258, (12,), generator=draw).tolist()
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        counts = token_chars(tokenizer, ids, text)
+        text = tokenizer.decode(ids)
+        counts = token_chars(tokenizer, ids, text, truncated=True)
         assert counts is None or sum(counts) == len(text)
