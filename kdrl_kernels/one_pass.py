@@ -200,6 +200,7 @@ def run(call: LossCall) -> Pass:
         row_losses, coef = work.coefficients(call.loss, inputs, weights[part])
         losses.append(row_losses)
         if coef is None:
+            gradient_rows += 0 if call.compact else size_of(rows)
             continue
         coef = gradients.in_unit(coef)
         constant = False

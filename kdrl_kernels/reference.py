@@ -6,6 +6,7 @@ The tests measure against float64 inputs; float16 and bfloat16 are computed in f
 import torch
 from torch import Tensor
 
+from kdrl_kernels.autocast import Project, without_autocast
 from kdrl_kernels.call import LossCall, RowOutputs, take
 from kdrl_kernels.checks import bad_tokens, check_head_values, check_values, poison
 from kdrl_kernels.head import Head
@@ -15,8 +16,8 @@ from kdrl_kernels.objective import NO_GRADIENT
 def head_logprobs(head: Head, vocab_size: int) -> Tensor:
     """Return log_softmax of the head's first columns, [N, vocab_size] in float32 or float64."""
     dtype = torch.promote_types(head.hidden.dtype, torch.float32)
-    hidden = head.hidden
-    logits = hidden.to(dtype) @ _rounded(head.weight[:vocab_size], hidden.dtype).to(dtype).T
+    hidden, weight = head.hidden, _rounded(head.weight[:vocab_size], head.hidden.dtype)
+    logits = Project.apply(hidden.to(dtype), weight.to(dtype))
     if head.bias is not None:
         logits = logits + _rounded(head.bias[:vocab_size], hidden.dtype).to(dtype)
     if head.softcap is not None:
@@ -100,9 +101,25 @@ def loss(call: LossCall) -> tuple[Tensor, RowOutputs, Tensor]:
         entropy=call.wants_entropy,
     )
     weights = call.row_weights(active, outputs.logprobs.dtype)
-    losses = call.loss.losses(call.rows(outputs, active))
+    with without_autocast(weights.device):  # for what a caller's loss computes
+        losses = weights * call.loss.losses(call.rows(outputs, active))
     if outputs.logprobs.requires_grad and not losses.requires_grad and len(losses):
         raise ValueError(NO_GRADIENT)
-    value = (weights * losses).sum() / call.total(weights)
-    counts = torch.stack([torch.full_like(bad, len(weights)) for _ in range(2)] + [bad])
+    value = losses.sum() / call.total(weights)
+    counts = torch.stack(
+        [torch.full_like(bad, len(weights)), _gradient_rows(call, outputs, losses), bad]
+    )
     return poison(value, bad), outputs.spread(active, len(call.tokens)), counts
+
+
+def _gradient_rows(call: LossCall, outputs: RowOutputs, losses: Tensor) -> Tensor:
+    """Count the rows that a pass in chunks puts into dX and dW, 0-d int64."""
+    if not (call.compact and losses.requires_grad):
+        rows = len(losses) if any(call.needs) else 0
+        return losses.new_full((), rows, dtype=torch.int64)
+    leaves = [x for x in (outputs.logprobs, outputs.entropy, outputs.kl) if x is not None]
+    derivatives = torch.autograd.grad(losses.sum(), leaves, retain_graph=True, allow_unused=True)
+    used = torch.zeros_like(losses, dtype=torch.bool)
+    for derivative in derivatives:
+        used = used if derivative is None else used | (derivative != 0)
+    return used.sum()

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from kdrl_kernels import one_pass
+from kdrl_kernels.autocast import without_autocast
 from kdrl_kernels.call import LossCall, RowOutputs
 from kdrl_kernels.head import gradient_dtypes
-from kdrl_kernels.operators.flat import without_autocast
 from kdrl_kernels.operators.loss import rounded
 
 

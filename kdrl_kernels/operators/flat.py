@@ -1,7 +1,6 @@
 """Flattens the dataclass of a call into what an operator of torch.library takes, and back."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
 from dataclasses import is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -81,14 +80,6 @@ class Layout(Generic[T]):
         """Return gradients of the first arguments, hidden, weight and bias, and None for others."""
         first = tuple(gradients)
         return *first, *[None] * (len(self.arguments) - len(first))
-
-
-@contextmanager
-def without_autocast(device: torch.device) -> Iterator[None]:
-    """Compute in the tensors' own dtypes, whatever autocast says, and launch on their own GPU."""
-    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with on_device, torch.autocast(device.type, enabled=False):
-        yield
 
 
 def no_none(tensors: Iterable[Tensor | None], like: Tensor) -> list[Tensor]:

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from kdrl_kernels import one_pass
+from kdrl_kernels.autocast import without_autocast
 from kdrl_kernels.call import LossCall, RowOutputs
 from kdrl_kernels.head import gradient_dtypes, gradient_sizes
 from kdrl_kernels.objective import Objective
-from kdrl_kernels.operators.flat import Layout, fake, no_none, without_autocast
+from kdrl_kernels.operators.flat import Layout, fake, no_none
 from kdrl_kernels.plan import accumulator
 
 

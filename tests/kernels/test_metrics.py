@@ -1,6 +1,7 @@
 """LossOutput.metrics holds sums and counts that match plain formulas; mean_metrics divides them."""
 
 import math
+from itertools import product
 from typing import Any
 
 import pytest
@@ -281,3 +282,29 @@ def test_a_baseline_changes_the_flips_alone(impl: str, device: str) -> None:
     assert result.metrics["kd_flipped"].item() == 1
     # r A = A on-policy, and (l - KL)² / 2 = 0.55² / 2 in both rows
     assert result.loss.item() == pytest.approx(-0.15 + (log_ratios[0] - kl) ** 2 / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("compact", [None, False])
+@pytest.mark.parametrize(
+    ("impl", "kd"), [*product(["reference", "torch"], [None, "k2", "rkl"]), ("triton", "k2")]
+)
+def test_gradient_rows(impl: str, kd: str | None, compact: bool | None, device: str) -> None:
+    """A row has a gradient unless it is clipped or has advantage 0, and has no KD term."""
+    problem = make_problem(24, kd=kd, device=device)
+    problem.options["advantages"][3:5] = 0
+    problem.options["token_weights"][0] = 0
+    distilled = torch.zeros(24, dtype=torch.bool, device=device)
+    if kd:
+        problem.options["kd_weight"][1::2] = 0
+        distilled = problem.options["kd_weight"] > 0
+    student = {k: v.clone().requires_grad_() for k, v in problem.student.items()}
+    teacher = problem.teacher and kk.TeacherHead(**problem.teacher)
+    options = problem.options | {"compact": compact, "impl": impl}
+    result = kk.kdrl_loss(tokens=problem.tokens, teacher=teacher, **student, **options)
+    result.loss.backward()
+    A, ratio = options["advantages"], (result.logprobs - options["old_logprobs"]).exp()
+    inside = torch.where(A > 0, ratio < 1.2, ratio > 0.8) & (A != 0)
+    rows = (inside | distilled) & (options["token_weights"] != 0)
+    assert 0 < rows.sum() < 20
+    assert result.metrics["gradient_rows"] == (rows.sum() if compact is None else 23)
+    assert torch.equal(rows, (student["hidden"].grad != 0).any(dim=1))

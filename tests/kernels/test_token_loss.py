@@ -83,17 +83,20 @@ def test_every_row_of_non_zero_weight_is_seen_once(
     assert result.metrics["bad_tokens"] == 0
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_gradient_rows_are_those_whose_loss_has_a_gradient(impl: str, device: str) -> None:
+@pytest.mark.parametrize(("compact", "kept"), [(None, 4), (True, 4), (False, 7)])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradient_rows_are_those_whose_loss_has_a_gradient(
+    impl: str, compact: bool | None, kept: int, device: str
+) -> None:
     setup = with_leaves(make_setup(CASES["sft"], F32, device, masked=True))
     dropped = torch.tensor([1, 4, 6, 7], device=device)  # 4 has weight 0 already
 
     def loss_fn(rows: kk.Rows) -> Tensor:
         return torch.where(torch.isin(rows.index, dropped), 0, -rows.logprobs)
 
-    result = call(setup, loss_fn, impl=impl)
+    result = call(setup, loss_fn, impl=impl, compact=compact)
     result.loss.backward()
-    assert (result.metrics["tokens"], result.metrics["gradient_rows"]) == (7, 4)
+    assert (result.metrics["tokens"], result.metrics["gradient_rows"]) == (7, kept)
     zero = (setup.student["hidden"].grad == 0).all(dim=1).nonzero().squeeze(1)
     assert zero.tolist() == sorted({1, 6, 7, *UNUSED})
 
@@ -185,7 +188,7 @@ def test_kdrl_loss_is_one_of_these_losses(
         assert error <= bound, f"d{name}: {error:.1e}"
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("frozen", [False, True], ids=["no_grad", "frozen"])
 def test_no_gradient_is_computed_that_nobody_wants(
     frozen: bool, impl: str, device: str, monkeypatch: pytest.MonkeyPatch
@@ -291,7 +294,8 @@ def test_an_error_in_the_loss_is_not_hidden(device: str) -> None:
         call(setup, lambda rows: rows.logprobs * setup.inputs["rewards"])
 
 
-def test_a_loss_that_is_constant_in_some_chunks(device: str) -> None:
+@pytest.mark.parametrize(("compact", "kept"), [(True, 3), (False, N)])
+def test_a_loss_that_is_constant_in_some_chunks(compact: bool, kept: int, device: str) -> None:
     """Constant chunks give their rows no gradient, and do not make the whole loss constant."""
     setup = with_leaves(make_setup(CASES["sft"], F64, device))
 
@@ -300,10 +304,16 @@ def test_a_loss_that_is_constant_in_some_chunks(device: str) -> None:
         return -rows.logprobs * first if first.any() else torch.zeros_like(rows.logprobs)
 
     budget = smallest_budget(setup, "torch", 3)
-    result = call(setup, early, impl="torch", workspace_bytes=budget)
+    result = call(setup, early, impl="torch", workspace_bytes=budget, compact=compact)
     result.loss.backward()
-    assert result.metrics["gradient_rows"] == 3
     other = with_leaves(make_setup(CASES["sft"], F64, device))
-    call(other, lambda rows: -rows.logprobs * (rows.index < 3), impl="reference").loss.backward()
+    expected = call(
+        other,
+        lambda rows: -rows.logprobs * (rows.index < 3),
+        impl="reference",
+        compact=compact,
+    )
+    expected.loss.backward()
+    assert result.metrics["gradient_rows"] == expected.metrics["gradient_rows"] == kept
     for name, tensor in setup.student.items():
         torch.testing.assert_close(tensor.grad, other.student[name].grad, msg=name)
