@@ -20,14 +20,15 @@ def check_memory(config: TrainConfig, policy: Policy, teacher: Teacher | None, r
     """Compare the most memory that one of `ranks` processes needs with what its device has.
 
     Raises: UserWarning if it needs more than the device has, ValueError if it needs far more; both
-        name the settings that make it smaller.
+        name the settings that make it smaller. UserWarning too if it cannot be estimated.
     """
     device = policy.device
     try:
-        case = _case(config, policy, teacher, ranks)
+        terms = memory_terms(_case(config, policy, teacher, ranks))
     except ValueError as error:
         return f"not estimated: {error}"
-    terms = memory_terms(case)
+    except Exception as error:  # a model of a kind that nobody has thought of: it may still train
+        raise UserWarning(f"not estimated: {type(error).__name__}: {error}") from error
     moments = by_moment(terms)
     worst = max(moments, key=lambda moment: moments[moment])
     peak, ranks_here = moments[worst], int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

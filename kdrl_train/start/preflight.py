@@ -1,5 +1,6 @@
 """The preflight: checks, before the first step, for mistakes that would waste a run."""
 
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from kdrl_train.batch import Example
 from kdrl_train.config import TrainConfig
-from kdrl_train.errors import RankError
+from kdrl_train.errors import RankError, RunError
 from kdrl_train.model.fsdp import gathered
 from kdrl_train.model.load import use_device
 from kdrl_train.model.policy import HeadedModel
@@ -110,8 +111,19 @@ def _result(name: str, check: Callable[[], str]) -> CheckResult:
         return CheckResult(name, passed=True, detail=check())
     except UserWarning as warning:
         return CheckResult(name, passed=True, detail=str(warning), warning=True)
-    except (ValueError, OSError) as error:
-        return CheckResult(name, passed=False, detail=str(error))
+    except RankError:  # another rank ended: no check that needs all ranks can go on
+        raise
+    # a model's own code may raise anything (TypeError, IndexError, AttributeError, ...)
+    except Exception as error:
+        return CheckResult(name, passed=False, detail=_said(error))
+
+
+def _said(error: Exception) -> str:
+    """Return the message of an error; one that was not written for the user gets kind and place."""
+    if isinstance(error, (ValueError, OSError, RunError)):
+        return str(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
 
 
 def check_trackers(config: TrainConfig) -> str:
@@ -279,10 +291,10 @@ def main(config: TrainConfig) -> int:
             results = [world.on_main(lambda: _result("trackers", lambda: check_trackers(config)))]
         try:
             loaded = load(config, world)
-        except (ValueError, OSError, RankError) as error:
+        except Exception as error:  # as in _result: a model's code may raise anything
             names = {TeacherError: "teacher server", PromptError: "prompts"}
             name = next((n for kind, n in names.items() if isinstance(error, kind)), "loading")
-            results.append(CheckResult(name, passed=False, detail=str(error)))
+            results.append(CheckResult(name, passed=False, detail=_said(error)))
         else:
             with Verifier(config.reward) as verifier, closing(loaded):
                 results += preflight(config, loaded, verifier, world=world)

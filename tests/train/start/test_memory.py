@@ -11,7 +11,7 @@ from rich.console import Console
 from kdrl_train import cli, train
 from kdrl_train.config import EngineConfig, TrainConfig
 from kdrl_train.config_file import save_yaml
-from kdrl_train.start import memory
+from kdrl_train.start import memory, preflight
 from kdrl_train.start.estimate.devices import memory_bytes
 from kdrl_train.start.estimate.memory import by_moment, memory_terms
 from kdrl_train.start.load import Loaded, load
@@ -73,6 +73,30 @@ def test_what_is_not_modelled_is_not_estimated(config: Config) -> None:
     assert detail == "not estimated: engine.kind vllm is not modelled"
     with pytest.raises(ValueError, match=r'kind must be "generate" to be planned, got "vllm'):
         PlanConfig(engine=vllm.engine)
+
+
+@pytest.mark.parametrize("kind", [TypeError, AttributeError, IndexError, RuntimeError, KeyError])
+def test_what_cannot_be_estimated_ends_no_run(
+    config: Config,
+    kind: type[Exception],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object) -> None:
+        raise kind("intermediate_size is a list")
+
+    settings = config(steps=1)
+    loaded = load(settings)
+    monkeypatch.setattr(memory, "shape_of", fail)
+    message = rf"^not estimated: {kind.__name__}: '?intermediate_size is a list"
+    with pytest.raises(UserWarning, match=message):
+        memory.check_memory(settings, loaded.policy, loaded.teacher, 1)
+    if kind is TypeError:
+        assert preflight.main(settings) == 0
+        assert "not estimated: TypeError" in " ".join(capsys.readouterr().out.split())
+        out = io.StringIO()
+        train.main(settings, Console(file=out))
+        assert "memory: not estimated: TypeError: intermediate_size is a list" in out.getvalue()
 
 
 def test_a_server_samples_elsewhere_and_a_checkpoint_in_a_thread_is_a_copy(config: Config) -> None:

@@ -19,6 +19,7 @@ from kdrl_train.config import (
     SamplingConfig,
     TrainConfig,
 )
+from kdrl_train.errors import RankError
 from kdrl_train.model.policy import Teacher
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.start import preflight
@@ -126,6 +127,44 @@ def test_failures_are_listed_together(
     assert details["gold answers"].startswith("3 right; ")
     with pytest.raises(ValueError, match=r"(?s)pass its preflight, got:\n  prompts: .*\n  vocab"):
         preflight.require(results)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("no kernel"), TypeError("got 3"), AttributeError("x"), IndexError(), KeyError(1)],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_a_models_code_raises_is_a_failed_line(
+    config: TrainConfig,
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(preflight, "probe", fail)
+    assert preflight.main(config) == 1
+    out = "".join(capsys.readouterr().out.replace("│", " ").split())
+    text = f"{type(error).__name__}: {error} (".replace(" ", "")
+    assert out.count(f"failed{text}") == 2  # policy and teacher; the other checks are made
+    assert "test_preflight.py,line" in out
+    assert out.count("ok") >= 5
+    monkeypatch.setattr(preflight, "load", fail)
+    assert preflight.main(config) == 1
+    out = "".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"loadingfailed{text}" in out
+
+
+def test_another_ranks_end_is_no_failed_line(
+    config: TrainConfig, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RankError("rank 1 stopped")
+
+    monkeypatch.setattr(preflight, "probe", fail)
+    with Verifier(config.reward) as verifier, pytest.raises(RankError, match="rank 1 stopped"):
+        preflight.preflight(config, loaded, verifier, gold=1)
 
 
 def test_one_sequence_per_pack_needs_no_packing(config: TrainConfig, loaded: Loaded) -> None:
