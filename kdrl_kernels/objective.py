@@ -15,7 +15,7 @@ from torch import Tensor
 
 Policy = Literal["clip", "none", "off"]
 ExactKd = Literal["rkl", "fkl", "jsd"]
-Kd = Literal["k2", "k3", "rkl", "fkl", "jsd"]
+Kd = Literal["k2", "k3", "k3_ratio", "rkl", "fkl", "jsd"]
 EXACT_KD = get_args(ExactKd)
 
 NO_GRADIENT = (
@@ -39,12 +39,13 @@ class Objective:
         clip_low, clip_high: clip range of the ratio, clip_low in [0, 1), clip_high >= 0.
         dual_clip: for A < 0 the term is at most -dual_clip·A; above 1, or None.
         kd: "k2": l²/2, expected gradient of KL(p‖q); "k3": exp(-l) - 1 + l, expected gradient of
-            the forward KL(q‖p); exact: "rkl": KL(p‖q), "fkl": KL(q‖p), and "jsd":
-            jsd_alpha·KL(q‖m) + (1 - jsd_alpha)·KL(p‖m), m = jsd_alpha·q + (1 - jsd_alpha)·p;
-            None: no teacher.
+            the forward KL(q‖p); "k3_ratio": the same value, with s differentiable, so that its
+            derivative in lp is s·l: expected gradient of KL(p‖q); exact: "rkl": KL(p‖q), "fkl":
+            KL(q‖p), and "jsd": jsd_alpha·KL(q‖m) + (1 - jsd_alpha)·KL(p‖m),
+            m = jsd_alpha·q + (1 - jsd_alpha)·p; None: no teacher.
         kd_baseline: "kl", with kd "k2" alone: (l - KL(p‖q))²/2, the exact KL of the row without
             gradient; the same expected gradient where s is not capped, usually of less variance.
-        k3_bound: b in nats, in (0, 60]. "k3" at -l > b goes on along its tangent, since exp(-l)
+        k3_bound: b in nats, in (0, 60]. k3 at -l > b goes on along its tangent, since exp(-l)
             overflows at 88: exp(b)·(1 - l - b) - 1 + l, with the derivative 1 - exp(b) in lp. So
             these tokens keep the largest pull; a bound of the value would take their gradient away.
         kd_coef: beta, at least 0.
@@ -256,12 +257,17 @@ def _kd_term(objective: Objective, rows: Rows, log_ratio: Tensor) -> Tensor:
 
 
 def sampled_kd(objective: Objective, teacher_log_ratio: Tensor) -> Tensor:
-    """Return the sampled KD term "k2" or "k3" of l = log p - log q at the sampled tokens, [C]."""
+    """Return a sampled KD term of l = log p - log q at the sampled tokens, [C], before s."""
+    k2 = teacher_log_ratio.square() / 2
     if objective.kd == "k2":
-        return teacher_log_ratio.square() / 2
+        return k2
     bounded = (-teacher_log_ratio).clamp(max=objective.k3_bound)
     slope = torch.expm1(bounded)
-    return slope - bounded + slope * (-teacher_log_ratio - objective.k3_bound).relu()
+    k3 = slope - bounded + slope * (-teacher_log_ratio - objective.k3_bound).relu()
+    if objective.kd == "k3":
+        return k3
+    with torch.no_grad():  # the value of k3, the derivative of k2: see rows/README.md
+        return k2.copy_(k3)
 
 
 def kd_pull(objective: Objective, teacher_log_ratio: Tensor) -> Tensor:
@@ -269,7 +275,7 @@ def kd_pull(objective: Objective, teacher_log_ratio: Tensor) -> Tensor:
 
     Of the exact "rkl" and "fkl" it is that of "k2" and "k3", which have their expected gradient.
     """
-    if objective.kd in ("k2", "rkl"):
+    if objective.kd in ("k2", "k3_ratio", "rkl"):
         return teacher_log_ratio
     assert objective.kd in ("k3", "fkl"), objective.kd
     return -torch.expm1((-teacher_log_ratio).clamp(max=objective.k3_bound))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdrl_kernels.objective import Coefficients, Objective, Rows, TokenLoss
 from kdrl_kernels.objective import coefficients as autograd_coefficients
-from kdrl_kernels.rows.kernel_math import K2, KD_CODES, OPTIONS, RKL, expm1
+from kdrl_kernels.rows.kernel_math import K2, K3, KD_CODES, OPTIONS, RKL, expm1
 from kdrl_kernels.rows.tiles import OBJECTIVE_BLOCK
 
 
@@ -51,13 +51,15 @@ def _objective_kernel(
             teacher_log_ratio = tl.where(scale == 0, 0.0, _subtract(lp, lq))
             if KD == K2:
                 loss += scale * teacher_log_ratio * teacher_log_ratio / 2
-                c += scale * teacher_log_ratio
             else:
                 bounded = tl.where(-teacher_log_ratio > k3_bound, k3_bound, -teacher_log_ratio)
                 beyond = tl.where(-teacher_log_ratio > k3_bound, -teacher_log_ratio - k3_bound, 0.0)
                 slope = expm1(bounded)
                 loss += scale * (slope - bounded + slope * beyond)
+            if KD == K3:
                 c -= scale * slope
+            else:
+                c += scale * teacher_log_ratio
     if HAS_ENTROPY:
         loss -= entropy_coef * tl.load(entropy_ptr + n, mask=mask, other=0.0)
     w = tl.load(weight_ptr + n, mask=mask, other=0.0)

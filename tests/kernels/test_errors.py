@@ -88,7 +88,10 @@ def test_kdrl_loss(changes: dict[str, Any], error: type[Exception], message: str
 
 OBJECTIVES: list[tuple[dict[str, Any], str]] = [
     ({"kd": "k1"}, "kd must not be 'k1': k1 as a loss has no teacher in its gradient"),
-    ({"kd": "kl"}, r"kd must be one of \('k2', 'k3', 'rkl', 'fkl', 'jsd'\) or None, got 'kl'"),
+    (
+        {"kd": "kl"},
+        r"kd must be one of \('k2', 'k3', 'k3_ratio', 'rkl', 'fkl', 'jsd'\) or None, got 'kl'",
+    ),
     ({"kd_baseline": "mean"}, "kd_baseline must be 'kl' or None, got 'mean'"),
     ({"kd": "k3", "kd_baseline": "kl"}, "kd_baseline must be None for kd='k3', got 'kl'"),
     ({"kd": None, "kd_baseline": "kl"}, "kd_baseline must be None for kd=None, got 'kl'"),

@@ -16,7 +16,7 @@ import kdrl_kernels as kk
 V = 6
 JSD_ALPHA = 0.3
 CENTRED = {"kd": "k2", "kd_baseline": "kl"}
-KD_TERMS = [*({"kd": kd} for kd in ("k2", "k3", "rkl", "fkl", "jsd")), CENTRED]
+KD_TERMS = [*({"kd": kd} for kd in ("k2", "k3", "k3_ratio", "rkl", "fkl", "jsd")), CENTRED]
 EVERY_TERM = pytest.mark.parametrize("term", KD_TERMS, ids=lambda term: "-".join(term.values()))
 
 
@@ -85,6 +85,8 @@ CASES = {
     "centred_k2": (CENTRED, _reverse_kl, False),
     "centred_k2_off_policy": (CENTRED, _reverse_kl, True),
     "k3": ({"kd": "k3"}, _forward_kl, False),
+    "k3_ratio": ({"kd": "k3_ratio"}, _reverse_kl, False),
+    "k3_ratio_off_policy": ({"kd": "k3_ratio"}, _reverse_kl, True),
     "rkl": ({"kd": "rkl"}, _reverse_kl, False),
     "fkl": ({"kd": "fkl"}, _forward_kl, False),
     "jsd": ({"kd": "jsd"}, _jensen_shannon, False),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -115,3 +116,40 @@ def test_a_bound_of_the_value_takes_the_gradient_of_the_tokens_that_differ_most(
         assert relative_error(tensor.grad, exact[f"d{name}"]) < 1e-5, name
     zero = (student["hidden"].grad == 0).all(dim=1)
     assert zero.tolist() == [True] * 4 + [False, False, True]
+
+
+def test_a_differentiable_ratio_gives_the_derivative_that_the_row_work_takes() -> None:
+    """TRL and DeepSeek-V3.2 multiply k3 by the ratio with its gradient: all of it is s·l."""
+    problem = _problem("cpu", F64, objective={"policy": "off", "kd_ratio_cap": 1e9})
+    problem.options["token_weights"][[0, 1, 2]] = 0  # l beyond the bound
+    problem.options["objective"] = replace(problem.options["objective"], kd="k3_ratio")
+    old = problem.options["old_logprobs"]
+
+    def trl(lp: Tensor, lq: Tensor) -> Tensor:
+        ratio, x = torch.exp(lp - old), (lq - lp).clamp(max=20)
+        return ratio * (torch.exp(x) - x - 1)
+
+    exact, ours = _by_autograd(problem, trl), problem.solve(impl="torch")
+    for name, value in exact.items():
+        assert relative_error(ours[name], value) < 1e-9, name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_capped_differentiable_ratio_keeps_its_weight_and_its_pull(
+    impl: str, device: str
+) -> None:
+    """p = (1/4, 3/4), r = 4, cap 3, l = -2: value 3 (e^2 - 3), derivative 3 · -2 in log p."""
+    logits = torch.tensor([[0.0, math.log(3)]], device=device, requires_grad=True)
+    result = kk.kdrl_loss(
+        logits,
+        torch.eye(2, device=device),
+        torch.zeros(1, dtype=torch.int64, device=device),
+        advantages=None,
+        old_logprobs=torch.tensor([math.log(1 / 16)], device=device),
+        teacher_logprobs=torch.tensor([math.log(0.25) + 2], device=device),
+        objective=kk.Objective(policy="off", kd="k3_ratio", kd_coef=1.0, kd_ratio_cap=3.0),
+        impl=impl,
+    )
+    result.loss.backward()
+    assert relative_error(result.loss, torch.tensor(3 * (math.exp(2) - 3))) < 1e-6
+    assert relative_error(logits.grad, torch.tensor([[-6 * 0.75, 6 * 0.75]])) < 1e-6

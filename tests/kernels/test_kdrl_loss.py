@@ -142,7 +142,7 @@ def kinds(draw: st.DrawFn) -> dict[str, Any]:
         "entropy_coef": draw(st.sampled_from([0.0, 0.01, -0.01])),
         "kd_ratio_cap": draw(st.sampled_from([0.5, 2.0])),
     }
-    server = kd in ("k2", "k3") and draw(st.booleans())
+    server = kd in ("k2", "k3", "k3_ratio") and draw(st.booleans())
     if kd == "k2" and not server:
         objective["kd_baseline"] = draw(st.sampled_from([None, "kl"]))
     return {
@@ -190,9 +190,10 @@ def test_options_together_on_triton(kind: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kd", KDS)
 def test_reference_passes_gradcheck(kd: str | None) -> None:
-    # numerical differences do not see stop-gradients: so off-policy without KD, or KD alone
-    policy, off_policy = ("clip", True) if kd is None else ("off", False)
-    objective = {"entropy_coef": 0.1, "policy": policy}
+    # numerical differences do not see stop-gradients: so off-policy without KD, or KD alone, and
+    # a ratio that has its gradient only where it is computed
+    policy, off_policy = ("clip", True) if kd is None else ("off", kd == "k3_ratio")
+    objective = {"entropy_coef": 0.1, "policy": policy, "kd_ratio_cap": 1e9, "k3_bound": 60}
     problem = make_problem(3, 4, 5, kd=kd, dtype=F64, objective=objective, off_policy=off_policy)
     teacher = problem.teacher and kk.TeacherHead(**problem.teacher)
 

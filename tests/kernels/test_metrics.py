@@ -195,7 +195,7 @@ def test_means_of_nothing_are_0(rows: str) -> None:
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("kd", ["k2", "k3"])
+@pytest.mark.parametrize("kd", ["k2", "k3", "k3_ratio"])
 def test_the_pull_is_the_derivative_that_the_row_work_takes(
     kd: Any, impl: str, device: str
 ) -> None:
@@ -210,7 +210,7 @@ def test_the_pull_is_the_derivative_that_the_row_work_takes(
     torch.testing.assert_close(coef.logprobs, pull, rtol=1e-5, atol=1e-6)
     (derivative,) = torch.autograd.grad(value.sum(), log_ratio)
     torch.testing.assert_close(derivative, pull, rtol=1e-5, atol=1e-6)
-    exact: Any = kk.Objective(kd={"k2": "rkl", "k3": "fkl"}[kd])
+    exact: Any = kk.Objective(kd={"k2": "rkl", "k3": "fkl", "k3_ratio": "rkl"}[kd])
     assert torch.equal(kd_pull(exact, log_ratio), kd_pull(objective, log_ratio))
 
 
