@@ -60,9 +60,10 @@ def require_loadable(name: str, key: str) -> dict[str, Any]:
     Raises: ValueError for a name that is neither a folder nor an id, an adapter, a model with code
         of its own, and files that are absent, cut, or pointers of git-lfs.
     """
-    _require_place(name, key)
+    require_place(name, key)
     _require_no_adapter(name, key)
     try:
+        require_readable(name, "generation_config.json")
         if Path(name).is_dir():
             config = _read_json(Path(name) / "config.json")
         else:
@@ -81,37 +82,50 @@ def require_loadable(name: str, key: str) -> dict[str, Any]:
     return config
 
 
-def _require_place(name: str, key: str) -> None:
+def require_place(name: str, key: str) -> None:
     """Raise ValueError at once for a name that is no folder and that the hub does not know."""
+    if not name:
+        raise ValueError(f"{key} must name a folder or hub id, got nothing: set {key}")
+    problem = place_problem(name)
+    if problem:
+        raise refusal(key, name, problem)
+
+
+def place_problem(name: str) -> str:
+    """Say why a name is neither a folder nor a model of the hub; nothing if it is one."""
     path = Path(name)
     if path.is_dir():
-        return
+        return ""
     if path.exists():
-        raise refusal(key, name, "it is a file: name the folder that it is in")
-    local = HUB_ID.fullmatch(name) is None or name.startswith((".", "/"))
-    if local or ("/" in name and path.parent.is_dir()):
-        folders = []
-        if path.parent.is_dir():
-            folders = [str(other) for other in path.parent.iterdir() if other.is_dir()]
-        raise refusal(key, name, f"there is no such folder{nearest(name, folders)}")
+        return "it is a file: name the folder that it is in"
+    parent = path.parent
+    if _is_hub_id(name) and not ("/" in name and parent.is_dir()):
+        return _hub_problem(name)
+    folders = [str(path) for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+    return f"there is no such folder{nearest(name, folders)}"
+
+
+def _is_hub_id(name: str) -> bool:
+    return HUB_ID.fullmatch(name) is not None and not name.startswith(".")
+
+
+def _hub_problem(name: str) -> str:
+    """Say why the hub has no model of this name; nothing if it has one, or its cache has."""
     if isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return
+        return ""
     try:
         HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise refusal(
-            key,
-            name,
+    except (RepositoryNotFoundError, HFValidationError):
+        return (
             "there is no such folder, and no such model on the hub (or it is private: run "
-            "`hf auth login`)",
-        ) from error
+            "`hf auth login`)"
+        )
     except Exception as error:  # each version of the hub's client has its own network errors
-        raise refusal(
-            key,
-            name,
+        return (
             "there is no such folder, and the hub cannot be reached "
-            f"({type(error).__name__}: {str(error).partition(chr(10))[0]})",
-        ) from error
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+        )
+    return ""
 
 
 def _require_no_adapter(name: str, key: str) -> None:
@@ -138,6 +152,14 @@ def stored_file(name: str, file: str) -> Path | None:
         return path if path.is_file() else None
     cached = try_to_load_from_cache(name, file)
     return Path(cached) if isinstance(cached, str) else None
+
+
+def require_readable(name: str, *files: str) -> None:
+    """Raise ValueError for a JSON file of a model that is here and damaged."""
+    for file in files:
+        path = stored_file(name, file)
+        if path is not None:
+            _read_json(path)
 
 
 def quantization(config: dict[str, Any]) -> str | None:

@@ -1,6 +1,7 @@
 """Loads models and tokenizers from folders or hub ids, onto the run's device."""
 
 import os
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -8,12 +9,28 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdrl_train.config import ModelConfig, TrainConfig
 from kdrl_train.model import attention
-from kdrl_train.model.folder import one_line, refusal, require_loadable
+from kdrl_train.model.folder import (
+    one_line,
+    quantization,
+    refusal,
+    require_loadable,
+    require_place,
+    require_readable,
+)
 from kdrl_train.model.fsdp import shard
 from kdrl_train.model.liger import patch_layers, require_liger
 from kdrl_train.model.policy import Policy, Teacher
-from kdrl_train.model.weights import require_complete, without_report
+from kdrl_train.model.weights import require_complete, require_trainable, without_report
 from kdrl_train.ranks import ALONE, World
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+REMEDY = {
+    "trained": "gradients reach only weights in 16 or 32 bits: name the model that it was made of, "
+    "or dequantise it with transformers and save it",
+    "sharded": "cannot be sharded: name the model that it was made of, or serve this one "
+    "(python -m kdrl_train serve) and set model.teacher to its URL",
+}
+"""Why quantised weights cannot be used, and what to do, by what would be done with them."""
 
 
 class HasVocabulary(Protocol):
@@ -48,13 +65,35 @@ def use_device(config: ModelConfig) -> torch.device:
     return device
 
 
-def load_tokenizer(folder: str) -> Any:
-    """Load the tokenizer of a model folder or hub id."""
-    return AutoTokenizer.from_pretrained(folder)
+def load_tokenizer(folder: str, key: str = "model.policy") -> Any:
+    """Load the tokenizer of a model folder or hub id, which the setting `key` names.
+
+    Raises: ValueError for a folder without one, of which transformers would make an empty one.
+    """
+    require_place(folder, key)
+    tokenizer, why = None, "no file with a vocabulary"
+    try:
+        require_readable(folder, *TOKENIZER_FILES)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the libraries of tokenizers raise many types
+        why = one_line(error)
+    if tokenizer is None or not tokenizer.get_vocab().keys() - tokenizer.added_tokens_encoder:
+        raise ValueError(
+            f"{key} must have a tokenizer beside its weights, got {folder!r}, which has no "
+            f"tokenizer that can be read ({why}): copy tokenizer.json and tokenizer_config.json of "
+            "its base model into the folder"
+        )
+    return tokenizer
 
 
 def load_model(
-    folder: str, key: str, config: ModelConfig, dtype: torch.dtype, world: World = ALONE
+    folder: str,
+    key: str,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    world: World = ALONE,
+    *,
+    trained: bool = False,
 ) -> Any:
     """Load a causal LM from a folder or hub id, in evaluation mode.
 
@@ -67,29 +106,48 @@ def load_model(
         config: says which device, attention and layer kernels to use.
         dtype: the dtype of the weights.
         world: the ranks of the run, which all call this together.
+        trained: whether its weights will be trained, which quantised ones cannot be.
     Raises: ValueError as read_model does, and where model.liger is set but liger-kernel's layers
         cannot be used; RankError in place of both with several ranks.
     """
-    if not folder:
-        raise ValueError(f"{key} must name a folder or hub id, got nothing: set {key}")
     device = use_device(config)
     liger = require_liger(device) if config.liger else None
-    model = _read_on_main(folder, key, dtype, config.attention, world)
+    plain = "trained" if trained else "sharded" if world.launched else None
+
+    def read() -> Any:
+        return read_model(folder, key, dtype, config.attention, device, plain)
+
+    model = _read_on_main(read, dtype, config.attention, world)
     chosen = attention.choose(model, device, getattr(torch, config.dtype))
     if config.attention is None and chosen is not None:
         model.set_attn_implementation(chosen)
     if liger is not None:
         patch_layers(liger, model, key)
-    return model.eval() if world.launched else model.to(device).eval()
+    if world.launched or getattr(model, "is_quantized", False):  # it is on its device already
+        return model.eval()
+    return model.to(device).eval()
 
 
-def read_model(folder: str, key: str, dtype: torch.dtype, attention_name: str | None = None) -> Any:
+def read_model(
+    folder: str,
+    key: str,
+    dtype: torch.dtype,
+    attention_name: str | None = None,
+    device: torch.device | None = None,
+    plain: str | None = None,
+) -> Any:
     """Read a model with all its weights into CPU memory.
 
+    Args:
+        device: where a quantised model is put, which cannot be moved later; None: the CPU.
+        plain: "trained" or "sharded": what quantised weights cannot be; None: they may be so.
     Raises: ValueError naming the setting `key` for a model that cannot be loaded, or that its files
-        do not hold whole.
+        do not hold whole, and for a quantised one where it must not be.
     """
-    require_loadable(folder, key)
+    method = quantization(require_loadable(folder, key))
+    if method is not None and plain is not None:
+        raise refusal(key, folder, f"its weights are quantised ({method}), and {REMEDY[plain]}")
+    where = {} if method is None else {"device_map": {"": device or torch.device("cpu")}}
     try:
         with without_report():
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -99,23 +157,25 @@ def read_model(folder: str, key: str, dtype: torch.dtype, attention_name: str | 
                 trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # require_complete names them
+                **where,
             )
     except Exception as error:  # a model's code and its files' readers raise many types
         raise refusal(key, folder, one_line(error)) from error
     require_complete(model, report, key, folder)
+    if plain == "trained":
+        require_trainable(model, key, folder)
     return model
 
 
 def _read_on_main(
-    folder: str, key: str, dtype: torch.dtype, attention_name: str | None, world: World
+    read: Callable[[], Any], dtype: torch.dtype, attention_name: str | None, world: World
 ) -> Any:
     """Read a model on rank 0; the others build it on the meta device, without its weights."""
     models: list[Any] = []  # a model stays on its rank: what on_main returns is sent to all
 
-    def read() -> tuple[Any, Any]:
-        model = read_model(folder, key, dtype, attention_name)
-        models.append(model)
-        return model.config, model.generation_config
+    def keep() -> tuple[Any, Any]:
+        models.append(read())
+        return models[0].config, models[0].generation_config
 
     def build() -> None:
         with torch.device("meta"):
@@ -125,7 +185,7 @@ def _read_on_main(
         shell.generation_config = generation_config
         models.append(shell)
 
-    config, generation_config = world.on_main(read)
+    config, generation_config = world.on_main(keep)
     world.share(lambda: None if world.main else build())
     (model,) = models
     return model
@@ -172,7 +232,9 @@ def load_policy(
         teacher: the policy samples no token beyond the teacher's vocabulary; None: from its own.
         policy_class: Policy, or a subclass with another loss.
     """
-    model = load_model(config.model.policy, "model.policy", config.model, torch.float32, world)
+    model = load_model(
+        config.model.policy, "model.policy", config.model, torch.float32, world, trained=True
+    )
     if config.model.gradient_checkpointing:
         checkpoint_activations(model)
     columns = model.get_output_embeddings().weight.shape[0]

@@ -53,6 +53,22 @@ def require_complete(model: Any, report: dict[str, Any], key: str, name: str) ->
             )
 
 
+def require_trainable(model: Any, key: str, name: str) -> None:
+    """Raise ValueError for a model with parameters that no gradient reaches."""
+    fixed = [
+        parameter
+        for parameter, value in model.named_parameters()
+        if not (value.is_floating_point() and value.itemsize > 1 and value.requires_grad)
+    ]
+    if fixed:
+        raise refusal(
+            key,
+            name,
+            f"{len(fixed)} of its parameters cannot be trained, as they are quantised or frozen "
+            f"({_some(fixed)}): name a model with weights in 16 or 32 bits",
+        )
+
+
 def _some(names: list[str]) -> str:
     """Write the first names of a list, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -5,6 +5,7 @@ from typing import Any
 
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig, TrainConfig
+from kdrl_train.model.folder import require_loadable
 from kdrl_train.model.load import load_policy, load_teacher, load_tokenizer
 from kdrl_train.model.policy import Policy, Teacher
 from kdrl_train.model.teacher.client import TeacherClient, connect
@@ -45,6 +46,7 @@ def load(config: TrainConfig, world: World = ALONE, policy_class: type[Policy] =
     Raises: ValueError or OSError for what cannot be loaded; with several ranks a model or problems
         that cannot be loaded raise RankError.
     """
+    world.on_main(lambda: require_loadable(config.model.policy, "model.policy"))
     tokenizer = load_tokenizer(config.model.policy)
     examples, prompts = read_problems(config.data, tokenizer, world)
     held_out: list[Example] = []
@@ -63,7 +65,9 @@ def load(config: TrainConfig, world: World = ALONE, policy_class: type[Policy] =
     return Loaded(
         tokenizer=tokenizer,
         policy=policy,
-        teacher_tokenizer=None if teacher is None else load_tokenizer(str(config.model.teacher)),
+        teacher_tokenizer=None
+        if teacher is None
+        else load_tokenizer(str(config.model.teacher), "model.teacher"),
         teacher=teacher,
         examples=examples,
         prompts=prompts,

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig, EvaluateConfig, ModelConfig, SamplingConfig, TeacherConfig
 from kdrl_train.method.evaluation import EVAL_STEP, EvalResult, summarize
+from kdrl_train.model.folder import require_place
 from kdrl_train.model.load import load_model, load_tokenizer
 from kdrl_train.model.policy import HeadedModel
 from kdrl_train.model.teacher.client import connect
@@ -93,6 +94,7 @@ def common_width(model: Any, config: ModelConfig) -> int:
     if config.teacher_is_url:
         with closing(connect(config, TeacherConfig())) as server:
             return min(vocab_size, server.vocab_size or vocab_size)
+    require_place(config.teacher, "model.teacher")
     teacher = AutoConfig.from_pretrained(config.teacher).get_text_config()
     return min(vocab_size, teacher.vocab_size)
 

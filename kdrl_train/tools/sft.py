@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from torch import Tensor
 
@@ -25,6 +24,7 @@ import kdrl_kernels as kk
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig
 from kdrl_train.config_file import save_yaml
+from kdrl_train.model.load import load_tokenizer, read_model
 from kdrl_train.model.window import window
 from kdrl_train.rollouts.problems import data_records, encode_prompt, example_of, text_of
 from kdrl_train.rollouts.rendering import TooLongError
@@ -331,16 +331,14 @@ def main(config: SftConfig, console: Console | None = None) -> Path:
         texts = (text for example, solution in solutions for text in (example.prompt, solution))
         tokenizer = train_tokenizer(texts, config.vocab_size)
     else:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        tokenizer = load_tokenizer(source, "model" if config.model else "tokenizer")
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.model is None:
         model = make_model(config.architecture, tokenizer, config.seed).to(device)
     else:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            config.model, dtype=torch.float32
-        ).to(device)
+        model = read_model(config.model, "model", torch.float32, plain="trained").to(device)
     longest = window(model.config) or sys.maxsize
     examples = encode_examples(tokenizer, solutions, config, longest)
     if len(examples) < len(solutions):

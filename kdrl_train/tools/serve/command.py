@@ -114,7 +114,7 @@ def load(config: ServeConfig, served: ServedTeacher) -> None:
         probe(model, "model.teacher", packed=False)
         console.print(f"one sequence in each forward pass: {error}", markup=False, soft_wrap=True)
         batch_tokens = 1
-    info = describe(folder, model, load_tokenizer(folder))
+    info = describe(folder, model, load_tokenizer(folder, "model.teacher"))
     served.info = info
     served.scorer = Scorer(model, batch_tokens, config.queue_size)
     console.print(f"{folder} at http://{config.host}:{config.port}", markup=False, soft_wrap=True)

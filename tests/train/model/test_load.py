@@ -1,0 +1,104 @@
+"""load: tokenizers that are not there, and weights that cannot be trained."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdrl_train.config import TrainConfig
+from kdrl_train.model.load import load_policy, load_teacher, load_tokenizer, read_model
+from kdrl_train.model.weights import require_trainable
+from kdrl_train.ranks import World
+from kdrl_train.start.load import load
+
+
+@pytest.fixture
+def copied(folders: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
+    """copied("llama", **settings) -> a copy of a folder, with other settings in its config.json."""
+
+    def make(name: str, **settings: Any) -> Path:
+        folder = shutil.copytree(folders[name], tmp_path / name)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (folder / "config.json").write_text(json.dumps(config | settings), encoding="utf-8")
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["student", "llama"])  # an empty tokenizer is made; an error
+def test_a_folder_without_a_tokenizer_is_named(copied: Callable[..., Path], name: str) -> None:
+    folder = copied(name)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    for key in ("model.policy", "model.teacher"):
+        with pytest.raises(ValueError, match=rf"^{key} must have .* has no tokenizer .* copy to"):
+            load_tokenizer(str(folder), key)
+
+
+def test_a_run_names_the_model_whose_tokenizer_is_absent(
+    copied: Callable[..., Path], config: Callable[..., TrainConfig]
+) -> None:
+    folder = copied("teacher")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    base = config()
+    run = replace(base, model=replace(base.model, teacher=str(folder)))
+    with pytest.raises(ValueError, match=r"^model\.teacher must have a tokenizer beside its weig"):
+        load(run)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_is_named(copied: Callable[..., Path], file: str) -> None:
+    path = copied("llama") / file
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=rf"{file} is not readable JSON .*: download it again"):
+        load_tokenizer(str(path.parent))
+
+
+METHODS = ["bitsandbytes", "gptq", "awq", "fp8", "mxfp4", "compressed-tensors", "not-known-yet"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_quantised_weights_are_not_trained(
+    copied: Callable[..., Path], config: Callable[..., TrainConfig], method: str
+) -> None:
+    folder = copied("llama", quantization_config={"quant_method": method})
+    base = config()
+    run = replace(base, model=replace(base.model, policy=str(folder)))
+    with pytest.raises(
+        ValueError, match=rf"^model\.policy .*: its weights are quantised \({method}\), and gradie"
+    ):
+        load_policy(run, None)
+
+
+def test_a_quantised_teacher_is_not_sharded(
+    copied: Callable[..., Path], config: Callable[..., TrainConfig]
+) -> None:
+    folder = copied("teacher", quantization_config={"quant_method": "bitsandbytes"})
+    base = config()
+    run = replace(base, model=replace(base.model, teacher=str(folder)))
+    with pytest.raises(ValueError, match=r"quantised \(bitsandbytes\), and cannot be sharded: .* "):
+        load_teacher(run, World(launched=True))
+
+
+def test_a_library_that_is_absent_is_named_in_one_line(copied: Callable[..., Path]) -> None:
+    folder = copied("llama", quantization_config={"quant_method": "quanto", "weights": "int8"})
+    with pytest.raises(ValueError, match=r"^model\.teacher .*(quanto|accelerate)") as error:
+        read_model(str(folder), "model.teacher", torch.float32)
+    assert "\n" not in str(error.value)
+
+
+def test_parameters_without_a_gradient_are_counted(tiny: Callable[..., Any]) -> None:
+    model = tiny("llama")
+    require_trainable(model, "model.policy", "a")
+    model.model.norm.requires_grad_(requires_grad=False)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to(torch.float8_e4m3fn))
+    with pytest.raises(
+        ValueError, match=r": 2 of its parameters .*\(model\.norm\.weight, lm_head\.weight\)"
+    ):
+        require_trainable(model, "model.policy", "a")
