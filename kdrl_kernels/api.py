@@ -13,6 +13,7 @@ from kdrl_kernels.call import LogprobCall, LossCall, RowOutputs
 from kdrl_kernels.head import Head, TeacherHead, gathered, needs_gradient
 from kdrl_kernels.metrics import row_metrics
 from kdrl_kernels.objective import CallerLoss, ExactKd, Objective, Rows, TokenLoss
+from kdrl_kernels.plain import check_bytes, check_flag, check_number
 from kdrl_kernels.plan import Geometry, max_rows
 
 
@@ -101,9 +102,9 @@ def linear_logprobs(
     weight, bias = gathered(weight, hidden), gathered(bias, hidden)
     head = Head(hidden, weight, bias, temperature, softcap)
     checks.check_tokens(tokens, head)
-    checks.check_bytes("workspace_bytes", workspace_bytes)
-    if cache_bytes < 0:
-        raise ValueError(f"cache_bytes must be at least 0, got {cache_bytes}")
+    check_bytes("workspace_bytes", workspace_bytes)
+    check_bytes("cache_bytes", cache_bytes, optional=False)
+    check_flag("entropy", entropy)
     impl = checks.choose_impl(impl, head)
     used, N = checks.row_tensor("mask", mask, head, mask=True), len(tokens)
     active = slice(0, N) if used is None else used.nonzero().squeeze(1)
@@ -266,6 +267,7 @@ def linear_token_loss(
         raise ValueError(f"kl must be one of {get_args(ExactKd)} or None, got {kl!r}")
     if kl is not None and teacher is None:
         raise ValueError(f"teacher must be a TeacherHead for kl={kl!r}, got None")
+    check_number("jsd_alpha", jsd_alpha)
     if not 0 < jsd_alpha < 1:
         raise ValueError(f"jsd_alpha must be in (0, 1), got {jsd_alpha}")
     call = _loss_call(
@@ -306,7 +308,9 @@ def _loss_call(
 ) -> LossCall:
     """Return the call after every check that reads no value."""
     checks.check_tokens(tokens, student)
-    checks.check_bytes("workspace_bytes", workspace_bytes)
+    check_bytes("workspace_bytes", workspace_bytes)
+    check_flag("entropy", entropy)
+    check_flag("compact", compact, optional=True)
     checks.check_teacher(teacher, teacher_logprobs, student)
     impl = checks.choose_impl(impl, student)
     if teacher is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from kdrl_kernels.call import LossCall
 from kdrl_kernels.head import Head, TeacherHead
 from kdrl_kernels.objective import Objective
+from kdrl_kernels.plain import check_number
 from kdrl_kernels.plan import accumulator
 
 IMPLS = ("triton", "torch", "reference")
@@ -88,6 +89,7 @@ def check_vocab_size(vocab_size: int | None, head: Head, teacher: TeacherHead | 
     """Return how many columns both models use: vocab_size, or the rows of the smaller weight."""
     V = head.weight.shape[0]
     shared_size = V if teacher is None else min(V, teacher.weight.shape[0])
+    check_number("vocab_size", vocab_size, optional=True, whole=True)
     if vocab_size is None:
         return shared_size
     if not 0 < vocab_size <= shared_size:
@@ -161,10 +163,18 @@ def normalizer_tensor(normalizer: Any, head: Head) -> Tensor | None:
         return None
     hidden, dtype = head.hidden, accumulator(head.hidden.dtype)
     if isinstance(normalizer, Tensor):
+        if normalizer.dtype == torch.bool or normalizer.is_complex():
+            raise TypeError(f"normalizer must be a real number, got {normalizer.dtype}")
         if normalizer.ndim:
             raise ValueError(f"normalizer must be 0-d, got {list(normalizer.shape)}")
         if normalizer.device == hidden.device:
             return normalizer.detach().to(dtype)
+        if normalizer.is_meta:
+            raise ValueError(
+                f"normalizer must be on the device of hidden ({hidden.device}), got meta"
+            )
+    else:
+        check_number("normalizer", normalizer, optional=True)
     _check_normalizer(float(normalizer))
     return torch.full((), float(normalizer), dtype=dtype, device=hidden.device)
 
@@ -222,9 +232,3 @@ def check_teacher(teacher: Any, teacher_logprobs: Tensor | None, head: Head) -> 
             f"teacher.hidden must be on the device of hidden ({head.hidden.device}), "
             f"got {teacher.hidden.device}"
         )
-
-
-def check_bytes(name: str, value: int | None) -> None:
-    """Raise unless value is a positive number of bytes, or None."""
-    if value is not None and not value > 0:
-        raise ValueError(f"{name} must be positive or None, got {value}")

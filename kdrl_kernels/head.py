@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial
 
+from kdrl_kernels.plain import check_number
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 FLOATS16 = (torch.float16, torch.bfloat16)
 Needs = tuple[bool, bool, bool]
@@ -172,6 +174,7 @@ def check_head(head: Head, prefix: str) -> None:
             )
         check_like(f"{prefix}bias", bias, f"{prefix}hidden", hidden)
     _check_temperature(head.temperature, hidden, f"{prefix}temperature")
+    check_number(f"{prefix}softcap", head.softcap, optional=True)
     if head.softcap is not None and not 0 < head.softcap < math.inf:
         raise ValueError(f"{prefix}softcap must be positive and finite or None, got {head.softcap}")
 
@@ -216,6 +219,7 @@ def _check_whole(name: str, tensor: Tensor) -> None:
 
 def _check_temperature(temperature: float | Tensor, hidden: Tensor, name: str) -> None:
     if not isinstance(temperature, Tensor):
+        check_number(name, temperature)
         if not temperature > 0:
             raise ValueError(f"{name} must be positive, got {temperature}")
         return

@@ -13,6 +13,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from kdrl_kernels.plain import check_number
+
 Policy = Literal["clip", "none", "off"]
 ExactKd = Literal["rkl", "fkl", "jsd"]
 Kd = Literal["k2", "k3", "k3_ratio", "rkl", "fkl", "jsd"]
@@ -22,10 +24,10 @@ NO_GRADIENT = (
     "loss_fn must return losses that depend on rows.logprobs, rows.entropy or rows.kl with a "
     "gradient, got constants"
 )
-_REFUSED_KD = {
-    "k1": "k1 as a loss has no teacher in its gradient (the teacher's log-probability is a "
-    "constant there); use 'k2' for reverse KL on sampled tokens or 'rkl' for the exact one",
-}
+K1_REFUSED = (
+    "k1 as a loss has no teacher in its gradient (the teacher's log-probability is a "
+    "constant there); use 'k2' for reverse KL on sampled tokens or 'rkl' for the exact one"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +51,10 @@ class Objective:
             overflows at 88: exp(b)·(1 - l - b) - 1 + l, with the derivative 1 - exp(b) in lp. So
             these tokens keep the largest pull; a bound of the value would take their gradient away.
         kd_coef: beta, at least 0.
-        kd_ratio_cap: bound of the off-policy weight s of the KD term, positive.
+        kd_ratio_cap: bound of the weight s of the KD term, positive; math.inf: no bound.
         jsd_alpha: the teacher's share of the mixture m of "jsd", in (0, 1).
         entropy_coef: weight of the entropy bonus.
-    Raises: ValueError for an unknown option or a number out of range.
+    Raises: ValueError for an unknown option or a number out of range, TypeError for what is none.
     Source: KDRL, arXiv:2506.02208; dual clip, arXiv:1912.09729.
     """
 
@@ -71,8 +73,8 @@ class Objective:
     def __post_init__(self) -> None:
         if self.policy not in get_args(Policy):
             raise ValueError(f"policy must be one of {get_args(Policy)}, got {self.policy!r}")
-        if self.kd in _REFUSED_KD:
-            raise ValueError(f"kd must not be {self.kd!r}: {_REFUSED_KD[self.kd]}")
+        if self.kd == "k1":
+            raise ValueError(f"kd must not be 'k1': {K1_REFUSED}")
         if self.kd is not None and self.kd not in get_args(Kd):
             raise ValueError(f"kd must be one of {get_args(Kd)} or None, got {self.kd!r}")
         if self.kd_baseline not in (None, "kl"):
@@ -84,16 +86,9 @@ class Objective:
             )
         if self.policy == "off" and self.kd is None:
             raise ValueError("kd must be set when policy is 'off', got None: nothing to minimise")
-        ranges = {
-            "clip_low": 0 <= self.clip_low < 1,
-            "clip_high": 0 <= self.clip_high < math.inf,
-            "dual_clip": self.dual_clip is None or 1 < self.dual_clip < math.inf,
-            "k3_bound": 0 < self.k3_bound <= 60,
-            "kd_coef": 0 <= self.kd_coef < math.inf,
-            "kd_ratio_cap": self.kd_ratio_cap > 0,
-            "jsd_alpha": 0 < self.jsd_alpha < 1,
-            "entropy_coef": math.isfinite(self.entropy_coef),
-        }
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
         bounds = {
             "clip_low": "in [0, 1)",
             "clip_high": "finite and at least 0",
@@ -103,6 +98,18 @@ class Objective:
             "kd_ratio_cap": "positive",
             "jsd_alpha": "in (0, 1)",
             "entropy_coef": "finite",
+        }
+        for name in bounds:
+            check_number(name, getattr(self, name), optional=name == "dual_clip")
+        ranges = {
+            "clip_low": 0 <= self.clip_low < 1,
+            "clip_high": 0 <= self.clip_high < math.inf,
+            "dual_clip": self.dual_clip is None or 1 < self.dual_clip < math.inf,
+            "k3_bound": 0 < self.k3_bound <= 60,
+            "kd_coef": 0 <= self.kd_coef < math.inf,
+            "kd_ratio_cap": self.kd_ratio_cap > 0,
+            "jsd_alpha": 0 < self.jsd_alpha < 1,
+            "entropy_coef": math.isfinite(self.entropy_coef),
         }
         for name, right in ranges.items():
             if not right:

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from kdrl_kernels import rows as row_work
+from kdrl_kernels.head import FLOATS
 from kdrl_kernels.objective import EXACT_KD, Kd, Objective
+from kdrl_kernels.plain import check_bytes, check_flag, check_number
 
 CPU_BYTES = 1 << 28
 """Default budget a stream on a CPU: GEMMs gain nothing from more rows than this holds."""
@@ -152,10 +154,12 @@ class ChunkPlan:
 
     def gemm_ms(self, tflops: float) -> float:
         """Return the time of all GEMMs at a rate in TFLOP/s."""
+        _check_rate("tflops", tflops)
         return sum(self.flop.values()) / tflops / 1e9
 
     def row_work_ms(self, terabytes_per_s: float) -> float:
         """Return the time of all row kernels at a bandwidth, bytes read plus bytes written."""
+        _check_rate("terabytes_per_s", terabytes_per_s)
         return self.row_work_bytes / terabytes_per_s / 1e9
 
     def predicted_ms(self, tflops: float, terabytes_per_s: float) -> float:
@@ -205,14 +209,16 @@ def chunk_plan(
         hidden_grad, weight_grad: a frozen backbone or head costs no dX or dW.
         workspace_bytes, impl: as in kdrl_loss; impl None: "triton" on "cuda", else "torch".
     Returns: ChunkPlan. plan.predicted_ms(tflops, terabytes_per_s) is the time at rates you know.
-    Raises: ValueError for a size below 1 or a budget that does not hold one row.
+    Raises: ValueError for a size below 1 or a budget that does not hold one row; TypeError for
+        what is no number.
     """
+    _check_sizes(N, H, V, teacher)
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+    check_bytes("workspace_bytes", workspace_bytes)
     H_t, V_t = teacher or (0, 0)
-    least = {"H": (H, 1), "V": (V, 1), "N": (N, 0)}
-    least |= {"teacher[0]": (H_t, 1), "teacher[1]": (V_t, 1)} if teacher else {}
-    for name, (value, lowest) in least.items():
-        if value < lowest:
-            raise ValueError(f"{name} must be at least {lowest}, got {value}")
+    for name, value in (("hidden_grad", hidden_grad), ("weight_grad", weight_grad)):
+        check_flag(name, value)
     exact_kd = Objective(kd=kd, kd_baseline=kd_baseline).exact_kd
     if exact_kd is not None and teacher is None:
         raise ValueError(f"teacher must be (H_t, V_t) for kd={kd!r}, got None")
@@ -244,3 +250,21 @@ def chunk_plan(
         flop=flop,
         row_work_bytes=reads + writes,
     )
+
+
+def _check_sizes(N: int, H: int, V: int, teacher: Any) -> None:
+    if teacher is not None and not (isinstance(teacher, tuple | list) and len(teacher) == 2):
+        raise TypeError(f"teacher must be (H_t, V_t) or None, got {teacher!r}")
+    least = {"H": (H, 1), "V": (V, 1), "N": (N, 0)}
+    for i, size in enumerate(teacher or ()):
+        least[f"teacher[{i}]"] = (size, 1)
+    for name, (value, lowest) in least.items():
+        check_number(name, value, whole=True)
+        if value < lowest:
+            raise ValueError(f"{name} must be at least {lowest}, got {value}")
+
+
+def _check_rate(name: str, value: float) -> None:
+    check_number(name, value)
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")

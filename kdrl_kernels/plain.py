@@ -1,0 +1,42 @@
+"""Checks the type of plain arguments: numbers and flags, before anything compares them."""
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NUMBERS = (int, float, Real, torch.SymInt, torch.SymFloat)
+INTEGERS = (int, Integral, torch.SymInt)
+
+
+def check_number(name: str, value: Any, *, optional: bool = False, whole: bool = False) -> None:
+    """Raise TypeError unless value is a number, an integer where whole; or None where optional."""
+    kinds = INTEGERS if whole else NUMBERS
+    if (optional and value is None) or (isinstance(value, kinds) and not isinstance(value, bool)):
+        return
+    what = ("an integer" if whole else "a number") + (" or None" if optional else "")
+    raise TypeError(f"{name} must be {what}, got {_shown(value)}")
+
+
+def check_flag(name: str, value: Any, *, optional: bool = False) -> None:
+    """Raise TypeError unless value is True or False, or None where optional."""
+    if not (isinstance(value, bool) or (optional and value is None)):
+        what = "True, False or None" if optional else "True or False"
+        raise TypeError(f"{name} must be {what}, got {_shown(value)}")
+
+
+def check_bytes(name: str, value: float | None, *, optional: bool = True) -> None:
+    """Raise unless value is a number of bytes: above 0 or None where optional, else at least 0."""
+    check_number(name, value, optional=optional)
+    if value is None or (0 < value < math.inf) or (value == 0 and not optional):
+        return
+    if value == math.inf:
+        raise ValueError(f"{name} must be finite, got inf")
+    what = "positive or None" if optional else "at least 0"
+    raise ValueError(f"{name} must be {what}, got {value}")
+
+
+def _shown(value: Any) -> str:
+    return "a tensor" if isinstance(value, Tensor) else repr(value)
