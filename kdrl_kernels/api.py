@@ -45,6 +45,8 @@ class LossOutput:
     KL(q‖p) for "fkl", Jensen-Shannon for "jsd"; else None."""
     entropy: Tensor | None
     """[N], the entropy of each row in nats; None unless entropy=True or the loss reads it."""
+    lse: Tensor | None
+    """[N], log(sum_v exp(z_v)) of each row; None unless lse=True (linear_token_loss)."""
     metrics: dict[str, Tensor]
     """0-d sums and counts on the device, over the rows of non-zero weight; kdrl_loss lists them."""
 
@@ -235,6 +237,7 @@ def linear_token_loss(
     softcap: float | None = None,
     vocab_size: int | None = None,
     entropy: bool = False,
+    lse: bool = False,
     compact: bool | None = None,
     workspace_bytes: int | None = None,
     impl: str | None = None,
@@ -246,14 +249,15 @@ def linear_token_loss(
     Args:
         loss_fn: rows -> [C] losses, called once a chunk under autograd. rows.index [C] says which
             of the N rows these are (advantages[rows.index]; rows are b · T + t where hidden is
-            [B, T, H]: advantages.flatten()[rows.index]); rows.logprobs, rows.kl and
-            rows.entropy carry the gradient; rows.teacher_logprobs does not. The loss of a row may
+            [B, T, H]: advantages.flatten()[rows.index]); rows.logprobs, rows.kl, rows.entropy and
+            rows.lse carry the gradient; rows.teacher_logprobs does not. The loss of a row may
             depend on that row alone, since the chunk plan decides which rows come together.
             Gradients reach hidden, weight and bias, and no other tensor (impl "reference" is plain
             autograd, and reaches all).
         teacher, teacher_logprobs: set rows.teacher_logprobs.
         kl: "rkl", "fkl" or "jsd" sets rows.kl; needs a TeacherHead.
         entropy: True sets rows.entropy, and returns it.
+        lse: True sets rows.lse, the log-sum-exp of the logits (for a z-loss), and returns it.
         The other arguments: as in kdrl_loss.
     Returns: LossOutput; metrics: tokens, gradient_rows, bad_tokens.
     Raises: as kdrl_loss; ValueError or TypeError where loss_fn does not return [C] losses that
@@ -273,7 +277,7 @@ def linear_token_loss(
     call = _loss_call(
         Head(hidden, gathered(weight, hidden), gathered(bias, hidden), temperature, softcap),
         tokens,
-        CallerLoss(loss_fn, kl, jsd_alpha, entropy),
+        CallerLoss(loss_fn, kl, jsd_alpha, entropy, lse),
         token_weights=token_weights,
         teacher=teacher,
         teacher_logprobs=teacher_logprobs,
@@ -356,5 +360,6 @@ def _output(
         teacher_logprobs=lq if lq is None or used is None else torch.where(used, lq, 0),
         kl=rows.kl,
         entropy=rows.entropy,
+        lse=rows.lse,
         metrics=metrics | dict(zip(names, counts.unbind(), strict=True)),
     )

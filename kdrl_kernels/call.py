@@ -31,6 +31,7 @@ class RowOutputs:
     entropy: Tensor | None = None
     teacher_logprobs: Tensor | None = None
     kl: Tensor | None = None
+    lse: Tensor | None = None
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "RowOutputs":
         """Apply fn to every field that is not None."""
@@ -143,6 +144,7 @@ class LossCall:
             teacher_logprobs=teacher_logprobs,
             kl=outputs.kl,
             entropy=outputs.entropy,
+            lse=outputs.lse,
             index=self._indices(rows) if isinstance(self.loss, CallerLoss) else None,
         )
 

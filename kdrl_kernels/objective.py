@@ -7,7 +7,7 @@ rows/kernel_objective.py compute them. A caller's own loss gets its coefficients
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
 import torch
@@ -21,8 +21,8 @@ Kd = Literal["k2", "k3", "k3_ratio", "rkl", "fkl", "jsd"]
 EXACT_KD = get_args(ExactKd)
 
 NO_GRADIENT = (
-    "loss_fn must return losses that depend on rows.logprobs, rows.entropy or rows.kl with a "
-    "gradient, got constants"
+    "loss_fn must return losses that depend on rows.logprobs, rows.entropy, rows.lse or rows.kl "
+    "with a gradient, got constants"
 )
 K1_REFUSED = (
     "k1 as a loss has no teacher in its gradient (the teacher's log-probability is a "
@@ -127,6 +127,11 @@ class Objective:
         """True where the loss reads the entropy of each row."""
         return self.entropy_coef != 0
 
+    @property
+    def lse(self) -> bool:
+        """False: the loss does not read the log-sum-exp of each row."""
+        return False
+
     def centred(self, rows: "Rows") -> "Rows":
         """Put lq + KL in the place of lq where there is a baseline, so that l becomes l - KL."""
         if self.kd_baseline is None:
@@ -166,6 +171,8 @@ class Rows:
     """KL(p‖q) for "rkl" and a baseline, KL(q‖p) for "fkl", Jensen-Shannon divergence for "jsd"."""
     entropy: Tensor | None = None
     """Entropy of the student's distribution."""
+    lse: Tensor | None = None
+    """log(sum_v exp(z_v)) of the student's logits, after softcap and temperature."""
     index: Tensor | None = None
     """int64, where these rows are in the [N] tensors of the call; linear_token_loss sets it."""
 
@@ -178,6 +185,7 @@ class CallerLoss:
     exact_kd: ExactKd | None
     jsd_alpha: float
     entropy: bool
+    lse: bool = False
 
     def losses(self, rows: Rows) -> Tensor:
         """Return the [C] losses of the caller, after checks of their type and shape."""
@@ -295,11 +303,16 @@ class Coefficients:
     logprobs: Tensor
     entropy: Tensor | None = None
     kl: Tensor | None = None
+    lse: Tensor | None = None
+
+    def present(self) -> dict[str, Tensor]:
+        """Return the fields that are not None, by name."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value for name, value in values if value is not None}
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Coefficients":
         """Apply fn to every field that is not None."""
-        values = {"logprobs": self.logprobs, "entropy": self.entropy, "kl": self.kl}
-        return replace(self, **{k: fn(v) for k, v in values.items() if v is not None})
+        return replace(self, **{name: fn(value) for name, value in self.present().items()})
 
     def used(self) -> Tensor:
         """Return [C] bool, true for rows whose logits have a gradient other than 0."""
@@ -310,7 +323,7 @@ class Coefficients:
         return self._stack().abs().amax() if len(self.logprobs) else self.logprobs.sum()
 
     def _stack(self) -> Tensor:
-        return torch.stack([x for x in (self.logprobs, self.entropy, self.kl) if x is not None])
+        return torch.stack(list(self.present().values()))
 
 
 def coefficients(
@@ -319,7 +332,7 @@ def coefficients(
     """Return [C] weighted losses and, by autograd, their derivatives (None for constants)."""
     names = ["logprobs"]
     names += ["entropy"] if loss.entropy else []
-    names += ["kl"] if rows.kl is not None else []
+    names += [name for name in ("kl", "lse") if getattr(rows, name) is not None]
     leaves = {name: getattr(rows, name).detach().requires_grad_() for name in names}
     with torch.enable_grad():
         losses = weights * loss.losses(replace(rows, **leaves))

@@ -245,7 +245,8 @@ def _statistics(
     p = buffers.project(call.student, rows)
     stats = buffers.work.sweep(p, tokens, teacher=q, entropy=call.wants_entropy)
     lq = stats.teacher_logprobs if lq is None else lq
-    return p, q, stats, RowOutputs(stats.logprobs, stats.entropy, lq, stats.kl)
+    lse = stats.max / p.temperature + stats.log_sum if call.loss.lse else None
+    return p, q, stats, RowOutputs(stats.logprobs, stats.entropy, lq, stats.kl, lse)
 
 
 def _concatenate(chunks: list[RowOutputs]) -> RowOutputs:

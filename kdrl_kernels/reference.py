@@ -13,8 +13,8 @@ from kdrl_kernels.head import Head
 from kdrl_kernels.objective import NO_GRADIENT
 
 
-def head_logprobs(head: Head, vocab_size: int) -> Tensor:
-    """Return log_softmax of the head's first columns, [N, vocab_size] in float32 or float64."""
+def head_logits(head: Head, vocab_size: int) -> Tensor:
+    """Return z of the head's first columns, [N, vocab_size] in float32 or float64."""
     dtype = torch.promote_types(head.hidden.dtype, torch.float32)
     hidden, weight = head.hidden, _rounded(head.weight[:vocab_size], head.hidden.dtype)
     logits = Project.apply(hidden.to(dtype), weight.to(dtype))
@@ -25,7 +25,7 @@ def head_logprobs(head: Head, vocab_size: int) -> Tensor:
     temperature = head.temperature
     if isinstance(temperature, Tensor):
         temperature = temperature.detach().to(dtype)[:, None]
-    return torch.log_softmax(logits / temperature, dim=1)
+    return logits / temperature
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -57,15 +57,17 @@ def row_outputs(
     kd: str | None = None,
     jsd_alpha: float = 0.5,
     entropy: bool = False,
+    lse: bool = False,
 ) -> RowOutputs:
     """Return what a loss may use of each row, differentiable in the student's tensors."""
-    logp = head_logprobs(student, vocab_size)
+    z = head_logits(student, vocab_size)
+    logp, log_sum_exp = torch.log_softmax(z, dim=1), z.logsumexp(dim=1) if lse else None
     logprobs = logp.gather(1, tokens[:, None]).squeeze(1)
     p = logp.exp()
     entropies = -(p * torch.where(p > 0, logp, 0)).sum(dim=1) if entropy else None
     if teacher is None:
-        return RowOutputs(logprobs, entropies)
-    logq = head_logprobs(teacher, vocab_size).to(logp)
+        return RowOutputs(logprobs, entropies, lse=log_sum_exp)
+    logq = torch.log_softmax(head_logits(teacher, vocab_size), dim=1).to(logp)
     kl = None
     if kd == "rkl":
         kl = kl_divergence(logp, logq)
@@ -75,7 +77,8 @@ def row_outputs(
         m = jsd_alpha * logq.exp() + (1 - jsd_alpha) * p
         logm = torch.where(m > 0, m, 1).log()
         kl = jsd_alpha * kl_divergence(logq, logm) + (1 - jsd_alpha) * kl_divergence(logp, logm)
-    return RowOutputs(logprobs, entropies, logq.gather(1, tokens[:, None]).squeeze(1), kl)
+    lq = logq.gather(1, tokens[:, None]).squeeze(1)
+    return RowOutputs(logprobs, entropies, lq, kl, log_sum_exp)
 
 
 def linear_logprobs(head: Head, tokens: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
@@ -99,6 +102,7 @@ def loss(call: LossCall) -> tuple[Tensor, RowOutputs, Tensor]:
         kd=call.exact_kd,
         jsd_alpha=call.loss.jsd_alpha,
         entropy=call.wants_entropy,
+        lse=call.loss.lse,
     )
     weights = call.row_weights(active, outputs.logprobs.dtype)
     with without_autocast(weights.device):  # for what a caller's loss computes

@@ -247,6 +247,8 @@ def _scales(
     """
     total = stats.log_sum.exp()
     scale, teacher_scale, entropy_scale = -coef.logprobs, None, None
+    if coef.lse is not None:
+        scale = scale + coef.lse
     if coef.kl is not None:
         assert teacher is not None
         assert stats.teacher_log_sum is not None

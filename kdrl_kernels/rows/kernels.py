@@ -219,9 +219,9 @@ def _gradient_kernel(
 ):  # fmt: skip
     """dz[slot, v] = dL/dlogits of row n = source[slot]; _record gives the rows of row_ptr.
 
-    c (1[v = y] - p_v) - e p_v (log p_v + entropy) + g p_v (log p_v - log q_v - KL), or with
+    c 1[v = y] - (c - h) p_v - e p_v (log p_v + entropy) + g p_v (log p_v - log q_v - KL), or with
     + g (p_v - q_v), "fkl", or + g (1 - alpha) p_v (log p_v - log m_v - KL(p‖m)), "jsd"; all times
-    dz/dlogits.
+    dz/dlogits. h is the derivative in the log-sum-exp.
     """
     slot = tl.program_id(0).to(tl.int64)
     n = slot
@@ -234,15 +234,15 @@ def _gradient_kernel(
     dz_ptr += slot * stride_dn
     row_ptr += n
     y = tl.load(token_ptr + n)
-    c = tl.load(row_ptr + 9 * C)
-    scale = 1 / tl.load(row_ptr + 12 * C)
+    c, c_p = tl.load(row_ptr + 9 * C), tl.load(row_ptr + 12 * C)
+    scale = 1 / tl.load(row_ptr + 13 * C)
     top, log2_s, k = tl.load(row_ptr), tl.load(row_ptr + C) * LOG2_E, scale * LOG2_E
     for start in range(0, V, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
         a = _load_a(z_ptr, v, V, width, softcap)
         log2_p = (a - top) * k - log2_s
         p = tl.exp2(log2_p)
-        dz = tl.where(v == y, c, 0.0) - c * p
+        dz = tl.where(v == y, c, 0.0) - c_p * p
         if HAS_ENTROPY:
             e = tl.load(row_ptr + 10 * C)
             surprise = log2_p * LN2 + tl.load(row_ptr + 3 * C)
@@ -250,7 +250,7 @@ def _gradient_kernel(
         if KD >= RKL:
             g = tl.load(row_ptr + 11 * C)
             top_t, log_s_t = tl.load(row_ptr + 4 * C), tl.load(row_ptr + 5 * C)
-            k_t = LOG2_E / tl.load(row_ptr + 13 * C)
+            k_t = LOG2_E / tl.load(row_ptr + 14 * C)
             a_t = _load_a(t_ptr, v, V, width, t_softcap)
             log2_q = (a_t - top_t) * k_t - log_s_t * LOG2_E
             if KD == FKL:
@@ -322,7 +322,11 @@ def _temperatures(stream: Stream) -> Tensor:
 
 
 def _record(stats: Stats, coef: Coefficients, *temperatures: Tensor) -> Tensor:
-    """Stack the fields of stats and coef, and temperatures: [14, C]; a None is never read."""
+    """Stack the fields of stats and coef, and temperatures: [15, C]; a None is never read.
+
+    The last field of coef gives its place to c - h, the factor of -p.
+    """
     values = [getattr(part, field.name) for part in (stats, coef) for field in fields(part)]
+    values[-1] = coef.logprobs if coef.lse is None else coef.logprobs - coef.lse
     filled = [stats.max if value is None else value for value in values]
     return torch.stack([*filled, *temperatures])

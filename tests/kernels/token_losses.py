@@ -64,6 +64,11 @@ def entropy_bonus(rows: kk.Rows, inputs: CallerTensors) -> Tensor:
     return short.square() - inputs["advantages"][rows.index] * rows.logprobs
 
 
+def z_loss(rows: kk.Rows, inputs: CallerTensors) -> Tensor:
+    """Keep log-sum-exp near 0, as PaLM does, beside the policy gradient."""
+    return 0.1 * rows.lse.square() - inputs["advantages"][rows.index] * rows.logprobs
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """Holds a loss, and what linear_token_loss must compute for it."""
@@ -72,6 +77,7 @@ class Case:
     kl: str | None = None
     entropy: bool = False
     teacher: bool = False
+    lse: bool = False
 
 
 CASES = {
@@ -85,6 +91,7 @@ CASES = {
     "jsd": Case(exact_kl, "jsd", teacher=True),
     "rkl_and_entropy": Case(kl_and_entropy, "rkl", entropy=True, teacher=True),
     "entropy": Case(entropy_bonus, entropy=True),
+    "z_loss": Case(z_loss, lse=True),
 }
 
 
@@ -137,7 +144,7 @@ def make_setup(
         "kd_weight": torch.rand(N, generator=rng),
     }
     inputs["target"] = torch.full((N,), 2.5)
-    options: dict[str, Any] = {"kl": case.kl, "entropy": case.entropy}
+    options: dict[str, Any] = {"kl": case.kl, "entropy": case.entropy, "lse": case.lse}
     if masked:
         weights = torch.rand(N, generator=rng) + 0.1
         weights[UNUSED] = 0
@@ -203,7 +210,7 @@ def with_leaves(setup: Setup) -> Setup:
 def results_of(setup: Setup, result: Any) -> dict[str, Tensor]:
     """Return loss, per-token outputs and the gradients of 0.7 · loss."""
     (result.loss * 0.7).backward()
-    names = ("loss", "logprobs", "teacher_logprobs", "kl", "entropy")
+    names = ("loss", "logprobs", "teacher_logprobs", "kl", "entropy", "lse")
     results = {name: getattr(result, name) for name in names}
     results |= {f"d{k}": v.grad for k, v in setup.student.items()}
     return {k: v.detach() for k, v in results.items() if v is not None}
@@ -214,7 +221,7 @@ def solve(setup: Setup, impl: str) -> dict[str, Tensor]:
     return results_of(setup, call(setup, impl=impl))
 
 
-def log_softmax(head: dict[str, Any], temperature: Any, softcap: Any, vocab: int) -> Tensor:
+def logits(head: dict[str, Any], temperature: Any, softcap: Any, vocab: int) -> Tensor:
     z = head["hidden"] @ head["weight"][:vocab].T
     if "bias" in head:
         z = z + head["bias"][:vocab]
@@ -222,7 +229,7 @@ def log_softmax(head: dict[str, Any], temperature: Any, softcap: Any, vocab: int
         z = softcap * (z / softcap).tanh()
     if isinstance(temperature, Tensor):
         temperature = temperature[:, None]
-    return (z / temperature).log_softmax(dim=1)
+    return z / temperature
 
 
 def divergence(kind: str, logp: Tensor, logq: Tensor, alpha: float) -> Tensor:
@@ -244,6 +251,7 @@ class Plain:
     teacher_logprobs: Tensor | None
     kl: Tensor | None
     entropy: Tensor | None
+    lse: Tensor | None
 
 
 def solve_plainly(setup: Setup) -> tuple[dict[str, Tensor], float]:
@@ -255,28 +263,32 @@ def solve_plainly(setup: Setup) -> tuple[dict[str, Tensor], float]:
     vocab = V if teacher is None else min(V, len(teacher["weight"]))
     tokens = setup.tokens[index][:, None]
 
-    def logprobs_of(head: dict[str, Any], temperature: Any, softcap: Any) -> Tensor:
+    def logits_of(head: dict[str, Any], temperature: Any, softcap: Any) -> Tensor:
         temperature = temperature[index] if isinstance(temperature, Tensor) else temperature
         used = head | {"hidden": head["hidden"][index]}
-        return log_softmax(used, temperature, softcap, vocab)
+        return logits(used, temperature, softcap, vocab)
 
-    logp = logprobs_of(student, options.get("temperature", 1.0), options.get("softcap"))
+    z = logits_of(student, options.get("temperature", 1.0), options.get("softcap"))
+    logp = z.log_softmax(dim=1)
     rows = kk.Rows(logp.gather(1, tokens).squeeze(1), index=index)
     if teacher is not None:
-        logq = logprobs_of(teacher, teacher.get("temperature", 1.0), teacher.get("softcap"))
+        t = logits_of(teacher, teacher.get("temperature", 1.0), teacher.get("softcap"))
+        logq = t.log_softmax(dim=1)
         rows = replace(rows, teacher_logprobs=logq.gather(1, tokens).squeeze(1))
         if setup.case.kl:
             kl = divergence(setup.case.kl, logp, logq, options.get("jsd_alpha", 0.5))
             rows = replace(rows, kl=kl)
     if setup.case.entropy:
         rows = replace(rows, entropy=-(logp.exp() * logp).sum(1))
+    if setup.case.lse:
+        rows = replace(rows, lse=z.exp().sum(1).log())
     losses = weights[index] * setup.case.loss(rows, setup.inputs)
     total = options.get("normalizer", weights.sum())
 
     def spread(values: Tensor | None) -> Tensor | None:
         return values if values is None else torch.zeros_like(weights).index_put((index,), values)
 
-    names = ("logprobs", "teacher_logprobs", "kl", "entropy")
+    names = ("logprobs", "teacher_logprobs", "kl", "entropy", "lse")
     fields = {name: spread(getattr(rows, name)) for name in names}
     size = float(losses.detach().abs().sum() / total)
     return results_of(setup, Plain(losses.sum() / total, **fields)), size
