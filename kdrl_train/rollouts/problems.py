@@ -1,5 +1,6 @@
 """Reads problems with their gold answers, orders them by step, and encodes them as prompts."""
 
+import hashlib
 import importlib
 import json
 import math
@@ -14,7 +15,7 @@ from typing import Any
 
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig
-from kdrl_train.rollouts.rendering import PromptError, TooLongError, encode_text
+from kdrl_train.rollouts.rendering import PromptError, TooLongError, encode_text, templated
 
 MOST_LEFT_OUT = 0.5
 """Largest share of the problems that may be left out because their prompts are too long."""
@@ -122,11 +123,18 @@ class PromptFacts:
     """Token id -> how many prompts end with it."""
     started_twice: int
     """How many prompts hold the start of sequence more than once."""
+    sha256: str
+    """Hash of the problems that are short enough, in their order, and of the chat template."""
 
     def kept(self, examples: list[Example]) -> list[Example]:
         """Leave out of the data set's problems those that are too long."""
         places = set(self.too_long)
         return [example for i, example in enumerate(examples) if i not in places]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint saves, so that a run goes on with the problems that it began with."""
+        return {"count": self.count, "sha256": self.sha256}
 
     @property
     def left_out(self) -> str | None:
@@ -146,6 +154,9 @@ def encode_all(tokenizer: Any, examples: list[Example], config: DataConfig) -> P
     Raises: PromptError as encode_prompt, and where more than MOST_LEFT_OUT of them are too long.
     """
     lengths, too_long, last, started_twice = [], [], Counter[int](), 0
+    # not the ids of the prompts: some templates write the day's date
+    template = tokenizer.chat_template if templated(tokenizer, config) else None
+    sha256 = hashlib.sha256(json.dumps(template).encode())
     for place, example in enumerate(examples):
         try:
             ids = encode_prompt(tokenizer, example, config)
@@ -153,6 +164,7 @@ def encode_all(tokenizer: Any, examples: list[Example], config: DataConfig) -> P
             too_long.append(place)
             continue
         lengths.append(len(ids))
+        sha256.update(json.dumps([example.prompt, example.gold]).encode())
         last[ids[-1]] += 1
         started_twice += ids.count(tokenizer.bos_token_id) > 1
     first = examples[too_long[0]].id if too_long else None
@@ -171,6 +183,7 @@ def encode_all(tokenizer: Any, examples: list[Example], config: DataConfig) -> P
         first_too_long=first,
         last=last,
         started_twice=started_twice,
+        sha256=sha256.hexdigest(),
     )
 
 

@@ -27,10 +27,18 @@ class Saver:
     Args:
         config: the configuration of the run; out and save_async are read, and all of it is saved.
         say: called with a line for each checkpoint that is on the disk.
+        data: which problems the run has, as in RunState.
     """
 
-    def __init__(self, config: TrainConfig, world: World, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        world: World,
+        say: Callable[[str], None],
+        data: dict[str, dict[str, Any]],
+    ) -> None:
         self.config = config
+        self.data = data
         self.world = world
         self.say = say
         self._group: dist.ProcessGroup | None = None
@@ -55,7 +63,12 @@ class Saver:
         self.check(wait=True)
         folder = self.config.out / "checkpoints"
         state = RunState(
-            step=step, model=model, optimizer=optimizer, config=self.config, rollouts=rollouts
+            step=step,
+            model=model,
+            optimizer=optimizer,
+            config=self.config,
+            data=self.data,
+            rollouts=rollouts,
         )
         if self.config.save_async:
             self._future = self._pool.submit(begin(folder, state, self.world, self._group))

@@ -17,7 +17,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ class RunState:
     optimizer: torch.optim.Optimizer
     config: TrainConfig
     """The whole of it is saved; its keep_checkpoints says how many checkpoints stay."""
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Which problems the run has: the name of a section of the settings -> count and sha256."""
     rollouts: dict[str, Any] | None = None
     """The next step's completions, if they are drawn already; rank 0 writes them."""
 
@@ -70,6 +72,8 @@ class Checkpoint:
     """The whole configuration of the run that wrote it."""
     files: dict[str, int]
     """The size in bytes of every file but meta.json, by its name."""
+    data: dict[str, dict[str, Any]]
+    """RunState.data; empty in checkpoints from before it was saved."""
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -94,7 +98,9 @@ def read(folder: Path) -> Checkpoint:
     """
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        checkpoint = Checkpoint(folder, meta["step"], meta["config"], meta["files"])
+        checkpoint = Checkpoint(
+            folder, meta["step"], meta["config"], meta["files"], meta.get("data", {})
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{folder} must be a checkpoint folder with a meta.json, got {error!r}: name one of "
@@ -167,6 +173,7 @@ def publish(work: Path, state: RunState) -> None:
     meta = {
         "step": state.step,
         "config": to_dict(state.config),
+        "data": state.data,
         "torch": torch.__version__,
         "files": {path.name: path.stat().st_size for path in sorted(work.iterdir())},
     }

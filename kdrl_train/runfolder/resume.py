@@ -103,3 +103,41 @@ def check_config(place: Path, written: dict[str, Any], config: TrainConfig) -> N
             + "\n".join(lines)
             + "\nset them back, or start a new run with another --out"
         )
+
+
+def check_data(
+    checkpoint: Checkpoint, data: dict[str, dict[str, Any]], config: TrainConfig
+) -> list[str]:
+    """Check that a run goes on with the problems it has learnt from: a step's are chosen by place.
+
+    Args:
+        data: which problems the run has now, as in RunState.
+    Returns: what to warn of: other held-out problems, and a checkpoint that does not say.
+    Raises: ValueError for other problems; for other held-out ones where a schedule waits for their
+        scores.
+    """
+    if not checkpoint.data:
+        return [
+            f"{checkpoint.folder} does not say which problems the run had, as it was saved by an "
+            f"older version: make sure that {config.data.path} has not changed since"
+        ]
+    warnings = []
+    for section, now in data.items():
+        before = checkpoint.data.get(section)
+        if before is None or before == now:
+            continue
+        changed = f"{now['count']:,} in place of {before['count']:,}"
+        if now["count"] == before["count"]:
+            changed = f"{now['count']:,}, not all of them the same or in the same place"
+        message = (
+            f"{section}.path must hold the problems that it held at {checkpoint.folder}, in the "
+            f"same order and chat template, got {changed}"
+        )
+        waits = any(one.waits_for_plateau for one in config.method.schedules.values())
+        if section == "data" or waits:
+            raise ValueError(
+                f"{message}: restore them, or start a new run with another --out, from these "
+                f"weights with --model.weights {checkpoint.folder}"
+            )
+        warnings.append(f"{message}: scores before and after do not compare")
+    return warnings

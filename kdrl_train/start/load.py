@@ -32,6 +32,12 @@ class Loaded:
     server: TeacherClient | None = None
     """The connection to a teacher behind a URL; `teacher` is None then."""
 
+    @property
+    def data(self) -> dict[str, dict[str, Any]]:
+        """Name of a section of the settings -> which problems it holds, for checkpoints."""
+        sections = {"data": self.prompts, "eval.data": self.held_out_prompts}
+        return {name: facts.identity for name, facts in sections.items() if facts is not None}
+
     def close(self) -> None:
         """Close the connections to the teacher's server."""
         if self.server is not None:

@@ -20,7 +20,7 @@ from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder import checkpoint
 from kdrl_train.runfolder.async_saver import Saver
 from kdrl_train.runfolder.log import RunLog, read_records
-from kdrl_train.runfolder.resume import open_folder
+from kdrl_train.runfolder.resume import check_data, open_folder
 from kdrl_train.runfolder.signals import Interrupt
 from kdrl_train.runfolder.trackers import Trackers
 from kdrl_train.start.load import Loaded, load
@@ -53,7 +53,8 @@ def open_run(
     torch.manual_seed(config.seed)
     loaded = stack.enter_context(closing(load(config, world, policy_class)))
     policy = loaded.policy
-    warnings = require(preflight(config, loaded, verifier, GOLD_AT_START, world))
+    warnings = [] if newest is None else check_data(newest, loaded.data, config)
+    warnings += require(preflight(config, loaded, verifier, GOLD_AT_START, world))
     engine = open_engine(config, policy, loaded.tokenizer, world)
     optimizer = make_optimizer(config, policy)
     prefetch = None
@@ -80,7 +81,7 @@ def open_run(
         interrupt=interrupt,
         history=read_history(config, world, log, first),
         log=log,
-        saver=stack.enter_context(closing(Saver(config, world, log.say))),
+        saver=stack.enter_context(closing(Saver(config, world, log.say, loaded.data))),
         prefetch=prefetch,
     )
     interrupt.starting = False

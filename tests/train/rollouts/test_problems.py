@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,33 @@ def test_all_prompts_are_encoded_to_see_which_are_too_long(
     expected = r"at least 50% of the problems, got 2, and 3 of 4 with longer prompts, set\.jsonl:0"
     with pytest.raises(PromptError, match=expected):
         encode_all(tokenizer, examples, DataConfig(max_prompt_tokens=2))
+
+
+def test_a_hash_tells_problems_apart(tokenizer: PreTrainedTokenizerFast) -> None:
+    """By what is learnt and in which order, not by where it was read."""
+    config = DataConfig(max_prompt_tokens=4)
+    first, second = Example("a:1", "what", "1"), Example("a:2", "is 1", "2")
+    long = Example("a:3", "what is 1 1", "3")
+
+    def sha256(*examples: Example, config: DataConfig = config) -> str:
+        return encode_all(tokenizer, list(examples), config).sha256
+
+    same = sha256(first, second)
+    assert sha256(replace(first, id="b:5"), replace(second, id="b:7")) == same
+    assert sha256(first, long, second) == same  # it is left out
+    others = [
+        sha256(second, first),
+        sha256(first),
+        sha256(first, second, first),
+        sha256(replace(first, gold="12"), replace(second, gold="")),
+        sha256(replace(first, prompt="1"), second),
+    ]
+    tokenizer.chat_template = TEMPLATE
+    others.append(sha256(first, second))
+    assert sha256(first, second, config=replace(config, chat_template=False)) == same
+    tokenizer.chat_template = TEMPLATE.replace("assistant", "user")
+    others.append(sha256(first, second))
+    assert len({same, *others}) == 8
 
 
 def test_a_prompt_of_no_tokens_is_named(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -28,7 +28,7 @@ def test_it_holds_the_state_of_its_step(tiny: Callable[..., Any], tmp_path: Path
     train(policy, optimizer, steps=2)
     expected, said = states(policy, optimizer), []
     config = TrainConfig(out=tmp_path, save_async=True)
-    saver = Saver(config, ALONE, said.append)
+    saver = Saver(config, ALONE, said.append, {"data": {"count": 3, "sha256": "ab"}})
     saver.save(2, policy, optimizer, {"of": "the next step"})
     with torch.no_grad():  # at once: it is being written
         for tensor in [*policy.parameters(), *states(policy, optimizer)]:
@@ -40,6 +40,7 @@ def test_it_holds_the_state_of_its_step(tiny: Callable[..., Any], tmp_path: Path
     assert torch.load(folder / "step_000002" / "rollouts.pt") == {"of": "the next step"}
     other, other_optimizer = make(tiny, seed=9)
     newest = checkpoint.latest(folder)
+    assert newest.data == {"data": {"count": 3, "sha256": "ab"}}
     assert checkpoint.load(newest, model=other, optimizer=other_optimizer) == 2
     for ours, theirs in zip(states(other, other_optimizer), expected, strict=True):
         assert torch.equal(ours, theirs)

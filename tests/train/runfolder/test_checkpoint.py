@@ -25,7 +25,7 @@ from kdrl_train.model.policy import Policy
 from kdrl_train.runfolder import checkpoint
 from kdrl_train.runfolder.checkpoint import RunState
 from kdrl_train.runfolder.export import export
-from kdrl_train.runfolder.resume import check_config
+from kdrl_train.runfolder.resume import check_config, check_data
 
 CONFIG = TrainConfig(keep_checkpoints=2)
 
@@ -157,6 +157,48 @@ def test_a_run_without_a_threshold_of_right_resumes_where_it_means_the_same() ->
     with pytest.raises(ValueError, match=r"  reward\.right_above: 0\.0 before, 0\.5 now"):
         check_config(place, written, shaped)
     check_config(place, written, replace(shaped, reward=replace(shaped.reward, right_above=0.0)))
+
+
+def saved_with(data: dict[str, dict[str, Any]]) -> checkpoint.Checkpoint:
+    return checkpoint.Checkpoint(Path("runs/a/step_000002"), 2, to_dict(CONFIG), {}, data)
+
+
+def test_other_problems_are_refused() -> None:
+    then, more = {"count": 8, "sha256": "aa"}, {"count": 9, "sha256": "bb"}
+    before = saved_with({"data": then, "eval.data": then})
+    assert check_data(before, {"data": then, "eval.data": then}, CONFIG) == []
+    expected = (
+        r"data\.path must hold the problems that it held at runs.a.step_000002, in .* got 9 in"
+    )
+    with pytest.raises(
+        ValueError, match=expected + r" place of 8: restore .* --model\.weights runs"
+    ):
+        check_data(before, {"data": more}, CONFIG)
+    with pytest.raises(ValueError, match=r"got 8, not all of them the same or in the same place: "):
+        check_data(before, {"data": {"count": 8, "sha256": "cc"}}, CONFIG)
+
+
+def test_other_held_out_problems_are_named_and_refused_where_a_schedule_waits() -> None:
+    then, more = {"count": 8, "sha256": "aa"}, {"count": 9, "sha256": "bb"}
+    before = saved_with({"data": then, "eval.data": then})
+    (warning,) = check_data(before, {"data": then, "eval.data": more}, CONFIG)
+    assert warning.startswith("eval.data.path must hold the problems that it held at")
+    assert warning.endswith("got 9 in place of 8: scores before and after do not compare")
+    assert check_data(before, {"data": then}, CONFIG) == []  # no evaluation any more
+    assert check_data(saved_with({"data": then}), {"data": then, "eval.data": more}, CONFIG) == []
+    switch = ScheduleConfig(kind="switch", patience=2)
+    waits = replace(
+        CONFIG,
+        method=MethodConfig(kd="rkl", kd_coef=switch),
+        eval=EvalConfig(every=1, data=DataConfig(path="held.jsonl")),
+    )
+    with pytest.raises(ValueError, match=r"eval\.data\.path must hold .*: restore them, or start"):
+        check_data(before, {"data": then, "eval.data": more}, waits)
+
+
+def test_a_checkpoint_that_names_no_problems_warns() -> None:
+    (warning,) = check_data(saved_with({}), {"data": {"count": 8, "sha256": "aa"}}, CONFIG)
+    assert "does not say which problems the run had" in warning
 
 
 def test_windows_flushes_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
