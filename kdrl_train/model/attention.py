@@ -8,6 +8,7 @@ lengths it is SDPA.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -21,28 +22,68 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
 NAME = "packed"
+FLASH = "flash_attention_2"
 VARLEN_DTYPES = (torch.float16, torch.bfloat16)
 
+HARMLESS = frozenset(
+    {
+        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids"),
+        *("cache_position", "past_key_values", "use_cache", "logits_to_keep", "return_dict"),
+        *("output_attentions", "output_hidden_states", "output_router_logits", "deterministic"),
+    }
+)
+"""Arguments that a model may hand to its attention and that change nothing in its result."""
 
-def choose(model: Any, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Choose the attention of a transformers model whose configuration leaves it open.
+
+def preferred(model: Any, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Name the attentions that a transformers model may have, the best first, its own last.
+
+    FlashAttention needs 16 bit on a GPU; ours a model whose code passes arguments on.
 
     Args:
         dtype: the compute dtype.
-    Returns: "flash_attention_2" where it is installed and can run, else "packed". None stands for
-        the model's own default; it is chosen for a model that computes more than SDPA does (capped
-        scores, sinks), or whose code passes nothing on to its attention.
     """
     half = device.type == "cuda" and dtype in VARLEN_DTYPES
-    if half and model._supports_flash_attn and is_flash_attn_2_available():
-        return "flash_attention_2"
-    return NAME if model._supports_sdpa and model._supports_attention_backend else None
+    flash = half and model._supports_flash_attn and is_flash_attn_2_available()
+    ours = model._supports_sdpa and model._supports_attention_backend
+    return [*[FLASH] * flash, *[NAME] * ours, default(model)]
+
+
+def default(model: Any) -> str:
+    """Name the attention that transformers chooses for a model."""
+    return "sdpa" if model._supports_sdpa else "eager"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How a model computes the sequences of a pack; choice.py chooses."""
+
+    attention: str | None = None
+    """Name of the attention in transformers; None: whichever the model has."""
+    packs: bool = True
+    """Whether a row may hold several sequences."""
+    longest: int | None = None
+    """Tokens of the longest sequence that may share a row; None: of any length."""
+    reason: str = ""
+    """Why it is not the best attention over packs; empty where it is."""
+
+    def share(self, lengths: Sequence[int]) -> bool:
+        """Say whether sequences of these lengths may share a row."""
+        fits = self.longest is None or max(lengths) <= self.longest
+        return len(lengths) == 1 or (self.packs and fits)
+
+    def __str__(self) -> str:
+        rows = "packs keep their sequences apart" if self.packs else "one sequence a row"
+        if self.packs and self.longest is not None:
+            rows += f" up to {self.longest:,} tokens, a longer one has a row alone"
+        return f"{self.attention} attention, {rows}" + (f"; {self.reason}" if self.reason else "")
 
 
 def packed_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
     """Return the arguments that tell a model's attention the lengths of a pack's sequences.
 
-    The mask is a placeholder: transformers passes it on unchanged, and nothing reads it.
+    The mask is a placeholder: transformers passes it on unchanged, and `attention` only looks
+    whether it is still this one.
     """
     ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
     return {
@@ -63,6 +104,7 @@ def attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
+    dropout: float = 0.0,
     sliding_window: int | None = None,
     packed_lengths: Sequence[int] | None = None,
     **more: Any,
@@ -70,10 +112,27 @@ def attention(
     """Map query [1, heads, T, D], key and value [1, heads_kv, T, D] to [1, T, heads, D].
 
     sliding_window: how many tokens a query sees, itself included; None: all before it.
+
+    Raises: ValueError for an argument that would be left out: the model computes something else.
     """
-    if packed_lengths is None:
+    if packed_lengths is None:  # the mask holds the window
+        if attention_mask is not None and attention_mask.shape[-1] < key.shape[2]:
+            raise ValueError(
+                f"{NAME} attention must get the lengths of a pack, got none: the model's code does "
+                "not hand them on; leave model.attention out, or set it to sdpa"
+            )
+        _refuse(more, HARMLESS | {"is_causal", "position_bias"})  # which SDPA reads
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **more
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more
+        )
+    causal = more.pop("is_causal", None)
+    if dropout or not (getattr(module, "is_causal", True) if causal is None else causal):
+        raise ValueError(f"{NAME} attention must be causal and have dropout 0, got {dropout}")
+    _refuse(more, HARMLESS)
+    if attention_mask is not None and attention_mask.numel() > 1:
+        raise ValueError(
+            f"{NAME} attention must have no mask of the model's own, got one of "
+            f"{tuple(attention_mask.shape)}: leave model.attention out, or set it to eager"
         )
     window = sliding_window if sliding_window and sliding_window < max(packed_lengths) else None
     groups = query.shape[1] // key.shape[1]
@@ -81,8 +140,24 @@ def attention(
     if torch.is_autocast_enabled(query.device.type):  # rotary leaves float32 behind
         heads = [x.to(torch.get_autocast_dtype(query.device.type)) for x in heads]
     if _has_varlen(heads[0]):
-        return _varlen(heads, packed_lengths, more["cu_seq_lens_q"], scaling, window)[None], None
-    return _padded(heads, packed_lengths, scaling, window).transpose(0, 1)[None], None
+        out = _varlen(heads, packed_lengths, more["cu_seq_lens_q"], scaling, window)
+    else:
+        out = _padded(heads, packed_lengths, scaling, window).transpose(0, 1)
+    return out[None].contiguous(), None  # AFMoE takes a view of it
+
+
+def _refuse(more: dict[str, Any], harmless: frozenset[str]) -> None:
+    """Raise ValueError for an argument that says more than which tokens share a sequence.
+
+    Such are capped scores (softcap), sinks (s_aux, sinks), a choice of keys (indices,
+    block_indices), a bias of positions, and whatever a later transformers adds.
+    """
+    others = sorted({name for name, value in more.items() if value is not None} - harmless)
+    if others:
+        raise ValueError(
+            f"{NAME} attention must get queries, keys, values, a scale and a window alone, got "
+            f"{', '.join(others)} too: leave model.attention out, or set it to eager"
+        )
 
 
 def _has_varlen(query: Tensor) -> bool:

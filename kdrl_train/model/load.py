@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdrl_train.config import ModelConfig, TrainConfig
-from kdrl_train.model import attention
+from kdrl_train.model import attention, choice
 from kdrl_train.model.folder import (
     one_line,
     quantization,
@@ -19,7 +19,7 @@ from kdrl_train.model.folder import (
 )
 from kdrl_train.model.fsdp import shard
 from kdrl_train.model.liger import patch_layers, require_liger
-from kdrl_train.model.policy import Policy, Teacher
+from kdrl_train.model.policy import CHOICE, Policy, Teacher
 from kdrl_train.model.weights import require_complete, require_trainable, without_report
 from kdrl_train.ranks import ALONE, World
 
@@ -118,9 +118,13 @@ def load_model(
         return read_model(folder, key, dtype, config.attention, device, plain)
 
     model = _read_on_main(read, dtype, config.attention, world)
-    chosen = attention.choose(model, device, getattr(torch, config.dtype))
-    if config.attention is None and chosen is not None:
-        model.set_attn_implementation(chosen)
+    dtype_run = getattr(torch, config.dtype)
+    chosen = world.on_main(
+        lambda: choice.choose(model, config.attention, device, dtype_run, liger=config.liger)
+    )
+    if chosen.attention != attention.default(model):
+        model.set_attn_implementation(chosen.attention)
+    setattr(model, CHOICE, chosen)
     if liger is not None:
         patch_layers(liger, model, key)
     if world.launched or getattr(model, "is_quantized", False):  # it is on its device already

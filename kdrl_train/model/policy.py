@@ -7,7 +7,8 @@ V vocabulary.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, TypeVar
+from inspect import signature
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,21 +16,25 @@ from torch import Tensor, nn
 import kdrl_kernels as kk
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.histogram import histogram
-from kdrl_train.model import attention
+from kdrl_train.model import attention, noise, rotary
 from kdrl_train.model.packing import PackedBatch
 
 T = TypeVar("T")
+
+CHOICE = "kdrl_choice"
+"""The attribute of a loaded model that holds its attention.Choice."""
 
 
 class HeadedModel(nn.Module):
     """A transformers causal LM split at its LM head: z = softcap(scale · (x Wᵀ + b)) / temperature.
 
-    Dropout is switched off: the loss is taken at the distribution that is sampled from. Output
-    embeddings may be tied. softcap is the config's final_logit_softcapping; scale is one of
-    logit_scale (Cohere), 1 / logits_scaling (Granite), lm_head_multiplier (Falcon-H1), else 1.
+    Dropout and other noise are switched off, also in training mode (noise.py): the loss is taken at
+    the distribution that is sampled from. Output embeddings may be tied. softcap is the config's
+    final_logit_softcapping, or another name of it; scale is one of logit_scale (Cohere), 1 /
+    logits_scaling (Granite), lm_head_multiplier (Falcon-H1), else 1.
 
     Args:
-        model: the causal LM, with get_output_embeddings() and a base_model.
+        model: the causal LM, with get_output_embeddings() and a backbone.
         temperature: sampling temperature.
         compute_dtype: of the forward pass; float32 weights run under autocast if it is bfloat16.
     Raises: ValueError for a model without an LM head, or with both a softcap and a scale.
@@ -44,12 +49,12 @@ class HeadedModel(nn.Module):
     ) -> None:
         super().__init__()
         name = type(model).__name__
-        if model.get_output_embeddings() is None or model.base_model is model:
+        if model.get_output_embeddings() is None or backbone(model) is model:
             raise ValueError(f"the model must be a causal LM with an LM head, got {name}")
         self.model = model
         self.compute_dtype = compute_dtype
         config = model.config.get_text_config()
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.softcap = _softcap(config)
         scale = _logit_scale(config)
         if self.softcap is not None and scale != 1.0:
             raise ValueError(
@@ -60,7 +65,10 @@ class HeadedModel(nn.Module):
         self.device: torch.device = model.device
         """Where it computes; before it is sharded, and where FSDP2 offloads it, its weights are
         elsewhere."""
-        _disable_dropout(model)
+        self.choice: attention.Choice = getattr(model, CHOICE, attention.Choice())
+        """How the sequences of a pack are computed; load_model chooses."""
+        self._arguments = frozenset(signature(type(backbone(model)).forward).parameters)
+        noise.silence(model)
 
     @property
     def vocab_size(self) -> int:
@@ -74,6 +82,13 @@ class HeadedModel(nn.Module):
             dtype=torch.bfloat16,
             enabled=self.compute_dtype == torch.bfloat16,
         )
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the module; the model computes as in evaluation mode in both."""
+        super().train(mode)
+        if mode:
+            noise.train_quietly(self.model)
+        return self
 
     def call(self, function: Callable[[Any], T]) -> T:
         """Return function(self). fsdp.gathered calls it, as a forward that FSDP2 prepares."""
@@ -95,20 +110,33 @@ class HeadedModel(nn.Module):
     ) -> Tensor:
         """Run the backbone on input_ids and position_ids [1, T]: states [N, H] at `index` [N].
 
+        The sequences share a row where that is right, else each has a row alone.
+
         index: None takes all T. lengths: tokens of each sequence in the pack; they sum to T.
         """
-        text = self.model.config.get_text_config()
-        more = {}
-        if text._attn_implementation == attention.NAME:
-            more = attention.packed_arguments(lengths, input_ids.device)
-        with self.autocast():
-            out = self.model.base_model(
-                input_ids=input_ids, position_ids=position_ids, use_cache=False, **more
-            )
-        states = out.last_hidden_state[0]
+        if self.choice.share(lengths):
+            states = self._row(input_ids, position_ids, lengths)
+        else:
+            cuts = list(lengths)
+            pairs = zip(input_ids.split(cuts, 1), position_ids.split(cuts, 1), cuts, strict=True)
+            states = torch.cat([self._row(ids, places, [n]) for ids, places, n in pairs])
         if index is not None:
             states = states.index_select(0, index)
         return states.to(self.compute_dtype)
+
+    def _row(self, input_ids: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Run the backbone on one row [1, T] of sequences: states [T, H]."""
+        text = self.model.config.get_text_config()
+        more: dict[str, Any] = {}
+        if text._attn_implementation == attention.NAME:
+            more = attention.packed_arguments(lengths, input_ids.device)
+        if "position_ids" in self._arguments or "kwargs" in self._arguments:
+            more["position_ids"] = position_ids  # else they are those of one sequence
+        if self.choice.longest is not None:
+            rotary.forget(self.model)
+        with self.autocast():
+            out = backbone(self.model)(input_ids=input_ids, use_cache=False, **more)
+        return out.last_hidden_state[0]
 
 
 class Teacher(HeadedModel):
@@ -283,18 +311,23 @@ def objective(method: MethodConfig, *, distil: bool) -> kk.Objective:
     )
 
 
+def _softcap(config: Any) -> float | None:
+    """Read the cap of the logits, by transformers' names for it."""
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return next((cap for cap in (getattr(config, n, None) for n in names) if cap), None)
+
+
+def backbone(model: Any) -> Any:
+    """Return the part of a causal LM below its LM head; the model itself where it has none.
+
+    Llama4ForCausalLM names another part as its base than it has.
+    """
+    return model.base_model if model.base_model is not model else getattr(model, "model", model)
+
+
 def _logit_scale(config: Any) -> float:
     """Read the factor between hidden · weightᵀ and the logits, by transformers' names for it."""
     scale = 1.0
     for name in ("logit_scale", "lm_head_multiplier"):
         scale *= getattr(config, name, None) or 1.0
     return scale / (getattr(config, "logits_scaling", None) or 1.0)
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0, the attention's own attribute included."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]

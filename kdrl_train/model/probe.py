@@ -1,8 +1,11 @@
 """Compares a model that is split at its head with the model's own logits."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from kdrl_train.model.miniature import EXPERTS, has_number
 from kdrl_train.model.policy import HeadedModel, _logit_scale
 
 PROBE_LENGTHS = (7, 5)
@@ -15,22 +18,40 @@ rounding of a deep model in that dtype, well below what another formula or a lea
 
 @torch.no_grad()
 def probe(wrapped: HeadedModel, name: str, *, packed: bool = True) -> float:
-    """Compare the head path with the model's own logits, and a pack with single sequences.
+    """Compare the head path with the model's own logits, training with evaluation, and a pack with
+    single sequences. choice.py has tested the attention beyond its windows, on a miniature.
 
     Args:
         wrapped: policy or teacher.
         name: "model.policy" or "model.teacher", for the message.
         packed: whether packs will hold more than one sequence.
     Returns: RMS difference of the logits as a share of their RMS.
-    Raises: ValueError when either comparison fails: the loss would be that of another model.
+    Raises: ValueError when a comparison fails: the loss would be that of another model.
     """
-    model, dtype = wrapped.model, wrapped.compute_dtype
     draw = torch.Generator().manual_seed(0)
     ids = [torch.randint(wrapped.vocab_size, (1, n), generator=draw) for n in PROBE_LENGTHS]
     ids = [sequence.to(wrapped.device) for sequence in ids]
-    positions = [torch.arange(n, device=wrapped.device)[None] for n in PROBE_LENGTHS]
+    single = [_states(wrapped, [sequence]) for sequence in ids]
+    probe_error = _compare_logits(wrapped, name, ids, single)
+    _compare_training(wrapped, name, ids[0], single[0])
+    if packed and wrapped.choice.share(PROBE_LENGTHS):
+        _compare_packs(wrapped, name, ids, single)
+    return probe_error
+
+
+def _states(wrapped: HeadedModel, ids: Sequence[Tensor]) -> Tensor:
+    """Compute the hidden states of a pack of sequences, each [1, T]."""
+    lengths = [sequence.shape[1] for sequence in ids]
+    positions = torch.cat([torch.arange(n, device=wrapped.device) for n in lengths])
+    return wrapped.hidden(torch.cat(list(ids), dim=1), positions[None], None, lengths)
+
+
+def _compare_logits(
+    wrapped: HeadedModel, name: str, ids: list[Tensor], single: list[Tensor]
+) -> float:
+    """Compare softcap(scale · hidden · weightᵀ + bias) with the model's own logits."""
+    model = wrapped.model
     weight, bias = wrapped.head()
-    single = [wrapped.hidden(i, p, None, [i.shape[1]]) for i, p in zip(ids, positions, strict=True)]
     head = [torch.nn.functional.linear(x, weight, bias).float() for x in single]
     ours = torch.cat(head) / wrapped.temperature
     if wrapped.softcap is not None:  # the scale is 1 here: temperature is that of sampling
@@ -39,7 +60,7 @@ def probe(wrapped: HeadedModel, name: str, *, packed: bool = True) -> float:
         theirs = torch.cat([model(input_ids=i, use_cache=False).logits[0].float() for i in ids])
     theirs = theirs / (wrapped.temperature * _logit_scale(model.config.get_text_config()))
     probe_error = _relative_rms(ours, theirs)
-    tolerance = PROBE_TOLERANCE[dtype]
+    tolerance = PROBE_TOLERANCE[wrapped.compute_dtype]
     if not probe_error <= tolerance:
         raise ValueError(
             f"{name} must have logits = softcap(scale · hidden · weightᵀ + bias), got "
@@ -47,19 +68,50 @@ def probe(wrapped: HeadedModel, name: str, *, packed: bool = True) -> float:
             f"their RMS (tolerance {tolerance:.0e}): its architecture does something else "
             "before or after its LM head and cannot be trained here"
         )
-    if not packed:
-        return probe_error
-    together = wrapped.hidden(
-        torch.cat(ids, dim=1), torch.cat(positions, dim=1), None, PROBE_LENGTHS
-    )
-    leak = _relative_rms(together.float(), torch.cat(single).float())
-    if not leak <= tolerance:
+    return probe_error
+
+
+def _compare_training(wrapped: HeadedModel, name: str, ids: Tensor, evaluated: Tensor) -> None:
+    """Run a sequence twice in training mode: the runs must be equal, and those of evaluation."""
+    before = wrapped.training
+    wrapped.train()
+    devices = [wrapped.device] if wrapped.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        first, second = (_states(wrapped, [ids]) for _ in range(2))
+    wrapped.train(before)
+    noise = _relative_rms(second.float(), first.float())
+    change = _relative_rms(first.float(), evaluated.float())
+    if noise != 0 or not change <= PROBE_TOLERANCE[wrapped.compute_dtype]:
+        raise ValueError(
+            f"{name} must compute in training what it computes in evaluation, got "
+            f"{type(wrapped.model).__name__}, two runs of which differ by {noise:.1e} of their RMS "
+            f"in training, and by {change:.1e} from evaluation: set dropout, jitter and other "
+            "noise to 0 in its config.json"
+        )
+
+
+def _compare_packs(
+    wrapped: HeadedModel, name: str, ids: list[Tensor], single: list[Tensor]
+) -> None:
+    """Compare a pack with its sequences alone, and change one of them: the other stays the same.
+
+    To the bit, but for a model with experts: how many tokens share an expert changes the rounding.
+    """
+    first, second = _states(wrapped, ids).split(PROBE_LENGTHS)
+    leak = _relative_rms(torch.cat([first, second]).float(), torch.cat(single).float())
+    other = _states(wrapped, [ids[0], ids[1].flip(1)])[: PROBE_LENGTHS[0]]
+    change = _relative_rms(other.float(), first.float())
+    other = _states(wrapped, [ids[0].flip(1), ids[1]])[PROBE_LENGTHS[0] :]
+    change = max(change, _relative_rms(other.float(), second.float()))
+    tolerance = PROBE_TOLERANCE[wrapped.compute_dtype]
+    allowed = tolerance if has_number(wrapped.model.config, EXPERTS) else 0.0
+    if not (leak <= tolerance and change <= allowed):
         raise ValueError(
             f"{name} must keep packed sequences apart by their position ids, got "
-            f"{type(model).__name__}, whose hidden states change by {leak:.1e} of their RMS when "
+            f"{type(wrapped.model).__name__}, whose hidden states change by "
+            f"{max(leak, change):.1e} of their RMS when "
             "two sequences share a pack: set optim.micro_batch_tokens to 1 (one sequence a pack)"
         )
-    return probe_error
 
 
 def _relative_rms(ours: Tensor, theirs: Tensor) -> float:

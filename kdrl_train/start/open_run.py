@@ -11,7 +11,7 @@ from rich.console import Console
 from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import save_yaml, to_dict
 from kdrl_train.method.schedules import History, rebuild_history
-from kdrl_train.model.policy import Policy
+from kdrl_train.model.policy import Policy, Teacher
 from kdrl_train.model.teacher.identity import require_same_teacher
 from kdrl_train.model.teacher.remote import RemoteTeacher
 from kdrl_train.ranks import World
@@ -67,7 +67,7 @@ def open_run(
     for warning in warnings:
         log.event("warning", warning)
     run = Run(
-        config=config,
+        config=pack_for(config, world, policy, loaded.teacher),
         world=world,
         tokenizer=loaded.tokenizer,
         policy=policy,
@@ -111,6 +111,20 @@ def require_offload_fits(config: TrainConfig, world: World) -> None:
             raise ValueError(
                 f"model.{key} must be false without torchrun, got true: FSDP2 offloads"
             )
+
+
+def pack_for(
+    config: TrainConfig, world: World, policy: Policy, teacher: Teacher | None
+) -> TrainConfig:
+    """Return the configuration with one sequence a pack where a sharded model needs rows of one.
+
+    In one process such a model runs the sequences of a pack one after the other. Ranks gather a
+    layer's weights together, so each must run as many rows as the others.
+    """
+    models = [policy] if teacher is None else [policy, teacher]
+    if not world.launched or all(m.choice.packs and m.choice.longest is None for m in models):
+        return config
+    return replace(config, optim=replace(config.optim, micro_batch_tokens=1))
 
 
 def open_remote(

@@ -205,16 +205,19 @@ def check_gold(config: TrainConfig, examples: Sequence[Example], verifier: Verif
 def _probed(model: HeadedModel, name: str, packed: bool) -> str:
     """Check that a model can be split at its LM head and keeps packed sequences apart.
 
-    Raises: ValueError if not, as `probe` does.
+    Raises: ValueError if not, as `probe` does; UserWarning where its sequences must have a row
+        each, or it keeps its own attention.
     """
     with gathered(model):
         probe_error = probe(model, name, packed=packed)
     kind = "tied" if _tied(model) else "untied"
-    packs = "packs keep their sequences apart" if packed else "one sequence per pack"
-    return (
+    detail = (
         f"{type(model.model).__name__}, {kind} head: within {probe_error:.0e} of the model's own "
-        f"logits; {packs}"
+        f"logits; {model.choice if packed else 'one sequence per pack'}"
     )
+    if packed and model.choice.reason:
+        raise UserWarning(detail)
+    return detail
 
 
 def _tied(model: HeadedModel) -> bool:

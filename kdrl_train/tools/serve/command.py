@@ -114,6 +114,8 @@ def load(config: ServeConfig, served: ServedTeacher) -> None:
         probe(model, "model.teacher", packed=False)
         console.print(f"one sequence in each forward pass: {error}", markup=False, soft_wrap=True)
         batch_tokens = 1
+    if model.choice.reason:
+        console.print(str(model.choice), markup=False, soft_wrap=True)
     info = describe(folder, model, load_tokenizer(folder, "model.teacher"))
     served.info = info
     served.scorer = Scorer(model, batch_tokens, config.queue_size)

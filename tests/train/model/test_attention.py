@@ -122,10 +122,10 @@ def test_which_attention_is_chosen(
     model = AutoModelForCausalLM.from_pretrained(folders["student"])
     for installed in (False, True):
         monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda answer=installed: answer)
-        expected = "flash_attention_2" if installed else "packed"
-        assert attention.choose(model, gpu, torch.bfloat16) == expected
-        assert attention.choose(model, gpu, torch.float32) == "packed"
-        assert attention.choose(model, cpu, torch.bfloat16) == "packed"
+        best = ["flash_attention_2"] * installed
+        assert attention.preferred(model, gpu, torch.bfloat16) == [*best, "packed", "sdpa"]
+        assert attention.preferred(model, gpu, torch.float32) == ["packed", "sdpa"]
+        assert attention.preferred(model, cpu, torch.bfloat16) == ["packed", "sdpa"]
     loaded = load_model(
         str(folders["student"]), "model.policy", ModelConfig(device="cpu"), torch.float32
     )

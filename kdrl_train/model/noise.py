@@ -1,0 +1,44 @@
+"""Switches off what a model draws at random while it trains.
+
+The loss is taken at the distribution that is sampled from, which is that of evaluation mode. So
+training leaves a model in evaluation mode: dropout modules, dropout called as a function and the
+jitter of routers then do nothing, and a number that evaluation reads too stays (PhiMoE's
+router_jitter_noise is also a threshold of its router). Only a layer that recomputes its activations
+must be in training mode, itself without its parts; its own dropout rates are 0.
+"""
+
+import re
+from typing import Any
+
+from torch import nn
+
+RATES = re.compile(r"drop(out|path|_path|_rate|_prob)|pdrop|layer_?drop|^drop$")
+"""Names of attributes that hold the probability of leaving something out."""
+
+
+def silence(model: nn.Module) -> None:
+    """Set every rate of dropout to 0: of nn.Dropout, of other modules and of configurations."""
+    configs = []
+    for module in model.modules():
+        if isinstance(module, (nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout)):
+            module.p = 0.0
+        _zero(module)
+        configs.append(getattr(module, "config", None))
+    for config in {id(one): one for one in configs if hasattr(one, "to_dict")}.values():
+        _zero(config)
+
+
+def _zero(holder: Any) -> None:
+    """Set the rates among an object's own attributes to 0."""
+    for name, value in list(vars(holder).items()):
+        if isinstance(value, float) and RATES.search(name):
+            setattr(holder, name, 0.0)
+
+
+def train_quietly(model: nn.Module) -> None:
+    """Put a model into evaluation mode, and the layers that recompute activations into training
+    mode, where transformers looks for it."""
+    model.eval()
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
