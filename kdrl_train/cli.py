@@ -4,6 +4,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 from pathlib import Path
@@ -25,11 +26,12 @@ from kdrl_train.config_file import load_yaml, to_dict, update
 from kdrl_train.errors import RunError
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.presets import PRESETS
-from kdrl_train.output import guarded
+from kdrl_train.output import begin, guarded, shown
 from kdrl_train.settings import explanations, is_settings, nearest
 
 T = TypeVar("T")
 PROGRAM = "python -m kdrl_train"
+PACKAGES = "loading Python packages"  # torch and transformers take seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,8 @@ class Command:
     """Module of kdrl_train with `main(settings)`."""
     settings: str
     """Module and name of the settings class, `main`'s argument."""
+    lasts: bool = False
+    """Whether it runs so long that it says at once that it has started."""
     options: tuple[str, ...] = ()
     """Keys that --help explains; --help-all explains all. Empty: --help explains all."""
 
@@ -58,6 +62,7 @@ COMMANDS = {
         help="small models on a made-up task, trained with KDRL in minutes; needs nothing",
         module="tools.demo",
         settings="tools.demo.DemoConfig",
+        lasts=True,
         options=("config", "out", "seed", "problems", "held_out", "steps", "prompts_per_step",
                  "group_size", "learning_rate", "beta", "final_beta", "threads"),
     ),
@@ -65,12 +70,14 @@ COMMANDS = {
         help="train a policy with a reward and a teacher",
         module="train",
         settings="config.TrainConfig",
+        lasts=True,
         options=_TRAIN,
     ),
     "eval": Command(
         help="measure a saved model: avg@k, pass@k, length",
         module="tools.evaluate",
         settings="config.EvaluateConfig",
+        lasts=True,
         options=("config", "out", "seed", "samples", "max_problems", *_MODEL, "data.path",
                  "sampling.max_new_tokens", "sampling.temperature", "reward.function"),
     ),
@@ -78,6 +85,7 @@ COMMANDS = {
         help="check a training run before it starts: a table, and exit code 1 if it would fail",
         module="start.preflight",
         settings="config.TrainConfig",
+        lasts=True,
         options=_TRAIN,
     ),
     "replay": Command(
@@ -110,6 +118,7 @@ COMMANDS = {
         help="train a small model and its tokenizer on solved problems",
         module="tools.sft",
         settings="tools.sft.SftConfig",
+        lasts=True,
         options=("config", "out", "seed", "data.path", "solution_column", "model", "steps",
                  "minutes", "batch_tokens", "learning_rate", "architecture.hidden",
                  "architecture.layers"),
@@ -249,9 +258,12 @@ def _default(spec: StructFieldSpec) -> str:
 def run(command: str, argv: Sequence[str]) -> int:
     """Run one command; returns its exit code. Each imports only what it needs."""
     spec = COMMANDS[command]
+    if not spec.settings.startswith("config."):  # settings beside code that imports torch
+        begin(PACKAGES)
     module, _, name = f"kdrl_train.{spec.settings}".rpartition(".")
     default = getattr(importlib.import_module(module), name)()
     config = parse(default, argv, f"{PROGRAM} {command}", spec.help, spec.options)
+    begin(PACKAGES, at_once=spec.lasts)
     main_module = importlib.import_module(f"kdrl_train.{spec.module}")
     importlib.import_module("transformers").logging.disable_progress_bar()  # one bar per model file
     result = main_module.main(config)
@@ -279,7 +291,9 @@ def _main(argv: list[str]) -> int:
             f"{escape(argv[0])}{nearest(argv[0], COMMANDS)}"
         )
         return 2
-    return exit_code(lambda: run(argv[0], argv[1:]), console)
+    is_help = {"-h", "--help", "--help-all"} & set(argv)
+    with nullcontext() if is_help else shown(argv[0]):
+        return exit_code(lambda: run(argv[0], argv[1:]), console)
 
 
 def exit_code(command: Callable[[], int], console: Console) -> int:

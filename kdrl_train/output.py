@@ -1,12 +1,31 @@
-"""Lets a command outlive the reader of its output: a closed pipe, a terminal that is gone."""
+"""What is on the screen: output that survives its reader, and what a command is doing now.
+
+stdout is for results, stderr for progress. On a terminal progress is one line that changes, which
+makes way for anything else that is written; elsewhere it is a line now and then.
+"""
 
 import errno
 import os
 import stat
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
+
+from rich.console import Console
+
+EVERY_S = 30.0
+"""Seconds without any output after which a line of progress is printed into a pipe or a file."""
+REDRAW_S = 0.2
+"""Seconds between two drawings of the line on a terminal."""
+FIRST_S = 0.5
+"""Seconds after which the first line comes at the latest."""
+LONG_S = 10.0
+"""Seconds from which on a stage says how long it has been going on."""
+ERASE = "\r\x1b[K"
+_LOCK = threading.RLock()
 
 
 class Guarded:
@@ -21,8 +40,15 @@ class Guarded:
         """The error of the write that found no reader; None: there is a reader."""
 
     def write(self, text: str) -> int:
-        self._try(lambda: self.stream.write(text))
+        with _LOCK:
+            if _shown is not None:
+                _shown.make_way(text)
+            self.put(text)
         return len(text)
+
+    def put(self, text: str) -> None:
+        """Write, and leave the progress on the screen as it is."""
+        self._try(lambda: self.stream.write(text))
 
     def writelines(self, lines: Iterable[str]) -> None:
         self.write("".join(lines))
@@ -70,6 +96,14 @@ def guard(stream: Any) -> Any:
     return stream if stream is None or isinstance(stream, Guarded) else Guarded(stream)
 
 
+def guarded_console(console: Console | None) -> Console:
+    """Return a console whose file is guarded; None: one on stdout."""
+    console = Console(highlight=False) if console is None else console
+    if not isinstance(console.file, Guarded):  # a file of the caller's
+        console.file = guard(console.file)
+    return console
+
+
 @contextmanager
 def guarded() -> Iterator[None]:
     """Guard stdout and stderr within the block."""
@@ -88,3 +122,161 @@ def loss(*streams: Any) -> OSError | None:
     """Return the error that ended a stream's readers: of these, of stdout or of stderr."""
     lost = (getattr(stream, "lost", None) for stream in (*streams, sys.stdout, sys.stderr))
     return next((error for error in lost if error is not None), None)
+
+
+class Progress:
+    """Shows on stderr what a command is doing.
+
+    Args:
+        stream: a guarded stream.
+        terminal: whether to keep one line that changes, or to print a line every EVERY_S seconds in
+            which nothing else was written.
+        clock: seconds that only grow.
+    """
+
+    def __init__(
+        self, stream: Guarded, terminal: bool, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.stream, self.terminal, self.clock = stream, terminal, clock
+        self.heading = self.stage = self.counts = ""
+        self.since = clock()
+        """When the stage began."""
+        self._written = self.since - EVERY_S + FIRST_S
+        self._drawn = ""
+        self._at_line_start = True
+
+    def line(self) -> str:
+        """Say what is being done, and since when where that is long."""
+        seconds = self.clock() - self.since
+        parts = [f"{self.stage} {self.counts}".rstrip()]
+        parts += [hours(seconds)] if seconds >= LONG_S else []
+        return (f"{self.heading}: " if self.heading else "") + ", ".join(parts)
+
+    def begin(self, stage: str, at_once: bool) -> None:
+        """Begin a stage; at_once: elsewhere than on a terminal, too, it gets its line."""
+        self.stage, self.counts, self.since = stage, "", self.clock()
+        self.update(at_once)
+
+    def update(self, at_once: bool = False) -> None:
+        """Write the line, if it is time."""
+        if not self.stage:
+            return
+        now, line = self.clock(), self.line()
+        due = now - self._written >= (REDRAW_S if self.terminal else EVERY_S)
+        if self.terminal:
+            line = line[: _columns(self.stream) - 1]
+            if self._at_line_start and line != self._drawn and (at_once or not self._drawn or due):
+                self.stream.put(ERASE + line)
+                self._drawn, self._written = line, now
+        elif due or (at_once and line != self._drawn):
+            self.stream.put(line + "\n")
+            self._drawn, self._written = line, now
+        self.stream.flush()
+
+    def make_way(self, text: str = "") -> None:
+        """Take the line off the screen, for a text that is written next, or for good."""
+        if self._drawn and self.terminal:
+            self.stream.put(ERASE)
+            self.stream.flush()
+        self._drawn, self._written = "", self.clock()
+        if text:
+            self._at_line_start = text.endswith(("\n", "\r"))
+
+
+_shown: Progress | None = None
+
+
+@contextmanager
+def shown(name: str) -> Iterator[None]:
+    """Guard stdout and stderr within the block, and show progress on stderr.
+
+    On other ranks than rank 0, and where stderr is closed, nothing is shown.
+
+    name: the command, which stands before each stage until `heading` is called.
+    """
+    global _shown  # noqa: PLW0603  a process has one screen
+    with guarded():
+        if os.environ.get("RANK", "0") != "0" or _shown is not None or sys.stderr is None:
+            yield
+            return
+        stream: Any = sys.stderr
+        terminal = stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        progress = Progress(stream, terminal)
+        progress.heading = name
+        ended = threading.Event()
+
+        def keep_up() -> None:
+            while not ended.wait(FIRST_S / 2):
+                with _LOCK:
+                    if not ended.is_set():
+                        progress.update()
+
+        _shown = progress
+        thread = threading.Thread(target=keep_up, name="progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            with _LOCK:
+                progress.make_way()
+                _shown = None
+
+
+def heading(text: str) -> None:
+    """Set what stands before each stage, such as the step; nothing happens where none is shown."""
+    with _LOCK:
+        if _shown is not None:
+            _shown.heading = text
+
+
+def begin(stage: str, at_once: bool = False) -> None:
+    """Say what is done from now on.
+
+    at_once: write its line also into a pipe or a file, for what happens once in a run.
+    """
+    with _LOCK:
+        if _shown is not None:
+            _shown.begin(stage, at_once)
+
+
+def count(stage: str, done: int, total: int | None, more: str = "") -> None:
+    """Say how much of a stage is done; nothing happens while another one is shown.
+
+    total: None where it is not known.
+    """
+    with _LOCK:
+        if _shown is not None and _shown.stage == stage:
+            _shown.counts = f"{done:,}" + ("" if total is None else f" of {total:,}") + more
+            if _shown.terminal:
+                _shown.update()
+
+
+def meter(
+    stage: str, total: int, clock: Callable[[], float] = time.monotonic
+) -> Callable[[int, int], None]:
+    """Return a function that shows completions that are done, of `total`, and tokens a second.
+
+    It takes the completions that are done and the tokens that are drawn since this call.
+    """
+    start = clock()
+
+    def report(done: int, tokens: int) -> None:
+        rate = tokens / max(clock() - start, 1e-3)
+        count(stage, done, total, f", {rate:,.0f} tokens/s" if tokens else "")
+
+    return report
+
+
+def hours(seconds: float) -> str:
+    """Write seconds as h:mm:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
+
+
+def _columns(stream: Guarded) -> int:
+    """Return the width of a terminal; 80 where it does not say."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except OSError:
+        return 80

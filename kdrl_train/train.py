@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
+from kdrl_train import output
 from kdrl_train.config import TrainConfig
 from kdrl_train.errors import MidStepError, RunError
 from kdrl_train.method.evaluation import EVAL_STEP, summarize
@@ -22,7 +24,7 @@ from kdrl_train.method.histogram import length_counts
 from kdrl_train.method.metrics import reward_metrics
 from kdrl_train.model.load import use_device
 from kdrl_train.model.policy import Policy
-from kdrl_train.output import guarded
+from kdrl_train.output import guarded, guarded_console, shown
 from kdrl_train.ranks import connect
 from kdrl_train.runfolder.events import recorded
 from kdrl_train.runfolder.export import export
@@ -56,13 +58,28 @@ def main(
         that samples from another policy, both before the optimiser step; RankError where another
         rank failed.
     """
-    with guarded(), connect(use_device(config.model)) as world, ExitStack() as stack:
+    screen = shown("train") if console is None else guarded()
+    with screen, connect(use_device(config.model)) as world, ExitStack() as stack:
+        console = guarded_console(console)
+        if world.main:
+            console.print(Text(title(config)), soft_wrap=True)
         run, first = open_run(config, world, stack, console, policy_class)
         with recorded(run.log, config, world.size):
             if steps(run, first):
+                output.heading("")
+                output.begin("saving the model")
                 export(run.policy.model, run.tokenizer, config.out / "model", world)
                 run.log.event("finished", f"all {config.steps} steps are done", say=False)
     return config.out
+
+
+def title(config: TrainConfig) -> str:
+    """Say in a line which run this is; the first on the screen."""
+    teacher = config.model.teacher if config.method.kd is not None else None
+    return (
+        f"{config.out}: {'going on with' if config.resume else 'training'} {config.model.policy}"
+        f"{'' if teacher is None else f', teacher {teacher}'}, on {config.data.path}"
+    )
 
 
 def steps(run: Run, first: int) -> bool:
@@ -74,7 +91,8 @@ def steps(run: Run, first: int) -> bool:
     except Stopped:
         return stopped(run, first)
     for step in range(first, config.steps):
-        stages, done = Stages(), step
+        stages, done = Stages(shown=True), step
+        output.heading(f"step {step + 1}/{config.steps}")
         try:
             record = learn(run, step, stages)
             done = step + 1
@@ -145,6 +163,7 @@ def finish(run: Run, step: int, record: dict[str, Any], stages: Stages) -> None:
             run.engine.load(run.policy, step + 1)
         if is_evaluated(run, step):
             with stages("eval"):
+                output.heading(f"evaluation after step {step + 1}")
                 record |= evaluation(run)
     except ENDS:
         run.log.postpone(record | stages.metrics(tokens=record["tokens"]))
@@ -165,6 +184,7 @@ def finish_postponed(run: Run, step: int) -> None:
     """
     record = run.world.on_main(lambda: run.log.postponed(step))
     if record is not None:
+        output.heading(f"evaluation after step {step + 1}")
         log_record(run, record | (evaluation(run) if is_evaluated(run, step) else {}))
 
 
@@ -177,6 +197,8 @@ def log_record(run: Run, record: dict[str, Any]) -> None:
 def save(run: Run, done: int) -> None:
     """Save a checkpoint after `done` steps. The steps are in the log already: a run killed in
     between loses no record, and a resumed one drops those it will write again."""
+    output.heading(f"step {done}/{run.config.steps}")
+    output.begin("saving a checkpoint")
     rollouts = None
     if run.prefetch is not None:
         rollouts = run.prefetch.state(done, run.config.sampling.group_size)
@@ -186,8 +208,9 @@ def save(run: Run, done: int) -> None:
 def evaluation(run: Run) -> dict[str, float]:
     """Measure the policy on the held-out problems."""
     config, start = run.config, time.perf_counter()
+    stages = Stages(shown=True)
     sampling = replace(config.sampling, group_size=config.eval.samples)
-    judged = sample_and_judge(run, run.held_out, config.eval.data, sampling, EVAL_STEP, Stages())
+    judged = sample_and_judge(run, run.held_out, config.eval.data, sampling, EVAL_STEP, stages)
     seconds = time.perf_counter() - start
     return summarize(
         judged.rollouts, judged.verdicts, sampling.group_size, config.seed, seconds

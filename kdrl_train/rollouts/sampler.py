@@ -4,7 +4,8 @@ P prompts, G completions per prompt, R = P * G, B completions of one batch, V vo
 of one completion.
 """
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,9 @@ class SampleRequest:
     """The step that the completions are for, from 0."""
     first: int = 0
     """Place of the first prompt in the step, where the request holds only a part of its prompts."""
+    report: Callable[[int, int], None] | None = None
+    """Called now and then while an engine samples, with how many completions have ended and how
+    many tokens were drawn so far. The engine `continuous` does not call it."""
 
     def entropy(self, r: int) -> tuple[int, int, int, int]:
         """Return (seed, step, place of the prompt in the step, place in its group) of completion r.
@@ -45,6 +49,42 @@ class SampleRequest:
         """
         prompt, sample = divmod(r, self.sampling.group_size)
         return self.seed, self.step, self.first + prompt, sample
+
+
+REPORT_S = 1.0
+"""Seconds between two reports: each waits for the GPU."""
+
+
+class Tally:
+    """Counts the tokens and the ends of the completions of a batch while it is drawn.
+
+    Args:
+        report: gets the completions that have ended and the tokens drawn, those before included.
+        stops: the tokens that end a completion, on the device of the draws.
+        size: completions of the batch.
+        before: completions and tokens of the batches before.
+    """
+
+    def __init__(
+        self,
+        report: Callable[[int, int], None],
+        stops: Tensor,
+        size: int,
+        before: tuple[int, int],
+    ) -> None:
+        self.report, self.stops, self.before = report, stops, before
+        self.ended_B = torch.zeros(size, dtype=torch.bool, device=stops.device)
+        self.tokens_B = torch.zeros(size, dtype=torch.int64, device=stops.device)
+        self.reported = time.monotonic()
+
+    def add(self, drawn_B: Tensor) -> None:
+        """Count the next token of each completion that has not ended."""
+        self.tokens_B += ~self.ended_B
+        self.ended_B |= torch.isin(drawn_B, self.stops)
+        if time.monotonic() - self.reported >= REPORT_S:
+            self.reported = time.monotonic()
+            done, tokens = self.before
+            self.report(done + int(self.ended_B.sum()), tokens + int(self.tokens_B.sum()))
 
 
 class Draw(LogitsProcessor):
@@ -58,6 +98,7 @@ class Draw(LogitsProcessor):
         uniforms_BT: [B, T] float64 in [0, 1), where T is the largest number of tokens to draw.
         sampled_vocab_size: columns from here on are never drawn, since the loss leaves them out.
         poll: called before each token; an exception it raises stops sampling.
+        tally: counts the tokens.
     """
 
     def __init__(
@@ -66,11 +107,12 @@ class Draw(LogitsProcessor):
         temperature: float,
         sampled_vocab_size: int,
         poll: Poll | None = None,
+        tally: Tally | None = None,
     ) -> None:
         self.uniforms_BT = uniforms_BT
         self.temperature = temperature
         self.sampled_vocab_size = sampled_vocab_size
-        self.poll = poll
+        self.poll, self.tally = poll, tally
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
@@ -83,6 +125,8 @@ class Draw(LogitsProcessor):
         drawn = torch.searchsorted(cumulative, place, right=True)  # the first one above: p > 0
         drawn.clamp_(max=cumulative.shape[1] - 1)  # logits that are not finite: see recorded
         self.logprobs.append(logprobs.gather(1, drawn).squeeze(1))
+        if self.tally is not None:
+            self.tally.add(drawn.squeeze(1))
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
     def recorded(self) -> Tensor:
@@ -143,11 +187,17 @@ def generate_rollouts(
                 uniforms(*request.entropy(r), sampling.max_new_tokens)
                 for r in range(start, start + len(batch))
             ]
+            before = len(completions), sum(len(ids) for ids, _, _ in completions)
+            tally = None
+            if request.report is not None:
+                request.report(*before)
+                tally = Tally(request.report, stops.to(model.device), len(batch), before)
             draw = Draw(
                 torch.from_numpy(np.stack(numbers)).to(model.device),
                 sampling.temperature,
                 columns if sampled_vocab_size is None else sampled_vocab_size,
                 poll,
+                tally,
             )
             ids_BT = _generate(model, batch, stops, sampling.max_new_tokens, draw)
             pairs = zip(ids_BT, draw.recorded(), strict=True)

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from kdrl_train.output import Guarded, guard, loss
+from kdrl_train import output
+from kdrl_train.output import guarded_console, hours, loss
 from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.events import Events
 from kdrl_train.runfolder.jsonl import Record
@@ -24,19 +26,39 @@ except ImportError:  # Windows
 
 OUTSIDE_THE_STEP = ("eval", "diagnostics")
 """Stages that only measure: their seconds do not count for the speed of a training step."""
+ETA_STEPS = 20
+"""Steps, at most, whose mean time predicts that of the steps that are left."""
 WITHOUT_TOKENS = ("sync", "wait")
 """Stages of a step that handle no tokens, so that they have no speed of their own."""
 
 
-class Stages:
-    """Measures the wall-clock seconds of each stage of one step."""
+ROLLOUTS, LEARNING = "rollouts", "learning"
+SHOWN = {
+    "rollout": ROLLOUTS,
+    "verify": "rewards",
+    "score": "log-probabilities",
+    "update": LEARNING,
+    "sync": "weights to the engine",
+}
+"""Stages that the screen shows, by their names there. The teacher's, which alternates with the
+update's, is not among them."""
 
-    def __init__(self) -> None:
+
+class Stages:
+    """Measures the wall-clock seconds of each stage of one step.
+
+    shown: whether the screen shows the stages: those of a thread beside the step's are not.
+    """
+
+    def __init__(self, shown: bool = False) -> None:
+        self.shown = shown
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Time a block; the seconds of blocks with the same name add up."""
+        if self.shown and name in SHOWN:
+            output.begin(SHOWN[name])
         start = time.perf_counter()
         try:
             yield
@@ -111,9 +133,7 @@ class RunLog:
         self.writes = writes
         self.trackers = trackers
         self.steps = steps
-        self.console = Console(highlight=False) if console is None else console
-        if not isinstance(self.console.file, Guarded):  # a file of the caller's
-            self.console.file = guard(self.console.file)
+        self.console = guarded_console(console)
         self.metrics_path = folder / "metrics.jsonl"
         self.postponed_path = folder / "postponed.jsonl"
         self.steps_done = first_step
@@ -121,6 +141,7 @@ class RunLog:
         self.dropped_records = 0
         """How many records of metrics.jsonl were removed."""
         self._logged: set[int] = set()
+        self._ends: deque[float] = deque(maxlen=ETA_STEPS + 1)  # of steps, time.monotonic
         self._console_lost = False
         if not writes:
             return
@@ -148,7 +169,20 @@ class RunLog:
         if self.trackers is not None:
             self.trackers.log(record)
         width = self.console.width if self.console.is_terminal else None
-        self._print(_line(record, self.steps, width))
+        self._print(_line(record, self.steps, width, self._seconds_left()))
+
+    def _seconds_left(self) -> float | None:
+        """Predict the seconds until the last step ends, at the end of one; None at the first.
+
+        Each step that is left takes the mean time from the end of one step to that of the next, so
+        with the evaluations and checkpoints between them; the first, which warms up, counts for
+        nothing.
+        """
+        self._ends.append(time.monotonic())
+        if len(self._ends) == 1:
+            return None
+        mean = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        return mean * (self.steps - self.steps_done)
 
     def postpone(self, record: Record) -> None:
         """Keep a step's record in postponed.jsonl, since its evaluation is still to come."""
@@ -203,15 +237,16 @@ def _samples_name(step: int) -> str:
     return f"step_{step:06d}.jsonl"
 
 
-def _line(record: Record, steps: int, width: int | None) -> Text:
-    """Return a step's console line.
+def _line(record: Record, steps: int, width: int | None, left: float | None) -> Text:
+    """Return a step's console line; left: the predicted seconds of the steps that follow.
 
     In a terminal of `width` columns it is continued, indented, on another line where the next
     number would not fit; None: it stays one line, as it should in a file.
     """
     head = f"step {record['step'] + 1:{len(str(steps))}d}/{steps}"
     line, column = Text(head, style="bold"), len(head)
-    for name, value in [*_step_parts(record), *_eval_parts(record)]:
+    eta = [] if left is None else [("left", hours(left))]
+    for name, value in [*_step_parts(record), *eta, *_eval_parts(record)]:
         size = len(name) + len(value) + 3
         if width is not None and column + size > width:
             line.append("\n" + " " * len(head))

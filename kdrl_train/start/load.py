@@ -1,8 +1,10 @@
 """Loads what a run needs before it can be checked: models, tokenizers and problems."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from kdrl_train import output
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig, TrainConfig
 from kdrl_train.model.folder import require_loadable
@@ -53,6 +55,7 @@ def load(config: TrainConfig, world: World = ALONE, policy_class: type[Policy] =
         that cannot be loaded raise RankError.
     """
     world.on_main(lambda: require_loadable(config.model.policy, "model.policy"))
+    output.begin(f"loading problems, {config.data.path}")
     tokenizer = load_tokenizer(config.model.policy)
     examples, prompts = read_problems(config.data, tokenizer, world)
     held_out: list[Example] = []
@@ -66,7 +69,10 @@ def load(config: TrainConfig, world: World = ALONE, policy_class: type[Policy] =
     if config.method.kd is not None and config.model.teacher_is_url:
         server = connect(config.model, config.teacher)
     else:
+        if config.method.kd is not None:
+            output.begin(f"loading the teacher, {described(config.model.teacher)}", at_once=True)
         teacher = load_teacher(config, world)
+    output.begin(f"loading the policy, {described(config.model.policy)}", at_once=True)
     policy = load_policy(config, server or teacher, world, policy_class)
     return Loaded(
         tokenizer=tokenizer,
@@ -108,3 +114,11 @@ def read_problems(
 
     facts = world.on_main(encode)
     return facts.kept(examples), facts
+
+
+def described(name: str | None) -> str:
+    """Name a model, with the size of its weights where they are in a folder."""
+    files = [file for kind in ("*.safetensors", "*.bin") for file in Path(str(name)).glob(kind)]
+    size = sum(file.stat().st_size for file in files)
+    text = f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+    return f"{name} ({text})" if files else str(name)

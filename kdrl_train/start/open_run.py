@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from rich.console import Console
 
+from kdrl_train import output
 from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import save_yaml, to_dict
 from kdrl_train.method.schedules import History, rebuild_history
@@ -55,6 +56,7 @@ def open_run(
     policy = loaded.policy
     warnings = [] if newest is None else check_data(newest, loaded.data, config)
     warnings += require(preflight(config, loaded, verifier, GOLD_AT_START, world))
+    output.begin(f"starting the engine, {config.engine.kind}")
     engine = open_engine(config, policy, loaded.tokenizer, world)
     optimizer = make_optimizer(config, policy)
     prefetch = None

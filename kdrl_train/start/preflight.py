@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from kdrl_train import output
 from kdrl_train.batch import Example
 from kdrl_train.config import TrainConfig
 from kdrl_train.errors import RankError, RunError
@@ -97,7 +98,9 @@ def preflight(
         {"teacher probe"} if teacher is not None else set()
     )
     results = []
-    for name, check in checks.items():
+    output.begin("preflight", at_once=True)
+    for place, (name, check) in enumerate(checks.items(), start=1):
+        output.count("preflight", place, len(checks), f", {name}")
         if name in on_all_ranks:
             results.append(_result(name, check))
         else:

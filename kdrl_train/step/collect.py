@@ -10,10 +10,11 @@ from kdrl_train.batch import Batch, Example, JudgedRollouts
 from kdrl_train.config import DataConfig, SamplingConfig, TrainConfig
 from kdrl_train.errors import RewardError
 from kdrl_train.model.teacher.remote import RemoteTeacher, may_query_early
+from kdrl_train.output import meter
 from kdrl_train.rollouts.engines import require_version
 from kdrl_train.rollouts.problems import encode_prompt, step_indices
 from kdrl_train.rollouts.sampler import SampleRequest
-from kdrl_train.runfolder.log import Stages
+from kdrl_train.runfolder.log import ROLLOUTS, Stages
 from kdrl_train.step.run import Run
 
 
@@ -105,7 +106,12 @@ def _draw_share(
     prompts = [encode_prompt(run.tokenizer, example, data) for example in examples]
     with stages("rollout"):
         request = SampleRequest(
-            prompts=prompts, sampling=sampling, seed=run.config.seed, step=step, first=first
+            prompts=prompts,
+            sampling=sampling,
+            seed=run.config.seed,
+            step=step,
+            first=first,
+            report=meter(ROLLOUTS, len(prompts) * sampling.group_size),
         )
         rollouts = run.engine.generate(request, poll)
     poll()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdrl_train import output
 from kdrl_train.batch import Batch, CompletionCoefficients
 from kdrl_train.config import OptimConfig
 from kdrl_train.errors import MidStepError, RunError
@@ -17,7 +18,7 @@ from kdrl_train.method.metrics import LARGEST, add_sums, token_means
 from kdrl_train.model.fsdp import full
 from kdrl_train.model.policy import Policy
 from kdrl_train.rollouts.engines import require_agreement
-from kdrl_train.runfolder.log import Stages
+from kdrl_train.runfolder.log import LEARNING, Stages
 from kdrl_train.step.coefficients import packs_of, prepare
 from kdrl_train.step.gradient_split import gradient_split
 from kdrl_train.step.run import Run
@@ -125,6 +126,7 @@ def accumulate(inputs: StepInputs, used_R: Tensor, part: int) -> Accumulated:
     loss = torch.zeros((), dtype=torch.float64, device=device)
     policy.train()
     coefficients = replace(inputs.coefficients, token_weights=weights_R)
+    learnt, used = 0, int((weights_R != 0).sum())
     for turn, micro_batch in enumerate(packs_of(batch, coefficients, config, world)):
         if part == 0:
             run.stop_if_signalled()
@@ -142,6 +144,8 @@ def accumulate(inputs: StepInputs, used_R: Tensor, part: int) -> Accumulated:
             loss += out.loss.detach()
             sums = add_sums(sums, out.sums)
         inputs.recorder.add(micro_batch, out)
+        learnt += len(micro_batch.rollout.unique())
+        output.count(LEARNING, learnt, used if world.size == 1 else None, " completions")
     start = time.perf_counter()
     mean = world.sum({"loss": loss})["loss"].item() / world.size
     total = world.sum(sums, largest=LARGEST)

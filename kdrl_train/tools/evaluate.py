@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
+from kdrl_train import output
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig, EvaluateConfig, ModelConfig, SamplingConfig, TeacherConfig
 from kdrl_train.method.evaluation import EVAL_STEP, EvalResult, summarize
@@ -22,6 +23,8 @@ from kdrl_train.rollouts.problems import encode_prompt, load_examples
 from kdrl_train.rollouts.sampler import SampleRequest, generate_rollouts
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder.checkpoint import load_weights
+from kdrl_train.runfolder.log import ROLLOUTS
+from kdrl_train.start.load import described
 
 
 def evaluate(
@@ -54,9 +57,17 @@ def evaluate(
     start = time.perf_counter()
     prompts = [encode_prompt(tokenizer, example, data) for example in examples]
     samples = sampling.group_size
-    request = SampleRequest(prompts=prompts, sampling=sampling, seed=seed, step=EVAL_STEP)
+    request = SampleRequest(
+        prompts=prompts,
+        sampling=sampling,
+        seed=seed,
+        step=EVAL_STEP,
+        report=output.meter(ROLLOUTS, len(prompts) * samples),
+    )
+    output.begin(ROLLOUTS)
     rollouts = generate_rollouts(model, tokenizer, request, sampled_vocab_size=vocab_size)
     golds = [example.gold for example in examples for _ in range(samples)]
+    output.begin("rewards")
     verdicts = verifier.score(rollouts.texts, golds)
     return summarize(rollouts, verdicts, samples, seed, time.perf_counter() - start)
 
@@ -66,6 +77,7 @@ def evaluate_folder(config: EvaluateConfig) -> EvalResult:
     examples = load_examples(config.data)[: config.max_problems]
     tokenizer = load_tokenizer(config.model.policy)
     dtype = getattr(torch, config.model.dtype)
+    output.begin(f"loading {described(config.model.policy)}", at_once=True)
     model = load_model(config.model.policy, "model.policy", config.model, dtype)
     if config.model.weights is not None:
         load_weights(config.model.weights, HeadedModel(model))

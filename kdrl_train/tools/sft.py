@@ -21,6 +21,7 @@ from rich.console import Console
 from torch import Tensor
 
 import kdrl_kernels as kk
+from kdrl_train import output
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig
 from kdrl_train.config_file import save_yaml
@@ -271,6 +272,7 @@ def fit(
     )
     metrics: list[dict[str, float]] = []
     model.train()
+    output.begin("learning")
     for step, batch in zip(range(config.steps), _endless(examples, config), strict=False):
         progress = step / config.steps
         if config.minutes is not None:
@@ -279,6 +281,7 @@ def fit(
                 break
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(config, step, progress)
+        output.count("learning", step, config.steps, " steps")
         loss, tokens = backward(model, batch, pad, config.learn_prompts)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm.item())):

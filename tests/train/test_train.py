@@ -262,6 +262,10 @@ def test_a_missing_reward_is_counted_and_left_out(config: Callable[..., TrainCon
     train.main(settings, Console(file=lines))
     (row,) = read_records(settings.out)
     assert 0 < row["verifier_error"] < 32
+    model, data = settings.model, settings.data
+    assert lines.getvalue().splitlines()[0] == (
+        f"{settings.out}: training {model.policy}, teacher {model.teacher}, on {data.path}"
+    )
     first = re.search(r"step 1: (\d+) of 32 rewards failed; first: (\S+): (.*)", lines.getvalue())
     assert int(first[1]) == row["verifier_error"]
     assert first[2].startswith("task.jsonl:")

@@ -1,6 +1,7 @@
 """Holds what both vLLM engines share: a seeded request for each completion, each reply checked."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +66,8 @@ class RequestEngine(ABC):
             CompletionRequest(prompt, self._params(sampling, request.entropy(r)))
             for r, prompt in enumerate(repeated)
         ]
-        replies = self.replies(requests, sampling, poll or _no_poll)
+        report = request.report or _no_report
+        replies = self.replies(requests, sampling, poll or _no_poll, report)
         for r, reply in enumerate(replies):
             problem = self._problem(reply, sampling.max_new_tokens)
             if problem is not None:
@@ -88,9 +90,16 @@ class RequestEngine(ABC):
 
     @abstractmethod
     def replies(
-        self, requests: list[CompletionRequest], sampling: SamplingConfig, poll: Poll
+        self,
+        requests: list[CompletionRequest],
+        sampling: SamplingConfig,
+        poll: Poll,
+        report: Callable[[int, int], None],
     ) -> list[CompletionReply]:
-        """Return one reply for each request, in their order; call poll regularly."""
+        """Return one reply for each request, in their order; call poll regularly.
+
+        report: called where more completions have ended, as SampleRequest has it.
+        """
 
     def _params(self, sampling: SamplingConfig, entropy: tuple[int, ...]) -> dict[str, Any]:
         """Name every parameter: a server takes those left out from generation_config.json."""
@@ -129,6 +138,10 @@ class RequestEngine(ABC):
 
 def _no_poll() -> None:
     """Never stops sampling."""
+
+
+def _no_report(_done: int, _tokens: int) -> None:
+    """Shows nothing."""
 
 
 def longest_sequence(config: TrainConfig, policy: Policy) -> int:

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ class VllmEngine(RequestEngine):
         requests: list[CompletionRequest],
         sampling: SamplingConfig,  # noqa: ARG002  each request holds its parameters
         poll: Poll,
+        report: Callable[[int, int], None],
     ) -> list[CompletionReply]:
         """Return replies as RequestEngine says; call poll between tokens."""
         engine = self.llm.llm_engine
@@ -68,10 +70,14 @@ class VllmEngine(RequestEngine):
             use_tqdm=False,
         )
         outputs: list[Any] = []
+        tokens = 0
         try:
             while engine.has_unfinished_requests():
                 poll()
-                outputs += engine.step()
+                ended = engine.step()
+                outputs += ended
+                tokens += sum(len(output.outputs[0].token_ids) for output in ended)
+                report(len(outputs), tokens)
         finally:
             engine.abort_request(pending, internal=True)  # those of them that are not finished
         outputs.sort(key=lambda output: int(output.request_id))

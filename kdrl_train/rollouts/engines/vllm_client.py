@@ -4,6 +4,7 @@ Every failure is an EngineError.
 """
 
 import asyncio
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -56,7 +57,12 @@ class VllmClient:
         return self._json(response, path)
 
     def complete(
-        self, model: str, requests: list[CompletionRequest], concurrency: int, poll: Poll
+        self,
+        model: str,
+        requests: list[CompletionRequest],
+        concurrency: int,
+        poll: Poll,
+        report: Callable[[int, int], None] | None = None,
     ) -> list[CompletionReply]:
         """Return a reply for each request, in their order.
 
@@ -64,11 +70,17 @@ class VllmClient:
             model: the name that the server has for its model.
             concurrency: largest number of requests that wait for a reply at a time.
             poll: called regularly; an exception it raises stops sampling, on the server too.
+            report: called with the replies and the tokens that have come.
         """
-        return asyncio.run(self._complete_all(model, requests, concurrency, poll))
+        return asyncio.run(self._complete_all(model, requests, concurrency, poll, report))
 
     async def _complete_all(
-        self, model: str, requests: list[CompletionRequest], concurrency: int, poll: Poll
+        self,
+        model: str,
+        requests: list[CompletionRequest],
+        concurrency: int,
+        poll: Poll,
+        report: Callable[[int, int], None] | None,
     ) -> list[CompletionReply]:
         limits = httpx2.Limits(max_connections=concurrency)
         timeout = httpx2.Timeout(self.timeout_s, pool=None)
@@ -76,13 +88,14 @@ class VllmClient:
             base_url=self.url, limits=limits, timeout=timeout, trust_env=self.trust_env
         ) as http:
             tasks = [asyncio.create_task(self._complete(http, model, r)) for r in requests]
-            pending = set(tasks)
+            pending, tokens = set(tasks), 0
             try:
                 while pending:
                     poll()
                     done, pending = await asyncio.wait(pending, timeout=POLL_S)
-                    for task in done:
-                        task.result()
+                    tokens += sum(len(task.result().ids or ()) for task in done)
+                    if report is not None:
+                        report(len(tasks) - len(pending), tokens)
             finally:
                 for task in tasks:
                     task.cancel()  # the server drops a request that nobody waits for

@@ -6,6 +6,7 @@ restarted, or that another run has pushed to, has another label or none.
 
 import os
 import time
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 from uuid import uuid4
@@ -70,7 +71,11 @@ class VllmServerEngine(RequestEngine):
         self.model, self.window = inspect(self.server, config)
 
     def replies(
-        self, requests: list[CompletionRequest], sampling: SamplingConfig, poll: Poll
+        self,
+        requests: list[CompletionRequest],
+        sampling: SamplingConfig,
+        poll: Poll,
+        report: Callable[[int, int], None],
     ) -> list[CompletionReply]:
         """Return replies as RequestEngine says; at most sampling.batch_size are open at a time.
 
@@ -87,7 +92,7 @@ class VllmServerEngine(RequestEngine):
                 "start it with a larger --max-model-len"
             )
         self._require_weights()
-        replies = self.server.complete(self.model, requests, sampling.batch_size, poll)
+        replies = self.server.complete(self.model, requests, sampling.batch_size, poll, report)
         self._require_weights()  # the server may have been restarted in between
         return replies
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from kdrl_train.batch import Rollouts
 from kdrl_train.config import SamplingConfig
 from kdrl_train.model.eos import eos_ids
+from kdrl_train.rollouts import sampler
 from kdrl_train.rollouts.sampler import Draw, SampleRequest, generate_rollouts, uniforms
 from kdrl_train.runfolder.signals import Stopped
 from tests.train.conftest import EOS, PAD
@@ -93,6 +95,25 @@ def test_every_end_of_sequence_token_ends(model: Any, tokenizer: Any) -> None:
         assert cut == (not ends[-1])
         assert not cut or len(ids) == 12
     assert 0 < rollouts.lengths.float().mean() < 6  # a third of the vocabulary ends
+
+
+def test_progress_is_counted(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each report equals a count over the finished completions, cut where it was made."""
+    monkeypatch.setattr(sampler, "REPORT_S", 0.0)  # at every token
+    model.generation_config.eos_token_id = [*range(100, 115)]
+    seen: list[tuple[int, int]] = []
+    small = replace(request(group_size=8, batch_size=5), report=lambda *now: seen.append(now))
+    rollouts = generate_rollouts(model, tokenizer, small)
+    lengths, cut = rollouts.lengths.tolist(), rollouts.truncated.tolist()
+    expected = []
+    for start in range(0, len(lengths), 5):
+        batch = list(zip(lengths[start : start + 5], cut[start : start + 5], strict=True))
+        for drawn in range(max(length for length, _ in batch) + 1):
+            ended = sum(length <= drawn and not is_cut for length, is_cut in batch)
+            tokens = sum(min(length, drawn) for length, _ in batch)
+            expected.append((start + ended, sum(lengths[:start]) + tokens))
+    assert seen == expected
+    assert 0 < sum(cut) < len(cut)
 
 
 def test_truncation_is_marked(model: Any, tokenizer: Any) -> None:

@@ -1,6 +1,7 @@
 """vLLM engines without vLLM: what they request and what they refuse, on a scripted server."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,7 @@ class Scripted:
         self.window = 256
         self.dev_mode = True
         self.forgets = False
+        self.slow: list[int] = []
         self.resets = [True]
         self.bodies: list[dict[str, Any]] = []
         self.calls: list[str] = []
@@ -75,6 +77,8 @@ class Scripted:
 
     def complete(self, body: dict[str, Any]) -> Any:
         self.bodies.append(body)
+        if body["prompt"] == self.slow:
+            time.sleep(0.5)
         if self.forgets:
             self.state["label"] = None
         if isinstance(self.choice, fastapi.Response):
@@ -132,6 +136,15 @@ def test_special_tokens_of_a_reply_are_text(opened: tuple[Any, Policy], server: 
     ids = [258, 1, 0]  # then padding, and the end of sequence
     server.choice = {"token_ids": ids, "logprobs": {"token_logprobs": [-1.0, -2.0, -3.0]}}
     assert engine.generate(REQUEST).texts == ["<answer>"] * 4
+
+
+def test_replies_are_counted_as_they_come(opened: tuple[Any, Policy], server: Scripted) -> None:
+    server.slow = [20, 21]
+    reports: list[tuple[int, int]] = []
+    opened[0].generate(replace(REQUEST, report=lambda *now: reports.append(now)))
+    assert reports[-1] == (4, 8)  # completions, tokens
+    assert (2, 4) in reports
+    assert all(tokens == 2 * done for done, tokens in reports)
 
 
 def test_columns_that_a_teacher_lacks_are_not_allowed(server: Scripted, config: Config) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from kdrl_train.output import guard
 from kdrl_train.runfolder import jsonl
+from kdrl_train.runfolder import log as logs
 from kdrl_train.runfolder.log import RunLog, Stages, read_records
 from tests.train.test_output import FullDisk, unread_pipe
 
@@ -73,6 +74,30 @@ def test_a_terminal_breaks_no_number(tmp_path: Path) -> None:
     assert max(map(len, lines)) <= 100
     assert all(line.startswith(" " * len("step 10/10  ")) for line in lines[1:])
     assert "  ".join(line.strip() for line in lines) == whole
+
+
+def test_the_time_that_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean time between the ends of two steps, of the last 20 at most, times the steps left."""
+    clock = {"now": 50.0}
+    monkeypatch.setattr(logs.time, "monotonic", lambda: clock["now"])
+    out = io.StringIO()
+    run = RunLog(tmp_path, 3, 40, Console(file=out))
+    for step, seconds in enumerate([60, 4, 8, *[10] * 19, 31], start=3):
+        clock["now"] += seconds
+        run.step({"step": step} | RECORD)
+    left = [line.partition("  left ")[2] for line in out.getvalue().splitlines()]
+    assert left[:3] == ["", "0:02:20", "0:03:24"]  # 35 steps of 4 s, then 34 of 6 s
+    assert left[-2:] == ["0:02:28", "0:02:35"]  # 15 of (8 + 19 * 10) / 20 s, 14 of 221 / 20 s
+
+
+def test_the_screen_shows_the_stages_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(logs.output, "begin", shown.append)
+    for stages in (Stages(shown=True), Stages()):  # the second, of a thread, is silent
+        for name in ("rollout", "verify", "teacher", "update"):
+            with stages(name):
+                pass
+    assert shown == ["rollouts", "rewards", "learning"]
 
 
 def test_resuming_drops_the_records_after_the_checkpoint(tmp_path: Path) -> None:
