@@ -12,7 +12,7 @@ from kdrl_kernels.batches import takes_batches
 from kdrl_kernels.call import LogprobCall, LossCall, RowOutputs
 from kdrl_kernels.head import Head, TeacherHead, gathered, needs_gradient
 from kdrl_kernels.metrics import row_metrics
-from kdrl_kernels.objective import CallerLoss, ExactKd, Objective, Rows, TokenLoss
+from kdrl_kernels.objective import CallerLoss, Divergence, Objective, Rows, TokenLoss
 from kdrl_kernels.plain import check_bytes, check_flag, check_number
 from kdrl_kernels.plan import Geometry, max_rows
 
@@ -41,8 +41,10 @@ class LossOutput:
     teacher_logprobs: Tensor | None
     """[N], the teacher's log-probability of each token, in nats; None without a teacher."""
     kl: Tensor | None
-    """[N], the exact divergence of each row in nats: KL(p‖q) for "rkl" and kd_baseline "kl",
-    KL(q‖p) for "fkl", Jensen-Shannon for "jsd"; else None."""
+    """[N], the exact divergence of each row in nats: KL(p‖q) for "rkl", "rkl+fkl" and kd_baseline
+    "kl", KL(q‖p) for "fkl", Jensen-Shannon for "jsd"; else None."""
+    forward_kl: Tensor | None
+    """[N], KL(q‖p) of each row in nats; None unless kl="rkl+fkl" (linear_token_loss)."""
     entropy: Tensor | None
     """[N], the entropy of each row in nats; None unless entropy=True or the loss reads it."""
     lse: Tensor | None
@@ -229,7 +231,7 @@ def linear_token_loss(
     token_weights: Tensor | None = None,
     teacher: TeacherHead | None = None,
     teacher_logprobs: Tensor | None = None,
-    kl: ExactKd | None = None,
+    kl: Divergence | None = None,
     jsd_alpha: float = 0.5,
     normalizer: float | Tensor | None = None,
     bias: Tensor | None = None,
@@ -249,13 +251,15 @@ def linear_token_loss(
     Args:
         loss_fn: rows -> [C] losses, called once a chunk under autograd. rows.index [C] says which
             of the N rows these are (advantages[rows.index]; rows are b · T + t where hidden is
-            [B, T, H]: advantages.flatten()[rows.index]); rows.logprobs, rows.kl, rows.entropy and
-            rows.lse carry the gradient; rows.teacher_logprobs does not. The loss of a row may
-            depend on that row alone, since the chunk plan decides which rows come together.
+            [B, T, H]: advantages.flatten()[rows.index]); rows.logprobs, rows.kl,
+            rows.forward_kl, rows.entropy and rows.lse carry the gradient; rows.teacher_logprobs
+            does not. The loss of a row may depend on that row alone, since the chunk plan decides
+            which rows come together.
             Gradients reach hidden, weight and bias, and no other tensor (impl "reference" is plain
             autograd, and reaches all).
         teacher, teacher_logprobs: set rows.teacher_logprobs.
-        kl: "rkl", "fkl" or "jsd" sets rows.kl; needs a TeacherHead.
+        kl: "rkl", "fkl" or "jsd" sets rows.kl; "rkl+fkl" sets rows.kl to KL(p‖q) and
+            rows.forward_kl to KL(q‖p), in one pass. Needs a TeacherHead.
         entropy: True sets rows.entropy, and returns it.
         lse: True sets rows.lse, the log-sum-exp of the logits (for a z-loss), and returns it.
         The other arguments: as in kdrl_loss.
@@ -267,8 +271,8 @@ def linear_token_loss(
     """
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
-    if kl is not None and kl not in get_args(ExactKd):
-        raise ValueError(f"kl must be one of {get_args(ExactKd)} or None, got {kl!r}")
+    if kl is not None and kl not in get_args(Divergence):
+        raise ValueError(f"kl must be one of {get_args(Divergence)} or None, got {kl!r}")
     if kl is not None and teacher is None:
         raise ValueError(f"teacher must be a TeacherHead for kl={kl!r}, got None")
     check_number("jsd_alpha", jsd_alpha)
@@ -359,6 +363,7 @@ def _output(
         logprobs=rows.logprobs,
         teacher_logprobs=lq if lq is None or used is None else torch.where(used, lq, 0),
         kl=rows.kl,
+        forward_kl=rows.forward_kl,
         entropy=rows.entropy,
         lse=rows.lse,
         metrics=metrics | dict(zip(names, counts.unbind(), strict=True)),

@@ -31,6 +31,7 @@ class RowOutputs:
     entropy: Tensor | None = None
     teacher_logprobs: Tensor | None = None
     kl: Tensor | None = None
+    forward_kl: Tensor | None = None
     lse: Tensor | None = None
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "RowOutputs":
@@ -143,6 +144,7 @@ class LossCall:
             kd_weight=cut(self.kd_weight),
             teacher_logprobs=teacher_logprobs,
             kl=outputs.kl,
+            forward_kl=outputs.forward_kl,
             entropy=outputs.entropy,
             lse=outputs.lse,
             index=self._indices(rows) if isinstance(self.loss, CallerLoss) else None,

@@ -19,6 +19,9 @@ Policy = Literal["clip", "none", "off"]
 ExactKd = Literal["rkl", "fkl", "jsd"]
 Kd = Literal["k2", "k3", "k3_ratio", "rkl", "fkl", "jsd"]
 EXACT_KD = get_args(ExactKd)
+Divergence = Literal["rkl", "fkl", "jsd", "rkl+fkl"]
+"""What one pass computes from the logits of both models; the last is a pair of divergences."""
+DIVERGENCES = get_args(Divergence)
 
 NO_GRADIENT = (
     "loss_fn must return losses that depend on rows.logprobs, rows.entropy, rows.lse or rows.kl "
@@ -168,7 +171,9 @@ class Rows:
     teacher_logprobs: Tensor | None = None
     """lq, the teacher's log-probability of the sampled token."""
     kl: Tensor | None = None
-    """KL(p‖q) for "rkl" and a baseline, KL(q‖p) for "fkl", Jensen-Shannon divergence for "jsd"."""
+    """KL(p‖q) for "rkl", "rkl+fkl" and a baseline, KL(q‖p) for "fkl", Jensen-Shannon for "jsd"."""
+    forward_kl: Tensor | None = None
+    """KL(q‖p), beside kl, for "rkl+fkl"."""
     entropy: Tensor | None = None
     """Entropy of the student's distribution."""
     lse: Tensor | None = None
@@ -182,7 +187,7 @@ class CallerLoss:
     """Holds a caller's own loss of each token, in the place of an Objective."""
 
     fn: Callable[[Rows], Tensor]
-    exact_kd: ExactKd | None
+    exact_kd: Divergence | None
     jsd_alpha: float
     entropy: bool
     lse: bool = False
@@ -303,6 +308,7 @@ class Coefficients:
     logprobs: Tensor
     entropy: Tensor | None = None
     kl: Tensor | None = None
+    forward_kl: Tensor | None = None
     lse: Tensor | None = None
 
     def present(self) -> dict[str, Tensor]:
@@ -332,7 +338,7 @@ def coefficients(
     """Return [C] weighted losses and, by autograd, their derivatives (None for constants)."""
     names = ["logprobs"]
     names += ["entropy"] if loss.entropy else []
-    names += [name for name in ("kl", "lse") if getattr(rows, name) is not None]
+    names += [name for name in ("kl", "forward_kl", "lse") if getattr(rows, name) is not None]
     leaves = {name: getattr(rows, name).detach().requires_grad_() for name in names}
     with torch.enable_grad():
         losses = weights * loss.losses(replace(rows, **leaves))

@@ -246,7 +246,12 @@ def _statistics(
     stats = buffers.work.sweep(p, tokens, teacher=q, entropy=call.wants_entropy)
     lq = stats.teacher_logprobs if lq is None else lq
     lse = stats.max / p.temperature + stats.log_sum if call.loss.lse else None
-    return p, q, stats, RowOutputs(stats.logprobs, stats.entropy, lq, stats.kl, lse)
+    return (
+        p,
+        q,
+        stats,
+        RowOutputs(stats.logprobs, stats.entropy, lq, stats.kl, stats.forward_kl, lse),
+    )
 
 
 def _concatenate(chunks: list[RowOutputs]) -> RowOutputs:

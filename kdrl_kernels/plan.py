@@ -8,7 +8,7 @@ import torch
 
 from kdrl_kernels import rows as row_work
 from kdrl_kernels.head import FLOATS
-from kdrl_kernels.objective import EXACT_KD, Kd, Objective
+from kdrl_kernels.objective import DIVERGENCES, Kd, Objective
 from kdrl_kernels.plain import check_bytes, check_flag, check_number
 
 CPU_BYTES = 1 << 28
@@ -52,7 +52,7 @@ class Geometry:
     @property
     def streams(self) -> int:
         """Chunks of logits held together: 2 (student and teacher) for exact KD, else 1."""
-        return 2 if self.H_t and self.kd in EXACT_KD else 1
+        return 2 if self.H_t and self.kd in DIVERGENCES else 1
 
     @property
     def logit_bytes(self) -> int:

@@ -68,9 +68,10 @@ def row_outputs(
     if teacher is None:
         return RowOutputs(logprobs, entropies, lse=log_sum_exp)
     logq = torch.log_softmax(head_logits(teacher, vocab_size), dim=1).to(logp)
-    kl = None
-    if kd == "rkl":
+    kl, forward_kl = None, None
+    if kd in ("rkl", "rkl+fkl"):
         kl = kl_divergence(logp, logq)
+        forward_kl = kl_divergence(logq, logp) if kd == "rkl+fkl" else None
     elif kd == "fkl":
         kl = kl_divergence(logq, logp)
     elif kd == "jsd":
@@ -78,7 +79,7 @@ def row_outputs(
         logm = torch.where(m > 0, m, 1).log()
         kl = jsd_alpha * kl_divergence(logq, logm) + (1 - jsd_alpha) * kl_divergence(logp, logm)
     lq = logq.gather(1, tokens[:, None]).squeeze(1)
-    return RowOutputs(logprobs, entropies, lq, kl, log_sum_exp)
+    return RowOutputs(logprobs, entropies, lq, kl, forward_kl, log_sum_exp)
 
 
 def linear_logprobs(head: Head, tokens: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:

@@ -99,10 +99,18 @@ def _divergence_(
     """Return exp(d), its sum, that of exp(d_t), and the divergences of a block.
 
     Over d_t it writes exp(d) (d - d_t) for "rkl", (q - p) sum exp(d_t) for "fkl", and
-    exp(d) (log p - log m) for "jsd".
+    exp(d) (log p - log m) for "jsd"; "rkl+fkl" keeps d_t, since its gradient needs two of these.
     """
     e_t = d_t.exp()
     total_t = e_t.sum(dim=1)
+    if teacher.kd == "rkl+fkl":
+        difference = d - d_t
+        e = _exp(d, keep)
+        total = e.sum(dim=1)
+        log_total_ratio = total_t.log() - total.log()
+        forward_kl = -_sum_(e_t.mul_(difference)) / total_t - log_total_ratio
+        kl = _sum_(difference.mul_(e)) / total + log_total_ratio
+        return e, total, total_t, {"kl": kl, "forward_kl": forward_kl}
     if teacher.kd == "fkl":
         weighted = (d_t - d).mul_(e_t)
         e = _exp(d, keep)
@@ -214,20 +222,23 @@ def gradient(
     """
     source = None if source is None else source[source >= 0]
     scale, teacher_scale, entropy_scale = _scales(stats, coef, teacher)
+    forward_scale = _forward_scale(stats, coef)
     for slots in _blocks(len(tokens) if source is None else len(source), student.logits):
         rows = slots if source is None else source[slots]
         e, slope = student.logits[rows], None
         if student.softcap is not None:
             e, slope = e.exp(), _softcap_slope(student, e, stats.max, rows)
-        surprise = None
+        surprise, part = None, None
         if entropy_scale is not None:
             surprise = torch.xlogy(e, e).mul_(entropy_scale[rows, None])
+        if teacher is not None and teacher_scale is not None:
+            part = _teacher_part_(teacher.logits[rows], e, teacher_scale, forward_scale, rows)
         direct = source is None and out.dtype == e.dtype
         dz = torch.mul(e, scale[rows, None], out=out[slots] if direct else None)
         if surprise is not None:
             dz += surprise
-        if teacher is not None and teacher_scale is not None:
-            dz += _nan_to_0(teacher.logits[rows].mul_(teacher_scale[rows, None]))
+        if part is not None:
+            dz += part
         dz.scatter_add_(1, tokens[rows, None], coef.logprobs[rows, None])
         if slope is not None:
             dz *= slope
@@ -255,7 +266,7 @@ def _scales(
         g, log_sum_t = coef.kl, stats.teacher_log_sum
         if teacher.kd == "fkl":
             teacher_scale, pull = -g / log_sum_t.exp(), torch.zeros_like(g)
-        elif teacher.kd == "rkl":
+        elif teacher.kd in ("rkl", "rkl+fkl"):
             assert stats.kl is not None
             teacher_scale, pull = g / total, log_sum_t - stats.log_sum - stats.kl
         else:
@@ -263,11 +274,32 @@ def _scales(
             g = g * (1 - teacher.jsd_alpha)
             teacher_scale, pull = g / total, -stats.mixture_kl
         scale = scale + torch.where(g == 0, 0, g * pull)
+    if coef.forward_kl is not None:
+        scale = scale + coef.forward_kl
     if coef.entropy is not None:
         assert stats.entropy is not None
         scale = scale - coef.entropy * (stats.entropy - stats.log_sum)
         entropy_scale = -coef.entropy / total
     return scale / total, teacher_scale, entropy_scale
+
+
+def _teacher_part_(
+    left: Tensor, e: Tensor, scale: Tensor, forward_scale: Tensor | None, rows: slice | Tensor
+) -> Tensor:
+    """Return what the teacher adds to dz of a block, over what the sweep left in its logits."""
+    if forward_scale is None:
+        return _nan_to_0(left.mul_(scale[rows, None]))
+    q_part = left.exp().mul_(forward_scale[rows, None])
+    pull = torch.xlogy(e, e).sub_(left.mul_(e))  # exp(d) (d - d_t)
+    return _nan_to_0(pull.mul_(scale[rows, None])).sub_(q_part)
+
+
+def _forward_scale(stats: Stats, coef: Coefficients) -> Tensor | None:
+    """Return the [C] factor of -exp(d_t) where KL(q‖p) is the second divergence, else None."""
+    if coef.forward_kl is None:
+        return None
+    assert stats.teacher_log_sum is not None
+    return coef.forward_kl / stats.teacher_log_sum.exp()
 
 
 def _softcap_slope(stream: Stream, d: Tensor, top: Tensor, rows: slice | Tensor) -> Tensor:

@@ -7,12 +7,14 @@ OPTIONS = {"enable_fp_fusion": True}  # set, since its default changes between v
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # a start of the running maximum that is not -inf
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
-KD_CODES = {None: 0, "k2": 1, "k3": 2, "k3_ratio": 3, "rkl": 4, "fkl": 5, "jsd": 6}
+KD_CODES = {None: 0, "k2": 1, "k3": 2, "k3_ratio": 3, "rkl": 4}
+KD_CODES |= {"rkl+fkl": 5, "fkl": 6, "jsd": 7}  # the pair between the two: both conditions hold
 K2 = tl.constexpr(KD_CODES["k2"])
 K3 = tl.constexpr(KD_CODES["k3"])
 RKL = tl.constexpr(KD_CODES["rkl"])  # this code and those above it read the teacher's logits
 FKL = tl.constexpr(KD_CODES["fkl"])
 JSD_CODE = tl.constexpr(KD_CODES["jsd"])
+BOTH = tl.constexpr(KD_CODES["rkl+fkl"])
 
 
 @triton.jit

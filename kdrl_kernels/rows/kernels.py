@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kdrl_kernels.objective import Coefficients
 from kdrl_kernels.rows.kernel_math import (
+    BOTH,
     FKL,
     JSD_CODE,
     KD_CODES,
@@ -88,7 +89,7 @@ def _sweep_kernel(
     """stats[:, n] = Stats in the order of its fields, in one read of each stream.
 
     s = sum_v exp(d), entropy = log s - sum_v exp(d) d / s, and for the teacher d_t, s_t:
-    KL(p‖q) = sum_v exp(d) (d - d_t) / s - log s + log s_t.
+    KL(p‖q) = sum_v exp(d) (d - d_t) / s - log s + log s_t; KL(q‖p) with the streams exchanged.
     Each of LANES columns keeps a maximum and sums over [DEPTH, LANES] tiles, so that the loop has
     no barrier; the lanes are joined after it.
     """
@@ -104,6 +105,7 @@ def _sweep_kernel(
     top_t = tl.full((LANES,), LOWEST, tl.float32)
     s, surprise = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
     s_t, divergence = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
+    forward = tl.zeros((LANES,), tl.float32)
     for start in range(0, V, DEPTH * LANES):
         v = start + columns
         top, shift, d, e = _step(z_ptr, v, V, width, top, k, softcap)
@@ -111,12 +113,12 @@ def _sweep_kernel(
             surprise = rescale(surprise + s * shift, shift) + expectation(e, d)
         if KD >= RKL:
             top_t, shift_t, d_t, e_t = _step(t_ptr, v, V, width, top_t, k_t, t_softcap)
-            if KD == RKL:
+            if KD <= BOTH:
                 divergence = rescale(divergence + s * (shift - shift_t), shift)
                 divergence += expectation(e, d - d_t)
-            if KD == FKL:
-                divergence = rescale(divergence + s_t * (shift_t - shift), shift_t)
-                divergence += expectation(e_t, d_t - d)
+            if KD >= BOTH and KD != JSD_CODE:
+                forward = rescale(forward + s_t * (shift_t - shift), shift_t)
+                forward += expectation(e_t, d_t - d)
             s_t = rescale(s_t, shift_t) + tl.sum(e_t, axis=0)
         s = rescale(s, shift) + tl.sum(e, axis=0)
     shift, row_s = _finish(z_ptr, stats_ptr, y, C, V, top, s, k, softcap)
@@ -127,12 +129,13 @@ def _sweep_kernel(
         stats_t_ptr = stats_ptr + 4 * C
         shift_t, row_s_t = _finish(t_ptr, stats_t_ptr, y, C, V, top_t, s_t, k_t, t_softcap)
         log_s_ratio = tl.log(row_s_t) - tl.log(row_s)
-        if KD == RKL:
+        if KD <= BOTH:
             row_divergence = tl.sum(rescale(divergence + s * (shift - shift_t), shift), axis=0)
             tl.store(stats_ptr + 7 * C, row_divergence * LN2 / row_s + log_s_ratio)
-        if KD == FKL:
-            row_divergence = tl.sum(rescale(divergence + s_t * (shift_t - shift), shift_t), axis=0)
-            tl.store(stats_ptr + 7 * C, row_divergence * LN2 / row_s_t - log_s_ratio)
+        if KD >= BOTH and KD != JSD_CODE:
+            row_forward = tl.sum(rescale(forward + s_t * (shift_t - shift), shift_t), axis=0)
+            place: tl.constexpr = 7 if KD == FKL else 9
+            tl.store(stats_ptr + place * C, row_forward * LN2 / row_s_t - log_s_ratio)
 
 
 @triton.jit
@@ -187,9 +190,13 @@ def sweep(
         )  # fmt: skip
     if teacher is not None and kd == "jsd":
         add_mixture_kl(student, teacher, temperatures, stats)
-    top, log_sum, logprobs, entropies, *rest = stats
-    rest = rest if kd == "jsd" else rest[:-1]
-    return Stats(top, log_sum, logprobs, entropies if entropy else None, *(rest if teacher else []))
+    top, log_sum, logprobs, entropies, *of_teacher, mixture_kl, forward_kl = stats
+    return Stats(
+        *(top, log_sum, logprobs, entropies if entropy else None),
+        *(of_teacher if teacher else [None] * len(of_teacher)),
+        mixture_kl=mixture_kl if kd == "jsd" else None,
+        forward_kl=forward_kl if kd == "rkl+fkl" else None,
+    )
 
 
 def add_mixture_kl(
@@ -199,7 +206,7 @@ def add_mixture_kl(
     stats: Tensor,
     tile: Tile | None = None,
 ) -> None:
-    """Write the last two rows of stats [STATS, C], which a sweep over both streams left."""
+    """Write the rows of stats [STATS, C] that a sweep over both streams left to "jsd"."""
     tile = tile or tile_of(JSD, student, teacher)
     C, V = student.logits.shape
     strides = student.logits.stride(0), teacher.logits.stride(0)
@@ -221,7 +228,7 @@ def _gradient_kernel(
 
     c 1[v = y] - (c - h) p_v - e p_v (log p_v + entropy) + g p_v (log p_v - log q_v - KL), or with
     + g (p_v - q_v), "fkl", or + g (1 - alpha) p_v (log p_v - log m_v - KL(p‖m)), "jsd"; all times
-    dz/dlogits. h is the derivative in the log-sum-exp.
+    dz/dlogits. h is the derivative in the log-sum-exp. "rkl+fkl" has the first and the second.
     """
     slot = tl.program_id(0).to(tl.int64)
     n = slot
@@ -234,8 +241,8 @@ def _gradient_kernel(
     dz_ptr += slot * stride_dn
     row_ptr += n
     y = tl.load(token_ptr + n)
-    c, c_p = tl.load(row_ptr + 9 * C), tl.load(row_ptr + 12 * C)
-    scale = 1 / tl.load(row_ptr + 13 * C)
+    c, c_p = tl.load(row_ptr + 10 * C), tl.load(row_ptr + 14 * C)
+    scale = 1 / tl.load(row_ptr + 15 * C)
     top, log2_s, k = tl.load(row_ptr), tl.load(row_ptr + C) * LOG2_E, scale * LOG2_E
     for start in range(0, V, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
@@ -244,13 +251,13 @@ def _gradient_kernel(
         p = tl.exp2(log2_p)
         dz = tl.where(v == y, c, 0.0) - c_p * p
         if HAS_ENTROPY:
-            e = tl.load(row_ptr + 10 * C)
+            e = tl.load(row_ptr + 11 * C)
             surprise = log2_p * LN2 + tl.load(row_ptr + 3 * C)
             dz -= tl.where(p > 0, e * p * surprise, 0.0)
         if KD >= RKL:
-            g = tl.load(row_ptr + 11 * C)
+            g = tl.load(row_ptr + 12 * C)
             top_t, log_s_t = tl.load(row_ptr + 4 * C), tl.load(row_ptr + 5 * C)
-            k_t = LOG2_E / tl.load(row_ptr + 14 * C)
+            k_t = LOG2_E / tl.load(row_ptr + 16 * C)
             a_t = _load_a(t_ptr, v, V, width, t_softcap)
             log2_q = (a_t - top_t) * k_t - log_s_t * LOG2_E
             if KD == FKL:
@@ -264,6 +271,8 @@ def _gradient_kernel(
                 else:
                     pull -= tl.load(row_ptr + 7 * C)
                 dz += tl.where(p > 0, tl.where(g == 0, 0.0, g * p * pull), 0.0)
+            if KD == BOTH:
+                dz += tl.load(row_ptr + 13 * C) * (p - tl.exp2(log2_q))
         if softcap is not None:
             tanh = a * (1 / softcap)
             dz *= 1 - tanh * tanh
@@ -322,7 +331,7 @@ def _temperatures(stream: Stream) -> Tensor:
 
 
 def _record(stats: Stats, coef: Coefficients, *temperatures: Tensor) -> Tensor:
-    """Stack the fields of stats and coef, and temperatures: [15, C]; a None is never read.
+    """Stack the fields of stats and coef, and temperatures: [17, C]; a None is never read.
 
     The last field of coef gives its place to c - h, the factor of -p.
     """

@@ -23,7 +23,7 @@ class TeacherStream(Stream):
     """Holds the second stream of a sweep, and the divergence to it that is computed."""
 
     kd: str
-    """"rkl", "fkl" or "jsd"."""
+    """"rkl", "fkl", "jsd" or "rkl+fkl"."""
     jsd_alpha: float = 0.5
 
 
@@ -45,6 +45,8 @@ class Stats:
     teacher_log_sum: Tensor | None = None
     teacher_logprobs: Tensor | None = None
     kl: Tensor | None = None
-    """KL(p‖q) for "rkl", KL(q‖p) for "fkl", the Jensen-Shannon divergence for "jsd"."""
+    """KL(p‖q) for "rkl" and "rkl+fkl", KL(q‖p) for "fkl", Jensen-Shannon for "jsd"."""
     mixture_kl: Tensor | None = None
     """KL(p‖m) for "jsd", which its gradient needs."""
+    forward_kl: Tensor | None = None
+    """KL(q‖p), beside kl, for "rkl+fkl"."""

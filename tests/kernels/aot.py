@@ -34,7 +34,7 @@ Variant = tuple[str, Any, dict[str, Any], dict[str, str | None], int]
 
 def variants(table: dict[tuple[str, int, bool], Tile] = tiles.TILES) -> Iterator[Variant]:
     """Yield every kernel and KD term, with and without softcaps, at the table's tiles."""
-    for kd, cap in product((None, "rkl", "fkl", "jsd"), (None, "fp32")):
+    for kd, cap in product((None, "rkl", "fkl", "jsd", "rkl+fkl"), (None, "fp32")):
         caps = {"softcap": cap, "t_softcap": cap}
         name = f"{kd}{'-softcap' if cap else ''}"
         key = 2 if kd else 1, cap is not None

@@ -32,8 +32,9 @@ def _streams(
 
 
 def _coefficients(kd: str | None, device: str) -> Coefficients:
-    coef = torch.randn(3, N, generator=torch.Generator().manual_seed(1)).to(device)
-    return Coefficients(coef[0], coef[1], coef[2] if kd else None)
+    coef = torch.randn(5, N, generator=torch.Generator().manual_seed(1)).to(device)
+    forward = coef[3] if kd == "rkl+fkl" else None
+    return Coefficients(coef[0], coef[1], coef[2] if kd else None, forward, coef[4])
 
 
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.depth}x{tile.lanes}")
@@ -46,7 +47,7 @@ def _coefficients(kd: str | None, device: str) -> Coefficients:
         pytest.param(torch.float16, 5.0, id="float16-softcap", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("kd", [None, "rkl", "fkl", "jsd"])
+@pytest.mark.parametrize("kd", [None, "rkl", "fkl", "jsd", "rkl+fkl"])
 def test_tiles(
     kd: str | None, dtype: torch.dtype, softcap: float | None, tile: Tile, device: str
 ) -> None:
@@ -63,7 +64,7 @@ def test_tiles(
         results[impl] = stats, dz.float()
     (expected, expected_dz), (stats, dz) = results["torch"], results["triton"]
     names = ["max", "log_sum", "logprobs", "entropy"] + (["teacher_logprobs", "kl"] if kd else [])
-    names += ["mixture_kl"] if kd == "jsd" else []
+    names += {"jsd": ["mixture_kl"], "rkl+fkl": ["forward_kl"]}.get(kd or "", [])
     for name in names:
         torch.testing.assert_close(
             getattr(stats, name), getattr(expected, name), rtol=1e-5, atol=2e-6, msg=name

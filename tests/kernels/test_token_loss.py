@@ -265,7 +265,7 @@ def test_what_a_loss_must_return(
 
 ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"kl": "rkl", "teacher": None}, ValueError, "teacher must be a TeacherHead for kl='rkl', got None"),
-    ({"kl": "k2"}, ValueError, r"kl must be one of \('rkl', 'fkl', 'jsd'\) or None, got 'k2'"),
+    ({"kl": "k2"}, ValueError, r"kl must be one of \('rkl', 'fkl', 'jsd', 'rkl\+fkl'\) or None, got 'k2'"),
     ({"kl": "jsd", "jsd_alpha": 0.0}, ValueError, r"jsd_alpha must be in \(0, 1\), got 0.0"),
     ({"kl": "jsd", "jsd_alpha": 1}, ValueError, r"jsd_alpha must be in \(0, 1\), got 1"),
     ({"kl": "jsd", "jsd_alpha": float("nan")}, ValueError, r"jsd_alpha must be in \(0, 1\), got nan"),

@@ -53,6 +53,12 @@ def exact_kl(rows: kk.Rows, inputs: CallerTensors) -> Tensor:
     return policy + inputs["kd_weight"][rows.index] * rows.kl
 
 
+def both_kls(rows: kk.Rows, inputs: CallerTensors) -> Tensor:
+    """Weight KL(p‖q) and KL(q‖p) differently in each row, as AKL does, one of them not linearly."""
+    share = inputs["kd_weight"][rows.index].to(rows.kl)
+    return share * rows.kl + (1 - share) * rows.forward_kl.square() - rows.logprobs
+
+
 def kl_and_entropy(rows: kk.Rows, inputs: CallerTensors) -> Tensor:
     """Use every quantity at once, none of them linearly."""
     return rows.kl.sqrt() * inputs["kd_weight"][rows.index] - rows.entropy * rows.logprobs
@@ -89,6 +95,7 @@ CASES = {
     "rkl": Case(exact_kl, "rkl", teacher=True),
     "fkl": Case(exact_kl, "fkl", teacher=True),
     "jsd": Case(exact_kl, "jsd", teacher=True),
+    "rkl_and_fkl": Case(both_kls, "rkl+fkl", entropy=True, teacher=True),
     "rkl_and_entropy": Case(kl_and_entropy, "rkl", entropy=True, teacher=True),
     "entropy": Case(entropy_bonus, entropy=True),
     "z_loss": Case(z_loss, lse=True),
@@ -168,7 +175,7 @@ def smallest_budget(setup: Setup, impl: str, rows: int) -> int:
         rows,
         *(hidden.shape[1], len(weight)),
         teacher=teacher,
-        kd=setup.case.kl,
+        kd="rkl" if setup.case.kl == "rkl+fkl" else setup.case.kl,
         dtype=hidden.dtype,
         device=hidden.device,
         impl="torch" if impl == "reference" else impl,
@@ -210,7 +217,7 @@ def with_leaves(setup: Setup) -> Setup:
 def results_of(setup: Setup, result: Any) -> dict[str, Tensor]:
     """Return loss, per-token outputs and the gradients of 0.7 · loss."""
     (result.loss * 0.7).backward()
-    names = ("loss", "logprobs", "teacher_logprobs", "kl", "entropy", "lse")
+    names = ("loss", "logprobs", "teacher_logprobs", "kl", "forward_kl", "entropy", "lse")
     results = {name: getattr(result, name) for name in names}
     results |= {f"d{k}": v.grad for k, v in setup.student.items()}
     return {k: v.detach() for k, v in results.items() if v is not None}
@@ -250,6 +257,7 @@ class Plain:
     logprobs: Tensor
     teacher_logprobs: Tensor | None
     kl: Tensor | None
+    forward_kl: Tensor | None
     entropy: Tensor | None
     lse: Tensor | None
 
@@ -276,8 +284,9 @@ def solve_plainly(setup: Setup) -> tuple[dict[str, Tensor], float]:
         logq = t.log_softmax(dim=1)
         rows = replace(rows, teacher_logprobs=logq.gather(1, tokens).squeeze(1))
         if setup.case.kl:
-            kl = divergence(setup.case.kl, logp, logq, options.get("jsd_alpha", 0.5))
-            rows = replace(rows, kl=kl)
+            kinds, alpha = setup.case.kl.split("+"), options.get("jsd_alpha", 0.5)
+            kl, *second = (divergence(kind, logp, logq, alpha) for kind in kinds)
+            rows = replace(rows, kl=kl, forward_kl=second[0] if second else None)
     if setup.case.entropy:
         rows = replace(rows, entropy=-(logp.exp() * logp).sum(1))
     if setup.case.lse:
@@ -288,7 +297,7 @@ def solve_plainly(setup: Setup) -> tuple[dict[str, Tensor], float]:
     def spread(values: Tensor | None) -> Tensor | None:
         return values if values is None else torch.zeros_like(weights).index_put((index,), values)
 
-    names = ("logprobs", "teacher_logprobs", "kl", "entropy", "lse")
+    names = ("logprobs", "teacher_logprobs", "kl", "forward_kl", "entropy", "lse")
     fields = {name: spread(getattr(rows, name)) for name in names}
     size = float(losses.detach().abs().sum() / total)
     return results_of(setup, Plain(losses.sum() / total, **fields)), size
