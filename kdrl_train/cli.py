@@ -3,7 +3,7 @@
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from operator import attrgetter
@@ -22,6 +22,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
+from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import load_yaml, to_dict, update
 from kdrl_train.errors import RunError
 from kdrl_train.method.config import MethodConfig
@@ -46,6 +47,9 @@ class Command:
     """Module and name of the settings class, `main`'s argument."""
     lasts: bool = False
     """Whether it runs so long that it says at once that it has started."""
+    of_run: bool = False
+    """Whether its module has `of_run(run, folder)`, which makes its settings from those of a run:
+    --config then takes the config.yaml of a run."""
     options: tuple[str, ...] = ()
     """Keys that --help explains; --help-all explains all. Empty: --help explains all."""
 
@@ -78,6 +82,7 @@ COMMANDS = {
         module="tools.evaluate",
         settings="config.EvaluateConfig",
         lasts=True,
+        of_run=True,
         options=("config", "out", "seed", "samples", "max_problems", *_MODEL, "data.path",
                  "sampling.max_new_tokens", "sampling.temperature", "reward.function"),
     ),
@@ -92,6 +97,7 @@ COMMANDS = {
         help="examine the step that stopped a run, completion by completion",
         module="tools.replay",
         settings="tools.replay.ReplayConfig",
+        of_run=True,
     ),
     "report": Command(
         help="write one HTML page about runs: curves, differences, samples, events",
@@ -111,6 +117,7 @@ COMMANDS = {
         help="score with a teacher, over HTTP, for trainers on other machines",
         module="tools.serve.command",
         settings="tools.serve.command.ServeConfig",
+        of_run=True,
         options=("config", "host", "port", "batch_tokens", "queue_size", "model.teacher",
                  "model.dtype", "model.device"),
     ),
@@ -119,6 +126,7 @@ COMMANDS = {
         module="tools.sft",
         settings="tools.sft.SftConfig",
         lasts=True,
+        of_run=True,
         options=("config", "out", "seed", "data.path", "solution_column", "model", "steps",
                  "minutes", "batch_tokens", "learning_rate", "architecture.hidden",
                  "architecture.layers"),
@@ -127,7 +135,7 @@ COMMANDS = {
 EPILOG = (
     "Settings come from the defaults, then --preset (if the command has it), then the YAML file "
     "given with --config, then the options. Later ones replace earlier ones. --config also takes "
-    "the config.yaml of a run."
+    "the config.yaml of a run (not in demo and report)."
 )
 
 
@@ -142,7 +150,12 @@ PRESET = StructFieldSpec(
 
 
 def parse(
-    default: T, argv: Sequence[str], program: str, description: str, options: tuple[str, ...] = ()
+    default: T,
+    argv: Sequence[str],
+    program: str,
+    description: str,
+    options: tuple[str, ...] = (),
+    of_run: Callable[[TrainConfig, Path], T] | None = None,
 ) -> T:
     """Read a command's settings from its arguments.
 
@@ -153,6 +166,8 @@ def parse(
         description: what the command does.
         options: dotted keys that --help explains, one line each; --help-all explains all. Empty:
             --help explains all.
+        of_run: makes the command's settings from those of a run and its folder, if --config names
+            the config.yaml of a run; None: the command takes no run's settings but a run's own.
     Raises: ValueError for an unknown key, a wrong value, or a YAML file that leaves nothing to
         --preset; SystemExit after help (0) and for an unknown or unreadable option (2).
     """
@@ -171,9 +186,13 @@ def parse(
         if {f.name for f in fields(MethodConfig)} <= set(file.get("method") or {}):
             raise ValueError(
                 f"--preset must leave something to set, got {preset} and {early.config}, which "
-                "sets every key of method: remove that section, or the preset"
+                "sets every key of method, as the config.yaml of a run does: drop --preset to keep "
+                "that method, or remove the section method from a copy of the file to replace it"
             )
-    default = update(default, file)
+    if of_run is not None and is_training(file, default):
+        default = of_run(update(TrainConfig(), file), Path(early.config).parent)
+    else:
+        default = update(default, file)
     if options and not early.help_all and {"-h", "--help"} & set(argv):
         print_help(default, extra, program, description, options)
         sys.exit(0)
@@ -187,6 +206,12 @@ def parse(
         registry=_registry(default, extra),
     )
     return update(default, {name: values[name] for name in to_dict(default)})
+
+
+def is_training(file: Mapping[str, Any], default: Any) -> bool:
+    """Say whether a file holds settings of `train` that are no settings of a command."""
+    keys, training = ({f.name for f in fields(one)} for one in (default, TrainConfig))
+    return bool(set(file) & (training - keys)) and not set(file) & (keys - training)
 
 
 def _registry(root: Any, extra: Sequence[StructFieldSpec]) -> ConstructorRegistry:
@@ -262,7 +287,18 @@ def run(command: str, argv: Sequence[str]) -> int:
         begin(PACKAGES)
     module, _, name = f"kdrl_train.{spec.settings}".rpartition(".")
     default = getattr(importlib.import_module(module), name)()
-    config = parse(default, argv, f"{PROGRAM} {command}", spec.help, spec.options)
+
+    def of_run(settings: TrainConfig, folder: Path) -> Any:
+        return importlib.import_module(f"kdrl_train.{spec.module}").of_run(settings, folder)
+
+    config = parse(
+        default,
+        argv,
+        f"{PROGRAM} {command}",
+        spec.help,
+        spec.options,
+        of_run if spec.of_run else None,
+    )
     begin(PACKAGES, at_once=spec.lasts)
     main_module = importlib.import_module(f"kdrl_train.{spec.module}")
     importlib.import_module("transformers").logging.disable_progress_bar()  # one bar per model file

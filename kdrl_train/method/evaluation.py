@@ -39,6 +39,8 @@ class EvalResult:
     outcomes: dict[str, int]
     """Completions by verdict: right, wrong, unparseable, timeout, error."""
     seconds: float
+    left_out: int = 0
+    """Problems that were not measured, because their prompts are too long."""
 
     @property
     def shares(self) -> dict[str, float]:

@@ -51,25 +51,23 @@ def check_first_prompt(config: TrainConfig, loaded: Loaded) -> str:
     Raises: UserWarning where prompts are written in a way that few runs intend.
     """
     tokenizer, example, data = loaded.tokenizer, loaded.examples[0], config.data
-    ids = encode_prompt(tokenizer, example, data)
-    doubts = [*_typed_escapes("data", data), *_doubtful_ends(loaded, loaded.prompts)]
-    detail = shown(tokenizer.decode(ids))
-    if templated(tokenizer, data):
-        doubts += _lost_text(tokenizer, example, data)
-        if "<think>" in tokenizer.decode(ids[-8:]):
-            note = "the chat template has written <think>: a completion does not begin with it"
-            detail += f"; {note}"
-            if config.reward.function not in ("math", "exact"):
-                doubts.append(f"{note}, and {config.reward.function} must not expect it")
-    else:
-        behind = plain_parts(tokenizer, example.prompt)[2]
+    ends = eos_ids(loaded.policy.model, tokenizer)
+    detail = shown(tokenizer.decode(encode_prompt(tokenizer, example, data)))
+    doubts = prompt_doubts(tokenizer, ends, data, example, loaded.prompts)
+    if not templated(tokenizer, data):
+        behind = tokenizer.convert_ids_to_tokens(plain_parts(tokenizer, example.prompt)[2])
         if behind:
-            names = tokenizer.convert_ids_to_tokens(behind)
-            detail += f"; {names}, which the tokenizer puts behind a text, are left out"
+            detail += f"; {behind}, which the tokenizer puts behind a text, are left out"
+    elif "<think>" in chat_text(tokenizer, example.prompt, data)[-20:]:
+        note = "the chat template has written <think>: a completion does not begin with it"
+        detail += f"; {note}"
+        if config.reward.function not in ("math", "exact"):
+            doubts.append(f"{note}, and {config.reward.function} must not expect it")
     if loaded.held_out_prompts is not None:
-        doubts += _typed_escapes("eval.data", config.eval.data)
-        doubts += [f"in eval.data {d}" for d in _doubtful_ends(loaded, loaded.held_out_prompts)]
-        other = [name for name in WRITTEN if getattr(data, name) != getattr(config.eval.data, name)]
+        of, first = config.eval.data, loaded.held_out[0]
+        more = prompt_doubts(tokenizer, ends, of, first, loaded.held_out_prompts)
+        doubts += [f"in eval.data: {doubt}" for doubt in more]
+        other = written_otherwise(data, of)
         if other:
             doubts.append(
                 "held-out problems are written otherwise: eval.data and data differ in "
@@ -78,30 +76,46 @@ def check_first_prompt(config: TrainConfig, loaded: Loaded) -> str:
     return _with_doubts(detail, doubts)
 
 
+def written_otherwise(one: DataConfig, other: DataConfig) -> list[str]:
+    """Name the settings that say how a prompt is written, and differ."""
+    names = ("prompt_template", "chat_template", "system_prompt")
+    return [name for name in names if getattr(one, name) != getattr(other, name)]
+
+
+def prompt_doubts(
+    tokenizer: Any, ends: list[int], data: DataConfig, first: Example, facts: PromptFacts
+) -> list[str]:
+    """Say what is doubtful in the prompts of a data set.
+
+    Args:
+        ends: the tokens that end a completion.
+        first: its first problem.
+    """
+    lost = _lost_text(tokenizer, first, data) if templated(tokenizer, data) else []
+    return [*_typed_escapes(data), *_doubtful_ends(tokenizer, ends, facts), *lost]
+
+
 PROBE_PROMPTS = 4
 """How many prompts are compared, and how many the teacher's probe reads."""
-WRITTEN = ("prompt_template", "chat_template", "system_prompt")
-"""Settings of data and of eval.data that say how a prompt is written."""
 _LATEX = "abla|e|eq|eg|u|ot|otin|i|leq|geq|mid|exists|parallel|cong|sim|subseteq|earrow|ewline"
 _ESCAPE = re.compile(rf"(?<!\\)\\(?:[nrt](?![a-z])|n(?!(?:{_LATEX})(?![a-z])))")
 """A backslash and n, r or t that begin no command of LaTeX, such as \\nabla or \\times."""
 
 
-def _typed_escapes(section: str, data: DataConfig) -> list[str]:
+def _typed_escapes(data: DataConfig) -> list[str]:
     """Name the settings that hold a backslash and an n, which no shell turns into a line break."""
     return [
-        f"{section}.{name} holds a backslash and {match.group()[1]!r}, which are no line break or "
+        f"data.{name} holds a backslash and {match.group()[1]!r}, which are no line break or "
         "tab: quote it as $'...' in the shell, or in double quotes in YAML"
         for name in ("prompt_template", "system_prompt")
         if (match := _ESCAPE.search(getattr(data, name) or ""))
     ]
 
 
-def _doubtful_ends(loaded: Loaded, facts: PromptFacts) -> list[str]:
+def _doubtful_ends(tokenizer: Any, ends: list[int], facts: PromptFacts) -> list[str]:
     """Say which prompts end with an end of sequence, or start twice."""
-    tokenizer, doubts = loaded.tokenizer, []
-    ends = set(eos_ids(loaded.policy.model, tokenizer))
-    closing = {token: facts.last[token] for token in sorted(ends) if facts.last[token]}
+    doubts = []
+    closing = {token: facts.last[token] for token in ends if facts.last[token]}
     if closing:
         names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(list(closing))))
         doubts.append(

@@ -4,6 +4,7 @@ import json
 import time
 from contextlib import closing
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,18 +14,28 @@ from transformers import AutoConfig
 
 from kdrl_train import output
 from kdrl_train.batch import Example
-from kdrl_train.config import DataConfig, EvaluateConfig, ModelConfig, SamplingConfig, TeacherConfig
+from kdrl_train.config import (
+    DataConfig,
+    EvaluateConfig,
+    ModelConfig,
+    SamplingConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from kdrl_train.config_file import load_yaml, update
 from kdrl_train.method.evaluation import EVAL_STEP, EvalResult, summarize
+from kdrl_train.model.eos import eos_ids
 from kdrl_train.model.folder import require_place
 from kdrl_train.model.load import load_model, load_tokenizer
 from kdrl_train.model.policy import HeadedModel
 from kdrl_train.model.teacher.client import connect
-from kdrl_train.rollouts.problems import encode_prompt, load_examples
+from kdrl_train.rollouts.problems import PromptFacts, encode_prompt
 from kdrl_train.rollouts.sampler import SampleRequest, generate_rollouts
 from kdrl_train.rollouts.verifier import Verifier
-from kdrl_train.runfolder.checkpoint import load_weights
+from kdrl_train.runfolder.checkpoint import checkpoints, load_weights
 from kdrl_train.runfolder.log import ROLLOUTS
-from kdrl_train.start.load import described
+from kdrl_train.start.load import described, read_problems
+from kdrl_train.start.prompts import prompt_doubts, written_otherwise
 
 
 def evaluate(
@@ -72,17 +83,49 @@ def evaluate(
     return summarize(rollouts, verdicts, samples, seed, time.perf_counter() - start)
 
 
-def evaluate_folder(config: EvaluateConfig) -> EvalResult:
-    """Loads the model folder and the problems that `config` names, and measures the model."""
-    examples = load_examples(config.data)[: config.max_problems]
+def of_run(run: TrainConfig, folder: Path) -> EvaluateConfig:
+    """Takes over what a run measures and how: held-out problems, templates, sampling and reward.
+
+    A run without held-out problems gives those that it learns from. The policy is model/ of the
+    run's folder; before the run has finished, its first policy with the weights of the newest
+    checkpoint.
+    """
+    held_out = bool(run.eval.data.path)
+    model = run.model
+    if (folder / "model").is_dir():
+        model = replace(model, policy=str(folder / "model"), weights=None)
+    elif saved := checkpoints(folder / "checkpoints"):
+        model = replace(model, weights=saved[-1])
+    return EvaluateConfig(
+        seed=run.seed,
+        samples=run.eval.samples,
+        max_problems=run.eval.max_problems if held_out else None,
+        model=model,
+        data=run.eval.data if held_out else run.data,
+        sampling=run.sampling,
+        reward=run.reward,
+    )
+
+
+def evaluate_folder(config: EvaluateConfig, console: Console | None = None) -> EvalResult:
+    """Loads the model folder and the problems that `config` names, and measures the model.
+
+    console: gets a line that says what is measured, and what is doubtful; None: none does.
+    """
     tokenizer = load_tokenizer(config.model.policy)
+    examples, facts = read_problems(config.data, tokenizer, max_problems=config.max_problems)
     dtype = getattr(torch, config.model.dtype)
     output.begin(f"loading {described(config.model.policy)}", at_once=True)
     model = load_model(config.model.policy, "model.policy", config.model, dtype)
     if config.model.weights is not None:
         load_weights(config.model.weights, HeadedModel(model))
+    if console is not None:
+        ends = eos_ids(model, tokenizer)
+        doubts = prompt_doubts(tokenizer, ends, config.data, examples[0], facts)
+        for line in (*measured(config, facts), *doubts, *other_templates(config)):
+            console.print(line, markup=False, soft_wrap=True)
     with Verifier(config.reward) as verifier:
-        return evaluate(
+        result = evaluate(
             model,
             tokenizer,
             examples,
@@ -92,6 +135,35 @@ def evaluate_folder(config: EvaluateConfig) -> EvalResult:
             seed=config.seed,
             vocab_size=common_width(model, config.model),
         )
+    return replace(result, left_out=len(facts.too_long))
+
+
+def measured(config: EvaluateConfig, facts: PromptFacts) -> list[str]:
+    """Says what is measured, on which problems, and how many of these are left out."""
+    weights = "" if config.model.weights is None else f" with {config.model.weights}"
+    what = f"{config.model.policy}{weights} on {facts.count:,} problems of {config.data.path}"
+    return [what, facts.left_out] if facts.left_out else [what]
+
+
+def other_templates(config: EvaluateConfig) -> list[str]:
+    """Says in which settings a run in whose folder the model is wrote its prompts otherwise."""
+    folder = Path(config.model.policy).parent
+    if config.model.weights is not None:
+        folder = config.model.weights.parent.parent
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return []
+    try:
+        run = update(TrainConfig(), load_yaml(file))
+    except ValueError:  # another program's file, or an older version's
+        return []
+    differences = [written_otherwise(data, config.data) for data in (run.data, run.eval.data)]
+    if not all(differences):
+        return []
+    return [
+        f"warning: {folder} wrote its prompts otherwise, by data.{', data.'.join(differences[0])}; "
+        f"--config {file} measures as the run does"
+    ]
 
 
 def common_width(model: Any, config: ModelConfig) -> int:
@@ -131,6 +203,9 @@ def result_table(results: dict[str, EvalResult]) -> Table:
         ("seconds", lambda result: f"{result.seconds:.1f}"),
     ):
         table.add_row(name, *map(cell, results.values()))
+    if any(result.left_out for result in results.values()):
+        counts = (str(result.left_out) for result in results.values())
+        table.add_row("left out, prompt too long", *counts)
     return table
 
 
@@ -144,8 +219,9 @@ def _share(result: EvalResult, name: str) -> str:
 
 def main(config: EvaluateConfig) -> EvalResult:
     """Measures a saved model; prints a table and, if `out` is set, writes the numbers as JSON."""
-    result = evaluate_folder(config)
-    Console().print(result_table({config.model.policy: result}))
+    console = Console()
+    result = evaluate_folder(config, console)
+    console.print(result_table({config.model.policy: result}))
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         config.out.write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")

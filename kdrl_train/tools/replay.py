@@ -35,6 +35,12 @@ class ReplayConfig:
     gradients."""
 
 
+def of_run(_run: TrainConfig, folder: Path) -> ReplayConfig:
+    """Takes the newest dump in the folder of a run."""
+    dumps = sorted(folder.glob("failed_step_*.pt"))
+    return ReplayConfig(file=dumps[-1] if dumps else folder / "failed_step_XXXXXX.pt")
+
+
 @dataclass(frozen=True, slots=True)
 class Replayed:
     """Holds loss and gradient of one completion, divided by the normaliser of the whole step."""

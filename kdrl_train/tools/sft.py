@@ -23,7 +23,7 @@ from torch import Tensor
 import kdrl_kernels as kk
 from kdrl_train import output
 from kdrl_train.batch import Example
-from kdrl_train.config import DataConfig
+from kdrl_train.config import DataConfig, TrainConfig
 from kdrl_train.config_file import save_yaml
 from kdrl_train.model.load import load_tokenizer, read_model
 from kdrl_train.model.window import window
@@ -90,6 +90,13 @@ class SftConfig:
             raise ValueError(
                 f"tokenizer must be None beside a model, which brings its own, got {self.tokenizer}"
             )
+
+
+def of_run(run: TrainConfig, _folder: Path) -> SftConfig:
+    """Takes over a run's problems and how they are written, its first policy and its device."""
+    return SftConfig(
+        seed=run.seed, data=run.data, model=run.model.policy or None, device=run.model.device
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,14 +16,15 @@ import hashlib
 import importlib
 import json
 import threading
-from dataclasses import field
+from dataclasses import field, replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from kdrl_train.config import ModelConfig
+from kdrl_train.config import ModelConfig, TrainConfig
 from kdrl_train.model.eos import eos_ids
 from kdrl_train.model.load import load_model, load_tokenizer
 from kdrl_train.model.policy import Teacher
@@ -51,6 +52,12 @@ class ServeConfig:
     queue_size: PositiveInt = 4096
     """Sequences that may wait. Further ones are refused (503), and the client sends them again."""
     model: ModelConfig = field(default_factory=ModelConfig)
+
+
+def of_run(run: TrainConfig, _folder: Path) -> ServeConfig:
+    """Takes over the teacher of a run."""
+    model = replace(run.model, weights=None, offload_policy=False, offload_teacher=False)
+    return ServeConfig(model=model)
 
 
 def main(config: ServeConfig) -> None:

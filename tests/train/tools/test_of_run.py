@@ -1,0 +1,130 @@
+"""--config RUN/config.yaml of the commands that are not `train`: a run's settings become theirs."""
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from kdrl_train import cli, train
+from kdrl_train.config import DataConfig, EvalConfig, EvaluateConfig, OptimConfig, TrainConfig
+from kdrl_train.config_file import save_yaml
+from kdrl_train.tools import evaluate, replay, sft
+from kdrl_train.tools.serve import command as serve
+
+Config = Callable[..., TrainConfig]
+
+
+def parse(command: str, *options: str) -> Any:
+    """Read the settings of a command as `cli.run` does."""
+    modules = {"eval": evaluate, "replay": replay, "serve": serve, "sft": sft}
+    classes = (EvaluateConfig, replay.ReplayConfig, serve.ServeConfig, sft.SftConfig)
+    default = dict(zip(modules, classes, strict=True))[command]()
+    assert cli.COMMANDS[command].of_run
+    return cli.parse(default, options, command, "", (), modules[command].of_run)
+
+
+@pytest.fixture
+def run(config: Config) -> TrainConfig:
+    """A run's settings, saved in its folder, which holds nothing else yet."""
+    settings = config(
+        data=DataConfig(path="train.jsonl", prompt_template="Q: {prompt}", system_prompt="Brief."),
+        eval=EvalConfig(data=DataConfig(path="held.jsonl"), every=2, samples=3, max_problems=7),
+        seed=5,
+    )
+    settings.out.mkdir()
+    save_yaml(settings, settings.out / "config.yaml")
+    return settings
+
+
+def file_of(run: TrainConfig) -> str:
+    return str(run.out / "config.yaml")
+
+
+def test_eval_measures_what_the_run_measures(run: TrainConfig) -> None:
+    taken = parse("eval", "--config", file_of(run))
+    assert (taken.data, taken.samples, taken.max_problems) == (run.eval.data, 3, 7)
+    assert (taken.sampling, taken.reward, taken.seed) == (run.sampling, run.reward, 5)
+    assert taken.out is None  # not the run's folder
+    save_yaml(replace(run, eval=EvalConfig()), run.out / "config.yaml")
+    taken = parse("eval", "--config", file_of(run), "--data.path", "test.jsonl")
+    assert taken.data == replace(run.data, path="test.jsonl")
+    assert taken.max_problems is None
+
+
+def test_eval_takes_the_policy_of_the_folder(run: TrainConfig, tmp_path: Path) -> None:
+    assert parse("eval", "--config", file_of(run)).model == run.model  # nothing is trained yet
+    for step in (2, 10):
+        (run.out / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
+    taken = parse("eval", "--config", file_of(run)).model
+    assert taken == replace(run.model, weights=run.out / "checkpoints" / "step_000010")
+    (run.out / "model").mkdir()
+    started = replace(run, model=replace(run.model, weights=tmp_path / "start"))
+    save_yaml(started, run.out / "config.yaml")
+    taken = parse("eval", "--config", file_of(run)).model
+    assert taken == replace(run.model, policy=str(run.out / "model"))
+    moved = run.out.rename(tmp_path / "moved")
+    taken = parse("eval", "--config", str(moved / "config.yaml")).model
+    assert taken.policy == str(moved / "model")
+    options = ("--model.policy", "other", "--sampling.temperature", "0.5")
+    taken = parse("eval", "--config", str(moved / "config.yaml"), *options)
+    assert (taken.model.policy, taken.sampling.temperature) == ("other", 0.5)
+
+
+def test_serve_replay_and_sft_take_their_part(run: TrainConfig) -> None:
+    taken = parse("serve", "--config", file_of(run), "--port", "99")
+    assert (taken.model, taken.port, taken.host) == (run.model, 99, "127.0.0.1")
+    for step in (3, 12):
+        (run.out / f"failed_step_{step:06d}.pt").touch()
+    taken = parse("replay", "--config", file_of(run))
+    assert taken.file == run.out / "failed_step_000012.pt"
+    taken = parse("sft", "--config", file_of(run))
+    assert (taken.data, taken.model, taken.seed) == (run.data, run.model.policy, 5)
+
+
+def test_a_file_of_the_command_itself_is_read_as_before(tmp_path: Path) -> None:
+    file = tmp_path / "eval.yaml"
+    file.write_text("samples: 9\ndata: {path: a.jsonl}\nout: numbers.json\n", encoding="utf-8")
+    taken = parse("eval", "--config", str(file))
+    assert (taken.samples, taken.data.path, taken.out) == (9, "a.jsonl", Path("numbers.json"))
+    file.write_text("samples: 9\nsteps: 3\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"unknown key steps; there are out, seed, samples"):
+        parse("eval", "--config", str(file))
+    file.write_text("optim: {learning_rat: 3}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"unknown key optim\.learning_rat \(did you mean"):
+        parse("eval", "--config", str(file))
+
+
+def test_eval_of_a_run_gives_the_numbers_of_its_last_evaluation(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(steps=1, optim=OptimConfig(learning_rate=3e-2))
+    data = replace(settings.data, prompt_template="{prompt} ", max_prompt_tokens=6)
+    held = tmp_path / "held.jsonl"
+    rows = [{"question": f"{a}*{a}=", "answer": str(a * a)} for a in (1, 2, 12, 3)]  # 12: 7 tokens
+    held.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    evaluation = EvalConfig(data=replace(data, path=str(held)), every=1, samples=3)
+    train.main(replace(settings, data=data, eval=evaluation), Console(file=io.StringIO()))
+    record = json.loads((settings.out / "metrics.jsonl").read_text(encoding="utf-8"))
+    capsys.readouterr()
+    out = tmp_path / "eval.json"
+    assert cli.main(["eval", "--config", file_of(settings), "--out", str(out)]) == 0
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert (result["problems"], result["left_out"]) == (3, 1)
+    assert result["avg_at_k"] == record["eval_avg_at_k"]
+    assert result["mean_length"] == record["eval_length"]
+    printed = capsys.readouterr().out
+    assert f"{settings.out / 'model'} on 3 problems of {held}" in printed
+    assert "1 of 4 problems are left out: " in printed
+    assert "wrote its prompts otherwise" not in printed
+    policy = ("--model.policy", str(settings.out / "model"), "--model.device", "cpu")
+    small = ("--samples", "1", "--sampling.max-new-tokens", "1", "--data.path", str(held))
+    assert cli.main(["eval", *policy, *small]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        f"{settings.out} wrote its prompts otherwise, by data.prompt_template; --config" in printed
+    )
