@@ -54,7 +54,8 @@ class Objective:
             overflows at 88: exp(b)·(1 - l - b) - 1 + l, with the derivative 1 - exp(b) in lp. So
             these tokens keep the largest pull; a bound of the value would take their gradient away.
         kd_coef: beta, at least 0.
-        kd_ratio_cap: bound of the weight s of the KD term, positive; math.inf: no bound.
+        kd_ratio_cap: bound of the weight s of the KD term, positive; math.inf: no bound. Below 1
+            it scales the term on-policy too, where r is 1.
         jsd_alpha: the teacher's share of the mixture m of "jsd", in (0, 1).
         entropy_coef: weight of the entropy bonus.
     Raises: ValueError for an unknown option or a number out of range, TypeError for what is none.
@@ -263,8 +264,6 @@ def clipped_log_ratio(objective: Objective, log_ratio: Tensor, advantages: Tenso
 def _kd_term(objective: Objective, rows: Rows, log_ratio: Tensor) -> Tensor:
     """Return kd_coef · kd_weight · s · KD, [C], exactly 0 for weight 0 even if KD is infinite."""
     scale = log_ratio.clamp(max=math.log(objective.kd_ratio_cap)).exp() * objective.kd_coef
-    if rows.old_logprobs is None:
-        scale = torch.full_like(log_ratio, objective.kd_coef)
     if rows.kd_weight is not None:
         scale = scale * rows.kd_weight
     if objective.kd in EXACT_KD:

@@ -171,8 +171,7 @@ def coefficients(
     if loss.policy != "off":
         value, c = _policy(loss, log_ratio, rows.advantages)
     if loss.kd is not None:
-        cap = math.inf if rows.old_logprobs is None else math.log(loss.kd_ratio_cap)
-        scale = log_ratio.clamp(max=cap).exp_().mul_(loss.kd_coef)
+        scale = log_ratio.clamp(max=math.log(loss.kd_ratio_cap)).exp_().mul_(loss.kd_coef)
         if rows.kd_weight is not None:
             scale *= rows.kd_weight
         if rows.kl is not None:

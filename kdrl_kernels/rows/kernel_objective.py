@@ -79,7 +79,7 @@ def coefficients(
     C, lp = len(weights), rows.logprobs
     out = torch.empty(4, C, device=lp.device, dtype=torch.float32)
     high, low, dual = loss.log_ratio_bounds
-    cap = math.inf if rows.old_logprobs is None else math.log(loss.kd_ratio_cap)
+    cap = math.log(loss.kd_ratio_cap)
     kd_weight = torch.ones_like(lp) if rows.kd_weight is None else rows.kd_weight
     optional = (rows.old_logprobs, rows.advantages, rows.teacher_logprobs, rows.kl, rows.entropy)
     # lp replaces what is None: old = lp gives a ratio of 1, the others are never read

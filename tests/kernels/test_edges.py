@@ -269,3 +269,27 @@ def test_float16_gradients_of_any_size(kd: str | None, size: float, impl: str, d
 
 def _double(value: Any) -> Any:
     return value.double() if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize("kd", ["k2", "k3", "rkl"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_ratio_cap_below_1_holds_on_policy_too(impl: str, kd: str, device: str) -> None:
+    """s = min(r, cap) is cap where r = 1, with and without old log-probabilities."""
+    results = []
+    for options in ({"kd_coef": 0.5, "kd_ratio_cap": 0.25}, {"kd_coef": 0.125}):
+        problem = make_problem(kd=kd, device=device, off_policy=False, objective=options)
+        results.append(problem.solve(impl=impl))
+        old = results[-1]["logprobs"]
+        torch.testing.assert_close(problem.solve(impl=impl, old_logprobs=old), results[-1])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_an_infinite_ratio_cap_is_no_cap(impl: str, device: str) -> None:
+    results = []
+    for cap in (torch.inf, 1e9):
+        problem = make_problem(device=device, objective={"kd_ratio_cap": cap})
+        problem.options["old_logprobs"] -= 5  # ratios of e^5
+        results.append(problem.solve(impl=impl))
+    for name, expected in results[1].items():
+        assert torch.equal(results[0][name], expected), name
