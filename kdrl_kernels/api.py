@@ -15,6 +15,7 @@ from kdrl_kernels.metrics import row_metrics
 from kdrl_kernels.objective import CallerLoss, Divergence, Objective, Rows, TokenLoss
 from kdrl_kernels.plain import check_bytes, check_flag, check_number
 from kdrl_kernels.plan import Geometry, max_rows
+from kdrl_kernels.tangents import refuses_tangents
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ class LossOutput:
     """0-d sums and counts on the device, over the rows of non-zero weight; kdrl_loss lists them."""
 
 
+@refuses_tangents
 @takes_batches
 def linear_logprobs(
     hidden: Tensor,
@@ -128,6 +130,7 @@ def linear_logprobs(
     return LogprobOutput(outputs.logprobs, outputs.entropy)
 
 
+@refuses_tangents
 @takes_batches
 def kdrl_loss(
     hidden: Tensor,
@@ -221,6 +224,7 @@ def kdrl_loss(
 
 
 @torch.compiler.disable(reason="the loss of linear_token_loss is a Python function")
+@refuses_tangents
 @takes_batches
 def linear_token_loss(
     hidden: Tensor,
