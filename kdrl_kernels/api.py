@@ -88,7 +88,7 @@ def linear_logprobs(
         mask: [N] bool or number, None: all rows. Rows where it is 0 are never projected, may hold
             NaN and any token, and give 0 and no gradient. On a GPU it costs one synchronisation.
         bias: [V] or None.
-        temperature: positive float or [N] tensor.
+        temperature: positive float or [N] tensor, a constant: no gradient reaches it.
         softcap: positive float or None.
         entropy: True also returns the entropy of each row.
         workspace_bytes: bound of the memory beyond inputs, outputs and gradients. None on a GPU:
@@ -163,7 +163,8 @@ def kdrl_loss(
         hidden, weight, bias, temperature, softcap, workspace_bytes, impl: as in linear_logprobs.
         tokens: [N] int64, the sampled tokens. One outside [0, vocab_size) raises on a CPU; on a
             GPU it makes the loss NaN and is counted in metrics["bad_tokens"].
-        advantages: [N] float; None with objective.policy "off".
+        advantages: [N] float; None with objective.policy "off". This and all that follows is
+            constant: gradients reach hidden, weight and bias alone.
         token_weights: [N] float, integer or bool, None: 1. Rows of weight 0 are never projected,
             may hold NaN, and give exactly zero gradient. Passing weights on a GPU costs one
             synchronisation.
@@ -259,8 +260,8 @@ def linear_token_loss(
             rows.forward_kl, rows.entropy and rows.lse carry the gradient; rows.teacher_logprobs
             does not. The loss of a row may depend on that row alone, since the chunk plan decides
             which rows come together.
-            Gradients reach hidden, weight and bias, and no other tensor (impl "reference" is plain
-            autograd, and reaches all).
+            Gradients reach hidden, weight and bias alone, so a parameter in loss_fn raises (impl
+            "reference" is plain autograd, and reaches all).
         teacher, teacher_logprobs: set rows.teacher_logprobs.
         kl: "rkl", "fkl" or "jsd" sets rows.kl; "rkl+fkl" sets rows.kl to KL(p‖q) and
             rows.forward_kl to KL(q‖p), in one pass. Needs a TeacherHead.

@@ -27,6 +27,10 @@ NO_GRADIENT = (
     "loss_fn must return losses that depend on rows.logprobs, rows.entropy, rows.lse or rows.kl "
     "with a gradient, got constants"
 )
+OTHER_GRADIENT = (
+    "loss_fn must read no tensor that needs a gradient, besides rows, got one of shape {}, which "
+    "would get none: detach it, or take linear_logprobs, whose outputs may meet any parameter"
+)
 K1_REFUSED = (
     "k1 as a loss has no teacher in its gradient (the teacher's log-probability is a "
     "constant there); use 'k2' for reverse KL on sampled tokens or 'rkl' for the exact one"
@@ -343,9 +347,24 @@ def coefficients(
         losses = weights * loss.losses(replace(rows, **leaves))
         if not losses.requires_grad:
             return losses, None
+        refuse_other_leaves(losses, list(leaves.values()))
         grads = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
     if all(grad is None for grad in grads):
         return losses.detach(), None
     zero = torch.zeros_like(rows.logprobs)
     derivatives = (zero if grad is None else grad for grad in grads)
     return losses.detach(), Coefficients(**dict(zip(names, derivatives, strict=True)))
+
+
+def refuse_other_leaves(losses: Tensor, leaves: list[Tensor]) -> None:
+    """Raise where losses depend on a leaf of the graph that is none of these: on a parameter."""
+    left, seen = [losses.grad_fn], set()
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)  # only a node that ends in a leaf has one
+        if variable is not None and not any(variable is leaf for leaf in leaves):
+            raise ValueError(OTHER_GRADIENT.format(list(variable.shape)))
+        left += [following for following, _ in node.next_functions]

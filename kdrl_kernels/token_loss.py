@@ -1,5 +1,7 @@
 """Runs a caller's own loss of each token by autograd, since no operator takes a function."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from kdrl_kernels import one_pass
 from kdrl_kernels.autocast import without_autocast
 from kdrl_kernels.call import LossCall, RowOutputs
 from kdrl_kernels.head import gradient_dtypes
+from kdrl_kernels.objective import CallerLoss, Rows, refuse_other_leaves
 from kdrl_kernels.operators.loss import rounded
 
 
@@ -47,8 +50,26 @@ class _TokenLoss(torch.autograd.Function):
         return *results, None, None
 
 
+def _without_parameters(fn: Callable[[Rows], Tensor]) -> Callable[[Rows], Tensor]:
+    """Make a loss raise where it reads a parameter, for a head without a gradient.
+
+    Where the head has one, the graph of each chunk is searched for parameters anyway.
+    """
+
+    def checked(rows: Rows) -> Tensor:
+        with torch.enable_grad():
+            losses = fn(rows)
+        if isinstance(losses, Tensor) and losses.requires_grad:
+            refuse_other_leaves(losses, [])
+        return losses
+
+    return checked
+
+
 def token_loss(call: LossCall) -> tuple[Tensor, RowOutputs, Tensor]:
     """Return the 0-d loss, differentiable once in hidden, weight and bias; row outputs; counts."""
     student, passes = call.student, list[one_pass.Pass]()
+    if torch.is_grad_enabled() and not any(call.needs) and isinstance(call.loss, CallerLoss):
+        call = replace(call, loss=replace(call.loss, fn=_without_parameters(call.loss.fn)))
     loss, *_ = _TokenLoss.apply(student.hidden, student.weight, student.bias, call, passes)
     return loss, passes[0].rows, passes[0].counts

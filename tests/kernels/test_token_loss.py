@@ -101,14 +101,53 @@ def test_gradient_rows_are_those_whose_loss_has_a_gradient(
     assert zero.tolist() == sorted({1, 6, 7, *UNUSED})
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])  # the reference is plain autograd
-def test_only_hidden_weight_and_bias_get_a_gradient(impl: str, device: str) -> None:
-    setup = with_leaves(make_setup(CASES["dapo"], F32, device))
-    inputs = {k: v.requires_grad_() for k, v in setup.inputs.items()}
-    call(setup, lambda rows: dapo(rows, inputs), impl=impl).loss.backward()
-    assert setup.student["weight"].grad.abs().max() > 0
-    assert inputs["advantages"].grad is None
-    assert inputs["old"].grad is None
+@pytest.mark.parametrize("depth", ["parameter", "output_of_a_layer", "no_rows"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_parameter_of_the_loss_is_refused(
+    impl: str, frozen: bool, depth: str, device: str
+) -> None:
+    """Its gradient would be dropped. Detached, or under no_grad, it is a number as any other."""
+    setup = make_setup(CASES["dapo"], F32, device)
+    scale = torch.full((3,), 0.5, device=device, requires_grad=True)
+
+    def loss_fn(rows: kk.Rows) -> Tensor:
+        factor = scale[0] if depth == "parameter" else torch.nn.functional.softplus(scale).sum()
+        return factor * (setup.inputs["old"][rows.index] if depth == "no_rows" else rows.logprobs)
+
+    setup = setup if frozen else with_leaves(setup)
+    message = r"loss_fn must read no tensor that needs a gradient, .* got one of shape \[3\]"
+    with pytest.raises(ValueError, match=message):
+        call(setup, loss_fn, impl=impl)
+    with torch.no_grad():
+        expected = call(setup, loss_fn, impl=impl).loss
+    scale.requires_grad_(False)
+    if depth != "no_rows":
+        assert torch.equal(call(setup, loss_fn, impl=impl).loss, expected)
+
+
+def test_the_reference_gives_a_parameter_its_gradient() -> None:
+    setup = with_leaves(make_setup(CASES["sft"], F64, "cpu"))
+    scale = torch.ones((), dtype=F64, requires_grad=True)
+    result = call(setup, lambda rows: -scale * rows.logprobs, impl="reference")
+    result.loss.backward()
+    torch.testing.assert_close(scale.grad, -result.logprobs.mean())
+
+
+def test_rows_may_be_used_in_any_order_and_more_than_once() -> None:
+    """What a loss builds out of rows is not taken for a parameter."""
+    setup = make_setup(CASES["rkl_and_fkl"], F64, "cpu")
+
+    def loss_fn(rows: kk.Rows) -> Tensor:
+        doubled = rows.logprobs + rows.logprobs.clone()
+        return torch.where(rows.kl > 4, doubled, rows.entropy) * rows.forward_kl
+
+    gradients = []
+    for impl in ("torch", "reference"):
+        leaves = with_leaves(setup)
+        call(leaves, loss_fn, impl=impl).loss.backward()
+        gradients.append(leaves.student["weight"].grad)
+    assert relative_error(*gradients) < 1e-10
 
 
 @pytest.mark.parametrize("impl", IMPLS)
