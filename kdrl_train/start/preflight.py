@@ -1,6 +1,8 @@
 """The preflight: checks, before the first step, for mistakes that would waste a run."""
 
+import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from kdrl_train import output
-from kdrl_train.batch import Example
+from kdrl_train.batch import OUTCOMES, Example, Verdicts
 from kdrl_train.config import TrainConfig
 from kdrl_train.errors import RankError, RunError
 from kdrl_train.model.fsdp import gathered
@@ -39,8 +41,10 @@ from kdrl_train.start.prompts import (
 )
 from kdrl_train.start.teacher_server import check_same_tokens, check_scores, check_server
 
-GOLD_AT_START = 64
-"""How many gold answers `train` checks before step 0; `check` checks all of them."""
+GOLDS_AT_ONCE = 1000
+"""Gold answers that are sent to the verifier together."""
+OWN_REWARD_S = 60.0
+"""Seconds for judging gold answers by a reward function of the user's own, which may be slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +63,11 @@ def preflight(
     config: TrainConfig,
     loaded: Loaded,
     verifier: Verifier,
-    gold: int | None = None,
     world: World = ALONE,
 ) -> list[CheckResult]:
     """Run every check, on rank 0 alone or, where a model must compute, on all ranks.
 
     Args:
-        gold: how many gold answers are judged against themselves; None: all.
         world: the ranks of the run, which all call this together.
     """
     packed = config.optim.micro_batch_tokens > 1
@@ -73,7 +75,7 @@ def preflight(
     checks: dict[str, Callable[[], str]] = {
         "prompts": lambda: check_prompts(config, loaded),
         "first prompt": lambda: check_first_prompt(config, loaded),
-        "gold answers": lambda: check_gold(config, loaded.examples[:gold], verifier),
+        "gold answers": lambda: check_gold(config, [*loaded.examples, *loaded.held_out], verifier),
         "end of sequence": lambda: check_eos(config, loaded),
         "policy head": lambda: _probed(policy, "model.policy", packed),
     }
@@ -173,27 +175,49 @@ def check_vocabulary(loaded: Loaded) -> str:
 def check_gold(config: TrainConfig, examples: Sequence[Example], verifier: Verifier) -> str:
     """Check that each gold answer, in a box, earns a reward when it is judged against itself.
 
-    A reward function of the user's own may expect another format: it must only run without error.
+    Equal ones are judged once. A reward function of the user's own may expect another format: it
+    must only run without error, on those that it judges within OWN_REWARD_S.
 
     Raises: ValueError naming the first gold answer that fails, and the error if there was one;
         UserWarning where reward.right_above is less than half of the largest reward.
     """
-    answers = [example.gold for example in examples]
-    verdicts = verifier.score([f"\\boxed{{{answer}}}" for answer in answers], answers)
-    counts = verdicts.counts
-    summary = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
-    judged = config.reward.function in ("math", "exact")
-    for i, outcome in enumerate(verdicts.outcomes):
-        if outcome == "error" or (judged and outcome != "right"):
-            raise ValueError(
-                f"gold answers must be right against themselves, got {summary}; first: "
-                f"{examples[i].id}, answer {answers[i]!r}, {outcome} "
-                f"{verdicts.errors.get(i, '')}".rstrip()
-                + ": correct the row, or set data.answer_column or reward.function"
-            )
+    golds = list(dict.fromkeys(example.gold for example in examples))
+    builtin = config.reward.function in ("math", "exact")
+    parts: list[Verdicts] = []
+    start = time.monotonic()
+    for first in range(0, len(golds), GOLDS_AT_ONCE):
+        if parts and not builtin and time.monotonic() > start + OWN_REWARD_S:
+            break
+        part = golds[first : first + GOLDS_AT_ONCE]
+        parts.append(verifier.score([f"\\boxed{{{gold}}}" for gold in part], part))
+    verdicts = Verdicts.join(parts)
+    outcomes = dict(zip(golds, verdicts.outcomes, strict=False))
+    judged = [example for example in examples if example.gold in outcomes]
+    counts = Counter(outcomes[example.gold] for example in judged)
+    summary = ", ".join(f"{counts[name]:,} {name}" for name in OUTCOMES if counts[name])
+    summary += f" of {len(examples):,}" if len(judged) < len(examples) else ""
+    accepted = {"right"} if builtin else set(OUTCOMES) - {"error"}
+    failed = [example for example in judged if outcomes[example.gold] not in accepted]
+    if failed:
+        message = verdicts.errors.get(golds.index(failed[0].gold), "")
+        others = ", ".join(example.id for example in failed[1:6])
+        raise ValueError(
+            f"gold answers must be right against themselves, got {summary}; first: {failed[0].id}, "
+            f"answer {failed[0].gold[:80]!r}, {outcomes[failed[0].gold]} {message}".rstrip()
+            + ": correct the row, or set data.answer_column or reward.function"
+            + (f"; also {others}" if others else "")
+        )
+    return _threshold(config, verdicts, summary, builtin)
+
+
+def _threshold(config: TrainConfig, verdicts: Verdicts, summary: str, builtin: bool) -> str:
+    """Say which rewards are right.
+
+    Raises: UserWarning where reward.right_above is less than half of the largest reward.
+    """
     threshold = config.reward.right_above
     summary += f"; right: a reward above {threshold:g} (reward.right_above)"
-    if judged:
+    if builtin:
         return summary
     low, high = min(verdicts.rewards), max(verdicts.rewards)
     summary += f"; rewards from {low:g} to {high:g}"

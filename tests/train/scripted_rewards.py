@@ -19,7 +19,7 @@ def one_missing(completion: str, answer: str) -> float:
 
 
 def fails_on_three(completion: str, answer: str) -> float:
-    if answer == "3":
+    if answer == "3" and completion != r"\boxed{3}":  # the preflight would find it
         raise ValueError("three is [unlucky]")
     return early_bytes(completion, answer)
 

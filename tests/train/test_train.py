@@ -25,7 +25,6 @@ from kdrl_train.method.presets import PRESETS
 from kdrl_train.model.policy import Teacher
 from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.log import read_records
-from kdrl_train.start import open_run
 from tests.train.conftest import EXACT
 
 TIMES = ("seconds", "tokens_per_s", "peak_memory_bytes")
@@ -275,9 +274,8 @@ def test_a_missing_reward_is_counted_and_left_out(config: Callable[..., TrainCon
 
 
 def test_a_prompt_without_any_reward_stops_the_run(
-    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+    config: Callable[..., TrainConfig],
 ) -> None:
-    monkeypatch.setattr(open_run, "GOLD_AT_START", 3)  # the preflight would find it
     lines = io.StringIO()
     sampling = SamplingConfig(prompts_per_step=20, group_size=2, max_new_tokens=2)
     settings = config(reward="fails_on_three", sampling=sampling)

@@ -44,6 +44,10 @@ from tests.train.scripted_rewards import always_right
         ("Answer:\n$$12$$", "12"),
         (r"the answer is \(\frac{1}{2}\) of it", r"\frac{1}{2}"),
         ("the answer is 3. And the answer is", "3"),
+        (r"the answer is $2$ or $3$.", "2, 3"),
+        (r"The answer is 2$\pi$.", r"2 \pi"),
+        (r"The answer is not $5$.", "not  5"),
+        ("The answer is 18 dollars. Since $x = 3$", "18 dollars"),
         ("so 3 + 4 = 7", None),
         ("The answer is", None),
         ("####", None),
@@ -192,16 +196,21 @@ def test_import_is_light() -> None:
     assert done.stdout.strip() == "set()"
 
 
-def test_what_is_too_deep_for_sympy_is_unparseable(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Deep:
-        def __str__(self) -> str:
-            raise RecursionError
-
+def test_what_is_too_deep_for_the_stack_is_unparseable(monkeypatch: pytest.MonkeyPatch) -> None:
     def recurse(*_: object) -> bool:
         raise RecursionError
 
-    monkeypatch.setattr(rewards, "_expressions", lambda _text: (Deep(),))
+    monkeypatch.setattr(rewards, "spelling", recurse)
     assert rewards.load_answer(rewards.math_reward)(r"\boxed{x+1}") is None
-    monkeypatch.setattr(rewards, "_equal", recurse)
+    monkeypatch.setattr(rewards, "equal", recurse)
     with pytest.raises(rewards.UnparseableError, match=r"must parse, got 'x\+1'"):
         rewards.math_reward(r"\boxed{x+1}", "x+2")
+
+
+def test_large_integers_have_a_vote_and_no_error() -> None:
+    """Python refuses to write integers of more than 4,300 digits."""
+    read = load_answer(math_reward)
+    assert read(r"\boxed{10^{4999}}") == read(r"\boxed{10 \cdot 10^{4998}}") is not None
+    assert read(r"\boxed{10^{4999}}") != read(r"\boxed{10^{4998}}")
+    assert math_reward(r"\boxed{10^{4999}}", "5") == 0.0
+    assert math_reward(r"\boxed{3^{10000}}", "9^{5000}") == 1.0

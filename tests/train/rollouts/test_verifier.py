@@ -148,15 +148,17 @@ def test_a_reward_function_may_give_the_verdict(scripted: Verifier) -> None:
 
 
 def test_the_threshold_of_right_is_a_setting() -> None:
-    config = RewardConfig(function=HERE, workers=1, right_above=0.55)
-    with Verifier(config) as verifier:
-        assert verifier.score(["half", "0.6"], ["a"] * 2).outcomes == ["wrong", "right"]
+    function = "tests.train.scripted_rewards:format_pays"  # 0.1 for letters that are not ASCII
+    with Verifier(RewardConfig(function=function, workers=1, right_above=0.05)) as verifier:
+        assert verifier.score(["é", "e"], ["1"] * 2).outcomes == ["right", "right"]
+    with Verifier(RewardConfig(function=function, workers=1)) as verifier:
+        assert verifier.score(["é", "e"], ["1"] * 2).outcomes == ["wrong", "right"]
 
 
 def test_hostile_completions_end_within_the_deadline(mathematics: Verifier) -> None:
     hostile = {
-        r"\boxed{10^{10^{10^{10}}}}": {"timeout"},
-        r"\boxed{9999!!!}": {"timeout"},
+        r"\boxed{10^{10^{10^{10}}}}": {"wrong"},
+        r"\boxed{9999!!!}": {"unparseable"},
         r"\boxed{" + "{" * 400 + "5" + "}" * 400 + "}": {"timeout", "unparseable"},
         r"\boxed{" + r"\sqrt{" * 150 + "5" + "}" * 150 + "}": {"timeout", "unparseable", "wrong"},
         r"\boxed{" + "9" * 900 + "}": {"wrong"},
@@ -176,7 +178,10 @@ def test_hostile_completions_end_within_the_deadline(mathematics: Verifier) -> N
 def test_a_gold_answer_that_does_not_parse_is_an_error(mathematics: Verifier) -> None:
     verdicts = mathematics.score([r"\boxed{5}"], ["#"])
     assert verdicts.outcomes == ["error"]
-    assert "answer must be a number or LaTeX that math-verify parses, got '#'" in verdicts.errors[0]
+    assert (
+        "answer must be a number, LaTeX, a word or a choice that math reads whole, got '#'"
+        in verdicts.errors[0]
+    )
 
 
 def worker_pid(verifier: Verifier) -> int:

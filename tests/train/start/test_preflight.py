@@ -91,7 +91,34 @@ def test_gold_answers_must_be_right(config: TrainConfig) -> None:
             preflight.check_gold(config, examples, verifier)
 
 
-def test_a_custom_reward_is_run_but_not_judged(config: TrainConfig) -> None:
+def test_every_gold_answer_is_judged_and_a_bad_row_named_shortly(config: TrainConfig) -> None:
+    golds = [*(str(i) for i in range(80)), "1, 2, ..., n", "7 or more", "Since x > 1, we see " * 99]
+    examples = [Example(f"set:{i}", "", gold) for i, gold in enumerate(golds, start=1)]
+    with (
+        Verifier(config.reward) as verifier,
+        pytest.raises(ValueError, match=r"80 right, 3 error; first: set:81, ") as error,
+    ):
+        preflight.check_gold(config, examples, verifier)
+    assert str(error.value).endswith("; also set:82, set:83")
+    with Verifier(config.reward) as verifier, pytest.raises(ValueError, match="set:83") as error:
+        preflight.check_gold(config, examples[-1:], verifier)
+    assert len(str(error.value)) < 700
+    with Verifier(config.reward) as verifier:
+        detail = preflight.check_gold(config, examples[:80] * 5, verifier)
+    assert detail.startswith("400 right; ")  # the equal ones are judged once
+
+
+def test_held_out_gold_answers_are_judged(loaded: Loaded, config: TrainConfig) -> None:
+    with Verifier(config.reward) as verifier:
+        held = replace(loaded, held_out=[Example("held:7", loaded.examples[0].prompt, "5 or more")])
+        results = preflight.preflight(config, held, verifier)
+    (failed,) = [result for result in results if not result.passed]
+    assert "20 right, 1 error; first: held:7, answer '5 or more'" in failed.detail
+
+
+def test_a_custom_reward_is_run_but_not_judged(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Scripted:
         """Replies what a verifier with the user's own function may reply."""
 
@@ -103,16 +130,19 @@ def test_a_custom_reward_is_run_but_not_judged(config: TrainConfig) -> None:
             return Verdicts(self.rewards, [self.outcome] * len(completions), errors)
 
     custom = replace(config, reward=RewardConfig(function="custom:reward"))
-    examples = [Example("set:0", "", "1")]
+    examples, other = [Example("set:0", "", "1")], Example("set:1", "", "2")
     detail = preflight.check_gold(custom, examples, Scripted("wrong", 0.1))
     threshold = "right: a reward above 0.5 (reward.right_above); rewards from 0.1 to 0.1"
     assert detail == f"1 wrong; {threshold}"
     with pytest.raises(ValueError, match=r"answer '1', error KeyError: 'x': correct"):
         preflight.check_gold(custom, examples, Scripted("error", math.nan))
     with pytest.raises(UserWarning, match=r"from 2 to 10: set reward\.right_above .*, e\.g\. 5,"):
-        preflight.check_gold(custom, [*examples, *examples], Scripted("right", 10.0, 2.0))
+        preflight.check_gold(custom, [*examples, other], Scripted("right", 10.0, 2.0))
+    monkeypatch.setattr(preflight, "OWN_REWARD_S", -1.0)
+    monkeypatch.setattr(preflight, "GOLDS_AT_ONCE", 1)
     half = replace(custom, reward=replace(custom.reward, right_above=5.0))
-    assert "above 5 (" in preflight.check_gold(half, examples, Scripted("right", 10.0))
+    detail = preflight.check_gold(half, [*examples, other], Scripted("right", 10.0))
+    assert detail.startswith("1 right of 2; right: a reward above 5 (")
 
 
 def test_failures_are_listed_together(
@@ -121,10 +151,10 @@ def test_failures_are_listed_together(
     broken = replace(loaded, teacher=Teacher(tiny("llama", vocab_size=250)))
     short = replace(config, sampling=SamplingConfig(max_new_tokens=300))
     with Verifier(config.reward) as verifier:
-        results = preflight.preflight(short, broken, verifier, gold=3)
+        results = preflight.preflight(short, broken, verifier)
     assert [result.name for result in results if not result.passed] == ["prompts", "vocabulary"]
     details = {result.name: result.detail for result in results}
-    assert details["gold answers"].startswith("3 right; ")
+    assert details["gold answers"].startswith("20 right; ")
     with pytest.raises(ValueError, match=r"(?s)pass its preflight, got:\n  prompts: .*\n  vocab"):
         preflight.require(results)
 
@@ -164,13 +194,13 @@ def test_another_ranks_end_is_no_failed_line(
 
     monkeypatch.setattr(preflight, "probe", fail)
     with Verifier(config.reward) as verifier, pytest.raises(RankError, match="rank 1 stopped"):
-        preflight.preflight(config, loaded, verifier, gold=1)
+        preflight.preflight(config, loaded, verifier)
 
 
 def test_one_sequence_per_pack_needs_no_packing(config: TrainConfig, loaded: Loaded) -> None:
     alone = replace(config, optim=OptimConfig(micro_batch_tokens=1))
     with Verifier(config.reward) as verifier:
-        results = preflight.preflight(alone, loaded, verifier, gold=1)
+        results = preflight.preflight(alone, loaded, verifier)
     details = {result.name: result.detail for result in results}
     assert details["policy head"].endswith("one sequence per pack")
 

@@ -1,0 +1,196 @@
+"""Holds what an answer says, and decides which answers are equal."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from kdrl_train.rollouts.answers import values
+from kdrl_train.rollouts.answers.expressions import SHORT_WORDS, Node
+from kdrl_train.rollouts.answers.tokens import UnreadableError
+from kdrl_train.rollouts.answers.units import Unit
+
+MAX_ITEMS = 100
+"""Of a set; each is compared with each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """What an answer says; `kind` tells which of the other fields it has."""
+
+    kind: str
+    """number (an expression), infinity, text, constant, based (a number in a base), set, union,
+    matrix, relation, named (x = ...), or group (a tuple, interval or ratio)."""
+    tag: str = ""
+    """Words, name, base, rows of a matrix, sign of a relation or infinity, brackets of a group; of
+    a number that was written in letters alone, these."""
+    node: Node | None = None
+    """Of a number; of a relation left minus right side."""
+    unit: Unit | None = None
+    items: tuple["Value", ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer: a letter of a multiple choice, a value, or both."""
+
+    letter: str | None
+    value: Value | None
+
+
+def make_set(items: Sequence[Value]) -> Value:
+    """Make a set, which lists each of its items once, and spreads out sets in it."""
+    flat: list[Value] = []
+    for item in items:
+        parts = item.items if item.kind == "set" else (item,)
+        flat += [part for part in parts if not any(equal_values(part, known) for known in flat)]
+        if len(flat) > MAX_ITEMS:
+            raise UnreadableError(f"a set must have at most {MAX_ITEMS} items")
+    return Value("set", items=tuple(flat))
+
+
+def equal(a: Answer, b: Answer) -> bool:
+    """Say whether two answers agree in all that both of them have: letter and value."""
+    verdicts = []
+    if a.letter and b.letter:
+        verdicts.append(a.letter == b.letter)
+    if a.value and b.value:
+        verdicts.append(equal_values(a.value, b.value))
+    return bool(verdicts) and all(verdicts)
+
+
+def equal_values(a: Value, b: Value) -> bool:
+    """Say whether two values are equal."""
+    kinds = {a.kind, b.kind}
+    if "relation" in kinds:
+        return _equal_relations(_as_relation(a), _as_relation(b))
+    if "named" in kinds:
+        same_name = a.tag == b.tag or len(kinds) == 2
+        return same_name and equal_values(*(x.items[0] if x.kind == "named" else x for x in (a, b)))
+    if len(kinds) == 2:
+        return _equal_across(a, b)
+    if a.kind == "number":
+        return _equal_numbers(a, b)
+    if a.kind in ("set", "union"):
+        return _match(list(a.items), list(b.items))
+    return _equal_parts(a, b)
+
+
+def _equal_parts(a: Value, b: Value) -> bool:
+    """Compare values of one kind part by part, in their order."""
+    if a.node and b.node:  # numbers in a base
+        return a.tag == b.tag and values.equal(a.node, b.node)
+    same = a.tag == b.tag and len(a.items) == len(b.items)
+    same = same and (a.unit == b.unit or not (a.unit and b.unit))
+    return same and all(equal_values(x, y) for x, y in zip(a.items, b.items, strict=True))
+
+
+def _equal_across(a: Value, b: Value) -> bool:
+    """Say whether values of two kinds are equal: Tom as a name and as t · o · m, {5} and 5."""
+    if {a.kind, b.kind} == {"number", "text"}:
+        return a.tag.casefold() == b.tag.casefold()
+    for one, other in ((a, b), (b, a)):
+        if one.kind == "set" and len(one.items) == 1:
+            return equal_values(one.items[0], other)
+    return False
+
+
+def _match(a: list[Value], b: list[Value]) -> bool:
+    """Say whether each value of one list equals one of the other, in any order."""
+    if len(a) != len(b):
+        return False
+    for value in a:
+        place = next((i for i, other in enumerate(b) if equal_values(value, other)), None)
+        if place is None:
+            return False
+        del b[place]
+    return True
+
+
+def _equal_numbers(a: Value, b: Value) -> bool:
+    """Compare expressions with their units.
+
+    18 equals 18 inches; two units must convert into each other. 50% equals 50 and 1/2.
+    """
+    assert a.node is not None
+    assert b.node is not None
+    if a.tag and b.tag:
+        return a.tag == b.tag or (
+            a.tag.casefold() == b.tag.casefold() and a.tag.casefold() in SHORT_WORDS
+        )
+    if a.unit and b.unit:
+        if a.unit.dimensions != b.unit.dimensions:
+            return False
+        return values.equal(_scaled(a.node, a.unit), _scaled(b.node, b.unit))
+    if values.equal(a.node, b.node):
+        return True
+    for one, other in ((a, b), (b, a)):
+        if one.unit and one.unit.dimensions == (("percent", 1),):
+            hundredth = Node("number", number=Fraction(1, 100))
+            if values.equal(Node("mul", (one.node, hundredth)), other.node):  # type: ignore[arg-type]
+                return True
+    return False
+
+
+def _scaled(node: Node, unit: Unit) -> Node:
+    """Return a number in the first unit of its dimension."""
+    return node if unit.factor == 1 else Node("mul", (node, Node("number", number=unit.factor)))
+
+
+def make_relation(sign: str, left: Node, right: Node) -> Value:
+    """Make a relation. Raises: UnreadableError for one without a variable, which is false."""
+    if not values.symbols(left) | values.symbols(right):
+        raise UnreadableError("a relation between numbers must hold")
+    minus = Node("mul", (Node("number", number=Fraction(-1)), right))
+    return Value("relation", sign, Node("add", (left, minus)))
+
+
+def _as_relation(value: Value) -> Value | None:
+    """Return y = 2x as a relation, and relations as they are; None for other values."""
+    if value.kind == "relation":
+        return value
+    if value.kind != "named" or value.items[0].node is None or value.items[0].unit:
+        return None
+    return make_relation("=", Node("symbol", name=value.tag), value.items[0].node)
+
+
+def _equal_relations(a: Value | None, b: Value | None) -> bool:
+    """Say whether one relation is a multiple of the other, for an inequality a positive one."""
+    if a is None or b is None or a.tag != b.tag or a.node is None or b.node is None:
+        return False
+    try:
+        ratio = values.ratio(a.node, b.node)
+    except (values.NoValueError, KeyError):
+        return False
+    return ratio is not None and (ratio > 0 or a.tag in ("=", r"\ne"))
+
+
+def spelling(answer: Answer) -> str:
+    """Return one spelling for equal answers, by which completions vote."""
+    parts = [f"({answer.letter})"] if answer.letter else []
+    return " ".join(parts + ([_spelling(answer.value)] if answer.value else []))
+
+
+def _spelling(value: Value) -> str:
+    if value.kind == "number":
+        assert value.node is not None
+        return value.tag or values.spelling(value.node)
+    if value.kind == "named":
+        return _spelling(value.items[0])
+    items = [_spelling(item) for item in value.items]
+    if value.kind in ("set", "union"):
+        items.sort()
+    node = [values.spelling(value.node)] if value.node else []
+    return f"{value.kind} {value.tag} [{', '.join(node + items)}]"
+
+
+def check_values(answer: Answer) -> None:
+    """Compute each number of an answer. Raises: UnreadableError where one has no value."""
+    pending = [answer.value] if answer.value else []
+    while pending:
+        value = pending.pop()
+        pending += value.items
+        if value.node is not None:
+            try:
+                values.has_value(value.node)
+            except values.NoValueError as error:
+                raise UnreadableError(str(error)) from error

@@ -1,0 +1,346 @@
+"""Reads an answer whole, or refuses it.
+
+Raises UnreadableError for what has no meaning, and for what has more than one.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+from functools import lru_cache
+
+from kdrl_train.rollouts.answers import values
+from kdrl_train.rollouts.answers.comparing import (
+    Answer,
+    Value,
+    equal_values,
+    make_relation,
+    make_set,
+)
+from kdrl_train.rollouts.answers.expressions import FUNCTIONS, SHORT_WORDS, Node, parse
+from kdrl_train.rollouts.answers.quantities import read_number
+from kdrl_train.rollouts.answers.statement import MAX_ANSWER_CHARS
+from kdrl_train.rollouts.answers.tokens import AnswerToken, UnreadableError, cut, plain_spelling
+from kdrl_train.rollouts.answers.units import read_unit
+
+MAX_DEPTH = 8
+"""An answer with more open brackets at once is not read."""
+MAX_WORDS = 4
+"""An answer in more words is prose, which no completion would repeat."""
+
+_PROSE = {"see", "proof", "prove", "above", "below", "vary", "varies", "exercise", "figure"}
+_PROSE |= {"answer", "answers", "solution:", "diagram", "graph", "omitted", "explanation"}
+_MONTHS = {"january", "february", "march", "april", "may", "june", "july", "august", "september"}
+_MONTHS |= {"october", "november", "december"}
+_MATHEMATICS = FUNCTIONS | {"pi", "sqrt"}
+_LETTER = re.compile(r"\(\s*([A-Z])\s*\)[.:]?|([A-Z])(?=\s*$)|([A-J])(?=[.):]\s)[.):]")
+_TEXT_WRAPPER = re.compile(r"\\text\{\s*(\(?[A-Z]\)?[.:)]?)\s*\}")
+_BASED = re.compile(
+    r"([0-9][0-9A-Za-z]*|[0-9A-Z]{2,})\s*"
+    r"(?:_\s*\{?\s*\(?\s*(?:\\text\{\s*)?(?:base\s*)?([0-9]{1,2}|[a-z]{3,8})\s*\}?\s*\)?\s*\}?"
+    r"|(?:\\text\{)?\s*\(?\s*(?:in )?base[ -]([0-9]{1,2}|[a-z]{3,8})\)?\s*\}?)"
+)
+_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9}
+_BASES |= {"ten": 10, "twelve": 12, "sixteen": 16}
+_NAME = re.compile(r"[A-Za-z]\s*\(\s*[a-z](?:\s*,\s*[a-z])*\s*\)")
+_RELATIONS = ("=", r"\in", "<", ">", r"\le", r"\ge", r"\ne", r"\approx")
+_FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", "=": "=", r"\ne": r"\ne"}
+_OPENING, _CLOSING = ("(", "[", r"\{", "{", r"\langle"), (")", "]", r"\}", "}", r"\rangle")
+_MATRICES = {"pmatrix", "bmatrix", "matrix"}
+_CONSTANTS = {r"\reals": "reals", r"\emptyset": "empty set"}
+
+
+@lru_cache(maxsize=4096)  # a gold answer is read once, not once per completion of its group
+def read(text: str) -> Answer:
+    """Read an answer. Raises: UnreadableError, which says what could not be read."""
+    if len(text) > MAX_ANSWER_CHARS:
+        raise UnreadableError(f"an answer must have at most {MAX_ANSWER_CHARS} characters")
+    if _depth(text) > MAX_DEPTH:
+        raise UnreadableError(f"an answer must have at most {MAX_DEPTH} brackets open at once")
+    plain = _TEXT_WRAPPER.sub(r"\1 ", plain_spelling(text)).strip()
+    letter = _LETTER.match(plain)
+    rest = plain[letter.end() :].strip() if letter else plain
+    if letter and not rest.startswith(("=", "+", "-", "*", "/", "^", "_", "(", "!", "\\cup")):
+        name = letter[1] or letter[2] or letter[3]
+        return Answer(name, _value(rest) if rest else None)
+    return Answer(None, _value(plain))
+
+
+def _depth(text: str) -> int:
+    """Return the largest number of brackets, of any kind, that are open at once."""
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "{([") - (character in "})]")
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _value(plain: str) -> Value:
+    """Read what is left without the letter of a choice."""
+    based = _BASED.fullmatch(plain)
+    if based:
+        return _based(based[1], based[2] or based[3])
+    tokens = cut(plain)
+    if not tokens:
+        raise UnreadableError("an answer must not be empty")
+    return _text(tokens) or _listing(tokens)
+
+
+def _based(digits: str, base_name: str) -> Value:
+    """Read a number in a base: 101_2, 2F_{16}, 101 (base two)."""
+    base = _BASES.get(base_name) or (int(base_name) if base_name.isdigit() else 0)
+    if not 2 <= base <= 36:
+        raise UnreadableError(f"a base must be from 2 to 36, got {base_name}")
+    try:
+        number = int(digits, base)
+    except ValueError as error:
+        raise UnreadableError(f"{digits} is no number in base {base}") from error
+    node = Node("number", number=Fraction(number))
+    return Value("number", node=node) if base == 10 else Value("based", str(base), node)
+
+
+def _text(tokens: Sequence[AnswerToken]) -> Value | None:
+    """Read an answer in words: Monday, no solution, June 20; None where it is none."""
+    words = _words(tokens)
+    if not words or words[0].isdigit() or words[0] in _MATHEMATICS or {"and", "or"} & set(words):
+        return None
+    if len(words) == 1:
+        word, is_text = words[0], tokens[0].kind == "text"
+        if len(word) == 1 or (len(word) <= 3 and word not in SHORT_WORDS and not is_text):
+            return None  # perhaps a product of variables
+    elif not any(len(word) > 3 or word in SHORT_WORDS for word in words):
+        return None
+    if any(word.isdigit() for word in words) and words[0] not in _MONTHS:
+        raise UnreadableError("words around a number may change it")
+    if len(words) > MAX_WORDS or _PROSE & set(words):
+        raise UnreadableError("an answer in words must be a name or a short phrase")
+    is_reals = words in (["all", "real", "numbers"], ["all", "reals"])
+    return Value("constant", "reals") if is_reals else Value("text", " ".join(words))
+
+
+def _words(tokens: Sequence[AnswerToken]) -> list[str]:
+    """Return the words and numbers of an answer in words, in small letters; [] for another one."""
+    words: list[str] = []
+    for token in tokens:
+        if token.kind not in ("text", "word", "number") and token.text not in ("-", "'"):
+            return []
+        words += re.split(r"[\s'-]+", token.text.strip().strip(".").casefold())
+    words = [word for word in words if word]
+    return words if all(re.fullmatch(r"[a-z]+|\d+", word) for word in words) else []
+
+
+def _split(tokens: Sequence[AnswerToken], separators: Sequence[str]) -> list[list[AnswerToken]]:
+    """Split at separators that stand outside of all brackets."""
+    parts: list[list[AnswerToken]] = [[]]
+    depth = 0
+    for token in tokens:
+        if token.kind == "env" or (token.kind == "sign" and token.text in _OPENING + _CLOSING):
+            opens = token.text in _OPENING or token.text.startswith("begin")
+            depth += 1 if opens else -1
+        if not depth and token.text.strip() in separators and token.kind != "number":
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    if depth:
+        raise UnreadableError("each bracket must be closed")
+    return parts
+
+
+def _listing(tokens: Sequence[AnswerToken]) -> Value:
+    """Read values with commas, "and" or "or" between them, as a set; or the only one."""
+    parts = _split(tokens, (",", ";", "and", "or"))
+    joined = any(token.text.strip() in ("and", "or") for token in tokens)
+    if joined and len(parts) > 2 and not parts[-2]:
+        del parts[-2]  # 1, 2, and 3
+    if len(parts) == 1:
+        return _element(parts[0])
+    items = [_element(part) for part in parts]
+    first = items[0]
+    if any(item.kind == "text" for item in items) and any(item.kind != "text" for item in items):
+        raise UnreadableError("words and numbers must not be mixed in a list")
+    if first.kind == "named" and all(item.kind == "number" for item in items[1:]):  # x = 1, 2
+        return Value("named", first.tag, items=(make_set([first.items[0], *items[1:]]),))
+    names = {item.tag for item in items if item.kind == "named"}
+    if len(names) == 1 and all(item.kind == "named" for item in items):  # x = 1 or x = 2
+        return Value("named", first.tag, items=(make_set([item.items[0] for item in items]),))
+    return make_set(items)
+
+
+def _element(tokens: Sequence[AnswerToken]) -> Value:
+    """Read one value, equation or inequality."""
+    signs = [t.text for t in _outside(tokens) if t.kind == "sign" and t.text in _RELATIONS]
+    if not signs:
+        return _single(tokens)
+    sides = _split(tokens, _RELATIONS)
+    if signs == [r"\in"]:
+        return Value("named", _name(sides[0]), items=(_single(sides[1]),))
+    if set(signs) == {"="}:
+        return _equation(sides)
+    if signs[-1] == r"\approx":
+        return _approximation([*signs], sides)
+    if len(signs) <= 2 and r"\ne" not in signs[1:] and "=" not in signs and r"\in" not in signs:
+        return _inequality(signs, sides)
+    raise UnreadableError("this chain of relations is not read")
+
+
+def _outside(tokens: Sequence[AnswerToken]) -> list[AnswerToken]:
+    """Return the tokens outside of all brackets."""
+    depth, outside = 0, []
+    for token in tokens:
+        depth -= token.kind == "sign" and token.text in _CLOSING
+        if not depth:
+            outside.append(token)
+        depth += token.kind == "sign" and token.text in _OPENING
+    return outside
+
+
+def _name(tokens: Sequence[AnswerToken]) -> str:
+    """Return the name on the left of an equation: x, f(x), x_1, \\text{Area}; else ""."""
+    spelled = "".join(token.text for token in tokens)
+    if len(tokens) == 1 and (tokens[0].kind == "text" or len(spelled) == 1):
+        return spelled.strip() if tokens[0].kind in ("text", "word") else ""
+    if _NAME.fullmatch(spelled):
+        return spelled.replace(" ", "")
+    try:
+        node = parse(tokens)
+    except UnreadableError:
+        return ""
+    return node.name if node.operation == "symbol" else ""
+
+
+def _equation(sides: Sequence[Sequence[AnswerToken]]) -> Value:
+    """Read x = 5 as a named value, 2 + 3 = 5 as its value, and else a relation."""
+    name = _name(sides[0])
+    if name:
+        sides = sides[1:]
+    members = [_single(side) for side in sides]
+    last = members[-1]
+    if all(equal_values(member, last) for member in members[:-1]):
+        return Value("named", name, items=(last,)) if name else last
+    nodes = [member.node for member in members if member.unit is None]
+    if name or len(nodes) != 2 or not all(nodes):
+        raise UnreadableError("the sides of an equation must be equal")
+    left, right = nodes
+    assert left is not None
+    assert right is not None
+    return make_relation("=", left, right)
+
+
+def _approximation(signs: Sequence[str], sides: Sequence[Sequence[AnswerToken]]) -> Value:
+    """Read 1/3 \\approx 0.333 as 1/3, and x \\approx 3.1 as a named value."""
+    if len(signs) == 1 and _name(sides[0]):
+        return Value("named", _name(sides[0]), items=(_single(sides[1]),))
+    if set(signs[:-1]) > {"="}:
+        raise UnreadableError("this chain of relations is not read")
+    exact = _equation(sides[:-1]) if len(sides) > 2 else _single(sides[0])
+    inner, rounded = (exact.items[0] if exact.kind == "named" else exact), _single(sides[-1])
+    if inner.node is None or rounded.node is None or inner.unit != rounded.unit:
+        raise UnreadableError("only numbers can be close to each other")
+    try:
+        numbers = [values.compute(node, 80, {}) for node in (inner.node, rounded.node)]
+    except (values.NoValueError, KeyError) as error:
+        raise UnreadableError("only numbers can be close to each other") from error
+    if abs(numbers[0] - numbers[1]) > abs(numbers[0]) * 0.01:
+        raise UnreadableError("the two sides of an approximation must be close")
+    return exact
+
+
+def _inequality(signs: Sequence[str], sides: Sequence[Sequence[AnswerToken]]) -> Value:
+    """Read x < 5 and 1 <= x < 5 as named intervals, and others as relations."""
+    if signs[0] in (">", r"\ge") and len(signs) == 2:
+        signs = [_FLIPPED[sign] for sign in reversed(signs)]
+        sides = list(reversed(sides))
+    names = [_name(side) for side in sides]
+    infinity = Value("infinity", "+")
+    if len(signs) == 2:
+        if not names[1] or names[0] or names[2] or not set(signs) <= {"<", r"\le"}:
+            raise UnreadableError("of a double inequality the middle must be a variable")
+        low, high = _single(sides[0]), _single(sides[2])
+        brackets = ("(" if signs[0] == "<" else "[") + (")" if signs[1] == "<" else "]")
+        return Value("named", names[1], items=(Value("group", brackets, items=(low, high)),))
+    (sign,) = signs
+    if bool(names[0]) != bool(names[1]) and sign != r"\ne":
+        if names[1]:
+            sign, sides, names = _FLIPPED[sign], sides[::-1], names[::-1]
+        bound = _single(sides[1])
+        if bound.kind == "number" and bound.node and not values.symbols(bound.node):
+            below = sign in ("<", r"\le")
+            items = (replace(infinity, tag="-"), bound) if below else (bound, infinity)
+            closed = sign in (r"\le", r"\ge")
+            brackets = ("(]" if below else "[)") if closed else "()"
+            return Value("named", names[0], items=(Value("group", brackets, items=items),))
+    left, right = parse(sides[0]), parse(sides[1])
+    if sign in (">", r"\ge"):
+        sign, left, right = _FLIPPED[sign], right, left
+    return make_relation(sign, left, right)
+
+
+def _single(tokens: Sequence[AnswerToken]) -> Value:
+    """Read a value without relations: a union, group, matrix, constant, text or number."""
+    if not tokens:
+        raise UnreadableError("a value is missing")
+    for separators, kind, tag in (((r"\cup",), "union", ""), ((r"\setminus",), "group", "minus")):
+        parts = _split(tokens, separators)
+        if len(parts) > 1:
+            return Value(kind, tag, items=tuple(_single(part) for part in parts))
+    ratio = _split(tokens, (":",))
+    if len(ratio) > 1:
+        return _ratio(ratio)
+    if len(tokens) > 2 and tokens[0].text in ("(", "[") and tokens[1].kind == "env":
+        tokens = tokens[1:-1]
+    if tokens[0].kind == "env":
+        return _matrix(tokens)
+    return _constant(tokens) or _group(tokens) or _text(tokens) or read_number(tokens)
+
+
+def _constant(tokens: Sequence[AnswerToken]) -> Value | None:
+    """Read infinity, the real numbers and the empty set; None for another value."""
+    if len(tokens) == 1 and tokens[0].text in _CONSTANTS:
+        return Value("constant", _CONSTANTS[tokens[0].text])
+    signs = [token.text for token in tokens if token.text != "+"]
+    if signs in ([r"\infty"], ["-", r"\infty"]):
+        return Value("infinity", "-" if len(signs) == 2 else "+")
+    return None
+
+
+def _ratio(parts: Sequence[Sequence[AnswerToken]]) -> Value:
+    """Read a ratio, or a time of day: 1:2, 10:30 a.m."""
+    *before, last = parts
+    suffix = [token for token in last if token.kind in ("text", "word")]
+    items = [read_number(part) for part in [*before, [t for t in last if t not in suffix]]]
+    unit = read_unit(" ".join(token.text for token in suffix)) if suffix else None
+    if any(item.unit for item in items) or (suffix and unit is None):
+        raise UnreadableError("a ratio or a time of day must be of numbers")
+    return Value("group", "::", unit=unit, items=tuple(items))
+
+
+def _group(tokens: Sequence[AnswerToken]) -> Value | None:
+    """Read a tuple, an interval or a set in braces; None where it is none of these."""
+    opening, closing = tokens[0].text, tokens[-1].text
+    if opening not in _OPENING or closing not in _CLOSING or len(_outside(tokens)) > 2:
+        return None
+    if opening == r"\{" and closing == r"\}" and len(tokens) == 2:
+        return Value("constant", "empty set")
+    items = [_element(part) for part in _split(tokens[1:-1], (",", ";"))]
+    if opening == r"\{" and closing == r"\}":
+        return make_set(items)
+    if len(items) < 2 or "{" in (opening, closing):
+        return None
+    short = {r"\langle": "<", r"\rangle": ">"}
+    brackets = short.get(opening, opening) + short.get(closing, closing)
+    if brackets == "()" and [(i.kind, i.tag) for i in items] == [("infinity", s) for s in "-+"]:
+        return Value("constant", "reals")
+    return Value("group", brackets, items=tuple(items))
+
+
+def _matrix(tokens: Sequence[AnswerToken]) -> Value:
+    """Read \\begin{pmatrix} a & b \\\\ c & d \\end{pmatrix}."""
+    name = tokens[0].text.removeprefix("begin{").rstrip("}")
+    body = tokens[1:-1]
+    if name not in _MATRICES or tokens[-1].text != f"end{{{name}}}":
+        raise UnreadableError(f"{name!r} is not read alone")
+    rows = [_split(row, ("&",)) for row in _split(body, ("\\\\",)) if row]
+    if len({len(row) for row in rows}) != 1:
+        raise UnreadableError("the rows of a matrix must have the same length")
+    items = tuple(read_number(cell) for row in rows for cell in row)
+    return Value("matrix", str(len(rows)), items=items)
