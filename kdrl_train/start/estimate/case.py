@@ -8,6 +8,7 @@ import torch
 from kdrl_kernels.plan import ChunkPlan, chunk_plan
 from kdrl_train.config import TrainConfig
 from kdrl_train.model import attention
+from kdrl_train.start.estimate.layers import LayerShape
 from kdrl_train.start.estimate.shapes import ModelShape
 
 
@@ -98,19 +99,43 @@ class Case:
         """Says whether attention over a pack takes a [T, T] mask: transformers' "sdpa" does."""
         return self.run.model.attention == "sdpa" and self.run.optim.micro_batch_tokens > 1
 
-    def attention_width(self, model: ModelShape) -> int:
+    def attention_width(self, layer: LayerShape) -> int:
         """Counts the numbers that attention keeps for each token: query, key, value, output."""
-        q, kv = model.heads_width, model.kv_width
+        q, kv = layer.query, layer.kv
         if self.packed:
             varlen = not self.placement.cpu and self.dtype in attention.VARLEN_DTYPES
             return 4 * q if varlen else 5 * q
         return 4 * q if self.masked else 2 * q + 2 * kv
 
-    def activation_bytes(self, model: ModelShape) -> int:
+    def layer_bytes(self, layer: LayerShape) -> int:
         """Returns the bytes that a layer keeps for each token, without a mask: see memory.py."""
         b, s = self.dtype.itemsize, self.stream_bytes
-        norms = (4 + s + b) * model.normed + (4 + b) * model.heads_normed
-        return norms + b * (self.attention_width(model) + 4 * model.intermediate)
+        norms = (4 + s + b) * layer.normed + (4 + b) * layer.heads_normed
+        inner = layer.mlp_kept + layer.routed + layer.scanned
+        return norms + b * (self.attention_width(layer) + inner)
+
+    def activation_bytes(self, model: ModelShape) -> int:
+        """Returns the bytes that all layers keep for each token, without masks."""
+        return sum(self.layer_bytes(layer) for layer in model.each)
+
+    def cache_bytes(self, model: ModelShape, tokens: int) -> int:
+        """Returns the bytes of keys and values, or latents, that generate keeps of a completion.
+
+        Rotated keys have the dtype of the residual stream.
+        """
+        b, s = self.dtype.itemsize, self.stream_bytes
+        return sum(
+            layer.kept(tokens) * (s * layer.cached_keys + b * layer.cached_values)
+            for layer in model.each
+        )
+
+    def state_bytes(self, model: ModelShape) -> int:
+        """Returns the bytes of the states of constant size that generate keeps of a completion.
+
+        States of SSMs and linear attention are float32; the past of convolutions is not.
+        """
+        b = self.dtype.itemsize
+        return sum(4 * layer.state + b * layer.convolved for layer in model.each)
 
     def chunk_plan(self, tokens: int) -> ChunkPlan:
         """Returns the chunk plan of the one-pass head for a number of tokens."""

@@ -14,7 +14,16 @@ without fused kernels. b is the bytes of a number in the compute dtype, s in the
                                                    float32): the output exists twice
     attention, "sdpa"             b · 4 q          and a [T, T] mask of b bytes a number
     attention, others             b (2 q + 2 kv)
-    gated MLP, width I            b · 4 I          gate, its activation, up, their product
+    gated MLP, width I            b · 4 I          gate, its activation, up, their product; one
+                                                   without a gate: 2 I
+    k chosen experts              b k (4 I + 2 H)  the same, and copies of the token to and fro
+    SSM, linear attention         what fused kernels keep (mamba-ssm, flash-linear-attention): its
+                                  inputs, convolved inputs, and 3 outputs. PyTorch's own loops keep
+                                  at least twice as much
+
+`generate` keeps of a token what its cache keeps: keys and values; of a layer with a sliding window
+or chunks those of the window; one latent and one rotated key (MLA); nothing where a layer reads
+another one's. An SSM, linear attention or convolution keeps a state of constant size.
 
 Fragmentation (the reserve covers it), the CUDA context and NCCL's buffers are not modelled.
 """
@@ -154,10 +163,12 @@ def _activations(case: Case) -> list[Term]:
     """Lists what the policy's layers keep of a pack for backward."""
     policy, b, s = case.policy, case.dtype.itemsize, case.stream_bytes
     tokens, layers = (case.pack_tokens, "tokens"), (policy.layers, "layers")
-    kept = (case.activation_bytes(policy), "B")
+    fused = " (SSM, linear attention: with fused kernels)" if policy.scans else ""
+    kept = (case.activation_bytes(policy), f"B, all layers{fused}")
+    largest = (max(case.layer_bytes(layer) for layer in policy.each), "B")
     mask = [(b, "B"), tokens, tokens]
     last = (policy.hidden * (4 + s + 2 * b), "B")
-    inner = (b * (2 * policy.intermediate + 2 * policy.hidden), "B")
+    inner = (b * (2 * policy.inner + 2 * policy.hidden), "B")
     shorter = _shorter(case)
     terms = [
         product("last norm, hidden states", UPDATE, [tokens, last], remedy=shorter),
@@ -169,12 +180,12 @@ def _activations(case: Case) -> list[Term]:
             product("inputs of the layers", UPDATE, [layers, tokens, stream], remedy=shorter)
         )
         terms.append(
-            product("one layer, recomputed", ("backward",), [tokens, kept], remedy=shorter)
+            product("one layer, recomputed", ("backward",), [tokens, largest], remedy=shorter)
         )
         masks = [product("a layer's mask", ("backward",), mask, remedy=shorter)]
     else:
         remedy = f"--model.gradient-checkpointing, or {shorter}"
-        terms.append(product("activations", UPDATE, [layers, tokens, kept], remedy=remedy))
+        terms.append(product("activations", UPDATE, [tokens, kept], remedy=remedy))
         masks = [product("masks of the layers", UPDATE, [layers, *mask], remedy=remedy)]
     return terms + (masks if case.masked else [])
 
@@ -204,7 +215,7 @@ def _teacher(case: Case) -> list[Term]:
     everything, tokens = (teacher.parameters, "parameters"), (case.pack_tokens, "tokens")
     head = (teacher.head_parameters, "head parameters")
     two_layers = 2 * teacher.layer_parameters + teacher.root_parameters
-    inner = (3 * b * (teacher.intermediate + teacher.hidden), "B")
+    inner = (3 * b * (teacher.inner + teacher.hidden), "B")
     terms = [
         product("teacher's hidden states", ("head",), [(b, "B"), tokens, (teacher.hidden, "H")]),
         product("a layer of the teacher", ("teacher",), [tokens, inner], remedy=_shorter(case)),
@@ -234,9 +245,12 @@ def _rollout(case: Case) -> list[Term]:
         return []
     prompt, length = run.data.max_prompt_tokens, case.longest
     batch = (case.batch, "completions")
-    pair = (case.stream_bytes + b) * policy.kv_width  # rotated keys have the stream's dtype
-    per_token = (policy.layers * pair, "B")
-    inner = (3 * b * (policy.intermediate + policy.hidden), "B")
+    per_token = (case.cache_bytes(policy, 1), "B")  # a window is cut once the prompt is read
+    held = [(length, "tokens"), per_token]
+    if any(layer.window is not None for layer in policy.each):
+        held = [(case.cache_bytes(policy, length), f"B of {length:,} tokens, some in a window")]
+    copied = max(layer.kept(length) * layer.cached_keys for layer in policy.each)
+    inner = (3 * b * (policy.inner + policy.hidden), "B")
     fewer = "lower sampling.batch_size"
     terms = [
         product(
@@ -260,13 +274,13 @@ def _rollout(case: Case) -> list[Term]:
         product(
             "keys and values",
             ("decode",),
-            [batch, (length, "tokens"), per_token],
+            [batch, *held],
             remedy=f"{fewer} or sampling.max_new_tokens",
         ),
         product(
             "a layer's keys, copied to grow",
             ("decode",),
-            [batch, (length, "tokens"), (case.stream_bytes * policy.kv_width, "B")],
+            [batch, (case.stream_bytes, "B"), (copied, "numbers")],
         ),
         product(
             "logits of a token",
@@ -275,6 +289,8 @@ def _rollout(case: Case) -> list[Term]:
             remedy=fewer,
         ),
     ]
+    if states := case.state_bytes(policy):
+        terms.append(product("states of the mixers", ROLLOUT, [batch, (states, "B")], remedy=fewer))
     if case.sharded or b < 4 or run.engine.staleness:
         copy = [(b, "B"), (policy.parameters, "parameters")]
         terms.append(product("copy of the policy that samples", ROLLOUT, copy, remedy=LARGER))

@@ -5,42 +5,54 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+from kdrl_train.start.estimate.layers import LayerShape, layer_shapes, layers_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
-    """Holds the sizes of a dense decoder of transformers. All counts are exact."""
+    """Holds the sizes of a causal LM of transformers. Counts of parameters are exact."""
 
     parameters: int
-    """All parameters; a tied head counts once."""
-    layers: int
+    """All parameters; a tied head counts once, and so does a layer that is used several times."""
     layers_parameters: int
     """Parameters of all decoder layers together."""
-    layer_parameters: int
-    """Parameters of the largest decoder layer."""
     largest: int
     """Elements of the largest parameter."""
     hidden: int
     """H: width of the residual stream."""
     vocabulary: int
     """V: rows of the head."""
-    heads_width: int
-    """Attention heads times their width."""
-    kv_width: int
-    """Key-value heads times their width."""
-    intermediate: int
-    """Width of the gated MLP."""
-    normed: int
-    """Widths of a layer's norms over the residual stream, summed."""
-    heads_normed: int
-    """Widths of a layer's norms over queries and keys (Qwen3), summed."""
     tied: bool
     """Whether head and embedding are one parameter."""
+    each: tuple[LayerShape, ...]
+    """The decoder layers in their order."""
+
+    @property
+    def layers(self) -> int:
+        """Counts the decoder layers."""
+        return len(self.each)
+
+    @property
+    def layer_parameters(self) -> int:
+        """Counts the parameters of the largest decoder layer."""
+        return max(layer.parameters for layer in self.each)
+
+    @property
+    def inner(self) -> int:
+        """Counts the numbers of a token between the projections of the widest layer."""
+        return max(layer.inner for layer in self.each)
+
+    @property
+    def scans(self) -> bool:
+        """Says whether some layer has an SSM or linear attention."""
+        return any(layer.scanned for layer in self.each)
+
+    @property
+    def active_parameters(self) -> int:
+        """Counts the parameters of the layers that compute one token."""
+        return sum(layer.active for layer in self.each)
 
     @property
     def root_parameters(self) -> int:
@@ -52,10 +64,17 @@ class ModelShape:
         """Counts the parameters of the head, V · H."""
         return self.vocabulary * self.hidden
 
-    @property
-    def read_parameters(self) -> int:
-        """Counts the parameters that are read to sample a token: all but an untied embedding."""
-        return self.layers_parameters + self.head_parameters
+    def read_parameters(self, batch: int) -> float:
+        """Counts the parameters that are read to sample a token of each of `batch` completions.
+
+        They are all but an untied embedding; of the experts those that some token meets, where
+        each token chooses its own at random.
+        """
+        met = sum(
+            layer.parameters - (layer.parameters - layer.active) * layer.missed ** (batch - 1)
+            for layer in self.each
+        )
+        return met + self.head_parameters
 
 
 def read_shape(folder: str, key: str) -> ModelShape:
@@ -63,7 +82,7 @@ def read_shape(folder: str, key: str) -> ModelShape:
 
     Args:
         key: "model.policy" or "model.teacher", for messages.
-    Raises: ValueError if it is not a causal LM, or not a dense decoder.
+    Raises: ValueError if it is not a causal LM, or has a layer of an unknown kind.
     """
     if not folder:
         raise ValueError(f"{key} must name a folder or hub id, got nothing: set {key}")
@@ -71,7 +90,7 @@ def read_shape(folder: str, key: str) -> ModelShape:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # a model's code may raise anything for a config that is not its own
         raise ValueError(
             f"{key} must be a folder with the config.json of a causal LM of transformers, or a hub "
             f"id, got {folder!r} (looked in {Path.cwd()}): {error}"
@@ -84,59 +103,29 @@ def shape_of(model: Any, name: str) -> ModelShape:
 
     Args:
         name: how messages call the model.
-    Raises: ValueError for a mixture of experts, and for a model whose sizes are not in its
-        configuration.
+    Raises: ValueError for a model with a layer of an unknown kind.
     """
-    text = model.config.get_text_config()
-    missing = [size for size in SIZES if not getattr(text, size, None)]
-    experts = [f"{size} = {getattr(text, size)}" for size in EXPERTS if getattr(text, size, None)]
-    blocks = set(model._no_split_modules or ())
-    layers = [module for module in model.modules() if type(module).__name__ in blocks]
-    if missing or experts or not layers:
-        why = f"without {', '.join(missing or ['layers'])}" if not experts else experts[0]
+    try:
+        head = model.get_output_embeddings().weight
+        each = layer_shapes(model)
+        inside = {p for layer in layers_of(model) for p in layer.parameters()}
+        tied = head is model.get_input_embeddings().weight
+    except Exception as error:  # a model of a kind that nobody has thought of
+        why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{name} must be a dense decoder, got {type(model).__name__} ({why}): the "
-            "memory of other models is not modelled"
-        )
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    q = text.num_attention_heads * width
-    kv = (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * width
-    counts = [_count(layer.parameters()) for layer in layers]
-    normed, heads_normed = _normed(layers[0], width, q, kv)
-    head = model.get_output_embeddings().weight
+            f"{name} must be a model whose layers are known, got {type(model).__name__}: {why}; "
+            "its memory is not estimated, but it may be trained all the same"
+        ) from error
     return ModelShape(
         parameters=_count(model.parameters()),
-        layers=len(layers),
-        layers_parameters=sum(counts),
-        layer_parameters=max(counts),
+        layers_parameters=_count(inside),
         largest=max(parameter.numel() for parameter in model.parameters()),
-        hidden=text.hidden_size,
+        hidden=head.shape[1],
         vocabulary=head.shape[0],
-        heads_width=q,
-        kv_width=kv,
-        intermediate=text.intermediate_size,
-        normed=normed,
-        heads_normed=heads_normed,
-        tied=head is model.get_input_embeddings().weight,
+        tied=tied,
+        each=tuple(each),
     )
 
 
 def _count(parameters: Any) -> int:
     return sum(parameter.numel() for parameter in parameters)
-
-
-def _normed(layer: nn.Module, width: int, q: int, kv: int) -> tuple[int, int]:
-    """Sums the widths of a layer's norms: over the residual stream, and over queries and keys."""
-    stream, heads = 0, 0
-    for name, module in layer.named_modules():
-        if not type(module).__name__.endswith("Norm"):
-            continue
-        size = module.get_parameter("weight").numel()
-        leaf = name.rpartition(".")[2]
-        if not leaf.startswith(("q", "k")):
-            stream += size
-        elif size == width:  # one norm for all heads
-            heads += q if leaf.startswith("q") else kv
-        else:
-            heads += size
-    return stream, heads

@@ -17,6 +17,8 @@ CACHE_PASSES = 3
 """To add a token, the cache of keys and values is read and written; attention reads it again."""
 ELEMENTWISE_PASSES = 4
 """The forward pass writes and reads what a layer keeps; backward does so with its gradient."""
+STATE_FLOP = 6
+"""For each number of an SSM's state: decay, add the input, multiply with the output's vector."""
 ADAMW_PASSES = 10
 """float32 numbers that move for each parameter: AdamW reads w, g, m, v and writes w, m, v; clipping
 reads g twice and writes it."""
@@ -82,10 +84,10 @@ def _rollout(case: Case, device: Device, lengths: Lengths, launch_us: float) -> 
     policy, b, B = case.policy, case.dtype.itemsize, case.batch
     S = case.run.sampling.max_new_tokens
     batches = -(-case.rollouts // B)
-    steps, weights = batches * S, policy.read_parameters
-    seconds = max(b * weights / device.bandwidth, 2 * weights * B / device.flops)
-    cache = CACHE_PASSES * (case.stream_bytes + b) * policy.layers * policy.kv_width
-    read = batches * B * (S * lengths.prompt + S * S / 2) * cache
+    steps, weights = batches * S, round(policy.read_parameters(B))
+    met = policy.active_parameters + policy.head_parameters
+    seconds = max(b * weights / device.bandwidth, 2 * met * B / device.flops)
+    read = batches * B * CACHE_PASSES * _cache_read(case, lengths.prompt, S)
     prompts = case.rollouts * lengths.prompt
     shapes = f"{batches} x {B} completions · {S:,} steps"
     launches = steps * policy.layers * launch_us * 1e-6
@@ -94,7 +96,7 @@ def _rollout(case: Case, device: Device, lengths: Lengths, launch_us: float) -> 
             "decode, weights",
             steps * seconds,
             f"{steps:,} steps · max({b} B · {weights:,} / {device.bandwidth / 1e9:,.4g} GB/s, "
-            f"2 FLOP · {weights:,} · {B} / {device.flops / 1e12:,.4g} TFLOP/s)",
+            f"2 FLOP · {met:,} · {B} / {device.flops / 1e12:,.4g} TFLOP/s)",
             ("rollout",),
         ),
         _move("decode, keys and values", "rollout", read, shapes, device.bandwidth),
@@ -107,27 +109,51 @@ def _rollout(case: Case, device: Device, lengths: Lengths, launch_us: float) -> 
         _compute(
             "prefill",
             "rollout",
-            _forward_flop(policy, prompts, lengths.prompt / 2),
-            f"2 · {policy.layers_parameters:,} · {prompts:,.0f} tokens, and attention",
+            _forward_flop(policy, prompts, lengths.prompt),
+            f"2 · {policy.active_parameters:,} · {prompts:,.0f} tokens, and attention",
             device,
         ),
     ]
 
 
-def _forward_flop(model: ModelShape, tokens: float, context: float) -> float:
-    """Counts the FLOP of the layers' GEMMs and of attention over `context` keys for each token."""
-    attention = 4 * model.layers * model.heads_width * context
-    return tokens * (2 * model.layers_parameters + attention)
+def _cache_read(case: Case, prompt: float, steps: int) -> float:
+    """Counts the bytes of one completion's caches and states, summed over its steps."""
+    b, total = case.dtype.itemsize, float(steps * case.state_bytes(case.policy))
+    for layer in case.policy.each:
+        size = case.stream_bytes * layer.cached_keys + b * layer.cached_values
+        window = float("inf") if layer.window is None else layer.window
+        growing = min(max(window - prompt, 0), steps)  # steps until the window is full
+        full = (steps - growing) * window if growing < steps else 0
+        total += size * (growing * prompt + growing * growing / 2 + full)
+    return total
+
+
+def _forward_flop(
+    model: ModelShape, tokens: float, sequence: float, masked: float | None = None
+) -> float:
+    """Counts the FLOP of the layers' GEMMs, of attention, and of the states of other mixers.
+
+    Args:
+        sequence: tokens of a sequence, of which each reads those before it, at most a window.
+        masked: keys of every token where a mask skips no work.
+    """
+    per_token = 2.0 * model.active_parameters
+    for layer in model.each:
+        window = min(layer.window or sequence, sequence)
+        context = window - window * window / (2 * sequence) if masked is None else masked
+        per_token += 2 * (layer.query + layer.output) * context
+        per_token += STATE_FLOP * layer.state
+    return tokens * per_token
 
 
 def _passes(case: Case, device: Device, lengths: Lengths) -> list[Term]:
     """Times the layers, without heads: the teacher's forward, the policy's forward and backward."""
     policy, teacher = case.policy, case.teacher
     tokens = case.rollouts * lengths.sequence
-    context = case.pack_tokens if case.masked else lengths.sequence / 2  # a mask skips no work
-    work = _forward_flop(policy, tokens, context)
-    layers = f"{policy.layers_parameters:,} · {tokens:,.0f} tokens, and attention"
-    kept = policy.layers * case.activation_bytes(policy)
+    masked = case.pack_tokens if case.masked else None
+    work = _forward_flop(policy, tokens, lengths.sequence, masked)
+    layers = f"{policy.active_parameters:,} · {tokens:,.0f} tokens, and attention"
+    kept = case.activation_bytes(policy)
     terms = [
         _compute("policy, forward and backward", "update", 3 * work, f"6 · {layers}", device),
         _move(
@@ -141,8 +167,8 @@ def _passes(case: Case, device: Device, lengths: Lengths) -> list[Term]:
     if case.run.model.gradient_checkpointing:
         terms.append(_compute("policy, recomputed", "update", work, f"2 · {layers}", device))
     if teacher is not None:
-        read = _forward_flop(teacher, tokens, context)
-        layers = f"2 · {teacher.layers_parameters:,} · {tokens:,.0f} tokens, and attention"
+        read = _forward_flop(teacher, tokens, lengths.sequence, masked)
+        layers = f"2 · {teacher.active_parameters:,} · {tokens:,.0f} tokens, and attention"
         terms.append(_compute("teacher, forward", "teacher", read, layers, device))
     return terms
 

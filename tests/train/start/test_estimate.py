@@ -238,10 +238,12 @@ def test_parameters_are_those_of_the_real_model(tmp_path: Path, family: str, tie
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     assert (shape.layers, shape.layers_parameters) == (2, sum(layers))
     assert shape.root_parameters == 256 * (2 - tied) + 8
-    assert shape.read_parameters == sum(layers) + 256
+    assert shape.active_parameters == sum(layers)
+    assert shape.read_parameters(4) == sum(layers) + 256
     assert shape.tied == tied
-    assert shape.normed == (32 if family == "gemma2" else 16)
-    assert shape.heads_normed == (8 + 4 if family == "qwen3" else 0)
+    for layer in shape.each:
+        assert layer.normed == (32 if family == "gemma2" else 16)
+        assert layer.heads_normed == (8 + 4 if family == "qwen3" else 0)
 
 
 @pytest.mark.parametrize("attention", ["packed", "sdpa"])

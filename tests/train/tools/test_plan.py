@@ -14,7 +14,7 @@ from kdrl_train.config_file import save_yaml, to_dict
 from kdrl_train.method.presets import PRESETS
 from kdrl_train.tools.plan import command
 from kdrl_train.tools.plan.command import PlanConfig
-from tests.train.estimate_cases import POLICY, write_config
+from tests.train.estimate_cases import write_config
 
 
 def arguments(models: dict[str, str], **changes: str) -> list[str]:
@@ -121,18 +121,18 @@ def test_bad_input_is_named(
     assert message in text
 
 
-def test_a_missing_teacher_and_a_mixture_of_experts_are_named(
+def test_a_missing_teacher_and_an_unknown_model_are_named(
     models: dict[str, str], tmp_path: Path
 ) -> None:
     model = ModelConfig(policy=models["tied"])
     with pytest.raises(ValueError, match=r"model\.teacher must name a folder or hub id"):
         command.make_estimate(PlanConfig(model=model))
-    experts = write_config(tmp_path / "moe", "mixtral", **POLICY, num_local_experts=4)
-    with pytest.raises(ValueError, match=r"model\.policy = .*dense decoder.*experts = 4"):
-        command.make_estimate(PlanConfig(model=ModelConfig(policy=experts)))
-    gpt2 = write_config(tmp_path / "gpt2", "gpt2")
-    with pytest.raises(ValueError, match=r"dense decoder, got GPT2.* \(without intermediate_size"):
-        command.make_estimate(PlanConfig(model=ModelConfig(policy=gpt2)))
+    for family in ("rwkv", "xlstm"):
+        folder = write_config(tmp_path / family, family, hidden_size=64, num_hidden_layers=2)
+        with pytest.raises(
+            ValueError, match=r"model\.policy = .*whose layers are known, got .*LM: "
+        ):
+            command.make_estimate(PlanConfig(model=ModelConfig(policy=folder)))
 
 
 def test_the_config_of_a_run_and_a_preset(models: dict[str, str], tmp_path: Path) -> None:
