@@ -289,6 +289,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     default = getattr(importlib.import_module(module), name)()
 
     def of_run(settings: TrainConfig, folder: Path) -> Any:
+        begin(PACKAGES, at_once=spec.lasts)
         return importlib.import_module(f"kdrl_train.{spec.module}").of_run(settings, folder)
 
     config = parse(

@@ -37,9 +37,10 @@ from kdrl_train.start.prompts import (
     check_eos,
     check_first_prompt,
     check_prompts,
+    check_server_tokenizer,
     check_tokenizers,
 )
-from kdrl_train.start.teacher_server import check_same_tokens, check_scores, check_server
+from kdrl_train.start.teacher_server import check_scores, check_server
 
 GOLDS_AT_ONCE = 1000
 """Gold answers that are sent to the verifier together."""
@@ -89,7 +90,7 @@ def preflight(
         tokenizer, probed = loaded.tokenizer, loaded.examples[:PROBE_PROMPTS]
         checks |= {
             "teacher server": lambda: check_server(server),
-            "tokenizers": lambda: check_same_tokens(server, tokenizer),
+            "tokenizers": lambda: check_server_tokenizer(config, loaded),
             "teacher probe": lambda: check_scores(config, server, tokenizer, probed),
         }
     if config.engine.kind == "vllm_server":

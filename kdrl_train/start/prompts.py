@@ -1,11 +1,13 @@
 """Checks of the prompts before the first step: how they are written, their lengths, their ends."""
 
+import copy
 import re
 from typing import Any
 
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig, TrainConfig
 from kdrl_train.model.eos import eos_ids, turn_end_id
+from kdrl_train.model.teacher.client import UNKNOWN
 from kdrl_train.model.window import window
 from kdrl_train.rollouts.problems import PromptFacts, encode_prompt
 from kdrl_train.rollouts.rendering import (
@@ -16,6 +18,7 @@ from kdrl_train.rollouts.rendering import (
     templated,
 )
 from kdrl_train.start.load import Loaded
+from kdrl_train.start.teacher_server import check_same_tokens
 
 
 def check_prompts(config: TrainConfig, loaded: Loaded) -> str:
@@ -234,17 +237,34 @@ def check_tokenizers(config: TrainConfig, loaded: Loaded) -> str:
                 f"{policy_tokens.get(i)!r} for the policy and {teacher_tokens.get(i)!r} for the "
                 "teacher; choose two models of one family, or do without a teacher: --preset grpo"
             )
-    doubt = _teacher_rendering(config, loaded)
+    doubt = _teacher_rendering(config, loaded, loaded.teacher_tokenizer)
     return _with_doubts(f"the same {len(policy_tokens):,} tokens", [doubt] if doubt else [])
 
 
-def _teacher_rendering(config: TrainConfig, loaded: Loaded) -> str | None:
-    """Say how the teacher's tokenizer renders a prompt where that is not the policy's rendering."""
+def check_server_tokenizer(config: TrainConfig, loaded: Loaded) -> str:
+    """Check that the tokens of the teacher's server are the policy's, and that both chat templates
+    render the first prompts alike, where the server says its own.
+
+    Raises: ValueError as check_same_tokens; UserWarning as check_tokenizers.
+    """
+    server = loaded.server
+    assert server is not None
+    detail = check_same_tokens(server, loaded.tokenizer)
+    if server.chat_template is UNKNOWN:
+        return f"{detail}; its chat template is not known"
+    tokenizer = copy.copy(loaded.tokenizer)
+    tokenizer.chat_template = server.chat_template
+    doubt = _teacher_rendering(config, loaded, tokenizer)
+    return _with_doubts(detail, [doubt] if doubt else [])
+
+
+def _teacher_rendering(config: TrainConfig, loaded: Loaded, teacher: Any) -> str | None:
+    """Say how a teacher's tokenizer renders a prompt where that is not the policy's rendering."""
     tokenizer = loaded.tokenizer
     for example in loaded.examples[:PROBE_PROMPTS]:
         ids = encode_prompt(tokenizer, example, config.data)
         try:
-            teacher_ids = encode_text(loaded.teacher_tokenizer, example.prompt, config.data)
+            teacher_ids = encode_text(teacher, example.prompt, config.data)
         except PromptError as error:
             return f"the teacher's tokenizer renders no prompt: {error}"
         if ids != teacher_ids:

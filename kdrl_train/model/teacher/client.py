@@ -33,6 +33,10 @@ ROUNDING = 1e-3
 """A log-probability above this is wrong: rounding alone stays below it."""
 
 
+UNKNOWN = object()
+"""Stands for what a server does not say, where None means that there is none."""
+
+
 class TeacherError(RunError, OSError):
     """Ends the run: the teacher's server did not reply in time, or its reply is wrong."""
 
@@ -94,6 +98,8 @@ class TeacherClient(ABC):
     def __init__(self, url: str, config: TeacherConfig) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.timeout_s = config.timeout_s
+        self.chat_template: Any = UNKNOWN
+        """That of the model's tokenizer, None if it has none; UNKNOWN: the server does not say."""
         connections = httpx2.Limits(max_connections=config.concurrency)
         trust = not is_loopback(self.url)
         try:
@@ -191,6 +197,7 @@ class KdrlClient(TeacherClient):
 
     def _info(self, _name: str | None) -> TeacherInfo:
         version = self._send("what it is", "/version", None, self.timeout_s)
+        self.chat_template = version.get("chat_template", UNKNOWN)
         names = TeacherInfo.__dataclass_fields__
         return self._read("/version", lambda: TeacherInfo(**{n: version[n] for n in names}))
 

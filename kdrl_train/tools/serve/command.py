@@ -134,8 +134,8 @@ def describe(folder: str, model: Teacher, tokenizer: Any) -> dict[str, Any]:
 
     model: folder or hub id. vocab_size: rows of the head. window: most tokens of a sequence, or
     null. dtype: that of the model. tokenizer: its vocabulary_hash. eos_ids: all tokens that end a
-    sequence. fingerprint: a hash of all these, which each reply to /score repeats. packages: their
-    versions.
+    sequence. fingerprint: a hash of all these, which each reply to /score repeats. chat_template:
+    that of the tokenizer, or null. packages: their versions.
     """
     info = {
         "model": folder,
@@ -146,7 +146,11 @@ def describe(folder: str, model: Teacher, tokenizer: Any) -> dict[str, Any]:
         "eos_ids": eos_ids(model.model, tokenizer),
     }
     fingerprint = hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()
-    return info | {"fingerprint": fingerprint, "packages": {n: _version(n) for n in PACKAGES}}
+    return info | {
+        "fingerprint": fingerprint,
+        "chat_template": tokenizer.chat_template,
+        "packages": {n: _version(n) for n in PACKAGES},
+    }
 
 
 def _version(package: str) -> str | None:

@@ -1,5 +1,6 @@
 """teacher_server: `check` refuses a teacher behind a URL that does not fit the policy."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
+
+from transformers import AutoTokenizer
 
 from kdrl_train import cli
 from kdrl_train.config import ModelConfig
@@ -59,12 +62,33 @@ def test_a_served_teacher_that_fits_passes(
         assert words in text, text
 
 
+@pytest.mark.parametrize("template", [None, "Q {{ messages[0]['content'] }}"])
+def test_another_template_of_a_served_teacher_is_shown(
+    folders: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    template: str | None,
+) -> None:
+    shutil.copytree(folders["teacher"], tmp_path / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "teacher")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    with running(teacher_app(tmp_path / "teacher")) as url:
+        code, text = checked(folders, capsys, url)
+    assert code == 0
+    if template is None:
+        assert "tokenizers ok the same 258 tokens teacher" in text
+    else:
+        shown = "tokenizers warning the teacher's tokenizer renders a prompt as 'Q 0+0='"
+        assert shown in text, text
+
+
 def test_an_openai_server_that_fits_passes(
     folders: dict[str, Path], server: tuple[Scripted, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, text = checked(folders, capsys, server[1], model__teacher_api="openai")
     assert code == 0
-    assert "of 258 tokens compared, up to id 257: the same" in text
+    assert "of 258 tokens compared, up to id 257: the same; its chat template is not" in text
     assert "the teacher's are not known: its server does not say" in text
     assert "columns: policy 258;" in text
 

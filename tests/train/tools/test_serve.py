@@ -164,6 +164,7 @@ def test_version_says_what_must_match(
         "dtype": "float32",
         "tokenizer": vocabulary_hash(tokenizer),
         "eos_ids": [0],
+        "chat_template": None,
     }
 
 
