@@ -68,7 +68,8 @@ def main(
             if steps(run, first):
                 output.heading("")
                 output.begin("saving the model")
-                export(run.policy.model, run.tokenizer, config.out / "model", world)
+                model, folder = run.policy.model, config.out / "model"
+                export(model, run.tokenizer, folder, world, model.origin.dtype_of)
                 run.log.event("finished", f"all {config.steps} steps are done", say=False)
     return config.out
 

@@ -20,7 +20,13 @@ from kdrl_train.model.folder import (
 from kdrl_train.model.fsdp import shard
 from kdrl_train.model.liger import patch_layers, require_liger
 from kdrl_train.model.policy import CHOICE, Policy, Teacher
-from kdrl_train.model.weights import require_complete, require_trainable, without_report
+from kdrl_train.model.weights import (
+    Origin,
+    origin_of,
+    require_complete,
+    require_trainable,
+    without_report,
+)
 from kdrl_train.ranks import ALONE, World
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -148,7 +154,8 @@ def read_model(
     Raises: ValueError naming the setting `key` for a model that cannot be loaded, or that its files
         do not hold whole, and for a quantised one where it must not be.
     """
-    method = quantization(require_loadable(folder, key))
+    declared = require_loadable(folder, key)
+    method = quantization(declared)
     if method is not None and plain is not None:
         raise refusal(key, folder, f"its weights are quantised ({method}), and {REMEDY[plain]}")
     where = {} if method is None else {"device_map": {"": device or torch.device("cpu")}}
@@ -166,6 +173,7 @@ def read_model(
     except Exception as error:  # a model's code and its files' readers raise many types
         raise refusal(key, folder, one_line(error)) from error
     require_complete(model, report, key, folder)
+    model.origin = origin_of(model, folder, declared)
     if plain == "trained":
         require_trainable(model, key, folder)
     return model
@@ -177,19 +185,19 @@ def _read_on_main(
     """Read a model on rank 0; the others build it on the meta device, without its weights."""
     models: list[Any] = []  # a model stays on its rank: what on_main returns is sent to all
 
-    def keep() -> tuple[Any, Any]:
+    def keep() -> tuple[Any, Any, Origin]:
         models.append(read())
-        return models[0].config, models[0].generation_config
+        return models[0].config, models[0].generation_config, models[0].origin
 
     def build() -> None:
         with torch.device("meta"):
             shell = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention_name
             )
-        shell.generation_config = generation_config
+        shell.generation_config, shell.origin = generation_config, origin
         models.append(shell)
 
-    config, generation_config = world.on_main(keep)
+    config, generation_config, origin = world.on_main(keep)
     world.share(lambda: None if world.main else build())
     (model,) = models
     return model

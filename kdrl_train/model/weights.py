@@ -2,11 +2,15 @@
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from kdrl_train.model.folder import refusal
+import torch
+
+from kdrl_train.model.folder import refusal, tensors
 
 HARMLESS = re.compile(
     r"(inv_freq|position_ids|masked_bias|attn\.bias|attention\.bias|num_batches_tracked)$"
@@ -73,6 +77,41 @@ def _some(names: list[str]) -> str:
     """Write the first names of a list, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """Says what a model's files were like; the model carries it as its attribute `origin`."""
+
+    dtype: torch.dtype
+    """The floating dtype of most of their elements."""
+    dtypes: dict[str, torch.dtype]
+    """The dtype of each floating tensor, by its name in the files."""
+    prefix: str
+    """What may stand before a name in the model and not in the files: "model." (Llama)."""
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor of the model in the files; of most of them if it has none.
+
+        Several tensors of the files may be one of the model (experts).
+        """
+        bare = name.removeprefix(self.prefix)
+        return self.dtypes.get(name, self.dtypes.get(bare, self.dtype))
+
+
+def origin_of(model: Any, name: str, config: dict[str, Any]) -> Origin:
+    """Read from the files of a model, and from its config.json, what they are like."""
+    stored = {key: value for key, value in tensors(name).items() if value.is_floating_point()}
+    elements: Counter[torch.dtype] = Counter()
+    for value in stored.values():
+        elements[value.dtype] += value.numel()
+    declared = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    most = elements.most_common(1)
+    return Origin(
+        dtype=most[0][0] if most else getattr(torch, declared.removeprefix("torch.")),
+        dtypes={key: value.dtype for key, value in stored.items()},
+        prefix=f"{model.base_model_prefix}.",
+    )
 
 
 @contextmanager

@@ -1,34 +1,91 @@
 """Exports a trained policy as a folder that transformers loads."""
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from kdrl_train.ranks import ALONE, World
 
+DtypeOf = Callable[[str], torch.dtype]
+"""Returns the dtype in which a tensor is saved, by its name."""
 
-def export(model: Any, tokenizer: Any, folder: Path, world: World = ALONE) -> None:
+
+def export(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    world: World = ALONE,
+    dtype_of: DtypeOf | None = None,
+    remedy: str = "free space or correct --out, then --resume writes it again",
+) -> None:
     """Write a folder that from_pretrained loads; an older one is replaced.
 
-    world: the ranks of the run, which all call this together; rank 0 collects the weights on the
-        CPU and writes.
+    Args:
+        world: the ranks of the run, which all call this together; rank 0 collects the weights on
+            the CPU and writes.
+        dtype_of: the dtype of each floating tensor in the folder; None: the model's.
+        remedy: what to do where it cannot be written, for the message.
+    Raises: OSError if it cannot be written (a full disk, say): then an older folder stays.
     """
-    weights = None
+    weights: Any = model.state_dict()
     if world.launched:
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(model, options=whole)
-    world.on_main(lambda: _export(model, tokenizer, folder, weights))
+    world.on_main(lambda: _export(model, tokenizer, folder, weights, dtype_of, remedy))
 
 
-def _export(model: Any, tokenizer: Any, folder: Path, weights: dict[str, Any] | None) -> None:
-    """Write the folder under another name and rename it; None: the weights are the model's own."""
+def _export(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    weights: dict[str, Tensor],
+    dtype_of: DtypeOf | None,
+    remedy: str,
+) -> None:
+    """Write the folder under another name and rename it."""
     work = folder.with_name(f".tmp_{folder.name}")
-    if work.exists():
-        shutil.rmtree(work)
-    model.save_pretrained(work, state_dict=weights)
-    tokenizer.save_pretrained(work)
-    if folder.exists():
-        shutil.rmtree(folder)
-    work.rename(folder)
+    try:
+        if work.exists():
+            shutil.rmtree(work)
+        if dtype_of is not None:
+            weights = cast(model, weights, dtype_of)
+        model.save_pretrained(work, state_dict=weights)
+        if dtype_of is not None:
+            declare(work / "config.json", dtype_of(""))
+        tokenizer.save_pretrained(work)
+        if folder.exists():
+            shutil.rmtree(folder)
+        work.rename(folder)
+    except Exception as error:  # the tokenizers' and safetensors' libraries have their own types
+        shutil.rmtree(work, ignore_errors=True)
+        cause = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise OSError(f"the model must be written to {folder}, got {cause}: {remedy}") from error
+
+
+def cast(model: Any, weights: dict[str, Tensor], dtype_of: DtypeOf) -> dict[str, Tensor]:
+    """Return the weights in the CPU's memory, in other dtypes; tied ones stay one tensor."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    copies: dict[int, Tensor] = {}
+    result = {}
+    for name, weight in weights.items():
+        key = id(parameters.get(name, weight))
+        if key not in copies:
+            dtype = dtype_of(name) if weight.is_floating_point() else weight.dtype
+            copies[key] = weight.detach().to(dtype).cpu()
+        result[name] = copies[key]
+    return result
+
+
+def declare(path: Path, dtype: torch.dtype) -> None:
+    """Write the dtype of the weights, in which transformers loads them, into a config.json."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for part in (config, *config.values()):
+        if isinstance(part, dict) and "dtype" in part:
+            part["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -30,6 +30,7 @@ from kdrl_train.model.window import window
 from kdrl_train.rollouts.problems import data_records, encode_prompt, example_of, text_of
 from kdrl_train.rollouts.rendering import TooLongError
 from kdrl_train.runfolder import jsonl
+from kdrl_train.runfolder.export import export
 from kdrl_train.settings import (
     NaturalFloat,
     NaturalInt,
@@ -365,9 +366,8 @@ def main(config: SftConfig, console: Console | None = None) -> Path:
     metrics = fit(model, examples, pad, config, console)
     partial = config.out.with_name(config.out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a run that was stopped while it wrote
-    partial.mkdir(parents=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    dtype_of = model.origin.dtype_of if config.model else None
+    export(model, tokenizer, partial, dtype_of=dtype_of, remedy="free space or correct --out")
     save_yaml(config, partial / "sft.yaml")
     jsonl.write(partial / "sft_metrics.jsonl", metrics)
     partial.rename(config.out)
