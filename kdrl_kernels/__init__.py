@@ -11,6 +11,7 @@ from kdrl_kernels.head import TeacherHead
 from kdrl_kernels.metrics import mean_metrics
 from kdrl_kernels.objective import Objective, Rows
 from kdrl_kernels.plan import ChunkPlan, chunk_plan
+from kdrl_kernels.truncation import Truncation
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Objective",
     "Rows",
     "TeacherHead",
+    "Truncation",
     "__version__",
     "chunk_plan",
     "kdrl_loss",

@@ -16,6 +16,7 @@ from kdrl_kernels.objective import CallerLoss, Divergence, Objective, Rows, Toke
 from kdrl_kernels.plain import check_bytes, check_flag, check_number
 from kdrl_kernels.plan import Geometry, max_rows
 from kdrl_kernels.tangents import refuses_tangents
+from kdrl_kernels.truncation import Truncation
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ def linear_logprobs(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    truncation: Truncation | None = None,
     entropy: bool = False,
     workspace_bytes: int | None = None,
     cache_bytes: int = 0,
@@ -90,6 +92,8 @@ def linear_logprobs(
         bias: [V] or None.
         temperature: positive float or [N] tensor, a constant: no gradient reaches it.
         softcap: positive float or None.
+        truncation: Truncation(top_k, top_p) of the sampler, or None: log-probabilities and entropy
+            are those of the tokens that it keeps, renormalised. Not with a softcap.
         entropy: True also returns the entropy of each row.
         workspace_bytes: bound of the memory beyond inputs, outputs and gradients. None on a GPU:
             2,048 rows or 1.25 GB, whichever is more, and at most a quarter of the free memory.
@@ -111,20 +115,20 @@ def linear_logprobs(
     check_bytes("workspace_bytes", workspace_bytes)
     check_bytes("cache_bytes", cache_bytes, optional=False)
     check_flag("entropy", entropy)
-    impl = checks.choose_impl(impl, head)
+    impl, truncation = checks.choose_impl(impl, head), checks.check_truncation(truncation, head)
     used, N = checks.row_tensor("mask", mask, head, mask=True), len(tokens)
     active = slice(0, N) if used is None else used.nonzero().squeeze(1)
     if used is not None:
         head, tokens = head.select(active), tokens[active]
     if impl == "reference":
-        outputs = RowOutputs(*reference.linear_logprobs(head, tokens, entropy))
+        outputs = RowOutputs(*reference.linear_logprobs(head, tokens, entropy, truncation))
     else:
         rows = max_rows(_geometry(head, None, None, impl), workspace_bytes)
         needs, cached = needs_gradient(head), 0
         if any(needs):
             V, dtype = weight.shape[0], hidden.dtype
             cached = logprobs.cached_rows(len(tokens), V, dtype, rows, cache_bytes)
-        call = LogprobCall(head, tokens, entropy, impl, rows, cached, needs)
+        call = LogprobCall(head, tokens, entropy, impl, rows, cached, needs, truncation)
         outputs = RowOutputs(*operators.linear_logprobs(call))
     outputs = outputs.spread(active, N)
     return LogprobOutput(outputs.logprobs, outputs.entropy)
@@ -148,6 +152,7 @@ def kdrl_loss(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    truncation: Truncation | None = None,
     vocab_size: int | None = None,
     entropy: bool = False,
     compact: bool | None = None,
@@ -160,7 +165,8 @@ def kdrl_loss(
            - entropy_coef · entropy), where Objective defines each term.
 
     Args:
-        hidden, weight, bias, temperature, softcap, workspace_bytes, impl: as in linear_logprobs.
+        hidden, weight, bias, temperature, softcap, truncation, workspace_bytes, impl: as in
+            linear_logprobs. truncation is the student's: not with "fkl", which would be infinite.
         tokens: [N] int64, the sampled tokens. One outside [0, vocab_size) raises on a CPU; on a
             GPU it makes the loss NaN and is counted in metrics["bad_tokens"].
         advantages: [N] float; None with objective.policy "off". This and all that follows is
@@ -208,6 +214,7 @@ def kdrl_loss(
         vocab_size=vocab_size,
         entropy=entropy,
         compact=compact,
+        truncation=truncation,
         workspace_bytes=workspace_bytes,
         impl=impl,
     )
@@ -242,6 +249,7 @@ def linear_token_loss(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    truncation: Truncation | None = None,
     vocab_size: int | None = None,
     entropy: bool = False,
     lse: bool = False,
@@ -294,6 +302,7 @@ def linear_token_loss(
         vocab_size=vocab_size,
         entropy=entropy,
         compact=compact,
+        truncation=truncation,
         workspace_bytes=workspace_bytes,
         impl=impl,
     )
@@ -316,6 +325,7 @@ def _loss_call(
     vocab_size: int | None,
     entropy: bool,
     compact: bool | None,
+    truncation: Truncation | None,
     workspace_bytes: int | None,
     impl: str | None,
 ) -> LossCall:
@@ -345,6 +355,7 @@ def _loss_call(
         teacher_logprobs=checks.row_tensor("teacher_logprobs", teacher_logprobs, student),
         entropy=entropy,
         compact=compact,
+        truncation=checks.check_truncation(truncation, student, loss.exact_kd),
     )
     if impl == "reference":
         return call

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kdrl_kernels.head import Head, Needs
 from kdrl_kernels.objective import CallerLoss, Rows, TokenLoss
+from kdrl_kernels.truncation import Truncation
 
 RowSet = slice | Tensor
 """Some of N rows: a slice, or their int64 indices."""
@@ -59,6 +60,7 @@ class LogprobCall:
     cached: int
     """Rows whose logits are kept until backward."""
     needs: Needs
+    truncation: Truncation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,8 @@ class LossCall:
     """True leaves rows whose coefficients are 0 out of dX and dW."""
     max_rows: int = 0
     """Rows of logits that may be held at once; the reference ignores it and holds all."""
+    truncation: Truncation | None = None
+    """What the student's sampler keeps; None: every token."""
 
     @property
     def exact_kd(self) -> str | None:

@@ -11,6 +11,7 @@ from kdrl_kernels.head import Head, TeacherHead
 from kdrl_kernels.objective import Objective
 from kdrl_kernels.plain import check_number
 from kdrl_kernels.plan import accumulator
+from kdrl_kernels.truncation import Truncation
 
 IMPLS = ("triton", "torch", "reference")
 
@@ -232,3 +233,22 @@ def check_teacher(teacher: Any, teacher_logprobs: Tensor | None, head: Head) -> 
             f"teacher.hidden must be on the device of hidden ({head.hidden.device}), "
             f"got {teacher.hidden.device}"
         )
+
+
+def check_truncation(truncation: Any, head: Head, divergence: str | None = None) -> Any:
+    """Return the truncation, or raise where it is none, or a head or a divergence has no such."""
+    if truncation is None:
+        return None
+    if not isinstance(truncation, Truncation):
+        raise TypeError(f"truncation must be a Truncation or None, got {type(truncation).__name__}")
+    if head.softcap is not None:
+        raise ValueError(
+            f"truncation must be None with a softcap, got {truncation}: a softcap makes the -inf "
+            "of a token that is left out finite"
+        )
+    if divergence is not None and "fkl" in divergence:
+        raise ValueError(
+            f"truncation must be None for {divergence!r}, got {truncation}: KL(q‖p) is infinite "
+            "where the sampler leaves tokens of the teacher out"
+        )
+    return truncation

@@ -16,6 +16,7 @@ from kdrl_kernels.objective import Coefficients
 from kdrl_kernels.one_pass import Buffers, Gradients, gradient_view
 from kdrl_kernels.plan import accumulator, balanced, chunks_of, padded
 from kdrl_kernels.rows.streams import Stats, Stream
+from kdrl_kernels.truncation import truncate_
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ def score(call: LogprobCall) -> Scores:
     for rows in chunks_of(N, size):
         kept = cache[rows, :V] if rows.stop <= call.cached else None
         stream = buffers.project(head, rows, out=kept)
+        truncate_(stream.logits, tokens[rows], stream.temperature, call.truncation)
         chunks.append(buffers.work.sweep(stream, tokens[rows], entropy=call.entropy))
     return Scores(
         poison(torch.cat([stats.logprobs for stats in chunks]), bad),
@@ -94,6 +96,7 @@ def gradients(backward: BackwardCall) -> tuple[Gradients, Tensor]:
             stream = Stream(scores.cache[rows, :V], temperature, head.softcap)
         else:
             stream = buffers.project(head, rows)
+            truncate_(stream.logits, tokens[rows], stream.temperature, call.truncation)
             buffers.work.resume_(stream, stats)
         coef = total.in_unit(Coefficients(grad_logprobs[rows], grad_entropy))
         out = gradient_view(buffer, head.hidden.dtype)

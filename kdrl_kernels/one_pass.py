@@ -18,6 +18,7 @@ from kdrl_kernels.head import Head, Needs, in_one_dtype
 from kdrl_kernels.objective import NO_GRADIENT, Coefficients
 from kdrl_kernels.plan import accumulator, balanced, chunks_of, padded
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
+from kdrl_kernels.truncation import truncate_
 
 
 class Buffers:
@@ -243,6 +244,7 @@ def _statistics(
     elif teacher is not None:  # its logits go before the student's come
         lq = buffers.work.sweep(buffers.project(teacher, rows), tokens).logprobs
     p = buffers.project(call.student, rows)
+    truncate_(p.logits, tokens, p.temperature, call.truncation)
     stats = buffers.work.sweep(p, tokens, teacher=q, entropy=call.wants_entropy)
     lq = stats.teacher_logprobs if lq is None else lq
     lse = stats.max / p.temperature + stats.log_sum if call.loss.lse else None

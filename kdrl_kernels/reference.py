@@ -11,6 +11,7 @@ from kdrl_kernels.call import LossCall, RowOutputs, take
 from kdrl_kernels.checks import bad_tokens, check_head_values, check_values, poison
 from kdrl_kernels.head import Head
 from kdrl_kernels.objective import NO_GRADIENT
+from kdrl_kernels.truncation import Truncation, truncate_
 
 
 def head_logits(head: Head, vocab_size: int) -> Tensor:
@@ -58,9 +59,13 @@ def row_outputs(
     jsd_alpha: float = 0.5,
     entropy: bool = False,
     lse: bool = False,
+    truncation: Truncation | None = None,
 ) -> RowOutputs:
     """Return what a loss may use of each row, differentiable in the student's tensors."""
     z = head_logits(student, vocab_size)
+    if truncation is not None:
+        kept = truncate_(z.detach().clone(), tokens, 1.0, truncation)
+        z = torch.where(kept == -torch.inf, -torch.inf, z)
     logp, log_sum_exp = torch.log_softmax(z, dim=1), z.logsumexp(dim=1) if lse else None
     logprobs = logp.gather(1, tokens[:, None]).squeeze(1)
     p = logp.exp()
@@ -82,12 +87,15 @@ def row_outputs(
     return RowOutputs(logprobs, entropies, lq, kl, forward_kl, log_sum_exp)
 
 
-def linear_logprobs(head: Head, tokens: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+def linear_logprobs(
+    head: Head, tokens: Tensor, entropy: bool, truncation: Truncation | None
+) -> tuple[Tensor, Tensor | None]:
     """Return logprobs [N] and entropy [N] or None, differentiable in hidden, weight and bias."""
     check_head_values(head)
     V = head.weight.shape[0]
     bad = bad_tokens(tokens, V, "V")
-    outputs = row_outputs(head, tokens.clamp(0, V - 1), V, entropy=entropy)
+    tokens = tokens.clamp(0, V - 1)
+    outputs = row_outputs(head, tokens, V, entropy=entropy, truncation=truncation)
     return poison(outputs.logprobs, bad), outputs.entropy
 
 
@@ -104,6 +112,7 @@ def loss(call: LossCall) -> tuple[Tensor, RowOutputs, Tensor]:
         jsd_alpha=call.loss.jsd_alpha,
         entropy=call.wants_entropy,
         lse=call.loss.lse,
+        truncation=call.truncation,
     )
     weights = call.row_weights(active, outputs.logprobs.dtype)
     with without_autocast(weights.device):  # for what a caller's loss computes
