@@ -21,7 +21,7 @@ class Example:
     prompt: str
     """The problem inside data.prompt_template."""
     gold: str
-    """The gold answer as text; of a worked solution with `####`, what follows it."""
+    """The gold answer as text; of a worked solution what counts of it (problems.gold_answer)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -87,7 +87,8 @@ class DataConfig:
     prompt_column: str = "question"
     """Column with the text of the problem."""
     answer_column: str = "answer"
-    """Column with the gold answer. If the text has `####`, the answer is what follows (GSM8K)."""
+    """Column with the gold answer. If the text has `####`, the answer is what follows
+    (GSM8K); if it has one `\\boxed{}`, what that holds (MATH)."""
     prompt_template: str = "{prompt}"
     """Text around each problem; {prompt} stands for the problem."""
     chat_template: Switch = True

@@ -15,6 +15,7 @@ from typing import Any
 
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig
+from kdrl_train.rollouts.answers.statement import box_spans
 from kdrl_train.rollouts.rendering import PromptError, TooLongError, encode_text, templated
 
 MOST_LEFT_OUT = 0.5
@@ -53,8 +54,12 @@ def load_examples(config: DataConfig) -> list[Example]:
 
 
 def gold_answer(text: str) -> str:
-    """Return what follows the last `####` of a worked solution (GSM8K), else the text, stripped."""
-    return text.rpartition("####")[2].strip()
+    """Return the gold answer of a worked solution: what follows its last `####` (GSM8K), or what
+    its only `\\boxed{}` holds (MATH); else the text, stripped."""
+    if "####" in text:
+        return text.rpartition("####")[2].strip()
+    spans = list(box_spans(text))
+    return text[slice(*spans[0])].strip() if len(spans) == 1 else text.strip()
 
 
 def step_indices(n_examples: int, seed: int, step: int, prompts_per_step: int) -> list[int]:

@@ -7,11 +7,13 @@ raised, it returned something that is not a finite number, or its worker died.
 import contextlib
 import math
 import multiprocessing
+import sys
 from collections.abc import Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 from pebble import ProcessFuture, ProcessPool
@@ -31,10 +33,12 @@ class Verifier(AbstractContextManager["Verifier"]):
 
     Args:
         config: gives the reward function, the deadline of a completion, and the number of workers.
-    Raises: ValueError for an unknown reward function.
+    Raises: ValueError for an unknown reward function, and in a script whose work is not under
+        `if __name__ == "__main__":`, since each worker imports the script.
     """
 
     def __init__(self, config: RewardConfig) -> None:
+        _check_main_is_guarded()
         load_reward(config.function)  # an unknown name must fail here, not in a worker
         self.config = config
         self._closed = False
@@ -140,6 +144,21 @@ class Verifier(AbstractContextManager["Verifier"]):
         )
         pool.schedule(do_nothing)  # starts the workers now, while the caller loads its models
         return pool
+
+
+def _check_main_is_guarded() -> None:
+    """Raise ValueError where each worker would start the user's script once more.
+
+    multiprocessing imports the script into new processes, unless it runs as a module (python -m).
+    """
+    main = sys.modules["__main__"]
+    path = Path(getattr(main, "__file__", None) or "")
+    is_script = getattr(main, "__spec__", None) is None and path.suffix == ".py" and path.is_file()
+    if is_script and "__name__" not in path.read_text(encoding="utf-8", errors="replace"):
+        raise ValueError(
+            f'{path} must call the trainer under `if __name__ == "__main__":`, got a call outside '
+            "of it: the verifier's workers import the script, and would run it once more"
+        )
 
 
 def _verdict(future: ProcessFuture) -> Judged | None:

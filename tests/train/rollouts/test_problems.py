@@ -122,6 +122,14 @@ def test_gold_answer_without_marker_is_the_text() -> None:
     assert gold_answer(" 18 # 4 ") == "18 # 4"
 
 
+def test_the_only_box_of_a_worked_solution_holds_the_gold_answer() -> None:
+    solution = "We see that $x > 1$. " * 80 + r"So $x = \boxed{\frac{1}{2}}$ of it."
+    assert gold_answer(solution) == r"\frac{1}{2}"
+    assert gold_answer(r"\boxed{5} is the sum #### 7") == "7"
+    two = r"\boxed{5} or \boxed{7}"
+    assert gold_answer(two) == two  # which one counts is not known: math refuses it
+
+
 def test_columns_and_template_come_from_the_config(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "set.jsonl", [{"problem": "1 {x}", "gold": 1}])
     template = "Q: {prompt}\nAnswer in \\boxed{}."  # other braces stay as they are

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -286,6 +287,21 @@ def test_many_completions_keep_their_order(mathematics: Verifier) -> None:
 
 def test_an_unknown_reward_fails_before_any_worker_starts() -> None:
     with pytest.raises(ValueError, match=r"reward\.function must be .*, got 'maths'"):
+        Verifier(RewardConfig(function="maths"))
+
+
+def test_a_script_without_a_guard_is_refused_before_any_worker_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "script.py"
+    main = types.ModuleType("__main__")
+    main.__file__ = str(script)
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    script.write_text("train.main(config)\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r'script\.py must call .* `if __name__ == "__main__":`'):
+        Verifier(RewardConfig(function="exact"))
+    script.write_text("if __name__ == '__main__':\n    train.main(config)\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="got 'maths'"):  # the next check
         Verifier(RewardConfig(function="maths"))
 
 
