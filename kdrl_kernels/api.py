@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdrl_kernels import checks, logprobs, operators, reference, token_loss
 from kdrl_kernels.batches import takes_batches
-from kdrl_kernels.call import LogprobCall, LossCall, RowOutputs
+from kdrl_kernels.call import LogprobCall, LossCall, RowOutputs, has_values
 from kdrl_kernels.head import Head, TeacherHead, gathered, needs_gradient
 from kdrl_kernels.metrics import row_metrics
 from kdrl_kernels.objective import CallerLoss, Divergence, Objective, Rows, TokenLoss
@@ -117,6 +117,7 @@ def linear_logprobs(
     check_flag("entropy", entropy)
     impl, truncation = checks.choose_impl(impl, head), checks.check_truncation(truncation, head)
     used, N = checks.row_tensor("mask", mask, head, mask=True), len(tokens)
+    used = used if has_values(tokens) else None
     active = slice(0, N) if used is None else used.nonzero().squeeze(1)
     if used is not None:
         head, tokens = head.select(active), tokens[active]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from kdrl_kernels.head import Head, Needs
 from kdrl_kernels.objective import CallerLoss, Rows, TokenLoss
@@ -12,6 +13,13 @@ from kdrl_kernels.truncation import Truncation
 
 RowSet = slice | Tensor
 """Some of N rows: a slice, or their int64 indices."""
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Say whether there is anything to read: a meta tensor and a FakeTensor have shapes alone."""
+    if torch.compiler.is_compiling():  # it traces no is_fake, and stands for a call with values
+        return True
+    return not (tensor.is_meta or is_fake(tensor))
 
 
 def take(tensor: Tensor, rows: RowSet) -> Tensor:
@@ -111,6 +119,12 @@ class LossCall:
         names += ["teacher_logprobs"] if self.teacher is not None else []
         names += ["kl"] if self.exact_kd is not None else []
         return names
+
+    def of_shapes(self) -> "LossCall":
+        """Return this call; of tensors without values, one that needs none for its shapes."""
+        if has_values(self.tokens):
+            return self
+        return replace(self, weights=None, compact=False, impl="torch")
 
     def active_rows(self) -> RowSet:
         """Return the rows of non-zero weight. With weights on a GPU, this waits for it."""

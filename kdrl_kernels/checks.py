@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdrl_kernels.call import LossCall
+from kdrl_kernels.call import LossCall, has_values
 from kdrl_kernels.head import Head, TeacherHead
 from kdrl_kernels.objective import Objective
 from kdrl_kernels.plain import check_number
@@ -109,13 +109,18 @@ def bad_tokens(
     if weights is not None:
         bad &= weights != 0
     count = bad.sum()
-    if tokens.device.type == "cpu" and count:
+    if _is_read(tokens) and count:
         row = int(bad.nonzero()[0])
         raise ValueError(
             f"tokens must be in [0, {size_name}) with {size_name} = {vocab_size}, "
             f"got {int(tokens[row])} in row {row}; give padding a token_weight or mask of 0"
         )
     return count
+
+
+def _is_read(tensor: Tensor) -> bool:
+    """Say whether reading a value of the tensor waits for nothing."""
+    return tensor.device.type == "cpu" and has_values(tensor)
 
 
 def poison(values: Tensor, bad: Tensor) -> Tensor:
@@ -126,7 +131,7 @@ def poison(values: Tensor, bad: Tensor) -> Tensor:
 def check_head_values(head: Head, weights: Tensor | None = None, prefix: str = "") -> None:
     """Raise on a CPU unless the temperatures of all rows of non-zero weight are positive."""
     temperature = head.temperature
-    if not isinstance(temperature, Tensor) or temperature.device.type != "cpu":
+    if not isinstance(temperature, Tensor) or not _is_read(temperature):
         return
     if weights is not None:
         temperature = temperature[weights != 0]
@@ -146,10 +151,10 @@ def check_values(call: LossCall) -> Tensor:
     if call.teacher is not None:
         check_head_values(call.teacher, call.weights, "teacher.")
     normalizer = call.normalizer
-    if normalizer is not None and normalizer.device.type == "cpu":
+    if normalizer is not None and _is_read(normalizer):
         _check_normalizer(float(normalizer))
     weights = call.weights
-    if normalizer is None and weights is not None and weights.device.type == "cpu":
+    if normalizer is None and weights is not None and _is_read(weights):
         total = float(weights.sum())
         if total <= 0 and (weights != 0).any():
             raise ValueError(
@@ -170,9 +175,10 @@ def normalizer_tensor(normalizer: Any, head: Head) -> Tensor | None:
             raise ValueError(f"normalizer must be 0-d, got {list(normalizer.shape)}")
         if normalizer.device == hidden.device:
             return normalizer.detach().to(dtype)
-        if normalizer.is_meta:
+        if not has_values(normalizer):
             raise ValueError(
-                f"normalizer must be on the device of hidden ({hidden.device}), got meta"
+                f"normalizer must be on the device of hidden ({hidden.device}), "
+                f"got one without a value on {normalizer.device}"
             )
     else:
         check_number("normalizer", normalizer, optional=True)

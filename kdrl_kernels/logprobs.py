@@ -45,8 +45,10 @@ class BackwardCall:
 
 def cached_rows(N: int, V: int, dtype: torch.dtype, max_rows: int, cache_bytes: int) -> int:
     """Return how many rows, in whole chunks, have logits that fit into cache_bytes."""
+    fit = int(cache_bytes // (padded(V) * accumulator(dtype).itemsize))
+    if fit == 0:  # a graph whose mask chooses the rows knows no N to compare
+        return 0
     size = balanced(N, max_rows)
-    fit = cache_bytes // (padded(V) * accumulator(dtype).itemsize)
     return N if fit >= N else fit // size * size
 
 

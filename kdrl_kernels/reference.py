@@ -101,6 +101,7 @@ def linear_logprobs(
 
 def loss(call: LossCall) -> tuple[Tensor, RowOutputs, Tensor]:
     """Return the 0-d loss, differentiable; row outputs; counts as in one_pass.Pass."""
+    call = call.of_shapes()
     bad = check_values(call)
     active = call.active_rows()
     outputs = row_outputs(

@@ -68,6 +68,7 @@ def _without_parameters(fn: Callable[[Rows], Tensor]) -> Callable[[Rows], Tensor
 
 def token_loss(call: LossCall) -> tuple[Tensor, RowOutputs, Tensor]:
     """Return the 0-d loss, differentiable once in hidden, weight and bias; row outputs; counts."""
+    call = call.of_shapes()
     student, passes = call.student, list[one_pass.Pass]()
     if torch.is_grad_enabled() and not any(call.needs) and isinstance(call.loss, CallerLoss):
         call = replace(call, loss=replace(call.loss, fn=_without_parameters(call.loss.fn)))

@@ -252,6 +252,19 @@ def test_compiled_caller_takes_any_number_of_rows(caller: Any) -> None:
     assert counts == counts[:1] * 3
 
 
+def test_a_compiled_caller_with_a_mask_is_one_graph() -> None:
+    torch.compiler.reset()
+    inputs = _inputs(0)
+    arguments = [inputs[name] for name in ("hidden", "weight", "tokens")]
+    mask = inputs["token_weights"] != 0
+
+    def caller(mask: Tensor) -> Tensor:
+        return kk.linear_logprobs(*arguments, mask=mask).logprobs
+
+    compiled = torch.compile(caller, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(mask), caller(mask))
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_a_token_loss_breaks_the_graph_of_its_caller_once(impl: str) -> None:

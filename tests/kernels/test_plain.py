@@ -107,7 +107,7 @@ def test_what_is_no_flag_is_refused(function: Callable[..., Any], name: str) -> 
 OTHERS: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], str]] = [
     (_kdrl_loss, {"vocab_size": 2.5}, TypeError, "vocab_size must be an integer or None, got 2.5"),
     (_kdrl_loss, {"normalizer": torch.tensor(True)}, TypeError, "normalizer must be a real number, got torch.bool"),
-    (_kdrl_loss, {"normalizer": torch.ones((), device="meta")}, ValueError, r"normalizer must be on the device of hidden \(cpu\), got meta"),
+    (_kdrl_loss, {"normalizer": torch.ones((), device="meta")}, ValueError, r"normalizer must be on the device of hidden \(cpu\), got one without a value on meta"),
     (_kdrl_loss, {"softcap": torch.ones(())}, TypeError, "softcap must be a number or None, got a tensor"),
     (_linear_logprobs, {"workspace_bytes": math.inf}, ValueError, "workspace_bytes must be finite, got inf"),
     (_linear_logprobs, {"cache_bytes": -1}, ValueError, "cache_bytes must be at least 0, got -1"),
