@@ -173,7 +173,7 @@ def read_model(
     except Exception as error:  # a model's code and its files' readers raise many types
         raise refusal(key, folder, one_line(error)) from error
     require_complete(model, report, key, folder)
-    model.origin = origin_of(model, folder, declared)
+    model.origin = origin_of(model, folder, declared, report)
     if plain == "trained":
         require_trainable(model, key, folder)
     return model

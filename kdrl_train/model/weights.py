@@ -3,12 +3,13 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from kdrl_train.model.folder import refusal, tensors
 
@@ -33,7 +34,7 @@ def require_complete(model: Any, report: dict[str, Any], key: str, name: str) ->
         raise refusal(
             key,
             name,
-            f"its files lack {_some(absent)}: save the whole model (or set tie_word_embeddings in "
+            f"its files lack {some(absent)}: save the whole model (or set tie_word_embeddings in "
             "config.json if only the head is absent, and it is the embeddings)",
         )
     other = sorted(report["mismatched_keys"])
@@ -58,7 +59,14 @@ def require_complete(model: Any, report: dict[str, Any], key: str, name: str) ->
 
 
 def require_trainable(model: Any, key: str, name: str) -> None:
-    """Raise ValueError for a model with parameters that no gradient reaches."""
+    """Raise ValueError for parameters that no gradient reaches, and an export nobody can load."""
+    if type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # Mllama: text part of a larger model
+        raise refusal(
+            key,
+            name,
+            f"transformers could not load what would be exported, a {type(model).__name__} with a "
+            f"{type(model.config).__name__}: name a text-only model",
+        )
     fixed = [
         parameter
         for parameter, value in model.named_parameters()
@@ -69,11 +77,11 @@ def require_trainable(model: Any, key: str, name: str) -> None:
             key,
             name,
             f"{len(fixed)} of its parameters cannot be trained, as they are quantised or frozen "
-            f"({_some(fixed)}): name a model with weights in 16 or 32 bits",
+            f"({some(fixed)}): name a model with weights in 16 or 32 bits",
         )
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     """Write the first names of a list, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
@@ -89,6 +97,11 @@ class Origin:
     """The dtype of each floating tensor, by its name in the files."""
     prefix: str
     """What may stand before a name in the model and not in the files: "model." (Llama)."""
+    parts: dict[str, int]
+    """Parts in the files that the model does not have (a vision tower, layers for several tokens),
+    with their numbers of tensors."""
+    unused: list[str]
+    """Tensors of layers that the model has, which it does not use: is it another architecture?"""
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Return the dtype of a tensor of the model in the files; of most of them if it has none.
@@ -99,9 +112,11 @@ class Origin:
         return self.dtypes.get(name, self.dtypes.get(bare, self.dtype))
 
 
-def origin_of(model: Any, name: str, config: dict[str, Any]) -> Origin:
+def origin_of(model: Any, name: str, config: dict[str, Any], report: dict[str, Any]) -> Origin:
     """Read from the files of a model, and from its config.json, what they are like."""
-    stored = {key: value for key, value in tensors(name).items() if value.is_floating_point()}
+    everything = tensors(name)
+    parts, unused = lost(model, report, everything)
+    stored = {key: value for key, value in everything.items() if value.is_floating_point()}
     elements: Counter[torch.dtype] = Counter()
     for value in stored.values():
         elements[value.dtype] += value.numel()
@@ -111,7 +126,41 @@ def origin_of(model: Any, name: str, config: dict[str, Any]) -> Origin:
         dtype=most[0][0] if most else getattr(torch, declared.removeprefix("torch.")),
         dtypes={key: value.dtype for key, value in stored.items()},
         prefix=f"{model.base_model_prefix}.",
+        parts=parts,
+        unused=unused,
     )
+
+
+def lost(
+    model: Any, report: dict[str, Any], stored: Iterable[str]
+) -> tuple[dict[str, int], list[str]]:
+    """Return the parts in the files that the model lacks, and tensors that its layers do not use.
+
+    transformers does not report those that the model's class declares as expected.
+    """
+    modules = {name for name, _ in model.named_modules()}
+
+    def first_absent(key: str) -> str:
+        """Return the path to the first module, or tensor, of a key that the model lacks."""
+        names = key.split(".")
+        paths = (".".join(names[:i]) for i in range(1, len(names)))
+        return next((path for path in paths if path not in modules), key)
+
+    patterns = model._keys_to_ignore_on_load_unexpected or ()
+    expected = [key for key in stored if any(re.search(pattern, key) for pattern in patterns)]
+    # in a layer that the model has, such a tensor was read under another name (experts)
+    expected = [key for key in expected if not re.search(r"\.\d+\.", first_absent(key))]
+    parts: Counter[str] = Counter()
+    unused = []
+    for key in sorted({*report["unexpected_keys"], *expected} - model.state_dict().keys()):
+        if HARMLESS.search(key):
+            continue
+        path = first_absent(key)
+        if path == key:
+            unused.append(key)
+        else:
+            parts[path] += 1
+    return dict(parts), unused
 
 
 @contextmanager

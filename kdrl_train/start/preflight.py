@@ -22,6 +22,7 @@ from kdrl_train.model.load import use_device
 from kdrl_train.model.policy import HeadedModel
 from kdrl_train.model.probe import probe
 from kdrl_train.model.teacher.client import TeacherError
+from kdrl_train.model.weights import Origin, some
 from kdrl_train.ranks import ALONE, World
 from kdrl_train.ranks import connect as connect_ranks
 from kdrl_train.rollouts.engines.vllm_client import VllmClient
@@ -78,11 +79,13 @@ def preflight(
         "first prompt": lambda: check_first_prompt(config, loaded),
         "gold answers": lambda: check_gold(config, [*loaded.examples, *loaded.held_out], verifier),
         "end of sequence": lambda: check_eos(config, loaded),
+        "policy weights": lambda: check_weights(policy, "model.policy"),
         "policy head": lambda: _probed(policy, "model.policy", packed),
     }
     if teacher is not None:
         checks |= {
             "tokenizers": lambda: check_tokenizers(config, loaded),
+            "teacher weights": lambda: check_weights(teacher, "model.teacher"),
             "teacher head": lambda: _probed(teacher, "model.teacher", packed),
             "teacher probe": lambda: check_teacher_reads(config, loaded),
         }
@@ -228,6 +231,32 @@ def _threshold(config: TrainConfig, verdicts: Verdicts, summary: str, builtin: b
             "unless a smaller one is right too"
         )
     return summary
+
+
+def check_weights(model: HeadedModel, key: str) -> str:
+    """Name what the model's files hold and the model does not: the export will lack it.
+
+    Raises: UserWarning if there is such a part; of a teacher only for tensors of its own layers.
+    """
+    origin: Origin | None = getattr(model.model, "origin", None)
+    kind = type(model.model).__name__
+    if origin is None:
+        return f"{kind}, made in this process"
+    doubts = []
+    if origin.parts and key == "model.policy":
+        parts = ", ".join(f"{path} ({count:,} tensors)" for path, count in origin.parts.items())
+        doubts.append(
+            f"{kind} has no {parts}, which its files hold: the exported model will lack them"
+        )
+    if origin.unused:
+        doubts.append(
+            f"{kind} does not use {some(origin.unused)} of its files: does model_type in "
+            "config.json name its architecture?"
+        )
+    if doubts:
+        raise UserWarning(f"{key}: {'; '.join(doubts)}")
+    exported = ", the dtype of its export" if key == "model.policy" else ""
+    return f"all read, {str(origin.dtype).removeprefix('torch.')} in its files{exported}"
 
 
 def _probed(model: HeadedModel, name: str, packed: bool) -> str:

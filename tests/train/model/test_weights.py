@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from kdrl_train.model.load import read_model
+from kdrl_train.model.weights import require_trainable
 
 Tensors = dict[str, torch.Tensor]
 Saved = Callable[..., Path]
@@ -107,3 +109,46 @@ def test_weights_of_another_shape_are_named(saved: Saved) -> None:
         ValueError, match=r"has shape \[\d+, \d+\] in its files and \[\d+, \d+\] by .* \(6 such"
     ):
         read(folder)
+
+
+def add(**shapes: tuple[int, ...]) -> Callable[[Tensors], None]:
+    """Return a change that adds tensors; two underscores in a name stand for a point."""
+    return lambda state: state.update(
+        {name.replace("__", "."): torch.ones(shape) for name, shape in shapes.items()}
+    )
+
+
+def test_parts_that_the_model_lacks_are_counted(saved: Saved) -> None:
+    folder = saved(
+        add(
+            visual__blocks__0__attn__qkv__weight=(3, 3),
+            visual__merger__weight=(3,),
+            model__audio_tower__conv__bias=(2,),
+            model__layers__2__mlp__up_proj__weight=(2, 2),  # beyond the two layers
+            model__layers__0__self_attn__q_proj__bias=(32,),
+            model__rotary_emb__inv_freq=(8,),
+            model__layers__1__self_attn__rotary_emb__inv_freq=(8,),
+        )
+    )
+    origin = read(folder).origin
+    assert origin.parts == {"visual": 2, "model.audio_tower": 1, "model.layers.2": 1}
+    assert origin.unused == ["model.layers.0.self_attn.q_proj.bias"]
+
+
+def test_parts_that_the_class_declares_are_counted_too(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patterns = [r"^mtp.*", r"model\.layers\.1.*"]  # layer 1 of this model is not the one meant
+    monkeypatch.setattr(
+        transformers.LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", patterns
+    )
+    origin = read(saved(add(mtp__layers__0__weight=(3, 3), mtp__norm__weight=(3,)))).origin
+    assert (origin.parts, origin.unused) == ({"mtp": 2}, [])
+
+
+def test_the_text_part_of_a_larger_model_that_nobody_could_load_is_not_trained() -> None:
+    config = transformers.MllamaConfig().get_text_config()
+    with torch.device("meta"):
+        model = transformers.MllamaForCausalLM(config)
+    with pytest.raises(ValueError, match=r"exported, a MllamaForCausalLM with a MllamaTextConfig"):
+        require_trainable(model, "model.policy", "a")

@@ -211,3 +211,23 @@ def test_a_model_folder_without_a_model_is_named(config: TrainConfig, tmp_path: 
     model = replace(config.model, policy=str(tmp_path / "half"))
     with pytest.raises(ValueError, match=r"model\.policy must be a folder with a causal LM"):
         load(replace(config, model=model))
+
+
+def test_what_an_export_would_lack_is_a_warning(loaded: Loaded) -> None:
+    policy, teacher = loaded.policy, loaded.teacher
+    assert teacher is not None
+    assert preflight.check_weights(policy, "model.policy").startswith("all read, float32 in its")
+    for model in (policy.model, teacher.model):
+        model.origin = replace(model.origin, parts={"visual": 1_200, "mtp": 3})
+    with pytest.raises(UserWarning) as warning:
+        preflight.check_weights(policy, "model.policy")
+    assert str(warning.value) == (
+        "model.policy: Qwen2ForCausalLM has no visual (1,200 tensors), mtp (3 tensors), which its "
+        "files hold: the exported model will lack them"
+    )
+    assert preflight.check_weights(teacher, "model.teacher") == "all read, float32 in its files"
+    teacher.model.origin = replace(teacher.model.origin, unused=["model.layers.0.mlp.bias"])
+    with pytest.raises(
+        UserWarning, match=r"LlamaForCausalLM does not use model\.layers\.0\.mlp\.b"
+    ):
+        preflight.check_weights(teacher, "model.teacher")
