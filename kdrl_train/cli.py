@@ -172,11 +172,11 @@ def parse(
         --preset; SystemExit after help (0) and for an unknown or unreadable option (2).
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
+    first.add_argument("--config", nargs="?")  # without a value: tyro's message, further down
     first.add_argument("--help-all", action="store_true")
     extra = [CONFIG]
     if hasattr(default, "method"):
-        first.add_argument("--preset")
+        first.add_argument("--preset", nargs="?")
         extra.append(PRESET)
     early, _ = first.parse_known_args(list(argv))
     file = {} if early.config is None else load_yaml(Path(early.config))
@@ -325,7 +325,8 @@ def _main(argv: list[str]) -> int:
     if argv[0] not in COMMANDS:
         console.print(
             f"[bold red]error[/]: command must be one of {', '.join(COMMANDS)}, got "
-            f"{escape(argv[0])}{nearest(argv[0], COMMANDS)}"
+            f"{escape(argv[0])}{nearest(argv[0], COMMANDS)}",
+            soft_wrap=True,
         )
         return 2
     is_help = {"-h", "--help", "--help-all"} & set(argv)

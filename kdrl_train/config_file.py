@@ -35,11 +35,13 @@ def load_yaml(path: Path) -> dict[str, Any]:
     Raises: ValueError when the file is missing, is not YAML, or holds no mapping.
     """
     if not path.is_file():
-        raise ValueError(f"--config must be a YAML file, got {path}: there is no such file")
+        why = "it is a folder" if path.is_dir() else "there is no such file"
+        raise ValueError(f"--config must be a YAML file, got {path}: {why}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config must be a YAML file, got {path}: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        why = " ".join(str(error).split())  # YAML's errors have several lines
+        raise ValueError(f"--config must be a YAML file, got {path}: {why}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -33,6 +33,7 @@ def _no_bool(value: Any) -> Any:
 
 Switch = StrictBool
 PositiveInt = Annotated[int, Field(strict=True, ge=1)]
+Port = Annotated[int, Field(strict=True, ge=1, le=65535)]
 NaturalInt = Annotated[int, Field(strict=True, ge=0)]
 _NO_BOOL = BeforeValidator(_no_bool)
 Finite = Annotated[float, _NO_BOOL]

@@ -51,16 +51,34 @@ def device_of(config: ModelConfig) -> torch.device:
     """Return the run's device; "auto" is cuda where there is one, else cpu.
 
     Under torchrun each rank uses the GPU whose index is its rank on the machine.
+
+    Raises: ValueError as torch_device.
     """
-    device = torch.device(config.device if config.device != "auto" else _best_device())
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return torch_device(config.device, "model.device")
+
+
+def torch_device(name: str, key: str) -> torch.device:
+    """Return the device of a name, as device_of does; `key` is the setting that gives it.
+
+    Raises: ValueError for a name that torch does not know, and for a GPU that it does not see.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"{key} must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type != "cuda":
+        return device
+    if device.index is None and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"{key} must be a GPU that torch sees, got {device}, and it sees "
+            f"{torch.cuda.device_count()} GPUs: set {key} to cpu, start fewer ranks, or look at "
+            "CUDA_VISIBLE_DEVICES and the build of torch"
+        )
     return device
-
-
-def _best_device() -> str:
-    """Return "cuda" where PyTorch can use a GPU, else "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def use_device(config: ModelConfig) -> torch.device:

@@ -7,6 +7,7 @@ from typing import Any
 from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import differences, load_yaml, to_dict
 from kdrl_train.runfolder.checkpoint import Checkpoint, latest
+from kdrl_train.runfolder.writable import require_writable
 
 MAY_CHANGE = (
     "out",
@@ -57,8 +58,10 @@ def open_folder(config: TrainConfig) -> Checkpoint | None:
 
     Returns: None for a new run, and for one that was killed before its first checkpoint.
     Raises: ValueError for a used folder without resume, for resume in a folder without a run or
-        with a run of another configuration, and for a damaged checkpoint.
+        with a run of another configuration, for a damaged checkpoint, and for a folder that cannot
+        be written.
     """
+    require_writable(config.out)
     newest = latest(config.out / "checkpoints")
     if config.resume:
         if newest is not None:

@@ -38,6 +38,7 @@ from kdrl_train.rollouts.problems import encode_prompt, load_examples
 from kdrl_train.rollouts.sampler import SampleRequest, generate_rollouts
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder import jsonl
+from kdrl_train.runfolder.writable import require_writable
 from kdrl_train.settings import (
     NaturalFloat,
     NaturalInt,
@@ -157,6 +158,7 @@ def main(config: DemoConfig, console: Console | None = None) -> DemoResult:
     out = config.out or free_folder(Path("runs"))
     if out.exists():
         raise ValueError(f"out must be a new folder, got {out}, which exists: choose another --out")
+    require_writable(out)
     stopwatch = Stopwatch(console)
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)

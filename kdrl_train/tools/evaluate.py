@@ -34,6 +34,7 @@ from kdrl_train.rollouts.sampler import SampleRequest, generate_rollouts
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder.checkpoint import checkpoints, load_weights
 from kdrl_train.runfolder.log import ROLLOUTS
+from kdrl_train.runfolder.writable import require_writable_file
 from kdrl_train.start.load import described, read_problems
 from kdrl_train.start.prompts import prompt_doubts, written_otherwise
 
@@ -219,6 +220,8 @@ def _share(result: EvalResult, name: str) -> str:
 
 def main(config: EvaluateConfig) -> EvalResult:
     """Measures a saved model; prints a table and, if `out` is set, writes the numbers as JSON."""
+    if config.out is not None:
+        require_writable_file(config.out)  # now, as a measurement takes long
     console = Console()
     result = evaluate_folder(config, console)
     console.print(result_table({config.model.policy: result}))

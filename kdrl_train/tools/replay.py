@@ -91,7 +91,8 @@ def load_dump(file: Path) -> dict[str, Any]:
         return step | {"outcomes": dump.get("outcomes") or ["-"] * len(dump["example_ids"])}
     except Exception as error:  # torch.load raises many types
         raise ValueError(
-            f"file must be a failed_step_XXXXXX.pt of a run folder, got {file}: {error!r}"
+            f"file must be a failed_step_XXXXXX.pt of a run folder, got {file}: "
+            f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}"
         ) from error
 
 

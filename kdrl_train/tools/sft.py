@@ -25,12 +25,13 @@ from kdrl_train import output
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig, TrainConfig
 from kdrl_train.config_file import save_yaml
-from kdrl_train.model.load import load_tokenizer, read_model
+from kdrl_train.model.load import load_tokenizer, read_model, torch_device
 from kdrl_train.model.window import window
 from kdrl_train.rollouts.problems import data_records, encode_prompt, example_of, text_of
 from kdrl_train.rollouts.rendering import TooLongError
 from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.export import export
+from kdrl_train.runfolder.writable import require_writable
 from kdrl_train.settings import (
     NaturalFloat,
     NaturalInt,
@@ -331,10 +332,13 @@ def main(config: SftConfig, console: Console | None = None) -> Path:
 
     Args:
         console: where progress goes; None: standard output.
-    Raises: ValueError if the folder exists, and what encode_examples and fit raise.
+    Raises: ValueError if the folder exists or cannot be written, and what encode_examples and fit
+        raise.
     """
     if config.out.exists():
         raise ValueError(f"out must be a new folder, got {config.out}, which exists; remove it")
+    require_writable(config.out)
+    device = torch_device(config.device, "device")
     console = console or Console(highlight=False)
     solutions = read_solutions(config)
     source = config.model or config.tokenizer
@@ -343,9 +347,6 @@ def main(config: SftConfig, console: Console | None = None) -> Path:
         tokenizer = train_tokenizer(texts, config.vocab_size)
     else:
         tokenizer = load_tokenizer(source, "model" if config.model else "tokenizer")
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.model is None:
         model = make_model(config.architecture, tokenizer, config.seed).to(device)
     else:

@@ -411,3 +411,55 @@ def test_yaml_is_plain(tmp_path: Path) -> None:
     content = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
     assert content["out"] == str(Path("runs/train"))
     assert content["optim"]["betas"] == [0.9, 0.999]
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        ("trian", 2, "error: command must be one of {}, got trian (did you mean train?)"),
+        ("train --config", 2, "Missing value for argument '--config'"),
+        ("train --preset", 2, "Missing value for argument '--preset'"),
+        ("train --preset kdlr", 2, "invalid choice 'kdlr' for argument '--preset'"),
+        ("train --steps x", 2, "Error parsing --steps"),
+        ("train steps 3", 2, "Unrecognized options: steps"),
+        ("train --config {path}", 1, "--config must be a YAML file, got {path}: it is a folder"),
+        ("train --config {path}/latin.yaml", 1, "latin.yaml: 'utf-8' codec can't decode byte"),
+        ("train --config {path}/open.yaml", 1, "while parsing a flow sequence"),
+        ("train --out {path}/latin.yaml", 1, "out must lead to a folder that can be written"),
+        ("train --out {path}/latin.yaml/x", 1, "latin.yaml/x (Not a directory): choose another"),
+        (
+            "train --model.device gpu",
+            1,
+            "model.device must be auto, cpu, cuda or cuda:N, got 'gpu'",
+        ),
+        ("train --model.device cuda:99", 1, "model.device must be a GPU that torch sees, got cuda"),
+        (
+            "check --model.device gpu",
+            1,
+            "model.device must be auto, cpu, cuda or cuda:N, got 'gpu'",
+        ),
+        ("eval --out {path}", 1, "out must be a file, got {path}, which is a folder"),
+        ("eval --out {path}/latin.yaml/x", 1, "out must lead to a folder that can be written"),
+        ("report {path} --out {path}", 1, "out must be a file, got {path}, which is a folder"),
+        ("sft --out {path}/latin.yaml/x", 1, "out must lead to a folder that can be written"),
+        ("sft --out {path}/sft --device gpu", 1, "device must be auto, cpu, cuda or cuda:N, got"),
+        ("demo --out {path}/latin.yaml/x", 1, "out must lead to a folder that can be written"),
+        ("replay --file {path}/open.yaml", 1, "failed_step_XXXXXX.pt of a run folder, got {path}"),
+        ("serve --port 99999", 1, "port must be at most 65535, got 99999"),
+    ],
+)
+def test_a_mistake_is_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: str, code: int, message: str
+) -> None:
+    """Before any model is loaded; what is wrong with a value of a file is tested above."""
+    (tmp_path / "latin.yaml").write_bytes(b"out: \xff")
+    (tmp_path / "open.yaml").write_text("a: [1\nb: 2\n", encoding="utf-8")
+    try:
+        ended = cli.main(argv.replace("{path}", str(tmp_path)).split())
+    except SystemExit as stop:
+        ended = stop.code
+    assert ended == code
+    lines = [line for line in capsys.readouterr().err.splitlines() if "loading Pyth" not in line]
+    expected = message.replace("{path}", str(tmp_path)).replace("{}", ", ".join(cli.COMMANDS))
+    assert expected in (" ".join(" ".join(lines).split()) if code == 2 else lines[0])
+    assert code == 2 or len(lines) == 1, lines

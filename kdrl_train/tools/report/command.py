@@ -5,6 +5,7 @@ from pathlib import Path
 from rich.console import Console
 from tyro.conf import Positional
 
+from kdrl_train.runfolder.writable import require_writable_file
 from kdrl_train.settings import settings
 from kdrl_train.tools.report.page import write
 from kdrl_train.tools.report.runs import by_settings
@@ -29,6 +30,7 @@ def main(config: ReportConfig, console: Console | None = None) -> int:
     """
     if not config.runs:
         raise ValueError("report must get run folders, got none: name at least one")
+    require_writable_file(config.out)
     path = write(by_settings(config.runs), config.out, title=config.title)
     console = console or Console(highlight=False)
     console.print(f"{path}: {path.stat().st_size / 1e6:.1f} MB", soft_wrap=True)

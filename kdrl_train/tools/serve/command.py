@@ -31,7 +31,7 @@ from kdrl_train.model.policy import Teacher
 from kdrl_train.model.probe import probe
 from kdrl_train.model.teacher.client import vocabulary_hash
 from kdrl_train.model.window import window
-from kdrl_train.settings import PositiveInt, settings
+from kdrl_train.settings import Port, PositiveInt, settings
 from kdrl_train.tools.serve.scorer import Scorer, ServedTeacher
 
 PACKAGES = ("kdrl-kernels", "torch", "transformers")
@@ -44,7 +44,7 @@ class ServeConfig:
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0: every address. There is no password: everyone who reaches it
     can use it."""
-    port: PositiveInt = 8765
+    port: Port = 8765
     """TCP port."""
     batch_tokens: PositiveInt = 8192
     """Tokens scored in one forward pass. They may come from several clients; 1024 to 2048 suit a

@@ -1,0 +1,39 @@
+"""Finds out, before anything costs time, whether results can be written where they should go."""
+
+import tempfile
+from pathlib import Path
+
+
+def require_writable(folder: Path, key: str = "out") -> None:
+    """Check that files can be written into a folder, which need not exist yet; change nothing.
+
+    key: the setting that names the folder, or a file in it.
+
+    Raises: ValueError where they cannot: something there is a file, a disk is read-only, a
+        permission is missing.
+    """
+    made: list[Path] = []
+    try:
+        absent = [place for place in (folder, *folder.parents) if not place.exists()]
+        for place in reversed(absent):
+            place.mkdir()
+            made.append(place)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(
+            f"{key} must lead to a folder that can be written, got {folder} ({error.strerror}): "
+            "choose another, or make that one writable"
+        ) from error
+    finally:
+        for place in reversed(made):
+            place.rmdir()
+
+
+def require_writable_file(file: Path, key: str = "out") -> None:
+    """Check that a file can be written, as `require_writable` does for a folder.
+
+    Raises: ValueError for a folder of that name, too.
+    """
+    if file.is_dir():
+        raise ValueError(f"{key} must be a file, got {file}, which is a folder: name a file in it")
+    require_writable(file.parent, key)
