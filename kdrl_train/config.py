@@ -41,7 +41,8 @@ class ModelConfig:
     attention: str | None = None
     """Name of the attention implementation in transformers. None: flash_attention_2 on a GPU in
     bfloat16 if flash-attn is installed, else our own `packed`, which computes no attention between
-    sequences that share a packed row."""
+    sequences that share a packed row; the model's own (sdpa or eager), if need be with one sequence
+    a row, where these would compute something else. `check` says which was chosen, and why."""
     gradient_checkpointing: Switch = False
     """Compute activations again in the backward pass: less memory, about a third more compute."""
     offload_policy: Switch = False

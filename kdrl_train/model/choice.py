@@ -20,6 +20,8 @@ from kdrl_train.model.attention import Choice
 from kdrl_train.model.miniature import CHOSEN_KEYS, ORIGINAL, VOCABULARY, has_number, miniature
 from kdrl_train.model.policy import HeadedModel, backbone
 
+ANYWHERE = (attention.NAME, "sdpa", "eager")
+"""Attentions that compute on any device, in any dtype."""
 LENGTHS = (5, 23, 12)
 """Tokens of the sequences of the test: below and above every length of a miniature."""
 SHORT = (5, ORIGINAL, ORIGINAL - 1)
@@ -54,8 +56,9 @@ def choose(
 
     Args:
         name: model.attention, which leaves no other choice; None: the best that is right.
-        device, dtype: of the run, in which FlashAttention is tested. All else is tested in float32
-            on the CPU, or on the device where liger-kernel's layers may stand in its classes.
+        device, dtype: of the run, in which FlashAttention and other kernels are tested. The rest is
+            tested in float32 on the CPU, or on the device where liger-kernel's layers may stand in
+            the model's classes.
     Raises: ValueError where the attention `name` is not the model's.
     """
     place = device if liger else torch.device("cpu")
@@ -77,7 +80,7 @@ def _choose(
     reasons = [TIES] * ties
 
     def fault(name: str, *, packs: bool) -> str | None:
-        where = run if name == attention.FLASH else (place, torch.float32)
+        where = (place, torch.float32) if name in ANYWHERE else run
         if where not in specimens:
             specimens[where] = prepare(model, *where)
         return find_fault(specimens[where], Choice(name, packs, specimens[where].longest))

@@ -228,6 +228,7 @@ def _build(model: Any, config: Any, dtype: torch.dtype) -> Any:
     config = copy.deepcopy(config)
     for part in _parts(config):
         part._attn_implementation_internal = None
+        vars(part).pop("quantization_config", None)
     return type(model)._from_config(config, dtype=dtype)
 
 

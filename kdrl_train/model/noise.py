@@ -17,8 +17,11 @@ RATES = re.compile(r"drop(out|path|_path|_rate|_prob)|pdrop|layer_?drop|^drop$")
 
 
 def silence(model: nn.Module) -> None:
-    """Set every rate of dropout to 0: of nn.Dropout, of other modules and of configurations."""
-    configs = []
+    """Set every rate of dropout to 0: of nn.Dropout, of other modules and of configurations.
+
+    Also switch off that RWKV changes its weights in place between evaluation and training.
+    """
+    configs: list[Any] = []
     for module in model.modules():
         if isinstance(module, (nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout)):
             module.p = 0.0
@@ -26,6 +29,8 @@ def silence(model: nn.Module) -> None:
         configs.append(getattr(module, "config", None))
     for config in {id(one): one for one in configs if hasattr(one, "to_dict")}.values():
         _zero(config)
+        if getattr(config, "rescale_every", 0):
+            config.rescale_every = 0
 
 
 def _zero(holder: Any) -> None:

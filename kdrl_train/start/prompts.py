@@ -45,6 +45,14 @@ def check_prompts(config: TrainConfig, loaded: Loaded) -> str:
     doubts = [facts.left_out] if facts.left_out else []
     if held_out is not None and held_out.left_out:
         doubts.append(f"in eval.data {held_out.left_out}")
+    shared = loaded.policy.choice.longest
+    if shared is not None and facts.longest + config.sampling.max_new_tokens > shared:
+        doubts.append(
+            f"model.policy changes its rotary factors beyond {shared:,} tokens: a completion that "
+            "becomes longer, or shares a batch with a longer one, is sampled with other factors "
+            "than it is trained with, and the run stops (engine.max_sampler_mismatch); lower "
+            "data.max_prompt_tokens or sampling.max_new_tokens"
+        )
     return _with_doubts(detail, doubts)
 
 

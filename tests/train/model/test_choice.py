@@ -138,6 +138,16 @@ def test_training_draws_nothing(family: str, recompute: bool) -> None:
     assert torch.equal(first, *pack(wrapped, [ids]))
 
 
+def test_evaluation_does_not_change_weights() -> None:
+    """RWKV would halve those of each sixth layer in evaluation, and an export would hold that."""
+    model = make("rwkv", num_hidden_layers=7)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wrapped = HeadedModel(model)
+    pack(wrapped, some_ids())
+    pack(wrapped.train(), some_ids())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
 def test_the_probe_refuses_noise() -> None:
     wrapped = HeadedModel(make("llama"))
     layer = wrapped.model.model.layers[0].mlp

@@ -20,10 +20,13 @@ from kdrl_train.config import (
     TrainConfig,
 )
 from kdrl_train.errors import RankError
+from kdrl_train.model.attention import Choice
 from kdrl_train.model.policy import Teacher
+from kdrl_train.ranks import ALONE, World
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.start import preflight
 from kdrl_train.start.load import Loaded, load
+from kdrl_train.start.open_run import pack_for
 
 
 @pytest.fixture
@@ -203,6 +206,31 @@ def test_one_sequence_per_pack_needs_no_packing(config: TrainConfig, loaded: Loa
         results = preflight.preflight(alone, loaded, verifier)
     details = {result.name: result.detail for result in results}
     assert details["policy head"].endswith("one sequence per pack")
+
+
+def test_a_fall_back_is_a_warning_that_says_why(config: TrainConfig, loaded: Loaded) -> None:
+    loaded.policy.choice = Choice("sdpa", packs=False, reason="packs differ")
+    with Verifier(config.reward) as verifier:
+        results = preflight.preflight(config, loaded, verifier)
+    (warning,) = preflight.require(results)  # `train` prints it
+    assert warning.startswith("policy head: Qwen2ForCausalLM, tied head")
+    assert warning.endswith("; sdpa attention, one sequence a row; packs differ")
+
+
+def test_shards_run_one_sequence_a_pack_where_rows_hold_one(
+    config: TrainConfig, loaded: Loaded
+) -> None:
+    """Ranks must run the same number of rows: they gather a layer's weights together."""
+
+    def budget(world: World) -> int:
+        run = pack_for(config, world, loaded.policy, loaded.teacher)
+        return run.optim.micro_batch_tokens
+
+    launched = replace(ALONE, launched=True)
+    assert [budget(world) for world in (ALONE, launched)] == [8192, 8192]
+    for choice in (Choice(packs=False), Choice(longest=64)):
+        loaded.teacher.choice = choice
+        assert [budget(world) for world in (ALONE, launched)] == [8192, 1]
 
 
 def test_a_model_folder_without_a_model_is_named(config: TrainConfig, tmp_path: Path) -> None:

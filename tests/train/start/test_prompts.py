@@ -20,6 +20,7 @@ from kdrl_train.config import (
     SamplingConfig,
     TrainConfig,
 )
+from kdrl_train.model.attention import Choice
 from kdrl_train.model.policy import Policy
 from kdrl_train.rollouts.rendering import PromptError
 from kdrl_train.start import preflight, prompts
@@ -175,6 +176,15 @@ def held(config: TrainConfig, tmp_path: Path) -> TrainConfig:
     path = tmp_path / "held.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8")
     return replace(config, eval=EvalConfig(data=DataConfig(path=str(path)), every=1))
+
+
+def test_sampling_beyond_the_original_length_is_named(config: TrainConfig, loaded: Loaded) -> None:
+    """Prompts have 4 tokens."""
+    longest = replace(config, sampling=replace(config.sampling, max_new_tokens=60))
+    loaded.policy.choice = Choice("packed", longest=63)
+    assert "rotary factors beyond 63 tokens" in warning(prompts.check_prompts, longest, loaded)
+    loaded.policy.choice = Choice("packed", longest=64)
+    assert "at most 64 tokens with the completion" in prompts.check_prompts(longest, loaded)
 
 
 def test_held_out_prompts_must_fit(held: TrainConfig) -> None:
