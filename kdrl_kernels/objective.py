@@ -53,7 +53,8 @@ class Objective:
             KL(q‖p), and "jsd": jsd_alpha·KL(q‖m) + (1 - jsd_alpha)·KL(p‖m),
             m = jsd_alpha·q + (1 - jsd_alpha)·p; None: no teacher.
         kd_baseline: "kl", with kd "k2" alone: (l - KL(p‖q))²/2, the exact KL of the row without
-            gradient; the same expected gradient where s is not capped, usually of less variance.
+            gradient; the same expected gradient where s is not capped, of less variance for diffuse
+            rows, of more for peaked ones whose teacher is less sure (README.md).
         k3_bound: b in nats, in (0, 60]. k3 at -l > b goes on along its tangent, since exp(-l)
             overflows at 88: exp(b)·(1 - l - b) - 1 + l, with the derivative 1 - exp(b) in lp. So
             these tokens keep the largest pull; a bound of the value would take their gradient away.

@@ -108,8 +108,8 @@ class MethodConfig:
     term in the loss; beta · sum over tokens of (log q - log p) is added to the reward. None: no
     distillation."""
     kd_baseline: Literal["kl"] | None = None
-    """kl: subtract the exact KL from log p - log q in k2, usually with less noise. Needs a teacher
-    in this process."""
+    """kl: subtract the exact KL from log p - log q in k2: less noise for diffuse rows, more for
+    peaked ones whose teacher is less sure. Needs a teacher in this process."""
     jsd_alpha: OpenUnitInterval = 0.5
     """Share of the teacher in the mixture of jsd, above 0 and below 1."""
     kd_coef: ScheduleConfig = field(default_factory=ScheduleConfig)

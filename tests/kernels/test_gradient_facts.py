@@ -5,6 +5,7 @@ expected gradient is the sum over every y of its probability times the gradient 
 """
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -125,6 +126,78 @@ def test_the_baseline_takes_out_variance() -> None:
     assert centred[0] < plain[0]
     assert (centred < plain).sum() >= 16
     assert centred.mean() < 0.9 * plain.mean()
+
+
+def _top(share: float, token: int = 0) -> Tensor:
+    """Return logits of a distribution that gives one token a share and spreads the rest evenly."""
+    probabilities = torch.full((V,), (1 - share) / (V - 1), dtype=torch.float64)
+    probabilities[token] = share
+    return probabilities.log()
+
+
+def _variances(student: Tensor, teacher: Tensor) -> tuple[float, float]:
+    """Return the variance of the gradient without a baseline and with one."""
+    plain, centred = (_variance(student, teacher, term) for term in ({"kd": "k2"}, CENTRED))
+    return plain, centred
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("scale", [0.3, 3.0])
+def test_the_baseline_takes_out_a_known_variance_of_a_uniform_student(
+    scale: float, seed: int
+) -> None:
+    """|∇lp|² is 1 - 1/V for every token there, so the variance falls by KL² (1 - 1/V)."""
+    student, teacher = torch.zeros(V, dtype=torch.float64), _distributions(seed)[1] * scale
+    plain, centred = _variances(student, teacher)
+    kl = _reverse_kl(torch.log_softmax(student, 0), torch.log_softmax(teacher, 0))
+    assert plain - centred == pytest.approx(float(kl.square() * (1 - 1 / V)), rel=1e-9)
+
+
+# share of the student's likeliest token, of the teacher's, whether these are the same token, and
+# by what the baseline multiplies the variance, worked out in rows/README.md's formula
+PEAKED = [
+    (0.3, 0.9, True, 0.39),
+    (0.5, 0.9, True, 0.43),
+    (0.9, 0.99, True, 0.87),
+    (0.9, 0.5, True, 1.55),
+    (0.9, 0.2, True, 2.58),
+    (0.5, 0.9, False, 0.64),
+    (0.9, 0.9, False, 6.92),
+]
+
+
+@pytest.mark.parametrize(("share", "teacher_share", "same", "factor"), PEAKED)
+def test_where_the_baseline_helps_and_where_it_hurts(
+    share: float, teacher_share: float, same: bool, factor: float
+) -> None:
+    """It helps a sure student whose teacher is surer of the same token, and hurts any other one."""
+    plain, centred = _variances(_top(share), _top(teacher_share, token=0 if same else 1))
+    assert centred / plain == pytest.approx(factor, abs=0.005)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9, 0.99])
+@pytest.mark.parametrize("teacher_share", [0.3, 0.6, 0.8, 0.95, 0.999])
+def test_the_baseline_helps_where_the_teacher_is_surer_of_the_same_token(
+    teacher_share: float, share: float
+) -> None:
+    plain, centred = _variances(_top(share), _top(teacher_share))
+    assert (centred < plain) == (teacher_share > share)
+
+
+def test_the_condition_of_the_baseline_is_exact() -> None:
+    """The variance falls where 2 E[l |∇lp|²] > KL E[|∇lp|²], by KL times the difference."""
+    signs = set()
+    for seed, scale in product(range(6), (0.5, 2.0, 5.0)):
+        student, teacher, _ = (x * scale for x in _distributions(seed))
+        p, logp = torch.softmax(student, 0), torch.log_softmax(student, 0)
+        log_ratio = logp - torch.log_softmax(teacher, 0)
+        squares = 1 - 2 * p + p.square().sum()  # of ∇lp = 1[v = y] - p_v
+        kl = (p * log_ratio).sum()
+        change = kl * (2 * (p * log_ratio * squares).sum() - kl * (p * squares).sum())
+        plain, centred = _variances(student, teacher)
+        assert plain - centred == pytest.approx(float(change), rel=1e-9)
+        signs.add(bool(change > 0))
+    assert signs == {True, False}
 
 
 def test_a_capped_ratio_is_no_longer_exact_with_a_baseline() -> None:

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kdrl_kernels as kk
-from kdrl_kernels import gemm
+from kdrl_kernels import api, gemm
 from kdrl_kernels.rows import eager as row_work
 from tests.kernels.params import F16, F32, F64
+from tests.kernels.problem import make_problem
 
 V, H = 37, 16
 IMPL_DTYPES = [("torch", F64), ("torch", F32), ("torch", F16), ("triton", F32), ("triton", F16)]
@@ -310,3 +311,23 @@ def test_random_rows_on_triton(
     solved = _solve(rows, dtype=dtype, **run)
     assert solved.counts == (sum(row.weight != 0 for row in rows), len(_used(rows, kd)))
     _assert_same_without_compaction(rows, solved, dtype, **run)
+
+
+@pytest.mark.parametrize(("device", "weighted", "compact"), [
+    ("cpu", False, True), ("cpu", True, True), ("meta", False, False), ("meta", True, True),
+])  # fmt: skip
+def test_a_gpu_leaves_rows_out_where_it_waits_for_the_weights_anyway(
+    device: str, weighted: bool, compact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A meta device stands for a GPU: every device but a CPU is treated as one."""
+    calls, solve = [], api.operators.kdrl_loss
+
+    def record(call: Any) -> Any:
+        calls.append(call)
+        return solve(call)
+
+    monkeypatch.setattr(api.operators, "kdrl_loss", record)
+    problem = make_problem(kd=None, device=device)
+    options = problem.options | ({} if weighted else {"token_weights": None})
+    kk.kdrl_loss(tokens=problem.tokens, **problem.student, **options)
+    assert calls[0].compact == compact

@@ -1,5 +1,6 @@
 """A sampled token of probability 0 has the ratio 1 on-policy, and a finite loss where it can."""
 
+import math
 from typing import Any
 
 import pytest
@@ -104,6 +105,38 @@ def test_a_teacher_that_allows_it_leaves_these_finite(impl: str, kd: str, device
     assert relative_error(result.loss, exact.loss) < 1e-6
     for name, gradient in grads.items():
         assert relative_error(gradient, exact_grads[name]) < 1e-6, name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_jsd_is_finite_where_each_model_excludes_a_token_of_the_other(
+    impl: str, device: str
+) -> None:
+    results = []
+    for name, dtype, low in ((impl, torch.float32, -torch.inf), ("reference", torch.float64, -1e4)):
+        teacher_bias = torch.tensor([0, low, 0, 0, 0], dtype=dtype, device=device)
+        results.append(_solve(name, device, low, {"kd": "jsd"}, dtype, teacher_bias=teacher_bias))
+    (ours, grads), (exact, exact_grads) = results
+    assert relative_error(ours.kl, exact.kl) < 1e-6
+    assert relative_error(ours.loss, exact.loss) < 1e-6
+    for name, gradient in grads.items():
+        assert relative_error(gradient, exact_grads[name]) < 1e-6, name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_softcap_makes_a_forbidden_token_finite(impl: str, device: str) -> None:
+    """Its logit is -softcap, where the softcap is flat: it has no gradient of its own."""
+    hidden = torch.tensor([[0.0, 1.0, 2.0]], device=device, requires_grad=True)
+    bias = torch.tensor([0, 0, -torch.inf], device=device)
+    tokens = torch.tensor([2], device=device)
+    eye = torch.eye(3, device=device)
+    out = kk.linear_logprobs(hidden, eye, tokens, bias=bias, softcap=5.0, impl=impl)
+    out.logprobs.sum().backward()
+    capped = torch.tensor([0, 5 * math.tanh(1 / 5), -5])
+    p = capped.softmax(0)
+    slope = 1 - math.tanh(1 / 5) ** 2
+    assert relative_error(out.logprobs.cpu(), p[2:].log()) < 1e-6
+    expected = torch.tensor([[-p[0], -p[1] * slope, 0]])
+    assert relative_error(hidden.grad.cpu(), expected) < 1e-6
 
 
 @pytest.mark.parametrize("impl", IMPLS)
