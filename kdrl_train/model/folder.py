@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from kdrl_train.settings import nearest
 
@@ -23,6 +23,12 @@ HUB_TIMEOUT_S = 10.0
 """Longest wait for the hub's first reply; transformers itself waits and retries for 30 s."""
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """The files that transformers reads, in its order; of each there may be an index of shards."""
+ADAPTER = (
+    "it is an adapter of {base} (adapter_config.json): merge the two with peft, "
+    "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload(), save the result with its "
+    "tokenizer, and name that folder"
+)
+GATED = "it is gated: accept its terms on its page of the hub, then run `hf auth login`"
 POINTER = b"version https://git-lfs"
 AGAIN = "download it again"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -42,7 +48,7 @@ def one_line(error: BaseException) -> str:
     if "trust_remote_code" in text:
         return "it has code of its own, which is not run here: name a model that transformers has"
     if "gated repo" in text:
-        return "it is gated: accept its terms on its page of the hub, then run `hf auth login`"
+        return GATED
     if "Unrecognized configuration class" in text:
         kind = re.sub(r".*?\.(\w+)'>.*", r"\1", text)
         return (
@@ -91,6 +97,20 @@ def require_place(name: str, key: str) -> None:
         raise refusal(key, name, problem)
 
 
+def read_config(name: str) -> Any:
+    """Return transformers' config of a model, whose weights need not be here.
+
+    Raises: ValueError that says why it cannot be read.
+    """
+    problem = place_problem(name)
+    if problem:
+        raise ValueError(problem)
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # the code of a config may raise anything
+        raise ValueError(one_line(error)) from error
+
+
 def place_problem(name: str) -> str:
     """Say why a name is neither a folder nor a model of the hub; nothing if it is one."""
     path = Path(name)
@@ -114,7 +134,9 @@ def _hub_problem(name: str) -> str:
     if isinstance(try_to_load_from_cache(name, "config.json"), str):
         return ""
     try:
-        HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
+        info = HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
+    except GatedRepoError:
+        return GATED
     except (RepositoryNotFoundError, HFValidationError):
         return (
             "there is no such folder, and no such model on the hub (or it is private: run "
@@ -125,7 +147,8 @@ def _hub_problem(name: str) -> str:
             "there is no such folder, and the hub cannot be reached "
             f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         )
-    return ""
+    files = {file.rfilename for file in info.siblings or ()}
+    return "" if "adapter_config.json" not in files else ADAPTER.format(base="a base model")
 
 
 def _require_no_adapter(name: str, key: str) -> None:
@@ -136,13 +159,7 @@ def _require_no_adapter(name: str, key: str) -> None:
     base = None
     if path.stat().st_size and not _is_pointer(path):
         base = _read_json(path).get("base_model_name_or_path")
-    raise refusal(
-        key,
-        name,
-        f"it is an adapter of {base or 'a base model'} (adapter_config.json): merge the two with "
-        "peft, AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload(), save the result "
-        "with its tokenizer, and name that folder",
-    )
+    raise refusal(key, name, ADAPTER.format(base=base or "a base model"))
 
 
 def stored_file(name: str, file: str) -> Path | None:

@@ -16,6 +16,7 @@ from kdrl_train.model.folder import (
     require_loadable,
     require_place,
     require_readable,
+    tensors,
 )
 from kdrl_train.model.fsdp import shard
 from kdrl_train.model.liger import patch_layers, require_liger
@@ -24,6 +25,7 @@ from kdrl_train.model.weights import (
     Origin,
     origin_of,
     require_complete,
+    require_floats,
     require_trainable,
     without_report,
 )
@@ -191,7 +193,10 @@ def read_model(
     except Exception as error:  # a model's code and its files' readers raise many types
         raise refusal(key, folder, one_line(error)) from error
     require_complete(model, report, key, folder)
-    model.origin = origin_of(model, folder, declared, report)
+    stored = tensors(folder)
+    if method is None:
+        require_floats(model, stored, key, folder)
+    model.origin = origin_of(model, stored, declared, report)
     if plain == "trained":
         require_trainable(model, key, folder)
     return model

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from kdrl_train.model.folder import refusal, tensors
+from kdrl_train.model.folder import refusal
 
 HARMLESS = re.compile(
     r"(inv_freq|position_ids|masked_bias|attn\.bias|attention\.bias|num_batches_tracked)$"
@@ -81,6 +82,23 @@ def require_trainable(model: Any, key: str, name: str) -> None:
         )
 
 
+def require_floats(model: Any, stored: dict[str, Tensor], key: str, name: str) -> None:
+    """Raise ValueError for weights in 8 bits that no quantization_config says how to scale."""
+    narrow = [
+        parameter
+        for parameter, _ in model.named_parameters()
+        if parameter in stored
+        and not (stored[parameter].is_floating_point() and stored[parameter].itemsize > 1)
+    ]
+    if narrow:
+        raise refusal(
+            key,
+            name,
+            f"{len(narrow)} of its weights have 8 bits or are integers ({some(narrow)}), and its "
+            "config.json has no quantization_config: name the model that it was made of",
+        )
+
+
 def some(names: list[str]) -> str:
     """Write the first names of a list, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -112,11 +130,12 @@ class Origin:
         return self.dtypes.get(name, self.dtypes.get(bare, self.dtype))
 
 
-def origin_of(model: Any, name: str, config: dict[str, Any], report: dict[str, Any]) -> Origin:
-    """Read from the files of a model, and from its config.json, what they are like."""
-    everything = tensors(name)
-    parts, unused = lost(model, report, everything)
-    stored = {key: value for key, value in everything.items() if value.is_floating_point()}
+def origin_of(
+    model: Any, stored: dict[str, Tensor], config: dict[str, Any], report: dict[str, Any]
+) -> Origin:
+    """Say what the tensors in a model's files, and its config.json, are like."""
+    parts, unused = lost(model, report, stored)
+    stored = {key: value for key, value in stored.items() if value.is_floating_point()}
     elements: Counter[torch.dtype] = Counter()
     for value in stored.values():
         elements[value.dtype] += value.numel()

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig
 
 from kdrl_train import output
 from kdrl_train.batch import Example
@@ -25,7 +24,7 @@ from kdrl_train.config import (
 from kdrl_train.config_file import load_yaml, update
 from kdrl_train.method.evaluation import EVAL_STEP, EvalResult, summarize
 from kdrl_train.model.eos import eos_ids
-from kdrl_train.model.folder import require_place
+from kdrl_train.model.folder import read_config, refusal
 from kdrl_train.model.load import load_model, load_tokenizer
 from kdrl_train.model.policy import HeadedModel
 from kdrl_train.model.teacher.client import connect
@@ -179,9 +178,11 @@ def common_width(model: Any, config: ModelConfig) -> int:
     if config.teacher_is_url:
         with closing(connect(config, TeacherConfig())) as server:
             return min(vocab_size, server.vocab_size or vocab_size)
-    require_place(config.teacher, "model.teacher")
-    teacher = AutoConfig.from_pretrained(config.teacher).get_text_config()
-    return min(vocab_size, teacher.vocab_size)
+    try:
+        teacher = read_config(config.teacher)
+    except ValueError as error:
+        raise refusal("model.teacher", config.teacher, str(error)) from error
+    return min(vocab_size, teacher.get_text_config().vocab_size)
 
 
 def result_table(results: dict[str, EvalResult]) -> Table:

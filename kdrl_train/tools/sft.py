@@ -351,6 +351,8 @@ def main(config: SftConfig, console: Console | None = None) -> Path:
         model = make_model(config.architecture, tokenizer, config.seed).to(device)
     else:
         model = read_model(config.model, "model", torch.float32, plain="trained").to(device)
+        if model.origin.parts:
+            console.print(f"not read, and not saved: {', '.join(model.origin.parts)}")
     longest = window(model.config) or sys.maxsize
     examples = encode_examples(tokenizer, solutions, config, longest)
     if len(examples) < len(solutions):

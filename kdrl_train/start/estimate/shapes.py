@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
+from kdrl_train.model.folder import read_config
 from kdrl_train.start.estimate.layers import LayerShape, layer_shapes, layers_of
 
 
@@ -87,7 +88,7 @@ def read_shape(folder: str, key: str) -> ModelShape:
     if not folder:
         raise ValueError(f"{key} must name a folder or hub id, got nothing: set {key}")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = read_config(folder)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:  # a model's code may raise anything for a config that is not its own

@@ -4,11 +4,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from httpx2 import Request, Response
 from huggingface_hub import HfApi
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import AutoModelForCausalLM
 
 from kdrl_train.model.folder import one_line, quantization, require_loadable, tensors
@@ -140,6 +143,31 @@ def test_a_mistyped_name_waits_for_no_hub(
             "Name or service not known)"
         )
     assert names == ["mdoel", "org/mdoel"]
+
+
+def test_an_adapter_of_the_hub_is_not_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [SimpleNamespace(rfilename="adapter_config.json")]
+    monkeypatch.setattr(
+        HfApi, "model_info", lambda *_, **_arguments: SimpleNamespace(siblings=files)
+    )
+    assert message("org/adapter").startswith("it is an adapter of a base model (adapter_config")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RepositoryNotFoundError, "there is no such folder, and no such model on the hub (or it"),
+        (GatedRepoError, "it is gated: accept its terms on its page of the hub, then run `hf auth"),
+    ],
+)
+def test_a_model_that_the_hub_does_not_give_is_named_shortly(
+    monkeypatch: pytest.MonkeyPatch, error: type[RepositoryNotFoundError], reason: str
+) -> None:
+    def fail(*_: Any, **_arguments: Any) -> None:
+        raise error("404\n" * 20, response=Response(404, request=Request("GET", "http://x")))
+
+    monkeypatch.setattr(HfApi, "model_info", fail)
+    assert message("org/private").startswith(reason)
 
 
 def test_an_image_model_without_a_causal_lm_is_refused_in_one_line() -> None:

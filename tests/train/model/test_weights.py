@@ -111,6 +111,15 @@ def test_weights_of_another_shape_are_named(saved: Saved) -> None:
         read(folder)
 
 
+def test_weights_in_8_bits_without_their_scales_are_refused(saved: Saved) -> None:
+    def narrow(state: Tensors) -> None:
+        for key in ("lm_head.weight", "model.layers.0.mlp.up_proj.weight"):
+            state[key] = state[key].to(torch.float8_e4m3fn)
+
+    with pytest.raises(ValueError, match=r": 2 of its weights have 8 bits .*\(model\.lay.*, lm"):
+        read(saved(narrow))
+
+
 def add(**shapes: tuple[int, ...]) -> Callable[[Tensors], None]:
     """Return a change that adds tensors; two underscores in a name stand for a point."""
     return lambda state: state.update(
@@ -142,7 +151,9 @@ def test_parts_that_the_class_declares_are_counted_too(
     monkeypatch.setattr(
         transformers.LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", patterns
     )
-    origin = read(saved(add(mtp__layers__0__weight=(3, 3), mtp__norm__weight=(3,)))).origin
+    expert = {"model__layers__1__mlp__experts__0__weight": (3,)}  # read under another name
+    change = add(mtp__layers__0__weight=(3, 3), mtp__norm__weight=(3,), **expert)
+    origin = read(saved(change)).origin
     assert (origin.parts, origin.unused) == ({"mtp": 2}, [])
 
 
