@@ -92,12 +92,12 @@ def visible_ids(tokenizer: Any, ids: Sequence[int], truncated: bool) -> list[int
     """Put None for the tokens of a completion that are no text: padding, and the special token that
     ends the sequence, the last one unless the completion was truncated."""
     visible = [None if i == tokenizer.pad_token_id else i for i in ids]
-    if not truncated and _is_special(tokenizer, ids[-1]):  # else an end such as "</answer>"
+    if not truncated and is_special(tokenizer, ids[-1]):  # else an end such as "</answer>"
         visible[-1] = None
     return visible
 
 
-def _is_special(tokenizer: Any, token: int) -> bool:
+def is_special(tokenizer: Any, token: int) -> bool:
     """Say whether a token is one of those that skip_special_tokens skips."""
     added = tokenizer.added_tokens_decoder.get(token)
     return token in tokenizer.all_special_ids or (added is not None and added.special)

@@ -14,6 +14,7 @@ from kdrl_train.rollouts.rendering import (
     PromptError,
     chat_text,
     encode_text,
+    is_special,
     plain_parts,
     templated,
 )
@@ -102,8 +103,10 @@ def prompt_doubts(
         ends: the tokens that end a completion.
         first: its first problem.
     """
-    lost = _lost_text(tokenizer, first, data) if templated(tokenizer, data) else []
-    return [*_typed_escapes(data), *_doubtful_ends(tokenizer, ends, facts), *lost]
+    doubts = [*typed_escapes(data), *_doubtful_ends(tokenizer, ends, facts)]
+    if templated(tokenizer, data):
+        doubts += _lost_text(tokenizer, first, data) + _template_twice(tokenizer, first)
+    return doubts
 
 
 PROBE_PROMPTS = 4
@@ -113,7 +116,7 @@ _ESCAPE = re.compile(rf"(?<!\\)\\(?:[nrt](?![a-z])|n(?!(?:{_LATEX})(?![a-z])))")
 """A backslash and n, r or t that begin no command of LaTeX, such as \\nabla or \\times."""
 
 
-def _typed_escapes(data: DataConfig) -> list[str]:
+def typed_escapes(data: DataConfig) -> list[str]:
     """Name the settings that hold a backslash and an n, which no shell turns into a line break."""
     return [
         f"data.{name} holds a backslash and {match.group()[1]!r}, which are no line break or "
@@ -152,6 +155,20 @@ def _lost_text(tokenizer: Any, example: Example, data: DataConfig) -> list[str]:
         "or write all into data.prompt_template and set data.chat_template to false"
         for name, written in texts.items()
         if written is not None and written.strip() not in text
+    ]
+
+
+def _template_twice(tokenizer: Any, example: Example) -> list[str]:
+    """Say so where a text holds special tokens already, before the chat template is applied."""
+    ids = dict.fromkeys(plain_parts(tokenizer, example.prompt)[1])
+    tokens = tokenizer.convert_ids_to_tokens([i for i in ids if is_special(tokenizer, i)])
+    tokens = [token for token in tokens if token in example.prompt]  # not what stands for unknowns
+    if not tokens:
+        return []
+    return [
+        f"the text of a problem holds {', '.join(tokens)}, and "
+        "the chat template is applied around it: take them out of data.prompt_template or of the "
+        "problems, or set data.chat_template to false"
     ]
 
 
@@ -216,16 +233,21 @@ def check_eos(config: TrainConfig, loaded: Loaded) -> str:
         note = f"; the teacher also ends with {extra}, so ends are not distilled"
     if teacher_ids is None:
         note = "; the teacher's are not known: its server does not say"
-    detail, doubts = f"{ids} {tokenizer.convert_ids_to_tokens(ids)}{note}", []
-    turn_end = turn_end_id(tokenizer) if templated(tokenizer, config.data) else None
-    if turn_end is not None and turn_end not in ids:
-        doubts.append(
-            f"the chat template ends the assistant's turn with {turn_end} "
-            f"({tokenizer.convert_ids_to_tokens(turn_end)!r}), which does not end a completion: "
-            "put it into eos_token_id of the policy's generation_config.json, or set "
-            "data.chat_template to false"
-        )
-    return _with_doubts(detail, doubts)
+    detail = f"{ids} {tokenizer.convert_ids_to_tokens(ids)}{note}"
+    return _with_doubts(detail, turn_doubts(tokenizer, ids, config.data))
+
+
+def turn_doubts(tokenizer: Any, ends: list[int], data: DataConfig) -> list[str]:
+    """Say so where the token with which the chat template ends a turn ends no completion."""
+    turn_end = turn_end_id(tokenizer) if templated(tokenizer, data) else None
+    if turn_end is None or turn_end in ends:
+        return []
+    return [
+        f"the chat template ends the assistant's turn with {turn_end} "
+        f"({tokenizer.convert_ids_to_tokens(turn_end)!r}), which does not end a completion: put it "
+        "into eos_token_id of the policy's generation_config.json, or set data.chat_template to "
+        "false"
+    ]
 
 
 def check_tokenizers(config: TrainConfig, loaded: Loaded) -> str:

@@ -35,7 +35,7 @@ from kdrl_train.runfolder.checkpoint import checkpoints, load_weights
 from kdrl_train.runfolder.log import ROLLOUTS
 from kdrl_train.runfolder.writable import require_writable_file
 from kdrl_train.start.load import described, read_problems
-from kdrl_train.start.prompts import prompt_doubts, written_otherwise
+from kdrl_train.start.prompts import prompt_doubts, turn_doubts, written_otherwise
 
 
 def evaluate(
@@ -122,6 +122,7 @@ def evaluate_folder(config: EvaluateConfig, console: Console | None = None) -> E
     if console is not None:
         ends = eos_ids(model, tokenizer)
         doubts = prompt_doubts(tokenizer, ends, config.data, examples[0], facts)
+        doubts += turn_doubts(tokenizer, ends, config.data)
         for line in (*measured(config, facts), *doubts, *other_templates(config)):
             console.print(line, markup=False, soft_wrap=True)
     with Verifier(config.reward) as verifier:

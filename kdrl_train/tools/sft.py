@@ -41,6 +41,7 @@ from kdrl_train.settings import (
     Switch,
     settings,
 )
+from kdrl_train.start.prompts import typed_escapes
 from kdrl_train.tools.toy.models import ArchitectureConfig, make_model, train_tokenizer
 
 MAX_PADDED = 1.25  # most tokens of a padded group, divided by those of its examples
@@ -355,6 +356,8 @@ def main(config: SftConfig, console: Console | None = None) -> Path:
             console.print(f"not read, and not saved: {', '.join(model.origin.parts)}")
     longest = window(model.config) or sys.maxsize
     examples = encode_examples(tokenizer, solutions, config, longest)
+    for doubt in typed_escapes(config.data):
+        console.print(doubt, markup=False, soft_wrap=True)
     if len(examples) < len(solutions):
         console.print(
             f"{len(solutions) - len(examples):,} of {len(solutions):,} examples are left out: "

@@ -243,6 +243,11 @@ def test_the_first_prompt_is_shown_with_its_special_tokens(
         ),
         ("{{ messages[0]['content'][0] }}", {}, "leaves out or changes the problem"),
         ("{{ messages[0]['content'] }}<think>\n", {}, "early_bytes must not expect it"),
+        (
+            "u{{ messages[0]['content'] }}",
+            {"prompt_template": "<|pad|>{prompt}<|endoftext|>:"},
+            "the text of a problem holds <|pad|>, <|endoftext|>, and the chat template is applied",
+        ),
         (None, {"prompt_template": r"{prompt}\nAnswer:"}, "data.prompt_template holds a backslash"),
         (None, {"prompt_template": r"{prompt}\n"}, "a backslash and 'n', which are no line break"),
         (None, {"prompt_template": r"\nplease solve {prompt}"}, "a backslash and 'n'"),
