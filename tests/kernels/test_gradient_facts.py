@@ -39,7 +39,7 @@ def _token_gradients(
     """Return in row y the gradient [V] of weights[y] · KD(y), where logits = hidden · identity."""
     hidden = student.expand(V, V).clone().requires_grad_()
     identity = torch.eye(V, dtype=torch.float64)
-    settings = {"kd_coef": 1.0, "kd_ratio_cap": 1e9, "jsd_alpha": JSD_ALPHA} | term
+    settings = {"kd_coef": 1.0, "kd_ratio_cap": torch.inf, "jsd_alpha": JSD_ALPHA} | term
     kk.kdrl_loss(
         hidden,
         identity,
