@@ -9,6 +9,8 @@ from kdrl_train.rollouts.answers.expressions import SHORT_WORDS, Node
 from kdrl_train.rollouts.answers.tokens import UnreadableError
 from kdrl_train.rollouts.answers.units import Unit
 
+PLUS_MINUS = "±"
+"""Tag of the set of two numbers that ± stands for."""
 MAX_ITEMS = 100
 """Of a set; each is compared with each."""
 
@@ -37,14 +39,19 @@ class Answer:
     value: Value | None
 
 
-def make_set(items: Sequence[Value]) -> Value:
-    """Make a set, which lists each of its items once, and spreads out sets in it."""
-    flat: list[Value] = []
-    for item in items:
-        parts = item.items if item.kind == "set" else (item,)
-        flat += [part for part in parts if not any(equal_values(part, known) for known in flat)]
-        if len(flat) > MAX_ITEMS:
-            raise UnreadableError(f"a set must have at most {MAX_ITEMS} items")
+def make_set(items: Sequence[Value], *, braces: bool = False) -> Value:
+    """Make a set of items, with both of ±; in braces each counts once, in a list as often as named.
+
+    Raises: UnreadableError for more than MAX_ITEMS items.
+    """
+    flat = [part for x in items for part in (x.items if x.tag == PLUS_MINUS else (x,))]
+    if len(flat) > MAX_ITEMS:
+        raise UnreadableError(f"a set must have at most {MAX_ITEMS} items")
+    if braces:
+        kept: list[Value] = []
+        for item in flat:
+            kept += [] if any(equal_values(item, known) for known in kept) else [item]
+        flat = kept
     return Value("set", items=tuple(flat))
 
 
@@ -99,7 +106,11 @@ def _match(a: list[Value], b: list[Value]) -> bool:
     if len(a) != len(b):
         return False
     for value in a:
-        place = next((i for i, other in enumerate(b) if equal_values(value, other)), None)
+        named = value.kind == "named"  # x = 1, y = 2 is not 1, 2
+        others = enumerate(b)
+        place = next(
+            (i for i, x in others if (x.kind == "named") == named and equal_values(value, x)), None
+        )
         if place is None:
             return False
         del b[place]
@@ -141,7 +152,10 @@ def make_relation(sign: str, left: Node, right: Node) -> Value:
     if not values.symbols(left) | values.symbols(right):
         raise UnreadableError("a relation between numbers must hold")
     minus = Node("mul", (Node("number", number=Fraction(-1)), right))
-    return Value("relation", sign, Node("add", (left, minus)))
+    difference = Node("add", (left, minus))
+    if len(values.variants(difference)) > 1:
+        raise UnreadableError("a relation with ± is not read")
+    return Value("relation", sign, difference)
 
 
 def _as_relation(value: Value) -> Value | None:

@@ -6,7 +6,7 @@ from fractions import Fraction
 from itertools import pairwise
 
 from kdrl_train.rollouts.answers import values
-from kdrl_train.rollouts.answers.comparing import Value, make_set
+from kdrl_train.rollouts.answers.comparing import PLUS_MINUS, Value
 from kdrl_train.rollouts.answers.expressions import FUNCTIONS, Node, parse
 from kdrl_train.rollouts.answers.tokens import AnswerToken, UnreadableError
 from kdrl_train.rollouts.answers.units import MULTIPLIERS, Unit, read_unit
@@ -36,7 +36,8 @@ def read_number(tokens: Sequence[AnswerToken]) -> Value:
     nodes = values.variants(node)
     unit = suffix or unit
     if len(nodes) == 2:
-        return make_set([Value("number", node=one, unit=unit) for one in nodes])
+        both = tuple(Value("number", node=one, unit=unit) for one in nodes)
+        return Value("set", PLUS_MINUS, items=both)
     return Value("number", tag, node, unit)
 
 

@@ -4,7 +4,7 @@ Raises UnreadableError for what has no meaning, and for what has more than one.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
@@ -34,7 +34,8 @@ _MONTHS = {"january", "february", "march", "april", "may", "june", "july", "augu
 _MONTHS |= {"october", "november", "december"}
 _MATHEMATICS = FUNCTIONS | {"pi", "sqrt"}
 _LETTER = re.compile(r"\(\s*([A-Z])\s*\)[.:]?|([A-Z])(?=\s*$)|([A-J])(?=[.):]\s)[.):]")
-_TEXT_WRAPPER = re.compile(r"\\text\{\s*(\(?[A-Z]\)?[.:)]?)\s*\}")
+_LETTER_IN_TEXT = re.compile(r"\\text\{\s*(\(?[A-Z]\)?[.:)]?)\s*\}")
+_TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _BASED = re.compile(
     r"([0-9][0-9A-Za-z]*|[0-9A-Z]{2,})\s*"
     r"(?:_\s*\{?\s*\(?\s*(?:\\text\{\s*)?(?:base\s*)?([0-9]{1,2}|[a-z]{3,8})\s*\}?\s*\)?\s*\}?"
@@ -42,7 +43,7 @@ _BASED = re.compile(
 )
 _BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9}
 _BASES |= {"ten": 10, "twelve": 12, "sixteen": 16}
-_NAME = re.compile(r"[A-Za-z]\s*\(\s*[a-z](?:\s*,\s*[a-z])*\s*\)")
+_NAME = re.compile(r"[A-Za-z]?\(\w(?:,\w)*\)", re.ASCII)
 _RELATIONS = ("=", r"\in", "<", ">", r"\le", r"\ge", r"\ne", r"\approx")
 _FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", "=": "=", r"\ne": r"\ne"}
 _OPENING, _CLOSING = ("(", "[", r"\{", "{", r"\langle"), (")", "]", r"\}", "}", r"\rangle")
@@ -57,7 +58,9 @@ def read(text: str) -> Answer:
         raise UnreadableError(f"an answer must have at most {MAX_ANSWER_CHARS} characters")
     if _depth(text) > MAX_DEPTH:
         raise UnreadableError(f"an answer must have at most {MAX_DEPTH} brackets open at once")
-    plain = _TEXT_WRAPPER.sub(r"\1 ", plain_spelling(text)).strip()
+    plain = _LETTER_IN_TEXT.sub(r"\1 ", plain_spelling(text)).strip()
+    whole = _TEXT.fullmatch(plain)
+    plain = whole[1].strip() if whole else plain
     letter = _LETTER.match(plain)
     rest = plain[letter.end() :].strip() if letter else plain
     if letter and not rest.startswith(("=", "+", "-", "*", "/", "^", "_", "(", "!", "\\cup")):
@@ -129,20 +132,33 @@ def _words(tokens: Sequence[AnswerToken]) -> list[str]:
     return words if all(re.fullmatch(r"[a-z]+|\d+", word) for word in words) else []
 
 
+def _with_depth(tokens: Sequence[AnswerToken]) -> Iterator[tuple[AnswerToken, bool]]:
+    """Yield each token with whether it stands outside of all brackets, which count as outside.
+
+    Raises: UnreadableError for brackets that do not close each other.
+    """
+    depth = 0
+    for token in tokens:
+        opens = token.text in _OPENING or (token.kind == "env" and token.text.startswith("begin"))
+        closes = token.text in _CLOSING or (token.kind == "env" and not opens)
+        is_bracket = token.kind in ("sign", "env")
+        depth -= is_bracket and closes
+        if depth < 0:
+            raise UnreadableError("each bracket must be opened")
+        yield token, depth == 0
+        depth += is_bracket and opens
+    if depth:
+        raise UnreadableError("each bracket must be closed")
+
+
 def _split(tokens: Sequence[AnswerToken], separators: Sequence[str]) -> list[list[AnswerToken]]:
     """Split at separators that stand outside of all brackets."""
     parts: list[list[AnswerToken]] = [[]]
-    depth = 0
-    for token in tokens:
-        if token.kind == "env" or (token.kind == "sign" and token.text in _OPENING + _CLOSING):
-            opens = token.text in _OPENING or token.text.startswith("begin")
-            depth += 1 if opens else -1
-        if not depth and token.text.strip() in separators and token.kind != "number":
+    for token, is_outside in _with_depth(tokens):
+        if is_outside and token.text.strip() in separators and token.kind != "number":
             parts.append([])
         else:
             parts[-1].append(token)
-    if depth:
-        raise UnreadableError("each bracket must be closed")
     return parts
 
 
@@ -168,7 +184,8 @@ def _listing(tokens: Sequence[AnswerToken]) -> Value:
 
 def _element(tokens: Sequence[AnswerToken]) -> Value:
     """Read one value, equation or inequality."""
-    signs = [t.text for t in _outside(tokens) if t.kind == "sign" and t.text in _RELATIONS]
+    outside = [token for token, is_outside in _with_depth(tokens) if is_outside]
+    signs = [t.text for t in outside if t.kind == "sign" and t.text in _RELATIONS]
     if not signs:
         return _single(tokens)
     sides = _split(tokens, _RELATIONS)
@@ -183,24 +200,13 @@ def _element(tokens: Sequence[AnswerToken]) -> Value:
     raise UnreadableError("this chain of relations is not read")
 
 
-def _outside(tokens: Sequence[AnswerToken]) -> list[AnswerToken]:
-    """Return the tokens outside of all brackets."""
-    depth, outside = 0, []
-    for token in tokens:
-        depth -= token.kind == "sign" and token.text in _CLOSING
-        if not depth:
-            outside.append(token)
-        depth += token.kind == "sign" and token.text in _OPENING
-    return outside
-
-
 def _name(tokens: Sequence[AnswerToken]) -> str:
     """Return the name on the left of an equation: x, f(x), x_1, \\text{Area}; else ""."""
     spelled = "".join(token.text for token in tokens)
     if len(tokens) == 1 and (tokens[0].kind == "text" or len(spelled) == 1):
         return spelled.strip() if tokens[0].kind in ("text", "word") else ""
-    if _NAME.fullmatch(spelled):
-        return spelled.replace(" ", "")
+    if _NAME.fullmatch(spelled):  # f(x), (x,y)
+        return spelled
     try:
         node = parse(tokens)
     except UnreadableError:
@@ -317,13 +323,14 @@ def _ratio(parts: Sequence[Sequence[AnswerToken]]) -> Value:
 def _group(tokens: Sequence[AnswerToken]) -> Value | None:
     """Read a tuple, an interval or a set in braces; None where it is none of these."""
     opening, closing = tokens[0].text, tokens[-1].text
-    if opening not in _OPENING or closing not in _CLOSING or len(_outside(tokens)) > 2:
+    outside = sum(is_outside for _, is_outside in _with_depth(tokens))
+    if opening not in _OPENING or closing not in _CLOSING or outside > 2:
         return None
     if opening == r"\{" and closing == r"\}" and len(tokens) == 2:
         return Value("constant", "empty set")
     items = [_element(part) for part in _split(tokens[1:-1], (",", ";"))]
     if opening == r"\{" and closing == r"\}":
-        return make_set(items)
+        return make_set(items, braces=True)
     if len(items) < 2 or "{" in (opening, closing):
         return None
     short = {r"\langle": "<", r"\rangle": ">"}

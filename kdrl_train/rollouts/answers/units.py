@@ -32,28 +32,28 @@ _TABLES: dict[str, dict[str, str]] = {
         "1000": "kilometer kilometre km",
         "0.0254": "inch inches in",
         "0.3048": "foot feet ft",
-        "0.9144": "yard yd",
+        "0.9144": "yard yd yds",
         "1609.344": "mile mi",
     },
     "mass": {
         "1": "gram gramme g",
-        "1000": "kilogram kilogramme kilo kg",
+        "1000": "kilogram kilogramme kilo kg kgs",
         "1/1000": "milligram mg",
         "1000000": "tonne",
-        "453.59237": "pound lb",
+        "453.59237": "pound lb lbs",
         "28.349523125": "ounce oz",
         "907184.74": "ton",
     },
     "time": {
-        "1": "second sec s",
+        "1": "second sec secs s",
         "1/1000": "millisecond ms",
-        "60": "minute min",
-        "3600": "hour hr h",
+        "60": "minute min mins",
+        "3600": "hour hr hrs h",
         "86400": "day",
         "604800": "week",
         "1209600": "fortnight",
     },
-    "months": {"1": "month", "12": "year yr", "120": "decade", "1200": "century centuries"},
+    "months": {"1": "month", "12": "year yr yrs", "120": "decade", "1200": "century centuries"},
     "volume": {
         "1": "liter litre L l",
         "1/1000": "milliliter millilitre ml mL",
@@ -61,8 +61,16 @@ _TABLES: dict[str, dict[str, str]] = {
         "0.946352946": "quart qt",
         "3.785411784": "gallon gal",
         "0.2365882365": "cup",
+        "0.01478676478125": "tablespoon tbsp",
+        "0.00492892159375": "teaspoon tsp",
     },
-    "dollars": {"1": "dollar buck USD usd", "1/100": "cent", "1/20": "nickel", "1/10": "dime"},
+    "dollars": {
+        "1": "dollar buck USD usd",
+        "1/100": "cent",
+        "1/20": "nickel",
+        "1/10": "dime",
+        "1/4": "quarter",
+    },
     "euros": {"1": "euro EUR eur"},
     "pounds sterling": {"1": "GBP gbp", "1/100": "pence penny pennies"},
     "yen": {"1": "yen JPY"},
@@ -84,30 +92,37 @@ _TABLES: dict[str, dict[str, str]] = {
     "morning": {"1": "am a.m. AM"},
     "afternoon": {"1": "pm p.m. PM"},
 }
+_AREAS = {"acre": Fraction("4046.8564224"), "hectare": Fraction(10_000)}
 _SPEEDS = {"mph": ("mile", "hour"), "kmh": ("km", "h"), "kph": ("km", "h")}
 _COUNTED = """
     people:person adult child:children kid boy girl man:men woman:women student pupil teacher
-    player friend guest member worker employee customer passenger visitor family:families
-    animal dog cat puppy:puppies kitten chicken hen cow horse pig sheep goat duck fish:fishes bird
-    rabbit bee ant insect spider leg egg apple orange banana pear peach grape
-    strawberry:strawberries
+    player friend guest member worker employee customer passenger visitor family:families animal
+    dog cat puppy:puppies kitten chicken hen cow horse pig sheep goat duck fish:fishes bird rabbit
+    bee ant insect spider leg egg apple orange banana pear peach grape strawberry:strawberries
     cherry:cherries lemon melon potato:potatoes tomato:tomatoes carrot pumpkin vegetable fruit nut
-    cookie cake cupcake pie pizza slice sandwich:sandwiches burger bagel muffin donut candy:candies
-    chocolate lollipop sweet piece bar bag box:boxes packet pack bottle can jar glass:glasses plate
-    bowl spoon fork knife:knives basket bucket crate carton tray container
+    cookie cake cupcake pie pizza slice sandwich:sandwiches burger bagel muffin donut
+    candy:candies chocolate lollipop sweet piece bar bag box:boxes packet pack bottle can jar
+    glass:glasses plate bowl spoon fork knife:knives basket bucket crate carton tray container
     book page word letter chapter magazine newspaper pen pencil crayon marker notebook paper sheet
     card sticker stamp photo photograph picture painting poster toy doll ball balloon marble bead
     block brick tile stick stone rock coin bill ticket token point goal game match:matches round
-    question problem task chore lesson class:classes course test exam quiz:quizzes grade
-    car truck bus:buses bike bicycle motorcycle train plane boat ship wheel tire seat trip lap step
-    house home room floor door window wall chair table bed desk shelf:shelves lamp candle battery:
-    shirt shoe sock hat dress:dresses skirt jacket coat pair button ribbon flower rose tulip tree
-    plant seed leaf:leaves bush:bushes branch:branches petal row column group team set side edge
+    question problem task chore lesson class:classes course test exam quiz:quizzes grade car truck
+    bus:buses bike bicycle motorcycle train plane boat ship wheel tire seat trip lap step house
+    home room floor door window wall chair table bed desk shelf:shelves lamp candle battery: shirt
+    shoe sock hat dress:dresses skirt jacket coat pair button ribbon flower rose tulip tree plant
+    seed leaf:leaves bush:bushes branch:branches petal row column group team set side edge
     vertex:vertices face corner triangle square circle rectangle cube sphere polygon diagonal
     integer number digit solution root way pattern combination permutation outcome arrangement
     element factor divisor multiple prime unit occasion:times copy:copies item object thing
-    penguin monkey elephant lion bear dinosaur gift present order call message email vote
-    song movie episode video show performance
+    penguin monkey elephant lion bear dinosaur gift present order call message email vote song
+    movie episode video show performance pet frog turtle mouse:mice goldfish:goldfish bug cricket
+    alligator jellybean pill shell seashell case serving loaf:loaves brownie bracelet necklace
+    earring skip load berry:berries blueberry: bone scoop mark pancake dish:dishes chip
+    daisy:daisies log parent envelope marshmallow star line gumball package text section barrel
+    night dessert stripe acorn cracker firework bouquet ear stair nail spot steak mushroom pebble
+    vehicle soda machine pastry:pastries tooth:teeth batch:batches cap hole clip roll straw grain
+    novel article towel turn meal phone computer medal shot level jump brother sister follower
+    voter racer singer sale sentence color colour kind mistake
 """
 MULTIPLIERS = {
     "dozen": 12,
@@ -140,6 +155,8 @@ def _known() -> dict[str, Unit]:
         units[singular] = Unit(Fraction(1), ((singular, 1),))
         if plural:
             units[plural] = units[singular]
+    for name, square_meters in _AREAS.items():
+        units[name] = Unit(square_meters, (("length", 2),))
     for name, (length, time) in _SPEEDS.items():
         units[name] = _product(units[length], units[time], -1)
     return units
@@ -176,7 +193,7 @@ def read_unit(phrase: str) -> Unit | None:
             sign, last = -1, None
         elif piece in _PREFIXES and last is None and power == 1:
             power = _PREFIXES[piece]
-        elif piece in _SUFFIXES or piece.startswith("^"):
+        elif piece in _SUFFIXES or re.fullmatch(r"\^[23]", piece):
             exponent = _SUFFIXES.get(piece) or int(piece[1])
             if last is None or power != 1:
                 return None
