@@ -27,7 +27,7 @@ from kdrl_train.config_file import load_yaml, to_dict, update
 from kdrl_train.errors import RunError
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.presets import PRESETS
-from kdrl_train.output import begin, guarded, shown
+from kdrl_train.output import begin, fill_descriptors, guarded, shown
 from kdrl_train.settings import explanations, is_settings, nearest
 
 T = TypeVar("T")
@@ -312,6 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A command whose output nobody can read any more, as in `plan | head`, goes on without it.
     """
+    fill_descriptors()
     with guarded():
         return _main(list(sys.argv[1:] if argv is None else argv))
 

@@ -96,6 +96,16 @@ def guard(stream: Any) -> Any:
     return stream if stream is None or isinstance(stream, Guarded) else Guarded(stream)
 
 
+def fill_descriptors() -> None:
+    """Lead each of the descriptors 0, 1 and 2 that is closed (`2>&-`) to nowhere.
+
+    Otherwise the next file that is opened gets its number, and what a library prints.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+
+
 def guarded_console(console: Console | None) -> Console:
     """Return a console whose file is guarded; None: one on stdout."""
     console = Console(highlight=False) if console is None else console

@@ -106,6 +106,23 @@ def test_a_pipe_that_closes_early_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell closes descriptors")
+def test_no_file_gets_the_number_of_a_closed_descriptor(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(  # what the command imports first of all that is large
+        "import os\n"
+        "numbers = [os.open(os.devnull, os.O_WRONLY) for _ in range(3)]\n"
+        f"open({str(tmp_path / 'numbers')!r}, 'w').write(str(min(numbers)))\n"
+        "raise OSError('torch is imported')"
+    )
+    done = subprocess.run(
+        ["sh", "-c", f"exec {sys.executable} -m kdrl_train train <&- >&- 2>&-"],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        check=False,
+    )
+    assert done.returncode == 1
+    assert int((tmp_path / "numbers").read_text("utf-8")) > 2
+
+
 def test_ctrl_c_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
