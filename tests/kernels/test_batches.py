@@ -111,7 +111,7 @@ def test_a_batch_gives_what_its_rows_give(
             assert torch.equal(padding, torch.zeros_like(padding)), name
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["reference", "torch"])  # what is left out is so before them
 def test_a_mask_leaves_out_what_it_says(impl: str, device: str) -> None:
     """The rows that are left give what they give alone, and one of them sets no other's value."""
     inputs = _inputs(device)
@@ -127,7 +127,7 @@ def test_a_mask_leaves_out_what_it_says(impl: str, device: str) -> None:
     torch.testing.assert_close(weight.grad, whole["dweight"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["reference", "torch"])
 def test_a_mask_of_zeros_gives_zeros(impl: str, device: str) -> None:
     inputs = _inputs(device)
     result = _solve(_logprobs, inputs | {"mask": torch.zeros_like(inputs["mask"])}, impl)
@@ -142,6 +142,7 @@ def test_a_batch_without_tokens(device: str) -> None:
     assert result.logprobs.shape == (0, T)
 
 
+@pytest.mark.slow  # the compiler costs seconds
 def test_a_compiled_caller_keeps_one_graph() -> None:
     inputs = _inputs("cpu")
     inputs |= {"hidden": torch.ones(B, T, H), "tokens": torch.zeros(B, T, dtype=torch.int64)}

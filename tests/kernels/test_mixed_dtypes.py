@@ -18,7 +18,7 @@ PAIRS = [
     pytest.param("torch", BF16, F32, id="torch-bfloat16-float32"),
     pytest.param("torch", F16, F32, id="torch-float16-float32"),
     pytest.param("torch", F32, BF16, id="torch-float32-bfloat16"),
-    pytest.param("triton", F16, F32, id="triton-float16-float32"),
+    pytest.param("triton", F16, F32, id="triton-float16-float32", marks=pytest.mark.slow),
     pytest.param("triton", BF16, F32, id="triton-bfloat16-float32", marks=ON_GPU),
     pytest.param("reference", BF16, F32, id="reference-bfloat16-float32"),
 ]
@@ -111,6 +111,7 @@ def test_the_gradient_of_a_master_weight_is_never_rounded_to_16_bits(
     assert share > 0.9
 
 
+@pytest.mark.slow  # the compiler costs seconds
 def test_a_compiled_caller_gives_the_same() -> None:
     inputs: dict[str, Any] = _inputs(BF16, F32, "cpu")
     compiled = torch.compile(_logprobs, fullgraph=True, backend="aot_eager")

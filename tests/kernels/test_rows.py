@@ -47,7 +47,9 @@ def _coefficients(kd: str | None, device: str) -> Coefficients:
         pytest.param(torch.float16, 5.0, id="float16-softcap", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("kd", [None, "rkl", "fkl", "jsd", "rkl+fkl"])
+@pytest.mark.parametrize(
+    "kd", [None, "rkl", "fkl", "jsd", pytest.param("rkl+fkl", marks=pytest.mark.slow)]
+)
 def test_tiles(
     kd: str | None, dtype: torch.dtype, softcap: float | None, tile: Tile, device: str
 ) -> None:

@@ -103,7 +103,7 @@ def test_gradient_rows_are_those_whose_loss_has_a_gradient(
 
 @pytest.mark.parametrize("depth", ["parameter", "output_of_a_layer", "no_rows"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
 def test_a_parameter_of_the_loss_is_refused(
     impl: str, frozen: bool, depth: str, device: str
 ) -> None:

@@ -86,7 +86,13 @@ def _plain(inputs: Inputs, kept: Tensor) -> Inputs:
     return _results({"logprobs": logprobs, "entropy": entropy}, leaves, x["advantages"])
 
 
-@pytest.mark.parametrize("options", TRUNCATIONS.values(), ids=TRUNCATIONS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(options, id=name, marks=[] if name == "both" else [pytest.mark.slow])
+        for name, options in TRUNCATIONS.items()
+    ],
+)
 @pytest.mark.parametrize(("impl", "dtype"), IMPL_DTYPES)
 def test_matches_a_sort(
     impl: str, dtype: torch.dtype, options: dict[str, Any], device: str
@@ -198,6 +204,7 @@ def test_none_and_one_that_keeps_all_are_the_same() -> None:
             assert torch.equal(value, plain[name]), (options, name)
 
 
+@pytest.mark.slow  # the compiler costs seconds
 def test_a_compiled_caller_keeps_one_graph() -> None:
     inputs, truncation = _inputs(F32, "cpu"), kk.Truncation(top_k=20, top_p=0.9)
     compiled = torch.compile(_forward, fullgraph=True, backend="eager")
