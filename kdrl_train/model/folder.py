@@ -210,7 +210,10 @@ def _weight_files(name: str) -> list[Path]:
         index = stored_file(name, f"{file}.index.json")
         if index is None:
             continue
-        shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        places = _read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise ValueError(f"{index} must name the file of each tensor (weight_map): {AGAIN}")
+        shards = sorted(set(places.values()))
         paths = [index.parent / shard for shard in shards]
         absent = [path.name for path in paths if not path.is_file()]
         if absent:
@@ -269,7 +272,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
                 )
                 for name, entry in header.items()
             }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # what json and torch raise for a header of other values
             raise ValueError(f"{path} is damaged ({error}): {AGAIN}") from error
     whole = 8 + length + max(ends, default=0)
     if size != whole:

@@ -49,7 +49,7 @@ def _export(
     remedy: str,
 ) -> None:
     """Write the folder under another name and rename it."""
-    work = folder.with_name(f".tmp_{folder.name}")
+    work, older = (folder.with_name(f".{part}_{folder.name}") for part in ("tmp", "old"))
     try:
         if work.exists():
             shutil.rmtree(work)
@@ -60,8 +60,10 @@ def _export(
             declare(work / "config.json", dtype_of(""))
         tokenizer.save_pretrained(work)
         if folder.exists():
-            shutil.rmtree(folder)
+            shutil.rmtree(older, ignore_errors=True)  # left by a killed run
+            folder.rename(older)
         work.rename(folder)
+        shutil.rmtree(older, ignore_errors=True)
     except Exception as error:  # the tokenizers' and safetensors' libraries have their own types
         shutil.rmtree(work, ignore_errors=True)
         cause = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

@@ -58,6 +58,7 @@ def test_the_tensors_are_those_of_the_files(tiny: Callable[..., Any], tmp_path: 
         ("model.safetensors", 5, "is cut, or no safetensors file (5 bytes): download"),
         ("model.safetensors", -1, "142,544 bytes, got 142,543: download it again"),
         ("model.safetensors", b"\x02\0\0\0\0\0\0\0[]", "is damaged ("),
+        ("model.safetensors", b"\x0a\0\0\0\0\0\0\0" + b'{"a": [1]}', "is damaged ("),
         ("model.safetensors", POINTER, "is a pointer of git-lfs: run `git lfs pull`"),
         ("config.json", -9, "config.json is not readable JSON ("),
         ("config.json", b"[]", "config.json must hold a JSON object, got list: download"),
@@ -78,6 +79,12 @@ def test_absent_files_are_named(folder: Folder, tiny: Callable[..., Any], tmp_pa
     assert "of which 1 are absent, first model-00002-of-00007.safetensors" in message(
         tmp_path / "shards"
     )
+    index = tmp_path / "shards" / "model.safetensors.index.json"
+    for text in ('{"weight_map": ["a"]}', "{}"):
+        index.write_text(text, encoding="utf-8")
+        assert message(index.parent) == (
+            f"{index} must name the file of each tensor (weight_map): download it again"
+        )
     path = folder()
     (path / "model.safetensors").unlink()
     assert message(path).startswith("it has no weights (model.safetensors or pytorch_model.bin")

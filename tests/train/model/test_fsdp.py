@@ -114,7 +114,7 @@ def probe_another(config: TrainConfig, world: World) -> list[str]:
 
     module.forward = twice
     with preflight.Verifier(config.reward) as verifier:
-        results = preflight.preflight(config, loaded, verifier, 1, world)
+        results = preflight.preflight(config, loaded, verifier, world)
     sharded = all(isinstance(p, DTensor) for p in loaded.teacher.parameters())
     return [result.name for result in results if not result.passed] + ["whole"] * (not sharded)
 
