@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdrl_train import output
 from kdrl_train.batch import OUTCOMES, Example, Verdicts
-from kdrl_train.config import TrainConfig
+from kdrl_train.config import EvaluateConfig, RewardConfig, TrainConfig
 from kdrl_train.errors import RankError, RunError
 from kdrl_train.model.fsdp import gathered
 from kdrl_train.model.load import use_device
@@ -176,7 +176,9 @@ def check_vocabulary(loaded: Loaded) -> str:
     return f"{highest + 1:,} tokens; columns: {sizes}; those from {common:,} on are not sampled"
 
 
-def check_gold(config: TrainConfig, examples: Sequence[Example], verifier: Verifier) -> str:
+def check_gold(
+    config: TrainConfig | EvaluateConfig, examples: Sequence[Example], verifier: Verifier
+) -> str:
     """Check that each gold answer, in a box, earns a reward when it is judged against itself.
 
     Equal ones are judged once. A reward function of the user's own may expect another format: it
@@ -211,26 +213,25 @@ def check_gold(config: TrainConfig, examples: Sequence[Example], verifier: Verif
             + ": correct the row, or set data.answer_column or reward.function"
             + (f"; also {others}" if others else "")
         )
-    return _threshold(config, verdicts, summary, builtin)
+    return summary + _threshold(config.reward, verdicts)
 
 
-def _threshold(config: TrainConfig, verdicts: Verdicts, summary: str, builtin: bool) -> str:
+def _threshold(config: RewardConfig, verdicts: Verdicts) -> str:
     """Say which rewards are right.
 
     Raises: UserWarning where reward.right_above is less than half of the largest reward.
     """
-    threshold = config.reward.right_above
-    summary += f"; right: a reward above {threshold:g} (reward.right_above)"
-    if builtin:
-        return summary
+    rule = f"; right: a reward above {config.right_above:g} (reward.right_above)"
+    if config.function in ("math", "exact"):
+        return rule
     low, high = min(verdicts.rewards), max(verdicts.rewards)
-    summary += f"; rewards from {low:g} to {high:g}"
-    if 2 * threshold < high and high > 1:
+    rule += f"; rewards from {low:g} to {high:g}"
+    if 2 * config.right_above < high and high > 1:
         raise UserWarning(
-            f"{summary}: set reward.right_above to half of the largest reward, e.g. {high / 2:g}, "
-            "unless a smaller one is right too"
+            f"gold answers in a box{rule}: set reward.right_above to half of the largest reward, "
+            f"e.g. {high / 2:g}, unless a smaller one is right too"
         )
-    return summary
+    return rule
 
 
 def check_weights(model: HeadedModel, key: str) -> str:

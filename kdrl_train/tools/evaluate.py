@@ -35,6 +35,7 @@ from kdrl_train.runfolder.checkpoint import checkpoints, load_weights
 from kdrl_train.runfolder.log import ROLLOUTS
 from kdrl_train.runfolder.writable import require_writable_file
 from kdrl_train.start.load import described, read_problems
+from kdrl_train.start.preflight import check_gold
 from kdrl_train.start.prompts import prompt_doubts, turn_doubts, written_otherwise
 
 
@@ -126,6 +127,11 @@ def evaluate_folder(config: EvaluateConfig, console: Console | None = None) -> E
         for line in (*measured(config, facts), *doubts, *other_templates(config)):
             console.print(line, markup=False, soft_wrap=True)
     with Verifier(config.reward) as verifier:
+        try:
+            check_gold(config, examples, verifier)
+        except UserWarning as warning:
+            if console is not None:
+                console.print(f"warning: {warning}", markup=False, soft_wrap=True)
         result = evaluate(
             model,
             tokenizer,
@@ -206,6 +212,9 @@ def result_table(results: dict[str, EvalResult]) -> Table:
         ("seconds", lambda result: f"{result.seconds:.1f}"),
     ):
         table.add_row(name, *map(cell, results.values()))
+    if any(result.outcomes["error"] for result in results.values()):
+        failed = (f"{result.outcomes['error']}, as not right" for result in results.values())
+        table.add_row("reward function failed", *failed)
     if any(result.left_out for result in results.values()):
         counts = (str(result.left_out) for result in results.values())
         table.add_row("left out, prompt too long", *counts)

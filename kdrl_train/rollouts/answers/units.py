@@ -108,21 +108,21 @@ _COUNTED = """
     block brick tile stick stone rock coin bill ticket token point goal game match:matches round
     question problem task chore lesson class:classes course test exam quiz:quizzes grade car truck
     bus:buses bike bicycle motorcycle train plane boat ship wheel tire seat trip lap step house
-    home room floor door window wall chair table bed desk shelf:shelves lamp candle battery: shirt
-    shoe sock hat dress:dresses skirt jacket coat pair button ribbon flower rose tulip tree plant
-    seed leaf:leaves bush:bushes branch:branches petal row column group team set side edge
-    vertex:vertices face corner triangle square circle rectangle cube sphere polygon diagonal
-    integer number digit solution root way pattern combination permutation outcome arrangement
-    element factor divisor multiple prime unit occasion:times copy:copies item object thing
-    penguin monkey elephant lion bear dinosaur gift present order call message email vote song
-    movie episode video show performance pet frog turtle mouse:mice goldfish:goldfish bug cricket
-    alligator jellybean pill shell seashell case serving loaf:loaves brownie bracelet necklace
-    earring skip load berry:berries blueberry: bone scoop mark pancake dish:dishes chip
-    daisy:daisies log parent envelope marshmallow star line gumball package text section barrel
-    night dessert stripe acorn cracker firework bouquet ear stair nail spot steak mushroom pebble
-    vehicle soda machine pastry:pastries tooth:teeth batch:batches cap hole clip roll straw grain
-    novel article towel turn meal phone computer medal shot level jump brother sister follower
-    voter racer singer sale sentence color colour kind mistake
+    home room floor door window wall chair table bed desk shelf:shelves lamp candle
+    battery:batteries shirt shoe sock hat dress:dresses skirt jacket coat pair button ribbon
+    flower rose tulip tree plant seed leaf:leaves bush:bushes branch:branches petal row column
+    group team set side edge vertex:vertices face corner triangle square circle rectangle cube
+    sphere polygon diagonal integer number digit solution root way pattern combination permutation
+    outcome arrangement element factor divisor multiple prime unit occasion:times copy:copies item
+    object thing penguin monkey elephant lion bear dinosaur gift present order call message email
+    vote song movie episode video show performance pet frog turtle mouse:mice goldfish:goldfish
+    bug cricket alligator jellybean pill shell seashell case serving loaf:loaves brownie bracelet
+    necklace earring skip load berry:berries blueberry:blueberries bone scoop mark pancake
+    dish:dishes chip daisy:daisies log parent envelope marshmallow star line gumball package text
+    section barrel night dessert stripe acorn cracker firework bouquet ear stair nail spot steak
+    mushroom pebble vehicle soda machine pastry:pastries tooth:teeth batch:batches cap hole clip
+    roll straw grain novel article towel turn meal phone computer medal shot level jump brother
+    sister follower voter racer singer sale sentence color colour kind mistake
 """
 MULTIPLIERS = {
     "dozen": 12,

@@ -1,11 +1,12 @@
 """answers: hundreds of pairs, worked by hand, of equal and of different answers (answers.txt)."""
 
+import random
 import time
 from pathlib import Path
 
 import pytest
 
-from kdrl_train.rollouts.rewards import check_readable, math_reward
+from kdrl_train.rollouts.rewards import UnparseableError, check_readable, math_reward
 
 LINES = Path(__file__).with_name("answers.txt").read_text(encoding="utf-8").splitlines()
 EQUAL = [line.split(" ≡ ") for line in LINES if " ≡ " in line]
@@ -39,6 +40,23 @@ def test_a_gold_answer_that_is_not_read_whole_is_refused(gold: str) -> None:
     with pytest.raises(ValueError, match="the gold answer must be a number, LaTeX, a word or"):
         check_readable(gold)
     assert not reward(gold, "5")
+
+
+def test_a_damaged_answer_is_judged_or_unparseable() -> None:
+    """Nothing else may be raised: it would be an error of the reward function."""
+    rng, unparseable = random.Random(0), 0
+    answers = [
+        *(text for line in EQUAL for text in line),
+        *(text for two in DIFFERENT for text in two),
+    ]
+    for _ in range(2000):
+        text, other = rng.choice(answers), rng.choice(answers)
+        start, end = sorted(rng.choices(range(len(text) + 1), k=2))
+        try:
+            math_reward(rf"\boxed{{{text[:start]}{other[: rng.randint(0, 4)]}{text[end:]}}}", "5")
+        except UnparseableError:
+            unparseable += 1
+    assert 200 < unparseable < 1800
 
 
 LONG = ["10^{10^{10^{10}}}", "9999999!", "2^{2^{2^{2^{2^2}}}}", r"\sin(10^{10^6})", "|" * 250]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
@@ -15,7 +16,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdrl_train import cli, train
-from kdrl_train.batch import Verdicts
+from kdrl_train.batch import Rollouts, Verdicts
 from kdrl_train.config import (
     DataConfig,
     EvalConfig,
@@ -26,7 +27,7 @@ from kdrl_train.config import (
     SamplingConfig,
     TrainConfig,
 )
-from kdrl_train.method.evaluation import intervals, majority, pass_at_k, problem_scores
+from kdrl_train.method.evaluation import intervals, majority, pass_at_k, problem_scores, summarize
 from kdrl_train.rollouts import sampler
 from kdrl_train.rollouts.engines import generate as generate_engine
 from kdrl_train.rollouts.problems import load_examples
@@ -243,6 +244,37 @@ def test_command_writes_table_and_json(
     printed = capsys.readouterr().out
     assert "5 problems, 2 completions each" in printed
     assert f"{result['avg_at_k']:.1%}" in printed
+
+
+def test_a_gold_answer_that_is_not_read_stops_a_measurement(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"question": "?", "answer": "5 or more"}\n', encoding="utf-8")
+    config = EvaluateConfig(
+        model=ModelConfig(policy=str(folders["student"]), device="cpu"),
+        data=DataConfig(path=str(path)),
+        sampling=SAMPLING,
+        reward=RewardConfig(workers=1),
+    )
+    with pytest.raises(ValueError, match=r"first: bad\.jsonl:1, answer '5 or more', error"):
+        evaluate_folder(config)
+
+
+def test_failures_of_the_reward_function_are_shown() -> None:
+    rollouts = Rollouts(
+        prompt_ids=[torch.tensor([1])] * 2,
+        completion_ids=[torch.tensor([1])] * 2,
+        logprobs=[torch.zeros(1)] * 2,
+        truncated=torch.zeros(2, dtype=torch.bool),
+        texts=["", ""],
+    )
+    judged = Verdicts([1.0, math.nan], ["right", "error"], answers=[None, None])
+    out = io.StringIO()
+    table = result_table({"policy": summarize(rollouts, judged, 1, 0, 1.0)})
+    Console(file=out, width=120).print(table)
+    assert "reward function failed" in out.getvalue()
+    assert "1, as not right" in out.getvalue()
 
 
 def test_the_weights_of_a_checkpoint_are_measured(
