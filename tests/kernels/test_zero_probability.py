@@ -91,8 +91,10 @@ def test_a_token_that_both_models_exclude_has_no_sampled_kd(
 def test_a_teacher_that_allows_it_makes_these_terms_infinite(
     impl: str, term: dict[str, Any], device: str
 ) -> None:
-    result, _ = _solve(impl, device, -torch.inf, term, teacher_bias=None)
+    result, grads = _solve(impl, device, -torch.inf, term, teacher_bias=None)
     assert result.loss == torch.inf
+    finite = term["kd"] in ("k3", "fkl")
+    assert all(gradient.isfinite().all() == finite for gradient in grads.values())
 
 
 @pytest.mark.parametrize("kd", ["rkl", "jsd"])
