@@ -25,7 +25,7 @@ LAYERS = 4
 """Most layers of a model that does not list the types of its layers, without a longer period."""
 PERIOD = re.compile(r"period|pattern|interval|_every|_freq")
 """Names of numbers of layers after which types repeat."""
-LARGEST = 300_000_000
+LARGEST = 100_000_000
 """Most parameters of a miniature: more would take seconds and gigabytes."""
 
 Rule = tuple[re.Pattern[str], Callable[[int], int]]
@@ -60,7 +60,10 @@ CHOSEN = re.compile(
 )
 GROUPS = re.compile(r"^n_group$|^topk_group$|^num_expert_groups?$|^topk_groups?$")
 
-STATE_HEADS = re.compile(r"^mamba_n_heads$|^mamba_num_heads$|^n_mamba_heads$|^mamba_d_ssm$")
+STATE_HEADS = re.compile(
+    r"^mamba_n_heads$|^mamba_num_heads$|^n_mamba_heads$|^mamba_d_ssm$|^attention_hidden_size$"
+)
+"""Names of numbers that a layer's width divides or is a multiple of."""
 STATE_GROUPS = re.compile(r"^mamba_n_?groups$|^n_groups$")
 
 NARROW: list[Rule] = [

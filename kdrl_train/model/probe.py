@@ -15,6 +15,9 @@ PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float64: 1e-
 """Largest RMS difference of the probe, as a share of the RMS of what is compared: well above the
 rounding of a deep model in that dtype, well below what another formula or a leak would give."""
 
+LARGE_LOGITS = 30.0
+"""RMS of the logits at which caps are seen: models cap at 15 to 50."""
+
 
 @torch.no_grad()
 def probe(wrapped: HeadedModel, name: str, *, packed: bool = True) -> float:
@@ -49,26 +52,47 @@ def _states(wrapped: HeadedModel, ids: Sequence[Tensor]) -> Tensor:
 def _compare_logits(
     wrapped: HeadedModel, name: str, ids: list[Tensor], single: list[Tensor]
 ) -> float:
-    """Compare softcap(scale · hidden · weightᵀ + bias) with the model's own logits."""
-    model = wrapped.model
-    weight, bias = wrapped.head()
-    head = [torch.nn.functional.linear(x, weight, bias).float() for x in single]
-    ours = torch.cat(head) / wrapped.temperature
-    if wrapped.softcap is not None:  # the scale is 1 here: temperature is that of sampling
-        ours = torch.tanh(torch.cat(head) / wrapped.softcap) * wrapped.softcap / wrapped.temperature
-    with wrapped.autocast():
-        theirs = torch.cat([model(input_ids=i, use_cache=False).logits[0].float() for i in ids])
-    theirs = theirs / (wrapped.temperature * _logit_scale(model.config.get_text_config()))
-    probe_error = _relative_rms(ours, theirs)
+    """Compare softcap(scale · hidden · weightᵀ + bias) with the model's own logits.
+
+    Twice: as they are, and with hidden states so large that a cap bends the logits.
+    """
+    states = torch.cat(single)
+    errors = [_logits_error(wrapped, ids, states, 1.0)]
+    weight, _ = wrapped.head()
+    rms = torch.nn.functional.linear(states, weight).float().square().mean().sqrt().item()
+    errors.append(_logits_error(wrapped, ids, states, LARGE_LOGITS / max(rms, 1e-6)))
     tolerance = PROBE_TOLERANCE[wrapped.compute_dtype]
-    if not probe_error <= tolerance:
+    if not max(errors) <= tolerance:
         raise ValueError(
             f"{name} must have logits = softcap(scale · hidden · weightᵀ + bias), got "
-            f"{type(model).__name__}, whose own logits differ from that by {probe_error:.1e} of "
-            f"their RMS (tolerance {tolerance:.0e}): its architecture does something else "
-            "before or after its LM head and cannot be trained here"
+            f"{type(wrapped.model).__name__}, whose own logits differ from that by "
+            f"{max(errors):.1e} of their RMS (tolerance {tolerance:.0e}): its architecture does "
+            "something else before or after its LM head and cannot be trained here"
         )
-    return probe_error
+    return errors[0]
+
+
+def _logits_error(wrapped: HeadedModel, ids: list[Tensor], states: Tensor, factor: float) -> float:
+    """Return the RMS difference of the logits as a share of their RMS.
+
+    factor: what the hidden states are multiplied by, ours and, before its LM head, the model's.
+    """
+    model, temperature = wrapped.model, wrapped.temperature
+    weight, bias = wrapped.head()
+    head = torch.nn.functional.linear(states * factor, weight, bias).float()
+    ours = head / temperature
+    if wrapped.softcap is not None:  # the scale is 1 here: temperature is that of sampling
+        ours = torch.tanh(head / wrapped.softcap) * wrapped.softcap / temperature
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _module, inputs: (inputs[0] * factor, *inputs[1:])
+    )
+    try:
+        with wrapped.autocast():
+            theirs = torch.cat([model(input_ids=i, use_cache=False).logits[0].float() for i in ids])
+    finally:
+        hook.remove()
+    scale = _logit_scale(model.config.get_text_config())
+    return _relative_rms(ours, theirs / (temperature * scale))
 
 
 def _compare_training(wrapped: HeadedModel, name: str, ids: Tensor, evaluated: Tensor) -> None:

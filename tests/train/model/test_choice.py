@@ -160,6 +160,17 @@ def test_the_probe_refuses_noise() -> None:
         probe(wrapped, "model.policy")
 
 
+def test_the_probe_sees_a_cap_that_small_logits_hardly_reach() -> None:
+    model = make("recurrent_gemma")
+    model.get_output_embeddings().weight.data *= 0.01
+    wrapped = HeadedModel(model)
+    assert wrapped.softcap == 30
+    probe(wrapped, "model.policy", packed=False)
+    wrapped.softcap = None
+    with pytest.raises(ValueError, match="must have logits"):
+        probe(wrapped, "model.policy", packed=False)
+
+
 def test_the_probe_sees_a_leak_below_its_tolerance() -> None:
     wrapped = HeadedModel(make("llama"))
     layer = wrapped.model.model.layers[0].mlp
