@@ -1,7 +1,6 @@
 """The memory check of the preflight: compares the estimate of `plan` with this run's device."""
 
 import os
-from dataclasses import replace
 
 from kdrl_train.config import TrainConfig
 from kdrl_train.model.policy import Policy, Teacher
@@ -56,13 +55,13 @@ def _case(config: TrainConfig, policy: Policy, teacher: Teacher | None, ranks: i
 
     Raises: ValueError for settings that the estimate does not model.
     """
-    config = replace(config, model=replace(config.model, attention=_attention(config, policy)))
     if config.optim.head_impl == "reference" or config.model.attention == "eager":
         raise ValueError("optim.head_impl reference and model.attention eager are not modelled")
     if config.engine.kind in ("continuous", "vllm"):
         raise ValueError(f"engine.kind {config.engine.kind} is not modelled")
     return Case(
         run=config,
+        choice=policy.choice,
         policy=shape_of(policy.model, "model.policy"),
         teacher=None if teacher is None else shape_of(teacher.model, "model.teacher"),
         placement=Placement(
@@ -72,11 +71,3 @@ def _case(config: TrainConfig, policy: Policy, teacher: Teacher | None, ranks: i
             offload_policy=config.model.offload_policy,
         ),
     )
-
-
-def _attention(config: TrainConfig, policy: Policy) -> str | None:
-    """Name the attention that the policy has; None is that of sequences without a [T, T] mask."""
-    chosen = policy.choice
-    if config.model.attention is not None or (chosen.attention == "sdpa" and not chosen.packs):
-        return config.model.attention
-    return chosen.attention

@@ -8,6 +8,7 @@ import torch
 from kdrl_kernels.plan import ChunkPlan, chunk_plan
 from kdrl_train.config import TrainConfig
 from kdrl_train.model import attention
+from kdrl_train.model.attention import Choice
 from kdrl_train.start.estimate.layers import LayerShape
 from kdrl_train.start.estimate.shapes import ModelShape
 
@@ -36,6 +37,8 @@ class Case:
     teacher: ModelShape | None
     """None where the method has no distillation."""
     placement: Placement
+    choice: Choice = Choice()  # noqa: RUF009 (frozen)
+    """How the policy computes the sequences of a pack."""
 
     @property
     def sharded(self) -> bool:
@@ -90,14 +93,36 @@ class Case:
         return max(self.longest, min(budget, self.rollouts * self.longest))
 
     @property
+    def attention(self) -> str | None:
+        """Returns the name of the attention; None where nothing is masked or named.
+
+        A sequence that is alone in its row needs no [T, T] mask of "sdpa".
+        """
+        alone = self.choice.attention == "sdpa" and not self.choice.packs
+        return self.run.model.attention or (None if alone else self.choice.attention)
+
+    @property
     def packed(self) -> bool:
         """Says whether attention is this package's "packed", which `train` uses by default."""
-        return self.run.model.attention in (None, attention.NAME)
+        return self.attention in (None, attention.NAME)
 
     @property
     def masked(self) -> bool:
         """Says whether attention over a pack takes a [T, T] mask: transformers' "sdpa" does."""
-        return self.run.model.attention == "sdpa" and self.run.optim.micro_batch_tokens > 1
+        return self.attention == "sdpa" and self.run.optim.micro_batch_tokens > 1
+
+    @property
+    def weights_bytes(self) -> int:
+        """Returns the bytes that a head keeps for each pair of a query and a key: transformers'
+        "eager" has a softmax in float32, and a copy of it in the compute dtype."""
+        if self.attention != "eager":
+            return 0
+        return 4 + (self.dtype.itemsize if self.dtype.itemsize < 4 else 0)
+
+    @property
+    def row_tokens(self) -> int:
+        """Counts the tokens of the longest row of attention."""
+        return self.pack_tokens if self.choice.packs else self.longest
 
     def attention_width(self, layer: LayerShape) -> int:
         """Counts the numbers that attention keeps for each token: query, key, value, output."""

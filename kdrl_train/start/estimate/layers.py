@@ -52,6 +52,8 @@ class LayerShape:
     """Widths of the norms over the residual stream, summed."""
     heads_normed: int
     """Widths of the norms inside attention (queries, keys, latents), summed."""
+    heads: int = 0
+    """Attention heads; 0 without attention."""
     query: int = 0
     """Attention heads times the width of a query; 0 without attention."""
     output: int = 0
@@ -203,7 +205,7 @@ def _attention_sizes(attention: nn.Module, cache: Any, config: Any) -> dict[str,
     window = getattr(cache, "sliding_window", None)
     if not _keeps_tokens(cache):
         kept, window = (0, 0), getattr(attention, "sliding_window", None)
-    sizes = {"query": query, "output": output, "kv": kv, "window": window}
+    sizes = {"heads": heads, "query": query, "output": output, "kv": kv, "window": window}
     return sizes | {"cached_keys": kept[0], "cached_values": kept[1]}
 
 

@@ -13,7 +13,8 @@ without fused kernels. b is the bytes of a number in the compute dtype, s in the
                                                    5 q without a variable-length kernel (CPU,
                                                    float32): the output exists twice
     attention, "sdpa"             b · 4 q          and a [T, T] mask of b bytes a number
-    attention, others             b (2 q + 2 kv)
+    attention, others             b (2 q + 2 kv)   "eager" also a softmax [T, T] of each head, of
+                                                   4 bytes, and of b where that is less
     gated MLP, width I            b · 4 I          gate, its activation, up, their product; one
                                                    without a gate: 2 I
     k chosen experts              b k (4 I + 2 H)  the same, and copies of the token to and fro
@@ -187,7 +188,30 @@ def _activations(case: Case) -> list[Term]:
         remedy = f"--model.gradient-checkpointing, or {shorter}"
         terms.append(product("activations", UPDATE, [tokens, kept], remedy=remedy))
         masks = [product("masks of the layers", UPDATE, [layers, *mask], remedy=remedy)]
-    return terms + (masks if case.masked else [])
+    return [*terms, *(masks if case.masked else []), *_attention_weights(case)]
+
+
+def _attention_weights(case: Case) -> list[Term]:
+    """Lists what transformers' "eager" attention keeps of each pair of tokens in a row."""
+    heads = [layer.heads for layer in case.policy.each]
+    if not case.weights_bytes or not any(heads):
+        return []
+    recomputed = case.run.model.gradient_checkpointing
+    kept = (max(heads), "heads of a layer") if recomputed else (sum(heads), "heads of all layers")
+    each, shorter = (case.weights_bytes, "B"), _shorter(case)
+    tokens, row = (case.pack_tokens, "tokens"), (case.row_tokens, "tokens of a row")
+    when = ("backward",) if recomputed else UPDATE
+    prompt = (case.run.data.max_prompt_tokens, "tokens")
+    batch, largest = (case.batch, "completions"), (max(heads), "heads of a layer")
+    return [
+        product("attention weights", when, [kept, each, tokens, row], remedy=shorter),
+        product(
+            "attention weights of the prompts",
+            ("prefill",),
+            [batch, largest, each, prompt, prompt],
+            remedy="lower sampling.batch_size or data.max_prompt_tokens",
+        ),
+    ]
 
 
 def _head(case: Case) -> list[Term]:

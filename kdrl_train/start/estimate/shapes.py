@@ -85,6 +85,11 @@ def read_shape(folder: str, key: str) -> ModelShape:
         key: "model.policy" or "model.teacher", for messages.
     Raises: ValueError if it is not a causal LM, or has a layer of an unknown kind.
     """
+    return shape_of(read_model(folder, key), f"{key} = {folder!r}")
+
+
+def read_model(folder: str, key: str) -> Any:
+    """Builds the causal LM of a folder or hub id on the meta device, as read_shape takes them."""
     if not folder:
         raise ValueError(f"{key} must name a folder or hub id, got nothing: set {key}")
     try:
@@ -96,7 +101,7 @@ def read_shape(folder: str, key: str) -> ModelShape:
             f"{key} must be a folder with the config.json of a causal LM of transformers, or a hub "
             f"id, got {folder!r} (looked in {Path.cwd()}): {error}"
         ) from error
-    return shape_of(model, f"{key} = {folder!r}")
+    return model
 
 
 def shape_of(model: Any, name: str) -> ModelShape:

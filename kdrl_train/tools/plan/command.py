@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kdrl_train.config import TrainConfig
+from kdrl_train.model.attention import Choice
+from kdrl_train.model.choice import choose
 from kdrl_train.runfolder.log import peak_memory_bytes
 from kdrl_train.settings import (
     NaturalFloat,
@@ -34,7 +36,7 @@ from kdrl_train.start.estimate.memory import (
     loading_bytes,
     memory_terms,
 )
-from kdrl_train.start.estimate.shapes import read_shape
+from kdrl_train.start.estimate.shapes import read_model, read_shape, shape_of
 from kdrl_train.start.estimate.terms import Term
 from kdrl_train.tools.plan.speed import Lengths, time_terms, totals
 
@@ -175,7 +177,8 @@ def make_estimate(config: PlanConfig) -> Estimate:
     Raises: ValueError for models that cannot be read or are not modelled, and for a workspace that
         is too small for the logits of one token.
     """
-    policy = read_shape(config.model.policy, "model.policy")
+    model = read_model(config.model.policy, "model.policy")
+    policy = shape_of(model, f"model.policy = {config.model.policy!r}")
     teacher = None
     if config.method.kd is not None:
         teacher = read_shape(config.model.teacher or "", "model.teacher")
@@ -186,7 +189,13 @@ def make_estimate(config: PlanConfig) -> Estimate:
         teacher_weights="cpu" if config.model.offload_teacher else "sharded",
         offload_policy=config.model.offload_policy,
     )
-    case = Case(run=config, policy=policy, teacher=teacher, placement=placement)
+    case = Case(
+        run=config,
+        policy=policy,
+        teacher=teacher,
+        placement=placement,
+        choice=attention_of(model, config),
+    )
     memory = memory_terms(case)
     if cpu:
         libraries = peak_memory_bytes(torch.device("cpu")) or 0.0
@@ -200,6 +209,16 @@ def make_estimate(config: PlanConfig) -> Estimate:
         response=config.lengths.response,
         loading_bytes=loading_bytes(case),
     )
+
+
+def attention_of(model: Any, config: PlanConfig) -> Choice:
+    """Chooses the attention of a policy as `train` does on a CPU: FlashAttention keeps no more."""
+    if config.model.attention is not None:
+        return Choice()
+    try:
+        return choose(model, None, torch.device("cpu"), torch.float32)
+    except Exception:  # what an unusual model's code raises: train says it, this is an estimate
+        return Choice()
 
 
 def device_of(config: PlanConfig) -> Device:

@@ -14,6 +14,7 @@ import transformers
 
 from kdrl_train.config import ModelConfig
 from kdrl_train.method.presets import PRESETS
+from kdrl_train.model.attention import Choice
 from kdrl_train.start.estimate.case import Placement
 from kdrl_train.start.estimate.devices import Device
 from kdrl_train.start.estimate.memory import memory_terms
@@ -279,6 +280,35 @@ def test_a_window_and_a_state_bound_what_decoding_holds() -> None:
     assert next_["states of the mixers"] == 4 * 3 * (4 * 960 + 4 * 512)
     assert mamba["keys and values"] == 0
     assert mamba["states of the mixers"] == 4 * 4 * (4 * 1536 + 4 * 512)
+
+
+def test_eager_attention_keeps_its_weights_of_each_row() -> None:
+    """Packs of 64 tokens, sequences of 16; 4 layers of 4 heads; float32 keeps no copy."""
+    oss, mamba = (case_of_shape(shape_of(build(n), n)) for n in ("gpt_oss", "mamba"))
+    apart, together = Choice("eager", packs=False), Choice("eager")
+    sizes = {
+        choice.packs: {t.name: t.value for t in memory_terms(replace(oss, choice=choice))}
+        for choice in (apart, together)
+    }
+    assert sizes[False]["attention weights"] == 16 * 4 * 64 * 16
+    assert sizes[True]["attention weights"] == 16 * 4 * 64 * 64
+    assert sizes[False]["attention weights of the prompts"] == 4 * 4 * 4 * 6 * 6
+    model = replace(oss.run.model, dtype="bfloat16", gradient_checkpointing=True)
+    half = replace(oss, run=replace(oss.run, model=model), choice=apart, placement=Placement())
+    assert {t.name: t.value for t in memory_terms(half)}["attention weights"] == 4 * 6 * 64 * 16
+    names = {t.name for t in memory_terms(replace(mamba, choice=apart))}
+    assert not any(name.startswith("attention weights") for name in names)
+    alone = replace(oss, choice=Choice("sdpa", packs=False))
+    assert not any("mask" in t.name and "prompts" not in t.name for t in memory_terms(alone))
+    masked = {t.name for t in memory_terms(replace(oss, choice=Choice("sdpa")))}
+    assert "masks of the layers" in masked
+
+
+def test_plan_takes_the_attention_that_train_would(tmp_path: Path) -> None:
+    folder = write_config(tmp_path / "oss", "gpt_oss", **FAMILIES["gpt_oss"].sizes)
+    config = PlanConfig(model=ModelConfig(policy=folder), method=PRESETS["grpo"])
+    names = {term.name for term in command.make_estimate(config).memory}
+    assert "attention weights" in names  # sdpa leaves its sinks out, and packs mix sequences
 
 
 def test_the_time_of_a_mixture_counts_the_chosen_experts() -> None:
