@@ -178,14 +178,14 @@ class Rows:
     """lq, the teacher's log-probability of the sampled token."""
     kl: Tensor | None = None
     """KL(p‖q) for "rkl", "rkl+fkl" and a baseline, KL(q‖p) for "fkl", Jensen-Shannon for "jsd"."""
-    forward_kl: Tensor | None = None
-    """KL(q‖p), beside kl, for "rkl+fkl"."""
     entropy: Tensor | None = None
     """Entropy of the student's distribution."""
-    lse: Tensor | None = None
-    """log(sum_v exp(z_v)) of the student's logits, after softcap and temperature."""
     index: Tensor | None = None
     """int64, where these rows are in the [N] tensors of the call; linear_token_loss sets it."""
+    forward_kl: Tensor | None = None
+    """KL(q‖p), beside kl, for "rkl+fkl"."""
+    lse: Tensor | None = None
+    """log(sum_v exp(z_v)) of the student's logits, after softcap and temperature."""
 
 
 @dataclass(frozen=True, slots=True)
