@@ -95,7 +95,10 @@ def encode_prompt(tokenizer: Any, example: Example, config: DataConfig) -> list[
     Raises: TooLongError for more than data.max_prompt_tokens, no prompt is cut; PromptError for one
         without tokens, a chat template that fails, and a system prompt without a chat template.
     """
-    ids = encode_text(tokenizer, example.prompt, config)
+    try:
+        ids = encode_text(tokenizer, example.prompt, config)
+    except PromptError as error:
+        raise PromptError(f"prompt {example.id}: {error}") from error
     if not ids:
         raise PromptError(
             f"prompt {example.id} must have at least one token, got 0 of {example.prompt!r}: check "

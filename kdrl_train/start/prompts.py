@@ -70,7 +70,9 @@ def check_first_prompt(config: TrainConfig, loaded: Loaded) -> str:
         behind = tokenizer.convert_ids_to_tokens(plain_parts(tokenizer, example.prompt)[2])
         if behind:
             detail += f"; {behind}, which the tokenizer puts behind a text, are left out"
-    elif "<think>" in chat_text(tokenizer, example.prompt, data)[-20:]:
+    elif "enable_thinking" in str(tokenizer.chat_template):
+        detail += "; the chat template's switch enable_thinking keeps its default"
+    if templated(tokenizer, data) and "<think>" in chat_text(tokenizer, example.prompt, data)[-20:]:
         note = "the chat template has written <think>: a completion does not begin with it"
         detail += f"; {note}"
         if config.reward.function not in ("math", "exact"):

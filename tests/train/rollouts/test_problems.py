@@ -325,6 +325,16 @@ def test_a_hash_tells_problems_apart(tokenizer: PreTrainedTokenizerFast) -> None
     assert len({same, *others}) == 8
 
 
+def test_the_prompt_at_which_a_template_fails_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
+    text = "messages[0]['content']"
+    tokenizer.chat_template = (
+        f"{{% if '1' in {text} %}}{{{{ 1 // 0 }}}}{{% endif %}}{{{{ {text} }}}}"
+    )
+    examples = [Example("a:1", "what", "1"), Example("a:2", "is 1", "1")]
+    with pytest.raises(PromptError, match=r"^prompt a:2: the chat template must render"):
+        encode_all(tokenizer, examples, DataConfig())
+
+
 def test_a_prompt_of_no_tokens_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = "{{ '' }}"
     with pytest.raises(ValueError, match=r"prompt set\.jsonl:7 must have at least one token"):

@@ -228,6 +228,12 @@ def test_the_first_prompt_is_shown_with_its_special_tokens(
     )
     chat = replace(loaded, tokenizer=tokenizer)
     assert prompts.check_first_prompt(config, chat) == r"'<|pad|>0+0=\n<|endoftext|>:'"
+    switch = (
+        "{{ messages[0]['content'] }}{% if enable_thinking is false %}<think></think>{% endif %}"
+    )
+    thinking = replace(loaded, tokenizer=with_template(loaded.tokenizer, switch))
+    detail = prompts.check_first_prompt(config, thinking)
+    assert detail == "'0+0='; the chat template's switch enable_thinking keeps its default"
     assert prompts.shown("a" * 301 + "b" * 400) == f"'{'a' * 300} [...] {'b' * 300}'"
 
 
@@ -316,4 +322,7 @@ def test_a_template_that_fails_is_a_line_of_the_table(
     model = replace(config.model, policy=str(tmp_path / "policy"))
     assert preflight.main(replace(config, model=model)) == 1
     out = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "prompts failed the chat template must render a user's message, got" in out
+    assert (
+        "prompts failed prompt task.jsonl:1: the chat template must render a user's message, got"
+        in out
+    )
