@@ -68,11 +68,10 @@ def equal(a: Answer, b: Answer) -> bool:
 def equal_values(a: Value, b: Value) -> bool:
     """Say whether two values are equal."""
     kinds = {a.kind, b.kind}
-    if "relation" in kinds:
+    if "relation" in kinds or (kinds == {"named"} and a.tag != b.tag):  # x = 2y is y = x/2
         return _equal_relations(_as_relation(a), _as_relation(b))
     if "named" in kinds:
-        same_name = a.tag == b.tag or len(kinds) == 2
-        return same_name and equal_values(*(x.items[0] if x.kind == "named" else x for x in (a, b)))
+        return equal_values(*(x.items[0] if x.kind == "named" else x for x in (a, b)))
     if len(kinds) == 2:
         return _equal_across(a, b)
     if a.kind == "number":

@@ -29,11 +29,15 @@ MAX_WORDS = 4
 """An answer in more words is prose, which no completion would repeat."""
 
 _PROSE = {"see", "proof", "prove", "above", "below", "vary", "varies", "exercise", "figure"}
-_PROSE |= {"answer", "answers", "solution:", "diagram", "graph", "omitted", "explanation"}
+_PROSE |= {"answer", "answers", "diagram", "graph", "omitted", "explanation"}
 _MONTHS = {"january", "february", "march", "april", "may", "june", "july", "august", "september"}
 _MONTHS |= {"october", "november", "december"}
 _MATHEMATICS = FUNCTIONS | {"pi", "sqrt"}
-_LETTER = re.compile(r"\(\s*([A-Z])\s*\)[.:]?|([A-Z])(?=\s*$)|([A-J])(?=[.):]\s)[.):]")
+_LETTER = re.compile(r"\(\s*([A-Z])\s*\)[.:]?|([A-Z])(?=\s*$)|([A-J])[.):](?=\s|$)")
+_GOES_ON = re.compile(  # a letter that more of its expression or list follows; (E) -5 is choice E
+    r"\s*(?:[=+*/^_(!,;<>]|and\b|or\b|\\text\{\s*(?:and|or)\b|\\(?:cup|in|le|ge|ne|setminus)\b)"
+    r"|-|\s+-\s"
+)
 _LETTER_IN_TEXT = re.compile(r"\\text\{\s*(\(?[A-Z]\)?[.:)]?)\s*\}")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _BASED = re.compile(
@@ -62,11 +66,10 @@ def read(text: str) -> Answer:
     whole = _TEXT.fullmatch(plain)
     plain = whole[1].strip() if whole else plain
     letter = _LETTER.match(plain)
-    rest = plain[letter.end() :].strip() if letter else plain
-    if letter and not rest.startswith(("=", "+", "-", "*", "/", "^", "_", "(", "!", "\\cup")):
-        name = letter[1] or letter[2] or letter[3]
-        return Answer(name, _value(rest) if rest else None)
-    return Answer(None, _value(plain))
+    if letter is None or _GOES_ON.match(plain, letter.end()):
+        return Answer(None, _value(plain))
+    rest = plain[letter.end() :].strip()
+    return Answer(letter[1] or letter[2] or letter[3], _value(rest) if rest else None)
 
 
 def _depth(text: str) -> int:
@@ -176,9 +179,11 @@ def _listing(tokens: Sequence[AnswerToken]) -> Value:
         raise UnreadableError("words and numbers must not be mixed in a list")
     if first.kind == "named" and all(item.kind == "number" for item in items[1:]):  # x = 1, 2
         return Value("named", first.tag, items=(make_set([first.items[0], *items[1:]]),))
-    names = {item.tag for item in items if item.kind == "named"}
-    if len(names) == 1 and all(item.kind == "named" for item in items):  # x = 1 or x = 2
-        return Value("named", first.tag, items=(make_set([item.items[0] for item in items]),))
+    if {(item.kind, item.tag) for item in items} == {("named", first.tag)}:  # x = 1 or x = 2
+        inner = [item.items[0] for item in items]
+        intervals = all(one.kind == "group" for one in inner) and not first.tag.startswith("(")
+        either = Value("union", items=tuple(inner)) if intervals else make_set(inner)
+        return Value("named", first.tag, items=(either,))
     return make_set(items)
 
 
