@@ -154,9 +154,7 @@ def measured(config: EvaluateConfig, facts: PromptFacts) -> list[str]:
 
 def other_templates(config: EvaluateConfig) -> list[str]:
     """Says in which settings a run in whose folder the model is wrote its prompts otherwise."""
-    folder = Path(config.model.policy).parent
-    if config.model.weights is not None:
-        folder = config.model.weights.parent.parent
+    folder = run_folder(config.model)
     file = folder / "config.yaml"
     if not file.is_file():
         return []
@@ -173,16 +171,25 @@ def other_templates(config: EvaluateConfig) -> list[str]:
     ]
 
 
+def run_folder(config: ModelConfig) -> Path:
+    """Returns the folder of the run that the policy comes from, if it comes from one."""
+    return Path(config.policy).parent if config.weights is None else config.weights.parent.parent
+
+
 def common_width(model: Any, config: ModelConfig) -> int:
     """Returns the number of token ids that a policy samples from when it trains with this teacher.
 
     It is that of the smaller of the two heads; without a teacher, that of the policy's head. The
-    teacher's weights are not loaded.
+    teacher's weights are not loaded; a server need not run where the run's folder says its width.
     """
     vocab_size = model.get_output_embeddings().weight.shape[0]
     if config.teacher is None:
         return vocab_size
     if config.teacher_is_url:
+        written = run_folder(config) / "teacher.json"
+        if written.is_file():
+            teacher_columns = json.loads(written.read_text(encoding="utf-8"))["vocab_size"]
+            return min(vocab_size, teacher_columns or vocab_size)
         with closing(connect(config, TeacherConfig())) as server:
             return min(vocab_size, server.vocab_size or vocab_size)
     try:

@@ -75,6 +75,19 @@ def test_eval_takes_the_policy_of_the_folder(run: TrainConfig, tmp_path: Path) -
     assert (taken.model.policy, taken.sampling.temperature) == ("other", 0.5)
 
 
+def test_eval_of_a_run_needs_no_teachers_server(run: TrainConfig, tiny: Callable[..., Any]) -> None:
+    model, url = tiny("qwen2"), "http://127.0.0.1:9"  # nobody listens there
+    policy = replace(run.model, policy=str(run.out / "model"), teacher=url)
+    with pytest.raises(OSError, match=r"127\.0\.0\.1:9"):
+        evaluate.common_width(model, policy)
+    for said, columns in ((250, 250), (300, 258), (None, 258)):
+        file = run.out / "teacher.json"
+        file.write_text(json.dumps({"vocab_size": said}), encoding="utf-8")
+        assert evaluate.common_width(model, policy) == columns
+        start = replace(policy, policy="start", weights=run.out / "checkpoints" / "step_000002")
+        assert evaluate.common_width(model, start) == columns
+
+
 def test_serve_replay_and_sft_take_their_part(run: TrainConfig) -> None:
     taken = parse("serve", "--config", file_of(run), "--port", "99")
     assert (taken.model, taken.port, taken.host) == (run.model, 99, "127.0.0.1")
