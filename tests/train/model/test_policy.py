@@ -306,6 +306,7 @@ def test_vocabulary_ends_where_the_shorter_head_does(
 def test_a_gpu_named_by_its_index_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name in ("cpu", "cuda", "cuda:1"):  # the folder is looked for only then
         with pytest.raises(ValueError, match=r"model\.policy must be a folder with a causal LM"):
             load_model("absent/", "model.policy", ModelConfig(device=name), torch.float32)
