@@ -319,7 +319,7 @@ def test_a_signal_does_not_wait_for_a_teacher_that_is_away(
         records, words = run(settings)
     assert time.monotonic() - start < 15
     assert records == []
-    assert "stopped by a signal after 0 steps" in words
+    assert "stopped by a signal (SIGTERM) after 0 steps" in words
 
 
 def test_a_resumed_run_finds_its_teacher_elsewhere_but_no_other(
