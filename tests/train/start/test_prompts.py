@@ -24,10 +24,10 @@ from kdrl_train.model.attention import Choice
 from kdrl_train.model.policy import Policy
 from kdrl_train.rollouts.rendering import PromptError
 from kdrl_train.start import preflight, prompts
-from kdrl_train.start.load import Loaded, load
+from kdrl_train.start.load import Loaded, load, read_problems
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def config(folders: dict[str, Path]) -> TrainConfig:
     paths = {"policy": str(folders["student"]), "teacher": str(folders["teacher"])}
     model = ModelConfig(**paths, device="cpu")
@@ -39,9 +39,14 @@ def config(folders: dict[str, Path]) -> TrainConfig:
     )
 
 
-@pytest.fixture
-def loaded(config: TrainConfig) -> Loaded:
+@pytest.fixture(scope="module")
+def loaded_once(config: TrainConfig) -> Loaded:
     return load(config)
+
+
+@pytest.fixture
+def loaded(loaded_once: Loaded) -> Loaded:
+    return copy.deepcopy(loaded_once)
 
 
 def warning(check: Callable[..., str], config: TrainConfig, loaded: Loaded) -> str:
@@ -262,33 +267,33 @@ def test_the_first_prompt_is_shown_with_its_special_tokens(
     ],
 )
 def test_a_doubtful_way_to_write_prompts_is_named(
-    config: TrainConfig, template: str | None, data: dict[str, str], doubt: str
+    config: TrainConfig, loaded: Loaded, template: str | None, data: dict[str, str], doubt: str
 ) -> None:
     reward = replace(config.reward, function="early_bytes")
     written = replace(config, data=replace(config.data, **data), reward=reward)
-    loaded = load_with(written, template)
+    tokenizer = with_template(loaded.tokenizer, template)
+    tokenizer.bos_token = "<|pad|>"
+    loaded = with_data(written, loaded, tokenizer)
     shown = warning(prompts.check_first_prompt, written, loaded)
     assert doubt in shown, shown
     assert len(shown.split("; ")) <= 4, shown  # this doubt, its advice and the prompt; no other
 
 
-def load_with(config: TrainConfig, template: str | None) -> Loaded:
-    """Load the policy with another chat template, in which its padding token starts a sequence."""
-    folder = Path(config.data.path).parent / "templated"
-    shutil.copytree(config.model.policy, folder, dirs_exist_ok=True)
-    tokenizer = with_template(AutoTokenizer.from_pretrained(folder), template)
-    tokenizer.bos_token = "<|pad|>"
-    tokenizer.save_pretrained(folder)
-    return load(replace(config, model=replace(config.model, policy=str(folder))))
+def with_data(config: TrainConfig, loaded: Loaded, tokenizer: Any) -> Loaded:
+    """Read the problems of the settings, for a tokenizer."""
+    examples, facts = read_problems(config.data, tokenizer)
+    return replace(loaded, tokenizer=tokenizer, examples=examples, prompts=facts)
 
 
 @pytest.mark.parametrize(
     "text", [r"{prompt} $\nabla f \neq \nu$, \text{and} \times", r"{prompt}: a \\ b \\n", "a\nb"]
 )
-def test_latex_and_line_breaks_are_no_mistakes(config: TrainConfig, text: str) -> None:
+def test_latex_and_line_breaks_are_no_mistakes(
+    config: TrainConfig, loaded: Loaded, text: str
+) -> None:
     template = text if "{prompt}" in text else f"{{prompt}}{text}"
     written = replace(config, data=replace(config.data, prompt_template=template))
-    prompts.check_first_prompt(written, load(written))
+    prompts.check_first_prompt(written, with_data(written, loaded, loaded.tokenizer))
 
 
 def test_held_out_problems_written_otherwise_are_named(held: TrainConfig) -> None:
