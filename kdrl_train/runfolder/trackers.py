@@ -152,9 +152,13 @@ class Trackers(AbstractContextManager["Trackers"]):
         for tracker in self.trackers.values():
             tracker.log(record)
 
+    def close(self) -> None:
+        """Close every tracker, once."""
+        while self.trackers:
+            self.trackers.popitem()[1].close()
+
     def __exit__(self, *_: object) -> None:
-        for tracker in self.trackers.values():
-            tracker.close()
+        self.close()
 
 
 @contextmanager

@@ -100,6 +100,7 @@ def begin_folder(config: TrainConfig, trackers: Trackers, first: int) -> None:
     try:
         trackers.start(to_dict(config), config.out, first)
     except ValueError:
+        trackers.close()  # TensorBoard's thread writes into the folder until then
         if new:
             shutil.rmtree(config.out)
         raise
