@@ -164,7 +164,7 @@ def test_failures_are_listed_together(
 
 @pytest.mark.parametrize(
     "error",
-    [RuntimeError("no kernel"), TypeError("got 3"), AttributeError("x"), IndexError(), KeyError(1)],
+    [AttributeError("no x"), IndexError()],
     ids=lambda error: type(error).__name__,
 )
 def test_what_a_models_code_raises_is_a_failed_line(
