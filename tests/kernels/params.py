@@ -1,6 +1,7 @@
 """Lists implementations and dtypes that can run here, as pytest parameters with readable ids."""
 
 import os
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ SEED = 1_000_000 * int(os.environ.get("KDRL_TEST_SEED", "0"))
 KDS = [None, "k2", "k3", "k3_ratio", "rkl", "fkl", "jsd"]
 
 
-def quick_or_slow(impls: list[str], names: list[str], slow: set[str]) -> list[object]:
+def quick_or_slow(impls: list[str], names: Sequence[str | None], slow: set[str]) -> list[object]:
     """Pair implementations with names; on Triton's interpreter, those of `slow` are marked so."""
     return [
         pytest.param(

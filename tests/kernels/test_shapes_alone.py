@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kdrl_kernels as kk
+from tests.kernels.params import BF16, F32
 
 N, H, V, H_T = 6, 4, 9, 3
 
@@ -72,7 +73,7 @@ def _solve(
 @pytest.mark.parametrize("function", [_linear_logprobs, _kdrl_loss, _linear_token_loss])
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("impl", ["reference", "torch", None])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, pytest.param(BF16, marks=pytest.mark.slow)], ids=str)
 def test_shapes_are_those_of_a_call_with_values(
     dtype: torch.dtype, impl: str | None, masked: bool, function: Callable[..., Any]
 ) -> None:
