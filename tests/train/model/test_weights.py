@@ -1,6 +1,7 @@
 """weights: a model has every weight from its files, or is refused with their names."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,3 +164,21 @@ def test_the_text_part_of_a_larger_model_that_nobody_could_load_is_not_trained()
         model = transformers.MllamaForCausalLM(config)
     with pytest.raises(ValueError, match=r"exported, a MllamaForCausalLM with a MllamaTextConfig"):
         require_trainable(model, "model.policy", "a")
+
+
+def test_transformers_logs_nothing_of_its_own(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither its table of absent weights nor what its tensor parallelism leaves whole."""
+    logger = logging.getLogger("transformers")
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", records.append)
+    logger.addHandler(handler)
+    try:
+        read(saved(nothing))
+        with pytest.raises(ValueError, match="norm"):
+            read(saved(drop("model.norm")))
+    finally:
+        logger.removeHandler(handler)
+    assert [record.getMessage() for record in records] == []
