@@ -303,6 +303,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     begin(PACKAGES, at_once=spec.lasts)
     main_module = importlib.import_module(f"kdrl_train.{spec.module}")
     importlib.import_module("transformers").logging.disable_progress_bar()  # one bar per model file
+    begin("working")  # until the command says more
     result = main_module.main(config)
     return result if command in ("check", "plan") else 0
 

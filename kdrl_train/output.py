@@ -241,7 +241,7 @@ def heading(text: str) -> None:
 
 
 def begin(stage: str, at_once: bool = False) -> None:
-    """Say what is done from now on.
+    """Say what is done from now on; nothing is shown of a stage without a name.
 
     at_once: write its line also into a pipe or a file, for what happens once in a run.
     """

@@ -70,7 +70,7 @@ def main(
                 output.begin("saving the model")
                 model, folder = run.policy.model, config.out / "model"
                 export(model, run.tokenizer, folder, world, model.origin.dtype_of)
-                run.log.event("finished", f"all {config.steps} steps are done", say=False)
+                run.log.event("finished", f"all steps are done: the model is in {folder}")
     return config.out
 
 

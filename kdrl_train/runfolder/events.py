@@ -46,9 +46,13 @@ def recorded(log: Any, config: TrainConfig, ranks: int) -> Iterator[None]:
 
     The error is raised on.
     """
+    done, steps = log.steps_done, config.steps
+    todo = f"steps {done + 1} to {steps}"
+    if done >= steps:
+        todo = f"{done} steps are done, of {steps}: a larger --steps goes on"
     log.event(
         "resumed" if config.resume else "started",
-        f"{config.out}: steps {log.steps_done + 1} to {config.steps}",
+        f"{config.out}: {todo}",
         dropped=log.dropped_records,
         ranks=ranks,
         versions=versions(),

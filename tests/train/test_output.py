@@ -17,6 +17,7 @@ from kdrl_train.config_file import save_yaml
 from kdrl_train.output import Guarded, guard, guarded, loss
 from kdrl_train.rollouts import verifier_worker
 from kdrl_train.runfolder import jsonl
+from kdrl_train.tools import report
 
 ROOT = Path(__file__).parents[2]
 
@@ -233,6 +234,13 @@ def test_the_first_line_comes_before_torch(tmp_path: Path) -> None:
     )
     lines = ["train: loading Python packages", "error: torch is imported"]
     assert (done.returncode, done.stdout, done.stderr.splitlines()) == (1, "", lines)
+
+
+def test_packages_are_not_loaded_while_a_command_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages: list[str] = []
+    monkeypatch.setattr(report, "main", lambda _config: stages.append(output._shown.stage))
+    assert cli.main(["report", "a run"]) == 0
+    assert stages == ["working"]
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from kdrl_train import output
 from kdrl_train.config import ModelConfig, TrainConfig
 from kdrl_train.model.eos import eos_ids
 from kdrl_train.model.load import load_model, load_tokenizer
@@ -32,6 +33,7 @@ from kdrl_train.model.probe import probe
 from kdrl_train.model.teacher.client import vocabulary_hash
 from kdrl_train.model.window import window
 from kdrl_train.settings import Port, PositiveInt, settings
+from kdrl_train.start.load import described
 from kdrl_train.tools.serve.scorer import Scorer, ServedTeacher
 
 PACKAGES = ("kdrl-kernels", "torch", "transformers")
@@ -113,6 +115,7 @@ def load(config: ServeConfig, served: ServedTeacher) -> None:
     dtype = getattr(torch, config.model.dtype)
     folder = str(config.model.teacher)
     console = Console(highlight=False)
+    output.begin(f"loading {described(folder)}", at_once=True)
     model = Teacher(load_model(folder, "model.teacher", config.model, dtype), compute_dtype=dtype)
     batch_tokens = config.batch_tokens
     try:
@@ -126,6 +129,7 @@ def load(config: ServeConfig, served: ServedTeacher) -> None:
     info = describe(folder, model, load_tokenizer(folder, "model.teacher"))
     served.info = info
     served.scorer = Scorer(model, batch_tokens, config.queue_size)
+    output.begin("")  # it waits for requests
     console.print(f"{folder} at http://{config.host}:{config.port}", markup=False, soft_wrap=True)
 
 

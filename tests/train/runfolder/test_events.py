@@ -66,6 +66,17 @@ def test_what_ends_a_run_is_noted(
     assert read(settings.out).status == "failed"
 
 
+def test_a_run_that_is_done_says_so(config: Callable[..., TrainConfig]) -> None:
+    settings = config(steps=2)
+    run(settings)
+    run(replace(settings, resume=True))
+    out = settings.out
+    done = f"all steps are done: the model is in {out / 'model'}"
+    messages = [f"{out}: steps 1 to 2", done]
+    messages += [f"{out}: 2 steps are done, of 2: a larger --steps goes on", done]
+    assert [event["message"] for event in noted(settings)] == messages
+
+
 def test_a_stop_is_noted(
     config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:

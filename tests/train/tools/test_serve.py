@@ -19,7 +19,7 @@ import httpx2
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from kdrl_train import cli
+from kdrl_train import cli, output
 from kdrl_train.config import ModelConfig
 from kdrl_train.model.policy import HeadedModel
 from kdrl_train.model.teacher.client import vocabulary_hash
@@ -322,6 +322,16 @@ def test_a_model_that_mixes_sequences_gets_one_a_pass(
         "one sequence in each forward pass: model.teacher must keep packed"
         in capsys.readouterr().out
     )
+
+
+def test_nothing_is_shown_while_it_waits_for_requests(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with output.shown("serve"):
+        service(folders["teacher"])
+        assert output._shown is not None
+        assert output._shown.stage == ""
+    assert f"serve: loading {folders['teacher']} (" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("teacher", [None, "http://127.0.0.1:1"])
