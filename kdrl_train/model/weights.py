@@ -186,16 +186,16 @@ def lost(
 def without_report() -> Iterator[None]:
     """Silence the table that transformers logs of absent weights: ours is an error or a line.
 
-    A filter and no level: at any level from WARNING on transformers 5.23 logs which layers its
-    tensor parallelism, used or not, has not sharded.
+    A filter does it: at another level of its logger, transformers also lists the layers that a plan
+    for tensor parallelism leaves whole.
     """
     logger = logging.getLogger("transformers.modeling_utils")
 
-    def keep(record: logging.LogRecord) -> bool:
+    def is_error(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR
 
-    logger.addFilter(keep)
+    logger.addFilter(is_error)
     try:
         yield
     finally:
-        logger.removeFilter(keep)
+        logger.removeFilter(is_error)

@@ -1,6 +1,7 @@
 """load: tokenizers that are not there, and weights that cannot be trained."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from kdrl_train.config import TrainConfig
 from kdrl_train.model.load import load_policy, load_teacher, load_tokenizer, read_model
@@ -102,3 +104,17 @@ def test_parameters_without_a_gradient_are_counted(tiny: Callable[..., Any]) -> 
         ValueError, match=r": 2 of its parameters .*\(model\.norm\.weight, lm_head\.weight\)"
     ):
         require_trainable(model, "model.policy", "a")
+
+
+def test_reading_a_model_logs_nothing(
+    copied: Callable[..., Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the table of unused weights, nor a list of layers for tensor parallelism."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    folder = copied("student")
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"more.weight": torch.ones(2)}, folder / "model.safetensors")
+    with caplog.at_level(logging.WARNING):
+        model = read_model(str(folder), "model.policy", torch.float32)
+    assert model.origin.parts == {"more": 1}
+    assert caplog.messages == []
