@@ -185,7 +185,8 @@ def check_gold(
     must only run without error, on those that it judges within OWN_REWARD_S.
 
     Raises: ValueError naming the first gold answer that fails, and the error if there was one;
-        UserWarning where reward.right_above is less than half of the largest reward.
+        UserWarning where reward.right_above is less than half of the largest reward, or not below
+        it.
     """
     golds = list(dict.fromkeys(example.gold for example in examples))
     builtin = config.reward.function in ("math", "exact")
@@ -219,17 +220,24 @@ def check_gold(
 def _threshold(config: RewardConfig, verdicts: Verdicts) -> str:
     """Say which rewards are right.
 
-    Raises: UserWarning where reward.right_above is less than half of the largest reward.
+    Raises: UserWarning where reward.right_above is less than half of the largest reward, or no
+        reward is above it.
     """
-    rule = f"; right: a reward above {config.right_above:g} (reward.right_above)"
+    rule = f"a reward above {config.right_above:g} (reward.right_above)"
     if config.function in ("math", "exact"):
-        return rule
+        return f"; right: {rule}"
     low, high = min(verdicts.rewards), max(verdicts.rewards)
-    rule += f"; rewards from {low:g} to {high:g}"
+    rule = f"; right: as the function says, else {rule}; rewards from {low:g} to {high:g}"
     if 2 * config.right_above < high and high > 1:
         raise UserWarning(
             f"gold answers in a box{rule}: set reward.right_above to half of the largest reward, "
-            f"e.g. {high / 2:g}, unless a smaller one is right too"
+            f"e.g. {high / 2:g}, unless a smaller one is right too, or the function says what is "
+            "right"
+        )
+    if 0 < high <= config.right_above and "right" not in verdicts.outcomes:
+        raise UserWarning(
+            f"no gold answer in a box is right{rule}: set reward.right_above to half of the "
+            "largest reward that the function can give, unless it expects another format than a box"
         )
     return rule
 

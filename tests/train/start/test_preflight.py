@@ -134,9 +134,18 @@ def test_a_custom_reward_is_run_but_not_judged(
 
     custom = replace(config, reward=RewardConfig(function="custom:reward"))
     examples, other = [Example("set:0", "", "1")], Example("set:1", "", "2")
-    detail = preflight.check_gold(custom, examples, Scripted("wrong", 0.1))
-    threshold = "right: a reward above 0.5 (reward.right_above); rewards from 0.1 to 0.1"
-    assert detail == f"1 wrong; {threshold}"
+    rule = (
+        "right: as the function says, else a reward above 0.5 (reward.right_above); rewards from "
+    )
+    assert (
+        preflight.check_gold(custom, examples, Scripted("wrong", 0.0)) == f"1 wrong; {rule}0 to 0"
+    )
+    verdict = preflight.check_gold(custom, examples, Scripted("right", 0.1))
+    assert verdict == f"1 right; {rule}0.1 to 0.1"
+    with pytest.raises(
+        UserWarning, match=r"^no gold answer in a box is right; .* to 0\.5: set rewa"
+    ):
+        preflight.check_gold(custom, examples, Scripted("wrong", 0.5))
     with pytest.raises(ValueError, match=r"answer '1', error KeyError: 'x': correct"):
         preflight.check_gold(custom, examples, Scripted("error", math.nan))
     with pytest.raises(UserWarning, match=r"from 2 to 10: set reward\.right_above .*, e\.g\. 5,"):
@@ -145,7 +154,7 @@ def test_a_custom_reward_is_run_but_not_judged(
     monkeypatch.setattr(preflight, "GOLDS_AT_ONCE", 1)
     half = replace(custom, reward=replace(custom.reward, right_above=5.0))
     detail = preflight.check_gold(half, [*examples, other], Scripted("right", 10.0))
-    assert detail.startswith("1 right of 2; right: a reward above 5 (")
+    assert detail.startswith("1 right of 2; right: as the function says, else a reward above 5 (")
 
 
 def test_failures_are_listed_together(
