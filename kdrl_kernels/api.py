@@ -289,6 +289,7 @@ def linear_token_loss(
         raise ValueError(f"kl must be one of {get_args(Divergence)} or None, got {kl!r}")
     if kl is not None and teacher is None:
         raise ValueError(f"teacher must be a TeacherHead for kl={kl!r}, got None")
+    check_flag("lse", lse)
     check_number("jsd_alpha", jsd_alpha)
     if not 0 < jsd_alpha < 1:
         raise ValueError(f"jsd_alpha must be in (0, 1), got {jsd_alpha}")

@@ -247,7 +247,9 @@ def _statistics(
     truncate_(p.logits, tokens, p.temperature, call.truncation)
     stats = buffers.work.sweep(p, tokens, teacher=q, entropy=call.wants_entropy)
     lq = stats.teacher_logprobs if lq is None else lq
-    lse = stats.max / p.temperature + stats.log_sum if call.loss.lse else None
+    lse = None
+    if call.loss.lse:  # in the dtype of the logits, whatever that of a temperature of each row
+        lse = (stats.max / p.temperature + stats.log_sum).to(stats.max.dtype)
     return (
         p,
         q,

@@ -3,6 +3,8 @@
 The tests measure against float64 inputs; float16 and bfloat16 are computed in float32.
 """
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor
 
@@ -129,10 +131,11 @@ def loss(call: LossCall) -> tuple[Tensor, RowOutputs, Tensor]:
 
 def _gradient_rows(call: LossCall, outputs: RowOutputs, losses: Tensor) -> Tensor:
     """Count the rows that a pass in chunks puts into dX and dW, 0-d int64."""
-    if not (call.compact and losses.requires_grad):
+    if not (call.compact and outputs.logprobs.requires_grad):
         rows = len(losses) if any(call.needs) else 0
         return losses.new_full((), rows, dtype=torch.int64)
-    leaves = [x for x in (outputs.logprobs, outputs.entropy, outputs.kl) if x is not None]
+    values = (getattr(outputs, field.name) for field in fields(outputs))
+    leaves = [x for x in values if x is not None and x.requires_grad]
     derivatives = torch.autograd.grad(losses.sum(), leaves, retain_graph=True, allow_unused=True)
     used = torch.zeros_like(losses, dtype=torch.bool)
     for derivative in derivatives:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import kdrl_kernels as kk
-from tests.kernels.params import BF16, F16, F32
+from tests.kernels.params import BF16, F16, F32, IMPLS
 from tests.tolerance import assert_matches
 
 N, H, V = 9, 16, 37
@@ -109,6 +109,37 @@ def test_the_gradient_of_a_master_weight_is_never_rounded_to_16_bits(
     gradient = _solve(loss, inputs, impl)["dweight"]
     share = (gradient != gradient.to(BF16).float()).float().mean()
     assert share > 0.9
+
+
+@pytest.mark.parametrize("hidden", [F16, F32], ids=["float16", "float32"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_temperatures_in_float64_change_no_dtype(
+    impl: str, hidden: torch.dtype, device: str
+) -> None:
+    """Powers of 2 divide exactly, so the bits are those of float32 temperatures."""
+    inputs = _inputs(hidden, hidden, device)
+    temperature = torch.tensor([0.5, 1, 2], device=device).repeat(3)
+    results = []
+    for dtype in (torch.float64, F32):
+        leaves = {k: inputs[k].clone().requires_grad_() for k in ("hidden", "weight")}
+        out = kk.linear_token_loss(
+            *(*leaves.values(), inputs["tokens"]),
+            lambda rows: rows.lse.square() - rows.logprobs - rows.entropy * rows.kl,
+            teacher=kk.TeacherHead(
+                inputs["t_hidden"], inputs["t_weight"], temperature=temperature.to(dtype)
+            ),
+            kl="rkl",
+            lse=True,
+            entropy=True,
+            temperature=temperature.to(dtype),
+            impl=impl,
+        )
+        out.loss.backward()
+        rows = {name: getattr(out, name) for name in ("loss", "logprobs", "lse", "kl", "entropy")}
+        results.append(rows | {f"d{k}": v.grad for k, v in leaves.items()})
+    for name, value in results[1].items():
+        assert torch.equal(results[0][name], value), name
+        assert results[0][name].dtype == value.dtype, name
 
 
 @pytest.mark.slow  # the compiler costs seconds

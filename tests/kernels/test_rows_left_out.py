@@ -12,8 +12,9 @@ from torch import Tensor
 import kdrl_kernels as kk
 from kdrl_kernels import api, gemm
 from kdrl_kernels.rows import eager as row_work
-from tests.kernels.params import F16, F32, F64
+from tests.kernels.params import F16, F32, F64, IMPLS
 from tests.kernels.problem import make_problem
+from tests.kernels.token_losses import CASES, call, make_setup, with_leaves
 
 V, H = 37, 16
 IMPL_DTYPES = [("torch", F64), ("torch", F32), ("torch", F16), ("triton", F32), ("triton", F16)]
@@ -331,3 +332,21 @@ def test_a_gpu_leaves_rows_out_where_it_waits_for_the_weights_anyway(
     options = problem.options | ({} if weighted else {"token_weights": None})
     kk.kdrl_loss(tokens=problem.tokens, **problem.student, **options)
     assert calls[0].compact == compact
+
+
+@pytest.mark.parametrize("output", ["logprobs", "entropy", "kl", "forward_kl", "lse"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_row_is_kept_for_any_output_that_its_loss_reads(
+    impl: str, output: str, device: str
+) -> None:
+    setup = with_leaves(make_setup(CASES["rkl_and_fkl"], F32, device))
+    read = torch.tensor([1, 2, 8], device=device)
+
+    def loss_fn(rows: kk.Rows) -> Tensor:
+        return getattr(rows, output) * torch.isin(rows.index, read)
+
+    result = call(setup, loss_fn, impl=impl, lse=True, compact=True)
+    result.loss.backward()
+    assert result.metrics["gradient_rows"] == 3
+    used = (setup.student["hidden"].grad != 0).any(dim=1).nonzero().squeeze(1)
+    assert used.tolist() == [1, 2, 8]

@@ -126,12 +126,15 @@ def test_a_parameter_of_the_loss_is_refused(
         assert torch.equal(call(setup, loss_fn, impl=impl).loss, expected)
 
 
-def test_the_reference_gives_a_parameter_its_gradient() -> None:
-    setup = with_leaves(make_setup(CASES["sft"], F64, "cpu"))
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_the_reference_gives_a_parameter_its_gradient(frozen: bool) -> None:
+    setup = make_setup(CASES["sft"], F64, "cpu")
+    setup = setup if frozen else with_leaves(setup)
     scale = torch.ones((), dtype=F64, requires_grad=True)
     result = call(setup, lambda rows: -scale * rows.logprobs, impl="reference")
     result.loss.backward()
     torch.testing.assert_close(scale.grad, -result.logprobs.mean())
+    assert result.metrics["gradient_rows"] == (0 if frozen else N)
 
 
 def test_rows_may_be_used_in_any_order_and_more_than_once() -> None:
@@ -308,6 +311,7 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"kl": "jsd", "jsd_alpha": 0.0}, ValueError, r"jsd_alpha must be in \(0, 1\), got 0.0"),
     ({"kl": "jsd", "jsd_alpha": 1}, ValueError, r"jsd_alpha must be in \(0, 1\), got 1"),
     ({"kl": "jsd", "jsd_alpha": float("nan")}, ValueError, r"jsd_alpha must be in \(0, 1\), got nan"),
+    ({"lse": 1}, TypeError, "lse must be True or False, got 1"),
     ({"loss_fn": "dapo"}, TypeError, "loss_fn must be callable, got str"),
     ({"teacher_logprobs": torch.zeros(N)}, ValueError, "teacher_logprobs must be None when teacher is passed"),
     ({"kl": "rkl", "teacher": None, "teacher_logprobs": torch.zeros(N)}, ValueError, "teacher must be a TeacherHead for kl='rkl'"),
