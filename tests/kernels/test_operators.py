@@ -238,7 +238,9 @@ def test_compiled_caller_is_one_graph(caller: Any) -> None:
     assert counts == counts[:1] * 3
 
 
-@CALLERS
+@pytest.mark.parametrize(
+    "caller", [pytest.param(_loss_caller, marks=pytest.mark.slow), _logprob_caller]
+)
 def test_compiled_caller_takes_any_number_of_rows(caller: Any) -> None:
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
