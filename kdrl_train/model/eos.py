@@ -23,10 +23,11 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
     return sorted(ends)
 
 
-def turn_end_id(tokenizer: Any) -> int | None:
-    """Return the special token with which the chat template ends an assistant's turn.
+def turn_end(tokenizer: Any) -> str | int | None:
+    """Return the special token with which the chat template ends an assistant's turn, or its text
+    where that holds none.
 
-    Returns: None where it ends one with plain text or nothing, or renders no assistant's turn.
+    Returns: None where nothing but white space ends it, or no assistant's turn is rendered.
     """
     answer = "an answer"
     messages = [{"role": "user", "content": "0"}, {"role": "assistant", "content": answer}]
@@ -35,6 +36,7 @@ def turn_end_id(tokenizer: Any) -> int | None:
     except Exception:  # a template is a program that can raise anything; not all take an answer
         return None
     before, _, tail = text.rpartition(answer)
-    ids = tokenizer(tail if before else "", add_special_tokens=False)["input_ids"]
+    tail = tail if before else ""
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return next((i for i in ids if i in special), None)
+    return next((i for i in ids if i in special), tail.strip() or None)

@@ -67,7 +67,6 @@ def require_loadable(name: str, key: str) -> dict[str, Any]:
         of its own, and files that are absent, cut, or pointers of git-lfs.
     """
     require_place(name, key)
-    _require_no_adapter(name, key)
     try:
         require_readable(name, "generation_config.json")
         if Path(name).is_dir():
@@ -89,7 +88,8 @@ def require_loadable(name: str, key: str) -> dict[str, Any]:
 
 
 def require_place(name: str, key: str) -> None:
-    """Raise ValueError at once for a name that is no folder and that the hub does not know."""
+    """Raise ValueError at once for a name that is no folder and that the hub does not know, and for
+    an adapter."""
     if not name:
         raise ValueError(f"{key} must name a folder or hub id, got nothing: set {key}")
     problem = place_problem(name)
@@ -112,16 +112,17 @@ def read_config(name: str) -> Any:
 
 
 def place_problem(name: str) -> str:
-    """Say why a name is neither a folder nor a model of the hub; nothing if it is one."""
+    """Say why a name is neither a folder with a model nor one of the hub; nothing if it is."""
     path = Path(name)
     if path.is_dir():
-        return ""
+        return _adapter_problem(name)
     if path.exists():
         return "it is a file: name the folder that it is in"
     parent = path.parent
-    if _is_hub_id(name) and not ("/" in name and parent.is_dir()):
-        return _hub_problem(name)
     folders = [str(path) for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+    if _is_hub_id(name) and not ("/" in name and parent.is_dir()):
+        problem = _hub_problem(name)
+        return problem and problem + nearest(name, folders)
     return f"there is no such folder{nearest(name, folders)}"
 
 
@@ -132,7 +133,7 @@ def _is_hub_id(name: str) -> bool:
 def _hub_problem(name: str) -> str:
     """Say why the hub has no model of this name; nothing if it has one, or its cache has."""
     if isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return ""
+        return _adapter_problem(name)
     try:
         info = HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
     except GatedRepoError:
@@ -151,15 +152,16 @@ def _hub_problem(name: str) -> str:
     return "" if "adapter_config.json" not in files else ADAPTER.format(base="a base model")
 
 
-def _require_no_adapter(name: str, key: str) -> None:
-    """Raise ValueError for a LoRA or other adapter, which is only a part of a model."""
+def _adapter_problem(name: str) -> str:
+    """Say that a LoRA or other adapter is only a part of a model; nothing for another folder."""
     path = stored_file(name, "adapter_config.json")
     if path is None:
-        return
-    base = None
-    if path.stat().st_size and not _is_pointer(path):
+        return ""
+    try:
         base = _read_json(path).get("base_model_name_or_path")
-    raise refusal(key, name, ADAPTER.format(base=base or "a base model"))
+    except ValueError:  # empty, cut or a pointer: an adapter all the same
+        base = None
+    return ADAPTER.format(base=base or "a base model")
 
 
 def stored_file(name: str, file: str) -> Path | None:

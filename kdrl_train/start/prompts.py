@@ -6,7 +6,7 @@ from typing import Any
 
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig, TrainConfig
-from kdrl_train.model.eos import eos_ids, turn_end_id
+from kdrl_train.model.eos import eos_ids, turn_end
 from kdrl_train.model.teacher.client import UNKNOWN
 from kdrl_train.model.window import window
 from kdrl_train.rollouts.problems import PromptFacts, encode_prompt
@@ -240,13 +240,19 @@ def check_eos(config: TrainConfig, loaded: Loaded) -> str:
 
 
 def turn_doubts(tokenizer: Any, ends: list[int], data: DataConfig) -> list[str]:
-    """Say so where the token with which the chat template ends a turn ends no completion."""
-    turn_end = turn_end_id(tokenizer) if templated(tokenizer, data) else None
-    if turn_end is None or turn_end in ends:
+    """Say so where that with which the chat template ends a turn ends no completion."""
+    end = turn_end(tokenizer) if templated(tokenizer, data) else None
+    if end is None or end in ends:
         return []
+    if isinstance(end, str):
+        return [
+            f"the chat template ends the assistant's turn with the text {shown(end, 40)}, which is "
+            "no token and ends no completion: correct chat_template of the tokenizer, or set "
+            "data.chat_template to false"
+        ]
     return [
-        f"the chat template ends the assistant's turn with {turn_end} "
-        f"({tokenizer.convert_ids_to_tokens(turn_end)!r}), which does not end a completion: put it "
+        f"the chat template ends the assistant's turn with {end} "
+        f"({tokenizer.convert_ids_to_tokens(end)!r}), which does not end a completion: put it "
         "into eos_token_id of the policy's generation_config.json, or set data.chat_template to "
         "false"
     ]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from kdrl_train.model.folder import read_config
+from kdrl_train.model.folder import one_line, read_config
 from kdrl_train.start.estimate.layers import LayerShape, layer_shapes, layers_of
 
 
@@ -99,7 +99,7 @@ def read_model(folder: str, key: str) -> Any:
     except Exception as error:  # a model's code may raise anything for a config that is not its own
         raise ValueError(
             f"{key} must be a folder with the config.json of a causal LM of transformers, or a hub "
-            f"id, got {folder!r} (looked in {Path.cwd()}): {error}"
+            f"id, got {folder!r} (looked in {Path.cwd()}): {one_line(error)}"
         ) from error
     return model
 

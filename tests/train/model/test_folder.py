@@ -15,7 +15,8 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import AutoModelForCausalLM
 
 from kdrl_train.model.folder import one_line, quantization, require_loadable, tensors
-from kdrl_train.model.load import read_model
+from kdrl_train.model.load import load_tokenizer, read_model
+from kdrl_train.start.estimate.shapes import read_shape
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4000000000\n"
 Folder = Callable[..., Path]
@@ -110,7 +111,13 @@ def test_an_adapter_names_its_base_and_the_remedy(folder: Folder) -> None:
     for _ in range(2):  # a whole model beside it would be read without its adapter, or with it
         assert message(path).startswith("it is an adapter of org/base (adapter_config.json): merge")
         assert "merge_and_unload()" in message(path)
+        for read in (load_tokenizer, read_shape):  # eval and plan begin with these
+            with pytest.raises(ValueError, match=r"it is an adapter of org/base \(adapter_config"):
+                read(str(path), "model.policy")
         (path / "config.json").unlink(missing_ok=True)
+    for content in (b"", b"[", POINTER):
+        (path / "adapter_config.json").write_bytes(content)
+        assert message(path).startswith("it is an adapter of a base model (adapter_config.json)")
 
 
 def test_code_of_its_own_is_refused(folder: Folder) -> None:
@@ -144,10 +151,10 @@ def test_a_mistyped_name_waits_for_no_hub(
     assert message(str(tmp_path / "mdoel")).endswith(f"(did you mean {tmp_path / 'model'}?)")
     assert message("model/config.json") == "it is a file: name the folder that it is in"
     assert names == []
-    for name in ("mdoel", "org/mdoel"):
+    for name, hint in (("mdoel", " (did you mean model?)"), ("org/mdoel", "")):
         assert message(name) == (
             "there is no such folder, and the hub cannot be reached (UnreachableError: [Errno -2] "
-            "Name or service not known)"
+            f"Name or service not known){hint}"
         )
     assert names == ["mdoel", "org/mdoel"]
 

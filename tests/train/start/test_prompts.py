@@ -167,6 +167,16 @@ def test_the_end_of_a_turn_must_end_a_completion(
     assert prompts.check_eos(config, base) == "[0, 258] ['<|endoftext|>', '<|im_end|>']"
 
 
+def test_a_turn_must_not_end_in_text(config: TrainConfig, loaded: Loaded) -> None:
+    """ChatML on a base model whose tokenizer does not have its tokens."""
+    tokenizer = with_template(loaded.tokenizer, TURNS.replace("END", "'<|im_end|>\\n'"))
+    base = replace(loaded, tokenizer=tokenizer, teacher=None)
+    doubt = warning(prompts.check_eos, config, base)
+    assert "turn with the text '<|im_end|>', which is no token and ends no completion" in doubt
+    plain = replace(config, data=replace(config.data, chat_template=False))
+    assert prompts.check_eos(plain, base) == "[0] ['<|endoftext|>']"
+
+
 def test_prompts_must_fit(config: TrainConfig, loaded: Loaded) -> None:
     assert prompts.check_prompts(config, loaded).startswith("20 problems, 4 to 4 tokens, without")
     long = replace(config, sampling=SamplingConfig(max_new_tokens=253))
