@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
+from itertools import dropwhile
 
 from kdrl_train.rollouts.answers import values
 from kdrl_train.rollouts.answers.comparing import (
@@ -21,7 +22,7 @@ from kdrl_train.rollouts.answers.expressions import FUNCTIONS, SHORT_WORDS, Node
 from kdrl_train.rollouts.answers.quantities import read_number
 from kdrl_train.rollouts.answers.statement import MAX_ANSWER_CHARS
 from kdrl_train.rollouts.answers.tokens import AnswerToken, UnreadableError, cut, plain_spelling
-from kdrl_train.rollouts.answers.units import read_unit
+from kdrl_train.rollouts.answers.units import MULTIPLIERS, read_unit
 
 MAX_DEPTH = 8
 """An answer with more open brackets at once is not read."""
@@ -38,8 +39,13 @@ _GOES_ON = re.compile(  # a letter that more of its expression or list follows; 
     r"\s*(?:[=+*/^_(!,;<>]|and\b|or\b|\\text\{\s*(?:and|or)\b|\\(?:cup|in|le|ge|ne|setminus)\b)"
     r"|-|\s+-\s"
 )
+_CHOICE = re.compile(r"^(?:\\text\{\s*)?(?i:option|choice)\s*\}?\s*(?=\(?[A-J]\b)")
 _LETTER_IN_TEXT = re.compile(r"\\text\{\s*(\(?[A-Z]\)?[.:)]?)\s*\}")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
+_UNCLEAR = (
+    (re.compile(r"\^\s*\{?\s*(?:\\text\{\s*)?(?:st|nd|rd|th)\b"), "an ordinal is not read"),
+    (re.compile(r"[ACP]_\{?\d+\}?\^\{?\d"), "C_5^2 may be a binomial coefficient or a power"),
+)
 _BASED = re.compile(
     r"([0-9][0-9A-Za-z]*|[0-9A-Z]{2,})\s*"
     r"(?:_\s*\{?\s*\(?\s*(?:\\text\{\s*)?(?:base\s*)?([0-9]{1,2}|[a-z]{3,8})\s*\}?\s*\)?\s*\}?"
@@ -47,6 +53,18 @@ _BASED = re.compile(
 )
 _BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9}
 _BASES |= {"ten": 10, "twelve": 12, "sixteen": 16}
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
+)
+_ONES += " sixteen seventeen eighteen nineteen"
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_NUMBERS = {word: number for number, word in enumerate(_ONES.split())}
+_NUMBERS |= {ten: 10 * i for i, ten in enumerate(_TENS.split(), start=2)}
+_NUMBERS |= {
+    f"{ten}-{one}": _NUMBERS[ten] + _NUMBERS[one]
+    for ten in _TENS.split()
+    for one in _ONES.split()[1:10]
+}
 _NAME = re.compile(r"[A-Za-z]?\(\w(?:,\w)*\)", re.ASCII)
 _RELATIONS = ("=", r"\in", "<", ">", r"\le", r"\ge", r"\ne", r"\approx")
 _FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", "=": "=", r"\ne": r"\ne"}
@@ -64,7 +82,10 @@ def read(text: str) -> Answer:
         raise UnreadableError(f"an answer must have at most {MAX_DEPTH} brackets open at once")
     plain = _LETTER_IN_TEXT.sub(r"\1 ", plain_spelling(text)).strip()
     whole = _TEXT.fullmatch(plain)
-    plain = whole[1].strip() if whole else plain
+    plain = _CHOICE.sub("", whole[1].strip() if whole else plain, count=1)
+    for pattern, why in _UNCLEAR:
+        if pattern.search(plain):
+            raise UnreadableError(why)
     letter = _LETTER.match(plain)
     if letter is None or _GOES_ON.match(plain, letter.end()):
         return Answer(None, _value(plain))
@@ -86,10 +107,19 @@ def _value(plain: str) -> Value:
     based = _BASED.fullmatch(plain)
     if based:
         return _based(based[1], based[2] or based[3])
-    tokens = cut(plain)
+    tokens = cut(_with_digits(plain))
     if not tokens:
         raise UnreadableError("an answer must not be empty")
     return _text(tokens) or _listing(tokens)
+
+
+def _with_digits(plain: str) -> str:
+    """Write the number of "twenty-five", "two million" and "three apples" in digits."""
+    word, *others = plain.split() or [""]
+    unit = " ".join(dropwhile(MULTIPLIERS.__contains__, others))
+    if word.casefold() in _NUMBERS and (not unit or read_unit(unit)):
+        return " ".join([str(_NUMBERS[word.casefold()]), *others])
+    return plain
 
 
 def _based(digits: str, base_name: str) -> Value:
