@@ -67,6 +67,7 @@ def load(config: TrainConfig, world: World = ALONE, policy_class: type[Policy] =
         )
     teacher = server = None
     if config.method.kd is not None and config.model.teacher_is_url:
+        output.begin(f"connecting to the teacher, {config.model.teacher}", at_once=True)
         server = connect(config.model, config.teacher)
     else:
         if config.method.kd is not None:

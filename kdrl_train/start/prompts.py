@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from kdrl_train.batch import Example
@@ -26,7 +27,8 @@ def check_prompts(config: TrainConfig, loaded: Loaded) -> str:
     """Check that each prompt fits a model's window together with its completion: training prompts
     both models', held-out ones the policy's.
 
-    Raises: ValueError for a window that is too short; UserWarning where problems are left out.
+    Raises: ValueError for a window that is too short; UserWarning where problems are left out, or
+        have the text of others.
     """
     facts, held_out = loaded.prompts, loaded.held_out_prompts
     longest = max(facts.longest, 0 if held_out is None else held_out.longest)
@@ -46,6 +48,7 @@ def check_prompts(config: TrainConfig, loaded: Loaded) -> str:
     doubts = [facts.left_out] if facts.left_out else []
     if held_out is not None and held_out.left_out:
         doubts.append(f"in eval.data {held_out.left_out}")
+    doubts += repeated(loaded.examples, loaded.held_out)
     shared = loaded.policy.choice.longest
     if shared is not None and facts.longest + config.sampling.max_new_tokens > shared:
         doubts.append(
@@ -55,6 +58,29 @@ def check_prompts(config: TrainConfig, loaded: Loaded) -> str:
             "data.max_prompt_tokens or sampling.max_new_tokens"
         )
     return _with_doubts(detail, doubts)
+
+
+def repeated(examples: Sequence[Example], held_out: Sequence[Example]) -> list[str]:
+    """Name problems with the same text whose gold answers differ, or that are held out as well."""
+    doubts, first_of = [], dict[str, Example]()
+    for example in examples:
+        first_of.setdefault(example.prompt, example)
+    others = [e for e in examples if first_of[e.prompt].gold != e.gold]
+    if others:
+        one, other = first_of[others[0].prompt], others[0]
+        doubts.append(
+            f"{len(others):,} of {len(examples):,} problems have the text of another one and not "
+            f"its gold answer, {other.id} first, {other.gold[:80]!r}, and {one.id}, "
+            f"{one.gold[:80]!r}: correct one"
+        )
+    learnt = [e for e in held_out if e.prompt in first_of]
+    if learnt:
+        doubts.append(
+            f"{len(learnt):,} of {len(held_out):,} problems of eval.data are learnt from as well, "
+            f"{learnt[0].id} first, as {first_of[learnt[0].prompt].id}: their accuracy says little "
+            "of problems that are new"
+        )
+    return doubts
 
 
 def check_first_prompt(config: TrainConfig, loaded: Loaded) -> str:

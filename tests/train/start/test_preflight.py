@@ -1,5 +1,6 @@
 """`check` finds each mistake before the first step, and its message says what to do."""
 
+import copy
 import math
 import shutil
 from collections.abc import Callable
@@ -155,6 +156,18 @@ def test_a_custom_reward_is_run_but_not_judged(
     half = replace(custom, reward=replace(custom.reward, right_above=5.0))
     detail = preflight.check_gold(half, [*examples, other], Scripted("right", 10.0))
     assert detail.startswith("1 right of 2; right: as the function says, else a reward above 5 (")
+
+
+def test_another_tokenizer_is_one_failure(
+    config: TrainConfig, loaded: Loaded, tiny: Callable[..., Any]
+) -> None:
+    """A teacher that lacks tokens of the prompts raised an IndexError of torch besides."""
+    other = copy.deepcopy(loaded.tokenizer)
+    other.add_tokens(["<extra>"])
+    broken = replace(loaded, teacher=Teacher(tiny("llama", vocab_size=10)), teacher_tokenizer=other)
+    with Verifier(config.reward) as verifier:
+        results = preflight.preflight(config, broken, verifier)
+    assert [result.name for result in results if not result.passed] == ["tokenizers"]
 
 
 def test_failures_are_listed_together(

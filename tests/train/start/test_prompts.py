@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from kdrl_train.batch import Example
 from kdrl_train.config import (
     DataConfig,
     EvalConfig,
@@ -59,6 +60,27 @@ def with_template(tokenizer: Any, template: str | None) -> Any:
     other = copy.deepcopy(tokenizer)
     other.chat_template = template
     return other
+
+
+def test_problems_with_the_text_of_others_are_named() -> None:
+    rows = [("a:1", "1+1", "2"), ("a:2", "1+1", "2"), ("a:3", "2+2", "4"), ("a:4", "1+1", "3")]
+    examples = [Example(*row) for row in rows]
+    assert prompts.repeated(examples[:3], [Example("b:1", "3+3", "6")]) == []
+    held_out = [Example("b:1", "3+3", "6"), Example("b:2", "2+2", "4")]
+    assert prompts.repeated(examples, held_out) == [
+        "1 of 4 problems have the text of another one and not its gold answer, a:4 first, '3', and "
+        "a:1, '2': correct one",
+        "1 of 2 problems of eval.data are learnt from as well, b:2 first, as a:3: their accuracy "
+        "says little of problems that are new",
+    ]
+
+
+def test_repeated_problems_are_a_warning(config: TrainConfig, loaded: Loaded) -> None:
+    again = replace(loaded.examples[0], id="again", gold="none")
+    doubt = warning(
+        prompts.check_prompts, config, replace(loaded, examples=[*loaded.examples, again])
+    )
+    assert doubt.startswith("1 of 21 problems have the text of another one")
 
 
 def test_another_vocabulary_is_named_by_its_first_token(
@@ -187,7 +209,7 @@ def test_prompts_must_fit(config: TrainConfig, loaded: Loaded) -> None:
 @pytest.fixture
 def held(config: TrainConfig, tmp_path: Path) -> TrainConfig:
     """With held-out prompts of 4 and 9 tokens."""
-    lines = ['{"question": "1+1=", "answer": "2"}', '{"question": "10+10+10=", "answer": "30"}']
+    lines = ['{"question": "9+1=", "answer": "10"}', '{"question": "10+10+10=", "answer": "30"}']
     path = tmp_path / "held.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8")
     return replace(config, eval=EvalConfig(data=DataConfig(path=str(path)), every=1))
@@ -226,7 +248,8 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(held: TrainConfig) -
     doubt = warning(prompts.check_prompts, swapped, loaded)
     left_out = "1 of 2 problems are left out: their prompts have more than max_prompt_tokens"
     assert doubt.startswith(left_out)
-    assert f"in eval.data {left_out} tokens; the first is held.jsonl:2; 1 problems, 4 to" in doubt
+    assert f"in eval.data {left_out} tokens; the first is held.jsonl:2; 1 of 1 problems " in doubt
+    assert "their accuracy says little of problems that are new; 1 problems, 4 to 4 tok" in doubt
     none = replace(held.data, max_prompt_tokens=3)
     with pytest.raises(PromptError, match=r"at least 50% of .*, got 3, and 20 of 20 with longer"):
         load(replace(held, data=none))
