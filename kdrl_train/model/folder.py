@@ -115,7 +115,7 @@ def place_problem(name: str) -> str:
     """Say why a name is neither a folder with a model nor one of the hub; nothing if it is."""
     path = Path(name)
     if path.is_dir():
-        return _adapter_problem(name)
+        return _adapter_problem(name) or _run_problem(path)
     if path.exists():
         return "it is a file: name the folder that it is in"
     parent = path.parent
@@ -124,6 +124,19 @@ def place_problem(name: str) -> str:
         problem = _hub_problem(name)
         return problem and problem + nearest(name, folders)
     return f"there is no such folder{nearest(name, folders)}"
+
+
+def _run_problem(path: Path) -> str:
+    """Say what to name in place of a run's folder or checkpoint; nothing for another folder."""
+    remedy = "name the run's model.policy, and a checkpoint as model.weights"
+    if any(path.glob("*.distcp")):
+        return f"it is a checkpoint of a run: {remedy}"
+    if (path / "config.json").exists() or not (path / "config.yaml").exists():
+        return ""
+    model = path / "model"
+    if model.is_dir():
+        return f"it is the folder of a run: name {model}"
+    return f"it is the folder of a run, whose model is not written yet: {remedy}"
 
 
 def _is_hub_id(name: str) -> bool:

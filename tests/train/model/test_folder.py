@@ -207,3 +207,21 @@ def test_an_image_model_without_a_causal_lm_is_refused_in_one_line() -> None:
 )
 def test_quantization_is_read_from_the_config(config: dict, method: str | None) -> None:
     assert quantization(config) == method
+
+
+def test_a_runs_folder_and_its_checkpoint_are_no_models(tmp_path: Path) -> None:
+    remedy = "name the run's model.policy, and a checkpoint as model.weights"
+    (tmp_path / "config.yaml").touch()
+    reason = f"it is the folder of a run, whose model is not written yet: {remedy}"
+    assert message(tmp_path) == reason
+    (tmp_path / "model").mkdir()
+    reason = f"it is the folder of a run: name {tmp_path / 'model'}"
+    assert message(tmp_path) == reason
+    with pytest.raises(ValueError, match=rf"{reason}$"):
+        load_tokenizer(str(tmp_path))
+    saved = tmp_path / "checkpoints" / "step_000002"
+    saved.mkdir(parents=True)
+    (saved / "__0_0.distcp").touch()
+    assert message(saved) == f"it is a checkpoint of a run: {remedy}"
+    with pytest.raises(ValueError, match=r"step_000002' .*\): it is a checkpoint of a run: "):
+        read_shape(str(saved), "model.policy")
