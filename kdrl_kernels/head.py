@@ -183,7 +183,9 @@ def _check_shapes(hidden: Tensor, weight: Tensor, prefix: str) -> None:
     if hidden.ndim not in (2, 3):
         raise ValueError(f"{prefix}hidden must be [N, H] or [B, T, H], got {list(hidden.shape)}")
     if weight.ndim != 2:
-        raise ValueError(f"{prefix}weight must be [V, H], got {list(weight.shape)}")
+        shard = weight.ndim == 1 and dist.is_initialized()
+        hint = ": of a shard of FSDP1, call this inside its module's forward" if shard else ""
+        raise ValueError(f"{prefix}weight must be [V, H], got {list(weight.shape)}{hint}")
     if weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{prefix}weight must be [V, H] with H = {hidden.shape[-1]}, got {list(weight.shape)}"

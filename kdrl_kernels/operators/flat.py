@@ -82,6 +82,14 @@ class Layout(Generic[T]):
         return *first, *[None] * (len(self.arguments) - len(first))
 
 
+def no_vmap(info: Any, in_dims: Any, *values: Any) -> Any:
+    """Refuse torch.vmap, under which no tensor says that it needs a gradient: none would come."""
+    raise NotImplementedError(
+        "linear_logprobs and kdrl_loss must not run under torch.vmap, where they would give no "
+        "gradient: pass a batch as hidden [B, T, H], or use impl='reference'"
+    )
+
+
 def no_none(tensors: Iterable[Tensor | None], like: Tensor) -> list[Tensor]:
     """Put an empty tensor in the place of None, which an operator cannot return."""
     return [like.new_empty(0) if tensor is None else tensor for tensor in tensors]

@@ -10,7 +10,7 @@ from kdrl_kernels.autocast import without_autocast
 from kdrl_kernels.call import LogprobCall
 from kdrl_kernels.head import gradient_dtypes, gradient_sizes
 from kdrl_kernels.logprobs import BackwardCall, Scores
-from kdrl_kernels.operators.flat import Layout, fake, no_none
+from kdrl_kernels.operators.flat import Layout, fake, no_none, no_vmap
 from kdrl_kernels.plan import accumulator, padded
 
 LAYOUT, BACKWARD_LAYOUT = Layout(LogprobCall), Layout(BackwardCall)
@@ -64,7 +64,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, grad_logprobs: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
-    inputs, scores = ctx.saved_tensors[: len(ctx.others)], ctx.saved_tensors[len(ctx.others) :]
+    saved = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
+    inputs, scores = saved[: len(ctx.others)], saved[len(ctx.others) :]
     pairs = zip(inputs, ctx.others, strict=True)
     call = LAYOUT.rebuild(other if tensor is None else tensor for tensor, other in pairs)
     grad_entropy = grads[2] if call.entropy else None
@@ -78,6 +79,7 @@ def _backward(ctx: Any, grad_logprobs: Tensor | None, *grads: Tensor | None) -> 
 
 
 _linear_logprobs.register_autograd(_backward, setup_context=_save)
+_linear_logprobs.register_vmap(no_vmap)
 
 
 def linear_logprobs(call: LogprobCall) -> tuple[Tensor, Tensor | None]:

@@ -11,7 +11,7 @@ from kdrl_kernels.autocast import without_autocast
 from kdrl_kernels.call import LossCall, RowOutputs
 from kdrl_kernels.head import gradient_dtypes, gradient_sizes
 from kdrl_kernels.objective import Objective
-from kdrl_kernels.operators.flat import Layout, fake, no_none
+from kdrl_kernels.operators.flat import Layout, fake, no_none, no_vmap
 from kdrl_kernels.plan import accumulator
 
 
@@ -75,6 +75,7 @@ def rounded(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 _loss.register_autograd(_backward, setup_context=_save)
+_loss.register_vmap(no_vmap)
 
 
 @torch.library.custom_op("kdrl::scaled", mutates_args=())

@@ -314,6 +314,10 @@ def _check_freed() -> None:
     model.head(torch.zeros(1, H, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"^weight must be in memory, got one that FSDP has freed"):
         _loss("kdrl_loss", _of_this_rank(_tensors(12)) | {"weight": kept[0]}, 2)
+    model = _Model(12, tied=False)
+    _fsdp1(model)  # its weight is a shard now, flat
+    with pytest.raises(ValueError, match=r"^weight must be \[V, H\], .* of a shard of FSDP1, call"):
+        _loss("kdrl_loss", _of_this_rank(_tensors(12)) | {"weight": model.head.weight}, 2)
 
 
 def _check_refused(name: str, which: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 import kdrl_kernels as kk
 from kdrl_kernels.operators import logprobs as logprobs_op
@@ -310,3 +311,26 @@ def test_a_second_derivative_raises(caller: Any) -> None:
     (first,) = torch.autograd.grad(loss, inputs["weight"], create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         first.square().sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["kdrl_loss", "linear_logprobs", "linear_token_loss"])
+def test_activation_checkpointing_gives_the_same(name: str, reentrant: bool) -> None:
+    """It hands each saved tensor out once, so a backward pass may read them once."""
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        head = hidden, weight, torch.arange(5)
+        if name == "kdrl_loss":
+            objective = kk.Objective(kd=None)
+            return kk.kdrl_loss(*head, advantages=torch.ones(5), objective=objective).loss
+        if name == "linear_logprobs":
+            return kk.linear_logprobs(*head).logprobs.sum()
+        return kk.linear_token_loss(*head, lambda rows: -rows.logprobs).loss
+
+    rng = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(size, 4, generator=rng) for size in (5, 6)]
+    leaves, others = ([x.clone().requires_grad_() for x in tensors] for _ in range(2))
+    checkpoint(loss, *leaves, use_reentrant=reentrant).backward()
+    loss(*others).backward()
+    for ours, expected in zip(leaves, others, strict=True):
+        assert torch.equal(ours.grad, expected.grad)

@@ -1,4 +1,4 @@
-"""Forward-mode differentiation raises in every public function: it would give 0 without a word."""
+"""Forward-mode differentiation and vmap raise, where a gradient would be 0 without a word."""
 
 from collections.abc import Callable
 from typing import Any
@@ -75,6 +75,20 @@ def test_a_batch_and_other_tensors_raise_too() -> None:
 
     with pytest.raises(NotImplementedError, match=MESSAGE):
         torch.func.jvp(batch, (hidden,), (hidden,))
+
+
+@pytest.mark.parametrize("function", [_linear_logprobs, _kdrl_loss])
+@pytest.mark.parametrize("name", ["hidden", "weight"])
+def test_vmap_raises(name: str, function: Loss) -> None:
+    """Under vmap a tensor does not say that it needs a gradient: backward() would set none."""
+    inputs = _inputs()
+    stack = torch.stack([inputs.pop(name)] * 2).requires_grad_()
+    with pytest.raises(NotImplementedError, match=r"must not run under torch\.vmap"):
+        torch.vmap(lambda x: function("torch", **{name: x}, **inputs))(stack)
+    torch.vmap(lambda x: function("reference", **{name: x}, **inputs))(stack).sum().backward()
+    assert stack.grad is not None
+    assert torch.equal(stack.grad[0], stack.grad[1])
+    assert stack.grad.abs().sum() > 0
 
 
 @FUNCTIONS
