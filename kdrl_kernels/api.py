@@ -100,7 +100,8 @@ def linear_logprobs(
             None on a CPU: 256 MB; 16-bit weights are widened 16 MB at a time in addition.
         cache_bytes: where a gradient is needed, as many chunks as fit keep their float32 logits
             until backward, which then does not compute them again: 3u instead of 4u for those
-            rows (u = 2 N H V FLOP), and the same gradients to the bit.
+            rows (u = 2 N H V FLOP), and the same gradients to the bit. A compiled caller with a
+            mask keeps the logits of all rows of the mask, or none.
         impl: "triton", "torch" or "reference" (the definition, with full logits). None: Triton on
             GPU tensors, PyTorch elsewhere. A named one never falls back to another.
     Returns: LogprobOutput in nats, float32 (float64 for float64 inputs); differentiable once in
@@ -128,7 +129,8 @@ def linear_logprobs(
         needs, cached = needs_gradient(head), 0
         if any(needs):
             V, dtype = weight.shape[0], hidden.dtype
-            cached = logprobs.cached_rows(len(tokens), V, dtype, rows, cache_bytes)
+            sizes = len(tokens), V, dtype, rows, cache_bytes, None if used is None else N
+            cached = logprobs.cached_rows(*sizes)
         call = LogprobCall(head, tokens, entropy, impl, rows, cached, needs, truncation)
         outputs = RowOutputs(*operators.linear_logprobs(call))
     outputs = outputs.spread(active, N)

@@ -43,10 +43,18 @@ class BackwardCall:
     """[N], the gradient of a later loss to the entropies."""
 
 
-def cached_rows(N: int, V: int, dtype: torch.dtype, max_rows: int, cache_bytes: int) -> int:
-    """Return how many rows, in whole chunks, have logits that fit into cache_bytes."""
+def cached_rows(
+    N: int, V: int, dtype: torch.dtype, max_rows: int, cache_bytes: int, mask_rows: int | None
+) -> int:
+    """Return how many rows, in whole chunks, have logits that fit into cache_bytes.
+
+    mask_rows: size of the mask that chose the N rows, None without one. A graph knows this number,
+    but no N to compare: where less than mask_rows fit, it keeps none.
+    """
     fit = int(cache_bytes // (padded(V) * accumulator(dtype).itemsize))
-    if fit == 0:  # a graph whose mask chooses the rows knows no N to compare
+    if fit > 0 and mask_rows is not None and torch.compiler.is_compiling():
+        return N if fit >= mask_rows else 0
+    if fit == 0:
         return 0
     size = balanced(N, max_rows)
     return N if fit >= N else fit // size * size

@@ -268,6 +268,28 @@ def test_a_compiled_caller_with_a_mask_is_one_graph() -> None:
     assert torch.equal(compiled(mask), caller(mask))
 
 
+@pytest.mark.slow  # the compiler costs seconds
+@pytest.mark.parametrize("cached", [4, 100], ids=["some", "all"])
+def test_a_compiled_caller_with_a_mask_may_keep_logits(cached: int) -> None:
+    """With any number of rows, of which the mask takes some, a graph cannot count what fits."""
+    torch.compiler.reset()
+    cache_bytes = cached * 64 * 8  # rows of 64 columns of float64
+
+    def caller(hidden: Tensor, weight: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        options = {"mask": mask, "cache_bytes": cache_bytes}
+        return kk.linear_logprobs(hidden, weight, tokens, **options).logprobs.square().sum()
+
+    compiled = torch.compile(caller, fullgraph=True, backend="aot_eager", dynamic=True)
+    for N in (10, 23):
+        inputs = _inputs(1, N)
+        fixed = inputs["tokens"], inputs["token_weights"] != 0
+        gradients = []
+        for function in (caller, compiled):
+            leaves = [inputs[name].detach().requires_grad_() for name in ("hidden", "weight")]
+            gradients.append(torch.autograd.grad(function(*leaves, *fixed), leaves))
+        torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 def test_a_token_loss_breaks_the_graph_of_its_caller_once(impl: str) -> None:
