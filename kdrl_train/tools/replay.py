@@ -64,6 +64,10 @@ class Replayed:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
+WIDTH = 200
+"""Columns of a table that goes into a pipe or a file: 80 would cut its numbers."""
+
+
 def main(config: ReplayConfig, console: Console | None = None) -> list[Replayed]:
     """Repeats the step and prints a table of its completions.
 
@@ -77,6 +81,8 @@ def main(config: ReplayConfig, console: Console | None = None) -> list[Replayed]
         finite = sorted((one for one in replayed if one.finite), key=lambda one: -one.grad_norm)
         shown = broken + finite[:10]
     out = Console(highlight=False) if console is None else console
+    if not out.is_terminal:
+        out.width = max(out.width, WIDTH)
     out.print(table(shown, f"step {dump['step']}: {len(broken)} of {len(replayed)} not finite"))
     if not broken:
         out.print("each completion alone is finite: the sum was not, or the step had other weights")

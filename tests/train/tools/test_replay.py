@@ -53,7 +53,9 @@ def test_the_culprit_is_named(failed: Path) -> None:
         assert one.outcome == ("right" if one.reward > 0.5 else "wrong")
     assert {"right", "wrong"} <= set(words.split())
     out = io.StringIO()
-    replay.main(replay.ReplayConfig(file=failed, all=True), Console(file=out, width=200))
+    replay.main(replay.ReplayConfig(file=failed, all=True), Console(file=out, width=80))
+    assert "…" not in out.getvalue()  # into a file numbers are whole, whatever its width
+    assert all(f"{one.lowest_logprob:.3g}" in out.getvalue() for one in replayed)
     assert sum("task.jsonl:" in line for line in out.getvalue().splitlines()) == 16
 
 
