@@ -67,7 +67,8 @@ def row_outputs(
     z = head_logits(student, vocab_size)
     if truncation is not None:
         kept = truncate_(z.detach().clone(), tokens, 1.0, truncation)
-        z = torch.where(kept == -torch.inf, -torch.inf, z)
+        left_out = (kept == -torch.inf).scatter(1, tokens[:, None], False)
+        z = torch.where(left_out, -torch.inf, z)
     logp, log_sum_exp = torch.log_softmax(z, dim=1), z.logsumexp(dim=1) if lse else None
     logprobs = logp.gather(1, tokens[:, None]).squeeze(1)
     p = logp.exp()

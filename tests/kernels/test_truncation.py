@@ -204,6 +204,23 @@ def test_none_and_one_that_keeps_all_are_the_same() -> None:
             assert torch.equal(value, plain[name]), (options, name)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_token_that_a_bias_forbids_keeps_its_gradient(impl: str, device: str) -> None:
+    """Token 2 is kept, with p = 1, and token 3, which was drawn: dlp/dz is -1 and 1 there."""
+    hidden = torch.tensor([[0.0, 1.0, 2.0, 3.0]], device=device, requires_grad=True)
+    bias = torch.tensor([0, 0, 0, -torch.inf], device=device)
+    out = kk.linear_logprobs(
+        *(hidden, torch.eye(4, device=device), torch.tensor([3], device=device)),
+        bias=bias,
+        truncation=kk.Truncation(top_k=1),
+        impl=impl,
+    )
+    out.logprobs.sum().backward()
+    assert out.logprobs.tolist() == [-torch.inf]
+    assert hidden.grad is not None
+    assert hidden.grad.tolist() == [[0, 0, -1, 1]]
+
+
 @pytest.mark.slow  # the compiler costs seconds
 def test_a_compiled_caller_keeps_one_graph() -> None:
     inputs, truncation = _inputs(F32, "cpu"), kk.Truncation(top_k=20, top_p=0.9)
