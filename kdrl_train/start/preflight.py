@@ -214,10 +214,15 @@ def check_gold(
     if failed:
         message = verdicts.errors.get(golds.index(failed[0].gold), "")
         others = ", ".join(example.id for example in failed[1:6])
+        must = f"{config.reward.function} must judge gold answers in a box without an error"
+        remedy = "correct the function, or the row"
+        if builtin:
+            must = "gold answers must be right against themselves"
+            remedy = "correct the row, or set data.answer_column or reward.function"
         raise ValueError(
-            f"gold answers must be right against themselves, got {summary}; first: {failed[0].id}, "
+            f"{must}, got {summary}; first: {failed[0].id}, "
             f"answer {failed[0].gold[:80]!r}, {outcomes[failed[0].gold]} {message}".rstrip()
-            + ": correct the row, or set data.answer_column or reward.function"
+            + f": {remedy}"
             + (f"; also {others}" if others else "")
         )
     return summary + _threshold(config.reward, verdicts)

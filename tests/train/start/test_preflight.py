@@ -147,7 +147,7 @@ def test_a_custom_reward_is_run_but_not_judged(
         UserWarning, match=r"^no gold answer in a box is right; .* to 0\.5: set rewa"
     ):
         preflight.check_gold(custom, examples, Scripted("wrong", 0.5))
-    with pytest.raises(ValueError, match=r"answer '1', error KeyError: 'x': correct"):
+    with pytest.raises(ValueError, match=r"^custom:reward must .* 'x': correct the f"):
         preflight.check_gold(custom, examples, Scripted("error", math.nan))
     with pytest.raises(UserWarning, match=r"from 2 to 10: set reward\.right_above .*, e\.g\. 5,"):
         preflight.check_gold(custom, [*examples, other], Scripted("right", 10.0, 2.0))
