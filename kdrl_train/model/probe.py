@@ -1,5 +1,6 @@
 """Compares a model that is split at its head with the model's own logits."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -61,6 +62,12 @@ def _compare_logits(
     weight, _ = wrapped.head()
     rms = torch.nn.functional.linear(states, weight).float().square().mean().sqrt().item()
     errors.append(_logits_error(wrapped, ids, states, LARGE_LOGITS / max(rms, 1e-6)))
+    if not math.isfinite(sum(errors)):
+        raise ValueError(
+            f"{name} must compute finite logits, got NaN or infinity from "
+            f"{type(wrapped.model).__name__}: a weight of its files is not finite, or too large "
+            f"for {wrapped.compute_dtype}: download the files again, or name another model"
+        )
     tolerance = PROBE_TOLERANCE[wrapped.compute_dtype]
     if not max(errors) <= tolerance:
         raise ValueError(

@@ -162,8 +162,8 @@ def _doubtful_ends(tokenizer: Any, ends: list[int], facts: PromptFacts) -> list[
         names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(list(closing))))
         doubts.append(
             f"{sum(closing.values()):,} of {facts.count:,} prompts end with {names}, an end of "
-            "sequence: nothing is to follow it; let the chat template open the assistant's turn "
-            "(add_generation_prompt), or take it out of data.prompt_template"
+            "sequence, which no completion follows; let the chat template open the assistant's "
+            "turn (add_generation_prompt), or take it out of data.prompt_template"
         )
     if facts.started_twice and tokenizer.bos_token_id not in ends:
         doubts.append(

@@ -261,6 +261,17 @@ def test_probe_refuses_a_head_of_another_formula(tiny: Callable[..., Any]) -> No
         probe(HeadedModel(model), "model.teacher")
 
 
+@pytest.mark.parametrize("weight", ["lm_head.weight", "model.layers.0.mlp.up_proj.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_probe_names_weights_that_are_not_finite(
+    tiny: Callable[..., Any], weight: str, value: float
+) -> None:
+    model = tiny("llama")
+    model.get_parameter(weight).data[0, 0] = value
+    with pytest.raises(ValueError, match=r"^model\.teacher must compute finite logits, got NaN or"):
+        probe(Teacher(model), "model.teacher")
+
+
 def test_probe_refuses_a_leak_unless_rows_hold_one_sequence(tiny: Callable[..., Any]) -> None:
     model = tiny("llama")
     inner = model.base_model.forward
