@@ -179,7 +179,8 @@ def check_vocabulary(loaded: Loaded) -> str:
             )
     sizes = ", ".join(f"{name} {columns:,}" for name, columns in heads.items())
     common = min(heads.values())
-    return f"{highest + 1:,} tokens; columns: {sizes}; those from {common:,} on are not sampled"
+    left_out = f"; those from {common:,} on are not sampled"
+    return f"{highest + 1:,} tokens; columns: {sizes}" + left_out * (max(heads.values()) > common)
 
 
 def check_gold(

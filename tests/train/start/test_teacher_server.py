@@ -90,7 +90,8 @@ def test_an_openai_server_that_fits_passes(
     assert code == 0
     assert "of 258 tokens compared, up to id 257: the same; its chat template is not" in text
     assert "the teacher's are not known: its server does not say" in text
-    assert "columns: policy 258;" in text
+    assert "258 tokens; columns: policy 258 " in text
+    assert "are not sampled" not in text  # no column is left out
 
 
 MISFITS = {
