@@ -50,6 +50,8 @@ def recorded(log: Any, config: TrainConfig, ranks: int) -> Iterator[None]:
     todo = f"steps {done + 1} to {steps}"
     if done >= steps:
         todo = f"{done} steps are done, of {steps}: a larger --steps goes on"
+    if log.dropped_records:
+        todo += f"; steps since the last checkpoint that are lost: {log.dropped_records}"
     log.event(
         "resumed" if config.resume else "started",
         f"{config.out}: {todo}",

@@ -42,6 +42,8 @@ def test_a_killed_run_and_its_resume(config: Callable[..., TrainConfig]) -> None
         ("finished", 3),
     ]
     assert [e.get("dropped") for e in written] == [0, 1, None]
+    lost = "steps since the last checkpoint that are lost: 1"
+    assert written[1]["message"] == f"{settings.out}: steps 3 to 3; {lost}"
     assert written[1]["ranks"] == 1
     assert {"python", "torch", "transformers"} <= set(written[1]["versions"])
     assert len(list((settings.out / "samples").iterdir())) == 3
