@@ -44,7 +44,7 @@ def alone(config: TrainConfig) -> list[dict[str, Any]]:
 
 def together(config: TrainConfig, ranks: int, **options: Any) -> list[dict[str, Any]]:
     said = train_ranks(config, ranks, **options)
-    assert said[0].splitlines()[-1].startswith("saved "), said
+    assert said[0].splitlines()[-1].startswith("all steps are done: "), said
     assert not any(said[1:]), said
     return read_records(config.out)
 
