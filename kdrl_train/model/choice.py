@@ -115,7 +115,8 @@ def prepare(model: Any, device: torch.device, dtype: torch.dtype) -> Specimen:
         torch.manual_seed(0)
         small = miniature(model, device, dtype)
         body = backbone(small)
-        ids = [torch.randint(1, VOCABULARY, (1, n), device=device) for n in lengths]
+        tokens = min(VOCABULARY, small.get_input_embeddings().weight.shape[0])
+        ids = [torch.randint(1, tokens, (1, n), device=device) for n in lengths]
         alone = [body(input_ids=x, use_cache=False).last_hidden_state[0] for x in ids]
     return Specimen(small, ids, alone, longest)
 

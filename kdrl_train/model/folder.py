@@ -14,7 +14,15 @@ import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+)
 
 from kdrl_train.settings import nearest
 
@@ -58,6 +66,20 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError | ValueError | ImportError):
         return text[:400]
     return f"{type(error).__name__}: {text[:400]}"
+
+
+def has_auto_class(config: PretrainedConfig) -> bool:
+    """Say whether transformers can load a model with this configuration from its folder."""
+    kind = type(config)
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING or kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """Return the class that loads a model: one for images too where no causal LM is known."""
+    kind = type(config)
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def require_loadable(name: str, key: str) -> dict[str, Any]:

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from kdrl_train.config import ModelConfig, TrainConfig
 from kdrl_train.model import attention, choice
 from kdrl_train.model.folder import (
+    auto_class,
     one_line,
     quantization,
     refusal,
@@ -181,7 +182,8 @@ def read_model(
     where = {} if method is None else {"device_map": {"": device or torch.device("cpu")}}
     try:
         with without_report():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            model, report = auto_class(model_config).from_pretrained(
                 folder,
                 dtype=dtype,
                 attn_implementation=attention_name,
@@ -214,7 +216,7 @@ def _read_on_main(
 
     def build() -> None:
         with torch.device("meta"):
-            shell = AutoModelForCausalLM.from_config(
+            shell = auto_class(config).from_config(
                 config, dtype=dtype, attn_implementation=attention_name
             )
         shell.generation_config, shell.origin = generation_config, origin

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from kdrl_train.model.folder import refusal
+from kdrl_train.model.folder import has_auto_class, refusal
 
 HARMLESS = re.compile(
     r"(inv_freq|position_ids|masked_bias|attn\.bias|attention\.bias|num_batches_tracked)$"
@@ -61,7 +60,7 @@ def require_complete(model: Any, report: dict[str, Any], key: str, name: str) ->
 
 def require_trainable(model: Any, key: str, name: str) -> None:
     """Raise ValueError for parameters that no gradient reaches, and an export nobody can load."""
-    if type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # Mllama: text part of a larger model
+    if not has_auto_class(model.config):  # Mllama: text part of a larger model
         raise refusal(
             key,
             name,

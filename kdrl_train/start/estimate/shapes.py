@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
-from kdrl_train.model.folder import one_line, read_config
+from kdrl_train.model.folder import auto_class, one_line, read_config
 from kdrl_train.start.estimate.layers import LayerShape, layer_shapes, layers_of
 
 
@@ -95,7 +94,7 @@ def read_model(folder: str, key: str) -> Any:
     try:
         config = read_config(folder)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = auto_class(config).from_config(config, dtype=torch.float32)
     except Exception as error:  # a model's code may raise anything for a config that is not its own
         raise ValueError(
             f"{key} must be a folder with the config.json of a causal LM of transformers, or a hub "

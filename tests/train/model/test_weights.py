@@ -10,8 +10,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
 
-from kdrl_train.model.load import read_model
+from kdrl_train.config import ModelConfig
+from kdrl_train.model.load import load_model, read_model
+from kdrl_train.model.policy import HeadedModel
 from kdrl_train.model.weights import require_trainable
 
 Tensors = dict[str, torch.Tensor]
@@ -156,6 +159,42 @@ def test_parts_that_the_class_declares_are_counted_too(
     change = add(mtp__layers__0__weight=(3, 3), mtp__norm__weight=(3,), **expert)
     origin = read(saved(change)).origin
     assert (origin.parts, origin.unused) == ({"mtp": 2}, [])
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_the_text_path_of_a_model_for_images_is_its_own(kind: str, tmp_path: Path) -> None:
+    """transformers has no causal LM for these: they are read whole, and keep their tower."""
+    text = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}
+    tower = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2}
+    config = transformers.AutoConfig.for_model(
+        kind,
+        text_config=text | {"rope_parameters": rope},
+        vision_config=tower | {"out_hidden_size": 32, "deepstack_visual_indexes": [0]},
+        **{f"{name}_token_id": 39 for name in ("image", "video", "vision_start", "vision_end")},
+    )
+    original = transformers.AutoModelForImageTextToText.from_config(
+        config, attn_implementation="eager"
+    ).eval()
+    original.save_pretrained(tmp_path)
+
+    model = load_model(str(tmp_path), "model.policy", ModelConfig(device="cpu"), torch.float32)
+    require_trainable(model, "model.policy", str(tmp_path))
+    lengths = [9, 14]
+    sequences = [torch.randint(1, 39, (1, length)) for length in lengths]
+    places = [torch.arange(length)[None] for length in lengths]
+    with torch.no_grad():
+        states = HeadedModel(model).hidden(
+            torch.cat(sequences, 1), torch.cat(places, 1), None, lengths
+        )
+        logits = model.get_output_embeddings()(states).split(lengths)
+        for sequence, part in zip(sequences, logits, strict=True):
+            assert_close(part, original(input_ids=sequence).logits[0], rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path / "export")
+    exported = load_file(tmp_path / "export" / "model.safetensors")
+    assert exported.keys() == load_file(tmp_path / "model.safetensors").keys()
+    assert any("visual" in name for name in exported)
 
 
 def test_the_text_part_of_a_larger_model_that_nobody_could_load_is_not_trained() -> None:
