@@ -14,12 +14,15 @@ from torch import nn
 
 RATES = re.compile(r"drop(out|path|_path|_rate|_prob)|pdrop|layer_?drop|^drop$")
 """Names of attributes that hold the probability of leaving something out."""
+Silenced = tuple[Any, str, float]
+"""An object, the name of its attribute that became 0, and the value before."""
 
 
-def silence(model: nn.Module) -> None:
+def silence(model: Any) -> None:
     """Set every rate of dropout to 0: of nn.Dropout, of other modules and of configurations.
 
-    Also switch off that RWKV changes its weights in place between evaluation and training.
+    Also switch off that RWKV changes its weights in place between evaluation and training. What
+    the configurations said is kept in model.silenced, for the export.
     """
     configs: list[Any] = []
     for module in model.modules():
@@ -27,17 +30,26 @@ def silence(model: nn.Module) -> None:
             module.p = 0.0
         _zero(module)
         configs.append(getattr(module, "config", None))
+    silenced: list[Silenced] = []
     for config in {id(one): one for one in configs if hasattr(one, "to_dict")}.values():
-        _zero(config)
+        silenced += _zero(config)
         if getattr(config, "rescale_every", 0):
+            silenced.append((config, "rescale_every", config.rescale_every))
             config.rescale_every = 0
+    if not hasattr(model, "silenced"):  # a second call finds zeros
+        model.silenced = silenced
 
 
-def _zero(holder: Any) -> None:
-    """Set the rates among an object's own attributes to 0."""
-    for name, value in list(vars(holder).items()):
-        if isinstance(value, float) and RATES.search(name):
-            setattr(holder, name, 0.0)
+def _zero(holder: Any) -> list[Silenced]:
+    """Set the rates among an object's own attributes to 0; return those that were not."""
+    rates = [
+        (holder, name, value)
+        for name, value in vars(holder).items()
+        if isinstance(value, float) and value != 0 and RATES.search(name)
+    ]
+    for _, name, _ in rates:
+        setattr(holder, name, 0.0)
+    return rates
 
 
 def train_quietly(model: nn.Module) -> None:

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def _export(
             shutil.rmtree(work)
         if dtype_of is not None:
             weights = cast(model, weights, dtype_of)
-        model.save_pretrained(work, state_dict=weights)
+        with as_configured(model):
+            model.save_pretrained(work, state_dict=weights)
         if dtype_of is not None:
             declare(work / "config.json", dtype_of(""))
         tokenizer.save_pretrained(work)
@@ -68,6 +70,19 @@ def _export(
         shutil.rmtree(work, ignore_errors=True)
         cause = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise OSError(f"the model must be written to {folder}, got {cause}: {remedy}") from error
+
+
+@contextmanager
+def as_configured(model: Any) -> Iterator[None]:
+    """Give a model's configurations the dropout rates back that training set to 0."""
+    silenced = getattr(model, "silenced", ())
+    for config, name, value in silenced:
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for config, name, _ in silenced:
+            setattr(config, name, 0)
 
 
 def cast(model: Any, weights: dict[str, Tensor], dtype_of: DtypeOf) -> dict[str, Tensor]:

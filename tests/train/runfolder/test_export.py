@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdrl_train.config import TrainConfig
 from kdrl_train.model.load import read_model
+from kdrl_train.model.policy import HeadedModel
 from kdrl_train.runfolder.export import export
 from tests.train.ranks import train_ranks
 
@@ -75,6 +76,19 @@ def test_tensors_of_other_dtypes_keep_them(
         assert torch.equal(after[key], value)
     config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
     assert config["dtype"] == "bfloat16"
+
+
+def test_the_exported_configuration_has_the_dropout_of_the_folder(
+    tiny: Callable[..., Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    model = tiny("opt", ffn_dim=64, word_embed_proj_dim=32, dropout=0.3, attention_dropout=0.2)
+    for _ in range(2):  # policy and engine may wrap one model
+        HeadedModel(model)
+    export(model, tokenizer, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    assert (config["dropout"], config["attention_dropout"]) == (0.3, 0.2)
+    assert (model.config.dropout, model.config.attention_dropout) == (0, 0)  # it may be trained on
+    assert model.model.decoder.layers[0].dropout == 0
 
 
 def test_names_without_the_prefix_of_the_model_are_the_same_tensors(
