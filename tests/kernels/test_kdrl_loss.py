@@ -187,6 +187,7 @@ def test_options_together_in_float64(kind: dict[str, Any]) -> None:
     _assert_same("torch", make_problem(dtype=F64, **kind), bound=1e-10)
 
 
+@pytest.mark.slow  # each option alone is tested above
 @settings(deadline=None, max_examples=12)
 @given(kind=kinds())
 def test_options_together_on_triton(kind: dict[str, Any]) -> None:

@@ -75,13 +75,13 @@ def gradient(config: TrainConfig) -> dict[str, Tensor]:
     ("ranks", "tokens", "policy"),
     [  # the student has a tied head, the llama one of its own
         (2, 1, "student"),
+        (2, 64, "llama"),
         pytest.param(3, 1000, "llama", marks=pytest.mark.slow),  # 3 ranks resume below
-        (1, 64, "llama"),
-        (2, 64, "student"),
+        pytest.param(1, 64, "llama", marks=pytest.mark.slow),
+        pytest.param(2, 64, "student", marks=pytest.mark.slow),
         pytest.param(2, 1, "llama", marks=pytest.mark.slow),
         pytest.param(3, 1000, "student", marks=pytest.mark.slow),
         pytest.param(1, 64, "student", marks=pytest.mark.slow),
-        pytest.param(2, 64, "llama", marks=pytest.mark.slow),
     ],
 )
 def test_ranks_learn_what_one_process_learns(
@@ -113,7 +113,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+QUICK = ("reward shaping", "updates", "measured")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=[] if x in QUICK else pytest.mark.slow) for x in VARIANTS],
+)
 def test_every_method_is_the_same_on_two_ranks(config: Config, name: str) -> None:
     settings = dict(VARIANTS[name])
     if name == "measured":  # the first micro-batches of all ranks: here the whole step
@@ -148,7 +154,12 @@ def test_bfloat16_ranks_keep_float32_weights(config: Config) -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "then"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow), (2, 3)]
+    ("first", "then"),
+    [
+        pytest.param(2, 1, marks=pytest.mark.slow),
+        pytest.param(1, 2, marks=pytest.mark.slow),
+        (2, 3),
+    ],
 )
 def test_a_run_resumes_on_another_number_of_ranks(config: Config, first: int, then: int) -> None:
     whole, parts = config("whole", steps=4), config("parts", steps=2)

@@ -105,6 +105,7 @@ def test_versions_and_mismatches() -> None:
             require_agreement(mismatch, 0.1, 0)
 
 
+@pytest.mark.slow  # the engine itself is tested below
 def test_a_run_with_continuous_batching(config: Config) -> None:
     base = config(steps=2)
     records = run(replace(base, engine=replace(base.engine, kind="continuous")))

@@ -47,7 +47,7 @@ IN_THREADS = {"engine": EngineConfig(staleness=1), "save_async": True}
 @pytest.mark.parametrize(
     ("fields", "count"),
     [
-        pytest.param({}, 3, id="3"),
+        pytest.param({}, 3, id="3", marks=pytest.mark.slow),
         pytest.param({}, 20, id="20", marks=pytest.mark.slow),
         pytest.param(IN_THREADS, 4, id="threads"),
     ],
@@ -124,7 +124,9 @@ def test_sigterm_saves_and_ends_with_0(config: Config) -> None:
     assert without_times(run(replace(parts, resume=True))) == without_times(run(whole))
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGHUP, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_in_the_middle_of_a_step_drops_the_step(
     config: Config, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:

@@ -207,7 +207,7 @@ def fail_in_the_thread(rank: int) -> None:
     GenerateEngine.generate = fail  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("place", ["thread", "update"])
+@pytest.mark.parametrize("place", [pytest.param("thread", marks=pytest.mark.slow), "update"])
 def test_what_stops_a_step_leaves_its_rollouts(
     config: Config, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
