@@ -74,7 +74,7 @@ def gradient(config: TrainConfig) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("ranks", "tokens", "policy"),
     [  # the student has a tied head, the llama one of its own
-        (2, 1, "student"),
+        pytest.param(2, 1, "student", marks=pytest.mark.slow),
         (2, 64, "llama"),
         pytest.param(3, 1000, "llama", marks=pytest.mark.slow),  # 3 ranks resume below
         pytest.param(1, 64, "llama", marks=pytest.mark.slow),
@@ -113,7 +113,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-QUICK = ("reward shaping", "updates", "measured")
+QUICK = ("updates", "measured")
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,11 @@ def leave_the_tied_head_stale(_rank: int) -> None:
             skip_a_push,
             "EngineError: rollouts of step 2 must come from the weights after 1",
         ),
-        (push_nothing_but_say_so, "EngineError: the engine's log-probabilities must be within"),
+        pytest.param(
+            push_nothing_but_say_so,
+            "EngineError: the engine's log-probabilities must be within",
+            marks=pytest.mark.slow,  # the next is harder to see
+        ),
         (leave_the_tied_head_stale, "EngineError: the engine's log-probabilities must be within"),
     ],
 )

@@ -153,7 +153,7 @@ def test_a_signal_in_the_middle_of_a_step_drops_the_step(
     assert without_times(run(replace(parts, resume=True))) == without_times(expected)
 
 
-@pytest.mark.parametrize("where", ["generate", "score"])
+@pytest.mark.parametrize("where", ["generate", pytest.param("score", marks=pytest.mark.slow)])
 def test_a_signal_in_an_evaluation_postpones_it(
     config: Config, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:

@@ -199,6 +199,7 @@ def test_a_failed_run_closes_its_trackers(
     assert (len(service.runs), service.finished) == (1, 1)
 
 
+@pytest.mark.slow  # a process that loads everything else
 def test_unused_trackers_are_not_imported() -> None:
     code = "import sys, kdrl_train.train; from kdrl_train import config\n"
     code += "from kdrl_train.runfolder import trackers\n"

@@ -185,6 +185,7 @@ def test_two_ranks_learn_what_one_process_learns(
     assert_same_metrics(together(parts, 2), alone(whole))
 
 
+@pytest.mark.slow  # two ranks that prefetch are tested above
 def test_one_process_resumes_with_the_rollouts_that_two_ranks_saved(config: Config) -> None:
     whole, parts = (config(out, steps=4, save_every=2, engine=STALE) for out in ("whole", "parts"))
     expected = alone(whole)
