@@ -15,6 +15,8 @@ TOLERANCE = Fraction(1, 10**6)
 """Largest relative error of a decimal that stands for a number without a finite decimal form."""
 DIGITS = (80, 160)
 """Two expressions are equal where their difference shrinks as it is computed with more digits."""
+REACH = 10**60
+"""Largest ratio of two terms of a sum: DIGITS, less what roundings before it cost."""
 POINTS = 3
 """Random values for the variables at which two expressions are compared."""
 
@@ -192,6 +194,14 @@ def compute(node: Node, digits: int, point: Mapping[str, Fraction]) -> Any:
     return value
 
 
+def _add(_context: Any, a: Any, b: Any) -> Any:
+    """Return a + b; refuse a large number whose digits do not reach the other one, as 5000! + 1."""
+    low, high = sorted((abs(a), abs(b)))
+    if high > REACH and 0 < low < high / REACH:
+        raise NoValueError("a sum of so large and so small a number is not computed")
+    return a + b
+
+
 def _bounded_power(context: Any, a: Any, b: Any) -> Any:
     if a == 0:
         if context.re(b) <= 0:
@@ -243,7 +253,7 @@ def _binomial_of_large(context: Any, n: Any, k: Any) -> Any:
 
 _NAMES = {"arcsin": "asin", "arccos": "acos", "arctan": "atan"}
 _FLOATING: dict[str, Callable[..., Any]] = {
-    "add": lambda _, a, b: a + b,
+    "add": _add,
     "mul": lambda _, a, b: a * b,
     "div": lambda _, a, b: a / b,
     "pow": _bounded_power,
