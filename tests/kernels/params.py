@@ -10,8 +10,11 @@ F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat1
 
 
 def _param(impl: str, dtype: torch.dtype) -> object:
-    # the interpreter gets bfloat16 wrong
-    marks = [pytest.mark.gpu] if (impl, dtype) == ("triton", BF16) else []
+    marks = []
+    if (impl, dtype) == ("triton", BF16):
+        marks.append(pytest.mark.gpu)  # the interpreter gets bfloat16 wrong
+    if (impl, dtype) == ("triton", F16):
+        marks.append(pytest.mark.slow)  # the kernels of float32, with another rounding at the end
     return pytest.param(impl, dtype, marks=marks, id=f"{impl}-{str(dtype).removeprefix('torch.')}")
 
 

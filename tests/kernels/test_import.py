@@ -32,7 +32,8 @@ def test_works_without_triton() -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("where", ["not installed", pytest.param("no gpu", marks=pytest.mark.slow)])
+@pytest.mark.slow  # a process each
+@pytest.mark.parametrize("where", ["not installed", "no gpu"])
 def test_named_triton_does_not_fall_back(where: str) -> None:
     code = SMALL_LOSS.format(impl="'triton'")
     if where == "not installed":

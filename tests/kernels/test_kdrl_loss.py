@@ -90,7 +90,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("impl", "kd"), quick_or_slow(["torch", "triton"], ["k2", "rkl", "fkl", "jsd"], {"fkl", "jsd"})
+    ("impl", "kd"),
+    quick_or_slow(["torch", "triton"], ["k2", "rkl", "fkl", "jsd"], {"k2", "fkl", "jsd"}),
 )
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_every_option(impl: str, options: dict[str, Any], kd: str, device: str) -> None:

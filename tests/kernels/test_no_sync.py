@@ -18,7 +18,7 @@ from kdrl_kernels import logprobs, one_pass, token_loss
 from kdrl_kernels.call import LogprobCall, LossCall
 from kdrl_kernels.head import Head
 from kdrl_kernels.logprobs import BackwardCall
-from tests.kernels.params import BF16, F16, F32, KDS
+from tests.kernels.params import BF16, F16, F32, KDS, quick_or_slow
 from tests.kernels.problem import Problem, make_problem
 
 DTYPES = pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
@@ -155,8 +155,9 @@ def test_a_gpu_reports_a_wait() -> None:
         torch.ones(3, device="cuda").nonzero()
 
 
-@pytest.mark.parametrize("kd", KDS)
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("impl", "kd"), quick_or_slow(["torch", "triton"], KDS, {"k3", "k3_ratio", "fkl", "jsd"})
+)
 def test_compaction_gives_the_same_numbers(impl: str, kd: str | None, device: str) -> None:
     """Compaction, which waits, changes no number where some rows have no gradient."""
     problem = make_problem(8, kd=kd, device=device)

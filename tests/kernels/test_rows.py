@@ -48,7 +48,8 @@ def _coefficients(kd: str | None, device: str) -> Coefficients:
     ],
 )
 @pytest.mark.parametrize(
-    "kd", [None, "rkl", "fkl", "jsd", pytest.param("rkl+fkl", marks=pytest.mark.slow)]
+    "kd",
+    [None, "rkl", "jsd", *(pytest.param(x, marks=pytest.mark.slow) for x in ("fkl", "rkl+fkl"))],
 )
 def test_tiles(
     kd: str | None, dtype: torch.dtype, softcap: float | None, tile: Tile, device: str

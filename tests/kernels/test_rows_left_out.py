@@ -304,6 +304,7 @@ def test_random_rows(
     dtype=st.sampled_from([F32, F16]),
 )
 @settings(deadline=None, max_examples=6)
+@pytest.mark.slow  # tables of rows are tested on Triton above
 def test_random_rows_on_triton(
     rows: list[Row], kd: str | None, chunk: int, dtype: torch.dtype
 ) -> None:

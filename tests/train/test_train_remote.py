@@ -176,6 +176,7 @@ def test_a_killed_teacher_pauses_the_run_until_it_is_back(
     assert_same_run(remote.out, local.out)
 
 
+@pytest.mark.slow
 def test_past_the_deadline_a_checkpoint_is_left_to_resume_from(
     config: Callable[..., TrainConfig],
     folders: dict[str, Path],
@@ -282,7 +283,8 @@ def test_ends_are_not_distilled_where_they_are_masked(
     assert records[0]["kd_share"] == pytest.approx((tokens - ended) / tokens)
 
 
-@pytest.mark.parametrize("mask", ["none", pytest.param("wrong", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", ["none", "wrong"])
 def test_two_ranks_query_their_shares(
     config: Callable[..., TrainConfig], process: Process, mask: str
 ) -> None:

@@ -113,12 +113,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-QUICK = ("updates", "measured")
-
-
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(x, marks=[] if x in QUICK else pytest.mark.slow) for x in VARIANTS],
+    [pytest.param(x, marks=[] if x == "updates" else pytest.mark.slow) for x in VARIANTS],
 )
 def test_every_method_is_the_same_on_two_ranks(config: Config, name: str) -> None:
     settings = dict(VARIANTS[name])
@@ -138,6 +135,7 @@ def test_a_rank_without_tokens_learns_too(config: Config) -> None:
     assert_same_metrics(together(parts, 3), alone(whole))
 
 
+@pytest.mark.slow
 def test_bfloat16_ranks_keep_float32_weights(config: Config) -> None:
     base = config(steps=1)
     settings = replace(base, model=replace(base.model, dtype="bfloat16"))
@@ -153,13 +151,10 @@ def test_bfloat16_ranks_keep_float32_weights(config: Config) -> None:
         assert (weight - old[name]).abs().max().item() == pytest.approx(1e-3, rel=1e-2), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "then"),
-    [
-        pytest.param(2, 1, marks=pytest.mark.slow),
-        pytest.param(1, 2, marks=pytest.mark.slow),
-        (2, 3),
-    ],
+    [(2, 1), (1, 2), (2, 3)],
 )
 def test_a_run_resumes_on_another_number_of_ranks(config: Config, first: int, then: int) -> None:
     whole, parts = config("whole", steps=4), config("parts", steps=2)
@@ -222,6 +217,7 @@ def verify_slowly_on_second_rank(rank: int) -> None:
         train.collect.__globals__["_draw_share"] = slow
 
 
+@pytest.mark.slow
 def test_waiting_for_the_slowest_rank_is_a_stage(config: Config) -> None:
     (row,) = together(config(steps=1), 2, sabotage=verify_slowly_on_second_rank)
     assert 0.3 < row["seconds_wait"] < row["seconds"]
@@ -293,9 +289,10 @@ def leave_the_tied_head_stale(_rank: int) -> None:
 @pytest.mark.parametrize(
     ("sabotage", "message"),
     [
-        (
+        pytest.param(
             skip_a_push,
             "EngineError: rollouts of step 2 must come from the weights after 1",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             push_nothing_but_say_so,
@@ -314,6 +311,7 @@ def test_an_engine_with_other_weights_stops_the_run(
     assert [row["step"] for row in read_records(settings.out)] == [0]
 
 
+@pytest.mark.slow  # every other run of two ranks agrees too
 def test_the_same_engine_without_sabotage_agrees(config: Config) -> None:
     for row in together(config(), 2):
         assert row["sampler_mismatch_mean"] < 1e-5

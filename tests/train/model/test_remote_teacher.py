@@ -235,6 +235,7 @@ def test_after_the_deadline_everything_fails_at_once() -> None:
     assert server.queries == {}
 
 
+@pytest.mark.slow
 def test_the_deadline_counts_from_the_last_reply_to_any_query(scripted: Callable) -> None:
     replied: list[int] = []
 

@@ -82,7 +82,8 @@ def test_rewards_and_counts_by_hand(mathematics: Verifier) -> None:
     assert verdicts.answers == ["5", "6", None, "1234", None]
 
 
-@pytest.mark.parametrize("hang", [pytest.param("hang", marks=pytest.mark.slow), "hang in C"])
+@pytest.mark.slow
+@pytest.mark.parametrize("hang", ["hang", "hang in C"])
 def test_a_hang_costs_its_own_completion_only(scripted: Verifier, hang: str) -> None:
     scripted.score(["a"], ["a"])  # the workers are up
     completions = ["a", hang, "b", hang, hang, *["a"] * 40]

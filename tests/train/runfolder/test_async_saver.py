@@ -64,6 +64,7 @@ def test_the_next_step_does_not_wait(config: Config, monkeypatch: pytest.MonkeyP
     assert (settings.out / "checkpoints" / "LATEST").read_text() == "step_000002\n"
 
 
+@pytest.mark.slow
 def test_ranks_write_together(config: Config) -> None:
     whole, parts = config("whole"), config("parts", steps=2, save_every=1, save_async=True)
     expected = alone(whole)

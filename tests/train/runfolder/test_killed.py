@@ -44,11 +44,12 @@ def train_quietly(config: TrainConfig, threads: int) -> None:
 IN_THREADS = {"engine": EngineConfig(staleness=1), "save_async": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "count"),
     [
-        pytest.param({}, 3, id="3", marks=pytest.mark.slow),
-        pytest.param({}, 20, id="20", marks=pytest.mark.slow),
+        pytest.param({}, 3, id="3"),
+        pytest.param({}, 20, id="20"),
         pytest.param(IN_THREADS, 4, id="threads"),
     ],
 )
@@ -97,6 +98,7 @@ def _same(parts: TrainConfig, expected: list[dict[str, Any]], whole: TrainConfig
         assert torch.equal(tensor, theirs[name]), name
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_ends_with_0(config: Config) -> None:
     sampling = SamplingConfig(prompts_per_step=4, group_size=4, max_new_tokens=50)
     whole = config("whole", steps=6, sampling=sampling)
@@ -265,6 +267,8 @@ def test_a_folder_that_cannot_be_written_is_named(config: Config) -> None:
     assert checkpoint.latest(folder).step == 1
 
 
+@pytest.mark.fault("flipped or cut file")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "meta.json"])
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_damaged_checkpoint_is_named(config: Config, name: str, damage: str) -> None:

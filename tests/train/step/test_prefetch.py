@@ -169,7 +169,9 @@ def test_each_step_learns_from_the_weights_before_the_last(
         assert row["stale_sampler_mismatch_mean"] > 1e-3  # a step of 1e-3
 
 
-@pytest.mark.parametrize(("updates", "correction"), [(1, "none"), (2, "truncate")])
+@pytest.mark.parametrize(
+    ("updates", "correction"), [pytest.param(1, "none", marks=pytest.mark.slow), (2, "truncate")]
+)
 def test_two_ranks_learn_what_one_process_learns(
     config: Config, updates: int, correction: str
 ) -> None:

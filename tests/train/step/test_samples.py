@@ -95,6 +95,7 @@ def test_a_token_that_is_not_distilled_has_no_log_ratio(config: Callable[..., Tr
         assert None not in line["teacher_log_ratio"][:-1]
 
 
+@pytest.mark.slow
 def test_ranks_write_the_samples_of_one_process(config: Callable[..., TrainConfig]) -> None:
     optim = OptimConfig(learning_rate=1e-3, updates_per_rollout=2, micro_batch_tokens=32)
     same = {"steps": 2, "samples_per_step": 8, "method": PRESETS["kdrl"], "optim": optim}
