@@ -297,6 +297,10 @@ class TrainConfig:
         if self.model.teacher_is_url:
             self._check_server()
 
+    def is_saved(self, done: int) -> bool:
+        """Whether a checkpoint follows on `done` optimiser steps."""
+        return done % self.save_every == 0 or done == self.steps
+
     def _check_server(self) -> None:
         """Raises ValueError for what log-probabilities from a server cannot give."""
         if self.method.kd in ("rkl", "fkl", "jsd") or self.method.kd_baseline:

@@ -17,5 +17,9 @@ class MidStepError(RunError):
     """An update of a step failed after an earlier one: the weights belong to no whole step."""
 
 
+class BrokenWeightsError(MidStepError, FloatingPointError):
+    """An update left weights, or moments of AdamW, that are not finite: they are never saved."""
+
+
 class RankError(RunError):
     """Some rank failed; the message names that rank and repeats its error."""

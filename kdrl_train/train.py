@@ -109,7 +109,7 @@ def steps(run: Run, first: int) -> bool:
                 return stopped(run, done)
             raise
         run.saver.check()
-        if done % config.save_every == 0 or done == config.steps:
+        if config.is_saved(done):
             save(run, done)
             saved = done
     run.saver.check(wait=True)

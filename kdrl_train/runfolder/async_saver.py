@@ -19,6 +19,7 @@ from kdrl_train.config import TrainConfig
 from kdrl_train.ranks import TIMEOUT, World
 from kdrl_train.runfolder import checkpoint
 from kdrl_train.runfolder.checkpoint import RunState
+from kdrl_train.runfolder.finite import require_finite
 
 
 class Saver:
@@ -58,9 +59,11 @@ class Saver:
 
         An earlier checkpoint that is still being written is waited for.
 
-        Raises: OSError if this checkpoint or that earlier one cannot be written.
+        Raises: OSError if this checkpoint or that earlier one cannot be written;
+            BrokenWeightsError for weights or moments that are not finite.
         """
         self.check(wait=True)
+        require_finite(model, optimizer, step, self.world)
         folder = self.config.out / "checkpoints"
         state = RunState(
             step=step,

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from kdrl_train.ranks import ALONE, World
+from kdrl_train.runfolder.finite import first_broken
 
 DtypeOf = Callable[[str], torch.dtype]
 """Returns the dtype in which a tensor is saved, by its name."""
@@ -32,12 +33,16 @@ def export(
             the CPU and writes.
         dtype_of: the dtype of each floating tensor in the folder; None: the model's.
         remedy: what to do where it cannot be written, for the message.
-    Raises: OSError if it cannot be written (a full disk, say): then an older folder stays.
+    Raises: OSError if it cannot be written (a full disk, say), FloatingPointError for a weight that
+        is not finite, or not in the folder's dtype: then an older folder stays.
     """
     weights: Any = model.state_dict()
     if world.launched:
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(model, options=whole)
+    if dtype_of is not None:
+        weights = cast(model, weights, dtype_of)  # nothing on other ranks than rank 0
+    require_finite(model, weights, folder, world)
     world.on_main(lambda: _export(model, tokenizer, folder, weights, dtype_of, remedy))
 
 
@@ -54,8 +59,6 @@ def _export(
     try:
         if work.exists():
             shutil.rmtree(work)
-        if dtype_of is not None:
-            weights = cast(model, weights, dtype_of)
         with as_configured(model):
             model.save_pretrained(work, state_dict=weights)
         if dtype_of is not None:
@@ -70,6 +73,22 @@ def _export(
         shutil.rmtree(work, ignore_errors=True)
         cause = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise OSError(f"the model must be written to {folder}, got {cause}: {remedy}") from error
+
+
+def require_finite(model: Any, weights: dict[str, Tensor], folder: Path, world: World) -> None:
+    """Raise FloatingPointError, on all ranks, for a parameter among rank 0's weights with NaN or
+    inf: what is learnt must be finite, a mask among the buffers need not be."""
+    learnt = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    named = [(name, weights[name]) for name in learnt if name in weights]
+    broken = world.on_main(lambda: first_broken(named))
+    if broken is not None:
+        remedy = "lower the learning rate"
+        if world.on_main(lambda: dict(named)[broken].dtype) == torch.float16:
+            remedy += ", or start from a copy of the model in bfloat16: float16 ends at 65504"
+        raise FloatingPointError(
+            f"the weights must be finite, got NaN or inf in {broken}: {folder} is not written; "
+            + remedy
+        )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -18,6 +19,7 @@ from kdrl_train.method.metrics import LARGEST, add_sums, token_means
 from kdrl_train.model.fsdp import full
 from kdrl_train.model.policy import Policy
 from kdrl_train.rollouts.engines import require_agreement
+from kdrl_train.runfolder.finite import require_finite
 from kdrl_train.runfolder.log import LEARNING, Stages
 from kdrl_train.step.coefficients import packs_of, prepare
 from kdrl_train.step.gradient_split import gradient_split
@@ -58,7 +60,7 @@ def update(
     recorder: keeps what the passes compute of the completions that it has chosen.
 
     Raises: FloatingPointError, RunError or Stopped before the first optimiser step; MidStepError
-        before a later one.
+        before a later one, or where the last one has broken the weights.
     """
     config, recorder = run.config, recorder or SampleRecorder(0, 0)
     prepared = prepare(run, batch, step, stages, recorder)
@@ -87,6 +89,14 @@ def update(
         sums = add_sums(sums, accumulated.sums)
         losses.append(accumulated.loss)
         norms.append(norm)
+    if config.is_saved(step + 1):  # here, while the batch is at hand
+        require_finite(
+            run.policy,
+            run.optimizer,
+            step + 1,
+            run.world,
+            lambda: f"the batch is in {dump(inputs, part, losses[-1], norm)}",
+        )
     histogram = sums.get("teacher_log_ratio_histogram")
     return {
         **token_means(sums),
@@ -202,9 +212,20 @@ def stop_if_not_finite(inputs: StepInputs, part: int, loss: float, grad_norm: fl
     """Raise FloatingPointError, with the step's batch dumped, unless both numbers are finite."""
     if torch.isfinite(torch.tensor([loss, grad_norm])).all():
         return
+    step, path = inputs.step, dump(inputs, part, loss, grad_norm)
+    raise FloatingPointError(
+        f"loss and gradient norm must be finite, got loss {loss} and gradient norm {grad_norm} at "
+        f"step {step}: stopped before the optimiser step; the batch is in {path}, which `python -m "
+        "kdrl_train replay --file` takes apart. --resume would repeat the step: start a new run, "
+        "e.g. with a lower optim.learning_rate"
+    )
+
+
+def dump(inputs: StepInputs, part: int, loss: float, grad_norm: float) -> Path:
+    """Write what `replay` reads of the step's batch; returns the file. All ranks call it."""
     run, batch, step = inputs.run, inputs.batch, inputs.step
     path = run.config.out / f"failed_step_{step:06d}.pt"
-    dump = {
+    state = {
         "step": step,
         "part": part,
         "loss": loss,
@@ -216,10 +237,5 @@ def stop_if_not_finite(inputs: StepInputs, part: int, loss: float, grad_norm: fl
         "coefficients": asdict(inputs.coefficients),
         **asdict(batch.rollouts),
     }
-    run.world.on_main(lambda: torch.save(dump, path))
-    raise FloatingPointError(
-        f"loss and gradient norm must be finite, got loss {loss} and gradient norm {grad_norm} at "
-        f"step {step}: stopped before the optimiser step; the batch is in {path}, which `python -m "
-        "kdrl_train replay --file` takes apart. --resume would repeat the step: start a new run, "
-        "e.g. with a lower optim.learning_rate"
-    )
+    run.world.on_main(lambda: torch.save(state, path))
+    return path

@@ -279,6 +279,7 @@ def test_a_prompt_without_any_reward_stops_the_run(
     assert read_records(settings.out) == []
 
 
+@pytest.mark.fault("weights or gradient not finite")
 def test_a_gradient_that_is_not_finite_stops_before_the_step(
     config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -237,6 +237,7 @@ def make_loss_infinite(rank: int) -> None:
     grpo.advantages = broken
 
 
+@pytest.mark.fault("weights or gradient not finite")
 def test_all_ranks_stop_before_a_step_that_is_not_finite(config: Config) -> None:
     settings = config(steps=3)
     said = train_ranks(settings, 2, sabotage=make_loss_infinite)

@@ -8,6 +8,8 @@ import pytest
 
 from kdrl_train.runfolder.signals import Interrupt, Stopped
 
+pytestmark = pytest.mark.fault("stopped by a signal")
+
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_remembered_until_it_is_polled(number: signal.Signals) -> None:
