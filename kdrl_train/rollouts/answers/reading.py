@@ -225,7 +225,10 @@ def _element(tokens: Sequence[AnswerToken]) -> Value:
         return _single(tokens)
     sides = _split(tokens, _RELATIONS)
     if signs == [r"\in"]:
-        return Value("named", _name(sides[0]), items=(_single(sides[1]),))
+        name, members = _name(sides[0]), _single(sides[1])
+        if not name or members.kind not in ("set", "union", "group", "constant"):
+            raise UnreadableError("a name must be an element of a set")
+        return Value("named", name, items=(members,))
     if set(signs) == {"="}:
         return _equation(sides)
     if signs[-1] == r"\approx":

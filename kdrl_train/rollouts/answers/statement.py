@@ -4,15 +4,36 @@ import re
 from collections.abc import Iterator
 from functools import lru_cache
 
+from kdrl_train.rollouts.answers.units import read_unit
+
 MAX_ANSWER_CHARS = 1000
 """A longer answer is not read, and a statement is searched no further."""
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _STATEMENT = re.compile(r"#{4,}|\banswer\b[^\n.:=]{0,80}?(?:\bis\b|[:=])", re.IGNORECASE)
 _INLINE_OR_STOP = re.compile(r"(?<!\\)\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]|[.!?;](?=\s|[*_`]|$)")
-_CHANGES_VALUE = re.compile(
-    r"[0-9+=/^<>\\-]|\b(?:not|no|half|twice|double|minus|negative|times|plus)\b", re.IGNORECASE
+_CHANGES_VALUE = re.compile(  # \0 stands for the mathematics
+    r"""[^\0A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\s.,:;!?*_`'"\u2018-\u201d\u3001\u3002]
+    |[^\W_]\0|\0[^\W_]  # a letter beside it: 2$\pi$x
+    |(?<![\w'])[a-z](?![\w'])(?!(?<=[ai])\s+[a-z]{2})  # a letter alone, but for a day, I think
+    |\b(?:not?|half|third|twice|thrice|double|triple|minus|negative|times|plus|divided|multiplied
+    |squared|cubed|(?:square|cube)\sof|roots?|power|factorial|at\s(?:least|most)|(?:more|less)\sthan
+    |dozen|hundred|thousand|[mbtr]+illion)\b""",
+    re.IGNORECASE | re.VERBOSE,
 )
+"""What is around inline mathematics and neither a plain word nor punctuation, such as ², ½ and @,
+or is a word that makes another value of it."""
+_REMARK = re.compile(r"(?<=\0)\s+\([A-Za-z ,']*\)")
+_WORDS = re.compile(r"\s*([A-Za-z]{2,}(?:\s+[A-Za-z]{2,}){0,3})")
+_NUMERAL = r"0-9\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209c\u2150-\u218f"
+_GOES_ON_BEFORE = re.compile(rf"[{_NUMERAL}+/^\u2212-]\Z")
+_GOES_ON_BEHIND = re.compile(
+    rf"[{_NUMERAL}]|[a-z](?![a-z])|[/+=@&_-](?=[0-9\\(]|[a-z](?![a-z]))|\s*\^(?!\s*\{{?\s*\\circ)"
+    r"|\\(?:frac|pi|sqrt)(?![a-z])|\s*\\(?:times|cdot)\s*10|\s*(?:\\text\{\s*)?"
+    r"(?:dozen|hundred|thousand|[mbtr]+illion)\b",
+    re.IGNORECASE,
+)
+r"""A box is read alone where words or units follow it, and the degrees of \boxed{90}^\circ."""
 _DELIMITER = re.compile(r"\\[()\[\]]")
 
 
@@ -24,11 +45,12 @@ def last_answer(text: str) -> str | None:
         text: a completion of any length; the search takes time linear in it.
     Returns: the content of the last closed `\\boxed{}` (`\\fbox{}`), the innermost of nested ones;
         else the rest of the line after the last `####` or "answer is" that has one, up to the
-        sentence's end; else None. A box that was cut off does not count.
+        sentence's end; else None. A box that was cut off does not count. Where the last one is a
+        part of an expression, as in `\\boxed{5}²`, there is no answer.
     """
     span = max(box_spans(text), default=None)
     if span is not None:
-        return text[span[0] : span[1]].strip()
+        return None if _is_part(text, *span) else text[span[0] : span[1]].strip()
     for head in reversed(list(_STATEMENT.finditer(text))):
         rest = text[head.end() : head.end() + 2 * MAX_ANSWER_CHARS].lstrip(" \t\r\n:=*_")
         statement = _strip_statement(rest.split("\n", 1)[0])
@@ -51,6 +73,13 @@ def box_spans(text: str) -> Iterator[tuple[int, int]]:
             open_braces.append(token.end())
 
 
+def _is_part(text: str, start: int, end: int) -> bool:
+    """Say whether the box with this content is a part of a longer expression."""
+    box = text.rindex("\\", 0, start)
+    before, behind = text[max(0, box - 1) : box], text[end + 1 : end + 100].lstrip("$")
+    return bool(_GOES_ON_BEFORE.search(before) or _GOES_ON_BEHIND.match(behind))
+
+
 def _strip_statement(line: str) -> str:
     r"""Return the stated value: the sentence's inline mathematics, else the whole sentence.
 
@@ -59,14 +88,24 @@ def _strip_statement(line: str) -> str:
     """
     segments, outside, end = [], "", 0
     for match in _INLINE_OR_STOP.finditer(line):
-        outside += line[end : match.start()] + " "
+        outside += line[end : match.start()]
         end = match.end()
         if not match.lastindex:
             break
-        segments.append(match[match.lastindex].strip())
+        segments.append(match[match.lastindex].strip() + _unit_behind(line, end))
+        outside += "\0"
     else:
         outside, end = outside + line[end:], len(line)
-    if segments and not _CHANGES_VALUE.search(outside):
+    changed = "\0" in line or _CHANGES_VALUE.search(_REMARK.sub("", outside))
+    if segments and not changed:
         return ", ".join(segments)
     kept = line[:end].replace("$", " ") if segments else line[:end]
     return _DELIMITER.sub(" ", kept).strip(" \t\r*_`$.!?;")
+
+
+def _unit_behind(line: str, end: int) -> str:
+    """Return the longest unit that the words from a place on begin with, after a space; or ""."""
+    match = _WORDS.match(line, end)
+    words = match[1].split() if match else []
+    phrases = (" ".join(words[:count]) for count in range(len(words), 0, -1))
+    return next((f" {phrase}" for phrase in phrases if phrase != "in" and read_unit(phrase)), "")

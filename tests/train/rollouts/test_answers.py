@@ -1,7 +1,11 @@
 """answers: hundreds of pairs, worked by hand, of equal and of different answers (answers.txt)."""
 
 import random
+import sys
 import time
+import unicodedata
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -71,3 +75,77 @@ def test_no_answer_takes_long(text: str) -> None:
     assert not reward(text, "x")
     assert not reward(r"\sqrt{2}", text)
     assert time.process_time() - start < 2
+
+
+SPACES = {chr(i) for i in range(sys.maxunicode) if chr(i).isspace()} | {"~"}  # ~ is LaTeX's space
+PRICES = set("$\N{EURO SIGN}\N{POUND SIGN}\N{YEN SIGN}")  # 5 euros equal 5 without a unit
+ENDS = set(".,:;!?*_`'\"\N{IDEOGRAPHIC FULL STOP}\N{IDEOGRAPHIC COMMA}")
+ENDS |= set("\N{LEFT SINGLE QUOTATION MARK}\N{RIGHT SINGLE QUOTATION MARK}")
+ENDS |= set("\N{LEFT DOUBLE QUOTATION MARK}\N{RIGHT DOUBLE QUOTATION MARK}")
+ENDS |= {"\N{SINGLE LOW-9 QUOTATION MARK}", "\N{SINGLE HIGH-REVERSED-9 QUOTATION MARK}"}
+DECORATIONS = {  # of 5 in an answer, with the characters that change nothing
+    r"\boxed{5%s}": SPACES | PRICES - {"$"} | set(".%\N{DEGREE SIGN}") | {"}"},  # } ends the box
+    r"\boxed{5 %s}": SPACES | PRICES - {"$"} | set(".%\N{DEGREE SIGN}") | {"}"},
+    r"\boxed{%s5}": SPACES | PRICES | set("+0"),
+    r"\boxed{5%s6}": set(),
+    "The answer is $5$%s": SPACES | PRICES | ENDS | set("%\N{DEGREE SIGN}"),
+}
+
+
+@pytest.mark.fault("hostile completion")
+@pytest.mark.parametrize("form", DECORATIONS)
+def test_no_character_of_an_answer_is_skipped(
+    form: str, record_property: Callable[[str, object], None]
+) -> None:
+    """Each of these changes the value, or makes it unreadable, but for those listed above."""
+    ranges = range(0x180), range(0x300, 0x310), range(0x2000, 0x20B0), range(0x2150, 0x2160)
+    characters = [*map(chr, chain(*ranges)), "\N{FULLWIDTH DIGIT SIX}", "\U0001d7d4", "\ufeff"]
+    characters = [c for c in characters if unicodedata.category(c) != "Cn"]
+    record_property("tried", len(characters))
+    right = set()
+    for character in characters:
+        try:
+            right |= {character} if math_reward(form % character, "5") else set()
+        except UnparseableError:
+            continue
+    assert right == DECORATIONS[form] & set(characters)
+
+
+BESIDE = ["$%s$\N{SUPERSCRIPT TWO}", "$%s$ \N{VULGAR FRACTION ONE HALF}", "$%s$@6", "$%s$ million"]
+BESIDE += ["$%s$ feet", "2$%s$", "$%s$x", "$%s$ squared", "square root of $%s$", "($%s$, $6$)"]
+BESIDE += ["at least $%s$", "$%s$ times $3$", "$%s$ dozen eggs"]
+
+
+@pytest.mark.fault("hostile completion")
+@pytest.mark.parametrize("sentence", BESIDE)
+def test_what_stands_beside_inline_mathematics_counts(sentence: str) -> None:
+    with_unit = "5 inches" if "feet" in sentence else "5"
+    try:
+        assert math_reward(f"The answer is {sentence % '5'}.", with_unit) == 0.0
+    except UnparseableError as error:
+        assert "must parse" in str(error)  # noqa: PT017 - either outcome is right
+
+
+PARTS = ["{}\N{SUPERSCRIPT TWO}", "${}$^2", "{}\N{VULGAR FRACTION ONE HALF}", "{}@6", "{}&6", "{}6"]
+PARTS += ["-{}", "2{}", "{}x", r"{}\pi", r"{} \times 10^3", "{} million", r"{}\text{{ dozen}}"]
+PARTS += ["2^{}", "{}/3"]
+
+
+@pytest.mark.fault("hostile completion")
+@pytest.mark.parametrize("form", PARTS)
+def test_a_box_in_an_expression_is_no_answer(form: str) -> None:
+    with pytest.raises(UnparseableError, match="must state an answer"):
+        math_reward("so " + form.format(r"\boxed{5}"), "5")
+
+
+@pytest.mark.parametrize(
+    "behind", ["", ".", r"^\circ", r"^{\circ}", r"\%", " cm", r"\text{ cm}", "\n2"]
+)
+def test_a_box_is_read_alone_beside_words_and_units(behind: str) -> None:
+    assert math_reward(rf"x = $\boxed{{5}}${behind}", "5") == 1.0
+    assert math_reward(rf"So \boxed{{5}}{behind}", "5") == 1.0
+
+
+@pytest.mark.parametrize("text", [r"\in 5", r"x \in 5", "\N{ELEMENT OF}5"])
+def test_an_element_of_a_number_is_not_read(text: str) -> None:
+    assert reward(text, "5") is None
