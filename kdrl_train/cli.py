@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
@@ -12,7 +13,6 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 from tyro.constructors import (
@@ -27,7 +27,7 @@ from kdrl_train.config_file import load_yaml, to_dict, update
 from kdrl_train.errors import RunError
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.presets import PRESETS
-from kdrl_train.output import begin, fill_descriptors, guarded, shown
+from kdrl_train.output import begin, fill_descriptors, guarded, guarded_console, shown
 from kdrl_train.settings import explanations, is_settings, nearest
 
 T = TypeVar("T")
@@ -262,7 +262,7 @@ def print_help(
         spec = next(spec for spec in (*extra, *specs) if spec.name == name)
         sentence = str(spec.helptext).split(". ")[0].removesuffix(".")
         table.add_row(f"  --{key.replace('_', '-')}", Text(sentence + _default(spec)))
-    console = Console(highlight=False, markup=False)
+    console = guarded_console()
     console.print(f"usage: {program} [options]\n\n{description}\n")
     console.print(table)
     console.print(f"\n{EPILOG}\n\n{program} --help-all explains all options.")
@@ -315,20 +315,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     fill_descriptors()
     with guarded():
-        return _main(list(sys.argv[1:] if argv is None else argv))
+        try:
+            return _main(list(sys.argv[1:] if argv is None else argv))
+        except Exception:  # an error of ours; Python itself would print its text without escaping
+            traceback.print_exc()
+            return 1
 
 
 def _main(argv: list[str]) -> int:
     """Run the command that the arguments name, as `main` says."""
-    console = Console(stderr=True, highlight=False)
+    console = guarded_console(stderr=True)
     if not argv or argv[0] in ("-h", "--help"):
-        Console(highlight=False).print(usage())
+        guarded_console().print(usage(), markup=True)
         return 0 if argv else 2
     if argv[0] not in COMMANDS:
-        console.print(
-            f"[bold red]error[/]: command must be one of {', '.join(COMMANDS)}, got "
-            f"{escape(argv[0])}{nearest(argv[0], COMMANDS)}",
-            soft_wrap=True,
+        print_error(
+            console,
+            f"command must be one of {', '.join(COMMANDS)}, got {argv[0]}"
+            f"{nearest(argv[0], COMMANDS)}",
         )
         return 2
     is_help = {"-h", "--help", "--help-all"} & set(argv)
@@ -341,8 +345,13 @@ def exit_code(command: Callable[[], int], console: Console) -> int:
     try:
         return command()
     except (ValueError, OSError, FloatingPointError, RunError) as error:
-        console.print(f"[bold red]error[/]: {escape(str(error))}", soft_wrap=True)
+        print_error(console, str(error))
         return 1
+
+
+def print_error(console: Console, message: str) -> None:
+    """Print a message behind the word error."""
+    console.print(Text.assemble(("error", "bold red"), ": ", message), soft_wrap=True)
 
 
 def usage() -> str:

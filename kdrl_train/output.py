@@ -6,15 +6,18 @@ makes way for anything else that is written; elsewhere it is a line now and then
 
 import errno
 import os
+import re
 import stat
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook
+from rich.segment import Segment
 
 EVERY_S = 30.0
 """Seconds without any output after which a line of progress is printed into a pipe or a file."""
@@ -26,16 +29,34 @@ LONG_S = 10.0
 """Seconds from which on a stage says how long it has been going on."""
 ERASE = "\r\x1b[K"
 _LOCK = threading.RLock()
+_CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+CONTROL = re.compile(_CONTROL)
+"""Characters that command a terminal in place of being shown: controls but tab and newline, marks
+of direction, separators of lines, and halves of characters, which no stream takes."""
+_PLAIN = rf"(?!\A\r)(?!\r\n?\Z){_CONTROL}"
+PLAIN = re.compile(_PLAIN)
+"""The same, but for a return at either end of a text, by which a bar of progress is drawn again."""
+STYLED = re.compile(rf"(?!\x1b\[[0-9;]*m){_PLAIN}")
+"""The same, but for colours and the like."""
+
+
+def escape(text: str, characters: re.Pattern[str] = CONTROL) -> str:
+    """Write control characters as JSON does, ESC as \\u001b; all other text stays."""
+    return characters.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 class Guarded:
-    """A text stream that drops what is written once nobody can read it any more.
+    """A text stream that escapes control characters, and drops what is written once nobody can read
+    it any more.
 
-    Everything else is as in the stream. An error of a file, such as a full disk, is raised.
+    Colours and the like pass to a terminal. Everything else is as in the stream. An error of a
+    file, such as a full disk, is raised.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
+        colours = {"FORCE_COLOR", "TTY_COMPATIBLE"} & set(os.environ)  # rich reads these, too
+        self.controls = STYLED if colours or stream.isatty() else PLAIN
         self.lost: OSError | None = None
         """The error of the write that found no reader; None: there is a reader."""
 
@@ -43,7 +64,7 @@ class Guarded:
         with _LOCK:
             if _shown is not None:
                 _shown.make_way(text)
-            self.put(text)
+            self.put(escape(text, self.controls))
         return len(text)
 
     def put(self, text: str) -> None:
@@ -106,11 +127,33 @@ def fill_descriptors() -> None:
     os.close(descriptor)
 
 
-def guarded_console(console: Console | None) -> Console:
-    """Return a console whose file is guarded; None: one on stdout."""
-    console = Console(highlight=False) if console is None else console
-    if not isinstance(console.file, Guarded):  # a file of the caller's
+@dataclass(frozen=True)
+class _Escaped:
+    """What a console prints, with the control characters of its texts escaped, and its styles."""
+
+    content: ConsoleRenderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for text, style, control in console.render(self.content, options):
+            yield Segment(text if control else escape(text), style, control)
+
+
+class _Escape(RenderHook):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Escaped(content) for content in renderables]
+
+
+def guarded_console(console: Console | None = None, *, stderr: bool = False) -> Console:
+    """Return a console whose file is guarded, and which escapes control characters.
+
+    None: one on stdout, or stderr. It shows square brackets, numbers and :names: as they are.
+    """
+    before = None if console is None else console.file
+    if console is None:
+        console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    if not isinstance(before, Guarded):  # a new one, or with a file of the caller's
         console.file = guard(console.file)
+        console.push_render_hook(_Escape())
     return console
 
 
@@ -160,7 +203,7 @@ class Progress:
         seconds = self.clock() - self.since
         parts = [f"{self.stage} {self.counts}".rstrip()]
         parts += [hours(seconds)] if seconds >= LONG_S else []
-        return (f"{self.heading}: " if self.heading else "") + ", ".join(parts)
+        return escape((f"{self.heading}: " if self.heading else "") + ", ".join(parts))
 
     def begin(self, stage: str, at_once: bool) -> None:
         """Begin a stage; at_once: elsewhere than on a terminal, too, it gets its line."""

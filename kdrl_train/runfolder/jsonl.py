@@ -7,15 +7,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kdrl_train.output import escape
+
 Record = dict[str, Any]
 
 
 def line(record: Mapping[str, Any]) -> str:
     """Return a record as one line with its end.
 
-    A number that is not finite becomes null, since JSON has no NaN.
+    A number that is not finite becomes null, since JSON has no NaN. A character that would command
+    a terminal is escaped.
     """
-    return json.dumps(_finite(record), ensure_ascii=False) + "\n"
+    return escape(json.dumps(_finite(record), ensure_ascii=False)) + "\n"
 
 
 def read(path: Path) -> list[Record]:

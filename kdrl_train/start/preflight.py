@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from kdrl_train import output
@@ -339,15 +339,10 @@ def results_table(results: Sequence[CheckResult]) -> Table:
     for name in ("check", "result", "detail"):
         table.add_column(name, overflow="fold")
     for result in results:
-        mark = "[green]ok[/]" if result.passed else "[bold red]failed[/]"
-        mark = "[yellow]warning[/]" if result.warning else mark
-        table.add_row(result.name, mark, _plain(result.detail))
+        mark = Text("ok", "green") if result.passed else Text("failed", "bold red")
+        mark = Text("warning", "yellow") if result.warning else mark
+        table.add_row(result.name, mark, Text(result.detail))
     return table
-
-
-def _plain(text: str) -> str:
-    """Escape the square brackets of a text, which rich would read as markup."""
-    return text.replace("[", r"\[")
 
 
 def require(results: Sequence[CheckResult]) -> list[str]:
@@ -380,5 +375,5 @@ def main(config: TrainConfig) -> int:
             with Verifier(config.reward) as verifier, closing(loaded):
                 results += preflight(config, loaded, verifier, world=world)
         if world.main:
-            Console().print(results_table(results))
+            output.guarded_console().print(results_table(results))
     return 0 if all(result.passed for result in results) else 1

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kdrl_train import train
 from kdrl_train.batch import CompletionCoefficients, Example
@@ -34,6 +35,7 @@ from kdrl_train.method.presets import PRESETS
 from kdrl_train.model.load import load_policy, load_teacher, load_tokenizer
 from kdrl_train.model.packing import pack
 from kdrl_train.model.policy import Policy, Teacher
+from kdrl_train.output import guarded_console
 from kdrl_train.rollouts.problems import encode_prompt, load_examples
 from kdrl_train.rollouts.sampler import SampleRequest, generate_rollouts
 from kdrl_train.rollouts.verifier import Verifier
@@ -154,7 +156,7 @@ def main(config: DemoConfig, console: Console | None = None) -> DemoResult:
         console: where progress and the table go; None: standard output.
     Raises: ValueError if the folder exists.
     """
-    console = console or Console(highlight=False)
+    console = guarded_console(console)
     out = config.out or free_folder(Path("runs"))
     if out.exists():
         raise ValueError(f"out must be a new folder, got {out}, which exists: choose another --out")
@@ -334,7 +336,7 @@ def result_table(result: DemoResult, config: DemoConfig) -> Table:
     gain = 100 * (result.after.accuracy - result.before.accuracy)
     table = Table(
         title=f"KDRL, {config.steps} steps; {config.held_out} held-out problems",
-        caption=f"{gain:+.1f} points in {total:.0f} s ({parts})\nrun folder: {result.run}",
+        caption=Text(f"{gain:+.1f} points in {total:.0f} s ({parts})\nrun folder: {result.run}"),
         caption_justify="left",
     )
     table.add_column("")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kdrl_train import output
 from kdrl_train.batch import Example
@@ -208,7 +209,7 @@ def result_table(results: dict[str, EvalResult]) -> Table:
     )
     table.add_column("")
     for policy in results:
-        table.add_column(policy, justify="right", overflow="fold")
+        table.add_column(Text(policy), justify="right", overflow="fold")
     for name in dict.fromkeys(name for result in results.values() for name in result.shares):
         table.add_row(name, *(_share(result, name) for result in results.values()))
     for name, cell in (
@@ -240,7 +241,7 @@ def main(config: EvaluateConfig) -> EvalResult:
     """Measures a saved model; prints a table and, if `out` is set, writes the numbers as JSON."""
     if config.out is not None:
         require_writable_file(config.out)  # now, as a measurement takes long
-    console = Console()
+    console = output.guarded_console()
     result = evaluate_folder(config, console)
     console.print(result_table({config.model.policy: result}))
     if config.out is not None:

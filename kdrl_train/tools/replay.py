@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kdrl_train.batch import CompletionCoefficients, Rollouts
 from kdrl_train.config import TrainConfig
@@ -19,6 +20,7 @@ from kdrl_train.config_file import load_yaml, update
 from kdrl_train.method import grpo
 from kdrl_train.model.load import use_device
 from kdrl_train.model.packing import pack
+from kdrl_train.output import guarded_console
 from kdrl_train.runfolder import checkpoint
 from kdrl_train.settings import Switch, settings
 from kdrl_train.start.load import load
@@ -80,7 +82,7 @@ def main(config: ReplayConfig, console: Console | None = None) -> list[Replayed]
     if not config.all:
         finite = sorted((one for one in replayed if one.finite), key=lambda one: -one.grad_norm)
         shown = broken + finite[:10]
-    out = Console(highlight=False) if console is None else console
+    out = guarded_console(console)
     if not out.is_terminal:
         out.width = max(out.width, WIDTH)
     out.print(table(shown, f"step {dump['step']}: {len(broken)} of {len(replayed)} not finite"))
@@ -172,8 +174,8 @@ def table(completions: list[Replayed], title: str) -> Table:
         values = (one.reward, one.advantage, one.kd_weight, one.loss, one.grad_norm)
         out.add_row(
             str(one.index),
-            one.example_id,
-            one.outcome,
+            Text(str(one.example_id)),
+            Text(str(one.outcome)),
             str(one.tokens),
             *(f"{value:.3g}" for value in (*values, one.lowest_logprob)),
             style="" if one.finite else "bold red",

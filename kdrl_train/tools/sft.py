@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 from torch import Tensor
 
 import kdrl_kernels as kk
@@ -340,7 +341,7 @@ def main(config: SftConfig, console: Console | None = None) -> Path:
         raise ValueError(f"out must be a new folder, got {config.out}, which exists; remove it")
     require_writable(config.out)
     device = torch_device(config.device, "device")
-    console = console or Console(highlight=False)
+    console = output.guarded_console(console)
     solutions = read_solutions(config)
     source = config.model or config.tokenizer
     if source is None:
@@ -353,11 +354,11 @@ def main(config: SftConfig, console: Console | None = None) -> Path:
     else:
         model = read_model(config.model, "model", torch.float32, plain="trained").to(device)
         if model.origin.parts:
-            console.print(f"not read, and not saved: {', '.join(model.origin.parts)}")
+            console.print(Text(f"not read, and not saved: {', '.join(model.origin.parts)}"))
     longest = window(model.config) or sys.maxsize
     examples = encode_examples(tokenizer, solutions, config, longest)
     for doubt in typed_escapes(config.data):
-        console.print(doubt, markup=False, soft_wrap=True)
+        console.print(Text(doubt), soft_wrap=True)
     if len(examples) < len(solutions):
         console.print(
             f"{len(solutions) - len(examples):,} of {len(solutions):,} examples are left out: "
@@ -365,8 +366,10 @@ def main(config: SftConfig, console: Console | None = None) -> Path:
         )
     parameters = sum(p.numel() for p in model.parameters())
     console.print(
-        f"{config.out}: {parameters:,} parameters, vocabulary {len(tokenizer)}, "
-        f"{len(examples):,} examples"
+        Text(
+            f"{config.out}: {parameters:,} parameters, vocabulary {len(tokenizer)}, "
+            f"{len(examples):,} examples"
+        )
     )
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     metrics = fit(model, examples, pad, config, console)
@@ -378,5 +381,6 @@ def main(config: SftConfig, console: Console | None = None) -> Path:
     jsonl.write(partial / "sft_metrics.jsonl", metrics)
     partial.rename(config.out)
     seconds = metrics[-1]["seconds"] if metrics else 0.0
-    console.print(f"saved {config.out}: {len(metrics)} steps, {seconds:.0f} s", soft_wrap=True)
+    text = Text(f"saved {config.out}: {len(metrics)} steps, {seconds:.0f} s")
+    console.print(text, soft_wrap=True)
     return config.out

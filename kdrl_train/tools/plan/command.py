@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kdrl_train.config import TrainConfig
 from kdrl_train.model.attention import Choice
 from kdrl_train.model.choice import choose
+from kdrl_train.output import guarded_console
 from kdrl_train.runfolder.log import peak_memory_bytes
 from kdrl_train.settings import (
     NaturalFloat,
@@ -256,12 +258,12 @@ def memory_table(estimate: Estimate, config: PlanConfig) -> Table:
     too_large = estimate.causes
     for term in estimate.memory:
         when = "always" if term.when == ALWAYS else ", ".join(term.when)
-        remedy = f"[bold red]{term.remedy}[/]" if term in too_large else ""
+        remedy = Text(term.remedy if term in too_large else "", "bold red")
         table.add_row(term.name, _gb(term.value), when, term.formula, remedy)
     table.add_section()
     for moment, held in estimate.moments.items():
         excess = held - estimate.available_bytes
-        text = f"[bold red]{_gb(excess)} GB too much[/]" if excess > 0 else ""
+        text = Text(f"{_gb(excess)} GB too much" if excess > 0 else "", "bold red")
         table.add_row(f"sum at: {moment}", _gb(held), "", MOMENTS[moment], text)
     return table
 
@@ -285,23 +287,25 @@ def time_table(estimate: Estimate, config: PlanConfig) -> Table:
     return table
 
 
-def verdict(estimate: Estimate, config: PlanConfig) -> str:
+def verdict(estimate: Estimate, config: PlanConfig) -> Text:
     """Writes the last lines: whether the run fits, what is free, and what the estimate assumes."""
     available = f"{_gb(estimate.available_bytes)} GB ({config.reserve:.0%} kept for fragmentation)"
     moment = max(estimate.moments, key=lambda name: estimate.moments[name])
     peak = f"the most is {_gb(estimate.peak)} GB (at: {moment}) of {available}"
     if estimate.fits:
         free = estimate.available_bytes - estimate.peak
-        text = f"[bold green]fits[/]: {peak}; {_gb(free)} GB stay free."
+        word, text = ("fits", "bold green"), f": {peak}; {_gb(free)} GB stay free."
     else:
-        text = f"[bold red]does not fit[/]: {peak}. The last column says what to change."
+        word = "does not fit", "bold red"
+        text = f": {peak}. The last column says what to change."
     if config.gpus > 1:
         text += f" To load the models, rank 0 takes {_gb(estimate.loading_bytes)} GB of CPU memory."
-    return (
+    return Text.assemble(
+        word,
         f"{text} These numbers are estimates. Memory is for the longest sequences, "
         f"{config.data.max_prompt_tokens:,} prompt + {config.sampling.max_new_tokens:,} response "
         f"tokens; time is for a mean of {config.lengths.prompt:,} + {config.lengths.response:,} "
-        "tokens, without the verifier."
+        "tokens, without the verifier.",
     )
 
 
@@ -321,7 +325,7 @@ def main(config: PlanConfig, console: Console | None = None) -> int:
     Raises: what make_estimate raises.
     """
     estimate = make_estimate(config)
-    console = console or Console(highlight=False)
+    console = guarded_console(console)
     console.print(memory_table(estimate, config))
     console.print(time_table(estimate, config))
     console.print(verdict(estimate, config))

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 from tyro.conf import Positional
 
+from kdrl_train.output import guarded_console
 from kdrl_train.runfolder.writable import require_writable_file
 from kdrl_train.settings import settings
 from kdrl_train.tools.report.page import write
@@ -32,6 +34,6 @@ def main(config: ReportConfig, console: Console | None = None) -> int:
         raise ValueError("report must get run folders, got none: name at least one")
     require_writable_file(config.out)
     path = write(by_settings(config.runs), config.out, title=config.title)
-    console = console or Console(highlight=False)
-    console.print(f"{path}: {path.stat().st_size / 1e6:.1f} MB", soft_wrap=True)
+    console = guarded_console(console)
+    console.print(Text(f"{path}: {path.stat().st_size / 1e6:.1f} MB"), soft_wrap=True)
     return 0

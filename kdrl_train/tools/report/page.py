@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jinja2
 
+from kdrl_train.output import escape
 from kdrl_train.tools.report import events_section, sections, token_colours
 from kdrl_train.tools.report.blocks import Block, Section
 from kdrl_train.tools.report.runs import RunGroup, read
@@ -49,7 +50,7 @@ def write(
         token_colours.section(run_groups),
         events_section.section(run_groups),
     ]
-    html = render(title, parts)
+    html = escape(render(title, parts))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html, encoding="utf-8")
     return out

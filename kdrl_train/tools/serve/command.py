@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from kdrl_train import output
 from kdrl_train.config import ModelConfig, TrainConfig
@@ -114,7 +113,7 @@ def load(config: ServeConfig, served: ServedTeacher) -> None:
     """
     dtype = getattr(torch, config.model.dtype)
     folder = str(config.model.teacher)
-    console = Console(highlight=False)
+    console = output.guarded_console()
     output.begin(f"loading {described(folder)}", at_once=True)
     model = Teacher(load_model(folder, "model.teacher", config.model, dtype), compute_dtype=dtype)
     batch_tokens = config.batch_tokens
@@ -122,15 +121,15 @@ def load(config: ServeConfig, served: ServedTeacher) -> None:
         probe(model, "model.teacher")
     except ValueError as error:
         probe(model, "model.teacher", packed=False)
-        console.print(f"one sequence in each forward pass: {error}", markup=False, soft_wrap=True)
+        console.print(f"one sequence in each forward pass: {error}", soft_wrap=True)
         batch_tokens = 1
     if model.choice.reason:
-        console.print(str(model.choice), markup=False, soft_wrap=True)
+        console.print(str(model.choice), soft_wrap=True)
     info = describe(folder, model, load_tokenizer(folder, "model.teacher"))
     served.info = info
     served.scorer = Scorer(model, batch_tokens, config.queue_size)
     output.begin("")  # it waits for requests
-    console.print(f"{folder} at http://{config.host}:{config.port}", markup=False, soft_wrap=True)
+    console.print(f"{folder} at http://{config.host}:{config.port}", soft_wrap=True)
 
 
 def describe(folder: str, model: Teacher, tokenizer: Any) -> dict[str, Any]:
