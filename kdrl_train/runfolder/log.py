@@ -15,6 +15,7 @@ from rich.text import Text
 from kdrl_train import output
 from kdrl_train.output import guarded_console, hours, loss
 from kdrl_train.runfolder import jsonl
+from kdrl_train.runfolder.doubts import Doubts
 from kdrl_train.runfolder.events import Events
 from kdrl_train.runfolder.jsonl import Record
 from kdrl_train.runfolder.trackers import Trackers
@@ -143,6 +144,7 @@ class RunLog:
         self._logged: set[int] = set()
         self._ends: deque[float] = deque(maxlen=ETA_STEPS + 1)  # of steps, time.monotonic
         self._console_lost = False
+        self.doubts = Doubts()
         if not writes:
             return
         (folder / "samples").mkdir(parents=True, exist_ok=True)
@@ -154,6 +156,8 @@ class RunLog:
                 path.unlink()
         self.dropped_records = len(records) - len(kept)
         self._logged = {record["step"] for record in kept}
+        for record in kept:
+            self.doubts.add(record)  # it was said then
         self.events = Events(folder)
 
     def step(self, record: Record) -> None:
@@ -170,6 +174,8 @@ class RunLog:
             self.trackers.log(record)
         width = self.console.width if self.console.is_terminal else None
         self._print(_line(record, self.steps, width, self._seconds_left()))
+        for doubt in self.doubts.add(record):
+            self.event("warning", doubt)
 
     def _seconds_left(self) -> float | None:
         """Predict the seconds until the last step ends, at the end of one; None at the first.

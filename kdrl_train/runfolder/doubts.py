@@ -1,0 +1,52 @@
+"""Notices, from its records, that a run has stopped to learn although no step fails."""
+
+from kdrl_train.runfolder.jsonl import Record
+
+ZERO_STEPS = 3
+"""Steps in a row with a gradient of exactly 0 after which a run is warned."""
+SILENT_STEPS = 100
+"""Steps in a row without a group of mixed rewards after which a run is warned."""
+SATURATED = 0.1
+"""Entropy, in nats per token, below which a policy hardly samples anything else any more."""
+
+
+class Doubts:
+    """Counts steps from which the policy cannot have learnt; says each thing once."""
+
+    def __init__(self) -> None:
+        self.zero_steps = self.silent_steps = 0
+        self._said: set[str] = set()
+
+    def add(self, record: Record) -> list[str]:
+        """Take a step's record; returns what to warn of."""
+        silent = record["groups_with_signal"] == 0 and bool(record.get("policy_coef"))
+        entropy = record.get("entropy")
+        # without signal and teacher a gradient of 0 is right; `silent_steps` counts it
+        idle = silent and not record.get("kd_share") and (entropy or 0) > SATURATED
+        zero = record.get("grad_norm") == 0 and not idle
+        self.zero_steps = self.zero_steps + 1 if zero else 0
+        self.silent_steps = self.silent_steps + 1 if silent else 0
+        doubts = []
+        if self.zero_steps == ZERO_STEPS and self._first("zero"):
+            doubts.append(
+                f"|g| must not stay 0, got 0 in {ZERO_STEPS} steps up to step {record['step'] + 1}"
+                f" (entropy {entropy if entropy is None else f'{entropy:.3f}'} nats, signal "
+                f"{record['groups_with_signal']:.0%}): the policy does not change any more. A "
+                "large optim.learning_rate saturates it: look at entropy and reward from the step "
+                "where they jump, and start from the checkpoint before it with a lower one"
+            )
+        if self.silent_steps == SILENT_STEPS and self._first("silent"):
+            doubts.append(
+                f"some prompt must have both better and worse completions, got none in "
+                f"{SILENT_STEPS} steps up to step {record['step'] + 1} (signal 0%, reward "
+                f"{record['reward']:.3f}): the policy gradient is 0. Take problems of another "
+                "difficulty or a larger sampling.group_size, run sft first, or read samples/: does "
+                "reward.function see the answers?"
+            )
+        return doubts
+
+    def _first(self, name: str) -> bool:
+        """Say whether a doubt is new."""
+        new = name not in self._said
+        self._said.add(name)
+        return new
