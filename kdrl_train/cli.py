@@ -118,8 +118,9 @@ COMMANDS = {
         module="tools.serve.command",
         settings="tools.serve.command.ServeConfig",
         of_run=True,
-        options=("config", "host", "port", "batch_tokens", "queue_size", "model.teacher",
-                 "model.dtype", "model.device"),
+        options=("config", "host", "port", "batch_tokens", "queue_size", "request_tokens",
+                 "connections", "ssl_certfile", "ssl_keyfile", "model.teacher", "model.dtype",
+                 "model.device"),
     ),
     "sft": Command(
         help="train a small model and its tokenizer on solved problems",

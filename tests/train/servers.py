@@ -35,7 +35,14 @@ def free_port() -> int:
 def running(app: Any, port: int | None = None) -> Iterator[str]:
     """Run an application in a thread, on a free port unless one is named; yields its URL."""
     port = port or free_port()
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+    config = uvicorn.Config(app, port=port, log_level="error")
+    with started(uvicorn.Server(config)):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def started(server: uvicorn.Server) -> Iterator[None]:
+    """Run a server in a thread."""
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -44,7 +51,7 @@ def running(app: Any, port: int | None = None) -> Iterator[str]:
             assert thread.is_alive()
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{port}"
+        yield
     finally:
         server.should_exit = True
         thread.join()
@@ -66,11 +73,11 @@ def teacher_app(folder: Path, **config: Any) -> fastapi.FastAPI:
 class Process:
     """Runs `python -m kdrl_train serve` in a process that a test can kill."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **more: Any) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         options = {"model.teacher": folder, "model.device": "cpu", "port": self.port}
-        options["batch-tokens"] = 256
+        options |= {"batch-tokens": 256} | more
         self.command = [sys.executable, "-m", "kdrl_train", "serve"]
         self.command += [str(part) for k, v in options.items() for part in (f"--{k}", v)]
         self.start()

@@ -1,44 +1,46 @@
 """Answers the requests to a teacher's server, described in command.py. Needs the extra `serve`."""
 
 import asyncio
-import math
+import hmac
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import Any
 
 import torch
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict
+from fastapi.responses import JSONResponse, Response
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from kdrl_train.tools.serve import requests
+from kdrl_train.tools.serve.requests import MESSAGE, TooLargeError
 from kdrl_train.tools.serve.scorer import Job, Scorer, ServedTeacher
 
-WRONG, GONE, FAILED, BUSY = 422, 499, 500, 503
-"""Status codes: the request is wrong; the client has left; the model failed; try again later."""
+UNKNOWN, TOO_LARGE, FORMAT, WRONG, GONE, FAILED, BUSY = 401, 413, 415, 422, 499, 500, 503
+"""Status codes: a token is missing; the request is too large; it is not plain JSON; it is wrong;
+the client has left; the model failed; try again later."""
 POLL_S = 0.2
 """Seconds between two checks that a client is still connected."""
+BODIES = 16
+"""Bodies of the largest size that may be in memory at a time."""
+REQUEST_TOKENS = 2**20
 
 
-class TokenSequence(BaseModel):
-    """Holds the token ids of a prompt and its completion."""
+def make(
+    served: ServedTeacher, request_tokens: int = REQUEST_TOKENS, token: str | None = None
+) -> FastAPI:
+    """Makes the application of one teacher, which may still be loading.
 
-    model_config = ConfigDict(strict=True, extra="forbid")
-    ids: list[int]
-    prompt_tokens: int
-
-
-class ScoreRequest(BaseModel):
-    """Is the body of POST /score."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-    sequences: list[TokenSequence]
-    temperature: float = 1.0
-    vocab_size: int | None = None
-
-
-def make(served: ServedTeacher) -> FastAPI:
-    """Makes the application of one teacher, which may still be loading."""
-    app = FastAPI(title="kdrl_train teacher")
-    app.add_exception_handler(RequestValidationError, _wrong_shape)
+    Args:
+        request_tokens: most tokens of one request.
+        token: what every request but /health must bring; None: nothing.
+    """
+    app = FastAPI(title="kdrl_train teacher", openapi_url=None)
+    if token is not None:
+        app.add_middleware(RequireToken, token=token)
+    bodies = Bodies()
+    worker = ThreadPoolExecutor(1, "requests")  # one: what a request takes to read adds up
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -51,93 +53,113 @@ def make(served: ServedTeacher) -> FastAPI:
         return JSONResponse(_ready(served)[1])
 
     @app.post("/score")
-    async def score(request: ScoreRequest, connection: Request) -> JSONResponse:
+    async def score(connection: Request) -> Response:
         scorer, info = _ready(served)
+        most = requests.body_bytes(request_tokens, scorer.queue_size)
+
+        def read() -> list[Job]:
+            request = requests.read(body, request_tokens, scorer.queue_size)
+            return requests.jobs_of(request, info, scorer.queue_size)
+
+        run = asyncio.get_running_loop().run_in_executor
         try:
-            jobs = jobs_of(request, info, scorer.queue_size)
+            async with bodies.of(connection, most) as body:
+                jobs = await run(worker, read)
+                body.clear()
+                if not scorer.submit(jobs):
+                    raise HTTPException(BUSY, "too many sequences wait", {"Retry-After": "1"})
+                scores = await _scores(jobs, scorer, connection)
+                reply = await run(worker, requests.reply, scores, info["fingerprint"])
+        except TooLargeError as error:
+            raise HTTPException(TOO_LARGE, str(error)[:MESSAGE]) from None
         except ValueError as error:
-            raise HTTPException(WRONG, str(error)) from error
-        if not scorer.submit(jobs):
-            raise HTTPException(BUSY, "too many sequences wait", {"Retry-After": "1"})
-        scores = await _scores(jobs, connection)
-        for i, logprobs in enumerate(scores):
-            for t in (~logprobs.isfinite()).nonzero().flatten().tolist():
-                raise HTTPException(
-                    WRONG,
-                    f"sequences.{i} must have finite log-probabilities, got {logprobs[t]} for "
-                    f"token {t} of its completion: this model gives that token probability 0",
-                )
-        reply = {"logprobs": [x.tolist() for x in scores], "fingerprint": info["fingerprint"]}
-        return JSONResponse(reply)
+            raise HTTPException(WRONG, str(error)[:MESSAGE]) from None
+        except ClientDisconnect:
+            raise HTTPException(GONE, "the client has left") from None
+        return Response(reply, media_type="application/json")
 
     return app
 
 
-async def _scores(jobs: list[Job], connection: Request) -> list[torch.Tensor]:
-    """Waits for the log-probabilities [T] of each job; cancels the jobs if the client has left.
+class RequireToken:
+    """Refuses every request but /health that lacks the token, before its body is read."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self.app = app
+        self.token = token.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self.app
+        if scope["type"] == "http" and scope["path"] != "/health":
+            scheme, _, token = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(token, self.token):
+                detail = "the request must bring the server's token: set KDRL_TEACHER_TOKEN to it"
+                headers = {"WWW-Authenticate": "Bearer"}
+                app = JSONResponse({"detail": detail}, UNKNOWN, headers)
+        await app(scope, receive, send)
+
+
+class Bodies:
+    """Receives the bodies of requests, and bounds how many bytes of them there are in all."""
+
+    def __init__(self) -> None:
+        self.total = 0
+
+    @asynccontextmanager
+    async def of(self, connection: Request, most: int) -> AsyncIterator[bytearray]:
+        """Yields the body of a request, which counts until the block ends.
+
+        Args:
+            most: bytes of the largest body.
+        Raises: HTTPException for what is not plain JSON or too large; ClientDisconnect.
+        """
+        headers = connection.headers
+        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise HTTPException(FORMAT, "content-type must be application/json")
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            raise HTTPException(FORMAT, "the body must not be compressed: drop content-encoding")
+        announced, size = headers.get("content-length", ""), 0
+        body = bytearray()
+        try:
+            _require_fit(int(announced) if announced.isdecimal() else 0, most)
+            async for chunk in connection.stream():
+                size += len(chunk)
+                self.total += len(chunk)
+                _require_fit(size, most)
+                if self.total > BODIES * most:
+                    raise HTTPException(BUSY, "too many requests wait", {"Retry-After": "1"})
+                body += chunk
+            yield body
+        finally:
+            self.total -= size
+
+
+def _require_fit(size: int, most: int) -> None:
+    if size > most:
+        raise TooLargeError(f"a request must have at most {most} bytes, got {size}")
+
+
+async def _scores(jobs: list[Job], scorer: Scorer, connection: Request) -> list[torch.Tensor]:
+    """Waits for the log-probabilities [T] of each job; withdraws the jobs if the client has left.
 
     Raises: HTTPException if the client has left, or the model failed.
     """
-    scores = asyncio.gather(*(asyncio.wrap_future(job.logprobs) for job in jobs))
-    while not (await asyncio.wait([scores], timeout=POLL_S))[0]:
-        if await connection.is_disconnected():
-            for job in jobs:
-                job.logprobs.cancel()
-            raise HTTPException(GONE, "the client has left")
+    futures = (asyncio.wrap_future(job.logprobs) for job in jobs)
+    scores = asyncio.gather(*futures, return_exceptions=True)
     try:
-        return scores.result()
-    except Exception as error:  # whatever torch raised
-        raise HTTPException(FAILED, f"{type(error).__name__}: {error}") from error
-
-
-def jobs_of(request: ScoreRequest, info: dict[str, Any], queue_size: int) -> list[Job]:
-    """Turns the sequences of a request into jobs.
-
-    Args:
-        info: the reply of /version.
-        queue_size: most sequences of one request.
-    Raises: ValueError that names the field and its value.
-    """
-    head_size, window = info["vocab_size"], info["window"]
-    vocab_size = head_size if request.vocab_size is None else request.vocab_size
-    if not 1 <= vocab_size <= head_size:
-        raise ValueError(f"vocab_size must be in [1, {head_size}], got {vocab_size}")
-    if not 0 < request.temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {request.temperature}")
-    if not 1 <= len(request.sequences) <= queue_size:
-        raise ValueError(
-            f"sequences must hold 1 to {queue_size} sequences, got {len(request.sequences)}"
-        )
-    jobs = []
-    for i, sequence in enumerate(request.sequences):
-        ids, n = sequence.ids, sequence.prompt_tokens
-        if window is not None and len(ids) > window:
-            raise ValueError(
-                f"sequences.{i}.ids must fit the model's window of {window} tokens, got {len(ids)}"
-            )
-        if not 1 <= n < len(ids):
-            raise ValueError(
-                f"sequences.{i}.prompt_tokens must leave a prompt and a completion of the "
-                f"{len(ids)} tokens, got {n}"
-            )
-        for t, token in enumerate(ids):
-            if not 0 <= token < vocab_size:
-                raise ValueError(f"sequences.{i}.ids.{t} must be in [0, {vocab_size}), got {token}")
-        prompt, completion = torch.tensor(ids[:n]), torch.tensor(ids[n:])
-        jobs.append(Job(prompt, completion, request.temperature, vocab_size))
-    return jobs
+        while not (await asyncio.wait([scores], timeout=POLL_S))[0]:
+            if await connection.is_disconnected():
+                raise ClientDisconnect
+    finally:
+        scorer.withdraw(jobs)
+    logprobs = [score for score in scores.result() if isinstance(score, torch.Tensor)]
+    if len(logprobs) < len(jobs):
+        error = next(score for score in scores.result() if isinstance(score, BaseException))
+        raise HTTPException(FAILED, f"{type(error).__name__}: {error}"[:MESSAGE])
+    return logprobs
 
 
 def _ready(served: ServedTeacher) -> tuple[Scorer, dict[str, Any]]:
     if served.scorer is None or served.info is None:
         raise HTTPException(BUSY, "the model is loading", {"Retry-After": "2"})
     return served.scorer, served.info
-
-
-async def _wrong_shape(_request: Request, error: Exception) -> JSONResponse:
-    """Writes a validation error of FastAPI like the other messages: field, rule, value."""
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    field = ".".join(map(str, first["loc"][1:])) or "the body"
-    detail = f"{field}: {first['msg']}, got {first['input']!r:.100}"
-    return JSONResponse({"detail": detail}, WRONG)

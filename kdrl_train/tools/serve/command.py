@@ -7,14 +7,17 @@
 
 The reply to /score has one log-probability, float32 in nats, for each id after the first
 prompt_tokens ids, of softmax(logits[:vocab_size] / temperature). Status 422 means that the request
-is wrong; its message names the field and its value. Status 503 with Retry-After means that the
-model is still loading, or that too many sequences wait.
+is wrong; its message names the first field that is. Status 413 means that it is too large, and 401
+that it lacks the token of KDRL_SERVE_TOKEN, as `Authorization: Bearer TOKEN`. Status 503 means that
+the model is still loading, or that too many sequences or connections wait.
 """
 
 import contextlib
 import hashlib
 import importlib
+import ipaddress
 import json
+import os
 import threading
 from dataclasses import field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -36,6 +39,8 @@ from kdrl_train.start.load import described
 from kdrl_train.tools.serve.scorer import Scorer, ServedTeacher
 
 PACKAGES = ("kdrl-kernels", "torch", "transformers")
+TOKEN = "KDRL_SERVE_TOKEN"
+"""Environment variable with what every request but /health must bring."""
 
 
 @settings
@@ -43,8 +48,8 @@ class ServeConfig:
     """A teacher's server: `python -m kdrl_train serve`."""
 
     host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0: every address. There is no password: everyone who reaches it
-    can use it."""
+    """Address to listen at; 0.0.0.0: every address. Any but this machine's own needs a token in the
+    environment variable KDRL_SERVE_TOKEN, which a trainer has in KDRL_TEACHER_TOKEN."""
     port: Port = 8765
     """TCP port."""
     batch_tokens: PositiveInt = 8192
@@ -52,7 +57,26 @@ class ServeConfig:
     CPU. A longer sequence gets a pass of its own."""
     queue_size: PositiveInt = 4096
     """Sequences that may wait. Further ones are refused (503), and the client sends them again."""
+    request_tokens: PositiveInt = 2**20
+    """Most tokens of one request. A larger one is refused (413)."""
+    connections: PositiveInt = 1024
+    """Most connections. Beyond them the one that has been idle for longest is closed."""
+    ssl_certfile: Path | None = None
+    """Certificate in PEM, to speak https."""
+    ssl_keyfile: Path | None = None
+    """Its key, if the certificate's file does not hold it."""
     model: ModelConfig = field(default_factory=ModelConfig)
+
+    def __post_init__(self) -> None:
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise ValueError(
+                f"ssl_certfile must be set with ssl_keyfile, got none for {self.ssl_keyfile}"
+            )
+
+    @property
+    def url(self) -> str:
+        """Says where the server is."""
+        return f"http{'s' if self.ssl_certfile else ''}://{self.host}:{self.port}"
 
 
 def of_run(run: TrainConfig, _folder: Path) -> ServeConfig:
@@ -80,17 +104,23 @@ def main(config: ServeConfig) -> None:
                 "in model/ of its run folder"
             )
     try:
-        uvicorn = importlib.import_module("uvicorn")
-        app = importlib.import_module("kdrl_train.tools.serve.app")
+        for package in ("uvicorn", "fastapi"):
+            importlib.import_module(package)
     except ModuleNotFoundError as error:
         raise ValueError(
             f"serve must have fastapi and uvicorn, got {error}: pip install 'kdrl-kernels[serve]'"
         ) from error
+    app = importlib.import_module("kdrl_train.tools.serve.app")
+    listen = importlib.import_module("kdrl_train.tools.serve.listen")
     served, failures = ServedTeacher(), []
-    settings = uvicorn.Config(
-        app.make(served), host=config.host, port=config.port, log_level="warning"
+    server = listen.server(
+        app.make(served, config.request_tokens, read_token(config.host)),
+        config.host,
+        config.port,
+        config.connections,
+        ssl_certfile=config.ssl_certfile,
+        ssl_keyfile=config.ssl_keyfile,
     )
-    server = uvicorn.Server(settings)
 
     def load_in_thread() -> None:
         try:
@@ -104,6 +134,35 @@ def main(config: ServeConfig) -> None:
         server.run()
     if failures:
         raise failures[0]
+
+
+def read_token(host: str) -> str | None:
+    """Reads the token that requests must bring from the environment; None: there is none.
+
+    Raises: ValueError for one that no header can hold, and where a host needs one.
+    """
+    token = os.environ.get(TOKEN)
+    if token is None:
+        if not _is_own(host):
+            raise ValueError(
+                f"{TOKEN} must be set to listen at {host or 'every address'}, got none: everyone "
+                "who reaches it could use the model. Set it to a secret, and KDRL_TEACHER_TOKEN of "
+                "the trainers to the same; or listen at 127.0.0.1"
+            )
+    elif not (token.isascii() and token.isprintable() and token and " " not in token):
+        raise ValueError(
+            f"{TOKEN} must be a word of printable ASCII characters, got {len(token)} others: make "
+            "one with `openssl rand -hex 32`"
+        )
+    return token
+
+
+def _is_own(host: str) -> bool:
+    """Says whether only this machine reaches a host."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def load(config: ServeConfig, served: ServedTeacher) -> None:
@@ -129,7 +188,7 @@ def load(config: ServeConfig, served: ServedTeacher) -> None:
     served.info = info
     served.scorer = Scorer(model, batch_tokens, config.queue_size)
     output.begin("")  # it waits for requests
-    console.print(f"{folder} at http://{config.host}:{config.port}", soft_wrap=True)
+    console.print(f"{folder} at {config.url}", soft_wrap=True)
 
 
 def describe(folder: str, model: Teacher, tokenizer: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Scores the sequences of many clients by one model, in batches of a limited number of tokens."""
 
-import queue
 import threading
+from collections import OrderedDict
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,7 @@ from kdrl_train.model.packing import feed
 from kdrl_train.model.policy import HeadedModel
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Job:
     """Is one sequence to score."""
 
@@ -47,46 +47,50 @@ class Scorer:
         self.model = model
         self.batch_tokens = batch_tokens
         self.queue_size = queue_size
-        self._queue: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._waiting: OrderedDict[Job, None] = OrderedDict()
+        self._changed = threading.Condition()
         threading.Thread(target=self._run, name="scorer", daemon=True).start()
 
     def submit(self, jobs: list[Job]) -> bool:
-        """Accepts all jobs, or none and returns False if they do not fit the queue.
-
-        Only one thread may call it.
-        """
-        if self._queue.qsize() + len(jobs) > self.queue_size:
-            return False
-        for job in jobs:
-            self._queue.put(job)
+        """Accepts all jobs, or none and returns False if they do not fit the queue."""
+        with self._changed:
+            if len(self._waiting) + len(jobs) > self.queue_size:
+                return False
+            self._waiting.update(dict.fromkeys(jobs))
+            self._changed.notify()
         return True
+
+    def withdraw(self, jobs: list[Job]) -> None:
+        """Cancels those of the jobs that still wait, which leave their places to others."""
+        with self._changed:
+            for job in jobs:
+                job.logprobs.cancel()
+                self._waiting.pop(job, None)
 
     def _run(self) -> None:
         device = self.model.model.device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # each thread has its current device
-        next_job: Job | None = None
         while True:
-            batch = [next_job or self._queue.get()]
-            next_job = self._fill(batch)
-            self._work(batch)
+            self._work(self._next_batch())
 
-    def _fill(self, batch: list[Job]) -> Job | None:
-        """Adds waiting jobs up to batch_tokens; returns the first job that did not fit, if any."""
-        tokens = batch[0].tokens
-        while not self._queue.empty():
-            job = self._queue.get()
-            if job.logprobs.cancelled():
-                continue
-            tokens += job.tokens
-            if tokens > self.batch_tokens or job.vocab_size != batch[0].vocab_size:
-                return job
-            batch.append(job)
-        return None
+    def _next_batch(self) -> list[Job]:
+        """Waits for a job; takes it, and those that came after it up to batch_tokens."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting)
+            batch: list[Job] = []
+            tokens = 0
+            for job in self._waiting:
+                tokens += job.tokens
+                if batch and (tokens > self.batch_tokens or job.vocab_size != batch[0].vocab_size):
+                    break
+                batch.append(job)
+            for job in batch:
+                del self._waiting[job]
+            return [job for job in batch if job.logprobs.set_running_or_notify_cancel()]
 
     def _work(self, batch: list[Job]) -> None:
-        batch = [job for job in batch if job.logprobs.set_running_or_notify_cancel()]
-        if not batch:  # all clients have left
+        if not batch:  # all were cancelled, as the server is stopping
             return
         try:
             scores = score_packed(self.model, batch)

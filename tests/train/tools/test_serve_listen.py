@@ -1,0 +1,253 @@
+"""serve: slow, idle and rude clients lose their connection, and nobody else loses theirs."""
+
+import contextlib
+import json
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+
+import httpx2
+from torch import Tensor
+
+from kdrl_train import cli
+from kdrl_train.config import ModelConfig
+from kdrl_train.model.policy import HeadedModel
+from kdrl_train.tools.serve import command, listen
+from kdrl_train.tools.serve import scorer as scorer_module
+from kdrl_train.tools.serve.app import make
+from kdrl_train.tools.serve.command import ServeConfig
+from kdrl_train.tools.serve.scorer import Job, Scorer
+from tests.train.servers import free_port, service, started
+
+BODY = json.dumps({"sequences": [{"ids": [5, 6, 7], "prompt_tokens": 2}]}).encode()
+HEAD = b"POST /score HTTP/1.1\r\nhost: teacher\r\ncontent-type: application/json\r\n"
+WHOLE = HEAD + b"content-length: %d\r\n\r\n" % len(BODY) + BODY
+
+
+@pytest.fixture(scope="module")
+def served(folders: dict[str, Path]) -> command.ServedTeacher:
+    return service(folders["teacher"], queue_size=64)
+
+
+@contextlib.contextmanager
+def listening(app: Any, connections: int = 100, **tls: Any) -> Iterator[int]:
+    """Runs an application as `serve` does, and yields its port."""
+    port = free_port()
+    with started(listen.server(app, "127.0.0.1", port, connections, **tls)):
+        yield port
+
+
+def connect(port: int, sent: bytes = b"") -> socket.socket:
+    client = socket.create_connection(("127.0.0.1", port), timeout=20)
+    client.sendall(sent)
+    return client
+
+
+def is_closed(client: socket.socket) -> bool:
+    """Reads a connection to its end; raises TimeoutError if that does not come."""
+    with contextlib.suppress(ConnectionResetError):
+        while client.recv(100_000):
+            pass
+    return True
+
+
+@pytest.mark.fault("attack on serve")
+def test_a_request_that_is_not_whole_in_time_ends_its_connection(
+    served: command.ServedTeacher, monkeypatch: pytest.MonkeyPatch, record_property: Any
+) -> None:
+    """A byte now and then does not help, neither in the headers nor in the body, nor later."""
+    monkeypatch.setattr(listen, "READ_S", 0.4)
+    beginnings = [
+        b"",
+        b"GET /health HTTP/1.1\r\nx: ",
+        HEAD + b"content-length: 900\r\n\r\n{",
+        HEAD + b"transfer-encoding: chunked\r\n\r\n1\r\n{\r\n",
+    ]
+    record_property("tried", 2 * len(beginnings))
+    with listening(make(served)) as port, contextlib.ExitStack() as stack:
+        later = [stack.enter_context(connect(port, WHOLE)) for _ in beginnings]
+        assert all(client.recv(100_000).startswith(b"HTTP/1.1 200") for client in later)
+        clients = [stack.enter_context(connect(port)) for _ in beginnings] + later
+        for client, sent in zip(clients, beginnings * 2, strict=True):
+            client.sendall(sent)
+        with contextlib.suppress(ConnectionError):  # of one that is closed already
+            for _ in range(6):
+                time.sleep(0.1)
+                for client, sent in zip(clients, beginnings * 2, strict=True):
+                    client.sendall(b"1\r\n \r\n" if b"chunked" in sent else b" " if sent else b"")
+        assert all(is_closed(client) for client in clients)
+
+
+@pytest.mark.fault("attack on serve")
+def test_idle_connections_lock_nobody_out(served: command.ServedTeacher) -> None:
+    with listening(make(served), connections=20) as port, contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(connect(port, HEAD)) for _ in range(60)]
+        start = time.monotonic()
+        reply = httpx2.post(
+            f"http://127.0.0.1:{port}/score",
+            content=BODY,
+            headers={"content-type": "application/json"},
+        )
+        assert reply.status_code == 200
+        assert time.monotonic() - start < 2
+        assert all(is_closed(client) for client in slow[:40])  # those that waited longest
+
+
+@pytest.mark.fault("attack on serve")
+def test_a_request_that_is_scored_is_not_idle(
+    served: command.ServedTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a long forward pass nor a flood of connections ends a request that is whole."""
+    monkeypatch.setattr(listen, "READ_S", 0.2)
+    gate, running = threading.Event(), threading.Event()
+
+    def score(_model: HeadedModel, jobs: list[Job]) -> list[Tensor]:
+        running.set()
+        assert gate.wait(30)
+        return [-job.completion_ids.float() for job in jobs]
+
+    monkeypatch.setattr(scorer_module, "score_packed", score)
+    with listening(make(served), 5) as port, contextlib.ExitStack() as stack:
+        client = stack.enter_context(connect(port, WHOLE))
+        assert running.wait(30)
+        for _ in range(20):
+            stack.enter_context(connect(port))
+        time.sleep(0.5)
+        gate.set()
+        assert client.recv(100_000).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.fault("attack on serve")
+def test_a_reply_that_nobody_reads_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listen, "READ_S", 0.3)
+    monkeypatch.setattr(listen.H11Protocol, "connection_lost", lost := Recorder())
+
+    async def large(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": bytes(30_000_000)})
+
+    with listening(large) as port:
+        for more in (b"", b"connection: close\r\n"):
+            with connect(port, b"GET / HTTP/1.1\r\nhost: teacher\r\n" + more + b"\r\n"):
+                deadline = time.monotonic() + 10
+                while not lost.calls:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.02)
+                lost.calls.clear()
+
+
+class Recorder:
+    """Is a method that records its calls before it does what uvicorn's does."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self.original = listen.H11Protocol.connection_lost
+
+    def __get__(self, connection: Any, _type: Any) -> Callable[[Any], None]:
+        def call(error: Any) -> None:
+            self.original(connection, error)
+            self.calls.append(error)
+
+        return call
+
+
+@pytest.mark.fault("attack on serve")
+def test_a_client_that_leaves_gives_its_places_back(
+    served: command.ServedTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sequences leave the queue at once, not when the model would have come to them."""
+    gate, running = threading.Event(), threading.Event()
+
+    def score(_model: HeadedModel, jobs: list[Job]) -> list[Tensor]:
+        running.set()
+        assert gate.wait(30)
+        return [-job.completion_ids.float() for job in jobs]
+
+    def job(mark: int) -> Job:
+        return Job(torch.ones(1, dtype=torch.int64), torch.tensor([mark]), 1.0, 258)
+
+    monkeypatch.setattr(scorer_module, "score_packed", score)
+    scorer = Scorer(served.scorer.model, batch_tokens=10, queue_size=3)
+    first, left, kept = job(1), [job(2), job(3)], job(4)
+    assert scorer.submit([first])
+    assert running.wait(30)
+    assert scorer.submit([*left, kept])
+    assert not scorer.submit([job(5)])
+    scorer.withdraw([first, *left])  # the first one is with the model
+    assert scorer.submit([last := job(6), job(7)])
+    assert not scorer.submit([job(8)])
+    gate.set()
+    assert [one.logprobs.result(30).item() for one in (first, kept, last)] == [-1, -4, -6]
+    assert all(one.logprobs.cancelled() for one in left)
+
+
+@pytest.mark.fault("attack on serve")
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.3", "teacher.example", "127.1"])
+def test_the_network_needs_a_token(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KDRL_SERVE_TOKEN", raising=False)
+    config = ServeConfig(model=ModelConfig(teacher="somewhere"), host=host)
+    with pytest.raises(ValueError, match=r"KDRL_SERVE_TOKEN must be set to listen at .*, got none"):
+        command.main(config)
+    monkeypatch.setenv("KDRL_SERVE_TOKEN", "s3cret")
+    assert command.read_token(host) == "s3cret"
+
+
+def test_this_machine_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KDRL_SERVE_TOKEN", raising=False)
+    assert [command.read_token(h) for h in ("127.0.0.1", "::1", "localhost", "127.8.0.1")] == (
+        [None] * 4
+    )
+
+
+@pytest.mark.fault("attack on serve")
+@pytest.mark.parametrize("token", ["", " ", "two words", "line\n", "caf\xe9", "\x1b[31m"])
+def test_a_token_must_fit_a_header(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDRL_SERVE_TOKEN", token)
+    with pytest.raises(ValueError, match="must be a word of printable ASCII") as caught:
+        command.read_token("127.0.0.1")
+    assert not token.strip() or token not in str(caught.value)
+
+
+def test_tls_is_spoken_with_the_key(served: command.ServedTeacher, tmp_path: Path) -> None:
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    make_key = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=x"
+    files = ["-addext", "subjectAltName=IP:127.0.0.1", "-out", certificate, "-keyout", key]
+    subprocess.run([*make_key.split(), *files], check=True, capture_output=True)
+    with listening(make(served), ssl_certfile=certificate, ssl_keyfile=key) as port:
+        url = f"https://127.0.0.1:{port}/health"
+        context = listen.uvicorn.config.ssl.create_default_context(cafile=certificate)
+        assert httpx2.get(url, verify=context).json() == {"status": "ready"}
+
+
+@pytest.mark.parametrize("content", [None, "no certificate"])
+def test_a_wrong_certificate_is_named(
+    tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "cert.pem"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    options = ["--model.teacher", "somewhere", "--ssl-certfile", str(path)]
+    assert cli.main(["serve", *options]) == 1
+    assert "ssl_certfile and ssl_keyfile must be a certificate and" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"ssl_certfile must be set with ssl_keyfile, got none"):
+        ServeConfig(ssl_keyfile=path)
+
+
+def test_more_connections_than_files_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[tuple[int, int]] = []
+    monkeypatch.setattr(listen.resource, "getrlimit", lambda _kind: (256, 1000))
+    monkeypatch.setattr(listen.resource, "setrlimit", lambda _kind, pair: limits.append(pair))
+    listen.server(None, "127.0.0.1", 1, connections=744)
+    assert limits == [(1000, 1000)]
+    with pytest.raises(ValueError, match="connections must be at most 744, got 745"):
+        listen.server(None, "127.0.0.1", 1, connections=745)
