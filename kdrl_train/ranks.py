@@ -40,7 +40,8 @@ class World:
     def share(self, make: Callable[[], T]) -> list[T]:
         """Call make() on every rank and return all values, in the order of the ranks.
 
-        Values are sent by pickle. All ranks must call this together.
+        Values are sent by pickle, which is safe: all ranks are processes of this run. All ranks
+        must call this together.
 
         Raises: RankError on all ranks if make() fails on one; with a single rank, its own error.
         """

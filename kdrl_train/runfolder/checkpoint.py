@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
 from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import to_dict
 from kdrl_train.ranks import ALONE, World
+from kdrl_train.runfolder.untrusted import Planner, Reader
 
 ROLLOUTS = "rollouts.pt"
 """The file with the next step's completions, in a checkpoint of a run that prefetches them."""
@@ -210,8 +211,9 @@ def load(
     *,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    world: World = ALONE,
 ) -> int:
-    """Load a checkpoint into model, optimizer and the global random state.
+    """Load a checkpoint into model, optimizer and the global random state, on all ranks together.
 
     resume.open_folder has checked that its configuration fits the run.
 
@@ -219,7 +221,7 @@ def load(
     Raises: ValueError for a checkpoint of another architecture, or a damaged one.
     """
     state = whole_state(model, optimizer)
-    _read_into(state, checkpoint.folder)
+    _read_into(state, checkpoint, world)
     set_state_dict(
         model,
         optimizer,
@@ -230,21 +232,29 @@ def load(
     return checkpoint.step
 
 
-def load_weights(folder: Path, model: nn.Module) -> None:
-    """Load the weights of a checkpoint folder, and nothing else.
+def load_weights(folder: Path, model: nn.Module, world: World = ALONE) -> None:
+    """Load the weights of a checkpoint folder, and nothing else, on all ranks together.
 
     Raises: ValueError for a folder that is no whole checkpoint, and for another architecture.
     """
     state = {"model": get_model_state_dict(model)}
-    _read_into(state, read(folder).folder)
+    _read_into(state, read(folder), world)
     set_model_state_dict(model, state["model"])
 
 
-def _read_into(state: dict[str, Any], folder: Path) -> None:
+def _read_into(state: dict[str, Any], checkpoint: Checkpoint, world: World) -> None:
     """Fill a state from a checkpoint; ValueError if they do not fit."""
+    folder = checkpoint.folder
+    reader = Reader(folder, set(checkpoint.files))
+    world.share(reader.open)
     try:
         with _quiet():
-            dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+            dcp.load(
+                state,
+                storage_reader=reader,
+                planner=Planner(),
+                no_dist=not dist.is_initialized(),
+            )
     except (CheckpointException, RuntimeError) as error:
         raise ValueError(
             f"{folder} must hold the state of this model, got {_cause(error)}: resume with the "

@@ -62,7 +62,7 @@ def open_run(
     prefetch = None
     if config.engine.staleness:
         prefetch = stack.enter_context(closing(Prefetch(policy.device, interrupt.poll)))
-    first = restore(config, newest, policy, optimizer, prefetch)
+    first = restore(config, newest, policy, optimizer, prefetch, world)
     engine.load(policy, first)
     world.on_main(lambda: begin_folder(config, trackers, first))
     log = RunLog(config.out, first, config.steps, console, writes=world.main, trackers=trackers)
@@ -159,13 +159,14 @@ def restore(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
     prefetch: Prefetch | None,
+    world: World,
 ) -> int:
     """Load what a run starts from: a checkpoint, or model.weights. Returns the steps done."""
     if newest is None:
         if config.model.weights is not None:
-            checkpoint.load_weights(config.model.weights, policy)
+            checkpoint.load_weights(config.model.weights, policy, world)
         return 0
-    first = checkpoint.load(newest, model=policy, optimizer=optimizer)
+    first = checkpoint.load(newest, model=policy, optimizer=optimizer, world=world)
     if prefetch is not None:
         prefetch.restore(newest.folder)
     return first

@@ -28,6 +28,7 @@ from kdrl_train.batch import JudgedRollouts, Rollouts, Verdicts
 from kdrl_train.runfolder import checkpoint
 from kdrl_train.runfolder.log import Stages
 from kdrl_train.runfolder.signals import Stopped
+from kdrl_train.runfolder.untrusted import load_tensors
 
 Draw = Callable[[Stages, Callable[[], None]], JudgedRollouts]
 """Draws a rank's part of a step. Its second argument is called regularly; an exception that it
@@ -124,14 +125,14 @@ class Prefetch:
         if not path.exists():
             return
         try:
-            state = torch.load(path)
+            state = load_tensors(path)
             judged = JudgedRollouts(
                 rollouts=Rollouts(**state["rollouts"]),
                 verdicts=Verdicts(**state["verdicts"]),
                 teacher_logprobs=state["teacher_logprobs"],
             )
             self.drawn[state["step"]] = Drawn(judged, state["version"])
-        except Exception as error:  # torch.load has many
+        except Exception as error:  # a damaged file raises many types
             raise ValueError(
                 f"{path} must hold the rollouts of the next step, got {error!r}: delete {folder} "
                 "to resume from the one before"

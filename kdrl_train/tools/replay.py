@@ -22,6 +22,7 @@ from kdrl_train.model.load import use_device
 from kdrl_train.model.packing import pack
 from kdrl_train.output import guarded_console
 from kdrl_train.runfolder import checkpoint
+from kdrl_train.runfolder.untrusted import load_tensors
 from kdrl_train.settings import Switch, settings
 from kdrl_train.start.load import load
 
@@ -94,10 +95,10 @@ def main(config: ReplayConfig, console: Console | None = None) -> list[Replayed]
 def load_dump(file: Path) -> dict[str, Any]:
     """Reads the dump of a step that stopped a run. Raises ValueError if the file is not one."""
     try:
-        dump = torch.load(file)
+        dump = load_tensors(file)
         step = {name: dump[name] for name in (*_STEP, *_ROLLOUTS)}
         return step | {"outcomes": dump.get("outcomes") or ["-"] * len(dump["example_ids"])}
-    except Exception as error:  # torch.load raises many types
+    except Exception as error:  # a damaged file raises many types
         raise ValueError(
             f"file must be a failed_step_XXXXXX.pt of a run folder, got {file}: "
             f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}"
