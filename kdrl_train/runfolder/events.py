@@ -29,8 +29,7 @@ class Events:
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
         self._lock = threading.Lock()  # a teacher's outage is reported by a thread
-        if self.path.exists():
-            jsonl.write(self.path, jsonl.read(self.path))  # without a torn line at the end
+        jsonl.keep(self.path, len(jsonl.read(self.path)))  # without a torn line at the end
 
     def add(self, step: int, event: str, message: str, **more: Any) -> None:
         """Append an event; `step` is the number of optimiser steps that are done."""

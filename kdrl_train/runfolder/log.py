@@ -3,7 +3,7 @@
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,7 @@ class RunLog:
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         records = read_records(folder)
         kept = [record for record in records if record["step"] < first_step]
-        jsonl.write(self.metrics_path, kept)
+        jsonl.keep(self.metrics_path, len(kept))
         for path in (folder / "samples").glob("step_*.jsonl"):
             if path.name >= _samples_name(first_step):
                 path.unlink()
@@ -197,10 +197,7 @@ class RunLog:
 
     def postponed(self, step: int) -> Record | None:
         """Return the record that was postponed, if it is this step's and metrics.jsonl lacks it."""
-        if step in self._logged:
-            return None
-        records = jsonl.read(self.postponed_path)
-        return next((record for record in records if record["step"] == step), None)
+        return None if step in self._logged else read_postponed(self.folder, step)
 
     def say(self, message: str) -> None:
         """Print one line on the console, and write nothing."""
@@ -233,9 +230,29 @@ class RunLog:
             jsonl.write(self.folder / "samples" / _samples_name(step), records)
 
 
-def read_records(folder: Path) -> list[Record]:
-    """Return the records of metrics.jsonl in a run folder, up to the first torn line."""
-    return jsonl.read(folder / "metrics.jsonl")
+def read_records(folder: Path, damaged: Callable[[str], None] = jsonl.refuse) -> list[Record]:
+    """Return the records of metrics.jsonl in a run folder, without a torn last line.
+
+    damaged: called with a message for every line that is no record of a later step than those
+        before it; the line is left out.
+    Raises: ValueError for such a line, unless `damaged` returns.
+    """
+    path = folder / "metrics.jsonl"
+    records: list[Record] = []
+    for number, record in jsonl.numbered(path, damaged).items():
+        step, least = record.get("step"), records[-1]["step"] + 1 if records else 0
+        if type(step) is int and step >= least:
+            records.append(record)
+        else:
+            must = f"a record of step {least} or later"
+            damaged(jsonl.damage(path, number, must, f"step {step!r:.80}"))
+    return records
+
+
+def read_postponed(folder: Path, step: int) -> Record | None:
+    """Return the record in postponed.jsonl, if it is of this step."""
+    records = jsonl.read(folder / "postponed.jsonl")
+    return next((record for record in records if record.get("step") == step), None)
 
 
 def _samples_name(step: int) -> str:

@@ -1,12 +1,16 @@
 """Decides whether a run may start in a folder or resume it, and which settings may change then."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import differences, load_yaml, to_dict
+from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.checkpoint import Checkpoint, latest
+from kdrl_train.runfolder.events import FILE as EVENTS
+from kdrl_train.runfolder.log import read_postponed, read_records
 from kdrl_train.runfolder.writable import require_writable
 
 MAY_CHANGE = (
@@ -58,8 +62,8 @@ def open_folder(config: TrainConfig) -> Checkpoint | None:
 
     Returns: None for a new run, and for one that was killed before its first checkpoint.
     Raises: ValueError for a used folder without resume, for resume in a folder without a run or
-        with a run of another configuration, for a damaged checkpoint, and for a folder that cannot
-        be written.
+        with a run of another configuration, for a damaged checkpoint or log, and for a folder that
+        cannot be written.
     """
     require_writable(config.out)
     newest = latest(config.out / "checkpoints")
@@ -73,6 +77,7 @@ def open_folder(config: TrainConfig) -> Checkpoint | None:
                 f"out must hold a run to resume, got {config.out}, which has neither a checkpoint "
                 "nor a config.yaml: drop --resume, or correct --out"
             )
+        check_log(config.out, 0 if newest is None else newest.step)
         return newest
     used = [n for n in ("config.yaml", "metrics.jsonl", "checkpoints") if (config.out / n).exists()]
     if used:
@@ -81,6 +86,30 @@ def open_folder(config: TrainConfig) -> Checkpoint | None:
             "--resume to continue that run, or choose another --out"
         )
     return None
+
+
+def check_log(folder: Path, first: int) -> None:
+    """Check that no line of a run's log is damaged, and no record of a step before `first` lost.
+
+    A metrics.jsonl that was moved away may lack all of them.
+
+    Raises: ValueError naming the line, or the step.
+    """
+    path = folder / "metrics.jsonl"
+    jsonl.read(folder / EVENTS)
+    postponed = read_postponed(folder, first - 1)
+    steps = [record["step"] for record in read_records(folder)]
+    for number, (step, after) in enumerate(pairwise(steps), start=2):
+        if after != step + 1:
+            must = f"the record of step {step + 1}"
+            raise ValueError(jsonl.damage(path, number, must, f"that of step {after}"))
+    last = first - 1 if postponed is None else first - 2
+    if steps and (steps[-1] < last or steps[0] > first):
+        raise ValueError(
+            f"{path} must hold the records of all steps up to {last}, got those of {steps[0]} to "
+            f"{steps[-1]}: restore it from a copy, delete checkpoints/step_{first:06d} to repeat "
+            "these steps from the checkpoint before, or move it away to go on without its records"
+        )
 
 
 def check_config(place: Path, written: dict[str, Any], config: TrainConfig) -> None:

@@ -20,7 +20,7 @@ from kdrl_train.rollouts.engines import open_engine
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder import checkpoint
 from kdrl_train.runfolder.async_saver import Saver
-from kdrl_train.runfolder.log import RunLog, read_records
+from kdrl_train.runfolder.log import RunLog, read_postponed, read_records
 from kdrl_train.runfolder.resume import check_data, open_folder
 from kdrl_train.runfolder.signals import Interrupt
 from kdrl_train.runfolder.trackers import Trackers
@@ -64,6 +64,12 @@ def open_run(
         prefetch = stack.enter_context(closing(Prefetch(policy.device, interrupt.poll)))
     first = restore(config, newest, policy, optimizer, prefetch, world)
     engine.load(policy, first)
+    history = read_history(config, world, first)
+    if loaded.server is not None:
+        server = loaded.server
+        world.on_main(lambda: config.out.mkdir(parents=True, exist_ok=True))
+        world.on_main(lambda: require_same_teacher(config.out, server))
+    # nothing is written to the log before every check has passed
     world.on_main(lambda: begin_folder(config, trackers, first))
     log = RunLog(config.out, first, config.steps, console, writes=world.main, trackers=trackers)
     for warning in warnings:
@@ -74,14 +80,14 @@ def open_run(
         tokenizer=loaded.tokenizer,
         policy=policy,
         teacher=loaded.teacher,
-        remote=open_remote(config, world, loaded, log, stack),
+        remote=open_remote(config, loaded, log, stack),
         engine=engine,
         optimizer=optimizer,
         examples=loaded.examples,
         held_out=loaded.held_out,
         verifier=verifier,
         interrupt=interrupt,
-        history=read_history(config, world, log, first),
+        history=history,
         log=log,
         saver=stack.enter_context(closing(Saver(config, world, log.say, loaded.data))),
         prefetch=prefetch,
@@ -131,26 +137,28 @@ def pack_for(
 
 
 def open_remote(
-    config: TrainConfig, world: World, loaded: Loaded, log: RunLog, stack: ExitStack
+    config: TrainConfig, loaded: Loaded, log: RunLog, stack: ExitStack
 ) -> RemoteTeacher | None:
-    """Open the teacher behind a URL; None where it is in this process, or there is none.
-
-    Raises: TeacherError where it is not the model that the run has learnt from so far.
-    """
+    """Open the teacher behind a URL; None where it is in this process, or there is none."""
     server = loaded.server
     if server is None:
         return None
-    world.on_main(lambda: require_same_teacher(config.out, server))
     say = partial(log.event, "teacher")
     remote = RemoteTeacher(server, config, loaded.policy.sampled_vocab_size, say)
     return stack.enter_context(remote)
 
 
-def read_history(config: TrainConfig, world: World, log: RunLog, first: int) -> History:
-    """Rebuild what schedules read of the steps before `first` from metrics.jsonl."""
+def read_history(config: TrainConfig, world: World, first: int) -> History:
+    """Rebuild what schedules read of the steps before `first` from metrics.jsonl.
+
+    The record of the last one may be postponed: its evaluation is still to come.
+    """
     records = world.on_main(lambda: read_records(config.out))
-    logged = first - world.on_main(lambda: log.postponed(first - 1) is not None)
-    return rebuild_history(config.method.schedules, records, logged, config.eval.every)
+    logged = {record["step"] for record in records}
+    postponed = world.on_main(lambda: read_postponed(config.out, first - 1) is not None)
+    if postponed and first - 1 not in logged:
+        first -= 1
+    return rebuild_history(config.method.schedules, records, first, config.eval.every)
 
 
 def restore(

@@ -1,5 +1,6 @@
 """Writes the page: one HTML file that loads nothing from the network."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,8 @@ def write(
     extra: Sequence[Block] = (),
 ) -> Path:
     """Writes one self-contained HTML page about training runs.
+
+    Damaged lines of their files are left out; stderr says of each run which.
 
     Args:
         groups: name -> run folders of `train`. The runs of a group have the same settings but for
@@ -50,6 +53,10 @@ def write(
         token_colours.section(run_groups),
         events_section.section(run_groups),
     ]
+    for run in (run for group in run_groups for run in group.runs if run.damaged):
+        more = len(run.damaged) - 1
+        message = f"{run.folder}: left out: {run.damaged[0]}" + f"; {more} more" * bool(more)
+        print(escape(message), file=sys.stderr)
     html = escape(render(title, parts))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html, encoding="utf-8")

@@ -1,7 +1,7 @@
 """Reads run folders: settings, columns of metrics.jsonl, events and samples."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from kdrl_train.config_file import load_yaml
 from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.events import FILE as EVENTS
 from kdrl_train.runfolder.jsonl import Record
+from kdrl_train.runfolder.log import read_records
 
 APART = ("seed", "out", "resume")
 """Settings that may differ between the runs of a group."""
@@ -37,6 +38,8 @@ class RunData:
     records: list[Record]
     """The lines of metrics.jsonl."""
     events: list[Record]
+    damaged: list[str] = field(default_factory=list)
+    """What was left out: a message for each damaged line of a file that was read."""
 
     @property
     def seed(self) -> Any:
@@ -74,7 +77,8 @@ class RunData:
 
     def samples(self, step: int) -> list[Record]:
         """Reads the samples of a step, counted from 0."""
-        return jsonl.read(self.folder / "samples" / f"step_{step:06d}.jsonl")
+        path = self.folder / "samples" / f"step_{step:06d}.jsonl"
+        return jsonl.read(path, self.damaged.append)
 
     @property
     def status(self) -> str:
@@ -107,8 +111,10 @@ def read(folder: Path) -> RunData:
             "a run must be a folder that `train` has written, with config.yaml, got "
             f"{folder}, which has none{hint}"
         )
-    records = [record for record in jsonl.read(folder / "metrics.jsonl") if "step" in record]
-    return RunData(folder, dict(_dotted(load_yaml(path))), records, jsonl.read(folder / EVENTS))
+    damaged: list[str] = []
+    records = read_records(folder, damaged.append)
+    events = jsonl.read(folder / EVENTS, damaged.append)
+    return RunData(folder, dict(_dotted(load_yaml(path))), records, events, damaged)
 
 
 def _dotted(settings: dict[str, Any], key: str = "") -> Iterable[tuple[str, Any]]:

@@ -286,3 +286,21 @@ def test_older_runs_have_fewer_files(tmp_path: Path, arms: dict[str, list[Path]]
     folder = run_folder(tmp_path / "old", [record(0)], samples={0: [old]})
     page = check(write({"old": [folder]} | arms, tmp_path / "r.html"))
     assert "1+2=3 ü" in page.texts
+
+
+@pytest.mark.fault("flipped or cut file")
+def test_a_damaged_row_is_left_out_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_folder(tmp_path / "run", [record(i) for i in range(6)], samples={5: [sample(5)]})
+    for name, number in (("metrics.jsonl", 3), ("samples/step_000005.jsonl", 0)):
+        lines = (folder / name).read_bytes().splitlines()
+        lines[number] = lines[number][1:]
+        (folder / name).write_bytes(b"\n".join(lines) + b"\n")
+    out = tmp_path / "report.html"
+    assert cli.main(["report", str(folder), "--out", str(out)]) == 0
+    said = capsys.readouterr().err
+    assert f"left out: line 4 of {folder / 'metrics.jsonl'} must be a record" in said
+    assert "; 1 more" in said
+    assert [one["step"] for one in read(folder).records] == [0, 1, 2, 4, 5]
+    assert "6 of 6" in Page(out.read_text("utf-8")).text

@@ -1,0 +1,92 @@
+"""A resume refuses a damaged folder before it changes anything in it."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kdrl_train.config import TrainConfig
+from kdrl_train.config_file import save_yaml, to_dict
+from kdrl_train.runfolder import jsonl
+from kdrl_train.runfolder.log import RunLog
+from kdrl_train.runfolder.resume import check_log, open_folder
+from tests.train.test_train import run
+
+
+def stopped_run(folder: Path, steps: int) -> TrainConfig:
+    """Write the folder of a run that was killed in step 4, with a checkpoint after some steps."""
+    settings = TrainConfig(out=folder, resume=True)
+    checkpoint = folder / "checkpoints" / f"step_{steps:06d}"
+    checkpoint.mkdir(parents=True)
+    save_yaml(settings, folder / "config.yaml")
+    meta = {"step": steps, "config": to_dict(settings), "files": {}}
+    (checkpoint / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    jsonl.write(folder / "metrics.jsonl", [{"step": step} for step in range(4)])
+    jsonl.write(folder / "events.jsonl", [{"step": 0, "event": "started"}])
+    return settings
+
+
+@pytest.mark.fault("flipped or cut file")
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("metrics.jsonl", '{"step": 0}\n{"step": 2}\n', "line 2 of .* got that of step 2"),
+        (
+            "metrics.jsonl",
+            '{"step": 0}\n',
+            r"all steps up to 1, got those of 0 to 0: .*step_000002",
+        ),
+        ("metrics.jsonl", '{"step": 3}\n', "all steps up to 1, got those of 3 to 3"),
+        ("metrics.jsonl", '{"step": 0}\n{"step":\n', "line 2 of .* got Expecting value"),
+        ("events.jsonl", "{}\n\0{}\n", "line 2 of .*events.jsonl must be .* NUL bytes"),
+        ("postponed.jsonl", "null\n", "line 1 of .*postponed.jsonl must be .* NoneType"),
+    ],
+)
+def test_a_damaged_log_is_refused_and_stays_as_it_is(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
+    settings = stopped_run(tmp_path, 2)
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=message):
+        open_folder(settings)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("steps", "postponed"),
+    [([0, 1, 2, 3], []), ([0, 1], []), ([0], [1]), ([], []), ([], [1]), ([2, 3], []), ([1, 2], [])],
+)
+def test_what_a_stopped_run_leaves_is_taken(
+    tmp_path: Path, steps: list[int], postponed: list[int]
+) -> None:
+    """Also where metrics.jsonl was moved away before."""
+    for name, numbers in (("metrics", steps), ("postponed", postponed)):
+        jsonl.write(tmp_path / f"{name}.jsonl", [{"step": step} for step in numbers])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step"')
+    check_log(tmp_path, 2)
+    RunLog(tmp_path, 2, 10)
+    kept = [{"step": step} for step in steps if step < 2]
+    text = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
+    assert text == "".join(json.dumps(record) + "\n" for record in kept)
+
+
+@pytest.mark.fault("flipped or cut file")
+def test_a_flipped_bit_deletes_no_good_rows(config: Callable[..., TrainConfig]) -> None:
+    """The run is resumed, refused, and equals an uninterrupted one once the bit is right again."""
+    settings = config(steps=2, save_every=1)
+    run(settings)
+    path = settings.out / "metrics.jsonl"
+    text = path.read_bytes()
+    path.write_bytes(text[:1] + b"#" + text[2:])  # " is 0x22, # is 0x23
+    before = {file: file.read_bytes() for file in settings.out.rglob("*") if file.is_file()}
+    more = replace(settings, steps=3, resume=True)
+    with pytest.raises(ValueError, match=r"line 1 of .*metrics\.jsonl must be a record"):
+        run(more)
+    assert before == {f: f.read_bytes() for f in settings.out.rglob("*") if f.is_file()}
+    path.write_bytes(text)
+    assert [record["step"] for record in run(more)] == [0, 1, 2]
+    assert path.read_bytes().startswith(text)
