@@ -231,14 +231,14 @@ def tensors(name: str) -> dict[str, Tensor]:
     Raises: ValueError for a folder without weights, and for files that are absent or cut.
     """
     result: dict[str, Tensor] = {}
-    for path in _weight_files(name):
+    for path in weight_files(name):
         _require_whole(path)
         read = _safetensors if path.suffix == ".safetensors" else _pickled
         result |= read(path)
     return result
 
 
-def _weight_files(name: str) -> list[Path]:
+def weight_files(name: str) -> list[Path]:
     """Return the files of weights that transformers reads."""
     for file in WEIGHTS:
         path = stored_file(name, file)

@@ -121,8 +121,9 @@ def check_config(place: Path, written: dict[str, Any], config: TrainConfig) -> N
     if any(schedule.waits_for_plateau for schedule in config.method.schedules.values()):
         may_change.remove("eval")  # its scores decide when the schedule switches
     teacher = str(written.get("model", {}).get("teacher"))
-    if config.model.teacher_is_url and replace(config.model, teacher=teacher).teacher_is_url:
-        may_change.add("model.teacher")  # teacher.json says which model the server must have
+    is_url = replace(config.model, teacher=teacher).teacher_is_url
+    if (config.out / "teacher.json").exists() and is_url == config.model.teacher_is_url:
+        may_change.add("model.teacher")  # that file says which model it must be
     reward = {"function": "math"} | written.get("reward", {})
     builtin = reward["function"] in ("math", "exact")  # they pay 0 or 1
     # a run without this setting called every reward above 0 right

@@ -13,7 +13,8 @@ from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import save_yaml, to_dict
 from kdrl_train.method.schedules import History, rebuild_history
 from kdrl_train.model.policy import Policy, Teacher
-from kdrl_train.model.teacher.identity import require_same_teacher
+from kdrl_train.model.teacher.client import TeacherInfo
+from kdrl_train.model.teacher.identity import check_same_teacher, describe, keep_teacher
 from kdrl_train.model.teacher.remote import RemoteTeacher
 from kdrl_train.ranks import World
 from kdrl_train.rollouts.engines import open_engine
@@ -24,7 +25,7 @@ from kdrl_train.runfolder.log import RunLog, read_postponed, read_records
 from kdrl_train.runfolder.resume import check_data, open_folder
 from kdrl_train.runfolder.signals import Interrupt
 from kdrl_train.runfolder.trackers import Trackers
-from kdrl_train.start.load import Loaded, load
+from kdrl_train.start.load import Loaded, described, load
 from kdrl_train.start.preflight import preflight, require
 from kdrl_train.step.prefetch import Prefetch
 from kdrl_train.step.run import Run
@@ -56,6 +57,9 @@ def open_run(
     policy = loaded.policy
     warnings = [] if newest is None else check_data(newest, loaded.data, config)
     warnings += require(preflight(config, loaded, verifier, world))
+    teacher = world.on_main(lambda: describe_teacher(config, loaded))
+    if teacher is not None and config.resume:
+        warnings += world.on_main(lambda: check_same_teacher(config.out, teacher))
     output.begin(f"starting the engine, {config.engine.kind}")
     engine = open_engine(config, policy, loaded.tokenizer, world)
     optimizer = make_optimizer(config, policy)
@@ -65,12 +69,10 @@ def open_run(
     first = restore(config, newest, policy, optimizer, prefetch, world)
     engine.load(policy, first)
     history = read_history(config, world, first)
-    if loaded.server is not None:
-        server = loaded.server
-        world.on_main(lambda: config.out.mkdir(parents=True, exist_ok=True))
-        world.on_main(lambda: require_same_teacher(config.out, server))
     # nothing is written to the log before every check has passed
     world.on_main(lambda: begin_folder(config, trackers, first))
+    if teacher is not None:
+        world.on_main(lambda: keep_teacher(config.out, teacher))
     log = RunLog(config.out, first, config.steps, console, writes=world.main, trackers=trackers)
     for warning in warnings:
         log.event("warning", warning)
@@ -134,6 +136,16 @@ def pack_for(
     if not world.launched or all(m.choice.packs and m.choice.longest is None for m in models):
         return config
     return replace(config, optim=replace(config.optim, micro_batch_tokens=1))
+
+
+def describe_teacher(config: TrainConfig, loaded: Loaded) -> TeacherInfo | None:
+    """Describe the teacher, behind a URL or in this process, whose files are hashed; or None."""
+    if loaded.server is not None:
+        return loaded.server.info
+    if loaded.teacher is None:
+        return None
+    output.begin(f"hashing the teacher, {described(config.model.teacher)}", at_once=True)
+    return describe(str(config.model.teacher), loaded.teacher, loaded.teacher_tokenizer)
 
 
 def open_remote(

@@ -324,6 +324,7 @@ def test_a_signal_does_not_wait_for_a_teacher_that_is_away(
     assert "stopped by a signal (SIGTERM) after 0 steps" in words
 
 
+@pytest.mark.fault("another teacher")
 def test_a_resumed_run_finds_its_teacher_elsewhere_but_no_other(
     config: Callable[..., TrainConfig], folders: dict[str, Path]
 ) -> None:

@@ -81,9 +81,11 @@ class TeacherInfo:
     tokenizer: str | None = None
     """The vocabulary_hash of the model's tokenizer."""
     eos_ids: list[int] | None = None
+    weights: str | None = None
+    """The weights_hash of the model's files."""
     fingerprint: str | None = None
-    """Changes with any of the above. Every reply holds it, as a server may restart with another
-    model."""
+    """Changes with any of the above but the model's name. Every reply holds it, as a server may
+    restart with another model."""
 
 
 class TeacherClient(ABC):
@@ -198,6 +200,7 @@ class KdrlClient(TeacherClient):
     def _info(self, _name: str | None) -> TeacherInfo:
         version = self._send("what it is", "/version", None, self.timeout_s)
         self.chat_template = version.get("chat_template", UNKNOWN)
+        version = {"weights": None} | version  # servers before 0.1 have no hash of them
         names = TeacherInfo.__dataclass_fields__
         return self._read("/version", lambda: TeacherInfo(**{n: version[n] for n in names}))
 

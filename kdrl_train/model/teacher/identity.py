@@ -1,33 +1,73 @@
-"""Keeps in a run folder's teacher.json which model behind a URL the run learns from."""
+"""Keeps in a run folder's teacher.json which teacher the run learns from."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from kdrl_train.model.teacher.client import TeacherClient, TeacherError
+from kdrl_train.model.eos import eos_ids
+from kdrl_train.model.fingerprint import weights_hash
+from kdrl_train.model.policy import Teacher
+from kdrl_train.model.teacher.client import TeacherError, TeacherInfo, vocabulary_hash
+from kdrl_train.model.window import window
+
+FILE = "teacher.json"
 
 
-def require_same_teacher(folder: Path, client: TeacherClient) -> None:
-    """Write what the first server of a run says of its model, or compare it with what is written.
+def describe(name: str, model: Teacher, tokenizer: Any) -> TeacherInfo:
+    """Describe a teacher in this process; name: its folder or hub id, whose files are hashed."""
+    return TeacherInfo(
+        model=name,
+        window=window(model.model.config),
+        vocab_size=model.vocab_size,
+        dtype=str(model.compute_dtype).removeprefix("torch."),
+        tokenizer=vocabulary_hash(tokenizer),
+        eos_ids=eos_ids(model.model, tokenizer),
+        weights=weights_hash(name),
+    )
 
-    A resumed run must learn from the same model, at whatever URL.
 
-    Raises: TeacherError where it is another one.
+def check_same_teacher(folder: Path, now: TeacherInfo) -> list[str]:
+    """Compare a teacher with that of a run so far; write nothing.
+
+    A resumed run must learn from the same model, in whatever folder or at whatever URL.
+
+    Returns: what to warn of: weights that cannot be compared.
+    Raises: TeacherError where it is another one, and for a file that is damaged.
     """
-    path, now = folder / "teacher.json", asdict(client.info)
+    path = folder / FILE
     if not path.exists():
-        work = path.with_name(f".{path.name}.tmp")
-        work.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
-        work.replace(path)
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    if now != before:
-        changed = [
-            f"{k}: {before.get(k)} in the file, {now[k]} now"
-            for k in now
-            if before.get(k) != now[k]
+        return [
+            f"{folder} does not say which teacher the run had, as an older version began it: make "
+            f"sure that it was {now.model}"
         ]
+    try:
+        before = TeacherInfo(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise TeacherError(f"{path} must describe a teacher, got {error}: restore it") from error
+    hashed = before.weights is not None and now.weights is not None
+    changed = [
+        f"{key}: {getattr(before, key)} in the file, {value} now"
+        for key, value in asdict(now).items()
+        if key not in (("fingerprint", "model") if hashed else ("fingerprint", "weights"))
+        and getattr(before, key) != value
+    ]
+    if changed:
         raise TeacherError(
-            f"the teacher at {client.url} must be that of {path}, got another one ("
-            f"{'; '.join(changed)}): serve that model again, or start a new run with another --out"
+            f"the teacher {now.model} must be that of {path}, got another one "
+            f"({'; '.join(changed)}): name or serve that model, or start a new run with another "
+            "--out"
         )
+    return [] if hashed else [f"the weights of {now.model} cannot be compared with those of {path}"]
+
+
+def keep_teacher(folder: Path, info: TeacherInfo) -> None:
+    """Write which teacher a run has, where it is not written yet, or was without its weights."""
+    path, now = folder / FILE, asdict(info)
+    if path.exists() and (
+        info.weights is None or json.loads(path.read_text(encoding="utf-8")).get("weights")
+    ):
+        return
+    work = path.with_name(f".{path.name}.tmp")
+    work.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+    work.replace(path)

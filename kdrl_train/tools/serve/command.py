@@ -2,7 +2,7 @@
 
     POST /score     {"sequences": [{"ids": [...], "prompt_tokens": 5}, ...], "temperature": 1.0,
                      "vocab_size": null} -> {"logprobs": [[...], ...], "fingerprint": "..."}
-    GET  /version   the model and its tokenizer: see describe
+    GET  /version   the model and its tokenizer: see version_reply
     GET  /health    {"status": "ready"}, or 503 and {"status": "loading"}
 
 The reply to /score has one log-probability, float32 in nats, for each id after the first
@@ -19,7 +19,7 @@ import ipaddress
 import json
 import os
 import threading
-from dataclasses import field, replace
+from dataclasses import asdict, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,11 @@ import torch
 
 from kdrl_train import output
 from kdrl_train.config import ModelConfig, TrainConfig
-from kdrl_train.model.eos import eos_ids
 from kdrl_train.model.load import load_model, load_tokenizer
 from kdrl_train.model.policy import Teacher
 from kdrl_train.model.probe import probe
-from kdrl_train.model.teacher.client import vocabulary_hash
-from kdrl_train.model.window import window
+from kdrl_train.model.teacher.client import TeacherInfo
+from kdrl_train.model.teacher.identity import describe
 from kdrl_train.settings import Port, PositiveInt, settings
 from kdrl_train.start.load import described
 from kdrl_train.tools.serve.scorer import Scorer, ServedTeacher
@@ -184,33 +183,27 @@ def load(config: ServeConfig, served: ServedTeacher) -> None:
         batch_tokens = 1
     if model.choice.reason:
         console.print(str(model.choice), soft_wrap=True)
-    info = describe(folder, model, load_tokenizer(folder, "model.teacher"))
+    output.begin(f"hashing {described(folder)}", at_once=True)
+    tokenizer = load_tokenizer(folder, "model.teacher")
+    info = version_reply(describe(folder, model, tokenizer), tokenizer.chat_template)
     served.info = info
     served.scorer = Scorer(model, batch_tokens, config.queue_size)
     output.begin("")  # it waits for requests
     console.print(f"{folder} at {config.url}", soft_wrap=True)
 
 
-def describe(folder: str, model: Teacher, tokenizer: Any) -> dict[str, Any]:
+def version_reply(teacher: TeacherInfo, chat_template: Any) -> dict[str, Any]:
     """Makes the reply to /version.
 
-    model: folder or hub id. vocab_size: rows of the head. window: most tokens of a sequence, or
-    null. dtype: that of the model. tokenizer: its vocabulary_hash. eos_ids: all tokens that end a
-    sequence. fingerprint: a hash of all these, which each reply to /score repeats. chat_template:
-    that of the tokenizer, or null. packages: their versions.
+    It holds what TeacherInfo explains; the fingerprint, a hash of all that but the model's name,
+    which each reply to /score repeats; chat_template: that of the tokenizer, or null; packages:
+    their versions.
     """
-    info = {
-        "model": folder,
-        "vocab_size": model.vocab_size,
-        "window": window(model.model.config),
-        "dtype": str(model.compute_dtype).removeprefix("torch."),
-        "tokenizer": vocabulary_hash(tokenizer),
-        "eos_ids": eos_ids(model.model, tokenizer),
-    }
-    fingerprint = hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()
+    info = {key: value for key, value in asdict(teacher).items() if key != "fingerprint"}
+    said = json.dumps({key: value for key, value in info.items() if key != "model"}, sort_keys=True)
     return info | {
-        "fingerprint": fingerprint,
-        "chat_template": tokenizer.chat_template,
+        "fingerprint": hashlib.sha256(said.encode()).hexdigest(),
+        "chat_template": chat_template,
         "packages": {n: _version(n) for n in PACKAGES},
     }
 

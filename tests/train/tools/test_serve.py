@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from kdrl_train import cli, output
 from kdrl_train.config import ModelConfig
+from kdrl_train.model.fingerprint import weights_hash
 from kdrl_train.model.policy import HeadedModel
 from kdrl_train.model.teacher.client import vocabulary_hash
 from kdrl_train.tools.serve import command
@@ -164,17 +166,22 @@ def test_version_says_what_must_match(
         "dtype": "float32",
         "tokenizer": vocabulary_hash(tokenizer),
         "eos_ids": [0],
+        "weights": weights_hash(str(folders["teacher"])),
         "chat_template": None,
     }
 
 
+@pytest.mark.fault("another teacher")
 def test_another_model_has_another_fingerprint(
-    loaded: command.ServedTeacher, folders: dict[str, Path]
+    loaded: command.ServedTeacher, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     other = service(folders["other_teacher"]).info
     assert other["tokenizer"] == loaded.info["tokenizer"]
     assert other["fingerprint"] != loaded.info["fingerprint"]
     assert service(folders["teacher"]).info == loaded.info
+    copy = service(shutil.copytree(folders["teacher"], tmp_path / "copy"))
+    assert copy.info["fingerprint"] == loaded.info["fingerprint"]
+    assert copy.info["model"] != loaded.info["model"]
 
 
 def test_until_the_model_is_loaded_the_server_says_so(loaded: command.ServedTeacher) -> None:
