@@ -54,7 +54,7 @@ class Command:
     """Keys that --help explains; --help-all explains all. Empty: --help explains all."""
 
 
-_MODEL = ("model.policy", "model.teacher", "model.dtype")
+_MODEL = ("model.policy", "model.teacher", "model.dtype", "model.trust_remote_code")
 _TRAIN = (
     "preset", "config", "out", "resume", "steps", "save_every", *_MODEL, "data.path",
     "sampling.prompts_per_step", "sampling.group_size", "sampling.max_new_tokens",
@@ -120,7 +120,7 @@ COMMANDS = {
         of_run=True,
         options=("config", "host", "port", "batch_tokens", "queue_size", "request_tokens",
                  "connections", "ssl_certfile", "ssl_keyfile", "model.teacher", "model.dtype",
-                 "model.device"),
+                 "model.device", "model.trust_remote_code"),
     ),
     "sft": Command(
         help="train a small model and its tokenizer on solved problems",
@@ -128,9 +128,9 @@ COMMANDS = {
         settings="tools.sft.SftConfig",
         lasts=True,
         of_run=True,
-        options=("config", "out", "seed", "data.path", "solution_column", "model", "steps",
-                 "minutes", "batch_tokens", "learning_rate", "architecture.hidden",
-                 "architecture.layers"),
+        options=("config", "out", "seed", "data.path", "solution_column", "model",
+                 "trust_remote_code", "steps", "minutes", "batch_tokens", "learning_rate",
+                 "architecture.hidden", "architecture.layers"),
     ),
 }  # fmt: skip
 EPILOG = (
@@ -191,7 +191,10 @@ def parse(
                 "that method, or remove the section method from a copy of the file to replace it"
             )
     if of_run is not None and is_training(file, default):
-        default = of_run(update(TrainConfig(), file), Path(early.config).parent)
+        training = update(TrainConfig(), file)
+        # such a file comes with its model: whether the model's code is run says this command
+        model = replace(training.model, trust_remote_code=False)
+        default = of_run(replace(training, model=model), Path(early.config).parent)
     else:
         default = update(default, file)
     if options and not early.help_all and {"-h", "--help"} & set(argv):

@@ -39,6 +39,10 @@ ADAPTER = (
 GATED = "it is gated: accept its terms on its page of the hub, then run `hf auth login`"
 POINTER = b"version https://git-lfs"
 AGAIN = "download it again"
+UNTRUSTED = (
+    "which is not run: name a model that transformers has, or set model.trust_remote_code "
+    "(--model.trust-remote-code; in sft and replay --trust-remote-code) if you trust its authors"
+)
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -54,7 +58,7 @@ def one_line(error: BaseException) -> str:
     """Say what an error of transformers or the hub means for the user, in one line."""
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
-        return "it has code of its own, which is not run here: name a model that transformers has"
+        return f"it has code of its own, {UNTRUSTED}"
     if "gated repo" in text:
         return GATED
     if "Unrecognized configuration class" in text:
@@ -82,11 +86,13 @@ def auto_class(config: PretrainedConfig) -> Any:
     return AutoModelForCausalLM
 
 
-def require_loadable(name: str, key: str) -> dict[str, Any]:
+def require_loadable(name: str, key: str, trusted: bool = False) -> dict[str, Any]:
     """Return the config.json of a model of transformers, after a look at its files.
 
+    Args:
+        trusted: model.trust_remote_code: whether code in its folder may be run.
     Raises: ValueError for a name that is neither a folder nor an id, an adapter, a model with code
-        of its own, and files that are absent, cut, or pointers of git-lfs.
+        of its own that is not trusted, and files that are absent, cut, or pointers of git-lfs.
     """
     require_place(name, key)
     try:
@@ -99,13 +105,9 @@ def require_loadable(name: str, key: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise refusal(key, name, one_line(error)) from error
     kind = config.get("model_type")
-    if "auto_map" in config and kind not in CONFIG_MAPPING:
-        raise refusal(
-            key,
-            name,
-            f"its model_type {kind!r} has code of its own (auto_map in config.json), which is not "
-            "run here: name a model that transformers has",
-        )
+    if "auto_map" in config and kind not in CONFIG_MAPPING and not trusted:
+        why = f"its model_type {kind!r} has code of its own (auto_map in config.json), {UNTRUSTED}"
+        raise refusal(key, name, why)
     return config
 
 
@@ -119,8 +121,10 @@ def require_place(name: str, key: str) -> None:
         raise refusal(key, name, problem)
 
 
-def read_config(name: str) -> Any:
+def read_config(name: str, trusted: bool = False) -> Any:
     """Return transformers' config of a model, whose weights need not be here.
+
+    trusted: model.trust_remote_code: whether code in its folder may be run.
 
     Raises: ValueError that says why it cannot be read.
     """
@@ -128,7 +132,7 @@ def read_config(name: str) -> Any:
     if problem:
         raise ValueError(problem)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return AutoConfig.from_pretrained(name, trust_remote_code=trusted)
     except Exception as error:  # the code of a config may raise anything
         raise ValueError(one_line(error)) from error
 

@@ -13,6 +13,7 @@ from kdrl_train.model.folder import (
     auto_class,
     one_line,
     quantization,
+    read_config,
     refusal,
     require_loadable,
     require_place,
@@ -92,8 +93,10 @@ def use_device(config: ModelConfig) -> torch.device:
     return device
 
 
-def load_tokenizer(folder: str, key: str = "model.policy") -> Any:
+def load_tokenizer(folder: str, key: str = "model.policy", trusted: bool = False) -> Any:
     """Load the tokenizer of a model folder or hub id, which the setting `key` names.
+
+    trusted: model.trust_remote_code: whether code in its folder may be run.
 
     Raises: ValueError for a folder without one, of which transformers would make an empty one.
     """
@@ -101,7 +104,7 @@ def load_tokenizer(folder: str, key: str = "model.policy") -> Any:
     tokenizer, why = None, "no file with a vocabulary"
     try:
         require_readable(folder, *TOKENIZER_FILES)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
     except Exception as error:  # the libraries of tokenizers raise many types
         why = one_line(error)
     if tokenizer is None or not tokenizer.get_vocab().keys() - tokenizer.added_tokens_encoder:
@@ -142,9 +145,10 @@ def load_model(
     plain = "trained" if trained else "sharded" if world.launched else None
 
     def read() -> Any:
-        return read_model(folder, key, dtype, config.attention, device, plain)
+        trusted = config.trust_remote_code
+        return read_model(folder, key, dtype, config.attention, device, plain, trusted)
 
-    model = _read_on_main(read, dtype, config.attention, world)
+    model = _read_on_main(read, folder, dtype, config, world)
     dtype_run = getattr(torch, config.dtype)
     chosen = world.on_main(
         lambda: choice.choose(model, config.attention, device, dtype_run, liger=config.liger)
@@ -166,28 +170,30 @@ def read_model(
     attention_name: str | None = None,
     device: torch.device | None = None,
     plain: str | None = None,
+    trusted: bool = False,
 ) -> Any:
     """Read a model with all its weights into CPU memory.
 
     Args:
         device: where a quantised model is put, which cannot be moved later; None: the CPU.
         plain: "trained" or "sharded": what quantised weights cannot be; None: they may be so.
+        trusted: model.trust_remote_code: whether code in its folder may be run.
     Raises: ValueError naming the setting `key` for a model that cannot be loaded, or that its files
         do not hold whole, and for a quantised one where it must not be.
     """
-    declared = require_loadable(folder, key)
+    declared = require_loadable(folder, key, trusted)
     method = quantization(declared)
     if method is not None and plain is not None:
         raise refusal(key, folder, f"its weights are quantised ({method}), and {REMEDY[plain]}")
     where = {} if method is None else {"device_map": {"": device or torch.device("cpu")}}
     try:
         with without_report():
-            model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            model_config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
             model, report = auto_class(model_config).from_pretrained(
                 folder,
                 dtype=dtype,
                 attn_implementation=attention_name,
-                trust_remote_code=False,
+                trust_remote_code=trusted,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # require_complete names them
                 **where,
@@ -205,24 +211,30 @@ def read_model(
 
 
 def _read_on_main(
-    read: Callable[[], Any], dtype: torch.dtype, attention_name: str | None, world: World
+    read: Callable[[], Any], folder: str, dtype: torch.dtype, settings: ModelConfig, world: World
 ) -> Any:
     """Read a model on rank 0; the others build it on the meta device, without its weights."""
     models: list[Any] = []  # a model stays on its rank: what on_main returns is sent to all
+    trusted = settings.trust_remote_code
 
-    def keep() -> tuple[Any, Any, Origin]:
-        models.append(read())
+    def facts() -> tuple[Any, Any, Origin]:
         return models[0].config, models[0].generation_config, models[0].origin
 
     def build() -> None:
         with torch.device("meta"):
             shell = auto_class(config).from_config(
-                config, dtype=dtype, attn_implementation=attention_name
+                config,
+                dtype=dtype,
+                attn_implementation=settings.attention,
+                trust_remote_code=trusted,
             )
         shell.generation_config, shell.origin = generation_config, origin
         models.append(shell)
 
-    config, generation_config, origin = world.on_main(keep)
+    world.on_main(lambda: models.append(read()))
+    if trusted:  # the class of a configuration in the folder must be known where it arrives
+        world.share(lambda: None if world.main else read_config(folder, trusted))
+    config, generation_config, origin = world.on_main(facts)
     world.share(lambda: None if world.main else build())
     (model,) = models
     return model

@@ -40,6 +40,7 @@ MAY_CHANGE = (
     "model.weights",
     "engine.max_sampler_mismatch",
     "model.liger",
+    "model.trust_remote_code",
     "optim.micro_batch_tokens",
     "optim.workspace_bytes",
     "optim.head_impl",

@@ -54,9 +54,10 @@ def load(config: TrainConfig, world: World = ALONE, policy_class: type[Policy] =
     Raises: ValueError or OSError for what cannot be loaded; with several ranks a model or problems
         that cannot be loaded raise RankError.
     """
-    world.on_main(lambda: require_loadable(config.model.policy, "model.policy"))
+    trusted = config.model.trust_remote_code
+    world.on_main(lambda: require_loadable(config.model.policy, "model.policy", trusted))
     output.begin(f"loading problems, {config.data.path}")
-    tokenizer = load_tokenizer(config.model.policy)
+    tokenizer = load_tokenizer(config.model.policy, "model.policy", trusted)
     examples, prompts = read_problems(config.data, tokenizer, world)
     held_out: list[Example] = []
     held_out_prompts = None
@@ -80,7 +81,7 @@ def load(config: TrainConfig, world: World = ALONE, policy_class: type[Policy] =
         policy=policy,
         teacher_tokenizer=None
         if teacher is None
-        else load_tokenizer(str(config.model.teacher), "model.teacher"),
+        else load_tokenizer(str(config.model.teacher), "model.teacher", trusted),
         teacher=teacher,
         examples=examples,
         prompts=prompts,

@@ -114,7 +114,7 @@ def evaluate_folder(config: EvaluateConfig, console: Console | None = None) -> E
 
     console: gets a line that says what is measured, and what is doubtful; None: none does.
     """
-    tokenizer = load_tokenizer(config.model.policy)
+    tokenizer = load_tokenizer(config.model.policy, "model.policy", config.model.trust_remote_code)
     examples, facts = read_problems(config.data, tokenizer, max_problems=config.max_problems)
     dtype = getattr(torch, config.model.dtype)
     output.begin(f"loading {described(config.model.policy)}", at_once=True)
@@ -194,7 +194,7 @@ def common_width(model: Any, config: ModelConfig) -> int:
         with closing(connect(config, TeacherConfig())) as server:
             return min(vocab_size, server.vocab_size or vocab_size)
     try:
-        teacher = read_config(config.teacher)
+        teacher = read_config(config.teacher, config.trust_remote_code)
     except ValueError as error:
         raise refusal("model.teacher", config.teacher, str(error)) from error
     return min(vocab_size, teacher.get_text_config().vocab_size)

@@ -36,6 +36,9 @@ class ReplayConfig:
     all: Switch = False
     """Show every completion. Without it: those that are not finite, and the ten with the largest
     gradients."""
+    trust_remote_code: Switch = False
+    """Run Python files in the folders of policy and teacher (auto_map in their config.json), with
+    the rights of this process. The run's own setting is not taken over."""
 
 
 def of_run(_run: TrainConfig, folder: Path) -> ReplayConfig:
@@ -77,7 +80,7 @@ def main(config: ReplayConfig, console: Console | None = None) -> list[Replayed]
     Raises: ValueError if the file is not such a dump, or its folder not a run folder.
     """
     dump = load_dump(config.file)
-    replayed = replay(dump, config.file.parent)
+    replayed = replay(dump, config.file.parent, config.trust_remote_code)
     broken = [one for one in replayed if not one.finite]
     shown = replayed
     if not config.all:
@@ -109,8 +112,10 @@ _STEP = ("step", "part", "rewards", "coefficients", "example_ids")
 _ROLLOUTS = tuple(field.name for field in fields(Rollouts))
 
 
-def replay(dump: dict[str, Any], folder: Path) -> list[Replayed]:
+def replay(dump: dict[str, Any], folder: Path, trusted: bool = False) -> list[Replayed]:
     """Repeats every completion of the dump with the weights before the step.
+
+    trusted: whether code in the folders of the models may be run.
 
     Raises: ValueError if the run folder has no configuration, or no checkpoint of that step.
     """
@@ -120,6 +125,7 @@ def replay(dump: dict[str, Any], folder: Path) -> list[Replayed]:
             "weights between two updates of a step are not saved"
         )
     config = update(TrainConfig(), load_yaml(folder / "config.yaml"))
+    config = replace(config, model=replace(config.model, trust_remote_code=trusted))
     use_device(config.model)
     loaded = load(config)
     policy, step, rewards = loaded.policy, dump["step"], dump["rewards"]

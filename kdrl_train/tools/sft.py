@@ -67,6 +67,9 @@ class SftConfig:
     """Model to continue from: a folder or hub id. Its tokenizer is used. None: a new model."""
     tokenizer: str | None = None
     """Folder or hub id of a tokenizer. None: that of `model`, or one trained on these examples."""
+    trust_remote_code: Switch = False
+    """Run Python files in the folder of `model` or `tokenizer` (auto_map in its config.json), with
+    the rights of this process. Set it only for authors that you trust."""
     vocab_size: PositiveInt = 2048
     """Largest vocabulary of a tokenizer trained here: 256 bytes, 3 special tokens, merges."""
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
@@ -348,11 +351,15 @@ def main(config: SftConfig, console: Console | None = None) -> Path:
         texts = (text for example, solution in solutions for text in (example.prompt, solution))
         tokenizer = train_tokenizer(texts, config.vocab_size)
     else:
-        tokenizer = load_tokenizer(source, "model" if config.model else "tokenizer")
+        tokenizer = load_tokenizer(
+            source, "model" if config.model else "tokenizer", config.trust_remote_code
+        )
     if config.model is None:
         model = make_model(config.architecture, tokenizer, config.seed).to(device)
     else:
-        model = read_model(config.model, "model", torch.float32, plain="trained").to(device)
+        trusted = config.trust_remote_code
+        model = read_model(config.model, "model", torch.float32, plain="trained", trusted=trusted)
+        model.to(device)
         if model.origin.parts:
             console.print(Text(f"not read, and not saved: {', '.join(model.origin.parts)}"))
     longest = window(model.config) or sys.maxsize

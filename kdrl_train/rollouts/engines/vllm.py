@@ -46,6 +46,7 @@ class VllmEngine(RequestEngine):
             dtype=config.model.dtype,
             seed=config.seed,  # it seeds the whole process
             skip_tokenizer_init=True,
+            trust_remote_code=config.model.trust_remote_code,
             generation_config="vllm",  # nothing from generation_config.json
             logprobs_mode="processed_logprobs",  # at the temperature, of the allowed columns
             max_model_len=longest_sequence(config, policy),

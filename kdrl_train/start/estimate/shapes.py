@@ -77,24 +77,30 @@ class ModelShape:
         return met + self.head_parameters
 
 
-def read_shape(folder: str, key: str) -> ModelShape:
+def read_shape(folder: str, key: str, trusted: bool = False) -> ModelShape:
     """Reads the sizes of the causal LM in a folder (its config.json is enough) or of a hub id.
 
     Args:
         key: "model.policy" or "model.teacher", for messages.
+        trusted: model.trust_remote_code: whether code in its folder may be run.
     Raises: ValueError if it is not a causal LM, or has a layer of an unknown kind.
     """
-    return shape_of(read_model(folder, key), f"{key} = {folder!r}")
+    return shape_of(read_model(folder, key, trusted), f"{key} = {folder!r}")
 
 
-def read_model(folder: str, key: str) -> Any:
+def read_model(folder: str, key: str, trusted: bool = False) -> Any:
     """Builds the causal LM of a folder or hub id on the meta device, as read_shape takes them."""
     if not folder:
         raise ValueError(f"{key} must name a folder or hub id, got nothing: set {key}")
     try:
-        config = read_config(folder)
+        config = read_config(folder, trusted)
         with torch.device("meta"):
-            model = auto_class(config).from_config(config, dtype=torch.float32)
+            model = auto_class(config).from_config(
+                config,
+                dtype=torch.float32,
+                attn_implementation=None,  # not one that config.json names: it may be downloaded
+                trust_remote_code=trusted,
+            )
     except Exception as error:  # a model's code may raise anything for a config that is not its own
         raise ValueError(
             f"{key} must be a folder with the config.json of a causal LM of transformers, or a hub "

@@ -179,11 +179,12 @@ def make_estimate(config: PlanConfig) -> Estimate:
     Raises: ValueError for models that cannot be read or are not modelled, and for a workspace that
         is too small for the logits of one token.
     """
-    model = read_model(config.model.policy, "model.policy")
+    trusted = config.model.trust_remote_code
+    model = read_model(config.model.policy, "model.policy", trusted)
     policy = shape_of(model, f"model.policy = {config.model.policy!r}")
     teacher = None
     if config.method.kd is not None:
-        teacher = read_shape(config.model.teacher or "", "model.teacher")
+        teacher = read_shape(config.model.teacher or "", "model.teacher", trusted)
     cpu = config.device == "cpu"
     placement = Placement(
         gpus=config.gpus,

@@ -184,7 +184,7 @@ def load(config: ServeConfig, served: ServedTeacher) -> None:
     if model.choice.reason:
         console.print(str(model.choice), soft_wrap=True)
     output.begin(f"hashing {described(folder)}", at_once=True)
-    tokenizer = load_tokenizer(folder, "model.teacher")
+    tokenizer = load_tokenizer(folder, "model.teacher", config.model.trust_remote_code)
     info = version_reply(describe(folder, model, tokenizer), tokenizer.chat_template)
     served.info = info
     served.scorer = Scorer(model, batch_tokens, config.queue_size)

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import AutoModelForCausalLM
 
-from kdrl_train.model.folder import one_line, quantization, require_loadable, tensors
+from kdrl_train.model.folder import UNTRUSTED, one_line, quantization, require_loadable, tensors
 from kdrl_train.model.load import load_tokenizer, read_model
 from kdrl_train.start.estimate.shapes import read_shape
 
@@ -129,7 +129,8 @@ def test_code_of_its_own_is_refused(folder: Folder) -> None:
     path.write_text(json.dumps(config | {"model_type": "x"}), encoding="utf-8")
     reason = message(path.parent)
     assert reason.startswith("its model_type 'x' has code of its own (auto_map in config.json)")
-    assert "trust_remote_code" not in reason
+    assert reason.endswith(f"{UNTRUSTED}")
+    require_loadable(str(path.parent), "model.policy", trusted=True)
 
 
 def test_a_mistyped_name_waits_for_no_hub(

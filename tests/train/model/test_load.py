@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import dynamic_module_utils
 
 from kdrl_train.config import TrainConfig
+from kdrl_train.model.folder import read_config, require_loadable
 from kdrl_train.model.load import load_policy, load_teacher, load_tokenizer, read_model
 from kdrl_train.model.weights import require_trainable
 from kdrl_train.ranks import World
+from kdrl_train.runfolder.export import export
+from kdrl_train.start.estimate.shapes import read_shape
 from kdrl_train.start.load import load
 
 
@@ -118,3 +123,85 @@ def test_reading_a_model_logs_nothing(
         model = read_model(str(folder), "model.policy", torch.float32)
     assert model.origin.parts == {"more": 1}
     assert caplog.messages == []
+
+
+@pytest.fixture
+def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that exists once code in a model's folder was run; questions are answered with "y"."""
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(modules))
+    monkeypatch.syspath_prepend(str(modules))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    return tmp_path / "marker"
+
+
+def with_code(folder: Path, marker: Path, **settings: Any) -> str:
+    """Put code into the folder of a Qwen2, which its config.json and tokenizer name."""
+    for name, kind in (("configuration_x", "Qwen2Config"), ("modeling_x", "Qwen2ForCausalLM")):
+        (folder / f"{name}.py").write_text(
+            f"from pathlib import Path\nfrom transformers import {kind}\n"
+            f"Path({str(marker)!r}).touch()\n"
+            f"class X({kind}):\n    model_type = 'x-{folder.name}'\n",
+            encoding="utf-8",
+        )
+    with (folder / "modeling_x.py").open("a", encoding="utf-8") as file:
+        file.write("from .configuration_x import X as C\nX.config_class = C\n")
+    shutil.copy(folder / "modeling_x.py", folder / "tokenization_x.py")
+    names = {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}
+    changes = {
+        "config.json": {"model_type": f"x-{folder.name}", "auto_map": names} | settings,
+        "tokenizer_config.json": {
+            "auto_map": {"AutoTokenizer": ["tokenization_x.X", None]},
+            "tokenizer_class": "X",
+        },
+    }
+    for file, values in changes.items():
+        content = json.loads((folder / file).read_text(encoding="utf-8"))
+        (folder / file).write_text(json.dumps(content | values), encoding="utf-8")
+    return str(folder)
+
+
+FLAG = r"\(--model\.trust-remote-code; in sft and replay --trust-remote-code\)"
+READERS: dict[str, Callable[[str], object]] = {
+    "train": lambda folder: require_loadable(folder, "model.policy"),
+    "weights": lambda folder: read_model(folder, "model.policy", torch.float32),
+    "plan": lambda folder: read_shape(folder, "model.policy"),
+    "eval": read_config,
+    "serve": load_tokenizer,
+}
+
+
+@pytest.mark.fault("hostile model folder")
+@pytest.mark.parametrize("family", ["x", "t5"])  # unknown; known, but no causal LM
+@pytest.mark.parametrize("command", READERS)
+def test_code_of_a_model_is_not_run(
+    copied: Callable[..., Path], marker: Path, command: str, family: str
+) -> None:
+    folder = with_code(copied("student"), marker, model_type=family)
+    known = family == "t5"  # transformers has a tokenizer for it
+    with suppress(ValueError) if known else pytest.raises(ValueError, match=FLAG):
+        READERS[command](folder)
+    assert not marker.exists()
+
+
+@pytest.mark.fault("hostile model folder")
+def test_code_of_a_model_is_run_where_it_is_trusted(
+    copied: Callable[..., Path], folders: dict[str, Path], marker: Path, tmp_path: Path
+) -> None:
+    folder = with_code(copied("student"), marker)
+    model = read_model(folder, "model.policy", torch.float32, trusted=True)
+    assert marker.exists()
+    assert type(model).__name__ == "X"
+    plain = load_file(folders["student"] / "model.safetensors")
+    assert torch.equal(model.get_input_embeddings().weight, plain["model.embed_tokens.weight"])
+    shape = read_shape(folder, "model.policy", trusted=True)
+    assert shape.parameters == sum(weight.numel() for weight in plain.values())
+    tokenizer = load_tokenizer(str(folders["student"]))
+    export(model, tokenizer, tmp_path / "exported")
+    assert (tmp_path / "exported" / "modeling_x.py").is_file()
+    again = str(tmp_path / "exported")
+    with pytest.raises(ValueError, match=FLAG):
+        read_model(again, "model.policy", torch.float32)
+    copy = read_model(again, "model.policy", torch.float32, trusted=True)
+    assert torch.equal(copy.get_input_embeddings().weight, plain["model.embed_tokens.weight"])

@@ -99,6 +99,19 @@ def test_serve_replay_and_sft_take_their_part(run: TrainConfig) -> None:
     assert (taken.data, taken.model, taken.seed) == (run.data, run.model.policy, 5)
 
 
+@pytest.mark.fault("hostile model folder")
+def test_a_runs_file_does_not_trust_the_code_of_its_model(run: TrainConfig) -> None:
+    trusting = replace(run, model=replace(run.model, trust_remote_code=True))
+    save_yaml(trusting, run.out / "config.yaml")
+    for command in ("eval", "serve"):
+        assert not parse(command, "--config", file_of(run)).model.trust_remote_code
+        option = "--model.trust-remote-code"
+        assert parse(command, "--config", file_of(run), option).model.trust_remote_code
+    for command in ("replay", "sft"):
+        assert not parse(command, "--config", file_of(run)).trust_remote_code
+        assert parse(command, "--config", file_of(run), "--trust-remote-code").trust_remote_code
+
+
 def test_a_file_of_the_command_itself_is_read_as_before(tmp_path: Path) -> None:
     file = tmp_path / "eval.yaml"
     file.write_text("samples: 9\ndata: {path: a.jsonl}\nout: numbers.json\n", encoding="utf-8")
