@@ -24,7 +24,7 @@ FLOORS = (
     ("config",),
     ("method",),
     ("batch",),
-    ("ranks",),
+    ("exchange", "ranks"),
     ("errors", "output", "proxies", "settings", "waiting"),
 )
 """The rooms of kdrl_train, from the highest to the lowest; rooms of one floor do not meet."""

@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 
 from kdrl_train.batch import Example
 from kdrl_train.config import TrainConfig
+from kdrl_train.exchange import NoReplyError
 from kdrl_train.model.teacher.client import (
-    NoReplyError,
     OpenAiClient,
     Query,
     TeacherClient,

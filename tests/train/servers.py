@@ -177,3 +177,50 @@ def by_position(ids: list[int], prompt_tokens: int) -> list[float]:
 def status(code: int, text: str = "", **headers: str) -> fastapi.Response:
     """Make a reply to send as it is."""
     return PlainTextResponse(text, code, {k.replace("_", "-"): v for k, v in headers.items()})
+
+
+@contextlib.contextmanager
+def talking(talk: Callable[[socket.socket], None], reads: bool = True) -> Iterator[str]:
+    """Run talk(connection) for each connection, after its header was read; yields the URL.
+
+    What `talk` sends to a client that has left is dropped.
+    """
+    listener = socket.create_server(("127.0.0.1", 0))
+    threads: list[threading.Thread] = []
+
+    def serve(connection: socket.socket) -> None:
+        with contextlib.suppress(OSError), connection:
+            if reads:
+                connection.recv(2**16)
+            talk(connection)
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(2**16):
+                pass  # closing earlier would throw away what the client has not read yet
+
+    def accept() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:  # the listener is closed
+                return
+            threads.append(threading.Thread(target=serve, args=(connection,)))
+            threads[-1].start()
+
+    acceptor = threading.Thread(target=accept)
+    acceptor.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        for thread in (acceptor, *threads):
+            thread.join()
+
+
+def http_reply(body: bytes, status: str = "200 OK", **headers: str) -> bytes:
+    """Write a whole reply, with the right length unless `headers` says another one."""
+    named = {"content-length": str(len(body))} | {
+        name.replace("_", "-"): value for name, value in headers.items()
+    }
+    lines = [f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in named.items())]
+    return "\r\n".join([*lines, "", ""]).encode() + body

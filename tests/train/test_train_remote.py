@@ -312,7 +312,7 @@ def test_a_signal_does_not_wait_for_a_teacher_that_is_away(
         query = RemoteTeacher.query
 
         def away(self: Any, *arguments: Any) -> Any:
-            self.client._http.base_url = f"http://127.0.0.1:{free_port()}"  # no server
+            self.client._exchange._http.base_url = f"http://127.0.0.1:{free_port()}"  # no server
             threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
             return query(self, *arguments)
 

@@ -10,27 +10,27 @@ at temperature 1, whatever the request says, over all columns of the model's hea
 
 import hashlib
 import json
+import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-import httpx2
 import torch
 from torch import Tensor
 
 from kdrl_train.config import ModelConfig, TeacherConfig
 from kdrl_train.errors import RunError
-from kdrl_train.proxies import is_loopback, proxy_note
+from kdrl_train.exchange import BadReplyError, Exchange, NoReplyError, member, only, typed
 
-T = TypeVar("T")
-
-TRY_AGAIN = (429, 500, 502, 503, 504)
-"""Status codes of a server that is full, loading or restarting."""
+TOKEN = "KDRL_TEACHER_TOKEN"
+"""Environment variable with the token that a teacher's server demands, of either format."""
 FORBIDDEN = -9998.0
 """A log-probability below this stands for -inf, which vLLM writes as -9999."""
 ROUNDING = 1e-3
 """A log-probability above this is wrong: rounding alone stays below it."""
+MOST = 2**53
+"""No count or token id of a server is as large."""
 
 
 UNKNOWN = object()
@@ -39,17 +39,6 @@ UNKNOWN = object()
 
 class TeacherError(RunError, OSError):
     """Ends the run: the teacher's server did not reply in time, or its reply is wrong."""
-
-
-class NoReplyError(Exception):
-    """Says that the server did not reply, so that a new try may help.
-
-    wait_s: seconds that the server told us to wait.
-    """
-
-    def __init__(self, message: str, wait_s: float = 0.0) -> None:
-        super().__init__(message)
-        self.wait_s = wait_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,19 +87,14 @@ class TeacherClient(ABC):
     """
 
     def __init__(self, url: str, config: TeacherConfig) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
+        try:
+            self._exchange = Exchange(url, "model.teacher", TOKEN)
+        except ValueError as error:
+            raise TeacherError(str(error)) from error
+        self.url = self._exchange.url
         self.timeout_s = config.timeout_s
         self.chat_template: Any = UNKNOWN
         """That of the model's tokenizer, None if it has none; UNKNOWN: the server does not say."""
-        connections = httpx2.Limits(max_connections=config.concurrency)
-        trust = not is_loopback(self.url)
-        try:
-            self._http = httpx2.Client(base_url=self.url, limits=connections, trust_env=trust)
-        except (httpx2.InvalidURL, ValueError, ImportError) as error:  # the latter two: a proxy
-            note = proxy_note(self.url)
-            raise TeacherError(
-                f"model.teacher must be a URL, got {url!r}{note}: {error}"
-            ) from error
         try:
             self.info = self._info(config.name)
         except TeacherError:
@@ -129,69 +113,55 @@ class TeacherClient(ABC):
         return self.info.vocab_size
 
     def close(self) -> None:
-        """Close the connections."""
-        self._http.close()
+        """Stop the requests that are open, and close the connections. May be called twice."""
+        self._exchange.close()
 
     def logprobs(self, query: Query, timeout_s: float | None = None) -> Tensor:
         """Return the log-probability of each token of the completion, [T] float32, nats.
 
         Raises: NoReplyError where a new try may help; TeacherError for a reply that does not fit.
         """
-        timeout_s = timeout_s or self.timeout_s
-        values = self._read(str(query), lambda: [float(x) for x in self._values(query, timeout_s)])
-        logprobs = torch.tensor(values, dtype=torch.float32)
-        problem = _problem(logprobs, query.completion_ids)
+        values = self._values(query, timeout_s or self.timeout_s)
+        problem = logprob_problem(values, query.completion_ids)
         if problem is not None:
             raise TeacherError(
                 f"the teacher at {self.url} must give a finite log-probability for each token of "
                 f"{query}, got {problem}: see the server's log and model.teacher_api"
             )
-        return logprobs
+        return torch.tensor(values, dtype=torch.float32)
 
-    def _read(self, what: str, reader: Callable[[], T]) -> T:
-        """Return reader(); raise TeacherError where a reply has not the format it expects."""
-        try:
-            return reader()
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise TeacherError(
-                f"the teacher at {self.url} must reply in the format of model.teacher_api, got "
-                f"{type(error).__name__} ({error}) when reading {what}: set model.teacher_api "
-                "to the format of this server"
-            ) from error
+    def _wrong(self, what: str, error: BadReplyError) -> TeacherError:
+        """Make the error for a reply that has not the format of model.teacher_api."""
+        return TeacherError(
+            f"the teacher at {self.url} must reply in the format of model.teacher_api, got "
+            f"{error} when reading {what}: set model.teacher_api to the format of this server"
+        )
 
-    def _send(self, what: str, path: str, body: Any, timeout_s: float) -> Any:
+    def _send(self, what: str, path: str, body: Any, timeout_s: float, tokens: int = 0) -> Any:
         """Return the JSON of one reply; without a body the request is a GET.
 
-        what: names in messages what the request is for.
+        Args:
+            what: names in messages what the request is for.
+            tokens: how many the reply is about.
         """
         method = "GET" if body is None else "POST"
         try:
-            response = self._http.request(method, path, json=body, timeout=timeout_s)
-        except httpx2.TransportError as error:
-            raise NoReplyError(f"{type(error).__name__} ({error}){proxy_note(self.url)}") from error
-        status, text = response.status_code, response.text[:500]
-        if status in TRY_AGAIN:
-            wait = response.headers.get("retry-after", "0")
-            message = f"status {status} ({text}){proxy_note(self.url)}"
-            raise NoReplyError(message, float(wait) if wait.isdigit() else 0.0)
-        if status != 200:
+            work = self._exchange.json(method, path, body, timeout_s, tokens)
+            return self._exchange.start(work).result()
+        except CancelledError as error:
+            raise NoReplyError("an end of the client") from error
+        except BadReplyError as error:
+            form = " in JSON" if error.status is None else ""
             raise TeacherError(
-                f"the teacher at {self.url} must reply to {method} {path} with {what}, got status "
-                f"{status}: {text}{proxy_note(self.url)}; see model.teacher and model.teacher_api"
-            )
-        try:
-            return response.json()
-        except ValueError as error:
-            raise TeacherError(
-                f"the teacher at {self.url} must reply to {method} {path} with {what} in JSON, "
-                f"got {text!r}{proxy_note(self.url)}: see model.teacher and model.teacher_api"
+                f"the teacher at {self.url} must reply to {method} {path} with {what}{form}, got "
+                f"{error}; see model.teacher and model.teacher_api"
             ) from error
 
     @abstractmethod
     def _info(self, name: str | None) -> TeacherInfo: ...
 
     @abstractmethod
-    def _values(self, query: Query, timeout_s: float) -> list[float]: ...
+    def _values(self, query: Query, timeout_s: float) -> list[Any]: ...
 
 
 class KdrlClient(TeacherClient):
@@ -199,25 +169,31 @@ class KdrlClient(TeacherClient):
 
     def _info(self, _name: str | None) -> TeacherInfo:
         version = self._send("what it is", "/version", None, self.timeout_s)
+        try:
+            info = _described(version)
+        except BadReplyError as error:
+            raise self._wrong("/version", error) from error
         self.chat_template = version.get("chat_template", UNKNOWN)
-        version = {"weights": None} | version  # servers before 0.1 have no hash of them
-        names = TeacherInfo.__dataclass_fields__
-        return self._read("/version", lambda: TeacherInfo(**{n: version[n] for n in names}))
+        return info
 
-    def _values(self, query: Query, timeout_s: float) -> list[float]:
+    def _values(self, query: Query, timeout_s: float) -> list[Any]:
         ids = query.prompt_ids + query.completion_ids
         body = {
             "sequences": [{"ids": ids, "prompt_tokens": len(query.prompt_ids)}],
             "temperature": query.temperature,
             "vocab_size": query.sampled_vocab_size,
         }
-        reply = self._send(str(query), "/score", body, timeout_s)
-        if reply["fingerprint"] != self.info.fingerprint:
+        reply = self._send(str(query), "/score", body, timeout_s, len(query.completion_ids))
+        try:
+            fingerprint = member(reply, "fingerprint", str)
+            values: list[Any] = typed(only(reply, "logprobs"), "logprobs", list)
+        except BadReplyError as error:
+            raise self._wrong(str(query), error) from error
+        if fingerprint != self.info.fingerprint:
             raise TeacherError(
                 f"the teacher at {self.url} must stay the same during a run, got another one than "
                 f"{self.info.model} ({self.info.dtype}): restart the server as it was"
             )
-        (values,) = reply["logprobs"]
         return values
 
 
@@ -226,7 +202,15 @@ class OpenAiClient(TeacherClient):
 
     def _info(self, name: str | None) -> TeacherInfo:
         reply = self._send("its models", "/v1/models", None, self.timeout_s)
-        models = self._read("/v1/models", lambda: {m["id"]: m for m in reply["data"]})
+        try:
+            models = {member(m, "id", str): m for m in member(reply, "data", list)}
+            longest = {
+                name: _integer(model["max_model_len"], "max_model_len", 1)
+                for name, model in models.items()
+                if model.get("max_model_len") is not None
+            }
+        except BadReplyError as error:
+            raise self._wrong("/v1/models", error) from error
         if name is None and len(models) == 1:
             (name,) = models
         if name is None or name not in models:
@@ -234,17 +218,20 @@ class OpenAiClient(TeacherClient):
                 f"teacher.name must be a model of {self.url}, got {name}: it has "
                 f"{', '.join(models)}"
             )
-        longest = models[name].get("max_model_len")
         # the server generates one token for each query, which needs a place in the window too
-        return TeacherInfo(model=name, window=None if longest is None else longest - 1)
+        return TeacherInfo(model=name, window=longest[name] - 1 if name in longest else None)
 
-    def _values(self, query: Query, timeout_s: float) -> list[float]:
-        return [entry["logprob"] for entry in self._entries(query, timeout_s)]
+    def _values(self, query: Query, timeout_s: float) -> list[Any]:
+        return [entry.get("logprob") for entry in self._entries(query, timeout_s)]
 
     def texts(self, query: Query) -> list[str | None]:
         """Return the text of each token of the completion; None where the server does not say."""
-        entries = self._read(str(query), lambda: self._entries(query, self.timeout_s))
-        return [entry.get("decoded_token") for entry in entries]
+        entries = self._entries(query, self.timeout_s)
+        try:
+            none = type(None)
+            return [typed(e.get("decoded_token"), "decoded_token", str, none) for e in entries]
+        except BadReplyError as error:
+            raise self._wrong(str(query), error) from error
 
     def _entries(self, query: Query, timeout_s: float) -> list[dict[str, Any]]:
         ids = query.prompt_ids + query.completion_ids
@@ -255,24 +242,61 @@ class OpenAiClient(TeacherClient):
             "temperature": query.temperature,
             "prompt_logprobs": 0,  # of the tokens themselves, and of no other
         }
-        reply = self._send(str(query), "/v1/completions", body, timeout_s)
-        (choice,) = reply["choices"]
-        entries = choice.get("prompt_logprobs")
-        if entries is None:
-            raise TeacherError(
-                f"the teacher at {self.url} must return prompt log-probabilities, got none for "
-                f"{query}: use vLLM, or `python -m kdrl_train serve`"
-            )
-        start = len(query.prompt_ids)
-        return [entry[str(i)] for i, entry in zip(ids[start:], entries[start:], strict=True)]
+        reply = self._send(str(query), "/v1/completions", body, timeout_s, len(ids))
+        try:
+            choice = typed(only(reply, "choices"), "choice", dict)
+            entries = choice.get("prompt_logprobs")
+            if entries is not None:
+                return _of_completion(entries, ids, len(query.prompt_ids))
+        except BadReplyError as error:
+            raise self._wrong(str(query), error) from error
+        raise TeacherError(
+            f"the teacher at {self.url} must return prompt log-probabilities, got none for "
+            f"{query}: use vLLM, or `python -m kdrl_train serve`"
+        )
 
 
-def _problem(logprobs: Tensor, ids: list[int]) -> str | None:
+def _described(version: Any) -> TeacherInfo:
+    """Read the reply to /version. Raises: BadReplyError."""
+    window = member(version, "window", int, type(None))
+    typed(version.get("chat_template"), "chat_template", str, dict, type(None))
+    weights = version.get("weights")  # servers before 0.1 have no hash of them
+    return TeacherInfo(
+        model=member(version, "model", str),
+        window=None if window is None else _integer(window, "window", 1),
+        vocab_size=_integer(member(version, "vocab_size", int), "vocab_size", 1),
+        dtype=member(version, "dtype", str),
+        tokenizer=member(version, "tokenizer", str),
+        eos_ids=[_integer(token, "eos_ids", 0) for token in member(version, "eos_ids", list)],
+        weights=typed(weights, "weights", str, type(None)),
+        fingerprint=member(version, "fingerprint", str),
+    )
+
+
+def _integer(value: Any, name: str, least: int) -> int:
+    """Return a number of a reply. Raises: BadReplyError unless it is in [least, MOST)."""
+    if not least <= typed(value, name, int) < MOST:
+        raise BadReplyError(f"{name} {reprlib.repr(value)}")
+    return int(value)
+
+
+def _of_completion(entries: Any, ids: list[int], prompt_tokens: int) -> list[dict[str, Any]]:
+    """Return what a reply of vLLM holds for each token of a completion. Raises: BadReplyError."""
+    if len(typed(entries, "prompt_logprobs", list)) != len(ids):
+        raise BadReplyError(f"{len(entries)} prompt_logprobs for {len(ids)} tokens")
+    pairs = list(zip(ids, entries, strict=True))[prompt_tokens:]
+    return [member(entry, str(token), dict) for token, entry in pairs]
+
+
+def logprob_problem(values: list[Any], ids: list[int]) -> str | None:
     """Say what is wrong with the log-probabilities of tokens; None: nothing is."""
-    if len(logprobs) != len(ids):
-        return f"{len(logprobs)} for {len(ids)} tokens"
-    for t in (~((logprobs > FORBIDDEN) & (logprobs < ROUNDING))).nonzero().flatten().tolist():
-        return f"{logprobs[t]:g} for token {t} (id {ids[t]})"
+    if len(values) != len(ids):
+        return f"{len(values)} for {len(ids)} tokens"
+    for t, value in enumerate(values):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number and FORBIDDEN < value < ROUNDING):
+            shown = f"{value:g}" if isinstance(value, float) else reprlib.repr(value)
+            return f"{shown} for token {t} (id {ids[t]})"
     return None
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from kdrl_train.batch import Rollouts
 from kdrl_train.config import TrainConfig
+from kdrl_train.exchange import NoReplyError
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.schedules import History, schedule_value
-from kdrl_train.model.teacher.client import NoReplyError, Query, TeacherClient, TeacherError
+from kdrl_train.model.teacher.client import Query, TeacherClient, TeacherError
 from kdrl_train.waiting import POLL_S, Poll, retry_waits
 
 QUIET_S = 1.0
@@ -26,7 +27,7 @@ class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
     after config.deadline_s without a reply to any query, all pending ones fail.
 
     Args:
-        client: talks to the server; it is not closed here.
+        client: talks to the server; `close` closes it.
         config: gives concurrency, deadlines, and the sampling temperature.
         sampled_vocab_size: columns from here on are not sampled; None: all are.
         say: reports outages; it is called from any thread.
@@ -99,8 +100,9 @@ class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
             raise self._failure or error from None
 
     def close(self) -> None:
-        """Drop pending queries, and wait for open requests. May be called twice."""
+        """Drop pending queries, and stop the open requests of the client. May be called twice."""
         self._stop.set()
+        self.client.close()
         self._pool.shutdown(cancel_futures=True)
 
     def __exit__(self, *_: object) -> None:

@@ -14,6 +14,8 @@ import torch
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
+from fastapi.responses import StreamingResponse
+
 from kdrl_train import waiting
 from kdrl_train.batch import Rollouts
 from kdrl_train.config import ModelConfig, SamplingConfig, TeacherConfig, TrainConfig
@@ -125,6 +127,7 @@ def test_only_the_selected_are_sent_and_each_once(scripted: Callable) -> None:
     assert server.queries == {(2, 3, 5): 1, (2, 3, 25, 26, 27): 1, (2, 3, 15, 16): 1}
 
 
+@pytest.mark.fault("sick teacher server")
 @pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize("code", [429, 500, 502, 503])
 def test_a_query_to_a_busy_server_is_sent_again(
@@ -162,6 +165,7 @@ def test_the_server_says_when_to_come_again(scripted: Callable) -> None:
     assert times[1] - times[0] >= 1.0
 
 
+@pytest.mark.fault("sick teacher server")
 def test_a_hung_request_is_sent_again(scripted: Callable) -> None:
     release = threading.Event()
     hung: set[tuple] = set()
@@ -196,6 +200,7 @@ def test_concurrency_is_bounded_and_used(scripted: Callable) -> None:
     assert server.most_at_once == 3
 
 
+@pytest.mark.fault("sick teacher server")
 def test_an_outage_pauses_and_is_reported_once() -> None:
     server = Scripted(by_position)
     port = free_port()
@@ -218,6 +223,7 @@ def test_an_outage_pauses_and_is_reported_once() -> None:
     assert re.fullmatch(rf"the teacher at {url} is back after \d+ s", back)
 
 
+@pytest.mark.fault("sick teacher server")
 def test_after_the_deadline_everything_fails_at_once() -> None:
     server = Scripted(by_position)
     with running(server.app()) as url:
@@ -233,6 +239,44 @@ def test_after_the_deadline_everything_fails_at_once() -> None:
             connected.all()
         assert time.monotonic() - again < 0.4  # nobody waits for another deadline
     assert server.queries == {}
+
+
+def drips(_ids: list[int], _prompt_tokens: int) -> Any:
+    """Reply by a byte every 50 ms, so that no single wait is long."""
+
+    def parts() -> Iterator[bytes]:
+        for _ in range(200):
+            time.sleep(0.05)
+            yield b" "
+
+    return StreamingResponse(parts())
+
+
+@pytest.mark.fault("sick teacher server")
+def test_a_dripping_server_is_away(scripted: Callable) -> None:
+    server, url = scripted(drips)
+    start = time.monotonic()
+    with Connected(url, timeout_s=0.2, deadline_s=0.7, concurrency=4) as connected:
+        with pytest.raises(TeacherError, match=r"deadline_s = 0\.7 s, got no whole reply within"):
+            connected.all()
+        assert len(connected.said) == 1  # the outage
+    assert 0.7 <= time.monotonic() - start < 1.7
+    assert min(server.queries.values()) >= 2  # sent again after timeout_s
+
+
+@pytest.mark.fault("stopped by a signal")
+def test_a_stop_does_not_wait_for_a_dripping_server(scripted: Callable) -> None:
+    server, url = scripted(drips)
+
+    def poll() -> None:
+        if len(server.queries) == 4:
+            raise KeyError
+
+    with Connected(url, timeout_s=60) as connected:
+        with pytest.raises(KeyError):
+            connected.teacher.collect(rollouts(), ALL, {}, poll)
+        start = time.monotonic()
+    assert time.monotonic() - start < 0.5
 
 
 @pytest.mark.slow
@@ -263,7 +307,7 @@ def raw(code: int, text: str) -> Callable[[list[int], int], Any]:
 
 
 WRONG = {
-    "nothing": (last(None), r"format of model\.teacher_api"),
+    "nothing": (last(None), r"got None for token 2 \(id 27\)"),
     "minus infinity": (last(-9999.0), r"got -9999 for token 2 \(id 27\)"),
     "positive": (last(3.5), r"must give a finite log-probability .* got 3\.5 for token 2"),
     "too few": (
@@ -271,11 +315,12 @@ WRONG = {
         r"each token of .*, got 2 for 3 tokens|format",
     ),
     "text": (raw(200, "<html>"), "in JSON, got '<html>'"),
-    "other JSON": (raw(200, "[1]"), r"format of model\.teacher_api, got TypeError"),
+    "other JSON": (raw(200, "[1]"), r"format of model\.teacher_api, got \[1\] without"),
     "refused": (raw(404, "no such model"), "got status 404: no such model; see"),
 }
 
 
+@pytest.mark.fault("sick teacher server")
 @pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_reply_stops_the_run(scripted: Callable, api: str, name: str) -> None:
@@ -295,6 +340,7 @@ def test_a_server_without_prompt_logprobs_is_refused(scripted: Callable) -> None
         connected.all()
 
 
+@pytest.mark.fault("another teacher")
 def test_a_server_that_came_back_as_another_is_refused(scripted: Callable) -> None:
     server, url = scripted()
     with Connected(url) as connected:
@@ -334,7 +380,7 @@ def test_a_server_must_be_there_at_the_start(scripted: Callable, api: str) -> No
 def test_version_of_another_server_is_refused(scripted: Callable) -> None:
     server, url = scripted()
     del server.info["eos_ids"]
-    with pytest.raises(TeacherError, match=r"got KeyError \('eos_ids'\) when reading /version"):
+    with pytest.raises(TeacherError, match=r"without eos_ids when reading /version"):
         Connected(url)
 
 

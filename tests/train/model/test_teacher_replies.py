@@ -1,0 +1,128 @@
+"""A teacher's replies with each value replaced by wrong ones: refused, or of no effect."""
+
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from kdrl_train.config import ModelConfig, TeacherConfig
+from kdrl_train.model.teacher import client
+from kdrl_train.model.teacher.client import UNKNOWN, OpenAiClient, Query, TeacherError, connect
+from tests.train.wrong_values import replaced
+
+VERSION = {
+    "model": "m",
+    "window": 256,
+    "vocab_size": 258,
+    "dtype": "float32",
+    "tokenizer": "hash",
+    "eos_ids": [0, 7],
+    "weights": "hash",
+    "fingerprint": "f",
+    "chat_template": "{{ messages }}",
+    "packages": {"torch": "2"},
+}
+MODELS = {"object": "list", "data": [{"id": "m", "max_model_len": 257}]}
+KDRL_SCORES = {"logprobs": [[-1.5, -0.25]], "fingerprint": "f"}
+ENTRIES = [
+    None,
+    {"3": {"logprob": -9.0, "rank": 1, "decoded_token": "c"}},
+    {"5": {"logprob": -1.5, "rank": 1, "decoded_token": "e"}},
+    {"6": {"logprob": -0.25, "rank": 2, "decoded_token": "f"}},
+]
+OPENAI_SCORES = {"id": "x", "choices": [{"index": 0, "prompt_logprobs": ENTRIES}]}
+REPLIES = {
+    "/version": VERSION,
+    "/score": KDRL_SCORES,
+    "/v1/models": MODELS,
+    "/v1/completions": OPENAI_SCORES,
+}
+QUERY = Query("one", [2, 3], [5, 6])
+ALLOWED = [
+    ("window", None),  # a model without a window
+    ("data.0.max_model_len", None),
+    ("data.0.max_model_len", "nothing"),
+    ("eos_ids.0", "nothing"),
+    ("eos_ids.1", "nothing"),
+    ("weights", None),  # an older server
+    ("weights", "nothing"),
+    ("chat_template", None),
+    ("chat_template", "nothing"),
+]
+"""Changes that make another valid reply; so does another text of the same meaning, or -1 where a
+log-probability stands."""
+
+
+def outcome(api: str, replies: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return what a new client makes of the replies."""
+
+    class Scripted:
+        """Gives the replies without a server."""
+
+        url = "http://host:1"
+
+        def __init__(self, *_: str) -> None: ...
+
+        async def json(self, _method: str, path: str, *_: Any) -> Any:
+            return replies[path]
+
+        def start(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
+            future: Future[Any] = Future()
+            try:
+                work.send(None)
+            except StopIteration as end:
+                future.set_result(end.value)
+            return future
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(client, "Exchange", Scripted)
+    connected = connect(ModelConfig(teacher="http://host:1", teacher_api=api), TeacherConfig())
+    texts = connected.texts(QUERY) if isinstance(connected, OpenAiClient) else None
+    template = "unknown" if connected.chat_template is UNKNOWN else connected.chat_template
+    return connected.info, template, connected.logprobs(QUERY).tolist(), texts
+
+
+def is_another_valid_reply(place: str, value: Any, text: bool) -> bool:
+    if (place, value) in ALLOWED or (text and type(value) is str):
+        return True
+    if place.endswith(("eos_ids", "chat_template")) and value in ([], {}, {"a": 1}):
+        return True
+    if place.endswith("decoded_token") and value in (None, "nothing"):
+        return True
+    return place.rpartition(".")[2] in ("0", "1", "logprob") and value == -1
+
+
+@pytest.mark.fault("sick teacher server")
+@pytest.mark.parametrize(
+    ("api", "path"),
+    [
+        ("kdrl", "/version"),
+        ("kdrl", "/score"),
+        ("openai", "/v1/models"),
+        ("openai", "/v1/completions"),
+    ],
+)
+def test_a_wrong_value_is_refused_or_not_read(
+    api: str, path: str, monkeypatch: pytest.MonkeyPatch, record_property: Any
+) -> None:
+    expected, tried, messages = outcome(api, REPLIES, monkeypatch), 0, []
+    assert expected[2] == [-1.5, -0.25]
+    for place, value, reply in replaced(REPLIES[path]):
+        node: Any = REPLIES[path]
+        for key in place.split(".") if place else ():
+            node = node[int(key) if isinstance(node, list) else key]
+        tried += 1
+        try:
+            got = outcome(api, REPLIES | {path: reply}, monkeypatch)
+        except TeacherError as error:
+            messages.append(str(error))
+            continue
+        if not is_another_valid_reply(place, value, isinstance(node, str)):
+            assert got == expected, (place, value)
+    record_property("tried", tried)
+    assert len(messages) > tried / 3
+    for message in messages:
+        assert "the teacher at http://host:1 must" in message or "teacher.name" in message
+        assert len(message) < 1000
