@@ -24,7 +24,7 @@ from tyro.constructors import (
 
 from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import load_yaml, to_dict, update
-from kdrl_train.errors import RunError
+from kdrl_train.errors import PRINTED
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.presets import PRESETS
 from kdrl_train.output import begin, fill_descriptors, guarded, guarded_console, shown
@@ -348,8 +348,8 @@ def exit_code(command: Callable[[], int], console: Console) -> int:
     """Run a command; returns its exit code, or 1 after the message of an error that it raised."""
     try:
         return command()
-    except (ValueError, OSError, FloatingPointError, RunError) as error:
-        print_error(console, str(error))
+    except PRINTED as error:
+        print_error(console, "\n".join([str(error), *getattr(error, "__notes__", ())]))
         return 1
 
 

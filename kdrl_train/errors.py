@@ -1,5 +1,8 @@
 """The errors, besides ValueError and OSError, that end a run with a message for its user."""
 
+import traceback
+from pathlib import Path
+
 
 class RunError(RuntimeError):
     """An error whose message the command line prints before it exits with 1."""
@@ -14,7 +17,7 @@ class RewardError(RunError, ValueError):
 
 
 class MidStepError(RunError):
-    """An update of a step failed after an earlier one: the weights belong to no whole step."""
+    """A later update of a step failed: the weights belong to no whole step."""
 
 
 class BrokenWeightsError(MidStepError, FloatingPointError):
@@ -23,3 +26,16 @@ class BrokenWeightsError(MidStepError, FloatingPointError):
 
 class RankError(RunError):
     """Some rank failed; the message names that rank and repeats its error."""
+
+
+PRINTED = (ValueError, OSError, FloatingPointError, RunError)
+"""Errors whose message is enough: the command line prints it. Others keep their traceback."""
+
+
+def describe(error: BaseException) -> str:
+    """Say in a line what an error is; of one that needs its traceback, also the end of that."""
+    text = f"{type(error).__name__}: {error}".removesuffix(": ")
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, PRINTED) or not frames:
+        return text
+    return f"{text} ({Path(frames[-1].filename).name}:{frames[-1].lineno}: {frames[-1].line})"

@@ -6,7 +6,8 @@ divided.
 """
 
 import time
-from contextlib import ExitStack
+import traceback
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from rich.text import Text
 
 from kdrl_train import output
 from kdrl_train.config import TrainConfig
-from kdrl_train.errors import MidStepError, RunError
+from kdrl_train.errors import describe
 from kdrl_train.method.evaluation import EVAL_STEP, summarize
 from kdrl_train.method.histogram import length_counts
 from kdrl_train.method.metrics import reward_metrics
@@ -35,9 +36,6 @@ from kdrl_train.step.collect import collect, draw, sample_and_judge
 from kdrl_train.step.run import Run
 from kdrl_train.step.samples import SampleRecorder
 from kdrl_train.step.update import update
-
-ENDS = (Stopped, FloatingPointError, RunError, ChildProcessError)
-"""Exceptions that end a run at a place where all ranks can still save the steps that are done."""
 
 
 def main(
@@ -84,36 +82,71 @@ def title(config: TrainConfig) -> str:
 
 
 def steps(run: Run, first: int) -> bool:
-    """Run steps first to config.steps, saved at their intervals. However a step ends, those before
-    it are saved. Returns False where a signal stopped the run before the last one."""
-    config, saved = run.config, first
+    """Run steps first to config.steps. However the loop ends, the steps that are done are saved.
+    Returns False where a signal stopped the run before the last one."""
     try:
         finish_postponed(run, first - 1)
+        for step in range(first, run.config.steps):
+            one_step(run, step)
+        run.saver.check(wait=True)
     except Stopped:
-        return stopped(run, first)
-    for step in range(first, config.steps):
-        stages, done = Stages(shown=True), step
-        output.heading(f"step {step + 1}/{config.steps}")
-        try:
-            record = learn(run, step, stages)
-            done = step + 1
-            finish(run, step, record, stages)
-        except MidStepError:
-            raise
-        except ENDS as reason:
-            run.optimizer.zero_grad(set_to_none=True)  # of all ranks, at one place
-            if saved < done:
-                save(run, done)
-            run.saver.check(wait=True)
-            if isinstance(reason, Stopped):
-                return stopped(run, done)
-            raise
-        run.saver.check()
-        if config.is_saved(done):
-            save(run, done)
-            saved = done
-    run.saver.check(wait=True)
+        save_rest(run)
+        return stopped(run, run.position.done)
+    except Exception as error:
+        rescue(run, error)
+        raise
     return True
+
+
+def one_step(run: Run, step: int) -> None:
+    """Run one step, and save it if it is its turn."""
+    config, stages, done = run.config, Stages(shown=True), step + 1
+    output.heading(f"step {done}/{config.steps}")
+    record = learn(run, step, stages)
+    finish(run, step, record, stages)
+    run.saver.check()
+    if config.is_saved(done):
+        save(run, done)
+
+
+def rescue(run: Run, error: Exception) -> None:
+    """Save the steps that are done before an error ends the run, and note with it what became of
+    them. An error that this meets is noted, too: the first one matters."""
+    position = run.position
+    cause: BaseException | None = error
+    run.optimizer.zero_grad(set_to_none=True)
+    while cause is not None:  # out of memory: what the step held is in the frames of its error
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__context__
+    if run.policy.device.type == "cuda":
+        torch.cuda.empty_cache()
+    try:
+        if not position.begun:
+            save_rest(run)
+    except Exception as second:  # of any type: a checkpoint has many ways to fail
+        if str(second) != str(error):
+            error.add_note(f"then saving failed with {describe(second)}")
+    saved, rest = run.saver.saved, "--resume starts again"
+    if saved:
+        rest = f"steps 1 to {saved} are saved: --resume continues there"
+    if position.begun:
+        rest = (
+            f"an optimiser step of step {position.done + 1} had begun: the weights belong to no "
+            f"whole step and are not saved; {rest}"
+        )
+    error.add_note(rest)
+
+
+def save_rest(run: Run) -> None:
+    """Save the steps that are done, unless they are saved, and a record that is not logged yet."""
+    position = run.position
+    if position.record is not None:
+        run.world.on_main(partial(run.log.postpone, position.record))
+    with suppress(Exception):  # a checkpoint that a thread could not write: the next holds more
+        run.saver.check(wait=True)
+    if run.saver.saved < position.done:
+        save(run, position.done)
+    run.saver.check(wait=True)
 
 
 def stopped(run: Run, done: int) -> bool:
@@ -127,8 +160,7 @@ def stopped(run: Run, done: int) -> bool:
 def learn(run: Run, step: int, stages: Stages) -> dict[str, Any]:
     """Run one step; the optimiser step comes last. Returns its metrics.
 
-    Raises: Stopped, FloatingPointError or RunError before the step's first update, MidStepError
-        before a later one.
+    Raises: MidStepError for a later update than the first; any other error before or after it.
     """
     config = run.config
     if run.policy.device.type == "cuda":
@@ -149,26 +181,20 @@ def learn(run: Run, step: int, stages: Stages) -> dict[str, Any]:
         "response_length_counts": length_counts(rollouts.lengths, config.sampling.max_new_tokens),
         **update(run, batch, step, stages, recorder),
     }
-    run.log.samples(step, recorder.records(step, batch, run.world, run.tokenizer))
+    run.position.finish(record | stages.metrics(tokens=record["tokens"]))
+    samples = recorder.records(step, batch, run.world, run.tokenizer)
+    run.world.on_main(lambda: run.log.samples(step, samples))
     return record
 
 
 def finish(run: Run, step: int, record: dict[str, Any], stages: Stages) -> None:
-    """Push the new weights to the engine, evaluate at intervals, log.
-
-    Raises: one of ENDS from the engine or the evaluation: the step is done, and its record is kept
-        for the resumed run, which draws the same completions and logs it.
-    """
-    try:
-        with stages("sync"):
-            run.engine.load(run.policy, step + 1)
-        if is_evaluated(run, step):
-            with stages("eval"):
-                output.heading(f"evaluation after step {step + 1}")
-                record |= evaluation(run)
-    except ENDS:
-        run.log.postpone(record | stages.metrics(tokens=record["tokens"]))
-        raise
+    """Push the new weights to the engine, evaluate at intervals, log."""
+    with stages("sync"):
+        run.engine.load(run.policy, step + 1)
+    if is_evaluated(run, step):
+        with stages("eval"):
+            output.heading(f"evaluation after step {step + 1}")
+            record |= evaluation(run)
     log_record(run, record | stages.metrics(tokens=record["tokens"]))
 
 
@@ -191,7 +217,9 @@ def finish_postponed(run: Run, step: int) -> None:
 
 def log_record(run: Run, record: dict[str, Any]) -> None:
     """Give a step's record to the log and to the schedules."""
-    run.log.step(record | {"peak_memory_bytes": peak_memory_bytes(run.policy.device)})
+    record |= {"peak_memory_bytes": peak_memory_bytes(run.policy.device)}
+    run.world.on_main(lambda: run.log.step(record))
+    run.position.record = None
     run.history.add(record)
 
 

@@ -29,6 +29,7 @@ class Saver:
         config: the configuration of the run; out and save_async are read, and all of it is saved.
         say: called with a line for each checkpoint that is on the disk.
         data: which problems the run has, as in RunState.
+        saved: optimiser steps of the checkpoint, if any, from which the run starts.
     """
 
     def __init__(
@@ -37,11 +38,14 @@ class Saver:
         world: World,
         say: Callable[[str], None],
         data: dict[str, dict[str, Any]],
+        saved: int = 0,
     ) -> None:
         self.config = config
         self.data = data
         self.world = world
         self.say = say
+        self.saved = saved
+        """Optimiser steps of the newest checkpoint that is on the disk."""
         self._group: dist.ProcessGroup | None = None
         if config.save_async and world.launched:
             self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
@@ -75,8 +79,10 @@ class Saver:
         )
         if self.config.save_async:
             self._future = self._pool.submit(begin(folder, state, self.world, self._group))
+            self._step = step
         else:
-            self.say(f"saved {checkpoint.save(folder, state, self.world)}")
+            checkpoint.save(folder, state, self.world)
+            self._written(step)
 
     def check(self, *, wait: bool = False) -> None:
         """Report the checkpoint that the thread writes, if it is done; with `wait` once it is.
@@ -93,7 +99,12 @@ class Saver:
             raise
         if None not in written:
             self._future = None
-            self.say(f"saved {written[0]}")
+            self._written(self._step)
+
+    def _written(self, step: int) -> None:
+        """Note that a checkpoint is on the disk."""
+        self.saved = step
+        self.say(f"saved {checkpoint.folder_of(self.config.out / 'checkpoints', step)}")
 
     def close(self) -> None:
         """Wait for the thread; may be called twice."""

@@ -62,7 +62,8 @@ def recorded(log: Any, config: TrainConfig, ranks: int) -> Iterator[None]:
         yield
     except BaseException as error:
         with suppress(OSError):  # a full disk must not hide the error
-            log.event("failed", f"{type(error).__name__}: {error}", say=False)
+            notes = {"notes": error.__notes__} if hasattr(error, "__notes__") else {}
+            log.event("failed", f"{type(error).__name__}: {error}", say=False, **notes)
         raise
 
 

@@ -28,7 +28,7 @@ from kdrl_train.runfolder.trackers import Trackers
 from kdrl_train.start.load import Loaded, described, load
 from kdrl_train.start.preflight import preflight, require
 from kdrl_train.step.prefetch import Prefetch
-from kdrl_train.step.run import Run
+from kdrl_train.step.run import Position, Run
 
 
 def open_run(
@@ -91,8 +91,9 @@ def open_run(
         interrupt=interrupt,
         history=history,
         log=log,
-        saver=stack.enter_context(closing(Saver(config, world, log.say, loaded.data))),
+        saver=stack.enter_context(closing(Saver(config, world, log.say, loaded.data, first))),
         prefetch=prefetch,
+        position=Position(first),
     )
     interrupt.starting = False
     return run, first

@@ -16,9 +16,27 @@ from kdrl_train.ranks import World
 from kdrl_train.rollouts.engines import Engine
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder.async_saver import Saver
+from kdrl_train.runfolder.jsonl import Record
 from kdrl_train.runfolder.log import RunLog, Stages
 from kdrl_train.runfolder.signals import Interrupt, Stopped
 from kdrl_train.step.prefetch import Prefetch
+
+
+@dataclass(slots=True)
+class Position:
+    """Says which step the weights belong to: what can be saved when an error ends the run."""
+
+    done: int
+    """Whole steps behind the weights."""
+    begun: bool = False
+    """Whether an optimiser step of the step that follows has begun: the weights then belong to no
+    whole step."""
+    record: Record | None = None
+    """Of the last whole step, until the log has it."""
+
+    def finish(self, record: Record) -> None:
+        """Count the step of a record as done."""
+        self.done, self.begun, self.record = record["step"] + 1, False, record
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +61,7 @@ class Run:
     saver: Saver
     prefetch: Prefetch | None
     """With engine.staleness 1."""
+    position: Position
 
     def stop_if_signalled(self) -> None:
         """Raise Stopped on all ranks if a signal has come to one of them. All call it together."""

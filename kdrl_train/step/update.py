@@ -84,6 +84,7 @@ def update(
             if part == 0:
                 raise
             raise MidStepError(f"{error} (update {part + 1} of the step)") from error
+        run.position.begun = True
         with stages("update"):
             rate = take_step(run.optimizer, config.optim, step)
         sums = add_sums(sums, accumulated.sums)

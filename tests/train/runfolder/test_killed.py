@@ -44,6 +44,7 @@ def train_quietly(config: TrainConfig, threads: int) -> None:
 IN_THREADS = {"engine": EngineConfig(staleness=1), "save_async": True}
 
 
+@pytest.mark.fault("killed")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "count"),
@@ -98,6 +99,7 @@ def _same(parts: TrainConfig, expected: list[dict[str, Any]], whole: TrainConfig
         assert torch.equal(tensor, theirs[name]), name
 
 
+@pytest.mark.fault("stopped by a signal")
 @pytest.mark.slow
 def test_sigterm_saves_and_ends_with_0(config: Config) -> None:
     sampling = SamplingConfig(prompts_per_step=4, group_size=4, max_new_tokens=50)
@@ -126,6 +128,7 @@ def test_sigterm_saves_and_ends_with_0(config: Config) -> None:
     assert without_times(run(replace(parts, resume=True))) == without_times(run(whole))
 
 
+@pytest.mark.fault("stopped by a signal")
 @pytest.mark.parametrize(
     "number", [signal.SIGHUP, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
@@ -155,6 +158,7 @@ def test_a_signal_in_the_middle_of_a_step_drops_the_step(
     assert without_times(run(replace(parts, resume=True))) == without_times(expected)
 
 
+@pytest.mark.fault("stopped by a signal")
 @pytest.mark.parametrize("where", ["generate", pytest.param("score", marks=pytest.mark.slow)])
 def test_a_signal_in_an_evaluation_postpones_it(
     config: Config, monkeypatch: pytest.MonkeyPatch, where: str
@@ -197,6 +201,7 @@ def test_a_signal_in_an_evaluation_postpones_it(
     assert {len(records) for records in (expected, read_records(parts.out))} == {4}
 
 
+@pytest.mark.fault("error in a step")
 def test_an_error_in_an_evaluation_costs_no_step(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,6 +226,7 @@ def test_an_error_in_an_evaluation_costs_no_step(
     assert without_times(run(replace(parts, resume=True))) == without_times(expected)
 
 
+@pytest.mark.fault("killed")
 def test_a_run_killed_before_its_first_checkpoint_starts_again(config: Config) -> None:
     settings = config(steps=2)
     settings.out.mkdir()
@@ -234,6 +240,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(config: Config) -
     assert without_times(records) == without_times(run(config("other", steps=2)))
 
 
+@pytest.mark.fault("full disk")
 def test_a_full_disk_leaves_the_previous_checkpoint(config: Config) -> None:
     settings = config(steps=1)
     run(settings)
@@ -252,6 +259,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(config: Config) -> None:
     assert without_times(run(more)) == without_times(run(config("whole", steps=2)))
 
 
+@pytest.mark.fault("full disk")
 def test_a_folder_that_cannot_be_written_is_named(config: Config) -> None:
     settings = config(steps=1)
     run(settings)
@@ -301,6 +309,7 @@ def test_bits_that_rot_are_found(config: Config) -> None:
         run(replace(settings, steps=2, resume=True))
 
 
+@pytest.mark.fault("killed")
 def test_a_kill_between_pointer_and_rename_does_no_harm(config: Config) -> None:
     settings = config(steps=1)
     run(settings)
@@ -311,6 +320,7 @@ def test_a_kill_between_pointer_and_rename_does_no_harm(config: Config) -> None:
     assert names == {"LATEST", "step_000001", "step_000002"}
 
 
+@pytest.mark.fault("error in a step")
 def test_steps_that_are_done_are_saved_whatever_ends_the_next(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
