@@ -19,6 +19,18 @@ from kdrl_train.settings import (
 )
 
 
+def _require_no_secret(key: str, address: str | None, variable: str) -> None:
+    """Raise ValueError for a server's address that may hold a secret, as settings are written down.
+
+    The message does not repeat the address.
+    """
+    if address is not None and "://" in address and set(address) & set("@?#"):
+        raise ValueError(
+            f"{key} must be http://host:port without a user, password or query, got one of @ ? #: "
+            f"put the server's token into the environment variable {variable}"
+        )
+
+
 @settings
 class ModelConfig:
     """Which models run, and in which precision."""
@@ -58,6 +70,9 @@ class ModelConfig:
     liger: Switch = False
     """Use liger-kernel for RMSNorm, SwiGLU and RoPE of both models. Needs a GPU with Triton, and
     `pip install 'kdrl-kernels[liger]'`."""
+
+    def __post_init__(self) -> None:
+        _require_no_secret("teacher", self.teacher, "KDRL_TEACHER_TOKEN")
 
     @property
     def teacher_is_url(self) -> bool:
@@ -152,6 +167,7 @@ class EngineConfig:
     with method.sampler_correction, to the policy at the start of the step."""
 
     def __post_init__(self) -> None:
+        _require_no_secret("url", self.url, "VLLM_API_KEY")
         if (self.url is not None) != (self.kind == "vllm_server"):
             raise ValueError(
                 'url must be set for kind "vllm_server", and for no other kind, got '

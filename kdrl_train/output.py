@@ -39,15 +39,25 @@ PLAIN = re.compile(_PLAIN)
 STYLED = re.compile(rf"(?!\x1b\[[0-9;]*m){_PLAIN}")
 """The same, but for colours and the like."""
 
+SECRET = re.compile(
+    r"""(://)[^\s/@]+(?=@)|([?&;]\w*(?:token|key|secret|password)\w*=)[^&\s"'<]+""", re.IGNORECASE
+)
+"""A user with a password, and a key in a query: what must not be read by others in an address."""
+
 
 def escape(text: str, characters: re.Pattern[str] = CONTROL) -> str:
     """Write control characters as JSON does, ESC as \\u001b; all other text stays."""
     return characters.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
+def presentable(text: str, characters: re.Pattern[str] = CONTROL) -> str:
+    """Escape a text for people, and put *** in place of passwords and keys in its addresses."""
+    return escape(SECRET.sub(r"\1\2***", text), characters)
+
+
 class Guarded:
-    """A text stream that escapes control characters, and drops what is written once nobody can read
-    it any more.
+    """A text stream that escapes control characters, hides passwords, and drops what is written
+    once nobody can read it any more.
 
     Colours and the like pass to a terminal. Everything else is as in the stream. An error of a
     file, such as a full disk, is raised.
@@ -64,7 +74,7 @@ class Guarded:
         with _LOCK:
             if _shown is not None:
                 _shown.make_way(text)
-            self.put(escape(text, self.controls))
+            self.put(presentable(text, self.controls))
         return len(text)
 
     def put(self, text: str) -> None:
@@ -135,7 +145,7 @@ class _Escaped:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
         for text, style, control in console.render(self.content, options):
-            yield Segment(text if control else escape(text), style, control)
+            yield Segment(text if control else presentable(text), style, control)
 
 
 class _Escape(RenderHook):
@@ -203,7 +213,7 @@ class Progress:
         seconds = self.clock() - self.since
         parts = [f"{self.stage} {self.counts}".rstrip()]
         parts += [hours(seconds)] if seconds >= LONG_S else []
-        return escape((f"{self.heading}: " if self.heading else "") + ", ".join(parts))
+        return presentable((f"{self.heading}: " if self.heading else "") + ", ".join(parts))
 
     def begin(self, stage: str, at_once: bool) -> None:
         """Begin a stage; at_once: elsewhere than on a terminal, too, it gets its line."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kdrl_train.config import TrainConfig
+from kdrl_train.output import presentable
 from kdrl_train.runfolder import jsonl
 
 FILE = "events.jsonl"
@@ -34,7 +35,13 @@ class Events:
     def add(self, step: int, event: str, message: str, **more: Any) -> None:
         """Append an event; `step` is the number of optimiser steps that are done."""
         time = datetime.now(UTC).isoformat(timespec="seconds")
-        record = {"time": time, "step": step, "event": event, "message": message, **more}
+        record = {
+            "time": time,
+            "step": step,
+            "event": event,
+            "message": presentable(message),
+            **more,
+        }
         with self._lock:
             jsonl.append(self.path, record)
 

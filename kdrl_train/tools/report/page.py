@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jinja2
 
-from kdrl_train.output import escape
+from kdrl_train.output import presentable
 from kdrl_train.tools.report import events_section, sections, token_colours
 from kdrl_train.tools.report.blocks import Block, Section
 from kdrl_train.tools.report.runs import RunGroup, read
@@ -56,8 +56,8 @@ def write(
     for run in (run for group in run_groups for run in group.runs if run.damaged):
         more = len(run.damaged) - 1
         message = f"{run.folder}: left out: {run.damaged[0]}" + f"; {more} more" * bool(more)
-        print(escape(message), file=sys.stderr)
-    html = escape(render(title, parts))
+        print(presentable(message), file=sys.stderr)
+    html = presentable(render(title, parts))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html, encoding="utf-8")
     return out
