@@ -277,6 +277,9 @@ class TrainConfig:
     waiting for the disk. If writing fails, the run stops after that step and says why."""
     keep_checkpoints: PositiveInt = 2
     """Number of checkpoints to keep; older ones are deleted."""
+    checkpoint_hashes: Switch = True
+    """Save a SHA-256 of each file of a checkpoint, and compare it before the file is read. false:
+    neither, for terabytes, which one core hashes at 1 to 2 GB/s."""
     samples_per_step: NaturalInt = 8
     """Completions that each step writes to samples/, with their prompts and rewards."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -342,6 +345,8 @@ class EvaluateConfig:
 
     out: Path | None = None
     """JSON file for the numbers; None: only the table on the screen."""
+    checkpoint_hashes: Switch = True
+    """Compare the files of model.weights with their SHA-256 before they are read."""
     seed: NaturalInt = 0
     """Seed of the sampling."""
     samples: PositiveInt = 4

@@ -20,6 +20,7 @@ from kdrl_train.ranks import TIMEOUT, World
 from kdrl_train.runfolder import checkpoint
 from kdrl_train.runfolder.checkpoint import RunState
 from kdrl_train.runfolder.finite import require_finite
+from kdrl_train.runfolder.hashes import HashingWriter
 
 
 class Saver:
@@ -130,9 +131,10 @@ def begin(
         world.on_main(lambda: checkpoint.clean(folder))
         # without a block that ends: the warning comes from another thread
         warnings.filterwarnings("ignore", message=checkpoint.ONE_PROCESS)
+        writer = HashingWriter(work, state.config.checkpoint_hashes)
         saving = dcp.async_save(
             checkpoint.whole_state(state.model, state.optimizer),
-            checkpoint_id=work,
+            storage_writer=writer,
             process_group=group,
             no_dist=not world.launched,
         )
@@ -143,7 +145,7 @@ def begin(
         with checkpoint.writing(folder, state.step) as work:
             saving.result()
             if world.main:  # its result says that all ranks have written
-                checkpoint.publish(work, state)
+                checkpoint.publish(work, state, writer.hashes)
         return checkpoint.folder_of(folder, state.step)
 
     return finish

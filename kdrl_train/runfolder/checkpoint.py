@@ -10,7 +10,6 @@ any number of ranks can read them. The state of the CPU generator is the only ra
 and it suffices: dropout is off, and every other draw is seeded by (seed, step).
 """
 
-import json
 import os
 import re
 import shutil
@@ -33,9 +32,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from kdrl_train import output
 from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import to_dict
 from kdrl_train.ranks import ALONE, World
+from kdrl_train.runfolder.hashes import HashingWriter, require_same, sealed, sha256_of, unsealed
 from kdrl_train.runfolder.untrusted import Planner, Reader
 
 ROLLOUTS = "rollouts.pt"
@@ -75,6 +76,9 @@ class Checkpoint:
     """The size in bytes of every file but meta.json, by its name."""
     data: dict[str, dict[str, Any]]
     """RunState.data; empty in checkpoints from before it was saved."""
+    hashes: dict[str, str] = field(default_factory=dict)
+    """The SHA-256 of every file but meta.json; empty where the run had them switched off, and in
+    checkpoints from before they were saved."""
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -98,18 +102,24 @@ def read(folder: Path) -> Checkpoint:
     Raises: ValueError for a folder that is no checkpoint, or has a missing or shortened file.
     """
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = unsealed((folder / "meta.json").read_text(encoding="utf-8"))
         checkpoint = Checkpoint(
-            folder, meta["step"], meta["config"], meta["files"], meta.get("data", {})
+            folder,
+            meta["step"],
+            meta["config"],
+            dict(meta["files"]),
+            meta.get("data", {}),
+            dict(meta.get("sha256", {})),
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{folder} must be a checkpoint folder with a meta.json, got {error!r}: name one of "
             "checkpoints/step_*, or delete it to resume from the previous checkpoint"
         ) from error
     for name, size in checkpoint.files.items():
         path = folder / name
-        size_now = path.stat().st_size if path.exists() else None
+        here = path.parent == folder and path.is_file()
+        size_now = path.stat().st_size if here else None
         if size_now != size:
             raise ValueError(
                 f"{path} must have {size} bytes as when it was saved, got "
@@ -131,9 +141,10 @@ def save(folder: Path, state: RunState, world: World = ALONE) -> Path:
     with writing(folder, state.step) as work:
         world.on_main(lambda: clean(folder))
         tensors = whole_state(state.model, state.optimizer)
+        writer = HashingWriter(work, state.config.checkpoint_hashes)
         with _quiet():
-            dcp.save(tensors, checkpoint_id=work, no_dist=not world.launched)
-        world.on_main(lambda: publish(work, state))
+            dcp.save(tensors, storage_writer=writer, no_dist=not world.launched)
+        world.on_main(lambda: publish(work, state, writer.hashes))
     return folder_of(folder, state.step)
 
 
@@ -166,19 +177,26 @@ def clean(folder: Path) -> None:
         leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
 
 
-def publish(work: Path, state: RunState) -> None:
-    """Give a written checkpoint its name, and delete the oldest ones that need not be kept."""
+def publish(work: Path, state: RunState, hashes: dict[str, str]) -> None:
+    """Give a written checkpoint its name, and delete the oldest ones that need not be kept.
+
+    hashes: of the files that ranks have written; those of rank 0's small ones are added.
+    """
     final = folder_of(work.parent, state.step)
     if state.rollouts is not None:
         torch.save(state.rollouts, work / ROLLOUTS)
+    files = {path.name: path.stat().st_size for path in sorted(work.iterdir())}
+    if state.config.checkpoint_hashes:
+        hashes = {name: hashes.get(name) or sha256_of(work / name) for name in files}
     meta = {
         "step": state.step,
         "config": to_dict(state.config),
         "data": state.data,
         "torch": torch.__version__,
-        "files": {path.name: path.stat().st_size for path in sorted(work.iterdir())},
+        "files": files,
+        "sha256": hashes,
     }
-    _write(work / "meta.json", json.dumps(meta, indent=1))
+    _write(work / "meta.json", sealed(meta))
     if final.exists():  # written before the run was resumed from an older checkpoint
         _remove(final)
     _sync(work)
@@ -212,14 +230,19 @@ def load(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     world: World = ALONE,
+    hashes: bool = True,
 ) -> int:
     """Load a checkpoint into model, optimizer and the global random state, on all ranks together.
 
     resume.open_folder has checked that its configuration fits the run.
 
+    hashes: whether to compare the files with their hashes first.
+
     Returns: the number of optimiser steps done.
     Raises: ValueError for a checkpoint of another architecture, or a damaged one.
     """
+    if hashes:
+        check_files(checkpoint, world)
     state = whole_state(model, optimizer)
     _read_into(state, checkpoint, world)
     set_state_dict(
@@ -232,14 +255,45 @@ def load(
     return checkpoint.step
 
 
-def load_weights(folder: Path, model: nn.Module, world: World = ALONE) -> None:
+def load_weights(
+    folder: Path, model: nn.Module, world: World = ALONE, hashes: bool = True
+) -> list[str]:
     """Load the weights of a checkpoint folder, and nothing else, on all ranks together.
+
+    hashes: whether to compare the files with their hashes first.
+    Returns: what to warn of.
 
     Raises: ValueError for a folder that is no whole checkpoint, and for another architecture.
     """
     state = {"model": get_model_state_dict(model)}
-    _read_into(state, read(folder), world)
+    checkpoint = read(folder)
+    if hashes:
+        check_files(checkpoint, world)
+    _read_into(state, checkpoint, world)
     set_model_state_dict(model, state["model"])
+    return unchecked(checkpoint) if hashes else []
+
+
+def check_files(checkpoint: Checkpoint, world: World) -> None:
+    """Compare the files with their hashes: each file once, the ranks a part of them each.
+
+    Raises: ValueError for a file that has changed; RankError where that is on several ranks.
+    """
+    files = checkpoint.files
+    output.begin(f"checking {sum(files.values()) / 1e9:,.1f} GB of {checkpoint.folder.name}")
+    names = sorted(checkpoint.hashes, key=lambda name: -files[name])[world.rank :: world.size]
+    world.share(lambda: require_same(checkpoint.folder, checkpoint.hashes, names))
+    output.begin(f"reading {checkpoint.folder.name}")
+
+
+def unchecked(checkpoint: Checkpoint) -> list[str]:
+    """Say what cannot be checked of a checkpoint."""
+    if checkpoint.hashes:
+        return []
+    return [
+        f"{checkpoint.folder} has no hashes of its files, as it was saved by an older version or "
+        "with checkpoint_hashes false: bits that have changed on the disk are not noticed"
+    ]
 
 
 def _read_into(state: dict[str, Any], checkpoint: Checkpoint, world: World) -> None:

@@ -20,6 +20,7 @@ MAY_CHANGE = (
     "save_every",
     "save_async",
     "keep_checkpoints",
+    "checkpoint_hashes",
     "samples_per_step",
     "eval",
     "log",

@@ -66,7 +66,7 @@ def open_run(
     prefetch = None
     if config.engine.staleness:
         prefetch = stack.enter_context(closing(Prefetch(policy.device, interrupt.poll)))
-    first = restore(config, newest, policy, optimizer, prefetch, world)
+    first, doubts = restore(config, newest, policy, optimizer, prefetch, world)
     engine.load(policy, first)
     history = read_history(config, world, first)
     # nothing is written to the log before every check has passed
@@ -74,7 +74,7 @@ def open_run(
     if teacher is not None:
         world.on_main(lambda: keep_teacher(config.out, teacher))
     log = RunLog(config.out, first, config.steps, console, writes=world.main, trackers=trackers)
-    for warning in warnings:
+    for warning in warnings + doubts:
         log.event("warning", warning)
     run = Run(
         config=pack_for(config, world, policy, loaded.teacher),
@@ -181,16 +181,20 @@ def restore(
     optimizer: torch.optim.Optimizer,
     prefetch: Prefetch | None,
     world: World,
-) -> int:
-    """Load what a run starts from: a checkpoint, or model.weights. Returns the steps done."""
+) -> tuple[int, list[str]]:
+    """Load what a run starts from: a checkpoint, or model.weights.
+
+    Returns: the steps done, and what to warn of.
+    """
+    hashes, weights = config.checkpoint_hashes, config.model.weights
     if newest is None:
-        if config.model.weights is not None:
-            checkpoint.load_weights(config.model.weights, policy, world)
-        return 0
-    first = checkpoint.load(newest, model=policy, optimizer=optimizer, world=world)
+        if weights is None:
+            return 0, []
+        return 0, checkpoint.load_weights(weights, policy, world, hashes)
+    first = checkpoint.load(newest, model=policy, optimizer=optimizer, world=world, hashes=hashes)
     if prefetch is not None:
         prefetch.restore(newest.folder)
-    return first
+    return first, checkpoint.unchecked(newest) if hashes else []
 
 
 def make_optimizer(config: TrainConfig, policy: Policy) -> torch.optim.Optimizer:

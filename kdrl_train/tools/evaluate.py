@@ -102,6 +102,7 @@ def of_run(run: TrainConfig, folder: Path) -> EvaluateConfig:
         seed=run.seed,
         samples=run.eval.samples,
         max_problems=run.eval.max_problems if held_out else None,
+        checkpoint_hashes=run.checkpoint_hashes,
         model=model,
         data=run.eval.data if held_out else run.data,
         sampling=run.sampling,
@@ -119,11 +120,14 @@ def evaluate_folder(config: EvaluateConfig, console: Console | None = None) -> E
     dtype = getattr(torch, config.model.dtype)
     output.begin(f"loading {described(config.model.policy)}", at_once=True)
     model = load_model(config.model.policy, "model.policy", config.model, dtype)
+    doubts = []
     if config.model.weights is not None:
-        load_weights(config.model.weights, HeadedModel(model))
+        doubts += load_weights(
+            config.model.weights, HeadedModel(model), hashes=config.checkpoint_hashes
+        )
     if console is not None:
         ends = eos_ids(model, tokenizer)
-        doubts = prompt_doubts(tokenizer, ends, config.data, examples[0], facts)
+        doubts += prompt_doubts(tokenizer, ends, config.data, examples[0], facts)
         doubts += turn_doubts(tokenizer, ends, config.data)
         for line in (*measured(config, facts), *doubts, *other_templates(config)):
             console.print(line, markup=False, soft_wrap=True)

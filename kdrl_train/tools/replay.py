@@ -80,13 +80,13 @@ def main(config: ReplayConfig, console: Console | None = None) -> list[Replayed]
     Raises: ValueError if the file is not such a dump, or its folder not a run folder.
     """
     dump = load_dump(config.file)
-    replayed = replay(dump, config.file.parent, config.trust_remote_code)
+    out = guarded_console(console)
+    replayed = replay(dump, config.file.parent, out, config.trust_remote_code)
     broken = [one for one in replayed if not one.finite]
     shown = replayed
     if not config.all:
         finite = sorted((one for one in replayed if one.finite), key=lambda one: -one.grad_norm)
         shown = broken + finite[:10]
-    out = guarded_console(console)
     if not out.is_terminal:
         out.width = max(out.width, WIDTH)
     out.print(table(shown, f"step {dump['step']}: {len(broken)} of {len(replayed)} not finite"))
@@ -112,11 +112,14 @@ _STEP = ("step", "part", "rewards", "coefficients", "example_ids")
 _ROLLOUTS = tuple(field.name for field in fields(Rollouts))
 
 
-def replay(dump: dict[str, Any], folder: Path, trusted: bool = False) -> list[Replayed]:
+def replay(
+    dump: dict[str, Any], folder: Path, console: Console, trusted: bool = False
+) -> list[Replayed]:
     """Repeats every completion of the dump with the weights before the step.
 
-    trusted: whether code in the folders of the models may be run.
-
+    Args:
+        console: gets what is doubtful.
+        trusted: whether code in the folders of the models may be run.
     Raises: ValueError if the run folder has no configuration, or no checkpoint of that step.
     """
     if dump["part"]:
@@ -133,7 +136,8 @@ def replay(dump: dict[str, Any], folder: Path, trusted: bool = False) -> list[Re
     if step > 0:
         place = folder / "checkpoints" / f"step_{step:06d}"
     if place is not None:
-        checkpoint.load_weights(place, policy)
+        for doubt in checkpoint.load_weights(place, policy, hashes=config.checkpoint_hashes):
+            console.print(f"warning: {doubt}", markup=False, soft_wrap=True)
     rollouts = Rollouts(**{name: dump[name] for name in _ROLLOUTS})
     weights, normalizer = grpo.token_weights(
         rollouts.lengths,

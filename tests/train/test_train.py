@@ -113,11 +113,17 @@ def test_a_resumed_run_needs_its_problems(config: Callable[..., TrainConfig]) ->
     path.write_text(text, encoding="utf-8")
     meta = settings.out / "checkpoints" / "step_000001" / "meta.json"
     older = json.loads(meta.read_text(encoding="utf-8"))
-    del older["data"]  # as it was before the problems were saved
+    for key in ("data", "sha256", "sha256_of_this_text"):  # as it was before these were saved
+        del older[key]
     meta.write_text(json.dumps(older), encoding="utf-8")
     assert len(run(more)) == 2
-    (warning,) = [e for e in jsonl.read(settings.out / "events.jsonl") if e["event"] == "warning"]
-    assert "does not say which problems the run had" in warning["message"]
+    problems, hashes = (
+        event["message"]
+        for event in jsonl.read(settings.out / "events.jsonl")
+        if event["event"] == "warning"
+    )
+    assert "does not say which problems the run had" in problems
+    assert "step_000001 has no hashes of its files, as it was saved by an older" in hashes
 
 
 def test_resume_needs_a_checkpoint(config: Callable[..., TrainConfig]) -> None:

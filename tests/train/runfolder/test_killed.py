@@ -302,11 +302,16 @@ def test_bits_that_rot_are_found(config: Config) -> None:
     run(settings)
     path = next((settings.out / "checkpoints" / "step_000001").glob("*.distcp"))
     path.write_bytes(bytes(path.stat().st_size))
+    again = replace(settings, steps=2, resume=True)
+    with pytest.raises(
+        ValueError, match=r"__0_0.distcp must have the SHA-256 .*; delete .*_000001"
+    ):
+        run(again)
     with pytest.raises(
         ValueError,
         match=r"step_000001 must hold the state of this model, got \w+Error: .*: resume with",
     ):
-        run(replace(settings, steps=2, resume=True))
+        run(replace(again, checkpoint_hashes=False))
 
 
 @pytest.mark.fault("killed")

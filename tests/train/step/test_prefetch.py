@@ -283,8 +283,11 @@ def test_rollouts_that_rot_are_named(config: Config) -> None:
     path = folder / "rollouts.pt"
     path.write_bytes(bytes(path.stat().st_size))
     (settings.out / "checkpoints" / "step_000002").rename(settings.out / "newer")
+    again = replace(settings, resume=True)
+    with pytest.raises(ValueError, match=r"rollouts.pt must have the SHA-256 .* when it was saved"):
+        run(again)
     with pytest.raises(ValueError, match=r"rollouts.pt must hold the rollouts of the next step"):
-        run(replace(settings, resume=True))
+        run(replace(again, checkpoint_hashes=False))
 
 
 @pytest.mark.parametrize(
