@@ -17,6 +17,7 @@ from kdrl_train.settings import (
     UnitInterval,
     settings,
 )
+from kdrl_train.watch import RanksConfig
 
 
 def _require_no_secret(key: str, address: str | None, variable: str) -> None:
@@ -292,6 +293,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    ranks: RanksConfig = field(default_factory=RanksConfig)
 
     def __post_init__(self) -> None:
         if self.method.policy != "off" and self.sampling.group_size < 2:

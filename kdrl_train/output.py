@@ -286,8 +286,32 @@ def shown(name: str) -> Iterator[None]:
                 _shown = None
 
 
+class Place:
+    """Says where this process is, whether or not a screen shows it."""
+
+    heading = stage = ""
+    moves = 0
+
+
+def move() -> None:
+    """Count that the process goes on: a token, a verdict or a micro-batch is done."""
+    Place.moves += 1
+
+
+def moves() -> int:
+    """Return how often the process has moved."""
+    return Place.moves
+
+
+def place() -> str:
+    """Say where the process is: the step and the stage."""
+    return ": ".join(filter(None, (Place.heading or "start", Place.stage)))
+
+
 def heading(text: str) -> None:
-    """Set what stands before each stage, such as the step; nothing happens where none is shown."""
+    """Set what stands before each stage, such as the step; nothing is shown where no screen is."""
+    Place.heading = text
+    move()
     with _LOCK:
         if _shown is not None:
             _shown.heading = text
@@ -298,6 +322,8 @@ def begin(stage: str, at_once: bool = False) -> None:
 
     at_once: write its line also into a pipe or a file, for what happens once in a run.
     """
+    Place.stage = stage
+    move()
     with _LOCK:
         if _shown is not None:
             _shown.begin(stage, at_once)
@@ -308,6 +334,7 @@ def count(stage: str, done: int, total: int | None, more: str = "") -> None:
 
     total: None where it is not known.
     """
+    move()
     with _LOCK:
         if _shown is not None and _shown.stage == stage:
             _shown.counts = f"{done:,}" + ("" if total is None else f" of {total:,}") + more

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,10 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kdrl_train.errors import RankError
+from kdrl_train.watch import RanksConfig, Watch
 
 T = TypeVar("T")
-TIMEOUT = timedelta(hours=2)
-"""The longest wait for other ranks, which may still generate or wait for their verifier."""
+BACKSTOP = timedelta(days=7)
+"""The timeout of collectives. A `Watch` ends a run long before: it knows whether the ranks that are
+waited for move, as in a long rollout, or are stuck."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,8 @@ class World:
     launched: bool = False
     """Whether torchrun started it: then there is a process group, and FSDP2 shards the models, even
     over a single rank."""
+    watch: Watch | None = None
+    """With several ranks."""
 
     @property
     def main(self) -> bool:
@@ -93,17 +98,34 @@ ALONE = World()
 
 
 @contextmanager
-def connect(device: torch.device) -> Iterator[World]:
+def connect(
+    device: torch.device, config: RanksConfig | None = None, folder: Path = Path()
+) -> Iterator[World]:
     """Yield the world of this process; its process group exists as long as the block.
 
-    device: where the models are. gloo carries CPU tensors and objects, NCCL the tensors of GPUs.
+    Args:
+        device: where the models are. gloo carries CPU tensors and objects, NCCL those of GPUs.
+        config: how long to wait for a rank that is stuck.
+        folder: the run folder, for `Watch`.
     """
     if "RANK" not in os.environ:
         yield ALONE
         return
+    config = config or RanksConfig()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    start = timedelta(seconds=config.start_timeout_s)
+    store, rank, size = next(dist.rendezvous("env://", timeout=start))
+    watch = None
+    if size > 1:
+        watch = Watch(rank, size, dist.PrefixStore("watch", store.clone()), config, folder)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=BACKSTOP)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), launched=True)
+        yield World(rank, size, launched=True, watch=watch)
+    except Exception as error:
+        if watch is not None and watch.verdict:  # another rank has ended, and with it the group
+            raise RankError(watch.verdict) from error
+        raise
     finally:
+        if watch is not None:
+            watch.close()
         dist.destroy_process_group()

@@ -57,11 +57,14 @@ def main(
         rank failed.
     """
     screen = shown("train") if console is None else guarded()
-    with screen, connect(use_device(config.model)) as world, ExitStack() as stack:
+    device = use_device(config.model)
+    with screen, connect(device, config.ranks, config.out) as world, ExitStack() as stack:
         console = guarded_console(console)
         if world.main:
             console.print(Text(title(config)), soft_wrap=True)
         run, first = open_run(config, world, stack, console, policy_class)
+        if world.watch is not None:
+            world.watch.begin_steps(run.log.event)
         with recorded(run.log, config, world.size):
             if steps(run, first):
                 output.heading("")

@@ -25,6 +25,7 @@ FLOORS = (
     ("method",),
     ("batch",),
     ("exchange", "ranks"),
+    ("watch",),
     ("errors", "output", "proxies", "settings", "waiting"),
 )
 """The rooms of kdrl_train, from the highest to the lowest; rooms of one floor do not meet."""

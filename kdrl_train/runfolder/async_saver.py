@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from kdrl_train.config import TrainConfig
-from kdrl_train.ranks import TIMEOUT, World
+from kdrl_train.ranks import BACKSTOP, World
 from kdrl_train.runfolder import checkpoint
 from kdrl_train.runfolder.checkpoint import RunState
 from kdrl_train.runfolder.finite import require_finite
@@ -49,7 +49,7 @@ class Saver:
         """Optimiser steps of the newest checkpoint that is on the disk."""
         self._group: dist.ProcessGroup | None = None
         if config.save_async and world.launched:
-            self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+            self._group = dist.new_group(backend="gloo", timeout=BACKSTOP)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._future: Future[Path] | None = None
 

@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "samples_per_step",
     "eval",
     "log",
+    "ranks",
     "teacher.concurrency",
     "teacher.timeout_s",
     "teacher.deadline_s",

@@ -5,6 +5,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from kdrl_train import output
+
 
 class Stopped(Exception):  # noqa: N818  an event, not an error
     """A signal asked the run to stop: the steps that are done count, the current one is dropped."""
@@ -33,7 +35,8 @@ class Interrupt:
         self._previous: dict[signal.Signals, Any] = {}
 
     def poll(self) -> None:
-        """Raise Stopped if a signal has come."""
+        """Raise Stopped if a signal has come; who polls has moved."""
+        output.move()
         if self.requested:
             raise Stopped
 

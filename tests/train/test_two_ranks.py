@@ -27,6 +27,7 @@ from kdrl_train.method import grpo
 from kdrl_train.method.config import ScheduleConfig
 from kdrl_train.method.presets import PRESETS
 from kdrl_train.model.policy import Policy
+from kdrl_train.ranks import ALONE
 from kdrl_train.runfolder import checkpoint
 from kdrl_train.runfolder.log import read_records
 from tests.train.conftest import EXACT
@@ -67,7 +68,8 @@ def gradient(config: TrainConfig) -> dict[str, Tensor]:
     optimizer = torch.optim.AdamW(policy.parameters())
     model_state, optimizer_state = get_state_dict(policy, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state}
-    checkpoint._read_into(state, config.out / "checkpoints" / "step_000001")
+    folder = config.out / "checkpoints" / "step_000001"
+    checkpoint._read_into(state, checkpoint.read(folder), ALONE)
     return {name: moments["exp_avg"] for name, moments in state["optimizer"]["state"].items()}
 
 
