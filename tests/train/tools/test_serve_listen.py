@@ -162,6 +162,29 @@ class Recorder:
 
 
 @pytest.mark.fault("attack on serve")
+def test_slow_clients_do_not_hold_the_end(
+    served: command.ServedTeacher,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The server ends within SHUTDOWN_S; what clients sent does not reach its output."""
+    monkeypatch.setattr(listen, "SHUTDOWN_S", 1)
+    rude = [
+        b"",
+        HEAD + b"content-length: 900\r\n\r\n{",
+        b"GET /\x1b[31m\x07 HTTP/1.1\r\n\r\n",
+        b"GET /%1b[31m HTTP/1.1\r\nhost: \x1b[31m\r\n\r\n",
+    ]
+    with contextlib.ExitStack() as stack:
+        with listening(make(served)) as port:
+            clients = [stack.enter_context(connect(port, sent)) for sent in rude]
+            assert clients[2].recv(100).startswith(b"HTTP/1.1 400")
+            start = time.monotonic()
+        assert time.monotonic() - start < 8
+    assert "[31m" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.fault("attack on serve")
 def test_a_client_that_leaves_gives_its_places_back(
     served: command.ServedTeacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
