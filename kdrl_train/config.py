@@ -193,6 +193,9 @@ class RewardConfig:
     timeout."""
     workers: PositiveInt = 2
     """Processes that compute rewards."""
+    memory_bytes: PositiveInt = 8 * 2**30
+    """Memory that one of them may allocate, in bytes, on Linux; elsewhere there is no limit. A
+    completion that needs more counts as an error."""
     right_above: Finite = 0.5
     """A completion is right if its reward is above this: half of the largest reward, which is 1
     for math and exact. Masks, schedules and shares of right completions count by it. A function of

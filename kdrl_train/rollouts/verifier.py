@@ -7,9 +7,12 @@ raised, it returned something that is not a finite number, or its worker died.
 import contextlib
 import math
 import multiprocessing
+import os
+import signal
 import sys
-from collections.abc import Sequence
-from concurrent.futures import TimeoutError as FutureTimeoutError
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
@@ -23,6 +26,45 @@ from kdrl_train.config import RewardConfig
 from kdrl_train.rollouts.rewards import load_reward
 from kdrl_train.rollouts.verifier_worker import Judged, do_nothing, judge, start_worker
 from kdrl_train.waiting import POLL_S, Poll
+
+STUCK_S = 120.0
+"""Longest time in seconds, past a completion's deadline, in which none begins or ends. A worker
+that replaces a killed one may take as long to import a reward function."""
+
+
+class Deadlines:
+    """Cancels each task that has run for too long, by a clock that nobody sets.
+
+    pebble's own deadlines follow the time of day: a clock set forward ends them, one set back
+    stretches them.
+
+    Args:
+        futures: in the order in which the tasks were scheduled, which is that of their starts.
+        timeout_s: longest time of one, in seconds.
+    """
+
+    def __init__(self, futures: Iterable[ProcessFuture], timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self._waiting = deque(futures)
+        self._running: dict[ProcessFuture, float] = {}
+        self._moved = time.monotonic()
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since a task began or ended."""
+        return time.monotonic() - self._moved
+
+    def enforce(self) -> None:
+        """Cancel what is late, which kills its worker; call it often."""
+        now = time.monotonic()
+        while self._waiting and (self._waiting[0].running() or self._waiting[0].done()):
+            self._running[self._waiting.popleft()] = self._moved = now
+        for future, start in list(self._running.items()):
+            if future.done():
+                del self._running[future]
+                self._moved = now
+            elif now - start > self.timeout_s:
+                future.cancel()
 
 
 class Verifier(AbstractContextManager["Verifier"]):
@@ -67,16 +109,19 @@ class Verifier(AbstractContextManager["Verifier"]):
                 f"{len(completions)} completions: repeat each gold answer group_size times"
             )
         judged: dict[int, Judged] = {}
-        restarts = 0
+        restarts = fruitless = 0
         while len(judged) < len(completions):
-            pairs = zip(completions, golds, strict=True)
+            pairs, before = zip(completions, golds, strict=True), len(judged)
             judged |= self._judge({i: p for i, p in enumerate(pairs) if i not in judged}, poll)
-            if len(judged) < len(completions):  # an idle worker died, which ends the pool
-                if restarts:
+            if len(judged) < len(completions):  # an idle worker died or stopped: the pool is over
+                fruitless = fruitless + 1 if len(judged) == before else 0
+                if fruitless == 2:
                     raise ChildProcessError(
                         "verifier workers must start, but all of them died, twice: call the reward "
                         "function by hand on one completion to see why"
                     )
+                self._pool.stop()
+                self._pool.join()
                 self._pool = self._start()
                 restarts += 1
         verdicts = Verdicts(rewards=[], outcomes=[], restarts=restarts)
@@ -96,23 +141,36 @@ class Verifier(AbstractContextManager["Verifier"]):
         futures: dict[int, ProcessFuture] = {}
         with contextlib.suppress(RuntimeError):  # raised for a pool that is already broken
             for index, pair in pairs.items():
-                futures[index] = self._pool.schedule(
-                    judge, args=(config.function, *pair, *arguments), timeout=config.timeout_s
-                )
+                futures[index] = self._pool.schedule(judge, (config.function, *pair, *arguments))
         waiting, alive = set(futures.values()), True
+        deadlines = Deadlines([self._ready, *futures.values()], config.timeout_s)
         try:
             while waiting and alive:
                 if poll is not None:
                     poll()
+                deadlines.enforce()
                 # read before the last wait, so that verdicts of a pool that breaks now still count
-                alive = self._pool.active
-                _, waiting = wait(waiting, POLL_S)
+                alive = self._pool.active and not self._is_stuck(deadlines)
+                _, waiting = wait(waiting, min(POLL_S, config.timeout_s / 10))
         except BaseException:
             for future in waiting:
                 future.cancel()
             raise
         verdicts = {i: _verdict(future) for i, future in futures.items() if future.done()}
         return {i: verdict for i, verdict in verdicts.items() if verdict is not None}
+
+    def _is_stuck(self, deadlines: Deadlines) -> bool:
+        """Say whether no worker goes on; those that SIGSTOP has stopped are killed.
+
+        A stopped worker may hold the lock of the pipe that all of them read, or be the only one.
+        """
+        for pid in list(self._pool._pool_manager.worker_manager.workers):
+            if _is_stopped(pid):
+                time.sleep(POLL_S)  # after Ctrl-Z and fg this process may go on before the worker
+                if _is_stopped(pid):
+                    os.kill(pid, signal.SIGKILL)
+                    return True
+        return self._ready.done() and deadlines.idle_s > STUCK_S + self.config.timeout_s
 
     def close(self) -> None:
         """Stop the workers and drop pending work. May be called twice."""
@@ -140,10 +198,20 @@ class Verifier(AbstractContextManager["Verifier"]):
             max_workers=self.config.workers,
             context=context,
             initializer=start_worker,
-            initargs=(self.config.function,),
+            initargs=(self.config.function, self.config.memory_bytes),
         )
-        pool.schedule(do_nothing)  # starts the workers now, while the caller loads its models
+        # starts the workers now, while the caller loads its models
+        self._ready = pool.schedule(do_nothing)
         return pool
+
+
+def _is_stopped(pid: int) -> bool:
+    """Say whether a process is stopped, as by SIGSTOP; only Linux tells."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:  # it has ended, or this is no Linux
+        return False
+    return stat.rpartition(b")")[2].split()[0] == b"T"
 
 
 def _check_main_is_guarded() -> None:
@@ -166,11 +234,11 @@ def _verdict(future: ProcessFuture) -> Judged | None:
 
     A worker that was killed at the deadline, or died at work, costs this completion alone.
     """
+    if future.cancelled():
+        return 0.0, "timeout", "", None
     error = future.exception()
     if error is None:
         return future.result()
-    if isinstance(error, FutureTimeoutError):
-        return 0.0, "timeout", "", None
     if isinstance(error, BrokenProcessPool):
         return None
     return math.nan, "error", f"worker died: {type(error).__name__}: {error}", None

@@ -7,8 +7,11 @@ import traceback
 from functools import lru_cache
 from typing import Literal, SupportsFloat
 
-from kdrl_train.output import guard
+from kdrl_train.output import escape, guard
 from kdrl_train.rollouts.rewards import UnparseableError, load_answer, load_reward, warm_up
+
+if sys.platform == "linux":
+    import resource
 
 ORPHAN_GRACE_S = 10.0
 """Seconds past the deadline after which a worker ends by itself, if nobody has killed it."""
@@ -23,8 +26,16 @@ def do_nothing() -> None:
     """Return at once: a first task, which makes the pool start its workers."""
 
 
-def start_worker(function: str) -> None:
-    """Import the reward and warm it up, outside of any deadline; make SIGTERM end the process."""
+def start_worker(function: str, memory_bytes: int) -> None:
+    """Import the reward and warm it up, outside of any deadline; make SIGTERM end the process.
+
+    memory_bytes: the most that the process may allocate from now on, on Linux.
+    """
+    if sys.platform == "linux":  # macOS takes the limit and ignores it, Windows has none
+        # not RLIMIT_AS: CUDA, and each thread of malloc, reserve addresses that nothing ever fills
+        _, most = resource.getrlimit(resource.RLIMIT_DATA)
+        most = memory_bytes if most == resource.RLIM_INFINITY else min(memory_bytes, most)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     # A Python handler, such as pebble's, runs between two byte codes, so not while C code (gmpy2,
     # numpy) runs; the whole pool would wait for pebble's 3 seconds of grace before the kill.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -56,8 +67,9 @@ def judge(
     except Exception as error:  # a user's code may raise anything; the message is kept
         frame = traceback.extract_tb(error.__traceback__)[-1]
         line = f"{frame.filename}:{frame.lineno}"
-        message = f"{type(error).__name__}: {error}"[:MAX_MESSAGE_CHARS]
-        return math.nan, "error", f"{message} ({line})", None
+        text = "more than reward.memory_bytes" if isinstance(error, MemoryError) else str(error)
+        message = f"{type(error).__name__}: {text}"[:MAX_MESSAGE_CHARS]
+        return math.nan, "error", escape(f"{message} ({line})"), None
     finally:
         if has_timer:
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -69,6 +81,6 @@ def judge(
         score = score if right in (True, False) else None
     reward = float(score) if isinstance(score, SupportsFloat) else math.nan
     if not math.isfinite(reward):
-        return math.nan, "error", f"{rule}, got {value!r}"[:MAX_MESSAGE_CHARS], None
+        return math.nan, "error", escape(f"{rule}, got {value!r}"[:MAX_MESSAGE_CHARS]), None
     right = reward > right_above if right is None else right
     return reward, "right" if right else "wrong", "", vote

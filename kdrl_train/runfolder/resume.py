@@ -29,6 +29,7 @@ MAY_CHANGE = (
     "teacher.timeout_s",
     "teacher.deadline_s",
     "reward.workers",
+    "reward.memory_bytes",
     "sampling.batch_size",
     "engine.url",
     "engine.timeout_s",

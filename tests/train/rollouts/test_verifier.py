@@ -8,6 +8,7 @@ import sys
 import time
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,13 @@ def scripted_reward(completion: str, answer: str) -> object:
         return sum(range(10**12))  # no byte code for an hour, so no Python signal handler either
     if completion == "hang":
         time.sleep(3600)
+    if completion == "slow":
+        time.sleep(0.3)
+        return 1.0
+    if completion == "10 GB":
+        return len(bytearray(10 * 2**30))
+    if completion == "surrogate":
+        raise ValueError("half \ud800 and \x1b[2J")
     if completion == "raise":
         raise StrangeError("went", " wrong")
     if completion == "exit":
@@ -83,6 +91,7 @@ def test_rewards_and_counts_by_hand(mathematics: Verifier) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.fault("reward function")
 @pytest.mark.parametrize("hang", ["hang", "hang in C"])
 def test_a_hang_costs_its_own_completion_only(scripted: Verifier, hang: str) -> None:
     scripted.score(["a"], ["a"])  # the workers are up
@@ -92,6 +101,27 @@ def test_a_hang_costs_its_own_completion_only(scripted: Verifier, hang: str) -> 
     expected = ["right", "timeout", "wrong", "timeout", "timeout", *["right"] * 40]
     assert verdicts.outcomes == expected
     assert scripted.score(["a"] * 4, ["a"] * 4).counts["right"] == 4
+
+
+@pytest.mark.slow  # a hang costs its worker
+@pytest.mark.fault("reward function")
+@pytest.mark.parametrize("jump_s", [3600, -3600])
+def test_a_clock_that_is_set_changes_no_deadline(
+    scripted: Verifier, jump_s: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward, 0.3 s of a reward were a timeout; back, a hang outlived its deadline of 0.5 s."""
+    scripted.score(["a"], ["a"])  # the workers are up
+    real, start, polls = time.time, time.monotonic(), 0
+
+    def set_clock() -> None:
+        nonlocal polls
+        polls += 1
+        if polls == 4:  # the tasks have begun
+            monkeypatch.setattr(time, "time", lambda: real() + jump_s)
+
+    assert scripted.score(["slow", "hang"], ["", ""], set_clock).outcomes == ["right", "timeout"]
+    assert polls > 4
+    assert time.monotonic() < start + 20
 
 
 def test_a_worker_dies_at_once_when_told(scripted: Verifier) -> None:
@@ -112,9 +142,12 @@ verifier_worker.judge({HERE!r}, "hang in C", "a", timeout_s=0.1)
     assert done.returncode == -signal.SIGALRM
 
 
+@pytest.mark.fault("reward function")
 @pytest.mark.parametrize(
     ("completion", "message"),
     [
+        ("10 GB", "MemoryError: more than reward.memory_bytes"),
+        ("surrogate", r"ValueError: half \ud800 and \u001b[2J"),
         ("raise", "StrangeError: went wrong"),
         ("nan", "must be a finite number, got nan"),
         ("inf", "must be a finite number, got inf"),
@@ -157,6 +190,7 @@ def test_the_threshold_of_right_is_a_setting() -> None:
         assert verifier.score(["é", "e"], ["1"] * 2).outcomes == ["wrong", "right"]
 
 
+@pytest.mark.fault("hostile completion")
 def test_hostile_completions_end_within_the_deadline(mathematics: Verifier) -> None:
     hostile = {
         r"\boxed{10^{10^{10^{10}}}}": {"wrong"},
@@ -193,7 +227,22 @@ def worker_pid(verifier: Verifier) -> int:
     return int(verdicts.rewards[0])
 
 
+@pytest.mark.slow  # it starts two pools
+@pytest.mark.fault("reward function")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_idle_worker_that_is_stopped_holds_nobody_up(workers: int) -> None:
+    with Verifier(replace(PID_REWARD, workers=workers)) as verifier:
+        pid = worker_pid(verifier)
+        os.kill(pid, signal.SIGSTOP)
+        start, texts = time.monotonic(), ["x" * 1000] * 300  # more than the pipe to it holds
+        verdicts = verifier.score(texts, texts)
+        assert time.monotonic() < start + 60  # it takes 2 s, and a new worker's start
+    assert verdicts.counts["right"] == 300
+    assert pid not in verdicts.rewards
+
+
 @pytest.mark.slow  # a hang costs its worker in the tests above
+@pytest.mark.fault("reward function")
 def test_workers_killed_while_idle_are_replaced() -> None:
     with Verifier(PID_REWARD) as verifier:
         pid = worker_pid(verifier)
@@ -206,6 +255,7 @@ def test_workers_killed_while_idle_are_replaced() -> None:
 
 
 @pytest.mark.slow  # a hang costs its worker in the tests above
+@pytest.mark.fault("reward function")
 def test_a_pool_that_breaks_is_started_anew_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with Verifier(PID_REWARD) as verifier:
         pid = worker_pid(verifier)
