@@ -1,6 +1,7 @@
 """Defines how the trainer waits for work outside of its thread: it polls, and it tries again."""
 
 import random
+import time
 from collections.abc import Callable, Iterator
 
 Poll = Callable[[], None]
@@ -24,3 +25,11 @@ def retry_waits() -> Iterator[float]:
     while True:
         yield wait_s * random.uniform(0.5, 1)
         wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+
+
+def pause(seconds: float, poll: Poll) -> None:
+    """Wait, and call poll regularly."""
+    end = time.monotonic() + seconds
+    while (left_s := end - time.monotonic()) > 0:
+        poll()
+        time.sleep(min(left_s, POLL_S))

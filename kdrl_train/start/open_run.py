@@ -17,7 +17,8 @@ from kdrl_train.model.teacher.client import TeacherInfo
 from kdrl_train.model.teacher.identity import check_same_teacher, describe, keep_teacher
 from kdrl_train.model.teacher.remote import RemoteTeacher
 from kdrl_train.ranks import World
-from kdrl_train.rollouts.engines import open_engine
+from kdrl_train.rollouts.engines import Engine, open_engine
+from kdrl_train.rollouts.engines.vllm_server import VllmServerEngine
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder import checkpoint
 from kdrl_train.runfolder.async_saver import Saver
@@ -61,7 +62,7 @@ def open_run(
     if teacher is not None and config.resume:
         warnings += world.on_main(lambda: check_same_teacher(config.out, teacher))
     output.begin(f"starting the engine, {config.engine.kind}")
-    engine = open_engine(config, policy, loaded.tokenizer, world)
+    engine = stack.enter_context(closing(open_engine(config, policy, loaded.tokenizer, world)))
     optimizer = make_optimizer(config, policy)
     prefetch = None
     if config.engine.staleness:
@@ -74,6 +75,7 @@ def open_run(
     if teacher is not None:
         world.on_main(lambda: keep_teacher(config.out, teacher))
     log = RunLog(config.out, first, config.steps, console, writes=world.main, trackers=trackers)
+    attach(engine, log, interrupt)
     for warning in warnings + doubts:
         log.event("warning", warning)
     run = Run(
@@ -97,6 +99,13 @@ def open_run(
     )
     interrupt.starting = False
     return run, first
+
+
+def attach(engine: Engine, log: RunLog, interrupt: Interrupt) -> None:
+    """Have an engine on a server report outages and restarts to the log, and stop at a signal."""
+    if isinstance(engine, VllmServerEngine):
+        engine.poll = interrupt.poll
+        engine.server.say = partial(log.event, "engine")
 
 
 def begin_folder(config: TrainConfig, trackers: Trackers, first: int) -> None:

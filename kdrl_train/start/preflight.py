@@ -25,8 +25,7 @@ from kdrl_train.model.teacher.client import TeacherError
 from kdrl_train.model.weights import Origin, some
 from kdrl_train.ranks import ALONE, World
 from kdrl_train.ranks import connect as connect_ranks
-from kdrl_train.rollouts.engines.vllm_client import VllmClient
-from kdrl_train.rollouts.engines.vllm_server import inspect
+from kdrl_train.rollouts.engines import vllm_server
 from kdrl_train.rollouts.problems import encode_prompt
 from kdrl_train.rollouts.rendering import PromptError
 from kdrl_train.rollouts.verifier import Verifier
@@ -156,9 +155,9 @@ def check_engine(config: TrainConfig) -> str:
 
     Raises: ValueError if not.
     """
-    client = VllmClient(str(config.engine.url), config.engine.timeout_s)
-    model, window = inspect(client, config)
-    return f"{client.url}: {model}, a window of {window:,} tokens"
+    with closing(vllm_server.connect(config)) as client:
+        model, window = vllm_server.inspect(client, config)
+        return f"{client.url}: {model}, a window of {window:,} tokens"
 
 
 def check_vocabulary(loaded: Loaded) -> str:

@@ -3,6 +3,8 @@
 import http.server
 import threading
 from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
 
 import pytest
 
@@ -55,13 +57,19 @@ def teacher(url: str) -> str:
     return client.info.model
 
 
+def models_of(url: str) -> Any:
+    """Return what the sampling server of a URL says of its models."""
+    with closing(VllmClient(url, 5)) as client:
+        return client.send("GET", "/v1/models")
+
+
 def test_loopback_is_reached_without_the_proxy(
     proxied: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running(Scripted(by_position).app()) as url:
         named = url.replace("127.0.0.1", "localhost")
         assert [teacher(address) for address in (url, named)] == ["scripted", "scripted"]
-        models = VllmClient(url, 5).send("GET", "/v1/models")
+        models = models_of(url)
         assert models["data"][0]["id"] == "scripted"
         monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1")  # httpx2 lacks the package for it
         assert teacher(url) == "scripted"
@@ -76,8 +84,8 @@ def test_another_host_is_reached_through_the_proxy_and_the_error_names_it(
     with pytest.raises(TeacherError, match=rf"got status 503 \(\) \({note}") as error:
         teacher("http://teacher.invalid:8000")
     assert "secret" not in str(error.value)
-    with pytest.raises(EngineError, match=rf"got status 503: .*{note}"):
-        VllmClient("http://sampler.invalid:8000", 5).send("GET", "/v1/models")
+    with pytest.raises(EngineError, match=rf"got status 503 .*{note}"):
+        models_of("http://sampler.invalid:8000")
     assert urls == [
         "http://teacher.invalid:8000/version",
         "http://sampler.invalid:8000/v1/models",
@@ -91,7 +99,7 @@ def test_a_proxy_that_cannot_be_used_is_named(
     with pytest.raises(TeacherError, match=r"through the proxy proxy:1 of HTTP_PROXY"):
         teacher("http://teacher.invalid:8000")
     with pytest.raises(EngineError, match=r"through the proxy proxy:1 of HTTP_PROXY"):
-        VllmClient("http://sampler.invalid:8000", 5).send("GET", "/v1/models")
+        models_of("http://sampler.invalid:8000")
     assert proxied[1] == []
 
 

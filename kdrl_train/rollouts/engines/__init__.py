@@ -34,6 +34,9 @@ class Engine(Protocol):
         All ranks call it together.
         """
 
+    def close(self) -> None:
+        """Let go of what the engine holds outside of this process."""
+
 
 def open_engine(config: TrainConfig, policy: Policy, tokenizer: Any, world: World) -> Engine:
     """Make the engine of a run; the caller then loads the policy's weights into it."""

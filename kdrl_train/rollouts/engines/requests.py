@@ -1,5 +1,6 @@
 """Holds what both vLLM engines share: a seeded request for each completion, each reply checked."""
 
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from kdrl_train.config import SamplingConfig, TrainConfig
 from kdrl_train.errors import EngineError
 from kdrl_train.model.eos import eos_ids
 from kdrl_train.model.policy import Policy
-from kdrl_train.model.teacher.client import FORBIDDEN, ROUNDING
+from kdrl_train.model.teacher.client import logprob_problem
 from kdrl_train.model.window import window
 from kdrl_train.rollouts.rendering import completion_text
 from kdrl_train.rollouts.sampler import SampleRequest
@@ -54,9 +55,8 @@ class RequestEngine(ABC):
         self.version = 0
         self.tokenizer = tokenizer
         self.stops = eos_ids(policy.model, tokenizer)
-        self.allowed: list[int] | None = None
-        if policy.sampled_vocab_size is not None and policy.sampled_vocab_size < policy.vocab_size:
-            self.allowed = list(range(policy.sampled_vocab_size))
+        self.columns = min(policy.sampled_vocab_size or policy.vocab_size, policy.vocab_size)
+        self.allowed = list(range(self.columns)) if self.columns < policy.vocab_size else None
 
     def generate(self, request: SampleRequest, poll: Poll | None = None) -> Rollouts:
         """Sample as Engine says. Raises: EngineError for a reply that does not fit its request."""
@@ -67,7 +67,7 @@ class RequestEngine(ABC):
             for r, prompt in enumerate(repeated)
         ]
         report = request.report or _no_report
-        replies = self.replies(requests, sampling, poll or _no_poll, report)
+        replies = self.replies(requests, sampling, poll or no_poll, report)
         for r, reply in enumerate(replies):
             problem = self._problem(reply, sampling.max_new_tokens)
             if problem is not None:
@@ -121,22 +121,24 @@ class RequestEngine(ABC):
 
     def _problem(self, reply: CompletionReply, max_new_tokens: int) -> str | None:
         """Say what is wrong with a reply; None: nothing is."""
-        ids, ends = reply.ids, [token in self.stops for token in reply.ids]
+        ids, size = reply.ids, self.columns
+        for t, token in enumerate(ids):
+            if type(token) is not int or not 0 <= token < size:
+                return f"{reprlib.repr(token)} in place of an id below {size:,} for token {t}"
         if not ids or len(ids) != len(reply.logprobs):
             return f"{len(ids)} tokens and {len(reply.logprobs)} log-probabilities"
+        ends = [token in self.stops for token in ids]
         complete = ends[-1] or len(ids) == max_new_tokens
         if any(ends[:-1]) or not complete or len(ids) > max_new_tokens:
             return (
                 f"{len(ids)} tokens of {max_new_tokens}, ending with {ids[-1]}, not with "
                 f"{self.stops}"
             )
-        for token, logprob in zip(ids, reply.logprobs, strict=True):
-            if not FORBIDDEN < logprob < ROUNDING:
-                return f"log-probability {logprob:g} of token {token}"
-        return None
+        problem = logprob_problem(reply.logprobs, ids)
+        return None if problem is None else f"log-probability {problem}"
 
 
-def _no_poll() -> None:
+def no_poll() -> None:
     """Never stops sampling."""
 
 

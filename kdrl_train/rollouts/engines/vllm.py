@@ -93,6 +93,9 @@ class VllmEngine(RequestEngine):
             raise RuntimeError("vLLM's prefix cache must be empty between steps, got requests")
         self.version = version
 
+    def close(self) -> None:
+        """Do as Engine says: it holds nothing."""
+
 
 def _reply(output: Any) -> CompletionReply:
     """Read the tokens and their log-probabilities from an output of vLLM."""

@@ -1,12 +1,14 @@
 """Samples on a vLLM server: completions come over HTTP, weights go through a file both can see.
 
 Every push of weights has a label of its own, which the server's workers keep. A server that was
-restarted, or that another run has pushed to, has another label or none.
+restarted has none, and gets the weights again from the file; one that another run has pushed to has
+another label, and stops the run.
 """
 
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 from uuid import uuid4
@@ -18,19 +20,34 @@ from torch import Tensor
 
 from kdrl_train.config import SamplingConfig, TrainConfig
 from kdrl_train.errors import EngineError, RunError
+from kdrl_train.exchange import BadReplyError, member, only
 from kdrl_train.model.fsdp import full_weights
 from kdrl_train.model.policy import Policy
+from kdrl_train.model.teacher.client import MOST
 from kdrl_train.ranks import World
 from kdrl_train.rollouts.engines.requests import (
     CompletionReply,
     CompletionRequest,
     RequestEngine,
+    no_poll,
 )
-from kdrl_train.rollouts.engines.vllm_client import RETRIES, VllmClient
-from kdrl_train.waiting import Poll, retry_waits
+from kdrl_train.rollouts.engines.vllm_client import VllmClient
+from kdrl_train.runfolder.signals import Stopped
+from kdrl_train.waiting import Poll, pause, retry_waits
 
 WEIGHTS = "engine_weights.safetensors"
-"""Name of the file in the run's folder; it exists only while the server reads it."""
+"""Name of the file in the run's folder; it stays until the next push, for a server that restarts,
+and is removed when the run ends."""
+FAILED = "a push that failed"
+"""The label of a worker whose last push failed, see rollouts/vllm_worker.py."""
+RETRIES = 4
+"""New tries to drop the prefix cache; they wait up to 3.75 s in all."""
+LONG_RETRIES = 60
+"""The same where other ranks may sample: up to 15 minutes."""
+RANK_WAIT_S = 5.0
+"""Seconds that other ranks leave to rank 0 to push the weights to a server that was restarted."""
+RESTARTS = 3
+"""Restarts of the server while it samples one batch after which the run stops."""
 
 
 def inspect(server: VllmClient, config: TrainConfig) -> tuple[str, int]:
@@ -40,18 +57,29 @@ def inspect(server: VllmClient, config: TrainConfig) -> tuple[str, int]:
     """
     required = {"dtype": config.model.dtype, "logprobs_mode": "processed_logprobs"}
     try:
-        (model,) = server.send("GET", "/v1/models")["data"]
+        model = only(server.send("GET", "/v1/models"), "data")
         for state in server.workers("kdrl_state"):
-            if {key: state[key] for key in required} != required:
+            if {key: member(state, key, str) for key in required} != required:
                 raise EngineError(f"{state} where {required} is needed")
-        return model["id"], model["max_model_len"]
-    except (EngineError, LookupError, ValueError, TypeError) as error:
+        window = member(model, "max_model_len", int)
+        if not 0 < window < MOST:
+            raise BadReplyError(f"a window of {window} tokens")
+        return member(model, "id", str), window
+    except (EngineError, BadReplyError) as error:
         raise ValueError(
             f"engine.url must be a vLLM server for this run, got {error}: start it with "
             "VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model "
             f"{config.model.policy} --dtype {config.model.dtype} --logprobs-mode "
             "processed_logprobs --worker-extension-cls kdrl_train.rollouts.vllm_worker.Worker"
         ) from error
+
+
+def connect(config: TrainConfig) -> VllmClient:
+    """Make a client of engine.url. Raises: ValueError for a URL that cannot be used."""
+    try:
+        return VllmClient(str(config.engine.url), config.engine.timeout_s)
+    except EngineError as error:
+        raise ValueError(str(error)) from error
 
 
 class VllmServerEngine(RequestEngine):
@@ -62,13 +90,27 @@ class VllmServerEngine(RequestEngine):
 
     def __init__(self, config: TrainConfig, policy: Policy, tokenizer: Any, world: World) -> None:
         super().__init__(policy, tokenizer)
-        self.server = VllmClient(str(config.engine.url), config.engine.timeout_s)
+        self.server = connect(config)
+        self.config = config
+        self.poll: Poll = no_poll
+        """Called regularly during a push; an exception that it raises stops the push."""
         self.dtype = policy.compute_dtype
         self.file = config.out.absolute() / WEIGHTS
         self.world = world
         self.label: str | None = None
         self.failure: RunError | None = None
-        self.model, self.window = inspect(self.server, config)
+        try:
+            self.model, self.window = inspect(self.server, config)
+        except ValueError:
+            self.server.close()
+            raise
+
+    def close(self) -> None:
+        """Close the connections, and remove the file of the weights."""
+        self.server.close()
+        if self.world.main:
+            with suppress(OSError):  # a file that stays costs space and nothing else
+                self.file.unlink()
 
     def replies(
         self,
@@ -91,10 +133,15 @@ class VllmServerEngine(RequestEngine):
                 f"got a window of {self.window} tokens for {longest} + {sampling.max_new_tokens}: "
                 "start it with a larger --max-model-len"
             )
-        self._require_weights()
-        replies = self.server.complete(self.model, requests, sampling.batch_size, poll, report)
-        self._require_weights()  # the server may have been restarted in between
-        return replies
+        for _ in range(RESTARTS):
+            self._restore(poll)
+            replies = self.server.complete(self.model, requests, sampling.batch_size, poll, report)
+            if self._labels(poll) == {self.label}:  # no restart in between
+                return replies
+        raise EngineError(
+            f"the server at {self.server.url} must keep the weights of this run while it samples, "
+            f"got {RESTARTS} restarts in one batch: see its log, and continue with --resume"
+        )
 
     @torch.no_grad()
     def load(self, policy: Policy, version: int) -> None:
@@ -103,13 +150,22 @@ class VllmServerEngine(RequestEngine):
         An error of the push is raised by the next `generate`, so that the step that is done can
         still be saved.
         """
+
+        def push() -> str | None:
+            try:
+                return self._push(weights, version)
+            except Stopped:
+                return None
+
         weights: dict[str, Tensor] = {}
         for name, weight in full_weights(policy.model):
             if self.world.main:
                 weights[name] = weight.to("cpu", self.dtype).contiguous()
         self.failure = None
         try:
-            self.label = self.world.on_main(lambda: self._push(weights, version))
+            self.label = self.world.on_main(push)
+            if self.label is None:
+                raise Stopped
         except RunError as error:
             self.failure = error
         self.version = version
@@ -119,34 +175,81 @@ class VllmServerEngine(RequestEngine):
         label = f"{version} steps, {uuid4().hex}"
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                save_file(weights, self.file)
-                with self.file.open("rb") as written:
-                    os.fsync(written.fileno())  # the server may be on another machine
-                self.server.workers("kdrl_load", str(self.file), label)
-            finally:
-                self.file.unlink(missing_ok=True)
+            save_file(weights, self.file)
+            with self.file.open("rb") as written:
+                os.fsync(written.fileno())  # the server may be on another machine
         except (OSError, SafetensorError) as error:
             raise EngineError(
                 f"the weights for the server must be written to {self.file}, got {error}: set "
                 "`out` to a folder that can be written, with enough space"
             ) from error
+        self._load(label, self.poll)
+        self._drop_cache(RETRIES, self.poll)
+        return label
+
+    def _load(self, label: str, poll: Poll) -> None:
+        """Have the server's workers load the file."""
+        self.server.workers("kdrl_load", str(self.file), label, poll=poll, patient=True)
+
+    def _drop_cache(self, retries: int, poll: Poll) -> None:
+        """Have the server forget the keys and values of other weights."""
+        path = "/reset_prefix_cache"
         # a request that has just ended may still hold its keys and values
-        for wait_s in (0.0, *islice(retry_waits(), RETRIES)):
-            time.sleep(wait_s)
-            if self.server.send("POST", "/reset_prefix_cache")["success"]:
-                return label
+        for wait_s in (0.0, *islice(retry_waits(), retries)):
+            pause(wait_s, poll)
+            reply = self.server.send("POST", path, poll=poll, patient=True)
+            try:
+                if member(reply, "success", bool):
+                    return
+            except BadReplyError as error:
+                raise self.server.wrong(path, error) from error
         raise EngineError(
             f"the server at {self.server.url} must drop its prefix cache after a push, got a "
             "refusal: it has requests of another client, and must serve this run alone"
         )
 
-    def _require_weights(self) -> None:
-        """Raise EngineError unless every worker of the server has the label of the last push."""
-        labels = [state["label"] for state in self.server.workers("kdrl_state")]
-        if any(label != self.label for label in labels):
-            raise EngineError(
-                f"the server at {self.server.url} must have the weights of this run after "
-                f"{self.version} steps, got {labels[0] or 'those it was started with'}: it was "
-                "restarted, or another run uses it; --resume pushes the weights again"
-            )
+    def _labels(self, poll: Poll) -> set[str | None]:
+        """Return the labels of the weights that the server's workers have."""
+        states = self.server.workers("kdrl_state", poll=poll, patient=True)
+        try:
+            return {member(state, "label", str, type(None)) for state in states}
+        except BadReplyError as error:
+            raise self.server.wrong("/collective_rpc", error) from error
+
+    def _restore(self, poll: Poll) -> None:
+        """Push the last weights again where the server was restarted.
+
+        Rank 0 does it, or another one where rank 0 needs the server no more. It loads them twice:
+        under a label of their own until the prefix cache is dropped, as requests that went on
+        trying may have filled it from the weights that the server was started with.
+
+        Raises: EngineError where the server has weights of another run, and past engine.timeout_s.
+        """
+        start, again = time.monotonic(), f"{self.label}, again"
+        while (labels := self._labels(poll)) != {self.label}:
+            others = labels - {None, FAILED, self.label, again}
+            silence = time.monotonic() - start
+            if others or silence > self.server.timeout_s:
+                raise EngineError(
+                    f"the server at {self.server.url} must have the weights of this run after "
+                    f"{self.version} steps, got {', '.join(map(str, others or labels))}: another "
+                    "run uses it; give each run a server of its own, and continue with --resume"
+                )
+            if labels != {again} and (self.world.main or silence > RANK_WAIT_S):
+                self._push_again(again, poll)
+                return
+            pause(next(iter(retry_waits())), poll)
+
+    def _push_again(self, again: str, poll: Poll) -> None:
+        """Push the file of the last push to a server that was restarted, and say so."""
+        try:
+            self.model, self.window = inspect(self.server, self.config)
+        except ValueError as error:
+            raise EngineError(f"the server was restarted in another way: {error}") from error
+        self._load(again, poll)
+        self._drop_cache(RETRIES if self.world.size == 1 else LONG_RETRIES, poll)
+        self._load(str(self.label), poll)
+        self.server.say(
+            f"the server at {self.server.url} was restarted: it has got the weights after "
+            f"{self.version} steps again"
+        )
