@@ -111,6 +111,8 @@ def read(folder: Path) -> Checkpoint:
             meta.get("data", {}),
             dict(meta.get("sha256", {})),
         )
+        if not (isinstance(checkpoint.step, int) and isinstance(checkpoint.config, dict)):
+            raise ValueError("another kind of value for step or config")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{folder} must be a checkpoint folder with a meta.json, got {error!r}: name one of "

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-CHUNK = 1 << 24
+CHUNK = 1 << 20
 SEAL = "sha256_of_this_text"
 """The key of meta.json with the hash of its other lines."""
 OLDER_KEYS = {"step", "config", "data", "torch", "files"}

@@ -1,6 +1,7 @@
 """folder: what is wrong with a model's files is said in one line before they are read."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -102,6 +103,25 @@ def test_pickled_weights_that_are_cut_are_named(folder: Folder) -> None:
     whole = (path / "pytorch_model.bin").read_bytes()
     (path / "pytorch_model.bin").write_bytes(whole[: len(whole) // 2])
     assert message(path) == f"{path}/pytorch_model.bin is cut: download it again"
+
+
+@pytest.mark.fault("hostile model folder")
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_pickled_weights_run_nothing(
+    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, legacy: bool
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # as some users have it
+    path, target = folder(), tmp_path / "attacked"
+
+    class Attack:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(target),)
+
+    (path / "model.safetensors").unlink()
+    state = {"lm_head.weight": Attack()}
+    torch.save(state, path / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
+    assert "pytorch_model.bin is damaged" in message(path) or legacy
+    assert not target.exists()
 
 
 def test_an_adapter_names_its_base_and_the_remedy(folder: Folder) -> None:

@@ -166,7 +166,14 @@ def test_meta_json_of_a_stranger(tmp_path: Path) -> None:
     place.mkdir()
     (tmp_path / "outside").touch()
     older = {"step": 1, "config": {}, "torch": "2", "files": {"../outside": 0}}
-    texts = [json.dumps(older), "[]", "1", '{"step": 1, "config": {}, "files": 7}', "[" * 100_000]
+    odd = [older | {"step": "1"}, older | {"config": []}]
+    texts = [
+        *map(json.dumps, [older, *odd]),
+        "[]",
+        "1",
+        '{"step": 1, "config": {}, "files": 7}',
+        "[" * 100_000,
+    ]
     for text in texts:
         (place / "meta.json").write_text(text)
         with pytest.raises(

@@ -197,32 +197,41 @@ def test_a_flipped_bit_in_a_stored_batch_changes_no_number(
 
 @hostile
 @pytest.mark.slow
-def test_no_command_runs_what_a_checkpoint_holds(config: Config, target: Path) -> None:
+def test_no_command_reads_what_it_has_not_checked(
+    config: Config, target: Path, record_property: Callable[[str, int], None]
+) -> None:
+    """Of a checkpoint with a flipped bit, and of one that would run something."""
     settings = config(steps=2, save_every=1, engine=EngineConfig(staleness=1))
     run(settings)
     place = settings.out / "checkpoints" / "step_000001"
     (settings.out / "checkpoints" / "step_000002").rename(settings.out / "newer")
+    dump = dict.fromkeys((*replay._STEP, *replay._ROLLOUTS))
+    dump |= {"step": 1, "example_ids": [], "outcomes": ["-"]}
+    failed = replay.ReplayConfig(file=settings.out / "failed_step_000001.pt")
+    torch.save(dump, failed.file)
+    again = replace(settings, resume=True)
+    other = replace(settings.model, weights=place)
+    measured = evaluate.of_run(settings, settings.out)
+    commands: list[Callable[[], Any]] = [
+        lambda: run(again),
+        lambda: run(replace(settings, out=settings.out / "other", model=other)),
+        lambda: evaluate.evaluate_folder(replace(measured, model=other)),
+        lambda: replay.main(failed, Console(file=io.StringIO())),
+    ]
+    record_property("tried", 2 * len(commands) + 1)
+    path = place / "__0_0.distcp"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+    for command in commands:
+        with pytest.raises(ValueError, match=r"__0_0\.distcp must have the SHA-256"):
+            command()
+    path.write_bytes(whole)
     torch.save({"step": Attack(target)}, place / "rollouts.pt")
     accept(place)
-    again = replace(settings, resume=True)
     with pytest.raises(ValueError, match=r"rollouts.pt must hold .* GLOBAL posix\.mkdir"):
         run(again)
     (place / ".metadata").write_bytes(named("os", "mkdir", str(target)))
     accept(place)
-    with pytest.raises(ValueError, match=r"got os\.mkdir, which no checkpoint"):
-        run(again)
-    other = replace(settings, out=settings.out / "other")
-    with pytest.raises(ValueError, match=r"got os\.mkdir, which no checkpoint"):
-        run(replace(other, model=replace(other.model, weights=place)))
-    measured = evaluate.of_run(settings, settings.out)
-    weights = replace(measured.model, policy=settings.model.policy, weights=place)
-    with pytest.raises(ValueError, match=r"got os\.mkdir, which no checkpoint"):
-        evaluate.evaluate_folder(replace(measured, model=weights))
-    dump = dict.fromkeys((*replay._STEP, *replay._ROLLOUTS))
-    dump |= {"step": 1, "example_ids": [], "outcomes": ["-"]}
-    torch.save(dump, settings.out / "failed_step_000001.pt")
-    with pytest.raises(ValueError, match=r"got os\.mkdir, which no checkpoint"):
-        replay.main(
-            replay.ReplayConfig(file=settings.out / "failed_step_000001.pt"),
-            Console(file=io.StringIO()),
-        )
+    for command in commands:
+        with pytest.raises(ValueError, match=r"got os\.mkdir, which no checkpoint"):
+            command()
