@@ -31,7 +31,7 @@ from kdrl_train.runfolder.events import recorded
 from kdrl_train.runfolder.export import export
 from kdrl_train.runfolder.log import Stages, peak_memory_bytes
 from kdrl_train.runfolder.signals import Stopped
-from kdrl_train.start.open_run import open_run
+from kdrl_train.start.open_run import open_run, take_folder
 from kdrl_train.step.collect import collect, draw, sample_and_judge
 from kdrl_train.step.run import Run
 from kdrl_train.step.samples import SampleRecorder
@@ -62,13 +62,15 @@ def main(
         console = guarded_console(console)
         if world.main:
             console.print(Text(title(config)), soft_wrap=True)
-        run, first = open_run(config, world, stack, console, policy_class)
+        lock = take_folder(config, world, stack)
+        run, first = open_run(config, world, stack, console, policy_class, lock)
         if world.watch is not None:
             world.watch.begin_steps(run.log.event)
         with recorded(run.log, config, world.size):
             if steps(run, first):
                 output.heading("")
                 output.begin("saving the model")
+                world.on_main(run.log.require_ours)
                 model, folder = run.policy.model, config.out / "model"
                 export(model, run.tokenizer, folder, world, model.origin.dtype_of)
                 run.log.event("finished", f"all steps are done: the model is in {folder}")

@@ -31,6 +31,7 @@ class Saver:
         say: called with a line for each checkpoint that is on the disk.
         data: which problems the run has, as in RunState.
         saved: optimiser steps of the checkpoint, if any, from which the run starts.
+        require_ours: raises RunError on rank 0 where another run has begun in the folder.
     """
 
     def __init__(
@@ -40,9 +41,11 @@ class Saver:
         say: Callable[[str], None],
         data: dict[str, dict[str, Any]],
         saved: int = 0,
+        require_ours: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
         self.data = data
+        self.require_ours = require_ours
         self.world = world
         self.say = say
         self.saved = saved
@@ -65,9 +68,11 @@ class Saver:
         An earlier checkpoint that is still being written is waited for.
 
         Raises: OSError if this checkpoint or that earlier one cannot be written;
-            BrokenWeightsError for weights or moments that are not finite.
+            BrokenWeightsError for weights or moments that are not finite; RunError where another
+            run has begun in the folder.
         """
         self.check(wait=True)
+        self.world.on_main(self.require_ours)
         require_finite(model, optimizer, step, self.world)
         folder = self.config.out / "checkpoints"
         state = RunState(
@@ -77,6 +82,7 @@ class Saver:
             config=self.config,
             data=self.data,
             rollouts=rollouts,
+            require_ours=self.require_ours,
         )
         if self.config.save_async:
             self._future = self._pool.submit(begin(folder, state, self.world, self._group))

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +61,8 @@ class RunState:
     """Which problems the run has: the name of a section of the settings -> count and sha256."""
     rollouts: dict[str, Any] | None = None
     """The next step's completions, if they are drawn already; rank 0 writes them."""
+    require_ours: Callable[[], None] = lambda: None
+    """Raises RunError where another run has begun in the folder: nothing gets a name then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +201,7 @@ def publish(work: Path, state: RunState, hashes: dict[str, str]) -> None:
         "sha256": hashes,
     }
     _write(work / "meta.json", sealed(meta))
+    state.require_ours()
     if final.exists():  # written before the run was resumed from an older checkpoint
         _remove(final)
     _sync(work)

@@ -19,7 +19,7 @@ class Doubts:
 
     def add(self, record: Record) -> list[str]:
         """Take a step's record; returns what to warn of."""
-        silent = record["groups_with_signal"] == 0 and bool(record.get("policy_coef"))
+        silent = record.get("groups_with_signal") == 0 and bool(record.get("policy_coef"))
         entropy = record.get("entropy")
         # without signal and teacher a gradient of 0 is right; `silent_steps` counts it
         idle = silent and not record.get("kd_share") and (entropy or 0) > SATURATED

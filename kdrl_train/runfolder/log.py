@@ -18,6 +18,7 @@ from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.doubts import Doubts
 from kdrl_train.runfolder.events import Events
 from kdrl_train.runfolder.jsonl import Record
+from kdrl_train.runfolder.lock import RunLock
 from kdrl_train.runfolder.trackers import Trackers
 
 try:
@@ -119,6 +120,7 @@ class RunLog:
         console: where lines are printed; None: standard output.
         writes: False on all ranks but rank 0: nothing is written or printed.
         trackers: get every record too; already started.
+        lock: of the run folder, which is written only while it is this run's; None: always.
     """
 
     def __init__(
@@ -129,9 +131,11 @@ class RunLog:
         console: Console | None = None,
         writes: bool = True,
         trackers: Trackers | None = None,
+        lock: RunLock | None = None,
     ) -> None:
         self.folder = folder
         self.writes = writes
+        self.lock = lock
         self.trackers = trackers
         self.steps = steps
         self.console = guarded_console(console)
@@ -159,6 +163,13 @@ class RunLog:
         for record in kept:
             self.doubts.add(record)  # it was said then
         self.events = Events(folder)
+        if lock is not None and lock.unsupported is not None:
+            self.event("warning", lock.unsupported)
+
+    def require_ours(self) -> None:
+        """Raise RunError where another run has begun in the folder."""
+        if self.lock is not None:
+            self.lock.require_ours()
 
     def step(self, record: Record) -> None:
         """Append one step's record to metrics.jsonl and print its line.
@@ -167,6 +178,7 @@ class RunLog:
         """
         if not self.writes:
             return
+        self.require_ours()
         jsonl.append(self.metrics_path, record)
         self._logged.add(record["step"])
         self.steps_done = record["step"] + 1
@@ -193,6 +205,7 @@ class RunLog:
     def postpone(self, record: Record) -> None:
         """Keep a step's record in postponed.jsonl, since its evaluation is still to come."""
         if self.writes:
+            self.require_ours()
             jsonl.write(self.postponed_path, [record])
 
     def postponed(self, step: int) -> Record | None:
@@ -215,18 +228,22 @@ class RunLog:
         if lost is not None and not self._console_lost:
             self._console_lost = True
             message = f"the console cannot be written ({lost}): the run goes on without it"
-            self.events.add(self.steps_done, "console", message)
+            self.event("console", message, say=False)
 
     def event(self, kind: str, message: str, *, say: bool = True, **more: Any) -> None:
-        """Append an event to events.jsonl, and print its message if `say`; from any thread."""
-        if self.writes:
+        """Append an event to events.jsonl, and print its message if `say`; from any thread.
+
+        It is printed alone where another run has begun in the folder.
+        """
+        if self.writes and (self.lock is None or self.lock.is_ours()):
             self.events.add(self.steps_done, kind, message, **more)
         if say:
             self.say(message)
 
     def samples(self, step: int, records: list[Record]) -> None:
         """Write a step's samples, if there are any, to samples/step_XXXXXX.jsonl."""
-        if self.writes and records:
+        if records and self.writes:
+            self.require_ours()
             jsonl.write(self.folder / "samples" / _samples_name(step), records)
 
 

@@ -1,5 +1,6 @@
 """Remembers SIGTERM, SIGHUP and Ctrl-C until the run can stop and lose nothing."""
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -24,15 +25,31 @@ class Interrupt:
     loop looks between the tokens of a rollout (`poll`) and between micro-batches, then stops and
     has a checkpoint written. SIGHUP stays ignored where it was, as nohup has it. In another thread
     than the main one the signals keep their effect, as Python allows no handler there.
+
+    launched: whether torchrun is the parent of this process. Where it is killed, its ranks get no
+        signal; each sees that it has another parent, and stops as by SIGTERM.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, launched: bool = False) -> None:
+        self._requested = False
+        self._launcher = os.getppid() if launched else None
         self.signal: str | None = None
         """Name of the first signal that came."""
         self.starting = False
         """Whether no step is done yet that could be saved: SIGINT then interrupts at once."""
         self._previous: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come, or torchrun is gone."""
+        if self._launcher not in (None, os.getppid()):
+            self.requested = True
+            self.signal = self.signal or "torchrun is gone"
+        return self._requested
+
+    @requested.setter
+    def requested(self, value: bool) -> None:
+        self._requested = value
 
     def poll(self) -> None:
         """Raise Stopped if a signal has come; who polls has moved."""

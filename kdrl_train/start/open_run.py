@@ -11,6 +11,7 @@ from rich.console import Console
 from kdrl_train import output
 from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import save_yaml, to_dict
+from kdrl_train.errors import RunError
 from kdrl_train.method.schedules import History, rebuild_history
 from kdrl_train.model.policy import Policy, Teacher
 from kdrl_train.model.teacher.client import TeacherInfo
@@ -22,10 +23,13 @@ from kdrl_train.rollouts.engines.vllm_server import VllmServerEngine
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder import checkpoint
 from kdrl_train.runfolder.async_saver import Saver
+from kdrl_train.runfolder.lock import FILE as LOCK
+from kdrl_train.runfolder.lock import WAIT_S, RunLock
 from kdrl_train.runfolder.log import RunLog, read_postponed, read_records
 from kdrl_train.runfolder.resume import check_data, open_folder
 from kdrl_train.runfolder.signals import Interrupt
 from kdrl_train.runfolder.trackers import Trackers
+from kdrl_train.runfolder.writable import require_writable
 from kdrl_train.start.load import Loaded, described, load
 from kdrl_train.start.preflight import preflight, require
 from kdrl_train.step.prefetch import Prefetch
@@ -38,17 +42,15 @@ def open_run(
     stack: ExitStack,
     console: Console | None = None,
     policy_class: type[Policy] = Policy,
+    lock: RunLock | None = None,
 ) -> tuple[Run, int]:
     """Load and check everything that a run needs, and restore its newest checkpoint.
 
-    Args:
-        stack: closes what the run holds open.
-        console, policy_class: as train.main.
-    Returns: the run, and the optimiser steps that are done already.
+    `stack` closes what the run holds open; the others are as in train.main. Returns: the run, and
+    the optimiser steps that are done already.
     """
-    require_offload_fits(config, world)
     verifier = stack.enter_context(Verifier(config.reward))
-    interrupt = stack.enter_context(Interrupt())
+    interrupt = stack.enter_context(Interrupt(world.launched))
     interrupt.starting = True
     trackers = stack.enter_context(Trackers(config.log))
     newest = world.on_main(lambda: open_folder(config))
@@ -58,9 +60,7 @@ def open_run(
     policy = loaded.policy
     warnings = [] if newest is None else check_data(newest, loaded.data, config)
     warnings += require(preflight(config, loaded, verifier, world))
-    teacher = world.on_main(lambda: describe_teacher(config, loaded))
-    if teacher is not None and config.resume:
-        warnings += world.on_main(lambda: check_same_teacher(config.out, teacher))
+    teacher, unsure = world.on_main(lambda: checked_teacher(config, loaded))
     output.begin(f"starting the engine, {config.engine.kind}")
     engine = stack.enter_context(closing(open_engine(config, policy, loaded.tokenizer, world)))
     optimizer = make_optimizer(config, policy)
@@ -70,15 +70,14 @@ def open_run(
     first, doubts = restore(config, newest, policy, optimizer, prefetch, world)
     engine.load(policy, first)
     history = read_history(config, world, first)
-    # nothing is written to the log before every check has passed
-    world.on_main(lambda: begin_folder(config, trackers, first))
-    if teacher is not None:
-        world.on_main(lambda: keep_teacher(config.out, teacher))
-    log = RunLog(config.out, first, config.steps, console, writes=world.main, trackers=trackers)
+    world.on_main(lambda: begin_folder(config, trackers, newest, teacher, lock))
+    log = RunLog(config.out, first, config.steps, console, world.main, trackers, lock)
     attach(engine, log, interrupt)
-    for warning in warnings + doubts:
+    for warning in warnings + unsure + doubts:
         log.event("warning", warning)
-    run = Run(
+    saver = Saver(config, world, log.say, loaded.data, first, log.require_ours)
+    interrupt.starting = False
+    return Run(
         config=pack_for(config, world, policy, loaded.teacher),
         world=world,
         tokenizer=loaded.tokenizer,
@@ -93,12 +92,10 @@ def open_run(
         interrupt=interrupt,
         history=history,
         log=log,
-        saver=stack.enter_context(closing(Saver(config, world, log.say, loaded.data, first))),
+        saver=stack.enter_context(closing(saver)),
         prefetch=prefetch,
         position=Position(first),
-    )
-    interrupt.starting = False
-    return run, first
+    ), first
 
 
 def attach(engine: Engine, log: RunLog, interrupt: Interrupt) -> None:
@@ -108,21 +105,57 @@ def attach(engine: Engine, log: RunLog, interrupt: Interrupt) -> None:
         engine.server.say = partial(log.event, "engine")
 
 
-def begin_folder(config: TrainConfig, trackers: Trackers, first: int) -> None:
-    """Open the run's trackers, then write config.yaml, which makes the folder a used one.
+def take_folder(config: TrainConfig, world: World, stack: ExitStack) -> RunLock | None:
+    """Lock the run folder until the stack is closed. Returns: None on other ranks than rank 0.
 
-    Raises: ValueError for a tracker that does not start; a folder that was new is removed again.
+    Raises: ValueError for a folder that cannot be written, RunError where another run is at work.
     """
-    new = not config.out.exists()
+    require_offload_fits(config, world)
+    locks: list[RunLock] = []
+
+    def take() -> None:
+        require_writable(config.out)
+        lock = RunLock(config.out, WAIT_S if config.resume else 0.0)
+        locks.append(stack.enter_context(lock))
+
+    world.on_main(take)
+    return locks[0] if locks else None
+
+
+def begin_folder(
+    config: TrainConfig,
+    trackers: Trackers,
+    newest: checkpoint.Checkpoint | None,
+    teacher: TeacherInfo | None,
+    lock: RunLock | None,
+) -> None:
+    """Write into the folder, now that every check has passed: open the run's trackers, write
+    config.yaml, which makes the folder a used one, and teacher.json.
+
+    Raises: ValueError for a tracker that does not start, RunError where another run has saved a
+        checkpoint since `newest` in a folder without locks; what was written is removed again.
+    """
     config.out.mkdir(parents=True, exist_ok=True)
+    new = not any(path.name != LOCK for path in config.out.iterdir())
+    if lock is not None:
+        lock.claim()
+    now = checkpoint.checkpoints(config.out / "checkpoints")[-1:]
+    if now != ([] if newest is None else [newest.folder]):
+        raise RunError(
+            f"{config.out} must be of one run at a time, got the checkpoint {now} while this one "
+            "was starting: start it again"
+        )
     try:
-        trackers.start(to_dict(config), config.out, first)
+        trackers.start(to_dict(config), config.out, 0 if newest is None else newest.step)
     except ValueError:
         trackers.close()  # TensorBoard's thread writes into the folder until then
-        if new:
-            shutil.rmtree(config.out)
+        for path in config.out.iterdir() if new else ():
+            if path.name != LOCK:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
     save_yaml(replace(config, resume=False), config.out / "config.yaml")
+    if teacher is not None:
+        keep_teacher(config.out, teacher)
 
 
 def require_offload_fits(config: TrainConfig, world: World) -> None:
@@ -156,6 +189,17 @@ def describe_teacher(config: TrainConfig, loaded: Loaded) -> TeacherInfo | None:
         return None
     output.begin(f"hashing the teacher, {described(config.model.teacher)}", at_once=True)
     return describe(str(config.model.teacher), loaded.teacher, loaded.teacher_tokenizer)
+
+
+def checked_teacher(config: TrainConfig, loaded: Loaded) -> tuple[TeacherInfo | None, list[str]]:
+    """Describe the teacher, and compare it with that of the run so far.
+
+    Returns: its description, and what to warn of.
+    """
+    teacher = describe_teacher(config, loaded)
+    if teacher is None or not config.resume:
+        return teacher, []
+    return teacher, check_same_teacher(config.out, teacher)
 
 
 def open_remote(

@@ -19,7 +19,7 @@ from kdrl_train.config import TrainConfig
 from kdrl_train.rollouts.engines.generate import GenerateEngine
 from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.signals import Interrupt
-from kdrl_train.watch import RanksConfig, RankReport, behind
+from kdrl_train.watch import RankReport, RanksConfig, behind
 from tests.train.ranks import DEADLINE_S, Background
 
 pytestmark = pytest.mark.fault("stuck or lost rank")

@@ -66,3 +66,16 @@ def test_in_another_thread_it_leaves_the_handlers_alone() -> None:
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+@pytest.mark.fault("killed")
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_rank_whose_launcher_is_gone_stops(
+    launched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without torchrun a parent may go: `nohup`, `&`."""
+    interrupt = Interrupt(launched)
+    interrupt.poll()
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert interrupt.requested == launched
+    assert interrupt.signal == ("torchrun is gone" if launched else None)
