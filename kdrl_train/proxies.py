@@ -1,6 +1,7 @@
-"""Tells whether a proxy of the environment (HTTP_PROXY, NO_PROXY) stands before a server."""
+"""Tells what lies on the way to a server: a proxy of the environment, or a public network."""
 
 import ipaddress
+import socket
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -16,6 +17,18 @@ def is_loopback(url: str) -> bool:
         return False
     address = getattr(address, "ipv4_mapped", None) or address
     return address.is_loopback or address.is_unspecified
+
+
+def is_exposed(url: str) -> bool:
+    """Say whether others can read and change what is sent to a URL: it is http, to an address that
+    is neither of this machine nor of a private network, or to a name that cannot be resolved."""
+    if url.lower().startswith("https:") or is_loopback(url):
+        return False
+    try:
+        places = socket.getaddrinfo(_host(url), None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):  # UnicodeError: a name that is too long
+        return True
+    return any(ipaddress.ip_address(place[4][0]).is_global for place in places)
 
 
 def proxy_note(url: str) -> str:

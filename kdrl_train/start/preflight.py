@@ -23,6 +23,7 @@ from kdrl_train.model.policy import HeadedModel
 from kdrl_train.model.probe import probe
 from kdrl_train.model.teacher.client import TeacherError
 from kdrl_train.model.weights import Origin, some
+from kdrl_train.proxies import is_exposed
 from kdrl_train.ranks import ALONE, World
 from kdrl_train.ranks import connect as connect_ranks
 from kdrl_train.rollouts.engines import vllm_server
@@ -153,11 +154,17 @@ def check_trackers(config: TrainConfig) -> str:
 def check_engine(config: TrainConfig) -> str:
     """Check that the vLLM server replies and was started as the run needs it.
 
-    Raises: ValueError if not.
+    Raises: ValueError if not; UserWarning where the way to it is open to others.
     """
     with closing(vllm_server.connect(config)) as client:
         model, window = vllm_server.inspect(client, config)
-        return f"{client.url}: {model}, a window of {window:,} tokens"
+    if is_exposed(client.url):
+        raise UserWarning(
+            f"engine.url should be https, or in a private network, got {client.url}: whoever "
+            "reaches a server in development mode owns its machine; bind it to 127.0.0.1 and use "
+            "a tunnel (ssh -L)"
+        )
+    return f"{client.url}: {model}, a window of {window:,} tokens"
 
 
 def check_vocabulary(loaded: Loaded) -> str:

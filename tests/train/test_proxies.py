@@ -1,6 +1,7 @@
 """A proxy of the environment is used for other machines, named in errors, never for loopback."""
 
 import http.server
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -14,7 +15,7 @@ pytest.importorskip("uvicorn")
 from kdrl_train.config import ModelConfig, TeacherConfig
 from kdrl_train.errors import EngineError
 from kdrl_train.model.teacher.client import TeacherError, connect
-from kdrl_train.proxies import is_loopback, proxy_note
+from kdrl_train.proxies import is_exposed, is_loopback, proxy_note
 from kdrl_train.rollouts.engines.vllm_client import VllmClient
 from tests.train.servers import Scripted, by_position, running
 
@@ -139,3 +140,29 @@ def test_a_note_about_the_proxy_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the proxy two:2 of HTTPS_PROXY" in proxy_note("https://far.example.org")
     assert proxy_note("https://near.example.org:8000") == ""
     assert proxy_note("https://127.0.0.1") == ""
+
+
+@pytest.mark.parametrize(
+    ("url", "addresses", "exposed"),
+    [
+        ("http://127.0.0.1:8000", [], False),
+        ("http://localhost:8000", [], False),
+        ("http://gpu-3:8000", ["10.1.2.3"], False),
+        ("http://gpu-3:8000", ["192.168.0.7", "fd00::7"], False),
+        ("http://gpu-3:8000", ["100.64.1.1"], False),  # a VPN's
+        ("http://vllm.example", ["8.8.8.8"], True),
+        ("HTTP://vllm.example", ["10.1.2.3", "2600::1"], True),
+        ("https://vllm.example", ["8.8.8.8"], False),
+        ("http://no.such.name", [], True),
+    ],
+)
+def test_http_to_a_public_address_is_exposed(
+    monkeypatch: pytest.MonkeyPatch, url: str, addresses: list[str], exposed: bool
+) -> None:
+    def resolve(_host: str, *_: object, **__: object) -> list[tuple[object, ...]]:
+        if not addresses:
+            raise socket.gaierror("Name or service not known")
+        return [(None, None, None, "", (address, 0)) for address in addresses]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    assert is_exposed(url) == exposed

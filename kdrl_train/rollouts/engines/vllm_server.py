@@ -68,8 +68,8 @@ def inspect(server: VllmClient, config: TrainConfig) -> tuple[str, int]:
     except (EngineError, BadReplyError) as error:
         raise ValueError(
             f"engine.url must be a vLLM server for this run, got {error}: start it with "
-            "VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model "
-            f"{config.model.policy} --dtype {config.model.dtype} --logprobs-mode "
+            "VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --host 127.0.0.1 "
+            f"--model {config.model.policy} --dtype {config.model.dtype} --logprobs-mode "
             "processed_logprobs --worker-extension-cls kdrl_train.rollouts.vllm_worker.Worker"
         ) from error
 
@@ -175,6 +175,8 @@ class VllmServerEngine(RequestEngine):
         label = f"{version} steps, {uuid4().hex}"
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.unlink(missing_ok=True)  # another user's link, or the weights before
+            self.file.touch(mode=0o600, exist_ok=False)  # safetensors before 0.8 keeps the mode
             save_file(weights, self.file)
             with self.file.open("rb") as written:
                 os.fsync(written.fileno())  # the server may be on another machine

@@ -73,7 +73,7 @@ def heads(
 def serving(folder: Path, port: int, log: Path) -> Iterator[str]:
     """A stock vLLM server with our worker; its URL."""
     options = {"model": folder, "port": port, "host": "127.0.0.1", "dtype": "float32"}
-    options |= {"max-model-len": 256, "logprobs-mode": "processed_logprobs"}
+    options |= {"host": "127.0.0.1", "max-model-len": 256, "logprobs-mode": "processed_logprobs"}
     options["worker-extension-cls"] = "kdrl_train.rollouts.vllm_worker.Worker"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
     command += [str(part) for key, value in options.items() for part in (f"--{key}", value)]

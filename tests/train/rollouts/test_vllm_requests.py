@@ -1,5 +1,6 @@
 """vLLM engines without vLLM: what they request and what they refuse, on a scripted server."""
 
+import stat
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,14 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
 import fastapi
+import safetensors.torch
 
 from kdrl_train.config import EngineConfig
 from kdrl_train.errors import EngineError
 from kdrl_train.model.load import load_policy, load_tokenizer
 from kdrl_train.model.policy import Policy
 from kdrl_train.ranks import ALONE
-from kdrl_train.rollouts.engines import open_engine
+from kdrl_train.rollouts.engines import open_engine, vllm_server
 from kdrl_train.rollouts.engines.vllm import require_vllm
 from kdrl_train.start import preflight
 from tests.train.rollouts.scripted_vllm import (
@@ -98,6 +100,29 @@ def test_a_push(opened: tuple[Any, Policy], server: Scripted) -> None:
     assert server.weights.keys() == expected.keys()
     assert all(torch.equal(server.weights[name], expected[name]) for name in expected)
     assert engine.file.exists()  # for a server that restarts
+
+
+@pytest.mark.fault("attack on vLLM")
+def test_the_file_of_the_weights_is_for_this_user_alone(
+    opened: tuple[Any, Policy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link that another user has laid is not followed; the file is written as safetensors before
+    0.8 did, which opened what it found."""
+    engine, policy = opened
+    victim = engine.file.with_name("victim")
+    victim.write_text("precious", encoding="utf-8")
+    engine.file.unlink()
+    engine.file.symlink_to(victim)
+    modes: list[int] = []
+
+    def write(weights: dict[str, torch.Tensor], file: Path) -> None:
+        file.write_bytes(safetensors.torch.save(weights))
+        modes.append(stat.S_IMODE(file.lstat().st_mode))
+
+    monkeypatch.setattr(vllm_server, "save_file", write)
+    engine.load(policy, 4)
+    engine.generate(REQUEST)
+    assert (modes, victim.read_text(encoding="utf-8")) == ([0o600], "precious")
 
 
 @pytest.mark.fault("sick vLLM server")
@@ -191,6 +216,17 @@ def test_a_server_that_is_not_ready(server: Scripted, config: Config, fault: str
 def test_a_server_that_is_ready_passes_the_preflight(server: Scripted, config: Config) -> None:
     with running(server.app()) as url:
         assert preflight.check_engine(at(config, url)) == f"{url}: policy, a window of 256 tokens"
+
+
+@pytest.mark.fault("attack on vLLM")
+def test_a_server_across_a_public_network_is_warned_of(
+    server: Scripted, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "is_exposed", lambda _url: True)
+    with running(server.app()) as url:
+        result = preflight._result("engine", lambda: preflight.check_engine(at(config, url)))
+    assert (result.passed, result.warning) == (True, True)
+    assert f"engine.url should be https, or in a private network, got {url}" in result.detail
 
 
 def test_without_vllm(

@@ -15,10 +15,12 @@ pytest.importorskip("uvicorn")
 
 import httpx2
 
+from kdrl_train.config import ModelConfig, TeacherConfig
+from kdrl_train.model.teacher.client import Query, TeacherError, connect
 from kdrl_train.tools.serve import app as app_module
 from kdrl_train.tools.serve import command, requests
 from kdrl_train.tools.serve.app import make
-from tests.train.servers import service
+from tests.train.servers import running, service
 
 GOOD = {"ids": [5, 6, 7], "prompt_tokens": 2}
 BODY = json.dumps({"sequences": [GOOD]}).encode()
@@ -191,3 +193,17 @@ def test_every_request_but_health_needs_the_token(
     for path in ("/docs", "/openapi.json", "/nothing", "/health/", "//health"):
         refused = send(app, "GET", path, headers=headers).status_code
         assert refused == (status if status == 401 else 404 if path != "/health/" else 307)
+
+
+def test_a_trainer_brings_the_token(
+    loaded: command.ServedTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(make(loaded, token="s3cret")) as url:
+        model = ModelConfig(teacher=url)
+        monkeypatch.delenv("KDRL_TEACHER_TOKEN", raising=False)
+        with pytest.raises(TeacherError, match=r"status 401.* set KDRL_TEACHER_TOKEN to it"):
+            connect(model, TeacherConfig())
+        monkeypatch.setenv("KDRL_TEACHER_TOKEN", "s3cret")
+        client = connect(model, TeacherConfig())
+        assert client.logprobs(Query("a completion", [5, 6], [7])).shape == (1,)
+        client.close()
