@@ -114,7 +114,7 @@ def test_other_ranks_leave_the_push_to_rank_0(
 
 @pytest.mark.fault("sick vLLM server")
 @pytest.mark.parametrize("code", [429, 500, 502, 503, 504])
-def test_a_busy_server_is_asked_again(
+def test_a_busy_server_is_tried_again(
     opened: tuple[Any, Policy], server: Scripted, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     engine, _ = opened
