@@ -23,7 +23,7 @@ from tyro.constructors import (
 )
 
 from kdrl_train.config import TrainConfig
-from kdrl_train.config_file import load_yaml, to_dict, update
+from kdrl_train.config_file import load_yaml, require_own_module, to_dict, update
 from kdrl_train.errors import PRINTED
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.presets import PRESETS
@@ -175,6 +175,7 @@ def parse(
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", nargs="?")  # without a value: tyro's message, further down
     first.add_argument("--help-all", action="store_true")
+    first.add_argument("--reward.function", nargs="?", dest="reward")
     extra = [CONFIG]
     if hasattr(default, "method"):
         first.add_argument("--preset", nargs="?")
@@ -209,7 +210,11 @@ def parse(
         description=f"{description}\n\n{EPILOG}",
         registry=_registry(default, extra),
     )
-    return update(default, {name: values[name] for name in to_dict(default)})
+    settings = update(default, {name: values[name] for name in to_dict(default)})
+    reward = getattr(settings, "reward", None)
+    if early.config is not None and reward is not None and early.reward != reward.function:
+        require_own_module(reward.function, Path(early.config))
+    return settings
 
 
 def is_training(file: Mapping[str, Any], default: Any) -> bool:

@@ -1,5 +1,8 @@
 """Settings as YAML: written with each run, and read back with every key and value checked."""
 
+import importlib.util
+import sys
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -47,6 +50,28 @@ def load_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold keys and values, got a {type(content).__name__}")
     return content
+
+
+def require_own_module(function: str, path: Path) -> None:
+    """Check that a file of settings names a reward function of the user's own files.
+
+    Whoever writes the file chooses which module is imported. It must not be any installed one.
+
+    Raises: ValueError for `module:function` where the module is in an installed package.
+    """
+    top = function.partition(":")[0].partition(".")[0]
+    if ":" not in function or top in ("", "kdrl_train"):
+        return
+    spec = importlib.util.find_spec(top)
+    files = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or ())]
+    installed = {Path(place).resolve() for place in sysconfig.get_paths().values()}
+    inside = any(file and installed & set(Path(file).resolve().parents) for file in files)
+    if inside or top in sys.stdlib_module_names:  # some of these have no file
+        raise ValueError(
+            f"reward.function in {path} must be math, exact, or a function in a file of your own, "
+            f"got {function}, of an installed package: if you trust that file, pass "
+            f"--reward.function {function}"
+        )
 
 
 def update(config: T, values: Mapping[str, Any]) -> T:

@@ -7,6 +7,7 @@ teach the policy to ramble.
 """
 
 import importlib
+import inspect
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -88,15 +89,16 @@ def load_reward(name: str) -> Reward:
     A user's function takes (completion, answer), returns a finite number or (number, right), and
     may raise `UnparseableError`. It must be importable by name, since it runs in other processes.
 
-    Raises: ValueError for an unknown name, for a missing module or function, and for a name that
-        is not callable.
+    Raises: ValueError for an unknown name, for a missing module or function, and for what was not
+        written as a reward: os.popen would run each completion in a shell.
     """
     builtin: dict[str, Reward] = {"math": math_reward, "exact": exact_reward}
     if name in builtin:
         return builtin[name]
     rule = f"reward.function must be math, exact or module:function, got {name!r}"
     module_name, colon, function_name = name.partition(":")
-    if not (colon and module_name and function_name):
+    parts = module_name.split(".")
+    if not (colon and function_name and all(map(str.isidentifier, parts))):
         raise ValueError(rule)
     try:
         module = importlib.import_module(module_name)
@@ -106,7 +108,28 @@ def load_reward(name: str) -> Reward:
     if not callable(function):
         problem = "is missing from" if function is None else "is not callable in"
         raise ValueError(f"{rule}: {function_name} {problem} {module_name}; name a function in it")
+    if not inspect.isfunction(function) or not _takes_answers(function):
+        raise ValueError(
+            f"{rule}: it must be a Python function with the parameters (completion, answer), and "
+            f"others with defaults alone; write `def {function_name}(completion, answer):` in a "
+            "module of your own, and call there what you need"
+        )
     return function
+
+
+def _takes_answers(function: Callable[..., object]) -> bool:
+    """Say whether a function's parameters are those of a reward; _answer is one that is not used.
+
+    A function that was written for something else, such as timeit.timeit(stmt, setup), is none: it
+    may run what a completion says.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    required = [p.name.strip("_") for p in parameters if p.default is p.empty]
+    return (
+        len(required) == 2
+        and required[0] in ("completion", "")
+        and required[1] in ("answer", "gold", "")
+    )
 
 
 def warm_up(reward: Reward) -> None:

@@ -40,6 +40,26 @@ def write(path: Path, text: str) -> str:
     return str(path)
 
 
+@pytest.mark.fault("hostile config or data")
+@pytest.mark.parametrize(
+    "name", ["antigravity:fly_to", "os:popen", "pip._internal:main", "torch.hub:load"]
+)
+def test_a_file_of_settings_imports_no_installed_module(name: str, tmp_path: Path) -> None:
+    """Whoever writes the file would choose code of this machine; a person who types it may."""
+    file = write(tmp_path / "run.yaml", f"reward: {{function: '{name}'}}")
+    refusal = rf"function in .*run\.yaml must be .*, got {name}, .*pass --reward\.function {name}"
+    for options in ((), ("--reward.workers", "1")):
+        with pytest.raises(ValueError, match=refusal):
+            parse("--config", file, *options)
+    assert parse("--config", file, f"--reward.function={name}").reward.function == name
+
+
+@pytest.mark.parametrize("name", ["exact", "tests.train.scripted_rewards:early_bytes", "absent:f"])
+def test_a_file_of_settings_names_a_reward_of_the_users_own(name: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "run.yaml", f"reward: {{function: '{name}'}}")
+    assert parse("--config", file).reward.function == name
+
+
 def test_saved_configuration_loads_as_it_was(tmp_path: Path) -> None:
     config = replace(
         TrainConfig(),

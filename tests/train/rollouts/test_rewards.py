@@ -214,3 +214,34 @@ def test_large_integers_have_a_vote_and_no_error() -> None:
     assert read(r"\boxed{10^{4999}}") != read(r"\boxed{10^{4998}}")
     assert math_reward(r"\boxed{10^{4999}}", "5") == 0.0
     assert math_reward(r"\boxed{3^{10000}}", "9^{5000}") == 1.0
+
+
+def subject(completion: str, *answers: str) -> float:
+    """Take a completion and any number of others."""
+    return float(len(answers) + len(completion))
+
+
+OTHERS = ["os:popen", "os:system", "os:execlp", "timeit:timeit", "shutil:copy", "builtins:eval"]
+OTHERS += ["subprocess:getstatusoutput", "subprocess:Popen", "cProfile:run", "runpy:run_path"]
+OTHERS += [f"{__name__}:subject", "operator:eq", "functools:partial"]
+
+
+@pytest.mark.fault("hostile config or data")
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_no_reward_is_refused(name: str) -> None:
+    """Each would be called with a completion; most of these would run it."""
+    with pytest.raises(ValueError, match=r"must be .* with the parameters \(completion, answer\)"):
+        load_reward(name)
+
+
+@pytest.mark.fault("hostile config or data")
+@pytest.mark.parametrize("name", ["..os:popen", "os.:popen", ":f", "a b:f", "os:", "-:f"])
+def test_what_is_no_name_of_a_function_is_refused(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"reward\.function must be math, exact or module:function"
+    ):
+        load_reward(name)
+
+
+def test_unused_parameters_and_defaults_make_a_reward() -> None:
+    assert load_reward("tests.train.scripted_rewards:always_right") is always_right
