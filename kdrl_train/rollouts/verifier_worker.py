@@ -26,12 +26,13 @@ def do_nothing() -> None:
     """Return at once: a first task, which makes the pool start its workers."""
 
 
-def start_worker(function: str, memory_bytes: int) -> None:
+def start_worker(function: str, memory_bytes: int | None = None) -> None:
     """Import the reward and warm it up, outside of any deadline; make SIGTERM end the process.
 
-    memory_bytes: the most that the process may allocate from now on, on Linux.
+    memory_bytes: the most that the process may allocate from now on, on Linux; None: no limit.
     """
-    if sys.platform == "linux":  # macOS takes the limit and ignores it, Windows has none
+    # macOS takes the limit and ignores it, Windows has none
+    if memory_bytes and sys.platform == "linux":
         # not RLIMIT_AS: CUDA, and each thread of malloc, reserve addresses that nothing ever fills
         _, most = resource.getrlimit(resource.RLIMIT_DATA)
         most = memory_bytes if most == resource.RLIM_INFINITY else min(memory_bytes, most)
