@@ -40,7 +40,8 @@ STYLED = re.compile(rf"(?!\x1b\[[0-9;]*m){_PLAIN}")
 """The same, but for colours and the like."""
 
 SECRET = re.compile(
-    r"""(://)[^\s/@]+(?=@)|([?&;]\w*(?:token|key|secret|password)\w*=)[^&\s"'<]+""", re.IGNORECASE
+    r"""(://)[^\s/@]+(?=@)|([?&;]\w{0,20}(?:token|key|secret|password)\w{0,20}=)[^&\s"'<]+""",
+    re.IGNORECASE,
 )
 """A user with a password, and a key in a query: what must not be read by others in an address."""
 

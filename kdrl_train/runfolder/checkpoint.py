@@ -38,6 +38,7 @@ from kdrl_train.config_file import to_dict
 from kdrl_train.ranks import ALONE, World
 from kdrl_train.runfolder.hashes import HashingWriter, require_same, sealed, sha256_of, unsealed
 from kdrl_train.runfolder.untrusted import Planner, Reader
+from kdrl_train.runfolder.writable import remove
 
 ROLLOUTS = "rollouts.pt"
 """The file with the next step's completions, in a checkpoint of a run that prefetches them."""
@@ -178,7 +179,7 @@ def clean(folder: Path) -> None:
     """Make the checkpoints folder, and remove what a killed save or removal left in it."""
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".tmp_*"):
-        leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
+        remove(leftover)
 
 
 def publish(work: Path, state: RunState, hashes: dict[str, str]) -> None:
@@ -339,7 +340,7 @@ def _remove(folder: Path) -> None:
     """Delete a checkpoint; it is renamed first, so that a half-deleted one is never read."""
     renamed = folder.with_name(f".tmp_{folder.name}_old")
     folder.rename(renamed)
-    shutil.rmtree(renamed)
+    remove(renamed)
 
 
 def _sync(folder: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from kdrl_train.ranks import ALONE, World
 from kdrl_train.runfolder.finite import first_broken
+from kdrl_train.runfolder.writable import remove
 
 DtypeOf = Callable[[str], torch.dtype]
 """Returns the dtype in which a tensor is saved, by its name."""
@@ -57,18 +58,18 @@ def _export(
     """Write the folder under another name and rename it."""
     work, older = (folder.with_name(f".{part}_{folder.name}") for part in ("tmp", "old"))
     try:
-        if work.exists():
-            shutil.rmtree(work)
+        remove(work)
         with as_configured(model):
             model.save_pretrained(work, state_dict=weights)
         if dtype_of is not None:
             declare(work / "config.json", dtype_of(""))
         tokenizer.save_pretrained(work)
         if folder.exists():
-            shutil.rmtree(older, ignore_errors=True)  # left by a killed run
+            remove(older)  # left by a killed run
             folder.rename(older)
         work.rename(folder)
-        shutil.rmtree(older, ignore_errors=True)
+        with suppress(OSError):  # the model is there
+            remove(older)
     except Exception as error:  # the tokenizers' and safetensors' libraries have their own types
         shutil.rmtree(work, ignore_errors=True)
         cause = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

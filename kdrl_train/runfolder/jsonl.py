@@ -111,6 +111,7 @@ def keep(path: Path, count: int) -> None:
     if kept == text and path.exists():
         return
     work = path.with_name(f".{path.name}.tmp")
+    work.unlink(missing_ok=True)  # a link would be followed
     with work.open("wb") as file:
         file.write(kept)
         file.flush()
@@ -121,6 +122,7 @@ def keep(path: Path, count: int) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Replace the text of a file: a killed process leaves the old text or the new one."""
     work = path.with_name(f".{path.name}.tmp")
+    work.unlink(missing_ok=True)  # a link would be followed
     work.write_text(text, encoding="utf-8")
     os.replace(work, path)
 

@@ -1,5 +1,7 @@
-"""Finds out, before anything costs time, whether results can be written where they should go."""
+"""Finds out, before anything costs time, whether results can be written where they should go, and
+removes what is in their way."""
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -37,3 +39,11 @@ def require_writable_file(file: Path, key: str = "out") -> None:
     if file.is_dir():
         raise ValueError(f"{key} must be a file, got {file}, which is a folder: name a file in it")
     require_writable(file.parent, key)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder, if there is one; what a link points to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -8,7 +8,6 @@ kdrl_kernels.linear_logprobs computes the loss, only on the tokens that carry it
 import itertools
 import math
 import random
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -32,7 +31,7 @@ from kdrl_train.rollouts.problems import data_records, encode_prompt, example_of
 from kdrl_train.rollouts.rendering import TooLongError
 from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.export import export
-from kdrl_train.runfolder.writable import require_writable
+from kdrl_train.runfolder.writable import remove, require_writable
 from kdrl_train.settings import (
     NaturalFloat,
     NaturalInt,
@@ -381,7 +380,7 @@ def main(config: SftConfig, console: Console | None = None) -> Path:
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     metrics = fit(model, examples, pad, config, console)
     partial = config.out.with_name(config.out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was stopped while it wrote
+    remove(partial)  # left by a run that was stopped while it wrote
     dtype_of = model.origin.dtype_of if config.model else None
     export(model, tokenizer, partial, dtype_of=dtype_of, remedy="free space or correct --out")
     save_yaml(config, partial / "sft.yaml")

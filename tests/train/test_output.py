@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from kdrl_train.batch import OUTCOMES
 from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import save_yaml
 from kdrl_train.method.evaluation import EvalResult
-from kdrl_train.output import Guarded, guard, guarded, loss
+from kdrl_train.output import Guarded, guard, guarded, loss, presentable
 from kdrl_train.rollouts import verifier_worker
 from kdrl_train.runfolder import jsonl
 from kdrl_train.start.preflight import CheckResult, results_table
@@ -384,3 +385,11 @@ def test_every_console_is_guarded() -> None:
     for path in (ROOT / "kdrl_train").rglob("*.py"):
         if path.name != "output.py":
             assert not re.search(r"\bConsole\(", path.read_text("utf-8")), path
+
+
+@pytest.mark.fault("control characters")
+@pytest.mark.parametrize("text", [";" + "token" * 20_000, "://a" * 20_000, "://" + "a" * 100_000])
+def test_no_text_takes_long_to_show(text: str) -> None:
+    start = time.process_time()
+    assert presentable(text) == text
+    assert time.process_time() - start < 1  # 20 ms; minutes where each letter is a new beginning

@@ -1,12 +1,14 @@
 """A place that cannot be written is refused by the name of its setting; nothing is left behind."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kdrl_train.runfolder import writable
+from kdrl_train.runfolder import checkpoint, jsonl, writable
+from kdrl_train.runfolder.export import export
 from kdrl_train.runfolder.writable import require_writable, require_writable_file
 
 
@@ -39,3 +41,47 @@ def test_a_read_only_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^out must be a file, got .*, which is a folder"):
         require_writable_file(tmp_path)
+
+
+def link(path: Path, target: Path) -> None:
+    path.symlink_to(target)
+
+
+def pipe(path: Path, _: Path) -> None:
+    os.mkfifo(path)
+
+
+OBSTACLES: dict[str, Callable[[Path, Path], object]] = {
+    "link": link,
+    "dangling link": lambda path, target: link(path, target / "absent"),
+    "link to a file": lambda path, target: link(path, target / "file"),
+    "pipe": pipe,
+    "file": lambda path, _: path.write_text("", encoding="utf-8"),
+}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links and pipes need POSIX")
+@pytest.mark.fault("hostile checkpoint")
+@pytest.mark.parametrize("kind", OBSTACLES)
+def test_what_stands_in_the_way_of_a_save_is_removed_and_no_link_followed(
+    kind: str, tmp_path: Path, tiny: Callable[..., Any], tokenizer: Any
+) -> None:
+    target = tmp_path / "elsewhere"
+    target.mkdir()
+    (target / "file").write_text("kept", encoding="utf-8")
+    run = tmp_path / "run"
+    run.mkdir()
+    names = [".tmp_model", ".old_model", ".rows.jsonl.tmp", "checkpoints/.tmp_step_000001"]
+    (run / "checkpoints").mkdir()
+    (run / "model").mkdir()
+    for name in names:
+        OBSTACLES[kind](run / name, target)
+    checkpoint.clean(run / "checkpoints")
+    jsonl.write(run / "rows.jsonl", [{"step": 0}])
+    export(tiny("llama"), tokenizer, run / "model")
+    left = sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.name[0] == ".")
+    assert left == []
+    assert jsonl.read(run / "rows.jsonl") == [{"step": 0}]
+    assert (run / "model" / "config.json").is_file()
+    assert not any((run / name).is_symlink() for name in ("rows.jsonl", "model"))
+    assert [path.read_text("utf-8") for path in target.iterdir()] == ["kept"]
