@@ -2,6 +2,7 @@
 
 import io
 import os
+import pty
 import random
 import resource
 import shutil
@@ -126,6 +127,33 @@ def test_sigterm_saves_and_ends_with_0(config: Config) -> None:
     assert checkpoint.latest(parts.out / "checkpoints").step == done
     assert not (parts.out / "model").exists()
     assert without_times(run(replace(parts, resume=True))) == without_times(run(whole))
+
+
+@pytest.mark.fault("stopped by a signal")
+@pytest.mark.slow
+def test_a_terminal_that_closes_stops_a_run_that_saves(config: Config) -> None:
+    """It gets SIGHUP, and each write to the terminal fails with EIO."""
+    sampling = SamplingConfig(prompts_per_step=4, group_size=4, max_new_tokens=50)
+    settings = config(steps=200, save_every=1000, sampling=sampling)
+    save_yaml(settings, settings.out.with_suffix(".yaml"))
+    child, terminal = pty.fork()
+    if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        command = [sys.executable, "-m", "kdrl_train", "train", "--config"]
+        os.execv(command[0], [*command, str(settings.out.with_suffix(".yaml"))])
+    deadline = time.monotonic() + DEADLINE_S
+    while len(read_records(settings.out)) < 2 and time.monotonic() < deadline:
+        os.read(terminal, 1000)  # it redraws its line of progress
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    done = len(read_records(settings.out))
+    assert 2 <= done < 200
+    assert checkpoint.latest(settings.out / "checkpoints").step == done
+    *_, lost, last = jsonl.read(settings.out / "events.jsonl")
+    assert (lost["event"], last["event"]) == ("console", "stopped")
+    assert "Input/output error" in lost["message"]
+    assert "stopped by a signal (SIGHUP)" in last["message"]
 
 
 @pytest.mark.fault("stopped by a signal")
