@@ -33,6 +33,7 @@ class Scripted:
         self.resets = [True]
         self.loads: list[str] = []
         self.hangs = ""
+        self.on_hang: Callable[[], Any] = int
         self.release = threading.Event()
         self.busy: Callable[[dict[str, Any]], Any] | None = None
         self.bodies: list[dict[str, Any]] = []
@@ -48,9 +49,15 @@ class Scripted:
         app.post("/v1/completions")(self.answer)
         return app
 
-    def rpc(self, body: dict[str, Any]) -> Any:
-        if self.hangs == "/collective_rpc":
+    def hang(self, path: str) -> None:
+        """Keep a request to the path that hangs, and tell the test of the first one."""
+        if self.hangs == path:
+            tell, self.on_hang = self.on_hang, int
+            tell()
             self.release.wait(20)
+
+    def rpc(self, body: dict[str, Any]) -> Any:
+        self.hang("/collective_rpc")
         if not self.dev_mode:
             return status(404, "Not Found")
         self.calls.append(body["method"])
@@ -63,13 +70,11 @@ class Scripted:
 
     def reset(self) -> Any:
         self.calls.append("reset")
-        if self.hangs == "/reset_prefix_cache":
-            self.release.wait(20)
+        self.hang("/reset_prefix_cache")
         return {"success": self.resets.pop() if len(self.resets) > 1 else self.resets[0]}
 
     def answer(self, body: dict[str, Any]) -> Any:
-        if self.hangs == "/v1/completions":
-            self.release.wait(20)
+        self.hang("/v1/completions")
         return self.busy(body) if self.busy is not None else self.complete(body)
 
     def complete(self, body: dict[str, Any]) -> Any:
