@@ -4,9 +4,10 @@ import argparse
 import importlib
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -205,7 +206,7 @@ def parse(
     values = tyro.cli(
         kind,
         default=default,
-        args=["--help"] if early.help_all else list(argv),
+        args=["--help"] if early.help_all else list(switched(argv)),
         prog=program,
         description=f"{description}\n\n{EPILOG}",
         registry=_registry(default, extra),
@@ -215,6 +216,17 @@ def parse(
     if early.config is not None and reward is not None and early.reward != reward.function:
         require_own_module(reward.function, Path(early.config))
     return settings
+
+
+def switched(argv: Sequence[str]) -> Iterator[str]:
+    """Write --resume, which needs no value, and --no-resume with the value that tyro reads."""
+    for word, following in pairwise([*argv, ""]):
+        if word == "--no-resume":
+            yield from ("--resume", "False")
+        else:
+            yield word
+            if word == "--resume" and following not in ("True", "False", "auto"):
+                yield "True"
 
 
 def is_training(file: Mapping[str, Any], default: Any) -> bool:

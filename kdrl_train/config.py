@@ -14,6 +14,7 @@ from kdrl_train.settings import (
     PositiveOrInf,
     Share,
     Switch,
+    SwitchOrAuto,
     UnitInterval,
     settings,
 )
@@ -268,8 +269,9 @@ class TrainConfig:
 
     out: Path = Path("runs/train")
     """Run folder. It gets config.yaml, metrics.jsonl, samples/, checkpoints/ and model/."""
-    resume: Switch = False
-    """Continue from the newest checkpoint in `out`. Without this a used folder is refused."""
+    resume: SwitchOrAuto = False
+    """Continue from the newest checkpoint in `out`; auto: if it holds a run, else start. Without
+    this a used folder is refused. A scheduler that runs the same command again needs auto."""
     seed: NaturalInt = 0
     """Seed: all random numbers are a function of the seed and the step."""
     steps: PositiveInt = 280
@@ -281,6 +283,8 @@ class TrainConfig:
     waiting for the disk. If writing fails, the run stops after that step and says why."""
     keep_checkpoints: PositiveInt = 2
     """Number of checkpoints to keep; older ones are deleted."""
+    keep_every: NaturalInt = 0
+    """Checkpoints whose step is a multiple of this are never deleted; 0: none of them is kept."""
     checkpoint_hashes: Switch = True
     """Save a SHA-256 of each file of a checkpoint, and compare it before the file is read. false:
     neither, for terabytes, which one core hashes at 1 to 2 GB/s."""

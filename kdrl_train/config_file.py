@@ -29,7 +29,9 @@ def _plain(value: Any) -> Any:
 def save_yaml(config: Any, path: Path) -> None:
     """Write the resolved configuration; `--config path` reads it back."""
     text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    work = path.with_name(f".{path.name}.tmp")  # a killed process leaves the old file or the new
+    work.write_text(text, encoding="utf-8")
+    work.replace(path)
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

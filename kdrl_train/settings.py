@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from functools import wraps
-from typing import Annotated, Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 import pydantic
 from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, ValidationError
@@ -31,7 +31,15 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
+def _no_number(value: Any) -> Any:
+    """Refuses 1 and 0, which pydantic takes for True and False among the choices."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        raise PydanticKnownError("literal_error", {"expected": "False, True or 'auto'"})
+    return value
+
+
 Switch = StrictBool
+SwitchOrAuto = Annotated[Literal[False, True, "auto"], BeforeValidator(_no_number)]
 PositiveInt = Annotated[int, Field(strict=True, ge=1)]
 Port = Annotated[int, Field(strict=True, ge=1, le=65535)]
 NaturalInt = Annotated[int, Field(strict=True, ge=0)]

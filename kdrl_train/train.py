@@ -60,9 +60,9 @@ def main(
     device = use_device(config.model)
     with screen, connect(device, config.ranks, config.out) as world, ExitStack() as stack:
         console = guarded_console(console)
+        config, lock = take_folder(config, world, stack)
         if world.main:
             console.print(Text(title(config)), soft_wrap=True)
-        lock = take_folder(config, world, stack)
         run, first = open_run(config, world, stack, console, policy_class, lock)
         if world.watch is not None:
             world.watch.begin_steps(run.log.event)

@@ -57,7 +57,7 @@ class RunState:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     config: TrainConfig
-    """The whole of it is saved; its keep_checkpoints says how many checkpoints stay."""
+    """The whole of it is saved; its keep_checkpoints and keep_every say which checkpoints stay."""
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Which problems the run has: the name of a section of the settings -> count and sha256."""
     rollouts: dict[str, Any] | None = None
@@ -135,7 +135,7 @@ def read(folder: Path) -> Checkpoint:
 
 
 def save(folder: Path, state: RunState, world: World = ALONE) -> Path:
-    """Write a checkpoint, then delete the oldest ones beyond config.keep_checkpoints.
+    """Write a checkpoint, then delete the old ones that the configuration does not keep.
 
     Args:
         folder: the run's checkpoints folder, made if absent, on a file system that all ranks see.
@@ -211,8 +211,10 @@ def publish(work: Path, state: RunState, hashes: dict[str, str]) -> None:
     pointer = final.with_name(".tmp_LATEST")
     _write(pointer, final.name + "\n")
     pointer.rename(final.with_name("LATEST"))
+    every = state.config.keep_every
     for old in checkpoints(final.parent)[: -state.config.keep_checkpoints]:
-        _remove(old)
+        if not every or int(old.name.removeprefix("step_")) % every:
+            _remove(old)
 
 
 def _write(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import differences, load_yaml, to_dict
 from kdrl_train.runfolder import jsonl
-from kdrl_train.runfolder.checkpoint import Checkpoint, latest
+from kdrl_train.runfolder.checkpoint import Checkpoint, checkpoints, latest
 from kdrl_train.runfolder.events import FILE as EVENTS
 from kdrl_train.runfolder.log import read_postponed, read_records
 from kdrl_train.runfolder.writable import require_writable
@@ -20,6 +20,7 @@ MAY_CHANGE = (
     "save_every",
     "save_async",
     "keep_checkpoints",
+    "keep_every",
     "checkpoint_hashes",
     "samples_per_step",
     "eval",
@@ -59,6 +60,14 @@ def _without(config: dict[str, Any], keys: set[str], prefix: str = "") -> dict[s
         if key not in keys:
             kept[name] = _without(value, keys, f"{key}.") if isinstance(value, dict) else value
     return kept
+
+
+def resumes(config: TrainConfig) -> bool:
+    """Say whether a run continues what is in its folder. With "auto" it does if there is a run: one
+    that was killed before its first checkpoint begins again, and says how many steps are lost."""
+    if config.resume != "auto":
+        return config.resume
+    return (config.out / "config.yaml").exists() or bool(checkpoints(config.out / "checkpoints"))
 
 
 def open_folder(config: TrainConfig) -> Checkpoint | None:

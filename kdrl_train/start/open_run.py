@@ -26,7 +26,7 @@ from kdrl_train.runfolder.async_saver import Saver
 from kdrl_train.runfolder.lock import FILE as LOCK
 from kdrl_train.runfolder.lock import WAIT_S, RunLock
 from kdrl_train.runfolder.log import RunLog, read_postponed, read_records
-from kdrl_train.runfolder.resume import check_data, open_folder
+from kdrl_train.runfolder.resume import check_data, open_folder, resumes
 from kdrl_train.runfolder.signals import Interrupt
 from kdrl_train.runfolder.trackers import Trackers
 from kdrl_train.runfolder.writable import require_writable
@@ -105,9 +105,12 @@ def attach(engine: Engine, log: RunLog, interrupt: Interrupt) -> None:
         engine.server.say = partial(log.event, "engine")
 
 
-def take_folder(config: TrainConfig, world: World, stack: ExitStack) -> RunLock | None:
-    """Lock the run folder until the stack is closed. Returns: None on other ranks than rank 0.
+def take_folder(
+    config: TrainConfig, world: World, stack: ExitStack
+) -> tuple[TrainConfig, RunLock | None]:
+    """Lock the run folder until the stack is closed, and see whether there is a run to resume.
 
+    Returns: the configuration with resume True or False; the lock, None on other ranks than rank 0.
     Raises: ValueError for a folder that cannot be written, RunError where another run is at work.
     """
     require_offload_fits(config, world)
@@ -119,7 +122,8 @@ def take_folder(config: TrainConfig, world: World, stack: ExitStack) -> RunLock 
         locks.append(stack.enter_context(lock))
 
     world.on_main(take)
-    return locks[0] if locks else None
+    resume = world.on_main(lambda: resumes(config))
+    return replace(config, resume=resume), locks[0] if locks else None
 
 
 def begin_folder(

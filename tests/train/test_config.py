@@ -73,6 +73,21 @@ def test_saved_configuration_loads_as_it_was(tmp_path: Path) -> None:
     assert parse("--config", str(tmp_path / "config.yaml")) == config
 
 
+@pytest.mark.parametrize(
+    ("options", "resume"),
+    [
+        ((), False),
+        (("--resume",), True),
+        (("--resume", "--steps", "3"), True),
+        (("--resume", "auto"), "auto"),
+        (("--resume=auto", "--seed", "3"), "auto"),
+        (("--resume", "auto", "--no-resume"), False),
+    ],
+)
+def test_resume_needs_no_value(options: tuple[str, ...], resume: bool | str) -> None:
+    assert parse(*options).resume == resume
+
+
 def test_options_override_the_file_overrides_the_preset(tmp_path: Path) -> None:
     file = write(
         tmp_path / "run.yaml",
@@ -129,8 +144,8 @@ def test_every_preset_is_an_option(name: str) -> None:
         ("steps: true", r"steps must be a valid integer, got True"),
         ("steps: null", r"steps must be a valid integer, got None"),
         ("eval: {max_problems: true}", r"eval\.max_problems must be a valid integer, got True"),
-        ("resume: 1", r"resume must be a valid boolean, got 1"),
-        ("resume: 'no'", r"resume must be a valid boolean, got 'no'"),
+        ("resume: 1", r"resume must be False, True or 'auto', got 1"),
+        ("resume: 'no'", r"resume must be False, True or 'auto', got 'no'"),
         ("model: {policy: 3}", r"model\.policy must be a valid string, got 3"),
         ("out: 3", r"out must be a path, got 3"),
         ("optim: {betas: [0.9]}", r"optim\.betas\[1\] must be given, got \[0\.9\]"),

@@ -69,6 +69,19 @@ def test_loading_continues_bit_equal(tiny: Callable[..., Any], tmp_path: Path) -
         assert torch.equal(a, b)
 
 
+def test_every_so_many_are_kept_for_good(tmp_path: Path, tiny: Callable[..., Any]) -> None:
+    policy, optimizer = make(tiny, seed=0)
+    train(policy, optimizer, steps=1)
+    for step in range(2, 15, 2):
+        kept = replace(CONFIG, keep_checkpoints=1, keep_every=6)
+        checkpoint.save(tmp_path, replace(state(policy, optimizer, step), config=kept))
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == [
+        "step_000006",
+        "step_000012",
+        "step_000014",
+    ]
+
+
 def test_the_newest_ones_are_kept(tiny: Callable[..., Any], tmp_path: Path) -> None:
     policy, optimizer = make(tiny, seed=0)
     train(policy, optimizer, steps=1)

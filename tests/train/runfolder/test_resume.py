@@ -4,15 +4,17 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from kdrl_train import train
 from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import save_yaml, to_dict
 from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.log import RunLog
-from kdrl_train.runfolder.resume import check_log, open_folder
-from tests.train.test_train import run
+from kdrl_train.runfolder.resume import check_log, open_folder, resumes
+from tests.train.test_train import run, without_times
 
 
 def stopped_run(folder: Path, steps: int) -> TrainConfig:
@@ -90,3 +92,43 @@ def test_a_flipped_bit_deletes_no_good_rows(config: Callable[..., TrainConfig]) 
     path.write_bytes(text)
     assert [record["step"] for record in run(more)] == [0, 1, 2]
     assert path.read_bytes().startswith(text)
+
+
+@pytest.mark.fault("restart")
+def test_the_same_command_starts_resumes_and_starts_over(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before its first checkpoint, after it, and when it is done, the run goes on."""
+    expected = without_times(run(config("whole", steps=3)))
+    settings = config("parts", steps=3, save_every=2, resume="auto")
+    finish, ends = train.finish, [1, 2]
+
+    def killed(running: train.Run, step: int, *more: Any) -> None:
+        finish(running, step, *more)
+        if ends and step == ends[0]:
+            ends.pop(0)
+            raise SystemExit  # saves nothing, as a kill
+
+    monkeypatch.setattr(train, "finish", killed)
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            run(settings)
+    for _ in range(2):
+        assert without_times(run(settings)) == expected
+    events = jsonl.read(settings.out / "events.jsonl")
+    starts = [(e["event"], e["step"], e["dropped"]) for e in events if "dropped" in e]
+    assert starts == [("started", 0, 0), ("resumed", 0, 2), ("resumed", 2, 1), ("resumed", 3, 0)]
+    assert "steps since the last checkpoint that are lost: 2" in events[2]["message"]
+    with pytest.raises(ValueError, match="must keep the settings of"):
+        run(replace(settings, seed=1))
+
+
+def test_auto_resumes_where_there_is_a_run(tmp_path: Path) -> None:
+    settings = TrainConfig(out=tmp_path / "run", resume="auto")
+    assert not resumes(settings)
+    settings.out.mkdir()
+    (settings.out / "metrics.jsonl").touch()
+    assert not resumes(settings)  # of what run? train refuses the folder
+    (settings.out / "checkpoints" / "step_000001").mkdir(parents=True)
+    assert resumes(settings)
+    assert not resumes(replace(settings, resume=False))
