@@ -2,7 +2,6 @@
 
 import importlib.util
 import sys
-import sysconfig
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -66,9 +65,9 @@ def require_own_module(function: str, path: Path) -> None:
         return
     spec = importlib.util.find_spec(top)
     files = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or ())]
-    installed = {Path(place).resolve() for place in sysconfig.get_paths().values()}
-    inside = any(file and installed & set(Path(file).resolve().parents) for file in files)
-    if inside or top in sys.stdlib_module_names:  # some of these have no file
+    places = {"site-packages", "dist-packages"}
+    installed = any(places & set(Path(file).parts) for file in files if file)
+    if installed or top in sys.stdlib_module_names:
         raise ValueError(
             f"reward.function in {path} must be math, exact, or a function in a file of your own, "
             f"got {function}, of an installed package: if you trust that file, pass "

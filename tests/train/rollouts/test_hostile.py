@@ -1,12 +1,14 @@
-"""hostile: each of 200 completions ends within its deadline, and no other one pays for it."""
+"""hostile: each of 300 completions ends within its deadline, and no other one pays for it."""
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from itertools import chain
 
 import pytest
 
 from kdrl_train.config import RewardConfig
+from kdrl_train.rollouts.rewards import UnparseableError, math_reward
 from kdrl_train.rollouts.verifier import Verifier
 
 TIMEOUT_S = 0.5
@@ -148,6 +150,29 @@ CODE = [
         r"\loop\repeat",
     ],
 ]
+UNSEEN = "\u200b\u200c\u200d\u2060\ufeff\u00ad\u200e\u200f\u202e\u2066\ufe0f\u0301\0\x08\x1b"
+"""Zero-width characters, marks of direction, a soft hyphen, an accent, NUL, backspace, escape."""
+INVISIBLE = [form % c for c in UNSEEN for form in ("5%s", "%s5", "5%s0", "-%s5", "0.%s5")]
+BOMBS = [  # for the regular expressions of the reader
+    *[
+        part * 300
+        for part in ("twenty-", "{,}", r"\ ", r"^\circ", "x_", "a.m.", "p. ", "##", "(A)")
+    ],
+    *[
+        r"\text{" * 140 + "a",
+        "1,000" * 190 + ",",
+        "$" + "5$ " * 300,
+        "1." + "0" * 960 + "e",
+        "e+" * 400,
+    ],
+    *[
+        "0.(" + "3" * 900,
+        "5" + r"\!" * 400,
+        r"\frac" * 190 + "12",
+        "base " * 190 + "2",
+        "5_{" * 300,
+    ],
+]
 AROUND = [  # hostile text around the answer, not in it; the search is linear in it
     *[
         r"\boxed{" * 100_000,
@@ -166,12 +191,25 @@ AROUND = [  # hostile text around the answer, not in it; the search is linear in
     *[r"\boxed{" * 100_000 + "}" * 100_000, "the answer is $" * 100_000, r"\(" * 300_000],
 ]
 ANSWERS = [*chain(*map(nested, (20, 100, 300))), *TOWERS, *LONG, *CHARACTERS, *CODE]
+ANSWERS += INVISIBLE + BOMBS
 HOSTILE = [*(rf"so \boxed{{{answer}}}" for answer in ANSWERS), *AROUND]
 
 
+@pytest.mark.fault("hostile completion")
+@pytest.mark.parametrize("answer", INVISIBLE, ids=ascii)
+def test_a_number_with_an_unseen_character_in_it_is_not_read(answer: str) -> None:
+    for statement in (rf"\boxed{{{answer}}}", f"#### {answer}", f"The answer is ${answer}$."):
+        with pytest.raises(UnparseableError):
+            math_reward(statement, "5")
+
+
 @pytest.mark.slow  # test_verifier.py has one of each kind
-def test_200_hostile_completions_harm_no_other() -> None:
-    assert len(HOSTILE) >= 200
+@pytest.mark.fault("hostile completion")
+def test_300_hostile_completions_harm_no_other(
+    record_property: Callable[[str, object], None],
+) -> None:
+    record_property("tried", len(HOSTILE))
+    assert len(HOSTILE) >= 300
     completions = list(chain(*((hostile, rf"\boxed{{{i}}}") for i, hostile in enumerate(HOSTILE))))
     golds = list(chain(*((GOLD[i % len(GOLD)], str(i)) for i in range(len(HOSTILE)))))
     with Verifier(RewardConfig(timeout_s=TIMEOUT_S, workers=WORKERS)) as verifier:
