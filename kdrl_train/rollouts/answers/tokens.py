@@ -40,13 +40,15 @@ _CHARACTERS = {
 _SPELLINGS = (  # in this order
     (r"\\textdollar(?![A-Za-z])|\\\$", r"\\dollars "),
     (r"(?<!\\)\\[()\[\]]", " "),  # the ends of mathematics mode
+    (r"\\(?:left|right|[bB]igg?[lr]?)\s*\.", " "),  # no bracket, and no decimal point
     (r"\\(?:displaystyle|textstyle|limits|left|right|[bB]igg?[lr]?)(?![A-Za-z])", ""),
     (r"\{,\}(?=\d{3})|(?<=\d)\\[,!:; ](?=\d{3}(?!\d))", ""),  # 1{,}234 and 1\,234
     (r"(?<=\d,)\\!(?=\d{3})", ""),  # 1,\!234
     (r"(?<!\\)\\[,;:!> ]|\\q?quad(?![A-Za-z])|~|\s+", " "),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
-    (r"\\(?:mathrm|mathbf|mathit|mathsf|mbox|operatorname|text[a-z]*)\s*\{", r"\\text{"),
+    (r"\\text(?:bf|it|rm|tt|sc|sf|up|md|normal)\s*\{", r"\\text{"),  # \textsuperscript is a power
+    (r"\\(?:mathrm|mathbf|mathit|mathsf|mbox|operatorname|text)\s*\{", r"\\text{"),
     (r"\\text\{\s*((?:arc)?(?:sin|cos|tan)|ln|log|exp|cot|sec|csc)\s*\}", r"\\\1 "),
     (r"\^\s*\{?\s*\\circ\s*\}?|\\degree", r"\\degree "),
     (r"\\l[bB]race(?![A-Za-z])", r"\\{"),
