@@ -95,12 +95,13 @@ def watched(server: Process, name: str) -> Iterator[None]:
         yield
         seconds, cpu = time.monotonic() - start, cpu_seconds(server) - cpu
         slowest = float(pinger.communicate("end")[0])
+    after, highest = megabytes(server, "VmRSS"), megabytes(server, "VmHWM")
     print(
-        f"\n{name}: {seconds:.1f} s, {cpu:.1f} s of CPU, slowest /health "
-        f"{1000 * slowest:.0f} ms, memory {before:.0f} -> {megabytes(server, 'VmRSS'):.0f} MB (highest "
-        f"{megabytes(server, 'VmHWM'):.0f})"
+        f"\n{name}: {seconds:.1f} s, {cpu:.1f} s of CPU, slowest /health {1000 * slowest:.0f} ms, "
+        f"memory {before:.0f} -> {after:.0f} MB (highest {highest:.0f})"
     )
-    assert 0 < slowest < 5  # 30 s once; below 1 s where nothing else runs on the machine
+    assert 0 < slowest < 5  # 30 s once; other programs lengthen it
+    assert cpu < 20  # 30 s of one body once
 
 
 def score_bodies(count: int) -> list[bytes]:
