@@ -40,12 +40,14 @@ WEIGHTS = "engine_weights.safetensors"
 and is removed when the run ends."""
 FAILED = "a push that failed"
 """The label of a worker whose last push failed, see rollouts/vllm_worker.py."""
+LOADING, AGAIN = ", loading ", ", again "
+"""What follows the label of a push that was made again, while it is made and then."""
 RETRIES = 4
 """New tries to drop the prefix cache; they wait up to 3.75 s in all."""
 LONG_RETRIES = 60
 """The same where other ranks may sample: up to 15 minutes."""
 RANK_WAIT_S = 5.0
-"""Seconds that other ranks leave to rank 0 to push the weights to a server that was restarted."""
+"""Seconds that a rank leaves to each one before it to push to a server that was restarted."""
 RESTARTS = 3
 """Restarts of the server while it samples one batch after which the run stops."""
 
@@ -134,9 +136,9 @@ class VllmServerEngine(RequestEngine):
                 "start it with a larger --max-model-len"
             )
         for _ in range(RESTARTS):
-            self._restore(poll)
+            label = self._restore(poll)
             replies = self.server.complete(self.model, requests, sampling.batch_size, poll, report)
-            if self._labels(poll) == {self.label}:  # no restart in between
+            if self._labels(poll) == {label}:  # no restart in between
                 return replies
         raise EngineError(
             f"the server at {self.server.url} must keep the weights of this run while it samples, "
@@ -218,40 +220,52 @@ class VllmServerEngine(RequestEngine):
         except BadReplyError as error:
             raise self.server.wrong("/collective_rpc", error) from error
 
-    def _restore(self, poll: Poll) -> None:
-        """Push the last weights again where the server was restarted.
+    def _restore(self, poll: Poll) -> str | None:
+        """Push the last weights again where the server was restarted; return its label then.
 
-        Rank 0 does it, or another one where rank 0 needs the server no more. It loads them twice:
-        under a label of their own until the prefix cache is dropped, as requests that went on
-        trying may have filled it from the weights that the server was started with.
+        Rank 0 does it, or another one where rank 0 needs the server no more.
 
         Raises: EngineError where the server has weights of another run, and past engine.timeout_s.
         """
-        start, again = time.monotonic(), f"{self.label}, again"
-        while (labels := self._labels(poll)) != {self.label}:
-            others = labels - {None, FAILED, self.label, again}
+        start, ours = time.monotonic(), str(self.label)
+        while True:
+            labels = self._labels(poll)
+            first = next(iter(labels))
+            if labels == {self.label} or (
+                labels == {first} and str(first).startswith(ours + AGAIN)
+            ):
+                return first
+            others = [str(x) for x in labels - {None, FAILED} if not str(x).startswith(ours)]
             silence = time.monotonic() - start
             if others or silence > self.server.timeout_s:
                 raise EngineError(
                     f"the server at {self.server.url} must have the weights of this run after "
-                    f"{self.version} steps, got {', '.join(map(str, others or labels))}: another "
+                    f"{self.version} steps, got {', '.join(others or map(str, labels))}: another "
                     "run uses it; give each run a server of its own, and continue with --resume"
                 )
-            if labels != {again} and (self.world.main or silence > RANK_WAIT_S):
-                self._push_again(again, poll)
-                return
+            loading = all(str(label).startswith(ours + LOADING) for label in labels)
+            if not loading and silence >= RANK_WAIT_S * self.world.rank:
+                return self._push_again(poll)
             pause(next(iter(retry_waits())), poll)
 
-    def _push_again(self, again: str, poll: Poll) -> None:
-        """Push the file of the last push to a server that was restarted, and say so."""
+    def _push_again(self, poll: Poll) -> str:
+        """Push the file of the last push to a server that was restarted, say so, and return the
+        label, which is new: another rank sees by it that the weights changed while it sampled.
+
+        They are loaded twice: under another label until the prefix cache is dropped, as requests
+        that went on trying may have filled it from the weights that the server was started with.
+        """
         try:
             self.model, self.window = inspect(self.server, self.config)
         except ValueError as error:
             raise EngineError(f"the server was restarted in another way: {error}") from error
-        self._load(again, poll)
+        mark = uuid4().hex
+        self._load(f"{self.label}{LOADING}{mark}", poll)
         self._drop_cache(RETRIES if self.world.size == 1 else LONG_RETRIES, poll)
-        self._load(str(self.label), poll)
+        label = f"{self.label}{AGAIN}{mark}"
+        self._load(label, poll)
         self.server.say(
             f"the server at {self.server.url} was restarted: it has got the weights after "
             f"{self.version} steps again"
         )
+        return label

@@ -30,6 +30,14 @@ from tests.train.servers import free_port, running, status
 from tests.train.wrong_values import replaced
 
 
+def assert_pushed_twice(server: Scripted, engine: Any) -> None:
+    """Assert that the last push was made again, and first under a label that nobody samples by."""
+    first, loading, again = server.loads
+    assert first == engine.label
+    assert loading.startswith(f"{engine.label}, loading ")
+    assert again == server.state["label"] == loading.replace("loading", "again")
+
+
 @pytest.mark.fault("sick vLLM server")
 def test_a_server_of_another_run_stops_the_run(
     opened: tuple[Any, Policy], server: Scripted
@@ -51,7 +59,7 @@ def test_a_restarted_server_gets_the_weights_again_before_it_samples(
     engine.server.say = said.append
     server.state["label"], server.weights, server.calls = label, {}, []
     assert len(engine.generate(REQUEST).texts) == 4
-    assert server.loads == [engine.label, f"{engine.label}, again", engine.label]
+    assert_pushed_twice(server, engine)
     assert server.calls == [
         *("kdrl_state", "kdrl_state"),  # the label; how it was started
         *("kdrl_load", "reset", "kdrl_load", "kdrl_state"),
@@ -72,7 +80,7 @@ def test_what_a_restarted_server_sampled_is_sampled_again(
     assert len(server.bodies) == 8
     seeds = [body["seed"] for body in server.bodies]
     assert sorted(seeds[:4]) == sorted(seeds[4:])
-    assert server.state["label"] == engine.label
+    assert server.state["label"].startswith(f"{engine.label}, again ")
     server.forgets = 99
     with pytest.raises(EngineError, match="got 3 restarts in one batch"):
         engine.generate(REQUEST)
@@ -100,7 +108,7 @@ def test_other_ranks_leave_the_push_to_rank_0(
     def rank_0_pushes() -> None:
         nonlocal calls
         calls += 1
-        server.state["label"] = {1: None, 3: f"{engine.label}, again", 6: engine.label}.get(
+        server.state["label"] = {1: None, 3: f"{engine.label}, loading 1", 6: engine.label}.get(
             calls, server.state["label"]
         )
 
@@ -109,7 +117,24 @@ def test_other_ranks_leave_the_push_to_rank_0(
     monkeypatch.setattr(vllm_server, "RANK_WAIT_S", 0.1)
     server.state["label"] = None
     engine._restore(int)  # rank 0 has what it needs, and pushes nothing
-    assert server.loads == [engine.label, f"{engine.label}, again", engine.label]
+    assert_pushed_twice(server, engine)
+
+
+@pytest.mark.fault("sick vLLM server")
+def test_what_was_sampled_while_another_rank_pushed_again_is_sampled_again(
+    opened: tuple[Any, Policy], server: Scripted
+) -> None:
+    engine, _ = opened
+
+    def restored_meanwhile(body: dict[str, Any]) -> Any:
+        if len(server.bodies) == 3:  # it was restarted before, and has the right weights by now
+            server.state["label"] = f"{engine.label}, again by rank 1"
+        return server.complete(body)
+
+    server.busy = restored_meanwhile
+    assert len(engine.generate(REQUEST).texts) == 4
+    assert len(server.bodies) == 8
+    assert len(server.loads) == 1  # nothing more to push
 
 
 @pytest.mark.fault("sick vLLM server")
