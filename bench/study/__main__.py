@@ -17,6 +17,8 @@ from bench.study.runner import Runner
 from bench.study.trial import TrialResult
 from kdrl_train.cli import exit_code, parse
 from kdrl_train.config_file import differences, load_yaml, save_yaml, to_dict
+from kdrl_train.runfolder.lock import FILE as LOCK
+from kdrl_train.runfolder.lock import RunLock
 
 MAY_GROW = (
     "out", "tasks", "arms", "main_arms", "quality_arms", "seeds", "main_seeds",
@@ -40,14 +42,14 @@ def main(config: StudyConfig, console: Console | None = None) -> Path:
     SIGTERM ends the study and all of its processes, as Ctrl-C does. A run that crashes counts as
     a result, and is not repeated until its result.json is deleted.
 
-    Raises: ValueError for a folder with a study of other settings; ChildProcessError where a model
-        cannot be trained.
+    Raises: ValueError for a folder with a study of other settings, RunError where that study is at
+        work; ChildProcessError where a model cannot be trained.
     """
     config = quick(config) if config.quick else config
     console = console or Console(highlight=False)
-    open_folder(config)
     results_by_trial: dict[Trial, TrialResult] = {}
-    with ended_by_sigterm(), Runner(config, console) as runner:
+    with RunLock(config.out), ended_by_sigterm(), Runner(config, console) as runner:
+        open_folder(config)
         runner.models()
         for task in config.tasks:
             results_by_trial |= choose_settings(config, runner, task)
@@ -134,7 +136,7 @@ def open_folder(config: StudyConfig) -> None:
                 f"out must be a new folder or hold a study of the same settings, got {config.out} "
                 f"where these differ: {what}; choose another --out"
             )
-    elif config.out.exists() and any(config.out.iterdir()):
+    elif config.out.exists() and any(path.name != LOCK for path in config.out.iterdir()):
         raise ValueError(
             f"out must be a new folder or hold a study, got {config.out}, which holds other files"
         )

@@ -88,8 +88,14 @@ class TrialResult:
 
     @classmethod
     def read(cls, path: Path) -> "TrialResult":
-        """Read a result from a file that `write` made."""
-        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        """Read a result from a file that `write` made. Raises: ValueError if it is damaged."""
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{path} must hold the result of a trial, got {type(error).__name__}: {error}: "
+                "delete it, and the trial runs again"
+            ) from error
 
     def write(self, path: Path) -> None:
         """Write the result; the file is complete or does not exist."""

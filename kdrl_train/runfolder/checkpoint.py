@@ -205,7 +205,8 @@ def publish(work: Path, state: RunState, hashes: dict[str, str]) -> None:
     state.require_ours()
     if final.exists():  # written before the run was resumed from an older checkpoint
         _remove(final)
-    _sync(work)
+    log = (final.parent.parent / name for name in ("metrics.jsonl", "events.jsonl"))
+    _sync(work, *log)  # after a power cut the records of the steps that are saved exist, too
     work.rename(final)
     _sync(final.parent)
     pointer = final.with_name(".tmp_LATEST")
@@ -345,12 +346,12 @@ def _remove(folder: Path) -> None:
     remove(renamed)
 
 
-def _sync(folder: Path) -> None:
-    """Flush every file of a folder, and its directory entry, to the disk."""
+def _sync(folder: Path, *more: Path) -> None:
+    """Flush every file of a folder, its directory entry, and more files to the disk."""
     if os.name == "nt":  # it flushes no directory; each file was flushed as it was written
         return
-    for path in [*folder.iterdir(), folder]:
-        if path.is_dir() and path != folder:
+    for path in [*folder.iterdir(), folder, *more]:
+        if not path.exists() or (path.is_dir() and path != folder):
             continue
         handle = os.open(path, os.O_RDONLY)
         try:

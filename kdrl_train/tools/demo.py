@@ -161,6 +161,7 @@ def main(config: DemoConfig, console: Console | None = None) -> DemoResult:
     if out.exists():
         raise ValueError(f"out must be a new folder, got {out}, which exists: choose another --out")
     require_writable(out)
+    out.mkdir(parents=True)  # at once: another demo that begins now takes another name
     stopwatch = Stopwatch(console)
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)

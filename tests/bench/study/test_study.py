@@ -19,10 +19,12 @@ from bench.study.analysis import Study
 from bench.study.arms import ARMS, PAPER_STEPS
 from bench.study.config import StudyConfig, TaskModelsConfig, Trial
 from bench.study.runner import Runner, summary
-from bench.study.trial import finish, train_config, trial_folder
+from bench.study.trial import TrialResult, finish, train_config, trial_folder
 from kdrl_train import train
 from kdrl_train.config_file import load_yaml, update
+from kdrl_train.errors import RunError
 from kdrl_train.method.presets import PRESETS
+from kdrl_train.runfolder.lock import RunLock
 from kdrl_train.tools import sft
 from kdrl_train.tools.toy.models import make_model, train_tokenizer
 from tests.bench.study.study_results import result
@@ -67,6 +69,27 @@ def test_a_run_that_a_signal_ended_is_no_result(
     with pytest.raises(SystemExit, match="was stopped before its last step"):
         finish(config, folder)
     assert not (folder / "result.json").exists()
+
+
+@pytest.mark.fault("two runs in one folder")
+def test_a_second_study_is_refused_and_changes_nothing(small: StudyConfig, tmp_path: Path) -> None:
+    config = replace(small, out=tmp_path / "study")
+    with RunLock(config.out):
+        command.open_folder(config)
+        text = (config.out / "study.yaml").read_text(encoding="utf-8")
+        with pytest.raises(RunError, match=f"got a second one while process {os.getpid()} on"):
+            command.main(replace(config, seeds=2), Console(quiet=True))
+        assert (config.out / "study.yaml").read_text(encoding="utf-8") == text
+
+
+@pytest.mark.fault("flipped or cut file")
+@pytest.mark.parametrize(("old", "new"), [("}", ""), ('"trial"', '"trail"'), ("{", "["), ("0", "")])
+def test_a_damaged_result_is_named(tmp_path: Path, old: str, new: str) -> None:
+    path = tmp_path / "result.json"
+    result("grpo", 0.5).write(path)
+    path.write_text(path.read_text(encoding="utf-8").replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"result\.json must hold .* delete it, and the trial"):
+        TrialResult.read(path)
 
 
 def test_sigterm_ends_what_the_study_started(small: StudyConfig, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints are bit-equal, complete or absent, and only for the run that wrote them."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -212,6 +213,25 @@ def test_other_held_out_problems_are_named_and_refused_where_a_schedule_waits() 
 def test_a_checkpoint_that_names_no_problems_warns() -> None:
     (warning,) = check_data(saved_with({}), {"data": {"count": 8, "sha256": "aa"}}, CONFIG)
     assert "does not say which problems the run had" in warning
+
+
+def test_the_log_is_on_the_disk_before_the_checkpoint_has_its_name(
+    tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a power cut would leave a checkpoint without the records of its last steps."""
+    (tmp_path / "metrics.jsonl").touch()
+    number, synced, fsync = (tmp_path / "metrics.jsonl").stat().st_ino, [], os.fsync
+
+    def note(handle: int) -> None:
+        fsync(handle)
+        if os.fstat(handle).st_ino == number:
+            synced.append(checkpoint.latest(tmp_path / "checkpoints"))
+
+    monkeypatch.setattr(os, "fsync", note)
+    policy, optimizer = make(tiny, seed=0)
+    train(policy, optimizer, steps=1)
+    checkpoint.save(tmp_path / "checkpoints", state(policy, optimizer, 1))
+    assert synced == [None]
 
 
 def test_windows_flushes_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
