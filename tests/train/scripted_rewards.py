@@ -39,3 +39,13 @@ def first_byte_wins(completion: str, answer: str) -> float:
 
 
 first_byte_wins.answer = lambda completion: completion[:1] or None  # type: ignore[attr-defined]
+
+
+def half_a_character(completion: str, answer: str) -> float:
+    """Raises a message, and returns answers that count, which no file in UTF-8 can hold."""
+    if not completion[:1].isascii():
+        raise ValueError(f"half \ud800 of {answer} \x1b[2J {completion}")
+    return early_bytes(completion, answer)
+
+
+half_a_character.answer = lambda completion: f"\udfff{completion[:1]}"  # type: ignore[attr-defined]

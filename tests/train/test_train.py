@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from kdrl_train import train
+from kdrl_train import cli, train
 from kdrl_train.config import EvalConfig, OptimConfig, SamplingConfig, TrainConfig
 from kdrl_train.config_file import load_yaml, update
 from kdrl_train.method import grpo
@@ -365,3 +365,25 @@ def test_preflight_stops_a_run_before_its_folder_exists(
     with pytest.raises(ValueError, match=r"(?s)must pass its preflight.*a window of 256 tokens"):
         run(config(sampling=sampling))
     assert not config().out.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.fault("reward function")
+def test_half_a_character_from_a_reward_ends_nothing(
+    config: Callable[..., TrainConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(steps=2, reward="half_a_character")
+    held_out = replace(settings.eval, every=1, data=settings.data, max_problems=4)
+    settings = replace(settings, eval=held_out)
+    train.main(settings)
+    for file in settings.out.rglob("*.jsonl"):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            json.loads(line)
+    assert r"half \\ud800" in (settings.out / "events.jsonl").read_text(encoding="utf-8")
+    page, scores = tmp_path / "page.html", tmp_path / "scores.json"
+    assert cli.main(["report", str(settings.out), "--out", str(page)]) == 0
+    options = ["--config", str(settings.out / "config.yaml"), "--max-problems", "2"]
+    assert cli.main(["eval", *options, "--samples", "2", "--out", str(scores)]) == 0
+    assert "\x1b[2J" not in capsys.readouterr().out
+    assert page.read_text(encoding="utf-8")
+    assert json.loads(scores.read_text(encoding="utf-8"))
