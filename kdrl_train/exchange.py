@@ -20,6 +20,8 @@ TRY_AGAIN = (429, 500, 502, 503, 504)
 REPLY_BYTES, TOKEN_BYTES = 2**20, 1024
 """Most bytes of a reply besides its tokens (a chat template, a list of models), and for each token
 of its request: vLLM writes about 150, more for a token with a long text."""
+BROKEN_TRIES = 3
+"""A server may be killed while it sends a reply; one that breaks as many in a row is sick."""
 ERROR_BYTES = 500
 """How much of an error's text is read and shown."""
 
@@ -147,7 +149,7 @@ class Exchange:
         most = REPLY_BYTES + TOKEN_BYTES * tokens
         try:
             async with asyncio.timeout(timeout_s):
-                data = await self._read(method, path, body, most)
+                data = await self._whole(method, path, body, most)
         except TimeoutError as error:
             message = f"no whole reply within {timeout_s:g} s{proxy_note(self.url)}"
             raise NoReplyError(message, late=True) from error
@@ -158,6 +160,20 @@ class Exchange:
             return json.loads(data)
         except (ValueError, RecursionError) as error:  # ValueError: also text that is not UTF-8
             raise BadReplyError(f"{_text(data)!r}{proxy_note(self.url)}") from error
+
+    async def _whole(self, method: str, path: str, body: Any, most: int) -> bytes:
+        """Return what _read does; a reply that is cut or no HTTP is read BROKEN_TRIES times."""
+        tries = 0
+        while True:
+            try:
+                return await self._read(method, path, body, most)
+            except httpx2.RemoteProtocolError as error:
+                if "without sending a response" in str(error):  # a server that ends, or its proxy
+                    raise
+                tries += 1
+                if tries == BROKEN_TRIES:
+                    note = f"{proxy_note(self.url)}, {tries} times"
+                    raise BadReplyError(f"no whole HTTP reply ({error}){note}") from error
 
     async def _read(self, method: str, path: str, body: Any, most: int) -> bytes:
         """Return the bytes of a reply of status 200, which are at most `most`."""
