@@ -14,6 +14,7 @@ from kdrl_train.model.teacher.client import (
     TeacherError,
     vocabulary_hash,
 )
+from kdrl_train.proxies import is_exposed
 from kdrl_train.rollouts.problems import encode_prompt
 
 T = TypeVar("T")
@@ -23,12 +24,21 @@ PROBE_TOKENS = 256
 
 
 def check_server(client: TeacherClient) -> str:
-    """Say what the server says of its model; `load` has seen that it replies."""
+    """Say what the server says of its model; `load` has seen that it replies.
+
+    Raises: UserWarning where others on the way to it can read and change what is sent.
+    """
     info = client.info
     parts = [f"{client.url}: {info.model}", info.dtype]
     parts.append(None if info.vocab_size is None else f"{info.vocab_size:,} columns")
     parts.append(None if info.window is None else f"a window of {info.window:,} tokens")
-    return ", ".join(part for part in parts if part)
+    said = ", ".join(part for part in parts if part)
+    if is_exposed(client.url):
+        raise UserWarning(
+            f"model.teacher should be https, or in a private network, got {said}: others on the "
+            "way can read the token and the completions, and change the log-probabilities"
+        )
+    return said
 
 
 def check_same_tokens(client: TeacherClient, tokenizer: Any) -> str:

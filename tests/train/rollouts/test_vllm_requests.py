@@ -24,6 +24,7 @@ from kdrl_train.ranks import ALONE
 from kdrl_train.rollouts.engines import open_engine, vllm_server
 from kdrl_train.rollouts.engines.vllm import require_vllm
 from kdrl_train.start import preflight
+from kdrl_train.tools.serve.app import RequireToken
 from tests.train.rollouts.scripted_vllm import (
     PROMPTS,
     REQUEST,
@@ -227,6 +228,25 @@ def test_a_server_across_a_public_network_is_warned_of(
         result = preflight._result("engine", lambda: preflight.check_engine(at(config, url)))
     assert (result.passed, result.warning) == (True, True)
     assert f"engine.url should be https, or in a private network, got {url}" in result.detail
+
+
+@pytest.mark.fault("attack on vLLM")
+def test_every_request_brings_the_key(
+    server: Scripted, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = server.app()
+    app.add_middleware(RequireToken, token="s3cret")
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    with running(app) as url:
+        settings = at(config, url)
+        policy = load_policy(settings, None)
+        engine = open_engine(settings, policy, load_tokenizer(settings.model.policy), ALONE)
+        engine.load(policy, 3)
+        assert len(engine.generate(REQUEST).completion_ids) == 4
+        engine.close()
+        monkeypatch.delenv("VLLM_API_KEY")
+        with pytest.raises(ValueError, match=r"reply to /v1/models.* got status 401"):
+            preflight.check_engine(settings)
 
 
 def test_without_vllm(

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ pytest.importorskip("uvicorn")
 from transformers import AutoTokenizer
 
 from kdrl_train import cli
-from kdrl_train.config import ModelConfig
+from kdrl_train.config import ModelConfig, TeacherConfig
 from kdrl_train.model.load import load_model
-from kdrl_train.model.teacher.client import vocabulary_hash
+from kdrl_train.model.teacher.client import connect, vocabulary_hash
+from kdrl_train.start import teacher_server
 from kdrl_train.tools.evaluate import common_width
 from tests.train.servers import Scripted, by_position, free_port, running, status, teacher_app
 
@@ -60,6 +62,18 @@ def test_a_served_teacher_that_fits_passes(
         "nats per prompt",
     ):
         assert words in text, text
+
+
+@pytest.mark.fault("secrets")
+def test_a_teacher_across_a_public_network_is_warned_of(
+    server: tuple[Scripted, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teacher_server, "is_exposed", lambda _url: True)
+    with closing(connect(ModelConfig(teacher=server[1]), TeacherConfig())) as client:
+        with pytest.raises(UserWarning, match=r"model\.teacher should be https, .* got http"):
+            teacher_server.check_server(client)
+        monkeypatch.undo()
+        assert teacher_server.check_server(client).startswith(server[1])
 
 
 @pytest.mark.parametrize("template", [None, "Q {{ messages[0]['content'] }}"])
