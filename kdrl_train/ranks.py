@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kdrl_train.errors import RankError
+from kdrl_train.errors import RankError, describe
+from kdrl_train.regroup import Meeting
 from kdrl_train.watch import RanksConfig, Watch
 
 T = TypeVar("T")
@@ -36,6 +37,8 @@ class World:
     over a single rank."""
     watch: Watch | None = None
     """With several ranks."""
+    meeting: Meeting | None = None
+    """Where several ranks meet after an error."""
 
     @property
     def main(self) -> bool:
@@ -57,7 +60,7 @@ class World:
             value = make()
         except Exception as caught:
             error = caught
-        message = None if error is None else f"{type(error).__name__}: {error}"
+        message = None if error is None else describe(error)
         outcomes: list[Any] = [None] * self.size
         dist.all_gather_object(outcomes, (value, message))
         for rank, (_, failure) in enumerate(outcomes):
@@ -115,12 +118,13 @@ def connect(
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     start = timedelta(seconds=config.start_timeout_s)
     store, rank, size = next(dist.rendezvous("env://", timeout=start))
-    watch = None
+    watch = meeting = None
     if size > 1:
+        meeting = Meeting(rank, size, store.clone(), aborts=device.type == "cuda")
         watch = Watch(rank, size, dist.PrefixStore("watch", store.clone()), config, folder)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=BACKSTOP)
     try:
-        yield World(rank, size, launched=True, watch=watch)
+        yield World(rank, size, launched=True, watch=watch, meeting=meeting)
     except Exception as error:
         if watch is not None and watch.verdict:  # another rank has ended, and with it the group
             raise RankError(watch.verdict) from error
@@ -128,4 +132,7 @@ def connect(
     finally:
         if watch is not None:
             watch.close()
-        dist.destroy_process_group()
+        if meeting is not None:
+            meeting.close()
+        if dist.is_initialized():  # not where the ranks could not meet again
+            dist.destroy_process_group()

@@ -27,6 +27,7 @@ from kdrl_train.model.load import use_device
 from kdrl_train.model.policy import Policy
 from kdrl_train.output import guarded, guarded_console, shown
 from kdrl_train.ranks import connect
+from kdrl_train.regroup import first_cause
 from kdrl_train.runfolder.events import recorded
 from kdrl_train.runfolder.export import export
 from kdrl_train.runfolder.log import Stages, peak_memory_bytes
@@ -63,7 +64,8 @@ def main(
         config, lock = take_folder(config, world, stack)
         if world.main:
             console.print(Text(title(config)), soft_wrap=True)
-        run, first = open_run(config, world, stack, console, policy_class, lock)
+        with first_cause(world.meeting):
+            run, first = open_run(config, world, stack, console, policy_class, lock)
         if world.watch is not None:
             world.watch.begin_steps(run.log.event)
         with recorded(run.log, config, world.size):
@@ -72,7 +74,8 @@ def main(
                 output.begin("saving the model")
                 world.on_main(run.log.require_ours)
                 model, folder = run.policy.model, config.out / "model"
-                export(model, run.tokenizer, folder, world, model.origin.dtype_of)
+                with first_cause(world.meeting):
+                    export(model, run.tokenizer, folder, world, model.origin.dtype_of)
                 run.log.event("finished", f"all steps are done: the model is in {folder}")
     return config.out
 
@@ -98,8 +101,10 @@ def steps(run: Run, first: int) -> bool:
         save_rest(run)
         return stopped(run, run.position.done)
     except Exception as error:
-        rescue(run, error)
-        raise
+        first_error = rescue(run, error)
+        if first_error is error:
+            raise
+        raise first_error from error
     return True
 
 
@@ -114,10 +119,14 @@ def one_step(run: Run, step: int) -> None:
         save(run, done)
 
 
-def rescue(run: Run, error: Exception) -> None:
-    """Save the steps that are done before an error ends the run, and note with it what became of
-    them. An error that this meets is noted, too: the first one matters."""
-    position = run.position
+def rescue(run: Run, error: Exception) -> Exception:
+    """Save the steps that are done before an error ends the run. All ranks come here, each with the
+    error that it met.
+
+    Returns: the error that came first, with notes of what became of the steps, and of an error met
+        here.
+    """
+    position, first = run.position, error
     cause: BaseException | None = error
     run.optimizer.zero_grad(set_to_none=True)
     while cause is not None:  # out of memory: what the step held is in the frames of its error
@@ -125,21 +134,29 @@ def rescue(run: Run, error: Exception) -> None:
         cause = cause.__context__
     if run.policy.device.type == "cuda":
         torch.cuda.empty_cache()
+    torn, all_here = position.begun, True
     try:
-        if not position.begun:
-            save_rest(run)
+        if run.world.meeting is not None:
+            first, all_here = run.world.meeting.hold(error)
+            run.saver.drop()
+        if all_here:
+            places = run.world.share(lambda: (position.done, position.begun))
+            torn = torn or len(set(places)) > 1
+            if not torn:
+                save_rest(run)
     except Exception as second:  # of any type: a checkpoint has many ways to fail
-        if str(second) != str(error):
-            error.add_note(f"then saving failed with {describe(second)}")
+        if str(second) != str(first):
+            first.add_note(f"then saving failed with {describe(second)}")
     saved, rest = run.saver.saved, "--resume starts again"
     if saved:
         rest = f"steps 1 to {saved} are saved: --resume continues there"
-    if position.begun:
+    if torn:
         rest = (
             f"an optimiser step of step {position.done + 1} had begun: the weights belong to no "
             f"whole step and are not saved; {rest}"
         )
-    error.add_note(rest)
+    first.add_note(rest)
+    return first
 
 
 def save_rest(run: Run) -> None:
@@ -149,9 +166,8 @@ def save_rest(run: Run) -> None:
         run.world.on_main(partial(run.log.postpone, position.record))
     with suppress(Exception):  # a checkpoint that a thread could not write: the next holds more
         run.saver.check(wait=True)
-    if run.saver.saved < position.done:
-        save(run, position.done)
-    run.saver.check(wait=True)
+    if run.world.any(run.saver.saved < position.done):
+        save(run, position.done, wait=True)
 
 
 def stopped(run: Run, done: int) -> bool:
@@ -197,6 +213,7 @@ def finish(run: Run, step: int, record: dict[str, Any], stages: Stages) -> None:
     with stages("sync"):
         run.engine.load(run.policy, step + 1)
     if is_evaluated(run, step):
+        run.stop_if_signalled()  # also so that no rank evaluates while another has failed
         with stages("eval"):
             output.heading(f"evaluation after step {step + 1}")
             record |= evaluation(run)
@@ -228,15 +245,16 @@ def log_record(run: Run, record: dict[str, Any]) -> None:
     run.history.add(record)
 
 
-def save(run: Run, done: int) -> None:
-    """Save a checkpoint after `done` steps. The steps are in the log already: a run killed in
-    between loses no record, and a resumed one drops those it will write again."""
+def save(run: Run, done: int, wait: bool = False) -> None:
+    """Save a checkpoint after `done` steps; `wait` as in Saver.save. The steps are in the log
+    already: a run killed in between loses no record, and a resumed one drops those it will write
+    again."""
     output.heading(f"step {done}/{run.config.steps}")
     output.begin("saving a checkpoint")
     rollouts = None
     if run.prefetch is not None:
         rollouts = run.prefetch.state(done, run.config.sampling.group_size)
-    run.saver.save(done, run.policy, run.optimizer, rollouts)
+    run.saver.save(done, run.policy, run.optimizer, rollouts, wait)
 
 
 def evaluation(run: Run) -> dict[str, float]:

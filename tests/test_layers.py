@@ -30,7 +30,13 @@ FLOORS = (
 )
 """The rooms of kdrl_train, from the highest to the lowest; rooms of one floor do not meet."""
 
-SHARED = {"cli": "tools", "__main__": "tools", "config_file": "config", "__init__": "errors"}
+SHARED = {
+    "cli": "tools",
+    "__main__": "tools",
+    "config_file": "config",
+    "__init__": "errors",
+    "regroup": "ranks",
+}
 """Modules that stand beside the rooms, and the room whose rules they follow."""
 
 DYNAMIC = "*"

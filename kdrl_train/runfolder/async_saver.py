@@ -62,8 +62,10 @@ class Saver:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         rollouts: dict[str, Any] | None,
+        wait: bool = False,
     ) -> None:
-        """Save a checkpoint after `step` optimiser steps; the arguments are those of RunState.
+        """Save a checkpoint after `step` optimiser steps; the arguments are those of RunState, and
+        `wait`: whether to be done with it on return.
 
         An earlier checkpoint that is still being written is waited for.
 
@@ -84,7 +86,7 @@ class Saver:
             rollouts=rollouts,
             require_ours=self.require_ours,
         )
-        if self.config.save_async:
+        if self.config.save_async and not wait:
             self._future = self._pool.submit(begin(folder, state, self.world, self._group))
             self._step = step
         else:
@@ -107,6 +109,13 @@ class Saver:
         if None not in written:
             self._future = None
             self._written(self._step)
+
+    def drop(self) -> None:
+        """Wait for the thread and forget what it wrote or met, of which ranks that fail may know
+        different things. A rank may call it alone."""
+        if self._future is not None:
+            self._future.exception()
+            self._future = None
 
     def _written(self, step: int) -> None:
         """Note that a checkpoint is on the disk."""

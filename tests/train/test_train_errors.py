@@ -4,6 +4,7 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -17,14 +18,17 @@ from kdrl_train.cli import exit_code
 from kdrl_train.config import OptimConfig, SamplingConfig, TrainConfig
 from kdrl_train.method.presets import PRESETS
 from kdrl_train.ranks import ALONE
+from kdrl_train.rollouts.engines.generate import GenerateEngine
 from kdrl_train.runfolder import checkpoint, jsonl
 from kdrl_train.runfolder.events import recorded
 from kdrl_train.runfolder.log import read_records
 from kdrl_train.start.open_run import open_run
 from kdrl_train.step import coefficients
 from kdrl_train.step.run import Run
+from tests.train.ranks import train_ranks
 from tests.train.test_train import run as train_alone
 from tests.train.test_train import without_times
+from tests.train.test_two_ranks import assert_same_metrics
 
 Config = Callable[..., TrainConfig]
 ERRORS = (torch.OutOfMemoryError, RuntimeError, OSError, MemoryError, ValueError)
@@ -189,3 +193,56 @@ def test_a_save_that_fails_hides_no_error(opened: Run, monkeypatch: pytest.Monke
 
     assert exit_code(fail, Console(file=screen, width=200)) == 1
     assert screen.getvalue() == "error: no file\nsteps 1 to 5 are saved\n"
+
+
+def fail_on_rank(place: str, kind: type[Exception], failing: int, rank: int) -> None:
+    """Make one rank fail in its second step, alone, while the others wait for it."""
+    if rank != failing:
+        return
+    owner, name, count = {
+        "backward": (Tensor, "backward", 2),  # one micro-batch a step
+        "optimiser": (torch.optim.AdamW, "step", 2),
+        "engine push": (GenerateEngine, "load", 3),  # the first is before step 0
+    }[place]
+    call, calls = getattr(owner, name), []
+
+    def fail(*arguments: Any, **more: Any) -> Any:
+        calls.append(0)
+        if len(calls) == count:
+            raise kind(f"the {place} failed")
+        return call(*arguments, **more)
+
+    setattr(owner, name, fail)
+
+
+@pytest.mark.fault("error in a step")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "kind", "failing", "saved"),
+    [
+        ("backward", torch.OutOfMemoryError, 1, 1),
+        ("optimiser", MemoryError, 0, None),
+        ("engine push", KeyError, 1, 2),
+    ],
+)
+def test_ranks_agree_on_what_is_saved(
+    config: Config, place: str, kind: type[Exception], failing: int, saved: int | None
+) -> None:
+    """One rank fails while the other waits for it; both know why, and save what is whole."""
+    settings = config(optim=OptimConfig(learning_rate=1e-3, micro_batch_tokens=1000))
+    said = train_ranks(settings, 2, sabotage=partial(fail_on_rank, place, kind, failing))
+    assert said[failing].splitlines()[-1] == f"{kind.__name__}: {kind(f'the {place} failed')}"
+    cause = f"rank {failing} stopped with {kind.__name__}: {kind(f'the {place} failed')} ("
+    assert f"RankError: {cause}" in said[1 - failing]
+    event = jsonl.read(settings.out / "events.jsonl")[-1]
+    assert event["event"] == "failed"
+    assert event["message"].startswith(f"RankError: {cause}" if failing else f"{kind.__name__}: ")
+    newest = checkpoint.latest(settings.out / "checkpoints")
+    if saved is None:
+        assert newest is None
+        assert event["notes"][0].startswith("an optimiser step of step 2 had begun: ")
+        return
+    assert newest.step == saved
+    assert event["notes"] == [f"steps 1 to {saved} are saved: --resume continues there"]
+    resumed = train_alone(replace(settings, resume=True))
+    assert_same_metrics(resumed, train_alone(replace(settings, out=settings.out / "whole")))

@@ -202,6 +202,7 @@ def fail_on_second_rank(rank: int) -> None:
         train.collect.__globals__["_draw_share"] = fail
 
 
+@pytest.mark.fault("error in a step")
 def test_an_error_of_one_rank_stops_all(config: Config) -> None:
     said = train_ranks(config(), 2, sabotage=fail_on_second_rank)
     for words in said:
