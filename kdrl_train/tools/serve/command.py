@@ -47,8 +47,8 @@ class ServeConfig:
     """A teacher's server: `python -m kdrl_train serve`."""
 
     host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0: every address. Any but this machine's own needs a token in the
-    environment variable KDRL_SERVE_TOKEN, which a trainer has in KDRL_TEACHER_TOKEN."""
+    """Address to listen at; any but this machine's own (0.0.0.0: all) needs KDRL_SERVE_TOKEN, a
+    secret, in the environment. A trainer has the same in KDRL_TEACHER_TOKEN."""
     port: Port = 8765
     """TCP port."""
     batch_tokens: PositiveInt = 8192
