@@ -38,6 +38,7 @@ from tests.train.servers import (
     by_position,
     free_port,
     running,
+    status,
     teacher_app,
 )
 from tests.train.test_two_ranks import assert_same_metrics, together
@@ -265,6 +266,22 @@ def test_the_teacher_scores_while_rewards_are_made(
     run(config("run", url, steps=1))
     assert before[-1] == 16  # all replies came before the first reward
     assert training_calls(server) == 16
+
+
+@pytest.mark.slow
+@pytest.mark.fault("sick teacher server")
+@pytest.mark.parametrize("reply", ["<html>", "[" * 100_000, '{"logprobs": [[null]]}'])
+def test_a_sick_reply_loses_no_finished_step(
+    config: Callable[..., TrainConfig], scripted: tuple[Scripted, str], reply: str
+) -> None:
+    server, url = scripted
+    server.score = lambda ids, n: (
+        status(200, reply) if training_calls(server) > 16 else by_position(ids, n)
+    )
+    settings = config("run", url)
+    with pytest.raises(TeacherError, match=f"the teacher at {url} must reply"):
+        run(settings)
+    assert (settings.out / "checkpoints" / "step_000001").is_dir()
 
 
 def test_ends_are_not_distilled_where_they_are_masked(

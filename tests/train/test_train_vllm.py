@@ -17,10 +17,11 @@ from rich.console import Console
 
 from kdrl_train import train
 from kdrl_train.config import EngineConfig, TrainConfig
+from kdrl_train.errors import EngineError
 from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.log import read_records
 from tests.train.rollouts.scripted_vllm import Scripted
-from tests.train.servers import running
+from tests.train.servers import running, status
 
 pytestmark = pytest.mark.slow
 COMPLETIONS = 16  # of a step
@@ -59,6 +60,24 @@ def test_a_run_goes_on_over_a_restart(config: Callable[..., TrainConfig], stalen
     assert len(labels) == 4 * COMPLETIONS  # those of the second step twice
     assert None not in labels[2 * COMPLETIONS :]
     assert not list(out.glob("*.safetensors"))
+
+
+@pytest.mark.fault("sick vLLM server")
+@pytest.mark.parametrize("reply", ["<html>", "[" * 100_000, '{"choices": [{"token_ids": [null]}]}'])
+def test_a_sick_reply_loses_no_finished_step(
+    config: Callable[..., TrainConfig], tmp_path: Path, reply: str
+) -> None:
+    server = Scripted()
+
+    def sick_from_the_second_step(body: dict[str, Any]) -> Any:
+        sick = len(server.bodies) >= COMPLETIONS
+        return status(200, reply) if sick else server.complete(body)
+
+    server.busy = sick_from_the_second_step
+    with pytest.raises(EngineError, match=r"the server at http://127\.0\.0\.1:\d+ must re"):
+        run(config, server)
+    assert (tmp_path / "run" / "checkpoints" / "step_000001").is_dir()
+    assert not list((tmp_path / "run").glob("*.safetensors"))
 
 
 @pytest.mark.fault("stopped by a signal")

@@ -14,8 +14,6 @@ import torch
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
-from fastapi.responses import StreamingResponse
-
 from kdrl_train import waiting
 from kdrl_train.batch import Rollouts
 from kdrl_train.config import ModelConfig, SamplingConfig, TeacherConfig, TrainConfig
@@ -239,44 +237,6 @@ def test_after_the_deadline_everything_fails_at_once() -> None:
             connected.all()
         assert time.monotonic() - again < 0.4  # nobody waits for another deadline
     assert server.queries == {}
-
-
-def drips(_ids: list[int], _prompt_tokens: int) -> Any:
-    """Reply by a byte every 50 ms, so that no single wait is long."""
-
-    def parts() -> Iterator[bytes]:
-        for _ in range(200):
-            time.sleep(0.05)
-            yield b" "
-
-    return StreamingResponse(parts())
-
-
-@pytest.mark.fault("sick teacher server")
-def test_a_dripping_server_is_away(scripted: Callable) -> None:
-    server, url = scripted(drips)
-    start = time.monotonic()
-    with Connected(url, timeout_s=0.2, deadline_s=0.7, concurrency=4) as connected:
-        with pytest.raises(TeacherError, match=r"deadline_s = 0\.7 s, got no whole reply within"):
-            connected.all()
-        assert len(connected.said) == 1  # the outage
-    assert 0.7 <= time.monotonic() - start < 1.7
-    assert min(server.queries.values()) >= 2  # sent again after timeout_s
-
-
-@pytest.mark.fault("stopped by a signal")
-def test_a_stop_does_not_wait_for_a_dripping_server(scripted: Callable) -> None:
-    server, url = scripted(drips)
-
-    def poll() -> None:
-        if len(server.queries) == 4:
-            raise KeyError
-
-    with Connected(url, timeout_s=60) as connected:
-        with pytest.raises(KeyError):
-            connected.teacher.collect(rollouts(), ALL, {}, poll)
-        start = time.monotonic()
-    assert time.monotonic() - start < 0.5
 
 
 @pytest.mark.slow

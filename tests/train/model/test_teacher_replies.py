@@ -1,14 +1,23 @@
-"""A teacher's replies with each value replaced by wrong ones: refused, or of no effect."""
+"""Sick replies of a teacher: slow ones, and each value replaced by wrong ones."""
 
-from collections.abc import Coroutine
+import time
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
 from typing import Any
 
 import pytest
 
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+
+from fastapi.responses import StreamingResponse
+
+from kdrl_train import waiting
 from kdrl_train.config import ModelConfig, TeacherConfig
-from kdrl_train.model.teacher import client
+from kdrl_train.model.teacher import client, remote
 from kdrl_train.model.teacher.client import UNKNOWN, OpenAiClient, Query, TeacherError, connect
+from tests.train.model.test_remote_teacher import ALL, Connected, rollouts
+from tests.train.servers import Scripted, running
 from tests.train.wrong_values import replaced
 
 VERSION = {
@@ -57,7 +66,7 @@ log-probability stands."""
 def outcome(api: str, replies: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return what a new client makes of the replies."""
 
-    class Scripted:
+    class Fake:
         """Gives the replies without a server."""
 
         url = "http://host:1"
@@ -77,7 +86,7 @@ def outcome(api: str, replies: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
 
         def close(self) -> None: ...
 
-    monkeypatch.setattr(client, "Exchange", Scripted)
+    monkeypatch.setattr(client, "Exchange", Fake)
     connected = connect(ModelConfig(teacher="http://host:1", teacher_api=api), TeacherConfig())
     texts = connected.texts(QUERY) if isinstance(connected, OpenAiClient) else None
     template = "unknown" if connected.chat_template is UNKNOWN else connected.chat_template
@@ -126,3 +135,50 @@ def test_a_wrong_value_is_refused_or_not_read(
     for message in messages:
         assert "the teacher at http://host:1 must" in message or "teacher.name" in message
         assert len(message) < 1000
+
+
+def drips(_ids: list[int], _prompt_tokens: int) -> Any:
+    """Reply by a byte every 50 ms, so that no single wait is long."""
+
+    def parts() -> Iterator[bytes]:
+        for _ in range(200):
+            time.sleep(0.05)
+            yield b" "
+
+    return StreamingResponse(parts())
+
+
+@pytest.fixture
+def dripping(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Scripted, str]]:
+    monkeypatch.setattr(waiting, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(remote, "QUIET_S", 0.1)
+    server = Scripted(drips)
+    with running(server.app()) as url:
+        yield server, url
+
+
+@pytest.mark.fault("sick teacher server")
+def test_a_dripping_server_is_away(dripping: tuple[Scripted, str]) -> None:
+    server, url = dripping
+    start = time.monotonic()
+    with Connected(url, timeout_s=0.2, deadline_s=0.7, concurrency=4) as connected:
+        with pytest.raises(TeacherError, match=r"deadline_s = 0\.7 s, got no whole reply within"):
+            connected.all()
+        assert len(connected.said) == 1  # the outage
+    assert 0.7 <= time.monotonic() - start < 1.7
+    assert min(server.queries.values()) >= 2  # sent again after timeout_s
+
+
+@pytest.mark.fault("stopped by a signal")
+def test_a_stop_does_not_wait_for_a_dripping_server(dripping: tuple[Scripted, str]) -> None:
+    server, url = dripping
+
+    def poll() -> None:
+        if len(server.queries) == 4:
+            raise KeyError
+
+    with Connected(url, timeout_s=60) as connected:
+        with pytest.raises(KeyError):
+            connected.teacher.collect(rollouts(), ALL, {}, poll)
+        start = time.monotonic()
+    assert time.monotonic() - start < 0.5
