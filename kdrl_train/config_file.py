@@ -10,6 +10,35 @@ from typing import Any, TypeVar
 import yaml
 
 T = TypeVar("T")
+MOST_BYTES = 1_000_000
+"""Longest YAML file of settings that is read; that of a run has some kilobytes."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads YAML without what settings need not have: references, by which a short file can stand
+    for gigabytes, and a key that stands twice, of which the last would win."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event: Any = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None,
+                None,
+                f"*{event.anchor} refers to another value: write it out",
+                event.start_mark,
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in names:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {name} stands twice", key.start_mark
+                )
+            names.add(name)
+        return super().construct_mapping(node, deep)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -40,10 +69,14 @@ def load_yaml(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         why = "it is a folder" if path.is_dir() else "there is no such file"
+        why = "it is a pipe or a device" if path.exists() and not path.is_dir() else why
         raise ValueError(f"--config must be a YAML file, got {path}: {why}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"it is larger than {MOST_BYTES:,} bytes")
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    # a ValueError: no UTF-8, no date, a number of 5,000 digits; a RecursionError: deep brackets
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         why = " ".join(str(error).split())  # YAML's errors have several lines
         raise ValueError(f"--config must be a YAML file, got {path}: {why}") from error
     if content is None:

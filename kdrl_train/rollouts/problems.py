@@ -221,7 +221,7 @@ def data_records(config: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _split_files(folder: Path, split: str) -> list[Path]:
     """List the files of a split, in the order of their names."""
-    files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
+    files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
     chosen = [file for file in files if file.name.startswith(split)]
     if not chosen and not any(file.name.startswith(_SPLIT_NAMES) for file in files):
         chosen = files
@@ -257,7 +257,7 @@ def _jsonl_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             place = f"{path.name}:{number}"
             try:
                 record = json.loads(line)
-            except ValueError as error:  # not JSON, or not UTF-8
+            except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, deep brackets
                 raise ValueError(
                     f"{place} in {path.parent} must be one JSON object in UTF-8, got {error}: "
                     "correct the line"

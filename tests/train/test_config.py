@@ -3,7 +3,6 @@
 import math
 import pickle
 import re
-from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Annotated, get_args, get_origin, get_type_hints
@@ -23,11 +22,7 @@ from kdrl_train.config import (
 from kdrl_train.config_file import differences, load_yaml, save_yaml, to_dict, update
 from kdrl_train.method.config import ScheduleConfig
 from kdrl_train.method.presets import PRESETS
-from kdrl_train.output import guarded_console
-from kdrl_train.runfolder.events import Events
 from kdrl_train.settings import explanations, is_settings
-from kdrl_train.tools.report.page import write as write_page
-from tests.train.run_folders import run_folder
 
 
 def parse(*options: str) -> TrainConfig:
@@ -347,53 +342,3 @@ def test_yaml_is_plain(tmp_path: Path) -> None:
     content = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
     assert content["out"] == str(Path("runs/train"))
     assert content["optim"]["betas"] == [0.9, 0.999]
-
-
-SECRET_URLS = (
-    "http://me:s3cret@host:1",
-    "HTTPS://s3cret@host",
-    "http://h:1/v1?key=s3cret",
-    "a://h#s3cret",
-)
-
-
-@pytest.mark.fault("secrets")
-@pytest.mark.parametrize(
-    ("key", "variable"), [("teacher", "KDRL_TEACHER_TOKEN"), ("url", "VLLM_API")]
-)
-def test_a_secret_in_an_address_is_refused_unseen(
-    key: str, variable: str, record_property: Callable[[str, object], None]
-) -> None:
-    record_property("tried", len(SECRET_URLS))
-    section = "model" if key == "teacher" else "engine"
-    values: dict[str, object] = {"kind": "vllm_server"} if key == "url" else {}
-    for url in SECRET_URLS:
-        with pytest.raises(
-            ValueError, match=rf"^{section}\.{key} must be .* variable {variable}"
-        ) as e:
-            update(TrainConfig(), {section: values | {key: url}})
-        assert "s3cret" not in str(e.value)
-    update(TrainConfig(), {section: values | {key: "http://host:1/v1"}})
-
-
-@pytest.mark.fault("secrets")
-def test_a_secret_in_an_address_is_not_shown(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """An older run's settings may hold one, and errors of libraries name proxies."""
-    run = run_folder(tmp_path / "run", [])
-    text = (run / "config.yaml").read_text("utf-8")
-    for line, shown in {
-        "teacher: http://me:s3cret@host:1/v1?a=1&api_key=s3cret": "http://***@host:1/v1?a=1&amp;api_key=***",
-        "teacher: 'x http://s3cret@h'": "x http://***@h",
-    }.items():
-        (run / "config.yaml").write_text(re.sub("teacher: .*", line, text, count=1), "utf-8")
-        write_page({"a": [run]}, tmp_path / "page.html")
-        page = (tmp_path / "page.html").read_text("utf-8")
-        assert shown in page
-        assert "s3cret" not in page
-    error = "no proxy at http://me:s3cret@proxy:3128: mail me@host"
-    Events(run).add(0, "failed", error)
-    guarded_console().print(error, soft_wrap=True)
-    for shown in ((run / "events.jsonl").read_text("utf-8"), capsys.readouterr().out):
-        assert "no proxy at http://***@proxy:3128: mail me@host" in shown

@@ -13,6 +13,7 @@ from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.events import FILE as EVENTS
 from kdrl_train.runfolder.jsonl import Record
 from kdrl_train.runfolder.log import read_records
+from kdrl_train.tools.report.rows import EVENT, SAMPLE, STEP, drawn
 
 APART = ("seed", "out", "resume")
 """Settings that may differ between the runs of a group."""
@@ -58,7 +59,7 @@ class RunData:
         for key in dict.fromkeys(key for r in self.records for key in r if key != "step"):
             records = [record for record in self.records if key in record]
             values = [record[key] for record in records]
-            if not any(isinstance(value, (list, str)) for value in values):
+            if not any(isinstance(value, list) for value in values):
                 steps = np.array([record["step"] + 1 for record in records])
                 columns[key] = Column(steps, np.array(values, dtype=float))  # null becomes NaN
         return columns
@@ -68,17 +69,19 @@ class RunData:
         counts = [record[key] for record in self.records if record.get(key)]
         number = tail(len(counts), share)
         part = counts[-number:] if late else counts[:number]
+        part = [numbers for numbers in part if len(numbers) == len(part[-1])]
         return [int(n) for n in np.sum(part, axis=0)] if part else []
 
     @cached_property
     def sampled(self) -> list[int]:
         """Lists the steps (from 0) whose samples were saved."""
-        return sorted(int(p.stem.split("_")[1]) for p in self.folder.glob("samples/step_*.jsonl"))
+        names = (path.stem[5:] for path in self.folder.glob("samples/step_*.jsonl"))
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def samples(self, step: int) -> list[Record]:
         """Reads the samples of a step, counted from 0."""
         path = self.folder / "samples" / f"step_{step:06d}.jsonl"
-        return jsonl.read(path, self.damaged.append)
+        return drawn(jsonl.read(path, self.damaged.append), SAMPLE, path, self.damaged.append)
 
     @property
     def status(self) -> str:
@@ -112,8 +115,10 @@ def read(folder: Path) -> RunData:
             f"{folder}, which has none{hint}"
         )
     damaged: list[str] = []
-    records = read_records(folder, damaged.append)
-    events = jsonl.read(folder / EVENTS, damaged.append)
+    rows = read_records(folder, damaged.append)
+    lines = jsonl.read(folder / EVENTS, damaged.append)
+    records = drawn(rows, STEP, folder / "metrics.jsonl", damaged.append)
+    events = drawn(lines, EVENT, folder / EVENTS, damaged.append)
     return RunData(folder, dict(_dotted(load_yaml(path))), records, events, damaged)
 
 
