@@ -120,7 +120,6 @@ def test_a_clock_that_is_set_changes_no_deadline(
             monkeypatch.setattr(time, "time", lambda: real() + jump_s)
 
     assert scripted.score(["slow", "hang"], ["", ""], set_clock).outcomes == ["right", "timeout"]
-    assert polls > 4
     assert time.monotonic() < start + 20
 
 
@@ -239,6 +238,17 @@ def test_an_idle_worker_that_is_stopped_holds_nobody_up(workers: int) -> None:
         assert time.monotonic() < start + 60  # it takes 2 s, and a new worker's start
     assert verdicts.counts["right"] == 300
     assert pid not in verdicts.rewards
+
+
+@pytest.mark.slow  # it starts two pools
+@pytest.mark.fault("reward function")
+def test_a_lock_that_a_dead_worker_held_ends_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdrl_train.rollouts.verifier.STUCK_S", 1.0)
+    with Verifier(replace(PID_REWARD, timeout_s=2)) as verifier:
+        worker_pid(verifier)
+        verifier._pool._pool_manager.worker_manager.workers_channel.mutex.acquire()
+        verdicts = verifier.score(["a"] * 9, ["a"] * 9)
+    assert (verdicts.counts["right"], verdicts.restarts) == (9, 1)
 
 
 @pytest.mark.slow  # a hang costs its worker in the tests above
