@@ -5,12 +5,14 @@ there is one process and no process group. Every rank runs the same program; onl
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -100,6 +102,35 @@ ALONE = World()
 """The world of a single process, without a process group."""
 
 
+def fresh(store: Any, rank: int, size: int, timeout_s: float) -> Any:
+    """Return a part of a store to which no earlier start of these ranks has written.
+
+    torchrun --max-restarts keeps its store, with the addresses of processes that are gone, and the
+    numbers of restarts of its nodes differ. So rank 0 names the part, and answers by their own
+    names, which are new, those that are here.
+
+    Raises: RankError for a rank that is not here in time; RuntimeError where rank 0 is not.
+    """
+    name = uuid4().hex
+    if rank > 0:
+        store.set(f"here/{rank}", name)
+        name = store.get(f"part/{name}").decode()  # waits
+        store.set(f"ready/{name}/{rank}", "")
+    deadline, missing = time.monotonic() + timeout_s, list(range(1, size) if rank == 0 else ())
+    while missing:
+        for other in missing:
+            if store.check([f"here/{other}"]):
+                store.set(f"part/{store.get(f'here/{other}').decode()}", name)
+        missing = [other for other in missing if not store.check([f"ready/{name}/{other}"])]
+        if missing and time.monotonic() > deadline:
+            raise RankError(
+                f"each rank must start within ranks.start_timeout_s = {timeout_s:g} s, got no sign "
+                f"of rank {missing[0]}: see what its process prints"
+            )
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store)
+
+
 @contextmanager
 def connect(
     device: torch.device, config: RanksConfig | None = None, folder: Path = Path()
@@ -118,6 +149,7 @@ def connect(
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     start = timedelta(seconds=config.start_timeout_s)
     store, rank, size = next(dist.rendezvous("env://", timeout=start))
+    store = fresh(store, rank, size, config.start_timeout_s)
     watch = meeting = None
     if size > 1:
         meeting = Meeting(rank, size, store.clone(), aborts=device.type == "cuda")

@@ -1,13 +1,15 @@
 """Ranks exchange values and errors."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from kdrl_train.errors import RankError
-from kdrl_train.ranks import ALONE, World, connect
+from kdrl_train.ranks import ALONE, World, connect, fresh
 from tests.train.ranks import on_ranks
 
 
@@ -48,6 +50,21 @@ def test_three_ranks_agree() -> None:
         assert (some, none) == (True, False)
         assert total == {"sum": 111.0, "most": 5.0, "last": [1.0]}
         assert local == str(rank)
+
+
+@pytest.mark.fault("restart")
+def test_a_restart_reads_nothing_of_the_start_before() -> None:
+    """torchrun's store keeps what ranks that are gone have written."""
+    store = dist.HashStore()
+    for _ in range(2):
+        with ThreadPoolExecutor(3) as threads:
+            parts = list(threads.map(lambda rank: fresh(store, rank, 3, 10.0), range(3)))
+        assert not parts[0].check(["address"])
+        parts[1].set("address", "of rank 1")
+        assert [part.get("address") for part in parts] == [b"of rank 1"] * 3
+    message = "within ranks.start_timeout_s = 0.1 s, got no sign of rank 1"
+    with pytest.raises(RankError, match=message):
+        fresh(store, 0, 3, 0.1)
 
 
 def _fail(world: World) -> None:
