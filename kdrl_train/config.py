@@ -152,7 +152,8 @@ class EngineConfig:
     """Address of the vllm_server: http://host:port. It must be able to read the run's folder,
     because it gets the weights through it."""
     timeout_s: PositiveFloat = 1800.0
-    """Longest wait for one reply of the vllm_server, in seconds. After it the run stops."""
+    """Longest wait for one reply of the vllm_server, and for a server that is away, in seconds.
+    After it the run stops."""
     memory_share: Share = 0.4
     """Share of the GPU's memory (on a CPU: of the machine's) that vllm takes for its copy of the
     policy and its key-value cache."""

@@ -4,8 +4,10 @@ import gzip
 import socket
 import time
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
+from random import Random
 from typing import Any
 
 import pytest
@@ -141,6 +143,38 @@ def test_a_reply_that_is_cut_once_is_read_again() -> None:
     parts = [http_reply(b"[1]", content_length="9"), http_reply(b"[1]")]
     assert reply_of(lambda connection: connection.sendall(parts.pop(0))) == [1]
     assert parts == []
+
+
+def damaged(reply: bytes, random: Random) -> bytes:
+    """Change, leave out or add a few bytes."""
+    data = bytearray(reply)
+    for _ in range(random.choice((1, 2, 5))):
+        place = random.randrange(len(data))
+        more = random.choice((b"\r\n\r\n", b"9" * 30, b"-1", random.randbytes(4), b""))
+        data[place : place + random.randrange(20)] = more
+    return bytes(data)
+
+
+@pytest.mark.fault("sick teacher server")
+def test_a_damaged_reply_is_no_other_error(record_property: Any) -> None:
+    whole = (
+        http_reply(b'{"a": [1, -0.5, "x"]}', set_cookie="a=b; path=/", etag="1"),
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\n[1,2,\r\n2\r\n3]\r\n0\r\n\r\n",
+        http_reply(b"busy", "503 No", retry_after="1"),
+        http_reply(b"{}", content_length="9" * 5000),
+    )
+    random, errors, current = Random(0), Counter[type[Exception]](), [b""]
+    with talking(lambda connection: connection.sendall(current[0])) as url:
+        for place in range(120):
+            current[0] = damaged(whole[place % 4], random)
+            with closing(Exchange(url, "engine.url", "KDRL_TEST_TOKEN")) as exchange:
+                try:
+                    exchange.start(exchange.json("GET", "/x", None, 5.0)).result()
+                except (NoReplyError, BadReplyError) as error:
+                    errors[type(error)] += 1
+    record_property("tried", 120)
+    assert errors[NoReplyError] > 10
+    assert errors[BadReplyError] > 60
 
 
 @pytest.mark.fault("sick teacher server")
