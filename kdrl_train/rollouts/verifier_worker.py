@@ -74,6 +74,9 @@ def judge(
     finally:
         if has_timer:
             signal.setitimer(signal.ITIMER_REAL, 0)
+    if not isinstance(vote, str | None):
+        rule = "the reward's attribute answer must return text or None"
+        return math.nan, "error", escape(f"{rule}, got {vote!r}"[:MAX_MESSAGE_CHARS]), None
     score: object = value
     right: object = None
     rule = "reward must be a finite number"

@@ -33,6 +33,13 @@ def imported_reward(completion: str, answer: str) -> bool:
     return completion in sys.modules and not answer
 
 
+def votes_a_list(completion: str, answer: str) -> float:
+    return early_bytes(completion, answer)
+
+
+votes_a_list.answer = list  # type: ignore[attr-defined]
+
+
 def first_byte_wins(completion: str, answer: str) -> float:
     """As early_bytes, and says how its answers are counted: by their first character."""
     return early_bytes(completion, answer)

@@ -1,5 +1,6 @@
 """rewards: which text is the answer, which answers are equal, which gold answers are refused."""
 
+import math
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from kdrl_train.rollouts.rewards import (
     load_reward,
     math_reward,
 )
+from kdrl_train.rollouts.verifier_worker import judge
 from tests.train.scripted_rewards import always_right
 
 
@@ -245,3 +247,11 @@ def test_what_is_no_name_of_a_function_is_refused(name: str) -> None:
 
 def test_unused_parameters_and_defaults_make_a_reward() -> None:
     assert load_reward("tests.train.scripted_rewards:always_right") is always_right
+
+
+@pytest.mark.fault("reward function")
+def test_a_vote_that_is_no_text_is_an_error_of_the_function() -> None:
+    """It ended the run when votes were counted."""
+    judged = judge("tests.train.scripted_rewards:votes_a_list", "ab", "1", timeout_s=5.0)
+    message = "the reward's attribute answer must return text or None, got ['a', 'b']"
+    assert (math.isnan(judged[0]), *judged[1:]) == (True, "error", message, None)
