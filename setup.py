@@ -11,6 +11,7 @@ TRAIN = [
     "pebble>=5.1",  # verifier processes with a deadline
     "tyro>=1.0",  # command line from the configuration dataclasses
     "pydantic>=2.11",  # checks the types and ranges of settings, with messages
+    "jinja2>=3.1",  # reads chat templates; torch brings it
     "rich>=14.0",  # tables and progress
     "PyYAML>=6.0",  # configuration files
     "numpy>=1.26,<2.5",  # torch and datasets share arrays through it

@@ -1,9 +1,18 @@
 """Renders problems as the token ids that a model continues, and completions as text."""
 
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
+import jinja2
+
 from kdrl_train.config import DataConfig
+
+TEMPLATE_S = 10.0
+"""Longest time of a chat template for one prompt, in seconds; a sane one takes a millisecond."""
 
 
 class PromptError(ValueError):
@@ -70,9 +79,22 @@ def _apply(tokenizer: Any, text: str, config: DataConfig, **options: Any) -> Any
     messages = [{"role": "user", "content": text}]
     if config.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": config.system_prompt})
+    templates = tokenizer.chat_template or ""
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        if _has_power(template):
+            raise PromptError(
+                "the chat template must not compute powers, got **, which no alarm can stop: "
+                "correct chat_template of the tokenizer, or set data.chat_template to false"
+            )
     try:
         # return_dict: transformers 5 returns a dictionary by default, 4 did not
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
+        with _deadline(TEMPLATE_S):
+            return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
+    except _TooSlowError:
+        raise PromptError(
+            f"the chat template must render a prompt within {TEMPLATE_S:g} s, got none by then: "
+            "correct chat_template of the tokenizer, or set data.chat_template to false"
+        ) from None
     except Exception as error:  # a template is a program: it can raise whatever its author wrote
         cause = f"{type(error).__name__}: {error}"
     try:
@@ -86,6 +108,44 @@ def _apply(tokenizer: Any, text: str, config: DataConfig, **options: Any) -> Any
         f"the chat template must take a system message, got {cause}: write the text of "
         "data.system_prompt into data.prompt_template, and unset data.system_prompt"
     )
+
+
+@lru_cache(maxsize=4)
+def _has_power(template: str) -> bool:
+    """Say whether a template holds the operator **: 9 ** 9 ** 9 runs for hours in one piece."""
+    try:
+        tokens = list(jinja2.Environment().lex(template))
+    except jinja2.TemplateSyntaxError:  # which rendering names
+        return False
+    return any(kind == "operator" and value == "**" for _, kind, value in tokens)
+
+
+class _TooSlowError(Exception):
+    """Ends a chat template, which is a program of the model's authors and may loop for ever."""
+
+
+@contextmanager
+def _deadline(seconds: float) -> Iterator[None]:
+    """Raise _TooSlowError in the block after some seconds.
+
+    Only the main thread of POSIX has an alarm. There every prompt is rendered once before step 0.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def ring(*_: object) -> None:
+        raise _TooSlowError
+
+    handler = signal.signal(signal.SIGALRM, ring)
+    before = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *before)
 
 
 def visible_ids(tokenizer: Any, ids: Sequence[int], truncated: bool) -> list[int | None]:

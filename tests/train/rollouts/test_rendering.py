@@ -1,5 +1,7 @@
 """rendering: one start of sequence, no end, and templates that fail in their own words."""
 
+import signal
+import time
 from typing import Any
 
 import pytest
@@ -7,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from kdrl_train.config import DataConfig
+from kdrl_train.rollouts import rendering
 from kdrl_train.rollouts.rendering import PromptError, encode_text
 
 WORDS = ["<s>", "</s>", "[X]", "[Y]", "what", "is", "1", "user", "system", "be"]
@@ -89,3 +92,30 @@ def test_a_template_that_fails_says_why(template: Any, cause: str, system: str |
     expected = rf"(?s)must render a user's message, got {cause}.*: correct chat_template"
     with pytest.raises(PromptError, match=expected):
         encode_text(tokenizer, "what", DataConfig(system_prompt=system))
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the alarm is POSIX's")
+@pytest.mark.fault("hostile model folder")
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 9 ** (9 ** 9) }}",
+        "{% macro f() %}{% for i in range(9) %}{{ f() }}{% endfor %}{% endmacro %}{{ f() }}",
+        "{% for i in range(10 ** 12) %}{% endfor %}",  # jinja's sandbox refuses this one itself
+    ],
+)
+def test_an_endless_template_ends(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering, "TEMPLATE_S", 0.2)
+    earlier = signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    signal.setitimer(signal.ITIMER_REAL, 1000)
+    start = time.monotonic()
+    try:
+        with pytest.raises(PromptError, match=r"the chat template must (render|not)"):
+            encode_text(tokenizer_with("$A", template), "what is 1", DataConfig())
+        assert time.monotonic() - start < 20  # 0.3 s, on a machine that does nothing else
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 900  # an alarm of somebody else still is
+        assert signal.getsignal(signal.SIGALRM) == signal.SIG_IGN
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, earlier)
