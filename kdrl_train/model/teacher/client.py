@@ -216,7 +216,7 @@ class OpenAiClient(TeacherClient):
         if name is None or name not in models:
             raise TeacherError(
                 f"teacher.name must be a model of {self.url}, got {name}: it has "
-                f"{', '.join(models)}"
+                f"{', '.join(models)[:500]}"
             )
         # the server generates one token for each query, which needs a place in the window too
         return TeacherInfo(model=name, window=longest[name] - 1 if name in longest else None)

@@ -6,6 +6,7 @@ another label, and stops the run.
 """
 
 import os
+import reprlib
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -62,7 +63,7 @@ def inspect(server: VllmClient, config: TrainConfig) -> tuple[str, int]:
         model = only(server.send("GET", "/v1/models"), "data")
         for state in server.workers("kdrl_state"):
             if {key: member(state, key, str) for key in required} != required:
-                raise EngineError(f"{state} where {required} is needed")
+                raise EngineError(f"{reprlib.repr(state)} where {required} is needed")
         window = member(model, "max_model_len", int)
         if not 0 < window < MOST:
             raise BadReplyError(f"a window of {window} tokens")
@@ -235,13 +236,18 @@ class VllmServerEngine(RequestEngine):
                 labels == {first} and str(first).startswith(ours + AGAIN)
             ):
                 return first
-            others = [str(x) for x in labels - {None, FAILED} if not str(x).startswith(ours)]
-            silence = time.monotonic() - start
-            if others or silence > self.server.timeout_s:
+            others = [str(x)[:100] for x in labels - {None, FAILED} if not str(x).startswith(ours)]
+            silence, timeout_s = time.monotonic() - start, self.server.timeout_s
+            if others or silence > timeout_s:
+                shown = ", ".join(others) or reprlib.repr(labels)
+                remedy = "another run uses it; give each run a server of its own"
+                if not others:
+                    remedy = (
+                        f"no rank pushed them in engine.timeout_s = {timeout_s:g} s; restart it"
+                    )
                 raise EngineError(
                     f"the server at {self.server.url} must have the weights of this run after "
-                    f"{self.version} steps, got {', '.join(others or map(str, labels))}: another "
-                    "run uses it; give each run a server of its own, and continue with --resume"
+                    f"{self.version} steps, got {shown}: {remedy}, and continue with --resume"
                 )
             loading = all(str(label).startswith(ours + LOADING) for label in labels)
             if not loading and silence >= RANK_WAIT_S * self.world.rank:
