@@ -32,6 +32,7 @@ from kdrl_train.model.teacher.client import TeacherError, vocabulary_hash
 from kdrl_train.model.teacher.remote import RemoteTeacher
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder.log import read_records
+from tests.train.model.test_teacher_replies import drips
 from tests.train.servers import (
     Process,
     Scripted,
@@ -266,6 +267,30 @@ def test_the_teacher_scores_while_rewards_are_made(
     run(config("run", url, steps=1))
     assert before[-1] == 16  # all replies came before the first reward
     assert training_calls(server) == 16
+
+
+@pytest.mark.slow
+@pytest.mark.fault("stopped by a signal")
+def test_a_signal_does_not_wait_for_a_dripping_teacher(
+    config: Callable[..., TrainConfig], scripted: tuple[Scripted, str]
+) -> None:
+    server, url = scripted
+    times: list[float] = []
+
+    def drips_from_the_second_step(ids: list[int], prompt_tokens: int) -> Any:
+        if training_calls(server) <= 16:
+            return by_position(ids, prompt_tokens)
+        if not times:
+            times.append(time.monotonic())
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return drips(ids, prompt_tokens)
+
+    server.score = drips_from_the_second_step
+    settings = config("run", url)
+    _, said = run(settings)
+    assert time.monotonic() - times[0] < 4  # with a checkpoint, on a busy machine
+    assert "stopped by a signal (SIGTERM) after 1 steps" in said
+    assert (settings.out / "checkpoints" / "step_000001").is_dir()
 
 
 @pytest.mark.slow
