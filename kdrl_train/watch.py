@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -23,6 +24,8 @@ from kdrl_train.settings import PositiveFloat, settings
 BEATS = 20
 """How often a rank reports within its limit."""
 LONGEST_BEAT_S = 15.0
+GONE = "gone"
+"""What a rank that is done writes in place of its report."""
 GRACE_S = 1.0
 """Seconds in which the ranks say the verdict, and may finish a line they write."""
 Note = Callable[..., object]
@@ -55,7 +58,7 @@ class RankReport:
     beat: int = 0
     """Changes with each report."""
     silent_s: float = 0.0
-    """Seconds since it reported, by the clock of this rank."""
+    """Seconds since it reported, by the clock of this one."""
 
     def stuck(self, limit_s: float) -> bool:
         """Whether it has not moved for that long."""
@@ -94,11 +97,13 @@ class Watch:
         self._store = store
         self._ended = threading.Event()
         self._mine = RankReport(rank=rank, place="start", still_s=0.0, waits=False)
-        self._theirs: dict[int, RankReport] = {}
+        self._theirs: dict[int, RankReport | None] = {}
         self.verdict = ""
         """Who holds the others, once that is certain on some rank: this process then ends."""
-        for work in (self._exchange, self._judge):
-            threading.Thread(target=work, name="watch", daemon=True).start()
+        works = (self._exchange, self._judge)
+        self._threads = [threading.Thread(target=w, name="watch", daemon=True) for w in works]
+        for thread in self._threads:
+            thread.start()
 
     def begin_steps(self, note: Note) -> None:
         """Hold the ranks to the limit of steps from now on; `note` writes events, on rank 0."""
@@ -106,8 +111,9 @@ class Watch:
         self.key, self.limit_s = "ranks.step_timeout_s", self.config.step_timeout_s
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop watching, and tell the others that this rank is done."""
         self._ended.set()
+        self._threads[0].join(timeout=GRACE_S)
 
     @property
     def beat_s(self) -> float:
@@ -120,31 +126,41 @@ class Watch:
         return self.folder / f"stuck_rank_{rank}.txt"
 
     def _exchange(self) -> None:
-        """Publish this rank's report and read those of the others.
+        """Publish this rank's report and read those of the others, until the end.
 
         The store may be where a rank is stuck: then this thread is too, and all ranks are silent.
         """
-        arrived = False
-        try:
-            while not self._ended.wait(self.beat_s):
-                mine = self._mine
-                text = json.dumps([mine.place, mine.still_s, mine.waits, mine.beat])
-                self._store.set(str(self.rank), text)
-                if self.verdict:
-                    self._store.set("verdict", self.verdict)
-                elif self._store.check(["verdict"]):
-                    self.verdict = self._store.get("verdict").decode()
-                ranks = [rank for rank in range(self.size) if rank != self.rank]
-                if not arrived:
-                    ranks = [rank for rank in ranks if self._store.check([str(rank)])]
-                    arrived = len(ranks) == self.size - 1
-                for rank, raw in zip(ranks, self._store.multi_get([*map(str, ranks)]), strict=True):
-                    place, still_s, waits, beat = json.loads(raw)
-                    self._theirs[rank] = RankReport(
-                        rank=rank, place=place, still_s=still_s, waits=waits, beat=beat
-                    )
-        except RuntimeError:  # the store is gone: `_judge` notices that nobody reports
-            return
+        while not self._ended.wait(self.beat_s):
+            with suppress(RuntimeError):  # no answer this time: it is tried again
+                self._publish()
+                self._read()
+        with suppress(RuntimeError):  # the process with the store may have ended
+            self._store.set(str(self.rank), GONE)
+
+    def _publish(self) -> None:
+        """Write this rank's report, and the verdict."""
+        mine = self._mine
+        text = json.dumps([mine.place, mine.still_s, mine.waits, mine.beat])
+        self._store.set(str(self.rank), text)
+        if self.verdict:
+            self._store.set("verdict", self.verdict)
+        elif self._store.check(["verdict"]):
+            self.verdict = self._store.get("verdict").decode()
+
+    def _read(self) -> None:
+        """Read the reports of the other ranks that have written one."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        if len(self._theirs) < len(others):
+            others = [rank for rank in others if self._store.check([str(rank)])]
+        texts = self._store.multi_get([*map(str, others)]) if others else []
+        for rank, text in zip(others, texts, strict=True):
+            if text.decode() == GONE:
+                self._theirs[rank] = None
+                continue
+            place, still_s, waits, beat = json.loads(text)
+            self._theirs[rank] = RankReport(
+                rank=rank, place=place, still_s=still_s, waits=waits, beat=beat
+            )
 
     def _judge(self) -> None:
         """Say which rank holds the others, at half the limit and at the limit, then end."""
@@ -166,8 +182,11 @@ class Watch:
                 waits=in_collective(),
                 beat=mine.beat + 1,
             )
-            for rank, last in silent.items():
+            for rank, last in [*silent.items()]:
                 news = self._theirs.get(rank, last) if rank != self.rank else self._mine
+                if news is None:
+                    del silent[rank]
+                    continue
                 quiet = last.silent_s + passed if news.beat == last.beat else 0.0
                 silent[rank] = replace(news, silent_s=quiet)
             if self.verdict:

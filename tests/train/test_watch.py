@@ -2,16 +2,19 @@
 
 import io
 import os
+import queue
 import re
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from rich.console import Console
 
 from kdrl_train import output, train
@@ -19,7 +22,7 @@ from kdrl_train.config import TrainConfig
 from kdrl_train.rollouts.engines.generate import GenerateEngine
 from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.signals import Interrupt
-from kdrl_train.watch import RankReport, RanksConfig, behind
+from kdrl_train.watch import RankReport, RanksConfig, Watch, behind
 from tests.train.ranks import DEADLINE_S, Background
 
 pytestmark = pytest.mark.fault("stuck or lost rank")
@@ -62,6 +65,31 @@ def test_a_poll_a_count_and_a_stage_are_moves() -> None:
     assert output.place() == "step 2/3: learning"
     output.heading("")
     output.begin("")
+
+
+def test_a_rank_that_never_reports_holds_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes: queue.Queue[int] = queue.Queue()
+    monkeypatch.setattr("os._exit", lambda code: (codes.put(code), watch.close()))
+    monkeypatch.setattr("kdrl_train.watch.GRACE_S", 0.1)
+    config = RanksConfig(start_timeout_s=0.6)
+    store, notes = dist.HashStore(), []
+    other = Watch(2, 3, store, config, tmp_path)
+    other.close()  # it is done, and is not waited for
+    watch = Watch(0, 3, store, config, tmp_path)
+    watch.note = lambda kind, message, **_: notes.append((kind, message))
+    while codes.empty():
+        output.move()  # this rank moves
+    assert codes.get() == 1
+    assert [kind for kind, _ in notes] == ["warning", "failed"]
+    assert re.fullmatch(
+        r"each rank must move within ranks.start_timeout_s = 0.6 s, got no move for 1 s from rank "
+        r"1, last seen at start: its process does not run, or the network is gone. The run ends: "
+        r"nothing was saved yet",
+        notes[1][1],
+    )
+    assert store.get("verdict").decode() == notes[1][1]
 
 
 def stuck_forever() -> None:
