@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import yaml
 
+from kdrl_train.errors import written
+
 T = TypeVar("T")
 MOST_BYTES = 1_000_000
 """Longest YAML file of settings that is read; that of a run has some kilobytes."""
@@ -58,8 +60,9 @@ def save_yaml(config: Any, path: Path) -> None:
     """Write the resolved configuration; `--config path` reads it back."""
     text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
     work = path.with_name(f".{path.name}.tmp")  # a killed process leaves the old file or the new
-    work.write_text(text, encoding="utf-8")
-    work.replace(path)
+    with written(path):
+        work.write_text(text, encoding="utf-8")
+        work.replace(path)
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """The errors, besides ValueError and OSError, that end a run with a message for its user."""
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -39,3 +41,15 @@ def describe(error: BaseException) -> str:
     if isinstance(error, PRINTED) or not frames:
         return text
     return f"{text} ({Path(frames[-1].filename).name}:{frames[-1].lineno}: {frames[-1].line})"
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Name in an OSError of the block the file that cannot be written, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{path} must be written, got {error}: free space there or make it writable, then run "
+            "the command again, train with --resume"
+        ) from error

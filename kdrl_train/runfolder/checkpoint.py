@@ -162,11 +162,12 @@ def writing(folder: Path, step: int) -> Iterator[Path]:
     work = folder / f".tmp_{folder_of(folder, step).name}"
     try:
         yield work
-    except (OSError, CheckpointException) as error:
+    except (OSError, CheckpointException, RuntimeError) as error:  # the last one of torch.save
         shutil.rmtree(work, ignore_errors=True)
+        start = "from the previous checkpoint" if checkpoints(folder) else "starts again"
         raise OSError(
             f"the checkpoint of step {step} must be written to {folder}, got {_cause(error)}: free "
-            "space or correct --out, then --resume from the previous checkpoint"
+            f"space or correct --out, then --resume {start}"
         ) from error
 
 

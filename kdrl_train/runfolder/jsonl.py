@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kdrl_train.errors import written
 from kdrl_train.output import escape
 
 Record = dict[str, Any]
@@ -85,7 +86,8 @@ def _is_torn(part: bytes, error: Exception) -> bool:
 
 def write(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Replace a file as a whole; its folder is made if absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with written(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, "".join(line(record) for record in records))
 
 
@@ -95,7 +97,10 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
     Raises: OSError naming the file if it cannot be written.
     """
     text = line(record).encode()
-    with path.open("ab", buffering=0) as file:  # a buffer would be written again as it is closed
+    with (
+        written(path),
+        path.open("ab", buffering=0) as file,
+    ):  # a buffer would be written again as it is closed
         size = file.tell()
         try:
             while text:
@@ -113,20 +118,22 @@ def keep(path: Path, count: int) -> None:
     if kept == text and path.exists():
         return
     work = path.with_name(f".{path.name}.tmp")
-    work.unlink(missing_ok=True)  # a link would be followed
-    with work.open("wb") as file:
-        file.write(kept)
-        file.flush()
-        os.fsync(file.fileno())  # or a power cut could leave an empty file
-    work.replace(path)
+    with written(path):
+        work.unlink(missing_ok=True)  # a link would be followed
+        with work.open("wb") as file:
+            file.write(kept)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave an empty file
+        work.replace(path)
 
 
 def replace_text(path: Path, text: str) -> None:
     """Replace the text of a file: a killed process leaves the old text or the new one."""
     work = path.with_name(f".{path.name}.tmp")
-    work.unlink(missing_ok=True)  # a link would be followed
-    work.write_text(text, encoding="utf-8")
-    os.replace(work, path)
+    with written(path):
+        work.unlink(missing_ok=True)  # a link would be followed
+        work.write_text(text, encoding="utf-8")
+        work.replace(path)
 
 
 def _finite(value: Any) -> Any:

@@ -15,6 +15,7 @@ from uuid import uuid4
 import yaml
 
 from kdrl_train.config import LogConfig
+from kdrl_train.errors import written
 from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.jsonl import Record
 
@@ -55,14 +56,16 @@ class TensorBoard:
         """Do nothing: the files are on this machine."""
 
     def start(self, config: dict[str, Any], folder: Path, first_step: int) -> None:
-        self.writer = self.module.SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        self.folder = folder / "tensorboard"
+        self.writer = self.module.SummaryWriter(str(self.folder), purge_step=first_step)
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         self.writer.add_text("config", f"```yaml\n{text}```", first_step)
 
     def log(self, record: Record) -> None:
-        for name, value in numbers(record).items():
-            self.writer.add_scalar(name, value, record["step"])
-        self.writer.flush()  # a killed run loses no record
+        with written(self.folder):
+            for name, value in numbers(record).items():
+                self.writer.add_scalar(name, value, record["step"])
+            self.writer.flush()  # a killed run loses no record
 
     def close(self) -> None:
         if self.writer is not None:

@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -96,7 +95,7 @@ def update(
             run.optimizer,
             step + 1,
             run.world,
-            lambda: f"the batch is in {dump(inputs, part, losses[-1], norm)}",
+            lambda: dump(inputs, part, losses[-1], norm),
         )
     histogram = sums.get("teacher_log_ratio_histogram")
     return {
@@ -213,17 +212,17 @@ def stop_if_not_finite(inputs: StepInputs, part: int, loss: float, grad_norm: fl
     """Raise FloatingPointError, with the step's batch dumped, unless both numbers are finite."""
     if torch.isfinite(torch.tensor([loss, grad_norm])).all():
         return
-    step, path = inputs.step, dump(inputs, part, loss, grad_norm)
+    step, where = inputs.step, dump(inputs, part, loss, grad_norm)
     raise FloatingPointError(
         f"loss and gradient norm must be finite, got loss {loss} and gradient norm {grad_norm} at "
-        f"step {step}: stopped before the optimiser step; the batch is in {path}, which `python -m "
-        "kdrl_train replay --file` takes apart. --resume would repeat the step: start a new run, "
-        "e.g. with a lower optim.learning_rate"
+        f"step {step}: stopped before the optimiser step; {where}. --resume would repeat the step: "
+        "start a new run, e.g. with a lower optim.learning_rate"
     )
 
 
-def dump(inputs: StepInputs, part: int, loss: float, grad_norm: float) -> Path:
-    """Write what `replay` reads of the step's batch; returns the file. All ranks call it."""
+def dump(inputs: StepInputs, part: int, loss: float, grad_norm: float) -> str:
+    """Write what `replay` reads of the step's batch; returns a clause that says where, or why not:
+    that must not hide what broke the step. All ranks call it."""
     run, batch, step = inputs.run, inputs.batch, inputs.step
     path = run.config.out / f"failed_step_{step:06d}.pt"
     state = {
@@ -238,5 +237,8 @@ def dump(inputs: StepInputs, part: int, loss: float, grad_norm: float) -> Path:
         "coefficients": asdict(inputs.coefficients),
         **asdict(batch.rollouts),
     }
-    run.world.on_main(lambda: torch.save(state, path))
-    return path
+    try:
+        run.world.on_main(lambda: torch.save(state, path))
+    except (OSError, RuntimeError) as error:  # which torch.save raises where the disk is full
+        return f"the batch cannot be written to {path}: {str(error).partition(chr(10))[0]}"
+    return f"the batch is in {path}, which `python -m kdrl_train replay --file` takes apart"

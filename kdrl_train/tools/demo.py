@@ -29,6 +29,7 @@ from kdrl_train.config import (
     SamplingConfig,
     TrainConfig,
 )
+from kdrl_train.errors import written
 from kdrl_train.method.config import ScheduleConfig
 from kdrl_train.method.metrics import add_sums, token_means
 from kdrl_train.method.presets import PRESETS
@@ -190,7 +191,8 @@ def main(config: DemoConfig, console: Console | None = None) -> DemoResult:
         run=run.out,
     )
     text = json.dumps(asdict(result), indent=1, default=str)
-    (out / "result.json").write_text(text + "\n", encoding="utf-8")
+    with written(out / "result.json"):
+        (out / "result.json").write_text(text + "\n", encoding="utf-8")
     console.print(result_table(result, config))
     return result
 

@@ -23,6 +23,7 @@ from kdrl_train.config import (
     TrainConfig,
 )
 from kdrl_train.config_file import load_yaml, update
+from kdrl_train.errors import written
 from kdrl_train.method.evaluation import EVAL_STEP, EvalResult, summarize
 from kdrl_train.model.eos import eos_ids
 from kdrl_train.model.folder import read_config, refusal
@@ -249,6 +250,7 @@ def main(config: EvaluateConfig) -> EvalResult:
     result = evaluate_folder(config, console)
     console.print(result_table({config.model.policy: result}))
     if config.out is not None:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        config.out.write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
+        with written(config.out):
+            config.out.parent.mkdir(parents=True, exist_ok=True)
+            config.out.write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
     return result

@@ -16,6 +16,7 @@ from torch import Tensor
 from kdrl_train import train
 from kdrl_train.cli import exit_code
 from kdrl_train.config import OptimConfig, SamplingConfig, TrainConfig
+from kdrl_train.method import grpo
 from kdrl_train.method.presets import PRESETS
 from kdrl_train.ranks import ALONE
 from kdrl_train.rollouts.engines.generate import GenerateEngine
@@ -246,3 +247,23 @@ def test_ranks_agree_on_what_is_saved(
     assert event["notes"] == [f"steps 1 to {saved} are saved: --resume continues there"]
     resumed = train_alone(replace(settings, resume=True))
     assert_same_metrics(resumed, train_alone(replace(settings, out=settings.out / "whole")))
+
+
+@pytest.mark.fault("full disk")
+def test_a_batch_that_cannot_be_written_hides_nothing(
+    opened: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What broke the step is said, though the disk is full."""
+    advantages = grpo.advantages
+    monkeypatch.setattr(grpo, "advantages", lambda *a: advantages(*a) * float("inf"))
+
+    def full(*_: Any) -> None:
+        raise RuntimeError("PytorchStreamWriter failed\nmore")
+
+    monkeypatch.setattr(torch, "save", full)
+    path = opened.config.out / "failed_step_000000.pt"
+    with pytest.raises(FloatingPointError) as raised:
+        train.steps(opened, 0)
+    assert f"the batch cannot be written to {path}: PytorchStreamWriter failed. --resume would" in (
+        str(raised.value)
+    )

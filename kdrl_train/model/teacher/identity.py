@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from kdrl_train.errors import written
 from kdrl_train.model.eos import eos_ids
 from kdrl_train.model.fingerprint import weights_hash
 from kdrl_train.model.policy import Teacher
@@ -69,5 +70,6 @@ def keep_teacher(folder: Path, info: TeacherInfo) -> None:
     ):
         return
     work = path.with_name(f".{path.name}.tmp")
-    work.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
-    work.replace(path)
+    with written(path):
+        work.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+        work.replace(path)

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kdrl_train.config import TrainConfig
+from kdrl_train.errors import written
 from kdrl_train.model.attention import Choice
 from kdrl_train.model.choice import choose
 from kdrl_train.output import guarded_console
@@ -332,5 +333,6 @@ def main(config: PlanConfig, console: Console | None = None) -> int:
     console.print(verdict(estimate, config))
     if config.json is not None:
         text = json.dumps(estimate.to_dict(), indent=1)
-        config.json.write_text(text + "\n", encoding="utf-8")
+        with written(config.json):
+            config.json.write_text(text + "\n", encoding="utf-8")
     return 0 if estimate.fits else 1

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jinja2
 
+from kdrl_train.errors import written
 from kdrl_train.output import presentable
 from kdrl_train.tools.report import events_section, sections, token_colours
 from kdrl_train.tools.report.blocks import Block, Section
@@ -58,8 +59,9 @@ def write(
         message = f"{run.folder}: left out: {run.damaged[0]}" + f"; {more} more" * bool(more)
         print(presentable(message), file=sys.stderr)
     html = presentable(render(title, parts))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(html, encoding="utf-8")
+    with written(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(html, encoding="utf-8")
     return out
 
 

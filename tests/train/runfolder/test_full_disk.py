@@ -1,0 +1,106 @@
+"""Where a disk is full, the message names the file and says what to do."""
+
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from kdrl_train.config import EvaluateConfig, TrainConfig
+from kdrl_train.config_file import save_yaml
+from kdrl_train.model.teacher.client import TeacherInfo
+from kdrl_train.model.teacher.identity import keep_teacher
+from kdrl_train.runfolder import checkpoint, jsonl
+from kdrl_train.runfolder.events import Events
+from kdrl_train.runfolder.trackers import TensorBoard
+from kdrl_train.tools import evaluate
+from kdrl_train.tools.report import page
+from tests.train.run_folders import record, run_folder
+
+pytestmark = pytest.mark.fault("full disk")
+
+
+@contextmanager
+def full_disk(size: int = 10) -> Iterator[None]:
+    """Let no file grow beyond some bytes, as a disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+RECORD = {"step": 0, "reward": 0.5, "loss": 0.25}
+
+
+def write_teacher(path: Path) -> None:
+    keep_teacher(path.parent, TeacherInfo(model="a teacher", window=99))
+
+
+def write_report(path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "render", lambda *_: "more than ten bytes")
+        page.write({"a": [path.parent / "run"]}, path)
+
+
+def write_scores(path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "evaluate_folder", lambda *_: RECORD)
+        patch.setattr(evaluate, "result_table", lambda _: "a table")
+        patch.setattr(evaluate, "asdict", dict)
+        evaluate.main(EvaluateConfig(out=path))
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "metrics.jsonl": lambda path: jsonl.append(path, RECORD),
+    "postponed.jsonl": lambda path: jsonl.write(path, [RECORD]),
+    "events.jsonl": lambda path: Events(path.parent).add(0, "warning", "a message"),
+    "wandb.json": lambda path: jsonl.replace_text(path, "some text of more bytes"),
+    "config.yaml": lambda path: save_yaml(TrainConfig(), path),
+    "teacher.json": write_teacher,
+    "report.html": write_report,
+    "scores.json": write_scores,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_file_is_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    run_folder(tmp_path / "run", [record(0)])
+    message = rf"/{name} must be written, got .*too large.*: free space there or .*, then run the"
+    with full_disk(), pytest.raises(OSError, match=message):
+        WRITERS[name](path)
+    if name not in ("report.html", "scores.json"):  # the run's own files hold whole lines alone
+        assert not path.exists() or path.read_bytes() == b""
+    WRITERS[name](path)
+    assert path.stat().st_size > 10
+
+
+def test_before_the_first_checkpoint_there_is_none_to_resume_from(tmp_path: Path) -> None:
+    for error in (OSError("no space"), RuntimeError("PytorchStreamWriter failed writing file")):
+        message = r"step 7 must .*: free .*, then --resume starts again"
+        with pytest.raises(OSError, match=message), checkpoint.writing(tmp_path, 7):
+            raise error
+    (tmp_path / "step_000003").mkdir()
+    message = r"then --resume from the previous checkpoint"
+    with pytest.raises(OSError, match=message), checkpoint.writing(tmp_path, 7):
+        raise OSError("no space")
+
+
+def test_tensorboard_names_its_folder(tmp_path: Path) -> None:
+    board = TensorBoard()
+    board.start({}, tmp_path, 0)
+
+    def fail() -> None:
+        raise OSError("no space")
+
+    board.writer.flush, flush = fail, board.writer.flush
+    with pytest.raises(OSError, match=r"/tensorboard must be written, got no space: free"):
+        board.log(RECORD)
+    board.writer.flush = flush
+    board.close()
