@@ -29,6 +29,8 @@ from tests.train.rollouts.scripted_vllm import REQUEST, SAMPLING, Config, Script
 from tests.train.servers import free_port, running, status
 from tests.train.wrong_values import replaced
 
+SLOW = pytest.mark.slow
+
 
 def assert_pushed_twice(server: Scripted, engine: Any) -> None:
     """Assert that the last push was made again, and first under a label that nobody samples by."""
@@ -138,7 +140,9 @@ def test_what_was_sampled_while_another_rank_pushed_again_is_sampled_again(
 
 
 @pytest.mark.fault("sick vLLM server")
-@pytest.mark.parametrize("code", [pytest.param(429, marks=pytest.mark.slow), 500, 502, 503, 504])
+@pytest.mark.parametrize(
+    "code", [503, *(pytest.param(c, marks=SLOW) for c in (429, 500, 502, 504))]
+)
 def test_a_busy_server_is_tried_again(
     opened: tuple[Any, Policy], server: Scripted, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
@@ -190,7 +194,10 @@ def test_a_server_that_is_away_is_waited_for(
 
 
 @pytest.mark.fault("stopped by a signal")
-@pytest.mark.parametrize("path", ["/v1/completions", "/collective_rpc", "/reset_prefix_cache"])
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/completions", "/collective_rpc", pytest.param("/reset_prefix_cache", marks=SLOW)],
+)
 def test_a_stop_does_not_wait_for_a_server_that_hangs(
     opened: tuple[Any, Policy], server: Scripted, path: str
 ) -> None:
