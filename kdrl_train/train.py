@@ -72,10 +72,16 @@ def main(
             if steps(run, first):
                 output.heading("")
                 output.begin("saving the model")
-                world.on_main(run.log.require_ours)
                 model, folder = run.policy.model, config.out / "model"
                 with first_cause(world.meeting):
-                    export(model, run.tokenizer, folder, world, model.origin.dtype_of)
+                    export(
+                        model,
+                        run.tokenizer,
+                        folder,
+                        world,
+                        model.origin.dtype_of,
+                        require_ours=run.log.require_ours,
+                    )
                 run.log.event("finished", f"all steps are done: the model is in {folder}")
     return config.out
 

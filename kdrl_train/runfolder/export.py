@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from kdrl_train.errors import RunError
 from kdrl_train.ranks import ALONE, World
 from kdrl_train.runfolder.finite import first_broken
 from kdrl_train.runfolder.writable import remove
@@ -26,6 +27,7 @@ def export(
     world: World = ALONE,
     dtype_of: DtypeOf | None = None,
     remedy: str = "free space or correct --out, then --resume writes it again",
+    require_ours: Callable[[], None] = lambda: None,
 ) -> None:
     """Write a folder that from_pretrained loads; an older one is replaced.
 
@@ -34,6 +36,7 @@ def export(
             the CPU and writes.
         dtype_of: the dtype of each floating tensor in the folder; None: the model's.
         remedy: what to do where it cannot be written, for the message.
+        require_ours: raises RunError where another run has begun in the run's folder.
     Raises: OSError if it cannot be written (a full disk, say), FloatingPointError for a weight that
         is not finite, or not in the folder's dtype: then an older folder stays.
     """
@@ -44,7 +47,9 @@ def export(
     if dtype_of is not None:
         weights = cast(model, weights, dtype_of)  # nothing on other ranks than rank 0
     require_finite(model, weights, folder, world)
-    world.on_main(lambda: _export(model, tokenizer, folder, weights, dtype_of, remedy))
+    world.on_main(
+        lambda: _export(model, tokenizer, folder, weights, dtype_of, remedy, require_ours)
+    )
 
 
 def _export(
@@ -54,22 +59,27 @@ def _export(
     weights: dict[str, Tensor],
     dtype_of: DtypeOf | None,
     remedy: str,
+    require_ours: Callable[[], None],
 ) -> None:
     """Write the folder under another name and rename it."""
     work, older = (folder.with_name(f".{part}_{folder.name}") for part in ("tmp", "old"))
     try:
+        require_ours()
         remove(work)
         with as_configured(model):
             model.save_pretrained(work, state_dict=weights)
         if dtype_of is not None:
             declare(work / "config.json", dtype_of(""))
         tokenizer.save_pretrained(work)
+        require_ours()
         if folder.exists():
             remove(older)  # left by a killed run
             folder.rename(older)
         work.rename(folder)
         with suppress(OSError):  # the model is there
             remove(older)
+    except RunError:
+        raise  # of require_ours; the other run may be writing into `work`
     except Exception as error:  # the tokenizers' and safetensors' libraries have their own types
         shutil.rmtree(work, ignore_errors=True)
         cause = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

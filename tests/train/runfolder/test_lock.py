@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 from kdrl_train import train
 from kdrl_train.config import SamplingConfig, TrainConfig
 from kdrl_train.errors import RunError
 from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder import lock as locks
+from kdrl_train.runfolder.export import export
 from kdrl_train.runfolder.lock import RunLock
 from kdrl_train.runfolder.log import RunLog, read_records
 from tests.train.ranks import DEADLINE_S, Background
@@ -125,6 +127,21 @@ def test_a_run_whose_folder_was_taken_stops_and_publishes_nothing(
         assert files(settings.out) == states[0]
     steps = [int(path.name[5:]) for path in (settings.out / "checkpoints").glob("step_*")]
     assert steps == saves
+
+
+@pytest.mark.fault("two runs in one folder")
+@pytest.mark.usefixtures("no_locks")
+def test_a_model_is_not_exported_into_a_folder_that_was_taken(
+    folders: dict[str, Path], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run begins while the files of the model are written."""
+    model = AutoModelForCausalLM.from_pretrained(folders["student"])
+    with RunLock(tmp_path) as first, RunLock(tmp_path) as second:
+        first.claim()
+        monkeypatch.setattr(tokenizer, "save_pretrained", lambda _: second.claim(), raising=False)
+        with pytest.raises(RunError, match="got a second one"):
+            export(model, tokenizer, tmp_path / "model", require_ours=first.require_ours)
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.fault("two runs in one folder")
