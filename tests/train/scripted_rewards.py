@@ -1,6 +1,7 @@
 """Rewards of the loop's tests; a module of their own, since verifier workers import it whole."""
 
 import math
+import os
 import sys
 
 
@@ -31,6 +32,11 @@ def always_right(_completion: str, _answer: str) -> float:
 def imported_reward(completion: str, answer: str) -> bool:
     """Whether the worker has imported the module that the completion names."""
     return completion in sys.modules and not answer
+
+
+def pid_reward(completion: str, answer: str) -> int:
+    assert completion == answer
+    return os.getpid()
 
 
 def votes_a_list(completion: str, answer: str) -> float:

@@ -21,7 +21,9 @@ from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder.signals import Stopped
 
 HERE = f"{__name__}:scripted_reward"
-PID_REWARD = RewardConfig(function=f"{__name__}:pid_reward", workers=1, timeout_s=60)
+PID_REWARD = RewardConfig(
+    function="tests.train.scripted_rewards:pid_reward", workers=1, timeout_s=60
+)
 
 SCORES = {
     "pair": (1.0, "yes"),
@@ -304,11 +306,6 @@ def test_waiting_for_verdicts_can_be_ended() -> None:
         with pytest.raises(Stopped):
             verifier.score(["hang"] * 4, [""] * 4, stop)
         assert time.monotonic() < start + 5
-
-
-def pid_reward(completion: str, answer: str) -> int:
-    assert completion == answer
-    return os.getpid()
 
 
 def test_workers_stay_light() -> None:
