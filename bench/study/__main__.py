@@ -17,6 +17,7 @@ from bench.study.runner import Runner
 from bench.study.trial import TrialResult
 from kdrl_train.cli import exit_code, parse
 from kdrl_train.config_file import differences, load_yaml, save_yaml, to_dict
+from kdrl_train.output import guarded_console
 from kdrl_train.runfolder.lock import FILE as LOCK
 from kdrl_train.runfolder.lock import RunLock
 
@@ -46,7 +47,7 @@ def main(config: StudyConfig, console: Console | None = None) -> Path:
         work; ChildProcessError where a model cannot be trained.
     """
     config = quick(config) if config.quick else config
-    console = console or Console(highlight=False)
+    console = guarded_console(console)
     results_by_trial: dict[Trial, TrialResult] = {}
     with RunLock(config.out), ended_by_sigterm(), Runner(config, console) as runner:
         open_folder(config)
@@ -65,7 +66,7 @@ def main(config: StudyConfig, console: Console | None = None) -> Path:
                 results_by_trial |= runner.trials(quality, f"{task}: teachers of another quality")
                 write_up.write(config, results.save(config, results_by_trial))
     console.print((config.out / "README.md").read_text(encoding="utf-8"), markup=False)
-    console.print(f"page: {config.out / 'report.html'}")
+    console.print(f"page: {config.out / 'report.html'}", markup=False)
     return config.out
 
 
@@ -152,4 +153,4 @@ def run(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: run(sys.argv[1:]), Console(stderr=True, highlight=False)))
+    sys.exit(exit_code(lambda: run(sys.argv[1:]), guarded_console(stderr=True)))
