@@ -156,7 +156,9 @@ def rescue(run: Run, error: Exception) -> Exception:
     saved, rest = run.saver.saved, "--resume starts again"
     if saved:
         rest = f"steps 1 to {saved} are saved: --resume continues there"
-    if torn:
+    if not all_here and saved < position.done:
+        rest = f"steps {saved + 1} to {position.done} cannot be saved without that rank; {rest}"
+    elif torn:
         rest = (
             f"an optimiser step of step {position.done + 1} had begun: the weights belong to no "
             f"whole step and are not saved; {rest}"
@@ -209,8 +211,7 @@ def learn(run: Run, step: int, stages: Stages) -> dict[str, Any]:
         **update(run, batch, step, stages, recorder),
     }
     run.position.finish(record | stages.metrics(tokens=record["tokens"]))
-    samples = recorder.records(step, batch, run.world, run.tokenizer)
-    run.world.on_main(lambda: run.log.samples(step, samples))
+    run.log.samples(step, recorder.records(step, batch, run.world, run.tokenizer))
     return record
 
 
@@ -246,7 +247,7 @@ def finish_postponed(run: Run, step: int) -> None:
 def log_record(run: Run, record: dict[str, Any]) -> None:
     """Give a step's record to the log and to the schedules."""
     record |= {"peak_memory_bytes": peak_memory_bytes(run.policy.device)}
-    run.world.on_main(lambda: run.log.step(record))
+    run.world.on_main(lambda: run.log.step(record))  # no rank goes on where it fails
     run.position.record = None
     run.history.add(record)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from kdrl_train import train
 from kdrl_train.cli import exit_code
 from kdrl_train.config import OptimConfig, SamplingConfig, TrainConfig
+from kdrl_train.errors import RankError
 from kdrl_train.method import grpo
 from kdrl_train.method.presets import PRESETS
 from kdrl_train.ranks import ALONE
@@ -267,3 +268,19 @@ def test_a_batch_that_cannot_be_written_hides_nothing(
     assert f"the batch cannot be written to {path}: PytorchStreamWriter failed. --resume would" in (
         str(raised.value)
     )
+
+
+@pytest.mark.fault("stuck or lost rank")
+def test_what_a_lost_rank_costs_is_said(opened: Run) -> None:
+    class Alone:
+        def hold(self, _error: Exception) -> tuple[Exception, bool]:
+            return RankError("rank 1 must answer"), False
+
+    opened.position.done = 5
+    world: Any = replace(ALONE, meeting=Alone())
+    first = train.rescue(replace(opened, world=world), RuntimeError("connection closed"))
+    assert str(first) == "rank 1 must answer"
+    assert first.__notes__ == [
+        "steps 1 to 5 cannot be saved without that rank; --resume starts again"
+    ]
+    assert checkpoint.latest(opened.config.out / "checkpoints") is None
