@@ -23,6 +23,7 @@ def kinds(config: TrainConfig) -> list[tuple[str, int]]:
     return [(event["event"], event["step"]) for event in noted(config)]
 
 
+@pytest.mark.fault("killed")
 def test_a_killed_run_and_its_resume(config: Callable[..., TrainConfig]) -> None:
     settings = config(steps=4, save_every=2, samples_per_step=1)
     run(replace(settings, steps=3))  # checkpoints at 2 and 3
@@ -105,6 +106,7 @@ class FullDisk:
             raise OSError("No space left on device")
 
 
+@pytest.mark.fault("full disk")
 def test_a_full_disk_does_not_hide_the_error(config: Callable[..., TrainConfig]) -> None:
     with pytest.raises(ZeroDivisionError), events.recorded(FullDisk(), config(), 1):
         raise ZeroDivisionError

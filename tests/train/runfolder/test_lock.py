@@ -103,11 +103,10 @@ def test_without_locks_the_older_run_writes_nothing_more(tmp_path: Path) -> None
 
 @pytest.mark.fault("two runs in one folder")
 @pytest.mark.usefixtures("no_locks")
-@pytest.mark.parametrize(
-    ("where", "saves"), [("learn", [1]), pytest.param("finish", [1], marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["learn", "finish"])
 def test_a_run_whose_folder_was_taken_stops_and_publishes_nothing(
-    config: Config, monkeypatch: pytest.MonkeyPatch, where: str, saves: list[int]
+    config: Config, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """Another run begins in the middle of its second step, or at the end of it."""
     settings = config(steps=3, save_every=1)
@@ -126,7 +125,7 @@ def test_a_run_whose_folder_was_taken_stops_and_publishes_nothing(
             run(settings)
         assert files(settings.out) == states[0]
     steps = [int(path.name[5:]) for path in (settings.out / "checkpoints").glob("step_*")]
-    assert steps == saves
+    assert steps == [1]
 
 
 @pytest.mark.fault("two runs in one folder")

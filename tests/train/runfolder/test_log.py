@@ -100,6 +100,7 @@ def test_the_screen_shows_the_stages_of_the_step(monkeypatch: pytest.MonkeyPatch
     assert shown == ["rollouts", "rewards", "learning"]
 
 
+@pytest.mark.fault("killed")
 def test_resuming_drops_the_records_after_the_checkpoint(tmp_path: Path) -> None:
     run, _ = log(tmp_path)
     for step in range(4):
@@ -110,6 +111,7 @@ def test_resuming_drops_the_records_after_the_checkpoint(tmp_path: Path) -> None
     assert [record["step"] for record in read_records(tmp_path)] == [0, 1]
 
 
+@pytest.mark.fault("killed")
 def test_resuming_drops_the_samples_after_the_checkpoint(tmp_path: Path) -> None:
     run, _ = log(tmp_path)
     for step in range(3):

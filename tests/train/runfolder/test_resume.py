@@ -77,6 +77,7 @@ def test_what_a_stopped_run_leaves_is_taken(
 
 
 @pytest.mark.fault("flipped or cut file")
+@pytest.mark.slow
 def test_a_flipped_bit_deletes_no_good_rows(config: Callable[..., TrainConfig]) -> None:
     """The run is resumed, refused, and equals an uninterrupted one once the bit is right again."""
     settings = config(steps=2, save_every=1)
@@ -95,6 +96,7 @@ def test_a_flipped_bit_deletes_no_good_rows(config: Callable[..., TrainConfig]) 
 
 
 @pytest.mark.fault("restart")
+@pytest.mark.slow
 def test_the_same_command_starts_resumes_and_starts_over(
     config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
