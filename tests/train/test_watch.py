@@ -26,7 +26,7 @@ from kdrl_train.watch import RankReport, RanksConfig, Watch, behind
 from tests.train.ranks import DEADLINE_S, Background
 
 pytestmark = pytest.mark.fault("stuck or lost rank")
-LIMIT_S = 2.0
+LIMIT_S = 4.0  # more than a save takes on a machine at work
 
 
 def report(rank: int, still_s: float, *, waits: bool = False, silent_s: float = 0.0) -> RankReport:
@@ -155,7 +155,7 @@ def test_a_stuck_rank_is_named_and_ends_the_run(
         where = r"last seen at step \d/3: [a-z ]+: its process does not run"
     for rank in ending:
         words = settings.out.with_name(f"rank_{rank}.log").read_text(encoding="utf-8")
-        must = f"rank {rank}: each rank must move within ranks.step_timeout_s = 2 s, got no move"
+        must = f"rank {rank}: each rank must move within ranks.step_timeout_s = 4 s, got no move"
         assert must in words
         assert re.search(rf"no move for \d s from rank {stuck}, {where}", words), words
         assert f"from rank {1 - stuck}" not in words  # it waits
@@ -164,6 +164,6 @@ def test_a_stuck_rank_is_named_and_ends_the_run(
     if how == "sleep":
         assert "in stuck_forever" in trace.read_text(encoding="utf-8")
         events = jsonl.read(settings.out / "events.jsonl")
-        warning, failed, *_ = [e for e in events if e["event"] in ("warning", "failed")]
-        assert (warning["event"], failed["event"]) == ("warning", "failed")
-        assert "from rank 1, at step 2/3" in failed["message"]
+        for kind in ("warning", "failed"):  # a save may be slow, too, and warned of before
+            messages = [event["message"] for event in events if event["event"] == kind]
+            assert any("from rank 1, at step 2/3" in message for message in messages), kind
