@@ -154,6 +154,7 @@ def on_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], Non
     monkeypatch.setattr(train, "collect", wrapped)
 
 
+@pytest.mark.slow
 def test_a_killed_teacher_pauses_the_run_until_it_is_back(
     config: Callable[..., TrainConfig],
     folders: dict[str, Path],
@@ -309,6 +310,7 @@ def test_a_sick_reply_loses_no_finished_step(
     assert (settings.out / "checkpoints" / "step_000001").is_dir()
 
 
+@pytest.mark.slow
 def test_ends_are_not_distilled_where_they_are_masked(
     config: Callable[..., TrainConfig], scripted: tuple[Scripted, str]
 ) -> None:
@@ -336,6 +338,7 @@ def test_two_ranks_query_their_shares(
     assert_same_metrics(together(parts, 2), read_records(whole.out))
 
 
+@pytest.mark.slow
 def test_gradients_are_told_apart_with_a_server(
     config: Callable[..., TrainConfig], folders: dict[str, Path], process: Process
 ) -> None:

@@ -290,19 +290,12 @@ def leave_the_tied_head_stale(_rank: int) -> None:
     GenerateEngine.load = stale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sabotage", "message"),
     [
-        pytest.param(
-            skip_a_push,
-            "EngineError: rollouts of step 2 must come from the weights after 1",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            push_nothing_but_say_so,
-            "EngineError: the engine's log-probabilities must be within",
-            marks=pytest.mark.slow,  # the next is harder to see
-        ),
+        (skip_a_push, "EngineError: rollouts of step 2 must come from the weights after 1"),
+        (push_nothing_but_say_so, "EngineError: the engine's log-probabilities must be within"),
         (leave_the_tied_head_stale, "EngineError: the engine's log-probabilities must be within"),
     ],
 )

@@ -125,6 +125,7 @@ def test_a_clock_that_is_set_changes_no_deadline(
     assert time.monotonic() < start + 20
 
 
+@pytest.mark.slow
 def test_a_worker_dies_at_once_when_told(scripted: Verifier) -> None:
     """A Python handler would make one hang in C stop the pool for pebble's seconds of grace."""
     assert scripted.score(["SIGTERM"], [str(signal.SIG_DFL)]).rewards == [1.0]
@@ -324,6 +325,7 @@ def inherited_reward(completion: str, answer: str) -> int:
     return len(memory_of_this_process) + len(completion + answer)
 
 
+@pytest.mark.slow
 def test_workers_are_not_forked_from_the_trainer() -> None:
     """A fork would copy the locks that torch's threads hold at that moment."""
     memory_of_this_process.append("seen only by a fork")

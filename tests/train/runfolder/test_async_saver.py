@@ -72,6 +72,7 @@ def test_ranks_write_together(config: Config) -> None:
     assert_same_metrics(alone(replace(parts, steps=3, resume=True, save_async=False)), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.fault("full disk")
 def test_a_full_disk_stops_the_run_after_the_step(config: Config) -> None:
     settings = config(steps=1, save_async=True)

@@ -23,6 +23,7 @@ def kinds(config: TrainConfig) -> list[tuple[str, int]]:
     return [(event["event"], event["step"]) for event in noted(config)]
 
 
+@pytest.mark.slow
 @pytest.mark.fault("killed")
 def test_a_killed_run_and_its_resume(config: Callable[..., TrainConfig]) -> None:
     settings = config(steps=4, save_every=2, samples_per_step=1)

@@ -156,6 +156,7 @@ def test_a_terminal_that_closes_stops_a_run_that_saves(config: Config) -> None:
     assert "stopped by a signal (SIGHUP)" in last["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.fault("stopped by a signal")
 @pytest.mark.parametrize(
     "number", [signal.SIGHUP, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
@@ -186,6 +187,7 @@ def test_a_signal_in_the_middle_of_a_step_drops_the_step(
     assert without_times(run(replace(parts, resume=True))) == without_times(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.fault("stopped by a signal")
 @pytest.mark.parametrize("where", ["generate", pytest.param("score", marks=pytest.mark.slow)])
 def test_a_signal_in_an_evaluation_postpones_it(
@@ -254,6 +256,7 @@ def test_an_error_in_an_evaluation_costs_no_step(
     assert without_times(run(replace(parts, resume=True))) == without_times(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.fault("killed")
 def test_a_run_killed_before_its_first_checkpoint_starts_again(config: Config) -> None:
     settings = config(steps=2)
@@ -268,6 +271,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(config: Config) -
     assert without_times(records) == without_times(run(config("other", steps=2)))
 
 
+@pytest.mark.slow
 @pytest.mark.fault("full disk")
 def test_a_full_disk_leaves_the_previous_checkpoint(config: Config) -> None:
     settings = config(steps=1)

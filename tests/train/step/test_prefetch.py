@@ -169,9 +169,8 @@ def test_each_step_learns_from_the_weights_before_the_last(
         assert row["stale_sampler_mismatch_mean"] > 1e-3  # a step of 1e-3
 
 
-@pytest.mark.parametrize(
-    ("updates", "correction"), [pytest.param(1, "none", marks=pytest.mark.slow), (2, "truncate")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("updates", "correction"), [(1, "none"), (2, "truncate")])
 def test_two_ranks_learn_what_one_process_learns(
     config: Config, updates: int, correction: str
 ) -> None:
@@ -210,6 +209,7 @@ def fail_in_the_thread(rank: int) -> None:
     GenerateEngine.generate = fail  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [pytest.param("thread", marks=pytest.mark.slow), "update"])
 def test_what_stops_a_step_leaves_its_rollouts(
     config: Config, monkeypatch: pytest.MonkeyPatch, place: str
