@@ -105,6 +105,8 @@ def read(folder: Path) -> Checkpoint:
     Raises: ValueError for a folder that is no checkpoint, or has a missing or shortened file.
     """
     try:
+        if not (folder / "meta.json").is_file():  # opening a pipe would wait for ever
+            raise FileNotFoundError("no regular file meta.json")
         meta = unsealed((folder / "meta.json").read_text(encoding="utf-8"))
         checkpoint = Checkpoint(
             folder,
@@ -114,8 +116,11 @@ def read(folder: Path) -> Checkpoint:
             meta.get("data", {}),
             dict(meta.get("sha256", {})),
         )
-        if not (isinstance(checkpoint.step, int) and isinstance(checkpoint.config, dict)):
-            raise ValueError("another kind of value for step or config")
+        values = (checkpoint.step, checkpoint.config, checkpoint.data)
+        if not all(map(isinstance, values, (int, dict, dict))):
+            raise ValueError("another kind of value for step, config or data")
+        if checkpoint.hashes and checkpoint.hashes.keys() != checkpoint.files.keys():
+            raise ValueError("hashes of other files than it has")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{folder} must be a checkpoint folder with a meta.json, got {error!r}: name one of "

@@ -89,6 +89,15 @@ class _MetadataUnpickler(pickle.Unpickler):
         return _CLASSES[module, name]
 
 
+def _require_whole(name: str, entry: Any) -> None:
+    """Raise ValueError for a tensor whose parts are smaller than it is: torch reads them, and
+    leaves in the rest what the model had before."""
+    if not isinstance(entry, metadata.BytesStorageMetadata):
+        size = sum(part.sizes.numel() for part in entry.chunks)
+        if size != entry.size.numel():
+            raise ValueError(f"{size:,} of the {entry.size.numel():,} numbers of {name}")
+
+
 class Reader(dcp.FileSystemReader):
     """Reads a checkpoint folder, whose `files` hold its tensors."""
 
@@ -104,6 +113,8 @@ class Reader(dcp.FileSystemReader):
             with path.open("rb") as file:
                 self.metadata: metadata.Metadata = _MetadataUnpickler(file).load()
             places = list(self.metadata.storage_data.values())
+            for name, entry in self.metadata.state_dict_metadata.items():
+                _require_whole(name, entry)
             outside = {place.relative_path for place in places} - self._files
             changed = any(place.transform_descriptors for place in places)
         except Exception as error:  # a pickle may hold any types, in any order

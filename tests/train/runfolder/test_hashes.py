@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import random
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -180,3 +182,31 @@ def test_meta_json_of_a_stranger(tmp_path: Path) -> None:
             ValueError, match=r"no such file: the checkpoint|with a meta\.json, got"
         ):
             checkpoint.read(place)
+
+
+@pytest.mark.fault("hostile checkpoint")
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"sha256": {".metadata": "ab"}}, "hashes of other files than it has"),
+        ({"sha256": dict.fromkeys((*FILES[:3], "no_file"), "ab")}, "hashes of other files"),
+        ({"data": 7}, "another kind of value"),
+        (None, "no regular file"),
+    ],
+    ids=["too few", "too many", "data", "pipe"],
+)
+def test_a_sealed_meta_json_of_a_stranger(
+    place: Path, tmp_path: Path, change: dict[str, Any] | None, told: str
+) -> None:
+    path = tmp_path / "meta.json"
+    meta = hashes.unsealed((place / "meta.json").read_text())
+    if change is None:
+        os.mkfifo(path)
+    else:
+        path.write_text(hashes.sealed(meta | change))
+    # whoever reads the pipe waits for ever; the test only until then
+    end = threading.Timer(1, lambda: os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK)))
+    end.start()
+    with pytest.raises(ValueError, match=rf"with a meta\.json, got .*{told}"):
+        checkpoint.read(tmp_path)
+    end.cancel()

@@ -138,6 +138,24 @@ def test_metadata_names_no_file_outside_the_folder(tmp_path: Path) -> None:
 
 
 @hostile
+def test_metadata_names_every_part_of_a_tensor(tmp_path: Path) -> None:
+    """Of what is left out, torch would keep what the model had before, without an error."""
+    place, model, _ = saved(tmp_path)
+    whole = (place / ".metadata").read_bytes()
+    for key, told in (("model.weight", "0 of the 6"), ("model.bias", "1 of the 2")):
+        metadata = pickle.loads(whole)
+        chunks = metadata.state_dict_metadata[key].chunks
+        if key == "model.weight":
+            chunks.clear()
+        else:
+            chunks[0].sizes = torch.Size([1])
+        (place / ".metadata").write_bytes(pickle.dumps(metadata))
+        accept(place)
+        with pytest.raises(ValueError, match=rf"describe .*, got {told} numbers of {key}"):
+            checkpoint.load_weights(place, model)
+
+
+@hostile
 @pytest.mark.parametrize("part", ["model", "optimizer"])
 def test_items_that_are_no_tensors_run_nothing(tmp_path: Path, target: Path, part: str) -> None:
     def change(state: dict[str, Any]) -> None:
