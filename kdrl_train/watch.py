@@ -258,7 +258,8 @@ class Watch:
 def in_collective() -> bool:
     """Whether the main thread is inside torch.distributed, beyond the writing of files."""
     frame: FrameType | None = sys._current_frames().get(threading.main_thread().ident or 0)
-    while frame is not None and frame.f_code.co_filename.endswith("_ops.py"):
+    name = "/torch/_ops.py"
+    while frame is not None and ("/torch/_ops.py" in name or "/torch/_library/" in name):
+        name = frame.f_code.co_filename.replace(os.sep, "/")
         frame = frame.f_back
-    name = "" if frame is None else frame.f_code.co_filename.replace(os.sep, "/")
     return "/torch/distributed/" in name and "filesystem" not in name

@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from kdrl_train.config import TrainConfig
 from kdrl_train.rollouts.engines.generate import GenerateEngine
 from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.signals import Interrupt
-from kdrl_train.watch import RankReport, RanksConfig, Watch, behind
+from kdrl_train.watch import RankReport, RanksConfig, Watch, behind, in_collective
 from tests.train.ranks import DEADLINE_S, Background
 
 pytestmark = pytest.mark.fault("stuck or lost rank")
@@ -65,6 +66,37 @@ def test_a_poll_a_count_and_a_stage_are_moves() -> None:
     assert output.place() == "step 2/3: learning"
     output.heading("")
     output.begin("")
+
+
+@pytest.mark.parametrize(
+    ("files", "waits"),
+    [
+        (["torch/_ops.py", "torch/distributed/distributed_c10d.py"], True),
+        # of an exported model, which each rank gathers
+        (
+            [
+                "torch/_ops.py",
+                "torch/_library/autograd.py",
+                "torch/_ops.py",
+                "torch/distributed/t.py",
+            ],
+            True,
+        ),
+        (["torch/_ops.py", "torch/_library/autograd.py", "kdrl_train/step/update.py"], False),
+        (["torch/distributed/checkpoint/filesystem.py"], False),
+    ],
+)
+def test_where_a_rank_waits_for_others(files: list[str], waits: bool) -> None:
+    call: Callable[[], bool] = in_collective
+    for file in files:  # from the innermost call on
+        names: dict[str, Any] = {"call": call}
+        exec(compile("def outer(call=call): return call()", f"/lib/{file}", "exec"), names)
+        call = names["outer"]
+    with pytest.MonkeyPatch.context() as patch:
+        current = sys._current_frames
+        ident = threading.main_thread().ident
+        patch.setattr(sys, "_current_frames", lambda: {ident: current()[ident].f_back.f_back})
+        assert call() == waits
 
 
 def test_a_rank_that_never_reports_holds_the_start(
