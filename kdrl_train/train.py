@@ -99,6 +99,17 @@ def steps(run: Run, first: int) -> bool:
     """Run steps first to config.steps. However the loop ends, the steps that are done are saved.
     Returns False where a signal stopped the run before the last one."""
     try:
+        return loop(run, first)
+    except Exception as error:
+        first_error = rescue(run, error)
+        if first_error is error:
+            raise
+        raise first_error from error
+
+
+def loop(run: Run, first: int) -> bool:
+    """Run the steps, until the last one or a signal; returns what `steps` does."""
+    try:
         finish_postponed(run, first - 1)
         for step in range(first, run.config.steps):
             one_step(run, step)
@@ -106,11 +117,6 @@ def steps(run: Run, first: int) -> bool:
     except Stopped:
         save_rest(run)
         return stopped(run, run.position.done)
-    except Exception as error:
-        first_error = rescue(run, error)
-        if first_error is error:
-            raise
-        raise first_error from error
     return True
 
 
@@ -140,13 +146,14 @@ def rescue(run: Run, error: Exception) -> Exception:
         cause = cause.__context__
     if run.policy.device.type == "cuda":
         torch.cuda.empty_cache()
-    torn, all_here = position.begun, True
+    done, torn, all_here = position.done, position.begun, True
     try:
         if run.world.meeting is not None:
             first, all_here = run.world.meeting.hold(error)
             run.saver.drop()
         if all_here:
             places = run.world.share(lambda: (position.done, position.begun))
+            done = min(places)[0]
             torn = torn or len(set(places)) > 1
             if not torn:
                 save_rest(run)
@@ -156,11 +163,11 @@ def rescue(run: Run, error: Exception) -> Exception:
     saved, rest = run.saver.saved, "--resume starts again"
     if saved:
         rest = f"steps 1 to {saved} are saved: --resume continues there"
-    if not all_here and saved < position.done:
-        rest = f"steps {saved + 1} to {position.done} cannot be saved without that rank; {rest}"
+    if not all_here and saved < done:
+        rest = f"steps {saved + 1} to {done} cannot be saved without that rank; {rest}"
     elif torn:
         rest = (
-            f"an optimiser step of step {position.done + 1} had begun: the weights belong to no "
+            f"an optimiser step of step {done + 1} had begun: the weights belong to no "
             f"whole step and are not saved; {rest}"
         )
     first.add_note(rest)

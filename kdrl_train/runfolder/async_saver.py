@@ -142,13 +142,14 @@ def begin(
         gives the checkpoint its name and returns its folder.
     Raises: OSError if the checkpoint cannot be written; the second part does so too.
     """
+    tensors = checkpoint.whole_state(state.model, state.optimizer)
     with checkpoint.writing(folder, state.step) as work:
         world.on_main(lambda: checkpoint.clean(folder))
         # without a block that ends: the warning comes from another thread
         warnings.filterwarnings("ignore", message=checkpoint.ONE_PROCESS)
         writer = HashingWriter(work, state.config.checkpoint_hashes)
         saving = dcp.async_save(
-            checkpoint.whole_state(state.model, state.optimizer),
+            tensors,
             storage_writer=writer,
             process_group=group,
             no_dist=not world.launched,

@@ -148,9 +148,9 @@ def save(folder: Path, state: RunState, world: World = ALONE) -> Path:
     Returns: the checkpoint's folder.
     Raises: OSError if it cannot be written (a full disk, say); earlier checkpoints stay whole.
     """
+    tensors = whole_state(state.model, state.optimizer)
     with writing(folder, state.step) as work:
         world.on_main(lambda: clean(folder))
-        tensors = whole_state(state.model, state.optimizer)
         writer = HashingWriter(work, state.config.checkpoint_hashes)
         with _quiet():
             dcp.save(tensors, storage_writer=writer, no_dist=not world.launched)
@@ -169,10 +169,9 @@ def writing(folder: Path, step: int) -> Iterator[Path]:
         yield work
     except (OSError, CheckpointException, RuntimeError) as error:  # the last one of torch.save
         shutil.rmtree(work, ignore_errors=True)
-        start = "from the previous checkpoint" if checkpoints(folder) else "starts again"
         raise OSError(
             f"the checkpoint of step {step} must be written to {folder}, got {_cause(error)}: free "
-            f"space or correct --out, then --resume {start}"
+            "space or correct --out, then --resume"
         ) from error
 
 

@@ -1,6 +1,7 @@
 """Whatever ends a run, the steps that are done are saved, with their records."""
 
 import io
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -19,7 +20,7 @@ from kdrl_train.config import OptimConfig, SamplingConfig, TrainConfig
 from kdrl_train.errors import RankError
 from kdrl_train.method import grpo
 from kdrl_train.method.presets import PRESETS
-from kdrl_train.ranks import ALONE
+from kdrl_train.ranks import ALONE, World
 from kdrl_train.rollouts.engines.generate import GenerateEngine
 from kdrl_train.runfolder import checkpoint, jsonl
 from kdrl_train.runfolder.events import recorded
@@ -268,6 +269,38 @@ def test_a_batch_that_cannot_be_written_hides_nothing(
     assert f"the batch cannot be written to {path}: PytorchStreamWriter failed. --resume would" in (
         str(raised.value)
     )
+
+
+@pytest.mark.fault("stopped by a signal")
+def test_an_error_as_a_stopped_run_saves_costs_no_step(
+    opened: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is short in the save that a signal asked for: the ranks meet and save again."""
+    whole_state, calls = checkpoint.whole_state, []
+
+    def fail_once(*arguments: Any) -> Any:
+        calls.append(0)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return whole_state(*arguments)
+
+    monkeypatch.setattr(checkpoint, "whole_state", fail_once)
+    monkeypatch.setattr(opened.log, "samples", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(torch.OutOfMemoryError, match=r"^out of memory") as raised:
+        train.steps(opened, 0)
+    assert raised.value.__notes__ == ["steps 1 to 1 are saved: --resume continues there"]
+    assert checkpoint.latest(opened.config.out / "checkpoints").step == 1
+
+
+@pytest.mark.fault("error in a step")
+def test_the_step_that_is_torn_is_the_first_of_any_rank(opened: Run) -> None:
+    class Apart(World):
+        def share(self, _make: Callable[[], Any]) -> list[Any]:
+            return [(2, False), (1, True)]
+
+    opened.position.done = 2
+    first = train.rescue(replace(opened, world=Apart()), KeyError("on rank 1"))
+    assert first.__notes__[0].startswith("an optimiser step of step 2 had begun: ")
 
 
 @pytest.mark.fault("stuck or lost rank")
