@@ -27,6 +27,9 @@ from kdrl_train.rollouts.rewards import load_reward
 from kdrl_train.rollouts.verifier_worker import Judged, do_nothing, judge, start_worker
 from kdrl_train.waiting import POLL_S, Poll
 
+MOST_S = 1.0
+"""Most seconds that count between two looks at the tasks: while Ctrl-Z had stopped this process and
+its workers, none of them worked."""
 STUCK_S = 120.0
 """Longest time in seconds, past a completion's deadline, in which none begins or ends. A worker
 that replaces a killed one may take as long to import a reward function."""
@@ -47,16 +50,19 @@ class Deadlines:
         self.timeout_s = timeout_s
         self._waiting = deque(futures)
         self._running: dict[ProcessFuture, float] = {}
-        self._moved = time.monotonic()
+        self._looked = time.monotonic()
+        self._worked = self._moved = 0.0
 
     @property
     def idle_s(self) -> float:
         """Seconds since a task began or ended."""
-        return time.monotonic() - self._moved
+        return self._worked - self._moved
 
     def enforce(self) -> None:
         """Cancel what is late, which kills its worker; call it often."""
-        now = time.monotonic()
+        before, self._looked = self._looked, time.monotonic()
+        self._worked += min(self._looked - before, MOST_S)
+        now = self._worked
         while self._waiting and (self._waiting[0].running() or self._waiting[0].done()):
             self._running[self._waiting.popleft()] = self._moved = now
         for future, start in list(self._running.items()):

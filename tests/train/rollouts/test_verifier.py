@@ -12,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pebble import ProcessFuture
 
 from kdrl_train import cli
 from kdrl_train.batch import Verdicts
 from kdrl_train.config import RewardConfig
 from kdrl_train.rollouts.rewards import UnparseableError
-from kdrl_train.rollouts.verifier import Verifier
+from kdrl_train.rollouts.verifier import Deadlines, Verifier
 from kdrl_train.runfolder.signals import Stopped
 
 HERE = f"{__name__}:scripted_reward"
@@ -123,6 +124,28 @@ def test_a_clock_that_is_set_changes_no_deadline(
 
     assert scripted.score(["slow", "hang"], ["", ""], set_clock).outcomes == ["right", "timeout"]
     assert time.monotonic() < start + 20
+
+
+@pytest.mark.fault("stopped by a signal")
+def test_the_time_that_all_processes_were_stopped_counts_for_no_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After Ctrl-Z, an hour and fg, each completion at work was a timeout, with reward 0."""
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[-1])
+    task = ProcessFuture()
+    task.set_running_or_notify_cancel()
+    deadlines = Deadlines([task], timeout_s=5)
+    monkeypatch.setattr(task, "cancel", lambda: task.set_result("late"))
+    for second in (100.2, 3700.0, 3700.2, 3703.9):
+        clock.append(second)
+        deadlines.enforce()
+    assert not task.done()
+    assert deadlines.idle_s == pytest.approx(2.2)  # 1 s of the hour, 0.2 s, 1 s of 3.7 s
+    for tenth in range(40):
+        clock.append(3704 + tenth / 10)
+        deadlines.enforce()
+    assert task.done()
 
 
 @pytest.mark.slow
