@@ -3,7 +3,6 @@
 Nothing here needs a package of the extra `serve`.
 """
 
-import math
 from typing import Annotated, Any
 
 import torch
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
 from kdrl_train.tools.serve.scorer import Job
 
 Ids = Annotated[list[int], FailFast()]
+FLOAT32 = torch.finfo(torch.float32)
 MESSAGE = 300
 """Most letters of a message: it may hold a name or number that the client made up."""
 
@@ -81,8 +81,10 @@ def jobs_of(request: ScoreRequest, info: dict[str, Any], queue_size: int) -> lis
     vocab_size = head_size if request.vocab_size is None else request.vocab_size
     if not 1 <= vocab_size <= head_size:
         raise ValueError(f"vocab_size must be in [1, {head_size}], got {vocab_size}")
-    if not 0 < request.temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {request.temperature}")
+    if not FLOAT32.tiny <= request.temperature <= FLOAT32.max:  # 0 would fail the whole batch
+        raise ValueError(
+            f"temperature must be positive and finite in float32, got {request.temperature}"
+        )
     if not 1 <= len(request.sequences) <= queue_size:
         raise ValueError(
             f"sequences must hold 1 to {queue_size} sequences, got {len(request.sequences)}"
