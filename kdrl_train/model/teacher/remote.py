@@ -135,6 +135,8 @@ class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
             try:
                 logprobs = self.client.logprobs(query, min(self.config.timeout_s, max(left_s, 0.1)))
             except NoReplyError as error:
+                if self._stop.is_set():  # it is no outage: `close` ended the request
+                    break
                 self._missed(error, start)
                 self._stop.wait(min(max(next(waits), error.wait_s), left_s))
             else:

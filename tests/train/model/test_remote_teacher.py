@@ -239,6 +239,25 @@ def test_after_the_deadline_everything_fails_at_once() -> None:
     assert server.queries == {}
 
 
+@pytest.mark.fault("stopped by a signal")
+def test_an_end_of_the_client_is_no_outage(scripted: Callable) -> None:
+    """The screen of a run that stops must not say that it waits for the teacher."""
+    scoring, stopped = threading.Event(), threading.Event()
+
+    def slow(ids: list[int], prompt_tokens: int) -> Any:
+        scoring.set()
+        stopped.wait(5)
+        return by_position(ids, prompt_tokens)
+
+    _, url = scripted(slow)
+    with Connected(url) as connected:
+        connected.teacher.query(rollouts(), ALL)
+        assert scoring.wait(5)
+        time.sleep(0.2)  # QUIET_S has passed
+    stopped.set()
+    assert connected.said == []
+
+
 @pytest.mark.slow
 def test_the_deadline_counts_from_the_last_reply_to_any_query(scripted: Callable) -> None:
     replied: list[int] = []
