@@ -36,7 +36,8 @@ class Interrupt:
         self.signal: str | None = None
         """Name of the first signal that came."""
         self.starting = False
-        """Whether no step is done yet that could be saved: SIGINT then interrupts at once."""
+        """Whether no step is done yet that could be saved: a signal then interrupts at once, also
+        where a server is asked that does not reply."""
         self._previous: dict[signal.Signals, Any] = {}
 
     @property
@@ -59,7 +60,7 @@ class Interrupt:
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         """Handle a signal."""
-        if number == signal.SIGINT and (self.requested or self.starting):
+        if self.starting or (number == signal.SIGINT and self.requested):
             raise KeyboardInterrupt
         self.requested = True
         self.signal = self.signal or signal.Signals(number).name
