@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import reprlib
+import socket
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import CancelledError, Future
@@ -101,6 +102,7 @@ class Exchange:
         self._lock = threading.Lock()
         self._closed = False
         self._loop = asyncio.new_event_loop()
+        self._loop.getaddrinfo = _addresses  # type: ignore[method-assign]
         self._thread = threading.Thread(target=self._loop.run_forever, name="exchange", daemon=True)
         self._thread.start()
 
@@ -201,6 +203,22 @@ class Exchange:
         if place := reply.headers.get("location"):
             problem += f"; it sends us to {reprlib.repr(place)}, where we do not go"
         return BadReplyError(problem, status)
+
+
+async def _addresses(*arguments: Any, **keywords: Any) -> Any:
+    """Look a name up as socket.getaddrinfo does, which nothing can stop: in a thread that a process
+    which ends does not wait for, as it does for asyncio's own."""
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+
+    def look_up() -> None:
+        try:
+            future.set_result(socket.getaddrinfo(*arguments, **keywords))
+        except Exception as error:  # who awaits it raises it
+            future.set_exception(error)
+
+    threading.Thread(target=look_up, name="address", daemon=True).start()
+    return await asyncio.wrap_future(future)
 
 
 async def _first_bytes(reply: httpx2.Response, most: int) -> bytes:

@@ -2,10 +2,12 @@
 
 import gzip
 import socket
+import threading
 import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import thread as executors
 from contextlib import closing
 from random import Random
 from typing import Any
@@ -50,6 +52,23 @@ SLOW: dict[str, Talk] = {
     "error's body": drips(b"HTTP/1.1 500 no\r\ncontent-length: 100\r\n\r\n"),
     "silence": lambda connection: all(iter(lambda: connection.recv(2**16), b"")),
 }
+
+
+@pytest.mark.fault("stopped by a signal")
+def test_a_name_that_cannot_be_looked_up_holds_no_process_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Python waits, before it ends, for every thread of an executor, also for a daemon."""
+    over, before = threading.Event(), set(threading.enumerate())
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: over.wait(5))
+    with closing(Exchange("http://teacher.test", "engine.url", "KDRL_TEST_TOKEN")) as exchange:
+        request = exchange.start(exchange.json("GET", "/x", None, 0.1))
+        with pytest.raises(NoReplyError, match=r"no whole reply within 0\.1 s"):
+            request.result()
+    left = set(threading.enumerate()) - before
+    assert [thread.daemon and thread not in executors._threads_queues for thread in left] == [True]
+    over.set()
+    left.pop().join()
 
 
 @pytest.mark.fault("sick teacher server")
