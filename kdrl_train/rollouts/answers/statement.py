@@ -25,12 +25,17 @@ _CHANGES_VALUE = re.compile(  # \0 stands for the mathematics
 or is a word that makes another value of it."""
 _REMARK = re.compile(r"(?<=\0)\s+\([A-Za-z ,']*\)")
 _WORDS = re.compile(r"\s*([A-Za-z]{2,}(?:\s+[A-Za-z]{2,}){0,3})")
-_NUMERAL = r"0-9\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209c\u2150-\u218f"
-_GOES_ON_BEFORE = re.compile(rf"[{_NUMERAL}+/^\u2212-]\Z")
+_NUMERAL = r"\d\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209c\u2150-\u218f"
+_TIMES = r"\\(?:times|cdot|div)(?![a-z])|[\u00d7\u00b7\u00f7\u22c5]"
+_GOES_ON_BEFORE = re.compile(
+    rf"(?:[{_NUMERAL}+/^\u2212\u2013\u221a-\u221c\u03c0-]|(?:{_TIMES}|\\pi)\s*"
+    r"|(?:\\(?:sqrt(?:\s*\[[^\]]*\])?|[dtc]?frac(?:\s*\{[^{}]*\})?|[dt]?binom)|\^)\s*\{?\s*"
+    r"|_\s*\{\s*)\Z"
+)
 _GOES_ON_BEHIND = re.compile(
-    rf"[{_NUMERAL}]|[a-z](?![a-z])|[/+=@&_-](?=[0-9\\(]|[a-z](?![a-z]))|\s*\^(?!\s*\{{?\s*\\circ)"
-    r"|\\(?:frac|pi|sqrt)(?![a-z])|\s*\\(?:times|cdot)\s*10|\s*(?:\\text\{\s*)?"
-    r"(?:dozen|hundred|thousand|[mbtr]+illion)\b",
+    rf"[{_NUMERAL}\u221a-\u221c\u03c0]|[a-z](?![a-z])|[/+=@&_-](?=[0-9\\(]|[a-z](?![a-z]))"
+    rf"|\s*\^(?!\s*\{{?\s*\\circ)|\\(?:frac|pi|sqrt)(?![a-z])|\s*(?:{_TIMES})\s*[0-9(\\]"
+    r"|\s*(?:\\text\{\s*)?(?:dozen|hundred|thousand|[mbtr]+illion)\b",
     re.IGNORECASE,
 )
 r"""A box is read alone where words or units follow it, and the degrees of \boxed{90}^\circ."""
@@ -76,7 +81,7 @@ def box_spans(text: str) -> Iterator[tuple[int, int]]:
 def _is_part(text: str, start: int, end: int) -> bool:
     """Say whether the box with this content is a part of a longer expression."""
     box = text.rindex("\\", 0, start)
-    before, behind = text[max(0, box - 1) : box], text[end + 1 : end + 100].lstrip("$")
+    before, behind = text[max(0, box - 40) : box], text[end + 1 : end + 100].lstrip("$")
     return bool(_GOES_ON_BEFORE.search(before) or _GOES_ON_BEHIND.match(behind))
 
 

@@ -128,7 +128,16 @@ def test_what_stands_beside_inline_mathematics_counts(sentence: str) -> None:
 
 PARTS = ["{}\N{SUPERSCRIPT TWO}", "${}$^2", "{}\N{VULGAR FRACTION ONE HALF}", "{}@6", "{}&6", "{}6"]
 PARTS += ["-{}", "2{}", "{}x", r"{}\pi", r"{} \times 10^3", "{} million", r"{}\text{{ dozen}}"]
-PARTS += ["2^{}", "{}/3"]
+PARTS += [
+    "2^{}",
+    "{}/3",
+    "\N{SQUARE ROOT}{}",
+    r"\sqrt[3]{{{}}}",
+    r"\frac{{{}}}{{2}}",
+    r"\frac{{1}}{{{}}}",
+]
+PARTS += [r"\pi {}", "{}\N{GREEK SMALL LETTER PI}", "{}\N{MULTIPLICATION SIGN}3", r"{}\div 2"]
+PARTS += ["\N{EN DASH}{}", "{}\N{ARABIC-INDIC DIGIT SIX}", r"2^{{{}}}"]
 
 
 @pytest.mark.fault("hostile completion")
@@ -144,6 +153,11 @@ def test_a_box_in_an_expression_is_no_answer(form: str) -> None:
 def test_a_box_is_read_alone_beside_words_and_units(behind: str) -> None:
     assert math_reward(rf"x = $\boxed{{5}}${behind}", "5") == 1.0
     assert math_reward(rf"So \boxed{{5}}{behind}", "5") == 1.0
+
+
+@pytest.mark.parametrize("form", [r"\textcolor{{red}}{{{}}}", "- {}", "_{}_", r"\text{{it is }}{}"])
+def test_a_box_is_read_alone_in_a_colour_a_list_and_words(form: str) -> None:
+    assert math_reward(form.format(r"\boxed{5}"), "5") == 1.0
 
 
 @pytest.mark.parametrize("text", [r"\in 5", r"x \in 5", "\N{ELEMENT OF}5"])
