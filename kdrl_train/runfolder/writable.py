@@ -34,10 +34,12 @@ def require_writable(folder: Path, key: str = "out") -> None:
 def require_writable_file(file: Path, key: str = "out") -> None:
     """Check that a file can be written, as `require_writable` does for a folder.
 
-    Raises: ValueError for a folder of that name, too.
+    Raises: ValueError for a folder or a pipe of that name, too: a pipe waits for its reader.
     """
     if file.is_dir():
         raise ValueError(f"{key} must be a file, got {file}, which is a folder: name a file in it")
+    if file.is_fifo():
+        raise ValueError(f"{key} must be a file, got {file}, which is a pipe: name a file")
     require_writable(file.parent, key)
 
 

@@ -43,6 +43,15 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
         require_writable_file(tmp_path)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="POSIX has pipes among files")
+@pytest.mark.fault("hostile config or data")
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    """eval waited for ever for a reader, after the measurement."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"^out must be a file, got .*, which is a pipe"):
+        require_writable_file(tmp_path / "pipe")
+
+
 def link(path: Path, target: Path) -> None:
     path.symlink_to(target)
 
