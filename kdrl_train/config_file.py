@@ -79,7 +79,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
             raise ValueError(f"it is larger than {MOST_BYTES:,} bytes")
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     # a ValueError: no UTF-8, no date, a number of 5,000 digits; a RecursionError: deep brackets
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         why = " ".join(str(error).split())  # YAML's errors have several lines
         raise ValueError(f"--config must be a YAML file, got {path}: {why}") from error
     if content is None:
