@@ -19,12 +19,19 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from pebble import ProcessFuture, ProcessPool
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from kdrl_train.batch import Verdicts
 from kdrl_train.config import RewardConfig
+from kdrl_train.output import escape
 from kdrl_train.rollouts.rewards import load_reward
-from kdrl_train.rollouts.verifier_worker import Judged, do_nothing, judge, start_worker
+from kdrl_train.rollouts.verifier_worker import (
+    MAX_MESSAGE_CHARS,
+    Judged,
+    do_nothing,
+    judge,
+    start_worker,
+)
 from kdrl_train.waiting import POLL_S, Poll
 
 MOST_S = 1.0
@@ -247,4 +254,6 @@ def _verdict(future: ProcessFuture) -> Judged | None:
         return future.result()
     if isinstance(error, BrokenProcessPool):
         return None
-    return math.nan, "error", f"worker died: {type(error).__name__}: {error}", None
+    died = "worker died: " * isinstance(error, ProcessExpired)  # else a number too large, sys.exit
+    text = f"{died}{type(error).__name__}: {error}"[:MAX_MESSAGE_CHARS]
+    return math.nan, "error", escape(text), None

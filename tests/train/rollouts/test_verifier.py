@@ -12,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from pebble import ProcessFuture
+from pebble import ProcessExpired, ProcessFuture
 
 from kdrl_train import cli
 from kdrl_train.batch import Verdicts
 from kdrl_train.config import RewardConfig
 from kdrl_train.rollouts.rewards import UnparseableError
-from kdrl_train.rollouts.verifier import Deadlines, Verifier
+from kdrl_train.rollouts.verifier import Deadlines, Verifier, _verdict
 from kdrl_train.runfolder.signals import Stopped
 
 HERE = f"{__name__}:scripted_reward"
@@ -146,6 +146,22 @@ def test_the_time_that_all_processes_were_stopped_counts_for_no_deadline(
         clock.append(3704 + tenth / 10)
         deadlines.enforce()
     assert task.done()
+
+
+@pytest.mark.fault("reward function")
+def test_only_of_a_worker_that_died_it_is_said() -> None:
+    """Of 10^400, which is no float, the message was that the worker had died."""
+    for error, message in (
+        (OverflowError("too large\x1b" + "!" * 10**6), r"OverflowError: too large\u001b!"),
+        (ProcessExpired("killed"), "worker died: ProcessExpired: killed"),
+    ):
+        task = ProcessFuture()
+        task.set_running_or_notify_cancel()
+        task.set_exception(error)
+        _, outcome, text, _ = _verdict(task)
+        assert outcome == "error"
+        assert text.startswith(message)
+        assert len(text) < 1000
 
 
 @pytest.mark.slow
