@@ -70,7 +70,7 @@ def main(
             world.watch.begin_steps(run.log.event)
         with recorded(run.log, config, world.size):
             if steps(run, first):
-                output.heading("")
+                output.heading("all steps done")
                 output.begin("saving the model")
                 model, folder = run.policy.model, config.out / "model"
                 with first_cause(world.meeting):
