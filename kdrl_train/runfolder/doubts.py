@@ -3,7 +3,12 @@
 from kdrl_train.runfolder.jsonl import Record
 
 ZERO_STEPS = 3
-"""Steps in a row with a gradient of exactly 0 after which a run is warned."""
+"""Steps in a row with a gradient of 0 after which a run is warned."""
+STILL = 0.005
+"""Gradient norm below which the screen shows 0.00. It counts as 0 at a DEAD entropy alone: how
+large it is where a policy learns depends on the model."""
+DEAD = 1e-6
+"""Entropy, in nats per token, of a policy that draws one token alone, and so sees no other."""
 SILENT_STEPS = 100
 """Steps in a row without a group of mixed rewards after which a run is warned."""
 SATURATED = 0.1
@@ -23,14 +28,17 @@ class Doubts:
         entropy = record.get("entropy")
         # without signal and teacher a gradient of 0 is right; `silent_steps` counts it
         idle = silent and not record.get("kd_share") and (entropy or 0) > SATURATED
-        zero = record.get("grad_norm") == 0 and not idle
+        norm = record.get("grad_norm")
+        dead = entropy is not None and entropy < DEAD and norm is not None and norm < STILL
+        zero = dead or (norm == 0 and not idle)
         self.zero_steps = self.zero_steps + 1 if zero else 0
         self.silent_steps = self.silent_steps + 1 if silent else 0
         doubts = []
         if self.zero_steps == ZERO_STEPS and self._first("zero"):
             doubts.append(
-                f"|g| must not stay 0, got 0 in {ZERO_STEPS} steps up to step {record['step'] + 1}"
-                f" (entropy {entropy if entropy is None else f'{entropy:.3f}'} nats, signal "
+                f"|g| must not stay 0, got {norm:.2g} in {ZERO_STEPS} steps up to step "
+                f"{record['step'] + 1} (entropy "
+                f"{entropy if entropy is None else f'{entropy:.3f}'} nats, signal "
                 f"{record['groups_with_signal']:.0%}): the policy does not change any more. A "
                 "large optim.learning_rate saturates it: look at entropy and reward from the step "
                 "where they jump, and start from the checkpoint before it with a lower one"

@@ -43,6 +43,11 @@ def test_a_gradient_of_zero_is_said_once() -> None:
     saturated = {"groups_with_signal": 0.0, "grad_norm": 0.0, "entropy": 0.01}
     assert [steps for steps, _ in doubts_of(9, **saturated)] == [3]
     assert doubts_of(9, grad_norm=1e-30) == []
+    ((steps, doubt),) = doubts_of(9, grad_norm=1.2e-5, entropy=1e-16)  # of a learning rate of 10
+    assert steps == 3
+    assert "got 1.2e-05 in 3 steps up to step 3 (entropy 0.000 nats" in doubt
+    assert doubts_of(9, grad_norm=3.1, entropy=1e-16) == []  # it may come back
+    assert doubts_of(9, grad_norm=1.2e-5, entropy=None) == []
     doubts = Doubts()
     for step in range(20):  # never three in a row
         assert doubts.add(record(step) | {"grad_norm": float(step % 3 == 0)}) == []
