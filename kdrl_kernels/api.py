@@ -1,58 +1,24 @@
 """Defines the public functions: contract, checks and choice of implementation."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import get_args
 
 import torch
 from torch import Tensor
 
-from kdrl_kernels import checks, logprobs, operators, reference, token_loss
+from kdrl_kernels import checks, logprobs, operators, reference, sketched, token_loss
 from kdrl_kernels.batches import takes_batches
 from kdrl_kernels.call import LogprobCall, LossCall, RowOutputs, has_values
 from kdrl_kernels.head import Head, TeacherHead, gathered, needs_gradient
 from kdrl_kernels.metrics import row_metrics
 from kdrl_kernels.objective import CallerLoss, Divergence, Objective, Rows, TokenLoss
+from kdrl_kernels.outputs import LogprobOutput, LossOutput
 from kdrl_kernels.plain import check_bytes, check_flag, check_number
-from kdrl_kernels.plan import Geometry, max_rows
+from kdrl_kernels.plan import Backward, Geometry, max_rows
+from kdrl_kernels.sketch import Sketch
 from kdrl_kernels.tangents import refuses_tangents
 from kdrl_kernels.truncation import Truncation
-
-
-@dataclass(frozen=True, slots=True)
-class LogprobOutput:
-    """Holds what linear_logprobs returns."""
-
-    logprobs: Tensor
-    """[N] float32 (float64 for float64 inputs), the log-probability of each token, in nats."""
-    entropy: Tensor | None
-    """[N] in nats, the entropy of each row in the dtype of logprobs; None unless entropy=True."""
-
-
-@dataclass(frozen=True, slots=True)
-class LossOutput:
-    """Holds what kdrl_loss and linear_token_loss return, in float32 (float64 for float64 inputs).
-
-    [N] fields are detached, and 0 in rows of weight 0.
-    """
-
-    loss: Tensor
-    """0-d, the loss, differentiable once."""
-    logprobs: Tensor
-    """[N], the student's log-probability of each token, in nats."""
-    teacher_logprobs: Tensor | None
-    """[N], the teacher's log-probability of each token, in nats; None without a teacher."""
-    kl: Tensor | None
-    """[N], the exact divergence of each row in nats: KL(p‖q) for "rkl", "rkl+fkl" and kd_baseline
-    "kl", KL(q‖p) for "fkl", Jensen-Shannon for "jsd"; else None."""
-    forward_kl: Tensor | None
-    """[N], KL(q‖p) of each row in nats; None unless kl="rkl+fkl" (linear_token_loss)."""
-    entropy: Tensor | None
-    """[N], the entropy of each row in nats; None unless entropy=True or the loss reads it."""
-    lse: Tensor | None
-    """[N], log(sum_v exp(z_v)) of each row; None unless lse=True (linear_token_loss)."""
-    metrics: dict[str, Tensor]
-    """0-d sums and counts on the device, over the rows of non-zero weight; kdrl_loss lists them."""
 
 
 @refuses_tangents
@@ -70,6 +36,8 @@ def linear_logprobs(
     entropy: bool = False,
     workspace_bytes: int | None = None,
     cache_bytes: int = 0,
+    backward: Backward = "exact",
+    sketch: Sketch | None = None,
     impl: str | None = None,
 ) -> LogprobOutput:
     """Compute the log-probability of one token per row, and entropy, without [N, V] logits.
@@ -102,6 +70,10 @@ def linear_logprobs(
             until backward, which then does not compute them again: 3u instead of 4u for those
             rows (u = 2 N H V FLOP), and the same gradients to the bit. A compiled caller with a
             mask keeps the logits of all rows of the mask, or none.
+        backward: "sketch" multiplies an unbiased sparse sketch of dL/dlogits in place of dX's and
+            dW's GEMMs: 1u in all (u = 2 N H V FLOP), and no cache of logits. A graph of
+            torch.compile breaks there.
+        sketch: Sketch(threshold, seed, rows) of backward="sketch"; None: Sketch().
         impl: "triton", "torch" or "reference" (the definition, with full logits). None: Triton on
             GPU tensors, PyTorch elsewhere. A named one never falls back to another.
     Returns: LogprobOutput in nats, float32 (float64 for float64 inputs); differentiable once in
@@ -117,11 +89,13 @@ def linear_logprobs(
     check_bytes("cache_bytes", cache_bytes, optional=False)
     check_flag("entropy", entropy)
     impl, truncation = checks.choose_impl(impl, head), checks.check_truncation(truncation, head)
+    sketch = checks.check_sketch(backward, sketch, impl, head)
     used, N = checks.row_tensor("mask", mask, head, mask=True), len(tokens)
     used = used if has_values(tokens) else None
     active = slice(0, N) if used is None else used.nonzero().squeeze(1)
     if used is not None:
         head, tokens = head.select(active), tokens[active]
+        sketch = None if sketch is None else sketch.select(active)
     if impl == "reference":
         outputs = RowOutputs(*reference.linear_logprobs(head, tokens, entropy, truncation))
     else:
@@ -132,7 +106,10 @@ def linear_logprobs(
             sizes = len(tokens), V, dtype, rows, cache_bytes, None if used is None else N
             cached = logprobs.cached_rows(*sizes)
         call = LogprobCall(head, tokens, entropy, impl, rows, cached, needs, truncation)
-        outputs = RowOutputs(*operators.linear_logprobs(call))
+        if sketch is not None and any(needs) and has_values(tokens):
+            outputs = RowOutputs(*sketched.linear_logprobs(call, sketch))
+        else:
+            outputs = RowOutputs(*operators.linear_logprobs(call))
     outputs = outputs.spread(active, N)
     return LogprobOutput(outputs.logprobs, outputs.entropy)
 
@@ -160,6 +137,8 @@ def kdrl_loss(
     entropy: bool = False,
     compact: bool | None = None,
     workspace_bytes: int | None = None,
+    backward: Backward = "exact",
+    sketch: Sketch | None = None,
     impl: str | None = None,
 ) -> LossOutput:
     """Compute policy gradient, teacher KL and entropy bonus of N tokens in one pass over the head.
@@ -168,8 +147,9 @@ def kdrl_loss(
            - entropy_coef · entropy), where Objective defines each term.
 
     Args:
-        hidden, weight, bias, temperature, softcap, truncation, workspace_bytes, impl: as in
-            linear_logprobs. truncation is the student's: not with "fkl", which would be infinite.
+        hidden, weight, bias, temperature, softcap, truncation, workspace_bytes, backward, sketch,
+            impl: as in linear_logprobs. truncation is the student's: not with "fkl", which would
+            be infinite.
         tokens: [N] int64, the sampled tokens. One outside [0, vocab_size) raises on a CPU; on a
             GPU it makes the loss NaN and is counted in metrics["bad_tokens"].
         advantages: [N] float; None with objective.policy "off". This and all that follows is
@@ -195,7 +175,9 @@ def kdrl_loss(
         computed); with a teacher, over the rows of kd_weight > 0: kd_tokens (their number),
         teacher_log_ratio_sum (of l = lp - lq), k2_sum (of l²/2), kl_sum (where the loss computes
         KL(p‖q)) and kd_flipped (rows whose advantage minus the pull of the KD term has the other
-        sign; not for "jsd" nor policy "off"). mean_metrics turns them into means.
+        sign; not for "jsd" nor policy "off"). With a sketch: entries (of dL/dlogits that are kept),
+        sketch_noise (estimate of the relative error of dX) and its two sums, sketch_variance_sum
+        and sketch_square_sum. mean_metrics turns all into means.
     Raises: ValueError for a shape, device, token or option; TypeError for a type or dtype.
     Memory: as linear_logprobs, but two chunks of logits for exact KD and for kd_baseline. The
         forward pass computes the gradients and keeps them in float32 until backward rounds them
@@ -227,11 +209,12 @@ def kdrl_loss(
         old_logprobs=checks.row_tensor("old_logprobs", old_logprobs, student),
         kd_weight=checks.row_tensor("kd_weight", kd_weight, student, mask=True),
     )
+    sketch = checks.check_sketch(backward, sketch, call.impl, student)
     solve = reference.loss if call.impl == "reference" else operators.kdrl_loss
-    loss, outputs, counts = solve(call)
+    loss, outputs, counts, more = _solve(call, sketch, solve)
     used = None if call.weights is None else call.weights != 0
     rows = call.rows(outputs.map(Tensor.detach), slice(None))  # a number would fix N in a graph
-    return _output(loss, rows, used, row_metrics(objective, rows, used), counts)
+    return _output(loss, rows, used, row_metrics(objective, rows, used) | more, counts)
 
 
 @torch.compiler.disable(reason="the loss of linear_token_loss is a Python function")
@@ -258,6 +241,8 @@ def linear_token_loss(
     lse: bool = False,
     compact: bool | None = None,
     workspace_bytes: int | None = None,
+    backward: Backward = "exact",
+    sketch: Sketch | None = None,
     impl: str | None = None,
 ) -> LossOutput:
     """Compute a caller's loss of each token in one pass over the head, at the cost of kdrl_loss.
@@ -310,11 +295,24 @@ def linear_token_loss(
         workspace_bytes=workspace_bytes,
         impl=impl,
     )
+    sketch = checks.check_sketch(backward, sketch, call.impl, call.student)
     solve = reference.loss if call.impl == "reference" else token_loss.token_loss
-    loss, outputs, counts = solve(call)
+    loss, outputs, counts, more = _solve(call, sketch, solve)
     used = None if call.weights is None else call.weights != 0
     rows = call.rows(outputs.map(Tensor.detach), slice(0, len(tokens)))
-    return _output(loss, rows, used, {}, counts)
+    return _output(loss, rows, used, more, counts)
+
+
+Solved = tuple[Tensor, RowOutputs, Tensor]
+
+
+def _solve(
+    call: LossCall, sketch: Sketch | None, solve: Callable[[LossCall], Solved]
+) -> tuple[*Solved, dict[str, Tensor]]:
+    """Return what solve(call) does, by a sketch where there is one, and metrics of the sketch."""
+    if sketch is None or not any(call.needs) or not has_values(call.tokens):
+        return *solve(call), {}
+    return sketched.loss(call, sketch)
 
 
 def _loss_call(

@@ -11,6 +11,7 @@ from kdrl_kernels.head import Head, TeacherHead
 from kdrl_kernels.objective import Objective
 from kdrl_kernels.plain import check_number
 from kdrl_kernels.plan import accumulator
+from kdrl_kernels.sketch import Sketch
 from kdrl_kernels.truncation import Truncation
 
 IMPLS = ("triton", "torch", "reference")
@@ -258,3 +259,23 @@ def check_truncation(truncation: Any, head: Head, divergence: str | None = None)
             "where the sampler leaves tokens of the teacher out"
         )
     return truncation
+
+
+def check_sketch(backward: str, sketch: Sketch | None, impl: str, head: Head) -> Sketch | None:
+    """Return the sketch that the backward pass uses; None: the exact gradient.
+
+    Raises: ValueError for another backward, a sketch that would not be used, or an implementation
+        or device that has none.
+    """
+    if backward not in ("exact", "sketch"):
+        raise ValueError(f'backward must be "exact" or "sketch", got {backward!r}')
+    if backward == "exact":
+        if sketch is not None:
+            raise ValueError('sketch must be None with backward="exact", got a Sketch')
+        return None
+    if impl == "reference" or head.hidden.device.type == "mps":  # MPS has no float64
+        device = head.hidden.device.type
+        raise ValueError(f'backward must be "exact" with impl={impl!r} on {device}, got "sketch"')
+    if sketch is not None and not isinstance(sketch, Sketch):
+        raise TypeError(f"sketch must be a Sketch or None, got {type(sketch).__name__}")
+    return (sketch or Sketch()).of_rows(len(head.hidden), head.hidden.device)

@@ -5,6 +5,7 @@ FLOP), except the first chunks, whose logits may be kept (3u for those).
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,21 +61,27 @@ def cached_rows(
     return N if fit >= N else fit // size * size
 
 
-def score(call: LogprobCall) -> Scores:
-    """Run the forward pass; keep the logits of the first call.cached rows."""
+def score(call: LogprobCall, collector: Any = None) -> Scores:
+    """Run the forward pass; keep the logits of the first call.cached rows.
+
+    collector: takes the logits of each chunk once they are swept; None: nobody.
+    """
     head, V, N = in_one_dtype(call.head), len(call.head.weight), len(call.tokens)
     check_head_values(head)
     bad = bad_tokens(call.tokens, V, "V")
     tokens = call.tokens.clamp(0, V - 1)  # reads stay inside
     size = balanced(N, call.max_rows)
     cache = head.hidden.new_empty(call.cached, padded(V), dtype=accumulator(head.hidden.dtype))
-    buffers = Buffers(head, V, size if call.cached < N else 0, 1, call.impl)
+    masses = collector is not None
+    buffers = Buffers(head, V, size if call.cached < N else 0, 1, call.impl, masses)
     chunks = []
     for rows in chunks_of(N, size):
         kept = cache[rows, :V] if rows.stop <= call.cached else None
         stream = buffers.project(head, rows, out=kept)
         truncate_(stream.logits, tokens[rows], stream.temperature, call.truncation)
         chunks.append(buffers.work.sweep(stream, tokens[rows], entropy=call.entropy))
+        if collector is not None:
+            collector.take_scores(call.impl, stream, tokens[rows], chunks[-1], rows)
     return Scores(
         poison(torch.cat([stats.logprobs for stats in chunks]), bad),
         torch.cat([stats.max for stats in chunks]),

@@ -22,6 +22,7 @@ MEANS = {
     "k2_mean": ("k2_sum", "kd_tokens"),
     "kl_mean": ("kl_sum", "kd_tokens"),
     "kd_flip_fraction": ("kd_flipped", "tokens"),
+    "entries_mean": ("entries", "tokens"),
 }
 """Name of a mean: the sum or count it comes from, and the count that divides it."""
 UNCHANGED = ("ratio_max", "tokens", "gradient_rows", "bad_tokens")
@@ -102,4 +103,7 @@ def mean_metrics(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, (total, count) in MEANS.items()
         if total in metrics
     }
+    if "sketch_variance_sum" in metrics:
+        squares = metrics["sketch_square_sum"].clamp_min(torch.finfo(torch.float64).tiny)
+        means["sketch_noise"] = (metrics["sketch_variance_sum"] / squares).sqrt()
     return means | {name: metrics[name] for name in UNCHANGED if name in metrics}

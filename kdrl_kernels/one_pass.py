@@ -6,6 +6,7 @@ pass, chunk by chunk, and [N, V] logits never exist. Backward only scales the re
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from kdrl_kernels.checks import check_values, poison
 from kdrl_kernels.head import Head, Needs, in_one_dtype
 from kdrl_kernels.objective import NO_GRADIENT, Coefficients
 from kdrl_kernels.plan import accumulator, balanced, chunks_of, padded
+from kdrl_kernels.rows.entries import FORWARD
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
 from kdrl_kernels.truncation import truncate_
 
@@ -24,7 +26,15 @@ from kdrl_kernels.truncation import truncate_
 class Buffers:
     """Holds one logits buffer [rows, vocab_size] per stream, which every chunk uses again."""
 
-    def __init__(self, head: Head, vocab_size: int, rows: int, streams: int, impl: str) -> None:
+    def __init__(
+        self,
+        head: Head,
+        vocab_size: int,
+        rows: int,
+        streams: int,
+        impl: str,
+        masses: bool = False,
+    ) -> None:
         self.work = row_work.load(impl)
         self.vocab_size = vocab_size
         hidden = head.hidden
@@ -33,6 +43,10 @@ class Buffers:
         self.streams = [
             hidden.new_empty(shape, dtype=dtype)[:, :vocab_size] for _ in range(streams)
         ]
+        self.masses: list[Tensor | None] = [None] * streams
+        if masses and self.work.BLOCK:
+            shape = rows, padded(vocab_size) // self.work.BLOCK
+            self.masses = [hidden.new_empty(shape, dtype=dtype) for _ in range(streams)]
 
     def project(
         self, head: Head, rows: RowSet, stream: int = 0, out: Tensor | None = None
@@ -46,7 +60,9 @@ class Buffers:
         temperature = head.temperature
         if isinstance(temperature, Tensor):
             temperature = take(temperature, rows)
-        return Stream(logits, temperature, head.softcap)
+        masses = self.masses[stream]
+        masses = None if masses is None else masses[: len(hidden)]
+        return Stream(logits, temperature, head.softcap, masses=masses)
 
 
 def gradient_view(logits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -56,6 +72,9 @@ def gradient_view(logits: Tensor, dtype: torch.dtype) -> Tensor:
 
 class Gradients:
     """Accumulates dX, dW and db of one pass in float32, before their common scale."""
+
+    masses = False
+    """Whether sweeps must write the mass of each block of columns."""
 
     def __init__(self, head: Head, needs: Needs) -> None:
         dtype = accumulator(head.hidden.dtype)
@@ -103,6 +122,31 @@ class Gradients:
         if self.bias is not None:
             self.bias[:V] += dz.sum(dim=0, dtype=self.bias.dtype)
         self.first = False
+
+    def take(
+        self,
+        call: LossCall,
+        streams: tuple[Stream, TeacherStream | None],
+        stats: Stats,
+        coef: Coefficients,
+        rows: RowSet,
+    ) -> int:
+        """Add the gradient of a chunk, over its logits; return the rows that went into it."""
+        coef = self.in_unit(coef)
+        compaction = Compaction(coef) if call.compact else None
+        p, q = streams
+        dz = row_work.load(call.impl).gradient(
+            p,
+            take(call.tokens, rows),
+            stats,
+            coef,
+            out=gradient_view(p.logits, call.student.hidden.dtype),
+            teacher=q,
+            source=compaction.source if compaction else None,
+        )
+        kept = compaction.rows(rows) if compaction else rows
+        self.add(call.student, kept, dz[: size_of(kept)])
+        return size_of(kept)
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Return dX, dW and db, None where not needed."""
@@ -169,13 +213,19 @@ class Pass:
     """[N] outputs, 0 in rows of weight 0."""
     counts: Tensor
     """[3] int64: rows projected, rows that went into dX and dW, tokens out of range."""
-    gradients: Gradients
+    gradients: Any
+    """What collected the gradient of each chunk."""
     scale: Tensor
     """0-d; scale · gradients is the gradient of the loss."""
+    active: RowSet
+    """The rows of weight other than 0."""
 
 
-def run(call: LossCall) -> Pass:
-    """Run all chunks of a loss; compute the gradients that call.needs names."""
+def run(call: LossCall, collector: Any = None) -> Pass:
+    """Run all chunks of a loss; compute the gradients that call.needs names.
+
+    collector: what takes the gradient of each chunk, as Gradients does; None: new Gradients.
+    """
     student, needs = in_one_dtype(call.student), call.needs
     teacher = None if call.teacher is None else in_one_dtype(call.teacher)
     bad = check_values(call)
@@ -184,11 +234,12 @@ def run(call: LossCall) -> Pass:
     active = call.active_rows()
     N = size_of(active)
     size = balanced(N, call.max_rows)
-    buffers = Buffers(student, call.vocab_size, size, 2 if call.exact_kd else 1, call.impl)
+    gradients = Gradients(student, needs) if collector is None else collector
+    streams, masses = 2 if call.exact_kd else 1, gradients.masses and any(needs)
+    buffers = Buffers(student, call.vocab_size, size, streams, call.impl, masses)
     work = buffers.work
     weights = call.row_weights(active, accumulator(student.hidden.dtype))
     scale = poison(call.total(weights).reciprocal(), bad)
-    gradients = Gradients(student, needs)
     losses, outputs, gradient_rows, constant = [], [], 0, any(needs) and N > 0
     for part in chunks_of(N, size):
         rows = active[part] if isinstance(active, Tensor) else part
@@ -203,21 +254,8 @@ def run(call: LossCall) -> Pass:
         if coef is None:
             gradient_rows += 0 if call.compact else size_of(rows)
             continue
-        coef = gradients.in_unit(coef)
         constant = False
-        compaction = Compaction(coef) if call.compact else None
-        dz = work.gradient(
-            p,
-            take(call.tokens, rows),
-            stats,
-            coef,
-            out=gradient_view(p.logits, student.hidden.dtype),
-            teacher=q,
-            source=compaction.source if compaction else None,
-        )
-        kept = compaction.rows(rows) if compaction else rows
-        gradients.add(student, kept, dz[: size_of(kept)])
-        gradient_rows += size_of(kept)
+        gradient_rows += gradients.take(call, (p, q), stats, coef, rows)
     if constant:
         raise ValueError(NO_GRADIENT)
     loss = torch.cat(losses).sum() * scale
@@ -227,6 +265,7 @@ def run(call: LossCall) -> Pass:
         counts=torch.stack([torch.full_like(bad, n) for n in (N, gradient_rows)] + [bad]),
         gradients=gradients,
         scale=gradients.finish_(scale, student.hidden.dtype),
+        active=active,
     )
 
 
@@ -239,10 +278,16 @@ def _statistics(
     if teacher is not None and kd is not None:
         logits = buffers.project(teacher, rows, stream=1)
         q = TeacherStream(
-            logits.logits, logits.temperature, logits.softcap, kd, call.loss.jsd_alpha
+            logits.logits,
+            logits.temperature,
+            logits.softcap,
+            kd,
+            call.loss.jsd_alpha,
+            masses=logits.masses if kd in FORWARD else None,
         )
     elif teacher is not None:  # its logits go before the student's come
-        lq = buffers.work.sweep(buffers.project(teacher, rows), tokens).logprobs
+        q_alone = replace(buffers.project(teacher, rows), masses=None)
+        lq = buffers.work.sweep(q_alone, tokens).logprobs
     p = buffers.project(call.student, rows)
     truncate_(p.logits, tokens, p.temperature, call.truncation)
     stats = buffers.work.sweep(p, tokens, teacher=q, entropy=call.wants_entropy)

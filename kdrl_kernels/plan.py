@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -11,6 +11,7 @@ from kdrl_kernels.head import FLOATS
 from kdrl_kernels.objective import DIVERGENCES, Kd, Objective
 from kdrl_kernels.plain import check_bytes, check_flag, check_number
 
+Backward = Literal["exact", "sketch"]
 CPU_BYTES = 1 << 28
 """Default budget a stream on a CPU: GEMMs gain nothing from more rows than this holds."""
 GPU_BYTES = 1_250_000_000
@@ -146,11 +147,15 @@ class ChunkPlan:
     workspace_bytes: int
     """Bytes held besides inputs, outputs and gradients: logits, gathered rows, row work."""
     gradient_bytes: int
-    """Bytes of dX and dW, in float32 until backward rounds them."""
+    """Bytes held until backward: dX and dW in float32, or the entries of a sketch."""
     flop: dict[str, int]
     """FLOP of each GEMM: project, teacher, dX, dW."""
     row_work_bytes: int
     """Bytes that the row kernels read and write."""
+    entries: int = 0
+    """Entries of the sketch of all rows; 0: the exact gradient."""
+    product_bytes: int = 0
+    """Bytes that the products of a sketch with W and X read and write."""
 
     def gemm_ms(self, tflops: float) -> float:
         """Return the time of all GEMMs at a rate in TFLOP/s."""
@@ -158,9 +163,9 @@ class ChunkPlan:
         return sum(self.flop.values()) / tflops / 1e9
 
     def row_work_ms(self, terabytes_per_s: float) -> float:
-        """Return the time of all row kernels at a bandwidth, bytes read plus bytes written."""
+        """Return the time of row kernels and a sketch's products at a bandwidth, read + write."""
         _check_rate("terabytes_per_s", terabytes_per_s)
-        return self.row_work_bytes / terabytes_per_s / 1e9
+        return (self.row_work_bytes + self.product_bytes) / terabytes_per_s / 1e9
 
     def predicted_ms(self, tflops: float, terabytes_per_s: float) -> float:
         """Return the time of GEMMs and row kernels at these rates, one after the other."""
@@ -179,8 +184,17 @@ class ChunkPlan:
                 f"gradients    {self.gradient_bytes / 1e9:.3f} GB until backward rounds them",
                 f"GEMMs        {sum(self.flop.values()) / 1e12:.2f} TFLOP: {gemms}",
                 f"row kernels  {self.row_work_bytes / 1e9:.1f} GB read and written",
+                *self._sketch(),
             )
         )
+
+    def _sketch(self) -> list[str]:
+        """Return the line of a sketch, if there is one."""
+        if not self.entries:
+            return []
+        each = self.entries / max(self.geometry.N, 1)
+        size = self.product_bytes / 1e9
+        return [f"sketch       {each:,.0f} entries a row, {size:.1f} GB read and written"]
 
 
 def chunk_plan(
@@ -196,6 +210,8 @@ def chunk_plan(
     hidden_grad: bool = True,
     weight_grad: bool = True,
     workspace_bytes: int | None = None,
+    backward: Backward = "exact",
+    row_entries: float = 16.0,
     impl: str | None = None,
 ) -> ChunkPlan:
     """Plan how kdrl_loss cuts N tokens over a head [V, H], and what it holds and computes.
@@ -207,6 +223,9 @@ def chunk_plan(
         dtype: dtype of hidden and weight.
         device: "cuda" works without a GPU too; the free memory of a GPU bounds the default.
         hidden_grad, weight_grad: a frozen backbone or head costs no dX or dW.
+        backward: "exact" or "sketch".
+        row_entries: entries of a row of the sketch, with the sampled token's, on average: about 15
+            at threshold 2^-10 on a reasoning model; metrics["entries"] / N tells yours.
         workspace_bytes, impl: as in kdrl_loss; impl None: "triton" on "cuda", else "torch".
     Returns: ChunkPlan. plan.predicted_ms(tflops, terabytes_per_s) is the time at rates you know.
     Raises: ValueError for a size below 1 or a budget that does not hold one row; TypeError for
@@ -227,6 +246,9 @@ def chunk_plan(
     if impl not in ("triton", "torch"):
         raise ValueError(f"impl must be 'triton', 'torch' or None, got {impl!r}")
     geometry = Geometry(N, H, V, H_t, V_t, exact_kd, dtype, device, impl)
+    if backward not in get_args(Backward):
+        raise ValueError(f'backward must be "exact" or "sketch", got {backward!r}')
+    check_number("row_entries", row_entries)
     rows = balanced(N, max_rows(geometry, workspace_bytes))
     wide = accumulator(dtype).itemsize
     u = 2 * N * H * V
@@ -236,19 +258,30 @@ def chunk_plan(
         "dX": u if hidden_grad else 0,
         "dW": u if weight_grad else 0,
     }
-    streams, backward = geometry.streams, hidden_grad or weight_grad
+    streams, learns = geometry.streams, hidden_grad or weight_grad
     sweeps = streams * (1 + (kd == "jsd")) + (1 if H_t and streams == 1 else 0)
-    gradient = backward * (streams if kd_baseline is None else 1)
+    gradient = learns * (streams if kd_baseline is None else 1)
+    writes = N * V * dtype.itemsize if learns else 0
+    held = wide * (N * H * hidden_grad + V * H * weight_grad)
+    entries, product_bytes = 0, 0
+    if backward == "sketch" and learns:
+        entries, writes = round(N * row_entries), 0
+        flop |= {"dX": 0, "dW": 0}
+        held = entries * (4 + wide) + 8 * (N + 1)
+        outputs = N * H * hidden_grad + V * H * weight_grad
+        product_bytes = dtype.itemsize * (outputs + entries * H * (hidden_grad + weight_grad))
+        gradient *= impl == "triton"  # PyTorch reads a few blocks again
     reads = (sweeps + gradient) * N * geometry.logit_bytes
-    writes = N * V * dtype.itemsize if backward else 0
     return ChunkPlan(
         geometry=geometry,
         rows=rows,
         chunks=max(1, -(-N // rows)),
         workspace_bytes=geometry.chunk_bytes(rows),
-        gradient_bytes=wide * (N * H * hidden_grad + V * H * weight_grad),
+        gradient_bytes=held,
         flop=flop,
         row_work_bytes=reads + writes,
+        entries=entries,
+        product_bytes=product_bytes,
     )
 
 

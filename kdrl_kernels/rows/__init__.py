@@ -5,7 +5,7 @@ Two modules define the same names: `eager` (any device) and `kernels` (GPU). Mat
 
 from types import ModuleType
 
-from kdrl_kernels.rows import eager
+from kdrl_kernels.rows import eager, eager_sketch
 
 
 def load(impl: str) -> ModuleType:
@@ -15,3 +15,12 @@ def load(impl: str) -> ModuleType:
 
         return kernels
     return eager
+
+
+def load_sketch(impl: str) -> ModuleType:
+    """Return the module of an implementation with `sketch`."""
+    if impl == "triton":
+        from kdrl_kernels.rows import kernel_sketch  # noqa: PLC0415
+
+        return kernel_sketch
+    return eager_sketch

@@ -29,6 +29,8 @@ CPU_BLOCK_ELEMENTS = 1 << 18
 """Logits of one block of rows on a CPU: 1 MB of float32."""
 GPU_BLOCK_ELEMENTS = 1 << 23
 """Logits of one block of rows on a GPU: enough to fill it."""
+BLOCK = 64
+"""Columns of a block of masses."""
 BLOCK_BUFFERS = 6
 """The most temporaries of a block's size that are alive together."""
 
@@ -63,10 +65,13 @@ def _sweep_block(
     else:
         d_t, top_t = _lower_(teacher, rows)
         d_t_y = _pick(d_t, tokens)
-        e, total, total_t, divergences = _divergence_(d, d_t, teacher, keep or entropy)
+        e_t = d_t.exp()
+        _sum_blocks(e_t, teacher.masses, rows)
+        e, total, total_t, divergences = _divergence_(d, d_t, e_t, teacher, keep or entropy)
         log_sum_t = total_t.log()
         stats |= divergences | {"teacher_max": top_t, "teacher_log_sum": log_sum_t}
         stats["teacher_logprobs"] = d_t_y - log_sum_t
+    _sum_blocks(e, student.masses, rows)
     stats["log_sum"] = total.log()
     stats["logprobs"] = d_y - stats["log_sum"]
     if entropy:
@@ -94,14 +99,14 @@ def _exp(d: Tensor, keep: bool) -> Tensor:
 
 
 def _divergence_(
-    d: Tensor, d_t: Tensor, teacher: TeacherStream, keep: bool
+    d: Tensor, d_t: Tensor, e_t: Tensor, teacher: TeacherStream, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """Return exp(d), its sum, that of exp(d_t), and the divergences of a block.
+    """Return exp(d), its sum, that of e_t = exp(d_t), and the divergences of a block.
 
-    Over d_t it writes exp(d) (d - d_t) for "rkl", (q - p) sum exp(d_t) for "fkl", and
-    exp(d) (log p - log m) for "jsd"; "rkl+fkl" keeps d_t, since its gradient needs two of these.
+    It overwrites e_t. Over d_t it writes exp(d) (d - d_t) for "rkl", (q - p) sum exp(d_t) for
+    "fkl", and exp(d) (log p - log m) for "jsd"; "rkl+fkl" keeps d_t, since its gradient needs two
+    of these.
     """
-    e_t = d_t.exp()
     total_t = e_t.sum(dim=1)
     if teacher.kd == "rkl+fkl":
         difference = d - d_t
@@ -131,6 +136,17 @@ def _divergence_(
     q_kl = _sum_((t - log_ratio.clamp(min=0)).mul_(e_t)) / total_t
     p_kl = _sum_(torch.add(t, log_ratio.clamp_(max=0), out=log_ratio).mul_(e)) / total
     return e, total, total_t, {"kl": alpha * q_kl + (1 - alpha) * p_kl, "mixture_kl": p_kl}
+
+
+def _sum_blocks(e: Tensor, masses: Tensor | None, rows: slice) -> None:
+    """Write the sum of each block of BLOCK columns to some rows of masses, if there are any."""
+    if masses is None:
+        return
+    V = e.shape[1]
+    full = V // BLOCK
+    torch.sum(e[:, : full * BLOCK].unflatten(1, (full, BLOCK)), dim=2, out=masses[rows, :full])
+    if V % BLOCK:
+        masses[rows, full] = e[:, full * BLOCK :].sum(dim=1)
 
 
 def _sum_(values: Tensor) -> Tensor:
@@ -246,6 +262,36 @@ def gradient(
         if not direct:
             out[slots] = dz
     return out
+
+
+def entries(
+    student: Stream,
+    stats: Stats,
+    coef: Coefficients,
+    teacher: TeacherStream | None,
+    row: Tensor,
+    column: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return dL/dz of single columns [E], without the term of the sampled token, and log p.
+
+    The streams are as the sweep left them.
+    """
+    e = flat(student)[row * student.logits.stride(0) + column][:, None]
+    d, e = (e, e.exp()) if student.softcap is not None else (e.log(), e)
+    scale, teacher_scale, entropy_scale = _scales(stats, coef, teacher)
+    dz = e * scale[row, None]
+    if entropy_scale is not None:
+        dz += torch.xlogy(e, e).mul_(entropy_scale[row, None])
+    if teacher is not None and teacher_scale is not None:
+        left = flat(teacher)[row * teacher.logits.stride(0) + column][:, None]
+        dz += _teacher_part_(left, e, teacher_scale, _forward_scale(stats, coef), row)
+    return dz[:, 0], d[:, 0] - stats.log_sum[row]
+
+
+def flat(stream: Stream) -> Tensor:
+    """View the memory of a stream's logits, padding included, as one row."""
+    logits = stream.logits
+    return logits.as_strided((len(logits) * logits.stride(0),), (1,))
 
 
 def _scales(

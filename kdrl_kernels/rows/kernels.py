@@ -34,6 +34,7 @@ from kdrl_kernels.rows.tiles import GRADIENT, JSD, SWEEP, Tile, tile_of
 __all__ = ["BLOCK_BUFFERS", "block_rows", "coefficients", "gradient", "resume_", "sweep"]
 
 BLOCK_BUFFERS = 0
+BLOCK = 0  # sweeps write no masses
 STATS = len(fields(Stats))
 
 
@@ -47,7 +48,7 @@ def resume_(stream: Stream, stats: Stats) -> None:
 
 
 @triton.jit
-def _load_a(row_ptr, v, V, width, softcap):
+def load_a(row_ptr, v, V, width, softcap):
     """Load a = softcap · tanh(logits / softcap) at columns v; -inf from V on.
 
     Memory is read up to `width`, a multiple of 16 where rows are padded: 16 bytes at a time.
@@ -61,7 +62,7 @@ def _load_a(row_ptr, v, V, width, softcap):
 @triton.jit
 def _step(row_ptr, v, V, width, top, k, softcap):
     """Return new top, shift to it, d, exp2(d) of a tile [DEPTH, LANES]; d, shift in log 2."""
-    a = _load_a(row_ptr, v, V, width, softcap)
+    a = load_a(row_ptr, v, V, width, softcap)
     new_top = tl.maximum(top, tl.max(a, axis=0))
     d = (a - new_top[None, :]) * k
     return new_top, (top - new_top) * k, d, tl.exp2(d)
@@ -73,7 +74,7 @@ def _finish(row_ptr, stats_ptr, y, C, V, top, s, k, softcap):
     row_top = tl.max(top, axis=0)
     shift = (top - row_top) * k
     row_s = tl.sum(rescale(s, shift), axis=0)
-    a_y = _load_a(row_ptr, y, V, V, softcap)
+    a_y = load_a(row_ptr, y, V, V, softcap)
     tl.store(stats_ptr, row_top)
     tl.store(stats_ptr + C, tl.log(row_s))
     tl.store(stats_ptr + 2 * C, (a_y - row_top) * k * LN2 - tl.log(row_s))
@@ -154,8 +155,8 @@ def _jsd_kernel(
     p_kl, q_kl = tl.zeros((BLOCK_V,), tl.float32), tl.zeros((BLOCK_V,), tl.float32)
     for start in range(0, V, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
-        log2_p = (_load_a(z_ptr, v, V, width, softcap) - top) * k - log2_s
-        log2_q = (_load_a(t_ptr, v, V, width, t_softcap) - top_t) * k_t - log2_s_t
+        log2_p = (load_a(z_ptr, v, V, width, softcap) - top) * k - log2_s
+        log2_q = (load_a(t_ptr, v, V, width, t_softcap) - top_t) * k_t - log2_s_t
         p, q, log_ratio = tl.exp2(log2_p), tl.exp2(log2_q), (log2_p - log2_q) * LN2
         t = mixture_log_ratio(log_ratio, alpha)
         p_kl += tl.where(p > 0, p * (t + tl.where(log_ratio < 0, log_ratio, 0.0)), 0.0)
@@ -179,9 +180,9 @@ def sweep(
     C, V = student.logits.shape
     other = teacher or student
     stats = torch.empty(STATS, C, device=tokens.device, dtype=torch.float32)
-    temperatures = torch.stack([_temperatures(student), _temperatures(other)])
+    temperatures = torch.stack([temperatures_of(student), temperatures_of(other)])
     strides = student.logits.stride(0), other.logits.stride(0)
-    sizes = V, _width(V, *strides), C
+    sizes = V, width_of(V, *strides), C
     if C:
         _sweep_kernel[(C,)](
             student.logits, other.logits, tokens, temperatures, stats, *strides, *sizes,
@@ -212,10 +213,45 @@ def add_mixture_kl(
     strides = student.logits.stride(0), teacher.logits.stride(0)
     if C:
         _jsd_kernel[(C,)](
-            student.logits, teacher.logits, temperatures, stats, *strides, V, _width(V, *strides),
+            student.logits, teacher.logits, temperatures, stats, *strides, V, width_of(V, *strides),
             C, student.softcap, teacher.softcap, teacher.jsd_alpha, tile.columns,
             num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
+
+
+@triton.jit
+def log2_teacher(t_ptr, v, row_ptr, V, width, C, t_softcap):
+    """Load log2 q of a tile of the teacher's row."""
+    top_t, log_s_t = tl.load(row_ptr + 4 * C), tl.load(row_ptr + 5 * C)
+    k_t = LOG2_E / tl.load(row_ptr + 16 * C)
+    return (load_a(t_ptr, v, V, width, t_softcap) - top_t) * k_t - log_s_t * LOG2_E
+
+
+@triton.jit
+def with_terms(
+    dz, p, log2_p, log2_q, row_ptr, C, alpha, HAS_ENTROPY: tl.constexpr, KD: tl.constexpr
+):
+    """Add the terms of the entropy and of the divergence to dL/dz of a tile."""
+    if HAS_ENTROPY:
+        e = tl.load(row_ptr + 11 * C)
+        surprise = log2_p * LN2 + tl.load(row_ptr + 3 * C)
+        dz -= tl.where(p > 0, e * p * surprise, 0.0)
+    if KD >= RKL:
+        g = tl.load(row_ptr + 12 * C)
+        if KD == FKL:
+            dz += g * (p - tl.exp2(log2_q))
+        else:
+            pull = (log2_p - log2_q) * LN2
+            if KD == JSD_CODE:
+                t = mixture_log_ratio(pull, alpha)
+                pull = (1 - alpha) * (t + tl.where(pull < 0, pull, 0.0))
+                pull -= (1 - alpha) * tl.load(row_ptr + 8 * C)
+            else:
+                pull -= tl.load(row_ptr + 7 * C)
+            dz += tl.where(p > 0, tl.where(g == 0, 0.0, g * p * pull), 0.0)
+        if KD == BOTH:
+            dz += tl.load(row_ptr + 13 * C) * (p - tl.exp2(log2_q))
+    return dz
 
 
 @triton.jit
@@ -224,7 +260,7 @@ def _gradient_kernel(
     stride_zn, stride_tn, stride_dn, V, width, C, softcap, t_softcap, alpha,
     HAS_ENTROPY: tl.constexpr, KD: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dz[slot, v] = dL/dlogits of row n = source[slot]; _record gives the rows of row_ptr.
+    """dz[slot, v] = dL/dlogits of row n = source[slot]; record gives the rows of row_ptr.
 
     c 1[v = y] - (c - h) p_v - e p_v (log p_v + entropy) + g p_v (log p_v - log q_v - KL), or with
     + g (p_v - q_v), "fkl", or + g (1 - alpha) p_v (log p_v - log m_v - KL(p‖m)), "jsd"; all times
@@ -246,33 +282,14 @@ def _gradient_kernel(
     top, log2_s, k = tl.load(row_ptr), tl.load(row_ptr + C) * LOG2_E, scale * LOG2_E
     for start in range(0, V, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
-        a = _load_a(z_ptr, v, V, width, softcap)
+        a = load_a(z_ptr, v, V, width, softcap)
         log2_p = (a - top) * k - log2_s
+        log2_q = log2_p
+        if KD >= RKL:
+            log2_q = log2_teacher(t_ptr, v, row_ptr, V, width, C, t_softcap)
         p = tl.exp2(log2_p)
         dz = tl.where(v == y, c, 0.0) - c_p * p
-        if HAS_ENTROPY:
-            e = tl.load(row_ptr + 11 * C)
-            surprise = log2_p * LN2 + tl.load(row_ptr + 3 * C)
-            dz -= tl.where(p > 0, e * p * surprise, 0.0)
-        if KD >= RKL:
-            g = tl.load(row_ptr + 12 * C)
-            top_t, log_s_t = tl.load(row_ptr + 4 * C), tl.load(row_ptr + 5 * C)
-            k_t = LOG2_E / tl.load(row_ptr + 16 * C)
-            a_t = _load_a(t_ptr, v, V, width, t_softcap)
-            log2_q = (a_t - top_t) * k_t - log_s_t * LOG2_E
-            if KD == FKL:
-                dz += g * (p - tl.exp2(log2_q))
-            else:
-                pull = (log2_p - log2_q) * LN2
-                if KD == JSD_CODE:
-                    t = mixture_log_ratio(pull, alpha)
-                    pull = (1 - alpha) * (t + tl.where(pull < 0, pull, 0.0))
-                    pull -= (1 - alpha) * tl.load(row_ptr + 8 * C)
-                else:
-                    pull -= tl.load(row_ptr + 7 * C)
-                dz += tl.where(p > 0, tl.where(g == 0, 0.0, g * p * pull), 0.0)
-            if KD == BOTH:
-                dz += tl.load(row_ptr + 13 * C) * (p - tl.exp2(log2_q))
+        dz = with_terms(dz, p, log2_p, log2_q, row_ptr, C, alpha, HAS_ENTROPY, KD)
         if softcap is not None:
             tanh = a * (1 / softcap)
             dz *= 1 - tanh * tanh
@@ -307,8 +324,8 @@ def gradient(
     if C:
         _gradient_kernel[(C,)](
             student.logits, other.logits, out, tokens, source,
-            _record(stats, coef, _temperatures(student), _temperatures(other)),
-            *strides, V, _width(V, *strides), C, student.softcap, other.softcap,
+            record(stats, coef, temperatures_of(student), temperatures_of(other)),
+            *strides, V, width_of(V, *strides), C, student.softcap, other.softcap,
             teacher.jsd_alpha if teacher else 0.5, coef.entropy is not None,
             KD_CODES[teacher.kd if teacher else None], tile.columns, num_warps=tile.warps,
             **OPTIONS,
@@ -316,13 +333,13 @@ def gradient(
     return out
 
 
-def _width(V: int, *strides: int) -> int:
+def width_of(V: int, *strides: int) -> int:
     """Return the columns of a row in memory: V rounded up to 16 where rows are padded."""
     padded = -(-V // 16) * 16
     return padded if min(strides) >= padded else V
 
 
-def _temperatures(stream: Stream) -> Tensor:
+def temperatures_of(stream: Stream) -> Tensor:
     """Return the temperature of each row, [C] float32."""
     logits, temperature = stream.logits, stream.temperature
     if isinstance(temperature, Tensor):
@@ -330,7 +347,7 @@ def _temperatures(stream: Stream) -> Tensor:
     return torch.full((len(logits),), temperature, dtype=logits.dtype, device=logits.device)
 
 
-def _record(stats: Stats, coef: Coefficients, *temperatures: Tensor) -> Tensor:
+def record(stats: Stats, coef: Coefficients, *temperatures: Tensor) -> Tensor:
     """Stack the fields of stats and coef, and temperatures: [17, C]; a None is never read.
 
     The last field of coef gives its place to c - h, the factor of -p.

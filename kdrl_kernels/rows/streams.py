@@ -1,6 +1,6 @@
 """Defines what row work reads and returns: logits of one head or two, and their statistics."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -16,6 +16,8 @@ class Stream:
     logits: Tensor
     temperature: float | Tensor
     softcap: float | None
+    masses: Tensor | None = field(default=None, kw_only=True)
+    """[C, blocks]: where given, a sweep of `eager` writes the sum of exp(d) of each block."""
 
 
 @dataclass(frozen=True, slots=True)

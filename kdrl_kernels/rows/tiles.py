@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from kdrl_kernels.rows.streams import Stream
 
-SWEEP, JSD, GRADIENT = "sweep", "jsd", "gradient"
+SWEEP, JSD, GRADIENT, SKETCH = "sweep", "jsd", "gradient", "sketch"
 OBJECTIVE_BLOCK = 256
 """Rows that one program of the objective kernel computes."""
 
@@ -43,6 +43,10 @@ TILES = {
     (GRADIENT, 1, True): Tile(4, 512, 4),
     (GRADIENT, 2, False): Tile(2, 512, 4),
     (GRADIENT, 2, True): Tile(2, 512, 4),
+    (SKETCH, 1, False): Tile(1, 512, 4),
+    (SKETCH, 1, True): Tile(1, 512, 4),
+    (SKETCH, 2, False): Tile(1, 512, 4),
+    (SKETCH, 2, True): Tile(1, 512, 4),
 }
 
 

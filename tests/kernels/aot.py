@@ -20,13 +20,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kdrl_kernels.rows import kernel_objective, kernels, tiles
+from kdrl_kernels.rows import kernel_bags, kernel_objective, kernel_sketch, kernels, tiles
 from kdrl_kernels.rows.kernel_math import KD_CODES, OPTIONS
-from kdrl_kernels.rows.tiles import GRADIENT, JSD, SWEEP, Tile
+from kdrl_kernels.rows.tiles import GRADIENT, JSD, SKETCH, SWEEP, Tile
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 DIVISIBLE = [["tt.divisibility", 16]]
+ENDS = ("_ptr", "_zn", "_tn", "_dn", "_table", "_out", "width")
+"""Ends of the names of arguments that are multiples of 16."""
 
 Variant = tuple[str, Any, dict[str, Any], dict[str, str | None], int]
 """Name, kernel, constexprs, types that differ from the usual ones (None: no argument), warps."""
@@ -58,6 +60,12 @@ def variants(table: dict[tuple[str, int, bool], Tile] = tiles.TILES) -> Iterator
         for dtype in ("bf16", "fp16", "fp32") if name == "rkl" else ("bf16",):
             types = caps | {"dz_ptr": f"*{dtype}"}
             yield f"gradient-{name}-{dtype}", kernels._gradient_kernel, block, types, tile.warps
+        tile = table[SKETCH, *key]
+        block = flags | {"BLOCK_V": tile.columns}
+        yield f"sketch-{name}", kernel_sketch._sketch_kernel, block, caps, tile.warps
+    shape = {"ENTRIES": kernel_bags.ENTRIES, "BLOCK_H": kernel_bags.BLOCK_H}
+    types = {"table_ptr": "*bf16", "out_ptr": "*bf16"}
+    yield "bags-bf16", kernel_bags._bags_kernel, shape, types, 4
     for kd, code in KD_CODES.items():
         flags = {"HAS_POLICY": True, "HAS_ENTROPY": True, "KD": code}
         block = flags | {"BLOCK": tiles.OBJECTIVE_BLOCK}
@@ -72,15 +80,18 @@ def compile_one(variant: Variant, target: GPUTarget, aligned: bool) -> Any:
     def type_of(name: str) -> str:
         if name in constexprs:
             return "constexpr"
-        if name in ("token_ptr", "source_ptr"):
+        if name in ("token_ptr", "source_ptr", "begin_ptr", "offset_ptr"):
             return "*i64"
+        if name in ("column_ptr", "count_ptr", "index_ptr"):
+            return "*i32"
         if name.endswith("_ptr"):
             return types.get(name) or "*fp32"
-        return "i32" if name in ("V", "C", "width") or name.startswith("stride_") else "fp32"
+        sizes = ("V", "C", "H", "width", "slots")
+        return "i32" if name in sizes or name.startswith("stride_") else "fp32"
 
     names = kernel.arg_names
-    divisible = {name for name in names if name.endswith(("_ptr", "_zn", "_tn", "_dn", "width"))}
-    divisible |= {"V"} if aligned else set()
+    divisible = {name for name in names if name.endswith(ENDS)}
+    divisible |= {"V", "H"} & set(names) if aligned else set()
     attrs = {(i,): DIVISIBLE for i, name in enumerate(names) if name in divisible}
     signature = {name: type_of(name) for name in names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
@@ -121,8 +132,10 @@ def main(*only: str) -> None:
     targets = {name: target for name, target in TARGETS.items() if name in (only[:1] or TARGETS)}
     alignments = [name == "aligned" for name in only[1:] or ("aligned", "ragged")]
     for variant, aligned, (arch, target) in product(variants(), alignments, targets.items()):
-        if not aligned and (variant[0].startswith("objective") or "softcap" in variant[0]):
-            continue  # the first has no V; the others differ by nothing more
+        if not aligned and (
+            variant[0].startswith(("objective", "bags")) or "softcap" in variant[0]
+        ):
+            continue  # the first two have no V; the others differ by nothing more
         compiled = compile_one(variant, target, aligned)
         name = f"{variant[0]}-{'aligned' if aligned else 'ragged'}"
         row = {"kernel": name, "arch": arch, "warps": variant[-1]} | resources(compiled)

@@ -1,6 +1,7 @@
 """The example of kdrl_kernels/README.md runs as it stands, on tiny tensors."""
 
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_metrics_table_names_every_key() -> None:
     inputs = _inputs()
     metrics: set[str] = set()
-    for objective in (kk.Objective(kd="rkl", entropy_coef=0.1), kk.Objective(kd_baseline="kl")):
+    objectives = kk.Objective(kd="rkl", entropy_coef=0.1), kk.Objective(kd_baseline="kl")
+    for objective, backward in product(objectives, ("exact", "sketch")):
         out = kk.kdrl_loss(
             inputs["hidden"],
             inputs["weight"],
@@ -65,6 +67,7 @@ def test_the_metrics_table_names_every_key() -> None:
             advantages=inputs["advantages"],
             teacher=kk.TeacherHead(inputs["t_hidden"], inputs["t_weight"]),
             objective=objective,
+            backward=backward,
         )
         metrics |= out.metrics.keys()
     section = README.split("## Metrics")[1].split("##")[0]

@@ -1,0 +1,41 @@
+"""Defines what the public functions return."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobOutput:
+    """Holds what linear_logprobs returns."""
+
+    logprobs: Tensor
+    """[N] float32 (float64 for float64 inputs), the log-probability of each token, in nats."""
+    entropy: Tensor | None
+    """[N] in nats, the entropy of each row in the dtype of logprobs; None unless entropy=True."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossOutput:
+    """Holds what kdrl_loss and linear_token_loss return, in float32 (float64 for float64 inputs).
+
+    [N] fields are detached, and 0 in rows of weight 0.
+    """
+
+    loss: Tensor
+    """0-d, the loss, differentiable once."""
+    logprobs: Tensor
+    """[N], the student's log-probability of each token, in nats."""
+    teacher_logprobs: Tensor | None
+    """[N], the teacher's log-probability of each token, in nats; None without a teacher."""
+    kl: Tensor | None
+    """[N], the exact divergence of each row in nats: KL(p‖q) for "rkl", "rkl+fkl" and kd_baseline
+    "kl", KL(q‖p) for "fkl", Jensen-Shannon for "jsd"; else None."""
+    forward_kl: Tensor | None
+    """[N], KL(q‖p) of each row in nats; None unless kl="rkl+fkl" (linear_token_loss)."""
+    entropy: Tensor | None
+    """[N], the entropy of each row in nats; None unless entropy=True or the loss reads it."""
+    lse: Tensor | None
+    """[N], log(sum_v exp(z_v)) of each row; None unless lse=True (linear_token_loss)."""
+    metrics: dict[str, Tensor]
+    """0-d sums and counts on the device, over the rows of non-zero weight; kdrl_loss lists them."""

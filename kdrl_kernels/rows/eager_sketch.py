@@ -1,0 +1,92 @@
+"""Chooses the entries of a sketched gradient in PyTorch: blocks of columns first, then columns.
+
+The sweep has left exp(d) in the place of the logits, and the mass of each block of columns. A block
+is read again only where the running mass, in units of the row's threshold, passes a whole number
+in it. Maths: README.md, "A sketch of the gradient".
+"""
+
+import torch
+from torch import Tensor
+
+from kdrl_kernels.objective import Coefficients
+from kdrl_kernels.rows import eager
+from kdrl_kernels.rows.eager import BLOCK
+from kdrl_kernels.rows.entries import FORWARD, Entries, Grid
+from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
+
+GROUP_ELEMENTS = 1 << 21
+"""Logits of the rows whose entries are chosen together: 8 MB of float32, if all are read."""
+
+
+def sketch(
+    student: Stream,
+    stats: Stats,
+    coef: Coefficients,
+    grid: Grid,
+    teacher: TeacherStream | None = None,
+) -> Entries:
+    """Return the entries of dL/dz that are kept, after a sweep that wrote masses."""
+    C, V = student.logits.shape
+    step = max(1, GROUP_ELEMENTS // V)
+    parts = [
+        _keep(student, stats, grid, teacher, slice(start, min(start + step, C)))
+        for start in range(0, max(C, 1), step)
+    ]
+    row, column, chance = (torch.cat(values) for values in zip(*parts, strict=True))
+    value, logp = eager.entries(student, stats, coef, teacher, row, column)
+    return Entries(row, column, chance, value.div_(chance), logp)
+
+
+def _keep(
+    student: Stream, stats: Stats, grid: Grid, teacher: TeacherStream | None, rows: slice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return row, column and chance of the kept entries of some rows."""
+    if teacher is not None and teacher.kd not in FORWARD:
+        teacher = None  # p alone decides
+    weight = 1 if teacher is None else 2
+    starts, total = grid.uniforms[rows, None], stats.log_sum[rows].double().exp()
+    unit = 1 / (weight * grid.thresholds[rows] * total)
+    units, unit_t = _masses(student, rows) * unit[:, None], None
+    if teacher is not None:
+        assert stats.teacher_log_sum is not None
+        total_t = stats.teacher_log_sum[rows].double().exp()
+        unit_t = 1 / (weight * grid.thresholds[rows] * total_t)
+        units += _masses(teacher, rows) * unit_t[:, None]
+    ends = units.cumsum(dim=1).add_(starts)
+    starts = torch.cat([starts, ends[:, :-1]], dim=1)
+    # a block that fills its unit holds a whole number, however its columns are rounded
+    read = ((ends.floor() > starts.floor()) | (units > 0.999)).view(-1).nonzero().squeeze(1)
+    n, block = read // units.shape[1], read % units.shape[1]
+    row, begin = n + rows.start, starts.view(-1)[read]
+    e = _block(student, row, block)
+    if student.softcap is not None:
+        e.exp_()
+    lengths = e * unit.to(e.dtype)[n, None]
+    if teacher is not None and unit_t is not None:
+        left = _block(teacher, row, block)
+        ratio = (unit / unit_t).to(e.dtype)[n, None]  # of the sums: left is (q - p) sum exp(d_t)
+        e_t = left.exp() if teacher.kd == "rkl+fkl" else left.addcmul_(e, ratio).clamp_(min=0)
+        lengths += e_t * unit_t.to(e.dtype)[n, None]
+    columns = block[:, None] * BLOCK + torch.arange(BLOCK, device=row.device)
+    if student.logits.shape[1] % BLOCK:
+        lengths.masked_fill_(columns >= student.logits.shape[1], 0)  # what pads a row
+    # whole units change nothing for what follows: without them the sums are more precise
+    ends = lengths.frac().cumsum(dim=1).add_(begin.frac().to(e.dtype)[:, None]).floor_()
+    kept = lengths >= 1
+    kept[:, 0] |= ends[:, 0] > 0
+    kept[:, 1:] |= ends[:, 1:] > ends[:, :-1]
+    place = kept.view(-1).nonzero().squeeze(1)
+    return row[place // BLOCK], columns.view(-1)[place], lengths.view(-1)[place].clamp_(max=1)
+
+
+def _masses(stream: Stream, rows: slice) -> Tensor:
+    """Return the sums of exp(d) of each block, [rows, blocks] in float64."""
+    assert stream.masses is not None
+    return stream.masses[rows].double()
+
+
+def _block(stream: Stream, row: Tensor, block: Tensor) -> Tensor:
+    """Copy blocks of what the sweep left in the place of the logits, [E, BLOCK]."""
+    blocks = stream.logits.stride(0) // BLOCK
+    memory = eager.flat(stream).view(-1, BLOCK)
+    return memory.index_select(0, row * blocks + block)

@@ -1,0 +1,120 @@
+"""Chooses the entries of a sketched gradient on Triton: one program per row, in one read of it.
+
+Positions are whole multiples of 2^-32 of a unit, in 64 bits: they add up without rounding, so the
+intervals of a row neither overlap nor leave anything out, however small. Maths: README.md.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kdrl_kernels.objective import Coefficients
+from kdrl_kernels.rows.entries import Entries, Grid
+from kdrl_kernels.rows.kernel_math import (
+    BOTH,
+    JSD_CODE,
+    KD_CODES,
+    LN2,
+    LOG2_E,
+    OPTIONS,
+    RKL,
+)
+from kdrl_kernels.rows.kernels import (
+    load_a,
+    log2_teacher,
+    record,
+    temperatures_of,
+    width_of,
+    with_terms,
+)
+from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
+from kdrl_kernels.rows.tiles import SKETCH, Tile, tile_of
+
+UNIT = tl.constexpr(2.0**32)
+BITS = tl.constexpr(32)
+
+
+@triton.jit
+def _sketch_kernel(
+    z_ptr, t_ptr, row_ptr, begin_ptr, threshold_ptr, column_ptr, entry_ptr, count_ptr,
+    stride_zn, stride_tn, V, width, C, slots, softcap, t_softcap, alpha,
+    HAS_ENTROPY: tl.constexpr, KD: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Write the kept entries of row n to slots n · slots and on: column, chance, value, log p.
+
+    An entry of length a / threshold is kept where its interval holds a whole number. Most tiles
+    hold none: they cost one sum.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    z_ptr += n * stride_zn
+    t_ptr += n * stride_tn
+    row_ptr += n
+    place = n * slots
+    per_unit = 1 / tl.load(threshold_ptr + n)
+    position = tl.load(begin_ptr + n)
+    c_p = tl.load(row_ptr + 14 * C)
+    top, log2_s = tl.load(row_ptr), tl.load(row_ptr + C) * LOG2_E
+    k = LOG2_E / tl.load(row_ptr + 15 * C)
+    count = 0
+    for start in range(0, V, BLOCK_V):
+        v = start + tl.arange(0, BLOCK_V)
+        log2_p = (load_a(z_ptr, v, V, width, softcap) - top) * k - log2_s
+        log2_q = log2_p
+        if KD >= RKL:
+            log2_q = log2_teacher(t_ptr, v, row_ptr, V, width, C, t_softcap)
+        p = tl.exp2(log2_p)
+        length = p * per_unit
+        if KD >= BOTH and KD != JSD_CODE:
+            length = (p + tl.exp2(log2_q)) * (0.5 * per_unit)
+        units = (length * UNIT).to(tl.int64)
+        after = position + tl.sum(units, axis=0)
+        if after >> BITS > position >> BITS:  # a whole number in this tile
+            ends = position + tl.cumsum(units, axis=0)
+            kept = ends >> BITS > (ends - units) >> BITS
+            chance = tl.where(kept, tl.minimum(length, 1.0), 1.0)
+            dz = with_terms(-c_p * p, p, log2_p, log2_q, row_ptr, C, alpha, HAS_ENTROPY, KD)
+            number = kept.to(tl.int32)
+            slot = place + count + tl.cumsum(number, axis=0) - 1
+            tl.store(column_ptr + slot, v, mask=kept)
+            tl.store(entry_ptr + slot, chance, mask=kept)
+            tl.store(entry_ptr + C * slots + slot, dz / chance, mask=kept)
+            tl.store(entry_ptr + 2 * C * slots + slot, log2_p * LN2, mask=kept)
+            count += tl.sum(number, axis=0)
+        position = after
+    tl.store(count_ptr + n, count)
+
+
+def sketch(
+    student: Stream,
+    stats: Stats,
+    coef: Coefficients,
+    grid: Grid,
+    teacher: TeacherStream | None = None,
+    tile: Tile | None = None,
+) -> Entries:
+    """Return the entries of dL/dz that are kept. Waits once for their number."""
+    tile = tile or tile_of(SKETCH, student, teacher)
+    C, V = student.logits.shape
+    slots = min(V, int(1 / grid.least) + 2)
+    columns = torch.empty(C, slots, dtype=torch.int32, device=stats.max.device)
+    entries = torch.empty(3, C, slots, dtype=torch.float32, device=stats.max.device)
+    counts = torch.empty(C, dtype=torch.int32, device=stats.max.device)
+    other = teacher or student
+    strides = student.logits.stride(0), other.logits.stride(0)
+    if C:
+        _sketch_kernel[(C,)](
+            student.logits, other.logits,
+            record(stats, coef, temperatures_of(student), temperatures_of(other)),
+            (grid.uniforms * 2.0**32).long(), grid.thresholds.float(), columns, entries, counts,
+            *strides, V, width_of(V, *strides), C, slots, student.softcap, other.softcap,
+            teacher.jsd_alpha if teacher else 0.5, coef.entropy is not None,
+            KD_CODES[teacher.kd if teacher else None], tile.columns, num_warps=tile.warps,
+            **OPTIONS,
+        )  # fmt: skip
+    used = torch.arange(slots, device=counts.device) < counts[:, None]
+    place = used.view(-1).nonzero().squeeze(1)
+    chance, value, logp = (part[place] for part in entries.view(3, -1))
+    return Entries(place // slots, columns.view(-1)[place].long(), chance, value, logp)
+
+
+__all__ = ["sketch"]

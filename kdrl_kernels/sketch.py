@@ -1,0 +1,122 @@
+"""Replaces dX and dW by sparse products with an unbiased sketch of each row's gradient.
+
+A row of dL/dlogits has V entries, of which few matter. Those at or above a threshold are kept as
+they are, the others with a probability, at a value that makes up for it, so that the expected
+gradient is the gradient. Maths, variance and when not to use it: rows/README.md.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kdrl_kernels.call import RowSet, take
+from kdrl_kernels.objective import Coefficients
+from kdrl_kernels.plain import check_number
+from kdrl_kernels.rows.entries import Grid
+
+COLUMNS_PER_ENTRY = {"cpu": 16, "cuda": 128}
+"""Columns of the two GEMMs that cost what one entry of both sparse products does."""
+GOLDEN = -0x61C8864680B583EB
+"""2^64 / golden ratio, as a signed integer: what splitmix64 adds for each number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sketch:
+    """Says how backward="sketch" samples the entries of each row's gradient.
+
+    Args:
+        threshold: an entry of probability p >= threshold is kept exactly, a smaller one with
+            probability p / threshold: at most 1 / threshold + 2 entries a row. The threshold is
+            raised where so many would cost more than the GEMMs: to 16 / V on a CPU, 128 / V on a
+            GPU. 1: a single entry a row, beside the sampled token.
+        seed: integer; take another one each step. The same seed gives the same entries, however
+            rows are cut into chunks, calls or ranks.
+        rows: the number of each row, which with the seed decides its random number: an integer,
+            that of the first row of the call, or int64 numbers, [N] or [B, T]. Micro-batches and
+            ranks must give different ones, or their errors are the same.
+        scale: where the coefficients of a row's gradient are known (not in linear_logprobs) and
+            the largest is below scale, its threshold grows as it falls: threshold · scale /
+            |coefficient|. 1 fits advantages of standard deviation 1. 0: the same for all rows.
+    Raises: ValueError for a number out of range, TypeError for what is no number.
+    """
+
+    threshold: float = 2.0**-10
+    seed: int = 0
+    rows: int | Tensor = 0
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("sketch.threshold", self.threshold)
+        if not 2.0**-24 <= self.threshold <= 1:  # float32 has 24 bits
+            raise ValueError(f"sketch.threshold must be in [2^-24, 1], got {self.threshold}")
+        check_number("sketch.seed", self.seed, whole=True)
+        check_number("sketch.scale", self.scale)
+        if not 0 <= self.scale < math.inf:
+            raise ValueError(f"sketch.scale must be finite and not negative, got {self.scale}")
+        if not isinstance(self.rows, Tensor):
+            check_number("sketch.rows", self.rows, whole=True)
+        elif self.rows.dtype != torch.int64:
+            raise TypeError(f"sketch.rows must be int64, got {self.rows.dtype}")
+
+    def of_rows(self, N: int, device: torch.device) -> "Sketch":
+        """Return this sketch with the number of each of N rows, [N].
+
+        Raises: ValueError where rows has another size or device.
+        """
+        if not isinstance(self.rows, Tensor):
+            return replace(self, rows=torch.arange(N, device=device) + self.rows)
+        if self.rows.numel() != N or self.rows.device != device:
+            raise ValueError(
+                f"sketch.rows must hold {N} numbers on {device}, one a row, got "
+                f"{list(self.rows.shape)} on {self.rows.device}"
+            )
+        return replace(self, rows=self.rows.flatten())
+
+    def select(self, rows: RowSet) -> "Sketch":
+        """Return this sketch of some rows; its rows is [N] here."""
+        assert isinstance(self.rows, Tensor)
+        return replace(self, rows=take(self.rows, rows))
+
+    def least_threshold(self, V: int, device: torch.device) -> float:
+        """Return the threshold of rows whose coefficient is scale or more."""
+        return min(1.0, max(self.threshold, COLUMNS_PER_ENTRY.get(device.type, 16) / V))
+
+    def grid(self, rows: RowSet, V: int, coef: Coefficients | None) -> Grid:
+        """Return thresholds and random numbers of some rows of a call; rows is [N] here.
+
+        coef: derivatives of these rows; None where they are not known yet.
+        """
+        assert isinstance(self.rows, Tensor)
+        uniforms = uniform(self.seed, take(self.rows, rows))
+        least = self.least_threshold(V, uniforms.device)
+        thresholds = torch.full_like(uniforms, least)
+        if coef is not None:
+            largest = torch.stack(list(coef.present().values())).abs().amax(dim=0).double()
+            thresholds *= (self.scale / largest).clamp(min=1)  # NaN stays NaN
+            thresholds.masked_fill_(largest == 0, math.inf)
+        return Grid(thresholds, uniforms, least)
+
+
+def uniform(seed: int, rows: Tensor) -> Tensor:
+    """Return a random number in [0, 1) for each row number, float64: splitmix64 of both."""
+    state = _mix(torch.full_like(rows, _signed(seed)) + GOLDEN)
+    return (_mix(state + rows * GOLDEN) >> 11 & (1 << 53) - 1).double() * 2.0**-53
+
+
+def _mix(z: Tensor) -> Tensor:
+    """Return the output function of splitmix64 (Steele, Lea, Flood 2014) of int64 states."""
+    z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
+    return z ^ _shifted(z, 31)
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """Shift right as unsigned numbers."""
+    return z >> bits & (1 << 64 - bits) - 1
+
+
+def _signed(number: int) -> int:
+    """Return the signed 64-bit integer with the low 64 bits of a number."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -1,0 +1,248 @@
+"""Runs losses and log-probabilities whose backward pass multiplies a sketch of dL/dlogits.
+
+Between the two passes there are row lists, in place of a dense dX and dW. For log-probabilities
+the sketch is that of p, which does not depend on the loss: backward then needs no logits at all.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdrl_kernels import logprobs, one_pass
+from kdrl_kernels import rows as row_work
+from kdrl_kernels.autocast import without_autocast
+from kdrl_kernels.call import LogprobCall, LossCall, RowOutputs, RowSet, take
+from kdrl_kernels.checks import bad_tokens, poison
+from kdrl_kernels.head import Head, Needs, gradient_dtypes, in_one_dtype
+from kdrl_kernels.objective import Coefficients
+from kdrl_kernels.rows.entries import Entries
+from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
+from kdrl_kernels.sketch import Sketch
+from kdrl_kernels.sparse_rows import SparseRows, row_of_each, row_sums
+
+
+class Lists:
+    """Collects the entries of all chunks of a pass, in place of one_pass.Gradients."""
+
+    masses = True
+
+    def __init__(self, sketch: Sketch) -> None:
+        self.sketch = sketch
+        self.counts: list[Tensor] = []
+        self.parts: list[tuple[Tensor, ...]] = []
+        self.squares: list[Tensor] = []
+
+    def take(
+        self,
+        call: LossCall,
+        streams: tuple[Stream, TeacherStream | None],
+        stats: Stats,
+        coef: Coefficients,
+        rows: RowSet,
+    ) -> Tensor:
+        """Sketch the gradient of a chunk; return the number of rows that have one, 0-d."""
+        student, teacher = streams
+        grid = self.sketch.grid(rows, call.vocab_size, coef)
+        teacher = None if coef.kl is None else teacher
+        entries = row_work.load_sketch(call.impl).sketch(student, stats, coef, grid, teacher)
+        used = coef.used()
+        merged, offsets = with_tokens(entries, take(call.tokens, rows), stats, used)
+        first = offsets[:-1][used]
+        # 0 · log_sum: a row that is not finite has no entries, and must not pass for one
+        total = 0 * (stats.log_sum + coef.logprobs) if coef.lse is None else coef.lse
+        merged.value[first] = (total - row_sums(merged.value, offsets))[used]
+        exact = merged.value.double().square() * merged.chance
+        self.squares.append(
+            torch.stack([(merged.value.double().square() - exact).sum(), exact.sum()])
+        )
+        slope = slopes(student, stats, merged)
+        values = merged.value if slope is None else merged.value * slope
+        self.counts.append(offsets.diff())
+        self.parts.append((merged.column.int(), values))
+        return used.sum()
+
+    def take_scores(
+        self, impl: str, student: Stream, tokens: Tensor, stats: Stats, rows: RowSet
+    ) -> None:
+        """Sketch p of a chunk, for a loss that is not known yet."""
+        grid = self.sketch.grid(rows, student.logits.shape[1], None)
+        coef = Coefficients(torch.full_like(stats.logprobs, -1))  # dL/dz = p
+        entries = row_work.load_sketch(impl).sketch(student, stats, coef, grid)
+        used = torch.ones_like(tokens, dtype=torch.bool)
+        merged, offsets = with_tokens(entries, tokens, stats, used)
+        self.counts.append(offsets.diff())
+        values = merged.value, merged.logp, slopes(student, stats, merged)
+        self.parts.append((merged.column.int(), *(x for x in values if x is not None)))
+
+    def finish_(self, scale: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ARG002
+        """Return the scale: the entries are multiplied with it in backward."""
+        return scale
+
+    def joined(self, active: RowSet, N: int) -> tuple[Tensor, ...]:
+        """Return the offsets of N rows, then what each chunk gave, which came in active's order."""
+        counts = torch.cat(self.counts)
+        if isinstance(active, Tensor):
+            counts = counts.new_zeros(N).index_copy(0, active, counts)
+        parts = (torch.cat(values) for values in zip(*self.parts, strict=True))
+        return F.pad(counts.cumsum(0), (1, 0)), *parts
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Return the number of entries, and the relative error to expect of dX."""
+        entries = torch.cat(self.counts).sum()
+        noise, signal = torch.stack(self.squares).sum(dim=0)
+        return {
+            "entries": entries,
+            "sketch_variance_sum": noise,
+            "sketch_square_sum": signal,
+            "sketch_noise": (noise / signal).sqrt(),
+        }
+
+
+def with_tokens(
+    entries: Entries, tokens: Tensor, stats: Stats, used: Tensor
+) -> tuple[Entries, Tensor]:
+    """Put the sampled token in front of the entries of each used row, with value 0 and chance 1.
+
+    Its own entry, where it was kept, goes. Returns the entries and their offsets, [C + 1].
+    """
+    entries = entries.select(entries.column != tokens[entries.row])
+    C = len(tokens)
+    n = used.nonzero().squeeze(1)
+    row = torch.cat([n, entries.row])
+    row, order = row.sort(stable=True)
+    ones = torch.ones_like(stats.logprobs[n])
+    merged = Entries(
+        row,
+        torch.cat([tokens[n], entries.column])[order],
+        torch.cat([ones, entries.chance])[order],
+        torch.cat([0 * ones, entries.value])[order],
+        torch.cat([stats.logprobs[n], entries.logp])[order],
+    )
+    offsets = torch.searchsorted(row, torch.arange(C + 1, device=row.device))
+    return merged, offsets
+
+
+def slopes(stream: Stream, stats: Stats, entries: Entries) -> Tensor | None:
+    """Return dz/dlogits of each entry; None where it is 1."""
+    temperature, softcap, row = stream.temperature, stream.softcap, entries.row
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(entries.logp.dtype)[row]
+    if softcap is None:
+        if isinstance(temperature, Tensor) or temperature != 1:
+            return 1 / (temperature * torch.ones_like(entries.logp))
+        return None
+    a = (entries.logp + stats.log_sum[row]) * temperature + stats.max[row]
+    return (1 - (a / softcap).square()) / temperature
+
+
+class _Loss(torch.autograd.Function):
+    """Computes a loss of hidden, weight and bias; backward multiplies the sketch of its rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        call: LossCall,
+        lists: Lists,
+        passes: list[one_pass.Pass],
+    ) -> Tensor:
+        with without_autocast(hidden.device):
+            result = one_pass.run(call, lists)
+            passes.append(result)
+            ctx.settings = call.needs, call.impl
+            if lists.parts:
+                tensors = lists.joined(result.active, len(call.tokens))
+                ctx.save_for_backward(hidden, weight, bias, result.scale, *tensors)
+        return result.loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
+        hidden, weight, bias, scale, offsets, columns, values = ctx.saved_tensors
+        sparse = SparseRows(offsets, columns, values * (scale * grad_loss))
+        head = Head(hidden, weight, bias)
+        return *products(sparse, head, *ctx.settings), None, None, None
+
+
+class _Once(torch.autograd.Function):
+    """Passes a gradient on, and raises where it is to be differentiated."""
+
+    @staticmethod
+    def forward(_ctx: Any, gradient: Tensor, leaf: Tensor) -> Tensor:  # noqa: ARG004 (the graph)
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(_ctx: Any, *_: Tensor) -> tuple[None, None]:
+        raise RuntimeError('backward="sketch" is differentiable once, got a second derivative')
+
+
+def products(sparse: SparseRows, head: Head, needs: Needs, impl: str) -> list[Tensor | None]:
+    """Return the gradients of hidden, weight and bias, each in its own dtype."""
+    with torch.no_grad(), without_autocast(head.hidden.device):
+        results = sparse.products(in_one_dtype(head), gradient_dtypes(head), needs, impl)
+    if not torch.is_grad_enabled():
+        return results
+    tensors = (head.hidden, head.weight, head.bias)  # create_graph=True
+    pairs = zip(results, tensors, strict=True)
+    return [None if x is None or leaf is None else _Once.apply(x, leaf) for x, leaf in pairs]
+
+
+@torch.compiler.disable(reason="the number of entries of a sketch depends on the values")
+def loss(call: LossCall, sketch: Sketch) -> tuple[Tensor, RowOutputs, Tensor, dict[str, Tensor]]:
+    """Return the 0-d loss, differentiable once; row outputs; counts; metrics of the sketch."""
+    student, lists, passes = call.student, Lists(sketch), list[one_pass.Pass]()
+    value = _Loss.apply(student.hidden, student.weight, student.bias, call, lists, passes)
+    (result,) = passes
+    return value, result.rows, result.counts, lists.metrics() if lists.parts else {}
+
+
+class _Logprobs(torch.autograd.Function):
+    """Computes log-probabilities and entropies; backward needs the sketch of p alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        call: LogprobCall,
+        sketch: Sketch,
+    ) -> tuple[Tensor, Tensor | None]:
+        lists = Lists(sketch)
+        with without_autocast(hidden.device):
+            scores = logprobs.score(call, lists)
+            tensors = lists.joined(slice(None), len(call.tokens))
+            bad = bad_tokens(call.tokens, len(call.head.weight), "V")
+            log_sum = poison(scores.log_sum, bad)
+        ctx.settings = call.needs, call.impl
+        ctx.save_for_backward(hidden, weight, bias, scores.entropy, log_sum, *tensors)
+        ctx.set_materialize_grads(False)
+        return scores.logprobs, scores.entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> tuple[Any, ...]:
+        hidden, weight, bias, entropy, log_sum, offsets, columns, p, logp, *slope = (
+            ctx.saved_tensors
+        )
+        if grad is None and grad_entropy is None:
+            return (None,) * 5
+        rows = row_of_each(offsets, len(columns))
+        grad = torch.zeros_like(log_sum) if grad is None else grad
+        factor = grad[rows]
+        if grad_entropy is not None:
+            factor = factor + grad_entropy[rows] * (logp + entropy[rows])
+        values = -factor * p
+        # 0 · log_sum: a row that is not finite has no entries, and must not pass for one
+        values[offsets[:-1]] = 0 * log_sum - row_sums(values, offsets)
+        sparse = SparseRows(offsets, columns, values * slope[0] if slope else values)
+        return *products(sparse, Head(hidden, weight, bias), *ctx.settings), None, None
+
+
+@torch.compiler.disable(reason="the number of entries of a sketch depends on the values")
+def linear_logprobs(call: LogprobCall, sketch: Sketch) -> tuple[Tensor, Tensor | None]:
+    """Return logprobs [N] and entropy [N] or None, differentiable once; sketch has N rows."""
+    head = call.head
+    return _Logprobs.apply(head.hidden, head.weight, head.bias, call, sketch)

@@ -1,0 +1,98 @@
+"""Multiplies a sparse dL/dlogits with the head: dX, dW and db, each written once in its dtype.
+
+dX[n] is a sum over the entries of row n, dW[v] one over those of column v after a stable sort: both
+are bags of weighted rows of a table, without atomics.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdrl_kernels.gemm import WIDEN_ELEMENTS
+from kdrl_kernels.head import Head, Needs
+
+
+@dataclass(frozen=True, slots=True)
+class SparseRows:
+    """Holds entries of [N, V], by row: what is kept from the forward pass until backward."""
+
+    offsets: Tensor
+    """[N + 1] int64: row n has the entries from offsets[n] to offsets[n + 1]."""
+    columns: Tensor
+    """[E] int32."""
+    values: Tensor
+    """[E], float32 or float64."""
+
+    @property
+    def rows(self) -> Tensor:
+        """The row of each entry, [E] int32."""
+        return row_of_each(self.offsets, len(self.columns))
+
+    def products(
+        self, head: Head, dtypes: list[torch.dtype], needs: Needs, impl: str
+    ) -> list[Tensor | None]:
+        """Return dX, dW and db of these dL/dlogits, in their dtypes; None where not needed."""
+        bags = load_bags(impl)
+        results: list[Tensor | None] = [None] * 3
+        if needs[0]:
+            results[0] = bags(head.weight, self.columns, self.values, self.offsets, dtypes[0])
+        if needs[1] or needs[2]:
+            columns, order = self.columns.sort(stable=True)
+            ends = torch.arange(len(head.weight) + 1, dtype=torch.int32, device=order.device)
+            offsets = torch.searchsorted(columns, ends)
+            rows, values = self.rows[order], self.values[order]
+            if needs[1]:
+                results[1] = bags(head.hidden, rows, values, offsets, dtypes[1])
+            if needs[2]:
+                results[2] = row_sums(values, offsets).to(dtypes[2])
+        return results
+
+
+def row_of_each(offsets: Tensor, entries: int) -> Tensor:
+    """Return the row of each entry, [E] int32."""
+    rows = torch.arange(len(offsets) - 1, dtype=torch.int32, device=offsets.device)
+    return rows.repeat_interleave(offsets.diff(), output_size=entries)
+
+
+def row_sums(values: Tensor, offsets: Tensor) -> Tensor:
+    """Return the sum of the entries of each row, in their order; 0 for none."""
+    return torch.segment_reduce(values, "sum", offsets=offsets, initial=0)
+
+
+def eager_bags(
+    table: Tensor, index: Tensor, weights: Tensor, offsets: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Return the sum of weights[k] · table[index[k]] of each bag, [bags, H] in dtype.
+
+    Bag b has the k from offsets[b] to offsets[b + 1]. Sums have the dtype of weights.
+    """
+    wide, offsets = table.to(weights.dtype), offsets.to(index.dtype)
+    if dtype == weights.dtype:
+        return _bags(wide, index, weights, offsets)
+    out = table.new_empty(len(offsets) - 1, table.shape[1], dtype=dtype)
+    step = max(1, WIDEN_ELEMENTS // table.shape[1])
+    for start in range(0, len(out), step):
+        ends = offsets[start : start + step + 1]
+        part = slice(int(ends[0]), int(ends[-1]))
+        out[start : start + step] = _bags(wide, index[part], weights[part], ends - ends[0])
+    return out
+
+
+def _bags(table: Tensor, index: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    if len(index) == 0:  # embedding_bag wants an entry
+        return table.new_zeros(len(offsets) - 1, table.shape[1])
+    return F.embedding_bag(
+        index, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
+
+
+def load_bags(impl: str) -> Callable[[Tensor, Tensor, Tensor, Tensor, torch.dtype], Tensor]:
+    """Return the function of an implementation that adds up bags."""
+    if impl == "triton":
+        from kdrl_kernels.rows import kernel_bags  # noqa: PLC0415 (Triton is optional)
+
+        return kernel_bags.bags
+    return eager_bags
