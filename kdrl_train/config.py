@@ -69,12 +69,19 @@ class ModelConfig:
     trust_remote_code: Switch = False
     """Run Python files in the folders of policy and teacher (auto_map in their config.json), with
     the rights of this process. Set it only for authors that you trust."""
+    head_backward: Literal["exact", "sketch"] = "exact"
+    """Gradient of the LM head. sketch: an unbiased sparse one, without the two GEMMs of dX and dW;
+    sketch_noise in the log is its relative error."""
+    head_threshold: PositiveFloat = 2.0**-10
+    """With a sketched head: the probability from which an entry is kept exactly, in [2^-24, 1]."""
     liger: Switch = False
     """Use liger-kernel for RMSNorm, SwiGLU and RoPE of both models. Needs a GPU with Triton, and
     `pip install 'kdrl-kernels[liger]'`."""
 
     def __post_init__(self) -> None:
         _require_no_secret("teacher", self.teacher, "KDRL_TEACHER_TOKEN")
+        if not 2.0**-24 <= self.head_threshold <= 1:
+            raise ValueError(f"head_threshold must be in [2^-24, 1], got {self.head_threshold}")
 
     @property
     def teacher_is_url(self) -> bool:
@@ -313,6 +320,11 @@ class TrainConfig:
             raise ValueError(
                 'sampling.group_size must be at least 2 for method.kd_coef.kind "reward_adaptive", '
                 f"got {self.sampling.group_size}: with one completion beta would always be 0"
+            )
+        if self.optim.head_impl == "reference" and self.model.head_backward != "exact":
+            raise ValueError(
+                'model.head_backward must be "exact" with optim.head_impl "reference", got '
+                f'"{self.model.head_backward}"'
             )
         if self.sampling.prompts_per_step % self.optim.updates_per_rollout:
             raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
+import kdrl_kernels as kk
 from kdrl_train.config import ModelConfig, TrainConfig
 from kdrl_train.model import attention, choice
 from kdrl_train.model.folder import (
@@ -269,6 +270,13 @@ def checkpoint_activations(model: Any) -> None:
         model.gradient_checkpointing_enable()
 
 
+def sketch_of(config: ModelConfig) -> kk.Sketch | None:
+    """Return the sketch of the head's gradient; None: the exact gradient."""
+    if config.head_backward == "exact":
+        return None
+    return kk.Sketch(threshold=config.head_threshold)
+
+
 def load_policy(
     config: TrainConfig,
     teacher: HasVocabulary | None,
@@ -294,6 +302,7 @@ def load_policy(
         vocab_size=columns if teacher_columns is None else min(columns, teacher_columns),
         workspace_bytes=config.optim.workspace_bytes,
         head_impl=config.optim.head_impl,
+        sketch=sketch_of(config.model),
         temperature=config.sampling.temperature,
         compute_dtype=getattr(torch, config.model.dtype),
     )

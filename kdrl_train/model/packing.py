@@ -50,6 +50,11 @@ class PackedBatch:
     """[N] float32, nats, from a server; NaN in completions that it was not queried for. None: not
     from a server, or no token is distilled."""
 
+    @property
+    def token_numbers(self) -> Tensor:
+        """[N] int64: a number for each token of the step, however it is packed."""
+        return (self.rollout << 32) + self.position_ids[0, self.loss_index]
+
     def to(self, device: torch.device | str) -> "PackedBatch":
         """Copy the batch to another device."""
         values = {name: getattr(self, name) for name in self.__slots__}

@@ -7,6 +7,7 @@ V vocabulary.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from inspect import signature
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -184,7 +185,7 @@ class Policy(HeadedModel):
         model, temperature, compute_dtype: as HeadedModel.
         method: the objective.
         vocab_size: columns of the head from here on are not part of the vocabulary; None: all are.
-        workspace_bytes, head_impl: of kk.kdrl_loss.
+        workspace_bytes, head_impl, sketch: of kk.kdrl_loss; the sketch's rows are those of packs.
     """
 
     def __init__(
@@ -195,6 +196,7 @@ class Policy(HeadedModel):
         vocab_size: int | None = None,
         workspace_bytes: int | None = None,
         head_impl: str | None = None,
+        sketch: kk.Sketch | None = None,
         temperature: float = 1.0,
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -204,6 +206,12 @@ class Policy(HeadedModel):
         self.sampled_vocab_size = vocab_size
         self.workspace_bytes = workspace_bytes
         self.head_impl = head_impl
+        self.sketch = sketch
+
+    def draw_sketch(self, seed: int) -> None:
+        """Give the sketch of the head's gradient, if there is one, the seed of an update."""
+        if self.sketch is not None:
+            self.sketch = replace(self.sketch, seed=seed)
 
     def forward(
         self,
@@ -248,7 +256,9 @@ class Policy(HeadedModel):
             hidden, weight, bias: [N, H], [V, H] and [V] or None, in the compute dtype.
             The rest: as forward.
         """
-        distil = goal.kd is not None
+        distil, sketch = goal.kd is not None, self.sketch
+        if sketch is not None:  # the same numbers however completions are packed
+            sketch = replace(sketch, rows=batch.token_numbers)
         return kk.kdrl_loss(
             hidden,
             weight,
@@ -267,6 +277,8 @@ class Policy(HeadedModel):
             vocab_size=self.sampled_vocab_size,
             entropy=True,
             workspace_bytes=self.workspace_bytes,
+            backward="exact" if sketch is None else "sketch",
+            sketch=sketch,
             impl=self.head_impl,
         )
 
@@ -280,7 +292,8 @@ def token_sums(out: kk.LossOutput, batch: PackedBatch) -> dict[str, Tensor]:
     """
     used = batch.token_weights > 0
     mismatch = (out.logprobs - batch.sampled_logprobs).abs().double().where(used, 0.0)
-    sums = {name: value.double() for name, value in out.metrics.items() if name != "ratio_max"}
+    means = ("ratio_max", "sketch_noise")
+    sums = {name: value.double() for name, value in out.metrics.items() if name not in means}
     sums["sampler_mismatch_sum"] = mismatch.sum()
     sums["sampler_mismatch_max"] = mismatch.max() if len(mismatch) else mismatch.sum()
     if out.teacher_logprobs is not None:

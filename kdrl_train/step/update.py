@@ -135,6 +135,7 @@ def accumulate(inputs: StepInputs, used_R: Tensor, part: int) -> Accumulated:
     every = config.log.diagnostics_every
     loss = torch.zeros((), dtype=torch.float64, device=device)
     policy.train()
+    policy.draw_sketch((config.seed << 40) + (inputs.step << 8) + part)
     coefficients = replace(inputs.coefficients, token_weights=weights_R)
     learnt, used = 0, int((weights_R != 0).sum())
     for turn, micro_batch in enumerate(packs_of(batch, coefficients, config, world)):

@@ -176,5 +176,6 @@ class Case:
             dtype=self.dtype,
             device="cpu" if self.placement.cpu else "cuda",
             workspace_bytes=optim.workspace_bytes,
+            backward=self.run.model.head_backward,
             impl=optim.head_impl,
         )

@@ -32,6 +32,8 @@ CURVES = {
         "grad_norm": "gradient norm, before clipping",
         "clip_fraction": "clipped tokens, share",
         "learning_rate": "learning rate",
+        "sketch_noise": "relative noise of the sketched gradient",
+        "sketch_entries": "entries of the sketch a token",
     },
     "Health": {
         "sampler_mismatch_mean": "sampler mismatch, mean, nats",
