@@ -24,6 +24,8 @@ def load_tensors(path: Path) -> Any:
     Raises: ValueError for a file that holds anything else, or that has changed since.
     """
     try:
+        if not path.is_file():  # opening a pipe would wait for ever
+            raise FileNotFoundError(f"no regular file {path.name}")
         with zipfile.ZipFile(path) as records:
             changed = records.testzip()  # torch.load does not look at the checksums
         if changed is not None:

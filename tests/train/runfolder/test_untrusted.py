@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import struct
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -186,6 +187,18 @@ def test_a_stored_batch_runs_nothing(
         load_tensors(file)
     with pytest.raises(ValueError, match=rf"file must be a failed_step_.*{what}"):
         replay.load_dump(file)
+
+
+@hostile
+def test_a_pipe_in_place_of_a_stored_batch_is_not_waited_for(tmp_path: Path) -> None:
+    file = tmp_path / "failed_step_000001.pt"
+    os.mkfifo(file)
+    # who reads the pipe waits for ever; the test only until then
+    end = threading.Timer(1, lambda: os.close(os.open(file, os.O_WRONLY | os.O_NONBLOCK)))
+    end.start()
+    with pytest.raises(ValueError, match=rf"got no regular file {file.name}"):
+        load_tensors(file)
+    end.cancel()
 
 
 @pytest.mark.fault("flipped or cut file")
