@@ -62,6 +62,15 @@ def _without(config: dict[str, Any], keys: set[str], prefix: str = "") -> dict[s
     return kept
 
 
+def _filled(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration with the default of each setting that came after it was written."""
+    result = defaults | config
+    for name, value in defaults.items():
+        if isinstance(value, dict) and isinstance(result[name], dict):
+            result[name] = _filled(result[name], value)
+    return result
+
+
 def resumes(config: TrainConfig) -> bool:
     """Say whether a run continues what is in its folder. With "auto" it does if there is a run: one
     that was killed before its first checkpoint begins again, and says how many steps are lost."""
@@ -141,6 +150,7 @@ def check_config(place: Path, written: dict[str, Any], config: TrainConfig) -> N
     builtin = reward["function"] in ("math", "exact")  # they pay 0 or 1
     # a run without this setting called every reward above 0 right
     written = written | {"reward": {"right_above": 0.5 if builtin else 0.0} | reward}
+    written = _filled(written, to_dict(TrainConfig()))
     changed = differences(_without(written, may_change), _without(to_dict(config), may_change))
     if changed:
         lines = [f"  {key}: {old} before, {new} now" for key, (old, new) in changed.items()]

@@ -134,3 +134,15 @@ def test_auto_resumes_where_there_is_a_run(tmp_path: Path) -> None:
     (settings.out / "checkpoints" / "step_000001").mkdir(parents=True)
     assert resumes(settings)
     assert not resumes(replace(settings, resume=False))
+
+
+def test_a_setting_that_came_after_a_run_began_has_its_default_there(tmp_path: Path) -> None:
+    settings = stopped_run(tmp_path, 4)
+    path = tmp_path / "checkpoints" / "step_000004" / "meta.json"
+    meta = json.loads(path.read_text(encoding="utf-8"))
+    del meta["config"]["model"]["head_backward"], meta["config"]["keep_every"]
+    path.write_text(json.dumps(meta), encoding="utf-8")
+    assert open_folder(settings) is not None
+    other = replace(settings, model=replace(settings.model, head_backward="sketch"))
+    with pytest.raises(ValueError, match=r"model\.head_backward: exact before, sketch now"):
+        open_folder(other)
