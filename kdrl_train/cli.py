@@ -186,12 +186,7 @@ def parse(
     preset = getattr(early, "preset", None)
     if preset in PRESETS:
         default = replace(default, method=PRESETS[preset])  # type: ignore[type-var]
-        if {f.name for f in fields(MethodConfig)} <= set(file.get("method") or {}):
-            raise ValueError(
-                f"--preset must leave something to set, got {preset} and {early.config}, which "
-                "sets every key of method, as the config.yaml of a run does: drop --preset to keep "
-                "that method, or remove the section method from a copy of the file to replace it"
-            )
+        require_room(preset, file, early.config)
     if of_run is not None and is_training(file, default):
         training = update(TrainConfig(), file)
         # such a file comes with its model: whether the model's code is run says this command
@@ -216,6 +211,16 @@ def parse(
     if early.config is not None and reward is not None and early.reward != reward.function:
         require_own_module(reward.function, Path(early.config))
     return settings
+
+
+def require_room(preset: str, file: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError for a file called `name` that sets every key of the method."""
+    if {f.name for f in fields(MethodConfig)} <= set(file.get("method") or {}):
+        raise ValueError(
+            f"--preset must leave something to set, got {preset} and {name}, which sets every key "
+            "of method, as the config.yaml of a run does: drop --preset to keep that method, or "
+            "remove the section method from a copy of the file to replace it"
+        )
 
 
 def switched(argv: Sequence[str]) -> Iterator[str]:

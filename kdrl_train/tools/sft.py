@@ -345,18 +345,15 @@ def main(config: SftConfig, console: Console | None = None) -> Path:
     device = torch_device(config.device, "device")
     console = output.guarded_console(console)
     solutions = read_solutions(config)
-    source = config.model or config.tokenizer
+    source, trusted = config.model or config.tokenizer, config.trust_remote_code
     if source is None:
         texts = (text for example, solution in solutions for text in (example.prompt, solution))
         tokenizer = train_tokenizer(texts, config.vocab_size)
     else:
-        tokenizer = load_tokenizer(
-            source, "model" if config.model else "tokenizer", config.trust_remote_code
-        )
+        tokenizer = load_tokenizer(source, "model" if config.model else "tokenizer", trusted)
     if config.model is None:
         model = make_model(config.architecture, tokenizer, config.seed).to(device)
     else:
-        trusted = config.trust_remote_code
         model = read_model(config.model, "model", torch.float32, plain="trained", trusted=trusted)
         model.to(device)
         if model.origin.parts:
