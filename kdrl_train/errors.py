@@ -43,6 +43,12 @@ def describe(error: BaseException) -> str:
     return f"{text} ({Path(frames[-1].filename).name}:{frames[-1].lineno}: {frames[-1].line})"
 
 
+def require_file(path: Path) -> None:
+    """Raise ValueError where something else stands: opening a pipe waits for its other end."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} must be a file, got a folder, pipe or device: move it away")
+
+
 @contextmanager
 def written(path: Path) -> Iterator[None]:
     """Name in an OSError of the block the file that cannot be written, and what to do."""

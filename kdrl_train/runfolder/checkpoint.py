@@ -356,7 +356,7 @@ def _sync(folder: Path, *more: Path) -> None:
     if os.name == "nt":  # it flushes no directory; each file was flushed as it was written
         return
     for path in [*folder.iterdir(), folder, *more]:
-        if not path.exists() or (path.is_dir() and path != folder):
+        if path != folder and not path.is_file():
             continue
         handle = os.open(path, os.O_RDONLY)
         try:

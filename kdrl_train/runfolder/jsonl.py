@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kdrl_train.errors import written
+from kdrl_train.errors import require_file, written
 from kdrl_train.output import escape
 
 Record = dict[str, Any]
@@ -44,8 +44,7 @@ def numbered(path: Path, damaged: Callable[[str], None] = refuse) -> dict[int, R
 
     damaged: called with a message for every other line that is no record, which is left out, too.
     """
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} must be a file, got a folder, pipe or device: move it away")
+    require_file(path)
     records = {}
     lines = path.read_bytes().split(b"\n") if path.exists() else [b""]  # U+2028 ends no line
     for number, part in enumerate(lines, start=1):

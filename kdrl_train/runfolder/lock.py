@@ -16,7 +16,7 @@ from typing import IO
 from uuid import uuid4
 
 from kdrl_train import output
-from kdrl_train.errors import RunError
+from kdrl_train.errors import RunError, require_file
 
 try:
     import fcntl
@@ -54,6 +54,7 @@ class RunLock(AbstractContextManager["RunLock"]):
         """Open and lock the file. Raises: RunError where another process still holds it then."""
         while True:
             self.folder.mkdir(parents=True, exist_ok=True)
+            require_file(self._path)
             file = self._path.open("a", encoding="utf-8")
             try:
                 if fcntl is None:

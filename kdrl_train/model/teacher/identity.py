@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kdrl_train.errors import written
+from kdrl_train.errors import require_file, written
 from kdrl_train.model.eos import eos_ids
 from kdrl_train.model.fingerprint import weights_hash
 from kdrl_train.model.policy import Teacher
@@ -42,6 +42,7 @@ def check_same_teacher(folder: Path, now: TeacherInfo) -> list[str]:
             f"{folder} does not say which teacher the run had, as an older version began it: make "
             f"sure that it was {now.model}"
         ]
+    require_file(path)
     try:
         before = TeacherInfo(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:

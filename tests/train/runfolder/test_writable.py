@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 
+from kdrl_train.model.teacher.client import TeacherInfo
+from kdrl_train.model.teacher.identity import FILE as TEACHER
+from kdrl_train.model.teacher.identity import check_same_teacher
 from kdrl_train.runfolder import checkpoint, jsonl, writable
 from kdrl_train.runfolder.export import export
+from kdrl_train.runfolder.lock import FILE as LOCK
+from kdrl_train.runfolder.lock import RunLock
 from kdrl_train.runfolder.writable import require_writable, require_writable_file
 
 
@@ -50,6 +55,22 @@ def test_a_pipe_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match=r"^out must be a file, got .*, which is a pipe"):
         require_writable_file(tmp_path / "pipe")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX has pipes among files")
+@pytest.mark.fault("hostile checkpoint")
+def test_no_run_opens_what_stands_in_a_files_place(tmp_path: Path) -> None:
+    """A pipe as .lock, teacher.json or LATEST held a resumed run for ever."""
+    for name in (LOCK, TEACHER):  # a folder is no file either, and opening one waits for nobody
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match="must be a file, got a folder, pipe or device"):
+        RunLock(tmp_path).__enter__()
+    with pytest.raises(ValueError, match="must be a file, got a folder, pipe or device"):
+        check_same_teacher(tmp_path, TeacherInfo(model="other", window=None))
+    os.mkfifo(tmp_path / "LATEST")
+    both_ends = os.open(tmp_path / "LATEST", os.O_RDWR)  # so that the next one to open it goes on
+    checkpoint._sync(tmp_path)  # a pipe cannot be flushed to the disk
+    os.close(both_ends)
 
 
 def link(path: Path, target: Path) -> None:
