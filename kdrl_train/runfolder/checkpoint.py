@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.state_dict import (
 from kdrl_train import output
 from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import to_dict
+from kdrl_train.errors import RunError
 from kdrl_train.ranks import ALONE, World
 from kdrl_train.runfolder.hashes import HashingWriter, require_same, sealed, sha256_of, unsealed
 from kdrl_train.runfolder.untrusted import Planner, Reader
@@ -162,12 +163,15 @@ def save(folder: Path, state: RunState, world: World = ALONE) -> Path:
 def writing(folder: Path, step: int) -> Iterator[Path]:
     """Yield the folder in which a checkpoint is written; an error removes it.
 
-    Raises: OSError naming the checkpoint that could not be written, and the cause.
+    Raises: OSError naming the checkpoint that could not be written, and the cause; a RunError of
+        the block.
     """
     work = folder / f".tmp_{folder_of(folder, step).name}"
     try:
         yield work
     except (OSError, CheckpointException, RuntimeError) as error:  # the last one of torch.save
+        if type(error) is RunError:  # another run has the folder, and may be writing into it
+            raise
         shutil.rmtree(work, ignore_errors=True)
         raise OSError(
             f"the checkpoint of step {step} must be written to {folder}, got {_cause(error)}: free "

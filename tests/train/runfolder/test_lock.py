@@ -23,6 +23,7 @@ from kdrl_train.config import SamplingConfig, TrainConfig
 from kdrl_train.errors import RunError
 from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder import lock as locks
+from kdrl_train.runfolder.checkpoint import writing
 from kdrl_train.runfolder.export import export
 from kdrl_train.runfolder.lock import RunLock
 from kdrl_train.runfolder.log import RunLog, read_records
@@ -99,6 +100,16 @@ def test_without_locks_the_older_run_writes_nothing_more(tmp_path: Path) -> None
             assert files(tmp_path) == before
             second.require_ours()
     assert not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.fault("two runs in one folder")
+def test_a_checkpoint_of_the_other_run_is_left_alone(tmp_path: Path) -> None:
+    """Both write the same step. What ends this run is no lack of space."""
+    work = tmp_path / ".tmp_step_000007"
+    work.mkdir()
+    with pytest.raises(RunError, match=r"^run must be of one run"), writing(tmp_path, 7):
+        raise RunError("run must be of one run at a time")
+    assert work.exists()
 
 
 @pytest.mark.fault("two runs in one folder")
