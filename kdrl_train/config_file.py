@@ -61,6 +61,7 @@ def save_yaml(config: Any, path: Path) -> None:
     text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
     work = path.with_name(f".{path.name}.tmp")  # a killed process leaves the old file or the new
     with written(path):
+        work.unlink(missing_ok=True)  # a link would be followed
         work.write_text(text, encoding="utf-8")
         work.replace(path)
 

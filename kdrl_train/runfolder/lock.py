@@ -54,6 +54,8 @@ class RunLock(AbstractContextManager["RunLock"]):
         """Open and lock the file. Raises: RunError where another process still holds it then."""
         while True:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if self._path.is_symlink():  # it would be followed
+                self._path.unlink(missing_ok=True)
             require_file(self._path)
             file = self._path.open("a", encoding="utf-8")
             try:

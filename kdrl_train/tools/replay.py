@@ -17,6 +17,7 @@ from rich.text import Text
 from kdrl_train.batch import CompletionCoefficients, Rollouts
 from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import load_yaml, update
+from kdrl_train.errors import require_file
 from kdrl_train.method import grpo
 from kdrl_train.model.load import use_device
 from kdrl_train.model.packing import pack
@@ -98,6 +99,7 @@ def main(config: ReplayConfig, console: Console | None = None) -> list[Replayed]
 def load_dump(file: Path) -> dict[str, Any]:
     """Reads the dump of a step that stopped a run. Raises ValueError if the file is not one."""
     try:
+        require_file(file)
         dump = load_tensors(file)
         step = {name: dump[name] for name in (*_STEP, *_ROLLOUTS)}
         return step | {"outcomes": dump.get("outcomes") or ["-"] * len(dump["example_ids"])}

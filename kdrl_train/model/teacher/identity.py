@@ -72,5 +72,6 @@ def keep_teacher(folder: Path, info: TeacherInfo) -> None:
         return
     work = path.with_name(f".{path.name}.tmp")
     with written(path):
+        work.unlink(missing_ok=True)  # a link would be followed
         work.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
         work.replace(path)

@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 
+from kdrl_train.config import TrainConfig
+from kdrl_train.config_file import save_yaml
 from kdrl_train.model.teacher.client import TeacherInfo
 from kdrl_train.model.teacher.identity import FILE as TEACHER
-from kdrl_train.model.teacher.identity import check_same_teacher
+from kdrl_train.model.teacher.identity import check_same_teacher, keep_teacher
 from kdrl_train.runfolder import checkpoint, jsonl, writable
 from kdrl_train.runfolder.export import export
 from kdrl_train.runfolder.lock import FILE as LOCK
 from kdrl_train.runfolder.lock import RunLock
 from kdrl_train.runfolder.writable import require_writable, require_writable_file
+from kdrl_train.tools.replay import load_dump
 
 
 def test_a_place_that_can_be_written_stays_as_it_is(tmp_path: Path) -> None:
@@ -71,6 +74,32 @@ def test_no_run_opens_what_stands_in_a_files_place(tmp_path: Path) -> None:
     both_ends = os.open(tmp_path / "LATEST", os.O_RDWR)  # so that the next one to open it goes on
     checkpoint._sync(tmp_path)  # a pipe cannot be flushed to the disk
     os.close(both_ends)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
+@pytest.mark.fault("hostile checkpoint")
+def test_a_link_in_the_place_of_a_small_file_is_not_followed(tmp_path: Path) -> None:
+    """The settings were written over the user's file to which .config.yaml.tmp led."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in (LOCK, ".config.yaml.tmp", f".{TEACHER}.tmp"):
+        (run / name).symlink_to(victim)
+    with RunLock(run):
+        save_yaml(TrainConfig(), run / "config.yaml")
+        keep_teacher(run, TeacherInfo(model="one", window=None))
+        assert (run / LOCK).is_file()
+    assert victim.read_text() == "mine"
+    assert (run / "config.yaml").stat().st_size > 1000
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX has pipes among files")
+@pytest.mark.fault("hostile checkpoint")
+def test_replay_takes_no_folder_for_a_dump(tmp_path: Path) -> None:
+    """Opening a pipe waited for ever."""
+    with pytest.raises(ValueError, match="got a folder, pipe or device"):
+        load_dump(tmp_path)
 
 
 def link(path: Path, target: Path) -> None:
