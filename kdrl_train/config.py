@@ -343,7 +343,8 @@ class TrainConfig:
 
     def is_saved(self, done: int) -> bool:
         """Whether a checkpoint follows on `done` optimiser steps."""
-        return done % self.save_every == 0 or done == self.steps
+        kept = self.keep_every > 0 and done % self.keep_every == 0
+        return done % self.save_every == 0 or kept or done == self.steps
 
     def _check_server(self) -> None:
         """Raises ValueError for what log-probabilities from a server cannot give."""

@@ -23,7 +23,7 @@ class MidStepError(RunError):
 
 
 class BrokenWeightsError(MidStepError, FloatingPointError):
-    """An update left weights, or moments of AdamW, that are not finite: they are never saved."""
+    """An update left weights, moments or logits that are not finite: they are never saved."""
 
 
 class RankError(RunError):

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from kdrl_train import output
 from kdrl_train.config import TrainConfig
-from kdrl_train.errors import describe
+from kdrl_train.errors import BrokenWeightsError, describe
 from kdrl_train.method.evaluation import EVAL_STEP, summarize
 from kdrl_train.method.histogram import length_counts
 from kdrl_train.method.metrics import reward_metrics
@@ -139,6 +139,8 @@ def rescue(run: Run, error: Exception) -> Exception:
         here.
     """
     position, first = run.position, error
+    # a RankError repeats the type of the error on another rank
+    broken = BrokenWeightsError.__name__ in f"{type(error).__name__}: {error}"
     cause: BaseException | None = error
     run.optimizer.zero_grad(set_to_none=True)
     while cause is not None:  # out of memory: what the step held is in the frames of its error
@@ -154,22 +156,24 @@ def rescue(run: Run, error: Exception) -> Exception:
         if all_here:
             places = run.world.share(lambda: (position.done, position.begun))
             done = min(places)[0]
-            torn = torn or len(set(places)) > 1
+            torn = torn or broken or len(set(places)) > 1
             if not torn:
                 save_rest(run)
     except Exception as second:  # of any type: a checkpoint has many ways to fail
         if str(second) != str(first):
             first.add_note(f"then saving failed with {describe(second)}")
-    saved, rest = run.saver.saved, "--resume starts again"
+    saved, rest = run.saver.saved, "no step is saved: --resume starts again at step 1"
     if saved:
         rest = f"steps 1 to {saved} are saved: --resume continues there"
     if not all_here and saved < done:
         rest = f"steps {saved + 1} to {done} cannot be saved without that rank; {rest}"
-    elif torn:
+    elif torn and not broken:
         rest = (
             f"an optimiser step of step {done + 1} had begun: the weights belong to no "
             f"whole step and are not saved; {rest}"
         )
+    elif torn:
+        rest = f"the weights after step {done} are not saved; {rest}"
     first.add_note(rest)
     return first
 

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from kdrl_train.batch import Rollouts
 from kdrl_train.config import SamplingConfig
+from kdrl_train.errors import BrokenWeightsError
 from kdrl_train.model.eos import eos_ids
 from kdrl_train.rollouts.rendering import completion_text
 from kdrl_train.waiting import Poll
@@ -132,13 +133,14 @@ class Draw(LogitsProcessor):
     def recorded(self) -> Tensor:
         """Return the log-probabilities of the drawn tokens, [B, T] float32 nats, on the CPU.
 
-        Raises: FloatingPointError where one is not finite, because the logits were not.
+        Raises: BrokenWeightsError where one is not finite, because the logits were not.
         """
         logprobs = torch.stack(self.logprobs, dim=1).float().cpu()
         if not logprobs.isfinite().all():
-            raise FloatingPointError(
+            raise BrokenWeightsError(
                 "the policy's logits must be finite while it samples, got others: its weights are "
-                "broken, or sampling.temperature is too small"
+                "broken (start again from an earlier checkpoint, with a lower "
+                "optim.learning_rate), or sampling.temperature is too small"
             )
         return logprobs
 

@@ -11,6 +11,9 @@ DEAD = 1e-6
 """Entropy, in nats per token, of a policy that draws one token alone, and so sees no other."""
 SILENT_STEPS = 100
 """Steps in a row without a group of mixed rewards after which a run is warned."""
+LATE_SHARE = 0.1
+"""Share of a step's completions whose reward was not ready in time, from which a run is warned."""
+OUTCOMES = ("right", "wrong", "unparseable", "timeout", "error")
 SATURATED = 0.1
 """Entropy, in nats per token, below which a policy hardly samples anything else any more."""
 
@@ -50,6 +53,14 @@ class Doubts:
                 f"{record['reward']:.3f}): the policy gradient is 0. Take problems of another "
                 "difficulty or a larger sampling.group_size, run sft first, or read samples/: does "
                 "reward.function see the answers?"
+            )
+        judged = sum(record.get(f"verifier_{outcome}", 0) for outcome in OUTCOMES)
+        late = record.get("verifier_timeout", 0)
+        if late > LATE_SHARE * judged and self._first("late"):
+            doubts.append(
+                f"rewards must be ready within reward.timeout_s, got {late} of {judged} "
+                f"completions of step {record['step'] + 1} that were not: they are paid 0. Make "
+                "reward.function faster, or raise reward.timeout_s"
             )
         return doubts
 

@@ -73,6 +73,8 @@ def open_run(
     world.on_main(lambda: begin_folder(config, trackers, newest, teacher, lock))
     log = RunLog(config.out, first, config.steps, console, world.main, trackers, lock)
     attach(engine, log, interrupt)
+    if first > 1 and world.main and not read_records(config.out):
+        doubts.append(f"{config.out} has no metrics.jsonl: the curves begin at step {first + 1}")
     for warning in warnings + unsure + doubts:
         log.event("warning", warning)
     saver = Saver(config, world, log.say, loaded.data, first, log.require_ours)

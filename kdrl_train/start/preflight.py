@@ -232,6 +232,11 @@ def check_gold(
             + f": {remedy}"
             + (f"; also {others}" if others else "")
         )
+    if counts["timeout"]:
+        raise UserWarning(
+            f"gold answers in a box must be judged within reward.timeout_s, got {summary}: such a "
+            "completion is paid 0; make reward.function faster, or raise reward.timeout_s"
+        )
     return summary + _threshold(config.reward, verdicts)
 
 

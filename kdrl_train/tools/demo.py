@@ -117,7 +117,8 @@ class DemoConfig:
     beta: NaturalFloat = 0.5
     """Weight of the teacher's reverse KL at the first step of KDRL."""
     final_beta: NaturalFloat = 0.05
-    """Weight of the teacher's reverse KL at the last step. It changes linearly in between."""
+    """Weight of the teacher's reverse KL that it would have one step after the last. It changes
+    linearly in between."""
     threads: PositiveInt = 1
     """CPU threads of PyTorch. For such small models a second thread gains little on an idle
     machine; on a busy one the two wait for each other, and the demo is five times slower."""

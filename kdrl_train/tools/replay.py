@@ -98,6 +98,11 @@ def main(config: ReplayConfig, console: Console | None = None) -> list[Replayed]
 
 def load_dump(file: Path) -> dict[str, Any]:
     """Reads the dump of a step that stopped a run. Raises ValueError if the file is not one."""
+    if not file.exists():
+        raise ValueError(
+            f"file must be a failed_step_XXXXXX.pt of a run folder, got {file}, which does not "
+            "exist: name one with --file"
+        )
     try:
         require_file(file)
         dump = load_tensors(file)

@@ -27,6 +27,7 @@ def record(step: int, seed: int = 0, level: float = 0.0, teacher: bool = True) -
         "response_length": 20.0 - wave,
         "response_length_counts": [0, 3, 8, 5, *[0] * 11, 1],
         "truncated": 0.05,
+        "verifier_right": 20,
         "verifier_timeout": int(step == 1),
         "entropy": 1.2 - 0.0001 * step,
         "kl_teacher": known,

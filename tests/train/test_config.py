@@ -342,3 +342,9 @@ def test_yaml_is_plain(tmp_path: Path) -> None:
     content = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
     assert content["out"] == str(Path("runs/train"))
     assert content["optim"]["betas"] == [0.9, 0.999]
+
+
+def test_steps_that_are_kept_are_saved() -> None:
+    settings = TrainConfig(steps=9, save_every=4, keep_every=6)
+    assert [step for step in range(1, 10) if settings.is_saved(step)] == [4, 6, 8, 9]
+    assert [s for s in range(1, 10) if TrainConfig(steps=9, save_every=4).is_saved(s)] == [4, 8, 9]

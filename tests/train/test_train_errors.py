@@ -17,7 +17,7 @@ from torch import Tensor
 from kdrl_train import train
 from kdrl_train.cli import exit_code
 from kdrl_train.config import OptimConfig, SamplingConfig, TrainConfig
-from kdrl_train.errors import RankError
+from kdrl_train.errors import BrokenWeightsError, RankError
 from kdrl_train.method import grpo
 from kdrl_train.method.presets import PRESETS
 from kdrl_train.ranks import ALONE, World
@@ -38,6 +38,8 @@ ERRORS = (torch.OutOfMemoryError, RuntimeError, OSError, MemoryError, ValueError
 BEFORE = ("rollout", "reward", "scoring", "backward")
 """Places of a step before its first optimiser step: the step does not count."""
 AFTER = ("samples", "engine push", "evaluation", "log", "checkpoint")
+
+NOTHING_SAVED = "no step is saved: --resume starts again at step 1"
 
 
 @pytest.fixture
@@ -178,6 +180,16 @@ def test_torn_weights_are_not_saved(
     record_property("tried", len(ERRORS))
 
 
+@pytest.mark.fault("weights or gradient not finite")
+def test_weights_that_cannot_sample_are_not_saved(opened: Run) -> None:
+    """A checkpoint of them would be the newest, and a resume would meet the same error."""
+    error = BrokenWeightsError("logits")
+    break_second_step(opened, "rollout", error)
+    note = f"the weights after step 1 are not saved; {NOTHING_SAVED}"
+    assert error.__notes__ == [note]
+    assert checkpoint.latest(opened.config.out / "checkpoints") is None
+
+
 @pytest.mark.fault("error in a step")
 def test_a_save_that_fails_hides_no_error(opened: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
@@ -186,7 +198,7 @@ def test_a_save_that_fails_hides_no_error(opened: Run, monkeypatch: pytest.Monke
     monkeypatch.setattr(checkpoint, "save", full)
     error = KeyError("first")
     break_second_step(opened, "rollout", error)
-    assert error.__notes__ == ["then saving failed with OSError: no space", "--resume starts again"]
+    assert error.__notes__ == ["then saving failed with OSError: no space", NOTHING_SAVED]
     screen = io.StringIO()
 
     def fail() -> int:
@@ -313,7 +325,5 @@ def test_what_a_lost_rank_costs_is_said(opened: Run) -> None:
     world: Any = replace(ALONE, meeting=Alone())
     first = train.rescue(replace(opened, world=world), RuntimeError("connection closed"))
     assert str(first) == "rank 1 must answer"
-    assert first.__notes__ == [
-        "steps 1 to 5 cannot be saved without that rank; --resume starts again"
-    ]
+    assert first.__notes__ == [f"steps 1 to 5 cannot be saved without that rank; {NOTHING_SAVED}"]
     assert checkpoint.latest(opened.config.out / "checkpoints") is None

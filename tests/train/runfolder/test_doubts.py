@@ -36,6 +36,15 @@ def test_no_group_with_signal_is_said_once() -> None:
         assert doubts_of(250, groups_with_signal=0.0, policy_coef=coefficient) == []
 
 
+def test_late_rewards_are_said_once() -> None:
+    doubts = Doubts()
+    counts = {"verifier_right": 4, "verifier_wrong": 32, "verifier_timeout": 4}
+    assert doubts.add(record(0) | counts) == []  # a tenth
+    (message,) = doubts.add(record(1) | counts | {"verifier_timeout": 5})
+    assert "got 5 of 41 completions of step 2" in message
+    assert doubts.add(record(2) | counts | {"verifier_timeout": 40}) == []
+
+
 def test_a_gradient_of_zero_is_said_once() -> None:
     ((steps, doubt),) = doubts_of(9, grad_norm=0.0)
     assert steps == 3
