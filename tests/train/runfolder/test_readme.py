@@ -54,7 +54,10 @@ def test_every_key_of_a_run_is_in_the_readme(config: Callable[..., TrainConfig])
     )
     base = replace(base, reward=RewardConfig(function="exact", workers=1))  # it reads answers
     prefetching = replace(
-        base, out=base.out.with_name("prefetch"), engine=EngineConfig(staleness=1)
+        base,
+        out=base.out.with_name("prefetch"),
+        engine=EngineConfig(staleness=1),
+        model=replace(base.model, head_backward="sketch"),
     )
     written = {
         key for settings in (base, prefetching) for record in run(settings) for key in record
