@@ -51,7 +51,15 @@ def _path(*parts: str) -> str:
     return "/".join(parts)
 
 
+def _member(owner: Any, name: str) -> Any:
+    """Stand for getattr, by which Python 3.11.0 to 3.11.3 pickle the member of an enumeration."""
+    if owner is not metadata._MEM_FORMAT_ENCODING:
+        raise pickle.UnpicklingError(f"an attribute of {owner}, which no checkpoint needs")
+    return owner[name]
+
+
 _CLASSES: dict[tuple[str, str], Any] = {
+    ("builtins", "getattr"): _member,
     **{
         (one.__module__, one.__name__): one
         for one in (

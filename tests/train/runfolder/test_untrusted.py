@@ -17,9 +17,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from rich.console import Console
 from torch import nn
+from torch.distributed.checkpoint import metadata
 
 from kdrl_train.config import EngineConfig, TrainConfig
-from kdrl_train.runfolder import checkpoint
+from kdrl_train.runfolder import checkpoint, untrusted
 from kdrl_train.runfolder.untrusted import load_tensors
 from kdrl_train.tools import evaluate, replay
 from tests.train.test_train import run
@@ -270,3 +271,28 @@ def test_no_command_reads_what_it_has_not_checked(
     for command in commands:
         with pytest.raises(ValueError, match=r"got os\.mkdir, which no checkpoint"):
             command()
+
+
+class Attribute:
+    """Pickles as the attribute of a class, as some Pythons pickle the member of an enumeration."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.arguments = owner, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, self.arguments
+
+
+@pytest.mark.fault("hostile checkpoint")
+def test_an_enumeration_is_all_that_has_attributes() -> None:
+    formats = metadata._MEM_FORMAT_ENCODING
+
+    def load(owner: Any, name: str) -> Any:
+        data = pickle.dumps(Attribute(owner, name))
+        return untrusted._MetadataUnpickler(io.BytesIO(data)).load()
+
+    assert load(formats, "TORCH_PRESERVE_FORMAT") is formats.TORCH_PRESERVE_FORMAT
+    with pytest.raises(KeyError):
+        load(formats, "__subclasses__")
+    with pytest.raises(pickle.UnpicklingError, match=r"an attribute of .*Metadata"):
+        load(metadata.Metadata, "__init__")
