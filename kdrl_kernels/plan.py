@@ -224,8 +224,8 @@ def chunk_plan(
         device: "cuda" works without a GPU too; the free memory of a GPU bounds the default.
         hidden_grad, weight_grad: a frozen backbone or head costs no dX or dW.
         backward: "exact" or "sketch".
-        row_entries: entries of a row of the sketch, with the sampled token's, on average: about 15
-            at threshold 2^-10 on a reasoning model; metrics["entries"] / N tells yours.
+        row_entries: entries of a row of the sketch, with the sampled token's, on average:
+            metrics["entries"] / N tells yours.
         workspace_bytes, impl: as in kdrl_loss; impl None: "triton" on "cuda", else "torch".
     Returns: ChunkPlan. plan.predicted_ms(tflops, terabytes_per_s) is the time at rates you know.
     Raises: ValueError for a size below 1 or a budget that does not hold one row; TypeError for
