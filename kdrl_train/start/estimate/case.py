@@ -12,6 +12,9 @@ from kdrl_train.model.attention import Choice
 from kdrl_train.start.estimate.layers import LayerShape
 from kdrl_train.start.estimate.shapes import ModelShape
 
+SKETCH_ENTRIES = 16.0
+"""sketch_entries of a policy that is sure of most of its tokens, as those that reason are."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
@@ -39,6 +42,8 @@ class Case:
     placement: Placement
     choice: Choice = Choice()  # noqa: RUF009 (frozen)
     """How the policy computes the sequences of a pack."""
+    entries: float = SKETCH_ENTRIES
+    """Mean entries of a token's gradient, where the head's is sketched."""
 
     @property
     def sharded(self) -> bool:
@@ -177,5 +182,6 @@ class Case:
             device="cpu" if self.placement.cpu else "cuda",
             workspace_bytes=optim.workspace_bytes,
             backward=self.run.model.head_backward,
+            row_entries=self.entries,
             impl=optim.head_impl,
         )

@@ -219,13 +219,22 @@ def _head(case: Case) -> list[Term]:
     policy, plan, shorter = case.policy, case.chunk_plan(case.pack_tokens), _shorter(case)
     what = f"B: logits of {plan.rows:,} tokens, {plan.geometry.streams} buffer(s)"
     tokens, H, V = (case.pack_tokens, "tokens"), (policy.hidden, "H"), (policy.vocabulary, "V")
+    workspace = product(
+        "workspace of the head",
+        ("head",),
+        [(plan.workspace_bytes, what)],
+        remedy="lower optim.workspace_bytes",
+    )
+    if plan.entries:
+        each = f"B: {case.entries:g} entries a token"
+        b = case.dtype.itemsize
+        return [
+            workspace,
+            product("entries of the sketch", UPDATE, [(plan.gradient_bytes, each)]),
+            product("dX", ("backward",), [(b, "B"), tokens, H], remedy=shorter),
+        ]
     return [
-        product(
-            "workspace of the head",
-            ("head",),
-            [(plan.workspace_bytes, what)],
-            remedy="lower optim.workspace_bytes",
-        ),
+        workspace,
         product("dX, float32", UPDATE, [(4, "B"), tokens, H], remedy=shorter),
         product("dW accumulator, float32", ("head",), [(4, "B"), V, H], remedy=LARGER),
     ]

@@ -29,7 +29,7 @@ from kdrl_train.settings import (
     UnitInterval,
     settings,
 )
-from kdrl_train.start.estimate.case import Case, Placement
+from kdrl_train.start.estimate.case import SKETCH_ENTRIES, Case, Placement
 from kdrl_train.start.estimate.devices import PEAKS, Device, DeviceName, link_gb_per_s, measure_cpu
 from kdrl_train.start.estimate.memory import (
     ALWAYS,
@@ -82,6 +82,9 @@ class PlanConfig(TrainConfig):
     launch_us: NaturalFloat = 500.0
     """Microseconds that Python and kernel launches take for each layer and token of `generate`. The
     default is a guess."""
+    entries: PositiveFloat = SKETCH_ENTRIES
+    """Mean entries of a token's gradient with model.head_backward sketch: sketch_entries of a run
+    of yours. Flatter distributions have more."""
     json: Path | None = None
     """File for all numbers. None: only the tables on the screen."""
 
@@ -199,6 +202,7 @@ def make_estimate(config: PlanConfig) -> Estimate:
         teacher=teacher,
         placement=placement,
         choice=attention_of(model, config),
+        entries=config.entries,
     )
     memory = memory_terms(case)
     if cpu:

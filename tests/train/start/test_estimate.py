@@ -112,6 +112,19 @@ def test_a_baseline_holds_the_teachers_logits(
     assert workspace == 32 * (streams * 64 * 4 + (8 + 12) * 2 + 8 * 4)
 
 
+def test_a_sketch_holds_lists_in_place_of_dx_and_dw(models: dict[str, str]) -> None:
+    """Of an entry a column, int32, and a value, float32; of 64 and 32 tokens where each begins."""
+    for case, tokens, b in ((case_of(models, "untied"), 64, 4), (sharded_case(models), 32, 2)):
+        run = replace(case.run, model=replace(case.run.model, head_backward="sketch"))
+        exact, ours = values(case), values(replace(case, run=run, entries=5.0))
+        lists = tokens * 5 * 8 + 8 * (tokens + 1)
+        assert dict(ours.items() - exact.items()) == {
+            "entries of the sketch": lists,
+            "dX": b * tokens * 8,
+        }
+        assert exact.keys() - ours.keys() == {"dX, float32", "dW accumulator, float32"}
+
+
 def test_moments_add_up_what_is_held_together(models: dict[str, str]) -> None:
     held = by_moment(memory_terms(case_of(models, "untied")))
     states, gradients = 12 * 1736, 4 * 1736

@@ -48,6 +48,24 @@ def test_time_by_hand(models: dict[str, str]) -> None:
     assert seconds == pytest.approx(expected)
 
 
+def test_a_sketch_projects_and_multiplies_a_few_entries(models: dict[str, str]) -> None:
+    """10 tokens of 8 and 12 numbers, 32 columns, 5 entries a token; dX and dW are written once."""
+    case = sharded_case(models)
+    run = replace(case.run, model=replace(case.run.model, head_backward="sketch"))
+    lengths = Lengths(prompt=6, response=5)
+    terms = time_terms(replace(case, run=run, entries=5.0), DEVICE, lengths, launch_us=100)
+    head = {term.name: term for term in terms if term.name.startswith("head")}
+    assert {name: term.value for name, term in head.items()} == pytest.approx(
+        {
+            "head, GEMMs": 2 * 10 * 8 * 32 / 1e9,
+            "head, row kernels": 2 * 2 * 10 * 256 / 1e8,
+            "head, products of the sketch": 2 * (10 * 8 + 32 * 8 + 2 * 50 * 8) / 1e8,
+            "head, teacher's GEMM": 2 * 10 * 12 * 40 / 1e9,
+        }
+    )
+    assert head["head, GEMMs"].formula.startswith("1 · 2 · 10 · 8 · 32 = ")
+
+
 def test_communication_hides_behind_the_passes_at_best(models: dict[str, str]) -> None:
     lengths = Lengths(prompt=6, response=5)
     terms = time_terms(sharded_case(models), DEVICE, lengths, launch_us=100)
