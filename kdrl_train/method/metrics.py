@@ -50,7 +50,8 @@ def token_means(sums: dict[str, Tensor]) -> dict[str, float | None]:
     unbiased estimate, the mean of l = log p - log q over the sampled tokens; nats per token.
     teacher_log_ratio_p50 and its like are quantiles of l, to the width of a histogram's interval.
     With a sketched head, sketch_entries is the number of entries kept of a token's dL/dlogits, and
-    sketch_noise the relative error to expect of the gradient of its hidden state.
+    sketch_noise the relative error to expect of the gradient of its hidden state; None where no
+    entry was kept but that of the sampled token.
     kd_flip_share is the share of tokens whose advantage changes its sign when the pull of
     distillation is subtracted.
 
@@ -70,8 +71,11 @@ def token_means(sums: dict[str, Tensor]) -> dict[str, float | None]:
     if values.get("kd_tokens", 0.0) > 0:
         spread = [*quantiles(sums["teacher_log_ratio_histogram"])]
     log_ratio = mean("teacher_log_ratio_sum", "kd_tokens")
-    noise = mean("sketch_variance_sum", "sketch_square_sum")
-    sketch = {"sketch_entries": mean("entries", "tokens"), "sketch_noise": (noise or 0) ** 0.5}
+    variance = mean("sketch_variance_sum", "sketch_square_sum")
+    sketch = {
+        "sketch_entries": mean("entries", "tokens"),
+        "sketch_noise": None if variance is None else variance**0.5,
+    }
     return {
         "entropy": mean("entropy_sum", "tokens"),
         "clip_fraction": mean("clipped", "tokens"),

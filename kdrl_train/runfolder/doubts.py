@@ -14,6 +14,10 @@ SILENT_STEPS = 100
 LATE_SHARE = 0.1
 """Share of a step's completions whose reward was not ready in time, from which a run is warned."""
 OUTCOMES = ("right", "wrong", "unparseable", "timeout", "error")
+NOISY_STEPS = 3
+"""Steps in a row above NOISY after which a run is warned."""
+NOISY = 0.5
+"""sketch_noise that makes the square of a gradient a quarter larger."""
 SATURATED = 0.1
 """Entropy, in nats per token, below which a policy hardly samples anything else any more."""
 
@@ -22,7 +26,7 @@ class Doubts:
     """Counts steps from which the policy cannot have learnt; says each thing once."""
 
     def __init__(self) -> None:
-        self.zero_steps = self.silent_steps = 0
+        self.zero_steps = self.silent_steps = self.noisy_steps = 0
         self._said: set[str] = set()
 
     def add(self, record: Record) -> list[str]:
@@ -53,6 +57,14 @@ class Doubts:
                 f"{record['reward']:.3f}): the policy gradient is 0. Take problems of another "
                 "difficulty or a larger sampling.group_size, run sft first, or read samples/: does "
                 "reward.function see the answers?"
+            )
+        noise = record.get("sketch_noise") or 0
+        self.noisy_steps = self.noisy_steps + 1 if noise > NOISY else 0
+        if self.noisy_steps == NOISY_STEPS and self._first("noise"):
+            doubts.append(
+                f"sketch_noise should be below 0.1, got {noise:.2f} at step {record['step'] + 1} "
+                f"and above {NOISY} in {NOISY_STEPS} steps: lower model.head_threshold, or set "
+                "model.head_backward to exact"
             )
         judged = sum(record.get(f"verifier_{outcome}", 0) for outcome in OUTCOMES)
         late = record.get("verifier_timeout", 0)

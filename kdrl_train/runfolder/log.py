@@ -309,8 +309,19 @@ def _step_parts(record: Record) -> list[tuple[str, str]]:
         ("beta", _number(record["kd_coef"], ".1e")),
         ("loss", f"{record['loss']:+.2e}"),
         ("|g|", f"{record['grad_norm']:.2f}"),
+        *_sketch_parts(record),
         ("tok/s", f"{record['tokens_per_s']:.0f}"),
         ("s", f"{record['seconds']:.1f}"),
+    ]
+
+
+def _sketch_parts(record: Record) -> list[tuple[str, str]]:
+    """Return (name, value) of what a sketched head adds to the line of a step."""
+    if "sketch_noise" not in record:
+        return []
+    return [
+        ("noise", _number(record["sketch_noise"], ".2%")),
+        ("entries", _number(record["sketch_entries"], ".0f")),
     ]
 
 

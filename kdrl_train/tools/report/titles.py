@@ -52,6 +52,12 @@ CURVES = {
 CAPTIONS = {
     "k2": "l is the teacher log-ratio, log p - log q.",
     "kd_flip_share": "Tokens whose advantage minus the pull of distillation has the other sign.",
+    "sketch_noise": (
+        "Error that the sketch adds to the gradient of a hidden state, relative to its norm; its "
+        "mean is 0. A noise of s makes the square of this gradient 1 + s² times as large: 0.1 is "
+        "normal and adds 1%. Where it stays above, lower model.head_threshold."
+    ),
+    "sketch_entries": "Flat distributions have more; each costs a row of W and one of X.",
     "sampler_mismatch_mean": "Mean |log p trainer - log p sampler| over sampled tokens.",
     "sampler_mismatch_max": "Largest |log p trainer - log p sampler| of a sampled token.",
     "sampler_weight_mean": "Mean of p trainer / p sampler over tokens, capped.",
@@ -67,6 +73,7 @@ TABLED = {
     "truncated": "cut, share",
     "entropy": "entropy, nats",
     "grad_norm": "gradient norm",
+    "sketch_noise": "noise of the sketch",
     "tokens_per_s": "tokens/s",
 }
 """Key of metrics.jsonl -> column of the table of final values."""

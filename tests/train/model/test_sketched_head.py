@@ -54,3 +54,5 @@ def test_means_of_the_sketch() -> None:
     sums = {"entries": 60.0, "tokens": 4.0, "sketch_variance_sum": 0.5, "sketch_square_sum": 8.0}
     means = token_means({name: torch.tensor(value) for name, value in sums.items()})
     assert (means["sketch_entries"], means["sketch_noise"]) == (15.0, 0.25)
+    nothing = token_means({name: torch.tensor(0.0) for name in sums} | {"tokens": torch.tensor(4)})
+    assert (nothing["sketch_entries"], nothing["sketch_noise"]) == (0.0, None)

@@ -62,6 +62,13 @@ def test_a_gradient_of_zero_is_said_once() -> None:
         assert doubts.add(record(step) | {"grad_norm": float(step % 3 == 0)}) == []
 
 
+def test_a_noisy_sketch_is_said_once() -> None:
+    assert doubts_of(9, sketch_noise=0.5) == doubts_of(9, sketch_noise=None) == []
+    ((steps, doubt),) = doubts_of(9, sketch_noise=0.6)
+    assert steps == 3
+    assert "sketch_noise should be below 0.1, got 0.60 at step 3" in doubt
+
+
 def test_the_log_warns_and_a_resumed_one_not_again(tmp_path: Path) -> None:
     said = io.StringIO()
     for first in (0, 4):

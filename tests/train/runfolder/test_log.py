@@ -58,6 +58,15 @@ def test_a_step_is_one_record_and_one_line(tmp_path: Path) -> None:
     assert "entropy -" in lines[0]
 
 
+def test_a_sketched_head_is_named_on_the_line(tmp_path: Path) -> None:
+    run, out = log(tmp_path)
+    for noise in (0.0123, None):
+        run.step({"step": 3} | RECORD | {"sketch_noise": noise, "sketch_entries": 14.6})
+    first, second = out.getvalue().splitlines()
+    assert "  |g| 1.50  noise 1.23%  entries 15  tok/s 100" in first
+    assert "  noise -  entries 15" in second
+
+
 def test_a_terminal_breaks_no_number(tmp_path: Path) -> None:
     record = (
         {"step": 9} | RECORD | EVALUATION | {"response_length": 12345.6, "tokens_per_s": 123456.7}

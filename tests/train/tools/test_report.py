@@ -157,6 +157,17 @@ def test_one_run_has_the_interval_of_its_evaluation(tmp_path: Path) -> None:
 EVALUATION = {"": 0.5, "_low": 0.4, "_high": 0.6}
 
 
+def test_the_noise_of_a_sketch_is_drawn_and_tabled(tmp_path: Path) -> None:
+    records = [record(s) | {"sketch_noise": 0.01 * s, "sketch_entries": 12.0 + s} for s in (1, 2)]
+    page = check(write({"a": [run_folder(tmp_path / "a", records)]}, tmp_path / "r.html"))
+    assert "noise of the sketch" in page.text
+    assert "relative noise of the sketched gradient" in page.text
+    assert "entries of the sketch a token" in page.text
+    assert "0.1 is normal and adds 1%" in page.text
+    plain = check(write({"a": [run_folder(tmp_path / "b", [record(0)])]}, tmp_path / "p.html"))
+    assert "of the sketch" not in plain.text
+
+
 @pytest.mark.parametrize("steps", [0, 1])
 def test_a_run_that_has_just_begun(steps: int, tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run", [record(step) for step in range(steps)], steps=10)
