@@ -31,6 +31,8 @@ order within a round is drawn for each, inputs rotate):
               memory_status says why)
     step      model: {...}, step_ms, head_ms: forward and backward of everything, and of the head
     rows      bytes: read and written, total_ms, copy_ms: a copy that moves as many bytes
+
+python -m bench.learning writes records of its own into the same file (learning/__main__.py).
 """
 
 import json
