@@ -24,7 +24,7 @@ from bench.measures import memory, rows, scaling, speed, step
 from bench.measures.timing import failure, free_cache, share
 from bench.ops import KEY_OPS, OPS, OPS_BY_NAME, Op
 from bench.providers import Provider, Setting
-from bench.results_file import OURS, Record, new_run, save
+from bench.results_file import BOTH_OURS, Record, new_run, save
 from bench.shapes import CPU_RAGGED, MODELS, RAGGED, SHAPES, Shape, default_shape
 
 STAGES = {"speed": 50, "rows": 2, "step": 6, "memory": 16, "scaling": 16, "shapes": 10}
@@ -174,7 +174,7 @@ def _progress(one: Record) -> None:
 
 
 def _is_wrong(one: Record) -> bool:
-    return one["provider"] == OURS and one["status"].startswith(("differs", "failed"))
+    return one["provider"] in BOTH_OURS and one["status"].startswith(("differs", "failed"))
 
 
 if __name__ == "__main__":

@@ -18,11 +18,20 @@ from pathlib import Path
 from bench import results_file
 from bench.reporting import figures
 from bench.reporting.figures import ProviderFigures, Spread
-from bench.reporting.tables import Cell, FigureTable, TableRow, markdown, megabytes, one_line, times
-from bench.results_file import OURS, Run
+from bench.reporting.tables import (
+    Cell,
+    FigureTable,
+    TableRow,
+    markdown,
+    megabytes,
+    name_of,
+    one_line,
+    times,
+)
+from bench.results_file import BOTH_OURS, OURS, Run
 
 Key = tuple[str, str, str]
-"""(op, shape, profile)."""
+"""(op, which is ", sketch" too, shape, profile)."""
 
 
 SLACK_BYTES = 1e6
@@ -74,9 +83,11 @@ def _cases(run: Run) -> dict[Key, ProviderFigures]:
     ours = {}
     for shape_figures in figures.groups(run):
         for op in shape_figures.cases:
-            figures_of_ours = shape_figures.find(op, OURS)
-            if figures_of_ours:
-                ours[op, shape_figures.shape, shape_figures.profile] = figures_of_ours
+            for name in BOTH_OURS:
+                figures_of_ours = shape_figures.find(op, name)
+                if figures_of_ours:
+                    case = name_of(op, name), shape_figures.shape, shape_figures.profile
+                    ours[case] = figures_of_ours
     return ours
 
 

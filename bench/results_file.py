@@ -45,6 +45,9 @@ from bench.machine import machine_info
 from bench.shapes import Shape
 
 OURS = "kdrl-kernels"
+SKETCH = "kdrl-kernels, sketch"
+"""This library again, with a sketch of the gradient: another algorithm, and no peer."""
+BOTH_OURS = (OURS, SKETCH)
 NAME = "results.json"
 OUT_OF_TIME = "out of time"
 """Status of a case that was not reached in time."""

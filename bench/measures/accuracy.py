@@ -3,9 +3,11 @@
 Errors are relative to the largest exact number: max|result - exact| / max|exact|. Ours must stay
 within twice the error of plain float32 PyTorch on the same inputs plus one rounding. Others are
 marked as different beyond DIFFERS, which is meant to tell another formula from coarser rounding.
+The error of a sketched gradient may be of any size, and must average out over its seeds.
 """
 
 import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +18,10 @@ from bench.ops import Op
 from bench.providers import Outputs
 
 DIFFERS = 0.05
+DRAWS = 16
+"""Seeds of a sketch whose gradients are averaged."""
+ROUNDING = 2e-6
+"""Relative error of float32 sums, which is the same for every seed."""
 EXACT_ROWS = 256
 """Rows of float64 logits held at a time."""
 SAMPLE = 1 << 18
@@ -76,6 +82,30 @@ def beyond_budget(
         budget = 2 * plain[name]["max"] + torch.finfo(results[name].dtype).eps
         if not error["max"] <= budget:
             return f"differs: error of {name} {error['max']:.1e}, budget {budget:.1e}"
+    return None
+
+
+def biased(draws: Iterable[Outputs], truth: Outputs, names: Sequence[str]) -> str | None:
+    """Say which gradient is not the exact one on average over draws of a sketch; None if all are.
+
+    The mean of n unbiased draws has 1 / sqrt(n) of the error of one, as a norm over all numbers;
+    twice that passes.
+    """
+    sums = {name: torch.zeros_like(truth[name]) for name in names}
+    squares, eps, n = dict.fromkeys(names, 0.0), ROUNDING, 0
+    for draw in draws:
+        n += 1
+        for name in names:
+            error = draw[name].double() - truth[name]
+            sums[name] += error
+            squares[name] += error.square().sum().item()
+            eps = max(eps, torch.finfo(draw[name].dtype).eps)
+    for name in names:
+        size = truth[name].norm().item()
+        mean, one = sums[name].norm().item() / n / size, math.sqrt(squares[name] / n) / size
+        if not mean <= max(2 * one / math.sqrt(n), eps):
+            errors = f"{mean:.1e} on average over {n} seeds, {one:.1e} with one"
+            return f"differs: relative error of {name} {errors}"
     return None
 
 

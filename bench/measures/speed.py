@@ -25,7 +25,7 @@ from bench.measures.timing import (
 )
 from bench.ops import FLOORS, Op
 from bench.providers import Outputs, Provider, Refusal, Setting
-from bench.results_file import OURS, Record, record
+from bench.results_file import OURS, SKETCH, Record, record
 
 ENTRY_SHARE = 0.6
 """Share of an operation's time for the trials; a provider not tried by then is left out."""
@@ -94,14 +94,10 @@ class Contest:
         """Measure the accuracy of one setting, and its time where there are several."""
         first, trial = self.inputs[0], {"setting": dict(setting), "status": "ok"}
         try:
-            clear_gradients(first, self.op)
-            outputs = providers.forward(provider, first, self.op, setting)
-            if self.op.gradients:
-                outputs["loss"].backward()
-            results = accuracy.with_gradients(outputs, first, self.op)
+            results = self._results(provider, setting)
             trial["errors"] = accuracy.errors(results, self.truth)
-            trial["status"] = self._judge(provider, results, trial["errors"]) or "ok"
-            del outputs, results
+            trial["status"] = self._judge(provider, setting, results, trial["errors"]) or "ok"
+            del results
             trial["ms"] = 0.0
             if len(provider.settings) > 1 and trial["status"] == "ok":
                 trial["ms"] = trial_ms(provider, first, self.op, setting)
@@ -111,11 +107,36 @@ class Contest:
             trial["status"] = failure(error)
         return trial
 
-    def _judge(self, provider: Provider, results: Outputs, errors: accuracy.Errors) -> str | None:
+    def _judge(
+        self, provider: Provider, setting: Setting, results: Outputs, errors: accuracy.Errors
+    ) -> str | None:
+        sketched = self._gradients if provider.name == SKETCH else ()
+        errors = {name: error for name, error in errors.items() if name not in sketched}
         different = accuracy.difference(results, self.truth, errors, self.op)
-        if different or provider.name != OURS:
+        if different or provider.name not in (OURS, SKETCH):
             return different
-        return accuracy.beyond_budget(results, errors, self.truth, self.inputs[0], self.op)
+        beyond = accuracy.beyond_budget(results, errors, self.truth, self.inputs[0], self.op)
+        if beyond or not sketched:
+            return beyond
+        return accuracy.biased(self._draws(provider, setting), self.truth, sketched)
+
+    def _draws(self, provider: Provider, setting: Setting) -> Iterator[Outputs]:
+        """Yield the gradients of a sketch with several seeds."""
+        for seed in range(accuracy.DRAWS):
+            yield self._results(provider, {**setting, "seed": seed})
+
+    def _results(self, provider: Provider, setting: Setting) -> Outputs:
+        """Call a provider once, and return its outputs and gradients."""
+        first = self.inputs[0]
+        clear_gradients(first, self.op)
+        outputs = providers.forward(provider, first, self.op, setting)
+        if self._gradients:
+            outputs["loss"].backward()
+        return accuracy.with_gradients(outputs, first, self.op)
+
+    @property
+    def _gradients(self) -> tuple[str, ...]:
+        return tuple(f"d{name}" for name in self.op.gradients)
 
     def _inputs_of_round(self, n: int) -> Inputs:
         return self.inputs[n % len(self.inputs)]

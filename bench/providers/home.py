@@ -1,4 +1,4 @@
-"""Provides this library, and three PyTorch baselines: full logits, compiled, and in chunks."""
+"""Provides this library, exact and with a sketch, and three baselines in plain PyTorch."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ from bench.inputs import Inputs
 from bench.machine import DEVICE
 from bench.ops import Op
 from bench.providers import Outputs, Provider
+from bench.results_file import OURS, SKETCH
 
 CHUNKS = ({"rows": 1024}, {"rows": 4096}) if DEVICE == "cuda" else ({"rows": 64}, {"rows": 256})
 
 
-def _ours(inputs: Inputs, op: Op, workspace_bytes: int | None = None) -> Outputs:
+def _ours(inputs: Inputs, op: Op, **options: Any) -> Outputs:
     """Call this library as its README does."""
     head: tuple[Tensor, ...] = (inputs.hidden, inputs.shared_weight, inputs.tokens)
-    options: dict[str, Any] = {"workspace_bytes": workspace_bytes}
     if not op.gradients:
         with torch.no_grad():
             lp = kk.linear_logprobs(*head, entropy=True, **options)
@@ -38,6 +38,11 @@ def _ours(inputs: Inputs, op: Op, workspace_bytes: int | None = None) -> Outputs
         )
     outputs = {"loss": out.loss, "logprobs": out.logprobs, "kl": out.kl}
     return {name: value for name, value in outputs.items() if value is not None}
+
+
+def _sketched(inputs: Inputs, op: Op, **sketch: Any) -> Outputs:
+    """Call this library with a sketch of the gradient, at its default threshold."""
+    return _ours(inputs, op, backward="sketch", sketch=kk.Sketch(**sketch))
 
 
 def _full_logits(inputs: Inputs, op: Op) -> Outputs:
@@ -97,7 +102,12 @@ class _Taken(torch.autograd.Function):
 
 
 PROVIDERS = (
-    Provider(name="kdrl-kernels", whole=_ours),
+    Provider(name=OURS, whole=_ours),
+    Provider(
+        name=SKETCH,
+        whole=_sketched,
+        refused={"logprob + entropy": "without a gradient there is nothing to sketch"},
+    ),
     Provider(name="PyTorch, full logits", whole=_full_logits),
     Provider(name="PyTorch, compiled", whole=_full_logits_compiled),
     Provider(name="PyTorch, chunk loop", whole=_chunked, settings=CHUNKS),

@@ -10,7 +10,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 DPI = 150
 WIDTH = 10.4  # inches, so 1560 pixels
 SIZE = 9.5  # points
-INK, PALE, FAINT, ACCENT = "#222222", "#666666", "#d8d8d8", "#0b559f"
+INK, PALE, FAINT, ACCENT, WARM = "#222222", "#666666", "#d8d8d8", "#0b559f", "#b34700"
 STEPS = (
     *(tuple(1 + step * i for i in range(int(9 / step))) for step in (0.02, 0.05, 0.1, 0.2, 0.5)),
     (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from bench.ops import FLOOR, FLOORS, OPS_BY_NAME
-from bench.results_file import OURS, Record, Run
+from bench.results_file import BOTH_OURS, OURS, SKETCH, Record, Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,8 @@ class ProviderFigures:
     """Its time / the floor's."""
     per_ours: Spread | None = None
     """Its time / ours: above 1 where ours is faster."""
+    per_sketch: Spread | None = None
+    """Its time / that of our sketch."""
     floor_share: float | None = None
     """Floor / its time."""
     tflop_per_s: float | None = None
@@ -49,6 +51,10 @@ class ProviderFigures:
     setting: dict[str, Any] = field(default_factory=dict)
     tried: int = 0
     """Number of settings that were timed before the fastest was taken."""
+
+    def per(self, ours: str) -> Spread | None:
+        """Return its time / that of one of BOTH_OURS."""
+        return self.per_sketch if ours == SKETCH else self.per_ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +73,7 @@ class ShapeFigures:
 
     def peers(self, op: str) -> list[ProviderFigures]:
         """List the providers with a time, except the floors and ours, fastest first."""
-        return [c for c in self.cases[op] if c.total and c.provider not in (*FLOORS, OURS)]
+        return [c for c in self.cases[op] if c.total and c.provider not in (*FLOORS, *BOTH_OURS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,25 +169,15 @@ def _cases(records: list[Record]) -> list[ProviderFigures]:
         {one["provider"]: one for one in records if one["kind"] == kind}
         for kind in ("speed", "memory")
     )
-    cases = []
-    for provider in dict.fromkeys([*speed, *memory]):
-        speed_record, memory_record = speed.get(provider), memory.get(provider)
-        cases.append(
-            _case(provider, speed_record, memory_record, speed.get(FLOOR), speed.get(OURS))
-        )
+    cases = [_case(name, speed, memory.get(name)) for name in dict.fromkeys([*speed, *memory])]
     return sorted(
         cases,
         key=lambda c: (c.provider != FLOOR, c.total.median if c.total else float("inf"), c.status),
     )
 
 
-def _case(
-    provider: str,
-    one: Record | None,
-    memory: Record | None,
-    floor: Record | None,
-    ours: Record | None,
-) -> ProviderFigures:
+def _case(provider: str, speed: dict[str, Record], memory: Record | None) -> ProviderFigures:
+    one, floor = speed.get(provider), speed.get(FLOOR)
     ok_memory = memory is not None and memory["status"] == "ok"
     shared: dict[str, Any] = {
         "extra_bytes": memory["extra_bytes"] if memory and ok_memory else None,
@@ -203,7 +199,8 @@ def _case(
         forward=spread(samples(one.get("forward_ms"))),
         backward=spread(samples(one.get("backward_ms"))),
         per_floor=time_ratio(one, floor),
-        per_ours=time_ratio(one, ours),
+        per_ours=time_ratio(one, speed.get(OURS)),
+        per_sketch=time_ratio(one, speed.get(SKETCH)),
         floor_share=share.median if share else None,
         tflop_per_s=flop / total.median / 1e9 if flop else None,
         tokens_per_s=1e3 * one["sizes"]["N"] / total.median,

@@ -38,6 +38,8 @@ NOTES = (
     "Times of different operations were taken minutes apart: compare them by their ratios. The "
     "loss is not scaled before its backward pass, so who takes gradients in the forward pass has "
     "nothing left to do there.",
+    "Our sketch takes another gradient, right on average and with noise, from the same outputs. It "
+    "is no peer: short tables have a row for it, and its error is not marked.",
     "Who computes something else (`differs`), fails, or does not offer the operation has no "
     "figure, and the reason in its place. Liger's Triton GRPO loss takes one advantage a sequence; "
     "here each token has its own, which costs it a padded copy of the logits.",

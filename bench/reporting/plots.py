@@ -17,14 +17,29 @@ from matplotlib.lines import Line2D
 from matplotlib.textpath import TextPath
 
 from bench.ops import FLOOR, FLOORS
-from bench.reporting.axes import ACCENT, DPI, FAINT, INK, PALE, SIZE, WIDTH, headline, log_axis
+from bench.reporting.axes import (
+    ACCENT,
+    DPI,
+    FAINT,
+    INK,
+    PALE,
+    SIZE,
+    WARM,
+    WIDTH,
+    headline,
+    log_axis,
+)
 from bench.reporting.figures import ShapeFigures, Spread
 from bench.reporting.tables import describe, error, megabytes, number, ratio_text, scientific, times
-from bench.results_file import OURS
+from bench.results_file import BOTH_OURS, OURS, SKETCH
 
 ROW, HEAD, SPACE = 0.215, 0.34, 0.12  # inches: a row of dots, a panel's heading, between panels
 TOP, BOTTOM = 1.0, 0.3  # inches above and below all panels
 TICKS = 0.2  # inches, of the labels below an axis
+COLORS = {OURS: ACCENT, SKETCH: WARM}
+OTHERS = "others"
+KEYS = {OURS: "ours", SKETCH: "our sketch", OTHERS: OTHERS}
+"""Names of the three kinds of dots."""
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 
 
@@ -106,11 +121,10 @@ def time_plot(group: ShapeFigures, machine: str, path: Path) -> None:
         missing = _missing(group, op, "total")
         panels.append(Panel(title, rows, ("ms", "/ floor"), tick, missing, aligned))
     legend = [
-        _dot_key(True, "ours"),
-        _dot_key(False, "others; whiskers: quartiles"),
+        *_dot_keys(),
         Line2D([], [], color=INK, linewidth=2, label="floor: the bare GEMMs"),
     ]
-    title = "Time of a call, forward and backward (ms, logarithmic"
+    title = "Time, forward and backward (ms, logarithmic; whiskers: quartiles"
     title += ", panels aligned at the floor)" if aligned else ")"
     _dot_plot(group, machine, title, panels, legend, path, _never(group, "total"))
 
@@ -128,9 +142,8 @@ def memory_plot(group: ShapeFigures, machine: str, path: Path) -> None:
             shown = _point(max(size / 1e6, 0.1))  # nothing at all is not on a log axis
             rows.append(Dots(case.provider, (shown,), (megabytes(size), ratio)))
         panels.append(Panel(op, rows, ("MB", "/ ours"), None, _missing(group, op, "extra_bytes")))
-    legend = [_dot_key(True, "ours"), _dot_key(False, "others")]
     title = "Memory beyond inputs, outputs and gradients (MB, logarithmic; below 0.1 shown as 0.1)"
-    _dot_plot(group, machine, title, panels, legend, path, _never(group, "extra_bytes"))
+    _dot_plot(group, machine, title, panels, _dot_keys(), path, _never(group, "extra_bytes"))
 
 
 def accuracy_plot(group: ShapeFigures, machine: str, path: Path) -> None:
@@ -146,12 +159,7 @@ def accuracy_plot(group: ShapeFigures, machine: str, path: Path) -> None:
             rows.append(Dots(case.provider, tuple(shown), figures))
         rows.sort(key=lambda row: [one.median if one else 0.0 for one in row.spreads])
         panels.append(Panel(op, rows, ("dX", "log-prob"), eps, _missing(group, op, "errors")))
-    legend = [
-        _dot_key(True, "dX, ours"),
-        _dot_key(False, "dX, others"),
-        _dot_key(True, "log-prob, ours", second=True),
-        _dot_key(False, "log-prob, others", second=True),
-    ]
+    legend = [*_dot_keys("dX, "), *_dot_keys("log-prob, ", second=True)]
     if eps:
         legend.append(Line2D([], [], color=INK, linewidth=2, label=f"eps of {group.dtype}"))
     title = "Largest error against float64, relative to the largest exact value (logarithmic)"
@@ -190,13 +198,16 @@ def _never(group: ShapeFigures, figure: str) -> str:
     return "; ".join(f"{status}: {_list(names)}" for status, names in why.items())
 
 
-def _dot_key(ours: bool, label: str, second: bool = False) -> Line2D:
-    return Line2D([], [], linestyle="none", label=label, **_dot_style(ours, second))
+def _dot_keys(what: str = "", second: bool = False) -> list[Line2D]:
+    return [
+        Line2D([], [], linestyle="none", label=what + label, **_dot_style(name, second))
+        for name, label in KEYS.items()
+    ]
 
 
-def _dot_style(ours: bool, second: bool = False) -> dict[str, Any]:
+def _dot_style(provider: str, second: bool = False) -> dict[str, Any]:
     """Return the style of a dot: ours is filled, and a second series has another shape."""
-    color = ACCENT if ours else PALE
+    ours, color = provider in BOTH_OURS, COLORS.get(provider, PALE)
     return {
         "marker": ("^" if second else "D") if ours else ("v" if second else "o"),
         "markersize": 7.5 if ours else 6.5,
@@ -325,8 +336,8 @@ def _draw(
         write(wide + each * (index + 1), -1.0, name, ha="right", color=PALE, fontsize=9)
     for index, row in enumerate(panel.rows):
         _row(axes, index, row)
-        ours = row.name == OURS
-        font = {"weight": "bold", "color": ACCENT} if ours else {}
+        color = COLORS.get(row.name)
+        font = {"weight": "bold", "color": color} if color else {}
         write(-0.08, index, row.name, ha="right", **font)
         for column, text in enumerate(row.figures):
             write(wide + each * (column + 1), index, text, ha="right", **font)
@@ -338,15 +349,14 @@ def _draw(
 
 def _row(axes: Axes, index: int, row: Dots) -> None:
     """Draw the dots and whiskers of one provider."""
-    ours = row.name == OURS
     axes.axhline(index, color=FAINT, linewidth=0.6, linestyle=(0, (1, 2)), zorder=0.5)
     for series, spread in reversed(list(enumerate(row.spreads))):
         if spread is None:
             continue
-        color = ACCENT if ours else PALE
+        color = COLORS.get(row.name, PALE)
         if spread.high > spread.low:
             axes.plot([spread.low, spread.high], [index] * 2, color=color, linewidth=1.8, zorder=2)
             for end in (spread.low, spread.high):
                 axes.plot([end] * 2, [index - 0.2, index + 0.2], color=color, lw=1.2, zorder=2)
-        style = _dot_style(ours, series == 1)
+        style = _dot_style(row.name, series == 1)
         axes.plot(spread.median, index, linestyle="none", zorder=3, clip_on=False, **style)

@@ -1,6 +1,7 @@
 """Makes the tables of the report from its figures."""
 
 from collections.abc import Sequence
+from itertools import product
 
 from bench.ops import FLOOR
 from bench.reporting.figures import (
@@ -26,6 +27,7 @@ from bench.reporting.tables import (
     median,
     megabytes,
     misses,
+    name_of,
     number,
     one_line,
     percent,
@@ -35,7 +37,7 @@ from bench.reporting.tables import (
     target,
     times,
 )
-from bench.results_file import OURS, Record, Run
+from bench.results_file import BOTH_OURS, OURS, SKETCH, Record, Run
 
 COLUMNS = (
     "provider",
@@ -111,7 +113,7 @@ def _row(group: ShapeFigures, case: ProviderFigures) -> TableRow:
             Cell(median(case.forward)),
             Cell(median(case.backward)),
             Cell(ratio_text(case.per_floor) if case.provider != FLOOR else "", misses(group, case)),
-            Cell(ratio_text(case.per_ours) if kind != "ours" else "", faster),
+            Cell(ratio_text(case.per_ours) if case.provider != OURS else "", faster),
             Cell(number(case.tflop_per_s)),
             Cell(percent(case.floor_share) if case.provider != FLOOR else ""),
             Cell(number(case.tokens_per_s)),
@@ -143,19 +145,24 @@ def _settings(group: ShapeFigures) -> list[str]:
 
 
 def short(group: ShapeFigures) -> FigureTable:
-    """Tabulate one row an operation: ours, the floor, and the fastest peer."""
-    rows = tuple(_short_row(group, op) for op in group.cases)
+    """Tabulate an operation in one row for each of ours: the floor, and the fastest peer."""
+    rows = tuple(_short_row(group, *case) for case in product(group.cases, BOTH_OURS))
     note = f"Shape {group.shape}: {describe(group.sizes, group.dtype)}."
     return FigureTable(
-        f"In short: shape {group.shape}, profile {group.profile}", SHORT_COLUMNS, rows, (note,)
+        f"In short: shape {group.shape}, profile {group.profile}",
+        SHORT_COLUMNS,
+        tuple(row for row in rows if row),
+        (note,),
     )
 
 
-def _short_row(group: ShapeFigures, op: str) -> TableRow:
-    ours, floor = group.find(op, OURS), group.find(op, FLOOR)
+def _short_row(group: ShapeFigures, op: str, provider: str) -> TableRow | None:
+    ours, floor = group.find(op, provider), group.find(op, FLOOR)
+    if provider == SKETCH and (ours is None or ours.status.startswith("not supported")):
+        return None
     best = next(iter(group.peers(op)), None)
-    name = Cell(op)
-    per_ours = best.per_ours if best else None
+    name = Cell(name_of(op, provider))
+    per_ours = best.per(provider) if best else None
     peer_bytes, own_bytes = (one.extra_bytes if one else None for one in (best, ours))
     return TableRow(
         (
@@ -163,7 +170,7 @@ def _short_row(group: ShapeFigures, op: str) -> TableRow:
             Cell(median(ours.total) if ours and ours.total else one_line(_why_not(ours))),
             Cell(median(floor.total) if floor else ""),
             Cell(ratio_text(ours.per_floor) if ours else "", misses(group, ours)),
-            Cell(times(target(group, op))),
+            Cell(times(target(group, op, provider))),
             Cell(best.provider if best else ""),
             Cell(median(best.total) if best else ""),
             Cell(ratio_text(per_ours), per_ours is not None and per_ours.median < 1),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from bench.ops import FLOORS, OPS_BY_NAME
 from bench.reporting.figures import ProviderFigures, ShapeFigures, Spread
-from bench.results_file import OURS
+from bench.results_file import BOTH_OURS, SKETCH
 
 MARK = "▼"
 """Mark of a figure to our disadvantage: better than ours, or ours beyond its target."""
@@ -131,17 +131,19 @@ def holds_less(a: float | None, b: float | None) -> bool:
     return a is not None and b is not None and a < b - SLACK_BYTES
 
 
-def target(group: ShapeFigures, op: str) -> float | None:
-    """Return the highest ratio to the floor that the design allows, stated for the shape "cpu"."""
+def target(group: ShapeFigures, op: str, provider: str) -> float | None:
+    """Return the highest ratio to the floor that the design of ours allows; stated for "cpu"."""
     known = OPS_BY_NAME.get(op)
-    return known.bar if known and group.shape == "cpu" else None
+    if known is None or group.shape != "cpu" or provider not in BOTH_OURS:
+        return None
+    return known.sketch_bar if provider == SKETCH else known.bar
 
 
 def misses(group: ShapeFigures, case: ProviderFigures | None) -> bool:
     """Say whether the case is ours and above its target."""
-    if case is None or case.provider != OURS or case.per_floor is None:
+    if case is None or case.per_floor is None:
         return False
-    return is_less(target(group, case.op), case.per_floor.median)
+    return is_less(target(group, case.op, case.provider), case.per_floor.median)
 
 
 def law(axis: str, power: float) -> str:
@@ -154,9 +156,14 @@ def label(provider: str, version: str | None) -> str:
     return f"{provider} ({version})" if version else provider
 
 
+def name_of(op: str, provider: str) -> str:
+    """Name an operation of ours, exact or with a sketch."""
+    return f"{op}, sketch" if provider == SKETCH else op
+
+
 def kind_of(provider: str) -> str:
     """Return the kind of a provider's row."""
-    return "ours" if provider == OURS else "floor" if provider in FLOORS else "peer"
+    return "ours" if provider in BOTH_OURS else "floor" if provider in FLOORS else "peer"
 
 
 def describe(sizes: dict[str, int], dtype: str) -> str:

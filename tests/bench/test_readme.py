@@ -18,8 +18,8 @@ def test_every_loss_of_time_and_memory_is_listed() -> None:
     losses = TABLE.split("## Where it loses")[1].split("## All figures")[0]
     time, memory = (losses.split(name)[1].split("\n\n")[1] for name in ("Slower", "More memory"))
     section = README.split("## Where it loses")[1].split("**Accuracy")[0]
-    ratios = [line.split(" of our")[0].rsplit(" ", 1)[1] for line in time.splitlines()]
-    ratios += [line.split(" of ours")[0].rsplit(" ", 1)[1] for line in memory.splitlines()]
+    lines = time.splitlines() + memory.splitlines()
+    ratios = [line.split(" of our")[0].rsplit(" ", 1)[1] for line in lines]
     assert len(ratios) == 28
     words = section.replace(",", " ").replace(";", " ").replace(". ", " ").split()
     listed = sorted(word.rstrip(".") for word in words if word.startswith("0."))

@@ -9,7 +9,7 @@ import pytest
 
 from bench import regress, results_file
 from bench.ops import FLOOR
-from bench.results_file import OURS, Run
+from bench.results_file import OURS, SKETCH, Run
 from tests.bench.test_report import FLOOR_MS, make_run, speed
 
 
@@ -92,6 +92,18 @@ def test_a_case_that_is_wrong_now_is_worse(
     text = capsys.readouterr().out
     assert "forward KL (cpu, reasoning): time / floor has vanished (not in the new run)" in text
     assert status in text
+
+
+def test_a_slower_sketch_is_worse(
+    code: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = changed(OLD), changed(OLD)
+    for run, factor in ((old, 0.4), (new, 0.5)):
+        run["records"].append(speed(SKETCH, [factor * ms for ms in FLOOR_MS]))
+    assert code(old, new) == 1
+    text = capsys.readouterr().out
+    assert "| GRPO, sketch (cpu, reasoning) | time / floor | 0.40 (0.40-0.40) | 0.50" in text
+    assert code(changed(OLD), new) == 0, "an older run had no sketch"
 
 
 def test_nothing_to_compare_fails(code: Callable[..., int]) -> None:

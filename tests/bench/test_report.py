@@ -18,7 +18,7 @@ from bench.ops import FLOOR
 from bench.reporting import figures, page, sections
 from bench.reporting.losses import losses
 from bench.reporting.tables import markdown, number, times
-from bench.results_file import OURS, Record, Run, record
+from bench.results_file import OURS, SKETCH, Record, Run, record
 from bench.shapes import CPU, CPU_SMALL, Shape
 
 ROOT = Path(__file__).parents[2]
@@ -185,6 +185,53 @@ def test_losses_are_listed_and_nothing_else() -> None:
     missing = [one.sentence for one in losses([only(run)])["missing"]]
     assert missing[0].endswith("fast takes 198 ms, ours: failed: out of memory.")
     assert len(missing) == 2
+
+
+def with_sketch(factor: float, size: int) -> Run:
+    """Add our sketch, whose time is a factor of the floor's and whose error is large."""
+    run = make_run()
+    run["records"] += [
+        speed(SKETCH, [factor * ms for ms in FLOOR_MS], dx=0.02),
+        memory(SKETCH, size),
+    ]
+    return run
+
+
+def test_our_sketch_is_shown_as_ours_and_is_no_peer() -> None:
+    run = with_sketch(0.44, 30_000_000)
+    text = markdown(sections.full(only(run)))
+    assert f"**{SKETCH}** | **88.0 (66.0-132)**" in text
+    assert row_of(text, SKETCH)[5:7] == ["0.44", "0.40"]
+    exact, sketch = ([str(cell) for cell in row.cells] for row in sections.short(only(run)).rows)
+    assert exact == ["GRPO", "220", "200", "1.10", "1.15", "fast", "198", "0.90 ▼", "50.0", "400"]
+    assert sketch[:5] == ["GRPO, sketch", "88.0", "200", "0.44", "0.47"]
+    assert sketch[5:] == ["fast", "198", "2.25", "30.0", "400"]
+    assert losses([only(run)]).keys() == {"time", "memory", "accuracy"}
+    sentences = [one.sentence for some in losses([only(run)]).values() for one in some]
+    assert [text for text in sentences if "sketch" in text] == [
+        "GRPO (cpu, reasoning): slow holds 20.0 MB extra against 30.0 MB: 0.67 of our sketch's."
+    ]
+
+
+def test_losses_of_our_sketch_to_peers_and_to_the_exact_gradient() -> None:
+    run = with_sketch(1.25, 60_000_000)
+    losses_by_kind = losses([only(run)])
+    where = "GRPO (cpu, reasoning): "
+    assert [one.sentence for one in losses_by_kind["target"]] == [
+        f"{where}our sketch takes 1.25 of the floor (quartiles 1.25-1.25), target 0.47."
+    ]
+    assert [one.sentence for one in losses_by_kind["time"]] == [
+        f"{where}fast takes 198 ms against 250 ms: 0.79 of our sketch's time "
+        "(quartiles 0.79-0.79).",
+        f"{where}{OURS} takes 220 ms against 250 ms: 0.88 of our sketch's time "
+        "(quartiles 0.88-0.88).",
+        f"{where}fast takes 198 ms against 220 ms: 0.90 of our time (quartiles 0.90-0.90).",
+    ]
+    (accuracy,) = losses_by_kind["accuracy"]
+    assert "slow" in accuracy.sentence
+    run["records"][-2]["status"] = "differs: x"
+    (missing,) = losses([only(run)])["missing"]
+    assert missing.sentence == f"{where}our sketch: differs: x."
 
 
 def test_a_lead_within_the_noise_is_called_so() -> None:

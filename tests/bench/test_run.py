@@ -16,7 +16,7 @@ from bench import machine, results_file
 from bench.measures import memory
 from bench.ops import OPS_BY_NAME
 from bench.providers import Provider
-from bench.results_file import OURS, Record, Run
+from bench.results_file import OURS, SKETCH, Record, Run
 from bench.shapes import TINY
 
 GRPO = OPS_BY_NAME["GRPO"]
@@ -353,6 +353,8 @@ def test_parser_wants_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
         (OURS, "out of time", 0),
         (OURS, "differs: error of dweight", 1),
         (OURS, "failed: out of memory", 1),
+        (SKETCH, "differs: relative error", 1),
+        (SKETCH, "not supported: x", 0),
         ("other", "differs: no dweight", 0),
         ("other", "failed: RuntimeError: x", 0),
     ],

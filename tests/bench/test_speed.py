@@ -18,12 +18,12 @@ from bench.measures import accuracy, speed, timing
 from bench.ops import FLOORS, OPS, OPS_BY_NAME, Op
 from bench.providers import Outputs, Provider
 from bench.providers.home import PROVIDERS as HOME
-from bench.results_file import OURS
+from bench.results_file import OURS, SKETCH
 from bench.shapes import TINY
 
 ROOT = Path(__file__).parents[2]
 GRPO, KDRL = OPS_BY_NAME["GRPO"], OPS_BY_NAME["KDRL exact"]
-OUR_OWN, FULL_LOGITS = HOME[0], HOME[1]
+OUR_OWN, OUR_SKETCH, FULL_LOGITS = HOME[:3]
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +116,40 @@ def test_our_own_budget_is_the_tests(inputs: list[Inputs], monkeypatch: pytest.M
     one = _records(inputs, slightly)[slightly.name]
     assert one["status"].startswith("differs: error of d")
     assert "budget" in one["status"]
+
+
+def test_our_sketch_is_no_peer_of_ours(inputs: list[Inputs]) -> None:
+    """Its error is beyond that of peers, which is noise; its outputs are exact."""
+    one = _records(inputs, OUR_SKETCH, op=KDRL)[SKETCH]
+    assert one["status"] == "ok"
+    assert one["errors"]["dhidden"]["max"] > accuracy.DIFFERS
+    assert max(one["errors"][name]["max"] for name in ("loss", "logprobs", "kl")) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("mean", "status"), [(1.0, "ok"), (1.1, "differs: relative error of dhidden 1.0e-01 on av")]
+)
+def test_a_sketch_may_have_noise_but_no_bias(
+    inputs: list[Inputs], mean: float, status: str
+) -> None:
+    def noisy(case: Inputs, op: Op, seed: int = 0) -> Outputs:
+        whole = _scaled(mean + (0.1 if seed % 2 else -0.1)).whole
+        assert whole is not None
+        return whole(case, op)
+
+    one = _records(inputs, Provider(name=SKETCH, whole=noisy))[SKETCH]
+    assert one["status"].startswith(status), one["status"]
+    assert ("total_ms" in one) == (mean == 1)
+
+
+def test_wrong_outputs_of_a_sketch_differ(inputs: list[Inputs]) -> None:
+    def shifted(case: Inputs, op: Op, **sketch: int) -> Outputs:
+        assert OUR_SKETCH.whole is not None
+        outputs = OUR_SKETCH.whole(case, op, **sketch)
+        return outputs | {"logprobs": outputs["logprobs"] + 1e-3}
+
+    one = _records(inputs, Provider(name=SKETCH, whole=shifted))[SKETCH]
+    assert one["status"].startswith("differs: error of logprobs")
 
 
 def test_no_gradient_differs(inputs: list[Inputs]) -> None:
