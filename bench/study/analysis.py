@@ -7,9 +7,10 @@ from typing import Literal
 
 import numpy as np
 
+from bench.study.arms import ARMS
 from bench.study.config import Trial
 from bench.study.statistics import MeanOverSeeds, first_reached, mean_over_seeds, smooth
-from bench.study.trial import STAGES, TrialResult
+from bench.study.trial import SKETCH_CURVES, STAGES, TrialResult
 
 MARGIN = 0.02
 """Two arms count as equal where the whole interval of their difference, a share of right
@@ -200,6 +201,38 @@ def judge(study: Study, task: str) -> list[Judged]:
     papers = [one for one in judged if one.claim.paper]
     sorted_papers = [papers[i] for i in order([one.verdict for one in papers])]
     return sorted_papers + [one for one in judged if not one.claim.paper]
+
+
+@dataclass(frozen=True, slots=True)
+class Twins:
+    """An arm whose head has the exact gradient, and its twin with a coarse sketch of it."""
+
+    exact: str
+    sketched: str
+    difference: MeanOverSeeds
+    """Accuracy of the sketched arm less that of the exact one."""
+    seeds: list[float]
+    """The difference at each seed."""
+    entries: float
+    """Entries kept of a token's dL/dlogits, in the mean over steps and seeds."""
+    noise: float
+    """Relative error of the gradient of hidden states, in the mean over steps and seeds."""
+
+
+def twins(study: Study, task: str) -> list[Twins]:
+    """Compare each sketched arm with the arm it is like, over the seeds that both have."""
+    compared = []
+    for name, arm in ARMS.items():
+        pairs = study.pairs(task, name, arm.like) if arm.sketched and arm.like else None
+        if pairs is not None:
+            curves = [run.curve for run in study.runs(task, name).values()]
+            entries, noise = (
+                float(np.mean([value for curve in curves for value in curve[metric]]))
+                for metric in SKETCH_CURVES
+            )
+            seeds = pairs.mean(axis=1).tolist()
+            compared.append(Twins(arm.like, name, mean_over_seeds(pairs), seeds, entries, noise))
+    return compared
 
 
 @cache

@@ -8,6 +8,8 @@ from kdrl_train.method.presets import PRESETS
 
 PAPER_STEPS = 280
 """Steps that the presets' schedules are written for; an arm stretches them to the study's steps."""
+SKETCH_THRESHOLD = 2.0**-3
+"""Threshold of the sketched arms: coarse, so that the noise is far above that of the default."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +24,8 @@ class Arm:
     """Whether beta is swept; else it is the preset's."""
     k1_as_loss: bool = False
     """Whether the distillation term is l itself, as a control (k1_control.py)."""
+    sketched: bool = False
+    """Whether the head's gradient is a sketch, at SKETCH_THRESHOLD."""
     like: str | None = None
     """Arm whose learning rate and beta this arm takes; None: it has a sweep of its own."""
 
@@ -52,6 +56,7 @@ def _stretched(schedule: ScheduleConfig, factor: float, steps: int) -> ScheduleC
 
 
 _KDRL, _ALONE = PRESETS["kdrl"], PRESETS["kd_rkl"]
+_KDRL_EXACT = replace(_KDRL, kd="rkl")
 _TO_ZERO = ScheduleConfig(kind="linear", initial=1.0, final=0.0, steps=PAPER_STEPS)
 _STAIRS = ScheduleConfig(kind="step", initial=1.0, at=(93, 187), values=(0.3, 0.1))
 _UNDECIDED = ScheduleConfig(kind="reward_adaptive", initial=1.0)
@@ -74,7 +79,7 @@ ARMS: Mapping[str, Arm] = {
         method=PRESETS["kdrl_annealed"],
         tuned=True,
     ),
-    "kdrl_exact": Arm(title="KDRL, exact KL", method=replace(_KDRL, kd="rkl"), tuned=True),
+    "kdrl_exact": Arm(title="KDRL, exact KL", method=_KDRL_EXACT, tuned=True),
     "kdrl_centred": Arm(
         title="KDRL, centred k2", method=replace(_KDRL, kd_baseline="kl"), tuned=True
     ),
@@ -93,6 +98,19 @@ ARMS: Mapping[str, Arm] = {
     "opd_then_rl": Arm(title="distil, then RL", method=PRESETS["opd_then_rl"]),
     "k1_as_loss": Arm(
         title="control: k1 as a loss", method=_KDRL, tuned=True, k1_as_loss=True, like="kdrl"
+    ),
+    "grpo_sketch": Arm(
+        title="GRPO, sketched gradient", method=PRESETS["grpo"], sketched=True, like="grpo"
+    ),
+    "kdrl_sketch": Arm(
+        title="KDRL, k2, sketched gradient", method=_KDRL, tuned=True, sketched=True, like="kdrl"
+    ),
+    "kdrl_exact_sketch": Arm(
+        title="KDRL, exact KL, sketched gradient",
+        method=_KDRL_EXACT,
+        tuned=True,
+        sketched=True,
+        like="kdrl_exact",
     ),
     "kdrl_linear": Arm(title="KDRL, beta to 0, linear", method=_scheduled(_TO_ZERO), tuned=True),
     "kdrl_cosine": Arm(

@@ -96,6 +96,24 @@ def cost(study: Study, task: str) -> dict[str, str]:
     return {f"cost_{task}": svg} if rows else {}
 
 
+def sketch(study: Study, task: str) -> dict[str, str]:
+    """Draw what a coarse sketch changes in the accuracy of each arm."""
+    points = [
+        _point(
+            f"{one.exact}: {one.entries:.1f} entries a token, noise {one.noise:.2f}", one.difference
+        )
+        for one in analysis.twins(study, task)
+    ]
+    svg = charts.point_chart(
+        points,
+        title=f"{task}: sketched less exact gradient of the head",
+        x_label="points on the test problems",
+        references=[Reference(f"{x:+d}" if x else "0", x) for x in (-1, 0, 1)],
+        named=250.0,
+    )
+    return {f"sketch_{task}": svg} if points else {}
+
+
 def sensitivity(study: Study, task: str) -> dict[str, str]:
     """Draw the validation accuracy of each schedule over beta, at the sweep's learning rate."""
     lines = []

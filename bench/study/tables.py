@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from bench.study import analysis
 from bench.study.analysis import Study
-from bench.study.arms import ARMS, SCHEDULES
+from bench.study.arms import ARMS, SCHEDULES, SKETCH_THRESHOLD
 from bench.study.config import RUNOFF_SEED, SWEEP_SEED, StudyConfig, Trial
 from bench.study.setup import OUT_OF_DISTRIBUTION
 from bench.study.statistics import MeanOverSeeds
@@ -156,6 +156,32 @@ def by_beta(study: Study, task: str, arm: str) -> dict[float, MeanOverSeeds | No
     rate = max(counts, key=counts.__getitem__)
     pairs = [(t.beta, e) for t, e in first_runs.items() if t.learning_rate == rate and t.beta]
     return {beta: e for beta, e in sorted(pairs, key=lambda pair: pair[0] or 0.0) if beta}
+
+
+def sketch(study: Study, task: str) -> Table:
+    """Tabulate what a coarse sketch of the head's gradient changes."""
+    rows = [
+        [
+            one.exact,
+            percent(study.accuracy(task, one.exact)),
+            percent(study.accuracy(task, one.sketched)),
+            points(one.difference),
+            ", ".join(f"{100 * value:+z.1f}" for value in one.seeds),
+            f"{one.entries:.1f}",
+            f"{one.noise:.2f}",
+        ]
+        for one in analysis.twins(study, task)
+    ]
+    columns = ["arm", "exact, avg@k %", "sketched, avg@k %", "sketched - exact, points"]
+    return Table(
+        f"{task}: the exact gradient of the head, and a sketch of it",
+        [*columns, "each seed", "entries a token", "noise"],
+        rows,
+        "model.head_backward sketch against exact, at the same learning rate, beta and seeds. "
+        f"Every row is sketched, at the threshold {SKETCH_THRESHOLD:g}. Entries: kept of a token's "
+        "dL/dlogits. Noise: sketch_noise, the relative error to expect of the gradient of hidden "
+        "states. Both are means over steps and seeds.",
+    )
 
 
 def sensitivity(study: Study, task: str) -> Table:

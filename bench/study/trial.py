@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from bench.study import setup
-from bench.study.arms import ARMS
+from bench.study.arms import ARMS, SKETCH_THRESHOLD
 from bench.study.config import StudyConfig, Trial
 from bench.study.k1_control import K1Policy
 from kdrl_train import train
@@ -38,6 +38,7 @@ from kdrl_train.tools import sft
 from kdrl_train.tools.toy import TASKS
 
 CURVES = ("accuracy", "tokens", "response_length", "entropy", "kl_teacher", "kd_coef", "grad_norm")
+SKETCH_CURVES = ("sketch_entries", "sketch_noise")
 STAGES = ("rollout", "verify", "score", "teacher", "update", "sync")
 MICRO_BATCH_TOKENS = 2048
 
@@ -112,7 +113,8 @@ def trial_folder(config: StudyConfig, trial: Trial) -> Path:
 def train_config(config: StudyConfig, trial: Trial) -> TrainConfig:
     """Return the settings of a trial's training run.
 
-    Two arms differ in the method, the learning rate and the presence of a teacher alone.
+    Two arms differ in the method, the learning rate, the presence of a teacher and the head's
+    backward pass alone.
     """
     arm, task = ARMS[trial.arm], setup.folder(config, trial.task)
     method = None if arm.method is None else arm.at(trial.beta, config.steps)
@@ -137,8 +139,10 @@ def train_config(config: StudyConfig, trial: Trial) -> TrainConfig:
     )
     if method is None:
         return base
-    teacher_or_none = None if method.kd is None else teacher
-    return replace(base, method=method, model=replace(base.model, teacher=teacher_or_none))
+    model = replace(base.model, teacher=None if method.kd is None else teacher)
+    if arm.sketched:
+        model = replace(model, head_backward="sketch", head_threshold=SKETCH_THRESHOLD)
+    return replace(base, method=method, model=model)
 
 
 def run(config: StudyConfig, trial: Trial) -> TrialResult:
@@ -157,7 +161,8 @@ def run(config: StudyConfig, trial: Trial) -> TrialResult:
         if not folder.exists():  # a signal ended it, which is no result: the trial runs again
             raise SystemExit(f"{trial.name} was stopped before its last step")
         rows = read_records(run_config.out)
-        names = [*CURVES, *(f"seconds_{stage}" for stage in STAGES)]
+        sketch = SKETCH_CURVES if ARMS[trial.arm].sketched else ()
+        names = [*CURVES, *sketch, *(f"seconds_{stage}" for stage in STAGES)]
         curve = {name: [_short(row.get(name)) for row in rows] for name in names}
         sampled = sum(row["tokens"] for row in rows)
     return TrialResult(

@@ -77,6 +77,7 @@ def make_sections(study: Study, config: StudyConfig, tasks: Sequence[str]) -> li
         sections.append(
             TableSection(tables.sensitivity(study, task), plots.sensitivity(study, task))
         )
+        sections.append(TableSection(tables.sketch(study, task), plots.sketch(study, task)))
     sections += [TableSection(tables.cost(study, task), plots.cost(study, task)) for task in tasks]
     sections += [TableSection(tables.sweeps(study, task), folded=True) for task in tasks]
     sections.append(TableSection(tables.crashes(study, config)))

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from bench.study.arms import NOT_TRAINED
+from bench.study.arms import ARMS, NOT_TRAINED
 from bench.study.config import Trial
 from bench.study.trial import Score, TrialResult
 
@@ -21,6 +21,8 @@ def result(arm: str, right: str = "0123", *, seed: int = 0, **trial: Any) -> Tri
         curve = {name: [0.1 * i for i in range(20)] for name in ("accuracy", "seconds_rollout")}
         curve["response_length"] = [20.0] * 20
         curve["tokens"] = [100.0] * 20
+    if ARMS[arm].sketched:
+        curve |= {"sketch_entries": [2.0 + seed] * 20, "sketch_noise": [0.25] * 20}
     return TrialResult(
         trial=sampled_trial,
         status="done",

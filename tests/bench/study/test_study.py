@@ -52,8 +52,10 @@ def test_every_arm_is_a_valid_run_of_any_length(name: str, steps: int, tmp_path:
     assert run.method == ARMS[name].at(beta, steps)
     assert (run.model.teacher is None) == (run.method.kd is None)
     other = train_config(config, replace(trial, arm="grpo", beta=None))
-    teacher = replace(other.model, teacher=run.model.teacher)
-    assert run == replace(other, out=run.out, method=run.method, model=teacher)
+    model = replace(other.model, teacher=run.model.teacher)
+    if ARMS[name].sketched:
+        model = replace(model, head_backward="sketch", head_threshold=2.0**-3)
+    assert run == replace(other, out=run.out, method=run.method, model=model)
 
 
 def test_a_run_that_a_signal_ended_is_no_result(
@@ -108,8 +110,8 @@ def test_sigterm_ends_what_the_study_started(small: StudyConfig, tmp_path: Path)
 def small() -> StudyConfig:
     models = TaskModelsConfig(problems=200, student_steps=2, teacher_steps=2)
     return StudyConfig(
-        tasks=("arithmetic",), arms=("student", "sft", "kdrl"), quality_arms=(), seeds=1,
-        main_seeds=1, steps=2, prompts_per_step=2, group_size=2, learning_rates=(1e-3,),
+        tasks=("arithmetic",), arms=("student", "sft", "kdrl", "kdrl_sketch"), quality_arms=(),
+        seeds=1, main_seeds=1, steps=2, prompts_per_step=2, group_size=2, learning_rates=(1e-3,),
         betas=(0.2,), more_betas=(), validation_problems=4, test_problems=4, samples=2,
         arithmetic=models, countdown=models, workers=1,
     )  # fmt: skip
@@ -148,7 +150,9 @@ def test_a_study_goes_on_where_it_stopped_and_a_crash_is_a_result(
     write_up.again(config.out)
     assert (config.out / "README.md").read_text(encoding="utf-8") == table
     trials = Study(results.load(config.out / "results.json")["trials"])
-    assert len(trials.results) == 3
+    assert len(trials.results) == 4
+    (twin,) = trials.runs("arithmetic", "kdrl_sketch").values()
+    assert all(0.01 < (noise or 0) < 1 for noise in twin.curve["sketch_noise"])
     assert [r.error for r in trials.crashed] == [
         "ValueError: the teacher must give right samples, got none from "
         f"{config.out}/tasks/arithmetic/teacher_middle"

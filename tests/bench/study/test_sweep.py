@@ -63,13 +63,13 @@ def test_learning_rates_at_the_middle_beta_then_betas_at_the_best_rate() -> None
     def percent(trial: Trial) -> int:
         return 10 + 20 * (trial.learning_rate == 5e-4) + 20 * (trial.beta == 0.2)
 
-    best, runner = run_sweep(percent, "student", "grpo", "kdrl", "k1_as_loss")
+    best, runner = run_sweep(percent, "student", "grpo", "kdrl", "k1_as_loss", "kdrl_sketch")
     rates, betas = (2.5e-4, 5e-4, 1e-3), (0.02, 0.2, 2.0)
     assert runner.tried("grpo") == {(rate, None, SWEEP_SEED) for rate in rates}
     at_the_middle = {(rate, 0.2, SWEEP_SEED) for rate in rates}
     assert runner.tried("kdrl") == at_the_middle | {(5e-4, beta, SWEEP_SEED) for beta in betas}
     assert {trial.arm for trial in runner.results_by_trial} == {"grpo", "kdrl"}
-    assert best["kdrl"] == best["k1_as_loss"] == (5e-4, 0.2)
+    assert best["kdrl"] == best["k1_as_loss"] == best["kdrl_sketch"] == (5e-4, 0.2)
     assert best["grpo"] == (5e-4, None)
     assert best["student"] == (None, None)
     finals = sweep.final_trials(StudyConfig(seeds=2, main_seeds=3), TASK, best)

@@ -73,6 +73,22 @@ def test_differences_are_paired_by_seed() -> None:
     assert Study([sampled_elsewhere]).tokens_to("arithmetic", "sft", 0.1) == []
 
 
+def test_a_sketched_arm_is_compared_with_the_arm_that_it_is_like(tmp_path: Path) -> None:
+    """One problem of four is lost at seed 0, none at seed 1; entries are 2 and 3."""
+    runs = [result("grpo", "4444", seed=seed) for seed in (0, 1, 2)]
+    runs += [result("grpo_sketch", "4440"), result("grpo_sketch", "4444", seed=1)]
+    runs += [result("kdrl_sketch", "4444")]  # its twin has not run
+    (section,) = [
+        one
+        for one in write_up.make_sections(Study(runs), StudyConfig(out=tmp_path), ["arithmetic"])
+        if "a sketch of it" in one.table.title
+    ]
+    (row,) = section.table.rows
+    assert row[:3] == ["grpo", "100.0 (100.0-100.0)", row[2]]
+    assert (row[2][:4], row[3][:5], *row[4:]) == ("87.5", "-12.5", "-25.0, +0.0", "2.5", "0.25")
+    assert "grpo: 2.5 entries a token, noise 0.25 -12.5" in section.plots["sketch_arithmetic"]
+
+
 def test_settings_at_an_end_of_their_sweep_are_marked(tmp_path: Path) -> None:
     """A sweep may end past the values of the config; k1_as_loss has the sweep of kdrl."""
     tried = ((2.5e-4, 0.2), (5e-4, 0.2), (1e-3, 0.2), (5e-4, 0.02), (5e-4, 2.0), (5e-4, 20.0))
