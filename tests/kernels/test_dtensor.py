@@ -31,6 +31,7 @@ N, H, H_T = 10, 6, 4
 RANK_ROWS = [slice(0, 4), slice(4, N)]
 DEADLINE_S = 60
 CALLS = ["kdrl_loss", "linear_logprobs", "linear_token_loss"]
+SKETCHED = [f"sketched {name}" for name in CALLS]
 
 Tensors = dict[str, Tensor]
 
@@ -53,18 +54,24 @@ def _tensors(V: int) -> Tensors:
         "tokens": torch.randint(V, (N,), generator=rng),
         "advantages": randn(N),
         "token_weights": token_weights,
+        "numbers": torch.arange(N) + 5,
     }
 
 
-ROWS = ("hidden", "teacher_hidden", "tokens", "advantages", "token_weights")
+ROWS = ("hidden", "teacher_hidden", "tokens", "advantages", "token_weights", "numbers")
 
 
 def _loss(name: str, tensors: Tensors, ranks: int = 1) -> Tensor:
     """Return this rank's loss: that of its rows, divided by the tokens of all ranks / ranks."""
     head = tensors["hidden"], tensors["weight"], tensors["tokens"]
     total = torch.tensor((N - 2.0) / ranks, dtype=torch.float64)
+    backward: dict[str, Any] = {}
+    if name in SKETCHED:
+        sketch = kk.Sketch(threshold=0.2, seed=1, rows=tensors["numbers"])
+        backward = {"backward": "sketch", "sketch": sketch}
+        name = name.removeprefix("sketched ")
     if name == "linear_logprobs":
-        out = kk.linear_logprobs(*head, bias=tensors["bias"], entropy=True)
+        out = kk.linear_logprobs(*head, bias=tensors["bias"], entropy=True, **backward)
         assert out.entropy is not None
         return -(out.logprobs * tensors["advantages"] + out.entropy.square()).sum() / total
     options: dict[str, Any] = {
@@ -72,6 +79,7 @@ def _loss(name: str, tensors: Tensors, ranks: int = 1) -> Tensor:
         "token_weights": tensors["token_weights"],
         "normalizer": total,
         "teacher": kk.TeacherHead(tensors["teacher_hidden"], tensors["teacher_weight"]),
+        **backward,
     }
     if name == "linear_token_loss":
         A = tensors["advantages"]
@@ -356,6 +364,12 @@ for _name in CALLS:
     CASES[f"tensor-parallel-{_name}"] = lambda n=_name: _check_tensor_parallel(n)
     CASES[f"communication-{_name}"] = lambda n=_name: _check_communication(n)
     CASES[f"refused-hidden-{_name}"] = lambda n=_name: _check_refused(n, "hidden")
+for _name in SKETCHED:
+    CASES[f"same-{_name}"] = lambda n=_name: _check_same_as_one_process(n, 12)
+CASES["communication-sketched"] = lambda: _check_communication(SKETCHED[0])
+CASES["fsdp2-sketched-tied"] = lambda: _check_model(
+    _fsdp2(own_group=False), name=SKETCHED[0], inside=True, tied=True
+)
 CASES["refused-teacher_hidden"] = lambda: _check_refused("kdrl_loss", "teacher_hidden")
 
 

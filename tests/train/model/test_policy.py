@@ -79,7 +79,7 @@ def step_gradient(
         out.loss.backward()
         total += out.loss.detach()
         sums = add_sums(sums, out.sums)
-    gradients = [p.grad.clone() for p in policy.parameters()]
+    gradients = [p.grad.clone() for p in policy.parameters() if p.requires_grad]
     return total, gradients, token_means(sums)
 
 
