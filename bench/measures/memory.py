@@ -11,7 +11,7 @@ import gc
 import multiprocessing
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -43,17 +43,27 @@ def measure(
     shape: Shape, profile: str, op_name: str, provider_name: str, setting: Setting
 ) -> dict[str, int]:
     """Measure {"extra_bytes", "input_bytes", "output_bytes", "gradient_bytes"} in this process."""
-    use_threads()
-    if DEVICE == "cpu":
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
+    map_large_blocks()
     op = OPS_BY_NAME[op_name]
     provider = next(one for one in providers.load() if one.name == provider_name)
     inputs = make_inputs(shape, profile)
-    _call(provider, inputs, op, setting)
+    return growth(inputs, op, lambda: _call(provider, inputs, op, setting))
+
+
+def map_large_blocks() -> None:
+    """Let every large block of this process go back to the system when it is freed."""
+    use_threads()
+    if DEVICE == "cpu":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
+
+
+def growth(inputs: Inputs, op: Op, call: Callable[[], providers.Outputs]) -> dict[str, int]:
+    """Call twice, and return by how much the second call grew this process, as `measure` does."""
+    call()
     clear_gradients(inputs, op)
     gc.collect()
     before = _reset_peak()
-    outputs = _call(provider, inputs, op, setting)
+    outputs = call()
     grown = _peak() - before
     output_bytes = sum(tensor.nbytes for tensor in outputs.values())
     gradients = [getattr(inputs, name).grad for name in op.gradients]
@@ -71,7 +81,12 @@ def measure(
 def in_own_process(
     shape: Shape, profile: str, op_name: str, provider_name: str, setting: Setting
 ) -> dict[str, int]:
-    """Run `measure` in a new process.
+    """Run `measure` in a new process. Raises: as `alone`."""
+    return alone(measure, shape, profile, op_name, provider_name, setting)
+
+
+def alone(task: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function of a module returns in a new process.
 
     Raises: RuntimeError where the call fails, its process dies (killed for want of memory, say) or
     gives no answer.
@@ -82,8 +97,7 @@ def in_own_process(
     if DEVICE == "cpu":
         context.set_forkserver_preload(["bench.measures.memory"])
     receiver, sender = context.Pipe(duplex=False)
-    case = (shape, profile, op_name, provider_name, setting)
-    process = context.Process(target=_answer, args=(sender, case), daemon=True)
+    process = context.Process(target=_answer, args=(sender, task, arguments), daemon=True)
     process.start()
     sender.close()
     try:
@@ -101,10 +115,10 @@ def in_own_process(
     return reply
 
 
-def _answer(sender: Connection, case: tuple[Any, ...]) -> None:
-    """Send the result of `measure`, or the error it raises."""
+def _answer(sender: Connection, task: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """Send what the task returns, or the error it raises."""
     try:
-        sender.send(measure(*case))
+        sender.send(task(*arguments))
     except Exception as error:  # raised again by the one who asked
         sender.send(RuntimeError(failure(error).removeprefix("failed: ")))
 

@@ -1,12 +1,14 @@
 """Measures the sketched gradient: python -m bench.measures.sketch --out DIR [--shape cpu]
 
-In each round the bare GEMMs of the exact gradient, the exact gradient and three thresholds of the
+Writes sketch-SHAPE.json, .md and, with matplotlib, .png; --show FILE makes the last two again. In
+each round the bare GEMMs of the exact gradient, the exact gradient and three thresholds of the
 sketch run once, in an order drawn for it. Error: |gradient - exact| / |exact| in the Frobenius
 norm, exact in float64; beside it that of operands rounded to bfloat16. Memory: growth beyond
-inputs, outputs and gradients of one call in a process of its own.
+inputs, outputs and gradients of one call, in a process of its own for each operation and profile.
 """
 
 import argparse
+import importlib.util
 import json
 import statistics
 import time
@@ -20,21 +22,27 @@ from torch import Tensor
 import kdrl_kernels as kk
 from bench import definition
 from bench.floor import Floor
-from bench.inputs import PROFILES, Inputs, make_inputs
+from bench.inputs import SPREADS, Inputs, make_inputs
 from bench.machine import clock, machine_info, one_line, use_threads
-from bench.measures import accuracy
-from bench.measures.timing import sample_rounds
+from bench.measures import accuracy, memory
+from bench.measures.timing import clear_gradients, sample_rounds, share
 from bench.ops import OPS_BY_NAME, Op
-from bench.shapes import SHAPES
+from bench.shapes import SHAPES, Shape, default_shape
 
 OPS = tuple(OPS_BY_NAME[name] for name in ("GRPO", "KDRL exact", "cross entropy"))
 """Cross entropy is taken as a later loss of linear_logprobs."""
-THRESHOLDS = (2**-8, 2**-10, 2**-12)
+DEFAULT = kk.Sketch().threshold
+THRESHOLDS = (2.0**-8, DEFAULT, DEFAULT / 4)
 BARE, EXACT, ROUNDED = "bare GEMMs", "exact", "bfloat16 operands"
+GRADIENTS: dict[str, float | None] = {EXACT: None}
+"""{name: threshold of the sketch}."""
+GRADIENTS |= {f"2^{t.hex().split('p')[1]}": t for t in THRESHOLDS}
+COLUMNS = ("operation", "profile", "gradient", "ms", "/ bare GEMMs", "extra MB", "entries a row")
+COLUMNS += ("flat rows", "error dX", "dW")
 
 
-def loss_of(inputs: Inputs, op: Op, threshold: float | None, seed: int) -> Any:
-    """Call this library; returns its output."""
+def loss_of(inputs: Inputs, op: Op, threshold: float | None, seed: int) -> tuple[Tensor, Any]:
+    """Call this library; returns the loss and its metrics, none of linear_logprobs."""
     options: dict[str, Any] = {}
     if threshold is not None:
         options = {"backward": "sketch", "sketch": kk.Sketch(threshold=threshold, seed=seed)}
@@ -52,12 +60,50 @@ def loss_of(inputs: Inputs, op: Op, threshold: float | None, seed: int) -> Any:
     return out.loss, out.metrics
 
 
-def gradients(inputs: Inputs, op: Op, threshold: float | None, seed: int = 0) -> dict[str, Any]:
+def gradients(inputs: Inputs, op: Op, threshold: float | None, seed: int = 0) -> Any:
     """Call once, forward and backward; the gradients stay in inputs. Returns the metrics."""
-    inputs.hidden.grad = inputs.weight.grad = None
+    clear_gradients(inputs, op)
     loss, metrics = loss_of(inputs, op, threshold, seed)
     loss.backward()
-    return {name: value.item() for name, value in metrics.items()}
+    return metrics
+
+
+def sketch_metrics(inputs: Inputs, op: Op, metrics: Any, threshold: float) -> dict[str, float]:
+    """Return entries a row, share of flat rows and the predicted error of a sketched gradient.
+
+    linear_logprobs does not tell, so another loss does.
+    """
+    if op.cross_entropy:
+        metrics = same_entries(inputs, threshold).metrics
+    N = inputs.shape.N
+    results = {"entries": metrics["entries"].item() / N}
+    results["predicted"] = metrics["sketch_noise"].item()
+    if "flat_rows" in metrics:
+        results["flat_rows"] = metrics["flat_rows"].item() / N
+    return results
+
+
+def same_entries(inputs: Inputs, threshold: float) -> kk.LossOutput:
+    """Call a cross entropy, whose coefficients are 1: it has the entries of linear_logprobs."""
+    head = inputs.hidden, inputs.shared_weight, inputs.tokens
+    sketch = kk.Sketch(threshold=threshold)
+    options: dict[str, Any] = {"backward": "sketch", "sketch": sketch}
+    return kk.linear_token_loss(*head, lambda rows: -rows.logprobs, **options)
+
+
+def extra_bytes(shape: Shape, profile: str, op_name: str) -> dict[str, int]:
+    """Measure the memory of each gradient in this process, one after the other."""
+    memory.map_large_blocks()
+    inputs, op = make_inputs(shape, profile), OPS_BY_NAME[op_name]
+
+    def call(threshold: float | None) -> dict[str, Tensor]:
+        gradients(inputs, op, threshold)
+        return {}
+
+    return {
+        name: memory.growth(inputs, op, lambda: call(threshold))["extra_bytes"]  # noqa: B023
+        for name, threshold in GRADIENTS.items()
+    }
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -89,15 +135,12 @@ def rounded(inputs: Inputs) -> Inputs:
 def measure(op: Op, inputs: Inputs, rounds: int, deadline: float) -> dict[str, Any]:
     """Measure one operation; the row of a table."""
     truth = accuracy.exact(inputs, op)
-    names: dict[str, float | None] = {EXACT: None}
-    names |= {f"2^{t.hex().split('p')[1]}": t for t in THRESHOLDS}
     row: dict[str, Any] = {"op": op.name, "profile": inputs.profile, "cases": {}}
-    for name, threshold in names.items():
+    for name, threshold in GRADIENTS.items():
         metrics = gradients(inputs, op, threshold)
         case = row["cases"][name] = {"errors": errors(inputs, truth)}
-        if "entries" in metrics:
-            case |= {"entries": metrics["entries"] / inputs.shape.N}
-            case |= {"predicted": metrics["sketch_noise"]}
+        if threshold is not None:
+            case |= sketch_metrics(inputs, op, metrics, threshold)
     coarse = rounded(inputs)
     gradients(coarse, op, None)
     row["cases"][ROUNDED] = {"errors": errors(coarse, truth)}
@@ -107,7 +150,7 @@ def measure(op: Op, inputs: Inputs, rounds: int, deadline: float) -> dict[str, A
     calls: dict[str, Callable[[int], float]] = {
         BARE: lambda _: timed(lambda: floor.run(op, inputs, twice))
     }
-    for name, threshold in names.items():
+    for name, threshold in GRADIENTS.items():
         calls[name] = lambda n, t=threshold: timed(lambda: gradients(inputs, op, t, n))  # type: ignore[misc]
     samples = sample_rounds(calls, rounds, deadline)
     for name, sample in samples.items():
@@ -116,50 +159,70 @@ def measure(op: Op, inputs: Inputs, rounds: int, deadline: float) -> dict[str, A
             ratios = [a / b for a, b in zip(sample.values, samples[BARE].values, strict=True)]
             case |= {"ms": statistics.median(sample.values), "ratio": statistics.median(ratios)}
         case["status"] = sample.status
-    inputs.hidden.grad = inputs.weight.grad = None
+    clear_gradients(inputs, op)
+    try:
+        sizes = memory.alone(extra_bytes, inputs.shape, inputs.profile, op.name)
+    except RuntimeError as error:  # the times still stand
+        row["memory"], sizes = str(error), {}
+    for name, size in sizes.items():
+        row["cases"][name]["extra_bytes"] = size
     return row
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Write the rows as Markdown."""
-    lines = [
-        "| operation | profile | gradient | ms | / bare GEMMs | entries a row | error dX | dW |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for row in rows:
         for name, case in row["cases"].items():
             numbers = [
                 f"{case['ms']:,.0f}" if "ms" in case else "",
                 f"{case['ratio']:.2f}" if "ratio" in case else "",
+                f"{case['extra_bytes'] / 1e6:,.1f}" if "extra_bytes" in case else "",
                 f"{case['entries']:.1f}" if "entries" in case else "",
+                f"{case['flat_rows']:.1%}" if "flat_rows" in case else "",
                 *(f"{error:.1e}" for error in case.get("errors", {}).values()),
+                *[""] * (2 - len(case.get("errors", {}))),
             ]
             lines.append(f"| {row['op']} | {row['profile']} | {name} | {' | '.join(numbers)} |")
     return "\n".join(lines) + "\n"
 
 
+def write(record: dict[str, Any], folder: Path) -> None:
+    """Write the record of a run, its table, and its plot where there is matplotlib."""
+    path = folder / f"sketch-{record['shape']}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    text = f"Shape {record['shape']}, {one_line(record['machine'])}\n\n{table(record['rows'])}"
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    if importlib.util.find_spec("matplotlib"):
+        from bench.reporting.tradeoff import plot  # noqa: PLC0415  not everywhere: matplotlib
+
+        plot(record, path.with_suffix(".png"))
+
+
 def main() -> None:
-    """Measure all operations and profiles, and write sketch.json and sketch.md."""
+    """Measure all operations and profiles, or show those of a file."""
     parser = argparse.ArgumentParser(prog="python -m bench.measures.sketch", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--shape", choices=SHAPES, default="cpu")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", type=Path, help="folder for the results")
+    what.add_argument("--show", type=Path, help="a sketch-SHAPE.json, measured before")
+    parser.add_argument("--shape", choices=SHAPES, default=default_shape().name)
+    parser.add_argument("--profiles", nargs="+", choices=SPREADS, default=list(SPREADS))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--minutes", type=float, default=15)
     args = parser.parse_args()
+    if args.show:
+        write(json.loads(args.show.read_text()), args.show.parent)
+        return
     use_threads()
     args.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    cases = [(op, profile) for profile in PROFILES for op in OPS]
+    record = {"machine": machine_info(), "shape": args.shape, "rows": rows}
+    cases = [(op, profile) for profile in args.profiles for op in OPS]
     deadline = time.monotonic() + 60 * args.minutes
     for place, (op, profile) in enumerate(cases):
-        until = time.monotonic() + (deadline - time.monotonic()) / (len(cases) - place)
+        until = share(deadline, place, len(cases))
         rows.append(measure(op, make_inputs(SHAPES[args.shape], profile), args.rounds, until))
-        machine = machine_info()
-        record = {"machine": machine, "shape": args.shape, "rows": rows}
-        name = f"sketch-{args.shape}"
-        (args.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-        text = f"Shape {args.shape}, {one_line(machine)}\n\n{table(rows)}"
-        (args.out / f"{name}.md").write_text(text, encoding="utf-8")
+        write(record, args.out)
         print(table(rows[-1:]), flush=True)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import kdrl_kernels as kk
-from bench.inputs import SPREAD, Inputs, make_inputs
+from bench.inputs import SPREADS, Inputs, make_inputs
 from bench.machine import DEVICE, clock
 from bench.measures.timing import (
     OUT_OF_TIME,
@@ -174,7 +174,9 @@ def _build(sizes: ModelSizes) -> Any:
         model = AutoModelForCausalLM.from_config(
             config, dtype=shape.dtype, attn_implementation="sdpa"
         )
-        model.lm_head.weight.normal_(std=SPREAD / math.sqrt(shape.H))  # logits spread by SPREAD
+        model.lm_head.weight.normal_(
+            std=SPREADS[PROFILE] / math.sqrt(shape.H)
+        )  # logits spread as in PROFILE
     return model.train()
 
 

@@ -77,6 +77,8 @@ def test_profile_of_the_entropy_cpu_small_float32(small: dict[str, Inputs]) -> N
     assert 0.40 <= (entropy < 0.01).double().mean() <= 0.62
     assert 0.15 <= (entropy > 0.67).double().mean() <= 0.28
     assert (small["flat"].entropy >= 0.01).all()
+    low, high = make_inputs(CPU_SMALL, "hard", "cpu").entropy.quantile(torch.tensor([0.25, 0.75]))
+    assert 2.5 < low < high < 4.5  # 3.7 to 4.8 at V = 32,768
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -155,7 +157,7 @@ def test_teacher_differs_a_little(shape: Shape, profile: str) -> None:
 
 
 def test_unknown_profile_is_named() -> None:
-    with pytest.raises(ValueError, match=r"one of reasoning, flat, got 'steep'$"):
+    with pytest.raises(ValueError, match=r"one of reasoning, flat, hard, got 'steep'$"):
         make_inputs(TINY, "steep", "cpu")
 
 

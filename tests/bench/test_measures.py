@@ -1,10 +1,12 @@
 """Tests step, rows and scaling of bench/ on tiny sizes: they time what they say."""
 
 import copy
+import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from bench import definition
 from bench.inputs import Inputs, make_inputs
-from bench.measures import rows, scaling, step
+from bench.measures import memory, rows, scaling, sketch, step
 from bench.ops import FLOOR, OPS_BY_NAME
 from bench.providers import Provider
 from bench.providers.home import PROVIDERS
@@ -65,6 +67,82 @@ def assert_samples(one: Record, *names: str) -> None:
 def assert_no_figure(one: Record, status: str) -> None:
     assert one["status"] == status
     assert not set(FIGURES) & one.keys()
+
+
+# sketch
+
+
+def test_sketch_rows(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {name: 1_500_000 * n for n, name in enumerate(sketch.GRADIENTS, 1)}
+    monkeypatch.setattr(memory, "alone", lambda *_: sizes)
+    row = sketch.measure(KDRL, inputs, ROUNDS, later())
+    cases = row["cases"]
+    assert list(cases) == [*sketch.GRADIENTS, sketch.ROUNDED, sketch.BARE]
+    assert cases[sketch.BARE]["ratio"] == 1
+    exact, rounded = (cases[name]["errors"]["dhidden"] for name in ("exact", sketch.ROUNDED))
+    assert exact < 1e-5
+    assert 1e-3 < rounded < 3e-2
+    for name, threshold in sketch.GRADIENTS.items():
+        assert cases[name]["ms"] > 0
+        assert cases[name]["ratio"] > 1
+        assert cases[name]["extra_bytes"] == sizes[name]
+        if threshold is not None:
+            assert 1 <= cases[name]["entries"] <= 1 / threshold + 2
+            assert 0 <= cases[name]["predicted"] < 2
+
+
+def test_a_memory_that_is_not_measured_costs_no_time(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(*_: object) -> None:
+        raise RuntimeError("its process died")
+
+    monkeypatch.setattr(memory, "alone", dies)
+    row = sketch.measure(GRPO, inputs, ROUNDS, later())
+    assert row["memory"] == "its process died"
+    assert "extra_bytes" not in row["cases"]["exact"]
+    assert row["cases"]["exact"]["ms"] > 0
+
+
+def test_entries_of_linear_logprobs_are_those_that_are_told(inputs: Inputs) -> None:
+    """Two sketches that differ in an entry would differ by percents."""
+    sketch.gradients(inputs, OPS_BY_NAME["cross entropy"], 2**-3)
+    dx = inputs.hidden.grad
+    inputs.hidden.grad = None
+    told = sketch.same_entries(inputs, 2**-3)
+    told.loss.backward()
+    assert torch.allclose(inputs.hidden.grad, dx, rtol=1e-4, atol=1e-6)
+
+
+def sketch_record() -> dict[str, Any]:
+    """Make the record of a run by hand."""
+    error = {"dhidden": 0.02, "dweight": 0.03}
+    cases = {
+        "exact": {"errors": error, "ms": 2000.4, "ratio": 1.1, "extra_bytes": 134_000_000},
+        "2^-8": {"errors": error, "ms": 800.0, "ratio": 0.44, "entries": 9.96, "flat_rows": 0.125},
+        "2^-10": {"errors": error, "entries": 12},
+        sketch.ROUNDED: {"errors": error},
+        sketch.BARE: {"ms": 1800.0, "ratio": 1.0},
+    }
+    rows = [{"op": op, "profile": "flat", "cases": cases} for op in ("GRPO", "KDRL exact")]
+    machine = {"device": "Test CPU", "threads": 2, "torch": "2", "triton": "3", "python": "3.11"}
+    return {"machine": machine | {"commit": "0" * 9, "uncommitted": ""}, "shape": "x", "rows": rows}
+
+
+def test_sketch_table_and_plot(tmp_path: Path) -> None:
+    sketch.write(sketch_record(), tmp_path)
+    lines = (tmp_path / "sketch-x.md").read_text().splitlines()
+    assert {line.count("|") for line in lines[2:]} == {11}
+    assert lines[4:9] == [
+        "| GRPO | flat | exact | 2,000 | 1.10 | 134.0 |  |  | 2.0e-02 | 3.0e-02 |",
+        "| GRPO | flat | 2^-8 | 800 | 0.44 |  | 10.0 | 12.5% | 2.0e-02 | 3.0e-02 |",
+        "| GRPO | flat | 2^-10 |  |  |  | 12.0 |  | 2.0e-02 | 3.0e-02 |",
+        "| GRPO | flat | bfloat16 operands |  |  |  |  |  | 2.0e-02 | 3.0e-02 |",
+        "| GRPO | flat | bare GEMMs | 1,800 | 1.00 |  |  |  |  |  |",
+    ]
+    assert json.loads((tmp_path / "sketch-x.json").read_text()) == sketch_record()
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "sketch-x.png").read_bytes().startswith(b"\x89PNG")
 
 
 # step

@@ -15,6 +15,7 @@ import torch
 from bench import definition, results_file
 from bench.inputs import Inputs, make_inputs
 from bench.measures import accuracy, speed, timing
+from bench.measures.sketch import GRADIENTS
 from bench.ops import FLOORS, OPS, OPS_BY_NAME, Op
 from bench.providers import Outputs, Provider
 from bench.providers.home import PROVIDERS as HOME
@@ -236,21 +237,28 @@ def test_a_call_that_leaves_too_few_gradients_is_refused(inputs: list[Inputs]) -
 @pytest.mark.skipif(torch.cuda.is_available(), reason="sizes are of the CPU allocator")
 def test_memory_counts_the_logits() -> None:
     """Full logits hold [N, V] several times, our library one chunk of them."""
-    full, ours = _memory((FULL_LOGITS.name, {}), (OURS, {"workspace_bytes": 4 << 20}))
+    cases = [(FULL_LOGITS.name, {}), (OURS, {"workspace_bytes": 4 << 20})]
+    full, ours, by_threshold = _memory(
+        f"[in_own_process(shape, 'reasoning', 'GRPO', *case) for case in {cases!r}] + "
+        "[alone(extra_bytes, shape, 'reasoning', 'GRPO')]"
+    )
     logits = 4 * 512 * 8192
     assert full["gradient_bytes"] == ours["gradient_bytes"] == 4 * 64 * (512 + 8192)
     assert full["extra_bytes"] > 2 * logits
     assert 0 < ours["extra_bytes"] < logits / 2
+    assert list(by_threshold) == list(GRADIENTS)
+    assert all(0.9 * logits < size < 2 * logits for size in by_threshold.values()), by_threshold
 
 
-def _memory(*cases: tuple[str, dict[str, int]]) -> list[dict[str, int]]:
-    """Measure in a process whose fork server no other test shares: it has torch loaded."""
+def _memory(expression: str) -> Any:
+    """Evaluate in a process whose fork server no other test shares: it has torch loaded."""
     code = f"""
 import dataclasses, json
-from bench.measures.memory import in_own_process
+from bench.measures.memory import alone, in_own_process
+from bench.measures.sketch import extra_bytes
 from bench.shapes import TINY
 shape = dataclasses.replace(TINY, name="memory", N=512, V=8192, V_t=8192)
-print(json.dumps([in_own_process(shape, "reasoning", "GRPO", *case) for case in {cases!r}]))
+print(json.dumps({expression}))
 """
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
