@@ -197,20 +197,45 @@ def parse(
     if options and not early.help_all and {"-h", "--help"} & set(argv):
         print_help(default, extra, program, description, options)
         sys.exit(0)
-    kind: Any = type(default)  # read as a dict
-    values = tyro.cli(
-        kind,
-        default=default,
-        args=["--help"] if early.help_all else list(switched(argv)),
-        prog=program,
-        description=f"{description}\n\n{EPILOG}",
-        registry=_registry(default, extra),
-    )
+    argv = ["--help"] if early.help_all else list(switched(argv))
+    about = f"{description}\n\n{EPILOG}"
+    values = read_options(default, argv, extra, program, about, short=bool(options))
     settings = update(default, {name: values[name] for name in to_dict(default)})
     reward = getattr(settings, "reward", None)
     if early.config is not None and reward is not None and early.reward != reward.function:
         require_own_module(reward.function, Path(early.config))
     return settings
+
+
+def read_options(
+    default: Any,
+    argv: list[str],
+    extra: Sequence[StructFieldSpec],
+    program: str,
+    description: str,
+    *,
+    short: bool,
+) -> dict[str, Any]:
+    """Read options over `default` by tyro; return all values by their keys.
+
+    short: --help explains a part of the options, so errors name --help-all.
+    """
+    kind: Any = type(default)  # read as a dict
+    try:
+        values: dict[str, Any] = tyro.cli(
+            kind,
+            default=default,
+            args=argv,
+            prog=program,
+            description=description,
+            add_help="--help" in argv or not short,
+            registry=_registry(default, extra),
+        )
+    except SystemExit as end:
+        if end.code and short:
+            sys.stderr.write(f"{program} --help-all explains all options.\n")
+        raise
+    return values
 
 
 def require_room(preset: str, file: Mapping[str, Any], name: str) -> None:

@@ -7,6 +7,7 @@ from typing import Literal
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.settings import (
     Finite,
+    LearningRate,
     NaturalFloat,
     NaturalInt,
     PositiveFloat,
@@ -215,7 +216,7 @@ class RewardConfig:
 class OptimConfig:
     """AdamW, and how completions are packed for it."""
 
-    learning_rate: PositiveFloat = 1e-6
+    learning_rate: LearningRate = 1e-6
     """Peak learning rate of AdamW."""
     warmup_steps: NaturalInt = 0
     """Optimiser steps in which the learning rate rises linearly from 0."""

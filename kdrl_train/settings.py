@@ -47,6 +47,8 @@ _NO_BOOL = BeforeValidator(_no_bool)
 Finite = Annotated[float, _NO_BOOL]
 """A number, also as text: YAML 1.1 reads 1e-6 as text. No type below takes inf and nan either."""
 PositiveFloat = Annotated[float, Field(gt=0), _NO_BOOL]
+LearningRate = Annotated[float, Field(gt=0, le=1e6), _NO_BOOL]
+"""AdamW's: a weight moves by about as much in a step. From 3e37 on float32 overflows."""
 NaturalFloat = Annotated[float, Field(ge=0), _NO_BOOL]
 PositiveOrInf = Annotated[float, Field(gt=0, allow_inf_nan=True), _NO_BOOL]
 """Positive, and inf is allowed."""

@@ -30,9 +30,9 @@ def require_finite(
     if broken is not None:
         raise BrokenWeightsError(
             f"weights and moments must be finite, got NaN or inf in {broken} after {step} steps: "
-            f"they are not saved{'' if dump is None else f'; {dump()}'}. The checkpoint before "
-            "stays the newest: start a new run from it with --model.weights and e.g. a lower "
-            "optim.learning_rate"
+            f"they are not saved{'' if dump is None else f'; {dump()}'}. Start a "
+            "new run with e.g. a lower optim.learning_rate, from an older checkpoint, if there is "
+            "one, with --model.weights"
         )
 
 

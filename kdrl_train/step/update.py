@@ -135,7 +135,7 @@ def accumulate(inputs: StepInputs, used_R: Tensor, part: int) -> Accumulated:
     every = config.log.diagnostics_every
     loss = torch.zeros((), dtype=torch.float64, device=device)
     policy.train()
-    policy.draw_sketch((config.seed << 40) + (inputs.step << 8) + part)
+    policy.draw_sketch(sketch_seed(config.seed, inputs.step, part))
     coefficients = replace(inputs.coefficients, token_weights=weights_R)
     learnt, used = 0, int((weights_R != 0).sum())
     for turn, micro_batch in enumerate(packs_of(batch, coefficients, config, world)):
@@ -162,6 +162,11 @@ def accumulate(inputs: StepInputs, used_R: Tensor, part: int) -> Accumulated:
     total = world.sum(sums, largest=LARGEST)
     run.waited(stages, start)
     return Accumulated(total, mean, split)
+
+
+def sketch_seed(seed: int, step: int, part: int) -> int:
+    """Return the seed of the sketch of one update of a step, another one for each."""
+    return (seed << 40) + (step << 8) + part
 
 
 def mismatch_metrics(inputs: StepInputs, first: dict[str, float | None]) -> dict[str, float | None]:

@@ -43,9 +43,9 @@ from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.writable import require_writable
 from kdrl_train.settings import (
+    LearningRate,
     NaturalFloat,
     NaturalInt,
-    PositiveFloat,
     PositiveInt,
     Probability,
     settings,
@@ -102,7 +102,7 @@ class DemoConfig:
     often."""
     sft_batch_tokens: PositiveInt = 1792
     """Tokens of a batch, in both supervised runs."""
-    sft_learning_rate: PositiveFloat = 5e-3
+    sft_learning_rate: LearningRate = 5e-3
     """Peak learning rate of both supervised runs."""
     steps: PositiveInt = 45
     """Optimiser steps of KDRL."""
@@ -112,7 +112,7 @@ class DemoConfig:
     """G: completions per prompt."""
     max_new_tokens: PositiveInt = 48
     """Longest completion, in tokens; a worked solution has up to 32."""
-    learning_rate: PositiveFloat = 7e-4
+    learning_rate: LearningRate = 7e-4
     """Learning rate of KDRL."""
     beta: NaturalFloat = 0.5
     """Weight of the teacher's reverse KL at the first step of KDRL."""

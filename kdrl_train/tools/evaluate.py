@@ -248,7 +248,8 @@ def main(config: EvaluateConfig) -> EvalResult:
         require_writable_file(config.out)  # now, as a measurement takes long
     console = output.guarded_console()
     result = evaluate_folder(config, console)
-    console.print(result_table({config.model.policy: result}))
+    name = str(config.model.weights or config.model.policy)
+    console.print(result_table({name: result}))
     if config.out is not None:
         with written(config.out):
             config.out.parent.mkdir(parents=True, exist_ok=True)

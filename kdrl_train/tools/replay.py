@@ -26,6 +26,7 @@ from kdrl_train.runfolder import checkpoint
 from kdrl_train.runfolder.untrusted import load_tensors
 from kdrl_train.settings import Switch, settings
 from kdrl_train.start.load import load
+from kdrl_train.step.update import sketch_seed
 
 
 @settings
@@ -155,6 +156,7 @@ def replay(
     coefficients = replace(CompletionCoefficients(**dump["coefficients"]), token_weights=weights)
     replayed = []
     policy.train()
+    policy.draw_sketch(sketch_seed(config.seed, step, dump["part"]))
     for batch in pack(rollouts, coefficients, micro_batch_tokens=1):  # a completion each
         index, packed = int(batch.rollout[0]), batch.to(policy.device)
         teacher = loaded.teacher(packed) if loaded.teacher and batch.needs_teacher else None

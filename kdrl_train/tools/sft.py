@@ -33,6 +33,7 @@ from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.export import export
 from kdrl_train.runfolder.writable import remove, require_writable
 from kdrl_train.settings import (
+    LearningRate,
     NaturalFloat,
     NaturalInt,
     PositiveFloat,
@@ -78,7 +79,7 @@ class SftConfig:
     """Stop after so many minutes, if that is earlier. The learning rate then follows the clock."""
     batch_tokens: PositiveInt = 4096
     """Tokens of a batch, without padding. A longer example makes a batch of its own."""
-    learning_rate: PositiveFloat = 2e-3
+    learning_rate: LearningRate = 2e-3
     """Peak learning rate. It rises linearly, then falls as a cosine to 5% of the peak."""
     warmup_steps: NaturalInt = 50
     """Optimiser steps in which the learning rate rises linearly from 0."""

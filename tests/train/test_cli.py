@@ -93,6 +93,11 @@ def test_an_unknown_option_names_the_nearest(capsys: pytest.CaptureFixture[str])
         error = capsys.readouterr().err
         assert f"Unrecognized options: {option}" in error
         assert f" {nearest} " in error
+        assert "train --help-all explains all options." in error
+        assert "helptext" not in error
+    with pytest.raises(SystemExit):
+        cli.main(["report", "--x"])  # whose --help is whole
+    assert "report --help " in capsys.readouterr().err
 
 
 def test_a_wrong_option_names_its_whole_key(capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,6 +106,9 @@ def test_a_wrong_option_names_its_whole_key(capsys: pytest.CaptureFixture[str]) 
         "error: steps must be at least 1, got 0",
         "optim.learning_rate must be greater than 0, got -1.0",
     ]
+    assert cli.main(["train", "--optim.learning-rate", "1e38"]) == 1  # AdamW overflows
+    error = capsys.readouterr().err
+    assert error == "error: optim.learning_rate must be at most 1000000, got 1e+38\n"
     assert cli.main(["train", "--method.kd-coef.at", "3"]) == 1
     message = "method.kd_coef.values must be 1 numbers, one for each of at, got ()"
     assert message in capsys.readouterr().err

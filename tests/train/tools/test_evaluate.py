@@ -278,18 +278,21 @@ def test_failures_of_the_reward_function_are_shown() -> None:
 
 
 def test_the_weights_of_a_checkpoint_are_measured(
-    config: Callable[..., TrainConfig], folders: dict[str, Path]
+    config: Callable[..., TrainConfig], folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    columns: list[str] = []
+    monkeypatch.setattr(evaluation, "result_table", lambda results: columns.extend(results) or "")
     settings = config(steps=2, optim=OptimConfig(learning_rate=3e-2))
     train.main(settings, Console(file=io.StringIO()))
     saved = settings.out / "checkpoints" / "step_000002"
     student = ModelConfig(policy=str(folders["student"]), device="cpu")
     trained = replace(student, policy=str(settings.out / "model"))
     results = [
-        evaluate_folder(
+        evaluation.main(
             EvaluateConfig(model=model, data=settings.data, sampling=SAMPLING, reward=REWARD)
         )
         for model in (trained, replace(student, weights=saved), student)
     ]
     first, second, third = (replace(result, seconds=0.0) for result in results)
     assert first == second != third
+    assert columns == [str(settings.out / "model"), str(saved), str(folders["student"])]

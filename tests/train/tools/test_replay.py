@@ -14,6 +14,7 @@ from torch import Tensor
 from kdrl_train.cli import main
 from kdrl_train.config import TrainConfig
 from kdrl_train.method import grpo
+from kdrl_train.model.policy import Policy
 from kdrl_train.tools import replay
 from tests.train.coefficients import coefficients_of
 from tests.train.conftest import EXACT
@@ -68,9 +69,13 @@ def test_numbers_are_those_of_the_step(
     coefficients = coefficients_of(dump["rewards"], EXACT, 2)
     dump["coefficients"]["advantages"] = coefficients.advantages
     torch.save(dump, failed)
+    seeds: list[int] = []
+    monkeypatch.setattr(Policy, "draw_sketch", lambda _, seed: seeds.append(seed))
     replayed = replay.main(replay.ReplayConfig(file=failed), Console(file=io.StringIO()))
     assert all(one.finite for one in replayed)
     records = run(config("whole", steps=3))
+    assert seeds[0] == seeds[3]  # the sketch of the head that the step had
+    assert len(set(seeds[1:])) == 3
     assert sum(one.loss for one in replayed) == pytest.approx(records[2]["loss"], rel=1e-4)
     for one in replayed:
         assert one.tokens == len(dump["completion_ids"][one.index])
