@@ -120,6 +120,10 @@ def read(folder: Path) -> Checkpoint:
         values = (checkpoint.step, checkpoint.config, checkpoint.data)
         if not all(map(isinstance, values, (int, dict, dict))):
             raise ValueError("another kind of value for step, config or data")
+        sections = [checkpoint.config.get(name, {}) for name in ("model", "reward")]
+        counts = [section["count"] for section in checkpoint.data.values()]
+        if not all(type(one) is dict for one in sections) or {*map(type, counts)} - {int}:
+            raise ValueError("another kind of value in config or data")
         if checkpoint.hashes and checkpoint.hashes.keys() != checkpoint.files.keys():
             raise ValueError("hashes of other files than it has")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -107,8 +107,16 @@ def load_dump(file: Path) -> dict[str, Any]:
     try:
         require_file(file)
         dump = load_tensors(file)
-        step = {name: dump[name] for name in (*_STEP, *_ROLLOUTS)}
-        return step | {"outcomes": dump.get("outcomes") or ["-"] * len(dump["example_ids"])}
+        step: dict[str, Any] = {name: dump[name] for name in (*_STEP, *_ROLLOUTS)}
+        step["outcomes"] = dump.get("outcomes") or ["-"] * len(dump["example_ids"])
+        step["coefficients"] = CompletionCoefficients(**dump["coefficients"])
+        for name, value in step.items():
+            kind = _KINDS.get(name, list)
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} must be of type {kind.__name__}")
+            if isinstance(value, list) and len(value) != step["rewards"].numel():
+                raise ValueError(f"{name} must have an item for each of the rewards")
+        return step
     except Exception as error:  # a damaged file raises many types
         raise ValueError(
             f"file must be a failed_step_XXXXXX.pt of a run folder, got {file}: "
@@ -118,6 +126,14 @@ def load_dump(file: Path) -> dict[str, Any]:
 
 _STEP = ("step", "part", "rewards", "coefficients", "example_ids")
 _ROLLOUTS = tuple(field.name for field in fields(Rollouts))
+_KINDS = {
+    "step": int,
+    "part": int,
+    "rewards": torch.Tensor,
+    "truncated": torch.Tensor,
+    "coefficients": CompletionCoefficients,
+}
+"""Types of values of a dump; the others are lists with an item for each completion."""
 
 
 def replay(
@@ -153,7 +169,7 @@ def replay(
         config.method.token_weights,
         config.sampling.max_new_tokens,
     )
-    coefficients = replace(CompletionCoefficients(**dump["coefficients"]), token_weights=weights)
+    coefficients = replace(dump["coefficients"], token_weights=weights)
     replayed = []
     policy.train()
     policy.draw_sketch(sketch_seed(config.seed, step, dump["part"]))

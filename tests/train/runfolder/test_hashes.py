@@ -184,6 +184,20 @@ def test_meta_json_of_a_stranger(tmp_path: Path) -> None:
             checkpoint.read(place)
 
 
+def test_sections_of_another_kind(place: Path, tmp_path: Path) -> None:
+    meta = hashes.unsealed((place / "meta.json").read_text())
+    for value in (7, None, [], "x"):
+        for change in (
+            {"config": meta["config"] | {"model": value}},
+            {"config": meta["config"] | {"reward": value}},
+            {"data": {"data": value}},
+            {"data": {"data": {"count": [value]}}},
+        ):
+            (tmp_path / "meta.json").write_text(hashes.sealed(meta | change))
+            with pytest.raises(ValueError, match=r"with a meta\.json, got "):
+                checkpoint.read(tmp_path)
+
+
 @pytest.mark.fault("hostile checkpoint")
 @pytest.mark.parametrize(
     ("change", "told"),

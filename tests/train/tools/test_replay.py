@@ -89,6 +89,23 @@ def test_another_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert "file must be a failed_step_XXXXXX.pt" in capsys.readouterr().err
 
 
+def test_values_of_another_kind_are_refused(tmp_path: Path) -> None:
+    path, ones = tmp_path / "failed_step_000000.pt", torch.ones(1)
+    coefficients = {"advantages": ones, "token_weights": ones, "kd_weight": ones}
+    dump = {"step": 0, "part": 0, "rewards": ones, "coefficients": coefficients}
+    dump |= {"example_ids": ["a"], "prompt_ids": [ones], "completion_ids": [ones]}
+    dump |= {"logprobs": [ones], "truncated": ones, "texts": ["b"]}
+    torch.save(dump, path)
+    assert replay.load_dump(path)["coefficients"].advantages == ones
+    for name in dump:
+        for value in ("x", [1, 2], None, {"a": 1}, 1.5):
+            torch.save(dump | {name: value}, path)
+            with pytest.raises(
+                ValueError, match=r"^file must be a failed_step_XXXXXX\.pt of a run"
+            ):
+                replay.load_dump(path)
+
+
 def test_a_missing_checkpoint_is_named(failed: Path) -> None:
     place = failed.parent / "checkpoints" / "step_000002"
     for file in place.iterdir():
