@@ -175,9 +175,10 @@ def kdrl_loss(
         computed); with a teacher, over the rows of kd_weight > 0: kd_tokens (their number),
         teacher_log_ratio_sum (of l = lp - lq), k2_sum (of l²/2), kl_sum (where the loss computes
         KL(p‖q)) and kd_flipped (rows whose advantage minus the pull of the KD term has the other
-        sign; not for "jsd" nor policy "off"). With a sketch: entries (of dL/dlogits that are kept),
-        sketch_noise (estimate of the relative error of dX) and its two sums, sketch_variance_sum
-        and sketch_square_sum. mean_metrics turns all into means.
+        sign; not for "jsd" nor policy "off"). With a sketch: flat_rows (whose gradient is exact),
+        entries (of dL/dlogits that are kept), sketch_noise (estimate of the relative error of dX)
+        and its two sums, sketch_variance_sum and sketch_square_sum. mean_metrics turns all into
+        means.
     Raises: ValueError for a shape, device, token or option; TypeError for a type or dtype.
     Memory: as linear_logprobs, but two chunks of logits for exact KD and for kd_baseline. The
         forward pass computes the gradients and keeps them in float32 until backward rounds them

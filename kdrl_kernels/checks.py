@@ -1,6 +1,7 @@
 """Checks arguments: each error names the argument, what it must be and what it is."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -278,4 +279,7 @@ def check_sketch(backward: str, sketch: Sketch | None, impl: str, head: Head) ->
         raise ValueError(f'backward must be "exact" with impl={impl!r} on {device}, got "sketch"')
     if sketch is not None and not isinstance(sketch, Sketch):
         raise TypeError(f"sketch must be a Sketch or None, got {type(sketch).__name__}")
-    return (sketch or Sketch()).of_rows(len(head.hidden), head.hidden.device)
+    sketch = (sketch or Sketch()).of_rows(len(head.hidden), head.hidden.device)
+    if head.hidden.dtype == torch.float16:  # an exact row would need a unit of its own
+        return replace(sketch, flat=math.inf)
+    return sketch

@@ -91,13 +91,16 @@ def score(call: LogprobCall, collector: Any = None) -> Scores:
     )
 
 
-def gradients(backward: BackwardCall) -> tuple[Gradients, Tensor]:
-    """Return gradients and a 0-d scale: their product is the gradient of the later loss."""
+def gradients(backward: BackwardCall, total: Gradients | None = None) -> tuple[Gradients, Tensor]:
+    """Return gradients and a 0-d scale: their product is the gradient of the later loss.
+
+    total: what they are added to; None: new ones.
+    """
     call, scores, grad_logprobs = backward.forward, backward.scores, backward.grad_logprobs
     head, V, N = in_one_dtype(call.head), len(call.head.weight), len(call.tokens)
     size = balanced(N, call.max_rows)
     buffers = Buffers(head, V, size, 1, call.impl)
-    total = Gradients(head, call.needs)
+    total = total or Gradients(head, call.needs)
     bad = bad_tokens(call.tokens, V, "V")
     tokens = call.tokens.clamp(0, V - 1)
     for rows in chunks_of(N, size):

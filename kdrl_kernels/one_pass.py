@@ -70,20 +70,32 @@ def gradient_view(logits: Tensor, dtype: torch.dtype) -> Tensor:
     return logits if logits.dtype == dtype else logits.view(dtype)[:, : logits.shape[1]]
 
 
+Sums = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""dX, dW and db; None where not needed."""
+
+
 class Gradients:
     """Accumulates dX, dW and db of one pass in float32, before their common scale."""
 
     masses = False
     """Whether sweeps must write the mass of each block of columns."""
 
-    def __init__(self, head: Head, needs: Needs) -> None:
+    def __init__(self, head: Head, needs: Needs, sums: Sums | None = None) -> None:
+        """Begin at 0, or go on with sums of hidden, weight and bias that are there already."""
         dtype = accumulator(head.hidden.dtype)
-        self.hidden = head.hidden.new_zeros(head.hidden.shape, dtype=dtype) if needs[0] else None
-        self.weight = head.weight.new_empty(head.weight.shape, dtype=dtype) if needs[1] else None
-        self.bias = None
-        if needs[2] and head.bias is not None:
-            self.bias = head.bias.new_zeros(head.bias.shape, dtype=dtype)
-        self.first = True
+        if sums is not None:
+            self.hidden, self.weight, self.bias = sums
+        else:
+            self.hidden = (
+                head.hidden.new_zeros(head.hidden.shape, dtype=dtype) if needs[0] else None
+            )
+            self.weight = (
+                head.weight.new_empty(head.weight.shape, dtype=dtype) if needs[1] else None
+            )
+            self.bias = None
+            if needs[2] and head.bias is not None:
+                self.bias = head.bias.new_zeros(head.bias.shape, dtype=dtype)
+        self.first = sums is None
         self.unit = None
         if head.hidden.dtype == torch.float16:
             self.unit = head.hidden.new_full((), torch.finfo(dtype).tiny, dtype=dtype)
@@ -132,23 +144,11 @@ class Gradients:
         rows: RowSet,
     ) -> int:
         """Add the gradient of a chunk, over its logits; return the rows that went into it."""
-        coef = self.in_unit(coef)
-        compaction = Compaction(coef) if call.compact else None
-        p, q = streams
-        dz = row_work.load(call.impl).gradient(
-            p,
-            take(call.tokens, rows),
-            stats,
-            coef,
-            out=gradient_view(p.logits, call.student.hidden.dtype),
-            teacher=q,
-            source=compaction.source if compaction else None,
-        )
-        kept = compaction.rows(rows) if compaction else rows
-        self.add(call.student, kept, dz[: size_of(kept)])
+        kept, dz = chunk_gradient(call, streams, stats, self.in_unit(coef), rows, call.compact)
+        self.add(call.student, kept, dz)
         return size_of(kept)
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
+    def tensors(self) -> Sums:
         """Return dX, dW and db, None where not needed."""
         return self.hidden, self.weight, self.bias
 
@@ -201,6 +201,33 @@ class Compaction:
             return rows
         source = self.source[:count]
         return rows[source] if isinstance(rows, Tensor) else source + rows.start
+
+
+def chunk_gradient(
+    call: LossCall,
+    streams: tuple[Stream, TeacherStream | None],
+    stats: Stats,
+    coef: Coefficients,
+    rows: RowSet,
+    compact: bool,
+) -> tuple[RowSet, Tensor]:
+    """Write the gradient of a chunk over its logits; return the rows that have one, and dL/dlogits.
+
+    compact: whether rows whose coefficients are 0 are left out.
+    """
+    compaction = Compaction(coef) if compact else None
+    p, q = streams
+    dz = row_work.load(call.impl).gradient(
+        p,
+        take(call.tokens, rows),
+        stats,
+        coef,
+        out=gradient_view(p.logits, call.student.hidden.dtype),
+        teacher=q,
+        source=compaction.source if compaction else None,
+    )
+    kept = compaction.rows(rows) if compaction else rows
+    return kept, dz[: size_of(kept)]
 
 
 @dataclass(frozen=True, slots=True)

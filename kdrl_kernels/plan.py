@@ -212,6 +212,7 @@ def chunk_plan(
     workspace_bytes: int | None = None,
     backward: Backward = "exact",
     row_entries: float = 16.0,
+    flat: float = 0.0,
     impl: str | None = None,
 ) -> ChunkPlan:
     """Plan how kdrl_loss cuts N tokens over a head [V, H], and what it holds and computes.
@@ -226,6 +227,7 @@ def chunk_plan(
         backward: "exact" or "sketch".
         row_entries: entries of a row of the sketch, with the sampled token's, on average:
             metrics["entries"] / N tells yours.
+        flat: share of rows too flat to be sketched, in [0, 1]: metrics["flat_rows"] / N.
         workspace_bytes, impl: as in kdrl_loss; impl None: "triton" on "cuda", else "torch".
     Returns: ChunkPlan. plan.predicted_ms(tflops, terabytes_per_s) is the time at rates you know.
     Raises: ValueError for a size below 1 or a budget that does not hold one row; TypeError for
@@ -249,6 +251,9 @@ def chunk_plan(
     if backward not in get_args(Backward):
         raise ValueError(f'backward must be "exact" or "sketch", got {backward!r}')
     check_number("row_entries", row_entries)
+    check_number("flat", flat)
+    if not 0 <= flat <= 1:
+        raise ValueError(f"flat must be in [0, 1], got {flat}")
     rows = balanced(N, max_rows(geometry, workspace_bytes))
     wide = accumulator(dtype).itemsize
     u = 2 * N * H * V
@@ -265,9 +270,9 @@ def chunk_plan(
     held = wide * (N * H * hidden_grad + V * H * weight_grad)
     entries, product_bytes = 0, 0
     if backward == "sketch" and learns:
-        entries, writes = round(N * row_entries), 0
-        flop |= {"dX": 0, "dW": 0}
-        held = entries * (4 + wide) + 8 * (N + 1)
+        entries, writes = round(N * row_entries), round(flat * writes)
+        flop |= {name: round(flat * flop[name]) for name in ("dX", "dW")}
+        held = entries * (4 + wide) + 8 * (N + 1) + min(held, writes)
         outputs = N * H * hidden_grad + V * H * weight_grad
         product_bytes = dtype.itemsize * (outputs + entries * H * (hidden_grad + weight_grad))
         gradient *= impl == "triton"  # PyTorch reads a few blocks again

@@ -16,8 +16,8 @@ from kdrl_kernels.objective import Coefficients
 from kdrl_kernels.plain import check_number
 from kdrl_kernels.rows.entries import Grid
 
-COLUMNS_PER_ENTRY = {"cpu": 16, "cuda": 128}
-"""Columns of the two GEMMs that cost what one entry of both sparse products does."""
+COLUMNS_PER_ENTRY = {"cpu": 64, "cuda": 192}
+"""Columns of a row of both GEMMs that cost what one entry does: its choice and both products."""
 GOLDEN = -0x61C8864680B583EB
 """2^64 / golden ratio, as a signed integer: what splitmix64 adds for each number."""
 
@@ -28,9 +28,8 @@ class Sketch:
 
     Args:
         threshold: an entry of probability p >= threshold is kept exactly, a smaller one with
-            probability p / threshold: at most 1 / threshold + 2 entries a row. The threshold is
-            raised where so many would cost more than the GEMMs: to 16 / V on a CPU, 128 / V on a
-            GPU. 1: a single entry a row, beside the sampled token.
+            probability p / threshold: at most 1 / threshold + 2 entries a row. 1: a single entry a
+            row, beside the sampled token.
         seed: integer; take another one each step. The same seed gives the same entries, however
             rows are cut into chunks, calls or ranks.
         rows: the number of each row, which with the seed decides its random number: an integer,
@@ -39,13 +38,18 @@ class Sketch:
         scale: where the coefficients of a row's gradient are known (not in linear_logprobs) and
             the largest is below scale, its threshold grows as it falls: threshold · scale /
             |coefficient|. 1 fits advantages of standard deviation 1. 0: the same for all rows.
+        flat: a row whose entries would cost more than this share of its part of the GEMMs is not
+            sketched: its gradient is exact. On a CPU that are rows of more than V · flat / 64
+            blocks of 64 columns to read, on a GPU V · flat / 192. inf: every row is sketched, as
+            those of float16 heads are.
     Raises: ValueError for a number out of range, TypeError for what is no number.
     """
 
-    threshold: float = 2.0**-10
+    threshold: float = 2.0**-11
     seed: int = 0
     rows: int | Tensor = 0
     scale: float = 1.0
+    flat: float = 0.5
 
     def __post_init__(self) -> None:
         check_number("sketch.threshold", self.threshold)
@@ -55,6 +59,9 @@ class Sketch:
         check_number("sketch.scale", self.scale)
         if not 0 <= self.scale < math.inf:
             raise ValueError(f"sketch.scale must be finite and not negative, got {self.scale}")
+        check_number("sketch.flat", self.flat)
+        if not self.flat >= 0:
+            raise ValueError(f"sketch.flat must not be negative, got {self.flat}")
         if not isinstance(self.rows, Tensor):
             check_number("sketch.rows", self.rows, whole=True)
         elif self.rows.dtype != torch.int64:
@@ -79,10 +86,6 @@ class Sketch:
         assert isinstance(self.rows, Tensor)
         return replace(self, rows=take(self.rows, rows))
 
-    def least_threshold(self, V: int, device: torch.device) -> float:
-        """Return the threshold of rows whose coefficient is scale or more."""
-        return min(1.0, max(self.threshold, COLUMNS_PER_ENTRY.get(device.type, 16) / V))
-
     def grid(self, rows: RowSet, V: int, coef: Coefficients | None) -> Grid:
         """Return thresholds and random numbers of some rows of a call; rows is [N] here.
 
@@ -90,13 +93,13 @@ class Sketch:
         """
         assert isinstance(self.rows, Tensor)
         uniforms = uniform(self.seed, take(self.rows, rows))
-        least = self.least_threshold(V, uniforms.device)
-        thresholds = torch.full_like(uniforms, least)
+        thresholds = torch.full_like(uniforms, self.threshold)
+        most_blocks = self.flat * V / COLUMNS_PER_ENTRY.get(uniforms.device.type, 64)
         if coef is not None:
             largest = torch.stack(list(coef.present().values())).abs().amax(dim=0).double()
             thresholds *= (self.scale / largest).clamp(min=1)  # NaN stays NaN
             thresholds.masked_fill_(largest == 0, math.inf)
-        return Grid(thresholds, uniforms, least)
+        return Grid(thresholds, uniforms, self.threshold, most_blocks)
 
 
 def uniform(seed: int, rows: Tensor) -> Tensor:

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdrl_kernels import logprobs, one_pass
+from kdrl_kernels import flat_rows, logprobs, one_pass
 from kdrl_kernels import rows as row_work
 from kdrl_kernels.autocast import without_autocast
 from kdrl_kernels.call import LogprobCall, LossCall, RowOutputs, RowSet, take
 from kdrl_kernels.checks import bad_tokens, poison
+from kdrl_kernels.flat_rows import FlatRows
 from kdrl_kernels.head import Head, Needs, gradient_dtypes, in_one_dtype
 from kdrl_kernels.objective import Coefficients
+from kdrl_kernels.one_pass import Gradients, Sums, scaled_
+from kdrl_kernels.plan import accumulator
 from kdrl_kernels.rows.entries import Entries
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
 from kdrl_kernels.sketch import Sketch
@@ -33,6 +36,9 @@ class Lists:
         self.counts: list[Tensor] = []
         self.parts: list[tuple[Tensor, ...]] = []
         self.squares: list[Tensor] = []
+        self.flat = FlatRows()
+        self.flat_indices: list[Tensor] = []
+        """The indices of the flat rows of each chunk."""
 
     def take(
         self,
@@ -46,8 +52,9 @@ class Lists:
         student, teacher = streams
         grid = self.sketch.grid(rows, call.vocab_size, coef)
         teacher = None if coef.kl is None else teacher
-        entries = row_work.load_sketch(call.impl).sketch(student, stats, coef, grid, teacher)
-        used = coef.used()
+        work, used_or_flat = row_work.load_sketch(call.impl), coef.used()
+        entries, flat = work.sketch(student, stats, coef, grid, teacher)
+        used = used_or_flat & ~flat
         merged, offsets = with_tokens(entries, take(call.tokens, rows), stats, used)
         first = offsets[:-1][used]
         # 0 · log_sum: a row that is not finite has no entries, and must not pass for one
@@ -61,7 +68,11 @@ class Lists:
         values = merged.value if slope is None else merged.value * slope
         self.counts.append(offsets.diff())
         self.parts.append((merged.column.int(), values))
-        return used.sum()
+        self.flat_indices.append(indices(rows, flat))
+        if len(self.flat_indices[-1]):
+            exact_coef = coef.map(lambda values: torch.where(flat, values, 0))
+            self.flat.take(call, streams, stats, exact_coef, rows)
+        return used_or_flat.sum()
 
     def take_scores(
         self, impl: str, student: Stream, tokens: Tensor, stats: Stats, rows: RowSet
@@ -69,9 +80,9 @@ class Lists:
         """Sketch p of a chunk, for a loss that is not known yet."""
         grid = self.sketch.grid(rows, student.logits.shape[1], None)
         coef = Coefficients(torch.full_like(stats.logprobs, -1))  # dL/dz = p
-        entries = row_work.load_sketch(impl).sketch(student, stats, coef, grid)
-        used = torch.ones_like(tokens, dtype=torch.bool)
-        merged, offsets = with_tokens(entries, tokens, stats, used)
+        entries, flat = row_work.load_sketch(impl).sketch(student, stats, coef, grid)
+        merged, offsets = with_tokens(entries, tokens, stats, ~flat)
+        self.flat_indices.append(indices(rows, flat))
         self.counts.append(offsets.diff())
         values = merged.value, merged.logp, slopes(student, stats, merged)
         self.parts.append((merged.column.int(), *(x for x in values if x is not None)))
@@ -92,12 +103,20 @@ class Lists:
         """Return the number of entries, and the relative error to expect of dX."""
         entries = torch.cat(self.counts).sum()
         noise, signal = torch.stack(self.squares).sum(dim=0)
+        signal = signal + self.flat.squares
         return {
             "entries": entries,
+            "flat_rows": entries.new_full((), sum(map(len, self.flat_indices))),
             "sketch_variance_sum": noise,
             "sketch_square_sum": signal,
             "sketch_noise": (noise / signal).sqrt(),
         }
+
+
+def indices(rows: RowSet, where: Tensor) -> Tensor:
+    """Return the indices in the call of a chunk's rows where a [C] bool is true."""
+    place = where.nonzero().squeeze(1)
+    return place + rows.start if isinstance(rows, slice) else rows[place]
 
 
 def with_tokens(
@@ -155,16 +174,34 @@ class _Loss(torch.autograd.Function):
             passes.append(result)
             ctx.settings = call.needs, call.impl
             if lists.parts:
-                tensors = lists.joined(result.active, len(call.tokens))
+                tensors = *lists.joined(result.active, len(call.tokens)), *lists.flat.tensors()
                 ctx.save_for_backward(hidden, weight, bias, result.scale, *tensors)
         return result.loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
-        hidden, weight, bias, scale, offsets, columns, values = ctx.saved_tensors
-        sparse = SparseRows(offsets, columns, values * (scale * grad_loss))
-        head = Head(hidden, weight, bias)
-        return *products(sparse, head, *ctx.settings), None, None, None
+        hidden, weight, bias, scale, offsets, columns, values, *flat = ctx.saved_tensors
+        (needs, impl), head, scale = ctx.settings, Head(hidden, weight, bias), scale * grad_loss
+        if all(x is None for x in flat):
+            sparse = SparseRows(offsets, columns, values * scale)
+            return *products(sparse, head, needs, impl), None, None, None
+        wide = accumulator(hidden.dtype)
+        with torch.no_grad(), without_autocast(hidden.device):
+            # sums of 16-bit operands are scaled when they are rounded, others at once
+            at_once = scale if hidden.dtype == wide else torch.ones_like(scale)
+            sparse, same = SparseRows(offsets, columns, values * at_once), in_one_dtype(head)
+            sums = sparse.products(same, [wide] * 3, needs, impl)
+            flat_rows.add_to(sums, same, flat, at_once)
+            if hidden.dtype != wide:
+                sums = rounded(sums, head, scale)
+        return *once(sums, head), None, None, None
+
+
+def rounded(sums: Sums, head: Head, scale: Tensor) -> Sums:
+    """Return sums · scale, each rounded once to its dtype."""
+    pairs = zip(sums, gradient_dtypes(head), strict=True)
+    dx, dw, db = (x if x is None else scaled_(x, scale, dtype) for x, dtype in pairs)
+    return dx, dw, db
 
 
 class _Once(torch.autograd.Function):
@@ -179,15 +216,20 @@ class _Once(torch.autograd.Function):
         raise RuntimeError('backward="sketch" is differentiable once, got a second derivative')
 
 
-def products(sparse: SparseRows, head: Head, needs: Needs, impl: str) -> list[Tensor | None]:
+def products(sparse: SparseRows, head: Head, needs: Needs, impl: str) -> Sums:
     """Return the gradients of hidden, weight and bias, each in its own dtype."""
     with torch.no_grad(), without_autocast(head.hidden.device):
         results = sparse.products(in_one_dtype(head), gradient_dtypes(head), needs, impl)
+    return once(results, head)
+
+
+def once(results: Sums, head: Head) -> Sums:
+    """Return gradients that raise where they are to be differentiated, with create_graph=True."""
     if not torch.is_grad_enabled():
         return results
-    tensors = (head.hidden, head.weight, head.bias)  # create_graph=True
-    pairs = zip(results, tensors, strict=True)
-    return [None if x is None or leaf is None else _Once.apply(x, leaf) for x, leaf in pairs]
+    pairs = zip(results, (head.hidden, head.weight, head.bias), strict=True)
+    dx, dw, db = (None if x is None or leaf is None else _Once.apply(x, leaf) for x, leaf in pairs)
+    return dx, dw, db
 
 
 @torch.compiler.disable(reason="the number of entries of a sketch depends on the values")
@@ -217,16 +259,18 @@ class _Logprobs(torch.autograd.Function):
             tensors = lists.joined(slice(None), len(call.tokens))
             bad = bad_tokens(call.tokens, len(call.head.weight), "V")
             log_sum = poison(scores.log_sum, bad)
-        ctx.settings = call.needs, call.impl
-        ctx.save_for_backward(hidden, weight, bias, scores.entropy, log_sum, *tensors)
+        ctx.constants = call.head.temperature, call.head.softcap, call.truncation
+        ctx.settings = call.needs, call.impl, call.max_rows, call.entropy
+        stats = scores.logprobs, scores.max, log_sum, scores.entropy
+        rows = call.tokens, torch.cat(lists.flat_indices)
+        ctx.save_for_backward(hidden, weight, bias, *rows, *stats, *tensors)
         ctx.set_materialize_grads(False)
         return scores.logprobs, scores.entropy
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> tuple[Any, ...]:
-        hidden, weight, bias, entropy, log_sum, offsets, columns, p, logp, *slope = (
-            ctx.saved_tensors
-        )
+        hidden, weight, bias, tokens, flat, *tensors = ctx.saved_tensors
+        lp, top, log_sum, entropy, offsets, columns, p, logp, *slope = tensors
         if grad is None and grad_entropy is None:
             return (None,) * 5
         rows = row_of_each(offsets, len(columns))
@@ -235,10 +279,39 @@ class _Logprobs(torch.autograd.Function):
         if grad_entropy is not None:
             factor = factor + grad_entropy[rows] * (logp + entropy[rows])
         values = -factor * p
+        used = offsets.diff() > 0  # flat rows have no entries
         # 0 · log_sum: a row that is not finite has no entries, and must not pass for one
-        values[offsets[:-1]] = 0 * log_sum - row_sums(values, offsets)
+        values[offsets[:-1][used]] = (0 * log_sum - row_sums(values, offsets))[used]
         sparse = SparseRows(offsets, columns, values * slope[0] if slope else values)
-        return *products(sparse, Head(hidden, weight, bias), *ctx.settings), None, None
+        temperature, softcap, truncation = ctx.constants
+        head = Head(hidden, weight, bias, temperature, softcap)
+        needs, impl, max_rows, wants = ctx.settings
+        if len(flat) == 0:
+            return *products(sparse, head, needs, impl), None, None
+        flat_head = head.select(flat)
+        call = LogprobCall(flat_head, tokens[flat], wants, impl, max_rows, 0, needs, truncation)
+        entropy, cache = None if entropy is None else entropy[flat], hidden.new_empty(0, 0)
+        scores = logprobs.Scores(lp[flat], top[flat], log_sum[flat], entropy, cache)
+        grad_entropy = None if grad_entropy is None else grad_entropy[flat]
+        exact = logprobs.BackwardCall(call, scores, grad[flat], grad_entropy)
+        with torch.no_grad(), without_autocast(hidden.device):
+            sums = with_exact_rows(sparse, head, exact, flat)
+        return *once(sums, head), None, None
+
+
+def with_exact_rows(
+    sparse: SparseRows, head: Head, exact: logprobs.BackwardCall, rows: Tensor
+) -> Sums:
+    """Return the gradients of a sketch and of other rows, which are projected again."""
+    needs, flat_head = exact.forward.needs, exact.forward.head
+    dtype = accumulator(head.hidden.dtype)
+    dx, dw, db = sparse.products(in_one_dtype(head), [dtype] * 3, needs, exact.forward.impl)
+    part = torch.empty_like(flat_head.hidden, dtype=dtype) if needs[0] else None
+    total = Gradients(flat_head, needs, (part, dw, db))
+    _, scale = logprobs.gradients(exact, total)
+    if dx is not None and part is not None:
+        dx.index_copy_(0, rows, part)
+    return (dx, dw, db) if dtype == head.hidden.dtype else rounded((dx, dw, db), head, scale)
 
 
 @torch.compiler.disable(reason="the number of entries of a sketch depends on the values")

@@ -33,22 +33,22 @@ class SparseRows:
 
     def products(
         self, head: Head, dtypes: list[torch.dtype], needs: Needs, impl: str
-    ) -> list[Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return dX, dW and db of these dL/dlogits, in their dtypes; None where not needed."""
         bags = load_bags(impl)
-        results: list[Tensor | None] = [None] * 3
+        dx, dw, db = None, None, None
         if needs[0]:
-            results[0] = bags(head.weight, self.columns, self.values, self.offsets, dtypes[0])
+            dx = bags(head.weight, self.columns, self.values, self.offsets, dtypes[0])
         if needs[1] or needs[2]:
             columns, order = self.columns.sort(stable=True)
             ends = torch.arange(len(head.weight) + 1, dtype=torch.int32, device=order.device)
             offsets = torch.searchsorted(columns, ends)
             rows, values = self.rows[order], self.values[order]
             if needs[1]:
-                results[1] = bags(head.hidden, rows, values, offsets, dtypes[1])
+                dw = bags(head.hidden, rows, values, offsets, dtypes[1])
             if needs[2]:
-                results[2] = row_sums(values, offsets).to(dtypes[2])
-        return results
+                db = row_sums(values, offsets).to(dtypes[2])
+        return dx, dw, db
 
 
 def row_of_each(offsets: Tensor, entries: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Trains one small next-token model and measures its loss on text that it has not seen."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -62,7 +63,7 @@ class HeadGradient:
             return losses.mean(), kept / N
         options: dict[str, Any] = {}
         if self.kind == "sketch":
-            sketch = kk.Sketch(threshold=self.threshold, seed=seed)
+            sketch = kk.Sketch(threshold=self.threshold, seed=seed, flat=math.inf)
             options = {"backward": "sketch", "sketch": sketch}
         out = kk.linear_token_loss(
             hidden, weight, tokens, lambda rows: -rows.logprobs, normalizer=N, **options

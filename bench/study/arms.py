@@ -10,6 +10,8 @@ PAPER_STEPS = 280
 """Steps that the presets' schedules are written for; an arm stretches them to the study's steps."""
 SKETCH_THRESHOLD = 2.0**-3
 """Threshold of the sketched arms: coarse, so that the noise is far above that of the default."""
+NO_ROW_IS_FLAT = 1e9
+"""model.head_flat of the sketched arms: at 320 tokens all rows would else be exact."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

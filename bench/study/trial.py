@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from bench.study import setup
-from bench.study.arms import ARMS, SKETCH_THRESHOLD
+from bench.study.arms import ARMS, NO_ROW_IS_FLAT, SKETCH_THRESHOLD
 from bench.study.config import StudyConfig, Trial
 from bench.study.k1_control import K1Policy
 from kdrl_train import train
@@ -141,7 +141,8 @@ def train_config(config: StudyConfig, trial: Trial) -> TrainConfig:
         return base
     model = replace(base.model, teacher=None if method.kd is None else teacher)
     if arm.sketched:
-        model = replace(model, head_backward="sketch", head_threshold=SKETCH_THRESHOLD)
+        sketch = {"head_threshold": SKETCH_THRESHOLD, "head_flat": NO_ROW_IS_FLAT}
+        model = replace(model, head_backward="sketch", **sketch)
     return replace(base, method=method, model=model)
 
 

@@ -23,14 +23,13 @@ from kdrl_kernels.objective import (
     subtract,
 )
 from kdrl_kernels.objective import coefficients as autograd_coefficients
+from kdrl_kernels.rows.entries import BLOCK
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
 
 CPU_BLOCK_ELEMENTS = 1 << 18
 """Logits of one block of rows on a CPU: 1 MB of float32."""
 GPU_BLOCK_ELEMENTS = 1 << 23
 """Logits of one block of rows on a GPU: enough to fill it."""
-BLOCK = 64
-"""Columns of a block of masses."""
 BLOCK_BUFFERS = 6
 """The most temporaries of a block's size that are alive together."""
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from kdrl_kernels.objective import Coefficients
 from kdrl_kernels.rows import eager
-from kdrl_kernels.rows.eager import BLOCK
-from kdrl_kernels.rows.entries import FORWARD, Entries, Grid
+from kdrl_kernels.rows.entries import BLOCK, FORWARD, Entries, Grid
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
 
 GROUP_ELEMENTS = 1 << 21
@@ -24,23 +23,23 @@ def sketch(
     coef: Coefficients,
     grid: Grid,
     teacher: TeacherStream | None = None,
-) -> Entries:
-    """Return the entries of dL/dz that are kept, after a sweep that wrote masses."""
+) -> tuple[Entries, Tensor]:
+    """Return the entries of dL/dz that are kept, after a sweep that wrote masses; flat rows."""
     C, V = student.logits.shape
     step = max(1, GROUP_ELEMENTS // V)
     parts = [
         _keep(student, stats, grid, teacher, slice(start, min(start + step, C)))
         for start in range(0, max(C, 1), step)
     ]
-    row, column, chance = (torch.cat(values) for values in zip(*parts, strict=True))
+    row, column, chance, flat = (torch.cat(values) for values in zip(*parts, strict=True))
     value, logp = eager.entries(student, stats, coef, teacher, row, column)
-    return Entries(row, column, chance, value.div_(chance), logp)
+    return Entries(row, column, chance, value.div_(chance), logp), flat
 
 
 def _keep(
     student: Stream, stats: Stats, grid: Grid, teacher: TeacherStream | None, rows: slice
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return row, column and chance of the kept entries of some rows."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return row, column and chance of the kept entries of some rows; which rows are flat."""
     if teacher is not None and teacher.kd not in FORWARD:
         teacher = None  # p alone decides
     weight = 1 if teacher is None else 2
@@ -52,6 +51,8 @@ def _keep(
         total_t = stats.teacher_log_sum[rows].double().exp()
         unit_t = 1 / (weight * grid.thresholds[rows] * total_t)
         units += _masses(teacher, rows) * unit_t[:, None]
+    flat = units.clamp(max=1).sum(dim=1) > grid.most_blocks
+    units.masked_fill_(flat[:, None], 0)
     ends = units.cumsum(dim=1).add_(starts)
     starts = torch.cat([starts, ends[:, :-1]], dim=1)
     # a block that fills its unit holds a whole number, however its columns are rounded
@@ -76,7 +77,8 @@ def _keep(
     kept[:, 0] |= ends[:, 0] > 0
     kept[:, 1:] |= ends[:, 1:] > ends[:, :-1]
     place = kept.view(-1).nonzero().squeeze(1)
-    return row[place // BLOCK], columns.view(-1)[place], lengths.view(-1)[place].clamp_(max=1)
+    chance = lengths.view(-1)[place].clamp_(max=1)
+    return row[place // BLOCK], columns.view(-1)[place], chance, flat
 
 
 def _masses(stream: Stream, rows: slice) -> Tensor:

@@ -7,9 +7,10 @@ intervals of a row neither overlap nor leave anything out, however small. Maths:
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from kdrl_kernels.objective import Coefficients
-from kdrl_kernels.rows.entries import Entries, Grid
+from kdrl_kernels.rows.entries import BLOCK, Entries, Grid
 from kdrl_kernels.rows.kernel_math import (
     BOTH,
     JSD_CODE,
@@ -32,18 +33,19 @@ from kdrl_kernels.rows.tiles import SKETCH, Tile, tile_of
 
 UNIT = tl.constexpr(2.0**32)
 BITS = tl.constexpr(32)
+COLUMNS = tl.constexpr(BLOCK)
 
 
 @triton.jit
 def _sketch_kernel(
     z_ptr, t_ptr, row_ptr, begin_ptr, threshold_ptr, column_ptr, entry_ptr, count_ptr,
-    stride_zn, stride_tn, V, width, C, slots, softcap, t_softcap, alpha,
+    stride_zn, stride_tn, V, width, C, slots, most_blocks, softcap, t_softcap, alpha,
     HAS_ENTROPY: tl.constexpr, KD: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Write the kept entries of row n to slots n · slots and on: column, chance, value, log p.
 
     An entry of length a / threshold is kept where its interval holds a whole number. Most tiles
-    hold none: they cost one sum.
+    hold none: they cost their sums. The count of a flat row is -1.
     """
     n = tl.program_id(0).to(tl.int64)
     z_ptr += n * stride_zn
@@ -55,7 +57,7 @@ def _sketch_kernel(
     c_p = tl.load(row_ptr + 14 * C)
     top, log2_s = tl.load(row_ptr), tl.load(row_ptr + C) * LOG2_E
     k = LOG2_E / tl.load(row_ptr + 15 * C)
-    count = 0
+    count, blocks = 0, 0.0
     for start in range(0, V, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
         log2_p = (load_a(z_ptr, v, V, width, softcap) - top) * k - log2_s
@@ -66,6 +68,8 @@ def _sketch_kernel(
         length = p * per_unit
         if KD >= BOTH and KD != JSD_CODE:
             length = (p + tl.exp2(log2_q)) * (0.5 * per_unit)
+        sums = tl.sum(tl.reshape(length, (BLOCK_V // COLUMNS, COLUMNS)), axis=1)
+        blocks += tl.sum(tl.minimum(sums, 1.0), axis=0)
         units = (length * UNIT).to(tl.int64)
         after = position + tl.sum(units, axis=0)
         if after >> BITS > position >> BITS:  # a whole number in this tile
@@ -81,7 +85,7 @@ def _sketch_kernel(
             tl.store(entry_ptr + 2 * C * slots + slot, log2_p * LN2, mask=kept)
             count += tl.sum(number, axis=0)
         position = after
-    tl.store(count_ptr + n, count)
+    tl.store(count_ptr + n, tl.where(blocks > most_blocks, -1, count))
 
 
 def sketch(
@@ -91,8 +95,8 @@ def sketch(
     grid: Grid,
     teacher: TeacherStream | None = None,
     tile: Tile | None = None,
-) -> Entries:
-    """Return the entries of dL/dz that are kept. Waits once for their number."""
+) -> tuple[Entries, Tensor]:
+    """Return the entries of dL/dz that are kept, and flat rows. Waits once for their number."""
     tile = tile or tile_of(SKETCH, student, teacher)
     C, V = student.logits.shape
     slots = min(V, int(1 / grid.least) + 2)
@@ -106,15 +110,16 @@ def sketch(
             student.logits, other.logits,
             record(stats, coef, temperatures_of(student), temperatures_of(other)),
             (grid.uniforms * 2.0**32).long(), grid.thresholds.float(), columns, entries, counts,
-            *strides, V, width_of(V, *strides), C, slots, student.softcap, other.softcap,
-            teacher.jsd_alpha if teacher else 0.5, coef.entropy is not None,
+            *strides, V, width_of(V, *strides), C, slots, grid.most_blocks, student.softcap,
+            other.softcap, teacher.jsd_alpha if teacher else 0.5, coef.entropy is not None,
             KD_CODES[teacher.kd if teacher else None], tile.columns, num_warps=tile.warps,
             **OPTIONS,
         )  # fmt: skip
     used = torch.arange(slots, device=counts.device) < counts[:, None]
     place = used.view(-1).nonzero().squeeze(1)
     chance, value, logp = (part[place] for part in entries.view(3, -1))
-    return Entries(place // slots, columns.view(-1)[place].long(), chance, value, logp)
+    kept = Entries(place // slots, columns.view(-1)[place].long(), chance, value, logp)
+    return kept, counts < 0
 
 
 __all__ = ["sketch"]

@@ -49,7 +49,8 @@ def token_means(sums: dict[str, Tensor]) -> dict[str, float | None]:
     kl_teacher is the exact KL(student ‖ teacher) where the loss computes it, otherwise its
     unbiased estimate, the mean of l = log p - log q over the sampled tokens; nats per token.
     teacher_log_ratio_p50 and its like are quantiles of l, to the width of a histogram's interval.
-    With a sketched head, sketch_entries is the number of entries kept of a token's dL/dlogits, and
+    With a sketched head, sketch_entries is the number of entries kept of a token's dL/dlogits,
+    sketch_flat_share the share of tokens too flat to be sketched, whose gradient is exact, and
     sketch_noise the relative error to expect of the gradient of its hidden state; None where no
     entry was kept but that of the sampled token.
     kd_flip_share is the share of tokens whose advantage changes its sign when the pull of
@@ -74,6 +75,7 @@ def token_means(sums: dict[str, Tensor]) -> dict[str, float | None]:
     variance = mean("sketch_variance_sum", "sketch_square_sum")
     sketch = {
         "sketch_entries": mean("entries", "tokens"),
+        "sketch_flat_share": mean("flat_rows", "tokens"),
         "sketch_noise": None if variance is None else variance**0.5,
     }
     return {

@@ -274,7 +274,7 @@ def sketch_of(config: ModelConfig) -> kk.Sketch | None:
     """Return the sketch of the head's gradient; None: the exact gradient."""
     if config.head_backward == "exact":
         return None
-    return kk.Sketch(threshold=config.head_threshold)
+    return kk.Sketch(threshold=config.head_threshold, flat=config.head_flat)
 
 
 def load_policy(

@@ -87,6 +87,27 @@ def test_what_is_frozen_costs_nothing() -> None:
     assert forward.row_work_bytes == 64 * 128 * 4
 
 
+def test_a_sketch_costs_one_projection_and_the_gemms_of_its_flat_rows() -> None:
+    N, H, V = 1000, 64, 5000
+    exact, sketch, mixed, all_flat = (
+        kk.chunk_plan(N, H, V, **options)
+        for options in (
+            {},
+            {"backward": "sketch", "row_entries": 10},
+            {"backward": "sketch", "row_entries": 10, "flat": 0.1},
+            {"backward": "sketch", "row_entries": 0, "flat": 1.0},
+        )
+    )
+    u = 2 * N * H * V
+    assert sketch.flop == {"project": u, "teacher": 0, "dX": 0, "dW": 0}
+    assert mixed.flop == {"project": u, "teacher": 0, "dX": u // 10, "dW": u // 10}
+    assert all_flat.flop == exact.flop
+    lists = 8 * (N + 1) + 8 * 10 * N  # offsets; an int32 column and a float32 value an entry
+    assert sketch.gradient_bytes == lists
+    assert mixed.gradient_bytes == lists + 100 * V * 2  # their dz in bfloat16, less than dX and dW
+    assert all_flat.gradient_bytes == exact.gradient_bytes + 8 * (N + 1)
+
+
 def test_a_sampled_kd_takes_one_buffer_and_one_more_sweep() -> None:
     exact = kk.chunk_plan(64, 16, 128, teacher=(8, 128), kd="rkl")
     sampled = kk.chunk_plan(64, 16, 128, teacher=(8, 128), kd="k2")

@@ -54,7 +54,7 @@ def test_every_arm_is_a_valid_run_of_any_length(name: str, steps: int, tmp_path:
     other = train_config(config, replace(trial, arm="grpo", beta=None))
     model = replace(other.model, teacher=run.model.teacher)
     if ARMS[name].sketched:
-        model = replace(model, head_backward="sketch", head_threshold=2.0**-3)
+        model = replace(model, head_backward="sketch", head_threshold=2.0**-3, head_flat=1e9)
     assert run == replace(other, out=run.out, method=run.method, model=model)
 
 

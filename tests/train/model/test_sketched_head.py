@@ -1,5 +1,6 @@
 """A policy with a sketched head: its gradient does not depend on packs, ranks or resumes."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -22,7 +23,7 @@ from tests.train.test_two_ranks import alone, assert_same_metrics, gradient, tog
 def test_the_setting_reaches_the_loss_and_the_log(config: Callable[..., TrainConfig]) -> None:
     base = config(steps=2, method=PRESETS["grpo"])
     exact = run(replace(base, out=base.out / "exact"))
-    model = replace(base.model, head_backward="sketch", head_threshold=0.01)
+    model = replace(base.model, head_backward="sketch", head_threshold=0.01, head_flat=1e9)
     rows = run(replace(base, out=base.out / "sketch", model=model))
     assert "sketch_noise" not in exact[0]
     assert rows[0]["loss"] == pytest.approx(exact[0]["loss"], abs=1e-6)
@@ -32,7 +33,7 @@ def test_the_setting_reaches_the_loss_and_the_log(config: Callable[..., TrainCon
     assert rows[0]["grad_norm"] != exact[0]["grad_norm"]
 
 
-SKETCH = kk.Sketch(threshold=0.1)
+SKETCH = kk.Sketch(threshold=0.1, flat=math.inf)
 
 
 def sketched(tiny: Callable[..., Any], name: str, **config: Any) -> tuple[Policy, Teacher | None]:
@@ -112,7 +113,7 @@ def test_what_is_frozen_changes_nothing_else(tiny: Callable[..., Any], frozen: s
 
 def sketching(settings: TrainConfig) -> TrainConfig:
     """Return the settings with a sketched head."""
-    model = replace(settings.model, head_backward="sketch", head_threshold=0.05)
+    model = replace(settings.model, head_backward="sketch", head_threshold=0.05, head_flat=1e9)
     return replace(settings, model=model)
 
 
