@@ -28,15 +28,18 @@ import platform, torch, triton
 print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__,
       "python", platform.python_version())
 PY
-within 200 "${tests[@]}" tests/kernels --junitxml="$out/kernels.xml" > "$out/kernels.log" 2>&1
+within 190 "${tests[@]}" tests/kernels --junitxml="$out/kernels.xml" > "$out/kernels.log" 2>&1
 code=$?
-within 150 "${tests[@]}" tests/train/test_gpu.py > "$out/train.log" 2>&1 || code=$?
-within 60 python3 -m bench.gemms --out "$out" --seconds 50 > "$out/gemms.log" 2>&1
+within 120 "${tests[@]}" tests/train/test_gpu.py > "$out/train.log" 2>&1 || code=$?
+within 50 python3 -m bench.gemms --out "$out" --seconds 40 > "$out/gemms.log" 2>&1
+within 60 python3 -m bench.measures.sketch --out "$out" --minutes 1 --profiles reasoning hard \
+    > "$out/sketch.log" 2>&1
 within 150 python3 -m bench --minutes 2 --out "$out" > "$out/bench.log" 2>&1 || code=$?
 {
     cat "$out/machine.txt"
     grep -hE "^(FAILED|ERROR|E  )|passed|failed" "$out/kernels.log" "$out/train.log" | tail -40
     grep -hE "not installed|failed|differs" "$out/bench.log" | tail -40
+    cat "$out"/sketch-*.md
     [ -s "$out/gemms.json" ] && python3 -m bench.gemms --show "$out/gemms.json"
     [ -s "$out/results.json" ] && python3 bench/report.py "$out" --short
 } > "$out/report.md" 2>&1

@@ -1,10 +1,11 @@
 """Finds the tile that each row kernel should use: python -m bench.tiles --out DIR
 
 Compiles the row kernels over a grid of tiles for sm_90: registers, spills, blocks an SM, bytes of
-loads in flight an SM. On a GPU each is timed too, over [2048, 152064] float32 logits, against a
-device copy. Prints a table, and the lines of kdrl_kernels/rows/tiles.py it would write: the
-fastest tile; or without a GPU, of those with three blocks an SM and at most 64 registers, one with
-enough bytes in flight to hide the latency of memory, the deepest, the smallest.
+loads in flight an SM, instructions of the loop for a column. On a GPU each is timed too, over
+[2048, 152064] float32 logits, against a device copy. Prints a table, and the lines of
+kdrl_kernels/rows/tiles.py it would write: the fastest tile; or without a GPU, of those with three
+blocks an SM and at most 64 registers, one with enough bytes in flight to hide the latency of
+memory, the deepest, the smallest.
 """
 
 import argparse
@@ -19,9 +20,10 @@ import torch
 
 from bench.machine import DEVICE, clock, machine_info, one_line
 from kdrl_kernels.objective import Coefficients
-from kdrl_kernels.rows import kernels
+from kdrl_kernels.rows import kernel_sketch, kernels
 from kdrl_kernels.rows.streams import Stream, TeacherStream
-from kdrl_kernels.rows.tiles import GRADIENT, JSD, SWEEP, TILES, Tile
+from kdrl_kernels.rows.tiles import GRADIENT, JSD, SKETCH, SWEEP, TILES, Tile
+from kdrl_kernels.sketch import Sketch
 from tests.kernels import aot
 
 GRID = [
@@ -38,19 +40,21 @@ Key = tuple[str, int, bool]
 TileRow = dict[str, Any]
 
 
-def compiled(tile: Tile) -> Iterator[tuple[Key, dict[str, int]]]:
+def compiled(tile: Tile) -> Iterator[tuple[Key, dict[str, float]]]:
     """Compile every variant at one tile; yield its key in the table and its resources on sm_90."""
     for variant in aot.variants(dict.fromkeys(TILES, tile)):
         kernel, kd, *options = variant[0].split("-")
-        if kernel == "objective" or {"fp16", "fp32", "plain"} & set(options):
+        if kernel in ("objective", "bags") or {"fp16", "fp32", "plain"} & set(options):
             continue
-        key = kernel, 1 if kd == "None" else 2, "softcap" in options
-        yield key, aot.resources(aot.compile_one(variant, aot.TARGETS["sm_90"], aligned=True))
+        streams = 1 if kd == "None" else 2
+        kernel_of_tile = aot.compile_one(variant, aot.TARGETS["sm_90"], aligned=True)
+        count = {"instructions": aot.instructions(kernel_of_tile, streams)}
+        yield (kernel, streams, "softcap" in options), aot.resources(kernel_of_tile) | count
 
 
-def describe(key: Key, tile: Tile, resources: list[dict[str, int]]) -> TileRow:
+def describe(key: Key, tile: Tile, resources: list[dict[str, float]]) -> TileRow:
     """Describe a tile by one line of the table, from the worst of its variants."""
-    registers = max(one["registers"] for one in resources)
+    registers = int(max(one["registers"] for one in resources))
     threads = 32 * tile.warps
     blocks = min(65_536 // (-(-registers // 8) * 8 * threads), 2048 // threads, 32)
     return {
@@ -60,6 +64,7 @@ def describe(key: Key, tile: Tile, resources: list[dict[str, int]]) -> TileRow:
         "tile": [tile.depth, tile.lanes, tile.warps],
         "registers": registers,
         "spills": max(one["spills"] + one["stack"] for one in resources),
+        "instructions": max(one["instructions"] for one in resources),
         "blocks_per_sm": blocks,
         "in_flight_bytes_per_sm": blocks * tile.columns * 4 * key[1],
         "ms": _measure(key, tile) if DEVICE == "cuda" else None,
@@ -77,6 +82,7 @@ def _measure(key: Key, tile: Tile) -> float:
     teacher = TeacherStream(t, 1.0, cap, kd) if streams == 2 else None
     stats = kernels.sweep(student, tokens, teacher=teacher)
     coef = Coefficients(torch.randn(ROWS, device="cuda"), kl=stats.max if teacher else None)
+    grid = Sketch().of_rows(ROWS, z.device).grid(slice(None), COLUMNS, coef)
     out = torch.empty(ROWS, COLUMNS, device="cuda", dtype=torch.bfloat16)
     temperatures = torch.ones(2, ROWS, device="cuda")
     row_sums = torch.randn(kernels.STATS, ROWS, device="cuda")
@@ -84,6 +90,8 @@ def _measure(key: Key, tile: Tile) -> float:
     def call() -> None:
         if kernel == GRADIENT:
             kernels.gradient(student, tokens, stats, coef, out=out, teacher=teacher, tile=tile)
+        elif kernel == SKETCH:  # with the lists made of what it wrote
+            kernel_sketch.sketch(student, stats, coef, grid, teacher, tile)
         elif kernel == SWEEP:
             kernels.sweep(student, tokens, teacher=teacher, tile=tile)
         elif teacher is not None:
@@ -127,16 +135,17 @@ def markdown(rows: list[TileRow]) -> str:
     """Write the table, one line a tile, with a mark at each chosen tile."""
     taken = [best(group) for group in _by_key(rows).values()]
     lines = [
-        "| kernel | streams | softcap | depth x lanes, warps | registers | spills | blocks an SM "
-        "| KB in flight an SM | ms | |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| kernel | streams | softcap | depth x lanes, warps | registers | spills | instructions "
+        "a column | blocks an SM | KB in flight an SM | ms | |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         depth, lanes, warps = row["tile"]
         ms = "" if row["ms"] is None else f"{row['ms']:.3f}"
         lines.append(
             f"| {row['kernel']} | {row['streams']} | {row['softcap']} | {depth} x {lanes}, {warps} "
-            f"| {row['registers']} | {row['spills']} | {row['blocks_per_sm']} "
+            f"| {row['registers']} | {row['spills']} | {row['instructions']:.1f} "
+            f"| {row['blocks_per_sm']} "
             f"| {row['in_flight_bytes_per_sm'] >> 10} | {ms} | {'taken' if row in taken else ''} |"
         )
     return "\n".join(lines)
@@ -157,7 +166,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     rows: list[TileRow] = []
     for tile in GRID:
-        resources_by_key: dict[Key, list[dict[str, int]]] = defaultdict(list)
+        resources_by_key: dict[Key, list[dict[str, float]]] = defaultdict(list)
         for key, resources in compiled(tile):
             resources_by_key[key].append(resources)
         rows += [describe(key, tile, resources) for key, resources in resources_by_key.items()]

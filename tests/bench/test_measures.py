@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench import definition
 from bench.inputs import Inputs, make_inputs
-from bench.measures import memory, rows, scaling, sketch, step
+from bench.measures import memory, predict, rows, scaling, sketch, step
 from bench.ops import FLOOR, OPS_BY_NAME
 from bench.providers import Provider
 from bench.providers.home import PROVIDERS
@@ -143,6 +143,20 @@ def test_sketch_table_and_plot(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "sketch-x.json").read_text()) == sketch_record()
     pytest.importorskip("matplotlib")
     assert (tmp_path / "sketch-x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_prediction_at_round_rates() -> None:
+    """By hand: u = 17.86 TFLOP, a row of logits 608 kB; an entry moves 2 rows of 3,584 numbers."""
+    exact = predict.line(GRPO, 1000, 1, ["exact"], 0, 0)
+    u = 2 * 16384 * 3584 * 152_064 / 1e12
+    reads = 16384 * 152_064 * 4 / 1e9
+    assert exact.split(" | ")[2] == f"{3 * u:.1f}"
+    assert exact.split(" | ")[3] == f"{2.5 * reads:.1f}"  # read twice, written in bfloat16
+    assert exact.split(" | ")[4] == "0.0"
+    sketched = predict.line(GRPO, 1000, 1, ["2^-10"], 100, 0.25)
+    products = 2 * 3584 * (16384 + 152_064 + 2 * 100 * 16384) / 1e9
+    sums = (1.5 * u, 2 * reads, products, 1.5 * u + 2 * reads + products)
+    assert sketched.split(" | ")[2:] == [*(f"{ms:.1f}" for ms in sums[:3]), f"{sums[3]:.1f} |"]
 
 
 # step

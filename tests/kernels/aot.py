@@ -118,13 +118,49 @@ def resources(compiled: Any) -> dict[str, int]:
 
 def _cuobjdump(cubin: bytes) -> dict[str, int]:
     """Read REG, STACK, LOCAL and SHARED of a cubin."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    report = _tool("cuobjdump", "--dump-resource-usage", cubin)
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", report)}
+
+
+def _tool(name: str, option: str, cubin: bytes) -> str:
+    """Return what a tool inside the triton wheel prints of a cubin."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", report)}
+        command = [str(tool), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def instructions(compiled: Any, streams: int) -> float:
+    """Count the machine instructions of a kernel's loop for each column of an aligned row, on sm_*.
+
+    Of a sketch that is a tile without an entry.
+    """
+    return loop_instructions(_tool("nvdisasm", "-c", compiled.asm["cubin"]), streams)
+
+
+def loop_instructions(listing: str, streams: int) -> float:
+    """Count those of the longest loop of an nvdisasm listing, whose forward branches are taken."""
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    for line in listing.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*) ;", line):
+            code.append(instruction[1])
+    jumps = {i: re.search(r"BRA `\((\.L_x_\d+)\)", text) for i, text in enumerate(code)}
+    targets = {i: labels[jump[1]] for i, jump in jumps.items() if jump}
+    start, end = max(
+        ((j, i) for i, j in targets.items() if j < i), key=lambda loop: loop[1] - loop[0]
+    )
+    place, run = start, []
+    while place <= end:
+        run.append(code[place])
+        target = targets.get(place, 0)
+        place = target if place < target <= end else place + 1
+    columns = 4 * sum("LDG.E.128" in text for text in run) / streams
+    return len(run) / columns
 
 
 def main(*only: str) -> None:

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 pytest.importorskip("triton", reason="no Triton on this platform")
+from tests.kernels import aot
 
 ARCHES = {"sm_80", "sm_90", "sm_100", "gfx942"}
 SHARED_LIMIT_BYTES = {"sm_80": 48 * 1024, "sm_90": 48 * 1024, "sm_100": 48 * 1024, "gfx942": 65_536}
@@ -71,3 +72,25 @@ def test_loads_are_16_bytes_wide_and_the_sweeps_loop_has_no_barrier(report: list
         # a 16-bit gradient is written over the logits: one barrier, between load and store
         if "sketch" not in row["kernel"]:  # which sums over the tile
             assert row["barriers_in_loops"] == ("gradient" in row["kernel"]), row
+
+
+def test_instructions_of_a_loop_are_counted() -> None:
+    """Two loads of four columns in a loop of 5 instructions, and two more that are jumped over."""
+    listing = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/                   LDG.E.128 R8, desc[UR4][R2.64+0x10] ;
+        /*0030*/                   FADD R4, R4, R8 ;
+        /*0040*/              @!P1 BRA `(.L_x_0) ;
+        /*0050*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0060*/                   STG.E [R2.64], R4 ;
+.L_x_0:
+        /*0070*/               @P2 BRA `(.L_x_1) ;
+        /*0080*/                   EXIT ;
+.L_x_2:
+        /*0090*/                   BRA `(.L_x_2);
+        /*00a0*/                   NOP;
+"""
+    assert aot.loop_instructions(listing, streams=1) == 5 / 8
+    assert aot.loop_instructions(listing, streams=2) == 5 / 4
