@@ -32,11 +32,26 @@ from tests.train.servers import free_port, service, started
 BODY = json.dumps({"sequences": [{"ids": [5, 6, 7], "prompt_tokens": 2}]}).encode()
 HEAD = b"POST /score HTTP/1.1\r\nhost: teacher\r\ncontent-type: application/json\r\n"
 WHOLE = HEAD + b"content-length: %d\r\n\r\n" % len(BODY) + BODY
+Held = tuple[threading.Event, threading.Event]
 
 
 @pytest.fixture(scope="module")
 def served(folders: dict[str, Path]) -> command.ServedTeacher:
     return service(folders["teacher"], queue_size=64)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Held:
+    """Makes the teacher wait for the first event; it sets the second one when it runs."""
+    gate, running = threading.Event(), threading.Event()
+
+    def score(_model: HeadedModel, jobs: list[Job]) -> list[Tensor]:
+        running.set()
+        assert gate.wait(30)
+        return [-job.completion_ids.float() for job in jobs]
+
+    monkeypatch.setattr(scorer_module, "score_packed", score)
+    return gate, running
 
 
 @contextlib.contextmanager
@@ -103,18 +118,11 @@ def test_idle_connections_lock_nobody_out(served: command.ServedTeacher) -> None
 
 @pytest.mark.fault("attack on serve")
 def test_a_request_that_is_scored_is_not_idle(
-    served: command.ServedTeacher, monkeypatch: pytest.MonkeyPatch
+    served: command.ServedTeacher, held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither a long forward pass nor a flood of connections ends a request that is whole."""
     monkeypatch.setattr(listen, "READ_S", 0.3)
-    gate, running = threading.Event(), threading.Event()
-
-    def score(_model: HeadedModel, jobs: list[Job]) -> list[Tensor]:
-        running.set()
-        assert gate.wait(30)
-        return [-job.completion_ids.float() for job in jobs]
-
-    monkeypatch.setattr(scorer_module, "score_packed", score)
+    gate, running = held
     with listening(make(served), 5) as port, contextlib.ExitStack() as stack:
         client = stack.enter_context(connect(port, WHOLE))
         assert running.wait(30)
@@ -183,18 +191,11 @@ def test_slow_clients_do_not_hold_the_end(
 
 @pytest.mark.fault("stopped by a signal")
 def test_a_request_that_is_scored_is_told_that_the_server_stops(
-    served: command.ServedTeacher, monkeypatch: pytest.MonkeyPatch
+    served: command.ServedTeacher, held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A trainer sends it again, when the server is back."""
     monkeypatch.setattr(listen, "SHUTDOWN_S", 0.1)
-    gate, running = threading.Event(), threading.Event()
-
-    def score(_model: HeadedModel, jobs: list[Job]) -> list[Tensor]:
-        running.set()
-        assert gate.wait(30)
-        return [-job.completion_ids.float() for job in jobs]
-
-    monkeypatch.setattr(scorer_module, "score_packed", score)
+    gate, running = held
     with contextlib.ExitStack() as stack:
         with listening(make(served)) as port:
             client = stack.enter_context(connect(port, WHOLE))
@@ -207,20 +208,14 @@ def test_a_request_that_is_scored_is_told_that_the_server_stops(
 
 @pytest.mark.fault("attack on serve")
 def test_a_client_that_leaves_gives_its_places_back(
-    served: command.ServedTeacher, monkeypatch: pytest.MonkeyPatch
+    served: command.ServedTeacher, held: Held
 ) -> None:
     """Its sequences leave the queue at once, not when the model would have come to them."""
-    gate, running = threading.Event(), threading.Event()
-
-    def score(_model: HeadedModel, jobs: list[Job]) -> list[Tensor]:
-        running.set()
-        assert gate.wait(30)
-        return [-job.completion_ids.float() for job in jobs]
+    gate, running = held
 
     def job(mark: int) -> Job:
         return Job(torch.ones(1, dtype=torch.int64), torch.tensor([mark]), 1.0, 258)
 
-    monkeypatch.setattr(scorer_module, "score_packed", score)
     scorer = Scorer(served.scorer.model, batch_tokens=10, queue_size=3)
     first, left, kept = job(1), [job(2), job(3)], job(4)
     assert scorer.submit([first])
