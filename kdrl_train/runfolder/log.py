@@ -322,6 +322,7 @@ def _sketch_parts(record: Record) -> list[tuple[str, str]]:
     return [
         ("noise", _number(record["sketch_noise"], ".2%")),
         ("entries", _number(record["sketch_entries"], ".0f")),
+        ("flat", _number(record["sketch_flat_share"], ".0%")),
     ]
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 
 from kdrl_kernels.plan import ChunkPlan, chunk_plan
+from kdrl_kernels.sketch import COLUMNS_PER_ENTRY
 from kdrl_train.config import TrainConfig
 from kdrl_train.model import attention
 from kdrl_train.model.attention import Choice
@@ -44,6 +45,9 @@ class Case:
     """How the policy computes the sequences of a pack."""
     entries: float = SKETCH_ENTRIES
     """Mean entries of a token's gradient, where the head's is sketched."""
+    flat: float | None = None
+    """Share of tokens too flat to be sketched; None: all, where `entries` would cost more than
+    model.head_flat allows, else none."""
 
     @property
     def sharded(self) -> bool:
@@ -167,6 +171,14 @@ class Case:
         b = self.dtype.itemsize
         return sum(4 * layer.state + b * layer.convolved for layer in model.each)
 
+    @property
+    def flat_share(self) -> float:
+        """Returns the share of tokens whose gradient is exact although the head's is sketched."""
+        if self.flat is not None:
+            return self.flat
+        columns = COLUMNS_PER_ENTRY["cpu" if self.placement.cpu else "cuda"] * self.entries
+        return float(columns > self.run.model.head_flat * self.policy.vocabulary)
+
     def chunk_plan(self, tokens: int) -> ChunkPlan:
         """Returns the chunk plan of the one-pass head for a number of tokens."""
         policy, teacher, optim, method = self.policy, self.teacher, self.run.optim, self.run.method
@@ -182,6 +194,7 @@ class Case:
             device="cpu" if self.placement.cpu else "cuda",
             workspace_bytes=optim.workspace_bytes,
             backward=self.run.model.head_backward,
-            row_entries=self.entries,
+            row_entries=0 if self.flat_share == 1 else self.entries,
+            flat=self.flat_share,
             impl=optim.head_impl,
         )

@@ -225,13 +225,16 @@ def _head(case: Case) -> list[Term]:
         [(plan.workspace_bytes, what)],
         remedy="lower optim.workspace_bytes",
     )
-    if plan.entries:
-        each = f"B: {case.entries:g} entries a token"
-        b = case.dtype.itemsize
+    if case.run.model.head_backward == "sketch":
+        # once the workspace is free, tokens that are not sketched are added to dX and dW in float32
+        sums = 4 * (case.pack_tokens + policy.vocabulary) * policy.hidden
+        if sums > plan.workspace_bytes:
+            workspace = product("dX and dW, float32", ("head",), [(sums, "B")], remedy=LARGER)
+        each = f"B: {plan.entries / case.pack_tokens:g} entries a token, {case.flat_share:.0%} flat"
         return [
             workspace,
             product("entries of the sketch", UPDATE, [(plan.gradient_bytes, each)]),
-            product("dX", ("backward",), [(b, "B"), tokens, H], remedy=shorter),
+            product("dX", ("backward",), [(case.dtype.itemsize, "B"), tokens, H], remedy=shorter),
         ]
     return [
         workspace,

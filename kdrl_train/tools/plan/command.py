@@ -25,6 +25,7 @@ from kdrl_train.settings import (
     NaturalFloat,
     PositiveFloat,
     PositiveInt,
+    Probability,
     Share,
     UnitInterval,
     settings,
@@ -85,6 +86,9 @@ class PlanConfig(TrainConfig):
     entries: PositiveFloat = SKETCH_ENTRIES
     """Mean entries of a token's gradient with model.head_backward sketch: sketch_entries of a run
     of yours. Flatter distributions have more."""
+    flat: Probability | None = None
+    """Share of tokens too flat to be sketched, whose gradient is exact: sketch_flat_share of a run
+    of yours. None: all at a vocabulary so small that `entries` would cost more, else none."""
     json: Path | None = None
     """File for all numbers. None: only the tables on the screen."""
 
@@ -203,6 +207,7 @@ def make_estimate(config: PlanConfig) -> Estimate:
         placement=placement,
         choice=attention_of(model, config),
         entries=config.entries,
+        flat=config.flat,
     )
     memory = memory_terms(case)
     if cpu:

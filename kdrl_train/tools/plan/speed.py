@@ -176,16 +176,16 @@ def _passes(case: Case, device: Device, lengths: Lengths) -> list[Term]:
 def _head(case: Case, device: Device, lengths: Lengths) -> list[Term]:
     """Times the one-pass head over all tokens of the step: its GEMMs and its row kernels.
 
-    The policy's GEMMs take 3u, u = 2·N·H·V FLOP, or 1u and sparse products with a sketch; the
-    teacher's one takes tau·u, tau its share of u.
+    The policy's GEMMs take 3u, u = 2·N·H·V FLOP; with a sketch 1u, 2u of the share of flat tokens
+    and sparse products. The teacher's one takes tau·u, tau its share of u.
     """
     chunk_plan = case.chunk_plan(round(case.rollouts * lengths.response))
     g = chunk_plan.geometry
     u = f"{g.N:,} · {g.H:,} · {g.V:,}"
     policy_flop = sum(flop for name, flop in chunk_plan.flop.items() if name != "teacher")
-    gemms = policy_flop // (2 * g.N * g.H * g.V)
+    gemms = policy_flop / (2 * g.N * g.H * g.V)
     terms = [
-        _compute("head, GEMMs", "update", policy_flop, f"{gemms} · 2 · {u}", device),
+        _compute("head, GEMMs", "update", policy_flop, f"{gemms:.3g} · 2 · {u}", device),
         _move(
             "head, row kernels",
             "update",
@@ -197,7 +197,7 @@ def _head(case: Case, device: Device, lengths: Lengths) -> list[Term]:
             "head, products of the sketch",
             "update",
             chunk_plan.product_bytes,
-            f"{case.entries:g} entries a token, with W and X",
+            f"{chunk_plan.entries / max(g.N, 1):g} entries a token, with W and X",
             device.bandwidth,
         ),
     ]

@@ -34,6 +34,7 @@ CURVES = {
         "learning_rate": "learning rate",
         "sketch_noise": "relative noise of the sketched gradient",
         "sketch_entries": "entries of the sketch a token",
+        "sketch_flat_share": "tokens too flat to be sketched, share",
     },
     "Health": {
         "sampler_mismatch_mean": "sampler mismatch, mean, nats",
@@ -57,7 +58,11 @@ CAPTIONS = {
         "mean is 0. A noise of s makes the square of this gradient 1 + s² times as large: 0.1 is "
         "normal and adds 1%. Where it stays above, lower model.head_threshold."
     ),
-    "sketch_entries": "Flat distributions have more; each costs a row of W and one of X.",
+    "sketch_entries": "Each costs a row of W and one of X; flat distributions have more.",
+    "sketch_flat_share": (
+        "Their gradient is exact, as sparse products would cost more. Where nearly all are, the "
+        "vocabulary is too small or the policy too unsure for a sketch to save anything."
+    ),
     "sampler_mismatch_mean": "Mean |log p trainer - log p sampler| over sampled tokens.",
     "sampler_mismatch_max": "Largest |log p trainer - log p sampler| of a sampled token.",
     "sampler_weight_mean": "Mean of p trainer / p sampler over tokens, capped.",

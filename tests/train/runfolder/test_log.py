@@ -61,9 +61,10 @@ def test_a_step_is_one_record_and_one_line(tmp_path: Path) -> None:
 def test_a_sketched_head_is_named_on_the_line(tmp_path: Path) -> None:
     run, out = log(tmp_path)
     for noise in (0.0123, None):
-        run.step({"step": 3} | RECORD | {"sketch_noise": noise, "sketch_entries": 14.6})
+        sketch = {"sketch_noise": noise, "sketch_entries": 14.6, "sketch_flat_share": 0.031}
+        run.step({"step": 3} | RECORD | sketch)
     first, second = out.getvalue().splitlines()
-    assert "  |g| 1.50  noise 1.23%  entries 15  tok/s 100" in first
+    assert "  |g| 1.50  noise 1.23%  entries 15  flat 3%  tok/s 100" in first
     assert "  noise -  entries 15" in second
 
 

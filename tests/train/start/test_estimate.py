@@ -113,16 +113,42 @@ def test_a_baseline_holds_the_teachers_logits(
 
 
 def test_a_sketch_holds_lists_in_place_of_dx_and_dw(models: dict[str, str]) -> None:
-    """Of an entry a column, int32, and a value, float32; of 64 and 32 tokens where each begins."""
+    """Of an entry a column, int32, and a value, float32; of 64 and 32 tokens where each begins.
+
+    Of a token that is too flat its dL/dlogits: 32 columns in the compute dtype.
+    """
     for case, tokens, b in ((case_of(models, "untied"), 64, 4), (sharded_case(models), 32, 2)):
         run = replace(case.run, model=replace(case.run.model, head_backward="sketch"))
-        exact, ours = values(case), values(replace(case, run=run, entries=5.0))
+        exact, case = values(case), replace(case, run=run, entries=5.0, flat=0.0)  # noqa: PLW2901
         lists = tokens * 5 * 8 + 8 * (tokens + 1)
+        ours = values(case)
         assert dict(ours.items() - exact.items()) == {
             "entries of the sketch": lists,
             "dX": b * tokens * 8,
         }
         assert exact.keys() - ours.keys() == {"dX, float32", "dW accumulator, float32"}
+        flat = values(replace(case, flat=0.25))["entries of the sketch"]
+        assert flat == lists + tokens * 0.25 * 32 * b
+
+
+def test_at_a_small_vocabulary_no_token_is_sketched(models: dict[str, str]) -> None:
+    """16 entries cost 1,024 columns on a CPU, 3,072 on a GPU, of which half must be left over."""
+    for model, cpu, share in (("untied", True, 1), ("7b", True, 0), ("7b", False, 0)):
+        case = replace(case_of(models, model), placement=Placement(cpu=cpu))
+        assert case.flat_share == share
+    case = replace(case_of(models, "7b"), entries=400.0)
+    assert case.flat_share == 0  # of 152,064 columns 25,600
+    assert replace(case, placement=Placement()).flat_share == 1  # 76,800
+    assert replace(case_of(models, "untied"), flat=0.5).flat_share == 0.5
+
+
+def test_a_large_head_is_added_up_in_float32_after_its_workspace(models: dict[str, str]) -> None:
+    case = case_of(models, "7b")
+    model = replace(case.run.model, head_backward="sketch")
+    optim = replace(case.run.optim, workspace_bytes=10**8)
+    sizes = values(replace(case, run=replace(case.run, model=model, optim=optim)))
+    assert sizes["dX and dW, float32"] == 4 * (64 + 152_064) * 3584
+    assert "workspace of the head" not in sizes
 
 
 def test_moments_add_up_what_is_held_together(models: dict[str, str]) -> None:

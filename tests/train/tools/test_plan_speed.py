@@ -53,7 +53,8 @@ def test_a_sketch_projects_and_multiplies_a_few_entries(models: dict[str, str]) 
     case = sharded_case(models)
     run = replace(case.run, model=replace(case.run.model, head_backward="sketch"))
     lengths = Lengths(prompt=6, response=5)
-    terms = time_terms(replace(case, run=run, entries=5.0), DEVICE, lengths, launch_us=100)
+    case = replace(case, run=run, entries=5.0, flat=0.0)
+    terms = time_terms(case, DEVICE, lengths, launch_us=100)
     head = {term.name: term for term in terms if term.name.startswith("head")}
     assert {name: term.value for name, term in head.items()} == pytest.approx(
         {
@@ -64,6 +65,10 @@ def test_a_sketch_projects_and_multiplies_a_few_entries(models: dict[str, str]) 
         }
     )
     assert head["head, GEMMs"].formula.startswith("1 · 2 · 10 · 8 · 32 = ")
+    terms = time_terms(replace(case, flat=0.2), DEVICE, lengths, launch_us=100)
+    gemms = next(term for term in terms if term.name == "head, GEMMs")
+    assert gemms.value == pytest.approx(1.4 * 2 * 10 * 8 * 32 / 1e9)
+    assert gemms.formula.startswith("1.4 · 2 · 10 · 8 · 32 = ")
 
 
 def test_communication_hides_behind_the_passes_at_best(models: dict[str, str]) -> None:
