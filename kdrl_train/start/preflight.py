@@ -31,6 +31,7 @@ from kdrl_train.rollouts.problems import encode_prompt
 from kdrl_train.rollouts.rendering import PromptError
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder.trackers import Trackers
+from kdrl_train.start.head_gradient import check_sketch
 from kdrl_train.start.load import Loaded, load
 from kdrl_train.start.memory import check_memory
 from kdrl_train.start.prompts import (
@@ -85,6 +86,8 @@ def preflight(
         "policy weights": lambda: check_weights(policy, "model.policy"),
         "policy head": lambda: _probed(policy, "model.policy", packed),
     }
+    if policy.sketch is not None:
+        checks["head gradient"] = lambda: check_sketch(config, loaded)
     if teacher is not None:
         checks |= {
             "tokenizers": lambda: check_tokenizers(config, loaded),
@@ -103,7 +106,7 @@ def preflight(
         checks["engine"] = lambda: check_engine(config)
     checks["vocabulary"] = lambda: check_vocabulary(loaded)
     checks["memory"] = lambda: check_memory(config, policy, teacher, world.size)
-    on_all_ranks = {"policy head", "teacher head"} | (
+    on_all_ranks = {"policy head", "head gradient", "teacher head"} | (
         {"teacher probe"} if teacher is not None else set()
     )
     results: list[CheckResult] = []
