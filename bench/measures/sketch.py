@@ -13,6 +13,8 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +36,16 @@ OPS = tuple(OPS_BY_NAME[name] for name in ("GRPO", "KDRL exact", "cross entropy"
 DEFAULT = kk.Sketch().threshold
 THRESHOLDS = (2.0**-8, DEFAULT, DEFAULT / 4)
 BARE, EXACT, ROUNDED = "bare GEMMs", "exact", "bfloat16 operands"
-GRADIENTS: dict[str, float | None] = {EXACT: None}
-"""{name: threshold of the sketch}."""
-GRADIENTS |= {f"2^{t.hex().split('p')[1]}": t for t in THRESHOLDS}
+GRADIENTS: dict[str, kk.Sketch | None] = {EXACT: None}
+"""{name: its sketch}."""
+GRADIENTS |= {f"2^{t.hex().split('p')[1]}": kk.Sketch(threshold=t) for t in THRESHOLDS}
 COLUMNS = ("operation", "profile", "gradient", "ms", "/ bare GEMMs", "extra MB", "entries a row")
 COLUMNS += ("flat rows", "error dX", "dW")
 
 
-def loss_of(inputs: Inputs, op: Op, threshold: float | None, seed: int) -> tuple[Tensor, Any]:
+def loss_of(inputs: Inputs, op: Op, sketch: kk.Sketch | None) -> tuple[Tensor, Any]:
     """Call this library; returns the loss and its metrics, none of linear_logprobs."""
-    options: dict[str, Any] = {}
-    if threshold is not None:
-        options = {"backward": "sketch", "sketch": kk.Sketch(threshold=threshold, seed=seed)}
+    options: dict[str, Any] = {"backward": "sketch", "sketch": sketch} if sketch else {}
     head = inputs.hidden, inputs.shared_weight, inputs.tokens
     if op.cross_entropy:
         return -kk.linear_logprobs(*head, **options).logprobs.mean(), {}
@@ -60,33 +60,28 @@ def loss_of(inputs: Inputs, op: Op, threshold: float | None, seed: int) -> tuple
     return out.loss, out.metrics
 
 
-def gradients(inputs: Inputs, op: Op, threshold: float | None, seed: int = 0) -> Any:
+def gradients(inputs: Inputs, op: Op, sketch: kk.Sketch | None) -> Any:
     """Call once, forward and backward; the gradients stay in inputs. Returns the metrics."""
     clear_gradients(inputs, op)
-    loss, metrics = loss_of(inputs, op, threshold, seed)
+    loss, metrics = loss_of(inputs, op, sketch)
     loss.backward()
     return metrics
 
 
-def sketch_metrics(inputs: Inputs, op: Op, metrics: Any, threshold: float) -> dict[str, float]:
+def sketch_metrics(inputs: Inputs, op: Op, metrics: Any, sketch: kk.Sketch) -> dict[str, float]:
     """Return entries a row, share of flat rows and the predicted error of a sketched gradient.
 
     linear_logprobs does not tell, so another loss does.
     """
     if op.cross_entropy:
-        metrics = same_entries(inputs, threshold).metrics
-    N = inputs.shape.N
-    results = {"entries": metrics["entries"].item() / N}
-    results["predicted"] = metrics["sketch_noise"].item()
-    if "flat_rows" in metrics:
-        results["flat_rows"] = metrics["flat_rows"].item() / N
-    return results
+        metrics = same_entries(inputs, sketch).metrics
+    results = {name: metrics[name].item() / inputs.shape.N for name in ("entries", "flat_rows")}
+    return results | {"predicted": metrics["sketch_noise"].item()}
 
 
-def same_entries(inputs: Inputs, threshold: float) -> kk.LossOutput:
+def same_entries(inputs: Inputs, sketch: kk.Sketch) -> kk.LossOutput:
     """Call a cross entropy, whose coefficients are 1: it has the entries of linear_logprobs."""
     head = inputs.hidden, inputs.shared_weight, inputs.tokens
-    sketch = kk.Sketch(threshold=threshold)
     options: dict[str, Any] = {"backward": "sketch", "sketch": sketch}
     return kk.linear_token_loss(*head, lambda rows: -rows.logprobs, **options)
 
@@ -96,13 +91,13 @@ def extra_bytes(shape: Shape, profile: str, op_name: str) -> dict[str, int]:
     memory.map_large_blocks()
     inputs, op = make_inputs(shape, profile), OPS_BY_NAME[op_name]
 
-    def call(threshold: float | None) -> dict[str, Tensor]:
-        gradients(inputs, op, threshold)
+    def call(sketch: kk.Sketch | None) -> dict[str, Tensor]:
+        gradients(inputs, op, sketch)
         return {}
 
     return {
-        name: memory.growth(inputs, op, lambda: call(threshold))["extra_bytes"]  # noqa: B023
-        for name, threshold in GRADIENTS.items()
+        name: memory.growth(inputs, op, lambda: call(sketch))["extra_bytes"]  # noqa: B023
+        for name, sketch in GRADIENTS.items()
     }
 
 
@@ -111,6 +106,11 @@ def timed(call: Callable[[], object]) -> float:
     start = clock()
     call()
     return 1e3 * (clock() - start)
+
+
+def _gradients_ms(inputs: Inputs, op: Op, sketch: kk.Sketch | None, seed: int) -> float:
+    sketch = sketch and replace(sketch, seed=seed)
+    return timed(lambda: gradients(inputs, op, sketch))
 
 
 def errors(inputs: Inputs, truth: dict[str, Tensor]) -> dict[str, float]:
@@ -136,11 +136,11 @@ def measure(op: Op, inputs: Inputs, rounds: int, deadline: float) -> dict[str, A
     """Measure one operation; the row of a table."""
     truth = accuracy.exact(inputs, op)
     row: dict[str, Any] = {"op": op.name, "profile": inputs.profile, "cases": {}}
-    for name, threshold in GRADIENTS.items():
-        metrics = gradients(inputs, op, threshold)
+    for name, sketch in GRADIENTS.items():
+        metrics = gradients(inputs, op, sketch)
         case = row["cases"][name] = {"errors": errors(inputs, truth)}
-        if threshold is not None:
-            case |= sketch_metrics(inputs, op, metrics, threshold)
+        if sketch is not None:
+            case |= sketch_metrics(inputs, op, metrics, sketch)
     coarse = rounded(inputs)
     gradients(coarse, op, None)
     row["cases"][ROUNDED] = {"errors": errors(coarse, truth)}
@@ -150,8 +150,8 @@ def measure(op: Op, inputs: Inputs, rounds: int, deadline: float) -> dict[str, A
     calls: dict[str, Callable[[int], float]] = {
         BARE: lambda _: timed(lambda: floor.run(op, inputs, twice))
     }
-    for name, threshold in GRADIENTS.items():
-        calls[name] = lambda n, t=threshold: timed(lambda: gradients(inputs, op, t, n))  # type: ignore[misc]
+    for name, sketch in GRADIENTS.items():
+        calls[name] = partial(_gradients_ms, inputs, op, sketch)
     samples = sample_rounds(calls, rounds, deadline)
     for name, sample in samples.items():
         case = row["cases"].setdefault(name, {})
