@@ -1,13 +1,14 @@
 """Keeps dL/dlogits of rows that are too flat to be sketched, for the GEMMs of the backward pass.
 
-They are few where a sketch is worth it. Where they would take more memory than dW in float32, they
-are multiplied and added up at once, as the exact gradient is.
+They are few where a sketch is worth it. Where they would take more than a quarter of the memory of
+dW in float32, they are multiplied and added up at once, as the exact gradient is.
 """
 
 import torch
 from torch import Tensor
 
-from kdrl_kernels.call import LossCall, RowSet
+from kdrl_kernels import gemm
+from kdrl_kernels.call import LossCall, RowSet, take
 from kdrl_kernels.head import Head
 from kdrl_kernels.objective import Coefficients
 from kdrl_kernels.one_pass import Gradients, Sums, chunk_gradient
@@ -15,17 +16,18 @@ from kdrl_kernels.plan import accumulator
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
 
 
-def most_elements(head: Head) -> int:
-    """Return the elements of dL/dlogits that take as much memory as dW in float32."""
+def most_kept(head: Head) -> int:
+    """Return the elements of dL/dlogits that take a quarter of the memory of dW in float32."""
     dtype = head.hidden.dtype
-    return head.weight.numel() * accumulator(dtype).itemsize // dtype.itemsize
+    return head.weight.numel() * accumulator(dtype).itemsize // dtype.itemsize // 4
 
 
 class FlatRows:
     """Collects the flat rows of all chunks of a loss."""
 
     def __init__(self) -> None:
-        self.parts: list[tuple[Tensor, Tensor]] = []
+        self.rows: list[Tensor] = []
+        self.dz: list[Tensor] = []
         self.total: Gradients | None = None
         self.squares: Tensor | float = 0.0
 
@@ -39,26 +41,30 @@ class FlatRows:
     ) -> None:
         """Take the gradient of a chunk's rows whose coefficients are not 0."""
         kept, dz = chunk_gradient(call, streams, stats, coef, rows, compact=True)
-        self.squares += dz.double().square().sum()
-        if isinstance(kept, slice):
-            kept = torch.arange(kept.start, kept.stop, device=dz.device)
+        self.squares += torch.linalg.vector_norm(dz, dtype=accumulator(dz.dtype)).double().square()
+        held = sum(part.numel() for part in self.dz) + dz.numel()
+        if self.total is None and held <= most_kept(call.student):
+            self.rows.append(torch.arange(len(call.tokens), device=dz.device)[kept])
+            self.dz.append(dz.clone())
+            return
         if self.total is None:
-            self.parts.append((kept, dz.clone()))
-            if sum(part.numel() for _, part in self.parts) > most_elements(call.student):
-                self.total = Gradients(call.student, call.needs)
-                for part in self.parts:
-                    self.total.add(call.student, *part)
-                self.parts.clear()
-        else:
-            self.total.add(call.student, kept, dz)
+            self.total = Gradients(call.student, call.needs)
+            for part in zip(self.rows, self.dz, strict=True):
+                self.total.add(call.student, *part)
+            self.rows, self.dz = [], []
+        self.total.add(call.student, kept, dz)
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Return five tensors that add_to takes: rows and dz, or sums of hidden, weight, bias."""
         if self.total is not None:
             return None, None, *self.total.tensors()
-        if not self.parts:
+        if not self.dz:
             return (None,) * 5
-        return *(torch.cat(values) for values in zip(*self.parts, strict=True)), None, None, None
+        return _joined(self.rows), _joined(self.dz), None, None, None
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def add_to(sums: Sums, head: Head, tensors: tuple[Tensor | None, ...], scale: Tensor) -> None:
@@ -67,5 +73,14 @@ def add_to(sums: Sums, head: Head, tensors: tuple[Tensor | None, ...], scale: Te
     for into, values in zip(sums, total, strict=True):
         if into is not None and values is not None:
             into.addcmul_(values, scale)
-    if rows is not None and dz is not None:
-        Gradients(head, (False,) * 3, sums).add(head, rows, dz * scale)
+    if rows is None or dz is None:
+        return
+    (dx, dw, db), V, hidden = sums, dz.shape[1], take(head.hidden, rows)
+    if dx is not None:
+        part = dx.new_empty(hidden.shape)
+        gemm.grad_hidden(dz, head.weight[:V], part)
+        dx.index_copy_(0, rows, part.mul_(scale))
+    if dw is not None:
+        gemm.add_grad_weight(dz, hidden * scale, dw[:V])
+    if db is not None:
+        db[:V] += dz.sum(dim=0, dtype=db.dtype) * scale

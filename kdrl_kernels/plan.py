@@ -272,7 +272,7 @@ def chunk_plan(
     if backward == "sketch" and learns:
         entries, writes = round(N * row_entries), round(flat * writes)
         flop |= {name: round(flat * flop[name]) for name in ("dX", "dW")}
-        held = entries * (4 + wide) + 8 * (N + 1) + min(held, writes)
+        held = entries * (4 + wide) + 8 * (N + 1) + (writes if 4 * writes <= wide * H * V else held)
         outputs = N * H * hidden_grad + V * H * weight_grad
         product_bytes = dtype.itemsize * (outputs + entries * H * (hidden_grad + weight_grad))
         gradient *= impl == "triton"  # PyTorch reads a few blocks again

@@ -94,17 +94,17 @@ def test_a_sketch_costs_one_projection_and_the_gemms_of_its_flat_rows() -> None:
         for options in (
             {},
             {"backward": "sketch", "row_entries": 10},
-            {"backward": "sketch", "row_entries": 10, "flat": 0.1},
+            {"backward": "sketch", "row_entries": 10, "flat": 0.02},
             {"backward": "sketch", "row_entries": 0, "flat": 1.0},
         )
     )
     u = 2 * N * H * V
     assert sketch.flop == {"project": u, "teacher": 0, "dX": 0, "dW": 0}
-    assert mixed.flop == {"project": u, "teacher": 0, "dX": u // 10, "dW": u // 10}
+    assert mixed.flop == {"project": u, "teacher": 0, "dX": u // 50, "dW": u // 50}
     assert all_flat.flop == exact.flop
     lists = 8 * (N + 1) + 8 * 10 * N  # offsets; an int32 column and a float32 value an entry
     assert sketch.gradient_bytes == lists
-    assert mixed.gradient_bytes == lists + 100 * V * 2  # their dz in bfloat16, less than dX and dW
+    assert mixed.gradient_bytes == lists + 20 * V * 2  # their dz in bfloat16
     assert all_flat.gradient_bytes == exact.gradient_bytes + 8 * (N + 1)
 
 
