@@ -10,7 +10,7 @@ import numpy as np
 from bench.study.arms import ARMS
 from bench.study.config import Trial
 from bench.study.statistics import MeanOverSeeds, first_reached, mean_over_seeds, smooth
-from bench.study.trial import SKETCH_CURVES, STAGES, TrialResult
+from bench.study.trial import STAGES, TrialResult
 
 MARGIN = 0.02
 """Two arms count as equal where the whole interval of their difference, a share of right
@@ -227,8 +227,8 @@ def twins(study: Study, task: str) -> list[Twins]:
         if pairs is not None:
             curves = [run.curve for run in study.runs(task, name).values()]
             entries, noise = (
-                float(np.mean([value for curve in curves for value in curve[metric]]))
-                for metric in SKETCH_CURVES
+                float(np.mean([x for curve in curves for x in curve[metric] if x is not None]))
+                for metric in ("sketch_entries", "sketch_noise")
             )
             seeds = pairs.mean(axis=1).tolist()
             compared.append(Twins(arm.like, name, mean_over_seeds(pairs), seeds, entries, noise))

@@ -38,7 +38,7 @@ from kdrl_train.tools import sft
 from kdrl_train.tools.toy import TASKS
 
 CURVES = ("accuracy", "tokens", "response_length", "entropy", "kl_teacher", "kd_coef", "grad_norm")
-SKETCH_CURVES = ("sketch_entries", "sketch_noise")
+SKETCH_CURVES = ("sketch_entries", "sketch_noise", "sketch_flat_share")
 STAGES = ("rollout", "verify", "score", "teacher", "update", "sync")
 MICRO_BATCH_TOKENS = 2048
 

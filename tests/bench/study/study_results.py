@@ -22,7 +22,7 @@ def result(arm: str, right: str = "0123", *, seed: int = 0, **trial: Any) -> Tri
         curve["response_length"] = [20.0] * 20
         curve["tokens"] = [100.0] * 20
     if ARMS[arm].sketched:
-        curve |= {"sketch_entries": [2.0 + seed] * 20, "sketch_noise": [0.25] * 20}
+        curve |= {"sketch_entries": [2.0 + seed] * 20, "sketch_noise": [0.25, None] * 10}
     return TrialResult(
         trial=sampled_trial,
         status="done",

@@ -152,6 +152,7 @@ def test_a_study_goes_on_where_it_stopped_and_a_crash_is_a_result(
     trials = Study(results.load(config.out / "results.json")["trials"])
     assert len(trials.results) == 4
     (twin,) = trials.runs("arithmetic", "kdrl_sketch").values()
+    assert twin.curve["sketch_flat_share"] == [0.0, 0.0]
     assert all(0.01 < (noise or 0) < 1 for noise in twin.curve["sketch_noise"])
     assert [r.error for r in trials.crashed] == [
         "ValueError: the teacher must give right samples, got none from "
