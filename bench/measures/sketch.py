@@ -132,8 +132,8 @@ def rounded(inputs: Inputs) -> Inputs:
     return copies
 
 
-def measure(op: Op, inputs: Inputs, rounds: int, deadline: float) -> dict[str, Any]:
-    """Measure one operation; the row of a table."""
+def measure(op: Op, inputs: Inputs) -> dict[str, Any]:
+    """Measure errors and memory of one operation; the row of a table, without times."""
     truth = accuracy.exact(inputs, op)
     row: dict[str, Any] = {"op": op.name, "profile": inputs.profile, "cases": {}}
     for name, sketch in GRADIENTS.items():
@@ -145,6 +145,20 @@ def measure(op: Op, inputs: Inputs, rounds: int, deadline: float) -> dict[str, A
     gradients(coarse, op, None)
     row["cases"][ROUNDED] = {"errors": errors(coarse, truth)}
     del truth, coarse
+    clear_gradients(inputs, op)
+    try:
+        sizes = memory.alone(extra_bytes, inputs.shape, inputs.profile, op.name)
+    except RuntimeError as error:  # the times still stand
+        row["memory"], sizes = str(error), {}
+    for name, size in sizes.items():
+        row["cases"][name]["extra_bytes"] = size
+    return row
+
+
+def add_times(
+    row: dict[str, Any], op: Op, inputs: Inputs, rounds: int, deadline: float
+) -> dict[str, Any]:
+    """Add the times of one operation to its row, and return it."""
     floor = Floor(inputs)
     twice = 2 if op.cross_entropy else 1  # the exact backward pass projects again
     calls: dict[str, Callable[[int], float]] = {
@@ -159,13 +173,6 @@ def measure(op: Op, inputs: Inputs, rounds: int, deadline: float) -> dict[str, A
             ratios = [a / b for a, b in zip(sample.values, samples[BARE].values, strict=True)]
             case |= {"ms": statistics.median(sample.values), "ratio": statistics.median(ratios)}
         case["status"] = sample.status
-    clear_gradients(inputs, op)
-    try:
-        sizes = memory.alone(extra_bytes, inputs.shape, inputs.profile, op.name)
-    except RuntimeError as error:  # the times still stand
-        row["memory"], sizes = str(error), {}
-    for name, size in sizes.items():
-        row["cases"][name]["extra_bytes"] = size
     return row
 
 
@@ -215,15 +222,17 @@ def main() -> None:
         return
     use_threads()
     args.out.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    record = {"machine": machine_info(), "shape": args.shape, "rows": rows}
+    shape, deadline = SHAPES[args.shape], time.monotonic() + 60 * args.minutes
     cases = [(op, profile) for profile in args.profiles for op in OPS]
-    deadline = time.monotonic() + 60 * args.minutes
+    rows = [measure(op, make_inputs(shape, profile)) for op, profile in cases]
+    record = {"machine": machine_info(), "shape": args.shape, "rows": rows}
+    write(record, args.out)
+    print(f"errors and memory: {args.out}; times follow, on an idle machine", flush=True)
     for place, (op, profile) in enumerate(cases):
         until = share(deadline, place, len(cases))
-        rows.append(measure(op, make_inputs(SHAPES[args.shape], profile), args.rounds, until))
+        add_times(rows[place], op, make_inputs(shape, profile), args.rounds, until)
         write(record, args.out)
-        print(table(rows[-1:]), flush=True)
+        print(table([rows[place]]), flush=True)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def assert_no_figure(one: Record, status: str) -> None:
 def test_sketch_rows(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {name: 1_500_000 * n for n, name in enumerate(sketch.GRADIENTS, 1)}
     monkeypatch.setattr(memory, "alone", lambda *_: sizes)
-    row = sketch.measure(KDRL, inputs, ROUNDS, later())
+    row = sketch.add_times(sketch.measure(KDRL, inputs), KDRL, inputs, ROUNDS, later())
     cases = row["cases"]
     assert list(cases) == [*sketch.GRADIENTS, sketch.ROUNDED, sketch.BARE]
     assert cases[sketch.BARE]["ratio"] == 1
@@ -101,7 +101,7 @@ def test_a_memory_that_is_not_measured_costs_no_time(
         raise RuntimeError("its process died")
 
     monkeypatch.setattr(memory, "alone", dies)
-    row = sketch.measure(GRPO, inputs, ROUNDS, later())
+    row = sketch.add_times(sketch.measure(GRPO, inputs), GRPO, inputs, ROUNDS, later())
     assert row["memory"] == "its process died"
     assert "extra_bytes" not in row["cases"]["exact"]
     assert row["cases"]["exact"]["ms"] > 0
