@@ -20,8 +20,8 @@ from bench.providers import Outputs
 DIFFERS = 0.05
 DRAWS = 16
 """Seeds of a sketch whose gradients are averaged."""
-ROUNDING = 2e-6
-"""Relative error of float32 sums, which is the same for every seed."""
+ROUNDING = 2e-5
+"""Relative error that float32 may have, the same for every seed: 3e-6 where all rows are exact."""
 EXACT_ROWS = 256
 """Rows of float64 logits held at a time."""
 SAMPLE = 1 << 18

@@ -146,6 +146,17 @@ def test_a_sketch_may_have_noise_but_no_bias(
     assert ("total_ms" in one) == (mean == 1)
 
 
+def test_rounding_is_no_bias() -> None:
+    truth = {"dhidden": torch.ones(4, 4).double()}
+    draws = [{"dhidden": torch.full((4, 4), 1 + 1e-5)}] * accuracy.DRAWS
+    assert accuracy.biased(draws, truth, ["dhidden"]) is None
+    draws = [{"dhidden": torch.full((4, 4), 1 + 1e-4)}] * accuracy.DRAWS
+    difference = accuracy.biased(draws, truth, ["dhidden"])
+    assert difference == (
+        "differs: relative error of dhidden 1.0e-04 on average over 16 seeds, 1.0e-04 with one"
+    )
+
+
 def test_wrong_outputs_of_a_sketch_differ(inputs: list[Inputs]) -> None:
     def shifted(case: Inputs, op: Op, **sketch: int) -> Outputs:
         assert OUR_SKETCH.whole is not None
