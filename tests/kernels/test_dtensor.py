@@ -5,9 +5,11 @@ of the ranks' losses and gradients is that of one process.
 """
 
 import itertools
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,11 @@ N, H, H_T = 10, 6, 4
 RANK_ROWS = [slice(0, 4), slice(4, N)]
 DEADLINE_S = 60
 CALLS = ["kdrl_loss", "linear_logprobs", "linear_token_loss"]
-SKETCHED = [f"sketched {name}" for name in CALLS]
+SKETCHES = {
+    "sketched": kk.Sketch(threshold=0.2, seed=1, flat=math.inf),
+    # rows of |coefficient| > 0.5 are flat: of one block of columns, threshold 1 / |coefficient|
+    "partly sketched": kk.Sketch(threshold=1, seed=1, flat=0.5 * 64 / 12),
+}
 
 Tensors = dict[str, Tensor]
 
@@ -66,10 +72,10 @@ def _loss(name: str, tensors: Tensors, ranks: int = 1) -> Tensor:
     head = tensors["hidden"], tensors["weight"], tensors["tokens"]
     total = torch.tensor((N - 2.0) / ranks, dtype=torch.float64)
     backward: dict[str, Any] = {}
-    if name in SKETCHED:
-        sketch = kk.Sketch(threshold=0.2, seed=1, rows=tensors["numbers"])
+    *kind, name = name.rsplit(" ", 1)
+    if kind:
+        sketch = replace(SKETCHES[kind[0]], rows=tensors["numbers"])
         backward = {"backward": "sketch", "sketch": sketch}
-        name = name.removeprefix("sketched ")
     if name == "linear_logprobs":
         out = kk.linear_logprobs(*head, bias=tensors["bias"], entropy=True, **backward)
         assert out.entropy is not None
@@ -364,11 +370,12 @@ for _name in CALLS:
     CASES[f"tensor-parallel-{_name}"] = lambda n=_name: _check_tensor_parallel(n)
     CASES[f"communication-{_name}"] = lambda n=_name: _check_communication(n)
     CASES[f"refused-hidden-{_name}"] = lambda n=_name: _check_refused(n, "hidden")
-for _name in SKETCHED:
+for _kind, _call in itertools.product(SKETCHES, CALLS):
+    _name = f"{_kind} {_call}"
     CASES[f"same-{_name}"] = lambda n=_name: _check_same_as_one_process(n, 12)
-CASES["communication-sketched"] = lambda: _check_communication(SKETCHED[0])
+CASES["communication-sketched"] = lambda: _check_communication("partly sketched kdrl_loss")
 CASES["fsdp2-sketched-tied"] = lambda: _check_model(
-    _fsdp2(own_group=False), name=SKETCHED[0], inside=True, tied=True
+    _fsdp2(own_group=False), name="partly sketched kdrl_loss", inside=True, tied=True
 )
 CASES["refused-teacher_hidden"] = lambda: _check_refused("kdrl_loss", "teacher_hidden")
 
