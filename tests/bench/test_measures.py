@@ -1,12 +1,10 @@
-"""Tests step, rows and scaling of bench/ on tiny sizes: they time what they say."""
+"""Tests step and rows of bench/ on tiny sizes: they time what they say."""
 
 import copy
-import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,11 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import kdrl_kernels as kk
 from bench import definition
 from bench.inputs import Inputs, make_inputs
-from bench.measures import memory, predict, rows, scaling, sketch, step
-from bench.ops import FLOOR, OPS_BY_NAME
+from bench.measures import rows, step
+from bench.ops import OPS_BY_NAME
 from bench.providers import Provider
 from bench.providers.home import PROVIDERS
 from bench.results_file import OURS, Record
@@ -31,13 +28,6 @@ HOME = {one.name: one for one in PROVIDERS}
 FULL, CHUNKS = "PyTorch, full logits", "PyTorch, chunk loop"
 ROUNDS = 4
 MODEL = step.ModelSizes(replace(TINY, N=16), 2, 4, 2, 96, 8, tied=True)
-SIZES = scaling.ScalingSizes(
-    TINY,
-    tokens=(8, 24),
-    vocabularies=(128, 300),
-    workspaces=(1 << 16, 1 << 18),
-    workspace_tokens=40,
-)
 FIGURES = ("total_ms", "copy_ms", "step_ms", "head_ms", "extra_bytes", "bytes", "model")
 no_head = Provider(name="no head", whole=lambda inputs, _: {"loss": inputs.weight.sum()})
 """Its loss does not depend on the hidden states."""
@@ -68,100 +58,6 @@ def assert_samples(one: Record, *names: str) -> None:
 def assert_no_figure(one: Record, status: str) -> None:
     assert one["status"] == status
     assert not set(FIGURES) & one.keys()
-
-
-# sketch
-
-
-def test_sketch_rows(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {name: 1_500_000 * n for n, name in enumerate(sketch.GRADIENTS, 1)}
-    monkeypatch.setattr(memory, "alone", lambda *_: sizes)
-    row = sketch.add_times(sketch.measure(KDRL, inputs), KDRL, inputs, ROUNDS, later())
-    cases = row["cases"]
-    assert list(cases) == [*sketch.GRADIENTS, sketch.ROUNDED, sketch.BARE]
-    assert cases[sketch.BARE]["ratio"] == 1
-    exact, rounded = (cases[name]["errors"]["dhidden"] for name in ("exact", sketch.ROUNDED))
-    assert exact < 1e-5
-    assert 1e-3 < rounded < 3e-2
-    for name, one in sketch.GRADIENTS.items():
-        assert cases[name]["ms"] > 0
-        assert cases[name]["ratio"] > 0
-        assert cases[name]["extra_bytes"] == sizes[name]
-        if one is not None:
-            share = 1 - cases[name]["flat_rows"]
-            assert 0 < share < 1
-            assert share <= cases[name]["entries"] <= share * (1 / one.threshold + 2)
-            assert 0 <= cases[name]["predicted"] < 2
-
-
-def test_a_memory_that_is_not_measured_costs_no_time(
-    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def dies(*_: object) -> None:
-        raise RuntimeError("its process died")
-
-    monkeypatch.setattr(memory, "alone", dies)
-    row = sketch.add_times(sketch.measure(GRPO, inputs), GRPO, inputs, ROUNDS, later())
-    assert row["memory"] == "its process died"
-    assert "extra_bytes" not in row["cases"]["exact"]
-    assert row["cases"]["exact"]["ms"] > 0
-
-
-def test_entries_of_linear_logprobs_are_those_that_are_told(inputs: Inputs) -> None:
-    """Two sketches that differ in an entry would differ by percents."""
-    half = kk.Sketch(threshold=2**-3)
-    sketch.gradients(inputs, OPS_BY_NAME["cross entropy"], half)
-    dx = inputs.hidden.grad
-    inputs.hidden.grad = None
-    told = sketch.same_entries(inputs, half)
-    told.loss.backward()
-    assert torch.allclose(inputs.hidden.grad, dx, rtol=1e-4, atol=1e-6)
-
-
-def sketch_record() -> dict[str, Any]:
-    """Make the record of a run by hand."""
-    error = {"dhidden": 0.02, "dweight": 0.03}
-    cases = {
-        "exact": {"errors": error, "ms": 2000.4, "ratio": 1.1, "extra_bytes": 134_000_000},
-        "2^-8": {"errors": error, "ms": 800.0, "ratio": 0.44, "entries": 9.96, "flat_rows": 0.125},
-        "2^-10": {"errors": error, "entries": 12},
-        sketch.ROUNDED: {"errors": error},
-        sketch.BARE: {"ms": 1800.0, "ratio": 1.0},
-    }
-    rows = [{"op": op, "profile": "flat", "cases": cases} for op in ("GRPO", "KDRL exact")]
-    machine = {"device": "Test CPU", "threads": 2, "torch": "2", "triton": "3", "python": "3.11"}
-    return {"machine": machine | {"commit": "0" * 9, "uncommitted": ""}, "shape": "x", "rows": rows}
-
-
-def test_sketch_table_and_plot(tmp_path: Path) -> None:
-    sketch.write(sketch_record(), tmp_path)
-    lines = (tmp_path / "sketch-x.md").read_text().splitlines()
-    assert {line.count("|") for line in lines[2:]} == {11}
-    assert lines[4:9] == [
-        "| GRPO | flat | exact | 2,000 | 1.10 | 134.0 |  |  | 2.0e-02 | 3.0e-02 |",
-        "| GRPO | flat | 2^-8 | 800 | 0.44 |  | 10.0 | 12.5% | 2.0e-02 | 3.0e-02 |",
-        "| GRPO | flat | 2^-10 |  |  |  | 12.0 |  | 2.0e-02 | 3.0e-02 |",
-        "| GRPO | flat | bfloat16 operands |  |  |  |  |  | 2.0e-02 | 3.0e-02 |",
-        "| GRPO | flat | bare GEMMs | 1,800 | 1.00 |  |  |  |  |  |",
-    ]
-    assert json.loads((tmp_path / "sketch-x.json").read_text()) == sketch_record()
-    pytest.importorskip("matplotlib")
-    assert (tmp_path / "sketch-x.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_prediction_at_round_rates() -> None:
-    """By hand: u = 17.86 TFLOP, a row of logits 608 kB; an entry moves 2 rows of 3,584 numbers."""
-    exact = predict.line(GRPO, 1000, 1, ["exact"], 0, 0)
-    u = 2 * 16384 * 3584 * 152_064 / 1e12
-    reads = 16384 * 152_064 * 4 / 1e9
-    assert exact.split(" | ")[2] == f"{3 * u:.1f}"
-    assert exact.split(" | ")[3] == f"{2.5 * reads:.1f}"  # read twice, written in bfloat16
-    assert exact.split(" | ")[4] == "0.0"
-    sketched = predict.line(GRPO, 1000, 1, ["2^-10"], 100, 0.25)
-    products = 2 * 3584 * (16384 + 152_064 + 2 * 100 * 16384) / 1e9
-    row_work = 2.125 * reads  # a quarter of the rows has a dense dz
-    sums = (1.5 * u, row_work, products, 1.5 * u + row_work + products)
-    assert sketched.split(" | ")[2:] == [*(f"{ms:.1f}" for ms in sums[:3]), f"{sums[3]:.1f} |"]
 
 
 # step
@@ -381,123 +277,3 @@ def test_rows_gradient_is_one(monkeypatch: pytest.MonkeyPatch, inputs: Inputs) -
     all_records = list(rows.records(inputs, ROUNDS, later()))
     assert {one["status"] for one in all_records} == {"ok"}
     assert sorted(checked) == [False] * (ROUNDS + 1) + [True] * (ROUNDS + 1)
-
-
-# scaling
-
-
-def test_scaling_records() -> None:
-    all_records = list(scaling.records(ROUNDS, later(), None, SIZES))
-    curves = {
-        "N": (SIZES.tokens, (FLOOR, OURS, FULL, CHUNKS)),
-        "V": (SIZES.vocabularies, (FLOOR, OURS, FULL, CHUNKS)),
-        "workspace": (SIZES.workspaces, (OURS,)),
-    }
-    assert {(r["axis"], r["value"], r["op"], r["provider"]) for r in all_records} == {
-        (axis, value, op, provider)
-        for axis, (values, providers) in curves.items()
-        for value in values
-        for provider in providers
-        for op in ("GRPO", "KDRL exact")
-    }
-    assert len(all_records) == 36
-    for one in all_records:
-        assert_samples(one, "total_ms")
-        assert one["kind"] == "scaling"
-        assert one["extra_bytes"] is None
-        N = {"N": one["value"], "V": TINY.N, "workspace": 40}[one["axis"]]
-        V = one["value"] if one["axis"] == "V" else TINY.V
-        assert one["sizes"] == {"N": N, "H": 64, "V": V, "H_t": 64, "V_t": V}
-        if one["axis"] == "workspace":
-            assert one["setting"] == {"workspace_bytes": one["value"]}
-        if one["provider"] == CHUNKS:
-            assert one["setting"] in HOME[CHUNKS].settings
-
-
-def test_scaling_times_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    called = []
-
-    def fake(provider: Provider, case: Inputs, op: Any, setting: Any) -> tuple[float, float]:
-        called.append(
-            (
-                provider.name,
-                case.hidden.shape,
-                case.weight.shape,
-                op.name,
-                setting,
-            )
-        )
-        return 1.0, 2.0
-
-    monkeypatch.setattr(scaling, "timed_call", fake)
-    for one in scaling.records(ROUNDS, later(), None, SIZES):
-        if one["provider"] == FLOOR:
-            continue
-        assert one["total_ms"] == [3.0] * ROUNDS
-        N, V = one["sizes"]["N"], one["sizes"]["V"]
-        case = one["provider"], (N, 64), (V, 64), one["op"], one["setting"]
-        assert called.count(case) == ROUNDS + 1
-
-
-@pytest.mark.slow  # a process of its own
-def test_scaling_memory_is_that_of_its_case() -> None:
-    measured = []
-
-    def fake(shape: Any, profile: str, op: str, provider: str, setting: Any) -> dict[str, int]:
-        measured.append(
-            (shape.N, shape.V, shape.V_t, profile, op, provider, tuple(setting.items()))
-        )
-        if provider == FULL:
-            raise RuntimeError("its process died")
-        return {"extra_bytes": len(measured), "input_bytes": -1}
-
-    all_records = list(scaling.records(ROUNDS, later(), fake, SIZES))
-    for one in all_records:
-        if one["provider"] == FLOOR:
-            assert one["extra_bytes"] is None
-            continue
-        sizes = [one["sizes"][name] for name in ("N", "V", "V_t")]
-        case = one["profile"], one["op"], one["provider"], tuple(one["setting"].items())
-        number = measured.index((*sizes, *case)) + 1
-        if one["provider"] == FULL:
-            assert one["extra_bytes"] is None
-            assert one["memory_status"] == "failed: RuntimeError: its process died"
-        else:
-            assert one["extra_bytes"] == number
-    assert len(measured) == len(set(measured)) == 28
-
-
-def test_scaling_out_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaling, "make_inputs", None)  # nothing is made any more
-    all_records = list(scaling.records(ROUNDS, time.monotonic() - 1, None, SIZES))
-    assert len(all_records) == 36
-    for one in all_records:
-        assert_no_figure(one, "out of time")
-
-
-def test_scaling_skips_full_logits_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    most = 4 * 24 * 512 / scaling.LOGITS_SHARE
-    monkeypatch.setattr(scaling, "free_bytes", lambda: math.ceil(most))
-    all_records = list(scaling.records(ROUNDS, later(), None, SIZES))
-    skipped = {
-        (one["axis"], one["value"], one["op"]): one["status"]
-        for one in all_records
-        if one["status"] != "ok"
-    }
-    assert all(one["provider"] == FULL for one in all_records if one["status"] != "ok")
-    assert skipped == {  # one stream: 24 x 512 and 32 x 300 fit; two: half of that
-        ("N", 24, "KDRL exact"): "not supported: 24 x 512 logits need 0.0 GB",
-        ("V", 300, "KDRL exact"): "not supported: 32 x 300 logits need 0.0 GB",
-    }
-    for one in all_records:
-        if one["status"] != "ok":
-            assert_no_figure(one, one["status"])
-
-
-def test_scaling_says_how_much_full_logits_need() -> None:
-    shape = replace(TINY, N=131_072, V=152_064, V_t=152_064)
-    assert scaling.too_large(shape, GRPO, None) is None
-    assert scaling.too_large(shape, GRPO, 140 << 30) is None
-    assert scaling.too_large(shape, KDRL, 140 << 30) == (
-        "not supported: 131,072 x 152,064 logits need 159.5 GB"
-    )

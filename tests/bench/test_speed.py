@@ -246,7 +246,7 @@ def test_a_call_that_leaves_too_few_gradients_is_refused(inputs: list[Inputs]) -
         timing.timed_call(partial, inputs[0], GRPO, {})
 
 
-@pytest.mark.slow  # test_measures.py has one case
+@pytest.mark.slow  # test_scaling.py has one case
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="sizes are of the CPU allocator")
 def test_memory_counts_the_logits() -> None:
