@@ -28,9 +28,9 @@ class Sizes:
     """Says how large model and run are."""
 
     vocab_size: int = 8192
-    hidden: int = 192
+    hidden: int = 128
     layers: int = 2
-    intermediate: int = 384
+    intermediate: int = 256
     length: int = 128
     sequences: int = 8
     steps: int = 250
