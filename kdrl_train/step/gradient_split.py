@@ -58,7 +58,11 @@ def _gradient(
     accumulated = [p.grad for p in parameters]
     for p in parameters:
         p.grad = None
-    policy(batch, normalizer, teacher, goal).loss.backward()
+    sketch, policy.sketch = policy.sketch, None  # its noise would count as a gradient
+    try:
+        policy(batch, normalizer, teacher, goal).loss.backward()
+    finally:
+        policy.sketch = sketch
     gradient = [p.grad for p in parameters]
     for p, grad in zip(parameters, accumulated, strict=True):
         p.grad = grad

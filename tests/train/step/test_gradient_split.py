@@ -1,6 +1,7 @@
 """diagnostics: the two gradients add up to that of the step, and measuring changes nothing."""
 
 import io
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -97,6 +98,15 @@ def test_cosine_of_what_pulls_together_and_apart(tiny: Callable[..., Any], sign:
     split = gradient_split(policy, replace(row, advantages=sign * log_ratio), twelve, head)
     assert split["rl_kd_cosine"] == pytest.approx(-sign, abs=1e-4)
     assert split["kd_grad_norm"] == pytest.approx(BETA * split["rl_grad_norm"], rel=1e-4)
+
+
+def test_a_sketched_head_is_measured_without_its_noise(tiny: Callable[..., Any]) -> None:
+    policy, row = Policy(tiny("qwen2", seed=1), MethodConfig(kd="k2")), batch()
+    head, twelve = Teacher(tiny("llama", seed=2))(row), torch.tensor(12.0)
+    exact = gradient_split(policy, row, twelve, head)
+    policy.sketch = sketch = kk.Sketch(threshold=0.5, flat=math.inf)
+    assert gradient_split(policy, row, twelve, head) == exact
+    assert policy.sketch is sketch
 
 
 def norms_of_shards(policy: Policy, head: kk.TeacherHead, _world: World) -> None:
