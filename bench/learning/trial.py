@@ -32,7 +32,7 @@ class Sizes:
     layers: int = 2
     intermediate: int = 256
     length: int = 128
-    sequences: int = 8
+    sequences: int = 4
     steps: int = 250
     warmup: int = 20
     """Steps in which the learning rate grows to its highest; then it falls to 0, linearly."""
