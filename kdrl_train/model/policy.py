@@ -208,10 +208,10 @@ class Policy(HeadedModel):
         self.head_impl = head_impl
         self.sketch = sketch
 
-    def draw_sketch(self, seed: int) -> None:
-        """Give the sketch of the head's gradient, if there is one, the seed of an update."""
+    def draw_sketch(self, seed: int, scale: float = 1.0) -> None:
+        """Give the sketch of the head's gradient, if there is one, seed and scale of an update."""
         if self.sketch is not None:
-            self.sketch = replace(self.sketch, seed=seed)
+            self.sketch = replace(self.sketch, seed=seed, scale=scale)
 
     def forward(
         self,

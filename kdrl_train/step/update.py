@@ -13,6 +13,7 @@ from kdrl_train.batch import Batch, CompletionCoefficients
 from kdrl_train.config import OptimConfig
 from kdrl_train.errors import MidStepError, RunError
 from kdrl_train.method import grpo
+from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.histogram import coarse
 from kdrl_train.method.metrics import LARGEST, add_sums, token_means
 from kdrl_train.model.fsdp import full
@@ -135,8 +136,9 @@ def accumulate(inputs: StepInputs, used_R: Tensor, part: int) -> Accumulated:
     every = config.log.diagnostics_every
     loss = torch.zeros((), dtype=torch.float64, device=device)
     policy.train()
-    policy.draw_sketch(sketch_seed(config.seed, inputs.step, part))
     coefficients = replace(inputs.coefficients, token_weights=weights_R)
+    seed = sketch_seed(config.seed, inputs.step, part)
+    policy.draw_sketch(seed, sketch_scale(coefficients, config.method))
     learnt, used = 0, int((weights_R != 0).sum())
     for turn, micro_batch in enumerate(packs_of(batch, coefficients, config, world)):
         if part == 0:
@@ -167,6 +169,20 @@ def accumulate(inputs: StepInputs, used_R: Tensor, part: int) -> Accumulated:
 def sketch_seed(seed: int, step: int, part: int) -> int:
     """Return the seed of the sketch of one update of a step, another one for each."""
     return (seed << 40) + (step << 8) + part
+
+
+def sketch_scale(coefficients: CompletionCoefficients, method: MethodConfig) -> float:
+    """Return the size of a usual coefficient, above which the sketch keeps its threshold.
+
+    It is the root mean square of weight · (advantage² + kd weight²)^½ over the completions where it
+    is not 0, so that neither a small beta nor weights of 1 / length make the sketch coarse; 1
+    where it is 0 everywhere.
+    """
+    advantages = coefficients.advantages * (method.policy != "off")
+    size_R = torch.hypot(advantages, coefficients.kd_weight)
+    used = (coefficients.token_weights != 0) & (size_R != 0)
+    sizes = (coefficients.token_weights * size_R)[used].double()
+    return sizes.square().mean().sqrt().item() if len(sizes) else 1.0
 
 
 def mismatch_metrics(inputs: StepInputs, first: dict[str, float | None]) -> dict[str, float | None]:

@@ -26,7 +26,7 @@ from kdrl_train.runfolder import checkpoint
 from kdrl_train.runfolder.untrusted import load_tensors
 from kdrl_train.settings import Switch, settings
 from kdrl_train.start.load import load
-from kdrl_train.step.update import sketch_seed
+from kdrl_train.step.update import sketch_scale, sketch_seed
 
 
 @settings
@@ -172,7 +172,8 @@ def replay(
     coefficients = replace(dump["coefficients"], token_weights=weights)
     replayed = []
     policy.train()
-    policy.draw_sketch(sketch_seed(config.seed, step, dump["part"]))
+    seed = sketch_seed(config.seed, step, dump["part"])
+    policy.draw_sketch(seed, sketch_scale(coefficients, config.method))
     for batch in pack(rollouts, coefficients, micro_batch_tokens=1):  # a completion each
         index, packed = int(batch.rollout[0]), batch.to(policy.device)
         teacher = loaded.teacher(packed) if loaded.teacher and batch.needs_teacher else None

@@ -9,11 +9,14 @@ import pytest
 import torch
 
 import kdrl_kernels as kk
+from kdrl_train.batch import CompletionCoefficients
 from kdrl_train.config import ModelConfig, OptimConfig, TrainConfig
+from kdrl_train.method.config import ScheduleConfig
 from kdrl_train.method.metrics import token_means
 from kdrl_train.method.presets import PRESETS
 from kdrl_train.model.packing import pack
 from kdrl_train.model.policy import Policy, Teacher
+from kdrl_train.step.update import sketch_scale
 from tests.train.coefficients import coefficients_of
 from tests.train.model.test_policy import METHODS, pair, some_rollouts, step_gradient
 from tests.train.test_train import run, weights, without_times
@@ -109,6 +112,32 @@ def test_what_is_frozen_changes_nothing_else(tiny: Callable[..., Any], frozen: s
     for name, value in zip(learnt, ours, strict=True):
         assert torch.equal(value, expected[name]), name
     assert all(p.grad is None for name, p in policy.named_parameters() if name not in learnt)
+
+
+def test_the_scale_is_that_of_a_usual_coefficient() -> None:
+    coefficients = CompletionCoefficients(
+        advantages=torch.tensor([3.0, -8.0, torch.nan, 0.0]),
+        kd_weight=torch.tensor([4.0, 0.0, 1.0, 0.0]),
+        token_weights=torch.tensor([1.0, 0.25, 0.0, 1.0]),
+    )
+    method = PRESETS["kdrl"]
+    assert sketch_scale(coefficients, method) == pytest.approx(((5**2 + 2**2) / 2) ** 0.5)
+    assert sketch_scale(coefficients, replace(method, policy="off")) == pytest.approx(4.0)
+    nothing = replace(coefficients, token_weights=torch.zeros(4))
+    assert sketch_scale(nothing, method) == 1.0
+
+
+def test_a_small_loss_is_sketched_as_a_large_one(
+    config: Callable[..., TrainConfig],
+) -> None:
+    """Weights of 1 / length, and a small beta alone, would else make the threshold coarse."""
+    base = sketching(config(steps=1, method=PRESETS["kd_rkl"]))
+    entries = []
+    for beta in (1.0, 1e-3):
+        method = replace(base.method, kd_coef=ScheduleConfig(initial=beta))
+        rows = run(replace(base, out=base.out / str(beta), method=method))
+        entries.append(rows[0]["sketch_entries"])
+    assert entries[1] == pytest.approx(entries[0], rel=0.02)
 
 
 def sketching(settings: TrainConfig) -> TrainConfig:

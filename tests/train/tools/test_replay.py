@@ -69,8 +69,8 @@ def test_numbers_are_those_of_the_step(
     coefficients = coefficients_of(dump["rewards"], EXACT, 2)
     dump["coefficients"]["advantages"] = coefficients.advantages
     torch.save(dump, failed)
-    seeds: list[int] = []
-    monkeypatch.setattr(Policy, "draw_sketch", lambda _, seed: seeds.append(seed))
+    seeds: list[tuple[int, float]] = []
+    monkeypatch.setattr(Policy, "draw_sketch", lambda _, seed, scale: seeds.append((seed, scale)))
     replayed = replay.main(replay.ReplayConfig(file=failed), Console(file=io.StringIO()))
     assert all(one.finite for one in replayed)
     records = run(config("whole", steps=3))
