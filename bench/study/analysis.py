@@ -1,7 +1,7 @@
 """Analyses the runs of a study: means with intervals, paired differences, the paper's findings."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache
 from typing import Literal
 
@@ -205,14 +205,14 @@ def judge(study: Study, task: str) -> list[Judged]:
 
 @dataclass(frozen=True, slots=True)
 class Twins:
-    """An arm whose head has the exact gradient, and its twin with a coarse sketch of it."""
+    """Pairs of runs, one with the exact gradient of the head and one with a coarse sketch of it."""
 
-    exact: str
-    sketched: str
-    difference: MeanOverSeeds
-    """Accuracy of the sketched arm less that of the exact one."""
-    seeds: list[float]
-    """The difference at each seed."""
+    name: str
+    """The arm with the exact gradient, or "all"."""
+    test: np.ndarray
+    """Accuracy with the sketch less that with the exact gradient, of each test problem: [S, P]."""
+    training: np.ndarray
+    """The same of all samples that a run trained on: [S, 1]."""
     entries: float
     """Entries kept of a token's dL/dlogits, in the mean over steps and seeds."""
     noise: float
@@ -220,19 +220,32 @@ class Twins:
 
 
 def twins(study: Study, task: str) -> list[Twins]:
-    """Compare each sketched arm with the arm it is like, over the seeds that both have."""
+    """Compare each sketched arm with the arm it is like over the seeds of both, then all of them.
+
+    Runs of one seed part ways after a few steps, so pairs of different arms count as independent.
+    """
     compared = []
     for name, arm in ARMS.items():
-        pairs = study.pairs(task, name, arm.like) if arm.sketched and arm.like else None
-        if pairs is not None:
-            curves = [run.curve for run in study.runs(task, name).values()]
-            entries, noise = (
-                float(np.mean([x for curve in curves for x in curve[metric] if x is not None]))
-                for metric in ("sketch_entries", "sketch_noise")
-            )
-            seeds = pairs.mean(axis=1).tolist()
-            compared.append(Twins(arm.like, name, mean_over_seeds(pairs), seeds, entries, noise))
+        test = study.pairs(task, name, arm.like) if arm.sketched and arm.like else None
+        if test is not None:
+            ours, theirs = study.runs(task, name), study.runs(task, arm.like)
+            training = [
+                [_mean([ours[seed]], "accuracy") - _mean([theirs[seed]], "accuracy")]
+                for seed in sorted(ours.keys() & theirs.keys())
+            ]
+            noise = [_mean(ours.values(), f"sketch_{what}") for what in ("entries", "noise")]
+            compared.append(Twins(arm.like, test, np.array(training), *noise))
+    if len(compared) > 1:
+        _, test, training, *noise = zip(*map(astuple, compared), strict=True)
+        mean = [float(np.mean(values)) for values in noise]
+        compared.append(Twins("all", np.concatenate(test), np.concatenate(training), *mean))
     return compared
+
+
+def _mean(runs: Iterable[TrialResult], metric: str) -> float:
+    """Return the mean of a metric over runs and those steps that have it."""
+    values = [value for run in runs for value in run.curve[metric] if value is not None]
+    return float(np.mean(values))
 
 
 @cache

@@ -11,7 +11,7 @@ from bench.study import analysis, tables
 from bench.study.analysis import Study
 from bench.study.arms import ARMS, SCHEDULES
 from bench.study.config import StudyConfig
-from bench.study.statistics import MeanOverSeeds, smooth
+from bench.study.statistics import MeanOverSeeds, mean_over_seeds, smooth
 from kdrl_train.tools.report import charts
 from kdrl_train.tools.report.charts import Point, Reference, Series
 
@@ -97,19 +97,18 @@ def cost(study: Study, task: str) -> dict[str, str]:
 
 
 def sketch(study: Study, task: str) -> dict[str, str]:
-    """Draw what a coarse sketch changes in the accuracy of each arm."""
-    points = [
-        _point(
-            f"{one.exact}: {one.entries:.1f} entries a token, noise {one.noise:.2f}", one.difference
-        )
-        for one in analysis.twins(study, task)
-    ]
+    """Draw what a coarse sketch changes in accuracy: at the end (dark), and while training."""
+    points = []
+    for one in analysis.twins(study, task):
+        noise = f"{one.entries:.1f} entries, noise {one.noise:.2f}"
+        points.append(_point(f"{one.name}: {noise}", mean_over_seeds(one.test)))
+        points.append(_point("while training", mean_over_seeds(one.training), look=1))
     svg = charts.point_chart(
         points,
         title=f"{task}: sketched less exact gradient of the head",
-        x_label="points on the test problems",
-        references=[Reference(f"{x:+d}" if x else "0", x) for x in (-1, 0, 1)],
-        named=250.0,
+        x_label="points on the test problems, and on the training samples",
+        references=[Reference("0", 0.0)],
+        named=220.0,
     )
     return {f"sketch_{task}": svg} if points else {}
 

@@ -8,7 +8,7 @@ from bench.study.analysis import Study
 from bench.study.arms import ARMS, SCHEDULES, SKETCH_THRESHOLD
 from bench.study.config import RUNOFF_SEED, SWEEP_SEED, StudyConfig, Trial
 from bench.study.setup import OUT_OF_DISTRIBUTION
-from bench.study.statistics import MeanOverSeeds
+from bench.study.statistics import MeanOverSeeds, mean_over_seeds
 from bench.study.trial import STAGES
 from kdrl_train.tools.report import Table
 
@@ -162,25 +162,24 @@ def sketch(study: Study, task: str) -> Table:
     """Tabulate what a coarse sketch of the head's gradient changes."""
     rows = [
         [
-            one.exact,
-            percent(study.accuracy(task, one.exact)),
-            percent(study.accuracy(task, one.sketched)),
-            points(one.difference),
-            ", ".join(f"{100 * value:+z.1f}" for value in one.seeds),
+            one.name,
+            points(mean_over_seeds(one.test)),
+            ", ".join(f"{100 * value:+z.1f}" for value in one.test.mean(axis=1)),
+            points(mean_over_seeds(one.training)),
             f"{one.entries:.1f}",
             f"{one.noise:.2f}",
         ]
         for one in analysis.twins(study, task)
     ]
-    columns = ["arm", "exact, avg@k %", "sketched, avg@k %", "sketched - exact, points"]
     return Table(
-        f"{task}: the exact gradient of the head, and a sketch of it",
-        [*columns, "each seed", "entries a token", "noise"],
+        f"{task}: a sketch of the head's gradient, less the exact one",
+        ["arm", "test, points", "each seed", "training, points", "entries a token", "noise"],
         rows,
-        "model.head_backward sketch against exact, at the same learning rate, beta and seeds. "
-        f"Every row is sketched, at the threshold {SKETCH_THRESHOLD:g}. Entries: kept of a token's "
-        "dL/dlogits. Noise: sketch_noise, the relative error to expect of the gradient of hidden "
-        "states. Both are means over steps and seeds.",
+        "Differences of avg@k at the same learning rate, beta and seeds, where model.head_backward "
+        f"is sketch and exact. The sketch is coarse: threshold {SKETCH_THRESHOLD:g}, in every row. "
+        "Test: the model at the end, on the test problems. Training: the samples of all steps. "
+        "Entries: kept of a token's dL/dlogits. Noise: sketch_noise, the relative error to expect "
+        "of the gradient of hidden states. Both are means over steps and seeds.",
     )
 
 
