@@ -10,6 +10,7 @@ from kdrl_kernels import rows as row_work
 from kdrl_kernels.head import FLOATS
 from kdrl_kernels.objective import DIVERGENCES, Kd, Objective
 from kdrl_kernels.plain import check_bytes, check_flag, check_number
+from kdrl_kernels.rows.entries import FORWARD
 
 Backward = Literal["exact", "sketch"]
 CPU_BYTES = 1 << 28
@@ -275,7 +276,8 @@ def chunk_plan(
         held = entries * (4 + wide) + 8 * (N + 1) + (writes if 4 * writes <= wide * H * V else held)
         outputs = N * H * hidden_grad + V * H * weight_grad
         product_bytes = dtype.itemsize * (outputs + entries * H * (hidden_grad + weight_grad))
-        gradient *= impl == "triton"  # PyTorch reads a few blocks again
+        # PyTorch reads a few blocks again; Triton p, and q where its entries count
+        gradient = learns * (impl == "triton") * (2 if exact_kd in FORWARD else 1)
     reads = (sweeps + gradient) * N * geometry.logit_bytes
     return ChunkPlan(
         geometry=geometry,

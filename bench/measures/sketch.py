@@ -194,9 +194,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def file_of(record: dict[str, Any], folder: Path) -> Path:
+    """Return where the record of a shape lies."""
+    return folder / f"sketch-{record['shape']}.json"
+
+
 def write(record: dict[str, Any], folder: Path) -> None:
     """Write the record of a run, its table, and its plot where there is matplotlib."""
-    path = folder / f"sketch-{record['shape']}.json"
+    path = file_of(record, folder)
     path.write_text(json.dumps(record, indent=1) + "\n")
     text = f"Shape {record['shape']}, {one_line(record['machine'])}\n\n{table(record['rows'])}"
     path.with_suffix(".md").write_text(text, encoding="utf-8")
@@ -214,20 +219,27 @@ def main() -> None:
     what.add_argument("--show", type=Path, help="a sketch-SHAPE.json, measured before")
     parser.add_argument("--shape", choices=SHAPES, default=default_shape().name)
     parser.add_argument("--profiles", nargs="+", choices=SPREADS, default=list(SPREADS))
+    parser.add_argument("--times", action="store_true", help="times anew, in the file of --out")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--minutes", type=float, default=15)
+    parser.add_argument("--minutes", type=float, default=15, help="for the times")
     args = parser.parse_args()
     if args.show:
         write(json.loads(args.show.read_text()), args.show.parent)
         return
     use_threads()
     args.out.mkdir(parents=True, exist_ok=True)
-    shape, deadline = SHAPES[args.shape], time.monotonic() + 60 * args.minutes
+    shape = SHAPES[args.shape]
     cases = [(op, profile) for profile in args.profiles for op in OPS]
-    rows = [measure(op, make_inputs(shape, profile)) for op, profile in cases]
-    record = {"machine": machine_info(), "shape": args.shape, "rows": rows}
+    record = {"machine": machine_info(), "shape": args.shape, "rows": []}
+    if args.times:
+        record |= {"rows": json.loads(file_of(record, args.out).read_text())["rows"]}
+        cases = [(OPS_BY_NAME[row["op"]], row["profile"]) for row in record["rows"]]
+    else:
+        record["rows"] = [measure(op, make_inputs(shape, profile)) for op, profile in cases]
+    rows = record["rows"]
     write(record, args.out)
     print(f"errors and memory: {args.out}; times follow, on an idle machine", flush=True)
+    deadline = time.monotonic() + 60 * args.minutes
     for place, (op, profile) in enumerate(cases):
         until = share(deadline, place, len(cases))
         add_times(rows[place], op, make_inputs(shape, profile), args.rounds, until)

@@ -1,7 +1,9 @@
 """Chooses the entries of a sketched gradient on Triton: one program per row, in one read of it.
 
-Positions are whole multiples of 2^-32 of a unit, in 64 bits: they add up without rounding, so the
-intervals of a row neither overlap nor leave anything out, however small. Maths: README.md.
+Where a tile holds a whole number, positions in it are whole multiples of 2^-32 of a unit, in 64
+bits: no interval is rounded away, however small. Where a tile begins is a rounded sum. That moves
+intervals by an amount that no random number decides, so the chance of an entry stays its length.
+Maths: README.md.
 """
 
 import torch
@@ -57,22 +59,25 @@ def _sketch_kernel(
     c_p = tl.load(row_ptr + 14 * C)
     top, log2_s = tl.load(row_ptr), tl.load(row_ptr + C) * LOG2_E
     k = LOG2_E / tl.load(row_ptr + 15 * C)
-    count, blocks = 0, 0.0
+    count, blocks = 0, tl.zeros((BLOCK_V // COLUMNS,), tl.float32)
     for start in range(0, V, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
         log2_p = (load_a(z_ptr, v, V, width, softcap) - top) * k - log2_s
         log2_q = log2_p
-        if KD >= RKL:
-            log2_q = log2_teacher(t_ptr, v, row_ptr, V, width, C, t_softcap)
         p = tl.exp2(log2_p)
         length = p * per_unit
         if KD >= BOTH and KD != JSD_CODE:
+            log2_q = log2_teacher(t_ptr, v, row_ptr, V, width, C, t_softcap)
             length = (p + tl.exp2(log2_q)) * (0.5 * per_unit)
         sums = tl.sum(tl.reshape(length, (BLOCK_V // COLUMNS, COLUMNS)), axis=1)
-        blocks += tl.sum(tl.minimum(sums, 1.0), axis=0)
-        units = (length * UNIT).to(tl.int64)
-        after = position + tl.sum(units, axis=0)
-        if after >> BITS > position >> BITS:  # a whole number in this tile
+        blocks += tl.minimum(sums, 1.0)
+        tile = (tl.sum(sums, axis=0) * UNIT).to(tl.int64)
+        after = position + tile
+        # the sum of the lengths as they are used below may be larger by their rounding
+        if (after + (tile >> 16) + BLOCK_V) >> BITS > position >> BITS:  # perhaps a whole number
+            if KD == RKL or KD == JSD_CODE:  # noqa: PLR1714, SIM109 (Triton has no `in`)
+                log2_q = log2_teacher(t_ptr, v, row_ptr, V, width, C, t_softcap)
+            units = (length * UNIT).to(tl.int64)
             ends = position + tl.cumsum(units, axis=0)
             kept = ends >> BITS > (ends - units) >> BITS
             chance = tl.where(kept, tl.minimum(length, 1.0), 1.0)
@@ -85,7 +90,8 @@ def _sketch_kernel(
             tl.store(entry_ptr + 2 * C * slots + slot, log2_p * LN2, mask=kept)
             count += tl.sum(number, axis=0)
         position = after
-    tl.store(count_ptr + n, tl.where(blocks > most_blocks, -1, count))
+    flat = tl.sum(blocks, axis=0) > most_blocks
+    tl.store(count_ptr + n, tl.where(flat, -1, count))
 
 
 def sketch(

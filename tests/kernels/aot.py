@@ -141,7 +141,7 @@ def instructions(compiled: Any, streams: int) -> float:
 
 
 def loop_instructions(listing: str, streams: int) -> float:
-    """Count those of the longest loop of an nvdisasm listing, whose forward branches are taken."""
+    """Count those of an nvdisasm listing's longest loop that loads; forward branches are taken."""
     code: list[str] = []
     labels: dict[str, int] = {}
     for line in listing.splitlines():
@@ -151,16 +151,19 @@ def loop_instructions(listing: str, streams: int) -> float:
             code.append(instruction[1])
     jumps = {i: re.search(r"BRA `\((\.L_x_\d+)\)", text) for i, text in enumerate(code)}
     targets = {i: labels[jump[1]] for i, jump in jumps.items() if jump}
-    start, end = max(
-        ((j, i) for i, j in targets.items() if j < i), key=lambda loop: loop[1] - loop[0]
-    )
+    runs = [_run(code, targets, start, end) for end, start in targets.items() if start < end]
+    columns, length = max((4 * sum("LDG.E.128" in text for text in run), len(run)) for run in runs)
+    return length / (columns / streams)
+
+
+def _run(code: list[str], targets: dict[int, int], start: int, end: int) -> list[str]:
+    """Return the instructions of a loop in the order in which they run."""
     place, run = start, []
     while place <= end:
         run.append(code[place])
         target = targets.get(place, 0)
         place = target if place < target <= end else place + 1
-    columns = 4 * sum("LDG.E.128" in text for text in run) / streams
-    return len(run) / columns
+    return run
 
 
 def main(*only: str) -> None:
