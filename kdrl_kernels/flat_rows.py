@@ -9,9 +9,9 @@ from torch import Tensor
 
 from kdrl_kernels import gemm
 from kdrl_kernels.call import LossCall, RowSet, take
-from kdrl_kernels.head import Head
+from kdrl_kernels.head import Head, Sums
 from kdrl_kernels.objective import Coefficients
-from kdrl_kernels.one_pass import Gradients, Sums, chunk_gradient
+from kdrl_kernels.one_pass import Gradients, chunk_gradient
 from kdrl_kernels.plan import accumulator
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
 
@@ -55,7 +55,7 @@ class FlatRows:
         self.total.add(call.student, kept, dz)
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """Return five tensors that add_to takes: rows and dz, or sums of hidden, weight, bias."""
+        """Return rows and dz of what is kept, or sums of hidden, weight and bias; else None."""
         if self.total is not None:
             return None, None, *self.total.tensors()
         if not self.dz:
@@ -67,14 +67,8 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def add_to(sums: Sums, head: Head, tensors: tuple[Tensor | None, ...], scale: Tensor) -> None:
+def add_to(sums: Sums, head: Head, rows: Tensor, dz: Tensor, scale: Tensor) -> None:
     """Add scale times what flat rows contribute to dX, dW and db, in float32 or float64."""
-    rows, dz, *total = tensors
-    for into, values in zip(sums, total, strict=True):
-        if into is not None and values is not None:
-            into.addcmul_(values, scale)
-    if rows is None or dz is None:
-        return
     (dx, dw, db), V, hidden = sums, dz.shape[1], take(head.hidden, rows)
     if dx is not None:
         part = dx.new_empty(hidden.shape)

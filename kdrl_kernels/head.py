@@ -16,6 +16,8 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 FLOATS16 = (torch.float16, torch.bfloat16)
 Needs = tuple[bool, bool, bool]
 """Whether hidden, weight and bias need a gradient."""
+Sums = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""dX, dW and db; None where not needed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from kdrl_kernels import gemm
 from kdrl_kernels import rows as row_work
 from kdrl_kernels.call import LossCall, RowOutputs, RowSet, size_of, take
 from kdrl_kernels.checks import check_values, poison
-from kdrl_kernels.head import Head, Needs, in_one_dtype
+from kdrl_kernels.head import Head, Needs, Sums, in_one_dtype
 from kdrl_kernels.objective import NO_GRADIENT, Coefficients
 from kdrl_kernels.plan import accumulator, balanced, chunks_of, padded
 from kdrl_kernels.rows.entries import FORWARD
@@ -68,10 +68,6 @@ class Buffers:
 def gradient_view(logits: Tensor, dtype: torch.dtype) -> Tensor:
     """View the memory of float32 logits [C, V] as [C, V] of dtype, rows where they were."""
     return logits if logits.dtype == dtype else logits.view(dtype)[:, : logits.shape[1]]
-
-
-Sums = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""dX, dW and db; None where not needed."""
 
 
 class Gradients:

@@ -16,9 +16,9 @@ from kdrl_kernels.autocast import without_autocast
 from kdrl_kernels.call import LogprobCall, LossCall, RowOutputs, RowSet, take
 from kdrl_kernels.checks import bad_tokens, poison
 from kdrl_kernels.flat_rows import FlatRows
-from kdrl_kernels.head import Head, Needs, gradient_dtypes, in_one_dtype
+from kdrl_kernels.head import Head, Needs, Sums, gradient_dtypes, in_one_dtype
 from kdrl_kernels.objective import Coefficients
-from kdrl_kernels.one_pass import Gradients, Sums, scaled_
+from kdrl_kernels.one_pass import Gradients, scaled_
 from kdrl_kernels.plan import accumulator
 from kdrl_kernels.rows.entries import Entries
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
@@ -180,9 +180,9 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
-        hidden, weight, bias, scale, offsets, columns, values, *flat = ctx.saved_tensors
+        hidden, weight, bias, scale, offsets, columns, values, rows, dz, *total = ctx.saved_tensors
         (needs, impl), head, scale = ctx.settings, Head(hidden, weight, bias), scale * grad_loss
-        if all(x is None for x in flat):
+        if dz is None and all(x is None for x in total):
             sparse = SparseRows(offsets, columns, values * scale)
             return *products(sparse, head, needs, impl), None, None, None
         wide = accumulator(hidden.dtype)
@@ -190,11 +190,22 @@ class _Loss(torch.autograd.Function):
             # sums of 16-bit operands are scaled when they are rounded, others at once
             at_once = scale if hidden.dtype == wide else torch.ones_like(scale)
             sparse, same = SparseRows(offsets, columns, values * at_once), in_one_dtype(head)
-            sums = sparse.products(same, [wide] * 3, needs, impl)
-            flat_rows.add_to(sums, same, flat, at_once)
+            if dz is None:
+                sums = scaled_copies(total, at_once)
+                sparse.add_to(sums, same, impl)
+            else:
+                sums = sparse.products(same, [wide] * 3, needs, impl)
+                flat_rows.add_to(sums, same, rows, dz, at_once)
             if hidden.dtype != wide:
                 sums = rounded(sums, head, scale)
         return *once(sums, head), None, None, None
+
+
+def scaled_copies(sums: list[Tensor | None], scale: Tensor) -> Sums:
+    """Return sums · scale: the tensors themselves where no second backward pass reads them."""
+    again = torch._C._autograd._get_current_graph_task_keep_graph()
+    dx, dw, db = (x if x is None else x * scale if again else x.mul_(scale) for x in sums)
+    return dx, dw, db
 
 
 def rounded(sums: Sums, head: Head, scale: Tensor) -> Sums:

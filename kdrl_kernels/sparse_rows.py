@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdrl_kernels.gemm import WIDEN_ELEMENTS
-from kdrl_kernels.head import Head, Needs
+from kdrl_kernels.head import Head, Needs, Sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,24 +31,45 @@ class SparseRows:
         """The row of each entry, [E] int32."""
         return row_of_each(self.offsets, len(self.columns))
 
-    def products(
-        self, head: Head, dtypes: list[torch.dtype], needs: Needs, impl: str
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def products(self, head: Head, dtypes: list[torch.dtype], needs: Needs, impl: str) -> Sums:
         """Return dX, dW and db of these dL/dlogits, in their dtypes; None where not needed."""
         bags = load_bags(impl)
         dx, dw, db = None, None, None
         if needs[0]:
             dx = bags(head.weight, self.columns, self.values, self.offsets, dtypes[0])
         if needs[1] or needs[2]:
-            columns, order = self.columns.sort(stable=True)
-            ends = torch.arange(len(head.weight) + 1, dtype=torch.int32, device=order.device)
+            columns, rows, values = self._by_column()
+            ends = torch.arange(len(head.weight) + 1, dtype=torch.int32, device=columns.device)
             offsets = torch.searchsorted(columns, ends)
-            rows, values = self.rows[order], self.values[order]
             if needs[1]:
                 dw = bags(head.hidden, rows, values, offsets, dtypes[1])
             if needs[2]:
                 db = row_sums(values, offsets).to(dtypes[2])
         return dx, dw, db
+
+    def add_to(self, sums: Sums, head: Head, impl: str) -> None:
+        """Add dX, dW and db of a few entries to sums, in float32 or float64."""
+        bags, (dx, dw, db) = load_bags(impl), sums
+        if dx is not None:
+            used, offsets = _bags_in_use(self.rows)
+            dx[used] += bags(head.weight, self.columns, self.values, offsets, dx.dtype)
+        columns, rows, values = self._by_column()
+        used, offsets = _bags_in_use(columns)
+        if dw is not None:
+            dw[used] += bags(head.hidden, rows, values, offsets, dw.dtype)
+        if db is not None:
+            db[used] += row_sums(values, offsets)
+
+    def _by_column(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return column, row and value of each entry, by column and then by row."""
+        columns, order = self.columns.sort(stable=True)
+        return columns, self.rows[order], self.values[order]
+
+
+def _bags_in_use(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the different numbers of sorted ones, and where the bag of each begins and ends."""
+    used, counts = numbers.unique_consecutive(return_counts=True)
+    return used, F.pad(counts.cumsum(0), (1, 0))
 
 
 def row_of_each(offsets: Tensor, entries: int) -> Tensor:

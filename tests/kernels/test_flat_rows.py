@@ -57,6 +57,19 @@ def test_only_flat_rows_are_exact(kd: str | None) -> None:
     assert not torch.equal(sampled[0], sampled[1])
 
 
+@pytest.mark.parametrize("H", [16, 64], ids=["added up at once", "kept"])
+def test_sketched_and_flat_rows_add_up(H: int) -> None:
+    """Rows so peaked that their sketch holds all that float64 sees, beside flat ones."""
+    problem = make_problem(N, H=H, V=V, kd=None, dtype=F64, off_policy=False)
+    problem.student["hidden"][::2] *= 400
+    problem.student["hidden"][1::2] *= 0.05
+    exact = problem.solve(impl="torch")
+    sketch = kk.Sketch(threshold=0.01, scale=0)
+    ours = problem.solve(impl="torch", backward="sketch", sketch=sketch)
+    for name, value in exact.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-12)
+
+
 def test_triton_has_the_same_flat_rows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four blocks of columns, of which the last has a rest: more than one and a half are many."""
     for kind in ("cpu", "cuda"):
