@@ -4,9 +4,8 @@
 
 Small Llamas learn the next token of GSM8K's text, each with the gradient, optimizer and seed of its
 run; all read each token once. The learning rate of an optimizer is the best one for the exact
-gradient at seed 0, and a lower one where runs at the best differ much. results.json is written anew
-after every run, and a second start with the same DIR goes on after the last of them. At the end
-learning.md and the plots are written.
+gradient at seed 0. results.json is written anew after every run, and a second start with the same
+DIR goes on after the last of them. It ends as learning.md and a plot for each optimizer.
 """
 
 import argparse
@@ -30,8 +29,6 @@ FINE, COARSE = kk.Sketch().threshold, 2.0**-6
 GRADIENTS = (EXACT, *(HeadGradient(k, t) for k in ("sketch", "dropped") for t in (FINE, COARSE)))
 RATES = {"adamw": (1e-3, 2e-3, 4e-3, 8e-3), "sgd": (0.1, 0.3, 1.0, 3.0)}
 """Learning rates that the exact gradient tries, lowest first."""
-STEADY = {"adamw": 2e-3}
-"""Learning rates that are compared beside the best one."""
 HEAD = """\
 | optimizer | gradient | entries a row | validation loss | less exact | rare tokens | less exact |
 |---|---|---|---|---|---|---|
@@ -55,14 +52,14 @@ def compare(out: Path, data: Path, sizes: Sizes, seeds: int) -> None:
         for rate in rates:
             ensure(results, out, corpus, EXACT, optimizer, rate, 0)
     for seed in range(seeds):
-        for optimizer, rate in settings(results["records"]):
+        for optimizer in OPTIMIZERS:
             for gradient in GRADIENTS:
+                rate = best_rate(results["records"], optimizer)
                 ensure(results, out, corpus, gradient, optimizer, rate, seed)
     results_file.save(results, out, done=True)
     (out / "learning.md").write_text(text(results), encoding="utf-8")
-    for optimizer, rate in settings(results["records"]):
-        svg = plot(results["records"], optimizer, rate)
-        charts.save(svg, out / f"{optimizer}-{rate:g}.svg")
+    for optimizer in OPTIMIZERS:
+        charts.save(plot(results["records"], optimizer), out / f"{optimizer}.svg")
 
 
 def open_results(out: Path, sizes: Sizes) -> Run:
@@ -100,14 +97,6 @@ def ensure(
     print(*case.values(), f"loss {measured['all']:.3f}, rare {measured['rare']:.3f}", flush=True)
 
 
-def settings(records: list[Record]) -> list[tuple[str, float]]:
-    """Return the optimizers and learning rates with which all gradients are compared."""
-    rates = {name: {best_rate(records, name)} for name in OPTIMIZERS}
-    for name, rate in STEADY.items():
-        rates[name].add(rate)
-    return [(name, rate) for name in OPTIMIZERS for rate in sorted(rates[name], reverse=True)]
-
-
 def best_rate(records: list[Record], optimizer: str) -> float:
     """Return the learning rate with which the exact gradient of seed 0 has the lowest loss."""
     return min(tried(records, optimizer), key=lambda record: record["all"])["rate"]
@@ -119,10 +108,9 @@ def tried(records: list[Record], optimizer: str) -> list[Record]:
     return [record for record in records if case <= record.items()]
 
 
-def compared(
-    records: list[Record], optimizer: str, rate: float
-) -> dict[HeadGradient, list[Record]]:
-    """Return the runs of each gradient with an optimizer and learning rate, by seed."""
+def compared(records: list[Record], optimizer: str) -> dict[HeadGradient, list[Record]]:
+    """Return the runs of each gradient at the best learning rate, by seed."""
+    rate = best_rate(records, optimizer)
     groups: dict[HeadGradient, list[Record]] = {}
     for gradient in GRADIENTS:
         case = {"gradient": gradient.name, "optimizer": optimizer, "rate": rate}.items()
@@ -134,15 +122,14 @@ def compared(
 def text(results: Run) -> str:
     """Write machine, learning rates and table."""
     records, lines, rates = results["records"], [], []
-    for optimizer, rate in settings(records):
-        groups = compared(records, optimizer, rate)
+    for optimizer in OPTIMIZERS:
+        groups = compared(records, optimizer)
         for gradient, runs in groups.items():
-            cells = [f"{optimizer} {rate:g}", gradient.name, f"{mean(runs, 'entries'):,.0f}"]
+            cells = [optimizer, gradient.name, f"{mean(runs, 'entries'):,.0f}"]
             for name in ("all", "rare"):
                 cells += [f"{mean(runs, name):.3f}"]
                 cells += ["" if gradient == EXACT else difference(runs, groups[EXACT], name)]
             lines.append(f"| {' | '.join(cells)} |\n")
-    for optimizer in OPTIMIZERS:
         tries = sorted(tried(records, optimizer), key=lambda record: record["rate"])
         rates += [f"{optimizer} {one['rate']:g}: {one['all']:.3f}" for one in tries]
     seeds = len({record["seed"] for record in records})
@@ -165,15 +152,15 @@ def difference(runs: list[Record], exact: list[Record], name: str) -> str:
     return f"{pair.mean:+.3f}{interval}"
 
 
-def plot(records: list[Record], optimizer: str, rate: float) -> str:
+def plot(records: list[Record], optimizer: str) -> str:
     """Draw the training losses of each gradient: mean, lowest and highest seed."""
     lines = []
-    for look, (gradient, runs) in enumerate(compared(records, optimizer, rate).items()):
+    for look, (gradient, runs) in enumerate(compared(records, optimizer).items()):
         losses = np.array([record["losses"] for record in runs])
         x = [LOSSES_EVERY * (i + 1) for i in range(losses.shape[1])]
         y, low, high = (f(axis=0).tolist() for f in (losses.mean, losses.min, losses.max))
         lines.append(charts.Series(gradient.name, x, y, look, low, high))
-    title = f"{optimizer} {rate:g}: loss of text that is read for the first time, nats a token"
+    title = f"{optimizer}: loss of text that is read for the first time, nats a token"
     return charts.line_chart(lines, title=title)
 
 
