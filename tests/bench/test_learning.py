@@ -110,3 +110,11 @@ def test_runs_are_done_once_and_compared_by_seed(
     assert again["records"] == first["records"]  # the last one was done anew, alike to the bit
     with pytest.raises(ValueError, match="give another folder"):
         learning.open_results(out, replace(SIZES, steps=3))
+
+
+def test_the_readme_has_the_committed_table() -> None:
+    folder = Path(learning.__file__).parents[1] / "results/learning-cpu"
+    readme = (folder / "README.md").read_text("utf-8").splitlines()
+    rows = (folder / "learning.md").read_text("utf-8").splitlines()[4:]
+    assert len(rows) == 12  # heading, rule, 2 optimizers of 5 gradients
+    assert [row for row in rows if row not in readme] == []
