@@ -108,7 +108,7 @@ def sketch(study: Study, task: str) -> dict[str, str]:
         title=f"{task}: sketched less exact gradient of the head",
         x_label="points on the test problems, and on the training samples",
         references=[Reference("0", 0.0)],
-        named=220.0,
+        named=240.0,
     )
     return {f"sketch_{task}": svg} if points else {}
 

@@ -7,21 +7,25 @@ import pytest
 
 from bench.study import write_up
 
-FOLDER = Path(__file__).parents[3] / "bench/results/study"
+BENCH = Path(__file__).parents[3] / "bench"
+FOLDERS = [BENCH / "results" / name for name in ("study", "study-sketch")]
 
 
 @pytest.mark.slow
-def test_the_committed_tables_are_those_of_the_committed_results(tmp_path: Path) -> None:
-    (tmp_path / "results.json").write_bytes((FOLDER / "results.json").read_bytes())
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_the_committed_tables_are_those_of_the_committed_results(
+    folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "results.json").write_bytes((folder / "results.json").read_bytes())
     write_up.again(tmp_path)
-    assert (tmp_path / "README.md").read_text("utf-8") == (FOLDER / "README.md").read_text("utf-8")
+    assert (tmp_path / "README.md").read_text("utf-8") == (folder / "README.md").read_text("utf-8")
     plots = {path.name for path in tmp_path.glob("*.svg")}
-    assert plots == {path.name for path in FOLDER.glob("*.svg")}
+    assert plots == {path.name for path in folder.glob("*.svg")}
 
 
 def test_every_interval_of_the_readme_is_in_the_committed_tables() -> None:
-    text = (FOLDER.parents[1] / "study/README.md").read_text("utf-8")
-    table = (FOLDER / "README.md").read_text("utf-8")
+    text = (BENCH / "study/README.md").read_text("utf-8")
+    table = "".join((folder / "README.md").read_text("utf-8") for folder in FOLDERS)
     mean = r"[-+]?\d+\.\d+"
     intervals = re.findall(rf"{mean} \({mean}(?:-| to ){mean}\)", " ".join(text.split()))
     assert len(intervals) > 30
