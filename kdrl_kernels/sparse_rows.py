@@ -4,7 +4,7 @@ dX[n] is a sum over the entries of row n, dW[v] one over those of column v after
 are bags of weighted rows of a table, without atomics.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -49,16 +49,15 @@ class SparseRows:
 
     def add_to(self, sums: Sums, head: Head, impl: str) -> None:
         """Add dX, dW and db of a few entries to sums, in float32 or float64."""
-        bags, (dx, dw, db) = load_bags(impl), sums
+        dx, dw, db = sums
         if dx is not None:
-            used, offsets = _bags_in_use(self.rows)
-            dx[used] += bags(head.weight, self.columns, self.values, offsets, dx.dtype)
+            _add_bags(dx, self.rows, head.weight, self.columns, self.values, impl)
         columns, rows, values = self._by_column()
-        used, offsets = _bags_in_use(columns)
         if dw is not None:
-            dw[used] += bags(head.hidden, rows, values, offsets, dw.dtype)
+            _add_bags(dw, columns, head.hidden, rows, values, impl)
         if db is not None:
-            db[used] += row_sums(values, offsets)
+            used, counts = columns.unique_consecutive(return_counts=True)
+            db[used] += row_sums(values, F.pad(counts.cumsum(0), (1, 0)))
 
     def _by_column(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return column, row and value of each entry, by column and then by row."""
@@ -66,10 +65,23 @@ class SparseRows:
         return columns, self.rows[order], self.values[order]
 
 
-def _bags_in_use(numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the different numbers of sorted ones, and where the bag of each begins and ends."""
-    used, counts = numbers.unique_consecutive(return_counts=True)
-    return used, F.pad(counts.cumsum(0), (1, 0))
+def _add_bags(
+    into: Tensor, bag: Tensor, table: Tensor, index: Tensor, weights: Tensor, impl: str
+) -> None:
+    """Add weights[k] · table[index[k]] to row bag[k] of `into`; bag is sorted."""
+    bags, table = load_bags(impl), table if impl == "triton" else table.to(weights.dtype)
+    used, counts = bag.unique_consecutive(return_counts=True)
+    for rows, part, ends in _blocks(F.pad(counts.cumsum(0), (1, 0)), table.shape[1]):
+        into[used[rows]] += bags(table, index[part], weights[part], ends, into.dtype)
+
+
+def _blocks(offsets: Tensor, H: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield blocks of bags whose sums are small: the bags, their entries and their offsets."""
+    step = max(1, WIDEN_ELEMENTS // H)
+    for start in range(0, len(offsets) - 1, step):
+        ends = offsets[start : start + step + 1]
+        entries = slice(int(ends[0]), int(ends[-1]))
+        yield slice(start, start + step), entries, ends - ends[0]
 
 
 def row_of_each(offsets: Tensor, entries: int) -> Tensor:
@@ -94,11 +106,8 @@ def eager_bags(
     if dtype == weights.dtype:
         return _bags(wide, index, weights, offsets)
     out = table.new_empty(len(offsets) - 1, table.shape[1], dtype=dtype)
-    step = max(1, WIDEN_ELEMENTS // table.shape[1])
-    for start in range(0, len(out), step):
-        ends = offsets[start : start + step + 1]
-        part = slice(int(ends[0]), int(ends[-1]))
-        out[start : start + step] = _bags(wide, index[part], weights[part], ends - ends[0])
+    for rows, part, ends in _blocks(offsets, table.shape[1]):
+        out[rows] = _bags(wide, index[part], weights[part], ends)
     return out
 
 
