@@ -127,8 +127,11 @@ def test_a_sketch_holds_lists_in_place_of_dx_and_dw(models: dict[str, str]) -> N
             "dX": b * tokens * 8,
         }
         assert exact.keys() - ours.keys() == {"dX, float32", "dW accumulator, float32"}
-        flat = values(replace(case, flat=0.25))["entries of the sketch"]
-        assert flat == lists + tokens * 0.25 * 32 * b
+        flat = values(replace(case, flat=1 / 32))["entries of the sketch"]
+        assert flat == lists + tokens / 32 * 32 * b
+        # more than a quarter of dW's memory: dX and dW of all tokens, added up at once
+        many = values(replace(case, flat=0.25))["entries of the sketch"]
+        assert many == lists + 4 * (tokens * 8 + 32 * 8)
 
 
 def test_at_a_small_vocabulary_no_token_is_sketched(models: dict[str, str]) -> None:
