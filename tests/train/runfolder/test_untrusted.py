@@ -241,8 +241,10 @@ def test_no_command_reads_what_it_has_not_checked(
     run(settings)
     place = settings.out / "checkpoints" / "step_000001"
     (settings.out / "checkpoints" / "step_000002").rename(settings.out / "newer")
-    dump = dict.fromkeys((*replay._STEP, *replay._ROLLOUTS))
-    dump |= {"step": 1, "example_ids": [], "outcomes": ["-"]}
+    one = torch.ones(1)
+    dump: dict[str, Any] = {name: [None] for name in (*replay._STEP, *replay._ROLLOUTS)}
+    dump |= {"step": 1, "part": 0, "rewards": one, "truncated": one}
+    dump["coefficients"] = dict.fromkeys(("advantages", "kd_weight", "token_weights"), one)
     failed = replay.ReplayConfig(file=settings.out / "failed_step_000001.pt")
     torch.save(dump, failed.file)
     again = replace(settings, resume=True)
