@@ -60,12 +60,11 @@ class Lists:
         # 0 · log_sum: a row that is not finite has no entries, and must not pass for one
         total = 0 * (stats.log_sum + coef.logprobs) if coef.lse is None else coef.lse
         merged.value[first] = (total - row_sums(merged.value, offsets))[used]
-        exact = merged.value.double().square() * merged.chance
-        self.squares.append(
-            torch.stack([(merged.value.double().square() - exact).sum(), exact.sum()])
-        )
         slope = slopes(student, stats, merged)
         values = merged.value if slope is None else merged.value * slope
+        squares = values.double().square()
+        exact = squares * merged.chance
+        self.squares.append(torch.stack([(squares - exact).sum(), exact.sum()]))
         self.counts.append(offsets.diff())
         self.parts.append((merged.column.int(), values))
         self.flat_indices.append(indices(rows, flat))

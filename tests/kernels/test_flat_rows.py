@@ -100,15 +100,16 @@ def test_the_number_of_flat_rows_is_a_metric_and_no_matter_of_chance() -> None:
         assert out.metrics["entries"] <= N // 2 * (1 / 0.02 + 2)
 
 
-def test_the_noise_counts_flat_rows_as_exact() -> None:
-    problem = mixed(kd=None)
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"softcap": 40.0}])
+def test_the_noise_counts_flat_rows_as_exact(options: dict[str, float]) -> None:
+    problem = mixed(kd=None, **options)
     variance, square = {}, {}
     for flat in (0.5, math.inf):
         tensors = {k: x.clone().requires_grad_() for k, x in problem.student.items()}
         inputs = tensors["hidden"], tensors["weight"], problem.tokens
         sketch = kk.Sketch(threshold=0.02, scale=0, flat=flat)
-        options = {**problem.options, "backward": "sketch", "sketch": sketch}
-        metrics = kk.kdrl_loss(*inputs, **options).metrics
+        sketched = {**problem.options, "backward": "sketch", "sketch": sketch}
+        metrics = kk.kdrl_loss(*inputs, **sketched).metrics
         variance[flat] = metrics["sketch_variance_sum"].item()
         square[flat] = metrics["sketch_square_sum"].item()
     assert square[0.5] == pytest.approx(square[math.inf], rel=0.2)  # two estimates of sum dz²
