@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 from bench.machine import DEVICE, clock, machine_info, one_line
-from kdrl_kernels.objective import Coefficients
 from kdrl_kernels.rows import kernel_sketch, kernels
 from kdrl_kernels.rows.entries import FORWARD
 from kdrl_kernels.rows.streams import Stream, TeacherStream
 from kdrl_kernels.rows.tiles import GRADIENT, JSD, SKETCH, SWEEP, TILES, Tile
 from kdrl_kernels.sketch import Sketch
+from kdrl_kernels.token_rows import Coefficients
 from tests.kernels import aot
 
 GRID = [

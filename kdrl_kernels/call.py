@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from kdrl_kernels.caller_loss import CallerLoss, TokenLoss
 from kdrl_kernels.head import Head, Needs
-from kdrl_kernels.objective import CallerLoss, Rows, TokenLoss
+from kdrl_kernels.token_rows import Rows
 from kdrl_kernels.truncation import Truncation
 
 RowSet = slice | Tensor

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from kdrl_kernels import gemm
 from kdrl_kernels.call import LossCall, RowSet, take
+from kdrl_kernels.gradients import Gradients, chunk_gradient
 from kdrl_kernels.head import Head, Sums
-from kdrl_kernels.objective import Coefficients
-from kdrl_kernels.one_pass import Gradients, chunk_gradient
 from kdrl_kernels.plan import accumulator
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
+from kdrl_kernels.token_rows import Coefficients
 
 
 def most_kept(head: Head) -> int:

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdrl_kernels.buffers import Buffers, gradient_view
 from kdrl_kernels.call import LogprobCall, take
 from kdrl_kernels.checks import bad_tokens, check_head_values, poison
+from kdrl_kernels.gradients import Gradients
 from kdrl_kernels.head import in_one_dtype
-from kdrl_kernels.objective import Coefficients
-from kdrl_kernels.one_pass import Buffers, Gradients, gradient_view
 from kdrl_kernels.plan import accumulator, balanced, chunks_of, padded
 from kdrl_kernels.rows.streams import Stats, Stream
+from kdrl_kernels.token_rows import Coefficients
 from kdrl_kernels.truncation import truncate_
 
 

@@ -5,14 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kdrl_kernels.objective import (
-    Objective,
-    Rows,
-    clipped_log_ratio,
-    kd_pull,
-    policy_log_ratio,
-    subtract,
-)
+from kdrl_kernels.objective import Objective, clipped_log_ratio, kd_pull, policy_log_ratio, subtract
+from kdrl_kernels.token_rows import Rows
 
 MEANS = {
     "ratio_mean": ("ratio_sum", "tokens"),

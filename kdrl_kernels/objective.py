@@ -6,14 +6,14 @@ rows/kernel_objective.py compute them. A caller's own loss gets its coefficients
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from kdrl_kernels.plain import check_number
+from kdrl_kernels.token_rows import Rows
 
 Policy = Literal["clip", "none", "off"]
 ExactKd = Literal["rkl", "fkl", "jsd"]
@@ -23,14 +23,6 @@ Divergence = Literal["rkl", "fkl", "jsd", "rkl+fkl"]
 """What one pass computes from the logits of both models; the last is a pair of divergences."""
 DIVERGENCES = get_args(Divergence)
 
-NO_GRADIENT = (
-    "loss_fn must return losses that depend on rows.logprobs, rows.entropy, rows.lse or rows.kl "
-    "with a gradient, got constants"
-)
-OTHER_GRADIENT = (
-    "loss_fn must read no tensor that needs a gradient, besides rows, got one of shape {}, which "
-    "would get none: detach it, or take linear_logprobs, whose outputs may meet any parameter"
-)
 K1_REFUSED = (
     "k1 as a loss has no teacher in its gradient (the teacher's log-probability is a "
     "constant there); use 'k2' for reverse KL on sampled tokens or 'rkl' for the exact one"
@@ -141,7 +133,7 @@ class Objective:
         """False: the loss does not read the log-sum-exp of each row."""
         return False
 
-    def centred(self, rows: "Rows") -> "Rows":
+    def centred(self, rows: Rows) -> Rows:
         """Put lq + KL in the place of lq where there is a baseline, so that l becomes l - KL."""
         if self.kd_baseline is None:
             return rows
@@ -149,7 +141,7 @@ class Objective:
         assert rows.kl is not None
         return replace(rows, teacher_logprobs=rows.teacher_logprobs + rows.kl.detach(), kl=None)
 
-    def losses(self, rows: "Rows") -> Tensor:
+    def losses(self, rows: Rows) -> Tensor:
         """Return the [C] losses of token_losses, differentiable."""
         return token_losses(self, rows)
 
@@ -160,58 +152,6 @@ class Objective:
             return math.inf, -math.inf, math.inf
         dual = math.inf if self.dual_clip is None else math.log(self.dual_clip)
         return math.log1p(self.clip_high), math.log1p(-self.clip_low), dual
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Holds what a token's loss may depend on; every field is [C], logarithms and KL in nats."""
-
-    logprobs: Tensor
-    """lp, the student's log-probability of the sampled token."""
-    old_logprobs: Tensor | None = None
-    """old, the policy's log-probability at sampling time; None: strictly on-policy."""
-    advantages: Tensor | None = None
-    """A, the advantage of each token; None with policy "off"."""
-    kd_weight: Tensor | None = None
-    """Weight of the KD term, its schedule and mask; None: 1."""
-    teacher_logprobs: Tensor | None = None
-    """lq, the teacher's log-probability of the sampled token."""
-    kl: Tensor | None = None
-    """KL(p‖q) for "rkl", "rkl+fkl" and a baseline, KL(q‖p) for "fkl", Jensen-Shannon for "jsd"."""
-    entropy: Tensor | None = None
-    """Entropy of the student's distribution."""
-    index: Tensor | None = None
-    """int64, where these rows are in the [N] tensors of the call; linear_token_loss sets it."""
-    forward_kl: Tensor | None = None
-    """KL(q‖p), beside kl, for "rkl+fkl"."""
-    lse: Tensor | None = None
-    """log(sum_v exp(z_v)) of the student's logits, after softcap and temperature."""
-
-
-@dataclass(frozen=True, slots=True)
-class CallerLoss:
-    """Holds a caller's own loss of each token, in the place of an Objective."""
-
-    fn: Callable[[Rows], Tensor]
-    exact_kd: Divergence | None
-    jsd_alpha: float
-    entropy: bool
-    lse: bool = False
-
-    def losses(self, rows: Rows) -> Tensor:
-        """Return the [C] losses of the caller, after checks of their type and shape."""
-        losses = self.fn(rows)
-        if not isinstance(losses, Tensor):
-            raise TypeError(f"loss_fn must return a tensor, got {type(losses).__name__}")
-        if losses.shape != rows.logprobs.shape:
-            raise ValueError(
-                f"loss_fn must return one loss a row, [C] with C = {len(rows.logprobs)}, "
-                f"got {list(losses.shape)}"
-            )
-        return losses.to(rows.logprobs.dtype)
-
-
-TokenLoss = Objective | CallerLoss
 
 
 def token_losses(objective: Objective, rows: Rows) -> Tensor:
@@ -303,69 +243,3 @@ def kd_pull(objective: Objective, teacher_log_ratio: Tensor) -> Tensor:
         return teacher_log_ratio
     assert objective.kd in ("k3", "fkl"), objective.kd
     return -torch.expm1((-teacher_log_ratio).clamp(max=objective.k3_bound))
-
-
-@dataclass(frozen=True, slots=True)
-class Coefficients:
-    """Holds derivatives of each row's weighted loss, [C]; None where the loss has no such term."""
-
-    logprobs: Tensor
-    entropy: Tensor | None = None
-    kl: Tensor | None = None
-    forward_kl: Tensor | None = None
-    lse: Tensor | None = None
-
-    def present(self) -> dict[str, Tensor]:
-        """Return the fields that are not None, by name."""
-        values = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return {name: value for name, value in values if value is not None}
-
-    def map(self, fn: Callable[[Tensor], Tensor]) -> "Coefficients":
-        """Apply fn to every field that is not None."""
-        return replace(self, **{name: fn(value) for name, value in self.present().items()})
-
-    def used(self) -> Tensor:
-        """Return [C] bool, true for rows whose logits have a gradient other than 0."""
-        return self._stack().ne(0).any(dim=0)
-
-    def largest(self) -> Tensor:
-        """Return the largest absolute value, 0-d; 0 without rows."""
-        return self._stack().abs().amax() if len(self.logprobs) else self.logprobs.sum()
-
-    def _stack(self) -> Tensor:
-        return torch.stack(list(self.present().values()))
-
-
-def coefficients(
-    loss: TokenLoss, rows: Rows, weights: Tensor
-) -> tuple[Tensor, Coefficients | None]:
-    """Return [C] weighted losses and, by autograd, their derivatives (None for constants)."""
-    names = ["logprobs"]
-    names += ["entropy"] if loss.entropy else []
-    names += [name for name in ("kl", "forward_kl", "lse") if getattr(rows, name) is not None]
-    leaves = {name: getattr(rows, name).detach().requires_grad_() for name in names}
-    with torch.enable_grad():
-        losses = weights * loss.losses(replace(rows, **leaves))
-        if not losses.requires_grad:
-            return losses, None
-        refuse_other_leaves(losses, list(leaves.values()))
-        grads = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
-    if all(grad is None for grad in grads):
-        return losses.detach(), None
-    zero = torch.zeros_like(rows.logprobs)
-    derivatives = (zero if grad is None else grad for grad in grads)
-    return losses.detach(), Coefficients(**dict(zip(names, derivatives, strict=True)))
-
-
-def refuse_other_leaves(losses: Tensor, leaves: list[Tensor]) -> None:
-    """Raise where losses depend on a leaf of the graph that is none of these: on a parameter."""
-    left, seen = [losses.grad_fn], set()
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)  # only a node that ends in a leaf has one
-        if variable is not None and not any(variable is leaf for leaf in leaves):
-            raise ValueError(OTHER_GRADIENT.format(list(variable.shape)))
-        left += [following for following, _ in node.next_functions]

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from kdrl_kernels.autocast import Project, without_autocast
 from kdrl_kernels.call import LossCall, RowOutputs, take
+from kdrl_kernels.caller_loss import NO_GRADIENT
 from kdrl_kernels.checks import bad_tokens, check_head_values, check_values, poison
 from kdrl_kernels.head import Head
-from kdrl_kernels.objective import NO_GRADIENT
 from kdrl_kernels.truncation import Truncation, truncate_
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from kdrl_kernels.call import RowSet, take
-from kdrl_kernels.objective import Coefficients
 from kdrl_kernels.plain import check_number
 from kdrl_kernels.rows.entries import Grid
+from kdrl_kernels.token_rows import Coefficients
 
 COLUMNS_PER_ENTRY = {"cpu": 64, "cuda": 192}
 """Columns of a row of both GEMMs that cost what one entry does: its choice and both products."""

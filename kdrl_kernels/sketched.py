@@ -16,14 +16,14 @@ from kdrl_kernels.autocast import without_autocast
 from kdrl_kernels.call import LogprobCall, LossCall, RowOutputs, RowSet, take
 from kdrl_kernels.checks import bad_tokens, poison
 from kdrl_kernels.flat_rows import FlatRows
+from kdrl_kernels.gradients import Gradients, scaled_
 from kdrl_kernels.head import Head, Needs, Sums, gradient_dtypes, in_one_dtype
-from kdrl_kernels.objective import Coefficients
-from kdrl_kernels.one_pass import Gradients, scaled_
 from kdrl_kernels.plan import accumulator
 from kdrl_kernels.rows.entries import Entries
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
 from kdrl_kernels.sketch import Sketch
 from kdrl_kernels.sparse_rows import SparseRows, row_of_each, row_sums
+from kdrl_kernels.token_rows import Coefficients
 
 
 class Lists:

@@ -10,9 +10,10 @@ from torch import Tensor
 from kdrl_kernels import one_pass
 from kdrl_kernels.autocast import without_autocast
 from kdrl_kernels.call import LossCall, RowOutputs
+from kdrl_kernels.caller_loss import CallerLoss, refuse_other_leaves
 from kdrl_kernels.head import gradient_dtypes
-from kdrl_kernels.objective import CallerLoss, Rows, refuse_other_leaves
 from kdrl_kernels.operators.loss import rounded
+from kdrl_kernels.token_rows import Rows
 
 
 class _TokenLoss(torch.autograd.Function):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kdrl_kernels.plain import check_number
-from kdrl_kernels.rows.eager import block_rows
+from kdrl_kernels.rows.blocks import block_rows
 
 
 @dataclass(frozen=True, slots=True)

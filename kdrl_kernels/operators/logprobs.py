@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdrl_kernels import logprobs, one_pass
+from kdrl_kernels import gradients, logprobs
 from kdrl_kernels.autocast import without_autocast
 from kdrl_kernels.call import LogprobCall
 from kdrl_kernels.head import gradient_dtypes, gradient_sizes
@@ -41,9 +41,9 @@ def _linear_logprobs_backward(*values: Any) -> tuple[Tensor, ...]:
     call = BACKWARD_LAYOUT.rebuild(values)
     hidden = call.forward.head.hidden
     with without_autocast(hidden.device):
-        gradients, scale = logprobs.gradients(call)
-        pairs = zip(gradients.tensors(), gradient_dtypes(call.forward.head), strict=True)
-        results = (x if x is None else one_pass.scaled_(x, scale, dtype) for x, dtype in pairs)
+        total, scale = logprobs.gradients(call)
+        pairs = zip(total.tensors(), gradient_dtypes(call.forward.head), strict=True)
+        results = (x if x is None else gradients.scaled_(x, scale, dtype) for x, dtype in pairs)
         return tuple(no_none(results, like=hidden))
 
 

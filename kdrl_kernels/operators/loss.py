@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdrl_kernels import one_pass
+from kdrl_kernels import gradients, one_pass
 from kdrl_kernels.autocast import without_autocast
 from kdrl_kernels.call import LossCall, RowOutputs
 from kdrl_kernels.head import gradient_dtypes, gradient_sizes
@@ -69,7 +69,7 @@ def rounded(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return gradient · scale in dtype: gradient itself where nothing has to change."""
     traced = type(scale) is not Tensor  # a graph has no branch on the value of scale
     again = traced or torch._C._autograd._get_current_graph_task_keep_graph()
-    if again or one_pass.needs_scaling(gradient, scale, dtype):
+    if again or gradients.needs_scaling(gradient, scale, dtype):
         return _scaled(gradient, scale, dtype)
     return gradient  # no second backward pass will read it
 
@@ -80,7 +80,7 @@ _loss.register_vmap(no_vmap)
 
 @torch.library.custom_op("kdrl::scaled", mutates_args=())
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return one_pass.scaled(gradient, scale, dtype)
+    return gradients.scaled(gradient, scale, dtype)
 
 
 @_scaled.register_fake

@@ -8,10 +8,10 @@ in it. Maths: README.md, "A sketch of the gradient".
 import torch
 from torch import Tensor
 
-from kdrl_kernels.objective import Coefficients
-from kdrl_kernels.rows import eager
+from kdrl_kernels.rows import eager_gradient
 from kdrl_kernels.rows.entries import BLOCK, FORWARD, Entries, Grid
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
+from kdrl_kernels.token_rows import Coefficients
 
 GROUP_ELEMENTS = 1 << 21
 """Logits of the rows whose entries are chosen together: 8 MB of float32, if all are read."""
@@ -32,7 +32,7 @@ def sketch(
         for start in range(0, max(C, 1), step)
     ]
     row, column, chance, flat = (torch.cat(values) for values in zip(*parts, strict=True))
-    value, logp = eager.entries(student, stats, coef, teacher, row, column)
+    value, logp = eager_gradient.entries(student, stats, coef, teacher, row, column)
     return Entries(row, column, chance, value.div_(chance), logp), flat
 
 
@@ -90,5 +90,5 @@ def _masses(stream: Stream, rows: slice) -> Tensor:
 def _block(stream: Stream, row: Tensor, block: Tensor) -> Tensor:
     """Copy blocks of what the sweep left in the place of the logits, [E, BLOCK]."""
     blocks = stream.logits.stride(0) // BLOCK
-    memory = eager.flat(stream).view(-1, BLOCK)
+    memory = eager_gradient.flat(stream).view(-1, BLOCK)
     return memory.index_select(0, row * blocks + block)

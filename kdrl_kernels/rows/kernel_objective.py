@@ -7,10 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdrl_kernels.objective import Coefficients, Objective, Rows, TokenLoss
-from kdrl_kernels.objective import coefficients as autograd_coefficients
+from kdrl_kernels.caller_loss import TokenLoss
+from kdrl_kernels.caller_loss import coefficients as autograd_coefficients
+from kdrl_kernels.objective import Objective
 from kdrl_kernels.rows.kernel_math import K2, K3, KD_CODES, OPTIONS, RKL, expm1
 from kdrl_kernels.rows.tiles import OBJECTIVE_BLOCK
+from kdrl_kernels.token_rows import Coefficients, Rows
 
 
 @triton.jit

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdrl_kernels.objective import Coefficients
 from kdrl_kernels.rows.entries import BLOCK, Entries, Grid
+from kdrl_kernels.rows.kernel_gradient import log2_teacher, record, with_terms
+from kdrl_kernels.rows.kernel_loads import load_a, temperatures_of, width_of
 from kdrl_kernels.rows.kernel_math import (
     BOTH,
     JSD_CODE,
@@ -22,16 +23,9 @@ from kdrl_kernels.rows.kernel_math import (
     OPTIONS,
     RKL,
 )
-from kdrl_kernels.rows.kernels import (
-    load_a,
-    log2_teacher,
-    record,
-    temperatures_of,
-    width_of,
-    with_terms,
-)
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
 from kdrl_kernels.rows.tiles import SKETCH, Tile, tile_of
+from kdrl_kernels.token_rows import Coefficients
 
 UNIT = tl.constexpr(2.0**32)
 BITS = tl.constexpr(32)

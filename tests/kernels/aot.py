@@ -20,7 +20,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kdrl_kernels.rows import kernel_bags, kernel_objective, kernel_sketch, kernels, tiles
+from kdrl_kernels.rows import (
+    kernel_bags,
+    kernel_gradient,
+    kernel_objective,
+    kernel_sketch,
+    kernels,
+    tiles,
+)
 from kdrl_kernels.rows.kernel_math import KD_CODES, OPTIONS
 from kdrl_kernels.rows.tiles import GRADIENT, JSD, SKETCH, SWEEP, Tile
 
@@ -55,11 +62,12 @@ def variants(table: dict[tuple[str, int, bool], Tile] = tiles.TILES) -> Iterator
             yield f"sweep-{name}-plain", kernels._sweep_kernel, plain | shape, caps, swept.warps
             types = caps | {"dz_ptr": "*bf16", "source_ptr": None}
             columns = {"BLOCK_V": tile.columns}
-            kernel = kernels._gradient_kernel
+            kernel = kernel_gradient._gradient_kernel
             yield f"gradient-{name}-plain", kernel, plain | columns, types, tile.warps
         for dtype in ("bf16", "fp16", "fp32") if name == "rkl" else ("bf16",):
             types = caps | {"dz_ptr": f"*{dtype}"}
-            yield f"gradient-{name}-{dtype}", kernels._gradient_kernel, block, types, tile.warps
+            kernel = kernel_gradient._gradient_kernel
+            yield f"gradient-{name}-{dtype}", kernel, block, types, tile.warps
         tile = table[SKETCH, *key]
         block = flags | {"BLOCK_V": tile.columns}
         yield f"sketch-{name}", kernel_sketch._sketch_kernel, block, caps, tile.warps

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import kdrl_kernels as kk
-from kdrl_kernels.objective import Rows, token_losses
+from kdrl_kernels.objective import token_losses
+from kdrl_kernels.token_rows import Rows
 from tests.kernels.params import SEED
 from tests.tolerance import assert_matches
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kdrl_kernels as kk
-from kdrl_kernels import one_pass
-from kdrl_kernels.objective import Rows
+from kdrl_kernels import gradients
 from kdrl_kernels.rows import load
+from kdrl_kernels.token_rows import Rows
 from tests.kernels.params import F32, F64, IMPL_DTYPES, KDS, quick_or_slow
 from tests.kernels.problem import Problem, assert_matches_definition, loss_size, make_problem
 from tests.tolerance import relative_error
@@ -220,7 +220,7 @@ def test_no_grad_computes_no_gradient(
 ) -> None:
     problem = make_problem(kd="rkl", device=device)
     expected = problem.solve(impl=impl)["loss"]
-    monkeypatch.delattr(one_pass.Gradients, "add")  # called: an AttributeError
+    monkeypatch.delattr(gradients.Gradients, "add")  # called: an AttributeError
     student = {k: v.requires_grad_() for k, v in problem.student.items()}
     with mode():
         result = kk.kdrl_loss(

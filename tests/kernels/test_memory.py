@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import kdrl_kernels as kk
-from kdrl_kernels import one_pass
+from kdrl_kernels import buffers, one_pass
 from tests.kernels.problem import make_problem
 
 N, H, V = 96, 16, 4096
@@ -56,11 +56,11 @@ def test_the_rows_of_a_baseline_are_those_that_both_streams_leave_room_for(
 ) -> None:
     sizes = {"teacher": (H + 3, V), "kd": "k2", "kd_baseline": "kl", "device": "cpu"}
     whole = kk.chunk_plan(N, H, V, dtype=torch.float32, **sizes)
-    seen, buffers = [], one_pass.Buffers
+    seen, Buffers = [], buffers.Buffers
 
-    def recorded(*args: Any) -> one_pass.Buffers:
+    def recorded(*args: Any) -> buffers.Buffers:
         seen.append(args[2:4])
-        return buffers(*args)
+        return Buffers(*args)
 
     monkeypatch.setattr(one_pass, "Buffers", recorded)
     problem = make_problem(N, H, V, bias=False, objective={"kd_baseline": "kl"})

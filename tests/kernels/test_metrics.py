@@ -10,8 +10,9 @@ from torch import Tensor
 
 import kdrl_kernels as kk
 from kdrl_kernels.metrics import sum_dtype
-from kdrl_kernels.objective import Rows, kd_pull, sampled_kd
+from kdrl_kernels.objective import kd_pull, sampled_kd
 from kdrl_kernels.rows import load
+from kdrl_kernels.token_rows import Rows
 from tests.kernels.params import F32, F64, IMPLS, KDS, quick_or_slow
 from tests.kernels.problem import Problem, make_problem
 

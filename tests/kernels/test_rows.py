@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from kdrl_kernels.objective import Coefficients
-from kdrl_kernels.one_pass import Compaction, gradient_view
+from kdrl_kernels.buffers import gradient_view
+from kdrl_kernels.gradients import Compaction
 from kdrl_kernels.rows import load
 from kdrl_kernels.rows.streams import Stream, TeacherStream
 from kdrl_kernels.rows.tiles import Tile
+from kdrl_kernels.token_rows import Coefficients
 
 N, V = 5, 150
 TILES = [Tile(1, 16, 4), Tile(4, 16, 4), Tile(2, 128, 4)]

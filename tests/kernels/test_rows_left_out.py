@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kdrl_kernels as kk
-from kdrl_kernels import api, gemm
-from kdrl_kernels.rows import eager as row_work
+from kdrl_kernels import gemm, operators
+from kdrl_kernels.rows import blocks as row_work
 from tests.kernels.params import F16, F32, F64, IMPLS
 from tests.kernels.problem import make_problem
 from tests.kernels.token_losses import CASES, call, make_setup, with_leaves
@@ -322,13 +322,13 @@ def test_a_gpu_leaves_rows_out_where_it_waits_for_the_weights_anyway(
     device: str, weighted: bool, compact: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A meta device stands for a GPU: every device but a CPU is treated as one."""
-    calls, solve = [], api.operators.kdrl_loss
+    calls, solve = [], operators.kdrl_loss
 
     def record(call: Any) -> Any:
         calls.append(call)
         return solve(call)
 
-    monkeypatch.setattr(api.operators, "kdrl_loss", record)
+    monkeypatch.setattr(operators, "kdrl_loss", record)
     problem = make_problem(kd=None, device=device)
     options = problem.options | ({} if weighted else {"token_weights": None})
     kk.kdrl_loss(tokens=problem.tokens, **problem.student, **options)

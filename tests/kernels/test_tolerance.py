@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdrl_kernels import gemm, one_pass
+from kdrl_kernels import gemm, gradients
 from tests.kernels.problem import assert_matches_definition
 from tests.tolerance import Float32Rounding, assert_matches, rounding_floors
 
@@ -82,11 +82,11 @@ def test_logits_of_too_few_bits_are_caught(
 
 
 def test_a_gradient_of_too_few_bits_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = one_pass.Gradients.add
+    real = gradients.Gradients.add
 
-    def add(self: one_pass.Gradients, head: object, rows: object, dz: Tensor) -> None:
+    def add(self: gradients.Gradients, head: object, rows: object, dz: Tensor) -> None:
         real(self, head, rows, _ten_bits(dz.contiguous()))  # type: ignore[arg-type]
 
-    monkeypatch.setattr(one_pass.Gradients, "add", add)
+    monkeypatch.setattr(gradients.Gradients, "add", add)
     with pytest.raises(AssertionError, match="dhidden: error"):
         assert_matches_definition("torch", kd="rkl")

@@ -1,0 +1,102 @@
+"""Makes the call that kdrl_loss and linear_token_loss have in common, and runs it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kdrl_kernels import checks, sketched
+from kdrl_kernels.call import LossCall, RowOutputs, has_values
+from kdrl_kernels.caller_loss import TokenLoss
+from kdrl_kernels.head import Head, TeacherHead, gathered, needs_gradient
+from kdrl_kernels.outputs import LossOutput
+from kdrl_kernels.plain import check_bytes, check_flag
+from kdrl_kernels.plan import Geometry, max_rows
+from kdrl_kernels.sketch import Sketch
+from kdrl_kernels.token_rows import Rows
+from kdrl_kernels.truncation import Truncation
+
+Solved = tuple[Tensor, RowOutputs, Tensor]
+
+
+def solved(
+    call: LossCall, sketch: Sketch | None, solve: Callable[[LossCall], Solved]
+) -> tuple[*Solved, dict[str, Tensor]]:
+    """Return what solve(call) does, by a sketch where there is one, and metrics of the sketch."""
+    if sketch is None or not any(call.needs) or not has_values(call.tokens):
+        return *solve(call), {}
+    return sketched.loss(call, sketch)
+
+
+def loss_call(
+    student: Head,
+    tokens: Tensor,
+    loss: TokenLoss,
+    *,
+    token_weights: Tensor | None,
+    teacher: TeacherHead | None,
+    teacher_logprobs: Tensor | None,
+    normalizer: float | Tensor | None,
+    vocab_size: int | None,
+    entropy: bool,
+    compact: bool | None,
+    truncation: Truncation | None,
+    workspace_bytes: int | None,
+    impl: str | None,
+) -> LossCall:
+    """Return the call after every check that reads no value."""
+    checks.check_tokens(tokens, student)
+    check_bytes("workspace_bytes", workspace_bytes)
+    check_flag("entropy", entropy)
+    check_flag("compact", compact, optional=True)
+    checks.check_teacher(teacher, teacher_logprobs, student)
+    impl = checks.choose_impl(impl, student)
+    if teacher is not None:
+        hidden = teacher.hidden
+        weight, bias = gathered(teacher.weight, hidden), gathered(teacher.bias, hidden)
+        teacher = replace(teacher, weight=weight, bias=bias)
+    if compact is None:
+        compact = student.hidden.device.type == "cpu" or token_weights is not None
+    call = LossCall(
+        student=student,
+        tokens=tokens,
+        vocab_size=checks.check_vocab_size(vocab_size, student, teacher),
+        loss=loss,
+        impl=impl,
+        needs=needs_gradient(student),
+        weights=checks.row_tensor("token_weights", token_weights, student, mask=True),
+        normalizer=checks.normalizer_tensor(normalizer, student),
+        teacher=teacher,
+        teacher_logprobs=checks.row_tensor("teacher_logprobs", teacher_logprobs, student),
+        entropy=entropy,
+        compact=compact,
+        truncation=checks.check_truncation(truncation, student, loss.exact_kd),
+    )
+    if impl == "reference":
+        return call
+    sizes = geometry(student, teacher, loss.exact_kd, impl)
+    return replace(call, max_rows=max_rows(sizes, workspace_bytes))
+
+
+def geometry(student: Head, teacher: Head | None, kd: str | None, impl: str) -> Geometry:
+    (N, H), V = student.hidden.shape, student.weight.shape[0]
+    V_t, H_t = (0, 0) if teacher is None else teacher.weight.shape
+    return Geometry(N, H, V, H_t, V_t, kd, student.hidden.dtype, student.hidden.device, impl)
+
+
+def output(
+    loss: Tensor, rows: Rows, used: Tensor | None, metrics: dict[str, Tensor], counts: Tensor
+) -> LossOutput:
+    names = ("tokens", "gradient_rows", "bad_tokens")
+    lq = rows.teacher_logprobs
+    return LossOutput(
+        loss=loss,
+        logprobs=rows.logprobs,
+        teacher_logprobs=lq if lq is None or used is None else torch.where(used, lq, 0),
+        kl=rows.kl,
+        forward_kl=rows.forward_kl,
+        entropy=rows.entropy,
+        lse=rows.lse,
+        metrics=metrics | dict(zip(names, counts.unbind(), strict=True)),
+    )

@@ -1,0 +1,108 @@
+"""Defines linear_logprobs."""
+
+from torch import Tensor
+
+from kdrl_kernels import checks, logprobs, operators, reference, sketched
+from kdrl_kernels.api.calls import geometry
+from kdrl_kernels.batches import takes_batches
+from kdrl_kernels.call import LogprobCall, RowOutputs, has_values
+from kdrl_kernels.head import Head, gathered, needs_gradient
+from kdrl_kernels.outputs import LogprobOutput
+from kdrl_kernels.plain import check_bytes, check_flag
+from kdrl_kernels.plan import Backward, max_rows
+from kdrl_kernels.sketch import Sketch
+from kdrl_kernels.tangents import refuses_tangents
+from kdrl_kernels.truncation import Truncation
+
+
+@refuses_tangents
+@takes_batches
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    truncation: Truncation | None = None,
+    entropy: bool = False,
+    workspace_bytes: int | None = None,
+    cache_bytes: int = 0,
+    backward: Backward = "exact",
+    sketch: Sketch | None = None,
+    impl: str | None = None,
+) -> LogprobOutput:
+    """Compute the log-probability of one token per row, and entropy, without [N, V] logits.
+
+    z = softcap(hidden · weightᵀ + bias) / temperature
+    logprobs[n] = z[n, tokens[n]] - log(sum_v exp(z[n, v]))
+
+    Args:
+        hidden: [N, H], float32, float16, bfloat16 or float64. A non-contiguous one is fine. Or
+            [B, T, H]: every [N] below, of arguments and outputs, is then [B, T].
+        weight: [V, H], on the device of hidden, in its dtype; or one of the two in float32 and the
+            other in 16 bits, which computes in hidden's dtype, with a copy of weight in it, and
+            gives each its gradient in its own dtype. A DTensor (FSDP2) is gathered once; its
+            gradient comes back in its layout, averaged over the ranks as FSDP2 averages the
+            body's. bias may be one too.
+        tokens: [N] int64 in [0, V). One outside raises on a CPU; on a GPU, where raising would
+            wait for the device, it makes every log-probability NaN.
+        mask: [N] bool or number, None: all rows. Rows where it is 0 are never projected, may hold
+            NaN and any token, and give 0 and no gradient. On a GPU it costs one synchronisation.
+        bias: [V] or None.
+        temperature: positive float or [N] tensor, a constant: no gradient reaches it.
+        softcap: positive float or None.
+        truncation: Truncation(top_k, top_p) of the sampler, or None: log-probabilities and entropy
+            are those of the tokens that it keeps, renormalised. Not with a softcap.
+        entropy: True also returns the entropy of each row.
+        workspace_bytes: bound of the memory beyond inputs, outputs and gradients. None on a GPU:
+            2,048 rows or 1.25 GB, whichever is more, and at most a quarter of the free memory.
+            None on a CPU: 256 MB; 16-bit weights are widened 16 MB at a time in addition.
+        cache_bytes: where a gradient is needed, as many chunks as fit keep their float32 logits
+            until backward, which then does not compute them again: 3u instead of 4u for those
+            rows (u = 2 N H V FLOP), and the same gradients to the bit. A compiled caller with a
+            mask keeps the logits of all rows of the mask, or none.
+        backward: "sketch" multiplies an unbiased sparse sketch of dL/dlogits in place of dX's and
+            dW's GEMMs: 1u in all (u = 2 N H V FLOP), and no cache of logits. A graph of
+            torch.compile breaks there.
+        sketch: Sketch(threshold, seed, rows) of backward="sketch"; None: Sketch().
+        impl: "triton", "torch" or "reference" (the definition, with full logits). None: Triton on
+            GPU tensors, PyTorch elsewhere. A named one never falls back to another.
+    Returns: LogprobOutput in nats, float32 (float64 for float64 inputs); differentiable once in
+        hidden, weight and bias, for any later loss.
+    Raises: ValueError for a shape, device, token or option; TypeError for a type or dtype.
+    Memory: float32 logits of one chunk of rows; in backward float32 gradients, rounded once.
+    Source: chunked recomputation; the log-sum-exp of arXiv:1805.02867. Maths: rows/README.md.
+    """
+    weight, bias = gathered(weight, hidden), gathered(bias, hidden)
+    head = Head(hidden, weight, bias, temperature, softcap)
+    checks.check_tokens(tokens, head)
+    check_bytes("workspace_bytes", workspace_bytes)
+    check_bytes("cache_bytes", cache_bytes, optional=False)
+    check_flag("entropy", entropy)
+    impl, truncation = checks.choose_impl(impl, head), checks.check_truncation(truncation, head)
+    sketch = checks.check_sketch(backward, sketch, impl, head)
+    used, N = checks.row_tensor("mask", mask, head, mask=True), len(tokens)
+    used = used if has_values(tokens) else None
+    active = slice(0, N) if used is None else used.nonzero().squeeze(1)
+    if used is not None:
+        head, tokens = head.select(active), tokens[active]
+        sketch = None if sketch is None else sketch.select(active)
+    if impl == "reference":
+        outputs = RowOutputs(*reference.linear_logprobs(head, tokens, entropy, truncation))
+    else:
+        rows = max_rows(geometry(head, None, None, impl), workspace_bytes)
+        needs, cached = needs_gradient(head), 0
+        if any(needs):
+            V, dtype = weight.shape[0], hidden.dtype
+            sizes = len(tokens), V, dtype, rows, cache_bytes, None if used is None else N
+            cached = logprobs.cached_rows(*sizes)
+        call = LogprobCall(head, tokens, entropy, impl, rows, cached, needs, truncation)
+        if sketch is not None and any(needs) and has_values(tokens):
+            outputs = RowOutputs(*sketched.linear_logprobs(call, sketch))
+        else:
+            outputs = RowOutputs(*operators.linear_logprobs(call))
+    outputs = outputs.spread(active, N)
+    return LogprobOutput(outputs.logprobs, outputs.entropy)

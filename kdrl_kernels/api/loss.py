@@ -1,0 +1,121 @@
+"""Defines kdrl_loss."""
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from kdrl_kernels import checks, operators, reference
+from kdrl_kernels.api.calls import loss_call, output, solved
+from kdrl_kernels.batches import takes_batches
+from kdrl_kernels.head import Head, TeacherHead, gathered
+from kdrl_kernels.metrics import row_metrics
+from kdrl_kernels.objective import Objective
+from kdrl_kernels.outputs import LossOutput
+from kdrl_kernels.plan import Backward
+from kdrl_kernels.sketch import Sketch
+from kdrl_kernels.tangents import refuses_tangents
+from kdrl_kernels.truncation import Truncation
+
+
+@refuses_tangents
+@takes_batches
+def kdrl_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    advantages: Tensor | None,
+    token_weights: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    teacher: TeacherHead | None = None,
+    teacher_logprobs: Tensor | None = None,
+    kd_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    objective: Objective = Objective(),  # noqa: B008 (frozen)
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    truncation: Truncation | None = None,
+    vocab_size: int | None = None,
+    entropy: bool = False,
+    compact: bool | None = None,
+    workspace_bytes: int | None = None,
+    backward: Backward = "exact",
+    sketch: Sketch | None = None,
+    impl: str | None = None,
+) -> LossOutput:
+    """Compute policy gradient, teacher KL and entropy bonus of N tokens in one pass over the head.
+
+    loss = (1 / normalizer) · sum_n token_weights[n] · (PG + kd_coef · kd_weight[n] · s · KD
+           - entropy_coef · entropy), where Objective defines each term.
+
+    Args:
+        hidden, weight, bias, temperature, softcap, truncation, workspace_bytes, backward, sketch,
+            impl: as in linear_logprobs. truncation is the student's: not with "fkl", which would
+            be infinite.
+        tokens: [N] int64, the sampled tokens. One outside [0, vocab_size) raises on a CPU; on a
+            GPU it makes the loss NaN and is counted in metrics["bad_tokens"].
+        advantages: [N] float; None with objective.policy "off". This and all that follows is
+            constant: gradients reach hidden, weight and bias alone.
+        token_weights: [N] float, integer or bool, None: 1. Rows of weight 0 are never projected,
+            may hold NaN, and give exactly zero gradient. Passing weights on a GPU costs one
+            synchronisation.
+        old_logprobs: [N] float in nats, the policy's at sampling time; None: strictly on-policy
+            (ratio 1).
+        teacher: TeacherHead with N rows, for sampled or exact KD.
+        teacher_logprobs: [N] float in nats, as a server returns them, for sampled KD without
+            kd_baseline.
+        kd_weight: [N] float, integer or bool, schedule and mask of the KD term; None: 1.
+        normalizer: number or 0-d tensor, e.g. the token count of the step, divided by the ranks
+            where gradients are averaged over them; None: sum(token_weights).
+        vocab_size: number of columns that both models use; None: min(V, V_t).
+        entropy: True also returns the entropy of each row.
+        compact: True leaves rows whose logits have no gradient (clipped, or advantage 0 and no KD)
+            out of dX and dW. On a GPU the host then waits, once a chunk, for the number of the
+            others while the gradient kernel runs. None: True on a CPU and with token_weights.
+    Returns: LossOutput. metrics: tokens (rows projected), gradient_rows (rows of dX and dW),
+        bad_tokens, ratio_sum, ratio_max, clipped (policy "clip"), entropy_sum (where entropy is
+        computed); with a teacher, over the rows of kd_weight > 0: kd_tokens (their number),
+        teacher_log_ratio_sum (of l = lp - lq), k2_sum (of l²/2), kl_sum (where the loss computes
+        KL(p‖q)) and kd_flipped (rows whose advantage minus the pull of the KD term has the other
+        sign; not for "jsd" nor policy "off"). With a sketch: flat_rows (whose gradient is exact),
+        entries (of dL/dlogits that are kept), sketch_noise (estimate of the relative error of dX)
+        and its two sums, sketch_variance_sum and sketch_square_sum. mean_metrics turns all into
+        means.
+    Raises: ValueError for a shape, device, token or option; TypeError for a type or dtype.
+    Memory: as linear_logprobs, but two chunks of logits for exact KD and for kd_baseline. The
+        forward pass computes the gradients and keeps them in float32 until backward rounds them
+        once. Under no_grad it computes none.
+    Source: KDRL, arXiv:2506.02208. Derivations: rows/README.md.
+    """
+    checks.check_objective(objective, teacher, teacher_logprobs)
+    student = Head(hidden, gathered(weight, hidden), gathered(bias, hidden), temperature, softcap)
+    if advantages is None and objective.policy != "off":
+        raise ValueError(f"advantages must be [N] for policy={objective.policy!r}, got None")
+    call = loss_call(
+        student,
+        tokens,
+        objective,
+        token_weights=token_weights,
+        teacher=teacher,
+        teacher_logprobs=teacher_logprobs,
+        normalizer=normalizer,
+        vocab_size=vocab_size,
+        entropy=entropy,
+        compact=compact,
+        truncation=truncation,
+        workspace_bytes=workspace_bytes,
+        impl=impl,
+    )
+    call = replace(
+        call,
+        advantages=checks.row_tensor("advantages", advantages, student),
+        old_logprobs=checks.row_tensor("old_logprobs", old_logprobs, student),
+        kd_weight=checks.row_tensor("kd_weight", kd_weight, student, mask=True),
+    )
+    sketch = checks.check_sketch(backward, sketch, call.impl, student)
+    solve = reference.loss if call.impl == "reference" else operators.kdrl_loss
+    loss, outputs, counts, more = solved(call, sketch, solve)
+    used = None if call.weights is None else call.weights != 0
+    rows = call.rows(outputs.map(Tensor.detach), slice(None))  # a number would fix N in a graph
+    return output(loss, rows, used, row_metrics(objective, rows, used) | more, counts)

@@ -1,0 +1,107 @@
+"""Defines linear_token_loss."""
+
+from collections.abc import Callable
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from kdrl_kernels import checks, reference, token_loss
+from kdrl_kernels.api.calls import loss_call, output, solved
+from kdrl_kernels.batches import takes_batches
+from kdrl_kernels.caller_loss import CallerLoss
+from kdrl_kernels.head import Head, TeacherHead, gathered
+from kdrl_kernels.objective import Divergence
+from kdrl_kernels.outputs import LossOutput
+from kdrl_kernels.plain import check_flag, check_number
+from kdrl_kernels.plan import Backward
+from kdrl_kernels.sketch import Sketch
+from kdrl_kernels.tangents import refuses_tangents
+from kdrl_kernels.token_rows import Rows
+from kdrl_kernels.truncation import Truncation
+
+
+@torch.compiler.disable(reason="the loss of linear_token_loss is a Python function")
+@refuses_tangents
+@takes_batches
+def linear_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    loss_fn: Callable[[Rows], Tensor],
+    *,
+    token_weights: Tensor | None = None,
+    teacher: TeacherHead | None = None,
+    teacher_logprobs: Tensor | None = None,
+    kl: Divergence | None = None,
+    jsd_alpha: float = 0.5,
+    normalizer: float | Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    truncation: Truncation | None = None,
+    vocab_size: int | None = None,
+    entropy: bool = False,
+    lse: bool = False,
+    compact: bool | None = None,
+    workspace_bytes: int | None = None,
+    backward: Backward = "exact",
+    sketch: Sketch | None = None,
+    impl: str | None = None,
+) -> LossOutput:
+    """Compute a caller's loss of each token in one pass over the head, at the cost of kdrl_loss.
+
+    loss = (1 / normalizer) · sum_n token_weights[n] · loss_fn(rows)[n]
+
+    Args:
+        loss_fn: rows -> [C] losses, called once a chunk under autograd. rows.index [C] says which
+            of the N rows these are (advantages[rows.index]; rows are b · T + t where hidden is
+            [B, T, H]: advantages.flatten()[rows.index]); rows.logprobs, rows.kl,
+            rows.forward_kl, rows.entropy and rows.lse carry the gradient; rows.teacher_logprobs
+            does not. The loss of a row may depend on that row alone, since the chunk plan decides
+            which rows come together.
+            Gradients reach hidden, weight and bias alone, so a parameter in loss_fn raises (impl
+            "reference" is plain autograd, and reaches all).
+        teacher, teacher_logprobs: set rows.teacher_logprobs.
+        kl: "rkl", "fkl" or "jsd" sets rows.kl; "rkl+fkl" sets rows.kl to KL(p‖q) and
+            rows.forward_kl to KL(q‖p), in one pass. Needs a TeacherHead.
+        entropy: True sets rows.entropy, and returns it.
+        lse: True sets rows.lse, the log-sum-exp of the logits (for a z-loss), and returns it.
+        The other arguments: as in kdrl_loss.
+    Returns: LossOutput; metrics: tokens, gradient_rows, bad_tokens.
+    Raises: as kdrl_loss; ValueError or TypeError where loss_fn does not return [C] losses that
+        depend on the rows.
+    Memory: as kdrl_loss. torch.compile breaks the graph once, at this call, and traces nothing in
+        it, since loss_fn is Python; with fullgraph=True that is an error.
+    """
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
+    if kl is not None and kl not in get_args(Divergence):
+        raise ValueError(f"kl must be one of {get_args(Divergence)} or None, got {kl!r}")
+    if kl is not None and teacher is None:
+        raise ValueError(f"teacher must be a TeacherHead for kl={kl!r}, got None")
+    check_flag("lse", lse)
+    check_number("jsd_alpha", jsd_alpha)
+    if not 0 < jsd_alpha < 1:
+        raise ValueError(f"jsd_alpha must be in (0, 1), got {jsd_alpha}")
+    call = loss_call(
+        Head(hidden, gathered(weight, hidden), gathered(bias, hidden), temperature, softcap),
+        tokens,
+        CallerLoss(loss_fn, kl, jsd_alpha, entropy, lse),
+        token_weights=token_weights,
+        teacher=teacher,
+        teacher_logprobs=teacher_logprobs,
+        normalizer=normalizer,
+        vocab_size=vocab_size,
+        entropy=entropy,
+        compact=compact,
+        truncation=truncation,
+        workspace_bytes=workspace_bytes,
+        impl=impl,
+    )
+    sketch = checks.check_sketch(backward, sketch, call.impl, call.student)
+    solve = reference.loss if call.impl == "reference" else token_loss.token_loss
+    loss, outputs, counts, more = solved(call, sketch, solve)
+    used = None if call.weights is None else call.weights != 0
+    rows = call.rows(outputs.map(Tensor.detach), slice(0, len(tokens)))
+    return output(loss, rows, used, more, counts)

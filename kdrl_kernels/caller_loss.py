@@ -1,0 +1,80 @@
+"""Takes a caller's own loss of each token, whose coefficients come by autograd."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kdrl_kernels.objective import Divergence, Objective
+from kdrl_kernels.token_rows import Coefficients, Rows
+
+NO_GRADIENT = (
+    "loss_fn must return losses that depend on rows.logprobs, rows.entropy, rows.lse or rows.kl "
+    "with a gradient, got constants"
+)
+OTHER_GRADIENT = (
+    "loss_fn must read no tensor that needs a gradient, besides rows, got one of shape {}, which "
+    "would get none: detach it, or take linear_logprobs, whose outputs may meet any parameter"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CallerLoss:
+    """Holds a caller's own loss of each token, in the place of an Objective."""
+
+    fn: Callable[[Rows], Tensor]
+    exact_kd: Divergence | None
+    jsd_alpha: float
+    entropy: bool
+    lse: bool = False
+
+    def losses(self, rows: Rows) -> Tensor:
+        """Return the [C] losses of the caller, after checks of their type and shape."""
+        losses = self.fn(rows)
+        if not isinstance(losses, Tensor):
+            raise TypeError(f"loss_fn must return a tensor, got {type(losses).__name__}")
+        if losses.shape != rows.logprobs.shape:
+            raise ValueError(
+                f"loss_fn must return one loss a row, [C] with C = {len(rows.logprobs)}, "
+                f"got {list(losses.shape)}"
+            )
+        return losses.to(rows.logprobs.dtype)
+
+
+TokenLoss = Objective | CallerLoss
+
+
+def coefficients(
+    loss: TokenLoss, rows: Rows, weights: Tensor
+) -> tuple[Tensor, Coefficients | None]:
+    """Return [C] weighted losses and, by autograd, their derivatives (None for constants)."""
+    names = ["logprobs"]
+    names += ["entropy"] if loss.entropy else []
+    names += [name for name in ("kl", "forward_kl", "lse") if getattr(rows, name) is not None]
+    leaves = {name: getattr(rows, name).detach().requires_grad_() for name in names}
+    with torch.enable_grad():
+        losses = weights * loss.losses(replace(rows, **leaves))
+        if not losses.requires_grad:
+            return losses, None
+        refuse_other_leaves(losses, list(leaves.values()))
+        grads = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
+    if all(grad is None for grad in grads):
+        return losses.detach(), None
+    zero = torch.zeros_like(rows.logprobs)
+    derivatives = (zero if grad is None else grad for grad in grads)
+    return losses.detach(), Coefficients(**dict(zip(names, derivatives, strict=True)))
+
+
+def refuse_other_leaves(losses: Tensor, leaves: list[Tensor]) -> None:
+    """Raise where losses depend on a leaf of the graph that is none of these: on a parameter."""
+    left, seen = [losses.grad_fn], set()
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)  # only a node that ends in a leaf has one
+        if variable is not None and not any(variable is leaf for leaf in leaves):
+            raise ValueError(OTHER_GRADIENT.format(list(variable.shape)))
+        left += [following for following, _ in node.next_functions]
