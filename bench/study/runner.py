@@ -162,6 +162,9 @@ def grouped(trials: Sequence[Trial], workers: int) -> list[list[Trial]]:
 
 
 def _tail(log: Path) -> str:
+    """Return the end of a trial's log; without a log the process wrote to the console."""
+    if not log.exists():
+        return "no log was begun: its message is above"
     return log.read_text(encoding="utf-8", errors="replace")[-TAIL_CHARS:].strip()
 
 

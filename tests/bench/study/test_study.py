@@ -164,8 +164,17 @@ def test_a_study_goes_on_where_it_stopped_and_a_crash_is_a_result(
         command.main(replace(config, steps=3), console)
 
 
+@pytest.mark.parametrize(
+    ("log", "end"),
+    [("out of memory", "out of memory"), (None, "no log was begun: its message is above")],
+    ids=["log", "no_log"],
+)
 def test_a_process_that_is_killed_is_reported_and_the_next_trial_runs(
-    small: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    log: str | None,
+    end: str,
+    small: StudyConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = replace(small, out=tmp_path)
     trials = [Trial(task="arithmetic", arm="grpo", learning_rate=1e-3, seed=s) for s in (0, 1)]
@@ -174,7 +183,8 @@ def test_a_process_that_is_killed_is_reported_and_the_next_trial_runs(
     def process(_: Runner, names: list[str], tell: Any) -> int:
         starts.append(list(names))
         if len(starts) == 1:
-            trial_folder(config, trials[0]).joinpath("log.txt").write_text("out of memory")
+            if log is not None:
+                trial_folder(config, trials[0]).joinpath("log.txt").write_text(log)
             return -9
         for trial in trials[1:]:
             result("grpo", learning_rate=1e-3, seed=1).write(
@@ -189,7 +199,7 @@ def test_a_process_that_is_killed_is_reported_and_the_next_trial_runs(
         results_by_trial = runner.trials(trials, "two")
     assert [len(names) for names in starts] == [2, 1]
     assert [r.status for r in results_by_trial.values()] == ["crashed", "done"]
-    assert results_by_trial[trials[0]].error == "exit code -9: out of memory"
+    assert results_by_trial[trials[0]].error == f"exit code -9: {end}"
     assert "CRASHED" in summary(results_by_trial[trials[0]])
 
 
