@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from bench.shapes import Shape
+from kdrl_kernels.objective import Kd
 
 FLOOR = "bare GEMMs"
 FLOOR_RECOMPUTED = "bare GEMMs, logits twice"
@@ -18,7 +19,7 @@ class Op:
     policy: bool = False
     """A clipped policy gradient. With a KD term it is strictly on-policy (ratio 1), as KDRL is;
     alone it has old log-probabilities."""
-    kd: str | None = None
+    kd: Kd | None = None
     """Distillation term of coefficient 1: "k2", "rkl", "fkl" or "jsd"."""
     cross_entropy: bool = False
     """-log p of the tokens. With neither term: log-probability and entropy, forward only."""

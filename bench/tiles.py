@@ -105,7 +105,7 @@ def _measure(key: Key, tile: Tile) -> float:
     return _median_ms(call)
 
 
-def _median_ms(call: Callable[[], None]) -> float:
+def _median_ms(call: Callable[[], object]) -> float:
     samples = []
     for _ in range(ROUNDS + 3):
         start = clock()
@@ -118,7 +118,7 @@ def copy_ms() -> float:
     """Measure the time to copy one buffer of logits, which reads and writes as many bytes."""
     source = torch.randn(ROWS, COLUMNS, device="cuda")
     target = torch.empty_like(source)
-    return _median_ms(lambda: target.copy_(source) and None)
+    return _median_ms(lambda: target.copy_(source))
 
 
 def best(rows: list[TileRow]) -> TileRow:

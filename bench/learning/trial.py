@@ -95,8 +95,9 @@ def run(
     sizes: Sizes, corpus: Corpus, gradient: HeadGradient, optimizer: str, rate: float, seed: int
 ) -> dict[str, Any]:
     """Train a model; return its losses of training, and of validation on all and rare tokens."""
-    shape = {"layers": sizes.layers, "intermediate": sizes.intermediate}
-    architecture = ArchitectureConfig(family="llama", hidden=sizes.hidden, **shape)
+    architecture = ArchitectureConfig(
+        family="llama", hidden=sizes.hidden, layers=sizes.layers, intermediate=sizes.intermediate
+    )
     model = make_model(architecture, corpus.tokenizer, seed)
     body, weight = model.model, model.lm_head.weight
     stepper = OPTIMIZERS[optimizer](model.parameters(), lr=rate)

@@ -13,6 +13,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,9 @@ def alone(task: Callable[..., Any], *arguments: Any) -> Any:
     """
     free_cache()  # of this process, which holds inputs perhaps
     # forkserver: libraries are imported once; but CUDA must not be alive where one forks
-    context = multiprocessing.get_context("spawn" if DEVICE == "cuda" else "forkserver")
+    context: SpawnContext | ForkServerContext = multiprocessing.get_context("spawn")
     if DEVICE == "cpu":
+        context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["bench.measures.memory"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, task, arguments), daemon=True)

@@ -23,8 +23,10 @@ SAMPLE = replace(REFERENCE, name="sample", N=256, H=128, H_t=128, dtype=torch.fl
 TFLOPS, TERABYTES_PER_S = 790.0, 4.3
 AS_ON_A_GPU = COLUMNS_PER_ENTRY["cpu"] / COLUMNS_PER_ENTRY["cuda"]
 """What a row's limit of blocks is multiplied with here, so that rows are flat as on a GPU."""
-COLUMNS = ("operation", "gradient", "profile", "entries a row", "flat rows", "noise of dX")
-COLUMNS += ("GEMMs ms", "row kernels ms", "products ms", "sum ms")
+COLUMNS = (
+    *("operation", "gradient", "profile", "entries a row", "flat rows", "noise of dX"),
+    *("GEMMs ms", "row kernels ms", "products ms", "sum ms"),
+)
 
 
 def line(

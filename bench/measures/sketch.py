@@ -39,8 +39,10 @@ BARE, EXACT, ROUNDED = "bare GEMMs", "exact", "bfloat16 operands"
 GRADIENTS: dict[str, kk.Sketch | None] = {EXACT: None}
 """{name: its sketch}."""
 GRADIENTS |= {f"2^{t.hex().split('p')[1]}": kk.Sketch(threshold=t) for t in THRESHOLDS}
-COLUMNS = ("operation", "profile", "gradient", "ms", "/ bare GEMMs", "extra MB", "entries a row")
-COLUMNS += ("flat rows", "error dX", "dW")
+COLUMNS = (
+    *("operation", "profile", "gradient", "ms", "/ bare GEMMs", "extra MB", "entries a row"),
+    *("flat rows", "error dX", "dW"),
+)
 
 
 def loss_of(inputs: Inputs, op: Op, sketch: kk.Sketch | None) -> tuple[Tensor, Any]:
@@ -138,7 +140,8 @@ def measure(op: Op, inputs: Inputs) -> dict[str, Any]:
     row: dict[str, Any] = {"op": op.name, "profile": inputs.profile, "cases": {}}
     for name, sketch in GRADIENTS.items():
         metrics = gradients(inputs, op, sketch)
-        case = row["cases"][name] = {"errors": errors(inputs, truth)}
+        case: dict[str, Any] = {"errors": errors(inputs, truth)}
+        row["cases"][name] = case
         if sketch is not None:
             case |= sketch_metrics(inputs, op, metrics, sketch)
     coarse = rounded(inputs)

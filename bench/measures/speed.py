@@ -80,7 +80,7 @@ class Contest:
         samples = sample_rounds(measures, rounds, self.deadline)
         clear_gradients(self.inputs[0], self.op)
         clock = {"before": before, "after": machine.readings()}
-        floor_entry = {"package": None, "version": None, "setting": {}}
+        floor_entry: dict[str, Any] = {"package": None, "version": None, "setting": {}}
         floors = {name: dict(floor_entry) for name in self.op.floors}
         for name, entry in (floors | self.entries).items():
             if name in samples:
@@ -92,7 +92,8 @@ class Contest:
 
     def _trial(self, provider: Provider, setting: Setting) -> dict[str, Any]:
         """Measure the accuracy of one setting, and its time where there are several."""
-        first, trial = self.inputs[0], {"setting": dict(setting), "status": "ok"}
+        first = self.inputs[0]
+        trial: dict[str, Any] = {"setting": dict(setting), "status": "ok"}
         try:
             results = self._results(provider, setting)
             trial["errors"] = accuracy.errors(results, self.truth)

@@ -79,7 +79,7 @@ def check(provider: Provider, op: Op) -> None:
     if DEVICE == "cpu" and provider.gpu_only:
         raise Refusal(f"not supported: {provider.gpu_only}")
     for key in (op.name, op.kd):
-        if key in provider.refused:
+        if key is not None and key in provider.refused:
             raise Refusal(f"not supported: {provider.refused[key]}")
     if provider.whole is None:
         _check_pieces(provider, op)

@@ -1,7 +1,7 @@
 """Analyses the runs of a study: means with intervals, paired differences, the paper's findings."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
@@ -226,7 +226,9 @@ def twins(study: Study, task: str) -> list[Twins]:
     """
     compared = []
     for name, arm in ARMS.items():
-        test = study.pairs(task, name, arm.like) if arm.sketched and arm.like else None
+        if arm.like is None or not arm.sketched:
+            continue
+        test = study.pairs(task, name, arm.like)
         if test is not None:
             ours, theirs = study.runs(task, name), study.runs(task, arm.like)
             training = [
@@ -236,9 +238,11 @@ def twins(study: Study, task: str) -> list[Twins]:
             noise = [_mean(ours.values(), f"sketch_{what}") for what in ("entries", "noise")]
             compared.append(Twins(arm.like, test, np.array(training), *noise))
     if len(compared) > 1:
-        _, test, training, *noise = zip(*map(astuple, compared), strict=True)
-        mean = [float(np.mean(values)) for values in noise]
-        compared.append(Twins("all", np.concatenate(test), np.concatenate(training), *mean))
+        tests, trainings = ([getattr(one, of) for one in compared] for of in ("test", "training"))
+        noise = [
+            float(np.mean([getattr(one, of) for one in compared])) for of in ("entries", "noise")
+        ]
+        compared.append(Twins("all", np.concatenate(tests), np.concatenate(trainings), *noise))
     return compared
 
 

@@ -141,8 +141,12 @@ def train_config(config: StudyConfig, trial: Trial) -> TrainConfig:
         return base
     model = replace(base.model, teacher=None if method.kd is None else teacher)
     if arm.sketched:
-        sketch = {"head_threshold": SKETCH_THRESHOLD, "head_flat": NO_ROW_IS_FLAT}
-        model = replace(model, head_backward="sketch", **sketch)
+        model = replace(
+            model,
+            head_backward="sketch",
+            head_threshold=SKETCH_THRESHOLD,
+            head_flat=NO_ROW_IS_FLAT,
+        )
     return replace(base, method=method, model=model)
 
 
