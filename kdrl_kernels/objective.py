@@ -17,6 +17,7 @@ from kdrl_kernels.token_rows import Rows
 
 Policy = Literal["clip", "none", "off"]
 ExactKd = Literal["rkl", "fkl", "jsd"]
+TopkKd = Literal["topk_rkl", "topk_fkl", "topk_jsd"]
 Kd = Literal["k2", "k3", "k3_ratio", "rkl", "fkl", "jsd"]
 EXACT_KD = get_args(ExactKd)
 Divergence = Literal["rkl", "fkl", "jsd", "rkl+fkl"]
