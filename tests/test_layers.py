@@ -32,6 +32,7 @@ FLOORS = (
 
 SHARED = {
     "cli": "tools",
+    "commands": "tools",
     "__main__": "tools",
     "config_file": "config",
     "__init__": "errors",

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdrl_train.cli import COMMANDS, parse
+from kdrl_train.cli import parse
+from kdrl_train.commands import COMMANDS
 from kdrl_train.config import DataConfig, TrainConfig
 from kdrl_train.rollouts.problems import load_examples
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kdrl_train import cli
+from kdrl_train.commands import COMMANDS
 from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import to_dict
 from tests.train.test_config import parse, write
@@ -35,7 +36,7 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Longest completion, in tokens" in out
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_short_help_is_short(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -45,9 +46,9 @@ def test_short_help_is_short(
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert len(out.splitlines()) < 45
-    for key in cli.COMMANDS[command].options:
+    for key in COMMANDS[command].options:
         assert f"  --{key.replace('_', '-')} " in out
-    if cli.COMMANDS[command].options:
+    if COMMANDS[command].options:
         assert out.endswith(f"python -m kdrl_train {command} --help-all explains all options.\n")
 
 
@@ -169,6 +170,6 @@ def test_a_mistake_is_one_message(
         ended = stop.code
     assert ended == code
     lines = [line for line in capsys.readouterr().err.splitlines() if "loading Pyth" not in line]
-    expected = message.replace("{path}", str(tmp_path)).replace("{}", ", ".join(cli.COMMANDS))
+    expected = message.replace("{path}", str(tmp_path)).replace("{}", ", ".join(COMMANDS))
     assert expected in (" ".join(" ".join(lines).split()) if code == 2 else lines[0])
     assert code == 2 or len(lines) == 1, lines

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from kdrl_train import cli
+from kdrl_train.commands import COMMANDS
 from kdrl_train.config import (
     DataConfig,
     EvalConfig,
@@ -26,7 +27,7 @@ from kdrl_train.settings import explanations, is_settings
 
 
 def parse(*options: str) -> TrainConfig:
-    command = cli.COMMANDS["train"]
+    command = COMMANDS["train"]
     return cli.parse(TrainConfig(), options, "train", command.help, command.options)
 
 

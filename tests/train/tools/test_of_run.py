@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from kdrl_train import cli, train
+from kdrl_train.commands import COMMANDS
 from kdrl_train.config import DataConfig, EvalConfig, EvaluateConfig, OptimConfig, TrainConfig
 from kdrl_train.config_file import save_yaml
 from kdrl_train.tools import evaluate, replay, sft
@@ -24,7 +25,7 @@ def parse(command: str, *options: str) -> Any:
     modules = {"eval": evaluate, "replay": replay, "serve": serve, "sft": sft}
     classes = (EvaluateConfig, replay.ReplayConfig, serve.ServeConfig, sft.SftConfig)
     default = dict(zip(modules, classes, strict=True))[command]()
-    assert cli.COMMANDS[command].of_run
+    assert COMMANDS[command].of_run
     return cli.parse(default, options, command, "", (), modules[command].of_run)
 
 
