@@ -10,6 +10,7 @@ from kdrl_train.settings import (
     LearningRate,
     NaturalFloat,
     NaturalInt,
+    NaturalOrInf,
     PositiveFloat,
     PositiveInt,
     PositiveOrInf,
@@ -75,9 +76,10 @@ class ModelConfig:
     sketch_noise in the log is its relative error."""
     head_threshold: PositiveFloat = 2.0**-11
     """With a sketched head: the probability from which an entry is kept exactly, in [2^-24, 1]."""
-    head_flat: NaturalFloat = 0.5
+    head_flat: NaturalOrInf = 0.5
     """With a sketched head: a token whose entries would cost more than this share of its part of
-    the GEMMs gets its exact gradient. At a small vocabulary these are nearly all tokens."""
+    the GEMMs gets its exact gradient. At a small vocabulary these are nearly all tokens. inf: no
+    token."""
     liger: Switch = False
     """Use liger-kernel for RMSNorm, SwiGLU and RoPE of both models. Needs a GPU with Triton, and
     `pip install 'kdrl-kernels[liger]'`."""

@@ -52,6 +52,8 @@ LearningRate = Annotated[float, Field(gt=0, le=1e6), _NO_BOOL]
 NaturalFloat = Annotated[float, Field(ge=0), _NO_BOOL]
 PositiveOrInf = Annotated[float, Field(gt=0, allow_inf_nan=True), _NO_BOOL]
 """Positive, and inf is allowed."""
+NaturalOrInf = Annotated[float, Field(ge=0, allow_inf_nan=True), _NO_BOOL]
+"""Not negative, and inf is allowed."""
 UnitInterval = Annotated[float, Field(ge=0, lt=1), _NO_BOOL]
 """0 <= value < 1."""
 Share = Annotated[float, Field(gt=0, le=1), _NO_BOOL]

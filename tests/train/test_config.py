@@ -16,6 +16,7 @@ from kdrl_train.config import (
     DataConfig,
     EvalConfig,
     EvaluateConfig,
+    ModelConfig,
     OptimConfig,
     SamplingConfig,
     TrainConfig,
@@ -256,6 +257,8 @@ BELOW_ZERO = ("-1", "at least 0, got -1")
         ("optim.warmup_steps", *BELOW_ZERO),
         ("optim.weight_decay", "-0.1", "at least 0, got -0.1"),
         ("optim.max_grad_norm", "0", "greater than 0, got 0"),
+        ("model.head_flat", "-0.1", "at least 0, got -0.1"),
+        ("model.head_flat", ".nan", "at least 0, got nan"),
         ("optim.micro_batch_tokens", *BELOW_ONE),
         ("optim.workspace_bytes", *BELOW_ONE),
         ("eval.data.max_prompt_tokens", *BELOW_ONE),
@@ -287,6 +290,7 @@ def test_ranges_beyond_one_number() -> None:
         with pytest.raises(ValueError, match=rf"^method\.kd_coef\.{key}\[0\] must be"):
             update(TrainConfig(), {"method": {"kd_coef": coefficient}})
     assert OptimConfig(max_grad_norm=math.inf).max_grad_norm == math.inf
+    assert ModelConfig(policy="m", head_flat=math.inf).head_flat == math.inf
     assert EvalConfig(every=0, max_problems=None).samples == 4
 
 
