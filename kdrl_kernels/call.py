@@ -119,6 +119,7 @@ class LossCall:
         names += ["entropy"] if self.wants_entropy else []
         names += ["teacher_logprobs"] if self.teacher is not None else []
         names += ["kl"] if self.exact_kd is not None else []
+        names += ["forward_kl"] if self.exact_kd == "rkl+fkl" else []
         return names
 
     def of_shapes(self) -> "LossCall":

@@ -66,7 +66,7 @@ def _teacher_metrics(objective: Objective, rows: Rows, used: Tensor) -> dict[str
         "k2_sum": (log_ratio.square() / 2).sum(),
     }
     kl = None
-    if objective.exact_kd == "rkl":
+    if objective.exact_kd in ("rkl", "rkl+fkl"):
         assert rows.kl is not None
         kl = torch.where(distilled, rows.kl, 0).to(wide)
         metrics["kl_sum"] = kl.sum()

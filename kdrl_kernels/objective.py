@@ -16,12 +16,10 @@ from kdrl_kernels.plain import check_number
 from kdrl_kernels.token_rows import Rows
 
 Policy = Literal["clip", "none", "off"]
-ExactKd = Literal["rkl", "fkl", "jsd"]
 TopkKd = Literal["topk_rkl", "topk_fkl", "topk_jsd"]
-Kd = Literal["k2", "k3", "k3_ratio", "rkl", "fkl", "jsd"]
-EXACT_KD = get_args(ExactKd)
 Divergence = Literal["rkl", "fkl", "jsd", "rkl+fkl"]
 """What one pass computes from the logits of both models; the last is a pair of divergences."""
+Kd = Literal["k2", "k3", "k3_ratio", "rkl", "fkl", "jsd", "rkl+fkl"]
 DIVERGENCES = get_args(Divergence)
 
 K1_REFUSED = (
@@ -43,8 +41,9 @@ class Objective:
         kd: "k2": l²/2, expected gradient of KL(p‖q); "k3": exp(-l) - 1 + l, expected gradient of
             the forward KL(q‖p); "k3_ratio": the same value, with s differentiable, so that its
             derivative in lp is s·l: expected gradient of KL(p‖q); exact: "rkl": KL(p‖q), "fkl":
-            KL(q‖p), and "jsd": jsd_alpha·KL(q‖m) + (1 - jsd_alpha)·KL(p‖m),
-            m = jsd_alpha·q + (1 - jsd_alpha)·p; None: no teacher.
+            KL(q‖p), "jsd": jsd_alpha·KL(q‖m) + (1 - jsd_alpha)·KL(p‖m),
+            m = jsd_alpha·q + (1 - jsd_alpha)·p, and "rkl+fkl": fkl_share·KL(q‖p) +
+            (1 - fkl_share)·KL(p‖q); None: no teacher.
         kd_baseline: "kl", with kd "k2" alone: (l - KL(p‖q))²/2, the exact KL of the row without
             gradient; the same expected gradient where s is not capped, of less variance for diffuse
             rows, of more for peaked ones whose teacher is less sure (README.md).
@@ -55,6 +54,7 @@ class Objective:
         kd_ratio_cap: bound of the weight s of the KD term, positive; math.inf: no bound. Below 1
             it scales the term on-policy too, where r is 1.
         jsd_alpha: the teacher's share of the mixture m of "jsd", in (0, 1).
+        fkl_share: the forward KL's share of "rkl+fkl", in (0, 1); 0.5 for any other kd.
         entropy_coef: weight of the entropy bonus.
     Raises: ValueError for an unknown option or a number out of range, TypeError for what is none.
     Source: KDRL, arXiv:2506.02208; dual clip, arXiv:1912.09729.
@@ -70,6 +70,7 @@ class Objective:
     kd_coef: float = 0.002
     kd_ratio_cap: float = 2.0
     jsd_alpha: float = 0.5
+    fkl_share: float = 0.5
     entropy_coef: float = 0.0
 
     def __post_init__(self) -> None:
@@ -99,6 +100,7 @@ class Objective:
             "kd_coef": "finite and at least 0",
             "kd_ratio_cap": "positive",
             "jsd_alpha": "in (0, 1)",
+            "fkl_share": "in (0, 1)",
             "entropy_coef": "finite",
         }
         for name in bounds:
@@ -111,18 +113,24 @@ class Objective:
             "kd_coef": 0 <= self.kd_coef < math.inf,
             "kd_ratio_cap": self.kd_ratio_cap > 0,
             "jsd_alpha": 0 < self.jsd_alpha < 1,
+            "fkl_share": 0 < self.fkl_share < 1,
             "entropy_coef": math.isfinite(self.entropy_coef),
         }
         for name, right in ranges.items():
             if not right:
                 raise ValueError(f"{name} must be {bounds[name]}, got {getattr(self, name)}")
+        if self.kd != "rkl+fkl" and self.fkl_share != 0.5:
+            raise ValueError(
+                f"fkl_share must be 0.5 for kd={self.kd!r}, got {self.fkl_share}: it is the share "
+                "of the forward KL in kd='rkl+fkl'"
+            )
 
     @property
-    def exact_kd(self) -> ExactKd | None:
+    def exact_kd(self) -> Divergence | None:
         """The divergence from the teacher's whole distribution that the loss reads, or None."""
         if self.kd_baseline is not None:
             return "rkl"
-        return self.kd if self.kd in ("rkl", "fkl", "jsd") else None
+        return self.kd if self.kd in ("rkl", "fkl", "jsd", "rkl+fkl") else None
 
     @property
     def entropy(self) -> bool:
@@ -142,6 +150,18 @@ class Objective:
         assert rows.kl is not None
         return replace(rows, teacher_logprobs=rows.teacher_logprobs + rows.kl.detach(), kl=None)
 
+    def divergence(self, rows: Rows) -> Tensor | None:
+        """Return the [C] divergence of the KD term, that of a mixture; None for a sampled term."""
+        if rows.kl is None or rows.forward_kl is None:
+            return rows.kl
+        return (1 - self.fkl_share) * rows.kl + self.fkl_share * rows.forward_kl
+
+    def shares(self, derivative: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Split the derivative in the divergence into those in Rows.kl and in Rows.forward_kl."""
+        if derivative is None or self.kd != "rkl+fkl":
+            return derivative, None
+        return (1 - self.fkl_share) * derivative, self.fkl_share * derivative
+
     def losses(self, rows: Rows) -> Tensor:
         """Return the [C] losses of token_losses, differentiable."""
         return token_losses(self, rows)
@@ -156,7 +176,7 @@ class Objective:
 
 
 def token_losses(objective: Objective, rows: Rows) -> Tensor:
-    """Return [C] losses before weights, differentiable in logprobs, kl and entropy."""
+    """Return [C] losses before weights, differentiable in logprobs, kl, forward_kl and entropy."""
     log_ratio = policy_log_ratio(rows)
     loss = torch.zeros_like(log_ratio)
     if objective.policy != "off":
@@ -212,10 +232,10 @@ def _kd_term(objective: Objective, rows: Rows, log_ratio: Tensor) -> Tensor:
     scale = log_ratio.clamp(max=math.log(objective.kd_ratio_cap)).exp() * objective.kd_coef
     if rows.kd_weight is not None:
         scale = scale * rows.kd_weight
-    if objective.kd in EXACT_KD:
-        assert rows.kl is not None
-        return scale * torch.where(scale == 0, 0, rows.kl)
     rows = objective.centred(rows)
+    divergence = objective.divergence(rows)
+    if divergence is not None:
+        return scale * torch.where(scale == 0, 0, divergence)
     assert rows.teacher_logprobs is not None
     teacher_log_ratio = torch.where(scale == 0, 0, subtract(rows.logprobs, rows.teacher_logprobs))
     return scale * sampled_kd(objective, teacher_log_ratio)
@@ -238,9 +258,13 @@ def sampled_kd(objective: Objective, teacher_log_ratio: Tensor) -> Tensor:
 def kd_pull(objective: Objective, teacher_log_ratio: Tensor) -> Tensor:
     """Return the derivative of the KD term in log p: what it takes off the token's advantage, [C].
 
-    Of the exact "rkl" and "fkl" it is that of "k2" and "k3", which have their expected gradient.
+    Of the exact "rkl" and "fkl" it is that of "k2" and "k3", which have their expected gradient; of
+    "rkl+fkl" it is their mixture.
     """
     if objective.kd in ("k2", "k3_ratio", "rkl"):
         return teacher_log_ratio
-    assert objective.kd in ("k3", "fkl"), objective.kd
-    return -torch.expm1((-teacher_log_ratio).clamp(max=objective.k3_bound))
+    assert objective.kd in ("k3", "fkl", "rkl+fkl"), objective.kd
+    forward = -torch.expm1((-teacher_log_ratio).clamp(max=objective.k3_bound))
+    if objective.kd == "rkl+fkl":
+        return (1 - objective.fkl_share) * teacher_log_ratio + objective.fkl_share * forward
+    return forward

@@ -32,7 +32,7 @@ class LossOutput:
     """[N], the exact divergence of each row in nats: KL(p‖q) for "rkl", "rkl+fkl" and kd_baseline
     "kl", KL(q‖p) for "fkl", Jensen-Shannon for "jsd"; else None."""
     forward_kl: Tensor | None
-    """[N], KL(q‖p) of each row in nats; None unless kl="rkl+fkl" (linear_token_loss)."""
+    """[N], KL(q‖p) of each row in nats; None unless kd (linear_token_loss: kl) is "rkl+fkl"."""
     entropy: Tensor | None
     """[N], the entropy of each row in nats; None unless entropy=True or the loss reads it."""
     lse: Tensor | None

@@ -220,8 +220,8 @@ def chunk_plan(
 
     Args:
         teacher: (H_t, V_t) of a TeacherHead, or None.
-        kd, kd_baseline: as in Objective; "rkl", "fkl", "jsd" and a baseline hold the teacher's
-            logits beside the student's.
+        kd, kd_baseline: as in Objective; "rkl", "fkl", "rkl+fkl", "jsd" and a baseline hold the
+            teacher's logits beside the student's.
         dtype: dtype of hidden and weight.
         device: "cuda" works without a GPU too; the free memory of a GPU bounds the default.
         hidden_grad, weight_grad: a frozen backbone or head costs no dX or dW.

@@ -354,7 +354,7 @@ class TrainConfig:
 
     def _check_server(self) -> None:
         """Raises ValueError for what log-probabilities from a server cannot give."""
-        if self.method.kd in ("rkl", "fkl", "jsd") or self.method.kd_baseline:
+        if self.method.kd in ("rkl", "fkl", "jsd", "rkl+fkl") or self.method.kd_baseline:
             raise ValueError(
                 'method.kd must be "k2" or "k3" with a teacher behind a URL, and kd_baseline None, '
                 f'got "{self.method.kd}" and {self.method.kd_baseline}: a server scores sampled '

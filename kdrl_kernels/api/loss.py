@@ -51,8 +51,8 @@ def kdrl_loss(
 
     Args:
         hidden, weight, bias, temperature, softcap, truncation, workspace_bytes, backward, sketch,
-            impl: as in linear_logprobs. truncation is the student's: not with "fkl", which would
-            be infinite.
+            impl: as in linear_logprobs. truncation is the student's: not with "fkl" nor "rkl+fkl",
+            which would be infinite.
         tokens: [N] int64, the sampled tokens. One outside [0, vocab_size) raises on a CPU; on a
             GPU it makes the loss NaN and is counted in metrics["bad_tokens"].
         advantages: [N] float; None with objective.policy "off". This and all that follows is

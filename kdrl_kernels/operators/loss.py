@@ -23,7 +23,7 @@ class ObjectiveCall(LossCall):
 
 
 LAYOUT = Layout(ObjectiveCall)
-ROWS = ("logprobs", "entropy", "teacher_logprobs", "kl")
+ROWS = ("logprobs", "entropy", "teacher_logprobs", "kl", "forward_kl")
 SCHEMA = LAYOUT.schema("loss", "counts", *ROWS, "dhidden", "dweight", "dbias", "scale")
 
 

@@ -1,7 +1,7 @@
 """Does the row work in plain PyTorch, in place, in blocks of rows that stay in a CPU's cache.
 
-The sweep leaves exp(d), d = z - max z, where the student's logits were (with a softcap it leaves d,
-since the slope of the softcap is not 0 where exp(d) is). In the place of the teacher's logits it
+The sweep leaves exp(d), d = z - max z, where the student's logits were; d for a pair of divergences
+and for a softcap, whose slope is not 0 where exp(d) is. In the place of the teacher's logits it
 leaves what the gradient needs of both. The gradient of a row is then a sum of two or three buffers,
 each times a number. Maths: README.md.
 """
@@ -48,7 +48,7 @@ def _sweep_block(
     d, top = _lower_(student, rows)
     d_y = _pick(d, tokens)
     stats = {"max": top}
-    keep = student.softcap is not None
+    keep = student.softcap is not None or (teacher is not None and teacher.kd == "rkl+fkl")
     if teacher is None:
         e = _exp(d, keep or entropy)
         total = e.sum(dim=1)
@@ -94,8 +94,8 @@ def _divergence_(
     """Return exp(d), its sum, that of e_t = exp(d_t), and the divergences of a block.
 
     It overwrites e_t. Over d_t it writes exp(d) (d - d_t) for "rkl", (q - p) sum exp(d_t) for
-    "fkl", and exp(d) (log p - log m) for "jsd"; "rkl+fkl" keeps d_t, since its gradient needs two
-    of these.
+    "fkl", and exp(d) (log p - log m) for "jsd"; "rkl+fkl" keeps d and d_t, since its gradient
+    needs two of these.
     """
     total_t = e_t.sum(dim=1)
     if teacher.kd == "rkl+fkl":
@@ -180,8 +180,9 @@ def coefficients(
         scale = log_ratio.clamp(max=math.log(loss.kd_ratio_cap)).exp_().mul_(loss.kd_coef)
         if rows.kd_weight is not None:
             scale *= rows.kd_weight
-        if rows.kl is not None:
-            value += scale * torch.where(scale == 0, 0, rows.kl)
+        divergence = loss.divergence(rows)
+        if divergence is not None:
+            value += scale * torch.where(scale == 0, 0, divergence)
             g = scale * weights
         else:
             assert rows.teacher_logprobs is not None
@@ -193,7 +194,7 @@ def coefficients(
         assert rows.entropy is not None
         value -= loss.entropy_coef * rows.entropy
         e = -loss.entropy_coef * weights
-    return weights * value, Coefficients(weights * c, e, g)
+    return weights * value, Coefficients(weights * c, e, *loss.shares(g))
 
 
 def _policy(

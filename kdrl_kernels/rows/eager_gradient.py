@@ -32,14 +32,14 @@ def gradient(
     forward_scale = _forward_scale(stats, coef)
     for slots in row_blocks(len(tokens) if source is None else len(source), student.logits):
         rows = slots if source is None else source[slots]
-        e, slope = student.logits[rows], None
-        if student.softcap is not None:
-            e, slope = e.exp(), _softcap_slope(student, e, stats.max, rows)
+        d = student.logits[rows]
+        e = d.exp() if keeps_d(student, stats) else d
+        slope = None if student.softcap is None else _softcap_slope(student, d, stats.max, rows)
         surprise, part = None, None
         if entropy_scale is not None:
             surprise = torch.xlogy(e, e).mul_(entropy_scale[rows, None])
         if teacher is not None and teacher_scale is not None:
-            part = _teacher_part_(teacher.logits[rows], e, teacher_scale, forward_scale, rows)
+            part = _teacher_part_(teacher.logits[rows], d, e, teacher_scale, forward_scale, rows)
         direct = source is None and out.dtype == e.dtype
         dz = torch.mul(e, scale[rows, None], out=out[slots] if direct else None)
         if surprise is not None:
@@ -69,15 +69,20 @@ def entries(
     The streams are as the sweep left them.
     """
     e = flat(student)[row * student.logits.stride(0) + column][:, None]
-    d, e = (e, e.exp()) if student.softcap is not None else (e.log(), e)
+    d, e = (e, e.exp()) if keeps_d(student, stats) else (e.log(), e)
     scale, teacher_scale, entropy_scale = _scales(stats, coef, teacher)
     dz = e * scale[row, None]
     if entropy_scale is not None:
         dz += torch.xlogy(e, e).mul_(entropy_scale[row, None])
     if teacher is not None and teacher_scale is not None:
         left = flat(teacher)[row * teacher.logits.stride(0) + column][:, None]
-        dz += _teacher_part_(left, e, teacher_scale, _forward_scale(stats, coef), row)
+        dz += _teacher_part_(left, d, e, teacher_scale, _forward_scale(stats, coef), row)
     return dz[:, 0], d[:, 0] - stats.log_sum[row]
+
+
+def keeps_d(student: Stream, stats: Stats) -> bool:
+    """Say whether the sweep left d, and not exp(d), in the place of the student's logits."""
+    return student.softcap is not None or stats.forward_kl is not None
 
 
 def flat(stream: Stream) -> Tensor:
@@ -121,13 +126,18 @@ def _scales(
 
 
 def _teacher_part_(
-    left: Tensor, e: Tensor, scale: Tensor, forward_scale: Tensor | None, rows: slice | Tensor
+    left: Tensor,
+    d: Tensor,
+    e: Tensor,
+    scale: Tensor,
+    forward_scale: Tensor | None,
+    rows: slice | Tensor,
 ) -> Tensor:
     """Return what the teacher adds to dz of a block, over what the sweep left in its logits."""
     if forward_scale is None:
         return nan_to_0(left.mul_(scale[rows, None]))
     q_part = left.exp().mul_(forward_scale[rows, None])
-    pull = torch.xlogy(e, e).sub_(left.mul_(e))  # exp(d) (d - d_t)
+    pull = torch.sub(d, left, out=left).mul_(e)  # exactly 0 for equal models
     return nan_to_0(pull.mul_(scale[rows, None])).sub_(q_part)
 
 

@@ -60,7 +60,7 @@ def _keep(
     n, block = read // units.shape[1], read % units.shape[1]
     row, begin = n + rows.start, starts.view(-1)[read]
     e = _block(student, row, block)
-    if student.softcap is not None:
+    if eager_gradient.keeps_d(student, stats):
         e.exp_()
     lengths = e * unit.to(e.dtype)[n, None]
     if teacher is not None and unit_t is not None:

@@ -83,7 +83,8 @@ def coefficients(
     high, low, dual = loss.log_ratio_bounds
     cap = math.log(loss.kd_ratio_cap)
     kd_weight = torch.ones_like(lp) if rows.kd_weight is None else rows.kd_weight
-    optional = (rows.old_logprobs, rows.advantages, rows.teacher_logprobs, rows.kl, rows.entropy)
+    divergence = loss.divergence(rows)
+    optional = (rows.old_logprobs, rows.advantages, rows.teacher_logprobs, divergence, rows.entropy)
     # lp replaces what is None: old = lp gives a ratio of 1, the others are never read
     old, advantages, lq, kl, entropy = (lp if x is None else x for x in optional)
     if C:
@@ -92,8 +93,5 @@ def coefficients(
             float(loss.k3_bound), float(loss.kd_coef), float(loss.entropy_coef),
             loss.policy != "off", KD_CODES[loss.kd], loss.entropy, BLOCK, **OPTIONS,
         )  # fmt: skip
-    return out[0], Coefficients(
-        logprobs=out[1],
-        entropy=out[2] if loss.entropy else None,
-        kl=None if rows.kl is None else out[3],
-    )
+    kl, forward_kl = loss.shares(None if divergence is None else out[3])
+    return out[0], Coefficients(out[1], out[2] if loss.entropy else None, kl, forward_kl)

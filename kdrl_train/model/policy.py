@@ -318,6 +318,7 @@ def objective(method: MethodConfig, *, distil: bool) -> kk.Objective:
         clip_high=method.clip_high,
         kd=kd if distil else None,
         kd_baseline=method.kd_baseline if distil else None,
+        fkl_share=method.fkl_share if distil else 0.5,
         kd_coef=1.0,
         jsd_alpha=method.jsd_alpha,
         entropy_coef=method.entropy_coef,

@@ -31,7 +31,7 @@ def gradient_split(
     """
     goal, rl, kd = policy.objective, None, None
     if goal.policy != "off":
-        alone = replace(goal, kd=None, kd_baseline=None, entropy_coef=0.0)
+        alone = replace(goal, kd=None, kd_baseline=None, fkl_share=0.5, entropy_coef=0.0)
         rl = _gradient(policy, replace(batch, teacher_logprobs=None), normalizer, None, alone)
     if goal.kd is not None and batch.needs_teacher:
         if teacher is None and batch.teacher_logprobs is None:  # distilled on another rank alone

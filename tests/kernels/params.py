@@ -24,7 +24,7 @@ IMPL_DTYPES = [
 IMPLS = ["reference", "torch", "triton"]
 SEED = 1_000_000 * int(os.environ.get("KDRL_TEST_SEED", "0"))
 """Added to the seed of every random problem: other inputs for the same tests."""
-KDS = [None, "k2", "k3", "k3_ratio", "rkl", "fkl", "jsd"]
+KDS = [None, "k2", "k3", "k3_ratio", "rkl", "fkl", "jsd", "rkl+fkl"]
 
 
 def quick_or_slow(impls: list[str], names: Sequence[str | None], slow: set[str]) -> list[object]:

@@ -48,7 +48,7 @@ class Problem:
             **{**self.options, **options},
         )
         (result.loss * upstream).backward()
-        names = ("logprobs", "teacher_logprobs", "kl", "entropy")
+        names = ("logprobs", "teacher_logprobs", "kl", "forward_kl", "entropy")
         results = {"loss": result.loss.detach()} | {n: getattr(result, n) for n in names}
         results |= {f"d{k}": v.grad for k, v in student.items()}
         return {k: v for k, v in results.items() if v is not None}
@@ -137,6 +137,7 @@ def loss_size(problem: Problem, results: Mapping[str, Tensor]) -> float:
         results.get("teacher_logprobs"),
         results.get("kl"),
         results.get("entropy"),
+        forward_kl=results.get("forward_kl"),
     )
     weights = options["token_weights"]
     total = (weights * token_losses(options["objective"], rows)).abs().sum()

@@ -115,7 +115,7 @@ def _assert_close(ours: Any, exact: Any, grads: Any, exact_grads: Any) -> None:
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("kd", ["k2", "rkl", "fkl", "jsd"])
+@pytest.mark.parametrize("kd", ["k2", "rkl", "fkl", "jsd", "rkl+fkl"])
 def test_one_hot_teacher(kd: str, impl: str, device: str) -> None:
     torch.manual_seed(0)
     teacher = torch.zeros(4, 9)
@@ -127,7 +127,7 @@ def test_one_hot_teacher(kd: str, impl: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("kd", ["k2", "rkl", "fkl", "jsd"])
+@pytest.mark.parametrize("kd", ["k2", "rkl", "fkl", "jsd", "rkl+fkl"])
 def test_huge_logits(kd: str, impl: str, device: str) -> None:
     torch.manual_seed(0)
     student = torch.randn(6, 33) + torch.tensor([1e4, -1e4, 0, 1e4, -1e4, 0])[:, None]
@@ -140,7 +140,7 @@ def test_huge_logits(kd: str, impl: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("kd", ["k2", "rkl", "fkl", "jsd"])
+@pytest.mark.parametrize("kd", ["k2", "rkl", "fkl", "jsd", "rkl+fkl"])
 def test_columns_that_are_minus_infinity_in_both(kd: str, impl: str, device: str) -> None:
     torch.manual_seed(0)
     student, teacher = torch.rand(4, 9), torch.rand(4, 9)

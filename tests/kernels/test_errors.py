@@ -90,7 +90,7 @@ OBJECTIVES: list[tuple[dict[str, Any], str]] = [
     ({"kd": "k1"}, "kd must not be 'k1': k1 as a loss has no teacher in its gradient"),
     (
         {"kd": "kl"},
-        r"kd must be one of \('k2', 'k3', 'k3_ratio', 'rkl', 'fkl', 'jsd'\) or None, got 'kl'",
+        r"kd must be one of \('k2', 'k3', 'k3_ratio', 'rkl', 'fkl', 'jsd', 'rkl\+fkl'\) or None, got 'kl'",
     ),
     ({"kd_baseline": "mean"}, "kd_baseline must be 'kl' or None, got 'mean'"),
     ({"kd": "k3", "kd_baseline": "kl"}, "kd_baseline must be None for kd='k3', got 'kl'"),
@@ -104,6 +104,8 @@ OBJECTIVES: list[tuple[dict[str, Any], str]] = [
     ({"kd_coef": -1}, "kd_coef must be finite and at least 0, got -1"),
     ({"kd_ratio_cap": 0}, "kd_ratio_cap must be positive, got 0"),
     ({"jsd_alpha": 1}, r"jsd_alpha must be in \(0, 1\), got 1"),
+    ({"kd": "rkl+fkl", "fkl_share": 1}, r"fkl_share must be in \(0, 1\), got 1"),
+    ({"kd": "fkl", "fkl_share": 0.3}, "fkl_share must be 0.5 for kd='fkl', got 0.3"),
     ({"entropy_coef": float("nan")}, "entropy_coef must be finite, got nan"),
 ]
 

@@ -16,9 +16,14 @@ import kdrl_kernels as kk
 
 V = 6
 JSD_ALPHA = 0.3
+FKL_SHARE = 0.3
+MIXTURE: dict[str, Any] = {"kd": "rkl+fkl", "fkl_share": FKL_SHARE}
 CENTRED = {"kd": "k2", "kd_baseline": "kl"}
 KD_TERMS = [*({"kd": kd} for kd in ("k2", "k3", "k3_ratio", "rkl", "fkl", "jsd")), CENTRED]
-EVERY_TERM = pytest.mark.parametrize("term", KD_TERMS, ids=lambda term: "-".join(term.values()))
+KD_TERMS += [MIXTURE]
+EVERY_TERM = pytest.mark.parametrize(
+    "term", KD_TERMS, ids=lambda term: "-".join(map(str, term.values()))
+)
 
 
 def _distributions(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,6 +85,11 @@ def _jensen_shannon(logp: Tensor, logq: Tensor) -> Tensor:
     return JSD_ALPHA * _reverse_kl(logq, logm) + (1 - JSD_ALPHA) * _reverse_kl(logp, logm)
 
 
+def _mixture(logp: Tensor, logq: Tensor) -> Tensor:
+    forward, reverse = _forward_kl(logp, logq), _reverse_kl(logp, logq)
+    return FKL_SHARE * forward + (1 - FKL_SHARE) * reverse
+
+
 CASES = {
     "k2": ({"kd": "k2"}, _reverse_kl, False),
     "k2_off_policy": ({"kd": "k2"}, _reverse_kl, True),
@@ -91,6 +101,8 @@ CASES = {
     "rkl": ({"kd": "rkl"}, _reverse_kl, False),
     "fkl": ({"kd": "fkl"}, _forward_kl, False),
     "jsd": ({"kd": "jsd"}, _jensen_shannon, False),
+    "mixture": (MIXTURE, _mixture, False),
+    "mixture_off_policy": (MIXTURE, _mixture, True),
 }
 
 

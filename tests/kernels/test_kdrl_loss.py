@@ -22,7 +22,7 @@ from tests.tolerance import relative_error
 def test_every_kd_term(
     impl: str, dtype: torch.dtype, kd: str | None, off_policy: bool, device: str
 ) -> None:
-    objective = {"entropy_coef": 0.05}
+    objective = {"entropy_coef": 0.05} | ({"fkl_share": 0.3} if kd == "rkl+fkl" else {})
     kind = {"kd": kd, "dtype": dtype, "device": device, "off_policy": off_policy}
     assert_matches_definition(impl, upstream=3.0, objective=objective, **kind)
 
@@ -91,7 +91,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     ("impl", "kd"),
-    quick_or_slow(["torch", "triton"], ["k2", "rkl", "fkl", "jsd"], {"k2", "fkl", "jsd"}),
+    quick_or_slow(
+        ["torch", "triton"],
+        ["k2", "rkl", "fkl", "jsd", "rkl+fkl"],
+        {"k2", "fkl", "jsd", "rkl+fkl"},
+    ),
 )
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_every_option(impl: str, options: dict[str, Any], kd: str, device: str) -> None:

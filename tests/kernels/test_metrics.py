@@ -20,6 +20,7 @@ COUNTS = ("tokens", "gradient_rows", "bad_tokens", "clipped", "kd_tokens", "kd_f
 CASES: dict[str, dict[str, Any]] = {
     **{f"kd_{kd}": {"kd": kd, "objective": {"kd_coef": 3.0}} for kd in KDS},
     "baseline": {"kd": "k2", "objective": {"kd_baseline": "kl"}},
+    "mixture": {"kd": "rkl+fkl", "objective": {"kd_coef": 3.0, "fkl_share": 0.2}},
     "server": {"kd": "k2", "server": True},
     "k3_server": {"kd": "k3", "server": True},
     "policy_none": {"kd": "rkl", "objective": {"policy": "none"}},
@@ -47,6 +48,9 @@ def _clips(objective: kk.Objective, ratio: float, advantage: float) -> bool:
 
 def _pull(objective: kk.Objective, log_ratio: float, kl: float) -> float:
     """Return the derivative of the sampled KD term in log p."""
+    if objective.kd == "rkl+fkl":
+        share = objective.fkl_share
+        return share * -math.expm1(-log_ratio) + (1 - share) * log_ratio
     if objective.kd in ("k3", "fkl"):
         return -math.expm1(-log_ratio)
     return log_ratio - (kl if objective.kd_baseline else 0.0)
@@ -78,7 +82,7 @@ def _plain_metrics(problem: Problem, result: kk.LossOutput) -> dict[str, float]:
     sums["kd_tokens"] = len(distilled)
     sums["teacher_log_ratio_sum"] = math.fsum(log_ratios.values())
     sums["k2_sum"] = math.fsum(x * x / 2 for x in log_ratios.values())
-    if objective.kd == "rkl" or objective.kd_baseline:
+    if objective.kd in ("rkl", "rkl+fkl") or objective.kd_baseline:
         sums["kl_sum"] = math.fsum(at(result.kl, n) for n in distilled)
     if objective.kd != "jsd" and objective.policy != "off":
         flips = 0
@@ -102,7 +106,16 @@ def _masked(problem: Problem) -> Problem:
     return problem
 
 
-SLOW = {"kd_k3", "kd_k3_ratio", "kd_fkl", "k3_server", "policy_none", "policy_off", "on_policy"}
+SLOW = {
+    "kd_k3",
+    "kd_k3_ratio",
+    "kd_fkl",
+    "kd_rkl+fkl",
+    "k3_server",
+    "policy_none",
+    "policy_off",
+    "on_policy",
+}
 
 
 @pytest.mark.parametrize(("impl", "name"), quick_or_slow(IMPLS, list(CASES), SLOW))

@@ -26,6 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
     "baseline": {"kd": "k2", "objective": {"kd_baseline": "kl"}},
     "entropy_bonus": {"kd": "jsd", "objective": {"entropy_coef": 0.1}, "compact": True},
     "temperature_of_each_row": {"kd": "fkl", "temperature": torch.linspace(0.5, 1.5, 7)},
+    "mixture": {"kd": "rkl+fkl", "objective": {"fkl_share": 0.2}, "entropy": True},
     "distillation_only": {"kd": "rkl", "objective": {"policy": "off"}, "off_policy": False},
     "normalizer": {"kd": "k2", "normalizer": torch.tensor(9.0), "V_t": 30},
 }

@@ -114,7 +114,7 @@ def _solve(
     old = lp - torch.tensor([SHIFTS[row.ratio] for row in rows], device=device).to(lp)
     hidden[of_rows("weight") == 0] = torch.nan
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
-    if kd in ("k2", "rkl", "fkl", "jsd"):
+    if kd in ("k2", "rkl", "fkl", "jsd", "rkl+fkl"):
         teacher = kk.TeacherHead(randn(N, H + 3), randn(V, H + 3) * 0.5)
         options |= {"teacher": teacher, "kd_weight": of_rows("kd_weight")}
     sizes = {"teacher": (H + 3, V) if kd else None, "kd": kd, "dtype": dtype, "device": device}
@@ -190,7 +190,7 @@ KD = [
     Row("below", -1.0, kd_weight=0.2),
 ]
 """Five of the nine rows of weight > 0 have a gradient."""
-TABLES = {None: POLICY, "k2": KD, "rkl": KD, "fkl": KD, "jsd": KD}
+TABLES = {None: POLICY, "k2": KD, "rkl": KD, "fkl": KD, "jsd": KD, "rkl+fkl": KD}
 
 
 CHUNKS = [

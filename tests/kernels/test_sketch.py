@@ -62,6 +62,7 @@ CASES: dict[str, dict[str, Any]] = {
     "rkl": {"kd": "rkl"},
     "fkl": {"kd": "fkl"},
     "jsd": {"kd": "jsd"},
+    "mixture": {"kd": "rkl+fkl", "objective": {"fkl_share": 0.3}},
     "other vocabulary": {"kd": "fkl", "V_t": 66},
     "baseline": {"objective": {"kd_baseline": "kl"}},
     "truncation": {"truncation": kk.Truncation(top_k=20)},
@@ -135,7 +136,7 @@ def test_log_probabilities_and_entropies_have_the_right_mean_for_a_later_loss() 
         assert (mean - right).norm() / right.norm() < 40 / M
 
 
-@pytest.mark.parametrize("kd", [None, "rkl", "fkl", "jsd"])
+@pytest.mark.parametrize("kd", [None, "rkl", "fkl", "jsd", "rkl+fkl"])
 def test_below_every_entry_the_sketch_is_the_gradient(
     kd: str | None,
 ) -> None:

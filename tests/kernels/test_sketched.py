@@ -10,7 +10,7 @@ import kdrl_kernels as kk
 from kdrl_kernels.objective import Kd
 from tests.kernels.problem import make_problem
 
-KDS: tuple[Kd | None, ...] = (None, "k2", "k3", "k3_ratio", "rkl", "fkl", "jsd")
+KDS: tuple[Kd | None, ...] = (None, "k2", "k3", "k3_ratio", "rkl", "fkl", "jsd", "rkl+fkl")
 DTYPES = (torch.float32, torch.bfloat16)
 
 

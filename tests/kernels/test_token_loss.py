@@ -181,6 +181,9 @@ def _by_hand(objective: kk.Objective, inputs: CallerTensors) -> Callable[[kk.Row
         kd = rows.kl
         if objective.kd == "k2":
             kd = teacher_log_ratio.square() / 2
+        elif objective.kd == "rkl+fkl":
+            share = objective.fkl_share
+            kd = share * rows.forward_kl + (1 - share) * rows.kl
         elif objective.kd == "k3":
             kd = (-teacher_log_ratio).exp() - 1 + teacher_log_ratio
         weight = kd_weight * ratio.detach().clamp(max=objective.kd_ratio_cap)
@@ -191,7 +194,7 @@ def _by_hand(objective: kk.Objective, inputs: CallerTensors) -> Callable[[kk.Row
     return loss_fn
 
 
-@pytest.mark.parametrize("kd", ["k2", "k3", "rkl", "fkl", "jsd"])
+@pytest.mark.parametrize("kd", ["k2", "k3", "rkl", "fkl", "jsd", "rkl+fkl"])
 @pytest.mark.parametrize(
     ("impl", "dtype", "bound"),
     [("torch", F64, 1e-12), ("torch", F32, 3e-6), ("triton", F32, 3e-6)],
@@ -200,11 +203,11 @@ def _by_hand(objective: kk.Objective, inputs: CallerTensors) -> Callable[[kk.Row
 def test_kdrl_loss_is_one_of_these_losses(
     impl: str, dtype: torch.dtype, bound: float, kd: str, device: str
 ) -> None:
-    exact_kd = kd if kd in ("rkl", "fkl", "jsd") else None
+    exact_kd = kd if kd in ("rkl", "fkl", "jsd", "rkl+fkl") else None
     setup = make_setup(Case(sft, exact_kd, True, True), dtype, device, masked=True)
-    objective = kk.Objective(
-        clip_high=0.28, dual_clip=1.5, kd=kd, kd_coef=0.5, jsd_alpha=0.3, entropy_coef=0.1
-    )
+    options = {"fkl_share": 0.3} if kd == "rkl+fkl" else {}
+    options |= {"clip_high": 0.28, "dual_clip": 1.5, "kd_coef": 0.5, "jsd_alpha": 0.3}
+    objective = kk.Objective(kd=kd, entropy_coef=0.1, **options)
     callers, fused = with_leaves(setup), with_leaves(setup)
     options = {"workspace_bytes": smallest_budget(setup, impl, 3), "impl": impl}
     ours = call(callers, _by_hand(objective, setup.inputs), **options)

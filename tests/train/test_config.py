@@ -151,7 +151,7 @@ def test_every_preset_is_an_option(name: str) -> None:
         ("optim: 3", r"optim must hold keys and values, got 3"),
         (
             "method: {kd: k1}",
-            r"method\.kd must be 'k2', 'k3', 'rkl', 'fkl', 'jsd' or 'reward', got 'k1'",
+            r"method\.kd must be 'k2', 'k3', 'rkl', 'fkl', 'jsd', 'rkl\+fkl' or 'reward', got 'k1'",
         ),
         ("optim: {learning_rate: high}", r"optim\.learning_rate must be a number, got 'high'"),
         ("sampling: {group_size: 1}", r"group_size must be at least 2 for a policy gradient"),
@@ -234,6 +234,7 @@ BELOW_ZERO = ("-1", "at least 0, got -1")
         ("method.clip_high", "-0.5", "at least 0, got -0.5"),
         ("method.std_floor", "0", "greater than 0, got 0"),
         ("method.jsd_alpha", "1", "less than 1, got 1"),
+        ("method.fkl_share", "0", "greater than 0, got 0"),
         ("method.entropy_coef", ".nan", "a finite number, got nan"),
         ("method.kd_coef.initial", "-0.002", "at least 0, got -0.002"),
         ("method.kd_coef.initial", ".inf", "a finite number, got inf"),

@@ -272,6 +272,13 @@ def test_a_baseline_is_for_k2() -> None:
             MethodConfig(kd=kd, kd_baseline="kl")
 
 
+def test_a_share_is_for_the_mixture() -> None:
+    assert MethodConfig(kd="rkl+fkl", fkl_share=0.3).fkl_share == 0.3
+    for kd in ("k2", "fkl", "reward", None):
+        with pytest.raises(ValueError, match=rf'^kd must be "rkl\+fkl" with .*, got {kd}'):
+            MethodConfig(kd=kd, fkl_share=0.3)
+
+
 def test_distillation_alone_needs_a_teacher_term() -> None:
     for kd in (None, "reward"):
         with pytest.raises(ValueError, match=rf"^kd must be .* got {kd}: nothing would be"):

@@ -39,6 +39,7 @@ METHODS = {
     "rkl sequence": MethodConfig(kd="rkl", kd_coef=KD, token_weights="sequence_mean"),
     "fkl constant": MethodConfig(kd="fkl", kd_coef=KD, token_weights="constant"),
     "jsd": MethodConfig(kd="jsd", jsd_alpha=0.3, kd_coef=KD),
+    "mixture": MethodConfig(kd="rkl+fkl", fkl_share=0.3, kd_coef=KD),
     "centred k2": MethodConfig(kd="k2", kd_baseline="kl", kd_coef=KD),
     "k3 masked": MethodConfig(kd="k3", kd_coef=KD, kd_mask="wrong_group"),
     "distillation": MethodConfig(policy="off", kd="rkl", kd_coef=KD, kd_mask="wrong"),

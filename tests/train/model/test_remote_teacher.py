@@ -380,8 +380,9 @@ def test_a_mask_waits_for_the_rewards(mask: str, beta: float, early: bool) -> No
 
 def test_settings_that_a_server_cannot_serve_are_refused() -> None:
     model = ModelConfig(teacher="http://host:1")
-    for kd in ("rkl", "fkl", "jsd"):
-        with pytest.raises(ValueError, match=rf'method\.kd must be "k2" or "k3" .*"{kd}" and None'):
+    for kd in ("rkl", "fkl", "jsd", "rkl+fkl"):
+        message = rf'method\.kd must be "k2" or "k3" .*"{re.escape(kd)}" and None'
+        with pytest.raises(ValueError, match=message):
             TrainConfig(model=model, method=MethodConfig(kd=kd))
     with pytest.raises(ValueError, match=r'kd_baseline None, got "k2" and kl: a server scores'):
         TrainConfig(model=model, method=MethodConfig(kd_baseline="kl"))

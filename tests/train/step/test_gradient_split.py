@@ -64,7 +64,13 @@ def flat(parameters: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "method", [MethodConfig(), MethodConfig(kd_baseline="kl"), MethodConfig(kd="rkl")]
+    "method",
+    [
+        MethodConfig(),
+        MethodConfig(kd_baseline="kl"),
+        MethodConfig(kd="rkl"),
+        MethodConfig(kd="rkl+fkl", fkl_share=0.3),
+    ],
 )
 def test_the_two_gradients_add_up(tiny: Callable[..., Any], method: MethodConfig) -> None:
     policy = Policy(tiny("qwen2", seed=1), method)
