@@ -1,5 +1,6 @@
 """Computes log-probabilities, policy-gradient and teacher losses in one pass over the LM head."""
 
+from kdrl_kernels.adapter import LowRank
 from kdrl_kernels.api import kdrl_loss, linear_logprobs, linear_token_loss
 from kdrl_kernels.head import TeacherHead
 from kdrl_kernels.metrics import mean_metrics
@@ -15,6 +16,7 @@ __all__ = [
     "ChunkPlan",
     "LogprobOutput",
     "LossOutput",
+    "LowRank",
     "Objective",
     "Rows",
     "Sketch",

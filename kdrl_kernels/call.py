@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from kdrl_kernels.caller_loss import CallerLoss, TokenLoss
-from kdrl_kernels.head import Head, Needs
+from kdrl_kernels.head import Head, Needs, StudentHead
 from kdrl_kernels.token_rows import Rows
 from kdrl_kernels.truncation import Truncation
 
@@ -60,7 +60,7 @@ class RowOutputs:
 class LogprobCall:
     """Holds the arguments of linear_logprobs after the checks that read no value."""
 
-    head: Head
+    head: StudentHead
     tokens: Tensor
     entropy: bool
     impl: str
@@ -79,7 +79,7 @@ class LossCall:
     [N] floats are float32, or float64 where hidden is. Columns from vocab_size on are not used.
     """
 
-    student: Head
+    student: StudentHead
     tokens: Tensor
     vocab_size: int
     loss: TokenLoss

@@ -69,12 +69,12 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 def add_to(sums: Sums, head: Head, rows: Tensor, dz: Tensor, scale: Tensor) -> None:
     """Add scale times what flat rows contribute to dX, dW and db, in float32 or float64."""
-    (dx, dw, db), V, hidden = sums, dz.shape[1], take(head.hidden, rows)
+    (dx, dw, db), V = sums, dz.shape[1]
     if dx is not None:
-        part = dx.new_empty(hidden.shape)
+        part = dx.new_empty(len(rows), dx.shape[1])
         gemm.grad_hidden(dz, head.weight[:V], part)
         dx.index_copy_(0, rows, part.mul_(scale))
     if dw is not None:
-        gemm.add_grad_weight(dz, hidden * scale, dw[:V])
+        gemm.add_grad_weight(dz, take(head.trained_hidden, rows) * scale, dw[:V])
     if db is not None:
         db[:V] += dz.sum(dim=0, dtype=db.dtype) * scale

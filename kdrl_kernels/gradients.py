@@ -28,9 +28,8 @@ class Gradients:
             self.hidden = (
                 head.hidden.new_zeros(head.hidden.shape, dtype=dtype) if needs[0] else None
             )
-            self.weight = (
-                head.weight.new_empty(head.weight.shape, dtype=dtype) if needs[1] else None
-            )
+            size = len(head.weight), head.trained_columns
+            self.weight = head.weight.new_empty(size, dtype=dtype) if needs[1] else None
             self.bias = None
             if needs[2] and head.bias is not None:
                 self.bias = head.bias.new_zeros(head.bias.shape, dtype=dtype)
@@ -67,7 +66,8 @@ class Gradients:
             gemm.grad_hidden(dz, head.weight[:V], part)
             self.hidden.index_copy_(0, rows, part if self.unit is None else part * self.unit)
         if self.weight is not None:
-            gemm.add_grad_weight(dz, take(head.hidden, rows), self.weight[:V], first=self.first)
+            hidden = take(head.trained_hidden, rows)
+            gemm.add_grad_weight(dz, hidden, self.weight[:V], first=self.first)
             if self.first:
                 self.weight[V:] = 0
         if self.bias is not None:

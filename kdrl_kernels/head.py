@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, overload
+from typing import Any, Self, TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -46,7 +46,17 @@ class Head:
     def __post_init__(self) -> None:
         check_head(self, prefix="")
 
-    def select(self, rows: slice | Tensor) -> "Head":
+    @property
+    def trained_columns(self) -> int:
+        """How many columns of weight may have a gradient: the last ones."""
+        return self.weight.shape[1]
+
+    @property
+    def trained_hidden(self) -> Tensor:
+        """The columns of hidden that meet them, a view."""
+        return self.hidden[:, self.hidden.shape[1] - self.trained_columns :]
+
+    def select(self, rows: slice | Tensor) -> Self:
         """Return this head on some rows: a slice, or int64 indices."""
         temperature = self.temperature
         if isinstance(temperature, Tensor):
@@ -71,16 +81,46 @@ class TeacherHead(Head):
                 object.__setattr__(self, name, tensor.detach())
 
 
-def in_one_dtype(head: Head) -> Head:
-    """Return a head whose weight and bias are rounded to the dtype of hidden: no copy if they are.
+@dataclass(frozen=True, slots=True)
+class StudentHead(Head):
+    """Holds the head that is trained, whose weight may stand beside a constant one.
+
+    Fields are those of Head, and two that adapter.py sets, after its checks.
+    """
+
+    constant: Tensor | None = None
+    """[V, H - r], the weight of the first columns of hidden; `weight` is then [V, r]."""
+    rank: int | None = None
+    """r where `weight` is [V, H], of which the last r columns are trained; None: all are."""
+
+    def __post_init__(self) -> None:
+        if self.constant is None:
+            check_head(self, prefix="")
+
+    @property
+    def trained_columns(self) -> int:
+        """How many columns of weight may have a gradient: the last ones."""
+        return self.weight.shape[1] if self.rank is None else self.rank
+
+
+AnyHead = TypeVar("AnyHead", bound=Head)
+
+
+def in_one_dtype(head: AnyHead) -> AnyHead:
+    """Return a head with one weight, and a bias, in the dtype of hidden: no copy if they are so.
 
     So a float32 master weight meets 16-bit hidden states as under autocast, but the pass adds its
-    gradient in float32, and never rounds it to 16 bits.
+    gradient in float32, and never rounds it to 16 bits. Where one weight stands beside another,
+    the copy holds both.
     """
-    dtype, bias = head.hidden.dtype, head.bias
-    return replace(
-        head, weight=head.weight.to(dtype), bias=bias if bias is None else bias.to(dtype)
-    )
+    dtype, bias, weight = head.hidden.dtype, head.bias, head.weight
+    bias = bias if bias is None else bias.to(dtype)
+    if not isinstance(head, StudentHead) or head.constant is None:
+        return replace(head, weight=weight.to(dtype), bias=bias)
+    (V, r), first = weight.shape, head.constant.shape[1]
+    both = weight.new_empty(V, first + r, dtype=dtype)
+    both[:, :first], both[:, first:] = head.constant, weight
+    return replace(head, weight=both, bias=bias, constant=None, rank=r)
 
 
 def gradient_dtypes(head: Head) -> list[torch.dtype]:

@@ -3,17 +3,28 @@
 The tests measure against float64 inputs; float16 and bfloat16 are computed in float32.
 """
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 
+from kdrl_kernels.adapter import LowRank
 from kdrl_kernels.autocast import Project, without_autocast
 from kdrl_kernels.call import LossCall, RowOutputs, take
 from kdrl_kernels.caller_loss import NO_GRADIENT
 from kdrl_kernels.checks import bad_tokens, check_head_values, check_values, poison
-from kdrl_kernels.head import Head
+from kdrl_kernels.head import Head, StudentHead, gathered
 from kdrl_kernels.truncation import Truncation, truncate_
+
+
+def with_adapter(head: StudentHead, adapter: LowRank) -> StudentHead:
+    """Return the head [weight, B] of hidden states [hidden, scale · hidden · Aᵀ]."""
+    hidden, dtype = head.hidden, torch.promote_types(head.hidden.dtype, torch.float32)
+    A, B = gathered(adapter.A, hidden), gathered(adapter.B, hidden)
+    finite = torch.where(hidden.isfinite(), hidden, 0)  # rows that are left out may hold NaN
+    narrow = Project.apply(finite.to(dtype), _rounded(A, hidden.dtype).to(dtype)) * adapter.scale
+    wide = torch.cat([hidden, narrow.to(hidden.dtype)], dim=1)
+    return replace(head, hidden=wide, weight=torch.cat([head.weight.detach(), B], dim=1))
 
 
 def head_logits(head: Head, vocab_size: int) -> Tensor:

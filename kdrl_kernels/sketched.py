@@ -17,7 +17,7 @@ from kdrl_kernels.call import LogprobCall, LossCall, RowOutputs, RowSet, take
 from kdrl_kernels.checks import bad_tokens, poison
 from kdrl_kernels.flat_rows import FlatRows
 from kdrl_kernels.gradients import Gradients, scaled_
-from kdrl_kernels.head import Head, Needs, Sums, gradient_dtypes, in_one_dtype
+from kdrl_kernels.head import Needs, StudentHead, Sums, gradient_dtypes, in_one_dtype
 from kdrl_kernels.plan import accumulator
 from kdrl_kernels.rows.entries import Entries
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
@@ -174,13 +174,16 @@ class _Loss(torch.autograd.Function):
             ctx.settings = call.needs, call.impl
             if lists.parts:
                 tensors = *lists.joined(result.active, len(call.tokens)), *lists.flat.tensors()
-                ctx.save_for_backward(hidden, weight, bias, result.scale, *tensors)
+                head = hidden, weight, bias, call.student.constant
+                ctx.save_for_backward(*head, result.scale, *tensors)
         return result.loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
-        hidden, weight, bias, scale, offsets, columns, values, rows, dz, *total = ctx.saved_tensors
-        (needs, impl), head, scale = ctx.settings, Head(hidden, weight, bias), scale * grad_loss
+        hidden, weight, bias, constant, scale, *lists = ctx.saved_tensors
+        offsets, columns, values, rows, dz, *total = lists
+        head = StudentHead(hidden, weight, bias, constant=constant)
+        (needs, impl), scale = ctx.settings, scale * grad_loss
         if dz is None and all(x is None for x in total):
             sparse = SparseRows(offsets, columns, values * scale)
             return *products(sparse, head, needs, impl), None, None, None
@@ -207,7 +210,7 @@ def scaled_copies(sums: list[Tensor | None], scale: Tensor) -> Sums:
     return dx, dw, db
 
 
-def rounded(sums: Sums, head: Head, scale: Tensor) -> Sums:
+def rounded(sums: Sums, head: StudentHead, scale: Tensor) -> Sums:
     """Return sums · scale, each rounded once to its dtype."""
     pairs = zip(sums, gradient_dtypes(head), strict=True)
     dx, dw, db = (x if x is None else scaled_(x, scale, dtype) for x, dtype in pairs)
@@ -226,14 +229,14 @@ class _Once(torch.autograd.Function):
         raise RuntimeError('backward="sketch" is differentiable once, got a second derivative')
 
 
-def products(sparse: SparseRows, head: Head, needs: Needs, impl: str) -> Sums:
+def products(sparse: SparseRows, head: StudentHead, needs: Needs, impl: str) -> Sums:
     """Return the gradients of hidden, weight and bias, each in its own dtype."""
     with torch.no_grad(), without_autocast(head.hidden.device):
         results = sparse.products(in_one_dtype(head), gradient_dtypes(head), needs, impl)
     return once(results, head)
 
 
-def once(results: Sums, head: Head) -> Sums:
+def once(results: Sums, head: StudentHead) -> Sums:
     """Return gradients that raise where they are to be differentiated, with create_graph=True."""
     if not torch.is_grad_enabled():
         return results
@@ -273,13 +276,14 @@ class _Logprobs(torch.autograd.Function):
         ctx.settings = call.needs, call.impl, call.max_rows, call.entropy
         stats = scores.logprobs, scores.max, log_sum, scores.entropy
         rows = call.tokens, torch.cat(lists.flat_indices)
-        ctx.save_for_backward(hidden, weight, bias, *rows, *stats, *tensors)
+        head = hidden, weight, bias, call.head.constant
+        ctx.save_for_backward(*head, *rows, *stats, *tensors)
         ctx.set_materialize_grads(False)
         return scores.logprobs, scores.entropy
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> tuple[Any, ...]:
-        hidden, weight, bias, tokens, flat, *tensors = ctx.saved_tensors
+        hidden, weight, bias, constant, tokens, flat, *tensors = ctx.saved_tensors
         lp, top, log_sum, entropy, offsets, columns, p, logp, *slope = tensors
         if grad is None and grad_entropy is None:
             return (None,) * 5
@@ -294,7 +298,7 @@ class _Logprobs(torch.autograd.Function):
         values[offsets[:-1][used]] = (0 * log_sum - row_sums(values, offsets))[used]
         sparse = SparseRows(offsets, columns, values * slope[0] if slope else values)
         temperature, softcap, truncation = ctx.constants
-        head = Head(hidden, weight, bias, temperature, softcap)
+        head = StudentHead(hidden, weight, bias, temperature, softcap, constant)
         needs, impl, max_rows, wants = ctx.settings
         if len(flat) == 0:
             return *products(sparse, head, needs, impl), None, None
@@ -310,7 +314,7 @@ class _Logprobs(torch.autograd.Function):
 
 
 def with_exact_rows(
-    sparse: SparseRows, head: Head, exact: logprobs.BackwardCall, rows: Tensor
+    sparse: SparseRows, head: StudentHead, exact: logprobs.BackwardCall, rows: Tensor
 ) -> Sums:
     """Return the gradients of a sketch and of other rows, which are projected again."""
     needs, flat_head = exact.forward.needs, exact.forward.head

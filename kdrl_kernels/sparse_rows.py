@@ -42,7 +42,7 @@ class SparseRows:
             ends = torch.arange(len(head.weight) + 1, dtype=torch.int32, device=columns.device)
             offsets = torch.searchsorted(columns, ends)
             if needs[1]:
-                dw = bags(head.hidden, rows, values, offsets, dtypes[1])
+                dw = bags(head.trained_hidden, rows, values, offsets, dtypes[1])
             if needs[2]:
                 db = row_sums(values, offsets).to(dtypes[2])
         return dx, dw, db
@@ -54,7 +54,7 @@ class SparseRows:
             _add_bags(dx, self.rows, head.weight, self.columns, self.values, impl)
         columns, rows, values = self._by_column()
         if dw is not None:
-            _add_bags(dw, columns, head.hidden, rows, values, impl)
+            _add_bags(dw, columns, head.trained_hidden, rows, values, impl)
         if db is not None:
             used, counts = columns.unique_consecutive(return_counts=True)
             db[used] += row_sums(values, F.pad(counts.cumsum(0), (1, 0)))

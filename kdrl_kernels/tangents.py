@@ -7,6 +7,8 @@ from typing import ParamSpec, TypeVar
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from kdrl_kernels.adapter import LowRank
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -19,7 +21,9 @@ def refuses_tangents(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        for value in (*args, *kwargs.values()):
+        values = [*args, *kwargs.values()]
+        values += [x for value in values if isinstance(value, LowRank) for x in (value.A, value.B)]
+        for value in values:
             if isinstance(value, Tensor) and unpack_dual(value).tangent is not None:
                 raise NotImplementedError(
                     f"the inputs of {function.__name__} must not carry tangents of forward-mode "

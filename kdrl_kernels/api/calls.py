@@ -6,10 +6,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kdrl_kernels import checks, sketched
+from kdrl_kernels import checks, reference, sketched
+from kdrl_kernels.adapter import LowRank, check_adapter, with_adapter
 from kdrl_kernels.call import LossCall, RowOutputs, has_values
 from kdrl_kernels.caller_loss import TokenLoss
-from kdrl_kernels.head import Head, TeacherHead, gathered, needs_gradient
+from kdrl_kernels.head import Head, StudentHead, TeacherHead, gathered, needs_gradient
 from kdrl_kernels.outputs import LossOutput
 from kdrl_kernels.plain import check_bytes, check_flag
 from kdrl_kernels.plan import Geometry, max_rows
@@ -29,11 +30,19 @@ def solved(
     return sketched.loss(call, sketch)
 
 
+def adapted(head: StudentHead, adapter: LowRank | None, impl: str) -> StudentHead:
+    """Return a head with its adapter, if there is one, as an implementation takes it."""
+    if adapter is None:
+        return head
+    return (reference.with_adapter if impl == "reference" else with_adapter)(head, adapter)
+
+
 def loss_call(
-    student: Head,
+    student: StudentHead,
     tokens: Tensor,
     loss: TokenLoss,
     *,
+    adapter: LowRank | None,
     token_weights: Tensor | None,
     teacher: TeacherHead | None,
     teacher_logprobs: Tensor | None,
@@ -51,7 +60,9 @@ def loss_call(
     check_flag("entropy", entropy)
     check_flag("compact", compact, optional=True)
     checks.check_teacher(teacher, teacher_logprobs, student)
+    check_adapter(adapter, student)
     impl = checks.choose_impl(impl, student)
+    student = adapted(student, adapter, impl)
     if teacher is not None:
         hidden = teacher.hidden
         weight, bias = gathered(teacher.weight, hidden), gathered(teacher.bias, hidden)

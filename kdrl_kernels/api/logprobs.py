@@ -3,10 +3,11 @@
 from torch import Tensor
 
 from kdrl_kernels import checks, logprobs, operators, reference, sketched
-from kdrl_kernels.api.calls import geometry
+from kdrl_kernels.adapter import LowRank, check_adapter
+from kdrl_kernels.api.calls import adapted, geometry
 from kdrl_kernels.batches import takes_batches
 from kdrl_kernels.call import LogprobCall, RowOutputs, has_values
-from kdrl_kernels.head import Head, gathered, needs_gradient
+from kdrl_kernels.head import StudentHead, gathered, needs_gradient
 from kdrl_kernels.outputs import LogprobOutput
 from kdrl_kernels.plain import check_bytes, check_flag
 from kdrl_kernels.plan import Backward, max_rows
@@ -26,6 +27,7 @@ def linear_logprobs(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    adapter: LowRank | None = None,
     truncation: Truncation | None = None,
     entropy: bool = False,
     workspace_bytes: int | None = None,
@@ -54,6 +56,10 @@ def linear_logprobs(
         bias: [V] or None.
         temperature: positive float or [N] tensor, a constant: no gradient reaches it.
         softcap: positive float or None.
+        adapter: LowRank(A [r, H], B [V, r], scale), or None: z is then that of weight + scale · B ·
+            A, and gradients reach hidden, A, B and bias. weight must need none, and costs none: 2u
+            instead of 3u, and no gradient [V, H]. The pass holds a copy of weight and B, V (H + r)
+            numbers in hidden's dtype.
         truncation: Truncation(top_k, top_p) of the sampler, or None: log-probabilities and entropy
             are those of the tokens that it keeps, renormalised. Not with a softcap.
         entropy: True also returns the entropy of each row.
@@ -71,13 +77,14 @@ def linear_logprobs(
         impl: "triton", "torch" or "reference" (the definition, with full logits). None: Triton on
             GPU tensors, PyTorch elsewhere. A named one never falls back to another.
     Returns: LogprobOutput in nats, float32 (float64 for float64 inputs); differentiable once in
-        hidden, weight and bias, for any later loss.
+        hidden, weight, bias and adapter, for any later loss.
     Raises: ValueError for a shape, device, token or option; TypeError for a type or dtype.
     Memory: float32 logits of one chunk of rows; in backward float32 gradients, rounded once.
     Source: chunked recomputation; the log-sum-exp of arXiv:1805.02867. Maths: rows/README.md.
     """
     weight, bias = gathered(weight, hidden), gathered(bias, hidden)
-    head = Head(hidden, weight, bias, temperature, softcap)
+    head = StudentHead(hidden, weight, bias, temperature, softcap)
+    check_adapter(adapter, head)
     checks.check_tokens(tokens, head)
     check_bytes("workspace_bytes", workspace_bytes)
     check_bytes("cache_bytes", cache_bytes, optional=False)
@@ -90,6 +97,7 @@ def linear_logprobs(
     if used is not None:
         head, tokens = head.select(active), tokens[active]
         sketch = None if sketch is None else sketch.select(active)
+    head = adapted(head, adapter, impl)
     if impl == "reference":
         outputs = RowOutputs(*reference.linear_logprobs(head, tokens, entropy, truncation))
     else:

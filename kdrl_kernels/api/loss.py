@@ -5,9 +5,10 @@ from dataclasses import replace
 from torch import Tensor
 
 from kdrl_kernels import checks, operators, reference
+from kdrl_kernels.adapter import LowRank
 from kdrl_kernels.api.calls import loss_call, output, solved
 from kdrl_kernels.batches import takes_batches
-from kdrl_kernels.head import Head, TeacherHead, gathered
+from kdrl_kernels.head import StudentHead, TeacherHead, gathered
 from kdrl_kernels.metrics import row_metrics
 from kdrl_kernels.objective import Objective
 from kdrl_kernels.outputs import LossOutput
@@ -35,6 +36,7 @@ def kdrl_loss(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    adapter: LowRank | None = None,
     truncation: Truncation | None = None,
     vocab_size: int | None = None,
     entropy: bool = False,
@@ -50,13 +52,13 @@ def kdrl_loss(
            - entropy_coef · entropy), where Objective defines each term.
 
     Args:
-        hidden, weight, bias, temperature, softcap, truncation, workspace_bytes, backward, sketch,
-            impl: as in linear_logprobs. truncation is the student's: not with "fkl" nor "rkl+fkl",
-            which would be infinite.
+        hidden, weight, bias, temperature, softcap, adapter, truncation, workspace_bytes, backward,
+            sketch, impl: as in linear_logprobs. truncation is the student's: not with "fkl" nor
+            "rkl+fkl", which would be infinite.
         tokens: [N] int64, the sampled tokens. One outside [0, vocab_size) raises on a CPU; on a
             GPU it makes the loss NaN and is counted in metrics["bad_tokens"].
         advantages: [N] float; None with objective.policy "off". This and all that follows is
-            constant: gradients reach hidden, weight and bias alone.
+            constant: gradients reach hidden, weight, bias and adapter alone.
         token_weights: [N] float, integer or bool, None: 1. Rows of weight 0 are never projected,
             may hold NaN, and give exactly zero gradient. Passing weights on a GPU costs one
             synchronisation.
@@ -89,13 +91,15 @@ def kdrl_loss(
     Source: KDRL, arXiv:2506.02208. Derivations: rows/README.md.
     """
     checks.check_objective(objective, teacher, teacher_logprobs)
-    student = Head(hidden, gathered(weight, hidden), gathered(bias, hidden), temperature, softcap)
+    weight, bias = gathered(weight, hidden), gathered(bias, hidden)
+    student = StudentHead(hidden, weight, bias, temperature, softcap)
     if advantages is None and objective.policy != "off":
         raise ValueError(f"advantages must be [N] for policy={objective.policy!r}, got None")
     call = loss_call(
         student,
         tokens,
         objective,
+        adapter=adapter,
         token_weights=token_weights,
         teacher=teacher,
         teacher_logprobs=teacher_logprobs,

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from kdrl_kernels import checks, reference, token_loss
+from kdrl_kernels.adapter import LowRank
 from kdrl_kernels.api.calls import loss_call, output, solved
 from kdrl_kernels.batches import takes_batches
 from kdrl_kernels.caller_loss import CallerLoss
-from kdrl_kernels.head import Head, TeacherHead, gathered
+from kdrl_kernels.head import StudentHead, TeacherHead, gathered
 from kdrl_kernels.objective import Divergence
 from kdrl_kernels.outputs import LossOutput
 from kdrl_kernels.plain import check_flag, check_number
@@ -39,6 +40,7 @@ def linear_token_loss(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    adapter: LowRank | None = None,
     truncation: Truncation | None = None,
     vocab_size: int | None = None,
     entropy: bool = False,
@@ -60,8 +62,8 @@ def linear_token_loss(
             rows.forward_kl, rows.entropy and rows.lse carry the gradient; rows.teacher_logprobs
             does not. The loss of a row may depend on that row alone, since the chunk plan decides
             which rows come together.
-            Gradients reach hidden, weight and bias alone, so a parameter in loss_fn raises (impl
-            "reference" is plain autograd, and reaches all).
+            Gradients reach hidden, weight, bias and adapter alone, so a parameter in loss_fn raises
+            (impl "reference" is plain autograd, and reaches all).
         teacher, teacher_logprobs: set rows.teacher_logprobs.
         kl: "rkl", "fkl" or "jsd" sets rows.kl; "rkl+fkl" sets rows.kl to KL(p‖q) and
             rows.forward_kl to KL(q‖p), in one pass. Needs a TeacherHead.
@@ -84,10 +86,12 @@ def linear_token_loss(
     check_number("jsd_alpha", jsd_alpha)
     if not 0 < jsd_alpha < 1:
         raise ValueError(f"jsd_alpha must be in (0, 1), got {jsd_alpha}")
+    weight, bias = gathered(weight, hidden), gathered(bias, hidden)
     call = loss_call(
-        Head(hidden, gathered(weight, hidden), gathered(bias, hidden), temperature, softcap),
+        StudentHead(hidden, weight, bias, temperature, softcap),
         tokens,
         CallerLoss(loss_fn, kl, jsd_alpha, entropy, lse),
+        adapter=adapter,
         token_weights=token_weights,
         teacher=teacher,
         teacher_logprobs=teacher_logprobs,

@@ -1,0 +1,114 @@
+"""Puts a low-rank adapter beside a constant head: one wider head, of which few columns are trained.
+
+hidden · weightᵀ + scale · (hidden · Aᵀ) · Bᵀ = [hidden, scale · hidden · Aᵀ] · [weight, B]ᵀ
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdrl_kernels import gemm
+from kdrl_kernels.autocast import without_autocast
+from kdrl_kernels.head import FLOATS, StudentHead, check_like, gathered
+from kdrl_kernels.plain import check_number
+from kdrl_kernels.plan import accumulator
+
+ALIGN_RANK = 8
+"""Columns are added to B up to a multiple of this, as GEMMs of 16-bit numbers want rows to be."""
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """Holds an adapter (LoRA) of a head, which then is weight + scale · B · A.
+
+    Args:
+        A: [r, H], on the device of hidden, in its dtype; or one of the two in float32 and the other
+            in 16 bits, as a weight. A DTensor (FSDP2) is gathered as a weight is.
+        B: [V, r], likewise.
+        scale: lora_alpha / r, or what else the adapter was trained with; a constant.
+    Raises: ValueError for a shape or scale; TypeError for a type or dtype.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, tensor in (("A", self.A), ("B", self.B)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} of LowRank must be a tensor, got {type(tensor).__name__}")
+            if tensor.dtype not in FLOATS:
+                raise TypeError(f"{name} of LowRank must be floating point, got {tensor.dtype}")
+        if self.A.ndim != 2 or len(self.A) == 0:
+            raise ValueError(f"A of LowRank must be [r, H] with r > 0, got {list(self.A.shape)}")
+        if self.B.ndim != 2 or self.B.shape[1] != len(self.A):
+            raise ValueError(
+                f"B of LowRank must be [V, r] with r = {len(self.A)}, the rows of A, "
+                f"got {list(self.B.shape)}"
+            )
+        check_number("scale of LowRank", self.scale)
+
+
+def with_adapter(head: StudentHead, adapter: LowRank) -> StudentHead:
+    """Return the wider head, whose gradients reach hidden, A and B alone."""
+    A, B = gathered(adapter.A, head.hidden), gathered(adapter.B, head.hidden)
+    spare = -len(A) % ALIGN_RANK
+    if spare:
+        A, B = F.pad(A, (0, 0, 0, spare)), F.pad(B, (0, spare))
+    hidden = _Widen.apply(head.hidden, A, adapter.scale)
+    return replace(head, hidden=hidden, weight=B, constant=head.weight.detach())
+
+
+def check_adapter(adapter: Any, head: StudentHead) -> None:
+    """Raise unless adapter is None or a LowRank of this head, whose weight needs no gradient."""
+    if adapter is None:
+        return
+    if not isinstance(adapter, LowRank):
+        raise TypeError(f"adapter must be a LowRank or None, got {type(adapter).__name__}")
+    (V, H), tensors = head.weight.shape, {"A": adapter.A, "B": adapter.B}
+    for name, tensor in tensors.items():
+        check_like(f"adapter.{name}", tensor, "hidden", head.hidden)
+    if adapter.A.shape[1] != H:
+        raise ValueError(f"adapter.A must be [r, H] with H = {H}, got {list(adapter.A.shape)}")
+    if len(adapter.B) != V:
+        raise ValueError(f"adapter.B must be [V, r] with V = {V}, got {list(adapter.B.shape)}")
+    if head.weight.requires_grad:
+        raise ValueError(
+            "weight must not need a gradient beside an adapter, got one that requires_grad: "
+            "freeze it with weight.requires_grad_(False), or pass weight.detach()"
+        )
+
+
+class _Widen(torch.autograd.Function):
+    """Computes [hidden, scale · hidden · Aᵀ], each product rounded once."""
+
+    @staticmethod
+    def forward(hidden: Tensor, A: Tensor, scale: float) -> Tensor:
+        with without_autocast(hidden.device):
+            right = A.to(hidden.dtype).T
+            narrow = torch.addmm(hidden.new_zeros(1), hidden, right, beta=0, alpha=scale)
+            return torch.cat([hidden, narrow], dim=1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:  # noqa: ARG004
+        hidden, A, ctx.scale = inputs
+        ctx.save_for_backward(hidden, A)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (hidden, A), scale = ctx.saved_tensors, ctx.scale
+        H = hidden.shape[1]
+        straight, narrow, dhidden, dA = grad[:, :H], grad[:, H:], None, None
+        with without_autocast(hidden.device):
+            if ctx.needs_input_grad[0]:
+                dhidden = torch.addmm(straight, narrow, A.to(hidden.dtype), alpha=scale)
+            if ctx.needs_input_grad[1]:
+                # rows that are left out may hold NaN, and 0 · NaN is none
+                used = (narrow != 0).any(dim=1, keepdim=True)
+                sums = torch.empty_like(A, dtype=accumulator(hidden.dtype))
+                gemm.add_grad_weight(narrow, torch.where(used, hidden, 0), sums, first=True)
+                dA = (sums * scale).to(A.dtype)
+        return dhidden, dA, None

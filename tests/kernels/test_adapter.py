@@ -1,0 +1,293 @@
+"""A low-rank adapter beside a constant head equals the merged head, whose weight is not trained."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kdrl_kernels as kk
+from kdrl_kernels import logprobs, one_pass
+from kdrl_kernels.head import FLOATS16
+from tests.kernels.params import BF16, F16, F32, F64, IMPL_DTYPES, IMPLS
+from tests.tolerance import assert_matches, relative_error
+
+N, H, V, R, SCALE = 9, 12, 37, 3, 1.7
+TRAINED = ("hidden", "A", "B", "bias")
+
+Tensors = dict[str, Tensor]
+
+
+def make(dtype: torch.dtype, device: str = "cpu", r: int = R) -> Tensors:
+    """Return hidden states, a head, an adapter of rank r, a teacher and its tokens."""
+    rng = torch.Generator().manual_seed(r)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng)
+
+    x = {"hidden": randn(N, H), "weight": randn(V, H) / 2, "A": randn(r, H) / 3, "B": randn(V, r)}
+    x |= {"bias": torch.linspace(0, 2, V), "t_hidden": randn(N, 5), "t_weight": randn(V, 5)}
+    x |= {"advantages": randn(N), "old": randn(N) - 3, "weights": torch.rand(N, generator=rng)}
+    x["weights"][[2, 5]] = 0
+    x["advantages"][3] = 0
+    cast = {name: value.to(device, dtype) for name, value in x.items()}
+    return cast | {"tokens": torch.randint(V, (N,), generator=rng).to(device)}
+
+
+def _kdrl(x: Tensors, head: dict[str, Any], **options: Any) -> Tensors:
+    objective = kk.Objective(kd=None)
+    rows = {"advantages": x["advantages"], "old_logprobs": x["old"], "token_weights": x["weights"]}
+    out = kk.kdrl_loss(tokens=x["tokens"], objective=objective, **rows, **head, **options)
+    return {"loss": out.loss, "logprobs": out.logprobs}
+
+
+def _exact_kd(x: Tensors, head: dict[str, Any], **options: Any) -> Tensors:
+    teacher = kk.TeacherHead(x["t_hidden"], x["t_weight"])
+    out = kk.kdrl_loss(
+        tokens=x["tokens"],
+        advantages=x["advantages"],
+        teacher=teacher,
+        objective=kk.Objective(kd="rkl", kd_coef=0.5, entropy_coef=0.1),
+        **head,
+        softcap=4.0,
+        temperature=0.7,
+        **options,
+    )
+    return {"loss": out.loss, "kl": out.kl, "entropy": out.entropy}
+
+
+def _logprobs(x: Tensors, head: dict[str, Any], **options: Any) -> Tensors:
+    temperature = torch.linspace(0.5, 1.5, N, device=x["tokens"].device)
+    options = {"mask": x["weights"] > 0, "entropy": True, "temperature": temperature} | options
+    out = kk.linear_logprobs(tokens=x["tokens"], **head, **options)
+    loss = (out.logprobs * x["advantages"] + out.entropy * x["old"]).sum()
+    return {"loss": loss, "logprobs": out.logprobs.detach(), "entropy": out.entropy.detach()}
+
+
+def _token_loss(x: Tensors, head: dict[str, Any], **options: Any) -> Tensors:
+    def loss_fn(rows: kk.Rows) -> Tensor:
+        return -rows.logprobs * x["advantages"][rows.index] + rows.lse.square() / 100
+
+    weights = x["weights"]
+    out = kk.linear_token_loss(
+        tokens=x["tokens"], loss_fn=loss_fn, token_weights=weights, lse=True, **head, **options
+    )
+    return {"loss": out.loss, "logprobs": out.logprobs, "lse": out.lse}
+
+
+CALLS = {"kdrl": _kdrl, "exact kd": _exact_kd, "logprobs": _logprobs, "token loss": _token_loss}
+each_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+
+
+def adapted(x: Tensors) -> dict[str, Any]:
+    """Return the arguments of a head with its adapter."""
+    adapter = kk.LowRank(x["A"], x["B"], SCALE)
+    return {"hidden": x["hidden"], "weight": x["weight"], "bias": x["bias"], "adapter": adapter}
+
+
+def merged(x: Tensors) -> dict[str, Any]:
+    """Return those of the head that the adapter makes."""
+    weight = x["weight"] + SCALE * x["B"] @ x["A"]
+    return {"hidden": x["hidden"], "weight": weight, "bias": x["bias"]}
+
+
+def widened(x: Tensors, dtype: torch.dtype) -> dict[str, Any]:
+    """Return those of the wider head, whose new columns of hidden are rounded to dtype."""
+    narrow = SCALE * x["hidden"].double() @ x["A"].double().T
+    narrow = narrow + (narrow.to(dtype).double() - narrow).detach()
+    wide = torch.cat([x["hidden"], narrow.to(x["hidden"].dtype)], dim=1)
+    return {"hidden": wide, "weight": torch.cat([x["weight"], x["B"]], 1), "bias": x["bias"]}
+
+
+def solve(
+    call: Callable[..., Tensors],
+    x: Tensors,
+    head: Callable[[Tensors], dict[str, Any]] = adapted,
+    **options: Any,
+) -> Tensors:
+    """Return outputs and gradients of 0.7 · loss."""
+    leaves = {name: x[name].detach().clone().requires_grad_() for name in TRAINED}
+    x = x | leaves
+    results = call(x, head(x), **options)
+    (0.7 * results["loss"]).backward()
+    return {k: v.detach() for k, v in results.items()} | {f"d{k}": x[k].grad for k in leaves}
+
+
+@pytest.mark.parametrize(("impl", "dtype"), IMPL_DTYPES)
+@each_call
+def test_equals_the_merged_head(
+    call: Callable[..., Tensors], impl: str, dtype: torch.dtype, device: str
+) -> None:
+    """16-bit hidden states meet A in a product that is rounded to their dtype, as in a layer."""
+    x = make(dtype, device)
+
+    def definition(cast: torch.dtype) -> Tensors:
+        same = {k: v if k == "tokens" else v.to(cast) for k, v in x.items()}
+        head = (lambda y: widened(y, dtype)) if dtype in FLOATS16 else merged
+        return solve(call, same, head, impl="reference")
+
+    assert_matches(solve(call, x, impl=impl), definition)
+
+
+def assert_near(ours: Tensors, expected: Tensors, tolerance: float) -> None:
+    """Assert that tensors of the same names agree, relative to the largest element."""
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        assert relative_error(ours[name], value.to(ours[name].dtype)) <= tolerance, name
+
+
+@pytest.mark.parametrize("r", [1, 8, 11])
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@each_call
+def test_any_rank_in_float64(call: Callable[..., Tensors], impl: str, r: int) -> None:
+    x = make(F64, r=r)
+    assert_near(solve(call, x, impl=impl), solve(call, x, merged, impl="reference"), 1e-12)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@each_call
+def test_an_adapter_of_zeros_changes_nothing_but_learns(
+    call: Callable[..., Tensors], impl: str, device: str
+) -> None:
+    """PEFT begins with B = 0: then dA is 0, and dB is not."""
+    x = make(F32, device)
+    x["B"].zero_()
+    ours = solve(call, x, impl=impl)
+    assert not ours.pop("dA").any()
+    assert (ours.pop("dB").abs().amax(dim=1) > 0).float().mean() > 0.9
+    bare = solve(call, x, lambda y: merged(x) | {k: y[k] for k in ("hidden", "bias")}, impl=impl)
+    assert_near(ours, {name: bare[name] for name in ours}, 1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("cache", [0, 10**6])
+def test_chunks_and_cache(rows: int, cache: int) -> None:
+    x = make(F64)
+    budgets = {"workspace_bytes": rows * 10_000, "impl": "torch"}
+    expected = solve(_logprobs, x)
+    assert_near(solve(_logprobs, x, cache_bytes=cache, **budgets), expected, 1e-12)
+    for call in (_kdrl, _exact_kd, _token_loss):
+        assert_near(solve(call, x, **budgets), solve(call, x), 1e-12)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("call", [_kdrl, _logprobs, _token_loss])
+def test_rows_that_are_left_out_may_hold_nan(
+    call: Callable[..., Tensors], impl: str, device: str
+) -> None:
+    x = make(F32, device)
+    expected = solve(call, x, impl=impl)
+    x["hidden"][2], x["hidden"][5] = torch.nan, torch.inf
+    for name, value in solve(call, x, impl=impl).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-6)
+
+
+def test_nan_in_a_row_that_counts_is_seen() -> None:
+    x = make(F32)
+    x["hidden"][0, 0] = torch.nan
+    for call in CALLS.values():
+        ours = solve(call, x)
+        assert all(ours[name].isnan().any() for name in ("loss", "dA", "dB")), call
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@each_call
+def test_float32_adapters_beside_16_bits(call: Callable[..., Tensors], impl: str) -> None:
+    """Values are those of A and B rounded; their gradients are never rounded to 16 bits."""
+    x = make(BF16)
+    masters = x | {name: x[name].float() * (1 + 2**-10) for name in ("A", "B")}
+    rounded = x | {name: masters[name].to(BF16) for name in ("A", "B")}
+    ours, expected = solve(call, masters, impl=impl), solve(call, rounded, impl=impl)
+    for name in ("dA", "dB"):
+        assert ours[name].dtype == F32
+        assert (ours[name] != ours[name].to(BF16).float()).float().mean() > 0.8, name
+        ours[name] = ours[name].to(BF16)
+    for name, value in expected.items():
+        assert torch.equal(ours[name], value), name
+
+
+def test_small_gradients_survive_float16() -> None:
+    """Coefficients of 1e-9 would be 0 in float16 without a unit; dB is float32 here."""
+    x = make(F16)
+    x["B"], x["A"] = x["B"].float(), x["A"].float()
+    expected = solve(_kdrl, x)["dB"]
+    x["weights"] = x["weights"].float() * 1e-9
+    leaves = x | {"B": x["B"].requires_grad_()}
+    options: dict[str, Any] = {"normalizer": 1e-9 * float(make(F16)["weights"].float().sum())}
+    (0.7 * _kdrl(leaves, adapted(leaves), **options)["loss"]).backward()
+    assert relative_error(leaves["B"].grad, expected) < 1e-2
+
+
+class _Sizes(TorchDispatchMode):
+    """Records the number of elements of every tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = set[int]()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and not func.is_view:
+            self.sizes.add(out.untyped_storage().nbytes() // out.element_size())
+        return out
+
+
+@each_call
+def test_no_gradient_of_the_weight_exists(
+    call: Callable[..., Tensors], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one tensor as large as the weight is the copy [V, H + r]."""
+    made = _Sizes()
+
+    def recorded(module: Any, name: str) -> None:
+        function = getattr(module, name)
+
+        def wrapper(*args: Any) -> Any:
+            with made:
+                return function(*args)
+
+        monkeypatch.setattr(module, name, wrapper)
+
+    recorded(one_pass, "run")
+    recorded(logprobs, "score")
+    recorded(logprobs, "gradients")
+    solve(call, make(F32, r=8), impl="torch")
+    assert {size for size in made.sizes if size >= V * H and size % V == 0} == {V * (H + 8)}
+
+
+SKETCHES = {
+    "sketched": kk.Sketch(threshold=0.1, seed=3, flat=math.inf),
+    "partly": kk.Sketch(threshold=0.7, seed=3, flat=0.9 * 64 / V),
+    "flat": kk.Sketch(threshold=1e-3, seed=3, flat=1e-3),
+}
+
+
+@pytest.mark.parametrize("sketch", SKETCHES.values(), ids=SKETCHES)
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@each_call
+def test_a_sketch_is_that_of_the_wider_head(
+    call: Callable[..., Tensors], impl: str, sketch: kk.Sketch, device: str
+) -> None:
+    x = make(F32, device)
+    options = {"backward": "sketch", "sketch": sketch, "impl": impl}
+    expected = solve(call, x, lambda y: widened(y, F32), **options)
+    assert_near(solve(call, x, **options), expected, 2e-6)
+    if sketch.flat < math.inf:
+        return
+    exact = solve(call, x, impl=impl)
+    assert relative_error(expected["dB"], exact["dB"]) > 1e-3
+
+
+@each_call
+def test_a_sketch_in_16_bits(call: Callable[..., Tensors]) -> None:
+    x = make(BF16)
+    sketches = {"sketched": SKETCHES["sketched"], "partly": SKETCHES["partly"]}
+    for sketch in sketches.values():
+        options = {"backward": "sketch", "sketch": sketch}
+        expected = solve(call, x, lambda y: widened(y, BF16), **options)
+        assert_near(solve(call, x, **options), expected, 2e-2)
