@@ -13,8 +13,8 @@ from kdrl_kernels.head import TeacherHead
 P = ParamSpec("P")
 R = TypeVar("R")
 PER_TOKEN = {"tokens", "mask", "token_weights", "advantages", "old_logprobs", "teacher_logprobs"}
-PER_TOKEN |= {"kd_weight", "temperature"}
-"""Arguments that hold one value a token, where they are tensors."""
+PER_TOKEN |= {"kd_weight", "temperature", "extra_tokens"}
+"""Arguments that hold one value a token, where they are tensors, or K of them."""
 
 
 def takes_batches(function: Callable[P, R]) -> Callable[P, R]:
@@ -48,8 +48,8 @@ def _flat(name: str, value: Any, B: int, T: int) -> Any:
         return replace(value, hidden=value.hidden.flatten(0, 1), temperature=temperature)
     if name not in PER_TOKEN or not isinstance(value, Tensor):
         return value
-    _check(name, value, B, T)
-    return value.flatten()
+    _check(name, value, B, T, *["K"] * (name == "extra_tokens"))
+    return value.flatten(0, 1)
 
 
 def _check(name: str, tensor: Tensor, B: int, T: int, *dims: str) -> None:
@@ -62,7 +62,7 @@ def _check(name: str, tensor: Tensor, B: int, T: int, *dims: str) -> None:
 
 
 def _shaped(output: Any, B: int, T: int) -> Any:
-    """Give the [N] fields of an output the shape [B, T]."""
+    """Give the [N] fields of an output the shape [B, T], those of [N, K] the shape [B, T, K]."""
     values = {field.name: getattr(output, field.name) for field in fields(output)}
-    rows = {k: v for k, v in values.items() if isinstance(v, Tensor) and v.ndim == 1}
-    return replace(output, **{name: value.reshape(B, T) for name, value in rows.items()})
+    rows = {k: v for k, v in values.items() if isinstance(v, Tensor) and v.ndim}
+    return replace(output, **{k: v.reshape(B, T, *v.shape[1:]) for k, v in rows.items()})

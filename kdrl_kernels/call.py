@@ -43,6 +43,9 @@ class RowOutputs:
     kl: Tensor | None = None
     forward_kl: Tensor | None = None
     lse: Tensor | None = None
+    extra_logprobs: Tensor | None = None
+    """[N, K]."""
+    rest_logprob: Tensor | None = None
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "RowOutputs":
         """Apply fn to every field that is not None."""
@@ -53,7 +56,11 @@ class RowOutputs:
         """Spread the values of some rows to [N], with 0 in the others."""
         if isinstance(rows, slice):
             return self
-        return self.map(lambda values: values.new_zeros(N).index_copy(0, rows, values))
+
+        def spread(values: Tensor) -> Tensor:
+            return values.new_zeros(N, *values.shape[1:]).index_copy(0, rows, values)
+
+        return self.map(spread)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +77,10 @@ class LogprobCall:
     """Rows whose logits are kept until backward."""
     needs: Needs
     truncation: Truncation | None = None
+    extra_tokens: Tensor | None = None
+    """[N, K] int64, other columns whose log-probabilities are computed; -1: none."""
+    rest: bool = False
+    """True computes the log of the probability on none of a row's extra_tokens, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +112,9 @@ class LossCall:
     """Rows of logits that may be held at once; the reference ignores it and holds all."""
     truncation: Truncation | None = None
     """What the student's sampler keeps; None: every token."""
+    extra_tokens: Tensor | None = None
+    """As in LogprobCall."""
+    rest: bool = False
 
     @property
     def exact_kd(self) -> str | None:
@@ -120,6 +134,8 @@ class LossCall:
         names += ["teacher_logprobs"] if self.teacher is not None else []
         names += ["kl"] if self.exact_kd is not None else []
         names += ["forward_kl"] if self.exact_kd == "rkl+fkl" else []
+        names += ["extra_logprobs"] if self.extra_tokens is not None else []
+        names += ["rest_logprob"] if self.rest else []
         return names
 
     def of_shapes(self) -> "LossCall":
@@ -167,6 +183,8 @@ class LossCall:
             forward_kl=outputs.forward_kl,
             entropy=outputs.entropy,
             lse=outputs.lse,
+            extra_logprobs=outputs.extra_logprobs,
+            rest_logprob=outputs.rest_logprob,
             index=self._indices(rows) if isinstance(self.loss, CallerLoss) else None,
         )
 

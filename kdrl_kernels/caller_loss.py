@@ -10,13 +10,15 @@ from kdrl_kernels.objective import Divergence, Objective
 from kdrl_kernels.token_rows import Coefficients, Rows
 
 NO_GRADIENT = (
-    "loss_fn must return losses that depend on rows.logprobs, rows.entropy, rows.lse or rows.kl "
-    "with a gradient, got constants"
+    "loss_fn must return losses that depend on rows.logprobs, rows.entropy, rows.lse, rows.kl or "
+    "rows.extra_logprobs with a gradient, got constants"
 )
 OTHER_GRADIENT = (
     "loss_fn must read no tensor that needs a gradient, besides rows, got one of shape {}, which "
     "would get none: detach it, or take linear_logprobs, whose outputs may meet any parameter"
 )
+COEFFICIENTS = {"extra_logprobs": "extra", "rest_logprob": "rest"}
+"""The fields of Coefficients whose names are not those of Rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,8 @@ def coefficients(
     """Return [C] weighted losses and, by autograd, their derivatives (None for constants)."""
     names = ["logprobs"]
     names += ["entropy"] if loss.entropy else []
-    names += [name for name in ("kl", "forward_kl", "lse") if getattr(rows, name) is not None]
+    optional = ("kl", "forward_kl", "lse", "extra_logprobs", "rest_logprob")
+    names += [name for name in optional if getattr(rows, name) is not None]
     leaves = {name: getattr(rows, name).detach().requires_grad_() for name in names}
     with torch.enable_grad():
         losses = weights * loss.losses(replace(rows, **leaves))
@@ -61,9 +64,11 @@ def coefficients(
         grads = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
     if all(grad is None for grad in grads):
         return losses.detach(), None
-    zero = torch.zeros_like(rows.logprobs)
-    derivatives = (zero if grad is None else grad for grad in grads)
-    return losses.detach(), Coefficients(**dict(zip(names, derivatives, strict=True)))
+    derivatives = {
+        COEFFICIENTS.get(name, name): torch.zeros_like(leaves[name]) if grad is None else grad
+        for name, grad in zip(names, grads, strict=True)
+    }
+    return losses.detach(), Coefficients(**derivatives)
 
 
 def refuse_other_leaves(losses: Tensor, leaves: list[Tensor]) -> None:

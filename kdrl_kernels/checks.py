@@ -10,7 +10,7 @@ from torch import Tensor
 from kdrl_kernels.call import LossCall, has_values
 from kdrl_kernels.head import Head, TeacherHead
 from kdrl_kernels.objective import Objective
-from kdrl_kernels.plain import check_number
+from kdrl_kernels.plain import check_flag, check_number
 from kdrl_kernels.plan import accumulator
 from kdrl_kernels.sketch import Sketch
 from kdrl_kernels.truncation import Truncation
@@ -60,6 +60,34 @@ def check_tokens(tokens: Tensor, head: Head) -> None:
     if tokens.dtype != torch.int64:
         raise TypeError(f"tokens must be int64, got {tokens.dtype}")
     _check_rows("tokens", tokens, head)
+
+
+MOST_IDS = 512
+"""K of extra_tokens is at most this."""
+
+
+def check_extra_tokens(ids: Any, rest: Any, head: Head) -> Tensor | None:
+    """Return extra_tokens, contiguous, after every check but that of their range."""
+    check_flag("rest", rest)
+    if ids is None:
+        if rest:
+            raise ValueError("extra_tokens must be [N, K] with rest=True, got None")
+        return None
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"extra_tokens must be a tensor or None, got {type(ids).__name__}")
+    if ids.dtype != torch.int64:
+        raise TypeError(f"extra_tokens must be int64, got {ids.dtype}")
+    N, hidden = len(head.hidden), head.hidden
+    if ids.ndim != 2 or len(ids) != N or not 0 < ids.shape[1] <= MOST_IDS:
+        raise ValueError(
+            f"extra_tokens must be [N, K] with N = {N} and K in [1, {MOST_IDS}], "
+            f"got {list(ids.shape)}"
+        )
+    if ids.device != hidden.device:
+        raise ValueError(
+            f"extra_tokens must be on the device of hidden ({hidden.device}), got {ids.device}"
+        )
+    return ids.contiguous()
 
 
 def row_tensor(name: str, value: Any, head: Head, *, mask: bool = False) -> Tensor | None:
@@ -120,6 +148,28 @@ def bad_tokens(
     return count
 
 
+def bad_ids(
+    ids: Tensor | None, vocab_size: int, size_name: str, weights: Tensor | None = None
+) -> Tensor | int:
+    """Count the extra_tokens [N, K] outside [-1, vocab_size) in rows of non-zero weight, 0-d.
+
+    Raises: as bad_tokens.
+    """
+    if ids is None:
+        return 0
+    bad = (ids < -1) | (ids >= vocab_size)
+    if weights is not None:
+        bad &= weights[:, None] != 0
+    count = bad.sum()
+    if _is_read(ids) and count:
+        row, k = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"extra_tokens must be in [0, {size_name}) with {size_name} = {vocab_size}, or -1 for "
+            f"none, got {int(ids[row, k])} in row {row}"
+        )
+    return count
+
+
 def _is_read(tensor: Tensor) -> bool:
     """Say whether reading a value of the tensor waits for nothing."""
     return tensor.device.type == "cpu" and has_values(tensor)
@@ -162,7 +212,8 @@ def check_values(call: LossCall) -> Tensor:
             raise ValueError(
                 f"token_weights must have a positive sum where normalizer is None, got {total}"
             )
-    return bad_tokens(call.tokens, call.vocab_size, "vocab_size", call.weights)
+    sizes = call.vocab_size, "vocab_size", call.weights
+    return bad_tokens(call.tokens, *sizes) + bad_ids(call.extra_tokens, *sizes)
 
 
 def normalizer_tensor(normalizer: Any, head: Head) -> Tensor | None:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from kdrl_kernels.buffers import Buffers, gradient_view
 from kdrl_kernels.call import LogprobCall, take
-from kdrl_kernels.checks import bad_tokens, check_head_values, poison
+from kdrl_kernels.checks import bad_ids, bad_tokens, check_head_values, poison
 from kdrl_kernels.gradients import Gradients
 from kdrl_kernels.head import in_one_dtype
 from kdrl_kernels.plan import accumulator, balanced, chunks_of, padded
+from kdrl_kernels.rows.ids import IdStats
 from kdrl_kernels.rows.streams import Stats, Stream
 from kdrl_kernels.token_rows import Coefficients
 from kdrl_kernels.truncation import truncate_
@@ -29,6 +30,9 @@ class Scores:
     max: Tensor
     log_sum: Tensor
     entropy: Tensor | None
+    extra_logprobs: Tensor | None
+    """[N, K]."""
+    rest_logprob: Tensor | None
     cache: Tensor
     """[rows, width], logits as the sweep left them; 0 rows where none are kept."""
 
@@ -43,6 +47,27 @@ class BackwardCall:
     """[N], the gradient of a later loss to the log-probabilities."""
     grad_entropy: Tensor | None
     """[N], the gradient of a later loss to the entropies."""
+    grad_extra: Tensor | None = None
+    """[N, K], the gradient of a later loss to the log-probabilities at extra_tokens."""
+    grad_rest: Tensor | None = None
+    """[N], that to the log-probability of the rest."""
+
+    def at_ids(self, columns: Tensor | None, rows: slice) -> IdStats | None:
+        """Return what the sweep of some rows computed at their ids, if a gradient needs it."""
+        if self.grad_extra is None and self.grad_rest is None:
+            return None
+        extra, rest = self.scores.extra_logprobs, self.scores.rest_logprob
+        assert columns is not None
+        assert extra is not None
+        rest = None if rest is None or not self.forward.rest else rest[rows]
+        return IdStats(columns[rows], extra[rows], rest=rest)
+
+    def coefficients(self, rows: slice, at_ids: IdStats | None) -> Coefficients:
+        """Return the derivatives of the later loss of some rows."""
+        grads = self.grad_entropy, None, None, None, self.grad_extra, self.grad_rest
+        parts = (None if grad is None else grad[rows] for grad in grads)
+        coef = Coefficients(self.grad_logprobs[rows], *parts)
+        return coef if at_ids is None else at_ids.live(coef)
 
 
 def cached_rows(
@@ -69,8 +94,7 @@ def score(call: LogprobCall, collector: Any = None) -> Scores:
     """
     head, V, N = in_one_dtype(call.head), len(call.head.weight), len(call.tokens)
     check_head_values(head)
-    bad = bad_tokens(call.tokens, V, "V")
-    tokens = call.tokens.clamp(0, V - 1)  # reads stay inside
+    bad, tokens, ids = _inside(call)
     size = balanced(N, call.max_rows)
     cache = head.hidden.new_empty(call.cached, padded(V), dtype=accumulator(head.hidden.dtype))
     masses = collector is not None
@@ -80,16 +104,29 @@ def score(call: LogprobCall, collector: Any = None) -> Scores:
         kept = cache[rows, :V] if rows.stop <= call.cached else None
         stream = buffers.project(head, rows, out=kept)
         truncate_(stream.logits, tokens[rows], stream.temperature, call.truncation)
-        chunks.append(buffers.work.sweep(stream, tokens[rows], entropy=call.entropy))
+        options = {} if ids is None else {"ids": ids[rows], "rest": call.rest}
+        chunks.append(buffers.work.sweep(stream, tokens[rows], entropy=call.entropy, **options))
         if collector is not None:
             collector.take_scores(call.impl, stream, tokens[rows], chunks[-1], rows)
+    at_ids = [stats.at_ids for stats in chunks if stats.at_ids is not None]
+    extra = torch.cat([ids.logprobs for ids in at_ids]) if at_ids else None
+    rest = [ids.rest for ids in at_ids if ids.rest is not None]
     return Scores(
         poison(torch.cat([stats.logprobs for stats in chunks]), bad),
         torch.cat([stats.max for stats in chunks]),
         torch.cat([stats.log_sum for stats in chunks]),
         torch.cat([stats.entropy for stats in chunks]) if call.entropy else None,
+        extra if extra is None else poison(extra, bad),
+        poison(torch.cat(rest), bad) if rest else None,
         cache,
     )
+
+
+def _inside(call: LogprobCall) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return how many tokens and ids are out of range, 0-d, and both so that reads stay inside."""
+    V, ids = len(call.head.weight), call.extra_tokens
+    bad = bad_tokens(call.tokens, V, "V") + bad_ids(ids, V, "V")
+    return bad, call.tokens.clamp(0, V - 1), None if ids is None else ids.clamp(-1, V - 1)
 
 
 def gradients(backward: BackwardCall, total: Gradients | None = None) -> tuple[Gradients, Tensor]:
@@ -102,13 +139,13 @@ def gradients(backward: BackwardCall, total: Gradients | None = None) -> tuple[G
     size = balanced(N, call.max_rows)
     buffers = Buffers(head, V, size, 1, call.impl)
     total = total or Gradients(head, call.needs)
-    bad = bad_tokens(call.tokens, V, "V")
-    tokens = call.tokens.clamp(0, V - 1)
+    bad, tokens, ids = _inside(call)
     for rows in chunks_of(N, size):
-        entropy, grad_entropy = None, None
+        entropy, at_ids = None, backward.at_ids(ids, rows)
         if backward.grad_entropy is not None and scores.entropy is not None:
-            entropy, grad_entropy = scores.entropy[rows], backward.grad_entropy[rows]
-        stats = Stats(scores.max[rows], scores.log_sum[rows], scores.logprobs[rows], entropy)
+            entropy = scores.entropy[rows]
+        numbers = scores.max[rows], scores.log_sum[rows], scores.logprobs[rows], entropy
+        stats = Stats(*numbers, at_ids=at_ids)
         buffer = buffers.streams[0][: rows.stop - rows.start]
         if rows.stop <= len(scores.cache):
             temperature = head.temperature
@@ -119,7 +156,7 @@ def gradients(backward: BackwardCall, total: Gradients | None = None) -> tuple[G
             stream = buffers.project(head, rows)
             truncate_(stream.logits, tokens[rows], stream.temperature, call.truncation)
             buffers.work.resume_(stream, stats)
-        coef = total.in_unit(Coefficients(grad_logprobs[rows], grad_entropy))
+        coef = total.in_unit(backward.coefficients(rows, at_ids))
         out = gradient_view(buffer, head.hidden.dtype)
         dz = buffers.work.gradient(stream, tokens[rows], stats, coef, out=out)
         total.add(head, rows, dz)

@@ -50,6 +50,8 @@ def run(call: LossCall, collector: Any = None) -> Pass:
     teacher = None if call.teacher is None else in_one_dtype(call.teacher)
     bad = check_values(call)
     tokens = call.tokens.clamp(0, call.vocab_size - 1)  # reads stay inside
+    if call.extra_tokens is not None:
+        call = replace(call, extra_tokens=call.extra_tokens.clamp(-1, call.vocab_size - 1))
     call = replace(call, tokens=tokens, student=student, teacher=teacher)
     active = call.active_rows()
     N = size_of(active)
@@ -75,6 +77,7 @@ def run(call: LossCall, collector: Any = None) -> Pass:
             gradient_rows += 0 if call.compact else size_of(rows)
             continue
         constant = False
+        coef = coef if stats.at_ids is None else stats.at_ids.live(coef)
         gradient_rows += gradients.take(call, (p, q), stats, coef, rows)
     if constant:
         raise ValueError(NO_GRADIENT)
@@ -110,17 +113,19 @@ def _statistics(
         lq = buffers.work.sweep(q_alone, tokens).logprobs
     p = buffers.project(call.student, rows)
     truncate_(p.logits, tokens, p.temperature, call.truncation)
-    stats = buffers.work.sweep(p, tokens, teacher=q, entropy=call.wants_entropy)
+    ids = None if call.extra_tokens is None else take(call.extra_tokens, rows)
+    stats = buffers.work.sweep(
+        p, tokens, teacher=q, entropy=call.wants_entropy, ids=ids, rest=call.rest
+    )
     lq = stats.teacher_logprobs if lq is None else lq
     lse = None
     if call.loss.lse:  # in the dtype of the logits, whatever that of a temperature of each row
         lse = (stats.max / p.temperature + stats.log_sum).to(stats.max.dtype)
-    return (
-        p,
-        q,
-        stats,
-        RowOutputs(stats.logprobs, stats.entropy, lq, stats.kl, stats.forward_kl, lse),
-    )
+    outputs = RowOutputs(stats.logprobs, stats.entropy, lq, stats.kl, stats.forward_kl, lse)
+    if stats.at_ids is not None:
+        at_ids = stats.at_ids
+        outputs = replace(outputs, extra_logprobs=at_ids.logprobs, rest_logprob=at_ids.rest)
+    return p, q, stats, outputs
 
 
 def _concatenate(chunks: list[RowOutputs]) -> RowOutputs:

@@ -13,6 +13,11 @@ class LogprobOutput:
     """[N] float32 (float64 for float64 inputs), the log-probability of each token, in nats."""
     entropy: Tensor | None
     """[N] in nats, the entropy of each row in the dtype of logprobs; None unless entropy=True."""
+    extra_logprobs: Tensor | None = None
+    """[N, K] in nats, the log-probability at each of extra_tokens, 0 where that is -1; else None.
+    """
+    rest_logprob: Tensor | None = None
+    """[N], log of the probability on none of a row's extra_tokens; None unless rest=True."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,5 +42,11 @@ class LossOutput:
     """[N], the entropy of each row in nats; None unless entropy=True or the loss reads it."""
     lse: Tensor | None
     """[N], log(sum_v exp(z_v)) of each row; None unless lse=True (linear_token_loss)."""
+    extra_logprobs: Tensor | None
+    """[N, K] in nats, the log-probability at each of extra_tokens, 0 where that is -1; else None.
+    """
+    rest_logprob: Tensor | None
+    """[N], log of the probability on none of a row's extra_tokens; None unless rest=True
+    (linear_token_loss)."""
     metrics: dict[str, Tensor]
     """0-d sums and counts on the device, over the rows of non-zero weight; kdrl_loss lists them."""

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from kdrl_kernels.adapter import LowRank
 from kdrl_kernels.autocast import Project, without_autocast
-from kdrl_kernels.call import LossCall, RowOutputs, take
+from kdrl_kernels.call import LogprobCall, LossCall, RowOutputs, take
 from kdrl_kernels.caller_loss import NO_GRADIENT
-from kdrl_kernels.checks import bad_tokens, check_head_values, check_values, poison
+from kdrl_kernels.checks import bad_ids, bad_tokens, check_head_values, check_values, poison
 from kdrl_kernels.head import Head, StudentHead, gathered
+from kdrl_kernels.rows.ids import log_mass
 from kdrl_kernels.truncation import Truncation, truncate_
 
 
@@ -73,6 +74,8 @@ def row_outputs(
     entropy: bool = False,
     lse: bool = False,
     truncation: Truncation | None = None,
+    extra_tokens: Tensor | None = None,
+    rest: bool = False,
 ) -> RowOutputs:
     """Return what a loss may use of each row, differentiable in the student's tensors."""
     z = head_logits(student, vocab_size)
@@ -84,8 +87,11 @@ def row_outputs(
     logprobs = logp.gather(1, tokens[:, None]).squeeze(1)
     p = logp.exp()
     entropies = -(p * torch.where(p > 0, logp, 0)).sum(dim=1) if entropy else None
+    outputs = RowOutputs(logprobs, entropies, lse=log_sum_exp)
+    if extra_tokens is not None:
+        outputs = replace(outputs, **_at_ids(z, logp, extra_tokens, rest))
     if teacher is None:
-        return RowOutputs(logprobs, entropies, lse=log_sum_exp)
+        return outputs
     logq = torch.log_softmax(head_logits(teacher, vocab_size), dim=1).to(logp)
     kl, forward_kl = None, None
     if kd in ("rkl", "rkl+fkl"):
@@ -98,19 +104,41 @@ def row_outputs(
         logm = torch.where(m > 0, m, 1).log()
         kl = jsd_alpha * kl_divergence(logq, logm) + (1 - jsd_alpha) * kl_divergence(logp, logm)
     lq = logq.gather(1, tokens[:, None]).squeeze(1)
-    return RowOutputs(logprobs, entropies, lq, kl, forward_kl, log_sum_exp)
+    return replace(outputs, teacher_logprobs=lq, kl=kl, forward_kl=forward_kl)
 
 
-def linear_logprobs(
-    head: Head, tokens: Tensor, entropy: bool, truncation: Truncation | None
-) -> tuple[Tensor, Tensor | None]:
-    """Return logprobs [N] and entropy [N] or None, differentiable in hidden, weight and bias."""
+def _at_ids(z: Tensor, logp: Tensor, ids: Tensor, rest: bool) -> dict[str, Tensor]:
+    """Return extra_logprobs [N, K] and, if wanted, rest_logprob [N]; -inf and 0 are constants."""
+    none, columns = ids < 0, ids.clamp(min=0)
+    extra = logp.gather(1, columns)
+    constant = none | (extra == -torch.inf)
+    results = {"extra_logprobs": torch.where(constant, extra.detach().masked_fill(none, 0), extra)}
+    if rest:
+        hits = torch.zeros_like(z).scatter_add(1, columns, (~none).to(z))
+        others = z.masked_fill(hits > 0, -torch.inf)
+        dead = (others == -torch.inf).all(dim=1)
+        others = torch.where(dead[:, None], 0, others).logsumexp(dim=1) - z.logsumexp(dim=1)
+        others = torch.where(none.all(dim=1), 0, others)
+        results["rest_logprob"] = log_mass(torch.where(dead, -torch.inf, others))
+    return results
+
+
+def linear_logprobs(call: LogprobCall) -> RowOutputs:
+    """Return the outputs of each row, differentiable in hidden, weight and bias."""
+    head, V, ids = call.head, call.head.weight.shape[0], call.extra_tokens
     check_head_values(head)
-    V = head.weight.shape[0]
-    bad = bad_tokens(tokens, V, "V")
-    tokens = tokens.clamp(0, V - 1)
-    outputs = row_outputs(head, tokens, V, entropy=entropy, truncation=truncation)
-    return poison(outputs.logprobs, bad), outputs.entropy
+    bad = bad_tokens(call.tokens, V, "V") + bad_ids(ids, V, "V")
+    outputs = row_outputs(
+        head,
+        call.tokens.clamp(0, V - 1),
+        V,
+        entropy=call.entropy,
+        truncation=call.truncation,
+        extra_tokens=None if ids is None else ids.clamp(-1, V - 1),
+        rest=call.rest,
+    )
+    entropy = outputs.entropy  # which reads no token
+    return replace(outputs.map(lambda values: poison(values, bad)), entropy=entropy)
 
 
 def loss(call: LossCall) -> tuple[Tensor, RowOutputs, Tensor]:
@@ -118,6 +146,7 @@ def loss(call: LossCall) -> tuple[Tensor, RowOutputs, Tensor]:
     call = call.of_shapes()
     bad = check_values(call)
     active = call.active_rows()
+    ids = call.extra_tokens
     outputs = row_outputs(
         call.student.select(active),
         take(call.tokens.clamp(0, call.vocab_size - 1), active),
@@ -128,6 +157,8 @@ def loss(call: LossCall) -> tuple[Tensor, RowOutputs, Tensor]:
         entropy=call.wants_entropy,
         lse=call.loss.lse,
         truncation=call.truncation,
+        extra_tokens=None if ids is None else take(ids.clamp(-1, call.vocab_size - 1), active),
+        rest=call.rest,
     )
     weights = call.row_weights(active, outputs.logprobs.dtype)
     with without_autocast(weights.device):  # for what a caller's loss computes
@@ -151,5 +182,7 @@ def _gradient_rows(call: LossCall, outputs: RowOutputs, losses: Tensor) -> Tenso
     derivatives = torch.autograd.grad(losses.sum(), leaves, retain_graph=True, allow_unused=True)
     used = torch.zeros_like(losses, dtype=torch.bool)
     for derivative in derivatives:
-        used = used if derivative is None else used | (derivative != 0)
+        if derivative is not None:
+            nonzero = derivative != 0
+            used |= nonzero if nonzero.ndim == 1 else nonzero.any(dim=1)
     return used.sum()

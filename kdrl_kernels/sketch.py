@@ -96,7 +96,7 @@ class Sketch:
         thresholds = torch.full_like(uniforms, self.threshold)
         most_blocks = self.flat * V / COLUMNS_PER_ENTRY.get(uniforms.device.type, 64)
         if coef is not None:
-            largest = torch.stack(list(coef.present().values())).abs().amax(dim=0).double()
+            largest = coef.sizes().double()
             thresholds *= (self.scale / largest).clamp(min=1)  # NaN stays NaN
             thresholds.masked_fill_(largest == 0, math.inf)
         return Grid(thresholds, uniforms, self.threshold, most_blocks)

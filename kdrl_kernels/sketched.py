@@ -69,8 +69,7 @@ class Lists:
         self.parts.append((merged.column.int(), values))
         self.flat_indices.append(indices(rows, flat))
         if len(self.flat_indices[-1]):
-            exact_coef = coef.map(lambda values: torch.where(flat, values, 0))
-            self.flat.take(call, streams, stats, exact_coef, rows)
+            self.flat.take(call, streams, stats, coef.of_rows(flat), rows)
         return used_or_flat.sum()
 
     def take_scores(
@@ -305,7 +304,7 @@ class _Logprobs(torch.autograd.Function):
         flat_head = head.select(flat)
         call = LogprobCall(flat_head, tokens[flat], wants, impl, max_rows, 0, needs, truncation)
         entropy, cache = None if entropy is None else entropy[flat], hidden.new_empty(0, 0)
-        scores = logprobs.Scores(lp[flat], top[flat], log_sum[flat], entropy, cache)
+        scores = logprobs.Scores(lp[flat], top[flat], log_sum[flat], entropy, None, None, cache)
         grad_entropy = None if grad_entropy is None else grad_entropy[flat]
         exact = logprobs.BackwardCall(call, scores, grad[flat], grad_entropy)
         with torch.no_grad(), without_autocast(hidden.device):

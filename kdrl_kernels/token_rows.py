@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Holds what a token's loss may depend on; every field is [C], logarithms and KL in nats."""
+    """Holds what a token's loss may depend on, [C] where no other shape stands, in nats."""
 
     logprobs: Tensor
     """lp, the student's log-probability of the sampled token."""
@@ -31,17 +31,26 @@ class Rows:
     """KL(q‖p), beside kl, for "rkl+fkl"."""
     lse: Tensor | None = None
     """log(sum_v exp(z_v)) of the student's logits, after softcap and temperature."""
+    extra_logprobs: Tensor | None = None
+    """[C, K], the student's log-probability at each of extra_tokens; 0 where there is none."""
+    rest_logprob: Tensor | None = None
+    """log of the probability that is on none of a row's extra_tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Coefficients:
-    """Holds derivatives of each row's weighted loss, [C]; None where the loss has no such term."""
+    """Holds derivatives of each row's weighted loss; None where the loss has no such term.
+
+    [C] each, extra [C, K].
+    """
 
     logprobs: Tensor
     entropy: Tensor | None = None
     kl: Tensor | None = None
     forward_kl: Tensor | None = None
     lse: Tensor | None = None
+    extra: Tensor | None = None
+    rest: Tensor | None = None
 
     def present(self) -> dict[str, Tensor]:
         """Return the fields that are not None, by name."""
@@ -54,11 +63,17 @@ class Coefficients:
 
     def used(self) -> Tensor:
         """Return [C] bool, true for rows whose logits have a gradient other than 0."""
-        return self._stack().ne(0).any(dim=0)
+        return self.sizes().ne(0)
+
+    def of_rows(self, rows: Tensor) -> "Coefficients":
+        """Return these derivatives with 0 in all rows but those where a [C] bool is true."""
+        return self.map(lambda x: torch.where(rows if x.ndim == 1 else rows[:, None], x, 0))
 
     def largest(self) -> Tensor:
         """Return the largest absolute value, 0-d; 0 without rows."""
-        return self._stack().abs().amax() if len(self.logprobs) else self.logprobs.sum()
+        return self.sizes().amax() if len(self.logprobs) else self.logprobs.sum()
 
-    def _stack(self) -> Tensor:
-        return torch.stack(list(self.present().values()))
+    def sizes(self) -> Tensor:
+        """Return the largest absolute value of each row, [C]; NaN where one is."""
+        values = (x if x.ndim == 1 else x.abs().amax(dim=1) for x in self.present().values())
+        return torch.stack(list(values)).abs().amax(dim=0)

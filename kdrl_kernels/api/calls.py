@@ -25,6 +25,8 @@ def solved(
     call: LossCall, sketch: Sketch | None, solve: Callable[[LossCall], Solved]
 ) -> tuple[*Solved, dict[str, Tensor]]:
     """Return what solve(call) does, by a sketch where there is one, and metrics of the sketch."""
+    if sketch is not None and call.extra_tokens is not None:
+        raise ValueError('extra_tokens must be None with backward="sketch", got K ids: use "exact"')
     if sketch is None or not any(call.needs) or not has_values(call.tokens):
         return *solve(call), {}
     return sketched.loss(call, sketch)
@@ -51,6 +53,8 @@ def loss_call(
     entropy: bool,
     compact: bool | None,
     truncation: Truncation | None,
+    extra_tokens: Tensor | None,
+    rest: bool = False,
     workspace_bytes: int | None,
     impl: str | None,
 ) -> LossCall:
@@ -83,6 +87,8 @@ def loss_call(
         entropy=entropy,
         compact=compact,
         truncation=checks.check_truncation(truncation, student, loss.exact_kd),
+        extra_tokens=checks.check_extra_tokens(extra_tokens, rest, student),
+        rest=rest,
     )
     if impl == "reference":
         return call
@@ -109,5 +115,7 @@ def output(
         forward_kl=rows.forward_kl,
         entropy=rows.entropy,
         lse=rows.lse,
+        extra_logprobs=rows.extra_logprobs,
+        rest_logprob=rows.rest_logprob,
         metrics=metrics | dict(zip(names, counts.unbind(), strict=True)),
     )

@@ -1,5 +1,7 @@
 """Defines linear_logprobs."""
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from kdrl_kernels import checks, logprobs, operators, reference, sketched
@@ -30,6 +32,8 @@ def linear_logprobs(
     adapter: LowRank | None = None,
     truncation: Truncation | None = None,
     entropy: bool = False,
+    extra_tokens: Tensor | None = None,
+    rest: bool = False,
     workspace_bytes: int | None = None,
     cache_bytes: int = 0,
     backward: Backward = "exact",
@@ -63,6 +67,13 @@ def linear_logprobs(
         truncation: Truncation(top_k, top_p) of the sampler, or None: log-probabilities and entropy
             are those of the tokens that it keeps, renormalised. Not with a softcap.
         entropy: True also returns the entropy of each row.
+        extra_tokens: [N, K] int64, K at most 512, other tokens whose log-probabilities are
+            returned, with their gradient, as extra_logprobs [N, K]; -1: none, which gives 0. They
+            may repeat, and the sampled token may be among them. One that a bias of -inf or the
+            sampler forbids gives -inf, and no gradient. Range: as tokens.
+        rest: True also returns rest_logprob [N], log of the probability on none of a row's
+            extra_tokens, summed on its own, so precise where it is small. Below 2^-103 (float32;
+            2^-970 in float64) it is -inf, without a gradient.
         workspace_bytes: bound of the memory beyond inputs, outputs and gradients. None on a GPU:
             2,048 rows or 1.25 GB, whichever is more, and at most a quarter of the free memory.
             None on a CPU: 256 MB; 16-bit weights are widened 16 MB at a time in addition.
@@ -91,26 +102,33 @@ def linear_logprobs(
     check_flag("entropy", entropy)
     impl, truncation = checks.choose_impl(impl, head), checks.check_truncation(truncation, head)
     sketch = checks.check_sketch(backward, sketch, impl, head)
+    ids = checks.check_extra_tokens(extra_tokens, rest, head)
+    if sketch is not None and ids is not None:
+        raise ValueError('extra_tokens must be None with backward="sketch", got K ids: use "exact"')
     used, N = checks.row_tensor("mask", mask, head, mask=True), len(tokens)
     used = used if has_values(tokens) else None
     active = slice(0, N) if used is None else used.nonzero().squeeze(1)
     if used is not None:
         head, tokens = head.select(active), tokens[active]
+        ids = None if ids is None else ids[active]
         sketch = None if sketch is None else sketch.select(active)
     head = adapted(head, adapter, impl)
+    needs = needs_gradient(head)
+    call = LogprobCall(head, tokens, entropy, impl, 0, 0, needs, truncation, ids, rest)
     if impl == "reference":
-        outputs = RowOutputs(*reference.linear_logprobs(head, tokens, entropy, truncation))
+        outputs = reference.linear_logprobs(call)
     else:
         rows = max_rows(geometry(head, None, None, impl), workspace_bytes)
-        needs, cached = needs_gradient(head), 0
+        cached = 0
         if any(needs):
             V, dtype = weight.shape[0], hidden.dtype
             sizes = len(tokens), V, dtype, rows, cache_bytes, None if used is None else N
             cached = logprobs.cached_rows(*sizes)
-        call = LogprobCall(head, tokens, entropy, impl, rows, cached, needs, truncation)
+        call = replace(call, max_rows=rows, cached=cached)
         if sketch is not None and any(needs) and has_values(tokens):
             outputs = RowOutputs(*sketched.linear_logprobs(call, sketch))
         else:
-            outputs = RowOutputs(*operators.linear_logprobs(call))
+            outputs = operators.linear_logprobs(call)
     outputs = outputs.spread(active, N)
-    return LogprobOutput(outputs.logprobs, outputs.entropy)
+    extra, rest_logprob = outputs.extra_logprobs, outputs.rest_logprob
+    return LogprobOutput(outputs.logprobs, outputs.entropy, extra, rest_logprob)

@@ -40,6 +40,7 @@ def kdrl_loss(
     truncation: Truncation | None = None,
     vocab_size: int | None = None,
     entropy: bool = False,
+    extra_tokens: Tensor | None = None,
     compact: bool | None = None,
     workspace_bytes: int | None = None,
     backward: Backward = "exact",
@@ -72,6 +73,8 @@ def kdrl_loss(
             where gradients are averaged over them; None: sum(token_weights).
         vocab_size: number of columns that both models use; None: min(V, V_t).
         entropy: True also returns the entropy of each row.
+        extra_tokens: [N, K] int64, K at most 512, in [0, vocab_size) or -1 for none: other tokens
+            whose log-probabilities are returned. This loss does not read them.
         compact: True leaves rows whose logits have no gradient (clipped, or advantage 0 and no KD)
             out of dX and dW. On a GPU the host then waits, once a chunk, for the number of the
             others while the gradient kernel runs. None: True on a CPU and with token_weights.
@@ -108,6 +111,7 @@ def kdrl_loss(
         entropy=entropy,
         compact=compact,
         truncation=truncation,
+        extra_tokens=extra_tokens,
         workspace_bytes=workspace_bytes,
         impl=impl,
     )

@@ -45,6 +45,8 @@ def linear_token_loss(
     vocab_size: int | None = None,
     entropy: bool = False,
     lse: bool = False,
+    extra_tokens: Tensor | None = None,
+    rest: bool = False,
     compact: bool | None = None,
     workspace_bytes: int | None = None,
     backward: Backward = "exact",
@@ -59,9 +61,9 @@ def linear_token_loss(
         loss_fn: rows -> [C] losses, called once a chunk under autograd. rows.index [C] says which
             of the N rows these are (advantages[rows.index]; rows are b · T + t where hidden is
             [B, T, H]: advantages.flatten()[rows.index]); rows.logprobs, rows.kl,
-            rows.forward_kl, rows.entropy and rows.lse carry the gradient; rows.teacher_logprobs
-            does not. The loss of a row may depend on that row alone, since the chunk plan decides
-            which rows come together.
+            rows.forward_kl, rows.entropy, rows.lse, rows.extra_logprobs and rows.rest_logprob carry
+            the gradient; rows.teacher_logprobs does not. The loss of a row may depend on that row
+            alone, since the chunk plan decides which rows come together.
             Gradients reach hidden, weight, bias and adapter alone, so a parameter in loss_fn raises
             (impl "reference" is plain autograd, and reaches all).
         teacher, teacher_logprobs: set rows.teacher_logprobs.
@@ -69,6 +71,9 @@ def linear_token_loss(
             rows.forward_kl to KL(q‖p), in one pass. Needs a TeacherHead.
         entropy: True sets rows.entropy, and returns it.
         lse: True sets rows.lse, the log-sum-exp of the logits (for a z-loss), and returns it.
+        extra_tokens: as in linear_logprobs, in [0, vocab_size) or -1: sets rows.extra_logprobs
+            [C, K], and returns them.
+        rest: as in linear_logprobs: sets rows.rest_logprob [C], and returns it.
         The other arguments: as in kdrl_loss.
     Returns: LossOutput; metrics: tokens, gradient_rows, bad_tokens.
     Raises: as kdrl_loss; ValueError or TypeError where loss_fn does not return [C] losses that
@@ -100,6 +105,8 @@ def linear_token_loss(
         entropy=entropy,
         compact=compact,
         truncation=truncation,
+        extra_tokens=extra_tokens,
+        rest=rest,
         workspace_bytes=workspace_bytes,
         impl=impl,
     )

@@ -1,5 +1,6 @@
 """The operator kdrl::linear_logprobs and its backward pass, which is an operator too."""
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -7,14 +8,14 @@ from torch import Tensor
 
 from kdrl_kernels import gradients, logprobs
 from kdrl_kernels.autocast import without_autocast
-from kdrl_kernels.call import LogprobCall
+from kdrl_kernels.call import LogprobCall, RowOutputs
 from kdrl_kernels.head import gradient_dtypes, gradient_sizes
 from kdrl_kernels.logprobs import BackwardCall, Scores
 from kdrl_kernels.operators.flat import Layout, fake, no_none, no_vmap
 from kdrl_kernels.plan import accumulator, padded
 
 LAYOUT, BACKWARD_LAYOUT = Layout(LogprobCall), Layout(BackwardCall)
-SCHEMA = LAYOUT.schema("logprobs", "max", "log_sum", "entropy", "cache")
+SCHEMA = LAYOUT.schema(*(field.name for field in fields(Scores)))
 BACKWARD_SCHEMA = BACKWARD_LAYOUT.schema("dhidden", "dweight", "dbias")
 
 
@@ -23,8 +24,8 @@ def _linear_logprobs(*values: Any) -> tuple[Tensor, ...]:
     call = LAYOUT.rebuild(values)
     with without_autocast(call.tokens.device):
         scores = logprobs.score(call)
-    rows = (scores.logprobs, scores.max, scores.log_sum, scores.entropy)
-    return *no_none(rows, like=scores.logprobs), scores.cache
+    outputs = (getattr(scores, field.name) for field in fields(Scores))
+    return tuple(no_none(outputs, like=scores.logprobs))
 
 
 @_linear_logprobs.register_fake
@@ -32,7 +33,8 @@ def _(*values: Any) -> tuple[Tensor, ...]:
     call = LAYOUT.rebuild(values)
     hidden, N = call.head.hidden, call.tokens.shape
     cache = call.cached, padded(call.head.weight.shape[0])
-    sizes = [N, N, N, N if call.entropy else None, cache]
+    ids = None if call.extra_tokens is None else call.extra_tokens.shape
+    sizes = [N, N, N, N if call.entropy else None, ids, N if call.rest else None, cache]
     return tuple(fake(hidden, accumulator(hidden.dtype), sizes))
 
 
@@ -69,10 +71,12 @@ def _backward(ctx: Any, grad_logprobs: Tensor | None, *grads: Tensor | None) -> 
     pairs = zip(inputs, ctx.others, strict=True)
     call = LAYOUT.rebuild(other if tensor is None else tensor for tensor, other in pairs)
     grad_entropy = grads[2] if call.entropy else None
-    if grad_logprobs is None and grad_entropy is None:
+    grad_extra = grads[3] if call.extra_tokens is not None else None
+    others = grad_entropy, grad_extra, grads[4] if call.rest else None
+    if grad_logprobs is None and all(grad is None for grad in others):
         return LAYOUT.head_gradients([None] * 3)
     grad_logprobs = torch.zeros_like(scores[0]) if grad_logprobs is None else grad_logprobs
-    backward = BackwardCall(call, Scores(*scores), grad_logprobs, grad_entropy)
+    backward = BackwardCall(call, Scores(*scores), grad_logprobs, *others)
     results = _linear_logprobs_backward(*BACKWARD_LAYOUT.flatten(backward))
     pairs = zip(results, call.needs, strict=True)
     return LAYOUT.head_gradients(gradient if need else None for gradient, need in pairs)
@@ -82,7 +86,12 @@ _linear_logprobs.register_autograd(_backward, setup_context=_save)
 _linear_logprobs.register_vmap(no_vmap)
 
 
-def linear_logprobs(call: LogprobCall) -> tuple[Tensor, Tensor | None]:
-    """Return logprobs [N] and entropy [N] or None, differentiable once in the head's tensors."""
-    lp, _, _, entropy, _ = _linear_logprobs(*LAYOUT.flatten(call))
-    return lp, entropy if call.entropy else None
+def linear_logprobs(call: LogprobCall) -> RowOutputs:
+    """Return the outputs of each row, differentiable once in the head's tensors."""
+    lp, _, _, entropy, extra, rest, _ = _linear_logprobs(*LAYOUT.flatten(call))
+    return RowOutputs(
+        lp,
+        entropy if call.entropy else None,
+        extra_logprobs=extra if call.extra_tokens is not None else None,
+        rest_logprob=rest if call.rest else None,
+    )

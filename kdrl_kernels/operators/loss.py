@@ -23,7 +23,8 @@ class ObjectiveCall(LossCall):
 
 
 LAYOUT = Layout(ObjectiveCall)
-ROWS = ("logprobs", "entropy", "teacher_logprobs", "kl", "forward_kl")
+ROWS = ["logprobs", "entropy", "teacher_logprobs", "kl", "forward_kl"]
+ROWS += ["extra_logprobs", "rest_logprob"]
 SCHEMA = LAYOUT.schema("loss", "counts", *ROWS, "dhidden", "dweight", "dbias", "scale")
 
 
@@ -42,6 +43,8 @@ def _(*values: Any) -> tuple[Tensor, ...]:
     call = LAYOUT.rebuild(values)
     hidden, N = call.student.hidden, call.tokens.shape
     rows = [N if name in call.row_outputs else None for name in ROWS]
+    if call.extra_tokens is not None:
+        rows[ROWS.index("extra_logprobs")] = call.extra_tokens.shape
     sizes = [(), *rows, *gradient_sizes(call.student, call.needs), ()]
     loss, *others = fake(hidden, accumulator(hidden.dtype), sizes)
     return loss, call.tokens.new_empty(3), *others

@@ -7,6 +7,8 @@ each times a number. Maths: README.md.
 """
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from kdrl_kernels.objective import Objective, kd_pull, policy_log_ratio, sampled
 from kdrl_kernels.rows.blocks import BLOCK_BUFFERS, block_rows, column, nan_to_0, row_blocks
 from kdrl_kernels.rows.eager_gradient import gradient
 from kdrl_kernels.rows.entries import BLOCK
+from kdrl_kernels.rows.ids import IdStats, filled, log_mass
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
 from kdrl_kernels.token_rows import Coefficients, Rows
 
@@ -32,21 +35,51 @@ __all__ = [
 
 
 def sweep(
-    student: Stream, tokens: Tensor, *, teacher: TeacherStream | None = None, entropy: bool = False
+    student: Stream,
+    tokens: Tensor,
+    *,
+    teacher: TeacherStream | None = None,
+    entropy: bool = False,
+    ids: Tensor | None = None,
+    rest: bool = False,
 ) -> Stats:
-    """Compute statistics of one stream, or of two and their divergence; overwrite the logits."""
+    """Compute statistics of one stream, or of two and their divergence; overwrite the logits.
+
+    ids: [C, K] columns whose log-probabilities are computed too; rest: and that of all others.
+    """
+    columns = tokens[:, None]
+    if ids is not None:
+        columns = torch.cat([columns, filled(ids, tokens)], dim=1)
     blocks = [
-        _sweep_block(student, tokens[rows], rows, teacher, entropy)
+        _sweep_block(student, columns[rows], rows, teacher, entropy, rest)
         for rows in row_blocks(len(tokens), student.logits)
     ]
-    return Stats(**{name: torch.cat([block[name] for block in blocks]) for name in blocks[0]})
+    parts: dict[str, Any] = {
+        name: torch.cat([block[name] for block in blocks]) for name in blocks[0]
+    }
+    lp, lq, others = parts["logprobs"], parts.get("teacher_logprobs"), parts.pop("rest", None)
+    for name in {"logprobs", "teacher_logprobs"} & parts.keys():
+        parts[name] = parts[name][:, 0].contiguous()
+    stats = Stats(**parts)
+    if ids is None:
+        return stats
+    none = ids < 0
+    lp, lq = lp[:, 1:].masked_fill(none, 0), None if lq is None else lq[:, 1:].masked_fill(none, 0)
+    others = None if others is None else others.masked_fill(none.all(dim=1), 0)
+    return replace(stats, at_ids=IdStats(ids, lp, lq, others))
 
 
 def _sweep_block(
-    student: Stream, tokens: Tensor, rows: slice, teacher: TeacherStream | None, entropy: bool
+    student: Stream,
+    columns: Tensor,
+    rows: slice,
+    teacher: TeacherStream | None,
+    entropy: bool,
+    rest: bool,
 ) -> dict[str, Tensor]:
+    """Return statistics of a block by name; columns [rows, 1 + K]: the token's, then the ids."""
     d, top = _lower_(student, rows)
-    d_y = _pick(d, tokens)
+    d_at = d.gather(1, columns)
     stats = {"max": top}
     keep = student.softcap is not None or (teacher is not None and teacher.kd == "rkl+fkl")
     if teacher is None:
@@ -54,16 +87,18 @@ def _sweep_block(
         total = e.sum(dim=1)
     else:
         d_t, top_t = _lower_(teacher, rows)
-        d_t_y = _pick(d_t, tokens)
+        d_t_at = d_t.gather(1, columns)
         e_t = d_t.exp()
         _sum_blocks(e_t, teacher.masses, rows)
         e, total, total_t, divergences = _divergence_(d, d_t, e_t, teacher, keep or entropy)
         log_sum_t = total_t.log()
         stats |= divergences | {"teacher_max": top_t, "teacher_log_sum": log_sum_t}
-        stats["teacher_logprobs"] = d_t_y - log_sum_t
+        stats["teacher_logprobs"] = d_t_at - log_sum_t[:, None]
     _sum_blocks(e, student.masses, rows)
     stats["log_sum"] = total.log()
-    stats["logprobs"] = d_y - stats["log_sum"]
+    stats["logprobs"] = d_at - stats["log_sum"][:, None]
+    if rest:
+        stats["rest"] = log_mass(_sum_without(e, columns[:, 1:]).log() - stats["log_sum"])
     if entropy:
         stats["entropy"] = stats["log_sum"] - _sum_(d * e) / total
         if not keep:
@@ -139,6 +174,14 @@ def _sum_blocks(e: Tensor, masses: Tensor | None, rows: slice) -> None:
         masses[rows, full] = e[:, full * BLOCK :].sum(dim=1)
 
 
+def _sum_without(e: Tensor, columns: Tensor) -> Tensor:
+    """Sum each row without some columns. 1 minus their share would cancel where that is near 1."""
+    values = e.gather(1, columns)
+    total = e.scatter_(1, columns, 0).sum(dim=1)
+    e.scatter_(1, columns, values)
+    return total
+
+
 def _sum_(values: Tensor) -> Tensor:
     """Sum each row; NaN, which is 0 · inf, becomes 0."""
     return nan_to_0(values).sum(dim=1)
@@ -208,7 +251,3 @@ def _policy(
     value = -advantages * torch.where(advantages == 0, 0, log_ratio.clamp(lower, upper)).exp_()
     outside = (log_ratio > upper) | (log_ratio < lower) | (advantages == 0)
     return value, torch.where(outside, 0, value)
-
-
-def _pick(d: Tensor, tokens: Tensor) -> Tensor:
-    return d.gather(1, tokens[:, None]).squeeze(1)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kdrl_kernels.rows.blocks import column, nan_to_0, row_blocks
+from kdrl_kernels.rows.ids import filled, normalizer_factor, rest_factor
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
 from kdrl_kernels.token_rows import Coefficients
 
@@ -30,6 +31,8 @@ def gradient(
     source = None if source is None else source[source >= 0]
     scale, teacher_scale, entropy_scale = _scales(stats, coef, teacher)
     forward_scale = _forward_scale(stats, coef)
+    ids = None if stats.at_ids is None else filled(stats.at_ids.columns, tokens)
+    id_scale, scale = scale, _rest_scale(scale, stats, coef)
     for slots in row_blocks(len(tokens) if source is None else len(source), student.logits):
         rows = slots if source is None else source[slots]
         d = student.logits[rows]
@@ -40,20 +43,33 @@ def gradient(
             surprise = torch.xlogy(e, e).mul_(entropy_scale[rows, None])
         if teacher is not None and teacher_scale is not None:
             part = _teacher_part_(teacher.logits[rows], d, e, teacher_scale, forward_scale, rows)
+        if ids is not None and coef.rest is not None:
+            at_ids = e.gather(1, ids[rows]).mul_(id_scale[rows, None])
         direct = source is None and out.dtype == e.dtype
         dz = torch.mul(e, scale[rows, None], out=out[slots] if direct else None)
+        if ids is not None and coef.rest is not None:  # written: p / r - p / r would cancel
+            dz.scatter_(1, ids[rows], at_ids)
         if surprise is not None:
             dz += surprise
         if part is not None:
             dz += part
         dz.scatter_add_(1, tokens[rows, None], coef.logprobs[rows, None])
-        if slope is not None:
-            dz *= slope
-        if isinstance(student.temperature, Tensor) or student.temperature != 1:
-            dz /= column(student.temperature, rows)
+        if ids is not None and coef.extra is not None:
+            dz.scatter_add_(1, ids[rows], coef.extra[rows])
+        _of_logits_(dz, slope, student.temperature, rows)
         if not direct:
             out[slots] = dz
     return out
+
+
+def _of_logits_(
+    dz: Tensor, slope: Tensor | None, temperature: float | Tensor, rows: slice | Tensor
+) -> None:
+    """Turn dL/dz of a block into dL/dlogits; slope is that of a softcap."""
+    if slope is not None:
+        dz *= slope
+    if isinstance(temperature, Tensor) or temperature != 1:
+        dz /= column(temperature, rows)
 
 
 def entries(
@@ -99,9 +115,7 @@ def _scales(
     The factors from the divergence are 0 where g is, even if the divergence is infinite.
     """
     total = stats.log_sum.exp()
-    scale, teacher_scale, entropy_scale = -coef.logprobs, None, None
-    if coef.lse is not None:
-        scale = scale + coef.lse
+    scale, teacher_scale, entropy_scale = -normalizer_factor(coef), None, None
     if coef.kl is not None:
         assert teacher is not None
         assert stats.teacher_log_sum is not None
@@ -123,6 +137,13 @@ def _scales(
         scale = scale - coef.entropy * (stats.entropy - stats.log_sum)
         entropy_scale = -coef.entropy / total
     return scale / total, teacher_scale, entropy_scale
+
+
+def _rest_scale(scale: Tensor, stats: Stats, coef: Coefficients) -> Tensor:
+    """Return the [C] factors of exp(d) in columns that are no ids, of those in the ids."""
+    if coef.rest is None:
+        return scale
+    return scale + rest_factor(coef, stats.at_ids) / stats.log_sum.exp()
 
 
 def _teacher_part_(

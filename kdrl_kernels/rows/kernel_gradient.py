@@ -1,12 +1,11 @@
 """Writes dL/dlogits on Triton, one program per row. Maths: README.md."""
 
-from dataclasses import fields
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdrl_kernels.rows.ids import normalizer_factor, rest_factor
 from kdrl_kernels.rows.kernel_loads import load_a, temperatures_of, width_of
 from kdrl_kernels.rows.kernel_math import (
     BOTH,
@@ -19,7 +18,7 @@ from kdrl_kernels.rows.kernel_math import (
     RKL,
     mixture_log_ratio,
 )
-from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
+from kdrl_kernels.rows.streams import NUMBERS, Stats, Stream, TeacherStream
 from kdrl_kernels.rows.tiles import GRADIENT, Tile, tile_of
 from kdrl_kernels.token_rows import Coefficients
 
@@ -138,12 +137,15 @@ def gradient(
     return out
 
 
-def record(stats: Stats, coef: Coefficients, *temperatures: Tensor) -> Tensor:
-    """Stack the fields of stats and coef, and temperatures: [17, C]; a None is never read.
+def record(stats: Stats, coef: Coefficients, *more: Tensor) -> Tensor:
+    """Stack numbers of stats and coef, the factor of -p, and more rows; a None is never read.
 
-    The last field of coef gives its place to c - h, the factor of -p.
+    more: the temperatures of student and teacher come first.
     """
-    values = [getattr(part, field.name) for part in (stats, coef) for field in fields(part)]
-    values[-1] = coef.logprobs if coef.lse is None else coef.logprobs - coef.lse
+    scale = normalizer_factor(coef)
+    if coef.rest is not None:
+        scale = scale - rest_factor(coef, stats.at_ids)
+    derivatives = coef.logprobs, coef.entropy, coef.kl, coef.forward_kl, scale
+    values = *(getattr(stats, name) for name in NUMBERS), *derivatives
     filled = [stats.max if value is None else value for value in values]
-    return torch.stack([*filled, *temperatures])
+    return torch.stack([*filled, *more])

@@ -4,14 +4,16 @@ a = softcap(logits) [C, V], d = (a - max a) / temperature; the same of the teach
 are float32. Kernels keep d in units of log 2, so that an exponential is one exp2.
 """
 
-from dataclasses import fields
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdrl_kernels.rows.kernel_gradient import gradient
+from kdrl_kernels.rows.blocks import row_blocks
+from kdrl_kernels.rows.ids import IdStats, filled, log_mass
+from kdrl_kernels.rows.kernel_ids import gradient
 from kdrl_kernels.rows.kernel_loads import load_a, temperatures_of, width_of
 from kdrl_kernels.rows.kernel_math import (
     BOTH,
@@ -28,14 +30,14 @@ from kdrl_kernels.rows.kernel_math import (
     rescale,
 )
 from kdrl_kernels.rows.kernel_objective import coefficients
-from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
+from kdrl_kernels.rows.streams import NUMBERS, Stats, Stream, TeacherStream
 from kdrl_kernels.rows.tiles import JSD, SWEEP, Tile, tile_of
 
 __all__ = ["BLOCK_BUFFERS", "block_rows", "coefficients", "gradient", "resume_", "sweep"]
 
 BLOCK_BUFFERS = 0
 BLOCK = 0  # sweeps write no masses
-STATS = len(fields(Stats))
+STATS = len(NUMBERS)
 
 
 def block_rows(V: int, device: torch.device) -> int:  # noqa: ARG001 (interface of row modules)
@@ -160,9 +162,14 @@ def sweep(
     *,
     teacher: TeacherStream | None = None,
     entropy: bool = False,
+    ids: Tensor | None = None,
+    rest: bool = False,
     tile: Tile | None = None,
 ) -> Stats:
-    """Compute statistics of one stream, or of two and their divergence."""
+    """Compute statistics of one stream, or of two and their divergence.
+
+    ids: [C, K] columns whose log-probabilities are computed too; rest: and that of all others.
+    """
     kd = teacher.kd if teacher else None
     tile = tile or tile_of(SWEEP, student, teacher)
     C, V = student.logits.shape
@@ -180,12 +187,67 @@ def sweep(
     if teacher is not None and kd == "jsd":
         add_mixture_kl(student, teacher, temperatures, stats)
     top, log_sum, logprobs, entropies, *of_teacher, mixture_kl, forward_kl = stats
-    return Stats(
+    numbers = Stats(
         *(top, log_sum, logprobs, entropies if entropy else None),
         *(of_teacher if teacher else [None] * len(of_teacher)),
         mixture_kl=mixture_kl if kd == "jsd" else None,
         forward_kl=forward_kl if kd == "rkl+fkl" else None,
     )
+    if ids is None:
+        return numbers
+    return replace(numbers, at_ids=_at_ids(student, tokens, numbers, teacher, ids, rest))
+
+
+def _at_ids(
+    student: Stream,
+    tokens: Tensor,
+    stats: Stats,
+    teacher: TeacherStream | None,
+    ids: Tensor,
+    rest: bool,
+) -> IdStats:
+    """Return log-probabilities at the ids [C, K] of each row, and of the rest, after a sweep."""
+    columns, none = filled(ids, tokens), ids < 0
+    lp = _logprobs(student, columns, stats.max, stats.log_sum).masked_fill(none, 0)
+    lq, others = None, None
+    if teacher is not None:
+        assert stats.teacher_max is not None
+        assert stats.teacher_log_sum is not None
+        lq = _logprobs(teacher, columns, stats.teacher_max, stats.teacher_log_sum)
+        lq = lq.masked_fill(none, 0)
+    if rest:
+        top, log_sum = _sweep_others(student, tokens, columns)
+        others = (top - stats.max) / student.temperature + (log_sum - stats.log_sum)
+        others = log_mass(others.to(lp.dtype)).masked_fill(none.all(dim=1), 0)
+    return IdStats(ids, lp, lq, others)
+
+
+def _logprobs(stream: Stream, columns: Tensor, top: Tensor, log_sum: Tensor) -> Tensor:
+    """Return log-probabilities at columns [C, K] of logits as the GEMM left them."""
+    d = _capped(stream.logits.gather(1, columns), stream.softcap) - top[:, None]
+    return d / temperatures_of(stream)[:, None] - log_sum[:, None]
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _sweep_others(student: Stream, tokens: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Return max and log sum [C] of each row without its columns [C, K], by a sweep of its own.
+
+    1 minus the share of the columns would cancel where it is near 1.
+    """
+    logits, temperature = student.logits, temperatures_of(student)
+    if student.softcap is None:
+        saved = logits.gather(1, columns)
+        stats = sweep(replace(student, logits=logits.scatter_(1, columns, -torch.inf)), tokens)
+        logits.scatter_(1, columns, saved)
+        return stats.max, stats.log_sum
+    parts = []
+    for rows in row_blocks(len(tokens), logits):  # a softcap would make -inf finite: capped before
+        others = _capped(logits[rows], student.softcap).scatter_(1, columns[rows], -torch.inf)
+        parts.append(sweep(Stream(others, temperature[rows], None), tokens[rows]))
+    return torch.cat([part.max for part in parts]), torch.cat([part.log_sum for part in parts])
 
 
 def add_mixture_kl(

@@ -1,8 +1,10 @@
 """Defines what row work reads and returns: logits of one head or two, and their statistics."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from torch import Tensor
+
+from kdrl_kernels.rows.ids import IdStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +54,9 @@ class Stats:
     """KL(p‖m) for "jsd", which its gradient needs."""
     forward_kl: Tensor | None = None
     """KL(q‖p), beside kl, for "rkl+fkl"."""
+    at_ids: IdStats | None = field(default=None, kw_only=True)
+    """What is computed beside these numbers where a loss reads K columns of each row."""
+
+
+NUMBERS = [field.name for field in fields(Stats) if field.name != "at_ids"]
+"""The fields of Stats that are [C]."""

@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 from kdrl_kernels.rows import (
     kernel_bags,
     kernel_gradient,
+    kernel_ids,
     kernel_objective,
     kernel_sketch,
     kernels,
@@ -71,6 +72,10 @@ def variants(table: dict[tuple[str, int, bool], Tile] = tiles.TILES) -> Iterator
         tile = table[SKETCH, *key]
         block = flags | {"BLOCK_V": tile.columns}
         yield f"sketch-{name}", kernel_sketch._sketch_kernel, block, caps, tile.warps
+        for most, source in ((64, "*i64"), (512, None)):
+            block = flags | {"BLOCK_K": most, "TILE": kernel_ids.TILE}
+            types = {"softcap": cap, "dz_ptr": "*bf16", "source_ptr": source}
+            yield f"ids-{name}-{most}", kernel_ids._ids_kernel, block, types, max(1, most // 64)
     shape = {"ENTRIES": kernel_bags.ENTRIES, "BLOCK_H": kernel_bags.BLOCK_H}
     types = {"table_ptr": "*bf16", "out_ptr": "*bf16"}
     yield "bags-bf16", kernel_bags._bags_kernel, shape, types, 4
@@ -88,13 +93,13 @@ def compile_one(variant: Variant, target: GPUTarget, aligned: bool) -> Any:
     def type_of(name: str) -> str:
         if name in constexprs:
             return "constexpr"
-        if name in ("token_ptr", "source_ptr", "begin_ptr", "offset_ptr"):
+        if name in ("token_ptr", "source_ptr", "begin_ptr", "offset_ptr", "id_ptr"):
             return "*i64"
         if name in ("column_ptr", "count_ptr", "index_ptr"):
             return "*i32"
         if name.endswith("_ptr"):
             return types.get(name) or "*fp32"
-        sizes = ("V", "C", "H", "width", "slots")
+        sizes = ("V", "C", "H", "K", "width", "slots")
         return "i32" if name in sizes or name.startswith("stride_") else "fp32"
 
     names = kernel.arg_names
@@ -180,9 +185,9 @@ def main(*only: str) -> None:
     alignments = [name == "aligned" for name in only[1:] or ("aligned", "ragged")]
     for variant, aligned, (arch, target) in product(variants(), alignments, targets.items()):
         if not aligned and (
-            variant[0].startswith(("objective", "bags")) or "softcap" in variant[0]
+            variant[0].startswith(("objective", "bags", "ids")) or "softcap" in variant[0]
         ):
-            continue  # the first two have no V; the others differ by nothing more
+            continue  # the first have no V; the others differ by nothing more
         compiled = compile_one(variant, target, aligned)
         name = f"{variant[0]}-{'aligned' if aligned else 'ragged'}"
         row = {"kernel": name, "arch": arch, "warps": variant[-1]} | resources(compiled)
