@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.inputs import Inputs
+from bench.inputs import ADAPTER_SCALE, LEAVES, Inputs
 from bench.ops import Op
 
 CLIP = 0.2
@@ -50,6 +50,20 @@ def divergence(kd: str, logp: Tensor, logq: Tensor) -> Tensor:
     return (p * (logp - log_m) + q * (logq - log_m)).sum(dim=1) / 2
 
 
+def topk_reverse_kl(logp: Tensor, inputs: Inputs, part: slice = ALL) -> Tensor:
+    """Return KL(p‖q) [C] over the teacher's best tokens, and one bucket for all the others."""
+    log_p = _with_rest(logp.gather(1, inputs.teacher_topk_tokens[part]))
+    log_q = _with_rest(inputs.teacher_topk_logprobs[part].double()).to(logp.dtype)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+
+
+def _with_rest(logprobs: Tensor) -> Tensor:
+    """Append log(1 - Σ p) to log-probabilities [C, K]; a rest below 1 ulp counts 1 ulp."""
+    log_sum = logprobs.logsumexp(dim=1, keepdim=True)
+    log_sum = log_sum.clamp(max=-torch.finfo(logprobs.dtype).eps)
+    return torch.cat([logprobs, (-log_sum.expm1()).log()], dim=1)
+
+
 def row_results(
     inputs: Inputs, op: Op, logp: Tensor, logq: Tensor | None, part: slice = ALL
 ) -> RowResults:
@@ -62,19 +76,35 @@ def row_results(
     losses = -lp if op.cross_entropy else torch.zeros_like(lp)
     if op.policy:
         losses = losses + policy_loss(lp, inputs, op, part)
-    if op.kd:
+    if op.kd == "k2":
         assert logq is not None
-        if op.kd == "k2":
-            losses = losses + (lp - logq.gather(1, tokens).squeeze(1)).square() / 2
-        else:
-            outputs["kl"] = divergence(op.kd, logp, logq)
-            losses = losses + outputs["kl"]
+        losses = losses + (lp - logq.gather(1, tokens).squeeze(1)).square() / 2
+    elif op.kd == "topk_rkl":
+        outputs["kl"] = topk_reverse_kl(logp, inputs, part)
+        losses = losses + outputs["kl"]
+    elif op.kd:
+        assert logq is not None
+        outputs["kl"] = divergence(op.kd, logp, logq)
+        losses = losses + outputs["kl"]
     return RowResults(outputs, losses)
 
 
-def log_softmax(hidden: Tensor, weight: Tensor) -> Tensor:
+def student_logprobs(inputs: Inputs, op: Op, part: slice = ALL) -> Tensor:
+    """Return the student's log-probabilities [C, V] of the rows in part."""
+    hidden = inputs.hidden[part]
+    logits = hidden @ inputs.shared_weight.T
+    if op.adapter:
+        logits.addmm_(ADAPTER_SCALE * (hidden @ inputs.adapter_a.T), inputs.shared_adapter_b.T)
+    return log_softmax(logits)
+
+
+def teacher_logprobs(inputs: Inputs, part: slice = ALL) -> Tensor:
+    """Return the teacher's log-probabilities [C, V] of the rows in part."""
+    return log_softmax(inputs.teacher_hidden[part] @ inputs.shared_teacher_weight.T)
+
+
+def log_softmax(logits: Tensor) -> Tensor:
     """Return log-probabilities [C, V], at least in float32."""
-    logits = hidden @ weight.T
     wide = torch.promote_types(logits.dtype, torch.float32)
     return F.log_softmax(logits, dim=1, dtype=wide)
 
@@ -85,18 +115,20 @@ def by_rows(
     """Compute (outputs, gradients by input name) in dtype, some rows of logits at a time."""
     leaves = {
         name: getattr(inputs, name).detach().to(dtype).requires_grad_(name in op.gradients)
-        for name in ("hidden", "weight")
+        for name in LEAVES
     }
     typed_inputs = replace(inputs, **leaves)
-    t_weight = inputs.shared_teacher_weight.to(dtype) if op.kd else None
+    if op.teacher_head:
+        heads = ("teacher_hidden", "teacher_weight")
+        typed_inputs = replace(
+            typed_inputs, **{name: getattr(inputs, name).to(dtype) for name in heads}
+        )
     parts: list[dict[str, Tensor]] = []
     N = inputs.shape.N
     for start in range(0, N, rows):
         part = slice(start, start + rows)
-        logp = log_softmax(typed_inputs.hidden[part], typed_inputs.shared_weight)
-        logq = None
-        if t_weight is not None:
-            logq = log_softmax(inputs.teacher_hidden[part].to(dtype), t_weight)
+        logp = student_logprobs(typed_inputs, op, part)
+        logq = teacher_logprobs(typed_inputs, part) if op.teacher_head else None
         results = row_results(inputs, op, logp, logq, part)
         outputs = results.outputs
         if results.losses is not None:

@@ -43,7 +43,7 @@ class Floor:
         for start in range(0, shape.N, self.rows):
             part = slice(start, min(start + self.rows, shape.N))
             C = part.stop - part.start
-            if op.kd:
+            if op.teacher_head:
                 teacher = inputs.teacher_hidden[part]
                 _mm(teacher, inputs.teacher_weight.T, self._logits(shape.V_t, C))
             for _ in range(projections):

@@ -30,13 +30,25 @@ TEACHER_NOISE = 0.35
 """Share of noise in the teacher's head and hidden states."""
 PROFILES = ("reasoning", "flat")
 """Profiles of the scoreboard; "hard" is for measures/sketch.py alone."""
+TOPK = 64
+"""The teacher's best tokens whose log-probabilities are inputs, where there are as many."""
+TEACHER_REST = 1e-4
+"""Probability that the teacher leaves to other tokens at least: the numbers of a top-k list are
+rounded, so they do not tell less."""
+RANK = 16
+ADAPTER_SCALE = 2.0
+ADAPTER_SIZE = 1e-3
+"""Rank of the low-rank matrix scale · B · A; its scale; the size of B, so small that ratios stay
+inside the clip range."""
+LEAVES = ("hidden", "weight", "adapter_a", "adapter_b")
+"""Inputs that may get a gradient."""
 SAMPLE_ROWS = 256
 """Rows of logits held while tokens are sampled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """The inputs of the benchmarked calls; hidden and weight require gradients."""
+    """The inputs of the benchmarked calls; LEAVES require gradients."""
 
     shape: Shape
     profile: str
@@ -59,6 +71,14 @@ class Inputs:
     """[N] float32, half of them 0, at random places."""
     old_logprobs: Tensor
     """[N] float32, nats: a little off, so that the ratio is not 1, and inside the clip range."""
+    teacher_topk_tokens: Tensor
+    """[N, K] int64: the teacher's best tokens, the best first; K is TOPK where V allows."""
+    teacher_topk_logprobs: Tensor
+    """[N, K] float32, nats; their probabilities sum to 1 - TEACHER_REST at most."""
+    adapter_a: Tensor
+    """[RANK, H]."""
+    adapter_b: Tensor
+    """[V, RANK]."""
 
     @property
     def shared_weight(self) -> Tensor:
@@ -69,6 +89,11 @@ class Inputs:
     def shared_teacher_weight(self) -> Tensor:
         """Return the teacher's rows that both models have, [min(V, V_t), H_t]."""
         return _cut(self.teacher_weight, self.shape)
+
+    @property
+    def shared_adapter_b(self) -> Tensor:
+        """Return the adapter's rows of shared_weight, [min(V, V_t), RANK]."""
+        return _cut(self.adapter_b, self.shape)
 
 
 def _cut(weight: Tensor, shape: Shape) -> Tensor:
@@ -109,6 +134,9 @@ def make_inputs(
     advantages = randn(N)
     advantages += advantages.sign() * 0.1
     kept = torch.randperm(N, generator=rng, device=device) < N // 2
+    old_logprobs = logprobs + 0.02 * randn(N)
+    ids, teacher_logprobs = _best(teacher_hidden, teacher_weight[:V])
+    a, b = randn(RANK, shape.H) / math.sqrt(shape.H), ADAPTER_SIZE * randn(shape.V, RANK)
     return Inputs(
         shape,
         profile,
@@ -120,7 +148,11 @@ def make_inputs(
         entropy,
         advantages,
         half_advantages=torch.where(kept, advantages, 0),
-        old_logprobs=logprobs + 0.02 * randn(N),
+        old_logprobs=old_logprobs,
+        teacher_topk_tokens=ids,
+        teacher_topk_logprobs=teacher_logprobs,
+        adapter_a=a.to(shape.dtype).requires_grad_(),
+        adapter_b=b.to(shape.dtype).requires_grad_(),
     )
 
 
@@ -144,6 +176,17 @@ def _sample(hidden: Tensor, weight: Tensor, rng: torch.Generator) -> tuple[Tenso
         parts.append((token, logprob, -(logp.exp() * logp).sum(dim=1)))
     token, logprob, entropy = (torch.cat(parts) for parts in zip(*parts, strict=True))
     return token, logprob, entropy
+
+
+def _best(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the best tokens [N, K] of a head, and their log-probabilities less TEACHER_REST."""
+    parts = []
+    wide = weight.float()
+    for x in hidden.split(SAMPLE_ROWS):
+        logq = (x.float() @ wide.T).double().log_softmax(dim=1)  # float32 loses log(1 - 1e-9)
+        parts.append(logq.topk(min(TOPK, len(weight) - 1), dim=1))
+    logprobs, tokens = (torch.cat(values) for values in zip(*parts, strict=True))
+    return tokens, (logprobs + math.log1p(-TEACHER_REST)).float()
 
 
 def print_profile(inputs: Inputs) -> None:

@@ -20,11 +20,14 @@ class Op:
     """A clipped policy gradient. With a KD term it is strictly on-policy (ratio 1), as KDRL is;
     alone it has old log-probabilities."""
     kd: Kd | None = None
-    """Distillation term of coefficient 1: "k2", "rkl", "fkl" or "jsd"."""
+    """Distillation term of coefficient 1: "k2", "rkl", "fkl", "jsd", or "topk_rkl": the reverse KL
+    on the teacher's best tokens, whose log-probabilities are inputs, and a bucket for the rest."""
     cross_entropy: bool = False
     """-log p of the tokens. With neither term: log-probability and entropy, forward only."""
     frozen_head: bool = False
     """Whether the weight gets no gradient."""
+    adapter: bool = False
+    """Whether a low-rank matrix is added to the weight, and gets the gradient."""
     active: float = 1.0
     """Share of rows with an advantage that is not 0."""
     bar: float | None = None
@@ -37,7 +40,13 @@ class Op:
         """Name the inputs that get a gradient."""
         if not (self.policy or self.kd or self.cross_entropy):
             return ()
-        return ("hidden",) if self.frozen_head else ("hidden", "weight")
+        adapter = ("adapter_a", "adapter_b") if self.adapter else ()
+        return ("hidden", *adapter) if self.frozen_head else ("hidden", "weight", *adapter)
+
+    @property
+    def teacher_head(self) -> bool:
+        """Say whether the teacher's logits are computed."""
+        return self.kd not in (None, "topk_rkl")
 
     @property
     def floors(self) -> tuple[str, ...]:
@@ -50,8 +59,12 @@ class Op:
         return self.policy and self.kd is None
 
     def flop(self, shape: Shape) -> float:
-        """Count the FLOP of the GEMMs alone; rows with a gradient of 0 need no gradient GEMM."""
-        units = 1 + self.active * len(self.gradients) + (shape.tau if self.kd else 0)
+        """Count the FLOP of the GEMMs alone; rows with a gradient of 0 need no gradient GEMM.
+
+        Those of an adapter are not counted: rank / H of a unit each.
+        """
+        gradients = len({"hidden", "weight"} & {*self.gradients})
+        units = 1 + self.active * gradients + (shape.tau if self.teacher_head else 0)
         return units * shape.unit_flop
 
 
@@ -66,6 +79,7 @@ OPS = (
     Op("GRPO, half at 0", policy=True, active=0.5),
     Op("GRPO, frozen head", policy=True, frozen_head=True),
     Op("cross entropy", cross_entropy=True),
+    Op("GRPO, head adapter", policy=True, frozen_head=True, adapter=True, bar=1.2),
 )
 OPS_BY_NAME = {op.name: op for op in OPS}
 KEY_OPS = tuple(OPS_BY_NAME[name] for name in ("GRPO", "KDRL exact"))

@@ -70,7 +70,7 @@ def growth(inputs: Inputs, op: Op, call: Callable[[], providers.Outputs]) -> dic
     gradients = [getattr(inputs, name).grad for name in op.gradients]
     gradient_bytes = sum(gradient.nbytes for gradient in gradients)
     read = [inputs.hidden, inputs.weight, inputs.tokens]
-    read += [inputs.teacher_hidden, inputs.teacher_weight] if op.kd else []
+    read += [inputs.teacher_hidden, inputs.teacher_weight] if op.teacher_head else []
     return {
         "extra_bytes": grown - output_bytes - gradient_bytes,
         "input_bytes": sum(tensor.nbytes for tensor in read),

@@ -169,7 +169,7 @@ def free_bytes() -> int | None:
 
 def too_large(shape: Shape, op: Op, free: int | None) -> str | None:
     """Say why full logits cannot be tried here; None where they can."""
-    need = 4 * shape.N * (shape.V + (shape.V_t if op.kd else 0))
+    need = 4 * shape.N * (shape.V + (shape.V_t if op.teacher_head else 0))
     if free is None or need <= LOGITS_SHARE * free:
         return None
     return f"not supported: {shape.N:,} x {shape.V:,} logits need {need / 1e9:.1f} GB"

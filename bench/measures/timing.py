@@ -14,13 +14,12 @@ from typing import Generic, TypeVar
 
 import torch
 
-from bench.inputs import Inputs
+from bench.inputs import LEAVES, Inputs
 from bench.machine import DEVICE, clock
 from bench.ops import Op
 from bench.providers import Provider, Setting, forward
 from bench.results_file import OUT_OF_TIME
 
-LEAVES = ("hidden", "weight")
 """Inputs that may require a gradient."""
 ENOUGH_ROUNDS = 3
 """Rounds that are enough for a figure, where time ends before all of them."""
@@ -30,7 +29,8 @@ Value = TypeVar("Value")
 
 def clear_gradients(inputs: Inputs, op: Op) -> None:
     """Drop the gradients of the last call; the weight requires one unless the head is frozen."""
-    inputs.hidden.grad = inputs.weight.grad = None
+    for name in LEAVES:
+        getattr(inputs, name).grad = None
     inputs.weight.requires_grad_(not op.frozen_head)
 
 

@@ -48,6 +48,8 @@ class Provider:
     """(hidden, weight, tokens, entropy: bool, **setting) -> log-probabilities [N], entropy [N]."""
     divergence: Callable[..., Tensor] | None = None
     """(inputs, kd, **setting) -> divergence to the teacher, 0-d mean or [N]."""
+    topk_divergence: Callable[..., Tensor] | None = None
+    """(inputs, **setting) -> definition.topk_reverse_kl, 0-d mean or [N]."""
     policy: Callable[..., Tensor] | None = None
     """(inputs, op, **setting) -> mean clipped policy-gradient loss, 0-d."""
     cross_entropy: Callable[..., Tensor] | None = None
@@ -88,9 +90,11 @@ def check(provider: Provider, op: Op) -> None:
 def _check_pieces(provider: Provider, op: Op) -> None:
     needed = {
         "log-probabilities": (not op.gradients or op.kd == "k2", provider.score),
-        "divergence": (op.kd not in (None, "k2"), provider.divergence),
+        "divergence": (op.kd in ("rkl", "fkl", "jsd"), provider.divergence),
+        "top-k divergence": (op.kd == "topk_rkl", provider.topk_divergence),
         "policy gradient": (op.policy, provider.policy or provider.score),
         "cross entropy": (op.cross_entropy, provider.cross_entropy or provider.score),
+        "adapter on the head": (op.adapter, None),
     }
     missing = [
         name for name, (needs_piece, piece) in needed.items() if needs_piece and piece is None
@@ -134,11 +138,18 @@ def _composed(provider: Provider, inputs: Inputs, op: Op, setting: Setting) -> O
             lq, _ = provider.score(*teacher, False, **setting)
         losses.append((outputs["logprobs"] - lq).square().mean() / 2)
     elif op.kd:
-        assert provider.divergence is not None
-        kl = provider.divergence(inputs, op.kd, **setting)
+        kl = _divergence(provider, inputs, op.kd, setting)
         outputs |= {"kl": kl} if kl.ndim else {}
         losses.append(kl.mean())
     return outputs | {"loss": sum(losses[1:], losses[0])}
+
+
+def _divergence(provider: Provider, inputs: Inputs, kd: str, setting: Setting) -> Tensor:
+    if kd == "topk_rkl":
+        assert provider.topk_divergence is not None
+        return provider.topk_divergence(inputs, **setting)
+    assert provider.divergence is not None
+    return provider.divergence(inputs, kd, **setting)
 
 
 def _score(provider: Provider, inputs: Inputs, setting: Setting, entropy: bool) -> Outputs:

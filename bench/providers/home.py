@@ -7,7 +7,7 @@ from torch import Tensor
 
 import kdrl_kernels as kk
 from bench import definition
-from bench.inputs import Inputs
+from bench.inputs import ADAPTER_SCALE, Inputs
 from bench.machine import DEVICE
 from bench.ops import Op
 from bench.providers import Outputs, Provider
@@ -16,9 +16,12 @@ from bench.results_file import OURS, SKETCH
 CHUNKS = ({"rows": 1024}, {"rows": 4096}) if DEVICE == "cuda" else ({"rows": 64}, {"rows": 256})
 
 
-def _ours(inputs: Inputs, op: Op, **options: Any) -> Outputs:
+def ours(inputs: Inputs, op: Op, **options: Any) -> Outputs:
     """Call this library as its README does."""
     head: tuple[Tensor, ...] = (inputs.hidden, inputs.shared_weight, inputs.tokens)
+    if op.adapter:
+        a, b = inputs.adapter_a, inputs.shared_adapter_b
+        options |= {"adapter": kk.LowRank(a, b, scale=ADAPTER_SCALE)}
     if not op.gradients:
         with torch.no_grad():
             lp = kk.linear_logprobs(*head, entropy=True, **options)
@@ -27,11 +30,14 @@ def _ours(inputs: Inputs, op: Op, **options: Any) -> Outputs:
     if op.cross_entropy:
         out = kk.linear_token_loss(*head, lambda rows: -rows.logprobs, **options)
     else:
+        if op.teacher_head:
+            options |= {"teacher": kk.TeacherHead(inputs.teacher_hidden, inputs.teacher_weight)}
+        elif op.kd:
+            options |= {"teacher_topk": (inputs.teacher_topk_tokens, inputs.teacher_topk_logprobs)}
         out = kk.kdrl_loss(
             *head,
             advantages=definition.advantages(inputs, op) if op.policy else None,
             old_logprobs=inputs.old_logprobs if op.old_logprobs else None,
-            teacher=kk.TeacherHead(inputs.teacher_hidden, inputs.teacher_weight) if op.kd else None,
             objective=kk.Objective(policy="clip" if op.policy else "off", kd=op.kd, kd_coef=1.0),
             compact=op.active < 1 or None,  # on a GPU it must be set
             **options,
@@ -42,17 +48,17 @@ def _ours(inputs: Inputs, op: Op, **options: Any) -> Outputs:
 
 def _sketched(inputs: Inputs, op: Op, **sketch: Any) -> Outputs:
     """Call this library with a sketch of the gradient, at its default threshold."""
-    return _ours(inputs, op, backward="sketch", sketch=kk.Sketch(**sketch))
+    return ours(inputs, op, backward="sketch", sketch=kk.Sketch(**sketch))
 
 
 def _full_logits(inputs: Inputs, op: Op) -> Outputs:
     """Compute all logits at once, and gradients by autograd: the usual way to write it."""
     with torch.set_grad_enabled(bool(op.gradients)):
-        logp = definition.log_softmax(inputs.hidden, inputs.shared_weight)
+        logp = definition.student_logprobs(inputs, op)
         logq = None
-        if op.kd:
+        if op.teacher_head:
             with torch.no_grad():
-                logq = definition.log_softmax(inputs.teacher_hidden, inputs.shared_teacher_weight)
+                logq = definition.teacher_logprobs(inputs)
         results = definition.row_results(inputs, op, logp, logq)
     if results.losses is None:
         return results.outputs
@@ -102,7 +108,7 @@ class _Taken(torch.autograd.Function):
 
 
 PROVIDERS = (
-    Provider(name=OURS, whole=_ours),
+    Provider(name=OURS, whole=ours),
     Provider(
         name=SKETCH,
         whole=_sketched,

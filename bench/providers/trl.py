@@ -5,8 +5,10 @@ The divergence takes its tiles of logits in float32, 4096 tokens by 32768 of the
 log-probability takes them in the dtype of the hidden states.
 """
 
+import os
 from importlib import import_module
 
+import torch
 from torch import Tensor
 
 from bench.inputs import Inputs
@@ -37,6 +39,27 @@ def _divergence(inputs: Inputs, kd: str, **_of_score: int) -> Tensor:
     return kl
 
 
+def _topk_divergence(inputs: Inputs, **_of_score: int) -> Tensor:
+    """Call the function of its trainer for teachers behind a server, 256 rows at a time.
+
+    That trainer passes as many tokens to it for a forward KL, and the sampled one for a reverse KL.
+    """
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    module = import_module("trl.experimental.async_distillation.async_distillation_trainer")
+    ids, logprobs = inputs.teacher_topk_tokens, inputs.teacher_topk_logprobs
+    total, *_ = module._chunked_jsd_loss(
+        *(inputs.hidden, inputs.shared_weight, None, 1.0, None),  # no bias, scale, softcap
+        *(ids, logprobs, torch.ones_like(ids, dtype=torch.bool)),
+        beta=BETA["rkl"],
+        temperature=1.0,
+        add_tail_bucket=True,
+        teacher_id_idx=None,
+        num_teachers=0,
+        chunk_size=module._CHUNKED_LM_HEAD_CHUNK_SIZE,
+    )
+    return total / inputs.shape.N
+
+
 PROVIDERS = (
     Provider(
         name="TRL",
@@ -44,5 +67,7 @@ PROVIDERS = (
         settings=tuple({"chunk_size": width} for width in VOCABULARY_TILES),
         score=_score,
         divergence=_divergence,
+        topk_divergence=_topk_divergence,
+        refused={"GRPO, head adapter": "its trainer refuses an adapter on the head"},
     ),
 )

@@ -74,5 +74,6 @@ PROVIDERS: tuple[Provider, ...] = (
         gpu_only="Triton kernels",
         settings=tuple({"backward": name} for name in BACKWARD),
         score=_score,
+        refused={"topk_rkl": "its top-k divergence is a forward KL, without the rest"},
     ),
 )

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from math import ceil
+from math import ceil, log
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import definition
 from bench.floor import Floor
 from bench.inputs import PROFILES, Inputs, make_inputs
 from bench.ops import OPS, OPS_BY_NAME, Op
@@ -117,7 +118,7 @@ def test_tokens_are_of_both_models(shape: Shape, profile: str) -> None:
 
 def test_same_seed_same_inputs() -> None:
     first, same_seed, other = (_tensors(make_inputs(ODD, device="cpu", seed=n)) for n in (3, 3, 4))
-    assert len(first) == 9
+    assert len(first) == 13
     for name, value in first.items():
         assert torch.equal(value, same_seed[name]), name
         assert not torch.equal(value, other[name]), name
@@ -172,3 +173,41 @@ def test_shared_weight_is_cut_where_the_models_differ() -> None:
     assert torch.equal(fewer.shared_teacher_weight, fewer.teacher_weight[:40])
     assert same.shared_weight is same.weight
     assert same.shared_teacher_weight is same.teacher_weight
+
+
+@pytest.mark.parametrize("shape", [CPU_SMALL, FEW, TINY], ids=_name)
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_teachers_best_tokens(shape: Shape, profile: str) -> None:
+    inputs = make_inputs(shape, profile, "cpu")
+    K = min(64, min(shape.V, shape.V_t) - 1)
+    best = _logp(inputs, "teacher_").topk(K, dim=1)
+    logprobs = inputs.teacher_topk_logprobs
+    assert torch.allclose(logprobs.double(), best.values + log(1 - 1e-4), rtol=1e-5, atol=2e-6)
+    # a tie of float32 may be in another order
+    assert (inputs.teacher_topk_tokens == best.indices).double().mean() > 0.99
+    assert (1 - logprobs.double().exp().sum(dim=1)).min() > 0.9e-4
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_adapter_leaves_no_ratio_clipped(profile: str) -> None:
+    inputs = make_inputs(CPU_SMALL, profile, "cpu")
+    with torch.no_grad():
+        with_adapter = definition.student_logprobs(inputs, OPS_BY_NAME["GRPO, head adapter"])
+        without = definition.student_logprobs(inputs, GRPO)
+    assert (with_adapter - without).abs().max() > 0.01
+    chosen = with_adapter.gather(1, inputs.tokens[:, None]).squeeze(1)
+    assert (chosen - inputs.old_logprobs).abs().max() < log(1.2)
+    merged = inputs.weight + 2 * inputs.adapter_b @ inputs.adapter_a
+    assert torch.allclose(with_adapter, (inputs.hidden @ merged.T).log_softmax(dim=1), atol=1e-4)
+
+
+def test_the_reverse_kl_of_the_best_tokens_has_one_bucket_for_the_rest() -> None:
+    inputs = make_inputs(TINY, "flat", "cpu")
+    p, ids = _logp(inputs, "").exp(), inputs.teacher_topk_tokens
+    q_best = inputs.teacher_topk_logprobs.double().exp()
+    q = torch.cat([q_best, 1 - q_best.sum(dim=1, keepdim=True)], dim=1)
+    rest = p.scatter(1, ids, 0).sum(dim=1, keepdim=True)
+    both = torch.cat([p.gather(1, ids), rest], dim=1)
+    expected = (both * (both.log() - q.log())).sum(dim=1)
+    assert expected.min() > 0.01
+    assert torch.allclose(definition.topk_reverse_kl(p.log(), inputs), expected, rtol=1e-10)

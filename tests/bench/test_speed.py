@@ -46,7 +46,7 @@ def _scaled(factor: float) -> Provider:
 
     def call(case: Inputs, op: Op) -> Outputs:
         outputs, _ = definition.by_rows(case, op, torch.float32, 8)
-        logp = definition.log_softmax(case.hidden, case.weight)
+        logp = definition.log_softmax(case.hidden @ case.weight.T)
         whole = definition.row_results(case, op, logp, None).losses
         assert whole is not None
         graph = whole.mean()
@@ -237,6 +237,7 @@ def test_flop_of_the_operations() -> None:
         "GRPO, half at 0": 2,
         "GRPO, frozen head": 2,
         "cross entropy": 3,
+        "GRPO, head adapter": 2,
     }
 
 

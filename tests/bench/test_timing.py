@@ -56,6 +56,8 @@ def test_gradients_are_those_of_one_call(inputs: Inputs) -> None:
 def test_a_frozen_head_has_no_gradient_and_thaws(inputs: Inputs) -> None:
     timing.timed_call(HOME[OURS], inputs, OPS_BY_NAME["GRPO, frozen head"], {})
     assert timing.gradients_left(inputs) == ("hidden",)
+    timing.timed_call(HOME["PyTorch, full logits"], inputs, OPS_BY_NAME["GRPO, head adapter"], {})
+    assert timing.gradients_left(inputs) == ("hidden", "adapter_a", "adapter_b")
     timing.timed_call(HOME[OURS], inputs, GRPO, {})
     assert timing.gradients_left(inputs) == ("hidden", "weight")
     timing.clear_gradients(inputs, GRPO)
