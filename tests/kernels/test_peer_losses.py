@@ -2,8 +2,7 @@
 
 Token by token they are a loss of linear_token_loss (3u). Where a coefficient needs all tokens of a
 sequence or of the batch, they are a later loss of linear_logprobs (4u). Formulas are those of the
-libraries, without their means: normalizer and token_weights do these. Losses over K ids have tests
-of their own.
+libraries, without their means: normalizer and token_weights do these.
 
 What none of our functions gives: total variation (Liger's tvd), cosine similarity of logits
 (Liger's chunked distillation), and losses on sorted probabilities (ULD, TRL's GOLD trainer).
@@ -287,6 +286,50 @@ def test_a_loss_of_sequences_or_the_batch(name: str, problem: Problem) -> None:
     assert out.entropy is not None
     ours = LATER[name](replace(problem.values, lp=out.logprobs, entropy=out.entropy))
     _assert_equal(problem.gradients(ours), problem.gradients(LATER[name](problem.plain())))
+
+
+def forward_kl_topk(lp: Tensor, _: Tensor, lq: Tensor) -> Tensor:
+    """verl's, with its log_prob_min_clamp."""
+    lp, lq = lp.clamp(min=-2.5), lq.clamp(min=-2.5)
+    return (lq.exp() * (lq - lp)).sum(-1)
+
+
+def renormalised_rkl(lp: Tensor, _: Tensor, lq: Tensor) -> Tensor:
+    """TRL's without a tail bucket: both distributions are those of the K tokens alone."""
+    lp, lq = (x - x.logsumexp(-1, keepdim=True) for x in (lp, lq))
+    return (lp.exp() * (lp - lq)).sum(-1)
+
+
+def jsd_with_tail(lp: Tensor, rest: Tensor, lq: Tensor) -> Tensor:
+    """TRL's at beta = 0.3: a bucket for all tokens but the K."""
+    lp = torch.cat([lp, rest[..., None]], -1)
+    lq = torch.cat([lq, (1 - lq.exp().sum(-1, keepdim=True)).log()], -1)
+    p, q = lp.exp(), lq.exp()
+    lm = (0.7 * p + 0.3 * q).log()
+    return (0.3 * q * (lq - lm) + 0.7 * p * (lp - lm)).sum(-1)
+
+
+BY_IDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    loss.__name__: loss for loss in (forward_kl_topk, renormalised_rkl, jsd_with_tail)
+}
+
+
+@pytest.mark.parametrize("name", BY_IDS)
+def test_a_divergence_at_the_teachers_best_tokens(name: str, problem: Problem) -> None:
+    logp = problem.logp()
+    lq, ids = (2 * logp.detach().roll(1, -1)).log_softmax(-1).topk(5, dim=-1)
+
+    def loss_fn(rows: kk.Rows) -> Tensor:
+        assert rows.extra_logprobs is not None
+        assert rows.rest_logprob is not None
+        lq_of_rows = lq.flatten(0, 1)[rows.index]
+        return BY_IDS[name](rows.extra_logprobs, rows.rest_logprob, lq_of_rows)
+
+    head = problem.hidden, problem.weight, problem.tokens
+    ours = kk.linear_token_loss(*head, loss_fn, extra_tokens=ids, rest=True, impl="torch").loss
+    rest = logp.scatter(-1, ids, -math.inf).logsumexp(-1)
+    exact = BY_IDS[name](logp.gather(-1, ids), rest, lq).mean()
+    _assert_equal(problem.gradients(ours), problem.gradients(exact))
 
 
 def test_label_smoothing_is_a_uniform_teacher(problem: Problem) -> None:
