@@ -80,6 +80,10 @@ class ModelConfig:
     """With a sketched head: a token whose entries would cost more than this share of its part of
     the GEMMs gets its exact gradient. At a small vocabulary these are nearly all tokens. inf: no
     token."""
+    tensor_parallel: PositiveInt = 1
+    """Number of neighbouring ranks over which every layer and the LM head are split (torchrun); it
+    divides the number of ranks and of key-value heads. The others share the tokens, as without.
+    For dense models like Llama and Qwen3. 1: FSDP2 alone shards the models."""
     liger: Switch = False
     """Use liger-kernel for RMSNorm, SwiGLU and RoPE of both models. Needs a GPU with Triton, and
     `pip install 'kdrl-kernels[liger]'`."""
@@ -88,6 +92,12 @@ class ModelConfig:
         _require_no_secret("teacher", self.teacher, "KDRL_TEACHER_TOKEN")
         if not 2.0**-24 <= self.head_threshold <= 1:
             raise ValueError(f"head_threshold must be in [2^-24, 1], got {self.head_threshold}")
+        for name in ("liger", "offload_policy", "offload_teacher"):
+            if self.tensor_parallel > 1 and getattr(self, name):
+                raise ValueError(
+                    f"{name} must be off where model.tensor_parallel is more than 1, got "
+                    f"{self.tensor_parallel}: together they are not supported yet"
+                )
 
     @property
     def teacher_is_url(self) -> bool:

@@ -41,11 +41,23 @@ class World:
     """With several ranks."""
     meeting: Meeting | None = None
     """Where several ranks meet after an error."""
+    tensor: int = 1
+    """model.tensor_parallel: so many neighbouring ranks have the same packs; it divides `size`."""
 
     @property
     def main(self) -> bool:
         """Say whether this is the rank that writes."""
         return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """The number of this rank's packs among data_size."""
+        return self.rank // self.tensor
+
+    @property
+    def data_size(self) -> int:
+        """The number of ranks whose packs differ."""
+        return self.size // self.tensor
 
     def share(self, make: Callable[[], T]) -> list[T]:
         """Call make() on every rank and return all values, in the order of the ranks.
@@ -70,6 +82,14 @@ class World:
                 raise RankError(f"rank {rank} stopped with {failure}") from error
         return [value for value, _ in outcomes]
 
+    def share_packs(self, make: Callable[[], T]) -> list[T]:
+        """Call make(), which computes from this rank's packs, on every rank.
+
+        Returns: data_size values: one of the ranks that have the same packs, whose values are the
+            same.
+        """
+        return self.share(make)[:: self.tensor]
+
     def on_main(self, make: Callable[[], T]) -> T:
         """Call make() on rank 0 alone and return its value on all ranks."""
         return self.share(lambda: make() if self.main else None)[0]  # type: ignore[return-value]
@@ -79,7 +99,7 @@ class World:
         return flag if self.size == 1 else any(self.share(lambda: flag))
 
     def sum(self, values: dict[str, Tensor], largest: tuple[str, ...] = ()) -> dict[str, Tensor]:
-        """Add up tensors over the ranks, in float64 on the CPU.
+        """Add up tensors over the ranks, in float64 on the CPU; those of the same packs count once.
 
         Args:
             values: one tensor for each name; a name that a rank lacks counts as 0 there.
@@ -87,7 +107,7 @@ class World:
         """
         copies = {name: value.detach().double().cpu() for name, value in values.items()}
         total: dict[str, Tensor] = {}
-        for part in self.share(lambda: copies):
+        for part in self.share_packs(lambda: copies):
             for name, value in part.items():
                 if name not in total:
                     total[name] = value
@@ -133,7 +153,10 @@ def fresh(store: Any, rank: int, size: int, timeout_s: float) -> Any:
 
 @contextmanager
 def connect(
-    device: torch.device, config: RanksConfig | None = None, folder: Path = Path()
+    device: torch.device,
+    config: RanksConfig | None = None,
+    folder: Path = Path(),
+    tensor: int = 1,
 ) -> Iterator[World]:
     """Yield the world of this process; its process group exists as long as the block.
 
@@ -141,7 +164,15 @@ def connect(
         device: where the models are. gloo carries CPU tensors and objects, NCCL those of GPUs.
         config: how long to wait for a rank that is stuck.
         folder: the run folder, for `Watch`.
+        tensor: model.tensor_parallel.
+    Raises: ValueError where it does not divide the number of ranks.
     """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks % tensor:
+        raise ValueError(
+            f"model.tensor_parallel must divide the number of ranks, got {tensor} with {ranks}: "
+            "start as many, or a multiple, with torchrun"
+        )
     if "RANK" not in os.environ:
         yield ALONE
         return
@@ -156,7 +187,7 @@ def connect(
         watch = Watch(rank, size, dist.PrefixStore("watch", store.clone()), config, folder)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=BACKSTOP)
     try:
-        yield World(rank, size, launched=True, watch=watch, meeting=meeting)
+        yield World(rank, size, launched=True, watch=watch, meeting=meeting, tensor=tensor)
     except Exception as error:
         if watch is not None and watch.verdict:  # another rank has ended, and with it the group
             raise RankError(watch.verdict) from error

@@ -59,7 +59,9 @@ def main(
     """
     screen = shown("train") if console is None else guarded()
     device = use_device(config.model)
-    with screen, connect(device, config.ranks, config.out) as world, ExitStack() as stack:
+    tensor = config.model.tensor_parallel
+    ranks = connect(device, config.ranks, config.out, tensor)
+    with screen, ranks as world, ExitStack() as stack:
         console = guarded_console(console)
         config, lock = take_folder(config, world, stack)
         if world.main:

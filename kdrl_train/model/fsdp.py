@@ -4,8 +4,12 @@ Every layer is a unit, whose weights are gathered when it computes. The remainin
 (embedding, last norm, LM head) belong to the root, and are gathered when the policy's forward pass
 begins, so that the loss inside it sees the whole head. Weights are float32 where the optimizer sees
 them, and in the compute dtype where they compute; gradients are averaged over ranks in float32.
+
+With model.tensor_parallel the ranks form a mesh [data, tensor]. A unit is first split over the
+ranks of `tensor`, which are neighbours, and each part is then sharded over those of `data`.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -25,6 +29,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from kdrl_train.model.policy import HeadedModel
+from kdrl_train.model.tensor_parallel import split, styles_of
 from kdrl_train.ranks import World
 
 
@@ -32,6 +37,8 @@ def shard(
     wrapped: HeadedModel, device: torch.device, world: World, *, offload: bool = False
 ) -> None:
     """Shard a policy or teacher in place, over all ranks of the process group.
+
+    Where world.tensor > 1 its layers and its head are split too (tensor_parallel.py).
 
     Rank 0 sends one unit after the other to all ranks, each of which keeps its part: a device
     never holds more than its shards and one whole unit.
@@ -41,10 +48,11 @@ def shard(
         device: the device that computes.
         offload: whether the shards (of a policy also its gradients and AdamW's moments) stay in
             CPU memory while they are not used.
-    Raises: ValueError for a model that does not name its layers.
+    Raises: ValueError for a model that does not name its layers, or that cannot be split.
     """
+    styles = styles_of(wrapped.model, world.tensor) if world.tensor > 1 else {}
     dtypes = world.on_main(lambda: {name: t.dtype for name, t in _tensors(wrapped)})
-    mesh = init_device_mesh(device.type, (world.size,))
+    mesh, tensor_mesh = _meshes(device, world)
     precision = MixedPrecisionPolicy(
         param_dtype=wrapped.compute_dtype,
         reduce_dtype=torch.float32,
@@ -57,9 +65,23 @@ def shard(
         modules = [module for module in unit.modules() if module not in sent]
         sent.update(modules)
         _receive(modules, lambda tensor: dtypes[names[id(tensor)]], device, world)
+        if tensor_mesh is not None:
+            split(modules, styles, tensor_mesh)
         fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload_policy)
     wrapped.device = device
     register_fsdp_forward_method(wrapped, "call")
+
+
+def _meshes(device: torch.device, world: World) -> tuple[DeviceMesh, DeviceMesh | None]:
+    """Return the mesh over which FSDP2 shards, and that of tensor parallelism, if there is one."""
+    if world.tensor == 1:
+        return init_device_mesh(device.type, (world.size,)), None
+    shape = (world.data_size, world.tensor)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "tensor"))
+    mesh._flatten()  # so that a norm over both dimensions is one all-reduce, the same on all ranks
+    # of a weight that is sharded twice it warns, on every rank, that it is gathered in two steps
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    return mesh["data"], mesh["tensor"]
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

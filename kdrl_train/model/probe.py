@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kdrl_train.model.fsdp import full
 from kdrl_train.model.miniature import EXPERTS, has_number
 from kdrl_train.model.policy import HeadedModel, _logit_scale
 
@@ -59,7 +60,7 @@ def _compare_logits(
     """
     states = torch.cat(single)
     errors = [_logits_error(wrapped, ids, states, 1.0)]
-    weight, _ = wrapped.head()
+    weight, _ = _head(wrapped)
     rms = torch.nn.functional.linear(states, weight).float().square().mean().sqrt().item()
     errors.append(_logits_error(wrapped, ids, states, LARGE_LOGITS / max(rms, 1e-6)))
     if not math.isfinite(sum(errors)):
@@ -79,13 +80,19 @@ def _compare_logits(
     return errors[0]
 
 
+def _head(wrapped: HeadedModel) -> tuple[Tensor, Tensor | None]:
+    """Return the LM head's weight and bias, gathered where the vocabulary is split over ranks."""
+    weight, bias = wrapped.head()
+    return full(weight), None if bias is None else full(bias)
+
+
 def _logits_error(wrapped: HeadedModel, ids: list[Tensor], states: Tensor, factor: float) -> float:
     """Return the RMS difference of the logits as a share of their RMS.
 
     factor: what the hidden states are multiplied by, ours and, before its LM head, the model's.
     """
     model, temperature = wrapped.model, wrapped.temperature
-    weight, bias = wrapped.head()
+    weight, bias = _head(wrapped)
     head = torch.nn.functional.linear(states * factor, weight, bias).float()
     ours = head / temperature
     if wrapped.softcap is not None:  # the scale is 1 here: temperature is that of sampling

@@ -41,6 +41,7 @@ MAY_CHANGE = (
     "model.gradient_checkpointing",
     "model.offload_policy",
     "model.offload_teacher",
+    "model.tensor_parallel",
     "model.weights",
     "engine.max_sampler_mismatch",
     "model.liger",

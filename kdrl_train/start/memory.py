@@ -57,6 +57,8 @@ def _case(config: TrainConfig, policy: Policy, teacher: Teacher | None, ranks: i
     """
     if config.optim.head_impl == "reference" or config.model.attention == "eager":
         raise ValueError("optim.head_impl reference and model.attention eager are not modelled")
+    if config.model.tensor_parallel > 1:
+        raise ValueError("model.tensor_parallel is not modelled")
     if config.engine.kind in ("continuous", "vllm"):
         raise ValueError(f"engine.kind {config.engine.kind} is not modelled")
     return Case(

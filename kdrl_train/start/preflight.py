@@ -375,7 +375,8 @@ def main(config: TrainConfig) -> int:
 
     Returns: 0 if every check passed, else 1.
     """
-    with connect_ranks(use_device(config.model)) as world:
+    tensor = config.model.tensor_parallel
+    with connect_ranks(use_device(config.model), tensor=tensor) as world:
         results = []
         if config.log.trackers:
             results = [world.on_main(lambda: _result("trackers", lambda: check_trackers(config)))]

@@ -120,7 +120,7 @@ def score(
         coefficients = replace(coefficients, kd_weight=torch.zeros_like(coefficients.kd_weight))
     packs = packs_of(batch, coefficients, run.config, run.world)
     part = score_packs(run.policy, run.teacher, packs, recorder)
-    return RolloutScores.join(run.world.share(lambda: part))
+    return RolloutScores.join(run.world.share_packs(lambda: part))
 
 
 def query_server(run: Run, batch: Batch, distilled_R: Tensor) -> list[Tensor | None]:
@@ -156,8 +156,8 @@ def packs_of(
         batch.rollouts,
         coefficients,
         config.optim.micro_batch_tokens,
-        rank=world.rank,
-        ranks=world.size,
+        rank=world.data_rank,
+        ranks=world.data_size,
     )
 
 

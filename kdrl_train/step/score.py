@@ -100,8 +100,8 @@ def probe_mismatch(
         probed,
         CompletionCoefficients(advantages=none, kd_weight=none, token_weights=all_used),
         config.optim.micro_batch_tokens,
-        rank=world.rank,
-        ranks=world.size,
+        rank=world.data_rank,
+        ranks=world.data_size,
     )
     sums = score_packs(policy, None, packs).sums
     reshard(policy)

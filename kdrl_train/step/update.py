@@ -114,8 +114,8 @@ def accumulate(inputs: StepInputs, used_R: Tensor, part: int) -> Accumulated:
     """Add up the gradient of one update's loss, micro-batch by micro-batch.
 
     Each micro-batch is divided by the normaliser of the whole update, so how it is cut does not
-    matter; times the number of ranks, since FSDP2 averages gradients over them. One without
-    distilled tokens costs no forward pass of the teacher.
+    matter; times the number of ranks with packs of their own, since FSDP2 averages gradients over
+    them. One without distilled tokens costs no forward pass of the teacher.
 
     Args:
         used_R: [R] bool, the completions of this update; those without a reward are left out too.
@@ -130,7 +130,7 @@ def accumulate(inputs: StepInputs, used_R: Tensor, part: int) -> Accumulated:
         config.method.token_weights,
         config.sampling.max_new_tokens,
     )
-    normalizer = normalizer.to(device) / world.size
+    normalizer = normalizer.to(device) / world.data_size
     sums: dict[str, Tensor] = {}
     split: dict[str, float | None] = {}
     every = config.log.diagnostics_every
@@ -160,7 +160,7 @@ def accumulate(inputs: StepInputs, used_R: Tensor, part: int) -> Accumulated:
         learnt += len(micro_batch.rollout.unique())
         output.count(LEARNING, learnt, used if world.size == 1 else None, " completions")
     start = time.perf_counter()
-    mean = world.sum({"loss": loss})["loss"].item() / world.size
+    mean = world.sum({"loss": loss})["loss"].item() / world.data_size
     total = world.sum(sums, largest=LARGEST)
     run.waited(stages, start)
     return Accumulated(total, mean, split)
