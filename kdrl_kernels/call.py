@@ -46,6 +46,8 @@ class RowOutputs:
     extra_logprobs: Tensor | None = None
     """[N, K]."""
     rest_logprob: Tensor | None = None
+    topk_tokens: Tensor | None = None
+    """[N, K] int64."""
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "RowOutputs":
         """Apply fn to every field that is not None."""
@@ -53,12 +55,13 @@ class RowOutputs:
         return replace(self, **{k: fn(v) for k, v in values.items() if v is not None})
 
     def spread(self, rows: RowSet, N: int) -> "RowOutputs":
-        """Spread the values of some rows to [N], with 0 in the others."""
+        """Spread the values of some rows to [N], with 0 (topk_tokens: -1) in the others."""
         if isinstance(rows, slice):
             return self
 
         def spread(values: Tensor) -> Tensor:
-            return values.new_zeros(N, *values.shape[1:]).index_copy(0, rows, values)
+            fill = 0 if values.is_floating_point() else -1
+            return values.new_full((N, *values.shape[1:]), fill).index_copy(0, rows, values)
 
         return self.map(spread)
 
@@ -81,6 +84,13 @@ class LogprobCall:
     """[N, K] int64, other columns whose log-probabilities are computed; -1: none."""
     rest: bool = False
     """True computes the log of the probability on none of a row's extra_tokens, too."""
+    topk: int = 0
+    """Above 0, the extra_tokens are so many of the largest logits of each row, not an argument."""
+
+    @property
+    def has_ids(self) -> bool:
+        """True where log-probabilities at K ids of each row are computed."""
+        return self.extra_tokens is not None or self.topk > 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,6 +90,19 @@ def check_extra_tokens(ids: Any, rest: Any, head: Head) -> Tensor | None:
     return ids.contiguous()
 
 
+def check_topk_size(topk: Any, extra_tokens: Any, head: Head) -> int:
+    """Return K of linear_logprobs(topk=K), 0 for None."""
+    check_number("topk", topk, optional=True, whole=True)
+    if topk is None:
+        return 0
+    most = min(MOST_IDS, len(head.weight))
+    if not 1 <= topk <= most:
+        raise ValueError(f"topk must be in [1, {most}] or None, got {topk}")
+    if extra_tokens is not None:
+        raise ValueError(f"extra_tokens must be None with topk={topk}, got both: call twice")
+    return int(topk)
+
+
 def row_tensor(name: str, value: Any, head: Head, *, mask: bool = False) -> Tensor | None:
     """Return value as a detached, contiguous [N] tensor of the accumulation dtype, or None.
 

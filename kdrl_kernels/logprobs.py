@@ -16,6 +16,7 @@ from kdrl_kernels.checks import bad_ids, bad_tokens, check_head_values, poison
 from kdrl_kernels.gradients import Gradients
 from kdrl_kernels.head import in_one_dtype
 from kdrl_kernels.plan import accumulator, balanced, chunks_of, padded
+from kdrl_kernels.rows.best_columns import best_columns
 from kdrl_kernels.rows.ids import IdStats
 from kdrl_kernels.rows.streams import Stats, Stream
 from kdrl_kernels.token_rows import Coefficients
@@ -35,6 +36,8 @@ class Scores:
     rest_logprob: Tensor | None
     cache: Tensor
     """[rows, width], logits as the sweep left them; 0 rows where none are kept."""
+    topk_tokens: Tensor | None = None
+    """[N, K] int64, the ids of extra_logprobs where call.topk chose them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +102,16 @@ def score(call: LogprobCall, collector: Any = None) -> Scores:
     cache = head.hidden.new_empty(call.cached, padded(V), dtype=accumulator(head.hidden.dtype))
     masses = collector is not None
     buffers = Buffers(head, V, size if call.cached < N else 0, 1, call.impl, masses)
-    chunks = []
+    chunks, best = [], list[Tensor]()
     for rows in chunks_of(N, size):
         kept = cache[rows, :V] if rows.stop <= call.cached else None
         stream = buffers.project(head, rows, out=kept)
         truncate_(stream.logits, tokens[rows], stream.temperature, call.truncation)
-        options = {} if ids is None else {"ids": ids[rows], "rest": call.rest}
+        if call.topk:
+            best.append(best_columns(stream.logits, call.topk))
+        options = {}
+        if call.has_ids:
+            options = {"ids": best[-1] if ids is None else ids[rows], "rest": call.rest}
         chunks.append(buffers.work.sweep(stream, tokens[rows], entropy=call.entropy, **options))
         if collector is not None:
             collector.take_scores(call.impl, stream, tokens[rows], chunks[-1], rows)
@@ -119,6 +126,7 @@ def score(call: LogprobCall, collector: Any = None) -> Scores:
         extra if extra is None else poison(extra, bad),
         poison(torch.cat(rest), bad) if rest else None,
         cache,
+        torch.cat(best) if best else None,
     )
 
 

@@ -17,7 +17,13 @@ class LogprobOutput:
     """[N, K] in nats, the log-probability at each of extra_tokens, 0 where that is -1; else None.
     """
     rest_logprob: Tensor | None = None
-    """[N], log of the probability on none of a row's extra_tokens; None unless rest=True."""
+    """[N], log of the probability on none of a row's extra_tokens, or of its K best with topk=K;
+    None unless rest=True."""
+    topk_tokens: Tensor | None = None
+    """[N, K] int64, the likeliest tokens of each row, the likeliest first and of equal ones the
+    lowest; -1 where a row has fewer of probability above 0; None unless topk=K."""
+    topk_logprobs: Tensor | None = None
+    """[N, K] in nats, the log-probabilities of topk_tokens, 0 where that is -1; else None."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,6 +76,7 @@ def row_outputs(
     truncation: Truncation | None = None,
     extra_tokens: Tensor | None = None,
     rest: bool = False,
+    topk: int = 0,
 ) -> RowOutputs:
     """Return what a loss may use of each row, differentiable in the student's tensors."""
     z = head_logits(student, vocab_size)
@@ -88,6 +89,10 @@ def row_outputs(
     p = logp.exp()
     entropies = -(p * torch.where(p > 0, logp, 0)).sum(dim=1) if entropy else None
     outputs = RowOutputs(logprobs, entropies, lse=log_sum_exp)
+    if topk:
+        best = z.detach().sort(dim=1, descending=True, stable=True)
+        extra_tokens = best.indices.masked_fill(best.values == -torch.inf, -1)[:, :topk]
+        outputs = replace(outputs, topk_tokens=extra_tokens)
     if extra_tokens is not None:
         outputs = replace(outputs, **_at_ids(z, logp, extra_tokens, rest))
     if teacher is None:
@@ -136,9 +141,11 @@ def linear_logprobs(call: LogprobCall) -> RowOutputs:
         truncation=call.truncation,
         extra_tokens=None if ids is None else ids.clamp(-1, V - 1),
         rest=call.rest,
+        topk=call.topk,
     )
-    entropy = outputs.entropy  # which reads no token
-    return replace(outputs.map(lambda values: poison(values, bad)), entropy=entropy)
+    poisoned = replace(outputs, entropy=None, topk_tokens=None).map(lambda x: poison(x, bad))
+    # these two read no token
+    return replace(poisoned, entropy=outputs.entropy, topk_tokens=outputs.topk_tokens)
 
 
 def loss(call: LossCall) -> tuple[Tensor, RowOutputs, Tensor]:

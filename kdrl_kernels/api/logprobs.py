@@ -34,6 +34,7 @@ def linear_logprobs(
     entropy: bool = False,
     extra_tokens: Tensor | None = None,
     rest: bool = False,
+    topk: int | None = None,
     workspace_bytes: int | None = None,
     cache_bytes: int = 0,
     backward: Backward = "exact",
@@ -74,6 +75,9 @@ def linear_logprobs(
         rest: True also returns rest_logprob [N], log of the probability on none of a row's
             extra_tokens, summed on its own, so precise where it is small. Below 2^-103 (float32;
             2^-970 in float64) it is -inf, without a gradient.
+        topk: K in [1, min(512, V)] also returns the K likeliest tokens of each row, topk_tokens
+            [N, K], and with their gradient their log-probabilities, topk_logprobs [N, K]. Which
+            tokens these are is a constant. Not with extra_tokens, whose place they take in rest.
         workspace_bytes: bound of the memory beyond inputs, outputs and gradients. None on a GPU:
             2,048 rows or 1.25 GB, whichever is more, and at most a quarter of the free memory.
             None on a CPU: 256 MB; 16-bit weights are widened 16 MB at a time in addition.
@@ -102,9 +106,11 @@ def linear_logprobs(
     check_flag("entropy", entropy)
     impl, truncation = checks.choose_impl(impl, head), checks.check_truncation(truncation, head)
     sketch = checks.check_sketch(backward, sketch, impl, head)
-    ids = checks.check_extra_tokens(extra_tokens, rest, head)
-    if sketch is not None and ids is not None:
-        raise ValueError('extra_tokens must be None with backward="sketch", got K ids: use "exact"')
+    K = checks.check_topk_size(topk, extra_tokens, head)
+    ids = checks.check_extra_tokens(extra_tokens, rest and K == 0, head)
+    if sketch is not None and (ids is not None or K):
+        name = "topk" if K else "extra_tokens"
+        raise ValueError(f'{name} must be None with backward="sketch", got K ids: use "exact"')
     used, N = checks.row_tensor("mask", mask, head, mask=True), len(tokens)
     used = used if has_values(tokens) else None
     active = slice(0, N) if used is None else used.nonzero().squeeze(1)
@@ -114,7 +120,7 @@ def linear_logprobs(
         sketch = None if sketch is None else sketch.select(active)
     head = adapted(head, adapter, impl)
     needs = needs_gradient(head)
-    call = LogprobCall(head, tokens, entropy, impl, 0, 0, needs, truncation, ids, rest)
+    call = LogprobCall(head, tokens, entropy, impl, 0, 0, needs, truncation, ids, rest, K)
     if impl == "reference":
         outputs = reference.linear_logprobs(call)
     else:
@@ -131,4 +137,6 @@ def linear_logprobs(
             outputs = operators.linear_logprobs(call)
     outputs = outputs.spread(active, N)
     extra, rest_logprob = outputs.extra_logprobs, outputs.rest_logprob
-    return LogprobOutput(outputs.logprobs, outputs.entropy, extra, rest_logprob)
+    best = outputs.topk_tokens, extra if K else None
+    extra = None if K else extra
+    return LogprobOutput(outputs.logprobs, outputs.entropy, extra, rest_logprob, *best)

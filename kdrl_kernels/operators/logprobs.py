@@ -1,6 +1,6 @@
 """The operator kdrl::linear_logprobs and its backward pass, which is an operator too."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -33,9 +33,12 @@ def _(*values: Any) -> tuple[Tensor, ...]:
     call = LAYOUT.rebuild(values)
     hidden, N = call.head.hidden, call.tokens.shape
     cache = call.cached, padded(call.head.weight.shape[0])
-    ids = None if call.extra_tokens is None else call.extra_tokens.shape
+    best = call.tokens.new_empty(*N, call.topk) if call.topk else None
+    chosen = call.extra_tokens if best is None else best
+    ids = None if chosen is None else chosen.shape
     sizes = [N, N, N, N if call.entropy else None, ids, N if call.rest else None, cache]
-    return tuple(fake(hidden, accumulator(hidden.dtype), sizes))
+    outputs = fake(hidden, accumulator(hidden.dtype), sizes)
+    return *outputs, *no_none([best], like=outputs[0])
 
 
 @torch.library.custom_op("kdrl::linear_logprobs_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
@@ -71,11 +74,13 @@ def _backward(ctx: Any, grad_logprobs: Tensor | None, *grads: Tensor | None) -> 
     pairs = zip(inputs, ctx.others, strict=True)
     call = LAYOUT.rebuild(other if tensor is None else tensor for tensor, other in pairs)
     grad_entropy = grads[2] if call.entropy else None
-    grad_extra = grads[3] if call.extra_tokens is not None else None
+    grad_extra = grads[3] if call.has_ids else None
     others = grad_entropy, grad_extra, grads[4] if call.rest else None
     if grad_logprobs is None and all(grad is None for grad in others):
         return LAYOUT.head_gradients([None] * 3)
     grad_logprobs = torch.zeros_like(scores[0]) if grad_logprobs is None else grad_logprobs
+    if call.topk:
+        call = replace(call, extra_tokens=scores[-1])
     backward = BackwardCall(call, Scores(*scores), grad_logprobs, *others)
     results = _linear_logprobs_backward(*BACKWARD_LAYOUT.flatten(backward))
     pairs = zip(results, call.needs, strict=True)
@@ -88,10 +93,11 @@ _linear_logprobs.register_vmap(no_vmap)
 
 def linear_logprobs(call: LogprobCall) -> RowOutputs:
     """Return the outputs of each row, differentiable once in the head's tensors."""
-    lp, _, _, entropy, extra, rest, _ = _linear_logprobs(*LAYOUT.flatten(call))
+    lp, _, _, entropy, extra, rest, _, topk_tokens = _linear_logprobs(*LAYOUT.flatten(call))
     return RowOutputs(
         lp,
         entropy if call.entropy else None,
-        extra_logprobs=extra if call.extra_tokens is not None else None,
+        extra_logprobs=extra if call.has_ids else None,
         rest_logprob=rest if call.rest else None,
+        topk_tokens=topk_tokens if call.topk else None,
     )
