@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 import kdrl_kernels as kk
-from tests.kernels.params import F32, IMPL_DTYPES
+from tests.kernels.params import F16, F32, F64, IMPL_DTYPES, IMPLS
 from tests.kernels.problem import make_problem
-from tests.tolerance import assert_matches
+from tests.tolerance import assert_matches, relative_error
 
 N, V = 7, 37
 IDS = torch.tensor(
@@ -23,6 +23,8 @@ IDS = torch.tensor(
         [20, 20, 20, 20],
     ]
 )
+LOG_0 = pytest.mark.filterwarnings("ignore:divide by zero encountered in log:RuntimeWarning")
+"""Triton's interpreter warns of the logarithm of 0, which is that of no rest."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "softcap": {"softcap": 3.0},
@@ -111,3 +113,236 @@ def test_beside_an_exact_divergence_and_entropy(
     impl: str, kl: str, rest: bool, softcap: float | None, device: str
 ) -> None:
     _assert_matches(impl, F32, device, kl=kl, rest=rest, entropy=True, softcap=softcap)
+
+
+@LOG_0
+@pytest.mark.parametrize("K", [1, 512])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_few_and_many_ids(impl: str, K: int, device: str) -> None:
+    """K may be larger than the vocabulary: then most ids are there many times."""
+    ids = torch.randint(-1, V, (N, K), generator=torch.Generator().manual_seed(2))
+    ids[0] = 5
+    _assert_matches(impl, F32, device, ids=ids, rest=True)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_chunks_change_rounding_alone(impl: str, device: str) -> None:
+    options: dict[str, Any] = {"rest": True, "kl": "rkl", "entropy": True}
+    one = _solve(impl, F32, lambda x: x, device, **options)
+    three = _solve(impl, F32, lambda x: x, device, workspace_bytes=6000, **options)
+    torch.testing.assert_close(one, three)
+
+
+@pytest.mark.parametrize("cached", [0, 3, N], ids="cached{}".format)
+@pytest.mark.parametrize("name", ["extra_logprobs", "rest_logprob", "both"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_linear_logprobs(impl: str, name: str, cached: int, device: str) -> None:
+    """Each output alone has its gradient, and both have theirs, by logits kept or not."""
+
+    def solve(impl: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        problem = make_problem(N, kd=None, device=device, dtype=dtype)
+        student = {k: v.requires_grad_() for k, v in problem.student.items()}
+        out = kk.linear_logprobs(
+            tokens=problem.tokens,
+            extra_tokens=IDS.to(device),
+            rest=True,
+            workspace_bytes=3 * 1500,
+            cache_bytes=0 if impl == "reference" else cached * 64 * 4,
+            impl=impl,
+            **student,
+        )
+        extra, rest = out.extra_logprobs, out.rest_logprob
+        assert extra is not None
+        assert rest is not None
+        weights = torch.randn(N, 5, generator=torch.Generator().manual_seed(3)).to(extra)
+        losses = {"extra_logprobs": weights[:, :4] * extra, "rest_logprob": weights[:, 4] * rest}
+        sum(losses[key].sum() for key in losses if name in (key, "both")).backward()
+        results = {"extra_logprobs": extra.detach(), "rest_logprob": rest.detach()}
+        return results | {f"d{k}": v.grad for k, v in student.items()}
+
+    assert_matches(
+        solve(impl, F32),
+        lambda dtype: solve("reference", dtype),
+        lambda _: {"rest_logprob": 1.0},  # near r = 1 it is the difference of two logarithms
+    )
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_rest_of_1e_12_has_digits(impl: str, device: str) -> None:
+    """1 - (sum of p) would be 0 in float32."""
+
+    def solve(impl: str, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+        problem = make_problem(N, kd=None, device=device, dtype=dtype)
+        problem.student["bias"][:3] += 35
+        student = {k: v.requires_grad_() for k, v in problem.student.items()}
+        out = kk.linear_logprobs(
+            tokens=problem.tokens,
+            extra_tokens=torch.tensor([[2, 0, 1, 1]] * N, device=device),
+            rest=True,
+            impl=impl,
+            **student,
+        )
+        assert out.rest_logprob is not None
+        out.rest_logprob.sum().backward()
+        return out.rest_logprob.detach(), {k: v.grad for k, v in student.items()}
+
+    (ours, gradients), (exact, expected) = solve(impl, F32), solve("reference", F64)
+    assert exact.exp().max() < 2e-12
+    assert relative_error(ours, exact) < 2e-7
+    for name, gradient in gradients.items():  # logits of 40 have an error of 2e-6
+        assert relative_error(gradient, expected[name]) < 1e-5, name
+    columns = expected["bias"]
+    assert ((gradients["bias"] - columns).abs() <= 1e-5 * columns.abs() + 1e-12).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_an_id_of_probability_0_is_a_constant(impl: str, device: str) -> None:
+    """One that a bias forbids gives -inf and no gradient, whatever the loss makes of it."""
+    problem = make_problem(N, kd=None, device=device)
+    problem.student["bias"][[4, 9]] = -torch.inf
+    problem.tokens[:] = 1
+    outputs = []
+    for ids in ([4, 9, 3], [3, -1, -1]):
+        student = {k: v.clone().requires_grad_() for k, v in problem.student.items()}
+        out = kk.linear_logprobs(
+            tokens=problem.tokens,
+            extra_tokens=torch.tensor([ids] * N, device=device),
+            rest=True,
+            impl=impl,
+            **student,
+        )
+        assert out.extra_logprobs is not None
+        assert out.rest_logprob is not None
+        (out.extra_logprobs.exp() * out.extra_logprobs).nansum().backward(retain_graph=True)
+        (out.rest_logprob.sum() + 2 * out.extra_logprobs.sum()).backward()
+        outputs.append((out, student))
+    (out, student), (without, student_without) = outputs
+    assert (out.extra_logprobs[:, :2] == -torch.inf).all()
+    torch.testing.assert_close(out.rest_logprob, without.rest_logprob)
+    for name in ("hidden", "weight"):
+        torch.testing.assert_close(student[name].grad, student_without[name].grad)
+
+
+@LOG_0
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_rest_of_nothing_is_a_constant(impl: str, device: str) -> None:
+    """Where the ids are the whole vocabulary: -inf; where there is none: 0."""
+    problem = make_problem(2, kd=None, device=device)
+    hidden = problem.student["hidden"].requires_grad_()
+    ids = torch.stack([torch.arange(V), torch.full((V,), -1)]).to(device)
+    weight, bias = problem.student["weight"], problem.student["bias"]
+    out = kk.linear_logprobs(
+        hidden, weight, problem.tokens, bias=bias, extra_tokens=ids, rest=True, impl=impl
+    )
+    assert out.rest_logprob is not None
+    assert out.extra_logprobs is not None
+    assert out.rest_logprob.tolist() == [-torch.inf, 0]
+    assert (out.extra_logprobs[1] == 0).all()
+    torch.testing.assert_close(out.extra_logprobs[0].exp().sum().item(), 1.0)
+    out.rest_logprob.sum().backward()
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_rows_without_a_gradient_are_left_out(impl: str, dtype: torch.dtype, device: str) -> None:
+    """Rows whose only coefficients are those of an id and the rest are used, no others."""
+    used = torch.tensor([False, True, False, False, True, True, False], device=device)
+    results = []
+    for compact in (False, True):
+        problem = make_problem(N, kd=None, device=device, dtype=dtype)
+        student = {k: v.clone().requires_grad_() for k, v in problem.student.items()}
+        out = kk.linear_token_loss(
+            tokens=problem.tokens,
+            loss_fn=lambda rows: torch.where(
+                used[rows.index], rows.extra_logprobs[:, 0] + rows.rest_logprob, 0
+            ),
+            extra_tokens=IDS.abs().to(device),
+            rest=True,
+            compact=compact,
+            impl=impl,
+            **student,
+        )
+        out.loss.backward()
+        results.append({k: v.grad for k, v in student.items()})
+        assert out.metrics["gradient_rows"] == (3 if compact else N)
+    whole, compacted = results
+    assert torch.equal(whole["hidden"].ne(0).any(dim=1), used)
+    torch.testing.assert_close(whole, compacted)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_rows_of_weight_0_may_hold_any_id(impl: str, device: str) -> None:
+    problem = make_problem(N, kd=None, device=device)
+    ids = IDS.to(device).clone()
+    ids[1] = 10_000
+    problem.options["token_weights"][1] = 0
+    out = kk.kdrl_loss(
+        tokens=problem.tokens, extra_tokens=ids, impl=impl, **problem.student, **problem.options
+    )
+    assert out.extra_logprobs is not None
+    assert not out.extra_logprobs.requires_grad
+    scores = kk.linear_logprobs(
+        tokens=problem.tokens,
+        extra_tokens=ids,
+        mask=problem.options["token_weights"],
+        impl=impl,
+        **problem.student,
+    )
+    assert scores.extra_logprobs is not None
+    for values in (out.extra_logprobs, scores.extra_logprobs):
+        assert values[1].tolist() == [0] * 4
+        assert values[2].tolist() == [0] * 4
+        assert (values[[0, 3, 5, 6]][:, 1] < 0).all()
+    torch.testing.assert_close(out.extra_logprobs, scores.extra_logprobs)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_batches(impl: str, device: str) -> None:
+    """[B, T, K] ids give what their N = B · T rows give."""
+    problem = make_problem(6, kd=None, device=device)
+    ids = IDS[:6].to(device)
+    hidden, weight = problem.student["hidden"], problem.student["weight"]
+    options: dict[str, Any] = {"rest": True, "impl": impl}
+    flat = kk.linear_logprobs(hidden, weight, problem.tokens, extra_tokens=ids, **options)
+    batch = kk.linear_logprobs(
+        hidden.view(2, 3, -1),
+        weight,
+        problem.tokens.view(2, 3),
+        extra_tokens=ids.view(2, 3, 4),
+        **options,
+    )
+    assert torch.equal(batch.extra_logprobs, flat.extra_logprobs.view(2, 3, 4))
+    assert torch.equal(batch.rest_logprob, flat.rest_logprob.view(2, 3))
+    with pytest.raises(ValueError, match=r"extra_tokens must be \[B, T, K\] with B = 2 and T = 3"):
+        kk.linear_logprobs(
+            hidden.view(2, 3, -1), weight, problem.tokens.view(2, 3), extra_tokens=ids, **options
+        )
+
+
+IDS_ERRORS: list[tuple[Any, type[Exception], str]] = [
+    ([[1]], TypeError, "extra_tokens must be a tensor or None, got list"),
+    (IDS.int(), TypeError, "extra_tokens must be int64, got torch.int32"),
+    (
+        IDS[0],
+        ValueError,
+        r"extra_tokens must be \[N, K\] with N = 7 and K in \[1, 512\], got \[4\]",
+    ),
+    (IDS[:, :0], ValueError, r"K in \[1, 512\], got \[7, 0\]"),
+    (IDS.repeat(1, 129), ValueError, r"K in \[1, 512\], got \[7, 516\]"),
+    (IDS.to("meta"), ValueError, r"extra_tokens must be on the device of hidden \(cpu\), got meta"),
+    (IDS + 1, ValueError, r"in \[0, {size}\) with {size} = 37, or -1 for none, got 37 in row 0"),
+    (IDS - 1, ValueError, r"or -1 for none, got -2 in row 0"),
+    (None, ValueError, r"extra_tokens must be \[N, K\] with rest=True, got None"),
+]
+
+
+@pytest.mark.parametrize(("ids", "kind", "message"), IDS_ERRORS, ids=range(len(IDS_ERRORS)))
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_bad_ids_are_refused(impl: str, ids: Any, kind: type[Exception], message: str) -> None:
+    problem = make_problem(N, kd=None)
+    common = {"tokens": problem.tokens, "extra_tokens": ids, "rest": True, "impl": impl}
+    with pytest.raises(kind, match=message.replace("{size}", "V")):
+        kk.linear_logprobs(**problem.student, **common)
+    with pytest.raises(kind, match=message.replace("{size}", "vocab_size")):
+        kk.linear_token_loss(**problem.student, loss_fn=lambda rows: rows.logprobs, **common)

@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "temperature_of_each_row": {"kd": "fkl", "temperature": torch.linspace(0.5, 1.5, 7)},
     "mixture": {"kd": "rkl+fkl", "objective": {"fkl_share": 0.2}, "entropy": True},
     "distillation_only": {"kd": "rkl", "objective": {"policy": "off"}, "off_policy": False},
+    "ids": {"kd": None, "extra_tokens": torch.tensor([[3, -1, 3]] * 7)},
     "normalizer": {"kd": "k2", "normalizer": torch.tensor(9.0), "V_t": 30},
 }
 
@@ -110,11 +111,11 @@ def test_loss(
 
 @pytest.mark.parametrize("cached", [0, 3, 7], ids="cached{}".format)
 @pytest.mark.parametrize("trained", [("hidden", "weight", "bias"), ("hidden",)], ids=len)
-@pytest.mark.parametrize("entropy", [False, True], ids=["logprobs", "entropy"])
+@pytest.mark.parametrize("more", [(), ("entropy",), ("ids",), ("entropy", "ids", "rest")], ids=str)
 @DTYPES
 def test_linear_logprobs(
     dtype: torch.dtype,
-    entropy: bool,
+    more: tuple[str, ...],
     trained: tuple[str, ...],
     cached: int,
     monkeypatch: pytest.MonkeyPatch,
@@ -123,14 +124,18 @@ def test_linear_logprobs(
     backward = _recorded(monkeypatch, logprobs_op, "_linear_logprobs_backward")
     problem = make_problem(V=64, kd=None, dtype=dtype)  # no columns of padding, which are NaN here
     student = {k: v.requires_grad_(k in trained) for k, v in problem.student.items()}
+    ids = torch.tensor([[3, -1, 3, 60]] * 7)
     out = kk.linear_logprobs(
         tokens=problem.tokens,
-        entropy=entropy,
+        entropy="entropy" in more,
+        extra_tokens=ids if "ids" in more else None,
+        rest="rest" in more,
         cache_bytes=cached * 64 * 4,
         workspace_bytes=9 * 64 * 4 + 3 * 16 * 8,
         **student,
     )
-    sum(x.sum() for x in (out.logprobs, out.entropy) if x is not None).backward()
+    outputs = out.logprobs, out.entropy, out.extra_logprobs, out.rest_logprob
+    sum(x.sum() for x in outputs if x is not None).backward()
     ((inputs,), (upstream,)) = forward.copy(), backward.copy()
     assert logprobs_op.LAYOUT.rebuild(inputs).cached == cached
     _opcheck(torch.ops.kdrl.linear_logprobs.default, inputs)
@@ -204,13 +209,24 @@ def _logprob_caller(
     old_logprobs: Tensor,
     **_: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Compute a sequence-level loss of a caller."""
+    """Compute a sequence-level loss of a caller, with the log-probabilities of two other tokens."""
     out = kk.linear_logprobs(
-        hidden + x @ A, weight, tokens, bias=bias, temperature=temperature, entropy=True
+        hidden + x @ A,
+        weight,
+        tokens,
+        bias=bias,
+        temperature=temperature,
+        entropy=True,
+        extra_tokens=torch.stack([(tokens + 1) % 11, torch.full_like(tokens, -1), tokens], dim=1),
+        rest=True,
     )
     assert out.entropy is not None
+    assert out.extra_logprobs is not None
+    assert out.rest_logprob is not None
     ratio = (out.logprobs - old_logprobs).mean().exp()
-    return ratio * advantages.mean() - out.entropy.square().sum(), out.logprobs.detach()
+    contrast = (out.extra_logprobs.mean(dim=1) - out.rest_logprob).square().sum()
+    loss = ratio * advantages.mean() - out.entropy.square().sum() + contrast
+    return loss, out.logprobs.detach()
 
 
 def _solve(fn: Callable[..., tuple[Tensor, Tensor]], inputs: dict[str, Tensor]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ N, H, V, H_T = 6, 4, 9, 3
 
 
 def _linear_logprobs(_: dict[str, Tensor], used: Tensor | None, **options: Any) -> Any:
-    return kk.linear_logprobs(mask=used, entropy=True, **options)
+    ids = torch.zeros(N, 2, dtype=torch.int64, device=options["hidden"].device)
+    return kk.linear_logprobs(mask=used, entropy=True, extra_tokens=ids, rest=True, **options)
 
 
 def _kdrl_loss(rows: dict[str, Tensor], used: Tensor | None, **options: Any) -> Any:
@@ -33,7 +34,9 @@ def _kdrl_loss(rows: dict[str, Tensor], used: Tensor | None, **options: Any) -> 
 
 def _linear_token_loss(rows: dict[str, Tensor], used: Tensor | None, **options: Any) -> Any:
     return kk.linear_token_loss(
-        loss_fn=lambda x: x.kl - rows["advantages"][x.index] * x.logprobs,
+        loss_fn=lambda x: x.kl - rows["advantages"][x.index] * x.logprobs + x.rest_logprob,
+        extra_tokens=torch.zeros(N, 2, dtype=torch.int64, device=options["hidden"].device),
+        rest=True,
         kl="rkl",
         token_weights=used,
         teacher=kk.TeacherHead(rows["t_hidden"], rows["t_weight"]),
