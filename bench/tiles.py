@@ -47,7 +47,8 @@ def compiled(tile: Tile) -> Iterator[tuple[Key, dict[str, float]]]:
     """Compile every variant at one tile; yield its key in the table and its resources on sm_90."""
     for variant in aot.variants(dict.fromkeys(TILES, tile)):
         kernel, kd, *options = variant[0].split("-")
-        if kernel in ("objective", "bags") or {"fp16", "fp32", "plain"} & set(options):
+        rare = {"fp16", "fp32", "plain", "teacher_entropy"}
+        if kernel in ("objective", "bags") or rare & set(options):
             continue
         streams = 1 if kd == "None" else 2
         kernel_of_tile = aot.compile_one(variant, aot.TARGETS["sm_90"], aligned=True)

@@ -13,7 +13,7 @@ from kdrl_kernels.head import TeacherHead
 P = ParamSpec("P")
 R = TypeVar("R")
 PER_TOKEN = {"tokens", "mask", "token_weights", "advantages", "old_logprobs", "teacher_logprobs"}
-PER_TOKEN |= {"kd_weight", "temperature", "extra_tokens"}
+PER_TOKEN |= {"kd_weight", "temperature", "extra_tokens", "positions"}
 """Arguments that hold one value a token, where they are tensors, or K of them."""
 
 

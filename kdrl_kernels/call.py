@@ -48,6 +48,7 @@ class RowOutputs:
     rest_logprob: Tensor | None = None
     topk_tokens: Tensor | None = None
     """[N, K] int64."""
+    teacher_entropy: Tensor | None = None
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "RowOutputs":
         """Apply fn to every field that is not None."""
@@ -180,7 +181,7 @@ class LossCall:
         def cut(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else take(tensor, rows)
 
-        teacher_logprobs = outputs.teacher_logprobs
+        loss, teacher_logprobs = self.loss, outputs.teacher_logprobs
         if teacher_logprobs is None:
             teacher_logprobs = cut(self.teacher_logprobs)
         return Rows(
@@ -195,7 +196,9 @@ class LossCall:
             lse=outputs.lse,
             extra_logprobs=outputs.extra_logprobs,
             rest_logprob=outputs.rest_logprob,
-            index=self._indices(rows) if isinstance(self.loss, CallerLoss) else None,
+            teacher_entropy=outputs.teacher_entropy,
+            index=self._indices(rows) if isinstance(loss, CallerLoss) else None,
+            positions=cut(loss.positions) if isinstance(loss, CallerLoss) else None,
         )
 
     def _indices(self, rows: RowSet) -> Tensor:

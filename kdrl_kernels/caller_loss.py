@@ -30,6 +30,9 @@ class CallerLoss:
     jsd_alpha: float
     entropy: bool
     lse: bool = False
+    teacher_entropy: bool = False
+    positions: Tensor | None = None
+    """[N] int64, passed through to rows.positions."""
 
     def losses(self, rows: Rows) -> Tensor:
         """Return the [C] losses of the caller, after checks of their type and shape."""

@@ -53,13 +53,13 @@ def _interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def check_tokens(tokens: Tensor, head: Head) -> None:
+def check_tokens(tokens: Tensor, head: Head, name: str = "tokens") -> None:
     """Raise unless tokens are [N] int64 on the device of hidden; bad_tokens checks their range."""
     if not isinstance(tokens, Tensor):
-        raise TypeError(f"tokens must be a tensor, got {type(tokens).__name__}")
+        raise TypeError(f"{name} must be a tensor, got {type(tokens).__name__}")
     if tokens.dtype != torch.int64:
-        raise TypeError(f"tokens must be int64, got {tokens.dtype}")
-    _check_rows("tokens", tokens, head)
+        raise TypeError(f"{name} must be int64, got {tokens.dtype}")
+    _check_rows(name, tokens, head)
 
 
 MOST_IDS = 512

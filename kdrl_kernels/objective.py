@@ -142,6 +142,11 @@ class Objective:
         """False: the loss does not read the log-sum-exp of each row."""
         return False
 
+    @property
+    def teacher_entropy(self) -> bool:
+        """False: the loss does not read the teacher's entropy of each row."""
+        return False
+
     def centred(self, rows: Rows) -> Rows:
         """Put lq + KL in the place of lq where there is a baseline, so that l becomes l - KL."""
         if self.kd_baseline is None:

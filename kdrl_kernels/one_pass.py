@@ -97,7 +97,7 @@ def _statistics(
 ) -> tuple[Stream, TeacherStream | None, Stats, RowOutputs]:
     """Project and sweep some rows; return the streams, their statistics and the row outputs."""
     tokens, teacher, kd = take(call.tokens, rows), call.teacher, call.exact_kd
-    q, lq = None, None
+    q, alone = None, None
     if teacher is not None and kd is not None:
         logits = buffers.project(teacher, rows, stream=1)
         q = TeacherStream(
@@ -106,22 +106,30 @@ def _statistics(
             logits.softcap,
             kd,
             call.loss.jsd_alpha,
+            entropy=call.loss.teacher_entropy,
             masses=logits.masses if kd in FORWARD else None,
         )
     elif teacher is not None:  # its logits go before the student's come
         q_alone = replace(buffers.project(teacher, rows), masses=None)
-        lq = buffers.work.sweep(q_alone, tokens).logprobs
+        alone = buffers.work.sweep(q_alone, tokens, entropy=call.loss.teacher_entropy)
     p = buffers.project(call.student, rows)
     truncate_(p.logits, tokens, p.temperature, call.truncation)
     ids = None if call.extra_tokens is None else take(call.extra_tokens, rows)
     stats = buffers.work.sweep(
         p, tokens, teacher=q, entropy=call.wants_entropy, ids=ids, rest=call.rest
     )
-    lq = stats.teacher_logprobs if lq is None else lq
     lse = None
     if call.loss.lse:  # in the dtype of the logits, whatever that of a temperature of each row
         lse = (stats.max / p.temperature + stats.log_sum).to(stats.max.dtype)
-    outputs = RowOutputs(stats.logprobs, stats.entropy, lq, stats.kl, stats.forward_kl, lse)
+    outputs = RowOutputs(
+        logprobs=stats.logprobs,
+        entropy=stats.entropy,
+        teacher_logprobs=stats.teacher_logprobs if alone is None else alone.logprobs,
+        kl=stats.kl,
+        forward_kl=stats.forward_kl,
+        lse=lse,
+        teacher_entropy=stats.teacher_entropy if alone is None else alone.entropy,
+    )
     if stats.at_ids is not None:
         at_ids = stats.at_ids
         outputs = replace(outputs, extra_logprobs=at_ids.logprobs, rest_logprob=at_ids.rest)

@@ -54,5 +54,8 @@ class LossOutput:
     rest_logprob: Tensor | None
     """[N], log of the probability on none of a row's extra_tokens; None unless rest=True
     (linear_token_loss)."""
+    teacher_entropy: Tensor | None
+    """[N], the teacher's entropy of each row in nats; None unless teacher_entropy=True
+    (linear_token_loss)."""
     metrics: dict[str, Tensor]
     """0-d sums and counts on the device, over the rows of non-zero weight; kdrl_loss lists them."""

@@ -63,6 +63,12 @@ def kl_divergence(logp: Tensor, logq: Tensor) -> Tensor:
     return (p * torch.where(finite, log_ratio, 0) + infinite_part).sum(dim=1)
 
 
+def _entropy(logp: Tensor) -> Tensor:
+    """Return the entropy of each row, [N], of log-probabilities [N, V]."""
+    p = logp.exp()
+    return -(p * torch.where(p > 0, logp, 0)).sum(dim=1)
+
+
 def row_outputs(
     student: Head,
     tokens: Tensor,
@@ -73,6 +79,7 @@ def row_outputs(
     jsd_alpha: float = 0.5,
     entropy: bool = False,
     lse: bool = False,
+    teacher_entropy: bool = False,
     truncation: Truncation | None = None,
     extra_tokens: Tensor | None = None,
     rest: bool = False,
@@ -87,7 +94,7 @@ def row_outputs(
     logp, log_sum_exp = torch.log_softmax(z, dim=1), z.logsumexp(dim=1) if lse else None
     logprobs = logp.gather(1, tokens[:, None]).squeeze(1)
     p = logp.exp()
-    entropies = -(p * torch.where(p > 0, logp, 0)).sum(dim=1) if entropy else None
+    entropies = _entropy(logp) if entropy else None
     outputs = RowOutputs(logprobs, entropies, lse=log_sum_exp)
     if topk:
         best = z.detach().sort(dim=1, descending=True, stable=True)
@@ -109,7 +116,8 @@ def row_outputs(
         logm = torch.where(m > 0, m, 1).log()
         kl = jsd_alpha * kl_divergence(logq, logm) + (1 - jsd_alpha) * kl_divergence(logp, logm)
     lq = logq.gather(1, tokens[:, None]).squeeze(1)
-    return replace(outputs, teacher_logprobs=lq, kl=kl, forward_kl=forward_kl)
+    outputs = replace(outputs, teacher_logprobs=lq, kl=kl, forward_kl=forward_kl)
+    return replace(outputs, teacher_entropy=_entropy(logq) if teacher_entropy else None)
 
 
 def _at_ids(z: Tensor, logp: Tensor, ids: Tensor, rest: bool) -> dict[str, Tensor]:
@@ -163,6 +171,7 @@ def loss(call: LossCall) -> tuple[Tensor, RowOutputs, Tensor]:
         jsd_alpha=call.loss.jsd_alpha,
         entropy=call.wants_entropy,
         lse=call.loss.lse,
+        teacher_entropy=call.loss.teacher_entropy,
         truncation=call.truncation,
         extra_tokens=None if ids is None else take(ids.clamp(-1, call.vocab_size - 1), active),
         rest=call.rest,

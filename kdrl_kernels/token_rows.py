@@ -35,6 +35,10 @@ class Rows:
     """[C, K], the student's log-probability at each of extra_tokens; 0 where there is none."""
     rest_logprob: Tensor | None = None
     """log of the probability that is on none of a row's extra_tokens."""
+    teacher_entropy: Tensor | None = None
+    """Entropy of the teacher's distribution, a constant."""
+    positions: Tensor | None = None
+    """int64, what the caller passed as `positions`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,5 +117,6 @@ def output(
         lse=rows.lse,
         extra_logprobs=rows.extra_logprobs,
         rest_logprob=rows.rest_logprob,
+        teacher_entropy=rows.teacher_entropy,
         metrics=metrics | dict(zip(names, counts.unbind(), strict=True)),
     )

@@ -47,6 +47,8 @@ def linear_token_loss(
     lse: bool = False,
     extra_tokens: Tensor | None = None,
     rest: bool = False,
+    teacher_entropy: bool = False,
+    positions: Tensor | None = None,
     compact: bool | None = None,
     workspace_bytes: int | None = None,
     backward: Backward = "exact",
@@ -74,6 +76,10 @@ def linear_token_loss(
         extra_tokens: as in linear_logprobs, in [0, vocab_size) or -1: sets rows.extra_logprobs
             [C, K], and returns them.
         rest: as in linear_logprobs: sets rows.rest_logprob [C], and returns it.
+        teacher_entropy: True sets rows.teacher_entropy, the entropy in nats of the TeacherHead's
+            distribution over the columns of both models, a constant, and returns it.
+        positions: [N] int64, passed through: rows.positions holds those of the rows, e.g. their
+            places in their completions.
         The other arguments: as in kdrl_loss.
     Returns: LossOutput; metrics: tokens, gradient_rows, bad_tokens.
     Raises: as kdrl_loss; ValueError or TypeError where loss_fn does not return [C] losses that
@@ -87,15 +93,21 @@ def linear_token_loss(
         raise ValueError(f"kl must be one of {get_args(Divergence)} or None, got {kl!r}")
     if kl is not None and teacher is None:
         raise ValueError(f"teacher must be a TeacherHead for kl={kl!r}, got None")
+    if teacher_entropy and teacher is None:
+        raise ValueError("teacher must be a TeacherHead for teacher_entropy=True, got None")
     check_flag("lse", lse)
+    check_flag("teacher_entropy", teacher_entropy)
     check_number("jsd_alpha", jsd_alpha)
     if not 0 < jsd_alpha < 1:
         raise ValueError(f"jsd_alpha must be in (0, 1), got {jsd_alpha}")
     weight, bias = gathered(weight, hidden), gathered(bias, hidden)
+    student = StudentHead(hidden, weight, bias, temperature, softcap)
+    if positions is not None:
+        checks.check_tokens(positions, student, "positions")
     call = loss_call(
-        StudentHead(hidden, weight, bias, temperature, softcap),
+        student,
         tokens,
-        CallerLoss(loss_fn, kl, jsd_alpha, entropy, lse),
+        CallerLoss(loss_fn, kl, jsd_alpha, entropy, lse, teacher_entropy, positions),
         adapter=adapter,
         token_weights=token_weights,
         teacher=teacher,

@@ -89,11 +89,14 @@ def _sweep_block(
         d_t, top_t = _lower_(teacher, rows)
         d_t_at = d_t.gather(1, columns)
         e_t = d_t.exp()
+        surprise_t = _sum_(d_t * e_t) if teacher.entropy else None
         _sum_blocks(e_t, teacher.masses, rows)
         e, total, total_t, divergences = _divergence_(d, d_t, e_t, teacher, keep or entropy)
         log_sum_t = total_t.log()
         stats |= divergences | {"teacher_max": top_t, "teacher_log_sum": log_sum_t}
         stats["teacher_logprobs"] = d_t_at - log_sum_t[:, None]
+        if surprise_t is not None:
+            stats["teacher_entropy"] = log_sum_t - surprise_t / total_t
     _sum_blocks(e, student.masses, rows)
     stats["log_sum"] = total.log()
     stats["logprobs"] = d_at - stats["log_sum"][:, None]

@@ -146,6 +146,6 @@ def record(stats: Stats, coef: Coefficients, *more: Tensor) -> Tensor:
     if coef.rest is not None:
         scale = scale - rest_factor(coef, stats.at_ids)
     derivatives = coef.logprobs, coef.entropy, coef.kl, coef.forward_kl, scale
-    values = *(getattr(stats, name) for name in NUMBERS), *derivatives
+    values = *(getattr(stats, name) for name in NUMBERS[:-1]), *derivatives
     filled = [stats.max if value is None else value for value in values]
     return torch.stack([*filled, *more])

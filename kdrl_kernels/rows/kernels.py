@@ -72,10 +72,18 @@ def _finish(row_ptr, stats_ptr, y, C, V, top, s, k, softcap):
 
 
 @triton.jit
+def _store_entropy(place_ptr, surprise, s, shift, row_s):
+    """Store log s - sum_v exp(d) d / s of the joined lanes."""
+    row_surprise = tl.sum(rescale(surprise + s * shift, shift), axis=0)
+    tl.store(place_ptr, tl.log(row_s) - row_surprise * LN2 / row_s)
+
+
+@triton.jit
 def _sweep_kernel(
     z_ptr, t_ptr, token_ptr, temperature_ptr, stats_ptr,
     stride_zn, stride_tn, V, width, C, softcap, t_softcap,
-    HAS_ENTROPY: tl.constexpr, KD: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, TEACHER_ENTROPY: tl.constexpr, KD: tl.constexpr,
+    DEPTH: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """stats[:, n] = Stats in the order of its fields, in one read of each stream.
 
@@ -96,7 +104,7 @@ def _sweep_kernel(
     top_t = tl.full((LANES,), LOWEST, tl.float32)
     s, surprise = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
     s_t, divergence = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
-    forward = tl.zeros((LANES,), tl.float32)
+    forward, surprise_t = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
     for start in range(0, V, DEPTH * LANES):
         v = start + columns
         top, shift, d, e = _step(z_ptr, v, V, width, top, k, softcap)
@@ -104,6 +112,8 @@ def _sweep_kernel(
             surprise = rescale(surprise + s * shift, shift) + expectation(e, d)
         if KD >= RKL:
             top_t, shift_t, d_t, e_t = _step(t_ptr, v, V, width, top_t, k_t, t_softcap)
+            if TEACHER_ENTROPY:
+                surprise_t = rescale(surprise_t + s_t * shift_t, shift_t) + expectation(e_t, d_t)
             if KD <= BOTH:
                 divergence = rescale(divergence + s * (shift - shift_t), shift)
                 divergence += expectation(e, d - d_t)
@@ -114,11 +124,12 @@ def _sweep_kernel(
         s = rescale(s, shift) + tl.sum(e, axis=0)
     shift, row_s = _finish(z_ptr, stats_ptr, y, C, V, top, s, k, softcap)
     if HAS_ENTROPY:
-        row_surprise = tl.sum(rescale(surprise + s * shift, shift), axis=0)
-        tl.store(stats_ptr + 3 * C, tl.log(row_s) - row_surprise * LN2 / row_s)
+        _store_entropy(stats_ptr + 3 * C, surprise, s, shift, row_s)
     if KD >= RKL:
         stats_t_ptr = stats_ptr + 4 * C
         shift_t, row_s_t = _finish(t_ptr, stats_t_ptr, y, C, V, top_t, s_t, k_t, t_softcap)
+        if TEACHER_ENTROPY:
+            _store_entropy(stats_ptr + 10 * C, surprise_t, s_t, shift_t, row_s_t)
         log_s_ratio = tl.log(row_s_t) - tl.log(row_s)
         if KD <= BOTH:
             row_divergence = tl.sum(rescale(divergence + s * (shift - shift_t), shift), axis=0)
@@ -170,7 +181,7 @@ def sweep(
 
     ids: [C, K] columns whose log-probabilities are computed too; rest: and that of all others.
     """
-    kd = teacher.kd if teacher else None
+    kd, teacher_entropy = (teacher.kd, teacher.entropy) if teacher else (None, False)
     tile = tile or tile_of(SWEEP, student, teacher)
     C, V = student.logits.shape
     other = teacher or student
@@ -181,17 +192,18 @@ def sweep(
     if C:
         _sweep_kernel[(C,)](
             student.logits, other.logits, tokens, temperatures, stats, *strides, *sizes,
-            student.softcap, other.softcap, entropy, KD_CODES[kd], tile.depth, tile.lanes,
-            num_warps=tile.warps, **OPTIONS,
+            student.softcap, other.softcap, entropy, teacher_entropy, KD_CODES[kd], tile.depth,
+            tile.lanes, num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
     if teacher is not None and kd == "jsd":
         add_mixture_kl(student, teacher, temperatures, stats)
-    top, log_sum, logprobs, entropies, *of_teacher, mixture_kl, forward_kl = stats
+    top, log_sum, logprobs, entropies, *of_teacher, mixture_kl, forward_kl, t_entropies = stats
     numbers = Stats(
         *(top, log_sum, logprobs, entropies if entropy else None),
         *(of_teacher if teacher else [None] * len(of_teacher)),
         mixture_kl=mixture_kl if kd == "jsd" else None,
         forward_kl=forward_kl if kd == "rkl+fkl" else None,
+        teacher_entropy=t_entropies if teacher_entropy else None,
     )
     if ids is None:
         return numbers

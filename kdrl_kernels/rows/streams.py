@@ -29,6 +29,8 @@ class TeacherStream(Stream):
     kd: str
     """"rkl", "fkl", "jsd" or "rkl+fkl"."""
     jsd_alpha: float = 0.5
+    entropy: bool = False
+    """True: the sweep computes the teacher's entropy as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +56,11 @@ class Stats:
     """KL(p‖m) for "jsd", which its gradient needs."""
     forward_kl: Tensor | None = None
     """KL(q‖p), beside kl, for "rkl+fkl"."""
+    teacher_entropy: Tensor | None = None
+    """A constant, which no gradient reads."""
     at_ids: IdStats | None = field(default=None, kw_only=True)
     """What is computed beside these numbers where a loss reads K columns of each row."""
 
 
 NUMBERS = [field.name for field in fields(Stats) if field.name != "at_ids"]
-"""The fields of Stats that are [C]."""
+"""The fields of Stats that are [C]. No gradient reads the last, the teacher's entropy."""

@@ -50,7 +50,10 @@ def variants(table: dict[tuple[str, int, bool], Tile] = tiles.TILES) -> Iterator
         key = 2 if kd else 1, cap is not None
         swept = table[SWEEP, *key]
         flags = {"HAS_ENTROPY": True, "KD": KD_CODES[kd]}
-        shape = {"DEPTH": swept.depth, "LANES": swept.lanes}
+        shape = {"DEPTH": swept.depth, "LANES": swept.lanes, "TEACHER_ENTROPY": False}
+        if kd is not None:
+            both = flags | shape | {"TEACHER_ENTROPY": True}
+            yield f"sweep-{name}-teacher_entropy", kernels._sweep_kernel, both, caps, swept.warps
         yield f"sweep-{name}", kernels._sweep_kernel, flags | shape, caps, swept.warps
         if kd == "jsd":
             tile = table[JSD, *key]

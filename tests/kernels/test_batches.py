@@ -66,9 +66,11 @@ def _token_loss(x: Inputs, impl: str) -> kk.LossOutput:
     advantages, lq = x["advantages"].flatten(), x["teacher_logprobs"]
 
     def loss_fn(rows: kk.Rows) -> Tensor:
+        assert torch.equal(rows.positions, rows.index % T)
         return (rows.teacher_logprobs - advantages[rows.index]) * rows.logprobs
 
     options = {"token_weights": x["mask"].long(), "teacher_logprobs": lq, "impl": impl}
+    options["positions"] = torch.arange(B * T, device=lq.device).view(lq.shape) % T
     return kk.linear_token_loss(x["hidden"], x["weight"], x["tokens"], loss_fn, **options)
 
 

@@ -16,7 +16,7 @@ TILES = [Tile(1, 16, 4), Tile(4, 16, 4), Tile(2, 128, 4)]
 
 
 def _teacher(logits: torch.Tensor, kd: str) -> TeacherStream:
-    return TeacherStream(logits, 1.0, None, kd, 0.3)
+    return TeacherStream(logits, 1.0, None, kd, 0.3, entropy=True)
 
 
 def _streams(
@@ -67,7 +67,8 @@ def test_tiles(
         assert dz.data_ptr() == student.logits.data_ptr()  # in place
         results[impl] = stats, dz.float()
     (expected, expected_dz), (stats, dz) = results["torch"], results["triton"]
-    names = ["max", "log_sum", "logprobs", "entropy"] + (["teacher_logprobs", "kl"] if kd else [])
+    names = ["max", "log_sum", "logprobs", "entropy"]
+    names += ["teacher_logprobs", "kl", "teacher_entropy"] if kd else []
     names += {"jsd": ["mixture_kl"], "rkl+fkl": ["forward_kl"]}.get(kd or "", [])
     for name in names:
         torch.testing.assert_close(

@@ -153,6 +153,37 @@ def test_rows_may_be_used_in_any_order_and_more_than_once() -> None:
     assert relative_error(*gradients) < 1e-10
 
 
+@pytest.mark.parametrize("kl", [None, "rkl", "fkl", "jsd", "rkl+fkl"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_teachers_entropy_is_a_constant_that_changes_nothing_else(
+    impl: str, kl: str | None, device: str
+) -> None:
+    """It is the entropy of the teacher's own distribution, and rows.positions are the caller's."""
+    case = replace(CASES["teacher_entropy"], kl=kl)
+    setup = with_leaves(make_setup(case, F32, device, masked=True))
+    positions = setup.options["positions"]
+
+    def loss_fn(rows: kk.Rows) -> Tensor:
+        assert torch.equal(rows.positions, positions[rows.index])
+        assert rows.teacher_entropy is None or not rows.teacher_entropy.requires_grad
+        return -rows.logprobs if rows.kl is None else rows.kl
+
+    results = [call(setup, loss_fn, impl=impl, teacher_entropy=x) for x in (True, False)]
+    (ours, gradient), (plain, plain_gradient) = (
+        (x, torch.autograd.grad(x.loss, setup.student["weight"])[0]) for x in results
+    )
+    assert plain.teacher_entropy is None
+    assert torch.equal(gradient, plain_gradient)
+    for name in ("loss", "logprobs", "teacher_logprobs", "kl"):
+        ours_of_name, plain_of_name = getattr(ours, name), getattr(plain, name)
+        assert ours_of_name is plain_of_name or torch.equal(ours_of_name, plain_of_name), name
+    head = setup.teacher | {"weight": setup.teacher["weight"][: V - 4]}
+    mask = setup.options["token_weights"] != 0
+    options = {"entropy": True, "mask": mask, "impl": "torch"}
+    alone = kk.linear_logprobs(**head, tokens=setup.tokens, **options).entropy
+    torch.testing.assert_close(ours.teacher_entropy, alone, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_log_probabilities_of_a_teacher_on_a_server(impl: str, device: str) -> None:
     setup = make_setup(CASES["bounded_kd"], F32, device, masked=True)
@@ -314,6 +345,11 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"kl": "jsd", "jsd_alpha": 0.0}, ValueError, r"jsd_alpha must be in \(0, 1\), got 0.0"),
     ({"kl": "jsd", "jsd_alpha": 1}, ValueError, r"jsd_alpha must be in \(0, 1\), got 1"),
     ({"kl": "jsd", "jsd_alpha": float("nan")}, ValueError, r"jsd_alpha must be in \(0, 1\), got nan"),
+    ({"teacher_entropy": True, "teacher": None}, ValueError, "teacher must be a TeacherHead for teacher_entropy=True, got None"),
+    ({"teacher_entropy": 1}, TypeError, "teacher_entropy must be True or False, got 1"),
+    ({"positions": torch.arange(3)}, ValueError, r"positions must be \[N\] with N = 11, got \[3\]"),
+    ({"positions": torch.zeros(N)}, TypeError, "positions must be int64, got torch.float32"),
+    ({"positions": 3}, TypeError, "positions must be a tensor, got int"),
     ({"lse": 1}, TypeError, "lse must be True or False, got 1"),
     ({"loss_fn": "dapo"}, TypeError, "loss_fn must be callable, got str"),
     ({"teacher_logprobs": torch.zeros(N)}, ValueError, "teacher_logprobs must be None when teacher is passed"),

@@ -13,6 +13,8 @@ from tests.kernels.params import SEED
 CallerTensors = dict[str, Tensor]
 """[N] tensors of the caller, which a loss reads at rows.index."""
 N, H, V = 11, 16, 37
+ROW_OUTPUTS = ("logprobs", "teacher_logprobs", "kl", "forward_kl", "entropy", "lse")
+ROW_OUTPUTS += ("teacher_entropy",)
 UNUSED = [0, 4, 5, 10]
 """Rows of weight 0 in a masked setup."""
 
@@ -75,6 +77,14 @@ def z_loss(rows: kk.Rows, inputs: CallerTensors) -> Tensor:
     return 0.1 * rows.lse.square() - inputs["advantages"][rows.index] * rows.logprobs
 
 
+def where_the_teacher_is_sure(rows: kk.Rows, inputs: CallerTensors) -> Tensor:  # noqa: ARG001 (needs nothing of the caller)
+    """Weight the KL, or the sampled one, by exp(-entropy of the teacher), less at each position."""
+    sampled = (rows.logprobs - rows.teacher_logprobs).square() / 2
+    distance = sampled if rows.kl is None else rows.kl
+    distance = distance if rows.forward_kl is None else distance + rows.forward_kl
+    return 0.9**rows.positions * (-rows.teacher_entropy).exp() * distance - rows.logprobs
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """Holds a loss, and what linear_token_loss must compute for it."""
@@ -84,6 +94,11 @@ class Case:
     entropy: bool = False
     teacher: bool = False
     lse: bool = False
+    teacher_entropy: bool = False
+
+
+def _sure(kl: str | None, entropy: bool = False) -> Case:
+    return Case(where_the_teacher_is_sure, kl, entropy, teacher=True, teacher_entropy=True)
 
 
 CASES = {
@@ -99,6 +114,11 @@ CASES = {
     "rkl_and_entropy": Case(kl_and_entropy, "rkl", entropy=True, teacher=True),
     "entropy": Case(entropy_bonus, entropy=True),
     "z_loss": Case(z_loss, lse=True),
+    "teacher_entropy": _sure(None),
+    "teacher_entropy_and_rkl": _sure("rkl", entropy=True),
+    "teacher_entropy_and_fkl": _sure("fkl"),
+    "teacher_entropy_and_jsd": _sure("jsd"),
+    "teacher_entropy_and_both": _sure("rkl+fkl"),
 }
 
 
@@ -117,7 +137,9 @@ class Setup:
         """Apply fn to every floating-point tensor."""
 
         def over(values: dict[str, Any]) -> dict[str, Any]:
-            floats = {k for k, v in values.items() if isinstance(v, Tensor)}
+            floats = {
+                k for k, v in values.items() if isinstance(v, Tensor) and v.is_floating_point()
+            }
             return {k: fn(v) if k in floats else v for k, v in values.items()}
 
         return replace(
@@ -152,6 +174,9 @@ def make_setup(
     }
     inputs["target"] = torch.full((N,), 2.5)
     options: dict[str, Any] = {"kl": case.kl, "entropy": case.entropy, "lse": case.lse}
+    if case.teacher_entropy:
+        positions = torch.arange(N, device=device) % 4
+        options |= {"teacher_entropy": True, "positions": positions}
     if masked:
         weights = torch.rand(N, generator=rng) + 0.1
         weights[UNUSED] = 0
@@ -217,7 +242,7 @@ def with_leaves(setup: Setup) -> Setup:
 def results_of(setup: Setup, result: Any) -> dict[str, Tensor]:
     """Return loss, per-token outputs and the gradients of 0.7 · loss."""
     (result.loss * 0.7).backward()
-    names = ("loss", "logprobs", "teacher_logprobs", "kl", "forward_kl", "entropy", "lse")
+    names = ("loss", *ROW_OUTPUTS)
     results = {name: getattr(result, name) for name in names}
     results |= {f"d{k}": v.grad for k, v in setup.student.items()}
     return {k: v.detach() for k, v in results.items() if v is not None}
@@ -260,6 +285,7 @@ class Plain:
     forward_kl: Tensor | None
     entropy: Tensor | None
     lse: Tensor | None
+    teacher_entropy: Tensor | None
 
 
 def solve_plainly(setup: Setup) -> tuple[dict[str, Tensor], float]:
@@ -283,6 +309,9 @@ def solve_plainly(setup: Setup) -> tuple[dict[str, Tensor], float]:
         t = logits_of(teacher, teacher.get("temperature", 1.0), teacher.get("softcap"))
         logq = t.log_softmax(dim=1)
         rows = replace(rows, teacher_logprobs=logq.gather(1, tokens).squeeze(1))
+        if setup.case.teacher_entropy:
+            entropy = -(logq.exp() * logq).sum(1)
+            rows = replace(rows, teacher_entropy=entropy, positions=options["positions"][index])
         if setup.case.kl:
             kinds, alpha = setup.case.kl.split("+"), options.get("jsd_alpha", 0.5)
             kl, *second = (divergence(kind, logp, logq, alpha) for kind in kinds)
@@ -297,7 +326,6 @@ def solve_plainly(setup: Setup) -> tuple[dict[str, Tensor], float]:
     def spread(values: Tensor | None) -> Tensor | None:
         return values if values is None else torch.zeros_like(weights).index_put((index,), values)
 
-    names = ("logprobs", "teacher_logprobs", "kl", "forward_kl", "entropy", "lse")
-    fields = {name: spread(getattr(rows, name)) for name in names}
+    fields = {name: spread(getattr(rows, name)) for name in ROW_OUTPUTS}
     size = float(losses.detach().abs().sum() / total)
     return results_of(setup, Plain(losses.sum() / total, **fields)), size
