@@ -322,8 +322,8 @@ RESULTS: list[tuple[Callable[[kk.Rows], Any], type[Exception], str]] = [
     (lambda rows: rows.logprobs[1:], ValueError, r"with C = \d+, got \[\d+\]"),
     (lambda _: 1.0, TypeError, "loss_fn must return a tensor, got float"),
     (lambda _: None, TypeError, "loss_fn must return a tensor, got NoneType"),
-    (lambda rows: -rows.logprobs.detach(), ValueError, "rows.kl with a gradient, got constants"),
-    (lambda rows: -rows.teacher_logprobs, ValueError, "rows.kl with a gradient, got constants"),
+    (lambda rows: -rows.logprobs.detach(), ValueError, "with a gradient, got constants"),
+    (lambda rows: -rows.teacher_logprobs, ValueError, "with a gradient, got constants"),
 ]  # fmt: skip
 
 
