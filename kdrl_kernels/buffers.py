@@ -1,5 +1,7 @@
 """Holds the logits of one chunk of rows, and computes them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from kdrl_kernels.call import RowSet, take
 from kdrl_kernels.head import Head
 from kdrl_kernels.plan import accumulator, padded
 from kdrl_kernels.rows.streams import Stream
+from kdrl_kernels.vocab_shard import VocabShard
 
 
 class Buffers:
@@ -22,8 +25,9 @@ class Buffers:
         streams: int,
         impl: str,
         masses: bool = False,
+        shard: VocabShard | None = None,
     ) -> None:
-        self.work = row_work.load(impl)
+        self.work: Any = row_work.load(impl)
         self.vocab_size = vocab_size
         hidden = head.hidden
         shape = rows, padded(vocab_size)
@@ -35,6 +39,8 @@ class Buffers:
         if masses and self.work.BLOCK:
             shape = rows, padded(vocab_size) // self.work.BLOCK
             self.masses = [hidden.new_empty(shape, dtype=dtype) for _ in range(streams)]
+        if shard is not None:
+            self.work = shard
 
     def project(
         self, head: Head, rows: RowSet, stream: int = 0, out: Tensor | None = None

@@ -129,10 +129,9 @@ def _check_rows(name: str, tensor: Tensor, head: Head) -> None:
         )
 
 
-def check_vocab_size(vocab_size: int | None, head: Head, teacher: TeacherHead | None) -> int:
-    """Return how many columns both models use: vocab_size, or the rows of the smaller weight."""
-    V = head.weight.shape[0]
-    shared_size = V if teacher is None else min(V, teacher.weight.shape[0])
+def check_vocab_size(vocab_size: int | None, V: int, V_t: int | None) -> int:
+    """Return how many columns both models use: vocab_size, or the smaller of V and V_t."""
+    shared_size = V if V_t is None else min(V, V_t)
     check_number("vocab_size", vocab_size, optional=True, whole=True)
     if vocab_size is None:
         return shared_size

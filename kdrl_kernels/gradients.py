@@ -1,5 +1,7 @@
 """Adds the gradients of all chunks: dX, dW and db in float32, and their scale."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from kdrl_kernels.head import Head, Needs, Sums
 from kdrl_kernels.plan import accumulator
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
 from kdrl_kernels.token_rows import Coefficients
+from kdrl_kernels.vocab_shard import VocabShard
 
 
 class Gradients:
@@ -19,8 +22,18 @@ class Gradients:
     masses = False
     """Whether sweeps must write the mass of each block of columns."""
 
-    def __init__(self, head: Head, needs: Needs, sums: Sums | None = None) -> None:
-        """Begin at 0, or go on with sums of hidden, weight and bias that are there already."""
+    def __init__(
+        self,
+        head: Head,
+        needs: Needs,
+        sums: Sums | None = None,
+        shard: VocabShard | None = None,
+    ) -> None:
+        """Begin at 0, or go on with sums of hidden, weight and bias that are there already.
+
+        shard: the columns that this rank holds; None: all.
+        """
+        self.shard = shard
         dtype = accumulator(head.hidden.dtype)
         if sums is not None:
             self.hidden, self.weight, self.bias = sums
@@ -83,7 +96,8 @@ class Gradients:
         rows: RowSet,
     ) -> int:
         """Add the gradient of a chunk, over its logits; return the rows that went into it."""
-        kept, dz = chunk_gradient(call, streams, stats, self.in_unit(coef), rows, call.compact)
+        coef = self.in_unit(coef)
+        kept, dz = chunk_gradient(call, streams, stats, coef, rows, call.compact, self.shard)
         self.add(call.student, kept, dz)
         return size_of(kept)
 
@@ -95,6 +109,8 @@ class Gradients:
         """Undo the unit, scale what backward does not round, and return the scale that is left."""
         if self.weight is not None and self.first:
             self.weight.zero_()  # no row had a gradient
+        if self.shard is not None and self.hidden is not None:
+            self.shard.add_up_(self.hidden)
         for gradient in (self.weight, self.bias):
             if gradient is not None and self.unit is not None:
                 gradient.mul_(self.unit)
@@ -149,14 +165,16 @@ def chunk_gradient(
     coef: Coefficients,
     rows: RowSet,
     compact: bool,
+    shard: VocabShard | None = None,
 ) -> tuple[RowSet, Tensor]:
     """Write the gradient of a chunk over its logits; return the rows that have one, and dL/dlogits.
 
-    compact: whether rows whose coefficients are 0 are left out.
+    compact: whether rows whose coefficients are 0 are left out. shard: as in Gradients.
     """
     compaction = Compaction(coef) if compact else None
     p, q = streams
-    dz = row_work.load(call.impl).gradient(
+    work: Any = row_work.load(call.impl) if shard is None else shard
+    dz: Tensor = work.gradient(
         p,
         take(call.tokens, rows),
         stats,

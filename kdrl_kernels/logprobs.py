@@ -21,6 +21,7 @@ from kdrl_kernels.rows.ids import IdStats
 from kdrl_kernels.rows.streams import Stats, Stream
 from kdrl_kernels.token_rows import Coefficients
 from kdrl_kernels.truncation import truncate_
+from kdrl_kernels.vocab_shard import VocabShard
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,18 +91,19 @@ def cached_rows(
     return N if fit >= N else fit // size * size
 
 
-def score(call: LogprobCall, collector: Any = None) -> Scores:
+def score(call: LogprobCall, collector: Any = None, shard: VocabShard | None = None) -> Scores:
     """Run the forward pass; keep the logits of the first call.cached rows.
 
     collector: takes the logits of each chunk once they are swept; None: nobody.
+    shard: the columns that this rank holds; None: all.
     """
     head, V, N = in_one_dtype(call.head), len(call.head.weight), len(call.tokens)
     check_head_values(head)
-    bad, tokens, ids = _inside(call)
+    bad, tokens, ids = _inside(call, V if shard is None else shard.vocab_size)
     size = balanced(N, call.max_rows)
     cache = head.hidden.new_empty(call.cached, padded(V), dtype=accumulator(head.hidden.dtype))
     masses = collector is not None
-    buffers = Buffers(head, V, size if call.cached < N else 0, 1, call.impl, masses)
+    buffers = Buffers(head, V, size if call.cached < N else 0, 1, call.impl, masses, shard)
     chunks, best = [], list[Tensor]()
     for rows in chunks_of(N, size):
         kept = cache[rows, :V] if rows.stop <= call.cached else None
@@ -130,24 +132,26 @@ def score(call: LogprobCall, collector: Any = None) -> Scores:
     )
 
 
-def _inside(call: LogprobCall) -> tuple[Tensor, Tensor, Tensor | None]:
+def _inside(call: LogprobCall, V: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return how many tokens and ids are out of range, 0-d, and both so that reads stay inside."""
-    V, ids = len(call.head.weight), call.extra_tokens
+    ids = call.extra_tokens
     bad = bad_tokens(call.tokens, V, "V") + bad_ids(ids, V, "V")
     return bad, call.tokens.clamp(0, V - 1), None if ids is None else ids.clamp(-1, V - 1)
 
 
-def gradients(backward: BackwardCall, total: Gradients | None = None) -> tuple[Gradients, Tensor]:
+def gradients(
+    backward: BackwardCall, total: Gradients | None = None, shard: VocabShard | None = None
+) -> tuple[Gradients, Tensor]:
     """Return gradients and a 0-d scale: their product is the gradient of the later loss.
 
-    total: what they are added to; None: new ones.
+    total: what they are added to; None: new ones. shard: as in score.
     """
     call, scores, grad_logprobs = backward.forward, backward.scores, backward.grad_logprobs
     head, V, N = in_one_dtype(call.head), len(call.head.weight), len(call.tokens)
     size = balanced(N, call.max_rows)
-    buffers = Buffers(head, V, size, 1, call.impl)
-    total = total or Gradients(head, call.needs)
-    bad, tokens, ids = _inside(call)
+    buffers = Buffers(head, V, size, 1, call.impl, shard=shard)
+    total = total or Gradients(head, call.needs, shard=shard)
+    bad, tokens, ids = _inside(call, V if shard is None else shard.vocab_size)
     for rows in chunks_of(N, size):
         entropy, at_ids = None, backward.at_ids(ids, rows)
         if backward.grad_entropy is not None and scores.entropy is not None:

@@ -21,6 +21,7 @@ from kdrl_kernels.plan import accumulator, balanced, chunks_of
 from kdrl_kernels.rows.entries import FORWARD
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
 from kdrl_kernels.truncation import truncate_
+from kdrl_kernels.vocab_shard import VocabShard
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +42,11 @@ class Pass:
     """The rows of weight other than 0."""
 
 
-def run(call: LossCall, collector: Any = None) -> Pass:
+def run(call: LossCall, collector: Any = None, shard: VocabShard | None = None) -> Pass:
     """Run all chunks of a loss; compute the gradients that call.needs names.
 
     collector: what takes the gradient of each chunk, as Gradients does; None: new Gradients.
+    shard: the columns that this rank holds of call.vocab_size, those of the weights; None: all.
     """
     student, needs = in_one_dtype(call.student), call.needs
     teacher = None if call.teacher is None else in_one_dtype(call.teacher)
@@ -56,9 +58,10 @@ def run(call: LossCall, collector: Any = None) -> Pass:
     active = call.active_rows()
     N = size_of(active)
     size = balanced(N, call.max_rows)
-    gradients = Gradients(student, needs) if collector is None else collector
+    gradients = Gradients(student, needs, shard=shard) if collector is None else collector
     streams, masses = 2 if call.exact_kd else 1, gradients.masses and any(needs)
-    buffers = Buffers(student, call.vocab_size, size, streams, call.impl, masses)
+    V = call.vocab_size if shard is None else shard.columns
+    buffers = Buffers(student, V, size, streams, call.impl, masses, shard)
     work = buffers.work
     weights = call.row_weights(active, accumulator(student.hidden.dtype))
     scale = poison(call.total(weights).reciprocal(), bad)
@@ -118,16 +121,13 @@ def _statistics(
     stats = buffers.work.sweep(
         p, tokens, teacher=q, entropy=call.wants_entropy, ids=ids, rest=call.rest
     )
-    lse = None
-    if call.loss.lse:  # in the dtype of the logits, whatever that of a temperature of each row
-        lse = (stats.max / p.temperature + stats.log_sum).to(stats.max.dtype)
     outputs = RowOutputs(
         logprobs=stats.logprobs,
         entropy=stats.entropy,
         teacher_logprobs=stats.teacher_logprobs if alone is None else alone.logprobs,
         kl=stats.kl,
         forward_kl=stats.forward_kl,
-        lse=lse,
+        lse=stats.lse(p.temperature) if call.loss.lse else None,
         teacher_entropy=stats.teacher_entropy if alone is None else alone.entropy,
     )
     if stats.at_ids is not None:

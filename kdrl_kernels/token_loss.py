@@ -14,6 +14,7 @@ from kdrl_kernels.caller_loss import CallerLoss, refuse_other_leaves
 from kdrl_kernels.head import gradient_dtypes
 from kdrl_kernels.operators.loss import rounded
 from kdrl_kernels.token_rows import Rows
+from kdrl_kernels.vocab_shard import VocabShard
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -30,9 +31,10 @@ class _TokenLoss(torch.autograd.Function):
         bias: Tensor | None,  # noqa: ARG004 (an input of the graph too)
         call: LossCall,
         passes: list[one_pass.Pass],
+        shard: VocabShard | None,
     ) -> tuple[Tensor | None, ...]:
         with without_autocast(hidden.device):
-            result = one_pass.run(call)
+            result = one_pass.run(call, shard=shard)
         passes.append(result)
         outputs = *result.gradients.tensors(), result.scale
         ctx.dtypes = gradient_dtypes(call.student)
@@ -44,11 +46,11 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
         *gradients, scale = ctx.saved_tensors
         if grad_loss is None:
-            return (None,) * 5
+            return (None,) * 6
         scale = scale * grad_loss
         pairs = zip(gradients, ctx.dtypes, strict=True)
         results = (None if x is None else rounded(x, scale, dtype) for x, dtype in pairs)
-        return *results, None, None
+        return *results, None, None, None
 
 
 def _without_parameters(fn: Callable[[Rows], Tensor]) -> Callable[[Rows], Tensor]:
@@ -67,11 +69,16 @@ def _without_parameters(fn: Callable[[Rows], Tensor]) -> Callable[[Rows], Tensor
     return checked
 
 
-def token_loss(call: LossCall) -> tuple[Tensor, RowOutputs, Tensor]:
-    """Return the 0-d loss, differentiable once in hidden, weight and bias; row outputs; counts."""
+def token_loss(
+    call: LossCall, shard: VocabShard | None = None
+) -> tuple[Tensor, RowOutputs, Tensor]:
+    """Return the 0-d loss, differentiable once in hidden, weight and bias; row outputs; counts.
+
+    shard: the columns that this rank holds of the vocabulary; None: all.
+    """
     call = call.of_shapes()
     student, passes = call.student, list[one_pass.Pass]()
     if torch.is_grad_enabled() and not any(call.needs) and isinstance(call.loss, CallerLoss):
         call = replace(call, loss=replace(call.loss, fn=_without_parameters(call.loss.fn)))
-    loss, *_ = _TokenLoss.apply(student.hidden, student.weight, student.bias, call, passes)
+    loss, *_ = _TokenLoss.apply(student.hidden, student.weight, student.bias, call, passes, shard)
     return loss, passes[0].rows, passes[0].counts

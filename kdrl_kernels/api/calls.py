@@ -73,10 +73,11 @@ def loss_call(
         teacher = replace(teacher, weight=weight, bias=bias)
     if compact is None:
         compact = student.hidden.device.type == "cpu" or token_weights is not None
+    V, V_t = len(student.weight), None if teacher is None else len(teacher.weight)
     call = LossCall(
         student=student,
         tokens=tokens,
-        vocab_size=checks.check_vocab_size(vocab_size, student, teacher),
+        vocab_size=checks.check_vocab_size(vocab_size, V, V_t),
         loss=loss,
         impl=impl,
         needs=needs_gradient(student),

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from kdrl_kernels import checks, logprobs, operators, reference, sketched
 from kdrl_kernels.adapter import LowRank, check_adapter
@@ -16,8 +17,10 @@ from kdrl_kernels.plan import Backward, max_rows
 from kdrl_kernels.sketch import Sketch
 from kdrl_kernels.tangents import refuses_tangents
 from kdrl_kernels.truncation import Truncation
+from kdrl_kernels.vocab_ranks import VocabRanks, takes_vocab_group
 
 
+@takes_vocab_group
 @refuses_tangents
 @takes_batches
 def linear_logprobs(
@@ -40,6 +43,7 @@ def linear_logprobs(
     backward: Backward = "exact",
     sketch: Sketch | None = None,
     impl: str | None = None,
+    vocab_group: ProcessGroup | None = None,
 ) -> LogprobOutput:
     """Compute the log-probability of one token per row, and entropy, without [N, V] logits.
 
@@ -91,6 +95,13 @@ def linear_logprobs(
         sketch: Sketch(threshold, seed, rows) of backward="sketch"; None: Sketch().
         impl: "triton", "torch" or "reference" (the definition, with full logits). None: Triton on
             GPU tensors, PyTorch elsewhere. A named one never falls back to another.
+        vocab_group: torch.distributed ProcessGroup over which the rows of weight and bias are
+            sharded, in the order of its ranks, evenly or not; None: weight is whole. Every other
+            argument must be the same on all ranks, to the bit; types, shapes and options are
+            compared at the beginning of a call, values are not. Outputs, and the gradient of
+            hidden, are then those of the whole vocabulary, the same on all ranks; those of weight
+            and bias are this rank's. All ranks must call, and run the backward pass. Not with
+            truncation, backward="sketch" or impl="reference"; not traced by torch.compile.
     Returns: LogprobOutput in nats, float32 (float64 for float64 inputs); differentiable once in
         hidden, weight, bias and adapter, for any later loss.
     Raises: ValueError for a shape, device, token or option; TypeError for a type or dtype.
@@ -133,6 +144,8 @@ def linear_logprobs(
         call = replace(call, max_rows=rows, cached=cached)
         if sketch is not None and any(needs) and has_values(tokens):
             outputs = RowOutputs(*sketched.linear_logprobs(call, sketch))
+        elif isinstance(vocab_group, VocabRanks):
+            outputs = RowOutputs(*vocab_group.logprobs(call))
         else:
             outputs = operators.linear_logprobs(call)
     outputs = outputs.spread(active, N)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from kdrl_kernels import checks, operators, reference
 from kdrl_kernels.adapter import LowRank
@@ -16,8 +17,10 @@ from kdrl_kernels.plan import Backward
 from kdrl_kernels.sketch import Sketch
 from kdrl_kernels.tangents import refuses_tangents
 from kdrl_kernels.truncation import Truncation
+from kdrl_kernels.vocab_ranks import VocabRanks, takes_vocab_group
 
 
+@takes_vocab_group
 @refuses_tangents
 @takes_batches
 def kdrl_loss(
@@ -46,6 +49,7 @@ def kdrl_loss(
     backward: Backward = "exact",
     sketch: Sketch | None = None,
     impl: str | None = None,
+    vocab_group: ProcessGroup | None = None,
 ) -> LossOutput:
     """Compute policy gradient, teacher KL and entropy bonus of N tokens in one pass over the head.
 
@@ -54,8 +58,9 @@ def kdrl_loss(
 
     Args:
         hidden, weight, bias, temperature, softcap, adapter, truncation, workspace_bytes, backward,
-            sketch, impl: as in linear_logprobs. truncation is the student's: not with "fkl" nor
-            "rkl+fkl", which would be infinite.
+            sketch, impl, vocab_group: as in linear_logprobs. truncation is the student's: not with
+            "fkl" nor "rkl+fkl", which would be infinite. With a vocab_group, the teacher's weight
+            is whole, or has as many rows on each rank as weight, but for padding on the last.
         tokens: [N] int64, the sampled tokens. One outside [0, vocab_size) raises on a CPU; on a
             GPU it makes the loss NaN and is counted in metrics["bad_tokens"].
         advantages: [N] float; None with objective.policy "off". This and all that follows is
@@ -71,7 +76,8 @@ def kdrl_loss(
         kd_weight: [N] float, integer or bool, schedule and mask of the KD term; None: 1.
         normalizer: number or 0-d tensor, e.g. the token count of the step, divided by the ranks
             where gradients are averaged over them; None: sum(token_weights).
-        vocab_size: number of columns that both models use; None: min(V, V_t).
+        vocab_size: number of columns that both models use; None: min(V, V_t). With a
+            vocab_group all of these are sizes of the whole vocabulary.
         entropy: True also returns the entropy of each row.
         extra_tokens: [N, K] int64, K at most 512, in [0, vocab_size) or -1 for none: other tokens
             whose log-probabilities are returned. This loss does not read them.
@@ -123,6 +129,8 @@ def kdrl_loss(
     )
     sketch = checks.check_sketch(backward, sketch, call.impl, student)
     solve = reference.loss if call.impl == "reference" else operators.kdrl_loss
+    if isinstance(vocab_group, VocabRanks):
+        solve = vocab_group.loss
     loss, outputs, counts, more = solved(call, sketch, solve)
     used = None if call.weights is None else call.weights != 0
     rows = call.rows(outputs.map(Tensor.detach), slice(None))  # a number would fix N in a graph

@@ -5,6 +5,7 @@ from typing import get_args
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from kdrl_kernels import checks, reference, token_loss
 from kdrl_kernels.adapter import LowRank
@@ -20,9 +21,11 @@ from kdrl_kernels.sketch import Sketch
 from kdrl_kernels.tangents import refuses_tangents
 from kdrl_kernels.token_rows import Rows
 from kdrl_kernels.truncation import Truncation
+from kdrl_kernels.vocab_ranks import VocabRanks, takes_vocab_group
 
 
 @torch.compiler.disable(reason="the loss of linear_token_loss is a Python function")
+@takes_vocab_group
 @refuses_tangents
 @takes_batches
 def linear_token_loss(
@@ -54,6 +57,7 @@ def linear_token_loss(
     backward: Backward = "exact",
     sketch: Sketch | None = None,
     impl: str | None = None,
+    vocab_group: ProcessGroup | None = None,
 ) -> LossOutput:
     """Compute a caller's loss of each token in one pass over the head, at the cost of kdrl_loss.
 
@@ -124,6 +128,8 @@ def linear_token_loss(
     )
     sketch = checks.check_sketch(backward, sketch, call.impl, call.student)
     solve = reference.loss if call.impl == "reference" else token_loss.token_loss
+    if isinstance(vocab_group, VocabRanks):
+        solve = vocab_group.loss
     loss, outputs, counts, more = solved(call, sketch, solve)
     used = None if call.weights is None else call.weights != 0
     rows = call.rows(outputs.map(Tensor.detach), slice(0, len(tokens)))

@@ -29,6 +29,7 @@ __all__ = [
     "block_rows",
     "coefficients",
     "gradient",
+    "mixture_kl",
     "resume_",
     "sweep",
 ]
@@ -114,7 +115,8 @@ def _lower_(stream: Stream, rows: slice, top: Tensor | None = None) -> tuple[Ten
     d = stream.logits[rows]
     if stream.softcap is not None:
         d.div_(stream.softcap).tanh_().mul_(stream.softcap)
-    top = d.amax(dim=1) if top is None else top
+    if top is None:  # at least the lowest finite number: -inf minus -inf would be NaN
+        top = d.amax(dim=1).clamp_min_(torch.finfo(d.dtype).min)
     d.sub_(top[:, None])
     if isinstance(stream.temperature, Tensor) or stream.temperature != 1:
         d.div_(column(stream.temperature, rows))
@@ -158,12 +160,9 @@ def _divergence_(
     if teacher.kd == "rkl":
         kl = _sum_(difference.mul_(e)) / total + log_total_ratio
         return e, total, total_t, {"kl": kl}
-    alpha = teacher.jsd_alpha
     log_ratio = difference.add_(log_total_ratio[:, None])  # log p - log q
-    t = _mixture_log_ratio(log_ratio, alpha)
-    q_kl = _sum_((t - log_ratio.clamp(min=0)).mul_(e_t)) / total_t
-    p_kl = _sum_(torch.add(t, log_ratio.clamp_(max=0), out=log_ratio).mul_(e)) / total
-    return e, total, total_t, {"kl": alpha * q_kl + (1 - alpha) * p_kl, "mixture_kl": p_kl}
+    kl, p_kl = _mixture_(log_ratio, (e, total), (e_t, total_t), teacher.jsd_alpha)
+    return e, total, total_t, {"kl": kl, "mixture_kl": p_kl}
 
 
 def _sum_blocks(e: Tensor, masses: Tensor | None, rows: slice) -> None:
@@ -188,6 +187,48 @@ def _sum_without(e: Tensor, columns: Tensor) -> Tensor:
 def _sum_(values: Tensor) -> Tensor:
     """Sum each row; NaN, which is 0 · inf, becomes 0."""
     return nan_to_0(values).sum(dim=1)
+
+
+def _mixture_(
+    log_ratio: Tensor, p: tuple[Tensor, Tensor], q: tuple[Tensor, Tensor], alpha: float
+) -> tuple[Tensor, Tensor]:
+    """Return alpha KL(q‖m) + (1 - alpha) KL(p‖m) and KL(p‖m) over the columns of a block.
+
+    p and q are exponentials and their sums. It writes exp(d) (log p - log m) over log p - log q,
+    and overwrites the exponentials of q.
+    """
+    (e, total), (e_t, total_t) = p, q
+    t = _mixture_log_ratio(log_ratio, alpha)
+    q_kl = _sum_((t - log_ratio.clamp(min=0)).mul_(e_t)) / total_t
+    p_kl = _sum_(torch.add(t, log_ratio.clamp_(max=0), out=log_ratio).mul_(e)) / total
+    return alpha * q_kl + (1 - alpha) * p_kl, p_kl
+
+
+def mixture_kl(student: Stream, teacher: TeacherStream, stats: Stats) -> tuple[Tensor, Tensor]:
+    """Return what these columns add to "jsd" and to KL(p‖m), [C] each, of sums in stats.
+
+    Each stream is as a sweep of it alone left it. The teacher's becomes what a sweep of both
+    leaves for "jsd".
+    """
+    assert stats.teacher_log_sum is not None
+    total, total_t = stats.log_sum.exp(), stats.teacher_log_sum.exp()
+    log_total_ratio = stats.teacher_log_sum - stats.log_sum
+    parts = []
+    for rows in row_blocks(len(student.logits), student.logits):
+        d, e = _swept(student, rows)
+        d_t, e_t = _swept(teacher, rows)
+        log_ratio = torch.sub(d, d_t).add_(log_total_ratio[rows, None])
+        p, q = (e, total[rows]), (e_t, total_t[rows])
+        parts.append(torch.stack(_mixture_(log_ratio, p, q, teacher.jsd_alpha)))
+        teacher.logits[rows] = log_ratio
+    kl, p_kl = torch.cat(parts, dim=1)
+    return kl, p_kl
+
+
+def _swept(stream: Stream, rows: slice) -> tuple[Tensor, Tensor]:
+    """Return d and exp(d) of a block that a sweep of one stream left as one of the two."""
+    left = stream.logits[rows]
+    return (left.log(), left) if stream.softcap is None else (left, left.exp())
 
 
 def _mixture_log_ratio(log_ratio: Tensor, alpha: float) -> Tensor:

@@ -33,7 +33,15 @@ from kdrl_kernels.rows.kernel_objective import coefficients
 from kdrl_kernels.rows.streams import NUMBERS, Stats, Stream, TeacherStream
 from kdrl_kernels.rows.tiles import JSD, SWEEP, Tile, tile_of
 
-__all__ = ["BLOCK_BUFFERS", "block_rows", "coefficients", "gradient", "resume_", "sweep"]
+__all__ = [
+    "BLOCK_BUFFERS",
+    "block_rows",
+    "coefficients",
+    "gradient",
+    "mixture_kl",
+    "resume_",
+    "sweep",
+]
 
 BLOCK_BUFFERS = 0
 BLOCK = 0  # sweeps write no masses
@@ -279,3 +287,12 @@ def add_mixture_kl(
             C, student.softcap, teacher.softcap, teacher.jsd_alpha, tile.columns,
             num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
+
+
+def mixture_kl(student: Stream, teacher: TeacherStream, stats: Stats) -> tuple[Tensor, Tensor]:
+    """Return what these columns add to "jsd" and to KL(p‖m), [C] each, of sums in stats."""
+    values = (getattr(stats, name) for name in NUMBERS)
+    table = torch.stack([stats.max if value is None else value for value in values])
+    temperatures = torch.stack([temperatures_of(student), temperatures_of(teacher)])
+    add_mixture_kl(student, teacher, temperatures, table)
+    return table[7], table[8]

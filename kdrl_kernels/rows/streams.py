@@ -61,6 +61,10 @@ class Stats:
     at_ids: IdStats | None = field(default=None, kw_only=True)
     """What is computed beside these numbers where a loss reads K columns of each row."""
 
+    def lse(self, temperature: float | Tensor) -> Tensor:
+        """Return log(sum_v exp(z_v)), [C], in the dtype of max, whatever that of temperatures."""
+        return (self.max / temperature + self.log_sum).to(self.max.dtype)
+
 
 NUMBERS = [field.name for field in fields(Stats) if field.name != "at_ids"]
 """The fields of Stats that are [C]. No gradient reads the last, the teacher's entropy."""

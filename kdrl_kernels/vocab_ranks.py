@@ -1,0 +1,268 @@
+"""Runs a call whose weight is spread over the ranks of a group, after the ranks have agreed on it.
+
+What a rank refuses alone, and what differs between ranks where it must not, is told to all before
+the first collective of the pass, so that no rank waits for another that has stopped.
+"""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from functools import wraps
+from inspect import signature
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+
+from kdrl_kernels import gradients, logprobs
+from kdrl_kernels.autocast import without_autocast
+from kdrl_kernels.call import LogprobCall, LossCall, RowOutputs, has_values
+from kdrl_kernels.checks import check_vocab_size
+from kdrl_kernels.head import Head, gradient_dtypes
+from kdrl_kernels.logprobs import BackwardCall, Scores
+from kdrl_kernels.plain import check_number
+from kdrl_kernels.token_loss import token_loss
+from kdrl_kernels.vocab_shard import VocabShard, gather
+
+P = ParamSpec("P")
+R = TypeVar("R")
+OF_A_RANK = {"weight", "bias", "constant", "vocab_size", "max_rows", "cached", "needs"}
+"""Fields of a call, its heads and its loss that may differ between ranks."""
+COLUMNS = ("valid", "N", "active", "options", "rows", "teacher_rows", "vocab_size", "max_rows")
+"""What each rank tells the others at the beginning of a call."""
+
+
+def takes_vocab_group(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function take the vocab_group over which the rows of weight are sharded.
+
+    The function gets VocabRanks in its place, and no vocab_size, which VocabRanks then hold. Where
+    it raises before the ranks have agreed, the others are told.
+    """
+
+    @wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        if kwargs.get("vocab_group") is None:
+            return function(*args, **kwargs)
+        return over_ranks(function, args, kwargs)
+
+    return wrapper
+
+
+@torch.compiler.disable(reason="the ranks of a vocab_group agree on values")
+def over_ranks(function: Callable[..., R], args: tuple[Any, ...], options: dict[str, Any]) -> R:
+    """Call a function with VocabRanks in the place of a group."""
+    ranks = VocabRanks(options["vocab_group"], options.pop("vocab_size", None))
+    try:
+        _check_arguments(signature(function).bind_partial(*args, **options).arguments)
+        return function(*args, **options | {"vocab_group": ranks})
+    except Exception:
+        if not ranks.agreed:
+            ranks.tell({"valid": 0})
+        raise
+
+
+class VocabRanks:
+    """Stands for the ranks that hold the rows of weight, during one call."""
+
+    def __init__(self, group: Any, vocab_size: int | None) -> None:
+        if not isinstance(group, ProcessGroup):
+            raise TypeError(
+                "vocab_group must be a torch.distributed ProcessGroup or None, got "
+                f"{type(group).__name__}"
+            )
+        if group.rank() < 0:
+            raise ValueError("vocab_group must hold this rank, got a group of others")
+        self.group, self.vocab_size = group, vocab_size
+        self.agreed = False
+
+    def loss(self, call: LossCall) -> tuple[Tensor, RowOutputs, Tensor]:
+        """Return what token_loss does, of a call whose weight is this rank's."""
+        call, shard = self._agree(call, call.student, call.teacher)
+        return token_loss(call, shard)
+
+    def logprobs(self, call: LogprobCall) -> tuple[Tensor, Tensor | None]:
+        """Return logprobs [N] and entropy [N] or None, differentiable once in the head's tensors.
+
+        All ranks must run the backward pass.
+        """
+        call, shard = self._agree(call, call.head, None)
+        head = call.head
+        lp, entropy = _Logprobs.apply(head.hidden, head.weight, head.bias, call, shard)
+        return lp, entropy
+
+    def tell(self, values: dict[str, int]) -> list[dict[str, int]]:
+        """Return what each rank tells; 0 stands for what is not told."""
+        self.agreed = True
+        backends = dist.get_backend_config(self.group)
+        device = "cpu" if "cpu:" in backends else torch.device("cuda", torch.cuda.current_device())
+        told = torch.tensor([values.get(name, 0) for name in COLUMNS], device=device)
+        everyone = gather(told, self.group).tolist()
+        return [dict(zip(COLUMNS, row, strict=True)) for row in everyone]
+
+    def _agree(self, call: Any, student: Head, teacher: Head | None) -> tuple[Any, VocabShard]:
+        """Return the call with its whole vocabulary and what else is common, and the shard."""
+        _refuse(call)
+        check_number("vocab_size", self.vocab_size, optional=True, whole=True)
+        weights = getattr(call, "weights", None)
+        N = len(student.hidden)
+        told = self.tell(
+            {
+                "valid": 1,
+                "N": N,
+                "active": N if weights is None else int(weights.count_nonzero()),
+                "options": zlib.crc32(repr((call.needs[0], _settings(call))).encode()),
+                "rows": len(student.weight),
+                "teacher_rows": 0 if teacher is None else len(teacher.weight),
+                "vocab_size": -1 if self.vocab_size is None else self.vocab_size,
+                "max_rows": call.max_rows,
+            }
+        )
+        each = {name: [values[name] for values in told] for name in COLUMNS}
+        _check_agreement(each)
+        sizes = _columns(each, self.vocab_size)
+        shard = VocabShard(self.group, sizes, call.impl, student.hidden.device)
+        call = replace(call, max_rows=min(each["max_rows"]))
+        if isinstance(call, LossCall):
+            call = replace(call, vocab_size=shard.vocab_size, teacher=_cut(teacher, each, shard))
+        return call, shard
+
+
+def _check_arguments(arguments: dict[str, Any]) -> None:
+    """Raise for a DTensor, and for a backward pass that does not run over ranks."""
+    for name in ("weight", "bias"):
+        if isinstance(arguments.get(name), DTensor):
+            raise TypeError(
+                f"{name} must be a plain tensor with a vocab_group, got a DTensor: pass "
+                f"{name}.to_local(), this rank's rows, and vocab_group=mesh.get_group()"
+            )
+    if arguments.get("backward") == "sketch":
+        raise ValueError('backward must be "exact" with a vocab_group, got "sketch"')
+
+
+def _refuse(call: LossCall | LogprobCall) -> None:
+    """Raise for what is not computed over ranks."""
+    if call.impl == "reference":
+        raise ValueError("impl must be 'torch' or 'triton' with a vocab_group, got 'reference'")
+    if call.truncation is not None:
+        raise ValueError(
+            f"truncation must be None with a vocab_group, got {call.truncation}: its bounds are "
+            "those of the whole vocabulary"
+        )
+    for name in ("extra_tokens", "topk"):
+        value = getattr(call, name, None)
+        if value is not None and not (name == "topk" and value == 0):
+            raise ValueError(f"{name} must be None with a vocab_group, got K ids")
+    if not has_values(call.tokens):
+        raise ValueError("tokens must have values with a vocab_group, got a tensor without")
+
+
+def _settings(value: Any) -> Any:
+    """Describe the arguments that must be the same on all ranks: tensors by dtype and shape."""
+    if isinstance(value, Tensor):
+        return value.dtype, list(value.shape)
+    if is_dataclass(value):
+        names = [field.name for field in fields(value) if field.name not in OF_A_RANK]
+        return [(name, _settings(getattr(value, name))) for name in names]
+    return "a function" if callable(value) else value
+
+
+def _check_agreement(each: dict[str, list[int]]) -> None:
+    """Raise, on all ranks alike, where a rank has refused its arguments or they differ."""
+    refused = [rank for rank, valid in enumerate(each["valid"]) if not valid]
+    if refused:
+        raise ValueError(
+            f"the arguments must be valid on all ranks of vocab_group, got an error on {refused}: "
+            "its message says which"
+        )
+    what = {
+        "N": "hidden must have the same number of rows",
+        "active": "token_weights must be non-zero in the same number of rows",
+        "vocab_size": "vocab_size must be the same",
+    }
+    for name, message in what.items():
+        if len(set(each[name])) > 1:
+            raise ValueError(f"{message} on all ranks of vocab_group, got {each[name]}")
+    others = [rank for rank, code in enumerate(each["options"]) if code != each["options"][0]]
+    if others:
+        raise ValueError(
+            "options, and dtypes and shapes besides those of weight and bias, must be the same on "
+            f"all ranks of vocab_group, got others than those of rank 0 on {others}"
+        )
+
+
+def _is_sharded(each: dict[str, list[int]]) -> bool:
+    """Say whether the teacher's rows are spread as the student's, but for padding at the end."""
+    return each["rows"][:-1] == each["teacher_rows"][:-1]
+
+
+def _columns(each: dict[str, list[int]], vocab_size: int | None) -> list[int]:
+    """Return the columns of each rank: its rows of weight, but for those past vocab_size."""
+    rows, teacher_rows = each["rows"], each["teacher_rows"]
+    V_t = None
+    if any(teacher_rows):
+        V_t = sum(teacher_rows) if _is_sharded(each) else teacher_rows[0]
+        if not _is_sharded(each) and len(set(teacher_rows)) > 1:
+            raise ValueError(
+                "teacher.weight must be whole, or have as many rows on each rank of vocab_group "
+                f"as weight, {rows}, but for the last, got {teacher_rows}"
+            )
+    vocab_size = check_vocab_size(vocab_size, sum(rows), V_t)
+    starts = [sum(rows[:rank]) for rank in range(len(rows))]
+    columns = [min(n, vocab_size - start) for n, start in zip(rows, starts, strict=True)]
+    if min(columns) < 1:
+        raise ValueError(
+            f"vocab_size must leave each rank of vocab_group a column, got {vocab_size} of rows "
+            f"{rows}: spread the first {vocab_size} rows evenly"
+        )
+    return columns
+
+
+def _cut(teacher: Head | None, each: dict[str, list[int]], shard: VocabShard) -> Head | None:
+    """Return the teacher with this rank's columns alone."""
+    if teacher is None or _is_sharded(each):
+        return teacher
+    columns, bias = slice(shard.start, shard.start + shard.columns), teacher.bias
+    bias = bias if bias is None else bias[columns]
+    return replace(teacher, weight=teacher.weight[columns], bias=bias)
+
+
+class _Logprobs(torch.autograd.Function):
+    """Computes log-probabilities and entropies; backward projects this rank's columns again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        call: LogprobCall,
+        shard: VocabShard,
+    ) -> tuple[Tensor, Tensor | None]:
+        with without_autocast(hidden.device):
+            scores = logprobs.score(call, shard=shard)
+        values = (getattr(scores, field.name) for field in fields(Scores))
+        ctx.save_for_backward(hidden, weight, bias, call.tokens, *values)
+        ctx.call, ctx.shard = call, shard
+        ctx.set_materialize_grads(False)
+        return scores.logprobs, scores.entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> tuple[Any, ...]:
+        hidden, weight, bias, tokens, *values = ctx.saved_tensors
+        scores = Scores(*values)
+        if grad is None and grad_entropy is None:
+            return (None,) * 5
+        grad = torch.zeros_like(scores.logprobs) if grad is None else grad
+        head = replace(ctx.call.head, hidden=hidden, weight=weight, bias=bias)
+        call = replace(ctx.call, head=head, tokens=tokens)
+        with without_autocast(hidden.device):
+            backward = BackwardCall(call, scores, grad, grad_entropy)
+            total, scale = logprobs.gradients(backward, shard=ctx.shard)
+            pairs = zip(total.tensors(), gradient_dtypes(head), strict=True)
+            sums = [x if x is None else gradients.scaled_(x, scale, dtype) for x, dtype in pairs]
+        return *sums, None, None

@@ -1,0 +1,229 @@
+"""Does the row work of the columns that this rank holds, and joins it with that of other ranks.
+
+Numbers of rows travel between ranks, logits never. A row is that of the whole vocabulary to all who
+ask for its statistics, coefficients and gradient. Maths: rows/README.md.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from kdrl_kernels import rows as row_work
+from kdrl_kernels.caller_loss import TokenLoss
+from kdrl_kernels.rows.streams import NUMBERS, Stats, Stream, TeacherStream
+from kdrl_kernels.token_rows import Coefficients, Rows
+
+NO_MASS = 1e4
+"""Nats: log_sum of a row whose columns here are all -inf, so that each probability is exp(-1e4)."""
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedStats(Stats):
+    """Holds statistics of whole rows, but for max, that of this rank's columns, and log_sum.
+
+    log_sum is that of the whole row, relative to this max. So log p_v = (a_v - max) / temperature -
+    log_sum holds, and with it every formula of the gradient.
+    """
+
+    row_lse: Tensor = field(kw_only=True)
+
+    def lse(self, temperature: float | Tensor) -> Tensor:  # noqa: ARG002 (interface of Stats)
+        """Return log(sum_v exp(z_v)) of the whole row, the same bits on all ranks."""
+        return self.row_lse
+
+
+def gather(values: Tensor, group: ProcessGroup) -> Tensor:
+    """Return [ranks, ...], the values of each rank, which have one shape."""
+    everyone = values.new_empty(group.size(), *values.shape)
+    if values.numel():
+        dist.all_gather(list(everyone.unbind()), values, group=group)
+    return everyone
+
+
+class VocabShard:
+    """Computes what the row modules do, of rows whose columns are spread over the ranks of a group.
+
+    Rank r holds `sizes[r]` columns, after those of the ranks before. All ranks must call the same
+    methods in the same order.
+    """
+
+    def __init__(self, group: ProcessGroup, sizes: list[int], impl: str, device: torch.device):
+        self.group, self.rank = group, group.rank()
+        self.columns, self.vocab_size = sizes[self.rank], sum(sizes)
+        ends = list(accumulate(sizes))
+        self.start = ends[self.rank] - self.columns
+        self.ends = torch.tensor(ends, device=device)
+        self.work: ModuleType = row_work.load(impl)
+
+    def sweep(
+        self,
+        student: Stream,
+        tokens: Tensor,
+        *,
+        teacher: TeacherStream | None = None,
+        entropy: bool = False,
+        ids: Tensor | None = None,  # noqa: ARG002 (interface of row modules)
+        rest: bool = False,  # noqa: ARG002
+    ) -> JoinedStats:
+        """Compute statistics of whole rows; tokens [C] are those of the whole vocabulary."""
+        local, _ = self._here(tokens)
+        if teacher is None or teacher.kd == "jsd":
+            stats = self.work.sweep(student, local, entropy=entropy)
+        else:
+            stats = self.work.sweep(student, local, teacher=_pair(teacher), entropy=entropy)
+        if teacher is not None and teacher.kd == "jsd":
+            alone = self.work.sweep(teacher, local, entropy=teacher.entropy)
+            stats = replace(
+                stats,
+                teacher_max=alone.max,
+                teacher_log_sum=alone.log_sum,
+                teacher_logprobs=alone.logprobs,
+                teacher_entropy=alone.entropy,
+            )
+        joined = self._join(stats, student, teacher, tokens)
+        if teacher is None or teacher.kd != "jsd":
+            return joined
+        parts = torch.stack(self.work.mixture_kl(student, teacher, joined))
+        kl, mixture_kl = gather(parts, self.group).sum(dim=0)
+        return replace(joined, kl=kl, mixture_kl=mixture_kl)
+
+    def coefficients(
+        self, loss: TokenLoss, rows: Rows, weights: Tensor
+    ) -> tuple[Tensor, Coefficients | None]:
+        """Return weighted losses and their derivatives: from whole rows, so the same everywhere."""
+        result: tuple[Tensor, Coefficients | None] = self.work.coefficients(loss, rows, weights)
+        return result
+
+    def resume_(self, stream: Stream, stats: Stats) -> None:
+        """Overwrite logits that were projected again with what sweep of one stream left of them."""
+        self.work.resume_(stream, stats)
+
+    def gradient(
+        self,
+        student: Stream,
+        tokens: Tensor,
+        stats: Stats,
+        coef: Coefficients,
+        *,
+        out: Tensor,
+        teacher: TeacherStream | None = None,
+        source: Tensor | None = None,
+    ) -> Tensor:
+        """Write dL/dlogits of the columns here: arguments are those of the row modules.
+
+        A token of another rank has no term c δ here, but its -c p: c goes to the place of -h.
+        """
+        local, here = self._here(tokens)
+        c, h = coef.logprobs, coef.lse
+        elsewhere = torch.where(here, 0, -c)
+        coef = replace(
+            coef,
+            logprobs=torch.where(here, c, 0),
+            lse=elsewhere if h is None else elsewhere + h,
+        )
+        stats = Stats(**{x.name: getattr(stats, x.name) for x in fields(Stats)})
+        if teacher is not None and teacher.kd == "fkl":
+            stats = replace(stats, forward_kl=stats.kl)
+            if coef.kl is not None:
+                coef = replace(coef, kl=torch.zeros_like(coef.kl), forward_kl=coef.kl)
+        dz: Tensor = self.work.gradient(
+            student,
+            local,
+            stats,
+            coef,
+            out=out,
+            teacher=None if teacher is None else _pair(teacher),
+            source=source,
+        )
+        return dz
+
+    def add_up_(self, values: Tensor) -> None:
+        """Add the values of all ranks up, in place."""
+        if values.numel():
+            dist.all_reduce(values, group=self.group)
+
+    def _here(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the columns of tokens here, clamped to some column where they are elsewhere."""
+        local = tokens - self.start
+        here = (local >= 0) & (local < self.columns)
+        return local.clamp(0, self.columns - 1), here
+
+    def _join(
+        self, stats: Stats, student: Stream, teacher: TeacherStream | None, tokens: Tensor
+    ) -> JoinedStats:
+        """Join the statistics of each rank's columns, each of a distribution of its own."""
+        values = {name: getattr(stats, name) for name in NUMBERS}
+        values = {name: value for name, value in values.items() if value is not None}
+        everyone = gather(torch.stack(list(values.values())), self.group).unbind(dim=1)
+        each = dict(zip(values, everyone, strict=True))  # [ranks, C]
+        owner = torch.bucketize(tokens, self.ends[:-1], right=True)[None]
+
+        def of_token(logprobs: Tensor, mass: _Masses) -> Tensor:
+            whole = torch.where(mass.log == -torch.inf, -torch.inf, logprobs + mass.log)
+            return whole.gather(0, owner)[0]
+
+        p = _Masses(each["max"], each["log_sum"], student.temperature)
+        joined: dict[str, Any] = {
+            "max": stats.max,
+            "log_sum": p.log_sum_from(self.rank),
+            "logprobs": of_token(each["logprobs"], p),
+            "row_lse": p.lse,
+        }
+        if stats.entropy is not None:
+            joined["entropy"] = p.mean(each["entropy"] - p.log)
+        if teacher is None:
+            return JoinedStats(**joined)
+        q = _Masses(each["teacher_max"], each["teacher_log_sum"], teacher.temperature)
+        joined["teacher_max"] = values["teacher_max"]
+        joined["teacher_log_sum"] = q.log_sum_from(self.rank)
+        joined["teacher_logprobs"] = of_token(each["teacher_logprobs"], q)
+        if stats.teacher_entropy is not None:
+            joined["teacher_entropy"] = q.mean(each["teacher_entropy"] - q.log)
+        if teacher.kd in ("rkl", "rkl+fkl"):
+            joined["kl"] = p.divergence(q, each["kl"])
+        if teacher.kd in ("fkl", "rkl+fkl"):
+            name = "kl" if teacher.kd == "fkl" else "forward_kl"
+            joined[name] = q.divergence(p, each["forward_kl"])
+        return JoinedStats(**joined)
+
+
+class _Masses:
+    """Holds the share of each rank's columns in the probability of each row, [ranks, C]."""
+
+    def __init__(self, tops: Tensor, log_sums: Tensor, temperature: float | Tensor) -> None:
+        if isinstance(temperature, Tensor):
+            temperature = temperature.to(tops.dtype)
+        top = tops.amax(dim=0)
+        self.shifts = (tops - top) / temperature
+        self.log_sum = (log_sums + self.shifts).exp().sum(dim=0).log()
+        self.lse = top / temperature + self.log_sum
+        self.log = log_sums + self.shifts - self.log_sum
+        self.share = self.log.exp()
+
+    def log_sum_from(self, rank: int) -> Tensor:
+        """Return the log-sum of whole rows relative to a rank's maximum, [C]."""
+        log_sum = self.log_sum - self.shifts[rank]
+        return torch.where(self.log[rank] == -torch.inf, NO_MASS, log_sum)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean of values [ranks, C] over the ranks, by share; 0 · NaN counts 0."""
+        return torch.where(self.share == 0, 0, self.share * values).sum(dim=0)
+
+    def divergence(self, other: "_Masses", inside: Tensor) -> Tensor:
+        """Return KL of whole rows, [C], from those inside each rank's columns: the chain rule."""
+        between = self.log - other.log
+        return self.mean(torch.where(other.log == -torch.inf, torch.inf, inside + between))
+
+
+def _pair(teacher: TeacherStream) -> TeacherStream:
+    """Return a stream of both divergences in the place of "fkl".
+
+    What the sweep of "fkl" leaves holds the sums of the columns here, not those of whole rows.
+    """
+    return replace(teacher, kd="rkl+fkl") if teacher.kd == "fkl" else teacher
