@@ -9,7 +9,9 @@ that token's logit above the log-sum-exp of the rest by a margin drawn for each 
 as on the reasoning models of arXiv:2506.01939. That is the profile "reasoning"; in "flat" nothing
 is lifted, and every token is hard: 7.2 to 7.6 nats at V = 32,768 (quartiles). Logits of "hard" have
 a wider spread, and as many nats as the hard tokens of real models: 3.7 to 4.8 (median 4.3, 90%
-between 2.2 and 5.3). The teacher is a noisy copy, so that its KL is a fraction of a nat.
+between 2.2 and 5.3). "rl" has the margins of "reasoning" and the spread of "hard": the hardest
+twentieth of its tokens have 4 to 5.3 nats, that of "reasoning" 6.7 to 7.7. The teacher is a noisy
+copy, so that its KL is a fraction of a nat.
 """
 
 import argparse
@@ -22,14 +24,16 @@ from torch import Tensor
 from bench.machine import DEVICE, use_threads
 from bench.shapes import SHAPES, Shape, default_shape
 
-SPREADS = {"reasoning": 2.5, "flat": 2.5, "hard": 4.0}
+SPREADS = {"reasoning": 2.5, "rl": 4.0, "flat": 2.5, "hard": 4.0}
 """{profile: standard deviation of the logits that are not lifted, in nats}."""
+LIFTED = ("reasoning", "rl")
+"""Profiles in which a token of each row is lifted above the others."""
 MARGIN_MEAN, MARGIN_SPREAD = 7.7, 5.2
 """Mean and spread of the lifted logit over the log-sum-exp of the others, in nats."""
 TEACHER_NOISE = 0.35
 """Share of noise in the teacher's head and hidden states."""
 PROFILES = ("reasoning", "flat")
-"""Profiles of the scoreboard; "hard" is for measures/sketch.py alone."""
+"""Profiles of the scoreboard; the others are for measures/sketch.py alone."""
 TOPK = 64
 """The teacher's best tokens whose log-probabilities are inputs, where there are as many."""
 TEACHER_REST = 1e-4
@@ -42,6 +46,8 @@ ADAPTER_SIZE = 1e-3
 inside the clip range."""
 LEAVES = ("hidden", "weight", "adapter_a", "adapter_b")
 """Inputs that may get a gradient."""
+QUANTILES = (0.5, 0.8, 0.9, 0.95, 0.99)
+"""Quantiles of the entropy that are printed."""
 SAMPLE_ROWS = 256
 """Rows of logits held while tokens are sampled."""
 
@@ -124,7 +130,7 @@ def make_inputs(
     margin = MARGIN_MEAN + MARGIN_SPREAD * randn(N)
     lift = math.log(V) + spread**2 / 2 + margin
     hidden = spread * randn(N, shape.H)
-    if profile == "reasoning":
+    if profile in LIFTED:
         hidden += lift[:, None] * weight[lifted]
     teacher_weight = _noisy_copy(weight, randn(shape.V_t, shape.H_t) / math.sqrt(shape.H_t))
     teacher_hidden = _noisy_copy(hidden, spread * randn(N, shape.H_t))
@@ -190,7 +196,7 @@ def _best(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def print_profile(inputs: Inputs) -> None:
-    """Print the shares of tokens by entropy, and the mean distance to the teacher."""
+    """Print shares of tokens by entropy, its quantiles, and the mean distance to the teacher."""
     log_ratios = []
     for x, t, token in zip(
         *(v.split(SAMPLE_ROWS) for v in (inputs.hidden, inputs.teacher_hidden, inputs.tokens)),
@@ -200,9 +206,11 @@ def print_profile(inputs: Inputs) -> None:
         logp, logq = ((a @ w.T).float().log_softmax(dim=1) for a, w in pair)
         log_ratios.append((logp - logq).gather(1, token[:, None]).squeeze(1))
     low, high = ((m.float().mean().item()) for m in (inputs.entropy < 0.01, inputs.entropy > 0.67))
+    quantiles = ", ".join(f"{q:.0%} {inputs.entropy.quantile(q):.2f}" for q in QUANTILES)
     print(
         f"shape {inputs.shape.name}, {inputs.profile}: entropy below 0.01 nat in {low:.0%} of the "
-        f"tokens, above 0.67 nat in {high:.0%}, at most {inputs.entropy.max():.1f} nats; "
+        f"tokens, above 0.67 nat in {high:.0%}; quantiles {quantiles}, at most "
+        f"{inputs.entropy.max():.1f} nats; "
         f"mean log p - log q {torch.cat(log_ratios).mean():.2f} nats"
     )
 

@@ -1,6 +1,8 @@
 """Measures the sketched gradient: python -m bench.measures.sketch --out DIR [--shape cpu]
 
-Writes sketch-SHAPE.json, .md and, with matplotlib, .png; --show FILE makes the last two again. In
+Writes sketch-SHAPE.json, .md and, with matplotlib, .png; --show FILE makes the last two again.
+--counts measures errors, entries and flat rows of more thresholds alone, which another load of the
+machine does not change, and writes counts-SHAPE.json and .md. In
 each round the bare GEMMs of the exact gradient, the exact gradient and three thresholds of the
 sketch run once, in an order drawn for it. Error: |gradient - exact| / |exact| in the Frobenius
 norm, exact in float64; beside it that of operands rounded to bfloat16. Memory: growth beyond
@@ -12,7 +14,7 @@ import importlib.util
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,9 +38,19 @@ OPS = tuple(OPS_BY_NAME[name] for name in ("GRPO", "KDRL exact", "cross entropy"
 DEFAULT = kk.Sketch().threshold
 THRESHOLDS = (2.0**-8, DEFAULT, DEFAULT / 4)
 BARE, EXACT, ROUNDED = "bare GEMMs", "exact", "bfloat16 operands"
-GRADIENTS: dict[str, kk.Sketch | None] = {EXACT: None}
-"""{name: its sketch}."""
-GRADIENTS |= {f"2^{t.hex().split('p')[1]}": kk.Sketch(threshold=t) for t in THRESHOLDS}
+Sketches = dict[str, kk.Sketch | None]
+"""{name of a gradient: its sketch}."""
+
+
+def sketches(thresholds: Iterable[float]) -> Sketches:
+    """Return the exact gradient and a sketch of each threshold."""
+    return {EXACT: None} | {
+        f"2^{t.hex().split('p')[1]}": kk.Sketch(threshold=t) for t in thresholds
+    }
+
+
+GRADIENTS = sketches(THRESHOLDS)
+COUNTED = sketches(2.0**-k for k in range(7, 13))
 COLUMNS = (
     *("operation", "profile", "gradient", "ms", "/ bare GEMMs", "extra MB", "entries a row"),
     *("flat rows", "error dX", "dW"),
@@ -134,11 +146,11 @@ def rounded(inputs: Inputs) -> Inputs:
     return copies
 
 
-def measure(op: Op, inputs: Inputs) -> dict[str, Any]:
-    """Measure errors and memory of one operation; the row of a table, without times."""
+def measure(op: Op, inputs: Inputs, cases: Sketches = GRADIENTS) -> dict[str, Any]:
+    """Measure errors and entries of one operation; the row of a table, without memory and times."""
     truth = accuracy.exact(inputs, op)
     row: dict[str, Any] = {"op": op.name, "profile": inputs.profile, "cases": {}}
-    for name, sketch in GRADIENTS.items():
+    for name, sketch in cases.items():
         metrics = gradients(inputs, op, sketch)
         case: dict[str, Any] = {"errors": errors(inputs, truth)}
         row["cases"][name] = case
@@ -147,8 +159,12 @@ def measure(op: Op, inputs: Inputs) -> dict[str, Any]:
     coarse = rounded(inputs)
     gradients(coarse, op, None)
     row["cases"][ROUNDED] = {"errors": errors(coarse, truth)}
-    del truth, coarse
     clear_gradients(inputs, op)
+    return row
+
+
+def add_memory(row: dict[str, Any], op: Op, inputs: Inputs) -> dict[str, Any]:
+    """Add the memory of one operation to its row, and return it."""
     try:
         sizes = memory.alone(extra_bytes, inputs.shape, inputs.profile, op.name)
     except RuntimeError as error:  # the times still stand
@@ -197,17 +213,34 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def file_of(record: dict[str, Any], folder: Path) -> Path:
+def document(record: dict[str, Any]) -> str:
+    """Write the machine and the table of a record."""
+    return f"Shape {record['shape']}, {one_line(record['machine'])}\n\n{table(record['rows'])}"
+
+
+def file_of(record: dict[str, Any], folder: Path, kind: str = "sketch") -> Path:
     """Return where the record of a shape lies."""
-    return folder / f"sketch-{record['shape']}.json"
+    return folder / f"{kind}-{record['shape']}.json"
+
+
+def count(shape: Shape, profiles: list[str], folder: Path) -> None:
+    """Write errors, entries and flat rows of all operations and profiles."""
+    record: dict[str, Any] = {"machine": machine_info(), "shape": shape.name, "rows": []}
+    path = file_of(record, folder, "counts")
+    for profile in profiles:
+        inputs = make_inputs(shape, profile)
+        for op in OPS:
+            record["rows"].append(measure(op, inputs, COUNTED))
+            path.write_text(json.dumps(record, indent=1) + "\n")
+            print(table(record["rows"][-1:]), flush=True)
+    path.with_suffix(".md").write_text(document(record), encoding="utf-8")
 
 
 def write(record: dict[str, Any], folder: Path) -> None:
     """Write the record of a run, its table, and its plot where there is matplotlib."""
     path = file_of(record, folder)
     path.write_text(json.dumps(record, indent=1) + "\n")
-    text = f"Shape {record['shape']}, {one_line(record['machine'])}\n\n{table(record['rows'])}"
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    path.with_suffix(".md").write_text(document(record), encoding="utf-8")
     if importlib.util.find_spec("matplotlib"):
         from bench.reporting.tradeoff import plot  # noqa: PLC0415  not everywhere: matplotlib
 
@@ -222,6 +255,7 @@ def main() -> None:
     what.add_argument("--show", type=Path, help="a sketch-SHAPE.json, measured before")
     parser.add_argument("--shape", choices=SHAPES, default=default_shape().name)
     parser.add_argument("--profiles", nargs="+", choices=SPREADS, default=list(SPREADS))
+    parser.add_argument("--counts", action="store_true", help="no times, no memory")
     parser.add_argument("--times", action="store_true", help="times anew, in the file of --out")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--minutes", type=float, default=15, help="for the times")
@@ -232,13 +266,18 @@ def main() -> None:
     use_threads()
     args.out.mkdir(parents=True, exist_ok=True)
     shape = SHAPES[args.shape]
+    if args.counts:
+        count(shape, args.profiles, args.out)
+        return
     cases = [(op, profile) for profile in args.profiles for op in OPS]
     record = {"machine": machine_info(), "shape": args.shape, "rows": []}
     if args.times:
         record |= {"rows": json.loads(file_of(record, args.out).read_text())["rows"]}
         cases = [(OPS_BY_NAME[row["op"]], row["profile"]) for row in record["rows"]]
     else:
-        record["rows"] = [measure(op, make_inputs(shape, profile)) for op, profile in cases]
+        for op, profile in cases:
+            inputs = make_inputs(shape, profile)
+            record["rows"].append(add_memory(measure(op, inputs), op, inputs))
     rows = record["rows"]
     write(record, args.out)
     print(f"errors and memory: {args.out}; times follow, on an idle machine", flush=True)

@@ -82,6 +82,16 @@ def test_profile_of_the_entropy_cpu_small_float32(small: dict[str, Inputs]) -> N
     assert 2.5 < low < high < 4.5  # 3.7 to 4.8 at V = 32,768
 
 
+def test_hard_tokens_of_rl_have_fewer_nats_than_those_of_reasoning(
+    small: dict[str, Inputs],
+) -> None:
+    entropy, other = make_inputs(CPU_SMALL, "rl", "cpu").entropy, small["reasoning"].entropy
+    assert 0.40 <= (entropy < 0.01).double().mean() <= 0.62
+    assert 0.15 <= (entropy > 0.67).double().mean() <= 0.28
+    assert entropy.max() < 5  # 5.3 at V = 32,768
+    assert other.quantile(0.95) > 5
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 def test_entropy_is_of_the_students_logits(small: dict[str, Inputs], profile: str) -> None:
     inputs = small[profile]
@@ -158,7 +168,7 @@ def test_teacher_differs_a_little(shape: Shape, profile: str) -> None:
 
 
 def test_unknown_profile_is_named() -> None:
-    with pytest.raises(ValueError, match=r"one of reasoning, flat, hard, got 'steep'$"):
+    with pytest.raises(ValueError, match=r"one of reasoning, rl, flat, hard, got 'steep'$"):
         make_inputs(TINY, "steep", "cpu")
 
 

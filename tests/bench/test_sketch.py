@@ -28,7 +28,8 @@ def inputs() -> Inputs:
 def test_sketch_rows(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {name: 1_500_000 * n for n, name in enumerate(sketch.GRADIENTS, 1)}
     monkeypatch.setattr(memory, "alone", lambda *_: sizes)
-    row = sketch.add_times(sketch.measure(KDRL, inputs), KDRL, inputs, ROUNDS, later())
+    row = sketch.add_memory(sketch.measure(KDRL, inputs), KDRL, inputs)
+    row = sketch.add_times(row, KDRL, inputs, ROUNDS, later())
     cases = row["cases"]
     assert list(cases) == [*sketch.GRADIENTS, sketch.ROUNDED, sketch.BARE]
     assert cases[sketch.BARE]["ratio"] == 1
@@ -46,6 +47,18 @@ def test_sketch_rows(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
             assert 0 <= cases[name]["predicted"] < 2
 
 
+def test_counts_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A finer threshold has more entries or more flat rows, and a smaller error."""
+    monkeypatch.setattr(sketch, "OPS", (KDRL,))
+    sketch.count(TINY, ["rl"], tmp_path)
+    (row,) = json.loads((tmp_path / "counts-tiny.json").read_text())["rows"]
+    assert list(row["cases"]) == [*sketch.COUNTED, sketch.ROUNDED]
+    coarse, fine = row["cases"]["2^-7"], row["cases"]["2^-12"]
+    assert coarse["errors"]["dhidden"] > 2 * fine["errors"]["dhidden"]
+    assert (coarse["flat_rows"], coarse["entries"]) < (fine["flat_rows"], fine["entries"])
+    assert (tmp_path / "counts-tiny.md").read_text().count("| KDRL exact | rl | 2^-") == 6
+
+
 def test_a_memory_that_is_not_measured_costs_no_time(
     inputs: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,7 +66,8 @@ def test_a_memory_that_is_not_measured_costs_no_time(
         raise RuntimeError("its process died")
 
     monkeypatch.setattr(memory, "alone", dies)
-    row = sketch.add_times(sketch.measure(GRPO, inputs), GRPO, inputs, ROUNDS, later())
+    row = sketch.add_memory(sketch.measure(GRPO, inputs), GRPO, inputs)
+    row = sketch.add_times(row, GRPO, inputs, ROUNDS, later())
     assert row["memory"] == "its process died"
     assert "extra_bytes" not in row["cases"]["exact"]
     assert row["cases"]["exact"]["ms"] > 0
