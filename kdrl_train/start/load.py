@@ -7,6 +7,7 @@ from typing import Any
 from kdrl_train import output
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig, TrainConfig
+from kdrl_train.config_file import differences, to_dict
 from kdrl_train.model.folder import require_loadable
 from kdrl_train.model.load import load_policy, load_teacher, load_tokenizer
 from kdrl_train.model.policy import Policy, Teacher
@@ -46,14 +47,29 @@ class Loaded:
             self.server.close()
 
 
+def require_same_settings(config: TrainConfig, world: World) -> None:
+    """Raise ValueError on all ranks unless they have the same settings.
+
+    A rank that does what another leaves out, as a check of its head, would wait for it.
+    """
+    first, *others = world.share(lambda: to_dict(config))
+    for rank, settings in enumerate(others, start=1):
+        for key, (first_value, value) in differences(first, settings).items():
+            raise ValueError(
+                f"{key} must be the same on all ranks, got {first_value} on rank 0 and {value} on "
+                f"rank {rank}: start all of them with the same file and options"
+            )
+
+
 def load(config: TrainConfig, world: World = ALONE, policy_class: type[Policy] = Policy) -> Loaded:
     """Load the models, tokenizers and problems of a run; all ranks call this together.
 
     policy_class: Policy, or a subclass with another loss.
 
     Raises: ValueError or OSError for what cannot be loaded; with several ranks a model or problems
-        that cannot be loaded raise RankError.
+        that cannot be loaded raise RankError; ValueError for ranks with different settings.
     """
+    require_same_settings(config, world)
     trusted = config.model.trust_remote_code
     world.on_main(lambda: require_loadable(config.model.policy, "model.policy", trusted))
     output.begin(f"loading problems, {config.data.path}")

@@ -55,3 +55,20 @@ def test_it_is_a_line_of_the_check_of_a_sketched_head(config: Config, sketched: 
 def test_sharded_models_give_the_same_line(config: Config, policy: str) -> None:
     settings = sketching(config(policy=policy), 0.05)
     assert on_ranks(2, partial(checked, settings)) == [checked(settings, ALONE)] * 2
+
+
+def checked_on_rank_1(config: TrainConfig, world: World) -> str:
+    return checked(config if world.main else sketching(config, 0.05), world)
+
+
+@pytest.mark.slow
+def test_ranks_with_different_settings_are_refused(config: Config) -> None:
+    """Rank 1 alone would check its head, and wait for rank 0's part of it."""
+    results = on_ranks(2, partial(checked_on_rank_1, config()))
+    assert len(results) == 2
+    for error in results:
+        assert isinstance(error, ValueError)
+        assert str(error) == (
+            "model.head_backward must be the same on all ranks, got exact on rank 0 and sketch on "
+            "rank 1: start all of them with the same file and options"
+        )
