@@ -13,8 +13,10 @@ from kdrl_kernels.head import TeacherHead
 P = ParamSpec("P")
 R = TypeVar("R")
 PER_TOKEN = {"tokens", "mask", "token_weights", "advantages", "old_logprobs", "teacher_logprobs"}
-PER_TOKEN |= {"kd_weight", "temperature", "extra_tokens", "positions"}
-"""Arguments that hold one value a token, where they are tensors, or K of them."""
+PER_TOKEN |= {"kd_weight", "temperature", "positions"}
+"""Arguments that hold one value a token, where they are tensors."""
+K_PER_TOKEN = {"extra_tokens", "teacher_topk[0]", "teacher_topk[1]"}
+"""Arguments that hold K values a token."""
 
 
 def takes_batches(function: Callable[P, R]) -> Callable[P, R]:
@@ -46,9 +48,11 @@ def _flat(name: str, value: Any, B: int, T: int) -> Any:
         _check("teacher.hidden", value.hidden, B, T, "H_t")
         temperature = _flat("temperature", value.temperature, B, T)
         return replace(value, hidden=value.hidden.flatten(0, 1), temperature=temperature)
-    if name not in PER_TOKEN or not isinstance(value, Tensor):
+    if name == "teacher_topk" and isinstance(value, tuple | list):
+        return tuple(_flat(f"{name}[{i}]", part, B, T) for i, part in enumerate(value))
+    if name not in PER_TOKEN | K_PER_TOKEN or not isinstance(value, Tensor):
         return value
-    _check(name, value, B, T, *["K"] * (name == "extra_tokens"))
+    _check(name, value, B, T, *["K"] * (name in K_PER_TOKEN))
     return value.flatten(0, 1)
 
 

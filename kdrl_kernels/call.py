@@ -126,6 +126,8 @@ class LossCall:
     extra_tokens: Tensor | None = None
     """As in LogprobCall."""
     rest: bool = False
+    teacher_topk: Tensor | None = None
+    """[N, K], the teacher's log-probabilities at extra_tokens, where the loss is one of topk.py."""
 
     @property
     def exact_kd(self) -> str | None:
@@ -143,7 +145,8 @@ class LossCall:
         names = ["logprobs"]
         names += ["entropy"] if self.wants_entropy else []
         names += ["teacher_logprobs"] if self.teacher is not None else []
-        names += ["kl"] if self.exact_kd is not None else []
+        has_kl = self.exact_kd is not None or self.teacher_topk is not None
+        names += ["kl"] if has_kl else []
         names += ["forward_kl"] if self.exact_kd == "rkl+fkl" else []
         names += ["extra_logprobs"] if self.extra_tokens is not None else []
         names += ["rest_logprob"] if self.rest else []
@@ -200,6 +203,18 @@ class LossCall:
             index=self._indices(rows) if isinstance(loss, CallerLoss) else None,
             positions=cut(loss.positions) if isinstance(loss, CallerLoss) else None,
         )
+
+    def topk_logprobs(
+        self, outputs: RowOutputs, rows: RowSet
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return log p and log q at extra_tokens, -inf where there is none, and log r, if any."""
+        assert self.extra_tokens is not None
+        assert self.teacher_topk is not None
+        assert outputs.extra_logprobs is not None
+        none = take(self.extra_tokens, rows) < 0
+        both = outputs.extra_logprobs, take(self.teacher_topk, rows)
+        logp, logq = (x.masked_fill(none, -torch.inf) for x in both)
+        return logp, logq, outputs.rest_logprob
 
     def _indices(self, rows: RowSet) -> Tensor:
         if isinstance(rows, Tensor):

@@ -66,7 +66,9 @@ MOST_IDS = 512
 """K of extra_tokens is at most this."""
 
 
-def check_extra_tokens(ids: Any, rest: Any, head: Head) -> Tensor | None:
+def check_extra_tokens(
+    ids: Any, rest: Any, head: Head, name: str = "extra_tokens"
+) -> Tensor | None:
     """Return extra_tokens, contiguous, after every check but that of their range."""
     check_flag("rest", rest)
     if ids is None:
@@ -74,18 +76,17 @@ def check_extra_tokens(ids: Any, rest: Any, head: Head) -> Tensor | None:
             raise ValueError("extra_tokens must be [N, K] with rest=True, got None")
         return None
     if not isinstance(ids, Tensor):
-        raise TypeError(f"extra_tokens must be a tensor or None, got {type(ids).__name__}")
+        raise TypeError(f"{name} must be a tensor or None, got {type(ids).__name__}")
     if ids.dtype != torch.int64:
-        raise TypeError(f"extra_tokens must be int64, got {ids.dtype}")
+        raise TypeError(f"{name} must be int64, got {ids.dtype}")
     N, hidden = len(head.hidden), head.hidden
     if ids.ndim != 2 or len(ids) != N or not 0 < ids.shape[1] <= MOST_IDS:
         raise ValueError(
-            f"extra_tokens must be [N, K] with N = {N} and K in [1, {MOST_IDS}], "
-            f"got {list(ids.shape)}"
+            f"{name} must be [N, K] with N = {N} and K in [1, {MOST_IDS}], got {list(ids.shape)}"
         )
     if ids.device != hidden.device:
         raise ValueError(
-            f"extra_tokens must be on the device of hidden ({hidden.device}), got {ids.device}"
+            f"{name} must be on the device of hidden ({hidden.device}), got {ids.device}"
         )
     return ids.contiguous()
 
@@ -151,7 +152,7 @@ def bad_tokens(
     if weights is not None:
         bad &= weights != 0
     count = bad.sum()
-    if _is_read(tokens) and count:
+    if is_read(tokens) and count:
         row = int(bad.nonzero()[0])
         raise ValueError(
             f"tokens must be in [0, {size_name}) with {size_name} = {vocab_size}, "
@@ -161,7 +162,11 @@ def bad_tokens(
 
 
 def bad_ids(
-    ids: Tensor | None, vocab_size: int, size_name: str, weights: Tensor | None = None
+    ids: Tensor | None,
+    vocab_size: int,
+    size_name: str,
+    weights: Tensor | None = None,
+    name: str = "extra_tokens",
 ) -> Tensor | int:
     """Count the extra_tokens [N, K] outside [-1, vocab_size) in rows of non-zero weight, 0-d.
 
@@ -173,16 +178,16 @@ def bad_ids(
     if weights is not None:
         bad &= weights[:, None] != 0
     count = bad.sum()
-    if _is_read(ids) and count:
+    if is_read(ids) and count:
         row, k = bad.nonzero()[0].tolist()
         raise ValueError(
-            f"extra_tokens must be in [0, {size_name}) with {size_name} = {vocab_size}, or -1 for "
-            f"none, got {int(ids[row, k])} in row {row}"
+            f"{name} must be in [0, {size_name}) with {size_name} = {vocab_size}, or -1 for none, "
+            f"got {int(ids[row, k])} in row {row}"
         )
     return count
 
 
-def _is_read(tensor: Tensor) -> bool:
+def is_read(tensor: Tensor) -> bool:
     """Say whether reading a value of the tensor waits for nothing."""
     return tensor.device.type == "cpu" and has_values(tensor)
 
@@ -195,7 +200,7 @@ def poison(values: Tensor, bad: Tensor) -> Tensor:
 def check_head_values(head: Head, weights: Tensor | None = None, prefix: str = "") -> None:
     """Raise on a CPU unless the temperatures of all rows of non-zero weight are positive."""
     temperature = head.temperature
-    if not isinstance(temperature, Tensor) or not _is_read(temperature):
+    if not isinstance(temperature, Tensor) or not is_read(temperature):
         return
     if weights is not None:
         temperature = temperature[weights != 0]
@@ -215,17 +220,18 @@ def check_values(call: LossCall) -> Tensor:
     if call.teacher is not None:
         check_head_values(call.teacher, call.weights, "teacher.")
     normalizer = call.normalizer
-    if normalizer is not None and _is_read(normalizer):
+    if normalizer is not None and is_read(normalizer):
         _check_normalizer(float(normalizer))
     weights = call.weights
-    if normalizer is None and weights is not None and _is_read(weights):
+    if normalizer is None and weights is not None and is_read(weights):
         total = float(weights.sum())
         if total <= 0 and (weights != 0).any():
             raise ValueError(
                 f"token_weights must have a positive sum where normalizer is None, got {total}"
             )
     sizes = call.vocab_size, "vocab_size", call.weights
-    return bad_tokens(call.tokens, *sizes) + bad_ids(call.extra_tokens, *sizes)
+    name = "extra_tokens" if call.teacher_topk is None else "teacher_topk[0]"
+    return bad_tokens(call.tokens, *sizes) + bad_ids(call.extra_tokens, *sizes, name)
 
 
 def normalizer_tensor(normalizer: Any, head: Head) -> Tensor | None:
@@ -256,10 +262,16 @@ def _check_normalizer(value: float) -> None:
         raise ValueError(f"normalizer must be positive and finite, got {value}")
 
 
-def check_objective(objective: Any, teacher: Any, teacher_logprobs: Tensor | None) -> None:
+def check_objective(
+    objective: Any, teacher: Any, teacher_logprobs: Tensor | None, teacher_topk: Any = None
+) -> None:
     """Raise unless a teacher is passed where the objective has one, in the form it needs."""
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be an Objective, got {type(objective).__name__}")
+    if (objective.topk_kd is None) != (teacher_topk is None):
+        must = "None" if objective.topk_kd is None else "(ids, logprobs)"
+        got = "None" if teacher_topk is None else "a pair: take a top-k kd"
+        raise ValueError(f"teacher_topk must be {must} for kd={objective.kd!r}, got {got}")
     passed = [
         name
         for name, value in (("teacher", teacher), ("teacher_logprobs", teacher_logprobs))
@@ -267,6 +279,10 @@ def check_objective(objective: Any, teacher: Any, teacher_logprobs: Tensor | Non
     ]
     if objective.kd is None and passed:
         raise ValueError(f"{passed[0]} must be None when objective.kd is None, got one: set kd")
+    if objective.topk_kd is not None:
+        if passed:
+            raise ValueError(f"{passed[0]} must be None with teacher_topk, got both")
+        return
     if objective.kd is not None and not passed:
         exact = objective.exact_kd is not None
         which = "teacher=TeacherHead(...)" if exact else "teacher or teacher_logprobs"

@@ -15,6 +15,7 @@ MEANS = {
     "teacher_log_ratio_mean": ("teacher_log_ratio_sum", "kd_tokens"),
     "k2_mean": ("k2_sum", "kd_tokens"),
     "kl_mean": ("kl_sum", "kd_tokens"),
+    "topk_divergence_mean": ("topk_divergence_sum", "kd_tokens"),
     "kd_flip_fraction": ("kd_flipped", "tokens"),
     "entries_mean": ("entries", "tokens"),
 }
@@ -50,14 +51,24 @@ def row_metrics(objective: Objective, rows: Rows, used: Tensor | None) -> dict[s
         metrics["entropy_sum"] = torch.where(used, rows.entropy.to(wide), 0).sum()
     if rows.teacher_logprobs is not None:
         metrics |= _teacher_metrics(objective, rows, used)
+    if objective.topk_kd is not None:
+        assert rows.kl is not None
+        distilled = _distilled(rows, used)
+        divergence = torch.where(distilled, rows.kl, 0).to(wide).sum()
+        metrics |= {"kd_tokens": distilled.sum(), "topk_divergence_sum": divergence}
     return metrics
 
 
+def _distilled(rows: Rows, used: Tensor) -> Tensor:
+    """Return [N] bool: used rows of positive kd_weight, so that the mask of the KD term counts."""
+    return used if rows.kd_weight is None else used & (rows.kd_weight > 0)
+
+
 def _teacher_metrics(objective: Objective, rows: Rows, used: Tensor) -> dict[str, Tensor]:
-    """Sum over the used rows of positive kd_weight, so that the mask of the KD term counts."""
+    """Sum over the used rows of positive kd_weight."""
     assert rows.teacher_logprobs is not None
     wide = sum_dtype(rows.logprobs.device)
-    distilled = used if rows.kd_weight is None else used & (rows.kd_weight > 0)
+    distilled = _distilled(rows, used)
     log_ratio = subtract(rows.logprobs, rows.teacher_logprobs)
     log_ratio = torch.where(distilled, log_ratio, 0).to(wide)
     metrics = {
@@ -88,9 +99,9 @@ def mean_metrics(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Args:
         metrics: of one call, or of several, added up key by key (the maximum for ratio_max).
     Returns: 0-d tensors, each where its sum is in metrics and 0 where its count is 0: ratio_mean,
-        clip_fraction, entropy_mean and kd_flip_fraction per token; teacher_log_ratio_mean, k2_mean
-        and kl_mean per distilled token; ratio_max, tokens, gradient_rows and bad_tokens as they
-        are.
+        clip_fraction, entropy_mean and kd_flip_fraction per token; teacher_log_ratio_mean, k2_mean,
+        kl_mean and topk_divergence_mean per distilled token; ratio_max, tokens, gradient_rows and
+        bad_tokens as they are.
     """
     means = {
         name: metrics[total].to(sum_dtype(metrics[total].device)) / metrics[count].clamp_min(1)

@@ -12,14 +12,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from kdrl_kernels.plain import check_number
+from kdrl_kernels.plain import check_flag, check_number
 from kdrl_kernels.token_rows import Rows
 
 Policy = Literal["clip", "none", "off"]
 TopkKd = Literal["topk_rkl", "topk_fkl", "topk_jsd"]
 Divergence = Literal["rkl", "fkl", "jsd", "rkl+fkl"]
 """What one pass computes from the logits of both models; the last is a pair of divergences."""
-Kd = Literal["k2", "k3", "k3_ratio", "rkl", "fkl", "jsd", "rkl+fkl"]
+Kd = Literal["k2", "k3", "k3_ratio", Divergence, TopkKd]
 DIVERGENCES = get_args(Divergence)
 
 K1_REFUSED = (
@@ -43,7 +43,10 @@ class Objective:
             derivative in lp is s·l: expected gradient of KL(p‖q); exact: "rkl": KL(p‖q), "fkl":
             KL(q‖p), "jsd": jsd_alpha·KL(q‖m) + (1 - jsd_alpha)·KL(p‖m),
             m = jsd_alpha·q + (1 - jsd_alpha)·p, and "rkl+fkl": fkl_share·KL(q‖p) +
-            (1 - fkl_share)·KL(p‖q); None: no teacher.
+            (1 - fkl_share)·KL(p‖q); of K tokens of each row: "topk_rkl", "topk_fkl" and
+            "topk_jsd", the sums of the exact ones over these tokens; None: no teacher.
+        tail: True adds one bucket to a top-k divergence, the probability on none of the K tokens.
+            False: "topk_rkl" and "topk_fkl" then have another minimum than p = q (README.md).
         kd_baseline: "kl", with kd "k2" alone: (l - KL(p‖q))²/2, the exact KL of the row without
             gradient; the same expected gradient where s is not capped, of less variance for diffuse
             rows, of more for peaked ones whose teacher is less sure (README.md).
@@ -53,7 +56,7 @@ class Objective:
         kd_coef: beta, at least 0.
         kd_ratio_cap: bound of the weight s of the KD term, positive; math.inf: no bound. Below 1
             it scales the term on-policy too, where r is 1.
-        jsd_alpha: the teacher's share of the mixture m of "jsd", in (0, 1).
+        jsd_alpha: the teacher's share of the mixture m of "jsd" and "topk_jsd", in (0, 1).
         fkl_share: the forward KL's share of "rkl+fkl", in (0, 1); 0.5 for any other kd.
         entropy_coef: weight of the entropy bonus.
     Raises: ValueError for an unknown option or a number out of range, TypeError for what is none.
@@ -72,6 +75,7 @@ class Objective:
     jsd_alpha: float = 0.5
     fkl_share: float = 0.5
     entropy_coef: float = 0.0
+    tail: bool = True
 
     def __post_init__(self) -> None:
         if self.policy not in get_args(Policy):
@@ -86,6 +90,11 @@ class Objective:
             raise ValueError(
                 f"kd_baseline must be None for kd={self.kd!r}, got {self.kd_baseline!r}: "
                 "it centres the coefficient of 'k2'"
+            )
+        check_flag("tail", self.tail)
+        if not self.tail and self.topk_kd is None:
+            raise ValueError(
+                f"tail must be True for kd={self.kd!r}, got False: only {get_args(TopkKd)} have one"
             )
         if self.policy == "off" and self.kd is None:
             raise ValueError("kd must be set when policy is 'off', got None: nothing to minimise")
@@ -131,6 +140,11 @@ class Objective:
         if self.kd_baseline is not None:
             return "rkl"
         return self.kd if self.kd in ("rkl", "fkl", "jsd", "rkl+fkl") else None
+
+    @property
+    def topk_kd(self) -> TopkKd | None:
+        """The divergence over K tokens of each row that the loss reads, or None."""
+        return self.kd if self.kd in ("topk_rkl", "topk_fkl", "topk_jsd") else None
 
     @property
     def entropy(self) -> bool:

@@ -17,9 +17,12 @@ from kdrl_kernels.caller_loss import NO_GRADIENT
 from kdrl_kernels.checks import check_values, poison
 from kdrl_kernels.gradients import Gradients
 from kdrl_kernels.head import in_one_dtype
+from kdrl_kernels.objective import Objective
 from kdrl_kernels.plan import accumulator, balanced, chunks_of
 from kdrl_kernels.rows.entries import FORWARD
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
+from kdrl_kernels.topk import TopkDivergence, topk_divergence
+from kdrl_kernels.topk_checks import check_topk_values
 from kdrl_kernels.truncation import truncate_
 from kdrl_kernels.vocab_shard import VocabShard
 
@@ -51,6 +54,7 @@ def run(call: LossCall, collector: Any = None, shard: VocabShard | None = None) 
     student, needs = in_one_dtype(call.student), call.needs
     teacher = None if call.teacher is None else in_one_dtype(call.teacher)
     bad = check_values(call)
+    check_topk_values(call)
     tokens = call.tokens.clamp(0, call.vocab_size - 1)  # reads stay inside
     if call.extra_tokens is not None:
         call = replace(call, extra_tokens=call.extra_tokens.clamp(-1, call.vocab_size - 1))
@@ -69,6 +73,9 @@ def run(call: LossCall, collector: Any = None, shard: VocabShard | None = None) 
     for part in chunks_of(N, size):
         rows = active[part] if isinstance(active, Tensor) else part
         p, q, stats, chunk_outputs = _statistics(call, buffers, rows)
+        topk = _topk(call, chunk_outputs, rows)
+        if topk is not None:
+            chunk_outputs = replace(chunk_outputs, kl=topk.value)
         outputs.append(chunk_outputs)
         inputs = call.rows(chunk_outputs, rows)
         if not any(needs):
@@ -80,6 +87,7 @@ def run(call: LossCall, collector: Any = None, shard: VocabShard | None = None) 
             gradient_rows += 0 if call.compact else size_of(rows)
             continue
         constant = False
+        coef = coef if topk is None else topk.in_ids(coef)
         coef = coef if stats.at_ids is None else stats.at_ids.live(coef)
         gradient_rows += gradients.take(call, (p, q), stats, coef, rows)
     if constant:
@@ -134,6 +142,16 @@ def _statistics(
         at_ids = stats.at_ids
         outputs = replace(outputs, extra_logprobs=at_ids.logprobs, rest_logprob=at_ids.rest)
     return p, q, stats, outputs
+
+
+def _topk(call: LossCall, outputs: RowOutputs, rows: RowSet) -> TopkDivergence | None:
+    """Return the divergence of some rows over K tokens, and its derivatives, if there is one."""
+    if call.teacher_topk is None:
+        return None
+    assert isinstance(call.loss, Objective)
+    assert call.loss.topk_kd is not None
+    inputs = call.topk_logprobs(outputs, rows)
+    return topk_divergence(call.loss.topk_kd, *inputs, call.loss.jsd_alpha)
 
 
 def _concatenate(chunks: list[RowOutputs]) -> RowOutputs:

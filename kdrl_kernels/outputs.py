@@ -41,7 +41,8 @@ class LossOutput:
     """[N], the teacher's log-probability of each token, in nats; None without a teacher."""
     kl: Tensor | None
     """[N], the exact divergence of each row in nats: KL(p‖q) for "rkl", "rkl+fkl" and kd_baseline
-    "kl", KL(q‖p) for "fkl", Jensen-Shannon for "jsd"; else None."""
+    "kl", KL(q‖p) for "fkl", Jensen-Shannon for "jsd", that over K tokens for a top-k kd; else
+    None."""
     forward_kl: Tensor | None
     """[N], KL(q‖p) of each row in nats; None unless kd (linear_token_loss: kl) is "rkl+fkl"."""
     entropy: Tensor | None

@@ -241,7 +241,12 @@ def chunk_plan(
     H_t, V_t = teacher or (0, 0)
     for name, value in (("hidden_grad", hidden_grad), ("weight_grad", weight_grad)):
         check_flag(name, value)
-    exact_kd = Objective(kd=kd, kd_baseline=kd_baseline).exact_kd
+    objective = Objective(kd=kd, kd_baseline=kd_baseline)
+    exact_kd = objective.exact_kd
+    if objective.topk_kd is not None and teacher is not None:
+        raise ValueError(
+            f"teacher must be None for kd={kd!r}, got {teacher}: it reads K numbers a row"
+        )
     if exact_kd is not None and teacher is None:
         raise ValueError(f"teacher must be (H_t, V_t) for kd={kd!r}, got None")
     device = torch.device(device)

@@ -10,11 +10,14 @@ from torch import Tensor
 
 from kdrl_kernels.adapter import LowRank
 from kdrl_kernels.autocast import Project, without_autocast
-from kdrl_kernels.call import LogprobCall, LossCall, RowOutputs, take
+from kdrl_kernels.call import LogprobCall, LossCall, RowOutputs, RowSet, take
 from kdrl_kernels.caller_loss import NO_GRADIENT
 from kdrl_kernels.checks import bad_ids, bad_tokens, check_head_values, check_values, poison
 from kdrl_kernels.head import Head, StudentHead, gathered
+from kdrl_kernels.objective import Objective
 from kdrl_kernels.rows.ids import log_mass
+from kdrl_kernels.topk import with_tail
+from kdrl_kernels.topk_checks import check_topk_values
 from kdrl_kernels.truncation import Truncation, truncate_
 
 
@@ -69,6 +72,30 @@ def _entropy(logp: Tensor) -> Tensor:
     return -(p * torch.where(p > 0, logp, 0)).sum(dim=1)
 
 
+def divergences(kd: str, logp: Tensor, logq: Tensor, alpha: float) -> tuple[Tensor, Tensor | None]:
+    """Return kl and forward_kl of each row, [N], of log-probabilities [N, V] or of buckets."""
+    if kd == "rkl+fkl":
+        return kl_divergence(logp, logq), kl_divergence(logq, logp)
+    if kd == "rkl":
+        return kl_divergence(logp, logq), None
+    if kd == "fkl":
+        return kl_divergence(logq, logp), None
+    m = alpha * logq.exp() + (1 - alpha) * logp.exp()
+    logm = torch.where(m > 0, m, 1).log()
+    return alpha * kl_divergence(logq, logm) + (1 - alpha) * kl_divergence(logp, logm), None
+
+
+def topk_divergence(call: LossCall, outputs: RowOutputs, rows: RowSet) -> Tensor:
+    """Return the divergence of each row over K tokens and, with a tail, all others as one."""
+    assert isinstance(call.loss, Objective)
+    assert call.loss.topk_kd is not None
+    logp, logq, logr = call.topk_logprobs(outputs, rows)
+    if logr is not None:
+        logp, logq = with_tail(logp, logq, logr)
+    kd = call.loss.topk_kd.removeprefix("topk_")
+    return divergences(kd, logp, logq, call.loss.jsd_alpha)[0]
+
+
 def row_outputs(
     student: Head,
     tokens: Tensor,
@@ -93,7 +120,6 @@ def row_outputs(
         z = torch.where(left_out, -torch.inf, z)
     logp, log_sum_exp = torch.log_softmax(z, dim=1), z.logsumexp(dim=1) if lse else None
     logprobs = logp.gather(1, tokens[:, None]).squeeze(1)
-    p = logp.exp()
     entropies = _entropy(logp) if entropy else None
     outputs = RowOutputs(logprobs, entropies, lse=log_sum_exp)
     if topk:
@@ -105,16 +131,7 @@ def row_outputs(
     if teacher is None:
         return outputs
     logq = torch.log_softmax(head_logits(teacher, vocab_size), dim=1).to(logp)
-    kl, forward_kl = None, None
-    if kd in ("rkl", "rkl+fkl"):
-        kl = kl_divergence(logp, logq)
-        forward_kl = kl_divergence(logq, logp) if kd == "rkl+fkl" else None
-    elif kd == "fkl":
-        kl = kl_divergence(logq, logp)
-    elif kd == "jsd":
-        m = jsd_alpha * logq.exp() + (1 - jsd_alpha) * p
-        logm = torch.where(m > 0, m, 1).log()
-        kl = jsd_alpha * kl_divergence(logq, logm) + (1 - jsd_alpha) * kl_divergence(logp, logm)
+    kl, forward_kl = (None, None) if kd is None else divergences(kd, logp, logq, jsd_alpha)
     lq = logq.gather(1, tokens[:, None]).squeeze(1)
     outputs = replace(outputs, teacher_logprobs=lq, kl=kl, forward_kl=forward_kl)
     return replace(outputs, teacher_entropy=_entropy(logq) if teacher_entropy else None)
@@ -160,6 +177,7 @@ def loss(call: LossCall) -> tuple[Tensor, RowOutputs, Tensor]:
     """Return the 0-d loss, differentiable; row outputs; counts as in one_pass.Pass."""
     call = call.of_shapes()
     bad = check_values(call)
+    check_topk_values(call)
     active = call.active_rows()
     ids = call.extra_tokens
     outputs = row_outputs(
@@ -176,6 +194,8 @@ def loss(call: LossCall) -> tuple[Tensor, RowOutputs, Tensor]:
         extra_tokens=None if ids is None else take(ids.clamp(-1, call.vocab_size - 1), active),
         rest=call.rest,
     )
+    if call.teacher_topk is not None:
+        outputs = replace(outputs, kl=topk_divergence(call, outputs, active))
     weights = call.row_weights(active, outputs.logprobs.dtype)
     with without_autocast(weights.device):  # for what a caller's loss computes
         losses = weights * call.loss.losses(call.rows(outputs, active))

@@ -4,12 +4,13 @@ p_k and q_k are the probabilities of the K tokens, r and q_r those of all others
 tail). Values and derivatives are closed formulas on [C, K]. Derivations: rows/README.md.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kdrl_kernels.objective import TopkKd
+from kdrl_kernels.token_rows import Coefficients
 
 ROUNDINGS = 16
 """Units of rounding of 1, up to which a teacher's rest of probability is not told from another."""
@@ -29,6 +30,17 @@ class TopkDivergence:
     """[C, K], derivatives in log p_k; 0 where a row has no such token."""
     rest: Tensor | None
     """[C], derivatives in log r; None without a tail."""
+
+    def in_ids(self, coef: Coefficients) -> Coefficients:
+        """Turn the derivative in this divergence into those in log p_k and log r.
+
+        They are 0 where it is, even if the divergence is infinite.
+        """
+        g = coef.kl
+        assert g is not None
+        extra = torch.where(g[:, None] == 0, 0, g[:, None] * self.extra)
+        rest = None if self.rest is None else torch.where(g == 0, 0, g * self.rest)
+        return replace(coef, kl=None, extra=extra, rest=rest)
 
 
 def teacher_rest(logq: Tensor, logr: Tensor) -> Tensor:

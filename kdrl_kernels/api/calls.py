@@ -16,6 +16,7 @@ from kdrl_kernels.plain import check_bytes, check_flag
 from kdrl_kernels.plan import Geometry, max_rows
 from kdrl_kernels.sketch import Sketch
 from kdrl_kernels.token_rows import Rows
+from kdrl_kernels.topk_checks import check_topk
 from kdrl_kernels.truncation import Truncation
 
 Solved = tuple[Tensor, RowOutputs, Tensor]
@@ -55,6 +56,7 @@ def loss_call(
     truncation: Truncation | None,
     extra_tokens: Tensor | None,
     rest: bool = False,
+    teacher_topk: tuple[Tensor, Tensor] | None = None,
     workspace_bytes: int | None,
     impl: str | None,
 ) -> LossCall:
@@ -74,6 +76,10 @@ def loss_call(
     if compact is None:
         compact = student.hidden.device.type == "cpu" or token_weights is not None
     V, V_t = len(student.weight), None if teacher is None else len(teacher.weight)
+    if teacher_topk is None:
+        ids, topk_logprobs = checks.check_extra_tokens(extra_tokens, rest, student), None
+    else:
+        ids, topk_logprobs = check_topk(teacher_topk, student)
     call = LossCall(
         student=student,
         tokens=tokens,
@@ -88,8 +94,9 @@ def loss_call(
         entropy=entropy,
         compact=compact,
         truncation=checks.check_truncation(truncation, student, loss.exact_kd),
-        extra_tokens=checks.check_extra_tokens(extra_tokens, rest, student),
+        extra_tokens=ids,
         rest=rest,
+        teacher_topk=topk_logprobs,
     )
     if impl == "reference":
         return call

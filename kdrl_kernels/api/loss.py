@@ -33,6 +33,7 @@ def kdrl_loss(
     old_logprobs: Tensor | None = None,
     teacher: TeacherHead | None = None,
     teacher_logprobs: Tensor | None = None,
+    teacher_topk: tuple[Tensor, Tensor] | None = None,
     kd_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     objective: Objective = Objective(),  # noqa: B008 (frozen)
@@ -73,6 +74,11 @@ def kdrl_loss(
         teacher: TeacherHead with N rows, for sampled or exact KD.
         teacher_logprobs: [N] float in nats, as a server returns them, for sampled KD without
             kd_baseline.
+        teacher_topk: (ids [N, K] int64, logprobs [N, K] float in nats), K at most 512, for a top-k
+            kd: tokens of each row and the teacher's log-probabilities of them, -1 for none. The
+            ids are the teacher's best, or the student's (linear_logprobs(topk=K)). Ids in
+            [0, vocab_size); one that repeats in a row would count twice: it raises on a CPU, as
+            does a row whose probabilities sum to more than 1.001.
         kd_weight: [N] float, integer or bool, schedule and mask of the KD term; None: 1.
         normalizer: number or 0-d tensor, e.g. the token count of the step, divided by the ranks
             where gradients are averaged over them; None: sum(token_weights).
@@ -80,7 +86,8 @@ def kdrl_loss(
             vocab_group all of these are sizes of the whole vocabulary.
         entropy: True also returns the entropy of each row.
         extra_tokens: [N, K] int64, K at most 512, in [0, vocab_size) or -1 for none: other tokens
-            whose log-probabilities are returned. This loss does not read them.
+            whose log-probabilities are returned. This loss does not read them. With teacher_topk
+            None: its ids are returned.
         compact: True leaves rows whose logits have no gradient (clipped, or advantage 0 and no KD)
             out of dX and dW. On a GPU the host then waits, once a chunk, for the number of the
             others while the gradient kernel runs. None: True on a CPU and with token_weights.
@@ -89,7 +96,8 @@ def kdrl_loss(
         computed); with a teacher, over the rows of kd_weight > 0: kd_tokens (their number),
         teacher_log_ratio_sum (of l = lp - lq), k2_sum (of l²/2), kl_sum (where the loss computes
         KL(p‖q)) and kd_flipped (rows whose advantage minus the pull of the KD term has the other
-        sign; not for "jsd" nor policy "off"). With a sketch: flat_rows (whose gradient is exact),
+        sign; not for "jsd" nor policy "off"); with teacher_topk kd_tokens and topk_divergence_sum
+        (of the divergence over the K tokens). With a sketch: flat_rows (whose gradient is exact),
         entries (of dL/dlogits that are kept), sketch_noise (estimate of the relative error of dX)
         and its two sums, sketch_variance_sum and sketch_square_sum. mean_metrics turns all into
         means.
@@ -99,9 +107,14 @@ def kdrl_loss(
         once. Under no_grad it computes none.
     Source: KDRL, arXiv:2506.02208. Derivations: rows/README.md.
     """
-    checks.check_objective(objective, teacher, teacher_logprobs)
+    checks.check_objective(objective, teacher, teacher_logprobs, teacher_topk)
     weight, bias = gathered(weight, hidden), gathered(bias, hidden)
     student = StudentHead(hidden, weight, bias, temperature, softcap)
+    checks.check_truncation(truncation, student, objective.topk_kd)
+    if teacher_topk is not None and extra_tokens is not None:
+        raise ValueError(
+            "extra_tokens must be None with teacher_topk, whose ids they would be, got both"
+        )
     if advantages is None and objective.policy != "off":
         raise ValueError(f"advantages must be [N] for policy={objective.policy!r}, got None")
     call = loss_call(
@@ -118,6 +131,8 @@ def kdrl_loss(
         compact=compact,
         truncation=truncation,
         extra_tokens=extra_tokens,
+        rest=teacher_topk is not None and objective.tail,
+        teacher_topk=teacher_topk,
         workspace_bytes=workspace_bytes,
         impl=impl,
     )

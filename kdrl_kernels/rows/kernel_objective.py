@@ -87,11 +87,12 @@ def coefficients(
     optional = (rows.old_logprobs, rows.advantages, rows.teacher_logprobs, divergence, rows.entropy)
     # lp replaces what is None: old = lp gives a ratio of 1, the others are never read
     old, advantages, lq, kl, entropy = (lp if x is None else x for x in optional)
+    kd = "rkl" if loss.topk_kd else loss.kd  # the loss reads kl alone, whatever divergence it is
     if C:
         _objective_kernel[(triton.cdiv(C, BLOCK),)](
             lp, old, advantages, kd_weight, lq, kl, entropy, weights, out, C, high, low, dual, cap,
             float(loss.k3_bound), float(loss.kd_coef), float(loss.entropy_coef),
-            loss.policy != "off", KD_CODES[loss.kd], loss.entropy, BLOCK, **OPTIONS,
+            loss.policy != "off", KD_CODES[kd], loss.entropy, BLOCK, **OPTIONS,
         )  # fmt: skip
     kl, forward_kl = loss.shares(None if divergence is None else out[3])
     return out[0], Coefficients(out[1], out[2] if loss.entropy else None, kl, forward_kl)

@@ -86,8 +86,8 @@ def make_problem(
     student = {"hidden": randn(N, H), "weight": randn(V, H) * (2 / H**0.5)}
     if bias:
         student["bias"] = torch.linspace(0, 2, V)
-    teacher = None
-    if kd and not server:
+    teacher, topk = None, str(kd).startswith("topk")
+    if kd and not server and not topk:
         teacher = {"hidden": randn(N, H + 3), "weight": randn(V_t, H + 3) * (2 / H**0.5)}
     tokens = torch.randint(vocab, (N,), generator=rng)
     options |= {"advantages": randn(N), "token_weights": torch.rand(N, generator=rng) + 0.1}
@@ -95,11 +95,25 @@ def make_problem(
         options["kd_weight"] = torch.rand(N, generator=rng)
     if server:
         options["teacher_logprobs"] = -randn(N).abs()
+    if topk:
+        options["teacher_topk"] = make_topk(N, V, rng, device)
     if off_policy:
         options["old_logprobs"] = randn(N) - 3
     options["objective"] = kk.Objective(**{"kd": kd, "kd_coef": 0.5, **(objective or {})})
     problem = Problem(student, tokens.to(device), teacher, options, teacher_options or {})
     return problem.map(lambda x: x.to(dtype).to(device))
+
+
+def make_topk(
+    N: int, V: int, rng: torch.Generator, device: str, K: int = 5
+) -> tuple[Tensor, Tensor]:
+    """Return a teacher's K likeliest tokens of each row and their log-probabilities, float32.
+
+    Row 1 has one of them less, row 2 none.
+    """
+    logprobs, ids = (2 * torch.randn(N, V, generator=rng)).log_softmax(1).topk(K)
+    ids[1:2, 3], logprobs[1:2, 3], ids[2:3] = -1, torch.nan, -1
+    return ids.to(device), logprobs.to(device)
 
 
 def assert_matches_definition(

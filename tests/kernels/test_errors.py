@@ -90,7 +90,7 @@ OBJECTIVES: list[tuple[dict[str, Any], str]] = [
     ({"kd": "k1"}, "kd must not be 'k1': k1 as a loss has no teacher in its gradient"),
     (
         {"kd": "kl"},
-        r"kd must be one of \('k2', 'k3', 'k3_ratio', 'rkl', 'fkl', 'jsd', 'rkl\+fkl'\) or None, got 'kl'",
+        r"kd must be one of \('k2', 'k3', 'k3_ratio', 'rkl', 'fkl', 'jsd', 'rkl\+fkl', 'topk_rkl', 'topk_fkl', 'topk_jsd'\) or None, got 'kl'",
     ),
     ({"kd_baseline": "mean"}, "kd_baseline must be 'kl' or None, got 'mean'"),
     ({"kd": "k3", "kd_baseline": "kl"}, "kd_baseline must be None for kd='k3', got 'kl'"),

@@ -23,6 +23,8 @@ CASES: dict[str, dict[str, Any]] = {
     "server": {"kd": "k2", "server": True},
     "sampled_teacher": {"kd": "k3", "bias": False, "entropy": True},
     "exact_teacher": {"kd": "rkl", "teacher_options": {"softcap": 4.0}, "softcap": 3.0},
+    "topk": {"kd": "topk_rkl"},
+    "topk_alone": {"kd": "topk_fkl", "objective": {"tail": False}},
     "baseline": {"kd": "k2", "objective": {"kd_baseline": "kl"}},
     "entropy_bonus": {"kd": "jsd", "objective": {"entropy_coef": 0.1}, "compact": True},
     "temperature_of_each_row": {"kd": "fkl", "temperature": torch.linspace(0.5, 1.5, 7)},

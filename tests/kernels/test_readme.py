@@ -55,6 +55,18 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "16,384 tokens" in capsys.readouterr().out
 
 
+def _topk_loss(inputs: dict[str, Any]) -> kk.LossOutput:
+    ids = torch.arange(3).expand(N, 3)
+    return kk.kdrl_loss(
+        inputs["hidden"],
+        inputs["weight"],
+        inputs["tokens"],
+        advantages=inputs["advantages"],
+        teacher_topk=(ids, torch.full((N, 3), -2.0)),
+        objective=kk.Objective(kd="topk_rkl"),
+    )
+
+
 def test_the_metrics_table_names_every_key() -> None:
     inputs = _inputs()
     metrics: set[str] = set()
@@ -70,6 +82,7 @@ def test_the_metrics_table_names_every_key() -> None:
             backward=backward,
         )
         metrics |= out.metrics.keys()
+    metrics |= _topk_loss(inputs).metrics.keys()
     section = README.split("## Metrics")[1].split("##")[0]
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == sorted(metrics)

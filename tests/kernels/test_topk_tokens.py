@@ -145,6 +145,29 @@ def test_batches(impl: str, device: str) -> None:
     assert torch.equal(out.topk_logprobs, flat.topk_logprobs.view(2, 3, 3))
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_students_support(impl: str, device: str) -> None:
+    """The K tokens may be the student's: ask the teacher at these, then distil."""
+    hidden, weight, tokens = _inputs(80, device)
+    teacher = (hidden + 1) @ weight.T * 0.7
+    hidden.requires_grad_()
+    with torch.no_grad():
+        ids = kk.linear_logprobs(hidden, weight, tokens, topk=10, impl=impl).topk_tokens
+    out = kk.kdrl_loss(
+        hidden,
+        weight,
+        tokens,
+        advantages=None,
+        teacher_topk=(ids, teacher.log_softmax(1).gather(1, ids)),
+        objective=kk.Objective(policy="off", kd="topk_rkl", kd_coef=1.0),
+        impl=impl,
+    )
+    logp, logq = (hidden @ weight.T).log_softmax(1), teacher.log_softmax(1)
+    exact = (logp.exp() * (logp - logq)).sum(1)
+    assert (out.kl <= exact).all()
+    assert (out.kl > 0.8 * exact).all()
+
+
 ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "none_of_them": ({"topk": 0}, ValueError, r"topk must be in \[1, 40\] or None, got 0"),
     "too_many": ({"topk": 41}, ValueError, r"topk must be in \[1, 40\] or None, got 41"),
