@@ -50,6 +50,8 @@ class Geometry:
     dtype: torch.dtype
     device: torch.device
     impl: str
+    rank: int = 0
+    """Columns that an adapter adds to hidden states and weight."""
 
     @property
     def streams(self) -> int:
@@ -64,10 +66,8 @@ class Geometry:
     @property
     def row_bytes(self) -> int:
         """Bytes of a chunk's row: logits, and hidden states and dX of a row that was gathered."""
-        gathered = (self.H + self.H_t) * self.dtype.itemsize
-        return (
-            self.logit_bytes * self.streams + gathered + self.H * accumulator(self.dtype).itemsize
-        )
+        H, wide = self.H + self.rank, accumulator(self.dtype).itemsize
+        return self.logit_bytes * self.streams + (H + self.H_t) * self.dtype.itemsize + H * wide
 
     def chunk_bytes(self, rows: int) -> int:
         """Return what a chunk of so many rows holds, with the temporaries of its row work."""
@@ -157,6 +157,8 @@ class ChunkPlan:
     """Entries of the sketch of all rows; 0: the exact gradient."""
     product_bytes: int = 0
     """Bytes that the products of a sketch with W and X read and write."""
+    copy_bytes: int = 0
+    """Bytes of the wider weight and hidden states of an adapter, held beside the workspace."""
 
     def gemm_ms(self, tflops: float) -> float:
         """Return the time of all GEMMs at a rate in TFLOP/s."""
@@ -185,9 +187,16 @@ class ChunkPlan:
                 f"gradients    {self.gradient_bytes / 1e9:.3f} GB until backward rounds them",
                 f"GEMMs        {sum(self.flop.values()) / 1e12:.2f} TFLOP: {gemms}",
                 f"row kernels  {self.row_work_bytes / 1e9:.1f} GB read and written",
+                *self._adapter(),
                 *self._sketch(),
             )
         )
+
+    def _adapter(self) -> list[str]:
+        """Return the line of an adapter, if there is one."""
+        if not self.copy_bytes:
+            return []
+        return [f"adapter      rank {self.geometry.rank}, {self.copy_bytes / 1e9:.3f} GB of copies"]
 
     def _sketch(self) -> list[str]:
         """Return the line of a sketch, if there is one."""
@@ -210,6 +219,7 @@ def chunk_plan(
     device: str | torch.device = "cuda",
     hidden_grad: bool = True,
     weight_grad: bool = True,
+    adapter: int = 0,
     workspace_bytes: int | None = None,
     backward: Backward = "exact",
     row_entries: float = 16.0,
@@ -225,6 +235,7 @@ def chunk_plan(
         dtype: dtype of hidden and weight.
         device: "cuda" works without a GPU too; the free memory of a GPU bounds the default.
         hidden_grad, weight_grad: a frozen backbone or head costs no dX or dW.
+        adapter: rank of a LowRank, whose B then has the gradient of the weight; 0: none.
         backward: "exact" or "sketch".
         row_entries: entries of a row of the sketch, with the sampled token's, on average:
             metrics["entries"] / N tells yours.
@@ -253,7 +264,10 @@ def chunk_plan(
     impl = impl or ("triton" if device.type == "cuda" else "torch")
     if impl not in ("triton", "torch"):
         raise ValueError(f"impl must be 'triton', 'torch' or None, got {impl!r}")
-    geometry = Geometry(N, H, V, H_t, V_t, exact_kd, dtype, device, impl)
+    check_number("adapter", adapter, whole=True)
+    if adapter < 0:
+        raise ValueError(f"adapter must be a rank, at least 0, got {adapter}")
+    geometry = Geometry(N, H, V, H_t, V_t, exact_kd, dtype, device, impl, adapter)
     if backward not in get_args(Backward):
         raise ValueError(f'backward must be "exact" or "sketch", got {backward!r}')
     check_number("row_entries", row_entries)
@@ -262,25 +276,27 @@ def chunk_plan(
         raise ValueError(f"flat must be in [0, 1], got {flat}")
     rows = balanced(N, max_rows(geometry, workspace_bytes))
     wide = accumulator(dtype).itemsize
-    u = 2 * N * H * V
+    H, trained = H + adapter, adapter or H
+    hidden_grad = hidden_grad or (weight_grad and adapter > 0)  # that of A goes through dX
     flop = {
-        "project": u,
+        "project": 2 * N * H * V,
         "teacher": 2 * N * H_t * V_t,
-        "dX": u if hidden_grad else 0,
-        "dW": u if weight_grad else 0,
+        "dX": 2 * N * H * V if hidden_grad else 0,
+        "dW": 2 * N * trained * V if weight_grad else 0,
     }
     streams, learns = geometry.streams, hidden_grad or weight_grad
     sweeps = streams * (1 + (kd == "jsd")) + (1 if H_t and streams == 1 else 0)
     gradient = learns * (streams if kd_baseline is None else 1)
     writes = N * V * dtype.itemsize if learns else 0
-    held = wide * (N * H * hidden_grad + V * H * weight_grad)
+    outputs = N * H * hidden_grad + V * trained * weight_grad
+    held = wide * outputs
     entries, product_bytes = 0, 0
     if backward == "sketch" and learns:
         entries, writes = round(N * row_entries), round(flat * writes)
         flop |= {name: round(flat * flop[name]) for name in ("dX", "dW")}
         held = entries * (4 + wide) + 8 * (N + 1) + (writes if 4 * writes <= wide * H * V else held)
-        outputs = N * H * hidden_grad + V * H * weight_grad
-        product_bytes = dtype.itemsize * (outputs + entries * H * (hidden_grad + weight_grad))
+        read = entries * (H * hidden_grad + trained * weight_grad)
+        product_bytes = dtype.itemsize * (outputs + read)
         # PyTorch reads a few blocks again; Triton p, and q where its entries count
         gradient = learns * (impl == "triton") * (2 if exact_kd in FORWARD else 1)
     reads = (sweeps + gradient) * N * geometry.logit_bytes
@@ -294,6 +310,7 @@ def chunk_plan(
         row_work_bytes=reads + writes,
         entries=entries,
         product_bytes=product_bytes,
+        copy_bytes=(N + V) * H * dtype.itemsize if adapter else 0,
     )
 
 

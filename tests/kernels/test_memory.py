@@ -68,6 +68,30 @@ def test_the_rows_of_a_baseline_are_those_that_both_streams_leave_room_for(
     assert seen == [(8, 2)]
 
 
+def test_an_adapter_copies_the_weight_and_holds_no_gradient_of_it() -> None:
+    r, H = 8, 256
+    problem = make_problem(N, H, V, kd=None, bias=False)
+    hidden = problem.student["hidden"].requires_grad_()
+    weight, A, B = problem.student["weight"], torch.randn(r, H), torch.zeros(V, r)
+    adapter = kk.LowRank(A.requires_grad_(), B.requires_grad_())
+    options = {"dtype": torch.float32, "device": "cpu", "adapter": r}
+    budget = kk.chunk_plan(N, H, V, **options).geometry.chunk_bytes(8)
+    plan = kk.chunk_plan(N, H, V, **options, workspace_bytes=budget)
+
+    def call() -> None:
+        arguments = {"tokens": problem.tokens, "workspace_bytes": budget, "impl": "torch"}
+        out = kk.kdrl_loss(hidden, weight, adapter=adapter, **arguments, **problem.options)
+        out.loss.backward()
+
+    call()
+    hidden.grad = A.grad = B.grad = None
+    peak, expected = _peak_bytes(call), plan.workspace_bytes + plan.gradient_bytes + plan.copy_bytes
+    assert plan.rows == 8
+    assert peak <= expected + SMALL_BYTES
+    assert peak >= plan.copy_bytes + 0.5 * 8 * V * 4
+    assert expected - plan.copy_bytes < V * H * 4
+
+
 def test_the_reference_does_hold_all_logits() -> None:
     """The measurement above shows [N, V] logits where they are held."""
     problem = make_problem(N, H, V, kd="rkl")

@@ -87,6 +87,22 @@ def test_what_is_frozen_costs_nothing() -> None:
     assert forward.row_work_bytes == 64 * 128 * 4
 
 
+def test_an_adapter_costs_two_gemms_and_copies_weight_and_hidden_states() -> None:
+    N, H, V, r = 64, 16, 128, 8
+    plan, plain = kk.chunk_plan(N, H, V, adapter=r), kk.chunk_plan(N, H, V)
+    wider = 2 * N * (H + r) * V
+    assert plan.flop == {"project": wider, "teacher": 0, "dX": wider, "dW": 2 * N * r * V}
+    assert plan.gradient_bytes == 4 * (N * (H + r) + V * r)
+    assert plan.copy_bytes == 2 * (N + V) * (H + r)
+    assert plan.workspace_bytes - plain.workspace_bytes == N * r * (2 + 4)
+    assert plan.row_work_bytes == plain.row_work_bytes
+    assert "adapter      rank 8, 0.000 GB of copies" in str(plan)
+    assert "adapter" not in str(plain)
+    assert kk.chunk_plan(N, H, V, adapter=r, hidden_grad=False).flop == plan.flop
+    sketch = kk.chunk_plan(N, H, V, adapter=r, backward="sketch", row_entries=2)
+    assert sketch.product_bytes == 2 * (N * (H + r) + V * r + 2 * N * (H + 2 * r))
+
+
 def test_a_sketch_costs_one_projection_and_the_gemms_of_its_flat_rows() -> None:
     N, H, V = 1000, 64, 5000
     exact, sketch, mixed, all_flat = (
@@ -141,6 +157,7 @@ def test_every_loss_on_a_head_has_the_same_default_rows(device: str) -> None:
     ("changes", "message"),
     [
         ({"kd": "k4"}, "kd must be one of"),
+        ({"adapter": -1}, "adapter must be a rank, at least 0, got -1"),
         ({"kd": "rkl"}, r"teacher must be \(H_t, V_t\) for kd='rkl', got None"),
         ({"kd": "k2", "kd_baseline": "kl"}, r"teacher must be \(H_t, V_t\) for kd='k2'.* got None"),
         ({"teacher": (-1, 5)}, r"teacher\[0\] must be at least 1, got -1"),
