@@ -3,6 +3,8 @@
 hidden · weightᵀ + scale · (hidden · Aᵀ) · Bᵀ = [hidden, scale · hidden · Aᵀ] · [weight, B]ᵀ
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,6 +52,8 @@ class LowRank:
                 f"got {list(self.B.shape)}"
             )
         check_number("scale of LowRank", self.scale)
+        if not math.isfinite(self.scale):
+            raise ValueError(f"scale of LowRank must be finite, got {self.scale}")
 
 
 def with_adapter(head: StudentHead, adapter: LowRank) -> StudentHead:
@@ -58,7 +62,7 @@ def with_adapter(head: StudentHead, adapter: LowRank) -> StudentHead:
     spare = -len(A) % ALIGN_RANK
     if spare:
         A, B = F.pad(A, (0, 0, 0, spare)), F.pad(B, (0, spare))
-    hidden = _Widen.apply(head.hidden, A, adapter.scale)
+    hidden = _widened(head.hidden, A, adapter.scale)
     return replace(head, hidden=hidden, weight=B, constant=head.weight.detach())
 
 
@@ -82,33 +86,61 @@ def check_adapter(adapter: Any, head: StudentHead) -> None:
         )
 
 
-class _Widen(torch.autograd.Function):
-    """Computes [hidden, scale · hidden · Aᵀ], each product rounded once."""
+@torch.library.custom_op("kdrl::widened", mutates_args=())
+def _widened(hidden: Tensor, A: Tensor, scale: float) -> Tensor:
+    """Return [hidden, scale · hidden · Aᵀ], whose product is rounded once."""
+    with without_autocast(hidden.device):
+        right = A.to(hidden.dtype).T
+        narrow = torch.addmm(hidden.new_zeros(1), hidden, right, beta=0, alpha=scale)
+        return torch.cat([hidden, narrow], dim=1)
 
-    @staticmethod
-    def forward(hidden: Tensor, A: Tensor, scale: float) -> Tensor:
-        with without_autocast(hidden.device):
-            right = A.to(hidden.dtype).T
-            narrow = torch.addmm(hidden.new_zeros(1), hidden, right, beta=0, alpha=scale)
-            return torch.cat([hidden, narrow], dim=1)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:  # noqa: ARG004
-        hidden, A, ctx.scale = inputs
-        ctx.save_for_backward(hidden, A)
+@_widened.register_fake
+def _(hidden: Tensor, A: Tensor, scale: float) -> Tensor:  # noqa: ARG001
+    return hidden.new_empty(hidden.shape[0], hidden.shape[1] + A.shape[0])
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (hidden, A), scale = ctx.saved_tensors, ctx.scale
-        H = hidden.shape[1]
-        straight, narrow, dhidden, dA = grad[:, :H], grad[:, H:], None, None
-        with without_autocast(hidden.device):
-            if ctx.needs_input_grad[0]:
-                dhidden = torch.addmm(straight, narrow, A.to(hidden.dtype), alpha=scale)
-            if ctx.needs_input_grad[1]:
-                # rows that are left out may hold NaN, and 0 · NaN is none
-                used = (narrow != 0).any(dim=1, keepdim=True)
-                sums = torch.empty_like(A, dtype=accumulator(hidden.dtype))
-                gemm.add_grad_weight(narrow, torch.where(used, hidden, 0), sums, first=True)
-                dA = (sums * scale).to(A.dtype)
-        return dhidden, dA, None
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:  # noqa: ARG001
+    hidden, A, ctx.scale = inputs
+    ctx.save_for_backward(hidden, A)
+
+
+@torch.library.custom_op("kdrl::widened_backward", mutates_args=())
+def _widened_backward(
+    grad: Tensor, hidden: Tensor, A: Tensor, scale: float, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of hidden and A, each rounded once; empty where not needed."""
+    H = hidden.shape[1]
+    straight, narrow = grad[:, :H], grad[:, H:]
+    dhidden, dA = hidden.new_empty(0), A.new_empty(0)
+    with without_autocast(hidden.device):
+        if needs[0]:
+            dhidden = torch.addmm(straight, narrow, A.to(hidden.dtype), alpha=scale)
+        if needs[1]:
+            used = (narrow != 0).any(dim=1, keepdim=True)  # rows left out may hold NaN
+            sums = torch.empty_like(A, dtype=accumulator(hidden.dtype))
+            gemm.add_grad_weight(narrow, torch.where(used, hidden, 0), sums, first=True)
+            dA = (sums * scale).to(A.dtype)
+    return dhidden, dA
+
+
+@_widened_backward.register_fake
+def _(
+    grad: Tensor,  # noqa: ARG001
+    hidden: Tensor,
+    A: Tensor,
+    scale: float,  # noqa: ARG001
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    pairs = zip((hidden, A), needs, strict=True)
+    dhidden, dA = (torch.empty_like(x) if need else x.new_empty(0) for x, need in pairs)
+    return dhidden, dA
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    needs = ctx.needs_input_grad[:2]
+    dhidden, dA = _widened_backward(grad, *ctx.saved_tensors, ctx.scale, needs)
+    return dhidden if needs[0] else None, dA if needs[1] else None, None
+
+
+_widened.register_autograd(_backward, setup_context=_save)

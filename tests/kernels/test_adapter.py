@@ -12,108 +12,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kdrl_kernels as kk
 from kdrl_kernels import logprobs, one_pass
 from kdrl_kernels.head import FLOATS16
+from tests.kernels.adapters import (
+    CALLS,
+    H,
+    Tensors,
+    V,
+    adapted,
+    assert_near,
+    each_call,
+    exact_kd_call,
+    kdrl_call,
+    logprobs_call,
+    make,
+    merged,
+    solve,
+    token_loss_call,
+    widened,
+)
 from tests.kernels.params import BF16, F16, F32, F64, IMPL_DTYPES, IMPLS
 from tests.tolerance import assert_matches, relative_error
-
-N, H, V, R, SCALE = 9, 12, 37, 3, 1.7
-TRAINED = ("hidden", "A", "B", "bias")
-
-Tensors = dict[str, Tensor]
-
-
-def make(dtype: torch.dtype, device: str = "cpu", r: int = R) -> Tensors:
-    """Return hidden states, a head, an adapter of rank r, a teacher and its tokens."""
-    rng = torch.Generator().manual_seed(r)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=rng)
-
-    x = {"hidden": randn(N, H), "weight": randn(V, H) / 2, "A": randn(r, H) / 3, "B": randn(V, r)}
-    x |= {"bias": torch.linspace(0, 2, V), "t_hidden": randn(N, 5), "t_weight": randn(V, 5)}
-    x |= {"advantages": randn(N), "old": randn(N) - 3, "weights": torch.rand(N, generator=rng)}
-    x["weights"][[2, 5]] = 0
-    x["advantages"][3] = 0
-    cast = {name: value.to(device, dtype) for name, value in x.items()}
-    return cast | {"tokens": torch.randint(V, (N,), generator=rng).to(device)}
-
-
-def _kdrl(x: Tensors, head: dict[str, Any], **options: Any) -> Tensors:
-    objective = kk.Objective(kd=None)
-    rows = {"advantages": x["advantages"], "old_logprobs": x["old"], "token_weights": x["weights"]}
-    out = kk.kdrl_loss(tokens=x["tokens"], objective=objective, **rows, **head, **options)
-    return {"loss": out.loss, "logprobs": out.logprobs}
-
-
-def _exact_kd(x: Tensors, head: dict[str, Any], **options: Any) -> Tensors:
-    teacher = kk.TeacherHead(x["t_hidden"], x["t_weight"])
-    out = kk.kdrl_loss(
-        tokens=x["tokens"],
-        advantages=x["advantages"],
-        teacher=teacher,
-        objective=kk.Objective(kd="rkl", kd_coef=0.5, entropy_coef=0.1),
-        **head,
-        softcap=4.0,
-        temperature=0.7,
-        **options,
-    )
-    return {"loss": out.loss, "kl": out.kl, "entropy": out.entropy}
-
-
-def _logprobs(x: Tensors, head: dict[str, Any], **options: Any) -> Tensors:
-    temperature = torch.linspace(0.5, 1.5, N, device=x["tokens"].device)
-    options = {"mask": x["weights"] > 0, "entropy": True, "temperature": temperature} | options
-    out = kk.linear_logprobs(tokens=x["tokens"], **head, **options)
-    loss = (out.logprobs * x["advantages"] + out.entropy * x["old"]).sum()
-    return {"loss": loss, "logprobs": out.logprobs.detach(), "entropy": out.entropy.detach()}
-
-
-def _token_loss(x: Tensors, head: dict[str, Any], **options: Any) -> Tensors:
-    def loss_fn(rows: kk.Rows) -> Tensor:
-        return -rows.logprobs * x["advantages"][rows.index] + rows.lse.square() / 100
-
-    weights = x["weights"]
-    out = kk.linear_token_loss(
-        tokens=x["tokens"], loss_fn=loss_fn, token_weights=weights, lse=True, **head, **options
-    )
-    return {"loss": out.loss, "logprobs": out.logprobs, "lse": out.lse}
-
-
-CALLS = {"kdrl": _kdrl, "exact kd": _exact_kd, "logprobs": _logprobs, "token loss": _token_loss}
-each_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-
-
-def adapted(x: Tensors) -> dict[str, Any]:
-    """Return the arguments of a head with its adapter."""
-    adapter = kk.LowRank(x["A"], x["B"], SCALE)
-    return {"hidden": x["hidden"], "weight": x["weight"], "bias": x["bias"], "adapter": adapter}
-
-
-def merged(x: Tensors) -> dict[str, Any]:
-    """Return those of the head that the adapter makes."""
-    weight = x["weight"] + SCALE * x["B"] @ x["A"]
-    return {"hidden": x["hidden"], "weight": weight, "bias": x["bias"]}
-
-
-def widened(x: Tensors, dtype: torch.dtype) -> dict[str, Any]:
-    """Return those of the wider head, whose new columns of hidden are rounded to dtype."""
-    narrow = SCALE * x["hidden"].double() @ x["A"].double().T
-    narrow = narrow + (narrow.to(dtype).double() - narrow).detach()
-    wide = torch.cat([x["hidden"], narrow.to(x["hidden"].dtype)], dim=1)
-    return {"hidden": wide, "weight": torch.cat([x["weight"], x["B"]], 1), "bias": x["bias"]}
-
-
-def solve(
-    call: Callable[..., Tensors],
-    x: Tensors,
-    head: Callable[[Tensors], dict[str, Any]] = adapted,
-    **options: Any,
-) -> Tensors:
-    """Return outputs and gradients of 0.7 · loss."""
-    leaves = {name: x[name].detach().clone().requires_grad_() for name in TRAINED}
-    x = x | leaves
-    results = call(x, head(x), **options)
-    (0.7 * results["loss"]).backward()
-    return {k: v.detach() for k, v in results.items()} | {f"d{k}": x[k].grad for k in leaves}
 
 
 @pytest.mark.parametrize(("impl", "dtype"), IMPL_DTYPES)
@@ -130,13 +47,6 @@ def test_equals_the_merged_head(
         return solve(call, same, head, impl="reference")
 
     assert_matches(solve(call, x, impl=impl), definition)
-
-
-def assert_near(ours: Tensors, expected: Tensors, tolerance: float) -> None:
-    """Assert that tensors of the same names agree, relative to the largest element."""
-    assert ours.keys() == expected.keys()
-    for name, value in expected.items():
-        assert relative_error(ours[name], value.to(ours[name].dtype)) <= tolerance, name
 
 
 @pytest.mark.parametrize("r", [1, 8, 11])
@@ -167,14 +77,14 @@ def test_an_adapter_of_zeros_changes_nothing_but_learns(
 def test_chunks_and_cache(rows: int, cache: int) -> None:
     x = make(F64)
     budgets = {"workspace_bytes": rows * 10_000, "impl": "torch"}
-    expected = solve(_logprobs, x)
-    assert_near(solve(_logprobs, x, cache_bytes=cache, **budgets), expected, 1e-12)
-    for call in (_kdrl, _exact_kd, _token_loss):
+    expected = solve(logprobs_call, x)
+    assert_near(solve(logprobs_call, x, cache_bytes=cache, **budgets), expected, 1e-12)
+    for call in (kdrl_call, exact_kd_call, token_loss_call):
         assert_near(solve(call, x, **budgets), solve(call, x), 1e-12)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("call", [_kdrl, _logprobs, _token_loss])
+@pytest.mark.parametrize("call", [kdrl_call, logprobs_call, token_loss_call])
 def test_rows_that_are_left_out_may_hold_nan(
     call: Callable[..., Tensors], impl: str, device: str
 ) -> None:
@@ -213,11 +123,11 @@ def test_small_gradients_survive_float16() -> None:
     """Coefficients of 1e-9 would be 0 in float16 without a unit; dB is float32 here."""
     x = make(F16)
     x["B"], x["A"] = x["B"].float(), x["A"].float()
-    expected = solve(_kdrl, x)["dB"]
+    expected = solve(kdrl_call, x)["dB"]
     x["weights"] = x["weights"].float() * 1e-9
     leaves = x | {"B": x["B"].requires_grad_()}
     options: dict[str, Any] = {"normalizer": 1e-9 * float(make(F16)["weights"].float().sum())}
-    (0.7 * _kdrl(leaves, adapted(leaves), **options)["loss"]).backward()
+    (0.7 * kdrl_call(leaves, adapted(leaves), **options)["loss"]).backward()
     assert relative_error(leaves["B"].grad, expected) < 1e-2
 
 
