@@ -39,6 +39,7 @@ from tests.kernels.two_ranks import (
     sharded,
     whole_gradient,
     whole_tensors,
+    with_adapter,
 )
 from tests.tolerance import relative_error
 
@@ -53,21 +54,22 @@ def _communicated(fn: Callable[[], Any]) -> dict[str, int]:
     return {str(op).rsplit(".", 1)[-1]: n for op, n in comm.get_comm_counts().items() if n}
 
 
-def _check_same_as_one_process(name: str, V: int) -> None:
-    whole = whole_tensors(V)
-    trained = ("hidden", "weight", "bias")
+def _check_same_as_one_process(name: str, V: int, adapter: bool = False) -> None:
+    make = (lambda V: with_adapter(whole_tensors(V))) if adapter else whole_tensors
+    whole, head = make(V), ("A", "B", "bias") if adapter else ("weight", "bias")
+    trained = ("hidden", *head)
     for key in trained:
         whole[key].requires_grad_()
     expected = loss_of(name, whole)
     expected.backward()
 
-    tensors = sharded(of_this_rank(whole_tensors(V)), "weight", "bias", "teacher_weight")
+    tensors = sharded(of_this_rank(make(V)), *sorted({"weight", "teacher_weight", *head}))
     for key in trained:
         tensors[key].requires_grad_()
     loss = loss_of(name, tensors, ranks=2)
     loss.backward()
     assert_close(averaged(loss), expected.detach(), rtol=1e-12, atol=1e-12)
-    for key in ("weight", "bias"):
+    for key in head:
         full = full_gradient(tensors[key].grad, tensors[key])
         assert_close(full, whole[key].grad, rtol=1e-12, atol=1e-12)
     mine = whole["hidden"].grad
@@ -230,6 +232,7 @@ for _group, _inside, _tied in itertools.product((False, True), repeat=3):
 for _name in CALLS:
     for _V in (11, 12, 1):
         CASES[f"same-{_name}-V{_V}"] = lambda n=_name, V=_V: _check_same_as_one_process(n, V)
+    CASES[f"adapter-{_name}"] = lambda n=_name: _check_same_as_one_process(n, 12, adapter=True)
     CASES[f"own-group-{_name}"] = lambda n=_name: _check_model(
         fsdp2(own_group=True), name=n, inside=False, V=11
     )
@@ -239,6 +242,9 @@ for _name in CALLS:
 for _kind, _call in itertools.product(SKETCHES, CALLS):
     _name = f"{_kind} {_call}"
     CASES[f"same-{_name}"] = lambda n=_name: _check_same_as_one_process(n, 12)
+CASES["adapter-sketched"] = lambda: _check_same_as_one_process(
+    "partly sketched linear_logprobs", 12, adapter=True
+)
 CASES["communication-sketched"] = lambda: _check_communication("partly sketched kdrl_loss")
 CASES["fsdp2-sketched-tied"] = lambda: _check_model(
     fsdp2(own_group=False), name="partly sketched kdrl_loss", inside=True, tied=True

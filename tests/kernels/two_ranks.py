@@ -48,17 +48,25 @@ def whole_tensors(V: int) -> Tensors:
     }
 
 
+def with_adapter(tensors: Tensors) -> Tensors:
+    """Add the two matrices of an adapter of rank 3."""
+    V, rng = len(tensors["weight"]), torch.Generator().manual_seed(3)
+    A, B = torch.randn(3 * H, generator=rng), torch.randn(3 * V, generator=rng)
+    return tensors | {"A": A.double().view(3, H), "B": B.double().view(V, 3)}
+
+
 def loss_of(name: str, tensors: Tensors, ranks: int = 1) -> Tensor:
     """Return this rank's loss: that of its rows, divided by the tokens of all ranks / ranks."""
     head = tensors["hidden"], tensors["weight"], tensors["tokens"]
+    adapter = kk.LowRank(tensors["A"], tensors["B"], 0.7) if "A" in tensors else None
     total = torch.tensor((N - 2.0) / ranks, dtype=torch.float64)
-    backward: dict[str, Any] = {}
+    more: dict[str, Any] = {"adapter": adapter}
     *kind, name = name.rsplit(" ", 1)
     if kind:
         sketch = replace(SKETCHES[kind[0]], rows=tensors["numbers"])
-        backward = {"backward": "sketch", "sketch": sketch}
+        more |= {"backward": "sketch", "sketch": sketch}
     if name == "linear_logprobs":
-        out = kk.linear_logprobs(*head, bias=tensors["bias"], entropy=True, **backward)
+        out = kk.linear_logprobs(*head, bias=tensors["bias"], entropy=True, **more)
         assert out.entropy is not None
         return -(out.logprobs * tensors["advantages"] + out.entropy.square()).sum() / total
     options: dict[str, Any] = {
@@ -66,7 +74,7 @@ def loss_of(name: str, tensors: Tensors, ranks: int = 1) -> Tensor:
         "token_weights": tensors["token_weights"],
         "normalizer": total,
         "teacher": kk.TeacherHead(tensors["teacher_hidden"], tensors["teacher_weight"]),
-        **backward,
+        **more,
     }
     if name == "linear_token_loss":
         A = tensors["advantages"]
