@@ -157,9 +157,9 @@ def test_no_gradient_of_the_weight_exists(
     def recorded(module: Any, name: str) -> None:
         function = getattr(module, name)
 
-        def wrapper(*args: Any) -> Any:
+        def wrapper(*args: Any, **options: Any) -> Any:
             with made:
-                return function(*args)
+                return function(*args, **options)
 
         monkeypatch.setattr(module, name, wrapper)
 
