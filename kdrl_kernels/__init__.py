@@ -2,6 +2,7 @@
 
 from kdrl_kernels.adapter import LowRank
 from kdrl_kernels.api import kdrl_loss, linear_logprobs, linear_token_loss
+from kdrl_kernels.composite import composite_teacher
 from kdrl_kernels.head import TeacherHead
 from kdrl_kernels.metrics import mean_metrics
 from kdrl_kernels.objective import Objective
@@ -24,6 +25,7 @@ __all__ = [
     "Truncation",
     "__version__",
     "chunk_plan",
+    "composite_teacher",
     "kdrl_loss",
     "linear_logprobs",
     "linear_token_loss",

@@ -28,6 +28,8 @@ def _inputs() -> dict[str, Any]:
         "old_logprobs": randn(N) - 2,
         "t_hidden": randn(N, H + 1),
         "t_weight": randn(V + 2, H + 1),
+        "base_hidden": randn(N, H),
+        "base_weight": randn(V, H),
         "tokens_of_the_step": 2 * N,
         "ranks": 2,
     }
