@@ -79,6 +79,7 @@ OPS = (
     Op("GRPO, half at 0", policy=True, active=0.5),
     Op("GRPO, frozen head", policy=True, frozen_head=True),
     Op("cross entropy", cross_entropy=True),
+    Op("GRPO + top-64 reverse KL", policy=True, kd="topk_rkl", bar=1.2),
     Op("GRPO, head adapter", policy=True, frozen_head=True, adapter=True, bar=1.2),
 )
 OPS_BY_NAME = {op.name: op for op in OPS}

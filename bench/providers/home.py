@@ -112,7 +112,10 @@ PROVIDERS = (
     Provider(
         name=SKETCH,
         whole=_sketched,
-        refused={"logprob + entropy": "without a gradient there is nothing to sketch"},
+        refused={
+            "logprob + entropy": "without a gradient there is nothing to sketch",
+            "topk_rkl": "log-probabilities at K ids have no sketch",
+        },
     ),
     Provider(name="PyTorch, full logits", whole=_full_logits),
     Provider(name="PyTorch, compiled", whole=_full_logits_compiled),

@@ -237,6 +237,7 @@ def test_flop_of_the_operations() -> None:
         "GRPO, half at 0": 2,
         "GRPO, frozen head": 2,
         "cross entropy": 3,
+        "GRPO + top-64 reverse KL": 3,
         "GRPO, head adapter": 2,
     }
 
