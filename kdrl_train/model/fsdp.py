@@ -6,7 +6,8 @@ begins, so that the loss inside it sees the whole head. Weights are float32 wher
 them, and in the compute dtype where they compute; gradients are averaged over ranks in float32.
 
 With model.tensor_parallel the ranks form a mesh [data, tensor]. A unit is first split over the
-ranks of `tensor`, which are neighbours, and each part is then sharded over those of `data`.
+ranks of `tensor`, which are neighbours, and each part is then sharded over those of `data`. The
+loss then sees this rank's rows of the head.
 """
 
 import logging
@@ -69,6 +70,8 @@ def shard(
             split(modules, styles, tensor_mesh)
         fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload_policy)
     wrapped.device = device
+    if tensor_mesh is not None:
+        wrapped.vocab_group = tensor_mesh.get_group()
     register_fsdp_forward_method(wrapped, "call")
 
 

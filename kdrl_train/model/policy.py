@@ -5,14 +5,17 @@ has just gathered it, and no [T, V] logits exist. T fed tokens, N loss tokens, H
 V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from inspect import signature
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import kdrl_kernels as kk
 from kdrl_train.method.config import MethodConfig
@@ -66,6 +69,8 @@ class HeadedModel(nn.Module):
         self.device: torch.device = model.device
         """Where it computes; before it is sharded, and where FSDP2 offloads it, its weights are
         elsewhere."""
+        self.vocab_group: dist.ProcessGroup | None = None
+        """The ranks over which the rows of the LM head are split, a DTensor; None: it is whole."""
         self.choice: attention.Choice = getattr(model, CHOICE, attention.Choice())
         """How the sequences of a pack are computed; load_model chooses."""
         self._arguments = frozenset(signature(type(backbone(model)).forward).parameters)
@@ -253,12 +258,18 @@ class Policy(HeadedModel):
         """Compute the loss of the tokens of a pack; a subclass may compute another one.
 
         Args:
-            hidden, weight, bias: [N, H], [V, H] and [V] or None, in the compute dtype.
+            hidden, weight, bias: [N, H], [V, H] and [V] or None, in the compute dtype; under tensor
+                parallelism weight and bias are DTensors.
             The rest: as forward.
         """
         distil, sketch = goal.kd is not None, self.sketch
         if sketch is not None:  # the same numbers however completions are packed
             sketch = replace(sketch, rows=batch.token_numbers)
+        # a sketch and the reference need the whole head: kk.kdrl_loss gathers it
+        group = self.vocab_group if sketch is None and self.head_impl != "reference" else None
+        if group is not None:
+            teacher = None if teacher is None else teacher_rows(teacher, len(weight), group.size())
+            weight, bias = local(weight), local(bias)
         return kk.kdrl_loss(
             hidden,
             weight,
@@ -280,7 +291,31 @@ class Policy(HeadedModel):
             backward="exact" if sketch is None else "sketch",
             sketch=sketch,
             impl=self.head_impl,
+            vocab_group=group,
         )
+
+
+def teacher_rows(teacher: kk.TeacherHead, columns: int, ranks: int) -> kk.TeacherHead:
+    """Return a teacher with this rank's rows of its head, which were split over `ranks` ranks.
+
+    It stays whole where they are not those of a policy with so many columns, but for padding at the
+    end: then kk.kdrl_loss gathers it.
+    """
+    ours, theirs = (math.ceil(rows / ranks) for rows in (columns, len(teacher.weight)))
+    if ours != theirs:
+        return teacher
+    return replace(teacher, weight=local(teacher.weight), bias=local(teacher.bias))
+
+
+@overload
+def local(tensor: Tensor) -> Tensor: ...
+@overload
+def local(tensor: None) -> None: ...
+@overload
+def local(tensor: Tensor | None) -> Tensor | None: ...
+def local(tensor: Tensor | None) -> Tensor | None:
+    """Return this rank's part of a DTensor, differentiable; another tensor unchanged."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def token_sums(out: kk.LossOutput, batch: PackedBatch) -> dict[str, Tensor]:

@@ -42,9 +42,12 @@ def train_ranks(
     return on_processes(ranks, partial(_train, config, sabotage))
 
 
-def on_ranks(ranks: int, call: Callable[[World], Any]) -> list[Any]:
-    """Call call(world) on every rank and return its results, or the errors it raised."""
-    return on_processes(ranks, partial(_connected, call))
+def on_ranks(ranks: int, call: Callable[[World], Any], tensor: int = 1) -> list[Any]:
+    """Call call(world) on every rank and return its results, or the errors it raised.
+
+    tensor: world.tensor.
+    """
+    return on_processes(ranks, partial(_connected, call, tensor))
 
 
 def on_processes(ranks: int, call: Callable[[int], Any]) -> list[Any]:
@@ -186,9 +189,9 @@ def _train(config: TrainConfig, sabotage: Callable[[int], None] | None, rank: in
     return out.getvalue()
 
 
-def _connected(call: Callable[[World], Any], _rank: int) -> Any:
+def _connected(call: Callable[[World], Any], tensor: int, _rank: int) -> Any:
     try:
-        with connect(torch.device("cpu")) as world:
+        with connect(torch.device("cpu"), tensor=tensor) as world:
             return call(world)
     except Exception as error:
         return error

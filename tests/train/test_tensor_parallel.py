@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kdrl_train.config import LogConfig, OptimConfig, TrainConfig
+from kdrl_train.start import preflight
+from tests.train.ranks import on_processes
 from tests.train.test_two_ranks import (
     ONE_SEQUENCE_PER_PACK,
     alone,
@@ -30,9 +33,9 @@ def split_config(
 
     def make(family: str, tied: bool, out: str = "run", **fields: Any) -> TrainConfig:
         models = {
-            # 261 rows: more than the teacher, and another number on each rank
+            # 261 rows, of the teacher's 262: another number on each rank
             "policy": (family, {"seed": 5, "tie_word_embeddings": tied, "vocab_size": 261} | HEADS),
-            "teacher": ("qwen3", {"seed": 6, "hidden": 48, **HEADS}),
+            "teacher": ("qwen3", {"seed": 6, "hidden": 48, "vocab_size": 262} | HEADS),
         }
         for name, (kind, settings) in models.items():
             if not (tmp_path / name).exists():
@@ -66,6 +69,16 @@ def test_split_ranks_learn_what_one_process_learns(
     saved = AutoModelForCausalLM.from_pretrained(parts.out / "model")
     for name, weight in saved.named_parameters():
         assert (weight - after[name]).abs().mean() < 1e-6, name  # of steps of 1e-3
+
+
+def run_check(settings: TrainConfig, _rank: int) -> int:
+    return preflight.main(settings)
+
+
+@pytest.mark.slow
+def test_check_reads_with_split_models(split_config: Config) -> None:
+    settings = split(split_config("qwen3", True))
+    assert on_processes(4, partial(run_check, settings)) == [0] * 4
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -107,6 +107,12 @@ class PlanConfig(TrainConfig):
                 "other engines take is not modelled; `check` estimates a vllm_server run's memory"
             )
 
+        if self.model.tensor_parallel > 1:
+            raise ValueError(
+                "model.tensor_parallel must be 1 to be planned, got "
+                f"{self.model.tensor_parallel}: what split layers take is not modelled"
+            )
+
     def _check_means(self) -> None:
         """Refuse a mean length above the longest length."""
         longest = {

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +13,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing import assert_close
 
+import kdrl_kernels as kk
 from kdrl_train.config import ModelConfig, TrainConfig
+from kdrl_train.method.config import MethodConfig, ScheduleConfig
+from kdrl_train.model import fsdp
+from kdrl_train.model import policy as policy_module
+from kdrl_train.model.policy import Policy, Teacher
 from kdrl_train.model.tensor_parallel import split, styles_of
 from kdrl_train.ranks import World
 from tests.families import FAMILIES, make
+from tests.train.model.test_policy import batches
 from tests.train.ranks import on_ranks, train_ranks
 
 Config = Callable[..., TrainConfig]
@@ -105,6 +112,66 @@ def frozen(_world: World) -> bool:
 
 def test_frozen_weights_stay_frozen() -> None:
     assert on_ranks(2, frozen) == [True, True]
+
+
+def policy_pass(
+    family: str, teacher_rows: int, impl: str | None, world: World | None
+) -> tuple[dict[str, Tensor], list[int]]:
+    """Return loss, log-probabilities and gradients of a policy with 261 rows, 258 of them used,
+    beside a teacher; and the rows of both heads that the loss takes."""
+    method = MethodConfig(kd="rkl", kd_coef=ScheduleConfig(initial=0.5, final=0.5))
+    settings = {"tie_word_embeddings": False}
+    student = make(family, vocab_size=261, **settings)
+    if student.lm_head.bias is not None:
+        torch.nn.init.normal_(student.lm_head.bias, generator=torch.Generator().manual_seed(0))
+    policy = Policy(student, method, vocab_size=258, head_impl=impl)
+    teacher = Teacher(make("llama", vocab_size=teacher_rows, **settings))
+    if world is not None:
+        for wrapped in (teacher, policy):
+            fsdp.shard(wrapped, torch.device("cpu"), world)
+    rows: list[int] = []
+
+    def recorded(hidden: Tensor, weight: Tensor, *arguments: Any, **options: Any) -> kk.LossOutput:
+        rows.extend([len(weight), len(options["teacher"].weight)])
+        return kk.kdrl_loss(hidden, weight, *arguments, **options)
+
+    (batch,) = batches()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy_module, "kk", SimpleNamespace(**vars(kk) | {"kdrl_loss": recorded}))
+        out = policy(batch, batch.token_weights.sum(), teacher(batch))
+    out.loss.backward()
+    grads = {name: fsdp.full(p.grad) for name, p in policy.named_parameters()}
+    return {"loss": out.loss.detach(), "logprobs": out.logprobs} | grads, rows
+
+
+def policy_errors(
+    family: str, teacher_rows: int, impl: str | None, world: World
+) -> tuple[dict[str, float], list[int]]:
+    """Return the differences between one process and the ranks, as `worst`, and the rows."""
+    exact, _ = policy_pass(family, teacher_rows, impl, None)
+    ours, rows = policy_pass(family, teacher_rows, impl, world)
+    return {
+        name: ((ours[name] - x).abs().max() / x.abs().max().clamp(min=1e-4)).item()
+        for name, x in exact.items()
+    }, rows
+
+
+@pytest.mark.parametrize(
+    ("family", "teacher_rows", "impl", "rows"),
+    [
+        ("phi", 262, None, [[131, 131], [130, 131]]),  # a head with a bias
+        ("gemma2", 258, None, [[131, 258], [130, 258]]),  # capped; 129 rows of the teacher a rank
+        pytest.param("granite", 258, "reference", [[261, 258]] * 2, marks=pytest.mark.slow),
+    ],
+)
+def test_the_head_s_rows_stay_on_their_ranks(
+    family: str, teacher_rows: int, impl: str | None, rows: list[list[int]]
+) -> None:
+    results = on_ranks(2, partial(policy_errors, family, teacher_rows, impl), tensor=2)
+    for (errors, read), expected in zip(results, rows, strict=True):
+        assert read == expected
+        assert len(errors) > 10
+        assert max(errors.values()) < 1e-4, {k: e for k, e in errors.items() if e >= 1e-4}
 
 
 def message(model: Any, ranks: int = 2) -> str:

@@ -103,6 +103,7 @@ def test_causes_are_the_largest_terms_that_exceed(models: dict[str, str]) -> Non
         ({"prompt-tokens": "1025"}, "must be at most data.max_prompt_tokens = 1024, got 1025"),
         ({"prompt-tokens": "0"}, "prompt_tokens must be at least 1, got 0"),
         ({"optim.head-impl": "reference"}, "optim.head_impl must not be reference"),
+        ({"model.tensor-parallel": "2"}, "model.tensor_parallel must be 1 to be planned, got 2"),
         ({"optim.workspace-bytes": "1000"}, "workspace_bytes must be at least"),
         ({"model.policy": ""}, "model.policy must name a folder or hub id, got nothing"),
         ({"model.policy": "/nowhere"}, "model.policy must be a folder with the config.json"),
