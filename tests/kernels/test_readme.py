@@ -3,10 +3,12 @@
 import re
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import kdrl_kernels as kk
 
@@ -32,7 +34,18 @@ def _inputs() -> dict[str, Any]:
         "base_weight": randn(V, H),
         "tokens_of_the_step": 2 * N,
         "ranks": 2,
+        "model": SimpleNamespace(lm_head=_lora_linear()),
     }
+
+
+def _lora_linear() -> nn.Module:
+    """Return a layer with the names of peft.tuners.lora.Linear, its base frozen, its B not 0."""
+    layer = nn.Module()
+    layer.base_layer = nn.Linear(H, V, bias=False).requires_grad_(False)
+    layer.lora_A = nn.ModuleDict({"default": nn.Linear(H, 2, bias=False)})
+    layer.lora_B = nn.ModuleDict({"default": nn.Linear(2, V, bias=False)})
+    layer.scaling = {"default": 1.5}
+    return layer
 
 
 def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,6 +67,13 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     ).loss
     ours = kk.linear_token_loss(inputs["hidden"], weight, inputs["tokens"], cispo).loss
     torch.testing.assert_close(ours, loss)
+    lora = names["lora"]
+    A, B = lora.lora_A["default"], lora.lora_B["default"]
+    assert A.weight.grad.abs().max() > 0
+    assert B.weight.grad.abs().max() > 0
+    z = lora.base_layer(inputs["hidden"]) + 1.5 * B(A(inputs["hidden"]))
+    expected = z.log_softmax(-1).gather(1, inputs["tokens"][:, None]).squeeze(1)
+    torch.testing.assert_close(names["adapted"].logprobs, expected.detach())
     assert "16,384 tokens" in capsys.readouterr().out
 
 
