@@ -4,7 +4,7 @@ Forward keeps two numbers a row, and backward projects each chunk again (4u in a
 FLOP), except the first chunks, whose logits may be kept (3u for those).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,10 @@ class Scores:
     """[N, K] int64, the ids of extra_logprobs where call.topk chose them."""
 
 
+OF_ROWS = ("logprobs", "max", "log_sum", "entropy", "extra_logprobs", "rest_logprob", "topk_tokens")
+"""The fields of Scores that hold a value or more of each row."""
+
+
 @dataclass(frozen=True, slots=True)
 class BackwardCall:
     """Holds what the backward pass reads."""
@@ -65,6 +69,26 @@ class BackwardCall:
         assert extra is not None
         rest = None if rest is None or not self.forward.rest else rest[rows]
         return IdStats(columns[rows], extra[rows], rest=rest)
+
+    def select(self, rows: Tensor) -> "BackwardCall":
+        """Return the backward pass of some rows, none of which kept its logits."""
+        call, scores = self.forward, self.scores
+
+        def cut(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[rows]
+
+        numbers: dict[str, Any] = {name: cut(getattr(scores, name)) for name in OF_ROWS}
+        return BackwardCall(
+            replace(
+                call,
+                head=call.head.select(rows),
+                tokens=call.tokens[rows],
+                extra_tokens=cut(call.extra_tokens),
+            ),
+            replace(scores, **numbers),
+            self.grad_logprobs[rows],
+            *(cut(grad) for grad in (self.grad_entropy, self.grad_extra, self.grad_rest)),
+        )
 
     def coefficients(self, rows: slice, at_ids: IdStats | None) -> Coefficients:
         """Return the derivatives of the later loss of some rows."""

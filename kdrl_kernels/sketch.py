@@ -18,6 +18,8 @@ from kdrl_kernels.token_rows import Coefficients
 
 COLUMNS_PER_ENTRY = {"cpu": 64, "cuda": 192}
 """Columns of a row of both GEMMs that cost what one entry does: its choice and both products."""
+LEAST = 2.0**-30
+"""No threshold is below: Triton counts whole numbers up to 1 / threshold in 31 bits."""
 GOLDEN = -0x61C8864680B583EB
 """2^64 / golden ratio, as a signed integer: what splitmix64 adds for each number."""
 
@@ -86,10 +88,15 @@ class Sketch:
         assert isinstance(self.rows, Tensor)
         return replace(self, rows=take(self.rows, rows))
 
-    def grid(self, rows: RowSet, V: int, coef: Coefficients | None) -> Grid:
+    def grid(
+        self, rows: RowSet, V: int, coef: Coefficients | None, rest: Tensor | None = None
+    ) -> Grid:
         """Return thresholds and random numbers of some rows of a call; rows is [N] here.
 
         coef: derivatives of these rows; None where they are not known yet.
+        rest: log-probability of the columns that are no ids, whose gradient is divided by that
+            probability: the threshold is relative to it, so that as many entries are kept as of a
+            whole row. None: no loss reads it.
         """
         assert isinstance(self.rows, Tensor)
         uniforms = uniform(self.seed, take(self.rows, rows))
@@ -99,6 +106,10 @@ class Sketch:
             largest = coef.sizes().double()
             thresholds *= (self.scale / largest).clamp(min=1)  # NaN stays NaN
             thresholds.masked_fill_(largest == 0, math.inf)
+        if rest is not None:
+            finite = rest > -math.inf if coef is None or coef.rest is None else coef.rest != 0
+            share = torch.where(finite, rest, 0).double().exp()
+            thresholds = (thresholds * share).clamp(min=LEAST)
         return Grid(thresholds, uniforms, self.threshold, most_blocks)
 
 

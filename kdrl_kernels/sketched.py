@@ -14,14 +14,16 @@ from kdrl_kernels import flat_rows, logprobs, one_pass
 from kdrl_kernels import rows as row_work
 from kdrl_kernels.autocast import without_autocast
 from kdrl_kernels.call import LogprobCall, LossCall, RowOutputs, RowSet, take
-from kdrl_kernels.checks import bad_tokens, poison
+from kdrl_kernels.checks import bad_ids, bad_tokens, poison
 from kdrl_kernels.flat_rows import FlatRows
 from kdrl_kernels.gradients import Gradients, scaled_
 from kdrl_kernels.head import Needs, StudentHead, Sums, gradient_dtypes, in_one_dtype
 from kdrl_kernels.plan import accumulator
 from kdrl_kernels.rows.entries import Entries
+from kdrl_kernels.rows.ids import IdStats, normalizer_factor, rest_factor
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
 from kdrl_kernels.sketch import Sketch
+from kdrl_kernels.sketched_ids import add_at, places, with_ids, without_hits
 from kdrl_kernels.sparse_rows import SparseRows, row_of_each, row_sums
 from kdrl_kernels.token_rows import Coefficients
 
@@ -39,6 +41,8 @@ class Lists:
         self.flat = FlatRows()
         self.flat_indices: list[Tensor] = []
         """The indices of the flat rows of each chunk."""
+        self.places: list[Tensor] = []
+        """The entry of each id, [C, K] of each chunk, in the list of all; -1: none."""
 
     def take(
         self,
@@ -50,13 +54,19 @@ class Lists:
     ) -> Tensor:
         """Sketch the gradient of a chunk; return the number of rows that have one, 0-d."""
         student, teacher = streams
-        grid = self.sketch.grid(rows, call.vocab_size, coef)
+        V, ids = call.vocab_size, stats.at_ids
+        grid = self.sketch.grid(rows, V, coef, rest_of(ids, coef))
         teacher = None if coef.kl is None else teacher
         work, used_or_flat = row_work.load_sketch(call.impl), coef.used()
         entries, flat = work.sketch(student, stats, coef, grid, teacher)
         used = used_or_flat & ~flat
+        if ids is not None:
+            entries = with_ids(entries, ids, used, without_hits(stats, coef, teacher), V)
         merged, offsets = with_tokens(entries, take(call.tokens, rows), stats, used)
         first = offsets[:-1][used]
+        if ids is not None and coef.extra is not None:
+            add_at(merged.value, places(merged, ids, used, V), coef.extra)
+            merged.value[first] = 0  # a token may be an id; its entry is what the others leave
         # 0 · log_sum: a row that is not finite has no entries, and must not pass for one
         total = 0 * (stats.log_sum + coef.logprobs) if coef.lse is None else coef.lse
         merged.value[first] = (total - row_sums(merged.value, offsets))[used]
@@ -76,10 +86,17 @@ class Lists:
         self, impl: str, student: Stream, tokens: Tensor, stats: Stats, rows: RowSet
     ) -> None:
         """Sketch p of a chunk, for a loss that is not known yet."""
-        grid = self.sketch.grid(rows, student.logits.shape[1], None)
+        V, ids = student.logits.shape[1], stats.at_ids
+        grid = self.sketch.grid(rows, V, None, rest_of(ids))
         coef = Coefficients(torch.full_like(stats.logprobs, -1))  # dL/dz = p
         entries, flat = row_work.load_sketch(impl).sketch(student, stats, coef, grid)
+        if ids is not None:
+            entries = with_ids(entries, ids, ~flat, ids.logprobs.exp(), V)
         merged, offsets = with_tokens(entries, tokens, stats, ~flat)
+        if ids is not None:
+            place = places(merged, ids, ~flat, V)
+            before = sum(len(columns) for columns, *_ in self.parts)
+            self.places.append(torch.where(place < 0, -1, place + before))
         self.flat_indices.append(indices(rows, flat))
         self.counts.append(offsets.diff())
         values = merged.value, merged.logp, slopes(student, stats, merged)
@@ -115,6 +132,11 @@ def indices(rows: RowSet, where: Tensor) -> Tensor:
     """Return the indices in the call of a chunk's rows where a [C] bool is true."""
     place = where.nonzero().squeeze(1)
     return place + rows.start if isinstance(rows, slice) else rows[place]
+
+
+def rest_of(ids: IdStats | None, coef: Coefficients | None = None) -> Tensor | None:
+    """Return the log-probability of the rest of each row, where a loss may read it."""
+    return None if ids is None or (coef is not None and coef.rest is None) else ids.rest
 
 
 def with_tokens(
@@ -264,52 +286,78 @@ class _Logprobs(torch.autograd.Function):
         bias: Tensor | None,
         call: LogprobCall,
         sketch: Sketch,
-    ) -> tuple[Tensor, Tensor | None]:
-        lists = Lists(sketch)
+    ) -> tuple[Tensor | None, ...]:
+        lists, V = Lists(sketch), len(call.head.weight)
         with without_autocast(hidden.device):
             scores = logprobs.score(call, lists)
             tensors = lists.joined(slice(None), len(call.tokens))
-            bad = bad_tokens(call.tokens, len(call.head.weight), "V")
+            bad = bad_tokens(call.tokens, V, "V") + bad_ids(call.extra_tokens, V, "V")
             log_sum = poison(scores.log_sum, bad)
         ctx.constants = call.head.temperature, call.head.softcap, call.truncation
-        ctx.settings = call.needs, call.impl, call.max_rows, call.entropy
+        ctx.settings = call.needs, call.impl, call.max_rows, call.entropy, call.rest
+        ids = call.extra_tokens if scores.topk_tokens is None else scores.topk_tokens
+        place = torch.cat(lists.places) if lists.places else None
         stats = scores.logprobs, scores.max, log_sum, scores.entropy
-        rows = call.tokens, torch.cat(lists.flat_indices)
+        at_ids = scores.extra_logprobs, scores.rest_logprob
+        rows = call.tokens, torch.cat(lists.flat_indices), ids, place
         head = hidden, weight, bias, call.head.constant
-        ctx.save_for_backward(*head, *rows, *stats, *tensors)
+        ctx.save_for_backward(*head, *rows, *stats, *at_ids, *tensors)
         ctx.set_materialize_grads(False)
-        return scores.logprobs, scores.entropy
+        if scores.topk_tokens is not None:
+            ctx.mark_non_differentiable(scores.topk_tokens)
+        return scores.logprobs, scores.entropy, *at_ids, scores.topk_tokens
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> tuple[Any, ...]:
-        hidden, weight, bias, constant, tokens, flat, *tensors = ctx.saved_tensors
-        lp, top, log_sum, entropy, offsets, columns, p, logp, *slope = tensors
-        if grad is None and grad_entropy is None:
+    def backward(ctx: Any, grad: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
+        others = grads[:3]  # of entropy, extra_logprobs and rest_logprob
+        if grad is None and all(other is None for other in others):
             return (None,) * 5
-        rows = row_of_each(offsets, len(columns))
-        grad = torch.zeros_like(log_sum) if grad is None else grad
-        factor = grad[rows]
-        if grad_entropy is not None:
-            factor = factor + grad_entropy[rows] * (logp + entropy[rows])
-        values = -factor * p
-        used = offsets.diff() > 0  # flat rows have no entries
-        # 0 · log_sum: a row that is not finite has no entries, and must not pass for one
-        values[offsets[:-1][used]] = (0 * log_sum - row_sums(values, offsets))[used]
-        sparse = SparseRows(offsets, columns, values * slope[0] if slope else values)
+        hidden, weight, bias, constant, tokens, flat, ids, place, *tensors = ctx.saved_tensors
+        lp, top, log_sum, entropy, extra, rest, offsets, columns, p, logp, *slope = tensors
         temperature, softcap, truncation = ctx.constants
         head = StudentHead(hidden, weight, bias, temperature, softcap, constant)
-        needs, impl, max_rows, wants = ctx.settings
+        needs, impl, max_rows, *wants = ctx.settings
+        options = impl, max_rows, 0, needs, truncation, ids, wants[1]
+        call, cache = LogprobCall(head, tokens, wants[0], *options), hidden.new_empty(0, 0)
+        scores = logprobs.Scores(lp, top, log_sum, entropy, extra, rest, cache)
+        grad = torch.zeros_like(log_sum) if grad is None else grad
+        backward = logprobs.BackwardCall(call, scores, grad, *others)
+        values = entry_values(backward, offsets, p, logp, place)
+        sparse = SparseRows(offsets, columns, values * slope[0] if slope else values)
         if len(flat) == 0:
             return *products(sparse, head, needs, impl), None, None
-        flat_head = head.select(flat)
-        call = LogprobCall(flat_head, tokens[flat], wants, impl, max_rows, 0, needs, truncation)
-        entropy, cache = None if entropy is None else entropy[flat], hidden.new_empty(0, 0)
-        scores = logprobs.Scores(lp[flat], top[flat], log_sum[flat], entropy, None, None, cache)
-        grad_entropy = None if grad_entropy is None else grad_entropy[flat]
-        exact = logprobs.BackwardCall(call, scores, grad[flat], grad_entropy)
         with torch.no_grad(), without_autocast(hidden.device):
-            sums = with_exact_rows(sparse, head, exact, flat)
+            sums = with_exact_rows(sparse, head, backward.select(flat), flat)
         return *once(sums, head), None, None
+
+
+def entry_values(
+    backward: logprobs.BackwardCall, offsets: Tensor, p: Tensor, logp: Tensor, place: Tensor | None
+) -> Tensor:
+    """Return dL/dz of all entries: of those kept by chance divided by it, as p is; [E].
+
+    offsets: as in SparseRows. place: [N, K], the entry of each id, or None.
+    """
+    scores, all_rows = backward.scores, slice(0, len(backward.scores.logprobs))
+    ids = backward.at_ids(backward.forward.extra_tokens, all_rows)
+    coef = backward.coefficients(all_rows, ids)
+    rows, of_row = row_of_each(offsets, len(p)), normalizer_factor(coef)
+    factor = of_row[rows]
+    if coef.rest is not None and place is not None:
+        at_ids = place[place >= 0]
+        others = (of_row - rest_factor(coef, ids))[rows]
+        factor = others.index_copy(0, at_ids, factor[at_ids])
+    if coef.entropy is not None and scores.entropy is not None:
+        factor = factor + coef.entropy[rows] * (logp + scores.entropy[rows])
+    values = -factor * p
+    used = offsets.diff() > 0  # flat rows have no entries
+    first = offsets[:-1][used]
+    if coef.extra is not None and place is not None:
+        add_at(values, place, coef.extra)
+        values[first] = 0  # as in Lists.take
+    # 0 · log_sum: a row that is not finite has no entries, and must not pass for one
+    values[first] = (0 * scores.log_sum - row_sums(values, offsets))[used]
+    return values
 
 
 def with_exact_rows(
@@ -328,7 +376,9 @@ def with_exact_rows(
 
 
 @torch.compiler.disable(reason="the number of entries of a sketch depends on the values")
-def linear_logprobs(call: LogprobCall, sketch: Sketch) -> tuple[Tensor, Tensor | None]:
-    """Return logprobs [N] and entropy [N] or None, differentiable once; sketch has N rows."""
+def linear_logprobs(call: LogprobCall, sketch: Sketch) -> RowOutputs:
+    """Return the outputs of each row, differentiable once; sketch has N rows."""
     head = call.head
-    return _Logprobs.apply(head.hidden, head.weight, head.bias, call, sketch)
+    outputs = _Logprobs.apply(head.hidden, head.weight, head.bias, call, sketch)
+    names = ("logprobs", "entropy", "extra_logprobs", "rest_logprob", "topk_tokens")
+    return RowOutputs(**dict(zip(names, outputs, strict=True)))

@@ -26,8 +26,6 @@ def solved(
     call: LossCall, sketch: Sketch | None, solve: Callable[[LossCall], Solved]
 ) -> tuple[*Solved, dict[str, Tensor]]:
     """Return what solve(call) does, by a sketch where there is one, and metrics of the sketch."""
-    if sketch is not None and call.extra_tokens is not None:
-        raise ValueError('extra_tokens must be None with backward="sketch", got K ids: use "exact"')
     if sketch is None or not any(call.needs) or not has_values(call.tokens):
         return *solve(call), {}
     return sketched.loss(call, sketch)

@@ -119,9 +119,6 @@ def linear_logprobs(
     sketch = checks.check_sketch(backward, sketch, impl, head)
     K = checks.check_topk_size(topk, extra_tokens, head)
     ids = checks.check_extra_tokens(extra_tokens, rest and K == 0, head)
-    if sketch is not None and (ids is not None or K):
-        name = "topk" if K else "extra_tokens"
-        raise ValueError(f'{name} must be None with backward="sketch", got K ids: use "exact"')
     used, N = checks.row_tensor("mask", mask, head, mask=True), len(tokens)
     used = used if has_values(tokens) else None
     active = slice(0, N) if used is None else used.nonzero().squeeze(1)
@@ -143,7 +140,7 @@ def linear_logprobs(
             cached = logprobs.cached_rows(*sizes)
         call = replace(call, max_rows=rows, cached=cached)
         if sketch is not None and any(needs) and has_values(tokens):
-            outputs = RowOutputs(*sketched.linear_logprobs(call, sketch))
+            outputs = sketched.linear_logprobs(call, sketch)
         elif isinstance(vocab_group, VocabRanks):
             outputs = RowOutputs(*vocab_group.logprobs(call))
         else:

@@ -80,13 +80,14 @@ def entries(
     row: Tensor,
     column: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Return dL/dz of single columns [E], without the term of the sampled token, and log p.
+    """Return dL/dz of single columns [E] that are no token or id, and log p.
 
     The streams are as the sweep left them.
     """
     e = flat(student)[row * student.logits.stride(0) + column][:, None]
     d, e = (e, e.exp()) if keeps_d(student, stats) else (e.log(), e)
     scale, teacher_scale, entropy_scale = _scales(stats, coef, teacher)
+    scale = _rest_scale(scale, stats, coef)
     dz = e * scale[row, None]
     if entropy_scale is not None:
         dz += torch.xlogy(e, e).mul_(entropy_scale[row, None])

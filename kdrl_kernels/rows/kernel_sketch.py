@@ -99,7 +99,8 @@ def sketch(
     """Return the entries of dL/dz that are kept, and flat rows. Waits once for their number."""
     tile = tile or tile_of(SKETCH, student, teacher)
     C, V = student.logits.shape
-    slots = min(V, int(1 / grid.least) + 2)
+    K = 0 if stats.at_ids is None else stats.at_ids.columns.shape[1]
+    slots = min(V, int(1 / grid.least) + 2 + K)
     columns = torch.empty(C, slots, dtype=torch.int32, device=stats.max.device)
     entries = torch.empty(3, C, slots, dtype=torch.float32, device=stats.max.device)
     counts = torch.empty(C, dtype=torch.int32, device=stats.max.device)
