@@ -112,10 +112,7 @@ PROVIDERS = (
     Provider(
         name=SKETCH,
         whole=_sketched,
-        refused={
-            "logprob + entropy": "without a gradient there is nothing to sketch",
-            "topk_rkl": "log-probabilities at K ids have no sketch",
-        },
+        refused={"logprob + entropy": "without a gradient there is nothing to sketch"},
     ),
     Provider(name="PyTorch, full logits", whole=_full_logits),
     Provider(name="PyTorch, compiled", whole=_full_logits_compiled),
