@@ -41,9 +41,11 @@ def _best_of(logits: Tensor, K: int) -> Tensor:
             maxima = torch.cat([maxima, last], dim=1)
         within = torch.arange(size, device=logits.device)
         columns = (_largest(maxima, K)[:, :, None] * size + within).flatten(1)
-        values = logits.gather(1, columns.clamp(max=V - 1)).masked_fill_(columns >= V, -math.inf)
+        beyond = columns >= V
+        columns.clamp_(max=V - 1)  # so that a row of NaN too names columns that exist
+        values = logits.gather(1, columns).masked_fill_(beyond, -math.inf)
         columns = columns.gather(1, _largest(values, K))
-    values = logits.gather(1, columns.clamp(max=V - 1))
+    values = logits.gather(1, columns)
     order = values.sort(dim=1, descending=True, stable=True).indices
     return columns.masked_fill(values == -math.inf, -1).gather(1, order)
 

@@ -40,6 +40,14 @@ def test_blocks_of_rows_do_not_matter() -> None:
     assert torch.equal(best_columns(logits, 5), _sorted(logits, 5))
 
 
+@pytest.mark.parametrize("V", [37, 1001])
+def test_a_row_of_nan_names_columns_that_exist(V: int) -> None:
+    """On a GPU a column out of range would read other memory."""
+    columns = best_columns(torch.full((2, V), math.nan), 20)
+    assert columns.min() >= -1
+    assert columns.max() < V
+
+
 def _inputs(V: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     rng = torch.Generator().manual_seed(V)
     hidden, weight = torch.randn(N, H, generator=rng), torch.randn(V, H, generator=rng)
@@ -166,6 +174,18 @@ def test_the_students_support(impl: str, device: str) -> None:
     exact = (logp.exp() * (logp - logq)).sum(1)
     assert (out.kl <= exact).all()
     assert (out.kl > 0.8 * exact).all()
+
+
+def test_nothing_waits_for_the_device() -> None:
+    """Meta tensors have no values: whatever reads one raises."""
+    hidden, weight, tokens = (x.to("meta") for x in _inputs(1000))
+    for cache_bytes in (0, 1 << 20):
+        options = {"topk": 4, "rest": True, "cache_bytes": cache_bytes, "impl": "torch"}
+        out = kk.linear_logprobs(hidden.requires_grad_(), weight, tokens, **options)
+        (out.topk_logprobs.sum() + out.rest_logprob.sum()).backward()
+        assert out.topk_tokens.dtype == torch.int64
+        assert out.topk_tokens.shape == out.topk_logprobs.shape == (N, 4)
+    assert hidden.grad.is_meta
 
 
 ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
