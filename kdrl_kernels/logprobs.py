@@ -134,7 +134,8 @@ def score(call: LogprobCall, collector: Any = None, shard: VocabShard | None = N
         stream = buffers.project(head, rows, out=kept)
         truncate_(stream.logits, tokens[rows], stream.temperature, call.truncation)
         if call.topk:
-            best.append(best_columns(stream.logits, call.topk))
+            best_of = best_columns if shard is None else shard.best_columns
+            best.append(best_of(stream.logits, call.topk))
         options = {}
         if call.has_ids:
             options = {"ids": best[-1] if ids is None else ids[rows], "rest": call.rest}

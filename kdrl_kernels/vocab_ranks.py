@@ -34,6 +34,8 @@ OF_A_RANK = {"weight", "bias", "constant", "vocab_size", "max_rows", "cached", "
 """Fields of a call, its heads and its loss that may differ between ranks."""
 COLUMNS = ("valid", "N", "active", "options", "rows", "teacher_rows", "vocab_size", "max_rows")
 """What each rank tells the others at the beginning of a call."""
+OUTPUTS = ("logprobs", "entropy", "extra_logprobs", "rest_logprob", "topk_tokens")
+"""What linear_logprobs returns of each row."""
 
 
 def takes_vocab_group(function: Callable[P, R]) -> Callable[P, R]:
@@ -84,15 +86,15 @@ class VocabRanks:
         call, shard = self._agree(call, call.student, call.teacher)
         return token_loss(call, shard)
 
-    def logprobs(self, call: LogprobCall) -> tuple[Tensor, Tensor | None]:
-        """Return logprobs [N] and entropy [N] or None, differentiable once in the head's tensors.
+    def logprobs(self, call: LogprobCall) -> RowOutputs:
+        """Return the outputs of each row, differentiable once in the head's tensors.
 
         All ranks must run the backward pass.
         """
         call, shard = self._agree(call, call.head, None)
         head = call.head
-        lp, entropy = _Logprobs.apply(head.hidden, head.weight, head.bias, call, shard)
-        return lp, entropy
+        values = _Logprobs.apply(head.hidden, head.weight, head.bias, call, shard)
+        return RowOutputs(**dict(zip(OUTPUTS, values, strict=True)))
 
     def tell(self, values: dict[str, int]) -> list[dict[str, int]]:
         """Return what each rank tells; 0 stands for what is not told."""
@@ -152,10 +154,6 @@ def _refuse(call: LossCall | LogprobCall) -> None:
             f"truncation must be None with a vocab_group, got {call.truncation}: its bounds are "
             "those of the whole vocabulary"
         )
-    for name in ("extra_tokens", "topk"):
-        value = getattr(call, name, None)
-        if value is not None and not (name == "topk" and value == 0):
-            raise ValueError(f"{name} must be None with a vocab_group, got K ids")
     if not has_values(call.tokens):
         raise ValueError("tokens must have values with a vocab_group, got a tensor without")
 
@@ -241,27 +239,30 @@ class _Logprobs(torch.autograd.Function):
         bias: Tensor | None,
         call: LogprobCall,
         shard: VocabShard,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, ...]:
         with without_autocast(hidden.device):
             scores = logprobs.score(call, shard=shard)
         values = (getattr(scores, field.name) for field in fields(Scores))
-        ctx.save_for_backward(hidden, weight, bias, call.tokens, *values)
+        ctx.save_for_backward(hidden, weight, bias, call.tokens, call.extra_tokens, *values)
         ctx.call, ctx.shard = call, shard
         ctx.set_materialize_grads(False)
-        return scores.logprobs, scores.entropy
+        if scores.topk_tokens is not None:
+            ctx.mark_non_differentiable(scores.topk_tokens)
+        return tuple(getattr(scores, name) for name in OUTPUTS)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> tuple[Any, ...]:
-        hidden, weight, bias, tokens, *values = ctx.saved_tensors
-        scores = Scores(*values)
-        if grad is None and grad_entropy is None:
+    def backward(ctx: Any, grad: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
+        hidden, weight, bias, tokens, ids, *values = ctx.saved_tensors
+        scores, others = Scores(*values), grads[:3]
+        if grad is None and all(other is None for other in others):
             return (None,) * 5
         grad = torch.zeros_like(scores.logprobs) if grad is None else grad
         head = replace(ctx.call.head, hidden=hidden, weight=weight, bias=bias)
-        call = replace(ctx.call, head=head, tokens=tokens)
+        ids = scores.topk_tokens if ids is None else ids
+        call = replace(ctx.call, head=head, tokens=tokens, extra_tokens=ids)
         with without_autocast(hidden.device):
-            backward = BackwardCall(call, scores, grad, grad_entropy)
+            backward = BackwardCall(call, scores, grad, *others)
             total, scale = logprobs.gradients(backward, shard=ctx.shard)
             pairs = zip(total.tensors(), gradient_dtypes(head), strict=True)
             sums = [x if x is None else gradients.scaled_(x, scale, dtype) for x, dtype in pairs]

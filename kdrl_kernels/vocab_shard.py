@@ -4,7 +4,7 @@ Numbers of rows travel between ranks, logits never. A row is that of the whole v
 ask for its statistics, coefficients and gradient. Maths: rows/README.md.
 """
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from types import ModuleType
 from typing import Any
@@ -16,6 +16,8 @@ from torch.distributed import ProcessGroup
 
 from kdrl_kernels import rows as row_work
 from kdrl_kernels.caller_loss import TokenLoss
+from kdrl_kernels.rows.best_columns import best_columns
+from kdrl_kernels.rows.ids import IdStats, log_mass, rest_factor
 from kdrl_kernels.rows.streams import NUMBERS, Stats, Stream, TeacherStream
 from kdrl_kernels.token_rows import Coefficients, Rows
 
@@ -68,25 +70,22 @@ class VocabShard:
         *,
         teacher: TeacherStream | None = None,
         entropy: bool = False,
-        ids: Tensor | None = None,  # noqa: ARG002 (interface of row modules)
-        rest: bool = False,  # noqa: ARG002
+        ids: Tensor | None = None,
+        rest: bool = False,
     ) -> JoinedStats:
-        """Compute statistics of whole rows; tokens [C] are those of the whole vocabulary."""
+        """Compute statistics of whole rows, of whose columns tokens [C] and ids [C, K] are."""
         local, _ = self._here(tokens)
-        if teacher is None or teacher.kd == "jsd":
-            stats = self.work.sweep(student, local, entropy=entropy)
-        else:
-            stats = self.work.sweep(student, local, teacher=_pair(teacher), entropy=entropy)
-        if teacher is not None and teacher.kd == "jsd":
-            alone = self.work.sweep(teacher, local, entropy=teacher.entropy)
-            stats = replace(
-                stats,
-                teacher_max=alone.max,
-                teacher_log_sum=alone.log_sum,
-                teacher_logprobs=alone.logprobs,
-                teacher_entropy=alone.entropy,
-            )
-        joined = self._join(stats, student, teacher, tokens)
+        options: dict[str, Any] = {}
+        if ids is not None:
+            options = {"ids": self._ids_here(ids)}
+        pair = None if teacher is None or teacher.kd == "jsd" else _pair(teacher)
+        stats: Stats = self.work.sweep(
+            student, local, teacher=pair, entropy=entropy, rest=rest, **options
+        )
+        if teacher is not None and pair is None:
+            alone = self.work.sweep(teacher, local, entropy=teacher.entropy, **options)
+            stats = _beside(stats, alone)
+        joined = self._join(stats, student, teacher, tokens, ids)
         if teacher is None or teacher.kd != "jsd":
             return joined
         parts = torch.stack(self.work.mixture_kl(student, teacher, joined))
@@ -120,14 +119,13 @@ class VocabShard:
         A token of another rank has no term c δ here, but its -c p: c goes to the place of -h.
         """
         local, here = self._here(tokens)
-        c, h = coef.logprobs, coef.lse
-        elsewhere = torch.where(here, 0, -c)
-        coef = replace(
-            coef,
-            logprobs=torch.where(here, c, 0),
-            lse=elsewhere if h is None else elsewhere + h,
-        )
-        stats = Stats(**{x.name: getattr(stats, x.name) for x in fields(Stats)})
+        c, at_ids = coef.logprobs, stats.at_ids
+        lse = torch.where(here, 0, -c) if coef.lse is None else coef.lse - torch.where(here, 0, c)
+        coef = replace(coef, logprobs=torch.where(here, c, 0), lse=lse)
+        if at_ids is not None:
+            at_ids = replace(at_ids, columns=self._ids_here(at_ids.columns))
+            coef = _of_ids_here(coef, at_ids)
+        stats = Stats(**{name: getattr(stats, name) for name in NUMBERS}, at_ids=at_ids)
         if teacher is not None and teacher.kd == "fkl":
             stats = replace(stats, forward_kl=stats.kl)
             if coef.kl is not None:
@@ -143,6 +141,18 @@ class VocabShard:
         )
         return dz
 
+    def best_columns(self, logits: Tensor, K: int) -> Tensor:
+        """Return the K likeliest columns of whole rows, as best_columns of rows/ does."""
+        local = best_columns(logits, K)
+        values = logits.gather(1, local.clamp_min(0)).masked_fill_(local < 0, -torch.inf)
+        columns = torch.where(local < 0, -1, local + self.start)
+        # in the order of the ranks, so that of equal values the lowest column comes first
+        values, columns = (
+            gather(x, self.group).transpose(0, 1).flatten(1) for x in (values, columns)
+        )
+        order = values.sort(dim=1, descending=True, stable=True).indices
+        return columns.gather(1, order[:, :K])
+
     def add_up_(self, values: Tensor) -> None:
         """Add the values of all ranks up, in place."""
         if values.numel():
@@ -154,15 +164,30 @@ class VocabShard:
         here = (local >= 0) & (local < self.columns)
         return local.clamp(0, self.columns - 1), here
 
+    def _ids_here(self, ids: Tensor) -> Tensor:
+        """Return the columns of ids here; -1 where they are elsewhere, or none."""
+        local, here = self._here(ids)
+        return torch.where(here, local, -1)
+
+    def _owner(self, columns: Tensor) -> Tensor:
+        """Return the rank that holds each of the columns; some rank for -1."""
+        return torch.bucketize(columns, self.ends[:-1], right=True)
+
     def _join(
-        self, stats: Stats, student: Stream, teacher: TeacherStream | None, tokens: Tensor
+        self,
+        stats: Stats,
+        student: Stream,
+        teacher: TeacherStream | None,
+        tokens: Tensor,
+        ids: Tensor | None,
     ) -> JoinedStats:
         """Join the statistics of each rank's columns, each of a distribution of its own."""
         values = {name: getattr(stats, name) for name in NUMBERS}
+        values["rest"] = None if stats.at_ids is None else stats.at_ids.rest
         values = {name: value for name, value in values.items() if value is not None}
         everyone = gather(torch.stack(list(values.values())), self.group).unbind(dim=1)
         each = dict(zip(values, everyone, strict=True))  # [ranks, C]
-        owner = torch.bucketize(tokens, self.ends[:-1], right=True)[None]
+        owner = self._owner(tokens)[None]
 
         def of_token(logprobs: Tensor, mass: _Masses) -> Tensor:
             whole = torch.where(mass.log == -torch.inf, -torch.inf, logprobs + mass.log)
@@ -178,11 +203,13 @@ class VocabShard:
         if stats.entropy is not None:
             joined["entropy"] = p.mean(each["entropy"] - p.log)
         if teacher is None:
+            joined["at_ids"] = self._join_ids(stats.at_ids, ids, p, None, each.get("rest"))
             return JoinedStats(**joined)
         q = _Masses(each["teacher_max"], each["teacher_log_sum"], teacher.temperature)
         joined["teacher_max"] = values["teacher_max"]
         joined["teacher_log_sum"] = q.log_sum_from(self.rank)
         joined["teacher_logprobs"] = of_token(each["teacher_logprobs"], q)
+        joined["at_ids"] = self._join_ids(stats.at_ids, ids, p, q, each.get("rest"))
         if stats.teacher_entropy is not None:
             joined["teacher_entropy"] = q.mean(each["teacher_entropy"] - q.log)
         if teacher.kd in ("rkl", "rkl+fkl"):
@@ -191,6 +218,35 @@ class VocabShard:
             name = "kl" if teacher.kd == "fkl" else "forward_kl"
             joined[name] = q.divergence(p, each["forward_kl"])
         return JoinedStats(**joined)
+
+    def _join_ids(
+        self,
+        here: IdStats | None,
+        ids: Tensor | None,
+        p: "_Masses",
+        q: "_Masses | None",
+        rests: Tensor | None,
+    ) -> IdStats | None:
+        """Return log-probabilities at ids [C, K] of whole rows, from those at the ids here."""
+        if here is None or ids is None:
+            return None
+        owner = self._owner(ids).T
+
+        def joined(logprobs: Tensor | None, mass: "_Masses | None") -> Tensor | None:
+            if logprobs is None or mass is None:
+                return None
+            nothing = mass.log[self.rank] == -torch.inf  # and the logprobs are NaN
+            values = logprobs.masked_fill(nothing[:, None] & (here.columns >= 0), -torch.inf)
+            self.add_up_(values)  # one rank has the column, the others 0
+            return (values + mass.log.gather(0, owner).T).masked_fill_(ids < 0, 0)
+
+        rest = None
+        if rests is not None:
+            rests = torch.where(p.log == -torch.inf, -torch.inf, rests + p.log)
+            rest = log_mass(rests.logsumexp(dim=0)).masked_fill_((ids < 0).all(dim=1), 0)
+        logprobs = joined(here.logprobs, p)
+        assert logprobs is not None
+        return IdStats(ids, logprobs, joined(here.teacher_logprobs, q), rest)
 
 
 class _Masses:
@@ -219,6 +275,38 @@ class _Masses:
         """Return KL of whole rows, [C], from those inside each rank's columns: the chain rule."""
         between = self.log - other.log
         return self.mean(torch.where(other.log == -torch.inf, torch.inf, inside + between))
+
+
+def _of_ids_here(coef: Coefficients, here: IdStats) -> Coefficients:
+    """Put what is a number times p of each column here into the derivative in the log-sum-exp.
+
+    That is the derivative at an id that is not here, and all of the rest's in a row without ids.
+    """
+    absent, extra, rest, lse = here.columns < 0, coef.extra, coef.rest, coef.lse
+    assert lse is not None
+    if extra is not None:
+        lse = lse - torch.where(absent, extra, 0).sum(dim=1)
+        extra = extra.masked_fill(absent, 0)
+    if rest is not None:
+        none = absent.all(dim=1)
+        lse = lse + torch.where(none, rest_factor(coef, here) - rest, 0)
+        rest = rest.masked_fill(none, 0)
+    return replace(coef, lse=lse, extra=extra, rest=rest)
+
+
+def _beside(stats: Stats, teacher: Stats) -> Stats:
+    """Put the statistics of a teacher that was swept alone beside the student's."""
+    at_ids, other = stats.at_ids, teacher.at_ids
+    if at_ids is not None and other is not None:
+        at_ids = replace(at_ids, teacher_logprobs=other.logprobs)
+    return replace(
+        stats,
+        teacher_max=teacher.max,
+        teacher_log_sum=teacher.log_sum,
+        teacher_logprobs=teacher.logprobs,
+        teacher_entropy=teacher.entropy,
+        at_ids=at_ids,
+    )
 
 
 def _pair(teacher: TeacherStream) -> TeacherStream:

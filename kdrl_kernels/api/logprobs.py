@@ -9,7 +9,7 @@ from kdrl_kernels import checks, logprobs, operators, reference, sketched
 from kdrl_kernels.adapter import LowRank, check_adapter
 from kdrl_kernels.api.calls import adapted, geometry
 from kdrl_kernels.batches import takes_batches
-from kdrl_kernels.call import LogprobCall, RowOutputs, has_values
+from kdrl_kernels.call import LogprobCall, has_values
 from kdrl_kernels.head import StudentHead, gathered, needs_gradient
 from kdrl_kernels.outputs import LogprobOutput
 from kdrl_kernels.plain import check_bytes, check_flag
@@ -100,7 +100,8 @@ def linear_logprobs(
             argument must be the same on all ranks, to the bit; types, shapes and options are
             compared at the beginning of a call, values are not. Outputs, and the gradient of
             hidden, are then those of the whole vocabulary, the same on all ranks; those of weight
-            and bias are this rank's. All ranks must call, and run the backward pass. Not with
+            and bias are this rank's. An adapter's A is whole, its B sharded. topk is at most the
+            rows of the smallest shard. All ranks must call, and run the backward pass. Not with
             truncation, backward="sketch" or impl="reference"; not traced by torch.compile.
     Returns: LogprobOutput in nats, float32 (float64 for float64 inputs); differentiable once in
         hidden, weight, bias and adapter, for any later loss.
@@ -142,7 +143,7 @@ def linear_logprobs(
         if sketch is not None and any(needs) and has_values(tokens):
             outputs = sketched.linear_logprobs(call, sketch)
         elif isinstance(vocab_group, VocabRanks):
-            outputs = RowOutputs(*vocab_group.logprobs(call))
+            outputs = vocab_group.logprobs(call)
         else:
             outputs = operators.linear_logprobs(call)
     outputs = outputs.spread(active, N)

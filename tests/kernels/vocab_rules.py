@@ -1,0 +1,187 @@
+"""Cases of a vocabulary over ranks: what travels, what is refused, and the same bits."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+import kdrl_kernels as kk
+from kdrl_kernels import vocab_shard
+from tests.kernels.params import F32
+from tests.kernels.problem import make_problem
+from tests.kernels.vocab_ranks import (
+    H,
+    N,
+    V,
+    assert_exact,
+    joined,
+    problem_of,
+    sizes_of_ranks,
+    solve,
+    spread,
+)
+from tests.tolerance import relative_error
+
+
+def _check_two_runs() -> None:
+    for kd in ("jsd", "k2"):
+        problem = problem_of(kd=kd, dtype=F32)
+        first, second = solve(problem), solve(problem)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _check_same_logprobs() -> None:
+    """linear_logprobs and kdrl_loss give the same bits: the ratio on-policy is exactly 1."""
+    problem = problem_of(kd=None, dtype=F32)
+    here = spread(problem, sizes_of_ranks(), None)
+    head = here.student["hidden"], here.student["weight"], problem.tokens
+    options = {"bias": here.student["bias"], "vocab_group": dist.group.WORLD}
+    scores = kk.linear_logprobs(*head, **options)
+    out = kk.kdrl_loss(*head, **here.options, **options)
+    assert torch.equal(out.logprobs, scores.logprobs)
+
+
+def _check_traffic() -> None:
+    """Between ranks go some numbers of each row, and dX once: no logits."""
+    problem = spread(problem_of(kd="rkl", dtype=F32), sizes_of_ranks(), sizes_of_ranks())
+    gathered: list[int] = []
+    plain = vocab_shard.gather
+
+    def gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+        gathered.append(values.numel())
+        return plain(values, group)
+
+    vocab_shard.gather = gather
+    try:
+        reduced = _reduced(lambda: problem.solve(vocab_group=dist.group.WORLD))
+    finally:
+        vocab_shard.gather = plain
+    assert gathered == [8 * N]  # student: max, sum, token, entropy; teacher: 3; KL
+    assert reduced == [N * H]
+
+
+def _reduced(fn: Callable[[], Any]) -> list[int]:
+    """Return the number of elements of each all_reduce."""
+    sizes: list[int] = []
+    plain = dist.all_reduce
+
+    def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(tensor.numel())
+        return plain(tensor, *args, **kwargs)
+
+    dist.all_reduce = all_reduce
+    try:
+        fn()
+    finally:
+        dist.all_reduce = plain
+    return sizes
+
+
+def _check_dtensor() -> None:
+    """A DTensor is refused with what to pass; its to_local() gets its gradient back."""
+    problem = problem_of(kd=None, bias=False).map(Tensor.double)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = nn.Parameter(distribute_tensor(problem.student["weight"], mesh, [Shard(0)]))
+    head = problem.student["hidden"], problem.tokens
+
+    def loss(weight: Tensor) -> Tensor:
+        options = {**problem.options, "vocab_group": mesh.get_group()}
+        return kk.kdrl_loss(head[0], weight, head[1], **options).loss
+
+    with pytest.raises(TypeError, match=r"^weight must be a plain tensor .* weight.to_local\(\)"):
+        loss(weight)
+    loss(weight.to_local()).backward()
+    assert weight.grad is not None
+    exact = problem.solve(impl="reference")["dweight"]
+    assert relative_error(weight.grad.full_tensor(), exact) <= 1e-12
+
+
+def _check_compiled() -> None:
+    problem = problem_of(kd=None).map(Tensor.double)
+    here = spread(problem, sizes_of_ranks(), None)
+    weight = here.student["weight"].clone().requires_grad_()
+
+    @torch.compile(backend="eager")
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        options = {"bias": here.student["bias"], "vocab_group": dist.group.WORLD}
+        return 2 * kk.kdrl_loss(hidden + 0, weight, here.tokens, **here.options, **options).loss
+
+    value = loss(here.student["hidden"], weight)
+    value.backward()
+    exact = problem.solve(2.0, impl="reference")
+    ours = joined({"loss": value.detach(), "dweight": weight.grad})
+    assert_exact(ours, {"loss": 2 * exact["loss"], "dweight": exact["dweight"]})
+
+
+def _raises(kind: type[Exception], message: str, **changes: Any) -> None:
+    """A call with changed arguments raises on this rank."""
+    problem = changes.pop("problem", None) or problem_of(kd="rkl")
+    if changes.pop("spread", True):
+        problem = spread(
+            problem, changes.pop("sizes", sizes_of_ranks()), changes.pop("t_sizes", None)
+        )
+    arguments = {"vocab_group": dist.group.WORLD} | changes
+    with pytest.raises(kind, match=message):
+        problem.solve(**arguments)
+
+
+def _check_one_rank_refuses() -> None:
+    """An error of one rank, before the pass, is told to the others, whatever raises it."""
+    for change in ({"temperature": -1.0}, {"workspace_bytes": 1}, {"impl": "other"}):
+        if dist.get_rank() == 1:
+            _raises(ValueError, next(iter(change)), **change)
+        else:
+            _raises(ValueError, r"^the arguments must be valid on all ranks .* error on \[1\]")
+    problem = problem_of(kd=None)
+    solve(problem)  # the ranks still meet
+
+
+def _check_differences() -> None:
+    """What must be the same on all ranks raises on all where it is not."""
+    first = dist.get_rank() == 0
+    problem = problem_of(kd=None, seed=0)
+    fewer = make_problem(N - 1, H, V, kd=None, objective={"entropy_coef": 0.1})
+    _raises(ValueError, r"^hidden must have the same number", problem=problem if first else fewer)
+    weights = torch.ones(N) if first else torch.eye(N)[0]
+    _raises(ValueError, r"^token_weights must be non-zero in the same", token_weights=weights)
+    _raises(ValueError, r"^vocab_size must be the same", vocab_size=30 if first else None)
+    for change in ({"entropy": first}, {"softcap": 9.0 if first else 8.0}, {"compact": first}):
+        _raises(ValueError, r"^options, .* must be the same on all ranks", **change)
+    _raises(
+        ValueError, r"^options", objective=kk.Objective(kd="rkl", kd_coef=1.0 if first else 2.0)
+    )
+
+
+def _check_refused() -> None:
+    sizes = sizes_of_ranks()
+    _raises(TypeError, r"^vocab_group must be a torch.distributed ProcessGroup", vocab_group="all")
+    alone = dist.new_group([0])
+    if dist.get_rank():
+        _raises(TypeError, r"^vocab_group must be", vocab_group=alone)
+    _raises(ValueError, r"^backward must be", backward="sketch")
+    _raises(ValueError, r"^impl must be 'torch' or 'triton' with", impl="reference")
+    _raises(ValueError, r"^truncation must be None with", truncation=kk.Truncation(top_k=3))
+    _raises(ValueError, r"^vocab_size must leave each rank", vocab_size=sizes[0])
+    _raises(ValueError, r"^vocab_size must be in \[1, 37\], got 38", vocab_size=38)
+    uneven = [V - 2 * (len(sizes) - 1)] + [2] * (len(sizes) - 1)
+    _raises(ValueError, r"^teacher.weight must be whole, or have as many rows", t_sizes=uneven)
+    bad = replace(problem_of(kd="rkl"), tokens=torch.full((N,), V))
+    _raises(ValueError, r"^tokens must be in \[0, vocab_size\) with vocab_size = 37", problem=bad)
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "two-runs": _check_two_runs,
+    "same-logprobs": _check_same_logprobs,
+    "traffic": _check_traffic,
+    "dtensor": _check_dtensor,
+    "compiled": _check_compiled,
+    "one-rank-refuses": _check_one_rank_refuses,
+    "differences": _check_differences,
+    "refused": _check_refused,
+}
