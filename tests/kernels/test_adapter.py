@@ -15,6 +15,7 @@ from kdrl_kernels.head import FLOATS16
 from tests.kernels.adapters import (
     CALLS,
     H,
+    N,
     Tensors,
     V,
     adapted,
@@ -55,6 +56,31 @@ def test_equals_the_merged_head(
 def test_any_rank_in_float64(call: Callable[..., Tensors], impl: str, r: int) -> None:
     x = make(F64, r=r)
     assert_near(solve(call, x, impl=impl), solve(call, x, merged, impl="reference"), 1e-12)
+
+
+def _k_ids(x: Tensors, head: dict[str, Any], **options: Any) -> Tensors:
+    ids = torch.arange(4, device=x["tokens"].device) * 9 % V
+    out = kk.linear_logprobs(
+        tokens=x["tokens"], extra_tokens=ids.expand(N, 4), rest=True, **head, **options
+    )
+    loss = out.extra_logprobs.square().mean() + (out.rest_logprob * x["advantages"]).sum()
+    return {"loss": loss, "extra_logprobs": out.extra_logprobs.detach()}
+
+
+def _topk(x: Tensors, head: dict[str, Any], **options: Any) -> Tensors:
+    logprobs, ids = (x["t_hidden"] @ x["t_weight"].T).log_softmax(1).topk(3)
+    objective = kk.Objective(kd="topk_rkl", kd_coef=0.5)
+    rows = {"advantages": x["advantages"], "teacher_topk": (ids, logprobs), "objective": objective}
+    out = kk.kdrl_loss(tokens=x["tokens"], **rows, **head, **options)
+    return {"loss": out.loss, "kl": out.kl}
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("call", [_k_ids, _topk])
+def test_k_ids(call: Callable[..., Tensors], impl: str, device: str) -> None:
+    x = make(F64 if impl == "torch" else F32, device)
+    expected = solve(call, x, merged, impl="reference")
+    assert_near(solve(call, x, impl=impl), expected, 1e-12 if impl == "torch" else 1e-5)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
