@@ -38,7 +38,8 @@ def composite_teacher(
             numbers in `weights` at each step, and concatenate once.
     Returns: TeacherHead with temperature 1, for every argument that takes one. Hidden states times
         w_i / T_i and biases are rounded once to the dtype of hidden and of weight. A temperature of
-        a row that is not positive makes its hidden states NaN.
+        a row that is not positive makes its hidden states NaN. With a vocab_group, each rank
+        combines its rows of all weights.
     Raises: ValueError for a number, shape, device or softcap; TypeError for a type or dtype.
     Memory: V · (H_1 + H_2 + ...) elements once, beside the heads, which may then hold its columns,
         reuse.weight[:, :H_1] and so on, in the place of weights of their own; N · (H_1 + H_2 + ...)

@@ -195,6 +195,16 @@ def test_a_composite_is_concatenated_once(biased: tuple[int, ...]) -> None:
     torch.testing.assert_close(_logq(ours, V), _by_hand(later, (1.5, -0.5)), rtol=1e-12, atol=1e-12)
 
 
+def test_a_composite_of_some_rows_is_some_rows_of_the_composite() -> None:
+    """So a rank that has these rows of all weights has those of the composite (vocab_group)."""
+    heads, rows = _heads(2, biased=(0, 1), forbidden=(3, 8)), slice(5, 14)
+    parts = [replace(head, weight=head.weight[rows], bias=head.bias[rows]) for head in heads]
+    ours, whole = (kk.composite_teacher(x, (1.3, -0.3)) for x in (parts, heads))
+    assert torch.equal(ours.hidden, whole.hidden)
+    assert torch.equal(ours.weight, whole.weight[rows])
+    assert torch.equal(ours.bias, whole.bias[rows])
+
+
 def test_columns_of_biases_keep_rows_of_16_bytes() -> None:
     heads = _heads(2, dtype=torch.bfloat16, biased=(0, 1))
     assert kk.composite_teacher(heads, (0.5, 0.5)).weight.shape == (V, 7 + 10 + 8)

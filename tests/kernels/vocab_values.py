@@ -372,7 +372,7 @@ for _kd in ("k2", "rkl", "fkl", "jsd"):
     CASES[f"longer-teacher-{_kd}"] = lambda k=_kd: _check_options(k, V_t=V + 5)
     for _rank in (-1, 0, 1):
         CASES[f"forbidden-{_kd}-{_rank}"] = lambda k=_kd, r=_rank: _check_forbidden(k, r)
-for _kd in ("rkl", "fkl", "jsd"):
+for _kd in ("rkl", "fkl", "jsd", "rkl+fkl"):
     CASES[f"same-distribution-{_kd}"] = lambda k=_kd: _check_same_distribution(k)
 for _kl, _with_ids in itertools.product(("rkl", "fkl", "jsd", "rkl+fkl"), (False, True)):
     _name = f"token-loss-{_kl}{'-ids' if _with_ids else ''}"
