@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import kdrl_kernels as kk
+from kdrl_kernels import checks
 from tests.kernels.params import F16, F32, F64, IMPL_DTYPES, IMPLS
 from tests.kernels.problem import make_problem
 from tests.tolerance import assert_matches, relative_error
@@ -346,3 +347,59 @@ def test_bad_ids_are_refused(impl: str, ids: Any, kind: type[Exception], message
         kk.linear_logprobs(**problem.student, **common)
     with pytest.raises(kind, match=message.replace("{size}", "vocab_size")):
         kk.linear_token_loss(**problem.student, loss_fn=lambda rows: rows.logprobs, **common)
+
+
+@pytest.mark.parametrize("kl", [None, "rkl", "fkl", "jsd", "rkl+fkl"])
+def test_float64_matches_to_1e_12(kl: str | None, device: str) -> None:
+    options: dict[str, Any] = {"kl": kl, "rest": True, "entropy": True, "softcap": 3.0}
+    ours = _solve("torch", F64, lambda x: x, device, **options)
+    exact = _solve("reference", F64, lambda x: x, device, **options)
+    for name, value in exact.items():
+        assert relative_error(ours[name], value) < 1e-12, name
+
+
+def test_the_definition_has_its_own_gradient() -> None:
+    problem = make_problem(N, kd=None, dtype=F64)
+    hidden, weight = problem.student["hidden"].requires_grad_(), problem.student["weight"]
+
+    def outputs(hidden: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+        options: dict[str, Any] = {"extra_tokens": IDS, "rest": True, "impl": impl}
+        out = kk.linear_logprobs(hidden, weight, problem.tokens, **options)
+        assert out.extra_logprobs is not None
+        assert out.rest_logprob is not None
+        return out.extra_logprobs, out.rest_logprob
+
+    for impl in ("reference", "torch"):
+        assert torch.autograd.gradcheck(lambda x, impl=impl: outputs(x, impl), hidden)
+
+
+@pytest.mark.parametrize("kl", [None, "rkl"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_other_outputs_keep_their_bits(impl: str, kl: str | None, device: str) -> None:
+    """So a ratio is exactly 1 on-policy, whether or not one of the two calls has ids."""
+    problem = make_problem(N, kd=kl, device=device)
+    plain = problem.solve(impl=impl, entropy=True)
+    with_ids = problem.solve(impl=impl, entropy=True, extra_tokens=IDS.to(device))
+    for name, value in plain.items():
+        assert torch.equal(with_ids[name], value), name
+    options: dict[str, Any] = {"impl": impl, "tokens": problem.tokens, **problem.student}
+    scores = kk.linear_logprobs(extra_tokens=IDS.to(device), rest=True, **options)
+    assert torch.equal(scores.logprobs, plain["logprobs"])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_bad_id_makes_nan_where_raising_would_wait(
+    impl: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "is_read", lambda _: False)  # as on a GPU
+    problem = make_problem(N, kd=None, device=device)
+    ids = IDS.to(device).clone()
+    ids[3, 1] = V
+    options: dict[str, Any] = {"tokens": problem.tokens, "extra_tokens": ids, "impl": impl}
+    out = kk.kdrl_loss(**options, **problem.student, **problem.options)
+    assert out.loss.isnan()
+    assert out.metrics["bad_tokens"] == 1
+    scores = kk.linear_logprobs(**options, **problem.student, rest=True)
+    for values in (scores.logprobs, scores.extra_logprobs, scores.rest_logprob):
+        assert values is not None
+        assert values.isnan().all()

@@ -57,8 +57,12 @@ def _meta_problem(**kind: Any) -> Problem:
 @DTYPES
 def test_one_pass(kd: str | None, dtype: torch.dtype) -> None:
     problem = _meta_problem(kd=kd, dtype=dtype)
-    for normalizer in (torch.ones((), device="meta"), None):
-        call = _call(problem, normalizer=normalizer)
+    ids = torch.zeros(len(problem.tokens), 2, dtype=torch.int64, device="meta")
+    for more in (
+        {"normalizer": torch.ones((), device="meta")},
+        {"normalizer": None, "extra_tokens": ids, "rest": True},
+    ):
+        call = _call(problem, **more)
         result = one_pass.run(call)
         assert all(x is not None and x.is_meta for x in result.gradients.tensors())
         assert gradients.scaled(result.loss, result.scale, dtype).is_meta
@@ -75,16 +79,21 @@ def test_it_is_seen_where_the_host_waits(reason: str) -> None:
         one_pass.run(_call(problem, **changes))
 
 
-@pytest.mark.parametrize("entropy", [False, True], ids=["logprobs", "entropy"])
+@pytest.mark.parametrize("entropy", [False, True], ids=["logprobs", "entropy_and_ids"])
 @pytest.mark.parametrize("cached", [0, 3], ids="cached{}".format)
 @DTYPES
 def test_logprobs(dtype: torch.dtype, cached: int, entropy: bool) -> None:
     problem = _meta_problem(kd=None, dtype=dtype)
     head = Head(**problem.student, temperature=0.7, softcap=5.0)
     call = LogprobCall(head, problem.tokens, entropy, "torch", 3, cached, (True, True, True))
+    ids = torch.zeros(len(problem.tokens), 2, dtype=torch.int64, device="meta")
+    call = replace(call, extra_tokens=ids if entropy else None, rest=entropy)
     scores = logprobs.score(call)
-    upstream = torch.ones_like(scores.logprobs)
-    backward = BackwardCall(call, scores, upstream, upstream if entropy else None)
+    upstream, more = torch.ones_like(scores.logprobs), (None,)
+    if entropy:
+        assert scores.extra_logprobs is not None
+        more = upstream, torch.ones_like(scores.extra_logprobs), upstream
+    backward = BackwardCall(call, scores, upstream, *more)
     gradients, scale = logprobs.gradients(backward)
     assert scale.is_meta
     assert all(x is not None and x.is_meta for x in gradients.tensors())
@@ -116,8 +125,10 @@ def test_checks_and_metrics_of_a_token_loss(monkeypatch: pytest.MonkeyPatch) -> 
     problem = _meta_problem(kd="rkl")
     student = {k: v.requires_grad_() for k, v in problem.student.items()}
     result = kk.linear_token_loss(
-        loss_fn=lambda rows: rows.kl - rows.logprobs,
+        loss_fn=lambda rows: rows.kl - rows.logprobs + rows.rest_logprob,
         tokens=problem.tokens,
+        extra_tokens=torch.zeros(len(problem.tokens), 2, dtype=torch.int64, device="meta"),
+        rest=True,
         teacher=kk.TeacherHead(**problem.teacher or {}),
         kl="rkl",
         compact=False,

@@ -278,10 +278,12 @@ def test_a_compiled_caller_with_a_mask_is_one_graph() -> None:
     torch.compiler.reset()
     inputs = _inputs(0)
     arguments = [inputs[name] for name in ("hidden", "weight", "tokens")]
-    mask = inputs["token_weights"] != 0
+    mask, ids = inputs["token_weights"] != 0, inputs["tokens"][:, None]
 
     def caller(mask: Tensor) -> Tensor:
-        return kk.linear_logprobs(*arguments, mask=mask).logprobs
+        out = kk.linear_logprobs(*arguments, mask=mask, extra_tokens=ids, rest=True)
+        assert out.rest_logprob is not None
+        return torch.stack([out.logprobs, out.rest_logprob])
 
     compiled = torch.compile(caller, fullgraph=True, backend="eager")
     assert torch.equal(compiled(mask), caller(mask))
