@@ -59,7 +59,7 @@ def cispo(v: Values) -> Tensor:
 
 def sapo(v: Values) -> Tensor:
     """TRL's, verl's and Liger's: a sigmoid in the place of the clip."""
-    tau = torch.where(v.A > 0, 1.0, 1.05).to(v.lp)
+    tau = 1.05 - 0.05 * (v.A > 0).to(v.lp)
     return -torch.sigmoid(tau * (v.ratio - 1)) * 4 / tau * v.A
 
 
