@@ -28,6 +28,7 @@ from bench.machine import clock, machine_info, one_line
 from bench.measures.timing import clear_gradients
 from bench.ops import KEY_OPS, OPS_BY_NAME, Op
 from bench.providers.home import ours
+from bench.results_file import OUT_OF_TIME
 from bench.shapes import SHAPES, default_shape
 
 RANKS = 2
@@ -129,9 +130,11 @@ def table(record: dict[str, Any]) -> str:
     lines = [f"Shape {record['shape']}, {one_line(record['machine'])}", f"`{record['command']}`"]
     lines = ["\n\n".join(lines), "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for row in record["rows"]:
-        low, median, high = per_flop(row)
-        numbers = [f"{np.median(row[f'{name}_ms']):,.0f}" for name in ("alone", "together")]
-        numbers += [f"{median:.2f} ({low:.2f}-{high:.2f})"]
+        numbers = ["", "", OUT_OF_TIME]
+        if row["together_ms"]:
+            low, median, high = per_flop(row)
+            numbers = [f"{np.median(row[f'{name}_ms']):,.0f}" for name in ("alone", "together")]
+            numbers += [f"{median:.2f} ({low:.2f}-{high:.2f})"]
         numbers += [f"{error:.1e}" for error in row["errors"].values()]
         lines.append(f"| {row['op']} | {' | '.join(numbers)} |")
     return "\n".join(lines) + "\n"
