@@ -331,3 +331,25 @@ def test_nothing_waits_for_the_device(name: str) -> None:
     assert out.kl.is_meta
     assert out.rest_logprob is None or out.rest_logprob.is_meta
     assert student["hidden"].grad.shape == student["hidden"].shape
+
+
+@pytest.mark.parametrize("kd", KINDS)
+def test_a_sketch_has_the_same_loss_and_expected_gradient(kd: str) -> None:
+    """The K tokens are exact entries of it; the error of a mean falls with the root of its size."""
+    seeds, impl = 40, "torch"
+    hidden, weight = _head("cpu", rows=8, scale=2.0, columns=1000)
+    rng = torch.Generator().manual_seed(4)
+    logprobs = torch.randn(8, 1000, generator=rng).mul(2).log_softmax(1)
+    topk = torch.topk(logprobs, 6)
+    pair = topk.indices, topk.values
+    exact = _distil(hidden, weight, pair, kd, impl)
+    (expected,) = torch.autograd.grad(exact.loss, hidden)
+    errors = []
+    for seed in range(seeds):
+        sketch = kk.Sketch(threshold=2**-5, seed=seed, flat=math.inf)
+        out = _distil(hidden, weight, pair, kd, impl, backward="sketch", sketch=sketch)
+        assert torch.equal(out.loss, exact.loss)
+        errors.append(torch.autograd.grad(out.loss, hidden)[0] - expected)
+    single = torch.stack([error.norm() for error in errors]).mean()
+    assert single > 0.001 * expected.norm()
+    assert torch.stack(errors).mean(0).norm() < 2.0 * single / seeds**0.5
