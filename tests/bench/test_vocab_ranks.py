@@ -53,7 +53,10 @@ def test_table() -> None:
     row["together_ms"] = [600.0, 1000.0, 1050.0]
     machine = {"device": "Test CPU", "threads": 1, "torch": "2", "triton": "3", "python": "3.11"}
     machine |= {"commit": "0" * 9, "uncommitted": ""}
-    text = vocab_ranks.table({"shape": "x", "machine": machine, "command": "c", "rows": [row]})
+    late = row | {"op": "KDRL exact", "alone_ms": [], "together_ms": []}
+    record = {"shape": "x", "machine": machine, "command": "c", "rows": [late, row]}
+    text = vocab_ranks.table(record)
+    assert text.splitlines()[-2] == "| KDRL exact |  |  | out of time | 1.0e-07 | 2.0e-07 |"
     assert (
         text.splitlines()[-1] == "| GRPO | 1,500 | 1,000 | 1.20 (1.10-1.30) | 1.0e-07 | 2.0e-07 |"
     )
