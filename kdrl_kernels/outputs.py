@@ -50,8 +50,8 @@ class LossOutput:
     lse: Tensor | None
     """[N], log(sum_v exp(z_v)) of each row; None unless lse=True (linear_token_loss)."""
     extra_logprobs: Tensor | None
-    """[N, K] in nats, the log-probability at each of extra_tokens, or of teacher_topk's ids; 0 where
-    that is -1; None without either."""
+    """[N, K] in nats, the log-probability at each of extra_tokens, or of teacher_topk's ids; 0
+    where that is -1; None without either."""
     rest_logprob: Tensor | None
     """[N], log of the probability on none of them; None unless rest=True (linear_token_loss) or the
     loss is a top-k divergence with its tail."""
