@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from kdrl_kernels import gemm
-from kdrl_kernels.call import LossCall, RowSet, take
-from kdrl_kernels.gradients import Gradients, chunk_gradient
+from kdrl_kernels.call import LossCall, take
+from kdrl_kernels.gradients import Chunk, Gradients, chunk_gradient
 from kdrl_kernels.head import Head, Sums
 from kdrl_kernels.plan import accumulator
-from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
-from kdrl_kernels.token_rows import Coefficients
 
 
 def most_kept(head: Head) -> int:
@@ -31,16 +29,9 @@ class FlatRows:
         self.total: Gradients | None = None
         self.squares: Tensor | float = 0.0
 
-    def take(
-        self,
-        call: LossCall,
-        streams: tuple[Stream, TeacherStream | None],
-        stats: Stats,
-        coef: Coefficients,
-        rows: RowSet,
-    ) -> None:
+    def take(self, call: LossCall, chunk: Chunk) -> None:
         """Take the gradient of a chunk's rows whose coefficients are not 0."""
-        kept, dz = chunk_gradient(call, streams, stats, coef, rows, compact=True)
+        kept, dz = chunk_gradient(call, chunk, compact=True)
         self.squares += torch.linalg.vector_norm(dz, dtype=accumulator(dz.dtype)).double().square()
         held = sum(part.numel() for part in self.dz) + dz.numel()
         if self.total is None and held <= most_kept(call.student):

@@ -1,5 +1,6 @@
 """Adds the gradients of all chunks: dX, dW and db in float32, and their scale."""
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +15,19 @@ from kdrl_kernels.plan import accumulator
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
 from kdrl_kernels.token_rows import Coefficients
 from kdrl_kernels.vocab_shard import VocabShard
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Holds what a pass knows of some rows when their gradient is taken."""
+
+    rows: RowSet
+    """Their places in the call."""
+    student: Stream
+    teacher: TeacherStream | None
+    """For an exact divergence."""
+    stats: Stats
+    coef: Coefficients
 
 
 class Gradients:
@@ -87,17 +101,10 @@ class Gradients:
             self.bias[:V] += dz.sum(dim=0, dtype=self.bias.dtype)
         self.first = False
 
-    def take(
-        self,
-        call: LossCall,
-        streams: tuple[Stream, TeacherStream | None],
-        stats: Stats,
-        coef: Coefficients,
-        rows: RowSet,
-    ) -> int:
+    def take(self, call: LossCall, chunk: Chunk) -> int:
         """Add the gradient of a chunk, over its logits; return the rows that went into it."""
-        coef = self.in_unit(coef)
-        kept, dz = chunk_gradient(call, streams, stats, coef, rows, call.compact, self.shard)
+        chunk = replace(chunk, coef=self.in_unit(chunk.coef))
+        kept, dz = chunk_gradient(call, chunk, call.compact, self.shard)
         self.add(call.student, kept, dz)
         return size_of(kept)
 
@@ -159,31 +166,24 @@ class Compaction:
 
 
 def chunk_gradient(
-    call: LossCall,
-    streams: tuple[Stream, TeacherStream | None],
-    stats: Stats,
-    coef: Coefficients,
-    rows: RowSet,
-    compact: bool,
-    shard: VocabShard | None = None,
+    call: LossCall, chunk: Chunk, compact: bool, shard: VocabShard | None = None
 ) -> tuple[RowSet, Tensor]:
     """Write the gradient of a chunk over its logits; return the rows that have one, and dL/dlogits.
 
     compact: whether rows whose coefficients are 0 are left out. shard: as in Gradients.
     """
-    compaction = Compaction(coef) if compact else None
-    p, q = streams
+    compaction = Compaction(chunk.coef) if compact else None
     work: Any = row_work.load(call.impl) if shard is None else shard
     dz: Tensor = work.gradient(
-        p,
-        take(call.tokens, rows),
-        stats,
-        coef,
-        out=gradient_view(p.logits, call.student.hidden.dtype),
-        teacher=q,
+        chunk.student,
+        take(call.tokens, chunk.rows),
+        chunk.stats,
+        chunk.coef,
+        out=gradient_view(chunk.student.logits, call.student.hidden.dtype),
+        teacher=chunk.teacher,
         source=compaction.source if compaction else None,
     )
-    kept = compaction.rows(rows) if compaction else rows
+    kept = compaction.rows(chunk.rows) if compaction else chunk.rows
     return kept, dz[: size_of(kept)]
 
 

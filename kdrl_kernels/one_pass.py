@@ -15,7 +15,7 @@ from kdrl_kernels.buffers import Buffers
 from kdrl_kernels.call import LossCall, RowOutputs, RowSet, size_of, take
 from kdrl_kernels.caller_loss import NO_GRADIENT
 from kdrl_kernels.checks import check_values, poison
-from kdrl_kernels.gradients import Gradients
+from kdrl_kernels.gradients import Chunk, Gradients
 from kdrl_kernels.head import in_one_dtype
 from kdrl_kernels.objective import Objective
 from kdrl_kernels.plan import accumulator, balanced, chunks_of
@@ -89,7 +89,7 @@ def run(call: LossCall, collector: Any = None, shard: VocabShard | None = None) 
         constant = False
         coef = coef if topk is None else topk.in_ids(coef)
         coef = coef if stats.at_ids is None else stats.at_ids.live(coef)
-        gradient_rows += gradients.take(call, (p, q), stats, coef, rows)
+        gradient_rows += gradients.take(call, Chunk(rows, p, q, stats, coef))
     if constant:
         raise ValueError(NO_GRADIENT)
     loss = torch.cat(losses).sum() * scale

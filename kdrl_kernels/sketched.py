@@ -4,6 +4,7 @@ Between the two passes there are row lists, in place of a dense dX and dW. For l
 the sketch is that of p, which does not depend on the loss: backward then needs no logits at all.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,12 +17,12 @@ from kdrl_kernels.autocast import without_autocast
 from kdrl_kernels.call import LogprobCall, LossCall, RowOutputs, RowSet, take
 from kdrl_kernels.checks import bad_ids, bad_tokens, poison
 from kdrl_kernels.flat_rows import FlatRows
-from kdrl_kernels.gradients import Gradients, scaled_
+from kdrl_kernels.gradients import Chunk, Gradients, scaled_
 from kdrl_kernels.head import Needs, StudentHead, Sums, gradient_dtypes, in_one_dtype
 from kdrl_kernels.plan import accumulator
 from kdrl_kernels.rows.entries import Entries
 from kdrl_kernels.rows.ids import IdStats, normalizer_factor, rest_factor
-from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
+from kdrl_kernels.rows.streams import Stats, Stream
 from kdrl_kernels.sketch import Sketch
 from kdrl_kernels.sketched_ids import add_at, places, with_ids, without_hits
 from kdrl_kernels.sparse_rows import SparseRows, row_of_each, row_sums
@@ -44,19 +45,12 @@ class Lists:
         self.places: list[Tensor] = []
         """The entry of each id, [C, K] of each chunk, in the list of all; -1: none."""
 
-    def take(
-        self,
-        call: LossCall,
-        streams: tuple[Stream, TeacherStream | None],
-        stats: Stats,
-        coef: Coefficients,
-        rows: RowSet,
-    ) -> Tensor:
+    def take(self, call: LossCall, chunk: Chunk) -> Tensor:
         """Sketch the gradient of a chunk; return the number of rows that have one, 0-d."""
-        student, teacher = streams
+        rows, student, stats, coef = chunk.rows, chunk.student, chunk.stats, chunk.coef
         V, ids = call.vocab_size, stats.at_ids
         grid = self.sketch.grid(rows, V, coef, rest_of(ids, coef))
-        teacher = None if coef.kl is None else teacher
+        teacher = None if coef.kl is None else chunk.teacher
         work, used_or_flat = row_work.load_sketch(call.impl), coef.used()
         entries, flat = work.sketch(student, stats, coef, grid, teacher)
         used = used_or_flat & ~flat
@@ -79,7 +73,7 @@ class Lists:
         self.parts.append((merged.column.int(), values))
         self.flat_indices.append(indices(rows, flat))
         if len(self.flat_indices[-1]):
-            self.flat.take(call, streams, stats, coef.of_rows(flat), rows)
+            self.flat.take(call, replace(chunk, coef=coef.of_rows(flat)))
         return used_or_flat.sum()
 
     def take_scores(
