@@ -18,11 +18,11 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from kdrl_kernels import gradients, logprobs
+from kdrl_kernels import gradients, logprobs, reference
 from kdrl_kernels.autocast import without_autocast
 from kdrl_kernels.call import LogprobCall, LossCall, RowOutputs, has_values
 from kdrl_kernels.checks import check_vocab_size
-from kdrl_kernels.head import Head, gradient_dtypes
+from kdrl_kernels.head import AnyHead, Head, gradient_dtypes
 from kdrl_kernels.logprobs import BackwardCall, Scores
 from kdrl_kernels.plain import check_number
 from kdrl_kernels.token_loss import token_loss
@@ -84,7 +84,10 @@ class VocabRanks:
     def loss(self, call: LossCall) -> tuple[Tensor, RowOutputs, Tensor]:
         """Return what token_loss does, of a call whose weight is this rank's."""
         call, shard = self._agree(call, call.student, call.teacher)
-        return token_loss(call, shard)
+        if call.impl != "reference":
+            return token_loss(call, shard)
+        teacher = None if call.teacher is None else self._whole(call.teacher)
+        return reference.loss(replace(call, student=self._whole(call.student), teacher=teacher))
 
     def logprobs(self, call: LogprobCall) -> RowOutputs:
         """Return the outputs of each row, differentiable once in the head's tensors.
@@ -93,8 +96,17 @@ class VocabRanks:
         """
         call, shard = self._agree(call, call.head, None)
         head = call.head
+        if call.impl == "reference":
+            return reference.linear_logprobs(replace(call, head=self._whole(head)))
         values = _Logprobs.apply(head.hidden, head.weight, head.bias, call, shard)
         return RowOutputs(**dict(zip(OUTPUTS, values, strict=True)))
+
+    def _whole(self, head: AnyHead) -> AnyHead:
+        """Return a head with the rows of all ranks."""
+        sizes = gather(torch.tensor(len(head.weight), device=head.weight.device), self.group)
+        weight = _Whole.apply(head.weight, sizes.tolist(), self.group)
+        bias = None if head.bias is None else _Whole.apply(head.bias, sizes.tolist(), self.group)
+        return replace(head, weight=weight, bias=bias)
 
     def tell(self, values: dict[str, int]) -> list[dict[str, int]]:
         """Return what each rank tells; 0 stands for what is not told."""
@@ -147,12 +159,10 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
 
 def _refuse(call: LossCall | LogprobCall) -> None:
     """Raise for what is not computed over ranks."""
-    if call.impl == "reference":
-        raise ValueError("impl must be 'torch' or 'triton' with a vocab_group, got 'reference'")
-    if call.truncation is not None:
+    if call.truncation is not None and call.impl != "reference":
         raise ValueError(
             f"truncation must be None with a vocab_group, got {call.truncation}: its bounds are "
-            "those of the whole vocabulary"
+            "those of the whole vocabulary, which impl='reference' gathers"
         )
     if not has_values(call.tokens):
         raise ValueError("tokens must have values with a vocab_group, got a tensor without")
@@ -226,6 +236,22 @@ def _cut(teacher: Head | None, each: dict[str, list[int]], shard: VocabShard) ->
     columns, bias = slice(shard.start, shard.start + shard.columns), teacher.bias
     bias = bias if bias is None else bias[columns]
     return replace(teacher, weight=teacher.weight[columns], bias=bias)
+
+
+class _Whole(torch.autograd.Function):
+    """Puts the rows of all ranks together; back comes the gradient of this rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sizes: list[int], group: ProcessGroup) -> Tensor:
+        ctx.rank, ctx.sizes = group.rank(), sizes
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        each = zip(gather(padded, group), sizes, strict=True)
+        return torch.cat([part[:size] for part, size in each])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.split(ctx.sizes)[ctx.rank], None, None
 
 
 class _Logprobs(torch.autograd.Function):

@@ -102,7 +102,8 @@ def linear_logprobs(
             hidden, are then those of the whole vocabulary, the same on all ranks; those of weight
             and bias are this rank's. An adapter's A is whole, its B sharded. topk is at most the
             rows of the smallest shard. All ranks must call, and run the backward pass. Not with
-            truncation, backward="sketch" or impl="reference"; not traced by torch.compile.
+            backward="sketch", nor truncation but for impl="reference", which gathers the weights;
+            not traced by torch.compile.
     Returns: LogprobOutput in nats, float32 (float64 for float64 inputs); differentiable once in
         hidden, weight, bias and adapter, for any later loss.
     Raises: ValueError for a shape, device, token or option; TypeError for a type or dtype.
@@ -130,9 +131,7 @@ def linear_logprobs(
     head = adapted(head, adapter, impl)
     needs = needs_gradient(head)
     call = LogprobCall(head, tokens, entropy, impl, 0, 0, needs, truncation, ids, rest, K)
-    if impl == "reference":
-        outputs = reference.linear_logprobs(call)
-    else:
+    if impl != "reference":
         rows = max_rows(geometry(head, None, None, impl), workspace_bytes)
         cached = 0
         if any(needs):
@@ -140,12 +139,14 @@ def linear_logprobs(
             sizes = len(tokens), V, dtype, rows, cache_bytes, None if used is None else N
             cached = logprobs.cached_rows(*sizes)
         call = replace(call, max_rows=rows, cached=cached)
-        if sketch is not None and any(needs) and has_values(tokens):
-            outputs = sketched.linear_logprobs(call, sketch)
-        elif isinstance(vocab_group, VocabRanks):
-            outputs = vocab_group.logprobs(call)
-        else:
-            outputs = operators.linear_logprobs(call)
+    if isinstance(vocab_group, VocabRanks):
+        outputs = vocab_group.logprobs(call)
+    elif impl == "reference":
+        outputs = reference.linear_logprobs(call)
+    elif sketch is not None and any(needs) and has_values(tokens):
+        outputs = sketched.linear_logprobs(call, sketch)
+    else:
+        outputs = operators.linear_logprobs(call)
     outputs = outputs.spread(active, N)
     extra, rest_logprob = outputs.extra_logprobs, outputs.rest_logprob
     best = outputs.topk_tokens, extra if K else None

@@ -13,6 +13,8 @@ from tests.tolerance import relative_error
 N, H, V = 7, 16, 37
 SIZES = {2: [20, 17], 3: [5, 29, 3]}
 """Columns of each rank, by the number of ranks."""
+BORDERS = {2: [0, 19, 20, 36], 3: [0, 4, 5, 33, 34, 36]}
+"""Columns beside each border between ranks."""
 
 
 def sizes_of_ranks() -> list[int]:

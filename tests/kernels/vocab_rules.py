@@ -165,7 +165,6 @@ def _check_refused() -> None:
     if dist.get_rank():
         _raises(TypeError, r"^vocab_group must be", vocab_group=alone)
     _raises(ValueError, r"^backward must be", backward="sketch")
-    _raises(ValueError, r"^impl must be 'torch' or 'triton' with", impl="reference")
     _raises(ValueError, r"^truncation must be None with", truncation=kk.Truncation(top_k=3))
     _raises(ValueError, r"^vocab_size must leave each rank", vocab_size=sizes[0])
     _raises(ValueError, r"^vocab_size must be in \[1, 37\], got 38", vocab_size=38)
