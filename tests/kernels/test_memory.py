@@ -30,7 +30,7 @@ def _peak_bytes(call: Callable[[], object]) -> int:
     return peak
 
 
-@pytest.mark.parametrize("kd", [None, "k2", "k2-kl", "rkl", "fkl", "jsd"])
+@pytest.mark.parametrize("kd", [None, "k2", "k2-kl", "rkl", "fkl", "jsd", "rkl+fkl"])
 @pytest.mark.parametrize("rows", [8, 32])
 def test_peak_is_the_plan_and_the_gradients(rows: int, kd: str | None) -> None:
     kd, baseline = kd.split("-") if kd == "k2-kl" else (kd, None)

@@ -122,6 +122,10 @@ def test_the_student_as_its_own_teacher_adds_nothing(config: Callable[..., Train
     distilled = run(config("opd", method=PRESETS["opd_then_rl"], **itself))[0]
     assert distilled["kl_teacher"] == pytest.approx(0, abs=1e-6)
     assert distilled["grad_norm"] < 1e-5
+    mixture = replace(PRESETS["kd_rkl"], kd="rkl+fkl", fkl_share=0.3)
+    mixed = run(config("mixed", method=mixture, **itself))[0]
+    assert mixed["kl_teacher"] == pytest.approx(0, abs=1e-6)
+    assert mixed["grad_norm"] < 1e-5
     shaped = run(config("shaped", method=PRESETS["reward_shaping"], **itself))[0]
     plain = run(config("plain", method=PRESETS["grpo"], steps=1))[0]
     assert shaped["kl_teacher"] == pytest.approx(0, abs=1e-6)

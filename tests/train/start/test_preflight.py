@@ -60,7 +60,8 @@ def options(config: TrainConfig, **changes: str) -> list[str]:
 
 
 def test_a_sound_run_passes(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(options(config)) == 0
+    mixture = {"method.kd": "rkl+fkl", "method.fkl-share": "0.3"}
+    assert cli.main(options(config, **mixture)) == 0
     out = capsys.readouterr().out
     assert "failed" not in out
     for text in ("the same 258 tokens", "20 right", "tied head", "untied head", "nats per prompt"):

@@ -50,6 +50,19 @@ def test_an_estimate_that_fits(
     assert saved["tokens_per_s"] == pytest.approx(64 * 8 * 8192 / saved["seconds"])
 
 
+def test_a_mixture_holds_what_the_reverse_kl_holds(models: dict[str, str]) -> None:
+    model = ModelConfig(policy=models["7b"], teacher=models["7b"], dtype="bfloat16")
+    methods = (
+        replace(PRESETS["kdrl"], kd="rkl"),
+        replace(PRESETS["kdrl"], kd="rkl+fkl", fkl_share=0.3),
+        PRESETS["kdrl"],
+    )
+    rkl, mixture, k2 = (
+        command.make_estimate(PlanConfig(model=model, method=method, gpus=8)) for method in methods
+    )
+    assert mixture.memory == rkl.memory != k2.memory
+
+
 def test_what_does_not_fit_is_named_with_its_remedy(models: dict[str, str]) -> None:
     config = PlanConfig(
         model=ModelConfig(policy=models["7b"], dtype="bfloat16"),
