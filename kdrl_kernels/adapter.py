@@ -16,10 +16,7 @@ from kdrl_kernels import gemm
 from kdrl_kernels.autocast import without_autocast
 from kdrl_kernels.head import FLOATS, StudentHead, check_like, gathered
 from kdrl_kernels.plain import check_number
-from kdrl_kernels.plan import accumulator
-
-ALIGN_RANK = 8
-"""Columns are added to B up to a multiple of this, as GEMMs of 16-bit numbers want rows to be."""
+from kdrl_kernels.plan import accumulator, padded_rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +56,7 @@ class LowRank:
 def with_adapter(head: StudentHead, adapter: LowRank) -> StudentHead:
     """Return the wider head, whose gradients reach hidden, A and B alone."""
     A, B = gathered(adapter.A, head.hidden), gathered(adapter.B, head.hidden)
-    spare = -len(A) % ALIGN_RANK
+    spare = padded_rank(len(A)) - len(A)
     if spare:
         A, B = F.pad(A, (0, 0, 0, spare)), F.pad(B, (0, spare))
     hidden = _widened(head.hidden, A, adapter.scale)

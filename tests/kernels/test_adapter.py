@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdrl_kernels as kk
 from kdrl_kernels import logprobs, one_pass
-from kdrl_kernels.head import FLOATS16
+from kdrl_kernels.adapter import with_adapter
+from kdrl_kernels.head import FLOATS16, StudentHead, in_one_dtype
 from tests.kernels.adapters import (
     CALLS,
     H,
@@ -56,6 +57,24 @@ def test_equals_the_merged_head(
 def test_any_rank_in_float64(call: Callable[..., Tensors], impl: str, r: int) -> None:
     x = make(F64, r=r)
     assert_near(solve(call, x, impl=impl), solve(call, x, merged, impl="reference"), 1e-12)
+
+
+@pytest.mark.parametrize(("r", "columns"), [(1, 8), (8, 8), (11, 16)])
+def test_rows_of_16_bits_stay_aligned(r: int, columns: int) -> None:
+    x = make(BF16, r=r)
+    head = StudentHead(x["hidden"], x["weight"])
+    wide = with_adapter(head, kk.LowRank(x["A"], x["B"]))
+    assert wide.weight.shape == (V, columns)
+    assert in_one_dtype(wide).weight.shape == (V, H + columns)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_columns_that_the_teacher_lacks_have_no_gradient(impl: str, device: str) -> None:
+    x = make(F32, device)
+    x["t_weight"], x["tokens"] = x["t_weight"][:-3], x["tokens"].clamp(max=V - 4)
+    ours = solve(exact_kd_call, x, impl=impl)
+    assert_near(ours, solve(exact_kd_call, x, merged, impl="reference"), 1e-5)
+    assert not ours["dB"][-3:].any()
 
 
 def _k_ids(x: Tensors, head: dict[str, Any], **options: Any) -> Tensors:

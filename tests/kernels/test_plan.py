@@ -99,6 +99,7 @@ def test_an_adapter_costs_two_gemms_and_copies_weight_and_hidden_states() -> Non
     assert "adapter      rank 8, 0.000 GB of copies" in str(plan)
     assert "adapter" not in str(plain)
     assert kk.chunk_plan(N, H, V, adapter=r, hidden_grad=False).flop == plan.flop
+    assert kk.chunk_plan(N, H, V, adapter=r - 1) == plan  # as many columns, of zeros
     sketch = kk.chunk_plan(N, H, V, adapter=r, backward="sketch", row_entries=2)
     assert sketch.product_bytes == 2 * (N * (H + r) + V * r + 2 * N * (H + 2 * r))
 
