@@ -353,3 +353,23 @@ def test_a_sketch_has_the_same_loss_and_expected_gradient(kd: str) -> None:
     single = torch.stack([error.norm() for error in errors]).mean()
     assert single > 0.001 * expected.norm()
     assert torch.stack(errors).mean(0).norm() < 2.0 * single / seeds**0.5
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_a_head_with_an_adapter_is_the_merged_one(impl: str) -> None:
+    rng = torch.Generator().manual_seed(5)
+    A, B = (0.2 * torch.randn(*size, generator=rng, dtype=F64) for size in ((3, 8), (60, 3)))
+    hidden, weight = (x.detach().double() for x in _head("cpu", columns=60))
+    tokens = torch.arange(len(hidden))
+    logprobs, ids = torch.randn(len(hidden), 60, generator=rng).log_softmax(1).topk(5)
+    results = []
+    for merged in (True, False):
+        leaves = [x.clone().requires_grad_() for x in (hidden, A, B)]
+        x, a, b = leaves
+        head = weight + 0.5 * b @ a if merged else weight
+        adapter = None if merged else kk.LowRank(a, b, 0.5)
+        best = kk.linear_logprobs(x, head, tokens, topk=4, adapter=adapter, impl=impl)
+        out = _distil(x, head, (ids, logprobs), "topk_rkl", impl, adapter=adapter)
+        loss = out.loss + best.topk_logprobs.square().sum()
+        results.append([best.topk_tokens, *torch.autograd.grad(loss, leaves)])
+    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-12)
