@@ -81,27 +81,36 @@ def test_check_reads_with_split_models(split_config: Config) -> None:
     assert on_processes(4, partial(run_check, settings)) == [0] * 4
 
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "bfloat16": {"dtype": "bfloat16"},
-    "checkpointing": {"gradient_checkpointing": True},
-    "sketch": {"head_backward": "sketch", "head_threshold": 0.01, "head_flat": 1e9},
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
+    "checkpointing": ({"gradient_checkpointing": True}, {}),
+    "bfloat16": ({"dtype": "bfloat16"}, {"kl_teacher": 0.1, "grad_norm": 0.1}),
+    # where a sum differs by rounding, a sketch may keep another entry
+    "sketch": (
+        {"head_backward": "sketch", "head_threshold": 0.01, "head_flat": 1e9},
+        {"kl_teacher": 1e-5, "sketch_entries": 1e-3, "grad_norm": 1e-2, "rl_grad_norm": 1e-5},
+    ),
 }
+"""Settings of the model, and how near the numbers of a step must be where not all are the same."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_settings_of_the_model_hold_on_split_ranks(split_config: Config, name: str) -> None:
+    model, near = VARIANTS[name]
     log = LogConfig(diagnostics_every=1)  # of the first micro-batches: here the whole step
-    optim = replace(ONE_SEQUENCE_PER_PACK, micro_batch_tokens=9999)
-    both = (split_config("qwen3", True, out, log=log, optim=optim) for out in ("whole", "parts"))
-    whole, parts = (replace(x, model=replace(x.model, **VARIANTS[name])) for x in both)
-    records, expected = together(split(parts), 4), alone(whole)
-    if name != "bfloat16":
+    options = {
+        "steps": 1,
+        "log": log,
+        "optim": replace(ONE_SEQUENCE_PER_PACK, micro_batch_tokens=9999),
+    }
+    both = (split_config("qwen3", True, out, **options) for out in ("whole", "parts"))
+    whole, parts = (replace(x, model=replace(x.model, **model)) for x in both)
+    # the same engines sample: one process would share its float32 weights with them
+    records, expected = together(split(parts), 4), together(whole, 2)
+    if not near:
         assert_same_metrics(records, expected)
-        return
-    for record, other in zip(records, expected, strict=True):
-        assert record["kl_teacher"] == pytest.approx(other["kl_teacher"], rel=0.1)
-        assert record["sampler_mismatch_mean"] < 0.05
+    for key, rel in near.items():
+        assert records[0][key] == pytest.approx(expected[0][key], rel=rel), key
 
 
 @pytest.mark.slow

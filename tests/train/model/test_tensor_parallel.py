@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -21,6 +22,7 @@ from kdrl_train.model import policy as policy_module
 from kdrl_train.model.policy import Policy, Teacher
 from kdrl_train.model.tensor_parallel import split, styles_of
 from kdrl_train.ranks import World
+from kdrl_train.step.update import clip
 from tests.families import FAMILIES, make
 from tests.train.model.test_policy import batches
 from tests.train.ranks import on_ranks, train_ranks
@@ -172,6 +174,34 @@ def test_the_head_s_rows_stay_on_their_ranks(
         assert read == expected
         assert len(errors) > 10
         assert max(errors.values()) < 1e-4, {k: e for k, e in errors.items() if e >= 1e-4}
+
+
+def unequal_copies(world: World) -> list[str]:
+    """Train on two ranks; name the parameters that both hold whole, but not the same of."""
+    model = make("qwen3", tie_word_embeddings=True, vocab_size=258)
+    policy = Policy(model, MethodConfig(kd=None))
+    fsdp.shard(policy, torch.device("cpu"), world)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+    (batch,) = batches()
+    for _ in range(3):
+        policy(batch, batch.token_weights.sum(), None).loss.backward()
+        clip(policy, 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    unequal, copies = [], 0
+    for name, parameter in policy.named_parameters():
+        assert isinstance(parameter, DTensor)
+        if parameter.placements[-1] == Replicate():
+            ours = parameter.to_local().detach()
+            theirs = [torch.empty_like(ours) for _ in range(world.size)]
+            dist.all_gather(theirs, ours)
+            unequal += [] if torch.equal(*theirs) else [name]
+            copies += 1
+    return unequal if copies == 4 * 4 + 1 else [f"{copies} copies"]
+
+
+def test_both_ranks_keep_the_same_norms() -> None:
+    assert on_ranks(2, unequal_copies, tensor=2) == [[], []]
 
 
 def message(model: Any, ranks: int = 2) -> str:
