@@ -34,7 +34,7 @@ LOGIT = torch.float32
 """Dtype of the logits, whatever the operands of the GEMM."""
 
 
-class Chunk:
+class ChunkInputs:
     """The logits of the first C rows of student and teacher, and a working buffer."""
 
     def __init__(self, inputs: Inputs, C: int) -> None:
@@ -78,12 +78,12 @@ class Kernel:
     """Logits that are read for each element of [C, V]."""
     is_gradient: bool = False
 
-    def moved(self, chunk: Chunk) -> int:
+    def moved(self, chunk: ChunkInputs) -> int:
         """Count the bytes that are read and written at least."""
         written = chunk.dtype.itemsize if self.is_gradient else 0
         return (self.reads * LOGIT.itemsize + written) * chunk.C * chunk.V
 
-    def run(self, work: ModuleType, chunk: Chunk) -> tuple[float, float]:
+    def run(self, work: ModuleType, chunk: ChunkInputs) -> tuple[float, float]:
         """Measure (ms of the kernel, ms of the copy), each over refilled logits."""
         student, teacher = chunk.streams(self.kd)
         streams = 2 if self.kd else 1
@@ -139,7 +139,7 @@ def chunk_rows(inputs: Inputs) -> int:
 def records(inputs: Inputs, rounds: int, deadline: float) -> Iterator[Record]:
     """Yield a record for each kernel of this device's row module; deadline of time.monotonic."""
     work = load(_impl(inputs.hidden.device))
-    chunk = Chunk(inputs, chunk_rows(inputs))
+    chunk = ChunkInputs(inputs, chunk_rows(inputs))
     measures = {kernel: _measure(kernel, work, chunk) for kernel in KERNELS}
     for kernel, samples in sample_rounds(measures, rounds, deadline).items():
         one = record(
@@ -160,7 +160,7 @@ def records(inputs: Inputs, rounds: int, deadline: float) -> Iterator[Record]:
 
 
 def _measure(
-    kernel: Kernel, work: ModuleType, chunk: Chunk
+    kernel: Kernel, work: ModuleType, chunk: ChunkInputs
 ) -> Callable[[int], tuple[float, float]]:
     """Make a measure for sample_rounds."""
 

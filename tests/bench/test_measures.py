@@ -217,7 +217,7 @@ def test_rows_out_of_time(inputs: Inputs) -> None:
 
 @pytest.mark.parametrize("kernel", rows.KERNELS, ids=lambda kernel: kernel.name)
 def test_copy_moves_as_many_bytes(inputs: Inputs, kernel: rows.Kernel) -> None:
-    chunk = rows.Chunk(inputs, 32)
+    chunk = rows.ChunkInputs(inputs, 32)
     chunk.work.fill_(math.nan)
     chunk.copy(kernel.moved(chunk))
     written = 4 * int((~chunk.work.isnan()).sum())
