@@ -265,8 +265,7 @@ class Policy(HeadedModel):
         distil, sketch = goal.kd is not None, self.sketch
         if sketch is not None:  # the same numbers however completions are packed
             sketch = replace(sketch, rows=batch.token_numbers)
-        # a sketch and the reference need the whole head: kk.kdrl_loss gathers it
-        group = self.vocab_group if sketch is None and self.head_impl != "reference" else None
+        group = self.vocab_group if sketch is None else None  # a sketch needs the gathered head
         if group is not None:
             teacher = None if teacher is None else teacher_rows(teacher, len(weight), group.size())
             weight, bias = local(weight), local(bias)
