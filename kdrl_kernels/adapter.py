@@ -59,7 +59,7 @@ def with_adapter(head: StudentHead, adapter: LowRank) -> StudentHead:
     spare = padded_rank(len(A)) - len(A)
     if spare:
         A, B = F.pad(A, (0, 0, 0, spare)), F.pad(B, (0, spare))
-    hidden = _widened(head.hidden, A, adapter.scale)
+    hidden = _widened(head.hidden, A, float(adapter.scale))
     return replace(head, hidden=hidden, weight=B, constant=head.weight.detach())
 
 
@@ -115,7 +115,7 @@ def _widened_backward(
             dhidden = torch.addmm(straight, narrow, A.to(hidden.dtype), alpha=scale)
         if needs[1]:
             used = (narrow != 0).any(dim=1, keepdim=True)  # rows left out may hold NaN
-            sums = torch.empty_like(A, dtype=accumulator(hidden.dtype))
+            sums = A.new_empty(A.shape, dtype=accumulator(hidden.dtype))
             gemm.add_grad_weight(narrow, torch.where(used, hidden, 0), sums, first=True)
             dA = (sums * scale).to(A.dtype)
     return dhidden, dA
@@ -130,7 +130,7 @@ def _(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     pairs = zip((hidden, A), needs, strict=True)
-    dhidden, dA = (torch.empty_like(x) if need else x.new_empty(0) for x, need in pairs)
+    dhidden, dA = (x.new_empty(x.shape if need else 0) for x, need in pairs)
     return dhidden, dA
 
 
