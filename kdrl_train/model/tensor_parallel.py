@@ -131,7 +131,7 @@ def _require_divisible(model: Any, ranks: int, rules: Mapping[str, str]) -> None
         if features is not None:
             sizes[f"{name}.{features}"] = getattr(model.get_submodule(name), features)
     for name, size in sizes.items():
-        if size is not None and size % ranks:
+        if isinstance(size, int) and size % ranks:
             raise ValueError(
                 f"model.tensor_parallel must divide {name} = {size} of {type(model).__name__}, got "
                 f"{ranks}: set it to a divisor; torchrun's other ranks share the tokens (FSDP2)"
