@@ -51,7 +51,7 @@ def _check_borders() -> None:
 
 def _check_forbidden(kd: str, rank: int) -> None:
     """A bias of -inf forbids all columns of a rank, in both models, or a few of each rank."""
-    problem, sizes = problem_of(kd=kd), sizes_of_ranks()
+    problem, sizes = problem_of(kd=kd, temperature=temperatures()), sizes_of_ranks()
     columns = torch.arange(V)
     start = sum(sizes[:rank])
     forbidden = (
@@ -67,6 +67,21 @@ def _check_forbidden(kd: str, rank: int) -> None:
         tokens=allowed[torch.arange(N) % len(allowed)],
     )
     _check_problem(problem)
+
+
+def _check_one_sided(kd: str, model: str) -> None:
+    """One model forbids all columns of a rank: a KL is right where it is finite, else infinite."""
+    problem, sizes = problem_of(kd=kd).map(Tensor.double), sizes_of_ranks()
+    bias = problem.student["bias"].clone()
+    bias[: sizes[0]] = -math.inf
+    head = {**getattr(problem, model), "bias": bias}
+    tokens = problem.tokens.clamp_min(sizes[0])
+    problem = replace(problem, **{model: head}, tokens=tokens)
+    if kd == "jsd" or (kd, model) in (("rkl", "student"), ("fkl", "teacher")):
+        _check_problem(problem)
+        return
+    kl = spread(problem, sizes, sizes).solve(vocab_group=dist.group.WORLD)["kl"]
+    assert torch.equal(kl, torch.full_like(kl, math.inf))
 
 
 def _check_far(kd: str) -> None:
@@ -105,7 +120,8 @@ def _check_chunks_and_rows_left_out() -> None:
     problem = problem.map(Tensor.double)
     for compact in (True, False):
         here = spread(problem, sizes_of_ranks(), sizes_of_ranks())
-        out = here.solve(compact=compact, workspace_bytes=8_000, vocab_group=dist.group.WORLD)
+        budget = 8_000 + 4_000 * dist.get_rank()
+        out = here.solve(compact=compact, workspace_bytes=budget, vocab_group=dist.group.WORLD)
         assert_exact(joined(out), problem.solve(impl="reference"))
 
 
@@ -175,6 +191,8 @@ for _kd in ("rkl", "fkl", "jsd", "rkl+fkl"):
 
 for _kd in KDS:
     CASES[f"reference-{_kd}"] = lambda k=_kd: _check_reference(k)
+for _kd, _model in itertools.product(("rkl", "fkl", "jsd"), ("student", "teacher")):
+    CASES[f"one-sided-{_kd}-{_model}"] = lambda k=_kd, m=_model: _check_one_sided(k, m)
 for _dtype, _kd in itertools.product((F32, F16, BF16), (None, "k2", "rkl", "fkl", "jsd")):
     _id = f"torch-{str(_dtype).removeprefix('torch.')}-{_kd}"
     CASES[_id] = lambda d=_dtype, k=_kd: _check_dtype("torch", d, k)
