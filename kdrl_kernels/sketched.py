@@ -24,7 +24,7 @@ from kdrl_kernels.rows.entries import Entries
 from kdrl_kernels.rows.ids import IdStats, normalizer_factor, rest_factor
 from kdrl_kernels.rows.streams import Stats, Stream
 from kdrl_kernels.sketch import Sketch
-from kdrl_kernels.sketched_ids import add_at, places, with_ids, without_hits
+from kdrl_kernels.sketched_ids import add_at, at_tokens, places, with_ids, without_hits
 from kdrl_kernels.sparse_rows import SparseRows, row_of_each, row_sums
 from kdrl_kernels.token_rows import Coefficients
 
@@ -63,7 +63,11 @@ class Lists:
             merged.value[first] = 0  # a token may be an id; its entry is what the others leave
         # 0 · log_sum: a row that is not finite has no entries, and must not pass for one
         total = 0 * (stats.log_sum + coef.logprobs) if coef.lse is None else coef.lse
-        merged.value[first] = (total - row_sums(merged.value, offsets))[used]
+        if ids is None and coef.kl is not None:  # without one, kept entries sum to 1 within t
+            merged.value[first] = at_tokens(stats, coef, teacher)[used]
+            balance_(merged, total - row_sums(merged.value, offsets), offsets)
+        else:
+            merged.value[first] = (total - row_sums(merged.value, offsets))[used]
         slope = slopes(student, stats, merged)
         values = merged.value if slope is None else merged.value * slope
         squares = values.double().square()
@@ -155,6 +159,16 @@ def with_tokens(
     )
     offsets = torch.searchsorted(row, torch.arange(C + 1, device=row.device))
     return merged, offsets
+
+
+def balance_(entries: Entries, missing: Tensor, offsets: Tensor) -> None:
+    """Spread what the sum of each row lacks, [C], evenly over its entries of chance 1.
+
+    Which entries these are is no matter of chance, so the mean stays right.
+    """
+    certain = entries.chance == 1
+    counts = row_sums(certain.to(missing.dtype), offsets)
+    entries.value.add_(torch.where(certain, (missing / counts)[entries.row], 0))
 
 
 def slopes(stream: Stream, stats: Stats, entries: Entries) -> Tensor | None:

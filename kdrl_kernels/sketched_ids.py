@@ -53,9 +53,21 @@ def add_at(values: Tensor, place: Tensor, amounts: Tensor) -> None:
 
 def without_hits(stats: Stats, coef: Coefficients, teacher: TeacherStream | None) -> Tensor:
     """Return dL/dz at the ids, [C, K], but for the derivatives in their own log-probabilities."""
-    ids, factor = stats.at_ids, normalizer_factor(coef)[:, None]
-    assert ids is not None
-    lp, p = ids.logprobs, ids.logprobs.exp()
+    assert stats.at_ids is not None
+    return _gradient(stats.at_ids.logprobs, stats.at_ids.teacher_logprobs, stats, coef, teacher)
+
+
+def at_tokens(stats: Stats, coef: Coefficients, teacher: TeacherStream | None) -> Tensor:
+    """Return dL/dz at the sampled tokens, [C], of a loss that reads no ids."""
+    lq = None if stats.teacher_logprobs is None else stats.teacher_logprobs[:, None]
+    return _gradient(stats.logprobs[:, None], lq, stats, coef, teacher)[:, 0] + coef.logprobs
+
+
+def _gradient(
+    lp: Tensor, lq: Tensor | None, stats: Stats, coef: Coefficients, teacher: TeacherStream | None
+) -> Tensor:
+    """Return dL/dz where log p and log q are lp and lq [C, K], without a term of these columns."""
+    p, factor = lp.exp(), normalizer_factor(coef)[:, None]
     dz = -factor * p
     if coef.entropy is not None:
         assert stats.entropy is not None
@@ -64,8 +76,8 @@ def without_hits(stats: Stats, coef: Coefficients, teacher: TeacherStream | None
     if coef.kl is None:
         return dz
     assert teacher is not None
-    assert ids.teacher_logprobs is not None
-    lq, g = ids.teacher_logprobs, coef.kl[:, None]
+    assert lq is not None
+    g = coef.kl[:, None]
     if teacher.kd == "fkl":
         return dz + g * (p - lq.exp())
     pull = _pull(lp - lq, stats, teacher)
