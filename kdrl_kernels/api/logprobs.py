@@ -90,8 +90,8 @@ def linear_logprobs(
             rows (u = 2 N H V FLOP), and the same gradients to the bit. A compiled caller with a
             mask keeps the logits of all rows of the mask, or none.
         backward: "sketch" multiplies an unbiased sparse sketch of dL/dlogits in place of dX's and
-            dW's GEMMs: 1u in all (u = 2 N H V FLOP), and no cache of logits. A graph of
-            torch.compile breaks there.
+            dW's GEMMs: 1u in all (u = 2 N H V FLOP), and no cache of logits, whatever cache_bytes
+            is. A graph of torch.compile breaks there.
         sketch: Sketch(threshold, seed, rows) of backward="sketch"; None: Sketch().
         impl: "triton", "torch" or "reference" (the definition, with full logits). None: Triton on
             GPU tensors, PyTorch elsewhere. A named one never falls back to another.
@@ -134,7 +134,7 @@ def linear_logprobs(
     if impl != "reference":
         rows = max_rows(geometry(head, None, None, impl), workspace_bytes)
         cached = 0
-        if any(needs):
+        if any(needs) and sketch is None:
             V, dtype = weight.shape[0], hidden.dtype
             sizes = len(tokens), V, dtype, rows, cache_bytes, None if used is None else N
             cached = logprobs.cached_rows(*sizes)

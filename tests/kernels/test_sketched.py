@@ -36,11 +36,14 @@ def test_outputs_are_those_of_exact(kd: Kd | None, dtype: torch.dtype) -> None:
             assert same == (not name.startswith("d")), (name, policy, softcap)
 
 
+@pytest.mark.parametrize("cache_bytes", [0, 10_000, 10**6])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_log_probabilities_are_those_of_exact(dtype: torch.dtype) -> None:
+def test_log_probabilities_are_those_of_exact(dtype: torch.dtype, cache_bytes: int) -> None:
+    """No logits are kept, whatever cache_bytes is: backward reads none."""
     problem = make_problem(40, H=24, V=200, kd=None, dtype=dtype)
     head: Any = problem.student["hidden"].requires_grad_(), problem.student["weight"]
     options: dict[str, Any] = {"bias": problem.student["bias"], "entropy": True}
+    options |= {"workspace_bytes": 20_000, "cache_bytes": cache_bytes}
     exact = kk.linear_logprobs(*head, problem.tokens, **options)
     ours = kk.linear_logprobs(*head, problem.tokens, backward="sketch", **options)
     assert torch.equal(ours.logprobs, exact.logprobs)
