@@ -57,9 +57,16 @@ def check_tokens(tokens: Tensor, head: Head, name: str = "tokens") -> None:
     """Raise unless tokens are [N] int64 on the device of hidden; bad_tokens checks their range."""
     if not isinstance(tokens, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tokens).__name__}")
-    if tokens.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64, got {tokens.dtype}")
+    check_int64(name, tokens)
     _check_rows(name, tokens, head)
+
+
+def check_int64(name: str, ids: Tensor) -> None:
+    """Raise TypeError unless ids are int64."""
+    if ids.dtype != torch.int64:
+        whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+        remedy = ": convert them with .long()" if whole else ""
+        raise TypeError(f"{name} must be int64, got {ids.dtype}{remedy}")
 
 
 MOST_IDS = 512
@@ -73,12 +80,14 @@ def check_extra_tokens(
     check_flag("rest", rest)
     if ids is None:
         if rest:
-            raise ValueError("extra_tokens must be [N, K] with rest=True, got None")
+            raise ValueError(
+                "extra_tokens must be [N, K] with rest=True, got None: rest is what is on none of "
+                "them"
+            )
         return None
     if not isinstance(ids, Tensor):
         raise TypeError(f"{name} must be a tensor or None, got {type(ids).__name__}")
-    if ids.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64, got {ids.dtype}")
+    check_int64(name, ids)
     N, hidden = len(head.hidden), head.hidden
     if ids.ndim != 2 or len(ids) != N or not 0 < ids.shape[1] <= MOST_IDS:
         raise ValueError(
@@ -268,20 +277,25 @@ def check_objective(
     """Raise unless a teacher is passed where the objective has one, in the form it needs."""
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be an Objective, got {type(objective).__name__}")
-    if (objective.topk_kd is None) != (teacher_topk is None):
-        must = "None" if objective.topk_kd is None else "(ids, logprobs)"
-        got = "None" if teacher_topk is None else "a pair: take a top-k kd"
-        raise ValueError(f"teacher_topk must be {must} for kd={objective.kd!r}, got {got}")
     passed = [
         name
         for name, value in (("teacher", teacher), ("teacher_logprobs", teacher_logprobs))
         if value is not None
     ]
+    if objective.topk_kd is None and teacher_topk is not None:
+        raise ValueError(
+            f"teacher_topk must be None for kd={objective.kd!r}, got a pair: name the divergence, "
+            'objective=Objective(kd="topk_rkl"), "topk_fkl" or "topk_jsd"'
+        )
+    if objective.topk_kd is not None and teacher_topk is None:
+        reads = {"teacher": objective.topk_kd.removeprefix("topk_"), "teacher_logprobs": "k2"}
+        got = f"only {passed[0]}: use it with kd={reads[passed[0]]!r}" if passed else "None"
+        raise ValueError(f"teacher_topk must be (ids, logprobs) for kd={objective.kd!r}, got {got}")
     if objective.kd is None and passed:
         raise ValueError(f"{passed[0]} must be None when objective.kd is None, got one: set kd")
     if objective.topk_kd is not None:
         if passed:
-            raise ValueError(f"{passed[0]} must be None with teacher_topk, got both")
+            raise ValueError(f"{passed[0]} must be None with teacher_topk, got both: leave it out")
         return
     if objective.kd is not None and not passed:
         exact = objective.exact_kd is not None

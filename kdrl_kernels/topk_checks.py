@@ -21,6 +21,11 @@ def check_topk(teacher_topk: Any, head: Head) -> tuple[Tensor, Tensor]:
         raise TypeError(
             f"teacher_topk must be two tensors, (ids, logprobs), got {type(teacher_topk).__name__}"
         )
+    if pair[0].is_floating_point() and pair[1].dtype == torch.int64:
+        raise TypeError(
+            "teacher_topk must be (ids, logprobs), got them the other way round: torch.topk "
+            "returns the values first"
+        )
     ids = check_extra_tokens(pair[0], False, head, "teacher_topk[0]")
     assert ids is not None
     logprobs = pair[1]
@@ -64,6 +69,6 @@ def check_topk_values(call: LossCall) -> None:
         row = int(wrong.nonzero()[0])
         raise ValueError(
             "teacher_topk[1] must be log-probabilities in nats, whose probabilities sum to at most "
-            f"1, got a sum of {mass[row].item():.6g} in row {int(rows[row])}: compute them in "
-            "float32"
+            f"1, got a sum of {mass[row].item():.6g} in row {int(rows[row])}: take log_softmax of "
+            "all logits, in float32, before the K best"
         )

@@ -12,7 +12,11 @@ from tests.kernels.test_extra_tokens import IDS, N, V
 
 IDS_ERRORS: list[tuple[Any, type[Exception], str]] = [
     ([[1]], TypeError, "extra_tokens must be a tensor or None, got list"),
-    (IDS.int(), TypeError, "extra_tokens must be int64, got torch.int32"),
+    (
+        IDS.int(),
+        TypeError,
+        r"extra_tokens must be int64, got torch.int32: convert them with .long\(\)",
+    ),
     (
         IDS[0],
         ValueError,

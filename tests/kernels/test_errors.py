@@ -35,7 +35,7 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"hidden": torch.ones(4, 8).half(), "weight": torch.ones(10, 8).bfloat16()}, TypeError, r"weight must have the dtype of hidden \(torch.float16\), or"),
     ({"weight": torch.ones(10, 8, device="meta")}, ValueError, "weight must be on the device of hidden"),
     ({"tokens": [0, 1]}, TypeError, "tokens must be a tensor, got list"),
-    ({"tokens": torch.ones(4, dtype=torch.int32)}, TypeError, "tokens must be int64, got torch.int32"),
+    ({"tokens": torch.ones(4, dtype=torch.int32)}, TypeError, r"tokens must be int64, got torch.int32: convert them with .long\(\)"),
     ({"tokens": torch.zeros(5, dtype=torch.int64)}, ValueError, r"tokens must be \[N\] with N = 4, got \[5\]"),
     ({"tokens": torch.tensor([0, 1, 10, 2])}, ValueError, r"vocab_size = 10, got 10 in row 2"),
     ({"tokens": torch.tensor([0, -100, 1, 2])}, ValueError, r"got -100 in row 1; give padding"),

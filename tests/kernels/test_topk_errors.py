@@ -16,8 +16,32 @@ def _pair(**changes: Any) -> tuple[Any, Any]:
 
 
 ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "other_kd": ({"kd": "k2"}, ValueError, r"teacher_topk must be None for kd='k2', got a pair"),
-    "none": ({"topk": None}, ValueError, r"must be \(ids, logprobs\) for kd='topk_rkl', got None"),
+    "other_kd": (
+        {"kd": "k2"},
+        ValueError,
+        r"teacher_topk must be None for kd='k2', got a pair: .*Objective\(kd=\"topk_rkl\"\)",
+    ),
+    "none": ({"topk": None}, ValueError, r"must be \(ids, logprobs\) for kd='topk_rkl', got None$"),
+    "a_head_instead": (
+        {"topk": None, "teacher": kk.TeacherHead(torch.ones(2, 4), torch.ones(9, 4))},
+        ValueError,
+        "for kd='topk_rkl', got only teacher: use it with kd='rkl'",
+    ),
+    "log_probabilities_of_one_token": (
+        {"topk": None, "teacher_logprobs": torch.zeros(2)},
+        ValueError,
+        "for kd='topk_rkl', got only teacher_logprobs: use it with kd='k2'",
+    ),
+    "other_way_round": (
+        {"topk": _pair()[::-1]},
+        TypeError,
+        "got them the other way round: torch.topk returns the values first",
+    ),
+    "probabilities": (
+        {"topk": _pair(logprobs=torch.full((2, 3), 0.2))},
+        ValueError,
+        "got a sum of 2.44.* in row 0: take log_softmax of all logits, in float32",
+    ),
     "a_teacher_too": (
         {"teacher_logprobs": torch.zeros(2)},
         ValueError,
