@@ -10,8 +10,8 @@ from kdrl_kernels.objective import Divergence, Objective
 from kdrl_kernels.token_rows import Coefficients, Rows
 
 NO_GRADIENT = (
-    "loss_fn must return losses that depend on rows.logprobs, rows.entropy, rows.lse, rows.kl or "
-    "rows.extra_logprobs with a gradient, got constants"
+    "loss_fn must return losses that depend on rows.logprobs, rows.entropy, rows.lse, rows.kl, "
+    "rows.forward_kl, rows.extra_logprobs or rows.rest_logprob with a gradient, got constants"
 )
 OTHER_GRADIENT = (
     "loss_fn must read no tensor that needs a gradient, besides rows, got one of shape {}, which "
@@ -38,7 +38,11 @@ class CallerLoss:
         """Return the [C] losses of the caller, after checks of their type and shape."""
         losses = self.fn(rows)
         if not isinstance(losses, Tensor):
-            raise TypeError(f"loss_fn must return a tensor, got {type(losses).__name__}")
+            remedy = ": a field of rows is None unless its option is passed (entropy=True, kl=...)"
+            raise TypeError(
+                f"loss_fn must return a tensor, got {type(losses).__name__}"
+                f"{remedy if losses is None else ''}"
+            )
         if losses.shape != rows.logprobs.shape:
             raise ValueError(
                 f"loss_fn must return one loss a row, [C] with C = {len(rows.logprobs)}, "

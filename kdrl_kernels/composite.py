@@ -48,6 +48,13 @@ def composite_teacher(
         Extrapolation", arXiv:2602.12125; T. Heskes, "Selecting Weighting Factors in Logarithmic
         Opinion Pools", NIPS 1997.
     """
+    for name, value in (("heads", heads), ("weights", weights)):
+        if not isinstance(value, list | tuple):
+            what = "TeacherHeads" if name == "heads" else "numbers"
+            remedy = ": take .tolist()" if isinstance(value, Tensor) else ""
+            raise TypeError(
+                f"{name} must be a list or tuple of {what}, got {type(value).__name__}{remedy}"
+            )
     heads, weights = list(heads), list(weights)
     _check(heads, weights)
     parts = [_scaled(head, head.hidden, w) for head, w in zip(heads, weights, strict=True)]

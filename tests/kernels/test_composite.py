@@ -231,6 +231,9 @@ REUSE = kk.composite_teacher([A, B], (0.5, 0.5))
 ERRORS: list[tuple[Any, Any, dict[str, Any], type[Exception], str]] = [
     ([], [], {}, ValueError, "one number for each of one or more heads, got 0 for 0 heads"),
     ([A, B], [1.0], {}, ValueError, "weights must be one number for each .* got 1 for 2 heads"),
+    (A, [1.0], {}, TypeError, "heads must be a list or tuple of TeacherHeads, got TeacherHead"),
+    ([A], 1.0, {}, TypeError, "weights must be a list or tuple of numbers, got float"),
+    ([A], torch.ones(1), {}, TypeError, r"weights must be .*, got Tensor: take .tolist\(\)"),
     ([A, "B"], [1, 1], {}, TypeError, r"heads\[1\] must be a TeacherHead, got str"),
     ([A, B], [1, "x"], {}, TypeError, r"weights\[1\] must be a number, got 'x'"),
     ([A, B], [1, torch.inf], {}, ValueError, r"weights\[1\] must be finite, got inf"),

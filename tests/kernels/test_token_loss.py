@@ -320,8 +320,8 @@ RESULTS: list[tuple[Callable[[kk.Rows], Any], type[Exception], str]] = [
     (lambda rows: rows.logprobs.sum(), ValueError, r"loss_fn must return one loss a row, \[C\] with C = \d+, got \[\]"),
     (lambda rows: rows.logprobs[:, None], ValueError, r"with C = \d+, got \[\d+, 1\]"),
     (lambda rows: rows.logprobs[1:], ValueError, r"with C = \d+, got \[\d+\]"),
-    (lambda _: 1.0, TypeError, "loss_fn must return a tensor, got float"),
-    (lambda _: None, TypeError, "loss_fn must return a tensor, got NoneType"),
+    (lambda _: 1.0, TypeError, "loss_fn must return a tensor, got float$"),
+    (lambda _: None, TypeError, "got NoneType: a field of rows is None unless its option is passed"),
     (lambda rows: -rows.logprobs.detach(), ValueError, "with a gradient, got constants"),
     (lambda rows: -rows.teacher_logprobs, ValueError, "with a gradient, got constants"),
 ]  # fmt: skip
