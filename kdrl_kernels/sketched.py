@@ -48,7 +48,8 @@ class Lists:
     def take(self, call: LossCall, chunk: Chunk) -> Tensor:
         """Sketch the gradient of a chunk; return the number of rows that have one, 0-d."""
         rows, student, stats, coef = chunk.rows, chunk.student, chunk.stats, chunk.coef
-        V, ids = call.vocab_size, stats.at_ids
+        V = call.vocab_size
+        ids = stats.at_ids if coef.reads_ids else None  # kdrl_loss may return ids that it ignores
         grid = self.sketch.grid(rows, V, coef, rest_of(ids, coef))
         teacher = None if coef.kl is None else chunk.teacher
         work, used_or_flat = row_work.load_sketch(call.impl), coef.used()
@@ -356,7 +357,8 @@ def entry_values(
         others = (of_row - rest_factor(coef, ids))[rows]
         factor = others.index_copy(0, at_ids, factor[at_ids])
     if coef.entropy is not None and scores.entropy is not None:
-        factor = factor + coef.entropy[rows] * (logp + scores.entropy[rows])
+        surprise = torch.where(p > 0, logp, 0) + scores.entropy[rows]  # logp of an id may be -inf
+        factor = factor + coef.entropy[rows] * surprise
     values = -factor * p
     used = offsets.diff() > 0  # flat rows have no entries
     first = offsets[:-1][used]

@@ -56,6 +56,11 @@ class Coefficients:
     extra: Tensor | None = None
     rest: Tensor | None = None
 
+    @property
+    def reads_ids(self) -> bool:
+        """True where the loss reads log-probabilities at K ids of a row, or that of the rest."""
+        return self.extra is not None or self.rest is not None
+
     def present(self) -> dict[str, Tensor]:
         """Return the fields that are not None, by name."""
         values = ((field.name, getattr(self, field.name)) for field in fields(self))

@@ -75,7 +75,7 @@ def gradient(
         student, tokens, stats, coef, out=out, teacher=teacher, source=source, tile=tile
     )
     ids, extra = stats.at_ids, coef.extra
-    if ids is None or (extra is None and coef.rest is None) or len(tokens) == 0:
+    if ids is None or not coef.reads_ids or len(tokens) == 0:
         return out
     teacher = None if coef.kl is None else teacher
     temperatures = temperatures_of(student), temperatures_of(teacher or student)

@@ -1,5 +1,6 @@
 """A sketch with K ids of each row: its mean is the gradient, and the ids are exact entries."""
 
+import math
 from typing import Any
 
 import pytest
@@ -150,6 +151,40 @@ def test_flat_rows_are_exact(dtype: torch.dtype, topk: int | None) -> None:
             eps = torch.finfo(dtype).eps
             error = (results[name][key] - value).double().norm() / value.double().norm()
             assert error < 4 * max(eps, 1e-6), (name, key)
+
+
+def test_an_id_of_probability_0_has_no_entry_that_is_nan() -> None:
+    """One that a bias forbids, or the sampler leaves out, beside a gradient of the entropy."""
+    N, results = 6, []
+    problem = make_problem(N, H=5, V=V, kd=None, dtype=F64)
+    problem.student["bias"][[3, 66]] = -torch.inf
+    problem.tokens.fill_(10)
+    for options in ({}, {"backward": "sketch", "sketch": kk.Sketch(2**-24, flat=math.inf)}):
+        student = {k: v.clone().requires_grad_() for k, v in problem.student.items()}
+        out = kk.linear_logprobs(
+            tokens=problem.tokens,
+            extra_tokens=torch.tensor([[*IDS, 20]]).expand(N, -1),
+            entropy=True,
+            truncation=kk.Truncation(top_k=4),
+            **options,
+            **student,
+        )
+        (out.entropy.sum() + out.logprobs.sum() + out.extra_logprobs[:, 4].sum()).backward()
+        results.append({k: v.grad for k, v in student.items()})
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_loss_that_reads_no_id_has_the_entries_it_has_without(impl: str, device: str) -> None:
+    results = []
+    for ids in (None, torch.tensor([IDS], device=device).expand(6, -1)):
+        problem = make_problem(6, H=12, V=V, kd=None, device=device)
+        sketch = sketch_of(threshold=0.1)
+        ours = problem.solve(extra_tokens=ids, impl=impl, backward="sketch", sketch=sketch)
+        results.append({k: v for k, v in ours.items() if k != "extra_logprobs"})
+    without, with_ids = results
+    for name, value in without.items():
+        assert torch.equal(with_ids[name], value), name
 
 
 @pytest.mark.parametrize("options", [CASES["rest"], CASES["jsd"]], ids=["rest", "jsd"])
