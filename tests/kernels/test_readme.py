@@ -67,6 +67,11 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     ).loss
     ours = kk.linear_token_loss(inputs["hidden"], weight, inputs["tokens"], cispo).loss
     torch.testing.assert_close(ours, loss)
+    logits, rivals = inputs["hidden"] @ weight.T, names["rivals"]
+    share = sum((logits.gather(1, rivals.clamp(min=0)).exp() * (rivals >= 0)).unbind(1))
+    chosen = logits.gather(1, inputs["tokens"][:, None]).squeeze(1)
+    expected = torch.log1p(share / chosen.exp()).mean()
+    torch.testing.assert_close(names["contrasted"].loss, expected)
     lora = names["lora"]
     A, B = lora.lora_A["default"], lora.lora_B["default"]
     assert A.weight.grad.abs().max() > 0
