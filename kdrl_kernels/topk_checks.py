@@ -18,9 +18,8 @@ def check_topk(teacher_topk: Any, head: Head) -> tuple[Tensor, Tensor]:
     """Return ids and log-probabilities [N, K], after every check that reads no value."""
     pair = teacher_topk if isinstance(teacher_topk, tuple | list) else ()
     if len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
-        raise TypeError(
-            f"teacher_topk must be two tensors, (ids, logprobs), got {type(teacher_topk).__name__}"
-        )
+        kinds = ", ".join(type(part).__name__ for part in pair) or type(teacher_topk).__name__
+        raise TypeError(f"teacher_topk must be two tensors, (ids, logprobs), got {kinds}")
     if pair[0].is_floating_point() and pair[1].dtype == torch.int64:
         raise TypeError(
             "teacher_topk must be (ids, logprobs), got them the other way round: torch.topk "

@@ -119,6 +119,7 @@ def linear_logprobs(
     check_flag("entropy", entropy)
     impl, truncation = checks.choose_impl(impl, head), checks.check_truncation(truncation, head)
     sketch = checks.check_sketch(backward, sketch, impl, head)
+    check_flag("rest", rest)
     K = checks.check_topk_size(topk, extra_tokens, head)
     ids = checks.check_extra_tokens(extra_tokens, rest and K == 0, head)
     used, N = checks.row_tensor("mask", mask, head, mask=True), len(tokens)

@@ -53,6 +53,11 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "extra_tokens must be None with teacher_topk",
     ),
     "no_pair": ({"topk": torch.zeros(2)}, TypeError, "must be two tensors, .*, got Tensor"),
+    "a_list_of_ids": (
+        {"topk": ([[0, 1]], torch.zeros(2, 3))},
+        TypeError,
+        "must be two tensors, .*, got list, Tensor",
+    ),
     "ids_dtype": (
         {"topk": _pair(ids=torch.zeros(2, 3))},
         TypeError,

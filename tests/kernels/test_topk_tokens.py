@@ -192,6 +192,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "none_of_them": ({"topk": 0}, ValueError, r"topk must be in \[1, 40\] or None, got 0"),
     "too_many": ({"topk": 41}, ValueError, r"topk must be in \[1, 40\] or None, got 41"),
     "a_float": ({"topk": 2.0}, TypeError, "topk must be an integer or None, got 2.0"),
+    "rest_is_no_flag": ({"topk": 2, "rest": "no"}, TypeError, "rest must be .*, got 'no'"),
     "ids_too": (
         {"topk": 2, "extra_tokens": torch.zeros(N, 1, dtype=torch.int64)},
         ValueError,
