@@ -49,9 +49,9 @@ def composite_teacher(
         Opinion Pools", NIPS 1997.
     """
     for name, value in (("heads", heads), ("weights", weights)):
-        if not isinstance(value, list | tuple):
+        if not isinstance(value, Sequence):
             what = "TeacherHeads" if name == "heads" else "numbers"
-            remedy = ": take .tolist()" if isinstance(value, Tensor) else ""
+            remedy = ": take .tolist()" if hasattr(value, "tolist") else ""
             raise TypeError(
                 f"{name} must be a list or tuple of {what}, got {type(value).__name__}{remedy}"
             )

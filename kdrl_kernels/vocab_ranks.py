@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed import ProcessGroup
+from torch.distributed import DeviceMesh, ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from kdrl_kernels import gradients, logprobs, reference
@@ -32,6 +32,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 OF_A_RANK = {"weight", "bias", "constant", "vocab_size", "max_rows", "cached", "needs"}
 """Fields of a call, its heads and its loss that may differ between ranks."""
+OF_A_CALL = {"", "student", "head", "loss"}
+"""Fields of a call whose own fields are arguments of the public functions, or of Objective."""
+ARGUMENTS = {"weights": "token_weights", "exact_kd": "kl"}
+"""Fields of a call whose names are not those of the arguments."""
 COLUMNS = ("valid", "N", "active", "options", "rows", "teacher_rows", "vocab_size", "max_rows")
 """What each rank tells the others at the beginning of a call."""
 OUTPUTS = ("logprobs", "entropy", "extra_logprobs", "rest_logprob", "topk_tokens")
@@ -72,9 +76,10 @@ class VocabRanks:
 
     def __init__(self, group: Any, vocab_size: int | None) -> None:
         if not isinstance(group, ProcessGroup):
+            remedy = ": take .get_group()" if isinstance(group, DeviceMesh) else ""
             raise TypeError(
                 "vocab_group must be a torch.distributed ProcessGroup or None, got "
-                f"{type(group).__name__}"
+                f"{type(group).__name__}{remedy}"
             )
         if group.rank() < 0:
             raise ValueError("vocab_group must hold this rank, got a group of others")
@@ -120,6 +125,7 @@ class VocabRanks:
     def _agree(self, call: Any, student: Head, teacher: Head | None) -> tuple[Any, VocabShard]:
         """Return the call with its whole vocabulary and what else is common, and the shard."""
         _refuse(call)
+        settings = _settings({"hidden.requires_grad": call.needs[0], "": call})
         check_number("vocab_size", self.vocab_size, optional=True, whole=True)
         weights = getattr(call, "weights", None)
         N = len(student.hidden)
@@ -128,7 +134,7 @@ class VocabRanks:
                 "valid": 1,
                 "N": N,
                 "active": N if weights is None else int(weights.count_nonzero()),
-                "options": zlib.crc32(repr((call.needs[0], _settings(call))).encode()),
+                "options": zlib.crc32(repr(settings).encode()),
                 "rows": len(student.weight),
                 "teacher_rows": 0 if teacher is None else len(teacher.weight),
                 "vocab_size": -1 if self.vocab_size is None else self.vocab_size,
@@ -137,6 +143,8 @@ class VocabRanks:
         )
         each = {name: [values[name] for values in told] for name in COLUMNS}
         _check_agreement(each)
+        if len(set(each["options"])) > 1:
+            raise ValueError(_difference(settings, self.group))
         sizes = _columns(each, self.vocab_size)
         shard = VocabShard(self.group, sizes, call.impl, student.hidden.device)
         call = replace(call, max_rows=min(each["max_rows"]))
@@ -168,14 +176,30 @@ def _refuse(call: LossCall | LogprobCall) -> None:
         raise ValueError("tokens must have values with a vocab_group, got a tensor without")
 
 
-def _settings(value: Any) -> Any:
-    """Describe the arguments that must be the same on all ranks: tensors by dtype and shape."""
-    if isinstance(value, Tensor):
-        return value.dtype, list(value.shape)
+def _settings(value: Any, name: str = "") -> dict[str, str]:
+    """Describe, by name, what must be the same on all ranks: tensors by dtype and shape."""
     if is_dataclass(value):
         names = [field.name for field in fields(value) if field.name not in OF_A_RANK]
-        return [(name, _settings(getattr(value, name))) for name in names]
-    return "a function" if callable(value) else value
+        value = {field: getattr(value, field) for field in names}
+    if isinstance(value, dict):
+        outer = "" if name in OF_A_CALL else f"{name}."
+        parts = [_settings(part, f"{outer}{field}") for field, part in value.items()]
+        return {field: text for part in parts for field, text in part.items()}
+    text = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    return {ARGUMENTS.get(name, name): "a function" if callable(value) else text}
+
+
+def _difference(settings: dict[str, str], group: ProcessGroup) -> str:
+    """Return the message, the same on all ranks, for settings that are not; all ranks must call."""
+    everyone: list[Any] = [None] * group.size()
+    dist.all_gather_object(everyone, settings, group=group)
+    names = dict.fromkeys(name for each in everyone for name in each)
+    values = {name: [each.get(name, "nothing") for each in everyone] for name in names}
+    name = next(name for name in names if len(set(values[name])) > 1)
+    return (
+        f"{name} must be the same on all ranks of vocab_group, got "
+        f"{' and '.join(dict.fromkeys(values[name]))}"
+    )
 
 
 def _check_agreement(each: dict[str, list[int]]) -> None:
@@ -194,12 +218,6 @@ def _check_agreement(each: dict[str, list[int]]) -> None:
     for name, message in what.items():
         if len(set(each[name])) > 1:
             raise ValueError(f"{message} on all ranks of vocab_group, got {each[name]}")
-    others = [rank for rank, code in enumerate(each["options"]) if code != each["options"][0]]
-    if others:
-        raise ValueError(
-            "options, and dtypes and shapes besides those of weight and bias, must be the same on "
-            f"all ranks of vocab_group, got others than those of rank 0 on {others}"
-        )
 
 
 def _is_sharded(each: dict[str, list[int]]) -> bool:

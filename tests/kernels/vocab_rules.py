@@ -152,15 +152,21 @@ def _check_differences() -> None:
     _raises(ValueError, r"^token_weights must be non-zero in the same", token_weights=weights)
     _raises(ValueError, r"^vocab_size must be the same", vocab_size=30 if first else None)
     for change in ({"entropy": first}, {"softcap": 9.0 if first else 8.0}, {"compact": first}):
-        _raises(ValueError, r"^options, .* must be the same on all ranks", **change)
-    _raises(
-        ValueError, r"^options", objective=kk.Objective(kd="rkl", kd_coef=1.0 if first else 2.0)
-    )
+        (name,) = change
+        _raises(ValueError, rf"^{name} must be the same on all ranks .* got \S+ and \S+$", **change)
+    ids = torch.zeros(N, 3 if first else 2, dtype=torch.int64)
+    _raises(ValueError, r"^extra_tokens .* 3\] and torch.int64 \[\d+, 2\]$", extra_tokens=ids)
+    weights = torch.ones(N) if first else None
+    _raises(ValueError, "^token_weights .* and None$", token_weights=weights)
+    objective = kk.Objective(kd="rkl", kd_coef=1.0 if first else 2.0)
+    _raises(ValueError, "^kd_coef must be the same .* got 1.0 and 2.0$", objective=objective)
 
 
 def _check_refused() -> None:
     sizes = sizes_of_ranks()
     _raises(TypeError, r"^vocab_group must be a torch.distributed ProcessGroup", vocab_group="all")
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    _raises(TypeError, r"got DeviceMesh: take .get_group\(\)$", vocab_group=mesh)
     alone = dist.new_group([0])
     if dist.get_rank():
         _raises(TypeError, r"^vocab_group must be", vocab_group=alone)
