@@ -68,6 +68,27 @@ def test_one_pass(kd: str | None, dtype: torch.dtype) -> None:
         assert gradients.scaled(result.loss, result.scale, dtype).is_meta
 
 
+@pytest.mark.parametrize("kd", ["topk_rkl", "topk_fkl", "topk_jsd"])
+def test_one_pass_of_k_tokens(kd: str) -> None:
+    problem = _meta_problem(kd=kd)
+    ids, logprobs = (x.to("meta") for x in problem.options["teacher_topk"])
+    result = one_pass.run(_call(problem, extra_tokens=ids, rest=True, teacher_topk=logprobs))
+    assert result.rows.kl is not None
+    assert all(x is not None and x.is_meta for x in result.gradients.tensors())
+
+
+def test_the_likeliest_tokens() -> None:
+    problem = _meta_problem(kd=None)
+    head = Head(**problem.student, temperature=0.7, softcap=5.0)
+    call = LogprobCall(head, problem.tokens, False, "torch", 3, 0, (True, True, True), topk=3)
+    scores = logprobs.score(call)
+    assert scores.topk_tokens is not None
+    call = replace(call, extra_tokens=scores.topk_tokens)
+    upstream = torch.ones_like(scores.logprobs), None, scores.extra_logprobs
+    total, _ = logprobs.gradients(BackwardCall(call, scores, *upstream))
+    assert all(x is not None and x.is_meta for x in total.tensors())
+
+
 @pytest.mark.parametrize("reason", ["weights", "compact"])
 def test_it_is_seen_where_the_host_waits(reason: str) -> None:
     """Both options are documented to wait for the number of rows."""
