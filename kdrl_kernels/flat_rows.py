@@ -1,7 +1,7 @@
 """Keeps dL/dlogits of rows that are too flat to be sketched, for the GEMMs of the backward pass.
 
 They are few where a sketch is worth it. Where they would take more than a quarter of the memory of
-dW in float32, they are multiplied and added up at once, as the exact gradient is.
+the weight in float32, they are multiplied and added up at once, as the exact gradient is.
 """
 
 import torch
@@ -15,7 +15,7 @@ from kdrl_kernels.plan import accumulator
 
 
 def most_kept(head: Head) -> int:
-    """Return the elements of dL/dlogits that take a quarter of the memory of dW in float32."""
+    """Return the elements of dL/dlogits that take a quarter of the memory of weight in float32."""
     dtype = head.hidden.dtype
     return head.weight.numel() * accumulator(dtype).itemsize // dtype.itemsize // 4
 
