@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from kdrl_kernels import gemm
 from kdrl_kernels.autocast import without_autocast
-from kdrl_kernels.head import FLOATS, StudentHead, check_like, gathered
+from kdrl_kernels.head import FLOATS, StudentHead, check_like, gathered, needs_gradient
 from kdrl_kernels.plain import check_number
 from kdrl_kernels.plan import accumulator, padded_rank
 
@@ -64,7 +64,7 @@ def with_adapter(head: StudentHead, adapter: LowRank) -> StudentHead:
 
 
 def check_adapter(adapter: Any, head: StudentHead) -> None:
-    """Raise unless adapter is None or a LowRank of this head, whose weight needs no gradient."""
+    """Raise unless adapter is None or a LowRank of this head, whose weight gets no gradient."""
     if adapter is None:
         return
     if not isinstance(adapter, LowRank):
@@ -76,7 +76,7 @@ def check_adapter(adapter: Any, head: StudentHead) -> None:
         raise ValueError(f"adapter.A must be [r, H] with H = {H}, got {list(adapter.A.shape)}")
     if len(adapter.B) != V:
         raise ValueError(f"adapter.B must be [V, r] with V = {V}, got {list(adapter.B.shape)}")
-    if head.weight.requires_grad:
+    if needs_gradient(head)[1]:
         raise ValueError(
             "weight must not need a gradient beside an adapter, got one that requires_grad: "
             "freeze it with weight.requires_grad_(False), or pass weight.detach()"
