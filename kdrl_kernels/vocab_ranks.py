@@ -61,9 +61,15 @@ def takes_vocab_group(function: Callable[P, R]) -> Callable[P, R]:
 @torch.compiler.disable(reason="the ranks of a vocab_group agree on values")
 def over_ranks(function: Callable[..., R], args: tuple[Any, ...], options: dict[str, Any]) -> R:
     """Call a function with VocabRanks in the place of a group."""
-    ranks = VocabRanks(options["vocab_group"], options.pop("vocab_size", None))
+    has_size = "vocab_size" in signature(function).parameters
+    vocab_size = options.pop("vocab_size", None) if has_size else None
+    ranks = VocabRanks(options["vocab_group"], vocab_size)
     try:
-        _check_arguments(signature(function).bind_partial(*args, **options).arguments)
+        arguments = signature(function).bind_partial(*args, **options).arguments
+        _check_arguments(arguments)
+        numbers = {"normalizer": arguments.get("normalizer")}
+        numbers["adapter.scale"] = getattr(arguments.get("adapter"), "scale", None)
+        ranks.numbers = {k: float(x) for k, x in numbers.items() if isinstance(x, int | float)}
         return function(*args, **options | {"vocab_group": ranks})
     except Exception:
         if not ranks.agreed:
@@ -84,6 +90,8 @@ class VocabRanks:
         if group.rank() < 0:
             raise ValueError("vocab_group must hold this rank, got a group of others")
         self.group, self.vocab_size = group, vocab_size
+        self.numbers: dict[str, float] = {}
+        """Those of the arguments that a call holds as a tensor, or not at all."""
         self.agreed = False
 
     def loss(self, call: LossCall) -> tuple[Tensor, RowOutputs, Tensor]:
@@ -125,8 +133,10 @@ class VocabRanks:
     def _agree(self, call: Any, student: Head, teacher: Head | None) -> tuple[Any, VocabShard]:
         """Return the call with its whole vocabulary and what else is common, and the shard."""
         _refuse(call)
-        settings = _settings({"hidden.requires_grad": call.needs[0], "": call})
+        settings = _settings({"hidden.requires_grad": call.needs[0], "": call} | self.numbers)
         check_number("vocab_size", self.vocab_size, optional=True, whole=True)
+        if self.vocab_size is not None and not 0 < self.vocab_size < 2**63:
+            raise ValueError(f"vocab_size must be positive and below 2^63, got {self.vocab_size}")
         weights = getattr(call, "weights", None)
         N = len(student.hidden)
         told = self.tell(
@@ -155,14 +165,25 @@ class VocabRanks:
 
 def _check_arguments(arguments: dict[str, Any]) -> None:
     """Raise for a DTensor, and for a backward pass that does not run over ranks."""
-    for name in ("weight", "bias"):
-        if isinstance(arguments.get(name), DTensor):
-            raise TypeError(
-                f"{name} must be a plain tensor with a vocab_group, got a DTensor: pass "
-                f"{name}.to_local(), this rank's rows, and vocab_group=mesh.get_group()"
-            )
+    teacher, adapter = arguments.get("teacher"), arguments.get("adapter")
+    tensors = {name: arguments.get(name) for name in ("weight", "bias")}
+    tensors |= {f"teacher.{name}": getattr(teacher, name, None) for name in ("weight", "bias")}
+    tensors |= {f"adapter.{name}": getattr(adapter, name, None) for name in ("A", "B")}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, DTensor):
+            continue
+        part = "to_local(), this rank's rows, and vocab_group=mesh.get_group()"
+        if name == "adapter.A":
+            part = "full_tensor()"
+        elif name.startswith("teacher"):
+            part += f", or {name}.full_tensor()"
+        raise TypeError(
+            f"{name} must be a plain tensor with a vocab_group, got a DTensor: pass {name}.{part}"
+        )
     if arguments.get("backward") == "sketch":
-        raise ValueError('backward must be "exact" with a vocab_group, got "sketch"')
+        raise ValueError(
+            'backward must be "exact" with a vocab_group, got "sketch": it needs the whole weight'
+        )
 
 
 def _refuse(call: LossCall | LogprobCall) -> None:

@@ -101,9 +101,9 @@ def linear_logprobs(
             compared at the beginning of a call, values are not. Outputs, and the gradient of
             hidden, are then those of the whole vocabulary, the same on all ranks; those of weight
             and bias are this rank's. An adapter's A is whole, its B sharded. topk is at most the
-            rows of the smallest shard. All ranks must call, and run the backward pass. Not with
-            backward="sketch", nor truncation but for impl="reference", which gathers the weights;
-            not traced by torch.compile.
+            rows of the smallest shard. All ranks must call, and run the backward pass. Not with a
+            DTensor (pass to_local()), backward="sketch", nor truncation but for impl="reference",
+            which gathers the weights; not traced by torch.compile.
     Returns: LogprobOutput in nats, float32 (float64 for float64 inputs); differentiable once in
         hidden, weight, bias and adapter, for any later loss.
     Raises: ValueError for a shape, device, token or option; TypeError for a type or dtype.

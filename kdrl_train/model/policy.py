@@ -297,13 +297,18 @@ class Policy(HeadedModel):
 def teacher_rows(teacher: kk.TeacherHead, columns: int, ranks: int) -> kk.TeacherHead:
     """Return a teacher with this rank's rows of its head, which were split over `ranks` ranks.
 
-    It stays whole where they are not those of a policy with so many columns, but for padding at the
-    end: then kk.kdrl_loss gathers it.
+    It is gathered where they are not those of a policy with so many columns, but for padding at
+    the end.
     """
     ours, theirs = (math.ceil(rows / ranks) for rows in (columns, len(teacher.weight)))
-    if ours != theirs:
-        return teacher
-    return replace(teacher, weight=local(teacher.weight), bias=local(teacher.bias))
+
+    def part(tensor: Tensor) -> Tensor:
+        if ours != theirs and isinstance(tensor, DTensor):
+            return tensor.full_tensor()
+        return local(tensor)
+
+    bias = teacher.bias
+    return replace(teacher, weight=part(teacher.weight), bias=None if bias is None else part(bias))
 
 
 @overload

@@ -90,12 +90,25 @@ def _check_dtensor() -> None:
     weight = nn.Parameter(distribute_tensor(problem.student["weight"], mesh, [Shard(0)]))
     head = problem.student["hidden"], problem.tokens
 
-    def loss(weight: Tensor) -> Tensor:
-        options = {**problem.options, "vocab_group": mesh.get_group()}
+    def loss(weight: Tensor, **more: Any) -> Tensor:
+        options = {**problem.options, "vocab_group": mesh.get_group(), **more}
         return kk.kdrl_loss(head[0], weight, head[1], **options).loss
 
     with pytest.raises(TypeError, match=r"^weight must be a plain tensor .* weight.to_local\(\)"):
         loss(weight)
+    for part, message in (
+        (
+            {"teacher": kk.TeacherHead(head[0], weight)},
+            r"^teacher.weight .* teacher.weight.full_te",
+        ),
+        ({"adapter": kk.LowRank(weight[:1], weight[:, :1])}, r"^adapter.A .* pass adapter.A.full"),
+        ({"adapter": kk.LowRank(head[0][:1], weight[:, :1])}, r"^adapter.B .* adapter.B.to_local"),
+    ):
+        # of one rank alone, too: it must not have begun to gather the tensor
+        bad = {"temperature": -1.0} if dist.get_rank() else part
+        says = r"^temperature must be positive" if dist.get_rank() else message
+        with pytest.raises((TypeError, ValueError), match=says):
+            loss(weight.to_local().detach(), **bad)
     loss(weight.to_local()).backward()
     assert weight.grad is not None
     exact = problem.solve(impl="reference")["dweight"]
@@ -138,6 +151,11 @@ def _check_one_rank_refuses() -> None:
             _raises(ValueError, next(iter(change)), **change)
         else:
             _raises(ValueError, r"^the arguments must be valid on all ranks .* error on \[1\]")
+    for size in (0, -1, 2**64):
+        if dist.get_rank() == 1:
+            _raises(ValueError, r"^vocab_size must be positive", vocab_size=size)
+        else:
+            _raises(ValueError, r"^the arguments must be valid on all ranks")
     problem = problem_of(kd=None)
     solve(problem)  # the ranks still meet
 
@@ -151,7 +169,13 @@ def _check_differences() -> None:
     weights = torch.ones(N) if first else torch.eye(N)[0]
     _raises(ValueError, r"^token_weights must be non-zero in the same", token_weights=weights)
     _raises(ValueError, r"^vocab_size must be the same", vocab_size=30 if first else None)
-    for change in ({"entropy": first}, {"softcap": 9.0 if first else 8.0}, {"compact": first}):
+    other = 9.0 if first else 8.0
+    for change in (
+        {"entropy": first},
+        {"softcap": other},
+        {"compact": first},
+        {"normalizer": other},
+    ):
         (name,) = change
         _raises(ValueError, rf"^{name} must be the same on all ranks .* got \S+ and \S+$", **change)
     ids = torch.zeros(N, 3 if first else 2, dtype=torch.int64)
@@ -160,6 +184,12 @@ def _check_differences() -> None:
     _raises(ValueError, "^token_weights .* and None$", token_weights=weights)
     objective = kk.Objective(kd="rkl", kd_coef=1.0 if first else 2.0)
     _raises(ValueError, "^kd_coef must be the same .* got 1.0 and 2.0$", objective=objective)
+    adapter = kk.LowRank(torch.ones(1, H), torch.ones(sizes_of_ranks()[dist.get_rank()], 1), other)
+    here = spread(problem, sizes_of_ranks(), None)
+    with pytest.raises(ValueError, match=r"^adapter.scale must be the same .* got 9.0 and 8.0$"):
+        kk.linear_logprobs(
+            **here.student, tokens=here.tokens, adapter=adapter, vocab_group=dist.group.WORLD
+        )
 
 
 def _check_refused() -> None:
@@ -176,6 +206,10 @@ def _check_refused() -> None:
     _raises(ValueError, r"^vocab_size must be in \[1, 37\], got 38", vocab_size=38)
     uneven = [V - 2 * (len(sizes) - 1)] + [2] * (len(sizes) - 1)
     _raises(ValueError, r"^teacher.weight must be whole, or have as many rows", t_sizes=uneven)
+    here = spread(problem_of(kd=None), sizes, None)
+    call: Any = kk.linear_logprobs  # which has none
+    with pytest.raises(TypeError, match="unexpected keyword argument 'vocab_size'"):
+        call(**here.student, tokens=here.tokens, vocab_size=9, vocab_group=dist.group.WORLD)
     bad = replace(problem_of(kd="rkl"), tokens=torch.full((N,), V))
     _raises(ValueError, r"^tokens must be in \[0, vocab_size\) with vocab_size = 37", problem=bad)
 
