@@ -81,9 +81,10 @@ class ModelConfig:
     the GEMMs gets its exact gradient. At a small vocabulary these are nearly all tokens. inf: no
     token."""
     tensor_parallel: PositiveInt = 1
-    """Number of neighbouring ranks over which every layer and the LM head are split (torchrun); it
-    divides the number of ranks and of key-value heads. The others share the tokens, as without.
-    For dense models like Llama and Qwen3. 1: FSDP2 alone shards the models."""
+    """Number of neighbouring ranks (of torchrun) that split every layer and the LM head among
+    them. It must divide the number of ranks and that of key-value heads. Such groups of ranks share
+    the tokens of a step, as single ranks do at 1, where FSDP2 alone shards the models. For dense
+    models like Llama and Qwen3."""
     liger: Switch = False
     """Use liger-kernel for RMSNorm, SwiGLU and RoPE of both models. Needs a GPU with Triton, and
     `pip install 'kdrl-kernels[liger]'`."""

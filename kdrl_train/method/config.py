@@ -104,16 +104,17 @@ class MethodConfig:
     """How the loss is averaged. token_mean: over all tokens. sequence_mean: over the tokens of each
     completion, then over completions. constant: sum / (R * max_new_tokens)."""
     kd: Literal["k2", "k3", "rkl", "fkl", "jsd", "rkl+fkl", "reward"] | None = "k2"
-    """Distillation. k2, k3: on sampled tokens. rkl, fkl, jsd: over the whole vocabulary. rkl+fkl:
-    the mixture of both KLs (fkl_share). reward: no term in the loss; beta · sum over tokens of
-    (log q - log p) is added to the reward. None: no distillation."""
+    """Distillation from teacher q to policy p. k2, k3: on sampled tokens. Over the whole
+    vocabulary: rkl, the reverse KL(p‖q); fkl, the forward KL(q‖p); jsd; rkl+fkl, a mixture of both
+    KLs (fkl_share). reward: no term in the loss; beta · sum over tokens of (log q - log p) is added
+    to the reward. None: no distillation."""
     kd_baseline: Literal["kl"] | None = None
     """kl: subtract the exact KL from log p - log q in k2: less noise for diffuse rows, more for
     peaked ones whose teacher is less sure. Needs a teacher in this process."""
     jsd_alpha: OpenUnitInterval = 0.5
     """Share of the teacher in the mixture of jsd, above 0 and below 1."""
     fkl_share: OpenUnitInterval = 0.5
-    """Share of the forward KL in rkl+fkl, above 0 and below 1."""
+    """Share of the forward KL in rkl+fkl, above 0 and below 1; the rest is the reverse KL's."""
     kd_coef: ScheduleConfig = field(default_factory=ScheduleConfig)
     """Beta: weight of the distillation term relative to the policy gradient."""
     kd_mask: Literal["none", "wrong", "wrong_group"] = "none"
@@ -134,7 +135,10 @@ class MethodConfig:
         if self.kd_baseline is not None and self.kd != "k2":
             raise ValueError(f'kd must be "k2" with kd_baseline, got {self.kd}')
         if self.fkl_share != 0.5 and self.kd != "rkl+fkl":
-            raise ValueError(f'kd must be "rkl+fkl" with a fkl_share, got {self.kd}')
+            raise ValueError(
+                f'kd must be "rkl+fkl" with fkl_share {self.fkl_share}, got {self.kd}: set kd, or '
+                "leave fkl_share out"
+            )
         if self.policy_coef.kind in ("kl_budget", "reward_adaptive"):
             raise ValueError(
                 "policy_coef.kind must be a function of the step or a switch, got "
