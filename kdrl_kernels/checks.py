@@ -300,7 +300,10 @@ def check_objective(
     if objective.kd is not None and not passed:
         exact = objective.exact_kd is not None
         which = "teacher=TeacherHead(...)" if exact else "teacher or teacher_logprobs"
-        raise ValueError(f"{which} must be passed for kd={objective.kd!r}, got neither")
+        raise ValueError(
+            f"{which} must be passed for kd={objective.kd!r}, got neither: "
+            "Objective(kd=None) is for no teacher"
+        )
     if objective.exact_kd is not None and teacher is None:
         what, remedy = f"the exact kd={objective.kd!r}", "kd='k2'"
         if objective.kd_baseline is not None:

@@ -66,14 +66,14 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"workspace_bytes": 0}, ValueError, "workspace_bytes must be positive or None, got 0"),
     ({"workspace_bytes": 7}, ValueError, r"workspace_bytes must be at least \d+ \(one row at V = 10\), got 7"),
     ({"impl": "cuda"}, ValueError, r"impl must be one of \('triton', 'torch', 'reference'\) or None, got 'cuda'"),
-    ({"teacher": None}, ValueError, "teacher or teacher_logprobs must be passed for kd='k2', got neither"),
+    ({"teacher": None}, ValueError, r"teacher or teacher_logprobs must be passed for kd='k2', got neither: Objective\(kd=None\) is for no teacher"),
     ({"teacher": None, "objective": kk.Objective(kd="rkl")}, ValueError, r"teacher=TeacherHead\(...\) must be passed for kd='rkl'"),
     ({"teacher": torch.ones(4)}, TypeError, "teacher must be a TeacherHead or None, got Tensor"),
     ({"objective": kk.Objective(kd=None)}, ValueError, "teacher must be None when objective.kd is None"),
     ({"teacher_logprobs": torch.ones(4)}, ValueError, "teacher_logprobs must be None when teacher is passed"),
     ({"teacher": None, "teacher_logprobs": torch.ones(4), "objective": kk.Objective(kd="fkl")}, ValueError, "teacher must be a TeacherHead for the exact kd='fkl'"),
     ({"teacher": None, "teacher_logprobs": torch.ones(4), "objective": kk.Objective(kd_baseline="kl")}, ValueError, "teacher must be a TeacherHead for kd_baseline='kl', got teacher_logprobs: use kd_baseline=None with those"),
-    ({"teacher": None, "objective": kk.Objective(kd_baseline="kl")}, ValueError, r"teacher=TeacherHead\(...\) must be passed for kd='k2', got neither"),
+    ({"teacher": None, "objective": kk.Objective(kd_baseline="kl")}, ValueError, r"teacher=TeacherHead\(...\) must be passed for kd='k2', got neither: Objective\(kd=None\) is for no teacher"),
     ({"teacher": kk.TeacherHead(torch.ones(5, 6), torch.ones(12, 6))}, ValueError, r"teacher.hidden must have N = 4 rows, got \[5, 6\]"),
 ]  # fmt: skip
 

@@ -275,7 +275,9 @@ def test_a_baseline_is_for_k2() -> None:
 def test_a_share_is_for_the_mixture() -> None:
     assert MethodConfig(kd="rkl+fkl", fkl_share=0.3).fkl_share == 0.3
     for kd in ("k2", "fkl", "reward", None):
-        with pytest.raises(ValueError, match=rf'^kd must be "rkl\+fkl" with fkl_share 0.3, got {kd}: set kd'):
+        with pytest.raises(
+            ValueError, match=rf'^kd must be "rkl\+fkl" with fkl_share 0.3, got {kd}: set kd'
+        ):
             MethodConfig(kd=kd, fkl_share=0.3)
 
 
