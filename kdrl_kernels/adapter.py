@@ -14,9 +14,16 @@ from torch.nn import functional as F
 
 from kdrl_kernels import gemm
 from kdrl_kernels.autocast import without_autocast
-from kdrl_kernels.head import FLOATS, StudentHead, check_like, gathered, needs_gradient
+from kdrl_kernels.head import (
+    FLOATS,
+    StudentHead,
+    check_like,
+    gathered,
+    needs_gradient,
+    spare_columns,
+)
 from kdrl_kernels.plain import check_number
-from kdrl_kernels.plan import accumulator, padded_rank
+from kdrl_kernels.plan import accumulator
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +63,7 @@ class LowRank:
 def with_adapter(head: StudentHead, adapter: LowRank) -> StudentHead:
     """Return the wider head, whose gradients reach hidden, A and B alone."""
     A, B = gathered(adapter.A, head.hidden), gathered(adapter.B, head.hidden)
-    spare = padded_rank(len(A)) - len(A)
+    spare = spare_columns(len(A))
     if spare:
         A, B = F.pad(A, (0, 0, 0, spare)), F.pad(B, (0, spare))
     hidden = _widened(head.hidden, A, float(adapter.scale))

@@ -12,11 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kdrl_kernels.head import TeacherHead, gathered
+from kdrl_kernels.head import TeacherHead, gathered, spare_columns
 from kdrl_kernels.plain import check_number
-
-ALIGN_COLUMNS = 8
-"""The columns that hold biases are padded to a multiple: 16 bytes, what fast 16-bit GEMMs need."""
 
 
 def composite_teacher(
@@ -62,7 +59,7 @@ def composite_teacher(
     if with_bias:
         ones = torch.ones_like(heads[0].hidden[..., :1])
         parts += [_scaled(head, ones, w) for head, w in with_bias]
-        parts += [torch.zeros_like(ones)] * _padding(len(with_bias))
+        parts += [torch.zeros_like(ones)] * spare_columns(len(with_bias))
     hidden = torch.cat(parts, dim=-1)
     if reuse is None:
         return TeacherHead(hidden, *_side_by_side(heads))
@@ -106,12 +103,8 @@ def _side_by_side(heads: list[TeacherHead]) -> tuple[Tensor, Tensor | None]:
     bias = torch.stack(biases, dim=1)
     forbidden = (bias == -torch.inf).any(dim=1)
     columns.append(bias.masked_fill(bias == -torch.inf, 0))
-    columns.append(bias.new_zeros(V, _padding(len(biases))))
+    columns.append(bias.new_zeros(V, spare_columns(len(biases))))
     return torch.cat(columns, dim=1), bias.new_zeros(V).masked_fill(forbidden, -torch.inf)
-
-
-def _padding(columns: int) -> int:
-    return -columns % ALIGN_COLUMNS
 
 
 def _check(heads: list[TeacherHead], weights: list[float]) -> None:

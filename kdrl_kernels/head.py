@@ -104,6 +104,13 @@ class StudentHead(Head):
 
 
 AnyHead = TypeVar("AnyHead", bound=Head)
+OPERAND_COLUMNS = 8
+"""What stands beside a weight is padded to a multiple: 16-byte rows, as fast 16-bit GEMMs want."""
+
+
+def spare_columns(columns: int) -> int:
+    """Return how many columns of zeros pad those of an adapter, or of a composite's biases."""
+    return -columns % OPERAND_COLUMNS
 
 
 def in_one_dtype(head: AnyHead) -> AnyHead:

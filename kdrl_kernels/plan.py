@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from kdrl_kernels import rows as row_work
-from kdrl_kernels.head import FLOATS
+from kdrl_kernels.head import FLOATS, spare_columns
 from kdrl_kernels.objective import DIVERGENCES, Kd, Objective
 from kdrl_kernels.plain import check_bytes, check_flag, check_number
 from kdrl_kernels.rows.entries import FORWARD
@@ -23,15 +23,6 @@ FLOOR_ROWS = 2048
 
 ALIGN_COLUMNS = 64
 """Rows of logits start at multiples of this, so that every load may be 16 bytes wide."""
-
-
-ALIGN_RANK = 8
-"""An adapter gets columns of zeros up to a multiple of this: GEMMs want 16-byte rows."""
-
-
-def padded_rank(r: int) -> int:
-    """Return the columns that an adapter of rank r adds to hidden states and weight."""
-    return -(-r // ALIGN_RANK) * ALIGN_RANK
 
 
 def padded(V: int) -> int:
@@ -276,7 +267,7 @@ def chunk_plan(
     check_number("adapter", adapter, whole=True)
     if adapter < 0:
         raise ValueError(f"adapter must be a rank, at least 0, got {adapter}")
-    adapter = padded_rank(adapter)
+    adapter += spare_columns(adapter)
     geometry = Geometry(N, H, V, H_t, V_t, exact_kd, dtype, device, impl, adapter)
     if backward not in get_args(Backward):
         raise ValueError(f'backward must be "exact" or "sketch", got {backward!r}')
