@@ -231,7 +231,7 @@ def chunk_plan(
     Args:
         teacher: (H_t, V_t) of a TeacherHead, or None.
         kd, kd_baseline: as in Objective; "rkl", "fkl", "rkl+fkl", "jsd" and a baseline hold the
-            teacher's logits beside the student's.
+            teacher's logits beside the student's. A top-k kd is planned with its tail.
         dtype: dtype of hidden and weight.
         device: "cuda" works without a GPU too; the free memory of a GPU bounds the default.
         hidden_grad, weight_grad: a frozen backbone or head costs no dX or dW.
@@ -287,6 +287,7 @@ def chunk_plan(
     }
     streams, learns = geometry.streams, hidden_grad or weight_grad
     sweeps = streams * (1 + (kd == "jsd")) + (1 if H_t and streams == 1 else 0)
+    sweeps += objective.topk_kd is not None and impl == "triton"  # of the rest, on its own
     gradient = learns * (streams if kd_baseline is None else 1)
     writes = N * V * dtype.itemsize if learns else 0
     outputs = N * H * hidden_grad + V * trained * weight_grad

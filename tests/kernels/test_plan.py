@@ -142,6 +142,15 @@ def test_a_baseline_takes_two_buffers_of_which_the_gradient_reads_one() -> None:
     assert exact.row_work_bytes - centred.row_work_bytes == 64 * 128 * 4
 
 
+def test_k_tokens_cost_no_gemm_and_their_rest_one_sweep_on_triton() -> None:
+    """PyTorch sums the rest in the block that it has just swept."""
+    for impl, sweeps in (("triton", 1), ("torch", 0)):
+        plain = kk.chunk_plan(64, 16, 128, impl=impl)
+        topk = kk.chunk_plan(64, 16, 128, kd="topk_rkl", impl=impl)
+        assert (topk.flop, topk.workspace_bytes) == (plain.flop, plain.workspace_bytes)
+        assert topk.row_work_bytes - plain.row_work_bytes == sweeps * 64 * 128 * 4
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda", "xpu"])
 def test_every_loss_on_a_head_has_the_same_default_rows(device: str) -> None:
     impl = "torch" if device == "cpu" else "triton"
