@@ -56,8 +56,6 @@ def run(call: LossCall, collector: Any = None, shard: VocabShard | None = None) 
     bad = check_values(call)
     check_topk_values(call)
     tokens = call.tokens.clamp(0, call.vocab_size - 1)  # reads stay inside
-    if call.extra_tokens is not None:
-        call = replace(call, extra_tokens=call.extra_tokens.clamp(-1, call.vocab_size - 1))
     call = replace(call, tokens=tokens, student=student, teacher=teacher)
     active = call.active_rows()
     N = size_of(active)
@@ -125,7 +123,9 @@ def _statistics(
         alone = buffers.work.sweep(q_alone, tokens, entropy=call.loss.teacher_entropy)
     p = buffers.project(call.student, rows)
     truncate_(p.logits, tokens, p.temperature, call.truncation)
-    ids = None if call.extra_tokens is None else take(call.extra_tokens, rows)
+    ids = None
+    if call.extra_tokens is not None:  # clamped by the chunk: a copy of all takes 8 bytes an id
+        ids = take(call.extra_tokens, rows).clamp(-1, call.vocab_size - 1)
     stats = buffers.work.sweep(
         p, tokens, teacher=q, entropy=call.wants_entropy, ids=ids, rest=call.rest
     )
