@@ -93,14 +93,14 @@ def linear_token_loss(
     """
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
+    check_flag("lse", lse)
+    check_flag("teacher_entropy", teacher_entropy)
     if kl is not None and kl not in get_args(Divergence):
         raise ValueError(f"kl must be one of {get_args(Divergence)} or None, got {kl!r}")
     if kl is not None and teacher is None:
         raise ValueError(f"teacher must be a TeacherHead for kl={kl!r}, got None")
     if teacher_entropy and teacher is None:
         raise ValueError("teacher must be a TeacherHead for teacher_entropy=True, got None")
-    check_flag("lse", lse)
-    check_flag("teacher_entropy", teacher_entropy)
     check_number("jsd_alpha", jsd_alpha)
     if not 0 < jsd_alpha < 1:
         raise ValueError(f"jsd_alpha must be in (0, 1), got {jsd_alpha}")

@@ -346,7 +346,7 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"kl": "jsd", "jsd_alpha": 1}, ValueError, r"jsd_alpha must be in \(0, 1\), got 1"),
     ({"kl": "jsd", "jsd_alpha": float("nan")}, ValueError, r"jsd_alpha must be in \(0, 1\), got nan"),
     ({"teacher_entropy": True, "teacher": None}, ValueError, "teacher must be a TeacherHead for teacher_entropy=True, got None"),
-    ({"teacher_entropy": 1}, TypeError, "teacher_entropy must be True or False, got 1"),
+    ({"teacher_entropy": 1, "teacher": None}, TypeError, "teacher_entropy must be True or False, got 1"),
     ({"positions": torch.arange(3)}, ValueError, r"positions must be \[N\] with N = 11, got \[3\]"),
     ({"positions": torch.zeros(N)}, TypeError, "positions must be int64, got torch.float32"),
     ({"positions": 3}, TypeError, "positions must be a tensor, got int"),
@@ -390,10 +390,7 @@ def test_a_loss_that_is_constant_in_some_chunks(compact: bool, kept: int, device
     result.loss.backward()
     other = with_leaves(make_setup(CASES["sft"], F64, device))
     expected = call(
-        other,
-        lambda rows: -rows.logprobs * (rows.index < 3),
-        impl="reference",
-        compact=compact,
+        other, lambda rows: -rows.logprobs * (rows.index < 3), impl="reference", compact=compact
     )
     expected.loss.backward()
     assert result.metrics["gradient_rows"] == expected.metrics["gradient_rows"] == kept
