@@ -22,7 +22,7 @@ from kdrl_kernels.head import (
     needs_gradient,
     spare_columns,
 )
-from kdrl_kernels.plain import check_number
+from kdrl_kernels.plain import check_number, kind_of
 from kdrl_kernels.plan import accumulator
 
 
@@ -45,15 +45,15 @@ class LowRank:
     def __post_init__(self) -> None:
         for name, tensor in (("A", self.A), ("B", self.B)):
             if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name} of LowRank must be a tensor, got {type(tensor).__name__}")
+                raise TypeError(f"{name} of LowRank must be a tensor, got {kind_of(tensor)}")
             if tensor.dtype not in FLOATS:
                 raise TypeError(f"{name} of LowRank must be floating point, got {tensor.dtype}")
         if self.A.ndim != 2 or len(self.A) == 0:
             raise ValueError(f"A of LowRank must be [r, H] with r > 0, got {list(self.A.shape)}")
         if self.B.ndim != 2 or self.B.shape[1] != len(self.A):
             raise ValueError(
-                f"B of LowRank must be [V, r] with r = {len(self.A)}, the rows of A, "
-                f"got {list(self.B.shape)}"
+                f"B of LowRank must be [V, r] with r = {len(self.A)}, the rows of A [r, H], "
+                f"got {list(self.B.shape)}: pass lora_A's weight, then lora_B's, as they are"
             )
         check_number("scale of LowRank", self.scale)
         if not math.isfinite(self.scale):

@@ -1,7 +1,7 @@
 """Takes a caller's own loss of each token, whose coefficients come by autograd."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -36,7 +36,14 @@ class CallerLoss:
 
     def losses(self, rows: Rows) -> Tensor:
         """Return the [C] losses of the caller, after checks of their type and shape."""
-        losses = self.fn(rows)
+        try:
+            losses = self.fn(rows)
+        except (TypeError, AttributeError) as error:  # what None raises
+            names = [field.name for field in fields(rows) if getattr(rows, field.name) is None]
+            error.add_note(
+                f"rows has None for what no option of this call sets: {', '.join(names)}"
+            )
+            raise
         if not isinstance(losses, Tensor):
             remedy = ": a field of rows is None unless its option is passed (entropy=True, kl=...)"
             raise TypeError(

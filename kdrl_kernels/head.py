@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial
 
-from kdrl_kernels.plain import check_number
+from kdrl_kernels.plain import check_number, kind_of
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 FLOATS16 = (torch.float16, torch.bfloat16)
@@ -208,7 +208,7 @@ def check_head(head: Head, prefix: str) -> None:
         raise TypeError(f"{prefix}hidden must be a plain tensor, this rank's rows, got a DTensor")
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{prefix}{name} must be a tensor, got {type(tensor).__name__}")
+            raise TypeError(f"{prefix}{name} must be a tensor, got {kind_of(tensor)}")
         if tensor.dtype not in FLOATS:
             raise TypeError(f"{prefix}{name} must be a floating-point tensor, got {tensor.dtype}")
     _check_shapes(hidden, weight, prefix)

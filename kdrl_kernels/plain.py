@@ -11,6 +11,12 @@ NUMBERS = (int, float, Real, torch.SymInt, torch.SymFloat)
 INTEGERS = (int, Integral, torch.SymInt)
 
 
+def kind_of(value: Any) -> str:
+    """Return the type of a value that is no tensor, and the remedy for a module."""
+    remedy = ": pass its weight" if isinstance(value, torch.nn.Module) else ""
+    return type(value).__name__ + remedy
+
+
 def check_number(name: str, value: Any, *, optional: bool = False, whole: bool = False) -> None:
     """Raise TypeError unless value is a number, an integer where whole; or None where optional."""
     kinds = INTEGERS if whole else NUMBERS

@@ -196,7 +196,8 @@ class ChunkPlan:
         """Return the line of an adapter, if there is one."""
         if not self.copy_bytes:
             return []
-        return [f"adapter      rank {self.geometry.rank}, {self.copy_bytes / 1e9:.3f} GB of copies"]
+        columns, copies = self.geometry.rank, self.copy_bytes / 1e9
+        return [f"adapter      {columns} columns beside those of H, {copies:.3f} GB of copies"]
 
     def _sketch(self) -> list[str]:
         """Return the line of a sketch, if there is one."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
@@ -143,11 +143,12 @@ def test_a_weight_that_is_trained_is_refused(call: Callable[..., Tensors]) -> No
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "H": ({"A": torch.ones(3, 5)}, ValueError, r"adapter.A must be \[r, H\] with H = 12, got"),
     "V": ({"B": torch.ones(5, 3)}, ValueError, r"adapter.B must be \[V, r\] with V = 37, got"),
-    "r": ({"B": torch.ones(V, 4)}, ValueError, r"must be \[V, r\] with r = 3.*got \[37, 4\]"),
+    "r": ({"B": torch.ones(V, 4)}, ValueError, r"must be \[V, r\] with r = 3.*got \[37, 4\]: pass"),
     "no r": ({"A": torch.ones(0, H), "B": torch.ones(V, 0)}, ValueError, "with r > 0"),
     "float64": ({"A": torch.ones(3, H).double()}, TypeError, "adapter.A must have the dtype of"),
     "integers": ({"B": torch.ones(V, 3).int()}, TypeError, "B of LowRank must be floating point"),
     "a list": ({"A": [1.0]}, TypeError, "A of LowRank must be a tensor, got list"),
+    "a module": ({"B": nn.Linear(3, V)}, TypeError, "B of .* got Linear: pass its weight"),
     "device": ({"A": torch.ones(3, H, device="meta")}, ValueError, "adapter.A must be on the dev"),
 }
 

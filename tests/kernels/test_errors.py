@@ -24,7 +24,8 @@ def _call(**changes: Any) -> kk.LossOutput:
 
 
 ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"hidden": [1.0]}, TypeError, "hidden must be a tensor, got list"),
+    ({"hidden": [1.0]}, TypeError, "hidden must be a tensor, got list$"),
+    ({"weight": torch.nn.Linear(3, 10)}, TypeError, "weight must be a tensor, got Linear: pass its weight"),
     ({"hidden": torch.ones(4, 8, dtype=torch.int32)}, TypeError, "floating-point tensor, got torch.int32"),
     ({"hidden": torch.ones(8)}, ValueError, r"hidden must be \[N, H\] or \[B, T, H\], got \[8\]"),
     ({"token_weights": torch.ones(4) * 1j}, TypeError, "token_weights must be floating point, integer or bool, got torch.complex64"),
@@ -146,3 +147,15 @@ def test_a_bad_token_on_a_gpu_makes_the_loss_nan() -> None:
     assert result.loss.isnan()
     assert result.metrics["bad_tokens"] == 1
     assert student["weight"].grad.isnan().all()
+
+
+def test_an_error_in_a_loss_names_what_is_none_in_rows() -> None:
+    tokens = torch.zeros(4, dtype=torch.int64)
+    for read in (lambda rows: rows.extra_logprobs[:, 0], lambda rows: rows.extra_logprobs.sum(1)):
+        with pytest.raises((TypeError, AttributeError)) as error:
+            kk.linear_token_loss(torch.ones(4, 3), torch.ones(10, 3), tokens, read, entropy=True)
+        (note,) = error.value.__notes__
+        assert note.startswith("rows has None for what no option of this call sets: ")
+        names = note.partition(": ")[2].split(", ")
+        assert "extra_logprobs" in names
+        assert not {"logprobs", "entropy", "index"} & set(names)

@@ -96,7 +96,7 @@ def test_an_adapter_costs_two_gemms_and_copies_weight_and_hidden_states() -> Non
     assert plan.copy_bytes == 2 * (N + V) * (H + r)
     assert plan.workspace_bytes - plain.workspace_bytes == N * r * (2 + 4)
     assert plan.row_work_bytes == plain.row_work_bytes
-    assert "adapter      rank 8, 0.000 GB of copies" in str(plan)
+    assert "adapter      8 columns beside those of H, 0.000 GB of copies" in str(plan)
     assert "adapter" not in str(plain)
     assert kk.chunk_plan(N, H, V, adapter=r, hidden_grad=False).flop == plan.flop
     assert kk.chunk_plan(N, H, V, adapter=r - 1) == plan  # as many columns, of zeros
