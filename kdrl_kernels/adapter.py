@@ -34,7 +34,7 @@ class LowRank:
         A: [r, H], on the device of hidden, in its dtype; or one of the two in float32 and the other
             in 16 bits, as a weight. A DTensor (FSDP2) is gathered as a weight is.
         B: [V, r], likewise.
-        scale: lora_alpha / r, or what else the adapter was trained with; a constant.
+        scale: lora_alpha / r, or whatever factor the adapter was trained with; a constant.
     Raises: ValueError for a shape or scale; TypeError for a type or dtype.
     """
 

@@ -26,10 +26,10 @@ def composite_teacher(
 
     Args:
         heads: teachers of one tokenizer, with the same rows: hidden [N, H_i] or [B, T, H_i], and
-            weight [V_i, H_i], each of one dtype, on one device. Rows that V_i has more than the
-            smallest of them are cut. Temperatures (float or [N]) and biases may differ; a bias of
-            -inf in any head forbids a token in all. None may have a softcap.
-        weights: one finite number a head, of either sign; their sum need not be 1.
+            weight [V_i, H_i], each of one dtype, on one device. Where the V_i differ, rows
+            beyond the smallest are cut. Temperatures (float or [N]) and biases may differ; a bias
+            of -inf in any head forbids a token in all. None may have a softcap.
+        weights: one finite number for each head, of either sign; their sum need not be 1.
         reuse: what an earlier call returned for heads of the same weights and biases. Its weight is
             taken as it is, and the heads' are not read: pass new hidden states, temperatures or
             numbers in `weights` at each step, and concatenate once.

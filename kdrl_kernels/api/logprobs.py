@@ -66,9 +66,9 @@ def linear_logprobs(
         temperature: positive float or [N] tensor, a constant: no gradient reaches it.
         softcap: positive float or None.
         adapter: LowRank(A [r, H], B [V, r], scale), or None: z is then that of weight + scale · B ·
-            A, and gradients reach hidden, A, B and bias. weight must need none, and costs none: 2u
-            instead of 3u, and no gradient [V, H]. The pass holds a copy of weight and B, V (H + r)
-            numbers in hidden's dtype.
+            A, and gradients reach hidden, A, B and bias. weight must not require a gradient,
+            except under no_grad. A pass costs 2u instead of 3u, and holds no gradient [V, H] but a
+            copy of weight and B, V (H + r) numbers in hidden's dtype.
         truncation: Truncation(top_k, top_p) of the sampler, or None: log-probabilities and entropy
             are those of the tokens that it keeps, renormalised. Not with a softcap.
         entropy: True also returns the entropy of each row.

@@ -75,10 +75,11 @@ def kdrl_loss(
         teacher_logprobs: [N] float in nats, as a server returns them, for sampled KD without
             kd_baseline.
         teacher_topk: (ids [N, K] int64, logprobs [N, K] float in nats), K at most 512, for a top-k
-            kd: tokens of each row and the teacher's log-probabilities of them, -1 for none. The
-            ids are the teacher's best, or the student's (linear_logprobs(topk=K)). Ids in
-            [0, vocab_size); one that repeats in a row would count twice: it raises on a CPU, as
-            does a row whose probabilities sum to more than 1.001.
+            kd: tokens of each row and the teacher's log-probabilities of them, normalised over
+            all tokens, not over these K; -1 for none. The ids are the teacher's best, or the
+            student's (linear_logprobs(topk=K)), in [0, vocab_size). One that repeats in a row
+            would count twice: it raises on a CPU, as does a row whose probabilities sum to more
+            than 1.001.
         kd_weight: [N] float, integer or bool, schedule and mask of the KD term; None: 1.
         normalizer: number or 0-d tensor, e.g. the token count of the step, divided by the ranks
             where gradients are averaged over them; None: sum(token_weights).
@@ -86,8 +87,8 @@ def kdrl_loss(
             vocab_group all of these are sizes of the whole vocabulary.
         entropy: True also returns the entropy of each row.
         extra_tokens: [N, K] int64, K at most 512, in [0, vocab_size) or -1 for none: other tokens
-            whose log-probabilities are returned. This loss does not read them. With teacher_topk
-            None: its ids are returned.
+            whose log-probabilities are returned. This loss does not read them. Must be None with
+            teacher_topk, whose ids take its place.
         compact: True leaves rows whose logits have no gradient (clipped, or advantage 0 and no KD)
             out of dX and dW. On a GPU the host then waits, once a chunk, for the number of the
             others while the gradient kernel runs. None: True on a CPU and with token_weights.
