@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import kdrl_kernels as kk
+from kdrl_train.model.fsdp import reshard
 from kdrl_train.model.packing import PackedBatch
 from kdrl_train.model.policy import Policy
 
@@ -54,6 +55,7 @@ def _gradient(
     goal: kk.Objective,
 ) -> Gradient:
     """Compute the gradient of one objective, by backward: FSDP2 does not hook autograd.grad."""
+    reshard(policy)  # after a forward pass alone, parameters() are not those of the optimizer
     parameters = list(policy.parameters())
     accumulated = [p.grad for p in parameters]
     for p in parameters:

@@ -112,6 +112,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "updates": {"optim": replace(ONE_SEQUENCE_PER_PACK, updates_per_rollout=2)},
     "correction": {"method": replace(EXACT, sampler_correction="mask")},
     "measured": {"log": LogConfig(diagnostics_every=1)},
+    "measured after a pass that scores": {
+        "log": LogConfig(diagnostics_every=1),
+        "method": SHAPED,
+    },
 }
 
 
@@ -121,7 +125,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 )
 def test_every_method_is_the_same_on_two_ranks(config: Config, name: str) -> None:
     settings = dict(VARIANTS[name])
-    if name == "measured":  # the first micro-batches of all ranks: here the whole step
+    if name.startswith("measured"):  # the first micro-batches of all ranks: here the whole step
         settings["optim"] = replace(ONE_SEQUENCE_PER_PACK, micro_batch_tokens=9999)
         settings["eval"] = EvalConfig(data=config().data, every=2, samples=3, max_problems=5)
     whole, parts = (config(out, **settings) for out in ("whole", "parts"))
