@@ -167,7 +167,7 @@ def connect(
         tensor: model.tensor_parallel.
     Raises: ValueError where it does not divide the number of ranks.
     """
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     if ranks % tensor:
         raise ValueError(
             f"model.tensor_parallel must divide the number of ranks, got {tensor} with {ranks}: "

@@ -21,7 +21,7 @@ from kdrl_train.model import fsdp
 from kdrl_train.model import policy as policy_module
 from kdrl_train.model.policy import Policy, Teacher
 from kdrl_train.model.tensor_parallel import split, styles_of
-from kdrl_train.ranks import World
+from kdrl_train.ranks import World, connect
 from kdrl_train.step.update import clip
 from tests.families import FAMILIES, make
 from tests.train.model.test_policy import batches
@@ -263,6 +263,14 @@ def test_ranks_must_be_a_multiple(config: Config) -> None:
     settings = replace(base, model=replace(base.model, tensor_parallel=2))
     for words in [*train_ranks(settings, 3), *train_ranks(settings, 1)]:
         assert "model.tensor_parallel must divide the number of ranks, got 2 with" in words
+
+
+def test_a_size_without_a_rank_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler may set WORLD_SIZE for processes that it does not start as ranks."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match="got 2 with 1"), connect(torch.device("cpu"), tensor=2):
+        pass
 
 
 @pytest.mark.parametrize("name", ["liger", "offload_policy", "offload_teacher"])
