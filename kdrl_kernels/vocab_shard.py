@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from kdrl_kernels import rows as row_work
 from kdrl_kernels.caller_loss import TokenLoss
+from kdrl_kernels.checks import poison
 from kdrl_kernels.rows.best_columns import best_columns
 from kdrl_kernels.rows.ids import IdStats, log_mass, rest_factor
 from kdrl_kernels.rows.streams import NUMBERS, Stats, Stream, TeacherStream
@@ -193,7 +194,8 @@ class VocabShard:
             whole = torch.where(mass.log == -torch.inf, -torch.inf, logprobs + mass.log)
             return whole.gather(0, owner)[0]
 
-        p = _Masses(each["max"], each["log_sum"], student.temperature)
+        log_sums = poison(each["log_sum"], _copies(each["max"], each["log_sum"]))
+        p = _Masses(each["max"], log_sums, student.temperature)
         joined: dict[str, Any] = {
             "max": stats.max,
             "log_sum": p.log_sum_from(self.rank),
@@ -247,6 +249,25 @@ class VocabShard:
         logprobs = joined(here.logprobs, p)
         assert logprobs is not None
         return IdStats(ids, logprobs, joined(here.teacher_logprobs, q), rest)
+
+
+def _copies(tops: Tensor, log_sums: Tensor) -> Tensor:
+    """Say, 0-d, whether neighbouring ranks have the same logits in every row, [ranks, C] each.
+
+    Rows of weight on one rank alone do not: another rank's have other maxima and sums. Logits that
+    are all 0, or all -inf, say nothing.
+
+    Raises: ValueError on a CPU; on a GPU raising would wait for the device.
+    """
+    same = ((tops[1:] == tops[:-1]) & (log_sums[1:] == log_sums[:-1])).all(dim=1)
+    same &= ((tops[1:] != 0) & (tops[1:] > torch.finfo(tops.dtype).min)).any(dim=1)
+    if tops.device.type == "cpu" and same.any():
+        rank = int(same.nonzero()[0])
+        raise ValueError(
+            f"weight must be the rows of one rank of vocab_group alone, got the same logits on the "
+            f"ranks {rank} and {rank + 1}: pass each rank its part of a whole weight"
+        )
+    return same.any()
 
 
 class _Masses:

@@ -214,6 +214,23 @@ def _check_refused() -> None:
     _raises(ValueError, r"^tokens must be in \[0, vocab_size\) with vocab_size = 37", problem=bad)
 
 
+def _check_whole_weight() -> None:
+    """A weight that every rank has whole would count each token once a rank."""
+    message = r"^weight must be the rows of one rank .* on the ranks 0 and 1: pass each"
+    whole = problem_of(kd=None)
+    _raises(ValueError, message, problem=whole, spread=False)
+    with pytest.raises(ValueError, match=message):
+        kk.linear_logprobs(**whole.student, tokens=whole.tokens, vocab_group=dist.group.WORLD)
+    everyone = torch.tensor([[0.0, 2.0], [0.0, 2.0]])
+    ours = vocab_shard._copies(
+        everyone.to("meta"), everyone.to("meta")
+    )  # as on a GPU: nothing is read
+    assert ours.is_meta
+    nothing = torch.zeros(2, 3), torch.full((2, 3), 1.0)
+    assert not vocab_shard._copies(*nothing)
+    assert not vocab_shard._copies(everyone, torch.tensor([[1.0, 2.0], [1.0, 3.0]]))
+
+
 CASES: dict[str, Callable[[], None]] = {
     "two-runs": _check_two_runs,
     "same-logprobs": _check_same_logprobs,
@@ -223,4 +240,5 @@ CASES: dict[str, Callable[[], None]] = {
     "one-rank-refuses": _check_one_rank_refuses,
     "differences": _check_differences,
     "refused": _check_refused,
+    "whole-weight": _check_whole_weight,
 }
