@@ -1,0 +1,9 @@
+"""Trains with TRL's GRPOTrainer by a lean head and a teacher. Guide: ../README.md."""
+
+from kdrl_kernels.integrations.versions import require
+
+require("trl", "1.16", "pip install 'kdrl-kernels[trl]'")
+
+from kdrl_kernels.integrations.trl.config import KdrlConfig  # noqa: E402 (after the check)
+
+__all__ = ["KdrlConfig"]
