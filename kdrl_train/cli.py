@@ -26,7 +26,7 @@ from tyro.constructors import (
 from kdrl_train.commands import COMMANDS
 from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import load_yaml, require_own_module, to_dict, update
-from kdrl_train.errors import PRINTED
+from kdrl_train.errors import PRINTED, needs_extra
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.presets import PRESETS
 from kdrl_train.output import begin, fill_descriptors, guarded, guarded_console, shown
@@ -240,7 +240,8 @@ def run(command: str, argv: Sequence[str]) -> int:
     if not spec.settings.startswith("config."):  # settings beside code that imports torch
         begin(PACKAGES)
     module, _, name = f"kdrl_train.{spec.settings}".rpartition(".")
-    default = getattr(importlib.import_module(module), name)()
+    with needs_extra(spec.extra):
+        default = getattr(importlib.import_module(module), name)()
 
     def of_run(settings: TrainConfig, folder: Path) -> Any:
         begin(PACKAGES, at_once=spec.lasts)
@@ -255,8 +256,9 @@ def run(command: str, argv: Sequence[str]) -> int:
         of_run if spec.of_run else None,
     )
     begin(PACKAGES, at_once=spec.lasts)
-    main_module = importlib.import_module(f"kdrl_train.{spec.module}")
-    importlib.import_module("transformers").logging.disable_progress_bar()  # one bar per model file
+    with needs_extra(spec.extra):
+        main_module = importlib.import_module(f"kdrl_train.{spec.module}")
+        importlib.import_module("transformers").logging.disable_progress_bar()  # one bar a file
     begin("working")  # until the command says more
     result = main_module.main(config)
     return result if command in ("check", "plan") else 0

@@ -13,6 +13,8 @@ class Command:
     """Module of kdrl_train with `main(settings)`."""
     settings: str
     """Module and name of the settings class, `main`'s argument."""
+    extra: str = "train"
+    """Extra of the distribution that brings its packages."""
     lasts: bool = False
     """Whether it runs so long that it says at once that it has started."""
     of_run: bool = False
@@ -71,6 +73,7 @@ COMMANDS = {
         help="write one HTML page about runs: curves, differences, samples, events",
         module="tools.report",
         settings="tools.report.ReportConfig",
+        extra="report",
     ),
     "plan": Command(
         help="predict memory of each GPU and time of a step from the models' config.json",
@@ -85,6 +88,7 @@ COMMANDS = {
         help="score with a teacher, over HTTP, for trainers on other machines",
         module="tools.serve.command",
         settings="tools.serve.command.ServeConfig",
+        extra="serve",
         of_run=True,
         options=("config", "host", "port", "batch_tokens", "queue_size", "request_tokens",
                  "connections", "ssl_certfile", "ssl_keyfile", "model.teacher", "model.dtype",

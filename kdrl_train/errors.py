@@ -30,6 +30,10 @@ class RankError(RunError):
     """Some rank failed; the message names that rank and repeats its error."""
 
 
+class ExtraError(RunError):
+    """A package is missing; the message names the command that installs it with its extra."""
+
+
 PRINTED = (ValueError, OSError, FloatingPointError, RunError)
 """Errors whose message is enough: the command line prints it. Others keep their traceback."""
 
@@ -58,4 +62,18 @@ def written(path: Path) -> Iterator[None]:
         raise OSError(
             f"{path} must be written, got {error}: free space there or make it writable, then run "
             "the command again, train with --resume"
+        ) from error
+
+
+@contextmanager
+def needs_extra(name: str) -> Iterator[None]:
+    """Raise an ExtraError for a package of an extra that the block cannot import."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("kdrl_kernels", "kdrl_train"):
+            raise  # a mistake of ours, which keeps its traceback
+        raise ExtraError(
+            f"the packages of the extra {name} must be installed, got {error}: "
+            f"pip install 'kdrl-kernels[{name}]'"
         ) from error

@@ -173,3 +173,30 @@ def test_a_mistake_is_one_message(
     expected = message.replace("{path}", str(tmp_path)).replace("{}", ", ".join(COMMANDS))
     assert expected in (" ".join(" ".join(lines).split()) if code == 2 else lines[0])
     assert code == 2 or len(lines) == 1, lines
+
+
+@pytest.mark.parametrize(
+    ("package", "argv", "extra"),
+    [
+        ("tyro", "--help", "train"),
+        ("scipy", "report runs/first", "report"),
+        ("transformers", "train --steps 1", "train"),
+    ],
+)
+def test_a_missing_package_is_one_line_that_installs_it(
+    package: str, argv: str, extra: str
+) -> None:
+    """As where kdrl-kernels is installed without the extra."""
+    script = f"""import sys
+sys.modules[{package!r}] = None
+sys.argv = ["kdrl_train", *{argv.split()}]
+from kdrl_train.__main__ import start
+sys.exit(start())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=False, capture_output=True, text=True
+    )
+    lines = [line for line in done.stderr.splitlines() if "loading Pyth" not in line]
+    assert (done.returncode, len(lines)) == (1, 1), done.stderr
+    assert f"error: the packages of the extra {extra} must be installed, got" in lines[0]
+    assert lines[0].endswith(f": pip install 'kdrl-kernels[{extra}]'")
