@@ -1,8 +1,10 @@
 """Distribution kdrl-kernels: names, dependencies and extras. Tool settings: pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.sdist import sdist
 
 TRAIN = [
     "transformers>=5.17",  # policies, teachers, generation
@@ -53,14 +55,47 @@ EXTRAS |= {"tensorboard": TENSORBOARD, "wandb": WANDB, "trackio": TRACKIO}
 EXTRAS |= {"serve": SERVE, "liger": LIGER, "report": [*TRAIN, *REPORT], "vllm": VLLM}
 EXTRAS |= {"trl": TRL}
 
+KEYWORDS = ["reinforcement learning", "GRPO", "knowledge distillation", "on-policy distillation"]
+KEYWORDS += ["language models", "LM head", "Triton", "TRL"]
+CLASSIFIERS = [
+    "Development Status :: 3 - Alpha",
+    "Intended Audience :: Developers",
+    "Intended Audience :: Science/Research",
+    "Operating System :: POSIX :: Linux",
+    "Programming Language :: Python :: 3 :: Only",
+    "Programming Language :: Python :: 3.11",
+    "Programming Language :: Python :: 3.12",
+    "Programming Language :: Python :: 3.13",
+    "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    "Typing :: Typed",
+]
+
+
+def description() -> str:
+    """Read README.md without its links into the repository, which lead nowhere on an index."""
+    text = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    return re.sub(r"\[([^\]]+)\]\((?!https?://)[^)]+\)", r"\1", text)
+
+
+class SourceArchive(sdist):
+    """Writes the sdist without the part of tests/ that setuptools puts there by itself."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        """Lay the files of the archive in a folder."""
+        kept = [file for file in files if Path(file).parts[0] != "tests"]
+        super().make_release_tree(base_dir, [*kept, "CHANGELOG.md", "constraints.txt"])
+
+
 setup(
     name="kdrl-kernels",
     version="0.1.0",
     description="One-pass LM-head kernels for GRPO with a teacher's reverse KL, and a trainer",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=description(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
+    keywords=KEYWORDS,
+    classifiers=CLASSIFIERS,
     python_requires=">=3.11",
     packages=find_packages(include=["kdrl_kernels*", "kdrl_train*"]),
     package_data={
@@ -69,4 +104,5 @@ setup(
     },
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require=EXTRAS,
+    cmdclass={"sdist": SourceArchive},
 )
