@@ -1,0 +1,418 @@
+"""patch_trl(): TRL's head by linear_logprobs gives TRL's numbers, and those of full logits."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers.trainer_utils import set_seed
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+from trl.kernels import ChunkedLogProbFunction
+from trl.kernels.chunked_logprob import OPTIONAL_OUTPUTS
+from trl.trainer import utils
+
+import kdrl_kernels as kk
+from kdrl_kernels.integrations.trl import patch, patch_trl, unpatch_trl
+from tests.integrations.tiny_trl import (
+    losses_and_norms,
+    parameters,
+    prompts,
+    sentence,
+    settings,
+    tiny_model,
+    tiny_tokenizer,
+)
+
+pytestmark = pytest.mark.filterwarnings(
+    # transformers 5.23 warns of a name that its own trainer reads
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+)
+
+N, H, V = 7, 16, 40
+HEADS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bias": {"bias": True},
+    "temperature": {"temperature": 0.7, "bias": True},
+    "scale": {"scale": 0.25, "bias": True},
+    "softcap": {"softcap": 3.0, "temperature": 1.3},
+    "scale, then softcap": {"scale": 2.5, "softcap": 3.0, "bias": True, "temperature": 0.7},
+}
+
+
+@pytest.fixture(autouse=True)
+def _unpatched() -> Iterator[None]:
+    yield
+    unpatch_trl()
+
+
+def head(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return hidden, weight, bias and targets."""
+    rng = torch.Generator().manual_seed(5)
+    hidden, weight, bias = (
+        torch.randn(*size, generator=rng, dtype=torch.float64) for size in ((N, H), (V, H), (V,))
+    )
+    targets = (hidden @ weight.T).argmax(1)  # half of them are the likeliest
+    targets[::2] = torch.randint(V, (len(targets[::2]),), generator=rng)
+    return *(x.to(dtype).requires_grad_() for x in (hidden, weight, bias)), targets
+
+
+def call(function: Any, tensors: Any, outputs: Any = OPTIONAL_OUTPUTS, **options: Any) -> Any:
+    """Call a fused head as add_fused_lm_head does."""
+    hidden, weight, bias, targets = tensors
+    bias = bias if options.get("bias") else None
+    temperature, softcap = options.get("temperature", 1.0), options.get("softcap")
+    arguments = hidden, weight, bias, targets, temperature, 32768, softcap
+    return function.apply(*arguments, options.get("scale", 1.0), outputs)
+
+
+class FullLogits:
+    """The same by full logits."""
+
+    @staticmethod
+    def apply(*arguments: Any) -> tuple[Tensor, ...]:
+        hidden, weight, bias, targets, temperature, _, softcap, scale, _ = arguments
+        z = scale * (hidden @ weight.T + (0 if bias is None else bias))
+        z = (z if softcap is None else softcap * (z / softcap).tanh()) / temperature
+        logp = z.log_softmax(-1)
+        chosen = logp.gather(1, targets[:, None]).squeeze(1)
+        entropy = -(logp.exp() * logp).sum(1)
+        squares = (2 * logp).logsumexp(1)
+        return chosen, entropy, squares, z.mean(1), z.argmax(1) == targets
+
+
+def gradients(outputs: Any, tensors: Any, entropy: bool = True) -> list[Tensor | None]:
+    """Return the gradients of a weighted sum of log-probabilities and entropies."""
+    weights = torch.linspace(-1, 2, N, dtype=outputs[0].dtype)
+    total = (weights * outputs[0]).sum()
+    if entropy:
+        total = total + (weights.flip(0) * outputs[1]).sum()
+    return list(torch.autograd.grad(total, tensors[:3], allow_unused=True))
+
+
+@pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
+def test_outputs_and_gradients_are_those_of_full_logits(options: dict[str, Any]) -> None:
+    tensors = head()
+    names = tuple(
+        name for name in OPTIONAL_OUTPUTS if name != "mean_logits" or "softcap" not in options
+    )
+    ours = call(patch_trl(), tensors, names, **options)
+    exact = call(FullLogits, tensors, **options)
+    assert exact[4].any()
+    assert not exact[4].all()
+    for name, value, expected in zip(("log_probs", *OPTIONAL_OUTPUTS), ours, exact, strict=True):
+        if name in names or name == "log_probs":
+            torch.testing.assert_close(value, expected, msg=name)
+        else:
+            assert value is None
+    torch.testing.assert_close(gradients(ours, tensors), gradients(exact, tensors))
+
+
+def test_a_wrong_order_of_scale_and_softcap_would_be_seen() -> None:
+    tensors = head()
+    options = HEADS["scale, then softcap"]
+    exact = call(FullLogits, tensors, **options)
+    logits = kk.linear_logprobs(
+        tensors[0], tensors[1], tensors[3], bias=tensors[2], softcap=3.0, temperature=0.7 / 2.5
+    )
+    assert (logits.logprobs - exact[0]).abs().max() > 0.1
+
+
+def test_outputs_that_are_not_named_are_none() -> None:
+    tensors = head()
+    ours = call(patch_trl(), tensors, ("log_probs",))
+    assert ours[1:] == (None,) * 4
+    exact = call(FullLogits, tensors)
+    torch.testing.assert_close(gradients(ours, tensors, False), gradients(exact, tensors, False))
+
+
+def test_no_position_with_a_label_gives_gradients_of_zero() -> None:
+    hidden, weight, bias, targets = head()
+    ours = call(patch_trl(), (hidden[:0], weight, bias, targets[:0]), bias=True)
+    assert [x.shape for x in ours] == [(0,)] * 5
+    assert ours[4].dtype == torch.bool
+    dhidden, dweight = torch.autograd.grad(ours[0].sum(), (hidden, weight))
+    assert not dhidden.any()
+    assert not dweight.any()
+
+
+@pytest.mark.parametrize(
+    "options", [HEADS["temperature"], HEADS["softcap"]], ids=["plain", "softcap"]
+)
+def test_autocast_rounds_the_operands_as_trl_does(options: dict[str, Any]) -> None:
+    """Operands are rounded to bfloat16, as is dX; our logits are not, nor is their gradient."""
+    tensors = head(torch.float32)
+    rounded = [x.detach().bfloat16().double().requires_grad_() for x in tensors[:3]]
+    exact = call(FullLogits, (*rounded, tensors[3]), **options)
+    derivatives = gradients(exact, rounded)
+    errors = []
+    for function in (patch_trl(), ChunkedLogProbFunction):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = call(function, tensors, ("entropy",), **options)
+        results = [*outputs[:2], *gradients(outputs, tensors)]
+        assert all(x is None or x.dtype == torch.float32 for x in results)
+        pairs = zip(results, [*exact[:2], *derivatives], strict=True)
+        errors.append([0.0 if x is None else (x - y).abs().max().item() for x, y in pairs])
+    ours, theirs = errors
+    assert all(first < 0.1 * second for first, second in zip(ours[:2], theirs[:2], strict=True))
+    assert all(first <= 2 * second for first, second in zip(ours[2:], theirs[2:], strict=True))
+
+
+def test_a_head_in_float32_beside_a_16_bit_weight() -> None:
+    """cast_lm_head_to_fp32: hidden states in float32, autocast off."""
+    hidden, weight, bias, targets = head(torch.float32)
+    half = weight.detach().bfloat16().requires_grad_()
+    ours = call(patch_trl(), (hidden, half, bias, targets), bias=True)
+    exact = call(FullLogits, (hidden, half.float(), bias, targets), bias=True)
+    torch.testing.assert_close(ours[0], exact[0])
+    assert torch.autograd.grad(ours[0].sum(), half)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+def test_a_scale_that_is_not_positive_is_left_to_trl(
+    scale: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = head(torch.float32)
+    lean = patch_trl()
+    ours, theirs = (call(one, tensors, scale=scale) for one in (lean, ChunkedLogProbFunction))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert "logit_scale of the model must be positive for ours" in caplog.text
+
+
+def test_the_mean_of_capped_logits_is_left_to_trl_and_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tensors = head(torch.float32)
+    lean = patch_trl()
+    with caplog.at_level(logging.WARNING):
+        ours, _ = (call(lean, tensors, softcap=3.0) for _ in range(2))
+    torch.testing.assert_close(ours, call(ChunkedLogProbFunction, tensors, softcap=3.0))
+    assert caplog.text.count("TRL's own head stays in use") == 1
+
+
+def test_cached_logits_give_the_same_gradients_in_less_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tensors = head(torch.float32)
+    sizes = []
+    original = kk.linear_logprobs
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        sizes.append(options["cache_bytes"])
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(patch.kk, "linear_logprobs", spy)
+    results = []
+    for size in (0, 1 << 20):
+        lean = patch_trl(cache_bytes=size)
+        results.append(gradients(call(lean, tensors, ("entropy",)), tensors))
+    assert sizes == [0, 1 << 20]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_each_call_takes_another_sketch_of_the_same_expectation() -> None:
+    tensors = head(torch.float32)
+    tensors = (*tensors[:3], tensors[3])
+    lean = patch_trl(backward="sketch", sketch_threshold=0.5, sketch_seed=3)
+    lean.sketch = kk.Sketch(0.5, seed=3, flat=torch.inf)  # all rows: the vocabulary is tiny
+    drawn = [gradients(call(lean, tensors, ("log_probs",)), tensors, False)[0] for _ in range(400)]
+    assert not any(torch.equal(first, second) for first, second in pairwise(drawn[:10]))
+    exact = gradients(call(FullLogits, tensors), tensors, False)[0]
+    mean = torch.stack(drawn).mean(0)
+    spread = torch.stack(drawn).std(0).norm() / 400**0.5
+    assert (mean - exact).norm() < 3 * spread
+    unpatch_trl()
+    again = patch_trl(backward="sketch", sketch_threshold=0.5, sketch_seed=3)
+    again.sketch = lean.sketch
+    first = gradients(call(again, tensors, ("log_probs",)), tensors, False)[0]
+    torch.testing.assert_close(first, drawn[0], rtol=0, atol=0)
+
+
+def test_processes_draw_different_sketches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patch.dist, "is_initialized", lambda: True)
+    rows = []
+    for rank in (0, 1):
+        monkeypatch.setattr(patch.dist, "get_rank", lambda rank=rank: rank)
+        sketch = patch_trl(backward="sketch")._next_sketch()
+        assert sketch is not None
+        rows.append((sketch.seed, sketch.rows))
+    assert rows == [(0, 0), (0, patch.RANK_ROWS)]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"backward": "no"}, ValueError, 'backward must be "exact" or "sketch", got \'no\''),
+        ({"sketch_threshold": 0.1}, ValueError, "sketch_threshold must be None with"),
+        ({"backward": "sketch", "sketch_threshold": 2.0}, ValueError, "threshold must be in"),
+        ({"cache_bytes": -1}, ValueError, "cache_bytes must"),
+        ({"sketch_seed": 0.5}, TypeError, "sketch_seed must be"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be_right_are_refused(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        patch_trl(**options)
+    assert utils._ChunkedLogProbFunction is ChunkedLogProbFunction
+
+
+class Partitioned:
+    """Stands for ZeRO-3: the weight is empty but inside of maybe_gather_lm_head_ctx."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight, self.whole, self.entered = weight, weight.detach().clone(), 0
+        self.weight.data = torch.empty(0, dtype=weight.dtype)
+
+    @contextmanager
+    def gathered(self, *parameters: Any) -> Iterator[None]:
+        assert parameters[0] is self.weight
+        self.entered += 1
+        self.weight.data = self.whole
+        yield
+        self.weight.data = torch.empty(0, dtype=self.whole.dtype)
+
+
+@pytest.fixture
+def partitioned(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Partitioned]:
+    tensors = head()
+    shards = Partitioned(tensors[1])
+    monkeypatch.setattr(patch, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(utils, "maybe_gather_lm_head_ctx", shards.gathered)
+    return tensors, shards
+
+
+@pytest.mark.parametrize(
+    "options", [HEADS["bias"], HEADS["scale, then softcap"]], ids=["bias", "softcap"]
+)
+@pytest.mark.parametrize("entropy", [True, False])
+def test_a_weight_that_is_freed_after_forward(
+    partitioned: tuple[Any, Partitioned], options: dict[str, Any], entropy: bool
+) -> None:
+    tensors, shards = partitioned
+    names = ("entropy", "log_sum_sq_probs", "is_top1")
+    with shards.gathered(tensors[1]):
+        ours = call(patch_trl(), tensors, names, **options)
+    assert not tensors[1].numel()
+    results = gradients(ours, tensors, entropy)
+    assert shards.entered == 2
+    whole = [tensors[0], shards.whole.clone().requires_grad_(), *tensors[2:]]
+    exact = call(FullLogits, whole, **options)
+    for index in (0, 1, 2, 4):
+        torch.testing.assert_close(ours[index], exact[index])
+    torch.testing.assert_close(results, gradients(exact, whole, entropy))
+
+
+def test_a_sketch_of_a_weight_that_is_freed_ignores_the_size_of_the_loss(
+    partitioned: tuple[Any, Partitioned],
+) -> None:
+    """A sketch that knows small coefficients would get coarse; here they hold the normaliser."""
+    tensors, shards = partitioned
+    lean = patch_trl(backward="sketch", sketch_threshold=0.1)
+    lean.sketch = kk.Sketch(0.1, flat=torch.inf)
+    counts = []
+    for size in (1.0, 1e-6):
+        lean.calls = 0
+        with shards.gathered(tensors[1]):
+            logprobs = call(lean, tensors, ("log_probs",))[0]
+        gradient = torch.autograd.grad(size * logprobs.sum(), tensors[0])[0]
+        counts.append(gradient / size)
+    torch.testing.assert_close(*counts)
+
+
+def test_a_cache_is_refused_under_zero3(partitioned: tuple[Any, Partitioned]) -> None:
+    tensors, shards = partitioned
+    with shards.gathered(tensors[1]), pytest.raises(ValueError, match=r"cache_bytes .* must be 0"):
+        call(patch_trl(cache_bytes=1), tensors)
+
+
+def test_the_patch_comes_off() -> None:
+    own_choice = utils._use_triton
+    with patch_trl() as lean:
+        assert utils._ChunkedLogProbFunction is lean
+        assert utils._use_triton(torch.device("cpu"))
+    assert utils._ChunkedLogProbFunction is ChunkedLogProbFunction
+    assert utils._use_triton is own_choice
+
+
+def reward(completions: list[str], **_: Any) -> list[float]:
+    """Reward different words."""
+    return [float(len(set(text.split()))) + 0.01 * len(text) for text in completions]
+
+
+def rows_of(*fields: str) -> Dataset:
+    """Return twelve rows of texts of different lengths."""
+    first = {name: place for place, name in enumerate(fields)}
+    rows = [
+        {name: " " + sentence(row + first[name], 3 + (row + first[name]) % 4) for name in fields}
+        for row in range(12)
+    ]
+    return Dataset.from_list(rows)
+
+
+def trainer(kind: str, folder: Path) -> Any:
+    """Return one of TRL's trainers of a small model that is saved in the folder."""
+    tiny_model().save_pretrained(folder / "model")
+    model, tokenizer = str(folder / "model"), tiny_tokenizer()
+    rate = 2.0 if kind == "DPO" else 0.1  # its weights make the gradient small
+    base = settings(folder / "run", learning_rate=rate, optim="sgd")  # SGD shows a wrong scale
+    if kind in ("GRPO", "RLOO"):
+        config, maker = {"GRPO": (GRPOConfig, GRPOTrainer), "RLOO": (RLOOConfig, RLOOTrainer)}[kind]
+        base |= {"num_generations": 4, "max_completion_length": 6, "beta": 0.1}
+        base |= {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+        arguments = {"reward_funcs": reward, "args": config(**base), "train_dataset": prompts()}
+        return maker(model, processing_class=tokenizer, **arguments)
+    config, maker, data = {
+        "SFT": (SFTConfig, SFTTrainer, rows_of("text")),
+        "DPO": (DPOConfig, DPOTrainer, rows_of("prompt", "chosen", "rejected")),
+        "KTO": (KTOConfig, KTOTrainer, rows_of("prompt", "completion")),
+    }[kind]
+    if kind == "KTO":
+        data = data.add_column("label", [row % 3 == 0 for row in range(12)])
+    more = {"max_length": 16} | ({"use_weighting": True} if kind == "DPO" else {})
+    return maker(model, args=config(**base, **more), train_dataset=data, processing_class=tokenizer)
+
+
+def logged(history: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Return what TRL logged at each step, but for times."""
+    times = ("time", "runtime", "per_second")
+    return [
+        {name: value for name, value in row.items() if not name.endswith(times)} for row in history
+    ]
+
+
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO", "SFT", "DPO", "KTO"])
+def test_a_patched_trainer_learns_the_same(kind: str, tmp_path: Path) -> None:
+    results, histories = [], []
+    for patched in (False, True):
+        if patched:
+            lean = patch_trl()
+        set_seed(0)
+        one = trainer(kind, tmp_path / str(patched))
+        one.train()
+        results.append(parameters(one.model))
+        histories.append(logged(one.state.log_history))
+        assert len(losses_and_norms(one)) == 3
+    assert lean.calls >= 3
+    assert not lean._told
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+    start = parameters(tiny_model())
+    assert max((results[0][name] - start[name]).abs().max() for name in start) > 1e-3
+    torch.testing.assert_close(histories[1], histories[0], rtol=1e-5, atol=1e-5)
