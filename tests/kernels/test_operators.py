@@ -113,7 +113,11 @@ def test_loss(
 
 @pytest.mark.parametrize("cached", [0, 3, 7], ids="cached{}".format)
 @pytest.mark.parametrize("trained", [("hidden", "weight", "bias"), ("hidden",)], ids=len)
-@pytest.mark.parametrize("more", [(), ("entropy",), ("ids",), ("entropy", "ids", "rest")], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [(), ("entropy",), ("ids",), ("entropy", "ids", "rest"), ("topk",), ("topk", "rest")],
+    ids=str,
+)
 @DTYPES
 def test_linear_logprobs(
     dtype: torch.dtype,
@@ -132,14 +136,17 @@ def test_linear_logprobs(
         entropy="entropy" in more,
         extra_tokens=ids if "ids" in more else None,
         rest="rest" in more,
+        topk=5 if "topk" in more else None,
         cache_bytes=cached * 64 * 4,
         workspace_bytes=9 * 64 * 4 + 3 * 16 * 8,
         **student,
     )
-    outputs = out.logprobs, out.entropy, out.extra_logprobs, out.rest_logprob
+    outputs = out.logprobs, out.entropy, out.extra_logprobs, out.rest_logprob, out.topk_logprobs
     sum(x.sum() for x in outputs if x is not None).backward()
     ((inputs,), (upstream,)) = forward.copy(), backward.copy()
-    assert logprobs_op.LAYOUT.rebuild(inputs).cached == cached
+    call = logprobs_op.LAYOUT.rebuild(inputs)
+    assert call.cached == cached
+    assert call.topk == (5 if "topk" in more else 0)
     _opcheck(torch.ops.kdrl.linear_logprobs.default, inputs)
     upstream = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, upstream)
     _opcheck(torch.ops.kdrl.linear_logprobs_backward.default, upstream)
