@@ -76,7 +76,11 @@ class Scoreboard:
         """Time every operation at every shape and profile, each with its share of the time."""
         parts = len(places) * len(ops)
         for index, (shape, profile) in enumerate(places):
-            inputs = [make_inputs(shape, profile, seed=seed) for seed in range(INPUT_SETS)]
+            teachers = max(op.teachers for op in ops)
+            inputs = [
+                make_inputs(shape, profile, seed=seed, teachers=teachers)
+                for seed in range(INPUT_SETS)
+            ]
             for part, op in enumerate(ops, index * len(ops)):
                 until = share(deadline, part, parts)
                 yield from speed.records(op, inputs, self.contestants, self.rounds, until)

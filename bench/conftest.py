@@ -67,7 +67,7 @@ def profile(pytestconfig: pytest.Config) -> str:
 @pytest.fixture(scope="session")
 def inputs(shape: Shape, profile: str) -> list[Inputs]:
     """Make two sets of inputs for all operations, used in turn."""
-    return [make_inputs(shape, profile, seed=seed) for seed in range(2)]
+    return [make_inputs(shape, profile, seed=seed, teachers=2) for seed in range(2)]
 
 
 @pytest.fixture(scope="session")

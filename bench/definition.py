@@ -40,7 +40,12 @@ def policy_loss(lp: Tensor, inputs: Inputs, op: Op, part: slice = ALL) -> Tensor
 
 
 def divergence(kd: str, logp: Tensor, logq: Tensor) -> Tensor:
-    """Return KL(p‖q) for "rkl", KL(q‖p) for "fkl", Jensen-Shannon for "jsd": [C] nats."""
+    """Return KL(p‖q) for "rkl", KL(q‖p) for "fkl", Jensen-Shannon for "jsd": [C] nats.
+
+    "rkl+fkl" is the mean of both KLs.
+    """
+    if kd == "rkl+fkl":
+        return (divergence("rkl", logp, logq) + divergence("fkl", logp, logq)) / 2
     if kd == "rkl":
         return (logp.exp() * (logp - logq)).sum(dim=1)
     if kd == "fkl":
@@ -85,7 +90,8 @@ def row_results(
     elif op.kd:
         assert logq is not None
         outputs["kl"] = divergence(op.kd, logp, logq)
-        losses = losses + outputs["kl"]
+        weight = (logq.exp() * logq).sum(dim=1).exp() if op.entropy_weight else 1
+        losses = losses + weight * outputs["kl"]
     return RowResults(outputs, losses)
 
 
@@ -98,9 +104,18 @@ def student_logprobs(inputs: Inputs, op: Op, part: slice = ALL) -> Tensor:
     return log_softmax(logits)
 
 
-def teacher_logprobs(inputs: Inputs, part: slice = ALL) -> Tensor:
-    """Return the teacher's log-probabilities [C, V] of the rows in part."""
-    return log_softmax(inputs.teacher_hidden[part] @ inputs.shared_teacher_weight.T)
+def teacher_logprobs(inputs: Inputs, op: Op, part: slice = ALL) -> Tensor:
+    """Return the teacher's log-probabilities [C, V] of the rows in part.
+
+    The mean of two teachers' logits is that of their log-probabilities, but for a constant a row.
+    """
+    if op.teachers == 1:
+        return log_softmax(inputs.teacher_hidden[part] @ inputs.shared_teacher_weight.T)
+    both_hidden, both_weights = inputs.two_teachers
+    first, second = both_hidden[part].chunk(2, dim=1)
+    first_weight, second_weight = both_weights[: len(inputs.shared_weight)].chunk(2, dim=1)
+    logits = first @ first_weight.T
+    return log_softmax(logits.addmm_(second, second_weight.T).div_(2))
 
 
 def log_softmax(logits: Tensor) -> Tensor:
@@ -120,6 +135,7 @@ def by_rows(
     typed_inputs = replace(inputs, **leaves)
     if op.teacher_head:
         heads = ("teacher_hidden", "teacher_weight")
+        heads = ("both_hidden", "both_weights") if op.teachers == 2 else heads
         typed_inputs = replace(
             typed_inputs, **{name: getattr(inputs, name).to(dtype) for name in heads}
         )
@@ -128,7 +144,7 @@ def by_rows(
     for start in range(0, N, rows):
         part = slice(start, start + rows)
         logp = student_logprobs(typed_inputs, op, part)
-        logq = teacher_logprobs(typed_inputs, part) if op.teacher_head else None
+        logq = teacher_logprobs(typed_inputs, op, part) if op.teacher_head else None
         results = row_results(inputs, op, logp, logq, part)
         outputs = results.outputs
         if results.losses is not None:

@@ -44,8 +44,10 @@ class Floor:
             part = slice(start, min(start + self.rows, shape.N))
             C = part.stop - part.start
             if op.teacher_head:
-                teacher = inputs.teacher_hidden[part]
-                _mm(teacher, inputs.teacher_weight.T, self._logits(shape.V_t, C))
+                teacher, teacher_weight = inputs.teacher_hidden, inputs.teacher_weight
+                if op.teachers == 2:
+                    teacher, teacher_weight = inputs.two_teachers
+                _mm(teacher[part], teacher_weight.T, self._logits(shape.V_t, C))
             for _ in range(projections):
                 _mm(hidden[part], weight.T, self._logits(shape.V, C))
             active = round(C * op.active)

@@ -85,6 +85,10 @@ class Inputs:
     """[RANK, H]."""
     adapter_b: Tensor
     """[V, RANK]."""
+    both_hidden: Tensor | None = None
+    """[N, 2 H_t]: teacher_hidden and that of a second teacher, side by side."""
+    both_weights: Tensor | None = None
+    """[V_t, 2 H_t], the same of the heads. None, as both_hidden, of inputs for one teacher."""
 
     @property
     def shared_weight(self) -> Tensor:
@@ -95,6 +99,13 @@ class Inputs:
     def shared_teacher_weight(self) -> Tensor:
         """Return the teacher's rows that both models have, [min(V, V_t), H_t]."""
         return _cut(self.teacher_weight, self.shape)
+
+    @property
+    def two_teachers(self) -> tuple[Tensor, Tensor]:
+        """Return both teachers' hidden states, and their heads."""
+        if self.both_hidden is None or self.both_weights is None:
+            raise ValueError("inputs must be made with teachers=2, got those of one teacher")
+        return self.both_hidden, self.both_weights
 
     @property
     def shared_adapter_b(self) -> Tensor:
@@ -110,10 +121,15 @@ def _cut(weight: Tensor, shape: Shape) -> Tensor:
 
 @torch.no_grad()
 def make_inputs(
-    shape: Shape, profile: str = "reasoning", device: str = DEVICE, seed: int = 0
+    shape: Shape,
+    profile: str = "reasoning",
+    device: str = DEVICE,
+    seed: int = 0,
+    teachers: int = 1,
 ) -> Inputs:
     """Make the inputs of a shape, the same on every call with this device and seed.
 
+    teachers: 2 adds a second teacher, and changes nothing else.
     Raises: ValueError for a profile that is not one of SPREADS.
     """
     if profile not in SPREADS:
@@ -143,6 +159,12 @@ def make_inputs(
     old_logprobs = logprobs + 0.02 * randn(N)
     ids, teacher_logprobs = _best(teacher_hidden, teacher_weight[:V])
     a, b = randn(RANK, shape.H) / math.sqrt(shape.H), ADAPTER_SIZE * randn(shape.V, RANK)
+    both_hidden, both_weights = None, None
+    if teachers == 2:
+        second_weight = _noisy_copy(weight, randn(shape.V_t, shape.H_t) / math.sqrt(shape.H_t))
+        second_hidden = _noisy_copy(hidden, spread * randn(N, shape.H_t))
+        both_hidden = torch.cat([teacher_hidden, second_hidden.to(shape.dtype)], dim=1)
+        both_weights = torch.cat([teacher_weight, second_weight.to(shape.dtype)], dim=1)
     return Inputs(
         shape,
         profile,
@@ -159,6 +181,8 @@ def make_inputs(
         teacher_topk_logprobs=teacher_logprobs,
         adapter_a=a.to(shape.dtype).requires_grad_(),
         adapter_b=b.to(shape.dtype).requires_grad_(),
+        both_hidden=both_hidden,
+        both_weights=both_weights,
     )
 
 

@@ -20,8 +20,13 @@ class Op:
     """A clipped policy gradient. With a KD term it is strictly on-policy (ratio 1), as KDRL is;
     alone it has old log-probabilities."""
     kd: Kd | None = None
-    """Distillation term of coefficient 1: "k2", "rkl", "fkl", "jsd", or "topk_rkl": the reverse KL
-    on the teacher's best tokens, whose log-probabilities are inputs, and a bucket for the rest."""
+    """Distillation term of coefficient 1: "k2", "rkl", "fkl", "jsd", "rkl+fkl": the mean of both
+    KLs, or "topk_rkl": the reverse KL on the teacher's best tokens, whose log-probabilities are
+    inputs, and a bucket for the rest."""
+    teachers: int = 1
+    """Heads that make the teacher: 1, or 2, whose geometric mean it is."""
+    entropy_weight: bool = False
+    """Whether a token's divergence is multiplied by exp(-entropy) of the teacher."""
     cross_entropy: bool = False
     """-log p of the tokens. With neither term: log-probability and entropy, forward only."""
     frozen_head: bool = False
@@ -61,10 +66,13 @@ class Op:
     def flop(self, shape: Shape) -> float:
         """Count the FLOP of the GEMMs alone; rows with a gradient of 0 need no gradient GEMM.
 
-        Those of an adapter are not counted: rank / H of a unit each.
+        Two teachers cost what one of twice the hidden size does. The GEMMs of an adapter are not
+        counted: rank / H of a unit each.
         """
         gradients = len({"hidden", "weight"} & {*self.gradients})
-        units = 1 + self.active * gradients + (shape.tau if self.teacher_head else 0)
+        units = (
+            1 + self.active * gradients + (shape.tau * self.teachers if self.teacher_head else 0)
+        )
         return units * shape.unit_flop
 
 
@@ -81,6 +89,9 @@ OPS = (
     Op("cross entropy", cross_entropy=True),
     Op("GRPO + top-64 reverse KL", policy=True, kd="topk_rkl", bar=1.2),
     Op("GRPO, head adapter", policy=True, frozen_head=True, adapter=True, bar=1.2),
+    Op("GRPO + both KLs", policy=True, kd="rkl+fkl"),
+    Op("KDRL, two teachers", policy=True, kd="rkl", teachers=2),
+    Op("entropy-weighted reverse KL", kd="rkl", entropy_weight=True),
 )
 OPS_BY_NAME = {op.name: op for op in OPS}
 KEY_OPS = tuple(OPS_BY_NAME[name] for name in ("GRPO", "KDRL exact"))

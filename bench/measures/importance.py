@@ -27,7 +27,7 @@ from bench.shapes import SHAPES, default_shape
 from kdrl_kernels.rows.entries import BLOCK
 from kdrl_kernels.token_rows import Coefficients
 
-GRPO = OPS_BY_NAME["GRPO"]
+GRPO, KDRL = OPS_BY_NAME["GRPO"], OPS_BY_NAME["KDRL exact"]
 BETAS = (2e-3, 0.1, 1.0)
 """The first is KDRL's, the last that of "KDRL exact" in the other benches."""
 THRESHOLDS = (2.0**-8, 2.0**-11)
@@ -46,7 +46,7 @@ def row_gradients(inputs: Inputs, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     for start in range(0, len(inputs.tokens), SAMPLE_ROWS):
         part = slice(start, start + SAMPLE_ROWS)
         logp = definition.student_logprobs(inputs, GRPO, part)
-        logq = definition.teacher_logprobs(inputs, part)
+        logq = definition.teacher_logprobs(inputs, KDRL, part)
         p, A, tokens = logp.exp(), inputs.advantages[part, None], inputs.tokens[part, None]
         log_ratio = logp - logq
         kl = (p * log_ratio).sum(dim=1, keepdim=True)

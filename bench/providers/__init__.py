@@ -8,7 +8,7 @@ together from the fewest of its pieces, or refused with the reason. Libraries ar
 import importlib
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any
 
@@ -47,7 +47,9 @@ class Provider:
     score: Callable[..., tuple[Tensor, Tensor | None]] | None = None
     """(hidden, weight, tokens, entropy: bool, **setting) -> log-probabilities [N], entropy [N]."""
     divergence: Callable[..., Tensor] | None = None
-    """(inputs, kd, **setting) -> divergence to the teacher, 0-d mean or [N]."""
+    """(inputs, "rkl", "fkl" or "jsd", **setting) -> divergence to the teacher, 0-d mean or [N]."""
+    token_divergence: bool = False
+    """Whether it is [N], so that each token's may have a weight."""
     topk_divergence: Callable[..., Tensor] | None = None
     """(inputs, **setting) -> definition.topk_reverse_kl, 0-d mean or [N]."""
     policy: Callable[..., Tensor] | None = None
@@ -80,17 +82,30 @@ def check(provider: Provider, op: Op) -> None:
         raise Refusal("not installed")
     if DEVICE == "cpu" and provider.gpu_only:
         raise Refusal(f"not supported: {provider.gpu_only}")
-    for key in (op.name, op.kd):
-        if key is not None and key in provider.refused:
+    for key in (op.name, op.kd or "", *_terms(op)):
+        if key in provider.refused:
             raise Refusal(f"not supported: {provider.refused[key]}")
     if provider.whole is None:
         _check_pieces(provider, op)
 
 
+def _terms(op: Op) -> list[str]:
+    """Return the divergences that a provider without their mixture must add up."""
+    return op.kd.split("+") if op.kd else []
+
+
 def _check_pieces(provider: Provider, op: Op) -> None:
     needed = {
         "log-probabilities": (not op.gradients or op.kd == "k2", provider.score),
-        "divergence": (op.kd in ("rkl", "fkl", "jsd"), provider.divergence),
+        "divergence": (op.teacher_head and op.kd != "k2", provider.divergence),
+        "divergence of each token": (
+            op.entropy_weight and provider.divergence is not None,
+            provider.token_divergence or None,
+        ),
+        "teacher's entropy": (
+            op.entropy_weight and provider.token_divergence,
+            None if "logprob + entropy" in provider.refused else provider.score,
+        ),
         "top-k divergence": (op.kd == "topk_rkl", provider.topk_divergence),
         "policy gradient": (op.policy, provider.policy or provider.score),
         "cross entropy": (op.cross_entropy, provider.cross_entropy or provider.score),
@@ -112,7 +127,15 @@ def forward(provider: Provider, inputs: Inputs, op: Op, setting: Setting) -> Out
         warnings.simplefilter("ignore")  # of other people's code
         if provider.whole is not None:
             return provider.whole(inputs, op, **setting)
-        return _composed(provider, inputs, op, setting)
+        return _composed(provider, _with_one_teacher(inputs, op), op, setting)
+
+
+def _with_one_teacher(inputs: Inputs, op: Op) -> Inputs:
+    """Return inputs in whose teacher's place two teachers are that one head which their mean is."""
+    if op.teachers == 1:
+        return inputs
+    both_hidden, both_weights = inputs.two_teachers
+    return replace(inputs, teacher_hidden=both_hidden / 2, teacher_weight=both_weights)
 
 
 def _composed(provider: Provider, inputs: Inputs, op: Op, setting: Setting) -> Outputs:
@@ -138,10 +161,23 @@ def _composed(provider: Provider, inputs: Inputs, op: Op, setting: Setting) -> O
             lq, _ = provider.score(*teacher, False, **setting)
         losses.append((outputs["logprobs"] - lq).square().mean() / 2)
     elif op.kd:
-        kl = _divergence(provider, inputs, op.kd, setting)
+        terms = [_divergence(provider, inputs, kd, setting) for kd in _terms(op)]
+        kl = sum(terms[1:], terms[0]) / len(terms)
         outputs |= {"kl": kl} if kl.ndim else {}
-        losses.append(kl.mean())
+        losses.append((_entropy_weight(provider, inputs, op, setting) * kl).mean())
     return outputs | {"loss": sum(losses[1:], losses[0])}
+
+
+def _entropy_weight(provider: Provider, inputs: Inputs, op: Op, setting: Setting) -> Tensor | float:
+    """Return the weight of each token's divergence, by one more projection of the teacher."""
+    if not op.entropy_weight:
+        return 1.0
+    assert provider.score is not None
+    teacher = inputs.teacher_hidden, inputs.shared_teacher_weight, inputs.tokens
+    with torch.no_grad():
+        _, entropy = provider.score(*teacher, True, **setting)
+    assert entropy is not None
+    return (-entropy).exp()
 
 
 def _divergence(provider: Provider, inputs: Inputs, kd: str, setting: Setting) -> Tensor:

@@ -27,12 +27,15 @@ def ours(inputs: Inputs, op: Op, **options: Any) -> Outputs:
             lp = kk.linear_logprobs(*head, entropy=True, **options)
         assert lp.entropy is not None
         return {"logprobs": lp.logprobs, "entropy": lp.entropy}
+    if op.teacher_head:
+        options |= {"teacher": _teacher(inputs, op)}
     if op.cross_entropy:
         out = kk.linear_token_loss(*head, lambda rows: -rows.logprobs, **options)
+    elif op.entropy_weight:
+        options |= {"kl": op.kd, "teacher_entropy": True}
+        out = kk.linear_token_loss(*head, _weighted_kl, **options)
     else:
-        if op.teacher_head:
-            options |= {"teacher": kk.TeacherHead(inputs.teacher_hidden, inputs.teacher_weight)}
-        elif op.kd:
+        if op.kd and not op.teacher_head:
             options |= {"teacher_topk": (inputs.teacher_topk_tokens, inputs.teacher_topk_logprobs)}
         out = kk.kdrl_loss(
             *head,
@@ -42,8 +45,24 @@ def ours(inputs: Inputs, op: Op, **options: Any) -> Outputs:
             compact=op.active < 1 or None,  # on a GPU it must be set
             **options,
         )
-    outputs = {"loss": out.loss, "logprobs": out.logprobs, "kl": out.kl}
+    kl = out.kl if out.forward_kl is None else (out.kl + out.forward_kl) / 2
+    outputs = {"loss": out.loss, "logprobs": out.logprobs, "kl": kl}
     return {name: value for name, value in outputs.items() if value is not None}
+
+
+def _teacher(inputs: Inputs, op: Op) -> kk.TeacherHead:
+    """Return the teacher; of two their composite, whose weight is from an earlier step."""
+    if op.teachers == 1:
+        return kk.TeacherHead(inputs.teacher_hidden, inputs.teacher_weight)
+    whole = kk.TeacherHead(*inputs.two_teachers)
+    pairs = zip(whole.hidden.chunk(2, dim=1), whole.weight.chunk(2, dim=1), strict=True)
+    return kk.composite_teacher([kk.TeacherHead(*pair) for pair in pairs], [0.5, 0.5], reuse=whole)
+
+
+def _weighted_kl(rows: kk.Rows) -> Tensor:
+    assert rows.kl is not None
+    assert rows.teacher_entropy is not None
+    return (-rows.teacher_entropy).exp() * rows.kl
 
 
 def _sketched(inputs: Inputs, op: Op, **sketch: Any) -> Outputs:
@@ -58,7 +77,7 @@ def _full_logits(inputs: Inputs, op: Op) -> Outputs:
         logq = None
         if op.teacher_head:
             with torch.no_grad():
-                logq = definition.teacher_logprobs(inputs)
+                logq = definition.teacher_logprobs(inputs, op)
         results = definition.row_results(inputs, op, logp, logq)
     if results.losses is None:
         return results.outputs

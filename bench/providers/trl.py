@@ -67,6 +67,7 @@ PROVIDERS = (
         settings=tuple({"chunk_size": width} for width in VOCABULARY_TILES),
         score=_score,
         divergence=_divergence,
+        token_divergence=True,
         topk_divergence=_topk_divergence,
         refused={"GRPO, head adapter": "its trainer refuses an adapter on the head"},
     ),

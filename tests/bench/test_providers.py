@@ -3,11 +3,12 @@
 import math
 import warnings
 from importlib import metadata
+from typing import Any
 
 import pytest
 import torch
 
-from bench import providers
+from bench import definition, providers
 from bench.inputs import PROFILES, Inputs, make_inputs
 from bench.machine import DEVICE
 from bench.measures.accuracy import difference, errors, exact, with_gradients
@@ -37,7 +38,7 @@ def shape(request: pytest.FixtureRequest) -> Shape:
 
 @pytest.fixture(scope="module", params=PROFILES)
 def inputs(request: pytest.FixtureRequest, shape: Shape) -> Inputs:
-    return make_inputs(shape, request.param)
+    return make_inputs(shape, request.param, teachers=2)
 
 
 @pytest.mark.parametrize("op", OPS, ids=_id)
@@ -120,6 +121,56 @@ def test_reason_is_given_by_operation_or_by_term(key: str) -> None:
     provider = Provider(name="k3", whole=lambda *_: {}, refused={key: "its KL is k3"})
     assert _refusal(provider, "KDRL exact") == "not supported: its KL is k3"
     providers.check(provider, OPS_BY_NAME["forward KL"])
+
+
+def _pieces(**pieces: Any) -> Provider:
+    """Return a provider whose divergence is 2 for the reverse KL, 6 for the forward KL."""
+    values = {"rkl": 2.0, "fkl": 6.0}
+    return Provider(
+        name="pieces",
+        divergence=lambda inputs, kd: torch.full_like(inputs.advantages, values[kd]),
+        **pieces,
+    )
+
+
+def test_a_weight_of_each_token_needs_its_divergence_and_the_entropy() -> None:
+    name, no_score = "entropy-weighted reverse KL", _pieces(token_divergence=True)
+    assert _refusal(Provider(name="nothing"), name) == "not supported: no divergence"
+    assert _refusal(_pieces(), name) == "not supported: no divergence of each token"
+    assert _refusal(no_score, name) == "not supported: no teacher's entropy"
+    no_entropy = {"logprob + entropy": "no entropy"}
+    half = _pieces(token_divergence=True, score=lambda *_: None, refused=no_entropy)
+    assert _refusal(half, name) == "not supported: no teacher's entropy"
+    providers.check(_pieces(token_divergence=True, score=lambda *_: None), OPS_BY_NAME[name])
+
+
+def test_a_mixture_of_divergences_is_refused_for_the_reason_of_either() -> None:
+    one_way = _pieces(refused={"fkl": "no forward KL"}, policy=lambda *_: torch.zeros(()))
+    assert _refusal(one_way, "GRPO + both KLs") == "not supported: no forward KL"
+    providers.check(one_way, OPS_BY_NAME["KDRL exact"])
+
+
+def test_pieces_are_put_together() -> None:
+    """The mixture is the mean of two calls, and two teachers are passed as one head."""
+    seen = []
+
+    def divergence(inputs: Inputs, kd: str) -> torch.Tensor:
+        seen.append((inputs.teacher_hidden @ inputs.shared_teacher_weight.T).softmax(dim=1))
+        return torch.tensor({"rkl": 2.0, "fkl": 6.0}[kd])
+
+    inputs = make_inputs(TINY, device="cpu", teachers=2)
+    pieces = Provider(
+        name="pieces",
+        divergence=divergence,
+        policy=lambda *_: torch.tensor(10.0, dtype=torch.float64),
+    )
+    outputs = providers.forward(pieces, inputs, OPS_BY_NAME["GRPO + both KLs"], {})
+    assert outputs["loss"] == 14
+    seen.clear()
+    op = OPS_BY_NAME["KDRL, two teachers"]
+    assert providers.forward(pieces, inputs, op, {})["loss"] == 12
+    expected = definition.teacher_logprobs(inputs, op).exp()
+    torch.testing.assert_close(seen, [expected], rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS, ids=_id)
