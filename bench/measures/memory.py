@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench import providers
 from bench.inputs import Inputs, make_inputs
@@ -28,7 +29,19 @@ from bench.providers import Provider, Refusal, Setting
 from bench.results_file import OUT_OF_TIME, Record, record
 from bench.shapes import Shape
 
-OPS = tuple(OPS_BY_NAME[name] for name in ("GRPO", "KDRL exact", "reverse KL", "logprob + entropy"))
+OPS = tuple(
+    OPS_BY_NAME[name]
+    for name in (
+        "GRPO",
+        "KDRL exact",
+        "reverse KL",
+        "logprob + entropy",
+        "GRPO + top-64 reverse KL",
+        "GRPO, head adapter",
+        "GRPO + both KLs",
+        "KDRL, two teachers",
+    )
+)
 """Operations that differ in what they must hold; each call needs a slow new process."""
 LARGE_BYTES = 1 << 16
 """On a CPU blocks of this size and more are mapped each, and unmapped when they are freed."""
@@ -47,7 +60,7 @@ def measure(
     map_large_blocks()
     op = OPS_BY_NAME[op_name]
     provider = next(one for one in providers.load() if one.name == provider_name)
-    inputs = make_inputs(shape, profile)
+    inputs = make_inputs(shape, profile, teachers=op.teachers)
     return growth(inputs, op, lambda: _call(provider, inputs, op, setting))
 
 
@@ -69,14 +82,25 @@ def growth(inputs: Inputs, op: Op, call: Callable[[], providers.Outputs]) -> dic
     output_bytes = sum(tensor.nbytes for tensor in outputs.values())
     gradients = [getattr(inputs, name).grad for name in op.gradients]
     gradient_bytes = sum(gradient.nbytes for gradient in gradients)
-    read = [inputs.hidden, inputs.weight, inputs.tokens]
-    read += [inputs.teacher_hidden, inputs.teacher_weight] if op.teacher_head else []
     return {
         "extra_bytes": grown - output_bytes - gradient_bytes,
-        "input_bytes": sum(tensor.nbytes for tensor in read),
+        "input_bytes": sum(tensor.nbytes for tensor in large_inputs(inputs, op)),
         "output_bytes": output_bytes,
         "gradient_bytes": gradient_bytes,
     }
+
+
+def large_inputs(inputs: Inputs, op: Op) -> list[Tensor]:
+    """Return the large inputs that an operation reads."""
+    read = [inputs.hidden, inputs.weight, inputs.tokens]
+    if op.kd == "topk_rkl":
+        read += [inputs.teacher_topk_tokens, inputs.teacher_topk_logprobs]
+    if op.adapter:
+        read += [inputs.adapter_a, inputs.adapter_b]
+    if op.teacher_head:
+        one = op.teachers == 1
+        read += [inputs.teacher_hidden, inputs.teacher_weight] if one else [*inputs.two_teachers]
+    return read
 
 
 def in_own_process(

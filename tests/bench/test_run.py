@@ -13,8 +13,9 @@ import pytest
 
 import bench.__main__ as main
 from bench import machine, results_file
+from bench.inputs import make_inputs
 from bench.measures import memory
-from bench.ops import OPS_BY_NAME
+from bench.ops import OPS_BY_NAME, Op
 from bench.providers import Provider
 from bench.results_file import OURS, SKETCH, Record, Run
 from bench.shapes import TINY
@@ -221,6 +222,21 @@ def _memory(deadline: float, *contestants: Provider) -> dict[str, Record]:
         assert (one["status"] == "ok") == (BYTES.items() <= one.items())
         assert one["status"] == "ok" or not BYTES.keys() & one.keys()
     return {one["provider"]: one for one in all_records}
+
+
+@pytest.mark.parametrize("op", memory.OPS, ids=lambda op: op.name)
+def test_memory_counts_the_large_inputs(op: Op) -> None:
+    """They are counted in float32, and ids in int64; N = 32, H = 64, V = 512, K = 64."""
+    inputs = make_inputs(TINY, device="cpu", teachers=op.teachers)
+    numbers = 32 * 64 + 512 * 64
+    expected = 4 * numbers + 8 * 32
+    if op.kd == "topk_rkl":
+        expected += 32 * 64 * (8 + 4)
+    elif op.kd:
+        expected += 4 * numbers * op.teachers
+    if op.adapter:
+        expected += 4 * 16 * (64 + 512)
+    assert sum(x.nbytes for x in memory.large_inputs(inputs, op)) == expected
 
 
 def test_memory_statuses(monkeypatch: pytest.MonkeyPatch) -> None:
