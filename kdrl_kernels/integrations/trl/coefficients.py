@@ -1,0 +1,190 @@
+"""Decides how much each completion is distilled: beta of the step, masks by the rewards.
+
+R completions of all processes, G in a row for each prompt; B completions of a batch, C positions.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+
+from kdrl_kernels.integrations.trl.config import KdrlConfig
+from kdrl_train.method.config import MethodConfig, ScheduleConfig
+from kdrl_train.method.grpo import group_factor, kd_mask
+from kdrl_train.method.schedules import History, schedule_value
+
+FILE = "kdrl_state.json"
+"""What a schedule has seen, in each checkpoint."""
+SCORE = "eval_reward"
+"""The score of an evaluation: the mean reward of its completions, as TRL logs it."""
+
+
+def total_rewards(rewards: Tensor, weights: Tensor) -> Tensor:
+    """Add up the reward functions of each completion, as TRL does.
+
+    Args:
+        rewards: [R, functions]; NaN where a function gave none.
+        weights: [functions].
+    Returns: [R]; NaN where no function gave one.
+    """
+    total = (rewards * weights.to(rewards.device)).nansum(dim=1)
+    return total.masked_fill(rewards.isnan().all(dim=1), math.nan)
+
+
+def completion_weights(
+    rewards_R: Tensor, G: int, method: MethodConfig, right_above: float
+) -> Tensor:
+    """Weight each completion's distillation before beta: mask · group factor, [R] float32.
+
+    A completion without a reward (NaN) is distilled where nothing depends on rewards, as TRL's own
+    KL term holds for it; by a mask it is not, since nobody knows whether it is wrong.
+
+    Args:
+        rewards_R: [R] float, the G completions of a prompt in a row.
+        right_above: a completion with a reward above this is right.
+    """
+    known_PG = ~rewards_R.isnan().view(-1, G).cpu()
+    right_PG = (rewards_R > right_above).view(-1, G).cpu()
+    mask_PG = kd_mask(right_PG, method.kd_mask)
+    if method.kd_mask != "none":
+        mask_PG = mask_PG * known_PG
+    factor = group_factor(method.kd_coef, rewards_R.view(-1, G).cpu(), right_PG)
+    factor = factor.nan_to_num(nan=0.0)  # of a group without any reward
+    return (factor.float() * mask_PG).flatten().to(rewards_R.device)
+
+
+def token_weights_of_kd(inputs: Mapping[str, Any], beta: float, ends: Tensor | None) -> Tensor:
+    """Weight each token's distillation: beta · kd_weight of its completion, [B, C] float32.
+
+    Args:
+        inputs: of a batch; without kd_weight [B] every completion counts as 1.
+        ends: ids of the end-of-sequence tokens, where these are not distilled.
+    """
+    tokens = inputs["completion_ids"]
+    weight = torch.full(tokens.shape, beta, dtype=torch.float32, device=tokens.device)
+    if "kd_weight" in inputs:
+        weight = weight * inputs["kd_weight"][:, None]
+    if ends is not None:
+        weight = weight.masked_fill(torch.isin(tokens, ends.to(tokens.device)), 0.0)
+    return weight
+
+
+def check_schedule(args: KdrlConfig, eval_dataset: Any) -> None:
+    """Raise ValueError for a schedule that waits for what the run will never measure."""
+    schedule = args.schedule()
+    if schedule.kind == "kl_budget" and args.objective("off").topk_kd is not None:
+        raise ValueError(
+            f"kd must not be {args.kd!r} with kd_coef_schedule of kind 'kl_budget', got both: the "
+            "divergence over K tokens is not the KL that the budget is for"
+        )
+    if not schedule.waits_for_plateau:
+        return
+    if args.eval_strategy == "no" or eval_dataset is None or isinstance(eval_dataset, Mapping):
+        raise ValueError(
+            "eval_strategy and one eval_dataset must be set where kd_coef_schedule has patience, "
+            f"got {args.eval_strategy!r} and {type(eval_dataset).__name__}: a plateau is one of "
+            f"{SCORE}; or leave patience out"
+        )
+
+
+class BetaSchedule(TrainerCallback):
+    """Computes beta of each optimizer step; remembers the KL and the scores that some kinds read.
+
+    All processes must hold the same, to the bit: what a step measured is added up over them.
+
+    Args:
+        schedule: of beta.
+        add_up: adds up a tensor over all processes, which call it together.
+    """
+
+    def __init__(self, schedule: ScheduleConfig, add_up: Callable[[Tensor], Tensor]) -> None:
+        self.schedule = schedule
+        self.add_up = add_up
+        self.history = History()
+        self._sums: Tensor | None = None
+        self._first_step: int | None = None
+
+    def beta(self, step: int) -> float:
+        """Return beta of an optimizer step, from 0."""
+        return schedule_value(self.schedule, step, self.history)
+
+    def measured(self, metrics: Mapping[str, Tensor]) -> None:
+        """Add a micro-batch's sums of kdrl_loss to those of the optimizer step."""
+        if self.schedule.kind == "kl_budget" and "kd_tokens" in metrics:
+            kl = metrics.get("kl_sum", metrics.get("teacher_log_ratio_sum"))
+            assert kl is not None
+            sums = torch.stack([kl.detach().double(), metrics["kd_tokens"].double()])
+            self._sums = sums if self._sums is None else self._sums + sums
+
+    def on_train_begin(self, _args: Any, state: TrainerState, _control: Any, **_: Any) -> None:
+        """Forget an earlier run, where none is resumed."""
+        self._first_step = state.global_step
+        if state.global_step == 0:
+            self.history, self._sums = History(), None
+
+    def on_step_end(self, args: TrainingArguments, _state: Any, _control: Any, **_: Any) -> None:
+        """Keep the step's mean KL to the teacher."""
+        if self.schedule.kind != "kl_budget":
+            return
+        sums = torch.zeros(2, dtype=torch.float64) if self._sums is None else self._sums
+        kl, tokens = self.add_up(sums.to(args.device)).tolist()
+        mean = kl / tokens if tokens else None
+        self.history.kl.append(mean if mean is not None and math.isfinite(mean) else None)
+        self._sums = None
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        _control: Any,
+        metrics: Mapping[str, Any],
+        **_: Any,
+    ) -> None:
+        """Keep the score of an evaluation that an uninterrupted run would have made too."""
+        step, first = state.global_step, self._first_step
+        extra = args.eval_strategy == "steps" and step % state.eval_steps != 0  # at the end alone
+        if self.schedule.waits_for_plateau and first is not None and step > first and not extra:
+            score = metrics.get(SCORE)
+            if score is not None and math.isfinite(score):
+                self.history.scores.append(score)
+
+    def on_train_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
+        """Count no evaluation outside of a run."""
+        self._first_step = None
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the history into a checkpoint's folder; JSON keeps every digit."""
+        state = asdict(self.history)
+        text = json.dumps({name: state[name] for name in ("kl", "scores")})
+        (checkpoint / FILE).write_text(text + "\n", encoding="utf-8")
+
+    def load(self, checkpoint: Path, step: int) -> None:
+        """Restore the history of a checkpoint.
+
+        Args:
+            step: how many optimizer steps are done.
+        Raises: ValueError where the schedule needs a history that the checkpoint does not hold.
+        """
+        self.history, self._sums = History(), None
+        if not self.schedule.reads_history:
+            return
+        path = checkpoint / FILE
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            self.history = History(kl=list(state["kl"]), scores=list(state["scores"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} must hold what kd_coef_schedule of kind {self.schedule.kind!r} has seen, "
+                f"got {type(error).__name__}: resume a checkpoint of KdrlTrainer"
+            ) from None
+        if self.schedule.kind == "kl_budget" and len(self.history.kl) != step:
+            raise ValueError(
+                f"{path} must hold the KL of {step} steps, got {len(self.history.kl)}: resume a "
+                "checkpoint that the same schedule wrote"
+            )
