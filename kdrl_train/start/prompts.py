@@ -8,7 +8,7 @@ from typing import Any
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig, TrainConfig
 from kdrl_train.model.eos import eos_ids, turn_end
-from kdrl_train.model.teacher.client import UNKNOWN
+from kdrl_train.model.teacher.client import UNKNOWN, differing_token
 from kdrl_train.model.window import window
 from kdrl_train.rollouts.problems import PromptFacts, encode_prompt
 from kdrl_train.rollouts.rendering import (
@@ -292,17 +292,18 @@ def check_tokenizers(config: TrainConfig, loaded: Loaded) -> str:
         renderings of a prompt where they differ: the teacher scores the policy's.
     """
     assert loaded.teacher_tokenizer is not None
-    policy_tokens = {i: token for token, i in loaded.tokenizer.get_vocab().items()}
-    teacher_tokens = {i: token for token, i in loaded.teacher_tokenizer.get_vocab().items()}
-    for i in sorted(policy_tokens.keys() | teacher_tokens.keys()):
-        if policy_tokens.get(i) != teacher_tokens.get(i):
-            raise ValueError(
-                f"model.teacher must have the policy's tokenizer, got another: token {i} is "
-                f"{policy_tokens.get(i)!r} for the policy and {teacher_tokens.get(i)!r} for the "
-                "teacher; choose two models of one family, or do without a teacher: --preset grpo"
-            )
+    different = differing_token(loaded.tokenizer, loaded.teacher_tokenizer)
+    if different is not None:
+        i, policy_token, teacher_token = different
+        raise ValueError(
+            f"model.teacher must have the policy's tokenizer, got another: token {i} is "
+            f"{policy_token!r} for the policy and {teacher_token!r} for the "
+            "teacher; choose two models of one family, or do without a teacher: --preset grpo"
+        )
     doubt = _teacher_rendering(config, loaded, loaded.teacher_tokenizer)
-    return _with_doubts(f"the same {len(policy_tokens):,} tokens", [doubt] if doubt else [])
+    return _with_doubts(
+        f"the same {len(loaded.tokenizer.get_vocab()):,} tokens", [doubt] if doubt else []
+    )
 
 
 def check_server_tokenizer(config: TrainConfig, loaded: Loaded) -> str:

@@ -306,6 +306,19 @@ def connect(model: ModelConfig, config: TeacherConfig) -> TeacherClient:
     return KdrlClient(url, config) if model.teacher_api == "kdrl" else OpenAiClient(url, config)
 
 
+def differing_token(policy: Any, teacher: Any) -> tuple[int, str | None, str | None] | None:
+    """Find the token with the lowest id that differs between two tokenizers.
+
+    Returns: its id, the policy's and the teacher's token; None where both maps are the same.
+    """
+    policy_tokens = {i: token for token, i in policy.get_vocab().items()}
+    teacher_tokens = {i: token for token, i in teacher.get_vocab().items()}
+    for i in sorted(policy_tokens.keys() | teacher_tokens.keys()):
+        if policy_tokens.get(i) != teacher_tokens.get(i):
+            return i, policy_tokens.get(i), teacher_tokens.get(i)
+    return None
+
+
 def vocabulary_hash(tokenizer: Any) -> str:
     """Return the SHA-256 of a tokenizer's map from token to id; equal maps have equal hashes."""
     pairs = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
