@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import kdrl_kernels as kk
+from kdrl_kernels.head_config import head_scalars
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.histogram import histogram
 from kdrl_train.model import attention, noise, rotary
@@ -33,15 +34,15 @@ class HeadedModel(nn.Module):
     """A transformers causal LM split at its LM head: z = softcap(scale · (x Wᵀ + b)) / temperature.
 
     Dropout and other noise are switched off, also in training mode (noise.py): the loss is taken at
-    the distribution that is sampled from. Output embeddings may be tied. softcap is the config's
-    final_logit_softcapping, or another name of it; scale is one of logit_scale (Cohere), 1 /
-    logits_scaling (Granite), lm_head_multiplier (Falcon-H1), else 1.
+    the distribution that is sampled from. Output embeddings may be tied. softcap and scale are
+    those of the config (kdrl_kernels.head_config); the attributes are cap / scale and temperature /
+    scale, which give the same logits.
 
     Args:
         model: the causal LM, with get_output_embeddings() and a backbone.
         temperature: sampling temperature.
         compute_dtype: of the forward pass; float32 weights run under autocast if it is bfloat16.
-    Raises: ValueError for a model without an LM head, or with both a softcap and a scale.
+    Raises: ValueError for a model without an LM head.
     """
 
     def __init__(
@@ -58,14 +59,7 @@ class HeadedModel(nn.Module):
         self.model = model
         self.compute_dtype = compute_dtype
         config = model.config.get_text_config()
-        self.softcap = _softcap(config)
-        scale = _logit_scale(config)
-        if self.softcap is not None and scale != 1.0:
-            raise ValueError(
-                f"the model must scale or cap its logits, not both, got {name} with scale {scale} "
-                f"and softcap {self.softcap}: this order of the two is not supported"
-            )
-        self.temperature = temperature / scale
+        self.temperature, self.softcap = head_scalars(config, temperature)
         self.device: torch.device = model.device
         """Where it computes; before it is sharded, and where FSDP2 offloads it, its weights are
         elsewhere."""
@@ -364,23 +358,9 @@ def objective(method: MethodConfig, *, distil: bool) -> kk.Objective:
     )
 
 
-def _softcap(config: Any) -> float | None:
-    """Read the cap of the logits, by transformers' names for it."""
-    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-    return next((cap for cap in (getattr(config, n, None) for n in names) if cap), None)
-
-
 def backbone(model: Any) -> Any:
     """Return the part of a causal LM below its LM head; the model itself where it has none.
 
     Llama4ForCausalLM names another part as its base than it has.
     """
     return model.base_model if model.base_model is not model else getattr(model, "model", model)
-
-
-def _logit_scale(config: Any) -> float:
-    """Read the factor between hidden · weightᵀ and the logits, by transformers' names for it."""
-    scale = 1.0
-    for name in ("logit_scale", "lm_head_multiplier"):
-        scale *= getattr(config, name, None) or 1.0
-    return scale / (getattr(config, "logits_scaling", None) or 1.0)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kdrl_kernels.head_config import logit_scale
 from kdrl_train.model.fsdp import full
 from kdrl_train.model.miniature import EXPERTS, has_number
-from kdrl_train.model.policy import HeadedModel, _logit_scale
+from kdrl_train.model.policy import HeadedModel
 
 PROBE_LENGTHS = (7, 5)
 """Tokens of the two sequences of the start-up probe."""
@@ -95,7 +96,7 @@ def _logits_error(wrapped: HeadedModel, ids: list[Tensor], states: Tensor, facto
     weight, bias = _head(wrapped)
     head = torch.nn.functional.linear(states * factor, weight, bias).float()
     ours = head / temperature
-    if wrapped.softcap is not None:  # the scale is 1 here: temperature is that of sampling
+    if wrapped.softcap is not None:
         ours = torch.tanh(head / wrapped.softcap) * wrapped.softcap / temperature
     hook = model.get_output_embeddings().register_forward_pre_hook(
         lambda _module, inputs: (inputs[0] * factor, *inputs[1:])
@@ -105,7 +106,7 @@ def _logits_error(wrapped: HeadedModel, ids: list[Tensor], states: Tensor, facto
             theirs = torch.cat([model(input_ids=i, use_cache=False).logits[0].float() for i in ids])
     finally:
         hook.remove()
-    scale = _logit_scale(model.config.get_text_config())
+    scale = logit_scale(model.config.get_text_config())
     return _relative_rms(ours, theirs / (temperature * scale))
 
 

@@ -31,6 +31,7 @@ ARCHITECTURES = {
     "gemma2 softcap": ("gemma2", {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 16}),
     "granite scale": ("granite", {"logits_scaling": 4.0}),
     "cohere scale": ("cohere", {"logit_scale": 0.25}),
+    "hyperclovax scale": ("hyperclovax", {"logits_scaling": 4.0}),
     "phi bias": ("phi", {"partial_rotary_factor": 0.5}),
 }
 KD = ScheduleConfig(initial=0.3, final=0.3)
@@ -294,9 +295,16 @@ def test_models_that_do_not_fit_are_refused(tiny: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="causal LM with an LM head, got LlamaModel"):
         HeadedModel(tiny("llama").base_model)
     model = tiny("granite", logits_scaling=4.0)
-    model.config.final_logit_softcapping = 3.0
-    with pytest.raises(ValueError, match=r"not both, got GraniteForCausalLM with scale 0\.25"):
-        HeadedModel(model)
+    model.config.final_logit_softcapping = 3.0  # which Granite's forward does not read
+    with pytest.raises(ValueError, match=r"must have logits = softcap\(scale"):
+        probe(HeadedModel(model), "model.policy")
+
+
+def test_a_model_that_scales_and_caps_its_logits(tiny: Callable[..., Any]) -> None:
+    model = tiny("gemma2", final_logit_softcapping=2.0, query_pre_attn_scalar=16)
+    model.get_output_embeddings().register_forward_hook(lambda *call: 0.5 * call[2])
+    model.config.output_multiplier = 0.5  # Muse has both, but no small model
+    assert probe(HeadedModel(model, temperature=0.7), "model.policy") < 1e-5
 
 
 def test_missing_models_are_named(folders: dict) -> None:

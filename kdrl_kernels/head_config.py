@@ -1,0 +1,39 @@
+"""Reads from a transformers config what stands between hidden · weightᵀ and the logits."""
+
+from typing import Any
+
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""transformers' names of the cap of the logits: Gemma's and two others."""
+FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+"""Names of a factor of the logits: Cohere's, Muse's and Falcon-H1's."""
+MULTIPLIES = ("hyperclovax",)
+"""Model types that multiply the logits by logits_scaling, by which Granite and MiniCPM divide."""
+
+
+def logit_scale(config: Any) -> float:
+    """Return the factor between hidden · weightᵀ and the logits, before the soft cap.
+
+    Args:
+        config: of the text model (config.get_text_config()). A factor that is None or 0 is none.
+    """
+    scale = 1.0
+    for name in FACTORS:
+        scale *= getattr(config, name, None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    return scale * divisor if config.model_type in MULTIPLIES else scale / divisor
+
+
+def head_scalars(config: Any, temperature: float = 1.0) -> tuple[float, float | None]:
+    """Return temperature and softcap of a head that gives the model's logits / temperature.
+
+    A model computes softcap(scale · a), a head of ours softcap(a) / temperature, where softcap(a) =
+    cap · tanh(a / cap). Both are the same for cap / scale and temperature / scale.
+
+    Args:
+        config: as logit_scale.
+        temperature: of the sampler.
+    """
+    scale = logit_scale(config)
+    caps = (getattr(config, name, None) for name in SOFTCAPS)
+    softcap = next((cap for cap in caps if cap), None)
+    return temperature / scale, None if softcap is None else softcap / scale
