@@ -1,0 +1,165 @@
+"""Replaces the fused LM head that TRL gives a model: log-probabilities, and the loss in one pass.
+
+B completions, C their positions, H hidden size, V vocabulary, N the tokens that are scored.
+"""
+
+import functools
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from trl.trainer.utils import FusedCausalLMOutput
+
+import kdrl_kernels as kk
+from kdrl_kernels.integrations.trl.head import ModelHead, model_head
+from kdrl_kernels.integrations.trl.head_loss import HeadTerms, kd_loss, one_pass, rows_of
+
+
+class FusedHead:
+    """Computes what stands above the backbone in a model's forward, in place of TRL's.
+
+    model(..., labels=labels, fused_lm_head=True) returns TRL's FusedCausalLMOutput: log_probs and
+    entropy where a label is not -100, with a gradient. While terms are set (computing), `loss` is
+    theirs; log_probs then have no gradient if terms.joint.
+
+    Args:
+        temperature: of the sampler.
+        float32: whether the head is computed in float32 outside of autocast.
+        states: True returns the hidden states [B, T - 1, H] in the place of log_probs: a teacher's.
+    """
+
+    def __init__(self, temperature: float, *, float32: bool = False, states: bool = False) -> None:
+        self.temperature = temperature
+        self.float32 = float32
+        self.states = states
+        self.terms: HeadTerms | None = None
+        self.metrics: dict[str, Tensor] = {}
+        """Sums and counts of the last loss of terms; a wrapper might round what forward returns."""
+
+    def attach(self, model: Any) -> None:
+        """Replace the forward of a transformers model that is called with fused_lm_head=True.
+
+        Any other call goes to the forward that the model had.
+        """
+        forward, head = model.forward, self
+
+        @functools.wraps(type(model).forward)  # generate reads the signature
+        def fused_forward(
+            model: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any
+        ) -> Any:
+            if not fused_lm_head:
+                return forward(*args, **kwargs)
+            return head.forward(model, args, kwargs)
+
+        model.forward = types.MethodType(fused_forward, model)
+
+    @contextmanager
+    def computing(self, terms: HeadTerms) -> Iterator[None]:
+        """Let the forward inside the context compute the loss of terms."""
+        self.terms, self.metrics = terms, {}
+        try:
+            yield
+        finally:
+            self.terms = None
+
+    def forward(
+        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> FusedCausalLMOutput:
+        """Run the backbone of a model, then its head."""
+        labels, shifted = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
+        items = kwargs.pop("num_items_in_batch", None)
+        config = model.config.get_text_config()
+        if getattr(config, "output_router_logits", False):
+            kwargs.setdefault("output_router_logits", True)
+        outputs = model.base_model(*args, **kwargs | {"use_cache": False})
+        hidden = outputs.last_hidden_state
+        if shifted is None:
+            hidden, labels = hidden[:, :-1], labels[:, 1:]
+        else:
+            labels = shifted
+        balance = _balance_loss(model, outputs, kwargs) if _has_router(kwargs) else None
+        if self.states:
+            return FusedCausalLMOutput(log_probs=hidden, aux_loss=balance)
+        head = model_head(model, self.temperature, float32=self.float32)
+        hidden, labels = hidden.to(head.weight.device), labels.to(head.weight.device)
+        hidden, arithmetic = head.arithmetic(hidden)
+        with arithmetic, head.gathered():
+            if self.terms is None:
+                output = _scores(head, hidden, labels)
+                count = output.label_mask.sum().clamp(min=1) if items is None else items
+                output.loss = -output.log_probs.sum() / count
+            else:
+                output = self._loss(self.terms, head, hidden, labels)
+        if balance is not None and self.terms is None:
+            output.loss = output.loss + getattr(config, "router_aux_loss_coef", 0.0) * balance
+        output.aux_loss = balance
+        return output
+
+    def _loss(
+        self, terms: HeadTerms, head: ModelHead, hidden: Tensor, labels: Tensor
+    ) -> FusedCausalLMOutput:
+        """Compute the loss of terms: of the last C positions, which the completions are."""
+        C = terms.token_weights.shape[1]
+        hidden, labels = hidden[:, -C:], labels[:, -C:]
+        scored = labels != -100
+        used = scored & (terms.token_weights != 0)
+        if terms.joint:
+            loss = one_pass(terms, head, hidden[used], labels[used], used)
+            rest = 0.0 if terms.old_logprobs is None else terms.old_logprobs
+            rest = torch.where(scored, rest, 0.0)  # a ratio of 1 where nothing is computed
+            output = FusedCausalLMOutput(
+                loss=loss.loss,
+                log_probs=rest.to(loss.logprobs.dtype).masked_scatter(used, loss.logprobs),
+                entropy=_spread(used, loss.entropy),
+                label_mask=scored,
+            )
+            self.metrics = loss.metrics
+            return output
+        output = _scores(head, hidden, labels, terms.sketch)
+        if terms.objective.kd is not None:
+            output.loss, self.metrics = kd_loss(terms, head, hidden, labels, output.log_probs)
+        return output
+
+
+def _scores(
+    head: ModelHead, hidden: Tensor, labels: Tensor, sketch: kk.Sketch | None = None
+) -> FusedCausalLMOutput:
+    """Compute log-probabilities and entropies of the labels, differentiable."""
+    scored = labels != -100
+    out = kk.linear_logprobs(
+        hidden[scored],
+        head.weight,
+        labels[scored],
+        entropy=True,
+        backward="exact" if sketch is None else "sketch",
+        sketch=rows_of(sketch, scored),
+        **head.options,
+    )
+    return FusedCausalLMOutput(
+        log_probs=_spread(scored, out.logprobs),
+        entropy=_spread(scored, out.entropy),
+        label_mask=scored,
+    )
+
+
+def _spread(mask: Tensor, values: Tensor | None) -> Tensor:
+    """Put [N] values where mask [B, C] is true, and 0 elsewhere; differentiable, also for N = 0."""
+    assert values is not None
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+def _has_router(kwargs: dict[str, Any]) -> bool:
+    return bool(kwargs.get("output_router_logits"))
+
+
+def _balance_loss(model: Any, outputs: Any, kwargs: dict[str, Any]) -> Tensor:
+    """Return the load-balancing loss of a model with experts."""
+    config = model.config.get_text_config()
+    experts = getattr(config, "num_experts", None) or model.num_experts
+    return load_balancing_loss_func(
+        outputs.router_logits, experts, config.num_experts_per_tok, kwargs.get("attention_mask")
+    )

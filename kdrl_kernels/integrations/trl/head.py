@@ -1,0 +1,137 @@
+"""Says what the LM head of a transformers model is: weight, scalars, and an adapter on it."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+import kdrl_kernels as kk
+from kdrl_kernels.head_config import head_scalars
+
+
+@dataclass(frozen=True, slots=True)
+class ModelHead:
+    """Holds a model's LM head: logits / temperature = z of kdrl_kernels.head.Head.
+
+    The tensors are those of the moment: FSDP, ZeRO-3 and PEFT replace them, so a head is read
+    again in each forward.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    temperature: float
+    softcap: float | None
+    adapter: kk.LowRank | None = None
+    float32: bool = False
+    """Whether it is computed in float32 outside of autocast (cast_lm_head_to_fp32)."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of kdrl_loss and linear_logprobs beside hidden states and weight."""
+        return {
+            "bias": self.bias,
+            "temperature": self.temperature,
+            "softcap": self.softcap,
+            "adapter": self.adapter,
+        }
+
+    def gathered(self) -> AbstractContextManager:
+        """Enter a context in which ZeRO-3 has gathered the head; elsewhere it changes nothing."""
+        parts = [self.weight, self.bias]
+        if self.adapter is not None:
+            parts += [self.adapter.A, self.adapter.B]
+        return maybe_gather_lm_head_ctx(*parts)
+
+    def arithmetic(self, hidden: Tensor) -> tuple[Tensor, AbstractContextManager]:
+        """Return hidden states in the dtype of the head's arithmetic, and a context for it.
+
+        Under autocast that is autocast's dtype, since a norm may end in float32.
+        """
+        device = hidden.device.type
+        if self.float32:
+            return hidden.float(), torch.autocast(device, enabled=False)
+        if torch.is_autocast_enabled(device):
+            hidden = hidden.to(torch.get_autocast_dtype(device))
+        return hidden, nullcontext()
+
+    def teacher(self, hidden: Tensor) -> kk.TeacherHead:
+        """Return this head with hidden states, for a loss against it.
+
+        Raises: ValueError where an adapter is on it.
+        """
+        if self.adapter is not None:
+            raise ValueError(
+                "teacher_model must have no adapter on its LM head, got one: pass "
+                "teacher_model.merge_and_unload()"
+            )
+        return kk.TeacherHead(
+            self.arithmetic(hidden)[0],
+            self.weight,
+            bias=self.bias,
+            temperature=self.temperature,
+            softcap=self.softcap,
+        )
+
+
+def model_head(model: Any, temperature: float, *, float32: bool = False) -> ModelHead:
+    """Return the LM head of a causal LM as its parameters are now.
+
+    Args:
+        model: a transformers model, without a wrapper of PEFT; layers of it may carry adapters.
+        temperature: of the sampler.
+        float32: of ModelHead.
+    Raises: ValueError for a model without an LM head, or with an adapter on it that is no plain
+        LoRA: DoRA, several at once, dropout, a bias of its own.
+    """
+    layer = model.get_output_embeddings()
+    if layer is None:
+        raise ValueError(f"model must have an LM head, got {type(model).__name__}")
+    scalars = head_scalars(model.config.get_text_config(), temperature)
+    if hasattr(layer, "modules_to_save"):  # peft trains a copy of the layer
+        layer = _trained_copy(layer)
+    adapter = None
+    if hasattr(layer, "base_layer"):
+        adapter, layer = _adapter(layer), layer.get_base_layer()
+    return ModelHead(layer.weight, getattr(layer, "bias", None), *scalars, adapter, float32)
+
+
+def _trained_copy(layer: Any) -> Any:
+    """Return the module that a layer of peft's modules_to_save computes with."""
+    names = layer.active_adapters
+    if layer.disable_adapters or not set(names) & set(layer.modules_to_save):
+        return layer.original_module
+    return layer.modules_to_save[names[0]]
+
+
+def _adapter(layer: Any) -> kk.LowRank | None:
+    """Return the LoRA on a layer of peft; None where it is off or merged into the weight."""
+    if layer.disable_adapters or layer.merged:
+        return None
+    if not hasattr(layer, "lora_A"):
+        raise ValueError(_refusal(f"got {type(layer).__name__}"))
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if not names:
+        return None
+    if len(names) > 1:
+        raise ValueError(_refusal(f"got {len(names)} at once, {', '.join(names)}"))
+    name = names[0]
+    dropout = layer.lora_dropout[name]
+    reasons = {
+        "DoRA or another variant": name in layer.lora_variant,
+        "dropout": not isinstance(dropout, torch.nn.Identity) and dropout.p > 0,
+        "a bias of its own": layer.lora_B[name].bias is not None,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(_refusal(f"got one with {reason}"))
+    return kk.LowRank(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+
+
+def _refusal(what: str) -> str:
+    return (
+        f"an adapter on the LM head must be one plain LoRA without dropout, {what}: take lm_head "
+        "out of target_modules, or set lora_dropout=0.0 and use_dora=False"
+    )

@@ -1,0 +1,110 @@
+"""KdrlTrainer without a teacher trains as GRPOTrainer does, to float32's rounding."""
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from trl import GRPOConfig, GRPOTrainer
+
+from kdrl_kernels.integrations.trl import KdrlConfig, KdrlTrainer
+from tests.integrations.trl_runs import arguments, logs, parameters, small_model, trainer_of
+
+pytestmark = pytest.mark.filterwarnings(
+    # TRL reads names that transformers 5 calls old
+    "ignore:.*gradient_checkpointing. is deprecated and will be removed in v6:FutureWarning"
+)
+LOSSES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo")
+QUICK = [
+    ("grpo", "token", 1, False),
+    ("dapo", "token", 4, True),
+    ("dr_grpo", "token", 1, True),
+    ("bnpo", "token", 4, False),
+    ("cispo", "token", 1, True),
+    ("grpo", "sequence", 4, True),
+]
+MATRIX = [
+    case
+    for case in product(LOSSES, ("token", "sequence"), (1, 4), (False, True))
+    if case not in QUICK
+]
+
+
+class ToolMasked:
+    """Marks a third of the sampled tokens as a tool's, which get no loss."""
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        output["tool_mask"] = (output["completion_ids"] % 3 != 0).int()
+        mask = output["completion_mask"] * output["tool_mask"]
+        output["num_items_in_batch"] = mask.sum()
+        return output
+
+
+class ToolMaskedGrpo(ToolMasked, GRPOTrainer):
+    pass
+
+
+class ToolMaskedKdrl(ToolMasked, KdrlTrainer):
+    pass
+
+
+def _runs(folder: Path, *, masked: bool = False, **options: Any) -> tuple[Any, Any]:
+    """Train TRL's trainer and ours with the same settings."""
+    kinds = (ToolMaskedGrpo, ToolMaskedKdrl) if masked else (GRPOTrainer, KdrlTrainer)
+    trainers = []
+    for kind, config, more in zip(kinds, (GRPOConfig, KdrlConfig), ({}, {"kd": None}), strict=True):
+        trainer = trainer_of(kind, arguments(config, folder, **options, **more))
+        trainer.train()
+        trainers.append(trainer)
+    return trainers[0], trainers[1]
+
+
+def assert_equal_runs(host: Any, ours: Any) -> None:
+    """Compare everything that was logged, and the weights."""
+    for a, b in zip(logs(host), logs(ours), strict=True):
+        assert a.keys() == b.keys()
+        for name, value in a.items():
+            assert b[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    before = dict(small_model(1).named_parameters())
+    theirs = parameters(host)
+    moved = max((theirs[name] - before[name]).abs().max().item() for name in theirs)
+    assert moved > 1e-3  # else the comparison would say nothing
+    for name, weight in parameters(ours).items():
+        torch.testing.assert_close(weight, theirs[name], rtol=1e-5, atol=1e-5 * moved, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "level", "accumulation", "masked"),
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in MATRIX)],
+)
+def test_without_a_teacher_it_is_grpo(
+    tmp_path: Path, loss_type: str, level: str, accumulation: int, masked: bool
+) -> None:
+    host, ours = _runs(
+        tmp_path,
+        masked=masked,
+        loss_type=loss_type,
+        importance_sampling_level=level,
+        gradient_accumulation_steps=accumulation,
+    )
+    assert_equal_runs(host, ours)
+
+
+def _most_clipped(trainer: Any) -> float:
+    return max(line.get("clip_ratio/region_mean", 0.0) for line in logs(trainer))
+
+
+@pytest.mark.parametrize(
+    "loss_type", [LOSSES[0], *(pytest.param(x, marks=pytest.mark.slow) for x in LOSSES[1:])]
+)
+def test_ratios_and_clipping(tmp_path: Path, loss_type: str) -> None:
+    options = {"num_iterations": 2, "learning_rate": 2.0, "max_steps": 4, "max_grad_norm": 10.0}
+    host, ours = _runs(tmp_path, masked=True, loss_type=loss_type, **options)
+    assert_equal_runs(host, ours)
+    if loss_type != "cispo":
+        assert _most_clipped(host) > 0.05

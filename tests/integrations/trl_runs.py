@@ -1,0 +1,103 @@
+"""Small models, prompts and runs of TRL's trainers, for the tests of kdrl_kernels.integrations.trl.
+
+A vocabulary of 262 tokens, a quarter of which end a completion, so that lengths differ.
+"""
+
+import copy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers.utils.logging import disable_progress_bar
+
+from kdrl_train.tools.toy.models import ArchitectureConfig, make_model, train_tokenizer
+
+PROMPTS = ("What is 3 plus 4?", "12 times 5", "Say 7", "How much is 81 minus 30 plus 2?")
+SEED = 5
+disable_progress_bar()
+
+
+@cache
+def tokenizer() -> Any:
+    """Return a byte-level tokenizer that pads on the left."""
+    return train_tokenizer(PROMPTS, 262)
+
+
+@cache
+def _model(seed: int, hidden: int, family: str, *, tied: bool) -> Any:
+    shape = ArchitectureConfig(
+        family=family,  # type: ignore[arg-type]
+        hidden=hidden,
+        layers=2,
+        heads=2,
+        kv_heads=2,
+        intermediate=48,
+        tied=tied,
+    )
+    model = make_model(shape, tokenizer(), seed)
+    for parameter in model.parameters():  # wide weights: the models differ, entropies too
+        if parameter.ndim == 2:
+            parameter.data.mul_(5)
+    model.generation_config.eos_token_id = list(range(2, 262, 4))
+    return model
+
+
+def small_model(seed: int, hidden: int = 32, family: str = "qwen2", *, tied: bool = False) -> Any:
+    """Make a causal LM of two layers, the same one for the same arguments."""
+    return copy.deepcopy(_model(seed, hidden, family, tied=tied))
+
+
+def prompts() -> Dataset:
+    """Return a data set of four prompts of different lengths."""
+    return Dataset.from_dict({"prompt": list(PROMPTS)})
+
+
+def reward(completions: list[str], **columns: Any) -> list[float]:  # noqa: ARG001
+    """Judge completions by the sum of their bytes: no two are alike, and all is repeatable."""
+    return [sum(text.encode()) % 17 / 16 for text in completions]
+
+
+def arguments(kind: Any, folder: Path, **options: Any) -> Any:
+    """Make the arguments of a run of three steps on a CPU, in float32, by plain SGD."""
+    values = {
+        "output_dir": str(folder),
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "max_completion_length": 8,
+        "temperature": 0.9,
+        "learning_rate": 0.1,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": SEED,
+    }
+    return kind(**values | options)
+
+
+def trainer_of(kind: Any, args: Any, model: Any | None = None, **options: Any) -> Any:
+    """Make a trainer of a small model (seed 1) on the prompts."""
+    values = {"train_dataset": prompts(), "processing_class": tokenizer(), "reward_funcs": reward}
+    return kind(model=small_model(1) if model is None else model, args=args, **values | options)
+
+
+def logs(trainer: Any) -> list[dict[str, float]]:
+    """Return what a trainer logged at each step, without times."""
+    return [
+        {k: v for k, v in line.items() if "time" not in k and "runtime" not in k}
+        for line in trainer.state.log_history
+        if "loss" in line
+    ]
+
+
+def parameters(trainer: Any) -> dict[str, torch.Tensor]:
+    """Return the weights of a trainer's model."""
+    return {name: p.detach() for name, p in trainer.model.named_parameters()}
