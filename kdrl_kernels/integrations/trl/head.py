@@ -98,6 +98,11 @@ def model_head(model: Any, temperature: float, *, float32: bool = False) -> Mode
     return ModelHead(layer.weight, getattr(layer, "bias", None), *scalars, adapter, float32)
 
 
+def bare(model: Any) -> Any:
+    """Return a transformers model without PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _trained_copy(layer: Any) -> Any:
     """Return the module that a layer of peft's modules_to_save computes with."""
     names = layer.active_adapters

@@ -16,21 +16,12 @@ from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 import kdrl_kernels as kk
 from kdrl_kernels.integrations.trl.config import KdrlConfig
 from kdrl_kernels.integrations.trl.fused import FusedHead
-from kdrl_kernels.integrations.trl.head import ModelHead, model_head
+from kdrl_kernels.integrations.trl.head import ModelHead, bare, model_head
 from kdrl_kernels.integrations.trl.head_loss import HeadTerms
+from kdrl_kernels.integrations.trl.means import log_means
 
 ONE_PASS = ("grpo", "bnpo", "dr_grpo", "dapo")
 """Loss types whose token losses kdrl_loss computes, with their gradient, in one pass."""
-MEANS = {
-    "teacher_log_ratio": ("teacher_log_ratio_sum", "kd_tokens"),
-    "k2": ("k2_sum", "kd_tokens"),
-    "kl": ("kl_sum", "kd_tokens"),
-    "forward_kl": ("forward_kl_sum", "kd_tokens"),
-    "jsd": ("jsd_sum", "kd_tokens"),
-    "topk_divergence": ("topk_divergence_sum", "kd_tokens"),
-    "kd_flipped": ("kd_flipped", "tokens"),
-}
-"""What is logged as kdrl/<name>: a sum and the count that divides it, of HeadTerms' metrics."""
 PAPER = {
     "title": "KDRL: Post-Training Reasoning LLMs via Unified Knowledge Distillation and "
     "Reinforcement Learning",
@@ -98,7 +89,7 @@ class KdrlTrainer(GRPOTrainer):
             )
         super().__init__(model, reward_funcs, args, *positional, **options)
         self._student_head = self._fused_head()
-        self._student_head.attach(_bare(self.model))
+        self._student_head.attach(bare(self.model))
         self.teacher_model = None if teacher_model is None else self._prepared(teacher_model)
 
     def _fused_head(self, *, states: bool = False) -> FusedHead:
@@ -108,7 +99,7 @@ class KdrlTrainer(GRPOTrainer):
         """Freeze a teacher, and wrap it as TRL does a reference model."""
         teacher.requires_grad_(requires_grad=False)
         disable_dropout_in_model(teacher)
-        self._teacher = _bare(teacher)
+        self._teacher = bare(teacher)
         self._fused_head(states=True).attach(self._teacher)
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(teacher, self.accelerator)
@@ -248,15 +239,7 @@ class KdrlTrainer(GRPOTrainer):
     def _log_head(self, metrics: Mapping[str, Tensor]) -> None:
         """Log means over the tokens of all processes."""
         log = self._metrics["train" if self.model.training else "eval"]
-        names = sorted(name for name in metrics if name not in ("ratio_max", "sketch_noise"))
-        local = torch.stack([metrics[name].double() for name in names])
-        totals = dict(zip(names, self.accelerator.reduce(local, "sum").tolist(), strict=True))
-        for name, (total, count) in MEANS.items():
-            if totals.get(total) is not None and totals.get(count):
-                log[f"kdrl/{name}"].append(totals[total] / totals[count])
-        if totals.get("sketch_square_sum"):
-            noise = totals["sketch_variance_sum"] / totals["sketch_square_sum"]
-            log["kdrl/sketch_noise"].append(noise**0.5)
+        log_means(log, metrics, self.accelerator)
         if self.args.kd is not None:
             log["kdrl/kd_coef"].append(self._kd_coef())
 
@@ -274,8 +257,3 @@ MULTIMODAL = (
     "image_position_ids",
 )
 """Inputs of a vision-language model, as TRL names them."""
-
-
-def _bare(model: Any) -> Any:
-    """Return a transformers model without PEFT's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
