@@ -1,0 +1,144 @@
+"""Computes KDRL's joint loss of a sequence for prime-rl, whose custom loss it is (README.md).
+
+prime-rl gives log-probabilities of the sampled tokens, the sampler's and a reference model's. So
+the loss is that of kdrl_kernels.Objective with a sampled KD term, outside the head. Nothing of
+prime-rl is imported.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from kdrl_kernels.objective import (
+    Objective,
+    Policy,
+    clipped_log_ratio,
+    policy_log_ratio,
+    subtract,
+    token_losses,
+)
+from kdrl_kernels.token_rows import Rows
+
+FIELDS = ("trainer_logprobs", "inference_logprobs", "advantages", "loss_mask")
+SAMPLED = ("k2", "k3", "k3_ratio")
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceLoss:
+    """Holds what prime-rl reads of a loss, by the names of its LossOutputs."""
+
+    loss: Tensor
+    """0-d, the sum over the tokens of the sequence; prime-rl divides it by the step's."""
+    metrics: dict[str, Tensor]
+    """0-d means over the tokens of this sequence, which prime-rl averages over sequences."""
+
+
+def kdrl(
+    inputs: Any,
+    *,
+    kd: Literal["k2", "k3", "k3_ratio"] | None = "k2",
+    kd_coef: float = 2e-3,
+    kd_clamp: float | None = None,
+    kd_ratio_cap: float = 2.0,
+    k3_bound: float = 20.0,
+    policy: Policy = "clip",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+) -> SequenceLoss:
+    """Compute the policy gradient and the KD term of one sequence's sampled tokens.
+
+    loss = sum_t weight[t] · (PG[t] + kd_coef · min(r[t], kd_ratio_cap) · KD(l[t])), where
+    r = exp(trainer - inference), l = trainer - reference, over the tokens of the loss mask.
+
+    Args:
+        inputs: a LossInputs, or what has its fields, [T] each: trainer_logprobs, which alone gets a
+            gradient, inference_logprobs (the sampler's), ref_logprobs (older releases:
+            teacher_logprobs; not read without a kd), advantages, loss_mask (bool) and loss_weights
+            (None or missing: 1). What the mask leaves out may hold NaN.
+        kd: a sampled term, whose expected gradient is that of KL(policy‖reference) for "k2" and
+            "k3_ratio", of KL(reference‖policy) for "k3". Exact terms need the reference's head.
+        kd_coef: beta, constant: prime-rl passes no step to a loss.
+        kd_clamp: c in nats, above 0: KD reads l within [-c, c], with its gradient. So no token is
+            pulled by more than k2's c, which biases the gradient where l is larger; None: no clamp.
+        The others: as in kdrl_kernels.Objective.
+    Raises: ValueError for an option, or without reference log-probabilities for a kd; TypeError for
+        inputs without the fields.
+    """
+    objective = Objective(
+        policy=policy,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        kd=kd,
+        k3_bound=k3_bound,
+        kd_coef=kd_coef,
+        kd_ratio_cap=kd_ratio_cap,
+    )
+    if kd is not None and kd not in SAMPLED:
+        raise ValueError(
+            f"kd must be one of {SAMPLED} or None, got {kd!r}: prime-rl has the reference's "
+            "log-probability of the sampled token alone"
+        )
+    if kd_clamp is not None and not kd_clamp > 0:
+        raise ValueError(f"kd_clamp must be above 0 or None, got {kd_clamp}")
+    rows, weights = _rows(inputs, kd is not None)
+    clamped = rows if kd_clamp is None else _clamped(rows, kd_clamp)
+    losses = token_losses(objective, clamped)
+    loss = (losses if weights is None else losses * weights).sum()
+    return SequenceLoss(loss, _metrics(objective, rows, kd_clamp))
+
+
+def _rows(inputs: Any, distilled: bool) -> tuple[Rows, Tensor | None]:
+    """Read the tokens of the loss mask, and their weights."""
+    lacking = [name for name in FIELDS if not hasattr(inputs, name)]
+    if lacking:
+        raise TypeError(
+            f"inputs must be a LossInputs of prime-rl, got {type(inputs).__name__} without "
+            f"{', '.join(lacking)}"
+        )
+    mask = inputs.loss_mask
+    reference = getattr(inputs, "ref_logprobs", None)
+    if reference is None:
+        reference = getattr(inputs, "teacher_logprobs", None)
+    if distilled and reference is None:
+        raise ValueError(
+            "ref_logprobs must be set for a kd, got None: take an algorithm that assigns "
+            "advantages and scores the samples with a reference model, or kd=None"
+        )
+    rows = Rows(
+        logprobs=inputs.trainer_logprobs[mask],
+        old_logprobs=inputs.inference_logprobs[mask],
+        advantages=inputs.advantages[mask],
+        teacher_logprobs=reference[mask] if distilled and reference is not None else None,
+    )
+    weights = getattr(inputs, "loss_weights", None)
+    return rows, None if weights is None else weights[mask]
+
+
+def _clamped(rows: Rows, bound: float) -> Rows:
+    """Move the reference to within a bound of the policy, which bounds l and keeps dl/dlp = 1."""
+    if rows.teacher_logprobs is None:
+        return rows
+    policy = rows.logprobs.detach()
+    clamped = subtract(policy, rows.teacher_logprobs).clamp(-bound, bound)
+    return replace(rows, teacher_logprobs=policy - clamped)
+
+
+def _metrics(objective: Objective, rows: Rows, bound: float | None) -> dict[str, Tensor]:
+    """Return means over the tokens, 0 where there are none."""
+    log_ratio = policy_log_ratio(rows).detach()
+    values = {"kdrl/ratio": log_ratio.exp()}
+    if objective.policy == "clip":
+        assert rows.advantages is not None
+        values["kdrl/clipped"] = log_ratio != clipped_log_ratio(
+            objective, log_ratio, rows.advantages
+        )
+    if rows.teacher_logprobs is not None:
+        teacher_log_ratio = subtract(rows.logprobs.detach(), rows.teacher_logprobs)
+        values["kdrl/teacher_log_ratio"] = teacher_log_ratio  # its mean estimates KL(p‖q)
+        if bound is not None:
+            values["kdrl/kd_clamped"] = teacher_log_ratio.abs() > bound
+    count = max(len(log_ratio), 1)
+    return {name: value.float().sum() / count for name, value in values.items()}
