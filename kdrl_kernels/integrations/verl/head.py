@@ -1,0 +1,209 @@
+"""Computes verl's fused head by linear_logprobs, as another impl_backend: "kdrl".
+
+verl's engines read two names of the output of a fused forward, log_probs and entropy, [1, packed
+tokens] or [batch, tokens], and pass temperature, return_dict and, for packed inputs, the tokens
+already shifted (shift_labels). verl's own backends take the weight of the head alone; here bias,
+soft cap and scale of the logits, and an adapter on the head, count too.
+"""
+
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from verl.models.transformers import monkey_patch
+from verl.models.transformers.dense_common import CausalLMOutputForPPO
+from verl.utils.experimental import torch_functional
+
+import kdrl_kernels as kk
+from kdrl_train.model.policy import _logit_scale, _softcap, backbone
+
+BACKEND = "kdrl"
+"""Value of actor_rollout_ref.model.fused_kernel_options.impl_backend."""
+
+VISION = frozenset(
+    ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "qwen3_5", "qwen3_5_moe")
+)
+"""Types of models that have a fused forward of their own in verl, which calls FusedLinearForPPO."""
+
+BACKBONE = (
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "inputs_embeds",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "cache_position",
+)
+"""Arguments that a fused forward passes on, those that verl's own does."""
+
+
+def install() -> None:
+    """Add the backend to verl's; a second time changes nothing."""
+    if hasattr(monkey_patch.patch_forward_with_backends, "kdrl"):
+        return
+    original = monkey_patch.patch_forward_with_backends
+
+    def patch_forward_with_backends(
+        model: Any, use_fused_kernels: bool = False, fused_kernels_backend: str | None = None
+    ) -> None:
+        if use_fused_kernels and fused_kernels_backend == BACKEND:
+            patch_forward(model, original)
+        else:
+            original(model, use_fused_kernels, fused_kernels_backend)
+
+    patch_forward_with_backends.kdrl = True  # type: ignore[attr-defined]
+    monkey_patch.patch_forward_with_backends = patch_forward_with_backends
+    torch_functional.FusedLinearForPPO = fused_linear(torch_functional.FusedLinearForPPO)
+
+
+def patch_forward(model: Any, original: Any) -> None:
+    """Give one model the fused forward; other models of its class keep theirs.
+
+    original: verl's function, which knows the fused forward of each vision model.
+    """
+    head = HeadLogits.of(model)
+    if model.config.model_type not in VISION:
+        model.forward = MethodType(fused_forward, model)
+    elif head != HeadLogits() or getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise ValueError(
+            f'impl_backend must be another than "{BACKEND}" for {type(model).__name__}: its head '
+            "has a bias, scale or soft cap, which verl's fused forward of this model leaves out"
+        )
+    else:
+        original(model, True, "torch")
+    model._verl_fused_kernels_backend = BACKEND  # where that forward looks for it
+
+
+@dataclass(frozen=True, slots=True)
+class HeadLogits:
+    """What a model does to hidden · weightᵀ + bias: softcap(scale · logits)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, model: Any) -> "HeadLogits":
+        """Read them off the config of a causal LM."""
+        config = model.config.get_text_config()
+        head = cls(_logit_scale(config), _softcap(config))
+        if head.softcap is not None and head.scale != 1.0:
+            raise ValueError(
+                f'impl_backend must be another than "{BACKEND}" for {type(model).__name__}: it '
+                f"both scales its logits, by {head.scale}, and caps them, at {head.softcap}"
+            )
+        return head
+
+
+def fused_forward(
+    self: Any,
+    input_ids: Tensor | None = None,
+    *,
+    labels: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    temperature: float = 1.0,
+    return_dict: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Run the backbone, and the head by linear_logprobs; bound to a causal LM as its forward.
+
+    Args:
+        input_ids: [B, T].
+        labels: [B, T], the tokens of these positions where they are not input_ids.
+        shift_labels: [B, T], the token that follows each position, where the engine knows it.
+        temperature: of the sampler.
+        return_dict: must be True, as verl's engines pass it.
+        kwargs: those of BACKBONE go to the backbone, others are left out.
+    Returns: CausalLMOutputForPPO with log_probs and entropy, [B, T] in nats.
+    """
+    if not return_dict:
+        raise ValueError(f"return_dict must be True for a fused forward, got {return_dict}")
+    passed = {name: kwargs[name] for name in BACKBONE if name in kwargs}
+    outputs = backbone(self)(input_ids=input_ids, **passed)
+    if shift_labels is None:
+        tokens = input_ids if labels is None else labels
+        if tokens is None:
+            raise ValueError("input_ids, labels or shift_labels must be passed, got none of them")
+        shift_labels = torch.roll(tokens, shifts=-1, dims=-1)
+    logits = HeadLogits.of(self)
+    weight, bias, adapter = head_weight(self.get_output_embeddings())
+    scores = kk.linear_logprobs(
+        outputs[0],
+        weight,
+        shift_labels.long(),
+        bias=bias,
+        temperature=float(temperature) / logits.scale,
+        softcap=logits.softcap,
+        adapter=adapter,
+        entropy=True,
+    )
+    return CausalLMOutputForPPO(
+        log_probs=scores.logprobs,
+        entropy=scores.entropy,
+        past_key_values=outputs.past_key_values,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+    )
+
+
+def head_weight(module: Any) -> tuple[Tensor, Tensor | None, kk.LowRank | None]:
+    """Return weight [V, H], bias [V] or None, and the active adapter of an LM head, a LoRA of peft.
+
+    Raises: ValueError for an adapter that is not a LowRank.
+    """
+    base = getattr(module, "base_layer", None)
+    if base is None:
+        return module.weight, getattr(module, "bias", None), None
+    weight, bias = base.weight, getattr(base, "bias", None)
+    if module.disable_adapters or module.merged:
+        return weight, bias, None
+    active = list(module.active_adapters)
+    plain = len(active) == 1 and set(active) <= set(getattr(module, "lora_A", ()))
+    if not plain or active[0] in getattr(module, "lora_variant", ()):
+        raise ValueError(
+            "the adapter of the LM head must be one LoRA without a variant (no DoRA), got "
+            f"{type(module).__name__} with the adapters {active}: leave lm_head out of "
+            "target_modules"
+        )
+    name = active[0]
+    dropout = module.lora_dropout[name]
+    if module.training and getattr(dropout, "p", 0.0):
+        raise ValueError(f"lora_dropout of the LM head must be 0, got {dropout.p}")
+    adapter = kk.LowRank(
+        module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
+    )
+    return weight, bias, adapter
+
+
+def fused_linear(original: type[nn.Module]) -> type[nn.Module]:
+    """Make the class that stands in the place of FusedLinearForPPO, for vision models."""
+
+    class FusedLinear(original):  # type: ignore[misc, valid-type]
+        """FusedLinearForPPO with one more backend."""
+
+        def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
+            self.leaves_it = impl_backend != BACKEND
+            super().__init__(chunk_size, impl_backend if self.leaves_it else "torch")
+
+        def forward(
+            self,
+            hidden_states: Tensor,
+            vocab_weights: Tensor,
+            input_ids: Tensor,
+            temperature: float = 1.0,
+        ) -> tuple[Tensor, Tensor]:
+            if self.leaves_it:
+                return super().forward(hidden_states, vocab_weights, input_ids, temperature)
+            scores = kk.linear_logprobs(
+                hidden_states,
+                vocab_weights,
+                input_ids.long(),
+                temperature=float(temperature),
+                entropy=True,
+            )
+            assert scores.entropy is not None
+            return scores.logprobs, scores.entropy
+
+    return FusedLinear

@@ -1,0 +1,138 @@
+"""Registers KDRL's terms with verl: a policy loss, and distillation losses.
+
+Both work on log-probabilities, outside the head: verl's engine has them from the fused head, and
+its backward pass takes their sum through it. verl's distillation_ppo_loss adds the two,
+
+    policy loss + distillation_loss_coef · distillation loss,
+
+each averaged by loss_agg_mode, so that "kdrl" and "kdrl_k2" together are KDRL's joint loss. verl
+passes no teacher to a policy loss, but the whole micro-batch to a distillation loss. There
+teacher_logprobs [bsz, j, 1] is what the servers of distillation.teacher_models said of each
+completion's tokens, at temperature 1, right after it was sampled.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from verl.trainer.distillation import losses as distillation
+from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss, register_policy_loss
+from verl.utils.torch_functional import masked_mean
+from verl.workers.utils.padding import no_padding_2_padding
+
+from kdrl_kernels.integrations.logprob_losses import policy_losses
+from kdrl_kernels.integrations.sequence_weights import WEIGHT
+from kdrl_kernels.integrations.verl.config import NAMES, check, term_of
+
+POLICY_LOSS = "kdrl"
+
+
+def register() -> None:
+    """Register the losses under their names; a second time changes nothing."""
+    if POLICY_LOSS not in POLICY_LOSS_REGISTRY:
+        register_policy_loss(POLICY_LOSS)(policy_loss)
+    names = [name for name in NAMES if name not in distillation.DISTILLATION_LOSS_REGISTRY]
+    if names:
+        settings = distillation.DistillationLossSettings(names=names, use_estimator=True)
+        distillation.register_distillation_loss(settings)(distillation_losses)
+
+
+def policy_loss(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Compute the clipped policy gradient of kdrl_kernels.Objective, by verl's settings.
+
+    clip_ratio_low, clip_ratio_high and clip_ratio_c (dual clip) are verl's; the values are those of
+    its "vanilla". The ratio is bounded as a logarithm, so neither it nor its gradient overflows.
+    """
+    low, high = (
+        config.clip_ratio if bound is None else bound
+        for bound in (config.clip_ratio_low, config.clip_ratio_high)
+    )
+    dual = config.get("clip_ratio_c", 3.0)
+    losses = policy_losses(
+        log_prob, old_log_prob, advantages, clip_low=low, clip_high=high, dual_clip=dual
+    )
+    if rollout_is_weights is not None:
+        losses = losses * rollout_is_weights
+    loss = agg_loss(
+        loss_mat=losses,
+        loss_mask=response_mask,
+        loss_agg_mode=loss_agg_mode,
+        **config.global_batch_info,
+    )
+    with torch.no_grad():
+        log_ratio = log_prob - old_log_prob
+        ratio = log_ratio.exp()
+        down = advantages < 0
+        clipped = ((advantages > 0) & (ratio > 1 + high)) | (down & (ratio < 1 - low))
+        shares = {
+            "actor/pg_clipfrac": clipped,
+            "actor/pg_clipfrac_lower": down & (ratio > dual),
+            "actor/ppo_kl": -log_ratio,
+        }
+        metrics = {
+            name: masked_mean(share.float(), response_mask).item() for name, share in shares.items()
+        }
+    return loss, metrics
+
+
+def distillation_losses(
+    config: Any,  # noqa: ARG001 (verl passes it)
+    distillation_config: Any,
+    model_output: dict[str, Any],
+    data: Any,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Compute weight · s · KD of each token of the responses, [bsz, length], for verl's averages.
+
+    weight is the schedule's value and the mask of the completion; s = min(p / old_log_probs,
+    kd_ratio_cap). Weights of rollout correction multiply it, as they do the policy loss.
+    """
+    settings = distillation_config.distillation_loss
+    check(settings)
+    logprobs = no_padding_2_padding(model_output["log_probs"], data)
+    teacher = no_padding_2_padding(data["teacher_logprobs"], data).squeeze(-1)
+    mask = padded(data["response_mask"], like=logprobs).bool()
+    old = padded(data["old_log_probs"], like=logprobs)
+    weight = mask.to(logprobs.dtype)
+    if hasattr(settings, "method"):
+        if WEIGHT not in data.keys():  # noqa: SIM118 (a TensorDict iterates over its batch)
+            raise ValueError(
+                f"the micro-batch must hold {WEIGHT}, which BaseEngine.train_batch adds for "
+                "verl's distillation_ppo_loss: this engine or loss function is another one"
+            )
+        weight = weight * data[WEIGHT].to(logprobs)[:, None]
+    losses = term_of(settings).losses(logprobs, teacher, old, weight)
+    correction = data.get("rollout_is_weights", None)
+    if correction is not None:
+        losses = losses * padded(correction, like=logprobs)
+    return losses, token_metrics(logprobs.detach(), teacher, weight, mask)
+
+
+def padded(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a padded [bsz, length] tensor of a nested or a padded one."""
+    if not tensor.is_nested:
+        return tensor
+    return torch.nested.to_padded_tensor(tensor, 0.0, output_size=tuple(like.shape))
+
+
+def token_metrics(
+    logprobs: Tensor, teacher: Tensor, weight: Tensor, mask: Tensor
+) -> dict[str, float]:
+    """Report the distilled tokens: their share, and over them means of weight, l and l²/2."""
+    used = weight > 0
+    count = used.sum().clamp(min=1)
+    log_ratio = torch.where(used, logprobs - teacher, 0)
+    means = {
+        "distillation/kd_share": used.sum() / mask.sum().clamp(min=1),
+        "distillation/kd_weight": weight.sum() / count,
+        "distillation/teacher_log_ratio": log_ratio.sum() / count,
+        "distillation/k2": log_ratio.square().sum() / 2 / count,
+    }
+    return {name: mean.item() for name, mean in means.items()}
