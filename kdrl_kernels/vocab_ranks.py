@@ -24,6 +24,7 @@ from kdrl_kernels.call import LogprobCall, LossCall, RowOutputs, has_values
 from kdrl_kernels.checks import check_vocab_size
 from kdrl_kernels.head import AnyHead, Head, gradient_dtypes
 from kdrl_kernels.logprobs import BackwardCall, Scores
+from kdrl_kernels.operators import logprobs as operator
 from kdrl_kernels.plain import check_number
 from kdrl_kernels.token_loss import token_loss
 from kdrl_kernels.vocab_shard import VocabShard, gather
@@ -308,9 +309,9 @@ class _Logprobs(torch.autograd.Function):
         with without_autocast(hidden.device):
             scores = logprobs.score(call, shard=shard)
         values = (getattr(scores, field.name) for field in fields(Scores))
-        ctx.save_for_backward(hidden, weight, bias, call.tokens, call.extra_tokens, *values)
-        ctx.call, ctx.shard = call, shard
-        ctx.set_materialize_grads(False)
+        head = replace(call.head, hidden=hidden, weight=weight, bias=bias)
+        operator.save(ctx, operator.LAYOUT.flatten(replace(call, head=head)), tuple(values))
+        ctx.shard = shard
         if scores.topk_tokens is not None:
             ctx.mark_non_differentiable(scores.topk_tokens)
         return tuple(getattr(scores, name) for name in OUTPUTS)
@@ -318,17 +319,15 @@ class _Logprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
-        hidden, weight, bias, tokens, ids, *values = ctx.saved_tensors
-        scores, others = Scores(*values), grads[:3]
+        (call, scores), others = operator.saved(ctx), grads[:3]
         if grad is None and all(other is None for other in others):
             return (None,) * 5
         grad = torch.zeros_like(scores.logprobs) if grad is None else grad
-        head = replace(ctx.call.head, hidden=hidden, weight=weight, bias=bias)
-        ids = scores.topk_tokens if ids is None else ids
-        call = replace(ctx.call, head=head, tokens=tokens, extra_tokens=ids)
-        with without_autocast(hidden.device):
+        if call.topk:
+            call = replace(call, extra_tokens=scores.topk_tokens)
+        with without_autocast(grad.device):
             backward = BackwardCall(call, scores, grad, *others)
             total, scale = logprobs.gradients(backward, shard=ctx.shard)
-            pairs = zip(total.tensors(), gradient_dtypes(head), strict=True)
+            pairs = zip(total.tensors(), gradient_dtypes(call.head), strict=True)
             sums = [x if x is None else gradients.scaled_(x, scale, dtype) for x, dtype in pairs]
         return *sums, None, None

@@ -1,5 +1,6 @@
 """The operator kdrl::linear_logprobs and its backward pass, which is an operator too."""
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -61,33 +62,39 @@ def _(*values: Any) -> tuple[Tensor, ...]:
     return tuple(no_none(results, like=head.hidden))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor | None, ...]) -> None:
     """Save the tensors where autograd watches over them, and what else was passed."""
     ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs), *output)
     ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_logprobs: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
-    inputs, scores = saved[: len(ctx.others)], saved[len(ctx.others) :]
+def saved(ctx: Any) -> tuple[LogprobCall, Scores]:
+    """Return the call and the scores that were saved."""
+    values = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
+    inputs, scores = values[: len(ctx.others)], values[len(ctx.others) :]
     pairs = zip(inputs, ctx.others, strict=True)
     call = LAYOUT.rebuild(other if tensor is None else tensor for tensor, other in pairs)
+    return call, Scores(*scores)
+
+
+def _backward(ctx: Any, grad_logprobs: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
+    call, scores = saved(ctx)
     grad_entropy = grads[2] if call.entropy else None
     grad_extra = grads[3] if call.has_ids else None
     others = grad_entropy, grad_extra, grads[4] if call.rest else None
     if grad_logprobs is None and all(grad is None for grad in others):
         return LAYOUT.head_gradients([None] * 3)
-    grad_logprobs = torch.zeros_like(scores[0]) if grad_logprobs is None else grad_logprobs
+    grad_logprobs = torch.zeros_like(scores.logprobs) if grad_logprobs is None else grad_logprobs
     if call.topk:
-        call = replace(call, extra_tokens=scores[-1])
-    backward = BackwardCall(call, Scores(*scores), grad_logprobs, *others)
+        call = replace(call, extra_tokens=scores.topk_tokens)
+    backward = BackwardCall(call, scores, grad_logprobs, *others)
     results = _linear_logprobs_backward(*BACKWARD_LAYOUT.flatten(backward))
     pairs = zip(results, call.needs, strict=True)
     return LAYOUT.head_gradients(gradient if need else None for gradient, need in pairs)
 
 
-_linear_logprobs.register_autograd(_backward, setup_context=_save)
+_linear_logprobs.register_autograd(_backward, setup_context=save)
 _linear_logprobs.register_vmap(no_vmap)
 
 

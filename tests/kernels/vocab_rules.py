@@ -1,5 +1,6 @@
 """Cases of a vocabulary over ranks: what travels, what is refused, and the same bits."""
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -231,6 +232,21 @@ def _check_whole_weight() -> None:
     assert not vocab_shard._copies(everyone, torch.tensor([[1.0, 2.0], [1.0, 3.0]]))
 
 
+def _check_nothing_held() -> None:
+    """Autograd's hooks, as of activation checkpointing, decide what lives until backward."""
+    here = spread(problem_of(kd=None), sizes_of_ranks(), None)
+    leaf = here.student["hidden"].requires_grad_()
+    hidden = leaf * 1
+    reference = weakref.ref(hidden)
+    head = hidden, here.student["weight"], here.tokens
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x):
+        out = kk.linear_logprobs(*head, bias=here.student["bias"], vocab_group=dist.group.WORLD)
+    del hidden, head
+    assert reference() is None
+    out.logprobs.sum().backward()
+    assert leaf.grad is not None
+
+
 CASES: dict[str, Callable[[], None]] = {
     "two-runs": _check_two_runs,
     "same-logprobs": _check_same_logprobs,
@@ -241,4 +257,5 @@ CASES: dict[str, Callable[[], None]] = {
     "differences": _check_differences,
     "refused": _check_refused,
     "whole-weight": _check_whole_weight,
+    "nothing-held": _check_nothing_held,
 }
