@@ -6,7 +6,6 @@ already shifted (shift_labels). verl's own backends take the weight of the head 
 soft cap and scale of the logits, and an adapter on the head, count too.
 """
 
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -17,7 +16,8 @@ from verl.models.transformers.dense_common import CausalLMOutputForPPO
 from verl.utils.experimental import torch_functional
 
 import kdrl_kernels as kk
-from kdrl_train.model.policy import _logit_scale, _softcap, backbone
+from kdrl_kernels.head_config import head_scalars
+from kdrl_train.model.policy import backbone
 
 BACKEND = "kdrl"
 """Value of actor_rollout_ref.model.fused_kernel_options.impl_backend."""
@@ -64,10 +64,10 @@ def patch_forward(model: Any, original: Any) -> None:
 
     original: verl's function, which knows the fused forward of each vision model.
     """
-    head = HeadLogits.of(model)
+    scalars = head_scalars(model.config.get_text_config())
     if model.config.model_type not in VISION:
         model.forward = MethodType(fused_forward, model)
-    elif head != HeadLogits() or getattr(model.get_output_embeddings(), "bias", None) is not None:
+    elif scalars != (1.0, None) or getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise ValueError(
             f'impl_backend must be another than "{BACKEND}" for {type(model).__name__}: its head '
             "has a bias, scale or soft cap, which verl's fused forward of this model leaves out"
@@ -75,26 +75,6 @@ def patch_forward(model: Any, original: Any) -> None:
     else:
         original(model, True, "torch")
     model._verl_fused_kernels_backend = BACKEND  # where that forward looks for it
-
-
-@dataclass(frozen=True, slots=True)
-class HeadLogits:
-    """What a model does to hidden · weightᵀ + bias: softcap(scale · logits)."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @classmethod
-    def of(cls, model: Any) -> "HeadLogits":
-        """Read them off the config of a causal LM."""
-        config = model.config.get_text_config()
-        head = cls(_logit_scale(config), _softcap(config))
-        if head.softcap is not None and head.scale != 1.0:
-            raise ValueError(
-                f'impl_backend must be another than "{BACKEND}" for {type(model).__name__}: it '
-                f"both scales its logits, by {head.scale}, and caps them, at {head.softcap}"
-            )
-        return head
 
 
 def fused_forward(
@@ -127,15 +107,15 @@ def fused_forward(
         if tokens is None:
             raise ValueError("input_ids, labels or shift_labels must be passed, got none of them")
         shift_labels = torch.roll(tokens, shifts=-1, dims=-1)
-    logits = HeadLogits.of(self)
+    temperature, softcap = head_scalars(self.config.get_text_config(), float(temperature))
     weight, bias, adapter = head_weight(self.get_output_embeddings())
     scores = kk.linear_logprobs(
         outputs[0],
         weight,
         shift_labels.long(),
         bias=bias,
-        temperature=float(temperature) / logits.scale,
-        softcap=logits.softcap,
+        temperature=temperature,
+        softcap=softcap,
         adapter=adapter,
         entropy=True,
     )
