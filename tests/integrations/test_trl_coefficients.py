@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.testing import assert_close
 
 from kdrl_kernels.integrations.trl import KdrlConfig
@@ -101,29 +100,24 @@ def test_ends_of_sequence_are_not_distilled() -> None:
     assert_close(token_weights_of_kd(inputs, 0.5, None), torch.tensor([[0.5] * 3, [0.25] * 3]))
 
 
-def alone(sums: Tensor) -> Tensor:
-    return sums
-
-
 def step(schedule: BetaSchedule, kl: float | None, micro_batches: int = 2) -> None:
     """Measure a step's KL in some micro-batches of different sizes, and end it."""
     for i in range(micro_batches if kl is not None else 0):
         tokens = 3.0 + i
-        sums = {"kl_sum": kl * tokens, "kd_tokens": tokens}
-        schedule.measured({name: torch.tensor(value) for name, value in sums.items()})
-    schedule.on_step_end(SimpleNamespace(device="cpu"), None, None)
+        schedule.measured({"kl_sum": kl * tokens, "kd_tokens": tokens})
+    schedule.on_step_end(None, None, None)
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "step", "switch"])
 def test_beta_is_a_function_of_the_step(kind: Any) -> None:
     more = {"at": (2, 5), "values": (0.5, 0.25)} if kind == "step" else {}
     config = ScheduleConfig(kind=kind, initial=1.0, final=0.125, steps=6, **more)
-    schedule = BetaSchedule(config, alone)
+    schedule = BetaSchedule(config)
     assert [schedule.beta(s) for s in range(9)] == [schedule_value(config, s) for s in range(9)]
 
 
 def test_a_budget_follows_the_kl() -> None:
-    schedule = BetaSchedule(BUDGET, alone)
+    schedule = BetaSchedule(BUDGET)
     betas = [schedule.beta(0)]
     for s, kl in enumerate([1.0, 0.25, None, 0.5]):
         step(schedule, kl)
@@ -133,26 +127,19 @@ def test_a_budget_follows_the_kl() -> None:
 
 
 def test_a_budget_reads_the_log_ratio_where_the_loss_has_no_kl() -> None:
-    schedule = BetaSchedule(BUDGET, alone)
-    sums = {"teacher_log_ratio_sum": torch.tensor(3.0), "kd_tokens": torch.tensor(4.0)}
-    schedule.measured(sums)
-    schedule.measured({"tokens": torch.tensor(2.0)})
+    schedule = BetaSchedule(BUDGET)
+    schedule.measured({"teacher_log_ratio_sum": 3.0, "kd_tokens": 4.0})
+    schedule.measured({"tokens": 2.0})
     step(schedule, None)
     assert schedule.history.kl == [0.75]
 
 
-def test_a_step_is_added_up_over_the_processes() -> None:
-    schedule = BetaSchedule(BUDGET, lambda sums: sums + torch.tensor([5.0, 1.0]).to(sums))
-    step(schedule, 2.0, micro_batches=1)
-    assert schedule.history.kl == [(2.0 * 3 + 5) / (3 + 1)]
-
-
 def test_a_history_is_kept_to_the_bit(tmp_path: Path) -> None:
-    schedule = BetaSchedule(BUDGET, alone)
+    schedule = BetaSchedule(BUDGET)
     for kl in [1 / 3, None, 0.1 + 0.2]:
         step(schedule, kl)
     schedule.save(tmp_path)
-    resumed = BetaSchedule(BUDGET, alone)
+    resumed = BetaSchedule(BUDGET)
     resumed.load(tmp_path, 3)
     assert resumed.history == schedule.history
     assert resumed.beta(3) == schedule.beta(3) != BUDGET.initial
@@ -165,9 +152,9 @@ def test_a_checkpoint_without_its_history_is_refused(tmp_path: Path, text: str |
     if text is not None:
         (tmp_path / "kdrl_state.json").write_text(text)
     with pytest.raises(ValueError, match=r"kdrl_state\.json must hold what .*'kl_budget'") as error:
-        BetaSchedule(BUDGET, alone).load(tmp_path, 1)
+        BetaSchedule(BUDGET).load(tmp_path, 1)
     assert "\n" not in str(error.value)
-    BetaSchedule(ScheduleConfig(kind="linear"), alone).load(tmp_path, 1)  # it needs none
+    BetaSchedule(ScheduleConfig(kind="linear")).load(tmp_path, 1)  # it needs none
 
 
 def evaluated(schedule: BetaSchedule, at: int, reward: float, strategy: str = "steps") -> None:
@@ -177,7 +164,7 @@ def evaluated(schedule: BetaSchedule, at: int, reward: float, strategy: str = "s
 
 
 def test_a_plateau_of_the_evaluations_switches() -> None:
-    schedule = BetaSchedule(PLATEAU, alone)
+    schedule = BetaSchedule(PLATEAU)
     schedule.on_train_begin(None, SimpleNamespace(global_step=0), None)
     for at, reward in [(2, 0.5), (4, 0.5), (6, 0.25)]:
         assert schedule.beta(at) == 0.5
@@ -186,7 +173,7 @@ def test_a_plateau_of_the_evaluations_switches() -> None:
 
 
 def test_evaluations_that_an_uninterrupted_run_would_not_make_do_not_count() -> None:
-    schedule = BetaSchedule(PLATEAU, alone)
+    schedule = BetaSchedule(PLATEAU)
     evaluated(schedule, 2, 0.5)  # before training
     schedule.on_train_begin(None, SimpleNamespace(global_step=0), None)
     evaluated(schedule, 0, 0.5)  # eval_on_start

@@ -5,7 +5,7 @@ R completions of all processes, G in a row for each prompt; B completions of a b
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -96,47 +96,39 @@ def check_schedule(args: KdrlConfig, eval_dataset: Any) -> None:
 class BetaSchedule(TrainerCallback):
     """Computes beta of each optimizer step; remembers the KL and the scores that some kinds read.
 
-    All processes must hold the same, to the bit: what a step measured is added up over them.
+    All processes hold the same, to the bit, since they are told sums over all of them.
 
-    Args:
-        schedule: of beta.
-        add_up: adds up a tensor over all processes, which call it together.
+    schedule: of beta.
     """
 
-    def __init__(self, schedule: ScheduleConfig, add_up: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, schedule: ScheduleConfig) -> None:
         self.schedule = schedule
-        self.add_up = add_up
         self.history = History()
-        self._sums: Tensor | None = None
+        self._kl, self._tokens = 0.0, 0.0
         self._first_step: int | None = None
 
     def beta(self, step: int) -> float:
         """Return beta of an optimizer step, from 0."""
         return schedule_value(self.schedule, step, self.history)
 
-    def measured(self, metrics: Mapping[str, Tensor]) -> None:
-        """Add a micro-batch's sums of kdrl_loss to those of the optimizer step."""
-        if self.schedule.kind == "kl_budget" and "kd_tokens" in metrics:
-            kl = metrics.get("kl_sum", metrics.get("teacher_log_ratio_sum"))
-            assert kl is not None
-            sums = torch.stack([kl.detach().double(), metrics["kd_tokens"].double()])
-            self._sums = sums if self._sums is None else self._sums + sums
+    def measured(self, sums: Mapping[str, float]) -> None:
+        """Add a micro-batch's sums of kdrl_loss, over all processes, to the optimizer step's."""
+        if self.schedule.kind == "kl_budget" and sums.get("kd_tokens"):
+            self._kl += sums["kl_sum"] if "kl_sum" in sums else sums["teacher_log_ratio_sum"]
+            self._tokens += sums["kd_tokens"]
 
     def on_train_begin(self, _args: Any, state: TrainerState, _control: Any, **_: Any) -> None:
         """Forget an earlier run, where none is resumed."""
         self._first_step = state.global_step
         if state.global_step == 0:
-            self.history, self._sums = History(), None
+            self._forget()
 
-    def on_step_end(self, args: TrainingArguments, _state: Any, _control: Any, **_: Any) -> None:
+    def on_step_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
         """Keep the step's mean KL to the teacher."""
-        if self.schedule.kind != "kl_budget":
-            return
-        sums = torch.zeros(2, dtype=torch.float64) if self._sums is None else self._sums
-        kl, tokens = self.add_up(sums.to(args.device)).tolist()
-        mean = kl / tokens if tokens else None
-        self.history.kl.append(mean if mean is not None and math.isfinite(mean) else None)
-        self._sums = None
+        if self.schedule.kind == "kl_budget":
+            kl = self._kl / self._tokens if self._tokens else math.nan
+            self.history.kl.append(kl if math.isfinite(kl) else None)
+        self._kl, self._tokens = 0.0, 0.0
 
     def on_evaluate(
         self,
@@ -158,6 +150,10 @@ class BetaSchedule(TrainerCallback):
         """Count no evaluation outside of a run."""
         self._first_step = None
 
+    def _forget(self) -> None:
+        self.history = History()
+        self._kl, self._tokens = 0.0, 0.0
+
     def save(self, checkpoint: Path) -> None:
         """Write the history into a checkpoint's folder; JSON keeps every digit."""
         state = asdict(self.history)
@@ -171,7 +167,7 @@ class BetaSchedule(TrainerCallback):
             step: how many optimizer steps are done.
         Raises: ValueError where the schedule needs a history that the checkpoint does not hold.
         """
-        self.history, self._sums = History(), None
+        self._forget()
         if not self.schedule.reads_history:
             return
         path = checkpoint / FILE

@@ -237,20 +237,22 @@ class KdrlConfig(GRPOConfig):
                 raise ValueError(text.replace("initial", "kd_coef", 1)) from None
             raise ValueError(f"{name}.{text}") from None
 
-    def objective(self, policy: Policy = "clip") -> kk.Objective:
+    def objective(self, policy: Policy = "clip", *, distil: bool = True) -> kk.Objective:
         """Return the settings of kdrl_loss; kd_coef is 1, since beta is in each token's kd_weight.
 
         Args:
             policy: "off": the distillation term alone, where TRL computes the policy gradient.
+            distil: False leaves the distillation term out.
         Raises: ValueError that names the field.
         """
-        clip = {}
+        clip, term = {}, {}
         if policy == "clip":
             high = self.epsilon if self.epsilon_high is None else self.epsilon_high
             clip = {"clip_low": self.epsilon, "clip_high": high}
-        names = ("kd_baseline", "k3_bound", "kd_ratio_cap", "jsd_alpha", "fkl_share", "tail")
-        values = {name: getattr(self, name) for name in names}
-        return _named(kk.Objective, policy=policy, kd=self.kd, kd_coef=1.0, **clip, **values)
+        if distil and self.kd is not None:
+            names = ("kd", "kd_baseline", "k3_bound", "kd_ratio_cap", "jsd_alpha")
+            term = {name: getattr(self, name) for name in (*names, "fkl_share", "tail")}
+        return _named(kk.Objective, **{"kd": None} | clip | term, policy=policy, kd_coef=1.0)
 
     def method(self) -> MethodConfig:
         """Return what says which completions are distilled, and how much.

@@ -19,13 +19,16 @@ MEANS = {
 DO_NOT_ADD_UP = ("ratio_max", "sketch_noise")
 
 
-def log_means(log: Mapping[str, list[float]], metrics: Mapping[str, Tensor], ranks: Any) -> None:
+def log_means(
+    log: Mapping[str, list[float]], metrics: Mapping[str, Tensor], ranks: Any
+) -> dict[str, float]:
     """Append means to the lists of a log; every process must call it.
 
     Args:
         log: TRL's metrics, a list of numbers each.
         metrics: of this process, as in LossOutput.
         ranks: accelerate's Accelerator.
+    Returns: the sums over all processes.
     """
     names = sorted(set(metrics) - set(DO_NOT_ADD_UP))
     local = torch.stack([metrics[name].double() for name in names])
@@ -36,3 +39,4 @@ def log_means(log: Mapping[str, list[float]], metrics: Mapping[str, Tensor], ran
     if totals.get("sketch_square_sum"):
         noise = totals["sketch_variance_sum"] / totals["sketch_square_sum"]
         log["kdrl/sketch_noise"].append(noise**0.5)
+    return totals

@@ -291,11 +291,15 @@ class TeacherServer:
         keep_teacher(checkpoint, self.info)
 
     def check_same(self, checkpoint: Path) -> None:
-        """Compare the teacher with that of a checkpoint. Raises: TeacherError for another one."""
+        """Compare the teacher with that of a checkpoint.
+
+        Raises: TeacherError for another one, after closing the connections.
+        """
         try:
             for doubt in check_same_teacher(checkpoint, self.info):
                 logger.warning("%s", doubt)
         except TeacherError as error:
+            self.close()
             raise _renamed(error) from None
 
     def close(self) -> None:

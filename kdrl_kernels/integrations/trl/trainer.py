@@ -5,20 +5,36 @@ B completions of a batch, C their positions, H hidden size.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
-from trl.models import prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
+from trl.trainer.utils import get_config_model_id
 
 import kdrl_kernels as kk
+from kdrl_kernels.integrations.trl.coefficients import (
+    BetaSchedule,
+    check_schedule,
+    completion_weights,
+    token_weights_of_kd,
+    total_rewards,
+)
 from kdrl_kernels.integrations.trl.config import KdrlConfig
 from kdrl_kernels.integrations.trl.fused import FusedHead
 from kdrl_kernels.integrations.trl.head import ModelHead, bare, model_head
 from kdrl_kernels.integrations.trl.head_loss import HeadTerms
 from kdrl_kernels.integrations.trl.means import log_means
+from kdrl_kernels.integrations.trl.teachers import (
+    Pupil,
+    TeacherServer,
+    check_teacher_model,
+    is_url,
+    local_teacher,
+    wrapped,
+)
 
 ONE_PASS = ("grpo", "bnpo", "dr_grpo", "dapo")
 """Loss types whose token losses kdrl_loss computes, with their gradient, in one pass."""
@@ -52,12 +68,14 @@ class KdrlTrainer(GRPOTrainer):
     are held, and the head is multiplied three times, four with an exact KD term. Otherwise TRL
     computes its loss from log-probabilities that linear_logprobs gives, and the KD term is added.
     Rewards, advantages, masks, normalisers and TRL's metrics are TRL's own. Beside them it logs
-    kdrl/kd_coef, means over the distilled tokens of l = log p - log q (kdrl/teacher_log_ratio), of
-    l²/2 (kdrl/k2) and of the divergence (kdrl/kl and others), and kdrl/kd_flipped, the share of
-    tokens whose advantage changes its sign under the teacher's pull.
+    kdrl/kd_coef, kdrl/completions, the share of completions that are distilled, means over the
+    distilled tokens of l = log p - log q (kdrl/teacher_log_ratio), of l²/2 (kdrl/k2) and of the
+    divergence (kdrl/kl and others), and kdrl/kd_flipped, the share of tokens whose advantage
+    changes its sign under the teacher's pull.
 
     Args:
-        teacher_model: the teacher, a causal LM of the policy's tokenizer.
+        teacher_model: the teacher: a causal LM of transformers with the policy's tokenizer, its
+            folder or id, or the URL of `python -m kdrl_train serve`. It is frozen.
         args: KdrlConfig; None: its defaults.
         The others: as in GRPOTrainer.
     Raises: ValueError, one line, for options that cannot be right together.
@@ -81,31 +99,37 @@ class KdrlTrainer(GRPOTrainer):
             args = KdrlConfig(f"{name.split('/')[-1]}-KDRL")
         if not isinstance(args, KdrlConfig):
             raise TypeError(f"args must be a KdrlConfig, got {type(args).__name__}")
-        if (teacher_model is None) != (args.kd is None):
-            raise ValueError(
-                f"teacher_model must be set with kd={args.kd!r}, got None: or set kd=None"
-                if teacher_model is None
-                else "teacher_model must be None with kd=None, got one: it would do nothing"
-            )
+        check_teacher_model(teacher_model, args, model)
         super().__init__(model, reward_funcs, args, *positional, **options)
+        check_schedule(args, self.eval_dataset)
+        self._method = args.method()
+        self._beta = BetaSchedule(self._method.kd_coef)
+        self.add_callback(self._beta)
         self._student_head = self._fused_head()
         self._student_head.attach(bare(self.model))
-        self.teacher_model = None if teacher_model is None else self._prepared(teacher_model)
+        self.teacher_model: Any = None
+        self.teacher_server: TeacherServer | None = None
+        if teacher_model is not None:
+            self._take_teacher(teacher_model)
 
     def _fused_head(self, *, states: bool = False) -> FusedHead:
         return FusedHead(self.temperature, float32=self.args.cast_lm_head_to_fp32, states=states)
 
-    def _prepared(self, teacher: Any) -> Any:
-        """Freeze a teacher, and wrap it as TRL does a reference model."""
-        teacher.requires_grad_(requires_grad=False)
-        disable_dropout_in_model(teacher)
-        self._teacher = bare(teacher)
+    def _take_teacher(self, teacher: Any) -> None:
+        """Load a teacher, or connect to its server; compare it with the student."""
+        pupil = Pupil(bare(self.model), self._tokenizer, self.eos_token_ids)
+        if is_url(teacher):
+            if self._is_vlm:
+                raise ValueError(
+                    "teacher_model must be in this process for a model that sees images, got "
+                    f"{teacher}: a server is sent tokens alone"
+                )
+            self.teacher_server = TeacherServer(teacher, self.args, pupil)
+            return
+        model = local_teacher(teacher, self.args, pupil)
+        self._teacher = bare(model)
         self._fused_head(states=True).attach(self._teacher)
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(teacher, self.accelerator)
-        if self.is_fsdp_enabled:
-            return prepare_fsdp(teacher, self.accelerator)
-        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        self.teacher_model = wrapped(model, self)
 
     @property
     def one_pass(self) -> bool:
@@ -122,12 +146,64 @@ class KdrlTrainer(GRPOTrainer):
             and (bound is None or bound > 1 + high)
         )
 
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Keep the rewards [R, functions] of all processes."""
+        self._rewards: Tensor = super()._calculate_rewards(*args, **kwargs)
+        return self._rewards
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Add what the KD term needs: kd_weight [B], and teacher_logprobs [B, C] of a server."""
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if self.args.kd is None:
+            return output
+        B, process = len(output["completion_ids"]), self.accelerator.process_index
+        train = self.model.training
+        weights_R = completion_weights(
+            total_rewards(self._rewards, self.reward_weights),
+            self.num_generations if train else self.num_generations_eval,
+            self._method,
+            self.args.right_above,
+        )
+        share = (weights_R > 0).float().mean().item()
+        self._metrics["train" if train else "eval"]["kdrl/completions"].append(share)
+        output["kd_weight"] = weights_R[process * B : (process + 1) * B]
+        if self.teacher_server is not None and self._may_distil:
+            output["teacher_logprobs"] = self.teacher_server.logprobs(output)
+        return output
+
+    @property
+    def _may_distil(self) -> bool:
+        """Whether beta is above 0 at a step that learns from what is generated now."""
+        steps = self.args.steps_per_generation * self.num_iterations
+        alone = not self.model.training or self.args.gradient_accumulation_steps % steps == 0
+        return not alone or self._beta.beta(self.state.global_step) > 0
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            folder = Path(self._get_output_dir(trial=trial), name)
+            self._beta.save(folder)
+            if self.teacher_server is not None:
+                self.teacher_server.save(folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._beta.load(Path(checkpoint), self.state.global_step)
+            if self.teacher_server is not None:
+                self.teacher_server.check_same(Path(checkpoint))
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         recorder = OutputRecorder(model)
         terms = self._head_terms(inputs)
         with self._student_head.computing(terms):
             loss = super()._compute_loss(recorder, inputs)
         output = recorder.output
+        if self.args.kd is not None:
+            mode = "train" if self.model.training else "eval"
+            beta = self._beta.beta(self.state.global_step)
+            self._metrics[mode]["kdrl/kd_coef"].append(beta)
         if terms.objective.kd is not None or terms.sketch is not None:
             self._log_head(self._student_head.metrics)
         if not terms.joint:
@@ -150,13 +226,14 @@ class KdrlTrainer(GRPOTrainer):
         advantages = inputs["advantages"]
         if advantages.ndim == 1:
             advantages = advantages[:, None]
-        kd_weight = torch.full_like(weights, self._kd_coef())
+        beta = self._beta.beta(self.state.global_step)
+        kd_weight = token_weights_of_kd(inputs, beta, self._masked_ends)
         if self.use_vllm and self.vllm_importance_sampling_correction:
             ratio = inputs["importance_sampling_ratio"]
             kd_weight = kd_weight * ratio
             advantages = advantages * ratio
         terms = HeadTerms(
-            objective=self._objective(),
+            objective=self._objective(distil=self.args.kd is not None and beta > 0),
             token_weights=weights,
             joint=self.one_pass,
             advantages=advantages.to(weights.dtype).expand_as(weights) if self.one_pass else None,
@@ -164,7 +241,9 @@ class KdrlTrainer(GRPOTrainer):
             kd_weight=kd_weight,
             topk=self.args.kd_topk,
         )
-        if self.teacher_model is not None:
+        if terms.objective.kd is not None and self.teacher_server is not None:
+            terms = replace(terms, teacher_logprobs=inputs["teacher_logprobs"])
+        elif terms.objective.kd is not None:
             terms = replace(
                 terms,
                 teacher_states=self._teacher_states(inputs),
@@ -174,18 +253,17 @@ class KdrlTrainer(GRPOTrainer):
             terms = replace(terms, sketch=self._sketch(terms))
         return terms
 
-    def _kd_coef(self) -> float:
-        """Return beta of the optimizer step."""
-        return self.args.kd_coef
+    @property
+    def _masked_ends(self) -> Tensor | None:
+        """The end-of-sequence tokens, where these are not distilled."""
+        return torch.tensor(self.eos_token_ids) if self.args.kd_eos == "mask" else None
 
-    def _objective(self) -> kk.Objective:
+    def _objective(self, *, distil: bool) -> kk.Objective:
         """Return the settings of the loss: with the policy gradient, or the KD term alone."""
-        if not self.one_pass:
-            if self.args.kd is None:
-                return kk.Objective(kd=None)
-            return self.args.objective("off")
-        objective = self.args.objective("clip")
-        return replace(objective, dual_clip=self.args.delta)
+        if self.one_pass:
+            objective = self.args.objective("clip", distil=distil)
+            return replace(objective, dual_clip=self.args.delta)
+        return self.args.objective("off") if distil else kk.Objective(kd=None)
 
     def _token_weights(self, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
         """Return [B, C] weights whose sum with the token losses is TRL's loss of the type."""
@@ -222,16 +300,20 @@ class KdrlTrainer(GRPOTrainer):
         return model_head(self._teacher, self.temperature, float32=self.args.cast_lm_head_to_fp32)
 
     def _sketch(self, terms: HeadTerms) -> kk.Sketch:
-        """Return the sketch of a micro-batch: no other one has its seed and rows."""
+        """Return the sketch of a micro-batch: no other one has its seed and rows.
+
+        The seed depends on the optimizer step, not on how long this process has run.
+        """
         assert terms.kd_weight is not None
         size = terms.kd_weight * (terms.objective.kd is not None)
         if terms.advantages is not None:
             size = torch.hypot(terms.advantages, size)
         sizes = (terms.token_weights * size).double()
         sizes = sizes[sizes != 0]
+        micro_batch = self._step % self._micro_batches
         return kk.Sketch(
             threshold=self.args.sketch_threshold,
-            seed=(self.args.seed << 40) + self._step,
+            seed=(self.args.seed << 40) + (self.state.global_step << 16) + micro_batch,
             rows=self.accelerator.process_index << 32,
             scale=sizes.square().mean().sqrt().item() if len(sizes) else 1.0,
         )
@@ -239,9 +321,9 @@ class KdrlTrainer(GRPOTrainer):
     def _log_head(self, metrics: Mapping[str, Tensor]) -> None:
         """Log means over the tokens of all processes."""
         log = self._metrics["train" if self.model.training else "eval"]
-        log_means(log, metrics, self.accelerator)
-        if self.args.kd is not None:
-            log["kdrl/kd_coef"].append(self._kd_coef())
+        totals = log_means(log, metrics, self.accelerator)
+        if self.model.training:
+            self._beta.measured(totals)
 
 
 MULTIMODAL = (
