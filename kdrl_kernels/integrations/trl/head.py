@@ -10,6 +10,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 import kdrl_kernels as kk
 from kdrl_kernels.head_config import head_scalars
+from kdrl_kernels.integrations.adapted_head import without_adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,53 +91,10 @@ def model_head(model: Any, temperature: float, *, float32: bool = False) -> Mode
     if layer is None:
         raise ValueError(f"model must have an LM head, got {type(model).__name__}")
     scalars = head_scalars(model.config.get_text_config(), temperature)
-    if hasattr(layer, "modules_to_save"):  # peft trains a copy of the layer
-        layer = _trained_copy(layer)
-    adapter = None
-    if hasattr(layer, "base_layer"):
-        adapter, layer = _adapter(layer), layer.get_base_layer()
+    layer, adapter = without_adapter(layer)
     return ModelHead(layer.weight, getattr(layer, "bias", None), *scalars, adapter, float32)
 
 
 def bare(model: Any) -> Any:
     """Return a transformers model without PEFT's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _trained_copy(layer: Any) -> Any:
-    """Return the module that a layer of peft's modules_to_save computes with."""
-    names = layer.active_adapters
-    if layer.disable_adapters or not set(names) & set(layer.modules_to_save):
-        return layer.original_module
-    return layer.modules_to_save[names[0]]
-
-
-def _adapter(layer: Any) -> kk.LowRank | None:
-    """Return the LoRA on a layer of peft; None where it is off or merged into the weight."""
-    if layer.disable_adapters or layer.merged:
-        return None
-    if not hasattr(layer, "lora_A"):
-        raise ValueError(_refusal(f"got {type(layer).__name__}"))
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if not names:
-        return None
-    if len(names) > 1:
-        raise ValueError(_refusal(f"got {len(names)} at once, {', '.join(names)}"))
-    name = names[0]
-    dropout = layer.lora_dropout[name]
-    reasons = {
-        "DoRA or another variant": name in layer.lora_variant,
-        "dropout": not isinstance(dropout, torch.nn.Identity) and dropout.p > 0,
-        "a bias of its own": layer.lora_B[name].bias is not None,
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise ValueError(_refusal(f"got one with {reason}"))
-    return kk.LowRank(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
-
-
-def _refusal(what: str) -> str:
-    return (
-        f"an adapter on the LM head must be one plain LoRA without dropout, {what}: take lm_head "
-        "out of target_modules, or set lora_dropout=0.0 and use_dora=False"
-    )

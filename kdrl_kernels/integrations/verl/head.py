@@ -17,6 +17,7 @@ from verl.utils.experimental import torch_functional
 
 import kdrl_kernels as kk
 from kdrl_kernels.head_config import head_scalars
+from kdrl_kernels.integrations.adapted_head import without_adapter
 from kdrl_train.model.policy import backbone
 
 BACKEND = "kdrl"
@@ -108,12 +109,12 @@ def fused_forward(
             raise ValueError("input_ids, labels or shift_labels must be passed, got none of them")
         shift_labels = torch.roll(tokens, shifts=-1, dims=-1)
     temperature, softcap = head_scalars(self.config.get_text_config(), float(temperature))
-    weight, bias, adapter = head_weight(self.get_output_embeddings())
+    layer, adapter = without_adapter(self.get_output_embeddings())
     scores = kk.linear_logprobs(
         outputs[0],
-        weight,
+        layer.weight,
         shift_labels.long(),
-        bias=bias,
+        bias=getattr(layer, "bias", None),
         temperature=temperature,
         softcap=softcap,
         adapter=adapter,
@@ -126,35 +127,6 @@ def fused_forward(
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
     )
-
-
-def head_weight(module: Any) -> tuple[Tensor, Tensor | None, kk.LowRank | None]:
-    """Return weight [V, H], bias [V] or None, and the active adapter of an LM head, a LoRA of peft.
-
-    Raises: ValueError for an adapter that is not a LowRank.
-    """
-    base = getattr(module, "base_layer", None)
-    if base is None:
-        return module.weight, getattr(module, "bias", None), None
-    weight, bias = base.weight, getattr(base, "bias", None)
-    if module.disable_adapters or module.merged:
-        return weight, bias, None
-    active = list(module.active_adapters)
-    plain = len(active) == 1 and set(active) <= set(getattr(module, "lora_A", ()))
-    if not plain or active[0] in getattr(module, "lora_variant", ()):
-        raise ValueError(
-            "the adapter of the LM head must be one LoRA without a variant (no DoRA), got "
-            f"{type(module).__name__} with the adapters {active}: leave lm_head out of "
-            "target_modules"
-        )
-    name = active[0]
-    dropout = module.lora_dropout[name]
-    if module.training and getattr(dropout, "p", 0.0):
-        raise ValueError(f"lora_dropout of the LM head must be 0, got {dropout.p}")
-    adapter = kk.LowRank(
-        module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
-    )
-    return weight, bias, adapter
 
 
 def fused_linear(original: type[nn.Module]) -> type[nn.Module]:
