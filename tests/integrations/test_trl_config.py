@@ -1,6 +1,8 @@
 """KdrlConfig: parsed as TRL's own fields are, checked by the settings that it fills."""
 
+import ast
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 from trl import GRPOConfig, TrlParser
 
 import kdrl_kernels as kk
+from kdrl_kernels import integrations
 from kdrl_kernels.integrations.trl import KdrlConfig
 from kdrl_train.method.config import MethodConfig, ScheduleConfig
 
@@ -160,3 +163,10 @@ def test_a_clip_range_that_objective_has_not_is_named_as_in_trl(tmp_path: Path) 
     assert args.objective("off").kd == "k2"
     with pytest.raises(ValueError, match=r"epsilon must be in \[0, 1\), got 1\.5"):
         args.objective()
+
+
+def test_the_guide_lists_every_option_with_its_default() -> None:
+    text = Path(integrations.__file__).with_name("README.md").read_text(encoding="utf-8")
+    table = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", text, flags=re.MULTILINE))
+    defaults = {one.name: one.default for one in fields(KdrlConfig) if one.name in NEW}
+    assert {name: ast.literal_eval(value) for name, value in table.items()} == defaults

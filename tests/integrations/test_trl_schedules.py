@@ -1,7 +1,10 @@
 """Runs of KdrlTrainer: masks, schedules, kinds of teachers, and resuming to the bit."""
 
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +13,11 @@ from datasets import Dataset
 from torch.testing import assert_close
 from trl import GRPOConfig, GRPOTrainer
 
+from kdrl_kernels import integrations
 from kdrl_kernels.integrations.trl import KdrlConfig, KdrlTrainer
+from kdrl_train.cli import parse
 from kdrl_train.model.teacher.client import TeacherError, vocabulary_hash
+from kdrl_train.tools.serve.command import ServeConfig
 from tests.integrations.trl_runs import (
     PROMPTS,
     arguments,
@@ -223,7 +229,10 @@ RESUMED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", RESUMED)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("cosine", "masked")]
+
+
+@pytest.mark.parametrize("name", ["kl_budget", "sketch", *SLOW])
 def test_a_resumed_run_is_the_run_to_the_bit(tmp_path: Path, name: str) -> None:
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4} | RESUMED[name]
     # at the end of an epoch transformers itself does not resume to the bit
@@ -311,3 +320,30 @@ def test_the_student_is_no_teacher(tmp_path: Path) -> None:
     args = arguments(KdrlConfig, tmp_path)
     with pytest.raises(ValueError, match=r"teacher_model must not share weights with model"):
         trainer_of(KdrlTrainer, args, model=model, teacher_model=model)
+
+
+def test_the_guides_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = Path(integrations.__file__).with_name("README.md").read_text(encoding="utf-8")
+    section = text.split("### KdrlTrainer")[1].split("\n## ")[0].split("\n### ")[0]
+    more = {**vars(arguments(SimpleNamespace, tmp_path))}
+    del more["output_dir"]
+    names: dict[str, Any] = {
+        "student": small_model(1),
+        "teacher": small_model(2),
+        "reward": reward,
+        "more": more,
+        "train_dataset": Dataset.from_dict({"prompt": PROMPTS}),
+        "tokenizer": tokenizer(),
+    }
+    blocks = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, names)
+    assert len(logs(names["trainer"])) == 3
+    for schedule in ("fading", "budget", "plateau"):
+        args = arguments(KdrlConfig, tmp_path, kd_coef=0.01, kd_coef_schedule=names[schedule])
+        assert args.schedule().kind == names[schedule]["kind"]
+    (words,) = [shlex.split(line) for line in section.splitlines() if "kdrl_train serve" in line]
+    config = parse(ServeConfig(), words[words.index("serve") + 1 :], "serve", "")
+    assert config.model.teacher == "TEACHER"
