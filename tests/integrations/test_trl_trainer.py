@@ -95,6 +95,13 @@ def test_without_a_teacher_it_is_grpo(
     assert_equal_runs(host, ours)
 
 
+@pytest.mark.parametrize("loss_type", ["dapo", pytest.param("grpo", marks=pytest.mark.slow)])
+def test_one_generation_serves_several_steps(tmp_path: Path, loss_type: str) -> None:
+    options = {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "max_steps": 4}
+    host, ours = _runs(tmp_path, masked=True, loss_type=loss_type, **options)
+    assert_equal_runs(host, ours)
+
+
 def _most_clipped(trainer: Any) -> float:
     return max(line.get("clip_ratio/region_mean", 0.0) for line in logs(trainer))
 

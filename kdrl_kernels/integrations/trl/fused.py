@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.trainer.utils import FusedCausalLMOutput
@@ -109,11 +108,9 @@ class FusedHead:
         used = scored & (terms.token_weights != 0)
         if terms.joint:
             loss = one_pass(terms, head, hidden[used], labels[used], used)
-            rest = 0.0 if terms.old_logprobs is None else terms.old_logprobs
-            rest = torch.where(scored, rest, 0.0)  # a ratio of 1 where nothing is computed
             output = FusedCausalLMOutput(
                 loss=loss.loss,
-                log_probs=rest.to(loss.logprobs.dtype).masked_scatter(used, loss.logprobs),
+                log_probs=_spread(used, loss.logprobs),
                 entropy=_spread(used, loss.entropy),
                 label_mask=scored,
             )
