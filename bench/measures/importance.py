@@ -3,10 +3,11 @@
     python -m bench.measures.importance --out DIR [--shape cpu]
 
 The sketch keeps an entry with a probability proportional to p. The least variance for a number of
-entries has one proportional to |dL/dz|, with the same threshold for all rows. Both errors of dX are
-predicted by the formula of kdrl_kernels/rows/README.md, for GRPO with a reverse KL of coefficient
-beta; nothing is drawn. Rows that are flat by p are left out of both. Writes importance-SHAPE.json
-and .md.
+entries has one proportional to |dL/dz|, with the same threshold for all rows. Between them lies a
+choice of blocks of 64 columns by p, and of the columns of a block by |dL/dz|, which reads no more
+than the first. All errors of dX are predicted by the formula of kdrl_kernels/rows/README.md, for
+GRPO with a reverse KL of coefficient beta; nothing is drawn. Rows that are flat by p are left out.
+Writes importance-SHAPE.json and .md.
 """
 
 import argparse
@@ -33,7 +34,7 @@ BETAS = (2e-3, 0.1, 1.0)
 THRESHOLDS = (2.0**-8, 2.0**-11)
 COLUMNS = (
     *("profile", "beta", "threshold", "flat rows", "entries a row"),
-    *("error by p", "by dL/dz", "p / dL/dz"),
+    *("error by p", "by p, then dL/dz", "by dL/dz", "p / dL/dz"),
 )
 HALVINGS = 20
 """Halvings of the interval in which log2 of a threshold lies."""
@@ -57,6 +58,19 @@ def row_gradients(inputs: Inputs, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat(ps), torch.cat(dzs), torch.cat(squares)
 
 
+def blocks(values: Tensor) -> Tensor:
+    """View [N, V] as [N, blocks, BLOCK], with zeros at the end of a row where V needs them."""
+    padded = torch.nn.functional.pad(values, (0, -values.shape[1] % BLOCK))
+    return padded.unflatten(1, (-1, BLOCK))
+
+
+def within_blocks(lengths: Tensor, dz: Tensor) -> Tensor:
+    """Share the sum of lengths of each block among its columns as |dz| is, [N, V]."""
+    sizes = blocks(dz.abs())
+    shares = sizes / sizes.sum(dim=2, keepdim=True).clamp(min=torch.finfo(dz.dtype).tiny)
+    return (shares * blocks(lengths).sum(dim=2, keepdim=True)).flatten(1)[:, : dz.shape[1]]
+
+
 def threshold_with(entries: float, chance: Callable[[float], Tensor]) -> float:
     """Return the threshold at which an expected number of entries is kept."""
     low, high = -30.0, 10.0
@@ -73,30 +87,32 @@ def error(dz: Tensor, chance: Tensor, squares: Tensor) -> float:
 
 
 def compare(inputs: Inputs, beta: float, threshold: float) -> dict[str, Any]:
-    """Return the errors of the two choices, with the number of entries that the first has."""
+    """Return the errors of the three choices, with the number of entries that the first has."""
     p, dz, squares = row_gradients(inputs, beta)
     N, V = p.shape
     coef = Coefficients(-inputs.advantages, kl=torch.full_like(inputs.advantages, beta))
     sketch = kk.Sketch(threshold=threshold).of_rows(N, p.device)
     grid = sketch.grid(slice(0, N), V, coef)
     lengths = p / grid.thresholds[:, None].to(p.dtype)
-    padded = torch.nn.functional.pad(lengths, (0, -V % BLOCK)).unflatten(1, (-1, BLOCK))
-    flat = padded.sum(dim=2).clamp(max=1).sum(dim=1) > grid.most_blocks
-    by_p, dz = lengths[~flat].clamp(max=1), dz[~flat]
+    flat = blocks(lengths).sum(dim=2).clamp(max=1).sum(dim=1) > grid.most_blocks
+    lengths, dz = lengths[~flat], dz[~flat]
+    by_p = lengths.clamp(max=1)
 
-    def chance(threshold: float) -> Tensor:
-        return (dz.abs() / threshold).clamp(max=1)
+    def error_by(importance: Tensor) -> float:
+        def chance(threshold: float) -> Tensor:
+            return (importance / threshold).clamp(max=1)
 
-    by_dz = chance(threshold_with(by_p.sum().item(), chance))
-    errors = [error(dz, by_p, squares), error(dz, by_dz, squares)]
+        return error(dz, chance(threshold_with(by_p.sum().item(), chance)), squares)
+
     return {
         "profile": inputs.profile,
         "beta": beta,
         "threshold": threshold,
         "flat_rows": flat.double().mean().item(),
         "entries": by_p.sum().item() / N,
-        "error_p": errors[0],
-        "error_dz": errors[1],
+        "error_p": error(dz, by_p, squares),
+        "error_blocks": error_by(within_blocks(lengths, dz)),
+        "error_dz": error_by(dz.abs()),
     }
 
 
@@ -107,7 +123,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         power = row["threshold"].hex().split("p")[1]
         lines.append(
             f"| {row['profile']} | {row['beta']:g} | 2^{power} | {row['flat_rows']:.1%} | "
-            f"{row['entries']:.1f} | {row['error_p']:.1e} | {row['error_dz']:.1e} | "
+            f"{row['entries']:.1f} | {row['error_p']:.1e} | {row['error_blocks']:.1e} | "
+            f"{row['error_dz']:.1e} | "
             f"{row['error_p'] / row['error_dz']:.2f} |"
         )
     return "\n".join(lines) + "\n"
