@@ -1,11 +1,13 @@
 """Says what the LM head of a transformers model is: weight, scalars, and an adapter on it."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from trl.trainer import grpo_trainer
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 import kdrl_kernels as kk
@@ -98,3 +100,18 @@ def model_head(model: Any, temperature: float, *, float32: bool = False) -> Mode
 def bare(model: Any) -> Any:
     """Return a transformers model without PEFT's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class NoLayer:
+    """Has no instances: what TRL refuses to find on an LM head while adapters are allowed."""
+
+
+@contextmanager
+def head_adapters() -> Iterator[None]:
+    """Let GRPOTrainer's constructor take a LoRA on the LM head, which its own head leaves out."""
+    refused = getattr(grpo_trainer, "BaseTunerLayer", NoLayer)
+    grpo_trainer.BaseTunerLayer = NoLayer
+    try:
+        yield
+    finally:
+        grpo_trainer.BaseTunerLayer = refused

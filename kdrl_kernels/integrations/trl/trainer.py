@@ -24,7 +24,7 @@ from kdrl_kernels.integrations.trl.coefficients import (
 )
 from kdrl_kernels.integrations.trl.config import KdrlConfig
 from kdrl_kernels.integrations.trl.fused import FusedHead
-from kdrl_kernels.integrations.trl.head import ModelHead, bare, model_head
+from kdrl_kernels.integrations.trl.head import ModelHead, bare, head_adapters, model_head
 from kdrl_kernels.integrations.trl.head_loss import HeadTerms
 from kdrl_kernels.integrations.trl.means import log_means
 from kdrl_kernels.integrations.trl.teachers import (
@@ -100,7 +100,9 @@ class KdrlTrainer(GRPOTrainer):
         if not isinstance(args, KdrlConfig):
             raise TypeError(f"args must be a KdrlConfig, got {type(args).__name__}")
         check_teacher_model(teacher_model, args, model)
-        super().__init__(model, reward_funcs, args, *positional, **options)
+        with head_adapters():
+            super().__init__(model, reward_funcs, args, *positional, **options)
+        self._check_head()
         check_schedule(args, self.eval_dataset)
         self._method = args.method()
         self._beta = BetaSchedule(self._method.kd_coef)
@@ -111,6 +113,15 @@ class KdrlTrainer(GRPOTrainer):
         self.teacher_server: TeacherServer | None = None
         if teacher_model is not None:
             self._take_teacher(teacher_model)
+
+    def _check_head(self) -> None:
+        """Raise ValueError for a policy whose LM head cannot be computed here as TRL samples."""
+        adapter = model_head(bare(self.model), self.temperature).adapter
+        if adapter is not None and self.args.cast_lm_head_to_fp32:
+            raise ValueError(
+                "cast_lm_head_to_fp32 must be False with an adapter on lm_head, got True: TRL "
+                "would sample from the head without it"
+            )
 
     def _fused_head(self, *, states: bool = False) -> FusedHead:
         return FusedHead(self.temperature, float32=self.args.cast_lm_head_to_fp32, states=states)
