@@ -1,0 +1,168 @@
+"""Every loss, option and kind of head of GRPOTrainer trains the same in KdrlTrainer."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+pytest.importorskip("trl")
+
+from peft import PromptTuningConfig
+from trl import GRPOConfig, GRPOTrainer
+
+from kdrl_kernels.integrations.trl import KdrlConfig, KdrlTrainer
+from tests.integrations.trl_runs import arguments, logs, small_model, tokenizer, trainer_of
+
+pytestmark = pytest.mark.filterwarnings(
+    # TRL reads names that transformers 5 calls old
+    "ignore:.*gradient_checkpointing. is deprecated and will be removed in v6:FutureWarning",
+    # generate passes position ids; peft leaves them out for virtual tokens
+    "ignore:Position ids are not supported for parameter efficient tuning:UserWarning",
+)
+SIZES = {
+    "vocab_size": 262,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+def family(name: str, **config: Any) -> Any:
+    """Make a small random model of a family of transformers, the same one each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        made = transformers.AutoConfig.for_model(name, **SIZES | config)
+        model = transformers.AutoModelForCausalLM.from_config(made)
+    model.generation_config.eos_token_id = list(range(2, 262, 4))
+    return model
+
+
+def train(kind: Any, args: Any, model: Any, **options: Any) -> tuple[Any, dict[str, Tensor]]:
+    """Train a model; return the trainer, and the weights as they were."""
+    torch.manual_seed(0)
+    trainer = trainer_of(kind, args, model, **options)
+    before = {name: p.detach().clone() for name, p in trained(trainer).items()}
+    trainer.train()
+    return trainer, before
+
+
+def trained(trainer: Any) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def assert_same_training(
+    folder: Path, make: Any, tolerance: float = 1e-5, *, more: Any = dict, **options: Any
+) -> Any:
+    """Train as GRPOTrainer and as KdrlTrainer without a teacher; compare logs and weights.
+
+    make: makes the model; more: makes further arguments of the trainer. Both are called twice.
+    """
+    options = {"learning_rate": 0.5, "num_iterations": 2, "max_steps": 4} | options
+    host, before = train(GRPOTrainer, arguments(GRPOConfig, folder, **options), make(), **more())
+    args = arguments(KdrlConfig, folder, kd=None, **options)
+    ours, _ = train(KdrlTrainer, args, make(), **more())
+    for record, expected in zip(logs(ours), logs(host), strict=True):
+        assert record.keys() == expected.keys()
+        for name, value in expected.items():
+            assert record[name] == pytest.approx(value, rel=tolerance, abs=tolerance), name
+    moves = {name: (p - before[name]).abs().max().item() for name, p in trained(host).items()}
+    assert max(moves.values()) > 1e-3
+    for name, weight in trained(host).items():
+        close = {"rtol": tolerance, "atol": tolerance * max(moves.values())}
+        torch.testing.assert_close(trained(ours)[name], weight, msg=name, **close)
+    return ours
+
+
+LOSSES: dict[str, dict[str, Any]] = {
+    "sapo": {"loss_type": "sapo"},
+    "vespo": {"loss_type": "vespo"},
+    "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+    "entropy bonus": {"entropy_coef": 0.1},
+    "adaptive entropy": {"use_adaptive_entropy": True},
+    "high-entropy tokens": {"top_entropy_quantile": 0.5},
+    "off-policy mask": {"off_policy_mask_threshold": 0.01},
+    "two-sided clipping": {"delta": 1.5},
+    "truncated masked": {"mask_truncated_completions": True},
+    "batch scale": {"scale_rewards": "batch", "loss_type": "dr_grpo"},
+}
+SLOW = ("adaptive entropy", "batch scale", "vespo", "sapo", "truncated masked")
+SLOW += ("divided", "multiplied", "tied")
+
+
+def _cases(table: dict[str, Any]) -> list[Any]:
+    """Return the values of a table as parameters, some of them marked slow."""
+    return [
+        pytest.param(value, id=name, marks=pytest.mark.slow if name in SLOW else [])
+        for name, value in table.items()
+    ]
+
+
+@pytest.mark.parametrize("options", _cases(LOSSES))
+def test_every_loss(tmp_path: Path, options: dict[str, Any]) -> None:
+    assert_same_training(tmp_path, lambda: small_model(1), **options)
+
+
+@pytest.mark.parametrize("corrected", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_reference_model(tmp_path: Path, corrected: bool) -> None:
+    folder = str(tmp_path / "model")
+    small_model(1).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    options = {"beta": 0.1, "use_bias_correction_kl": corrected, "loss_type": "grpo"}
+    ours = assert_same_training(tmp_path, lambda: folder, **options)
+    assert "kl" in logs(ours)[-1]
+
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "softcap": ("gemma2", {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 16}),
+    "divided": ("granite", {"logits_scaling": 4.0}),
+    "multiplied": ("cohere", {"logit_scale": 0.25}),
+    "bias": ("phi", {"partial_rotary_factor": 0.5}),
+    "tied": ("llama", {"tie_word_embeddings": True}),
+}
+
+
+@pytest.mark.parametrize("made", _cases(FAMILIES))
+def test_every_head(tmp_path: Path, made: tuple[str, dict[str, Any]]) -> None:
+    assert_same_training(tmp_path, lambda: family(made[0], **made[1]))
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "coefficient"),
+    [("dapo", 0.1), ("cispo", None), pytest.param("dapo", None, marks=pytest.mark.slow)],
+)
+def test_experts_balance(tmp_path: Path, loss_type: str, coefficient: float | None) -> None:
+    options = {"loss_type": loss_type, "router_aux_loss_coef": coefficient}
+    options |= {"gradient_accumulation_steps": 2, "num_iterations": 1}
+    make = lambda: family("mixtral", **EXPERTS, router_aux_loss_coef=0.5)  # noqa: E731
+    ours = assert_same_training(tmp_path, make, **options)
+    assert ours.router_aux_loss_coef == (0.5 if coefficient is None else coefficient)
+    assert logs(ours)[-1]["aux_loss"] > 0
+
+
+def test_a_head_in_float32(tmp_path: Path) -> None:
+    make = lambda: small_model(1).to(torch.bfloat16)  # noqa: E731
+    assert_same_training(tmp_path, make, 2e-2, cast_lm_head_to_fp32=True, learning_rate=0.1)
+
+
+def test_autocast(tmp_path: Path) -> None:
+    options = {"bf16": True, "learning_rate": 0.1, "num_iterations": 1, "max_steps": 2}
+    assert_same_training(tmp_path, lambda: small_model(1), 3e-2, **options)
+
+
+def test_prompt_tuning(tmp_path: Path) -> None:
+    def more() -> dict[str, Any]:
+        return {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)}
+
+    assert_same_training(tmp_path, lambda: small_model(1), more=more)
