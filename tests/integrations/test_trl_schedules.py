@@ -104,6 +104,30 @@ def test_a_mask_follows_its_completions(tmp_path: Path, accumulation: int) -> No
     assert share == pytest.approx(sum(weights[:8]) / 8)
 
 
+def test_the_teacher_reads_what_is_distilled_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, rows = small_model(2, hidden=24), list[int]()
+    teacher.base_model.register_forward_pre_hook(
+        lambda _module, _args, inputs: rows.append(len(inputs["input_ids"])), with_kwargs=True
+    )
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    options |= {"kd": "rkl", "kd_mask": "wrong", "right_above": 0.2}
+    trainer = run(tmp_path / "1", teacher, **options)
+    wrong = [sum(value <= 0.2 for value in judged(inputs)) for inputs in trainer.batches]
+    assert set(wrong) == {0, 1}
+    assert rows == [max(count, 1) for count in wrong]
+
+    def read_all(self: Any, inputs: Any, kd_weight: torch.Tensor) -> torch.Tensor:
+        return KdrlTrainer._teacher_states(self, inputs, torch.ones_like(kd_weight))
+
+    monkeypatch.setattr(Recorder, "_teacher_states", read_all)
+    whole = run(tmp_path / "2", **options)
+    assert all(terms.teacher_states.ne(0).any(dim=2).all() for terms in whole.all_terms)
+    for name, weight in parameters(trainer).items():
+        assert_close(weight, parameters(whole)[name], rtol=1e-5, atol=1e-7)
+
+
 def test_a_group_mask_reads_whole_groups(tmp_path: Path) -> None:
     options = {"per_device_train_batch_size": 8, "num_generations": 2, "learning_rate": 0.0}
     trainer = run(tmp_path, kd_mask="wrong_group", right_above=0.6, max_steps=4, **options)

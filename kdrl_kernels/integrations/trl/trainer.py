@@ -257,7 +257,7 @@ class KdrlTrainer(GRPOTrainer):
         elif terms.objective.kd is not None:
             terms = replace(
                 terms,
-                teacher_states=self._teacher_states(inputs),
+                teacher_states=self._teacher_states(inputs, kd_weight),
                 teacher_head=self._teacher_head,
             )
         if self.args.head_backward == "sketch":
@@ -296,16 +296,26 @@ class KdrlTrainer(GRPOTrainer):
         return weights / self._micro_batches
 
     @torch.no_grad()
-    def _teacher_states(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Return the teacher's final hidden states where it predicts completions, [B, C, H]."""
+    def _teacher_states(self, inputs: Mapping[str, Any], kd_weight: Tensor) -> Tensor:
+        """Return the teacher's final hidden states where it predicts completions, [B, C, H].
+
+        Where a mask leaves out completions, the teacher reads the others alone; their states are 0.
+        """
+        more = {name: inputs[name] for name in MULTIMODAL if inputs.get(name) is not None}
+        read = torch.ones(len(kd_weight), dtype=torch.bool, device=kd_weight.device)
+        if self.args.judges and not more:
+            read = (kd_weight > 0).any(dim=1)
+            read[0] |= ~read.any()  # a sharded teacher needs all processes
         states, _, _ = self._get_per_token_logps_and_entropies(
             self.teacher_model,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)[read],
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)[read],
             inputs["completion_ids"].shape[1],
-            **{name: inputs.get(name) for name in MULTIMODAL},
+            **more,
         )
-        return states
+        whole: Tensor = states.new_zeros(len(read), *states.shape[1:])
+        whole[read.to(states.device)] = states
+        return whole
 
     def _teacher_head(self) -> ModelHead:
         return model_head(self._teacher, self.temperature, float32=self.args.cast_lm_head_to_fp32)
