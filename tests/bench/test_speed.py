@@ -239,6 +239,9 @@ def test_flop_of_the_operations() -> None:
         "cross entropy": 3,
         "GRPO + top-64 reverse KL": 3,
         "GRPO, head adapter": 2,
+        "GRPO + both KLs": 4,
+        "KDRL, two teachers": 5,
+        "entropy-weighted reverse KL": 4,
     }
 
 
