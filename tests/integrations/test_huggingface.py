@@ -10,6 +10,9 @@ import accelerate
 import peft
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
@@ -92,7 +95,7 @@ class FullLogits(Trainer):
         return (loss, {}) if return_outputs else loss
 
 
-def arguments(folder: Path, accumulation: int) -> TrainingArguments:
+def arguments(folder: Path, accumulation: int, *, bf16: bool = False) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=3,
@@ -105,6 +108,7 @@ def arguments(folder: Path, accumulation: int) -> TrainingArguments:
         save_strategy="no",
         report_to=[],
         use_cpu=True,
+        bf16=bf16,
         disable_tqdm=True,
     )
 
@@ -176,6 +180,17 @@ def test_distillation_is_that_of_full_logits(kl: str, share: float, tmp_path: Pa
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
+def test_autocast_differs_by_its_rounding_alone(tmp_path: Path) -> None:
+    args, data = arguments(tmp_path, 1, bf16=True), {"train_dataset": dataset()}
+    ours = Trainer(lean()(llama(0)), args, **data, eval_dataset=dataset(4))
+    theirs = Trainer(llama(0), args, **data, eval_dataset=dataset(4))
+    for trainer in (ours, theirs):
+        torch.manual_seed(0)  # of the order of the data
+        trainer.train()
+    torch.testing.assert_close(figures(ours), figures(theirs), rtol=2**-7, atol=0)
+    assert ours.model.lm_head.weight.dtype == torch.float32
+
+
 def test_generation_is_unchanged() -> None:
     ids = dataset(1)[0]["input_ids"][None]
     options = {"max_new_tokens": 5, "do_sample": False}
@@ -183,26 +198,34 @@ def test_generation_is_unchanged() -> None:
     assert lean()(llama(0)).generate(ids, **options).tolist() == expected.tolist()
 
 
-def together(rows: int, _rank: int) -> dict[str, list[Any]]:
-    """Run the loop of the page on one of two processes, and return the parameters."""
+def together(rows: int, sharded: bool, _rank: int) -> dict[str, list[Any]]:
+    """Run the loop of the page on one of two processes (DDP or FSDP2); return the parameters."""
     torch.set_num_threads(1)
     accelerator = accelerate.Accelerator(cpu=True)
     assert accelerator.num_processes == 2
     model = lean()(llama(0))
+    if sharded:  # accelerate's own FSDP plugin does nothing on a CPU
+        mesh = init_device_mesh("cpu", (2,))
+        for module in (*model.model.layers, model):
+            fully_shard(module, mesh=mesh)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    loader = DataLoader(dataset(rows), batch_size=rows // 6)
-    model, optimizer, batches = accelerator.prepare(model, optimizer, loader)
+    batches = accelerator.prepare(DataLoader(dataset(rows), batch_size=rows // 6))
+    if not sharded:
+        model, optimizer = accelerator.prepare(model, optimizer)
     (loop,) = blocks("Accelerate")
     exec(
         loop,
         {"accelerator": accelerator, "model": model, "optimizer": optimizer, "batches": batches},
     )
     state = accelerator.unwrap_model(model).state_dict()
-    return {name: value.tolist() for name, value in state.items()}
+    assert all(isinstance(value, DTensor) == sharded for value in state.values())
+    whole = (value.full_tensor() if sharded else value for value in state.values())
+    return {name: value.tolist() for name, value in zip(state, whole, strict=True)}
 
 
-def test_two_processes_of_accelerate_do_what_one_with_full_logits_does() -> None:
-    ranks = on_processes(2, partial(together, ROWS))
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_two_processes_of_accelerate_do_what_one_with_full_logits_does(sharded: bool) -> None:
+    ranks = on_processes(2, partial(together, ROWS, sharded))
     model = llama(0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     rows = dataset()
