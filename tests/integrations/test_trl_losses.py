@@ -95,6 +95,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "off-policy mask": {"off_policy_mask_threshold": 0.01},
     "two-sided clipping": {"delta": 1.5},
     "truncated masked": {"mask_truncated_completions": True},
+    "checkpointing": {"gradient_checkpointing": True, "loss_type": "grpo"},
     "batch scale": {"scale_rewards": "batch", "loss_type": "dr_grpo"},
 }
 SLOW = ("adaptive entropy", "batch scale", "vespo", "sapo", "truncated masked")

@@ -10,12 +10,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.trainer.utils import FusedCausalLMOutput
 
 import kdrl_kernels as kk
 from kdrl_kernels.integrations.trl.head import ModelHead, model_head
 from kdrl_kernels.integrations.trl.head_loss import HeadTerms, kd_loss, one_pass, rows_of
+from kdrl_kernels.integrations.trl.patch import HeadOptions, PartitionedHead
+from kdrl_kernels.plan import Backward
 
 
 class FusedHead:
@@ -127,18 +130,27 @@ def _scores(
 ) -> FusedCausalLMOutput:
     """Compute log-probabilities and entropies of the labels, differentiable."""
     scored = labels != -100
-    out = kk.linear_logprobs(
-        hidden[scored],
-        head.weight,
-        labels[scored],
-        entropy=True,
-        backward="exact" if sketch is None else "sketch",
-        sketch=rows_of(sketch, scored),
-        **head.options,
-    )
+    hidden, tokens, sketch = hidden[scored], labels[scored], rows_of(sketch, scored)
+    if is_deepspeed_zero3_enabled():  # which frees the weight before backward computes logits again
+        options = HeadOptions(head.temperature, head.softcap, frozenset(["entropy"]), 0, sketch)
+        logprobs, entropy, _ = PartitionedHead.apply(
+            hidden, head.weight, head.bias, tokens, options
+        )
+    else:
+        backward: Backward = "exact" if sketch is None else "sketch"
+        out = kk.linear_logprobs(
+            hidden,
+            head.weight,
+            tokens,
+            entropy=True,
+            backward=backward,
+            sketch=sketch,
+            **head.options,
+        )
+        logprobs, entropy = out.logprobs, out.entropy
     return FusedCausalLMOutput(
-        log_probs=_spread(scored, out.logprobs),
-        entropy=_spread(scored, out.entropy),
+        log_probs=_spread(scored, logprobs),
+        entropy=_spread(scored, entropy),
         label_mask=scored,
     )
 

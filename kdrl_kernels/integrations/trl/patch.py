@@ -81,7 +81,7 @@ def _scores_labels_alone(device: torch.device) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _HeadOptions:
+class HeadOptions:
     """What a call needs beside its tensors."""
 
     temperature: float
@@ -151,7 +151,7 @@ class LeanHead:
             arguments = hidden, weight, bias, targets, temperature, chunk_size, softcap, scale
             theirs = chunked_logprob.ChunkedLogProbFunction.apply
             return theirs(*arguments, tuple(outputs))
-        options = _HeadOptions(
+        options = HeadOptions(
             temperature / scale,
             # cap · tanh(scale · z / cap) = scale · (cap / scale) · tanh(z / (cap / scale)): the
             # temperature has the first scale, so no hidden state is rounded for it
@@ -205,7 +205,7 @@ def _in_dtype_of_step(
 
 
 def _scores(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _HeadOptions
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions
 ) -> tuple[Tensor | None, ...]:
     """Return the five outputs of TRL's function."""
     if is_deepspeed_zero3_enabled():
@@ -214,7 +214,7 @@ def _scores(
                 f"cache_bytes of patch_trl must be 0 under ZeRO-3, got {options.cache_bytes}: its "
                 "weight is there in forward alone, so backward computes all logits again"
             )
-        logprobs, entropy, best = _PartitionedHead.apply(hidden, weight, bias, targets, options)
+        logprobs, entropy, best = PartitionedHead.apply(hidden, weight, bias, targets, options)
     else:
         logprobs, entropy, best = _outputs(hidden, weight, bias, targets, options)
     squares = mean = top1 = None
@@ -229,7 +229,7 @@ def _scores(
 
 
 def _outputs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _HeadOptions
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return log-probabilities, entropies and the likeliest tokens, [N] each, or None."""
     scores = kk.linear_logprobs(
@@ -250,7 +250,7 @@ def _outputs(
 
 
 def _log_sum_squares(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, best: Tensor, options: _HeadOptions
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, best: Tensor, options: HeadOptions
 ) -> Tensor:
     """Return log(sum_v p_v²) [N]: with p' at half the temperature, 2 log p - log p' of any token.
 
@@ -274,7 +274,7 @@ def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperatur
     return mean / temperature
 
 
-class _PartitionedHead(torch.autograd.Function):
+class PartitionedHead(torch.autograd.Function):
     """Log-probabilities by a weight that is whole in forward, and gathered again for backward.
 
     ZeRO-3 frees the weight as soon as its reader is done. Forward therefore keeps nothing but its
@@ -288,7 +288,7 @@ class _PartitionedHead(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        options: _HeadOptions,
+        options: HeadOptions,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, targets)

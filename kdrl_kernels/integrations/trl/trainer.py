@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
@@ -121,6 +122,14 @@ class KdrlTrainer(GRPOTrainer):
             raise ValueError(
                 "cast_lm_head_to_fp32 must be False with an adapter on lm_head, got True: TRL "
                 "would sample from the head without it"
+            )
+        sketch = self.args.head_backward == "sketch"
+        if is_deepspeed_zero3_enabled() and (adapter is not None or sketch):
+            raise ValueError(
+                "head_backward must be 'exact', and lm_head without an adapter, under DeepSpeed "
+                f"ZeRO-3, got {self.args.head_backward!r} and "
+                f"{'no' if adapter is None else 'an'} adapter: their backward pass would read a "
+                "weight that ZeRO-3 has freed"
             )
 
     def _fused_head(self, *, states: bool = False) -> FusedHead:
