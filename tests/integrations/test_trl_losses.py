@@ -18,7 +18,7 @@ from tests.integrations.trl_runs import arguments, logs, small_model, tokenizer,
 
 pytestmark = pytest.mark.filterwarnings(
     # TRL reads names that transformers 5 calls old
-    "ignore:.*gradient_checkpointing. is deprecated and will be removed in v6:FutureWarning",
+    "ignore:.*gradient_checkpointing.* is deprecated and will be removed in v6:FutureWarning",
     # generate passes position ids; peft leaves them out for virtual tokens
     "ignore:Position ids are not supported for parameter efficient tuning:UserWarning",
 )
