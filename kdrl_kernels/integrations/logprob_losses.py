@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from kdrl_kernels.objective import Objective, token_losses
+from kdrl_kernels.objective import Objective, subtract, token_losses
 from kdrl_kernels.plain import check_number
 from kdrl_kernels.token_rows import Rows
 
@@ -33,6 +33,15 @@ def policy_losses(
     """
     objective = Objective(kd=None, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
     return token_losses(objective, Rows(logprobs, old_logprobs, advantages))
+
+
+def near(logprobs: Tensor, teacher_logprobs: Tensor, bound: float) -> Tensor:
+    """Move the teacher to within a bound of the student, in nats, as a constant.
+
+    A KD term that reads this has log p - log q within the bound, and keeps its pull beyond it.
+    """
+    student = logprobs.detach()
+    return student - subtract(student, teacher_logprobs).clamp(-bound, bound)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +99,6 @@ class SampledKd:
                 whatever the teacher's number is.
         """
         if self.clamp is not None:
-            student = logprobs.detach()
-            teacher_logprobs = student - (student - teacher_logprobs).clamp(-self.clamp, self.clamp)
+            teacher_logprobs = near(logprobs, teacher_logprobs, self.clamp)
         rows = Rows(logprobs, old_logprobs, None, weight, teacher_logprobs)
         return token_losses(self.objective, rows)

@@ -6,10 +6,11 @@ prime-rl is imported.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, get_args
 
 from torch import Tensor
 
+from kdrl_kernels.integrations.logprob_losses import SampledKind, near
 from kdrl_kernels.objective import (
     Objective,
     Policy,
@@ -18,10 +19,10 @@ from kdrl_kernels.objective import (
     subtract,
     token_losses,
 )
+from kdrl_kernels.plain import check_number
 from kdrl_kernels.token_rows import Rows
 
 FIELDS = ("trainer_logprobs", "inference_logprobs", "advantages", "loss_mask")
-SAMPLED = ("k2", "k3", "k3_ratio")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class SequenceLoss:
 def kdrl(
     inputs: Any,
     *,
-    kd: Literal["k2", "k3", "k3_ratio"] | None = "k2",
+    kd: SampledKind | None = "k2",
     kd_coef: float = 2e-3,
     kd_clamp: float | None = None,
     kd_ratio_cap: float = 2.0,
@@ -60,7 +61,7 @@ def kdrl(
         kd: a sampled term, whose expected gradient is that of KL(policy‖reference) for "k2" and
             "k3_ratio", of KL(reference‖policy) for "k3". Exact terms need the reference's head.
         kd_coef: beta, constant: prime-rl passes no step to a loss.
-        kd_clamp: c in nats, above 0: KD reads l within [-c, c], with its gradient. So no token is
+        kd_clamp: c in nats, positive: KD reads l within [-c, c], with its gradient. So no token is
             pulled by more than k2's c, which biases the gradient where l is larger; None: no clamp.
         The others: as in kdrl_kernels.Objective.
     Raises: ValueError for an option, or without reference log-probabilities for a kd; TypeError for
@@ -76,16 +77,20 @@ def kdrl(
         kd_coef=kd_coef,
         kd_ratio_cap=kd_ratio_cap,
     )
-    if kd is not None and kd not in SAMPLED:
+    if kd is not None and kd not in get_args(SampledKind):
         raise ValueError(
-            f"kd must be one of {SAMPLED} or None, got {kd!r}: prime-rl has the reference's "
-            "log-probability of the sampled token alone"
+            f"kd must be one of {get_args(SampledKind)} or None, got {kd!r}: prime-rl has the "
+            "reference's log-probability of the sampled token alone"
         )
-    if kd_clamp is not None and not kd_clamp > 0:
-        raise ValueError(f"kd_clamp must be above 0 or None, got {kd_clamp}")
+    if kd_clamp is not None:
+        check_number("kd_clamp", kd_clamp)
+        if not kd_clamp > 0:
+            raise ValueError(f"kd_clamp must be positive or None, got {kd_clamp}")
     rows, weights = _rows(inputs, kd is not None)
-    clamped = rows if kd_clamp is None else _clamped(rows, kd_clamp)
-    losses = token_losses(objective, clamped)
+    teacher = rows.teacher_logprobs
+    if kd_clamp is not None and teacher is not None:
+        teacher = near(rows.logprobs, teacher, kd_clamp)
+    losses = token_losses(objective, replace(rows, teacher_logprobs=teacher))
     loss = (losses if weights is None else losses * weights).sum()
     return SequenceLoss(loss, _metrics(objective, rows, kd_clamp))
 
@@ -115,15 +120,6 @@ def _rows(inputs: Any, distilled: bool) -> tuple[Rows, Tensor | None]:
     )
     weights = getattr(inputs, "loss_weights", None)
     return rows, None if weights is None else weights[mask]
-
-
-def _clamped(rows: Rows, bound: float) -> Rows:
-    """Move the reference to within a bound of the policy, which bounds l and keeps dl/dlp = 1."""
-    if rows.teacher_logprobs is None:
-        return rows
-    policy = rows.logprobs.detach()
-    clamped = subtract(policy, rows.teacher_logprobs).clamp(-bound, bound)
-    return replace(rows, teacher_logprobs=policy - clamped)
 
 
 def _metrics(objective: Objective, rows: Rows, bound: float | None) -> dict[str, Tensor]:

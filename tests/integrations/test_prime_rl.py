@@ -59,6 +59,15 @@ def test_a_clamp_bounds_the_pull_and_keeps_it() -> None:
     assert out.metrics["kdrl/teacher_log_ratio"].item() == pytest.approx(1.5)
 
 
+def test_a_clamp_holds_where_the_reference_forbids_a_token() -> None:
+    low = -math.inf
+    made = inputs(
+        trainer_logprobs=torch.tensor([NAN, -1.0, low, -0.5, NAN], requires_grad=True),
+        ref_logprobs=torch.tensor([NAN, low, low, -0.5, NAN]),
+    )
+    assert gradient(made, policy="off", kd_coef=0.1, kd_clamp=2.0) == pytest.approx([0.2, 0, 0])
+
+
 def test_the_ratio_weighs_the_kd_up_to_its_cap() -> None:
     made = inputs(ref_logprobs=torch.tensor([NAN, -1.0, -3.0, -0.5, NAN]))
     options = {"policy": "off", "kd_coef": 0.1}
@@ -127,7 +136,7 @@ def test_the_expected_gradient_is_that_of_reward_and_kl(kd: str, stale: bool) ->
     [
         ({"kd": "rkl"}, r"kd must be one of .*'k2'.* or None, got 'rkl': prime-rl has"),
         ({"kd": "k1"}, "k1 as a loss has no teacher"),
-        ({"kd_clamp": 0.0}, r"kd_clamp must be above 0 or None, got 0\.0"),
+        ({"kd_clamp": 0.0}, r"kd_clamp must be positive or None, got 0\.0"),
         ({"kd_coef": -1.0}, "kd_coef must be finite and at least 0"),
     ],
 )
