@@ -110,7 +110,7 @@ def _most_clipped(trainer: Any) -> float:
     "loss_type", [LOSSES[0], *(pytest.param(x, marks=pytest.mark.slow) for x in LOSSES[1:])]
 )
 def test_ratios_and_clipping(tmp_path: Path, loss_type: str) -> None:
-    options = {"num_iterations": 2, "learning_rate": 2.0, "max_steps": 4, "max_grad_norm": 10.0}
+    options = {"num_iterations": 2, "learning_rate": 0.5, "max_steps": 4, "max_grad_norm": 10.0}
     host, ours = _runs(tmp_path, masked=True, loss_type=loss_type, **options)
     assert_equal_runs(host, ours)
     if loss_type != "cispo":
