@@ -127,6 +127,51 @@ def test_metrics_are_means_over_the_distilled_tokens(tmp_path: Path) -> None:
     assert {"entropy", "clip_ratio/region_mean"} <= host
 
 
+class RoundedModel:
+    """Stands for FSDP2 with mixed precision, which rounds what a forward returns to bfloat16."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, **inputs: Any) -> Any:
+        output = self.model(**inputs)
+        for name in ("loss", "log_probs", "entropy"):
+            if output.get(name) is not None:
+                output[name] = output[name].bfloat16()
+        return output
+
+
+@pytest.mark.parametrize(("loss_type", "tolerance"), [("dapo", 1e-9), ("cispo", 1e-2)])
+def test_a_wrapper_that_rounds_outputs(tmp_path: Path, loss_type: str, tolerance: float) -> None:
+    trainer = trainer_in_a_step(tmp_path, small_model(2).double(), kd="k2", loss_type=loss_type)
+    model, inputs = trainer.model, micro_batch(trainer.model)
+    exact = trainer._compute_loss(model, inputs)
+    metrics = dict(trainer._metrics["train"])
+    trainer._metrics["train"].clear()
+    loss = trainer._compute_loss(RoundedModel(model), inputs)
+    assert_close(loss, exact, rtol=1e-9, atol=0)
+    assert trainer._metrics["train"] == metrics
+    ours, expected = gradient_of(model, loss), gradient_of(model, exact)
+    for name, gradient in expected.items():
+        close = {"rtol": tolerance, "atol": tolerance * gradient.abs().max().item()}
+        assert_close(ours[name], gradient, **close)
+
+
+def test_old_logprobs_are_not_rounded_either(tmp_path: Path) -> None:
+    trainer = trainer_in_a_step(tmp_path, None, kd=None)
+    inputs = micro_batch(trainer.model)
+    trainer.model_wrapped = RoundedModel(trainer.model)
+    columns = [
+        torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask")
+    ]
+    with torch.no_grad():
+        exact, rounded = (
+            trainer._get_per_token_logps_and_entropies(model, *columns, C)[0]
+            for model in (trainer.model, trainer.model_wrapped)
+        )
+    assert_close(rounded, exact, rtol=0, atol=0)
+
+
 def test_evaluation_has_no_gradient_and_metrics_of_its_own(tmp_path: Path) -> None:
     trainer = trainer_in_a_step(tmp_path, small_model(2).double(), kd="k2", loss_type="dapo")
     inputs = micro_batch(trainer.model)

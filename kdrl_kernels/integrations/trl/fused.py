@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -40,7 +41,10 @@ class FusedHead:
         self.states = states
         self.terms: HeadTerms | None = None
         self.metrics: dict[str, Tensor] = {}
-        """Sums and counts of the last loss of terms; a wrapper might round what forward returns."""
+        """Sums and counts of the last loss of terms."""
+        self.values: dict[str, Tensor] = {}
+        """Loss, log-probabilities and entropies of the last forward, without gradient: FSDP2 with
+        mixed precision rounds what a forward returns to 16 bits."""
 
     def attach(self, model: Any) -> None:
         """Replace the forward of a transformers model that is called with fused_lm_head=True.
@@ -99,6 +103,22 @@ class FusedHead:
         if balance is not None and self.terms is None:
             output.loss = output.loss + getattr(config, "router_aux_loss_coef", 0.0) * balance
         output.aux_loss = balance
+        fields = {name: output.get(name) for name in ("loss", "log_probs", "entropy")}
+        self.values = {name: x.detach() for name, x in fields.items() if x is not None}
+        return output
+
+    def unrounded(self, output: FusedCausalLMOutput) -> FusedCausalLMOutput:
+        """Give what a wrapper returned of the last forward the values that it had before.
+
+        Gradients still go through the wrapper's tensors, where its hooks are.
+        """
+        for name, computed in self.values.items():
+            returned = getattr(output, name)
+            value = computed.to(returned.device)
+            if returned.requires_grad:
+                lost = torch.where(returned.detach() == value, 0, value - returned.detach())
+                value = returned + lost
+            setattr(output, name, value)
         return output
 
     def _loss(

@@ -49,15 +49,17 @@ PAPER = {
 class OutputRecorder:
     """Calls a model and keeps its last output, which TRL's own functions do not hand on.
 
-    The output is that of the wrapper (DDP, FSDP, ZeRO-3), whose hooks belong to its tensors.
+    The output is that of the wrapper (DDP, FSDP, ZeRO-3), whose hooks belong to its tensors, with
+    the values that its head computed.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, head: FusedHead) -> None:
         self.model = model
+        self.head = head
         self.output: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.output = self.model(*args, **kwargs)
+        self.output = self.head.unrounded(self.model(*args, **kwargs))
         return self.output
 
 
@@ -214,8 +216,14 @@ class KdrlTrainer(GRPOTrainer):
             if self.teacher_server is not None:
                 self.teacher_server.check_same(Path(checkpoint))
 
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Compute what TRL does, also without a gradient by the student's values as they were."""
+        if model is self.model or model is self.model_wrapped:
+            model = OutputRecorder(model, self._student_head)
+        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        recorder = OutputRecorder(model)
+        recorder = OutputRecorder(model, self._student_head)
         terms = self._head_terms(inputs)
         with self._student_head.computing(terms):
             loss = super()._compute_loss(recorder, inputs)
