@@ -76,9 +76,9 @@ def growth(inputs: Inputs, op: Op, call: Callable[[], providers.Outputs]) -> dic
     call()
     clear_gradients(inputs, op)
     gc.collect()
-    before = _reset_peak()
+    before = reset_peak()
     outputs = call()
-    grown = _peak() - before
+    grown = peak_bytes() - before
     output_bytes = sum(tensor.nbytes for tensor in outputs.values())
     gradients = [getattr(inputs, name).grad for name in op.gradients]
     gradient_bytes = sum(gradient.nbytes for gradient in gradients)
@@ -110,8 +110,8 @@ def in_own_process(
     return alone(measure, shape, profile, op_name, provider_name, setting)
 
 
-def alone(task: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a function of a module returns in a new process.
+def alone(task: Callable[..., Any], *arguments: Any, seconds: float = CASE_SECONDS) -> Any:
+    """Return what a function of a module returns in a new process, which is stopped after seconds.
 
     Raises: RuntimeError where the call fails, its process dies (killed for want of memory, say) or
     gives no answer.
@@ -127,8 +127,8 @@ def alone(task: Callable[..., Any], *arguments: Any) -> Any:
     process.start()
     sender.close()
     try:
-        if not receiver.poll(CASE_SECONDS):
-            raise RuntimeError(f"no answer in {CASE_SECONDS:.0f} s")
+        if not receiver.poll(seconds):
+            raise RuntimeError(f"no answer in {seconds:.0f} s")
         reply = receiver.recv()
         process.join(EXIT_SECONDS)
     except EOFError:
@@ -189,7 +189,7 @@ def _call(provider: Provider, inputs: Inputs, op: Op, setting: Setting) -> provi
     return {name: value.detach() for name, value in outputs.items()}
 
 
-def _reset_peak() -> int:
+def reset_peak() -> int:
     """Set the peak to what is in use now, and return it in bytes."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
@@ -199,10 +199,10 @@ def _reset_peak() -> int:
         Path("/proc/self/clear_refs").write_text("5")
     else:
         raise OSError(f"the peak of a CPU process is read on Linux alone, not {platform.system()}")
-    return _peak()
+    return peak_bytes()
 
 
-def _peak() -> int:
+def peak_bytes() -> int:
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated()
     # not getrusage: its maximum counts the parent's, from before the exec

@@ -22,7 +22,7 @@ import transformers
 from rich.console import Console
 
 from bench.machine import machine_info
-from bench.measures.memory import LARGE_BYTES, M_MMAP_THRESHOLD, _peak, _reset_peak
+from bench.measures.memory import LARGE_BYTES, M_MMAP_THRESHOLD, peak_bytes, reset_peak
 from kdrl_train import train
 from kdrl_train.config import (
     DataConfig,
@@ -123,11 +123,11 @@ def measure(run: TrainConfig) -> dict[str, Any]:
     """Train in this process; return the bytes grown, and the last step's seconds of each stage."""
     torch.set_num_threads(1)
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
-    before = _reset_peak()
+    before = reset_peak()
     train.main(run, Console(quiet=True))
     row = read_records(run.out)[-1]
     seconds = {key: value for key, value in row.items() if key.startswith("seconds")}
-    return {"measured_bytes": _peak() - before, "seconds": seconds}
+    return {"measured_bytes": peak_bytes() - before, "seconds": seconds}
 
 
 def compare(name: str, folder: Path) -> dict[str, Any]:
