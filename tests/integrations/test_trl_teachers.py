@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from kdrl_kernels.integrations.trl import KdrlConfig
+from kdrl_kernels.integrations.trl import KdrlConfig, KdrlTrainer, teachers
 from kdrl_kernels.integrations.trl.teachers import (
     Pupil,
     TeacherServer,
@@ -22,6 +22,7 @@ from kdrl_kernels.integrations.trl.teachers import (
     wrapped,
 )
 from kdrl_train.model.teacher.client import TeacherError, vocabulary_hash
+from kdrl_train.start import teacher_server
 from tests.train.servers import Scripted, by_position, free_port, running, teacher_app
 
 pytestmark = pytest.mark.filterwarnings(
@@ -308,3 +309,27 @@ def test_an_openai_server_needs_temperature_1(
     logprobs = server.logprobs(batch())
     server.close()
     assert_close(logprobs[1], torch.tensor([-4.08, -5.0, 0.0]))
+
+
+def test_a_server_cannot_teach_a_model_that_sees_images(pupil: Pupil) -> None:
+    trainer: Any = SimpleNamespace(
+        model=pupil.model, _tokenizer=pupil.tokenizer, eos_token_ids=[0], _is_vlm=True
+    )
+    with pytest.raises(ValueError, match=r"teacher_model must be in this process for a model that"):
+        KdrlTrainer._take_teacher(trainer, URL)
+
+
+def test_a_server_that_others_can_read_is_warned_of(
+    config: Callable[..., KdrlConfig],
+    pupil: Pupil,
+    scripted: tuple[Scripted, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(teacher_server, "is_exposed", lambda _url: True)
+    monkeypatch.setattr(
+        teachers.logger, "warning", lambda form, *values: said.append(form % values)
+    )
+    TeacherServer(scripted[1], config(), pupil).close()
+    assert len(said) == 1
+    assert said[0].startswith("teacher_model should be https, or in a private network, got http://")
