@@ -13,51 +13,18 @@ from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from kdrl_kernels.integrations.trl import KdrlConfig, KdrlTrainer
-from kdrl_kernels.integrations.trl.head import head_adapters
+from tests.integrations.full_logits import BETA, FullLogitsTrainer
 from tests.integrations.trl_runs import arguments, logs, small_model, trainer_of
 
 pytestmark = pytest.mark.filterwarnings(
     # TRL reads names that transformers 5 calls old
     "ignore:.*gradient_checkpointing. is deprecated and will be removed in v6:FutureWarning"
 )
-BETA = 0.1
 TARGETS: dict[str, dict[str, Any]] = {
     "attention": {"target_modules": ["q_proj", "v_proj"]},
     "head": {"target_modules": ["q_proj", "lm_head"]},
     "head saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
 }
-
-
-class FullLogitsTrainer(GRPOTrainer):
-    """Is GRPOTrainer by full logits, plus beta · KL(policy, teacher) of each token by them."""
-
-    def __init__(self, *arguments: Any, teacher: Any = None, **options: Any) -> None:
-        with head_adapters():
-            super().__init__(*arguments, **options)
-        self.teacher = teacher
-
-    def _logprobs(self, model: Any, ids: Tensor, mask: Tensor, count: int) -> Tensor:
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, -count - 1 : -1]
-        return (logits.float() / self.temperature).log_softmax(-1)
-
-    def _get_per_token_logps_and_entropies(
-        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, **_: Any
-    ) -> tuple[Tensor, Tensor, None]:
-        logp = self._logprobs(model, input_ids, attention_mask, logits_to_keep)
-        chosen = logp.gather(2, input_ids[:, -logits_to_keep:, None]).squeeze(2)
-        if self.teacher is not None:
-            with torch.no_grad():
-                logq = self._logprobs(self.teacher, input_ids, attention_mask, logits_to_keep)
-            self.kl = (logp.exp() * (logp - logq)).sum(-1)
-        return chosen, -(logp.exp() * logp).sum(-1), None
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        loss = super()._compute_loss(model, inputs)
-        if self.teacher is None:
-            return loss
-        return (
-            loss + BETA * (self.kl * inputs["completion_mask"]).sum() / inputs["num_items_in_batch"]
-        )
 
 
 def train(kind: Any, args: Any, lora: dict[str, Any], **options: Any) -> tuple[Any, dict[str, Any]]:

@@ -1,0 +1,52 @@
+"""The ratio of the policy to the engine that sampled, as vLLM's log-probabilities give it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from tests.integrations.trl_ranks import TrlRun, make_trainer, trained
+from tests.integrations.trl_runs import logs, small_model
+
+pytestmark = pytest.mark.filterwarnings(
+    # TRL reads names that transformers 5 calls old
+    "ignore:.*gradient_checkpointing. is deprecated and will be removed in v6:FutureWarning"
+)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", pytest.param("vespo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "token_truncate",
+        "sequence_mask",
+        pytest.param("token_mask", marks=pytest.mark.slow),
+        pytest.param("sequence_truncate", marks=pytest.mark.slow),
+    ],
+)
+def test_the_ratio_weighs_tokens_as_in_trl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, loss_type: str
+) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")  # of rollout_func
+    options = {"vllm_importance_sampling_mode": mode, "loss_type": loss_type}
+    options |= {"vllm_importance_sampling_clip_max": 1.5}
+    run = TrlRun(folder=tmp_path, options=options, sampler_ratio=True, tool_mask=True)
+    ours, theirs = make_trainer(run), make_trainer(replace(run, kdrl=False))
+    ours.train()
+    theirs.train()
+    for record, expected in zip(logs(ours), logs(theirs), strict=True):
+        assert record.keys() == expected.keys()
+        for name, value in expected.items():
+            assert record[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    ratios = [record["sampling/importance_sampling_ratio/mean"] for record in logs(theirs)]
+    assert all(abs(ratio - 1) > 0.1 for ratio in ratios)
+    before = dict(small_model(1).named_parameters())
+    weights = trained(ours)
+    moved = 0.0
+    for name, weight in trained(theirs).items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-6)
+        moved = max(moved, abs(weight - before[name].detach().numpy()).max())
+    assert moved > 1e-3

@@ -1,0 +1,135 @@
+"""Trains a small policy with TRL's trainer or ours, on one process or several.
+
+Rollouts are scripted: TRL samples other tokens on each process.
+"""
+
+import os
+import traceback
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from numpy.typing import NDArray
+from peft import LoraConfig
+from torch.distributed.tensor import DTensor
+from trl import GRPOConfig, GRPOTrainer
+
+from kdrl_kernels.integrations.trl import KdrlConfig, KdrlTrainer
+from tests.integrations.trl_runs import arguments, logs, small_model, tokenizer, trainer_of
+from tests.train.ranks import on_processes
+
+LONGEST = 8
+"""Tokens of the longest completion."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrlRun:
+    """Describes one training run, of `batch` completions a micro-batch over all processes."""
+
+    folder: Path
+    kdrl: bool = True
+    batch: int = 8
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the trainer's configuration."""
+    teacher: bool = False
+    lora: dict[str, Any] | None = None
+    fsdp: bool = False
+    tool_mask: bool = False
+    masked_from: int | None = None
+    """First completion of a batch whose tokens are all a tool's."""
+    sampler_ratio: bool = False
+    """Whether the sampler's log-probabilities differ from the policy's, as vLLM's do."""
+
+
+@dataclass(frozen=True)
+class TrlOutcome:
+    """Holds what a run left: what it logged, and its trained parameters, whole."""
+
+    log: list[dict[str, float]]
+    parameters: dict[str, NDArray[Any]]
+    sharded: bool
+    """Whether a process held a part of each parameter."""
+
+
+def train_ranks(run: TrlRun, ranks: int = 2) -> TrlOutcome:
+    """Train on several processes; return what the first one says."""
+    outcomes = on_processes(ranks, partial(_train, run))
+    assert all(isinstance(outcome, TrlOutcome) for outcome in outcomes), "\n".join(
+        str(outcome) for outcome in outcomes if not isinstance(outcome, TrlOutcome)
+    )
+    return outcomes[0]
+
+
+def _train(run: TrlRun, rank: int) -> TrlOutcome | str:
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    try:
+        trainer = make_trainer(run, int(os.environ["WORLD_SIZE"]))
+        trainer.train()
+        sharded = all(isinstance(value, DTensor) for value in trainer.model.parameters())
+        return TrlOutcome(logs(trainer), trained(trainer), sharded)
+    except Exception:
+        return f"rank {rank}: {traceback.format_exc()}"
+
+
+def make_trainer(run: TrlRun, ranks: int = 1) -> Any:
+    """Make the trainer of one process of a run."""
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func
+    options = {
+        "per_device_train_batch_size": run.batch // ranks,
+        "max_completion_length": LONGEST,
+    }
+    if run.fsdp:
+        options |= {"fsdp": True, "fsdp_config": {"version": 2}}
+    more: dict[str, Any] = {"rollout_func": partial(rollouts, run)}
+    if run.lora is not None:
+        more["peft_config"] = LoraConfig(task_type="CAUSAL_LM", **run.lora)
+    if run.kdrl and not run.teacher:
+        options["kd"] = None
+    if run.teacher:
+        more["teacher_model"] = small_model(2, hidden=48)
+    args = arguments(KdrlConfig if run.kdrl else GRPOConfig, run.folder, **options | run.options)
+    if run.fsdp:  # accelerate has no such choice for a CPU; torch shards there as on GPUs
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    trainer = trainer_of(KdrlTrainer if run.kdrl else GRPOTrainer, args, **more)
+    if run.sampler_ratio:
+        trainer.use_vllm = True
+        trainer.vllm_generation = SimpleNamespace(sync_weights=lambda: None)
+        trainer._last_loaded_step = -1
+    return trainer
+
+
+def rollouts(run: TrlRun, texts: list[str], trainer: Any) -> dict[str, Any]:
+    """Return completions that depend on the step and the place in its whole batch, for TRL."""
+    first = trainer.accelerator.process_index * len(texts)
+    completions, logprobs, masks = [], [], []
+    for place in range(first, first + len(texts)):
+        rng = torch.Generator().manual_seed(1000 * trainer.state.global_step + place)
+        length = int(torch.randint(1, LONGEST + 1, (1,), generator=rng))
+        ids = torch.randint(3, len(tokenizer()), (length,), generator=rng)
+        if place % 3:
+            ids[-1] = tokenizer().eos_token_id
+        completions.append(ids.tolist())
+        logprobs.append((-5 - torch.rand(length, generator=rng)).tolist())
+        masked = run.masked_from is not None and place >= run.masked_from
+        masks.append([int((place + spot) % 4 != 2 and not masked) for spot in range(length)])
+    rows: dict[str, Any] = {
+        "prompt_ids": [tokenizer()(text)["input_ids"] for text in texts],
+        "completion_ids": completions,
+        "logprobs": logprobs if run.sampler_ratio else None,
+    }
+    return rows | ({"env_mask": masks} if run.tool_mask or run.masked_from is not None else {})
+
+
+def trained(trainer: Any) -> dict[str, NDArray[Any]]:
+    """Return the trained parameters of a trainer, whole, by the names that they have unwrapped."""
+    parameters = {}
+    for name, value in trainer.model.named_parameters():
+        if value.requires_grad:
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            parameters[name] = whole.detach().numpy().copy()
+    return parameters
