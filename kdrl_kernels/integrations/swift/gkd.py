@@ -48,6 +48,13 @@ class SwiftGKDTrainer(GKDTrainer):
                 f"got {self.args.sft_alpha}"
             )
         get_logger().info("divergence: kdrl_kernels.kdrl_loss, without logits")
+        if self.teacher_model is not None:
+            V_t = self.teacher_model.config.get_text_config().vocab_size
+            if V_t != self._columns():
+                get_logger().warning(
+                    f"the student knows {self._columns()} tokens, the teacher {V_t}: those of both "
+                    "count (ms-swift puts the larger one's logits into the other)"
+                )
 
     @profiling_decorator
     def compute_loss(
@@ -102,7 +109,7 @@ class SwiftGKDTrainer(GKDTrainer):
 
         def keep(hidden: Tensor, head: SwiftHead) -> Tensor:
             teacher = head.teacher(hidden[mask], self.temperature, copy=copy and K is None)
-            kept.append(teacher if K is None else _best(teacher, K))
+            kept.append(teacher if K is None else _best(teacher, K, self._columns()))
             return hidden.new_empty(*hidden.shape[:2], 0)
 
         with ExitStack() as stack:
@@ -117,6 +124,11 @@ class SwiftGKDTrainer(GKDTrainer):
             through_head(self.accelerator, model, inputs, keep)
         (teacher,) = kept
         return teacher
+
+    def _columns(self) -> int:
+        """Return how many tokens the student knows."""
+        columns: int = self.model.config.get_text_config().vocab_size
+        return columns
 
     def _divergence(
         self, rows: Tensor, head: SwiftHead, tokens: Tensor, target: kk.TeacherHead | Any
@@ -165,15 +177,16 @@ def _served(batch: Any, mask: Tensor, temperature: float) -> tuple[Tensor, Tenso
     return batch.teacher_topk_indices[mask], batch.teacher_topk_logprobs[mask] / temperature
 
 
-def _best(teacher: kk.TeacherHead, K: int) -> tuple[Tensor, Tensor]:
-    """Return the teacher's K likeliest tokens [N, K] of each row and their log-probabilities."""
-    hidden, weight = teacher.hidden, teacher.weight
+def _best(teacher: kk.TeacherHead, K: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Return the teacher's K likeliest of its first columns, [N, K], and their log-probabilities.
+    """
+    hidden, weight = teacher.hidden, teacher.weight[:columns]
     out = kk.linear_logprobs(
         hidden,
         weight,
         torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device),
         topk=K,
-        bias=teacher.bias,
+        bias=None if teacher.bias is None else teacher.bias[:columns],
         temperature=teacher.temperature,
         softcap=teacher.softcap,
     )

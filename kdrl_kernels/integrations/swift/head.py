@@ -13,13 +13,12 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from swift.rlhf_trainers.utils import _ForwardRedirection
 from torch import Tensor, nn
 
 import kdrl_kernels as kk
 from kdrl_kernels.head_config import head_scalars
+from kdrl_kernels.integrations.adapted_head import without_adapter
 
 PROBE = 16.0
 """A logit that goes through the model beside the values, to see what it does to logits."""
@@ -101,16 +100,17 @@ def through_head(
 
 
 @contextmanager
-def _replaced(layer: Any, config: Any, function: HeadFunction) -> Iterator[list[Tensor]]:
-    """Compute function in place of a layer; its outputs, after all other hooks, are collected."""
-    layer = _trained_layer(layer)
+def _replaced(head: Any, config: Any, function: HeadFunction) -> Iterator[list[Tensor]]:
+    """Compute function in place of a head; its outputs, after all other hooks, are collected."""
+    linear, adapter = without_adapter(head)
+    layer = linear if adapter is None else head  # whose hooks gather what is sharded
     before, values = vars(layer).get("forward"), []
 
     def forward(hidden: Tensor) -> Tensor:
         kind = hidden.device.type
         if torch.is_autocast_enabled(kind):
             hidden = hidden.to(torch.get_autocast_dtype(kind))
-        rows = function(hidden, _head(layer, config))
+        rows = function(hidden, _head(head, config))
         return torch.cat([rows, rows.new_full((*rows.shape[:-1], 1), PROBE)], dim=-1)
 
     def collect(_layer: nn.Module, _inputs: Any, output: Tensor) -> None:
@@ -127,49 +127,15 @@ def _replaced(layer: Any, config: Any, function: HeadFunction) -> Iterator[list[
             layer.forward = before
 
 
-def _trained_layer(layer: Any) -> Any:
-    """Return the layer itself, or the copy of it that PEFT's modules_to_save uses now."""
-    if not isinstance(layer, ModulesToSaveWrapper):
-        return layer
-    active = [name for name in layer.active_adapters if name in layer.modules_to_save]
-    if layer.disable_adapters or not active:
-        return layer.original_module
-    return layer.modules_to_save[active[0]]
-
-
 def _head(layer: Any, config: Any) -> SwiftHead:
-    """Return weight, bias and adapter of an LM head: a linear layer, or LoRA around one."""
-    adapter, base = None, layer
-    if isinstance(layer, LoraLayer):
-        adapter, base = _adapter(layer), layer.get_base_layer()
-    if type(base).forward is not nn.Linear.forward:
+    """Return weight, bias and adapter of an LM head: a linear layer, or what PEFT made of one."""
+    linear, adapter = without_adapter(layer)
+    if type(linear).forward is not nn.Linear.forward:
         raise ValueError(
-            f"the LM head must be a plain linear layer, got {type(base).__name__}: train this "
+            f"the LM head must be a plain linear layer, got {type(linear).__name__}: train this "
             "model without this plugin"
         )
-    return SwiftHead(base.weight, base.bias, config, adapter)
-
-
-def _adapter(layer: Any) -> kk.LowRank | None:
-    """Return the LoRA that a layer of PEFT uses now, or None."""
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if layer.disable_adapters or layer.merged or not names:
-        return None
-    name, reason = names[0], None
-    if len(names) > 1:
-        reason = f"{len(names)} of them"
-    elif name in layer.lora_variant:
-        reason = f"{type(layer.lora_variant[name]).__name__}"
-    elif layer.lora_B[name].bias is not None:
-        reason = "one with a bias"
-    elif layer.training and getattr(layer.lora_dropout[name], "p", 0) > 0:
-        reason = f"one with dropout {layer.lora_dropout[name].p}"
-    if reason is not None:
-        raise ValueError(
-            f"the adapter of the LM head must be one plain LoRA without dropout, got {reason}: "
-            "take lm_head out of --target_modules"
-        )
-    return kk.LowRank(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+    return SwiftHead(linear.weight, linear.bias, config, adapter)
 
 
 def _check_logits(model: nn.Module, logits: Tensor, config: Any) -> None:
