@@ -24,6 +24,7 @@ CASES: dict[str, dict[str, str | None]] = {
     "one-sequence": {"per_device_train_batch_size": "1"},  # ms-swift then drops rows in between
     "all-logits": {"use_logits_to_keep": "false"},
     "and-labels": {"sft_alpha": "0.3", "lmbda": "0", "beta": "1"},
+    "no-labels-of-samples": {"sft_alpha": "0.3", "lmbda": "1"},
     "best-tokens": {"gkd_logits_topk": "5", "beta": "0.5", "temperature": "0.7"},
     "another-prompt": {"dataset": "privileged.jsonl", "lmbda": "1"},
     "itself": {"teacher_model": None, "dataset": "privileged.jsonl", "beta": "1"},

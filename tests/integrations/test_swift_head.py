@@ -117,6 +117,42 @@ def test_logprobs_and_gradients_are_those_of_full_logits(family: str, padding_fr
     compare(make(family), padding_free=padding_free)
 
 
+def test_a_model_that_sees_an_image() -> None:
+    """The gradient reaches the layers that read the image."""
+    rope = {"type": "mrope", "mrope_section": [1, 1, 2], "rope_type": "default"}
+    sight = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16}
+    sight |= {"out_hidden_size": 16, "patch_size": 4, "temporal_patch_size": 1, "window_size": 16}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={**SIZES, "rope_scaling": rope},
+        vision_config={**sight, "spatial_merge_size": 2, "fullatt_block_indexes": [0]},
+        image_token_id=50,
+        vision_start_token_id=51,
+        vision_end_token_id=52,
+        video_token_id=49,
+    )
+    torch.manual_seed(0)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config).double()
+    ids = torch.tensor([[51, 50, 50, 50, 50, 52, 5, 6, 7, 8, 9]])
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(16, 48, dtype=torch.float64),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        "mm_token_type_ids": (ids == 50).long(),
+    }
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    values = SimpleNamespace(completion_mask=mask, logits_to_keep=4, seq_lengths=mask.sum(1))
+    gradients = []
+    for kind in (SwiftGRPOTrainer, GRPOTrainer):
+        model.zero_grad()
+        trainer = stand(kind, model)
+        logprobs, _ = trainer._get_per_token_logps_and_entropies_single(model, inputs, values)
+        logprobs.sum().backward()
+        gradients.append(model.model.visual.patch_embed.proj.weight.grad.clone())
+    assert gradients[1].abs().max() > 0.1
+    assert (gradients[0] - gradients[1]).abs().max() <= 1e-9
+
+
 @pytest.mark.parametrize("options", [{"target_modules": ["q_proj", "lm_head"]}, {"saves": True}])
 def test_an_adapter_on_the_head(options: dict[str, Any]) -> None:
     if options.pop("saves", False):

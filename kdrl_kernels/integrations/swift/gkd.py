@@ -178,8 +178,7 @@ def _served(batch: Any, mask: Tensor, temperature: float) -> tuple[Tensor, Tenso
 
 
 def _best(teacher: kk.TeacherHead, K: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Return the teacher's K likeliest of its first columns, [N, K], and their log-probabilities.
-    """
+    """Return the teacher's K likeliest of its first columns [N, K] and their log-probabilities."""
     hidden, weight = teacher.hidden, teacher.weight[:columns]
     out = kk.linear_logprobs(
         hidden,
