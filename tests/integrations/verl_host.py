@@ -32,6 +32,7 @@ from verl.workers.config import (
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import left_right_2_no_padding
 
+from kdrl_kernels.integrations.sequence_weights import WEIGHT
 from kdrl_kernels.integrations.verl import KdrlDistillationLossConfig
 
 V = 61
@@ -125,16 +126,26 @@ def saved(folder: Path, **sizes: Any) -> Path:
     return folder / "model"
 
 
-def engine(model: Path, backend: str | None, lr: float = 1e-2, **options: Any) -> Any:
-    """Build verl's FSDP2 engine in float32; without a backend it computes full logits."""
+def engine(
+    model: Path,
+    backend: str | None,
+    lr: float = 1e-2,
+    precision: dict[str, str] | None = FP32,
+    **options: Any,
+) -> Any:
+    """Build verl's FSDP2 engine; without a backend it computes full logits.
+
+    precision: None is verl's own, float32 weights and bfloat16 arithmetic.
+    """
     # a module that asks for the platform
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead  # noqa: PLC0415
 
     packed = options.pop("use_remove_padding", True)
+    checkpointing = options.pop("enable_gradient_checkpointing", False)
     model_config = HFModelConfig(
         path=str(model),
         load_tokenizer=False,
-        enable_gradient_checkpointing=False,
+        enable_gradient_checkpointing=checkpointing,
         use_remove_padding=packed,
         use_fused_kernels=backend is not None,
         fused_kernel_options={"impl_backend": backend},
@@ -142,7 +153,7 @@ def engine(model: Path, backend: str | None, lr: float = 1e-2, **options: Any) -
         **options,
     )
     engine_config = FSDPEngineConfig(
-        strategy="fsdp2", mixed_precision=FP32, use_torch_compile=False
+        strategy="fsdp2", mixed_precision=precision, use_torch_compile=False
     )
     optimizer = FSDPOptimizerConfig(lr=lr, total_training_steps=10, clip_grad=1e9)
     built = FSDPEngineWithLMHead(model_config, engine_config, optimizer, CheckpointConfig())
@@ -225,14 +236,31 @@ def policy_gradient(actor: ActorConfig) -> Any:
     return partial(ppo_loss, config=actor)
 
 
+def weighted(built: Any, data: Any, loss: Any) -> Any:
+    """Give a batch the weights that train_batch gives it before forward and backward."""
+    # a module that loads the engines, which ask for the platform
+    from kdrl_kernels.integrations.verl.steps import batch_weights  # noqa: PLC0415
+
+    settings = getattr(loss.keywords.get("distillation_config"), "distillation_loss", None)
+    if settings is not None:
+        data[WEIGHT] = batch_weights(built, data, settings, loss.keywords["config"].rollout_n)
+    return data
+
+
 def gradients(built: Any, data: Any, loss: Any) -> tuple[float, dict[str, Tensor]]:
-    """Run forward and backward of an update; the loss, and the gradient of each parameter."""
+    """Run forward and backward of an update; the loss, and each parameter's gradient."""
     with built.train_mode():
         built.optimizer_zero_grad()
-        outputs = built.forward_backward_batch(data, loss)
+        outputs = built.forward_backward_batch(weighted(built, data, loss), loss)
         grads = {
             name: parameter.grad.full_tensor().clone()
             for name, parameter in built.module.named_parameters()
+            if parameter.requires_grad
         }
         built.optimizer_zero_grad()
     return sum(outputs["loss"]), grads
+
+
+def run(built: Any, loss: Any, fused: bool = True, **keys: Any) -> tuple[float, dict[str, Tensor]]:
+    """Run forward and backward of rollouts()."""
+    return gradients(built, update_batch(rollouts(), fused=fused, **keys), loss)

@@ -6,11 +6,13 @@ already shifted (shift_labels). verl's own backends take the weight of the head 
 soft cap and scale of the logits, and an adapter on the head, count too.
 """
 
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from verl.models.transformers import monkey_patch
 from verl.models.transformers.dense_common import CausalLMOutputForPPO
 from verl.utils.experimental import torch_functional
@@ -108,25 +110,51 @@ def fused_forward(
         if tokens is None:
             raise ValueError("input_ids, labels or shift_labels must be passed, got none of them")
         shift_labels = torch.roll(tokens, shifts=-1, dims=-1)
+    following = shift_labels.long()
     temperature, softcap = head_scalars(self.config.get_text_config(), float(temperature))
     layer, adapter = without_adapter(self.get_output_embeddings())
-    scores = kk.linear_logprobs(
-        outputs[0],
-        layer.weight,
-        shift_labels.long(),
-        bias=getattr(layer, "bias", None),
-        temperature=temperature,
-        softcap=softcap,
-        adapter=adapter,
-        entropy=True,
-    )
+
+    def scores(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        out = kk.linear_logprobs(
+            hidden,
+            layer.weight,
+            following,
+            bias=getattr(layer, "bias", None),
+            temperature=temperature,
+            softcap=softcap,
+            adapter=adapter,
+            entropy=True,
+        )
+        assert out.entropy is not None
+        return out.logprobs, out.entropy
+
+    log_probs, entropy = as_forward(layer, scores, outputs[0])
     return CausalLMOutputForPPO(
-        log_probs=scores.logprobs,
-        entropy=scores.entropy,
+        log_probs=log_probs,
+        entropy=entropy,
         past_key_values=outputs.past_key_values,
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
     )
+
+
+def as_forward(
+    layer: Any, function: Callable[[Tensor], tuple[Tensor, Tensor]], hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return function(hidden), called as the forward of an LM head that is a group of FSDP2.
+
+    verl makes an untied head such a group. Its hooks then gather the weight before, and take the
+    gradient after, in the dtypes and at the micro-batches that verl has set.
+    """
+    if not isinstance(layer, FSDPModule):
+        return function(hidden)
+    head: Any = layer
+    head.forward = function
+    try:
+        log_probs, entropy = head(hidden)
+    finally:
+        del head.forward
+    return log_probs, entropy
 
 
 def fused_linear(original: type[nn.Module]) -> type[nn.Module]:
