@@ -155,7 +155,7 @@ def test_nested_fields_are_read_as_padded_ones() -> None:
 
 
 def test_verls_own_settings_have_our_defaults() -> None:
-    own = DistillationLossConfig(
+    plain = DistillationLossConfig(
         loss_mode="kdrl_k2", use_policy_gradient=False, loss_max_clamp=None
     )
     output, data = micro_batch(**{WEIGHT: torch.ones(8)})
@@ -163,7 +163,7 @@ def test_verls_own_settings_have_our_defaults() -> None:
         losses.distillation_losses(
             host.actor_config(), DistillationConfig(distillation_loss=settings), output, data
         )[0]
-        for settings in (own, KdrlDistillationLossConfig())
+        for settings in (plain, KdrlDistillationLossConfig())
     ]
     torch.testing.assert_close(*values)
 
