@@ -14,7 +14,7 @@ from tests.integrations.trl_runs import arguments, prompts, reward, small_model,
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings(
     # TRL reads names that transformers 5 calls old
-    "ignore:.*gradient_checkpointing. is deprecated and will be removed in v6:FutureWarning"
+    "ignore:.*gradient_checkpointing.* is deprecated and will be removed in v6:FutureWarning"
 )
 
 

@@ -93,7 +93,6 @@ def run(steps: int = 30, *, teacher_steps: int = 100, student_steps: int = 80) -
             logging_steps=3,
             use_cpu=True,
             bf16=False,
-            activation_checkpointing=False,
             report_to=[],
             save_strategy="no",
             disable_tqdm=True,
