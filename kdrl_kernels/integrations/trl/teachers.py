@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 from trl.models import prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import create_model_from_path, disable_dropout_in_model
+from trl.trainer.utils import create_model_from_path
 
 from kdrl_kernels.integrations.trl.config import KdrlConfig
 from kdrl_train.batch import Rollouts
@@ -104,7 +104,7 @@ def check_teacher_model(teacher: Any, args: KdrlConfig, model: Any) -> None:
 
 
 def local_teacher(teacher: Any, args: KdrlConfig, pupil: Pupil) -> Any:
-    """Return a teacher that computes in this process: frozen, without dropout, not wrapped yet.
+    """Return a teacher that computes in this process: frozen, evaluating, not wrapped yet.
 
     Args:
         teacher: a model, or its folder or id, which is loaded in the student's dtype unless
@@ -123,7 +123,6 @@ def local_teacher(teacher: Any, args: KdrlConfig, pupil: Pupil) -> Any:
         model = create_model_from_path(name, **_load_options(args, pupil.model))
     check_vocabulary(model, tokenizer, args, pupil)
     model.requires_grad_(requires_grad=False)
-    disable_dropout_in_model(model)
     return model.eval()
 
 
