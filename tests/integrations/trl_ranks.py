@@ -36,7 +36,8 @@ class TrlRun:
     batch: int = 8
     options: dict[str, Any] = field(default_factory=dict)
     """Of the trainer's configuration."""
-    teacher: bool = False
+    teacher: bool | str = False
+    """Whether there is a teacher, or the URL of its server."""
     lora: dict[str, Any] | None = None
     fsdp: bool = False
     tool_mask: bool = False
@@ -91,7 +92,8 @@ def make_trainer(run: TrlRun, ranks: int = 1) -> Any:
     if run.kdrl and not run.teacher:
         options["kd"] = None
     if run.teacher:
-        more["teacher_model"] = small_model(2, hidden=48)
+        url = run.teacher if isinstance(run.teacher, str) else None
+        more["teacher_model"] = url or small_model(2, hidden=48)
     args = arguments(KdrlConfig if run.kdrl else GRPOConfig, run.folder, **options | run.options)
     if run.fsdp:  # accelerate has no such choice for a CPU; torch shards there as on GPUs
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
