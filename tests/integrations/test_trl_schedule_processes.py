@@ -12,6 +12,7 @@ from tests.integrations.trl_ranks import TrlOutcome, TrlRun, train_ranks
 from tests.integrations.trl_runs import small_model, tokenizer
 from tests.train.servers import running, teacher_app
 
+pytestmark = pytest.mark.slow  # three to five processes that import TRL
 BUDGET = {"kind": "kl_budget", "bounds": [1e-4, 2.0], "gain": 0.3}
 CASES: dict[str, dict[str, Any]] = {
     "budget": {"kd": "rkl", "kd_mask": "wrong", "kd_coef_schedule": BUDGET},
@@ -27,7 +28,7 @@ def assert_same(two: TrlOutcome, one: TrlOutcome) -> None:
         np.testing.assert_allclose(two.parameters[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["budget", pytest.param("adaptive", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", CASES)
 def test_a_group_over_two_processes_is_one_group(tmp_path: Path, name: str) -> None:
     options = {"num_generations": 8, "kd_coef": 0.5, "max_steps": 4} | CASES[name]
     run = TrlRun(folder=tmp_path, teacher=True, options=options)
@@ -39,7 +40,6 @@ def test_a_group_over_two_processes_is_one_group(tmp_path: Path, name: str) -> N
         assert all(0 < record["kdrl/completions"] < 1 for record in two.log)
 
 
-@pytest.mark.slow
 def test_each_process_queries_for_its_completions(tmp_path: Path) -> None:
     folder = tmp_path / "teacher"
     small_model(2, hidden=48).save_pretrained(folder)
