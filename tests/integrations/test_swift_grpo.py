@@ -22,6 +22,7 @@ CASES: dict[str, dict[str, str | None]] = {
     "dr_grpo-two-sided": {"loss_type": "dr_grpo", "delta": "1.5", "epsilon_high": "0.28"},
     "cispo": {"loss_type": "cispo", "epsilon_high": "5", "beta": "0"},
     "sapo": {"loss_type": "sapo"},
+    "rloo": {"advantage_estimator": "rloo", "kl_in_reward": "true"},
     "sequence": {"importance_sampling_level": "sequence", "num_iterations": "2"},
     "entropies": {"log_entropy": "true", "top_entropy_quantile": "0.5"},
     "overlong": {"overlong_filter": "true", "gradient_accumulation_steps": "1"},

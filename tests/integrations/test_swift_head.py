@@ -1,5 +1,7 @@
 """Log-probabilities, entropies and gradients by the head are those of ms-swift's full logits."""
 
+import subprocess
+import sys
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +17,7 @@ with warnings.catch_warnings():
 import transformers
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
-from swift.rlhf_trainers import GKDTrainer, GRPOTrainer
+from swift.rlhf_trainers import GRPOTrainer
 from swift.rlhf_trainers.gkd_loss import TeacherOutput, gkd_loss
 from torch import Tensor, nn
 
@@ -52,7 +54,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def make(family: str, **options: Any) -> Any:
     """Return a small model in float64."""
     torch.manual_seed(3)
-    config = getattr(transformers, f"{family}Config")(**SIZES, **FAMILIES[family], **options)
+    config = getattr(transformers, f"{family}Config")(**SIZES | FAMILIES[family] | options)
     return getattr(transformers, f"{family}ForCausalLM")(config).double()
 
 
@@ -279,15 +281,12 @@ def test_tokens_of_a_server(beta: float) -> None:
         assert (mine - theirs).abs().max() <= 1e-12
 
 
-@pytest.mark.parametrize("K", [None, 5])
-def test_vocabularies_of_two_sizes(K: int | None) -> None:
-    """The columns of both count; the host puts the larger model's logits into the smaller's."""
-    student, teacher = make("Qwen2"), make("Llama")
-    student.resize_token_embeddings(48)
+def distilled(student: Any, teacher: Any, **values: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return GKD's loss of two sequences at beta 0.5, their tokens and their labels."""
     ids = torch.arange(3, 19).view(2, 8)
     labels = ids.clone()
     labels[:, :3], labels[1, 5:] = -100, -100
-    settings: dict[str, Any] = {"beta": 0.5, "use_teacher_api": False, "gkd_logits_topk": K}
+    settings: dict[str, Any] = {"beta": 0.5, "use_teacher_api": False, "gkd_logits_topk": None}
     settings |= {"_is_self_distillation": False, "teacher_model": teacher}
     settings |= {"is_fsdp_enabled": False, "is_deepspeed_enabled": False}
     arguments = SimpleNamespace(
@@ -297,19 +296,35 @@ def test_vocabularies_of_two_sizes(K: int | None) -> None:
         gradient_checkpointing_kwargs=None,
         report_to=[],
     )
-    trainer = stand(SwiftGKDTrainer, student, args=arguments, **settings)
+    trainer = stand(SwiftGKDTrainer, student, args=arguments, **settings | values)
     inputs = {
         "model_inputs": {"input_ids": ids, "labels": labels},
         "teacher_model_inputs": {"input_ids": ids, "labels": labels},
         "gkd_batch": SimpleNamespace(data_source="dataset"),
     }
-    ours = trainer.compute_loss(student, inputs)
+    return trainer.compute_loss(student, inputs), ids, labels.roll(-1, 1)
+
+
+@pytest.mark.parametrize("K", [None, 5])
+def test_vocabularies_of_two_sizes(K: int | None) -> None:
+    """The columns of both count; the host puts the larger model's logits into the smaller's."""
+    student, teacher = make("Qwen2"), make("Llama")
+    student.resize_token_embeddings(48)
+    ours, ids, labels = distilled(student, teacher, gkd_logits_topk=K)
     with torch.no_grad():
-        output = TeacherOutput(
-            full_logits=teacher(input_ids=ids).logits[..., :48], labels=labels.roll(-1, 1)
-        )
+        logits = teacher(input_ids=ids).logits[..., :48]
+    output = TeacherOutput(full_logits=logits, labels=labels)
     output = output if K is None else output.to_topk(K)
-    logits = student(input_ids=ids).logits
-    total, count = gkd_loss(logits, output, labels.roll(-1, 1), 0.5, 0.7)
+    total, count = gkd_loss(student(input_ids=ids).logits, output, labels, 0.5, 0.7)
     assert torch.isclose(ours, total / count, rtol=0, atol=1e-9)
-    assert isinstance(trainer, GKDTrainer)
+
+
+def test_sharded_models() -> None:
+    """FSDP2 on two processes: the log-probabilities, losses and gradients of whole models."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node=2", "-m", "tests.integrations.swift_sharded"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    errors = [line.split() for line in done.stdout.splitlines() if line.startswith("error ")]
+    assert sorted(case for _, case, _ in errors) == ["gkd", "gkd-head", "grpo", "grpo-head"]
+    assert all(float(error) <= 1e-9 for _, _, error in errors)
