@@ -1,6 +1,5 @@
 """patch_trl(): TRL's head by linear_logprobs gives TRL's numbers, and those of full logits."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -109,18 +108,12 @@ def gradients(outputs: Any, tensors: Any, entropy: bool = True) -> list[Tensor |
 @pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
 def test_outputs_and_gradients_are_those_of_full_logits(options: dict[str, Any]) -> None:
     tensors = head()
-    names = tuple(
-        name for name in OPTIONAL_OUTPUTS if name != "mean_logits" or "softcap" not in options
-    )
-    ours = call(patch_trl(), tensors, names, **options)
+    ours = call(patch_trl(), tensors, **options)
     exact = call(FullLogits, tensors, **options)
     assert exact[4].any()
     assert not exact[4].all()
     for name, value, expected in zip(("log_probs", *OPTIONAL_OUTPUTS), ours, exact, strict=True):
-        if name in names or name == "log_probs":
-            torch.testing.assert_close(value, expected, msg=name)
-        else:
-            assert value is None
+        torch.testing.assert_close(value, expected, msg=name)
     torch.testing.assert_close(gradients(ours, tensors), gradients(exact, tensors))
 
 
@@ -174,6 +167,18 @@ def test_autocast_rounds_the_operands_as_trl_does(options: dict[str, Any]) -> No
     assert all(first <= 2 * second for first, second in zip(ours[2:], theirs[2:], strict=True))
 
 
+@pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
+def test_a_model_and_its_reference_have_the_same_log_probabilities(options: dict[str, Any]) -> None:
+    """DPO and KTO name more outputs for the model than for the reference."""
+    tensors, lean = head(torch.float32), patch_trl()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model, reference = (
+            call(lean, tensors, outputs, **options)[0]
+            for outputs in (("log_probs", "mean_logits"), ("log_probs",))
+        )
+    torch.testing.assert_close(model, reference, rtol=0, atol=0)
+
+
 def test_a_head_in_float32_beside_a_16_bit_weight() -> None:
     """cast_lm_head_to_fp32: hidden states in float32, autocast off."""
     hidden, weight, bias, targets = head(torch.float32)
@@ -195,15 +200,22 @@ def test_a_scale_that_is_not_positive_is_left_to_trl(
     assert "logit_scale of the model must be positive for ours" in caplog.text
 
 
-def test_the_mean_of_capped_logits_is_left_to_trl_and_said_once(
-    caplog: pytest.LogCaptureFixture,
+def test_the_mean_of_capped_logits_holds_few_of_them_at_once(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tensors = head(torch.float32)
-    lean = patch_trl()
-    with caplog.at_level(logging.WARNING):
-        ours, _ = (call(lean, tensors, softcap=3.0) for _ in range(2))
-    torch.testing.assert_close(ours, call(ChunkedLogProbFunction, tensors, softcap=3.0))
-    assert caplog.text.count("TRL's own head stays in use") == 1
+    monkeypatch.setattr(patch, "CAPPED_BYTES", 4 * V * 2)  # two rows
+    sizes = []
+    original = patch._capped
+
+    def spy(logits: Tensor, cap: float) -> Tensor:
+        sizes.append(len(logits))
+        return original(logits, cap)
+
+    monkeypatch.setattr(patch, "_capped", spy)
+    options = HEADS["scale, then softcap"]
+    ours, exact = (call(one, head(), **options) for one in (patch_trl(), FullLogits))
+    torch.testing.assert_close(ours[3], exact[3])
+    assert sizes == [2, 2, 2, 1]
 
 
 def test_cached_logits_give_the_same_gradients_in_less_time(
@@ -349,6 +361,16 @@ def test_the_patch_comes_off() -> None:
         assert utils._ChunkedLogProbFunction is lean
         assert utils._use_triton(torch.device("cpu"))
     assert utils._ChunkedLogProbFunction is ChunkedLogProbFunction
+    assert utils._use_triton is own_choice
+
+
+def test_a_patch_inside_of_another_gives_it_back() -> None:
+    own_choice = utils._use_triton
+    with patch_trl() as outer:
+        with patch_trl(backward="sketch") as inner:
+            assert utils._ChunkedLogProbFunction is inner
+        assert utils._ChunkedLogProbFunction is outer
+        assert utils._use_triton(torch.device("cpu"))
     assert utils._use_triton is own_choice
 
 

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 RANK_ROWS = 1 << 40
 """Numbers of rows of a sketch that a process has for itself."""
+CAPPED_BYTES = 1 << 28
+"""Bytes of float32 logits that are held at once for the mean of capped logits."""
 
 
 def patch_trl(
@@ -41,8 +43,8 @@ def patch_trl(
 
     It serves trainers that exist already and those made later, in this process, until
     unpatch_trl(). On a CPU it also lets TRL leave out positions without a label, as it does on a
-    GPU. A model that caps its logits (Gemma) keeps TRL's function where DPO and KTO log the mean
-    logit, which needs them all; a warning says so once.
+    GPU. DPO and KTO log the mean logit; for a model that caps its logits (Gemma) this costs one
+    more product of the head.
 
     Args:
         cache_bytes: as in linear_logprobs: memory for logits that backward then does not compute
@@ -50,7 +52,8 @@ def patch_trl(
         backward: "exact", or "sketch" for a sparse unbiased estimate of the gradient.
         sketch_threshold: Sketch.threshold of backward="sketch"; None: its default.
         sketch_seed: number of the first sketch; each call takes the next one.
-    Returns: the patch, which as a context manager (`with patch_trl(): ...`) takes itself off.
+    Returns: the patch, which as a context manager (`with patch_trl(): ...`) puts back what was in
+        its place before: TRL's head, or another patch.
     Raises: ValueError for an option out of range, TypeError for one of another type.
     """
     check_bytes("cache_bytes", cache_bytes, optional=False)
@@ -113,12 +116,13 @@ class LeanHead:
         self.calls = 0
         """Calls so far: each has a sketch of its own."""
         self._told: set[str] = set()
+        self._before = utils._ChunkedLogProbFunction, utils._use_triton
 
     def __enter__(self) -> "LeanHead":
         return self
 
     def __exit__(self, *_: object) -> None:
-        unpatch_trl()
+        utils._ChunkedLogProbFunction, utils._use_triton = self._before
 
     def apply(
         self,
@@ -145,7 +149,7 @@ class LeanHead:
             differentiable.
         """
         softcap, scale = final_logit_softcapping, logit_scale
-        reason = _not_ours(outputs, softcap, scale)
+        reason = _not_ours(softcap, scale)
         if reason is not None:
             self._warn(reason)
             arguments = hidden, weight, bias, targets, temperature, chunk_size, softcap, scale
@@ -176,14 +180,12 @@ class LeanHead:
             log.warning("TRL's own head stays in use: %s", reason)
 
 
-def _not_ours(outputs: Iterable[str], softcap: float | None, scale: float) -> str | None:
+def _not_ours(softcap: float | None, scale: float) -> str | None:
     """Say why TRL's function has to compute this call; None where ours does."""
     if scale <= 0:
         return f"logit_scale of the model must be positive for ours, got {scale}"
     if softcap is not None and softcap <= 0:
         return f"final_logit_softcapping of the model must be positive for ours, got {softcap}"
-    if softcap is not None and "mean_logits" in outputs:
-        return "the mean of capped logits, which DPO and KTO log, needs each of them"
     return None
 
 
@@ -222,7 +224,7 @@ def _scores(
         if "log_sum_sq_probs" in options.outputs:
             squares = _log_sum_squares(hidden, weight, bias, best, options)
         if "mean_logits" in options.outputs:
-            mean = _mean_logits(hidden, weight, bias, options.temperature)
+            mean = _mean_logits(hidden, weight, bias, options)
         if "is_top1" in options.outputs:
             top1 = best == targets
     return logprobs, entropy, squares, mean, top1
@@ -265,13 +267,34 @@ def _log_sum_squares(
     return 2 * first - second
 
 
-def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    """Return the mean over the vocabulary of logits that are not capped, [N], by the mean row."""
+def _mean_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOptions
+) -> Tensor:
+    """Return the mean of the logits over the vocabulary, [N]: by the mean row if none is capped."""
     dtype = accumulator(hidden.dtype)
+    if options.softcap is not None:
+        weight = weight.to(hidden.dtype)
+        rows = max(1, CAPPED_BYTES // (4 * len(weight)))
+        parts = [
+            _capped(_product(part, weight, bias), options.softcap).mean(dim=1)
+            for part in hidden.split(rows)
+        ]
+        return torch.cat(parts) / options.temperature
     mean = hidden.to(dtype) @ weight.mean(dim=0, dtype=dtype)
     if bias is not None:
         mean += bias.mean(dtype=dtype)
-    return mean / temperature
+    return mean / options.temperature
+
+
+def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return logits [N, V] before scalars, in the accumulator's dtype."""
+    logits = (hidden @ weight.T).to(accumulator(hidden.dtype))
+    return logits if bias is None else logits.add_(bias)
+
+
+def _capped(logits: Tensor, cap: float) -> Tensor:
+    """Return cap · tanh(logits / cap), computed in place."""
+    return logits.div_(cap).tanh_().mul_(cap)
 
 
 class PartitionedHead(torch.autograd.Function):
