@@ -4,6 +4,7 @@ The loss of a token is that of kdrl_kernels.objective, here as a function of log
 any shape. The host's own backward pass then takes it through the head.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -82,6 +83,11 @@ class SampledKd:
             kd_ratio_cap=self.ratio_cap,
             k3_bound=self.k3_bound,
         )
+
+    def ratio_weight(self, logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+        """Compute s of each token, a constant."""
+        log_ratio = logprobs.detach() - old_logprobs
+        return log_ratio.clamp(max=math.log(self.ratio_cap)).exp()
 
     def losses(
         self,

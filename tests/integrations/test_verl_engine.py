@@ -114,21 +114,30 @@ def test_three_steps_leave_the_parameters_of_full_logits(model: Path) -> None:
 # with a teacher
 
 
-def kdrl_train_loss(model: Path, schedule: ScheduleConfig, mask: str, step: int) -> Any:
-    """Compute loss and gradients of host.rollouts() by kdrl_loss, with the trainer's weights."""
-    batch = host.rollouts()
+def kdrl_train_loss(
+    model: Path,
+    schedule: ScheduleConfig,
+    mask: str,
+    step: int,
+    *,
+    batch: Any = None,
+    objective: kk.Objective = kk.Objective(kd="k2", kd_coef=1.0, dual_clip=3.0),  # noqa: B008
+) -> Any:
+    """Compute loss and gradients of a batch by kdrl_loss, with the trainer's weights."""
+    batch = batch or host.rollouts()
     tensors = batch.batch
     policy = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager")
     policy.lm_head.weight.requires_grad_()
     P = tensors["prompts"].shape[1]
-    rows: dict[str, list[Tensor]] = {key: [] for key in ("hidden", "token", "teacher")}
+    rows: dict[str, list[Tensor]] = {key: [] for key in ("hidden", "token", "teacher", "ids")}
     for b in range(len(batch)):
         used = tensors["attention_mask"][b].bool()
         states = policy.model(input_ids=tensors["input_ids"][b][used][None])[0][0]
         length = int(used[P:].sum())
         rows["hidden"].append(states[-length - 1 : -1])
         rows["token"].append(tensors["responses"][b, :length])
-        rows["teacher"].append(tensors["teacher_logprobs"][b, P - 1 : P - 1 + length, 0])
+        rows["teacher"].append(tensors["teacher_logprobs"][b, P - 1 : P - 1 + length])
+        rows["ids"].append(tensors["teacher_ids"][b, P - 1 : P - 1 + length])
     used = tensors["attention_mask"][:, P:].bool()
     rewards_PG = tensors["token_level_scores"].sum(1).view(-1, 4).double()
     method = MethodConfig(kd_coef=schedule, kd_mask=mask)  # type: ignore[arg-type]
@@ -140,10 +149,13 @@ def kdrl_train_loss(model: Path, schedule: ScheduleConfig, mask: str, step: int)
         torch.cat(rows["token"]),
         advantages=tensors["advantages"][used],
         old_logprobs=tensors["old_log_probs"][used],
-        teacher_logprobs=torch.cat(rows["teacher"]),
+        teacher_logprobs=None if objective.topk_kd else torch.cat(rows["teacher"])[:, 0],
+        teacher_topk=(torch.cat(rows["ids"]), torch.cat(rows["teacher"]))
+        if objective.topk_kd
+        else None,
         token_weights=weights,
         kd_weight=weight_R[:, None].expand_as(used)[used],
-        objective=kk.Objective(kd="k2", kd_coef=1.0, dual_clip=3.0),
+        objective=objective,
     )
     out.loss.backward()
     return out.loss.item(), {name: p.grad for name, p in policy.named_parameters()}
@@ -159,6 +171,52 @@ def test_the_joint_loss_is_that_of_kdrl_train(
     loss = host.joint_loss(host.actor_config(), kd_coef_schedule=fields, kd_mask=mask)
     theirs = kdrl_train_loss(model, ScheduleConfig(**fields), mask, 3)
     same(host.run(lean, loss), theirs)
+
+
+@pytest.mark.parametrize("kd", ["topk_rkl", "topk_fkl", "topk_jsd"])
+@pytest.mark.parametrize("tail", [True, False])
+def test_a_topk_loss_is_that_of_kdrl_train(model: Path, lean: Any, kd: Any, tail: bool) -> None:
+    objective = kk.Objective(kd=kd, kd_coef=1.0, dual_clip=3.0, tail=tail, jsd_alpha=0.3)
+    batch, fields = host.rollouts(topk=7), {"kind": "reward_adaptive", "initial": 0.8}
+    loss = host.joint_loss(
+        host.actor_config(),
+        loss_mode=f"kdrl_{kd}",
+        kd_coef_schedule=fields,
+        kd_mask="wrong",
+        tail=tail,
+        jsd_alpha=0.3,
+    )
+    data = host.update_batch(batch, fused=True, distillation_use_topk=True)
+    schedule = ScheduleConfig(**fields)  # type: ignore[arg-type]
+    theirs = kdrl_train_loss(model, schedule, "wrong", 0, batch=batch, objective=objective)
+    same(host.gradients(lean, data, loss), theirs)
+
+
+def test_a_topk_loss_alone_needs_no_sampled_tokens(model: Path, lean: Any) -> None:
+    objective = kk.Objective(policy="off", kd="topk_fkl", kd_coef=1.0, kd_ratio_cap=1.0)
+    batch = host.rollouts(topk=7)
+    loss = host.joint_loss(
+        host.actor_config(), loss_mode="kdrl_topk_fkl", use_task_rewards=False, kd_ratio_cap=1.0
+    )
+    flags = {"distillation_use_topk": True, "distillation_only": True}
+    data = host.update_batch(batch, fused=True, calculate_entropy=False, **flags)
+    batch.batch["old_log_probs"] -= 100  # so that s is 1
+    schedule = ScheduleConfig(initial=1.0)
+    theirs = kdrl_train_loss(model, schedule, "none", 0, batch=batch, objective=objective)
+    same(host.gradients(lean, data, loss), theirs)
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [(None, "model.use_fused_kernels=True .*impl_backend=kdrl"), ("kdrl", "use_remove_padding")],
+)
+def test_a_topk_loss_elsewhere_is_refused(model: Path, backend: str | None, message: str) -> None:
+    built = host.engine(model, backend)
+    flags = {"distillation_use_topk": True, "use_remove_padding": backend is None}
+    data = host.update_batch(host.rollouts(topk=3), fused=backend is not None, **flags)
+    loss = host.joint_loss(host.actor_config(), loss_mode="kdrl_topk_rkl")
+    with built.train_mode(), pytest.raises(ValueError, match=f"must be used with .*{message}"):
+        built.train_batch(data, loss)
 
 
 def test_two_ranks_have_the_gradients_of_one(model: Path, lean: Any, tmp_path: Path) -> None:

@@ -185,6 +185,8 @@ def test_a_batch_without_weights_is_refused() -> None:
         ({"kd_clamp": -1.0}, "kd_clamp must be positive or None, got -1.0"),
         ({"kd_ratio_cap": 0.0}, "kd_ratio_cap must be"),
         ({"right_above": "half"}, "right_above must be"),
+        ({"loss_mode": "kdrl_topk_rkl", "kd_clamp": 1.0}, "kd_clamp must be null with"),
+        ({"loss_mode": "kdrl_topk_jsd", "jsd_alpha": 1.0}, "jsd_alpha must be"),
         ({"kd_coef_schedule": "kl_budget"}, "kd_coef_schedule must depend on"),
         (
             {"kd_coef_schedule": "constant", "distillation_loss_coef": 0.1},
@@ -205,11 +207,27 @@ def test_verls_own_settings_that_cannot_be_right_are_refused() -> None:
         distillation_ppo_loss(host.actor_config(), config, output, data)
 
 
-def test_every_name_is_a_sampled_term() -> None:
+def test_a_topk_term_without_its_settings_or_head_is_refused() -> None:
+    output, data = micro_batch(**{WEIGHT: torch.ones(8)})
+    mode, message = "kdrl_topk_fkl", '"kdrl_topk_fkl" must be used with KdrlDistillationLossConfig'
+    plain = DistillationLossConfig(loss_mode=mode, use_policy_gradient=False, loss_max_clamp=None)
+    for settings, key in (
+        (plain, "distillation_losses"),
+        (KdrlDistillationLossConfig(loss_mode=mode), "no distillation_losses"),
+    ):
+        config = DistillationConfig(distillation_loss=settings)
+        of_the_head = {key: output["log_probs"]}
+        with pytest.raises(ValueError, match=message):
+            losses.topk_distillation_losses(host.actor_config(), config, of_the_head, data)
+
+
+def test_every_name_asks_the_teacher_for_what_it_reads() -> None:
     for name in ("kdrl_k2", "kdrl_k3", "kdrl_k3_ratio"):
         settings = get_distillation_loss_settings(name)
         assert (settings.use_estimator, settings.use_topk) == (True, False)
-    losses.register()  # again
+    for name in ("kdrl_topk_rkl", "kdrl_topk_fkl", "kdrl_topk_jsd"):
+        settings = get_distillation_loss_settings(name)
+        assert (settings.use_estimator, settings.use_topk) == (False, True)
 
 
 def test_a_second_loading_changes_nothing() -> None:

@@ -34,6 +34,7 @@ from verl.workers.utils.padding import left_right_2_no_padding
 
 from kdrl_kernels.integrations.sequence_weights import WEIGHT
 from kdrl_kernels.integrations.verl import KdrlDistillationLossConfig
+from kdrl_kernels.integrations.verl.topk import KEY
 
 V = 61
 SIZES = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -161,10 +162,11 @@ def engine(
     return built
 
 
-def rollouts(groups: int = 2, size: int = 4, seed: int = 0) -> DataProto:
+def rollouts(groups: int = 2, size: int = 4, seed: int = 0, topk: int = 0) -> DataProto:
     """Draw a batch as verl's trainer has it before the update: padded left and right.
 
-    The last group is all wrong; the second token of each completion is a tool's.
+    The last group is all wrong; the second token of each completion is a tool's. With topk the
+    teacher's numbers are those of its best tokens, not of the sampled ones.
     """
     rng = torch.Generator().manual_seed(seed)
     B, P, L = groups * size, 5, 6
@@ -194,6 +196,9 @@ def rollouts(groups: int = 2, size: int = 4, seed: int = 0) -> DataProto:
         "teacher_logprobs": torch.randn(B, P + L, 1, generator=rng) - 4,
         "teacher_ids": ids[:, :, None].roll(-1, 1),
     }
+    if topk:
+        best = torch.randn(B, P + L, V, generator=rng).log_softmax(-1).topk(topk)
+        tensors["teacher_logprobs"], tensors["teacher_ids"] = best.values, best.indices
     uids = np.array([f"prompt {r // size}" for r in range(B)], dtype=object)
     return DataProto.from_dict(tensors, {"uid": uids}, {"temperature": 1.0})
 
@@ -244,6 +249,8 @@ def weighted(built: Any, data: Any, loss: Any) -> Any:
     settings = getattr(loss.keywords.get("distillation_config"), "distillation_loss", None)
     if settings is not None:
         data[WEIGHT] = batch_weights(built, data, settings, loss.keywords["config"].rollout_n)
+        if settings.topk_term is not None:
+            tu.assign_non_tensor_data(data, KEY, settings.topk_term)
     return data
 
 

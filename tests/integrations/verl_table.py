@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from verl.models.transformers.monkey_patch import apply_monkey_patch
 
+import kdrl_kernels as kk
 from kdrl_train.method.config import ScheduleConfig
 from tests.integrations import verl_host as host
 from tests.integrations.test_verl_engine import kdrl_train_loss
@@ -61,6 +62,15 @@ def engine_lines() -> list[str]:
             theirs = kdrl_train_loss(model, ScheduleConfig(**fields), mask, 0)
             name = f'"kdrl" + "kdrl_k2", linear schedule, mask {mask}: against `kdrl_loss`'
             lines.append(engine_line(name, host.run(lean, loss), theirs))
+        for kd in ("topk_rkl", "topk_fkl", "topk_jsd"):
+            objective = kk.Objective(kd=kd, kd_coef=1.0, dual_clip=3.0)
+            batch, mode = host.rollouts(topk=7), f"kdrl_{kd}"
+            loss = host.joint_loss(host.actor_config(), loss_mode=mode, kd_mask="wrong")
+            data = host.update_batch(batch, fused=True, distillation_use_topk=True)
+            constant = ScheduleConfig(initial=1.0)
+            theirs = kdrl_train_loss(model, constant, "wrong", 0, batch=batch, objective=objective)
+            name = f'"kdrl" + "{mode}", mask wrong: against `kdrl_loss`'
+            lines.append(engine_line(name, host.gradients(lean, data, loss), theirs))
     return lines
 
 

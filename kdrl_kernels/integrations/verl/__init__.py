@@ -9,7 +9,8 @@ names changes:
     actor.policy_loss.loss_mode              "kdrl": the clipped policy gradient
     distillation.distillation_loss.loss_mode "kdrl_k2", "kdrl_k3", "kdrl_k3_ratio"; with
                                              _target_ KdrlDistillationLossConfig also schedule,
-                                             mask and clamp
+                                             mask and clamp, and "kdrl_topk_rkl", "kdrl_topk_fkl",
+                                             "kdrl_topk_jsd"
 
 integrations/README.md shows a command line.
 """

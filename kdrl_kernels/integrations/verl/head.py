@@ -7,6 +7,7 @@ soft cap and scale of the logits, and an adapter on the head, count too.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -20,6 +21,7 @@ from verl.utils.experimental import torch_functional
 import kdrl_kernels as kk
 from kdrl_kernels.head_config import head_scalars
 from kdrl_kernels.integrations.adapted_head import without_adapter
+from kdrl_kernels.integrations.verl.topk import KEY, TeacherTopk, TopkNumbers
 from kdrl_train.model.policy import backbone
 
 BACKEND = "kdrl"
@@ -41,6 +43,13 @@ BACKBONE = (
     "cache_position",
 )
 """Arguments that a fused forward passes on, those that verl's own does."""
+
+
+@dataclass
+class FusedOutput(CausalLMOutputForPPO):
+    """What verl's engines read of a fused forward."""
+
+    fused_linear_aux: TopkNumbers | None = None
 
 
 def install() -> None:
@@ -98,8 +107,8 @@ def fused_forward(
         shift_labels: [B, T], the token that follows each position, where the engine knows it.
         temperature: of the sampler.
         return_dict: must be True, as verl's engines pass it.
-        kwargs: those of BACKBONE go to the backbone, others are left out.
-    Returns: CausalLMOutputForPPO with log_probs and entropy, [B, T] in nats.
+        kwargs: those of BACKBONE go to the backbone, a TeacherTopk to the head, others nowhere.
+    Returns: FusedOutput with log_probs and entropy, [B, T] in nats, and a top-k term.
     """
     if not return_dict:
         raise ValueError(f"return_dict must be True for a fused forward, got {return_dict}")
@@ -113,8 +122,9 @@ def fused_forward(
     following = shift_labels.long()
     temperature, softcap = head_scalars(self.config.get_text_config(), float(temperature))
     layer, adapter = without_adapter(self.get_output_embeddings())
+    teacher: TeacherTopk | None = kwargs.get(KEY)
 
-    def scores(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def scores(hidden: Tensor) -> tuple[Any, ...]:
         out = kk.linear_logprobs(
             hidden,
             layer.weight,
@@ -124,12 +134,14 @@ def fused_forward(
             softcap=softcap,
             adapter=adapter,
             entropy=True,
+            extra_tokens=None if teacher is None else teacher.ids,
+            rest=teacher is not None and teacher.term.tail,
         )
-        assert out.entropy is not None
-        return out.logprobs, out.entropy
+        return out.logprobs, out.entropy, out.extra_logprobs, out.rest_logprob
 
-    log_probs, entropy = as_forward(layer, scores, outputs[0])
-    return CausalLMOutputForPPO(
+    log_probs, entropy, extra, rest = as_forward(layer, scores, outputs[0])
+    return FusedOutput(
+        fused_linear_aux=None if teacher is None else teacher.numbers(extra, rest),
         log_probs=log_probs,
         entropy=entropy,
         past_key_values=outputs.past_key_values,
@@ -139,8 +151,8 @@ def fused_forward(
 
 
 def as_forward(
-    layer: Any, function: Callable[[Tensor], tuple[Tensor, Tensor]], hidden: Tensor
-) -> tuple[Tensor, Tensor]:
+    layer: Any, function: Callable[[Tensor], tuple[Any, ...]], hidden: Tensor
+) -> tuple[Any, ...]:
     """Return function(hidden), called as the forward of an LM head that is a group of FSDP2.
 
     verl makes an untied head such a group. Its hooks then gather the weight before, and take the
@@ -151,10 +163,10 @@ def as_forward(
     head: Any = layer
     head.forward = function
     try:
-        log_probs, entropy = head(hidden)
+        outputs: tuple[Any, ...] = head(hidden)
     finally:
         del head.forward
-    return log_probs, entropy
+    return outputs
 
 
 def fused_linear(original: type[nn.Module]) -> type[nn.Module]:

@@ -11,6 +11,7 @@ teacher_logprobs [bsz, j, 1] is what the servers of distillation.teacher_models 
 completion's tokens, at temperature 1, right after it was sampled.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from verl.workers.utils.padding import no_padding_2_padding
 
 from kdrl_kernels.integrations.logprob_losses import policy_losses
 from kdrl_kernels.integrations.sequence_weights import WEIGHT
-from kdrl_kernels.integrations.verl.config import NAMES, check, term_of
+from kdrl_kernels.integrations.verl.config import NAMES, TOPK_NAMES, check, term_of
 
 POLICY_LOSS = "kdrl"
 
@@ -31,10 +32,12 @@ def register() -> None:
     """Register the losses under their names; a second time changes nothing."""
     if POLICY_LOSS not in POLICY_LOSS_REGISTRY:
         register_policy_loss(POLICY_LOSS)(policy_loss)
-    names = [name for name in NAMES if name not in distillation.DISTILLATION_LOSS_REGISTRY]
-    if names:
-        settings = distillation.DistillationLossSettings(names=names, use_estimator=True)
-        distillation.register_distillation_loss(settings)(distillation_losses)
+    kinds = (NAMES, "use_estimator", distillation_losses)
+    for modes, reads, loss in (kinds, (TOPK_NAMES, "use_topk", topk_distillation_losses)):
+        names = [name for name in modes if name not in distillation.DISTILLATION_LOSS_REGISTRY]
+        if names:
+            settings = distillation.DistillationLossSettings(names=names, **{reads: True})
+            distillation.register_distillation_loss(settings)(loss)
 
 
 def policy_loss(
@@ -98,21 +101,63 @@ def distillation_losses(
     check(settings)
     logprobs = no_padding_2_padding(model_output["log_probs"], data)
     teacher = no_padding_2_padding(data["teacher_logprobs"], data).squeeze(-1)
-    mask = padded(data["response_mask"], like=logprobs).bool()
+    mask, weight = weights_of(settings, data, like=logprobs)
     old = padded(data["old_log_probs"], like=logprobs)
-    weight = mask.to(logprobs.dtype)
+    losses = corrected(term_of(settings).losses(logprobs, teacher, old, weight), data)
+    log_ratio = logprobs.detach() - teacher
+    means = {"teacher_log_ratio": log_ratio, "k2": log_ratio.square() / 2}
+    return losses, token_metrics(weight, mask, means)
+
+
+def topk_distillation_losses(
+    config: Any,  # noqa: ARG001 (verl passes it)
+    distillation_config: Any,
+    model_output: dict[str, Any],
+    data: Any,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Weight the divergences that the fused head has computed, [bsz, length], as above.
+
+    Without task rewards verl leaves the sampled tokens' log-probabilities out: s is then 1.
+    """
+    settings = distillation_config.distillation_loss
+    check(settings)
+    name = "distillation_losses"
+    if name not in model_output or getattr(settings, "topk_term", None) is None:
+        raise ValueError(
+            f'loss_mode "{settings.loss_mode}" must be used with KdrlDistillationLossConfig, the '
+            "strategy fsdp or fsdp2, and model.fused_kernel_options.impl_backend=kdrl"
+        )
+    numbers = [name, "student_mass", "teacher_mass"]
+    values, *masses = (no_padding_2_padding(model_output[key], data) for key in numbers)
+    mask, weight = weights_of(settings, data, like=values)
+    scale = weight
+    if model_output.get("log_probs") is not None:
+        logprobs = no_padding_2_padding(model_output["log_probs"], data)
+        old = padded(data["old_log_probs"], like=values)
+        scale = weight * term_of(settings).ratio_weight(logprobs, old)
+    losses = corrected(torch.where(scale == 0, 0, scale * values), data)
+    means = dict(zip(("topk_divergence", *numbers[1:]), (values.detach(), *masses), strict=True))
+    return losses, token_metrics(weight, mask, means)
+
+
+def weights_of(settings: Any, data: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mask of the responses, bool, and each token's weight, [bsz, length] both."""
+    mask = padded(data["response_mask"], like=like).bool()
+    weight = mask.to(like.dtype)
     if hasattr(settings, "method"):
         if WEIGHT not in data.keys():  # noqa: SIM118 (a TensorDict iterates over its batch)
             raise ValueError(
                 f"the micro-batch must hold {WEIGHT}, which BaseEngine.train_batch adds for "
                 "verl's distillation_ppo_loss: this engine or loss function is another one"
             )
-        weight = weight * data[WEIGHT].to(logprobs)[:, None]
-    losses = term_of(settings).losses(logprobs, teacher, old, weight)
+        weight = weight * data[WEIGHT].to(like)[:, None]
+    return mask, weight
+
+
+def corrected(losses: Tensor, data: Any) -> Tensor:
+    """Multiply by the weights of rollout correction, where there are any."""
     correction = data.get("rollout_is_weights", None)
-    if correction is not None:
-        losses = losses * padded(correction, like=logprobs)
-    return losses, token_metrics(logprobs.detach(), teacher, weight, mask)
+    return losses if correction is None else losses * padded(correction, like=losses)
 
 
 def padded(tensor: Tensor, like: Tensor) -> Tensor:
@@ -122,17 +167,11 @@ def padded(tensor: Tensor, like: Tensor) -> Tensor:
     return torch.nested.to_padded_tensor(tensor, 0.0, output_size=tuple(like.shape))
 
 
-def token_metrics(
-    logprobs: Tensor, teacher: Tensor, weight: Tensor, mask: Tensor
-) -> dict[str, float]:
-    """Report the distilled tokens: their share, and over them means of weight, l and l²/2."""
+def token_metrics(weight: Tensor, mask: Tensor, numbers: Mapping[str, Tensor]) -> dict[str, float]:
+    """Report the distilled tokens: their share, and over them means of weight and of numbers."""
     used = weight > 0
     count = used.sum().clamp(min=1)
-    log_ratio = torch.where(used, logprobs - teacher, 0)
-    means = {
-        "distillation/kd_share": used.sum() / mask.sum().clamp(min=1),
-        "distillation/kd_weight": weight.sum() / count,
-        "distillation/teacher_log_ratio": log_ratio.sum() / count,
-        "distillation/k2": log_ratio.square().sum() / 2 / count,
-    }
-    return {name: mean.item() for name, mean in means.items()}
+    means = {"kd_share": used.sum() / mask.sum().clamp(min=1), "kd_weight": weight.sum() / count}
+    for name, number in numbers.items():
+        means[name] = torch.where(used, number, 0).sum() / count
+    return {f"distillation/{name}": mean.item() for name, mean in means.items()}

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from verl.utils import tensordict_utils as tu
 from verl.workers.engine.base import BaseEngine
 
 from kdrl_kernels.integrations.sequence_weights import (
@@ -20,6 +21,7 @@ from kdrl_kernels.integrations.sequence_weights import (
     rewards_by_group,
     sequence_weights,
 )
+from kdrl_kernels.integrations.verl.topk import KEY
 
 Train = Callable[[Any, Any, Any], Any]
 
@@ -38,9 +40,11 @@ def weighting(train_batch: Train) -> Train:
         keywords = getattr(loss_function, "keywords", {})
         distillation = keywords.get("distillation_config")
         settings = getattr(distillation, "distillation_loss", None)
-        if hasattr(settings, "method"):
+        if settings is not None and hasattr(settings, "method"):
             size = keywords["config"].rollout_n
             data[WEIGHT] = batch_weights(engine, data, settings, size)
+            if settings.topk_term is not None:
+                tu.assign_non_tensor_data(data, KEY, settings.topk_term)
         return train_batch(engine, data, loss_function)
 
     train_weighted_batch.kdrl = True  # type: ignore[attr-defined]
