@@ -167,3 +167,31 @@ def test_prompt_tuning(tmp_path: Path) -> None:
         return {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)}
 
     assert_same_training(tmp_path, lambda: small_model(1), more=more)
+
+
+def _some_tokens() -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return torch.randint(6, 262, (3, 9), generator=draw), torch.ones(3, 9, dtype=torch.int64)
+
+
+def test_the_arithmetic_of_a_head_in_float32_is_trls(tmp_path: Path) -> None:
+    def scores(kind: Any, config: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        args = arguments(config, tmp_path, cast_lm_head_to_fp32=True, **options)
+        trainer = trainer_of(kind, args, small_model(1).to(torch.bfloat16))
+        trainer.model.lm_head.weight.data.mul_(1.001)  # no longer numbers of bfloat16
+        run = trainer._get_per_token_logps_and_entropies
+        return run(trainer.model, *_some_tokens(), 5, compute_entropy=True)[:2]
+
+    ours, host = scores(KdrlTrainer, KdrlConfig, kd=None), scores(GRPOTrainer, GRPOConfig)
+    torch.testing.assert_close(ours, host, rtol=1e-5, atol=1e-6)
+
+
+def test_the_arithmetic_under_autocast_is_in_16_bits(tmp_path: Path) -> None:
+    trainer = trainer_of(KdrlTrainer, arguments(KdrlConfig, tmp_path, kd=None), small_model(1))
+    model, (ids, mask) = trainer.model, _some_tokens()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ours = model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True).log_probs
+        hidden = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
+    rounded, weight = hidden.bfloat16().double(), model.lm_head.weight.bfloat16().double()
+    exact = (rounded @ weight.T / 0.9).log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
