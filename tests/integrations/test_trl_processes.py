@@ -68,6 +68,21 @@ def test_two_processes_have_trls_ratios(tmp_path: Path, loss_type: str) -> None:
         assert max(record["clip_ratio/region_mean"] for record in theirs.log) > 0.05
 
 
+@pytest.mark.slow
+def test_mixed_precision_of_shards_rounds_no_loss(tmp_path: Path) -> None:
+    """FSDP2 rounds what a forward returns to bfloat16.
+
+    The loss, minus the sum of weight · advantage where ratios are 1, does not depend on logits.
+    """
+    options = {"num_iterations": 2, "max_steps": 1}  # with log-probabilities of the old policy
+    run = TrlRun(folder=tmp_path, options=options)
+    expected = train_ranks(run, 1).log[0]
+    sharded = train_ranks(replace(run, options=options | {"bf16": True}, fsdp=True)).log[0]
+    assert sharded["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert sharded["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.02)
+    assert sharded["grad_norm"] != expected["grad_norm"]
+
+
 @pytest.mark.parametrize(
     "options",
     [
