@@ -69,6 +69,21 @@ def test_two_processes_have_trls_ratios(tmp_path: Path, loss_type: str) -> None:
 
 
 @pytest.mark.slow
+def test_a_tied_head_is_sharded(tmp_path: Path) -> None:
+    run = TrlRun(folder=tmp_path, options={"kd": "rkl", "kd_coef": 0.1}, teacher=True, tied=True)
+    sharded = train_ranks(replace(run, fsdp=True))
+    assert sharded.sharded
+    assert not any("lm_head" in name for name in sharded.parameters)
+    assert_same(sharded, train_ranks(run, 1))
+
+
+@pytest.mark.slow
+def test_shards_sample_as_with_trl(tmp_path: Path) -> None:
+    run = TrlRun(folder=tmp_path, sampled=True, fsdp=True)
+    assert_same(train_ranks(run), train_ranks(replace(run, kdrl=False)))
+
+
+@pytest.mark.slow
 def test_mixed_precision_of_shards_rounds_no_loss(tmp_path: Path) -> None:
     """FSDP2 rounds what a forward returns to bfloat16.
 

@@ -40,6 +40,9 @@ class TrlRun:
     """Whether there is a teacher, or the URL of its server."""
     lora: dict[str, Any] | None = None
     fsdp: bool = False
+    tied: bool = False
+    sampled: bool = False
+    """Whether TRL samples the completions: others with another number of processes."""
     tool_mask: bool = False
     masked_from: int | None = None
     """First completion of a batch whose tokens are all a tool's."""
@@ -86,7 +89,9 @@ def make_trainer(run: TrlRun, ranks: int = 1) -> Any:
     }
     if run.fsdp:
         options |= {"fsdp": True, "fsdp_config": {"version": 2}}
-    more: dict[str, Any] = {"rollout_func": partial(rollouts, run)}
+    more: dict[str, Any] = {"model": small_model(1, tied=run.tied)}
+    if not run.sampled:
+        more["rollout_func"] = partial(rollouts, run)
     if run.lora is not None:
         more["peft_config"] = LoraConfig(task_type="CAUSAL_LM", **run.lora)
     if run.kdrl and not run.teacher:
