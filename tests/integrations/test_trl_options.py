@@ -225,6 +225,17 @@ def test_a_sketch_is_unbiased_and_keeps_the_loss(
         assert trainer._metrics["train"]["kdrl/sketch_noise"][-1] > 0
 
 
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo"])
+@pytest.mark.parametrize("kd_coef", [None, 0.0])
+def test_a_sketch_without_a_teacher(tmp_path: Path, loss_type: str, kd_coef: float | None) -> None:
+    sketch: dict[str, Any] = {"head_backward": "sketch", "loss_type": loss_type}
+    more = {"kd": None} if kd_coef is None else {"kd": "k2", "kd_coef": kd_coef}
+    teacher = None if kd_coef is None else small_model(2).double()
+    loss, _ = loss_and_gradient(trainer_in_a_step(tmp_path, teacher, **sketch, **more))
+    plain = trainer_in_a_step(tmp_path, None, kd=None, loss_type=loss_type)
+    assert_close(loss, loss_and_gradient(plain)[0], rtol=1e-9, atol=0)
+
+
 REFUSED: list[tuple[Callable[[Path], Any], str]] = [
     (
         lambda f: trainer_in_a_step(f, None, kd="k2"),

@@ -232,7 +232,7 @@ class KdrlTrainer(GRPOTrainer):
             mode = "train" if self.model.training else "eval"
             beta = self._beta.beta(self.state.global_step)
             self._metrics[mode]["kdrl/kd_coef"].append(beta)
-        if terms.objective.kd is not None or terms.sketch is not None:
+        if terms.objective.kd is not None or (terms.joint and terms.sketch is not None):
             self._log_head(self._student_head.metrics)
         if not terms.joint:
             return loss if output.loss is None else loss + output.loss
