@@ -3,6 +3,7 @@
 B completions, C their positions, V vocabulary, N tokens that are scored.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -132,6 +133,7 @@ def kd_loss(
     goal = terms.objective
     used = (labels != -100) & (terms.token_weights != 0)
     if goal.exact_kd is not None or goal.topk_kd is not None:
+        terms = _weighted(terms, logprobs.detach())
         out = one_pass(terms, head, hidden[used], labels[used], used)
         return out.loss, out.metrics
     old, kd_weight = terms.old_logprobs, terms.kd_weight
@@ -144,6 +146,18 @@ def kd_loss(
     loss = (token_losses(goal, rows) * terms.token_weights[used]).sum()
     constants = replace(rows, logprobs=rows.logprobs.detach())
     return loss, row_metrics(goal, constants, used=None)
+
+
+def _weighted(terms: HeadTerms, logprobs: Tensor) -> HeadTerms:
+    """Multiply kd_weight by the bounded importance ratio, in the place of old_logprobs.
+
+    These are over the student's columns, while a pass over the head has those of both models alone.
+    """
+    if terms.old_logprobs is None or terms.kd_weight is None:
+        return terms
+    most = terms.objective.kd_ratio_cap
+    ratio = (logprobs - terms.old_logprobs).clamp(max=math.log(most)).exp()
+    return replace(terms, old_logprobs=None, kd_weight=terms.kd_weight * ratio / min(most, 1.0))
 
 
 def _teacher_logprobs(terms: HeadTerms, tokens: Tensor, used: Tensor, V: int) -> Tensor:

@@ -52,7 +52,12 @@ class Pupil:
     @property
     def columns(self) -> int:
         """Number of columns of the student's head."""
-        return int(self.model.config.get_text_config().vocab_size)
+        return columns_of(self.model)
+
+
+def columns_of(model: Any) -> int:
+    """Return the number of columns of a model's LM head."""
+    return int(model.config.get_text_config().vocab_size)
 
 
 def is_url(teacher: Any) -> bool:
@@ -168,7 +173,7 @@ def check_vocabulary(model: Any, tokenizer: Any, args: KdrlConfig, pupil: Pupil)
                 f"{one!r} for the student and {other!r} for the teacher; choose two models of one "
                 "family"
             )
-    check_columns(int(model.config.get_text_config().vocab_size), pupil)
+    check_columns(columns_of(model), pupil)
     try:
         ends = eos_ids(model, tokenizer)
     except ValueError:  # it names no end of a sequence, so it teaches none

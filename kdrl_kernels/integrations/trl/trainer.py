@@ -32,6 +32,7 @@ from kdrl_kernels.integrations.trl.teachers import (
     Pupil,
     TeacherServer,
     check_teacher_model,
+    columns_of,
     is_url,
     local_teacher,
     wrapped,
@@ -112,6 +113,7 @@ class KdrlTrainer(GRPOTrainer):
         self.add_callback(self._beta)
         self._student_head = self._fused_head()
         self._student_head.attach(bare(self.model))
+        self._wider = False
         self.teacher_model: Any = None
         self.teacher_server: TeacherServer | None = None
         if teacher_model is not None:
@@ -150,15 +152,20 @@ class KdrlTrainer(GRPOTrainer):
             return
         model = local_teacher(teacher, self.args, pupil)
         self._teacher = bare(model)
+        self._wider = pupil.columns > columns_of(self._teacher)
         self._fused_head(states=True).attach(self._teacher)
         self.teacher_model = wrapped(model, self)
 
     @property
     def one_pass(self) -> bool:
-        """Whether the policy gradient is of the kind that kdrl_loss computes."""
+        """Whether the policy gradient is of the kind that kdrl_loss computes.
+
+        It is not of a student with columns that the teacher lacks: one pass would leave these out.
+        """
         low, high, bound = self.epsilon_low, self.epsilon_high, self.args.delta
         return (
             self.loss_type in ONE_PASS
+            and not self._wider
             and self.importance_sampling_level == "token"
             and self.beta == 0.0
             and self.off_policy_mask_threshold is None
