@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The tests that need ms-swift, on the CPU: bash tests/swift.sh [FOLDER [OPTIONS OF PYTEST]]
-# FOLDER: of a virtual environment, about 2 GB, made there if it is absent and kept; by default a
+# FOLDER: of a virtual environment, about 3 GB, made there if it is absent and kept; by default a
 # temporary one, deleted afterwards. ms-swift takes a TRL and a transformers of its own.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -27,6 +27,10 @@ CASES: dict[str, dict[str, str | None]] = {
     "no-labels-of-samples": {"sft_alpha": "0.3", "lmbda": "1"},
     "best-tokens": {"gkd_logits_topk": "5", "beta": "0.5", "temperature": "0.7"},
     "another-prompt": {"dataset": "privileged.jsonl", "lmbda": "1"},
+    "another-prompt-all-logits": {
+        "dataset": "privileged.jsonl",
+        "use_logits_to_keep": "false",
+    },
     "itself": {"teacher_model": None, "dataset": "privileged.jsonl", "beta": "1"},
     "itself-at-the-start": {**LORA, "teacher_model": "student", "dataset": "privileged.jsonl"},
     "lora-on-the-head": {**LORA, "target_modules": "q_proj|lm_head", "beta": "0"},
