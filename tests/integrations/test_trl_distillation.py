@@ -213,7 +213,7 @@ def test_each_micro_batch_has_its_sketch(tmp_path: Path, monkeypatch: pytest.Mon
     one = trainer(tmp_path, kd="rkl", head_backward="sketch", sketch_threshold=2**-6, max_steps=2)
     one.train()
     assert [(sketch.threshold, sketch.rows) for sketch in drawn] == [(2**-6, 0)] * 4
-    assert [sketch.seed - drawn[0].seed for sketch in drawn] == [0, 1, 2, 3]
+    assert [sketch.seed - drawn[0].seed for sketch in drawn] == [0, 1, 1 << 16, (1 << 16) + 1]
     assert [sketch.scale for sketch in drawn] == items  # the largest coefficient of a row's KL
     assert "kdrl/sketch_noise" in one.state.log_history[0]
 
@@ -265,3 +265,9 @@ def test_a_trainer_without_a_teacher_or_with_anothers_arguments_is_refused(tmp_p
         KdrlDistillationTrainer(
             tiny_model(), tiny_model(1), DistillationConfig(**settings(tmp_path))
         )
+
+
+def test_a_sketch_under_zero3_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distillation, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="head_backward must be 'exact' under DeepSpeed ZeRO-3"):
+        trainer(tmp_path, head_backward="sketch")

@@ -25,6 +25,7 @@ HEAD_SAVED = ATTENTION | {"modules_to_save": ["lm_head", "embed_tokens"]}
 
 def assert_same(run: TrlOutcome, other: TrlOutcome, names: tuple[str, ...] = ()) -> None:
     """Compare the weights and what was logged, or some names of it, to the rounding of float32."""
+    assert other.log
     for record, expected in zip(run.log, other.log, strict=True):
         assert record.keys() == expected.keys()
         for name in names or expected:

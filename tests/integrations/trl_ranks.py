@@ -14,13 +14,26 @@ from typing import Any
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from datasets import concatenate_datasets
 from numpy.typing import NDArray
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
-from trl import GRPOConfig, GRPOTrainer
+from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 
-from kdrl_kernels.integrations.trl import KdrlConfig, KdrlTrainer
-from tests.integrations.trl_runs import arguments, logs, small_model, tokenizer, trainer_of
+from kdrl_kernels.integrations.trl import (
+    KdrlConfig,
+    KdrlDistillationConfig,
+    KdrlDistillationTrainer,
+    KdrlTrainer,
+)
+from tests.integrations.trl_runs import (
+    arguments,
+    logs,
+    prompts,
+    small_model,
+    tokenizer,
+    trainer_of,
+)
 from tests.train.ranks import on_processes
 
 LONGEST = 8
@@ -33,6 +46,9 @@ class TrlRun:
 
     folder: Path
     kdrl: bool = True
+    """Whether the trainer is ours."""
+    distil: bool = False
+    """Whether it distils alone, on the same completions."""
     batch: int = 8
     options: dict[str, Any] = field(default_factory=dict)
     """Of the trainer's configuration."""
@@ -89,6 +105,8 @@ def make_trainer(run: TrlRun, ranks: int = 1) -> Any:
     }
     if run.fsdp:
         options |= {"fsdp": True, "fsdp_config": {"version": 2}}
+    if run.distil:
+        return _distiller(run, options)
     more: dict[str, Any] = {"model": small_model(1, tied=run.tied)}
     if not run.sampled:
         more["rollout_func"] = partial(rollouts, run)
@@ -100,13 +118,39 @@ def make_trainer(run: TrlRun, ranks: int = 1) -> Any:
         url = run.teacher if isinstance(run.teacher, str) else None
         more["teacher_model"] = url or small_model(2, hidden=48)
     args = arguments(KdrlConfig if run.kdrl else GRPOConfig, run.folder, **options | run.options)
-    if run.fsdp:  # accelerate has no such choice for a CPU; torch shards there as on GPUs
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    _shard_on_a_cpu(run)
     trainer = trainer_of(KdrlTrainer if run.kdrl else GRPOTrainer, args, **more)
     if run.sampler_ratio:
         trainer.use_vllm = True
         trainer.vllm_generation = SimpleNamespace(sync_weights=lambda: None)
         trainer._last_loaded_step = -1
+    return trainer
+
+
+def _shard_on_a_cpu(run: TrlRun) -> None:
+    """Let accelerate shard, which has no such choice for a CPU; torch does it there as on GPUs."""
+    if run.fsdp:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def _distiller(run: TrlRun, options: dict[str, Any]) -> Any:
+    """Make a trainer that distils, with or without ours."""
+    kind = KdrlDistillationConfig if run.kdrl else DistillationConfig
+    args = arguments(kind, run.folder, **options | run.options)
+    _shard_on_a_cpu(run)
+    trainer = (KdrlDistillationTrainer if run.kdrl else DistillationTrainer)(
+        small_model(1),
+        small_model(2, hidden=48),
+        args,
+        train_dataset=concatenate_datasets([prompts()] * 4),
+        processing_class=tokenizer(),
+    )
+
+    def generate(texts: list[str]) -> tuple[Any, ...]:
+        rows = rollouts(run, texts, trainer)
+        return rows["prompt_ids"], rows["completion_ids"], rows.get("env_mask"), None, []
+
+    trainer._generate = generate
     return trainer
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers.utils.logging import disable_progress_bar
+from trl import GRPOConfig
 
 from kdrl_train.tools.toy.models import ArchitectureConfig, make_model, train_tokenizer
 
@@ -65,7 +66,6 @@ def arguments(kind: Any, folder: Path, **options: Any) -> Any:
         "output_dir": str(folder),
         "max_steps": 3,
         "per_device_train_batch_size": 4,
-        "num_generations": 4,
         "max_completion_length": 8,
         "temperature": 0.9,
         "learning_rate": 0.1,
@@ -80,6 +80,8 @@ def arguments(kind: Any, folder: Path, **options: Any) -> Any:
         "disable_tqdm": True,
         "seed": SEED,
     }
+    if issubclass(kind, GRPOConfig):
+        values["num_generations"] = 4
     return kind(**values | options)
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DistillationConfig, DistillationTrainer
 from trl.trainer.utils import get_config_model_id
 
@@ -158,6 +159,11 @@ class KdrlDistillationTrainer(DistillationTrainer):
                 f"teacher_model must be a model, its folder or its id, got {teacher_model!r}: "
                 "KdrlTrainer takes the URL of a teacher"
             )
+        if args.head_backward == "sketch" and is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "head_backward must be 'exact' under DeepSpeed ZeRO-3, got 'sketch': its backward "
+                "pass would read a weight that ZeRO-3 has freed"
+            )
         super().__init__(model, teacher_model, args, *positional, **options)
         self._objective = args.objective()
         self._head_metrics: dict[str, Tensor] = {}
@@ -216,13 +222,15 @@ class KdrlDistillationTrainer(DistillationTrainer):
     def _sketch(self, weights: Tensor) -> kk.Sketch | None:
         """Return the sketch of a micro-batch, None for the exact gradient.
 
-        No other micro-batch has its seed, and no other process its rows.
+        No other micro-batch has its seed, and no other process its rows. The seed depends on the
+        optimizer step, not on how long this process has run.
         """
         if self.args.head_backward == "exact":
             return None
+        micro_batch = self._step % self.args.gradient_accumulation_steps
         return kk.Sketch(
             threshold=self.args.sketch_threshold,
-            seed=(self.args.seed << 40) + self._step,
+            seed=(self.args.seed << 40) + (self.state.global_step << 16) + micro_batch,
             rows=self.accelerator.process_index << 32,
             scale=weights.max().item(),
         )
