@@ -114,6 +114,10 @@ class KdrlTrainer(GRPOTrainer):
         self._student_head = self._fused_head()
         self._student_head.attach(bare(self.model))
         self._wider = False
+        self._reference_head = self._fused_head()
+        if self.ref_model is not None:  # its log-probabilities are compared with the student's
+            reference = self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False)
+            self._reference_head.attach(bare(reference))
         self.teacher_model: Any = None
         self.teacher_server: TeacherServer | None = None
         if teacher_model is not None:
@@ -227,6 +231,8 @@ class KdrlTrainer(GRPOTrainer):
         """Compute what TRL does, also without a gradient by the student's values as they were."""
         if model is self.model or model is self.model_wrapped:
             model = OutputRecorder(model, self._student_head)
+        elif model is self.ref_model:
+            model = OutputRecorder(model, self._reference_head)
         return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
