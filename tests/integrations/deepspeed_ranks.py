@@ -13,13 +13,7 @@ from transformers.trainer_utils import set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 from kdrl_kernels.integrations.trl import KdrlConfig, KdrlTrainer, patch_trl
-from tests.integrations.tiny_trl import (
-    losses_and_norms,
-    prompts,
-    settings,
-    tiny_model,
-    tiny_tokenizer,
-)
+from tests.integrations.trl_runs import arguments, logs, small_model, trainer_of
 
 ZERO3 = {
     "train_batch_size": "auto",
@@ -40,33 +34,18 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def reward(completions: list[str], **_: Any) -> list[float]:
-    """Reward different words."""
-    return [float(len(set(text.split()))) + 0.01 * len(text) for text in completions]
-
-
 def train(kind: str, zero3: bool) -> Any:
     """Train two steps, and return the trainer."""
     (config, maker), options = KINDS[kind]
-    more = {"num_generations": 4, "max_completion_length": 6, "max_steps": 2}
-    more |= {"learning_rate": 1e-3, "optim": "adamw_torch", "temperature": 0.8}
+    more: dict[str, Any] = {"max_steps": 2, "learning_rate": 1e-3, "optim": "adamw_torch"}
     if zero3:
         more["deepspeed"] = ZERO3
     if kind == "patch_trl":
         patch_trl()
     set_seed(0)
-    args = config(**settings(Path(tempfile.mkdtemp()), **more | options))
-    teacher = {"teacher_model": tiny_model(1)} if options.get("kd") else {}
-    model = tiny_model()
-    model.generation_config.eos_token_id = list(range(2, 120, 5))
-    one = maker(
-        model=model,
-        args=args,
-        reward_funcs=reward,
-        train_dataset=prompts(),
-        processing_class=tiny_tokenizer(),
-        **teacher,
-    )
+    args = arguments(config, Path(tempfile.mkdtemp()), **more | options)
+    teacher = {"teacher_model": small_model(2)} if options.get("kd") else {}
+    one = trainer_of(maker, args, **teacher)
     one.train()
     return one
 
@@ -78,7 +57,8 @@ def main(kind: str, zero3: bool, out: str) -> None:
         "DeepSpeedEngine" if zero3 else "DistributedDataParallel"
     )
     if one.accelerator.is_main_process:
-        Path(out).write_text(json.dumps(losses_and_norms(one)))
+        steps = [(record["loss"], record["grad_norm"]) for record in logs(one)]
+        Path(out).write_text(json.dumps(steps))
 
 
 if __name__ == "__main__":

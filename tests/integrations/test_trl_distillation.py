@@ -15,18 +15,18 @@ from kdrl_kernels.integrations.trl import (
     KdrlDistillationTrainer,
     distillation,
 )
-from tests.integrations.tiny_trl import (
-    losses_and_norms,
+from tests.integrations.trl_runs import (
+    arguments,
+    logs,
     parameters,
     prompts,
-    settings,
-    tiny_model,
-    tiny_tokenizer,
+    small_model,
+    tokenizer,
 )
 
 pytestmark = pytest.mark.filterwarnings(
-    # transformers 5.23 warns of a name that its own trainer reads
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+    # TRL reads names that transformers 5 calls old
+    "ignore:.*gradient_checkpointing. is deprecated and will be removed in v6:FutureWarning",
 )
 
 TEMPERATURE = 0.8
@@ -36,20 +36,25 @@ TRL = DistillationConfig, DistillationTrainer
 
 def trainer(folder: Path, kind: Any = OURS, model: Any = None, **changes: Any) -> Any:
     """Return a trainer whose completions end at different places."""
-    model = tiny_model() if model is None else model
-    model.generation_config.eos_token_id = list(range(2, 120, 5))
-    more = {"max_completion_length": 8, "gradient_accumulation_steps": 2, "optim": "sgd"}
-    options = more | {"learning_rate": 0.5, "max_grad_norm": 100.0, "temperature": TEMPERATURE}
+    options = {"gradient_accumulation_steps": 2, "max_grad_norm": 100.0, "temperature": TEMPERATURE}
     peft_config = changes.pop("peft_config", None)
     config, maker = kind
     return maker(
-        model,
-        tiny_model(1),
-        config(**settings(folder, **options | changes)),
-        train_dataset=prompts(),
-        processing_class=tiny_tokenizer(),
+        small_model(1) if model is None else model,
+        small_model(2),
+        arguments(config, folder, **options | changes),
+        train_dataset=prompts(12),
+        processing_class=tokenizer(),
         peft_config=peft_config,
     )
+
+
+def host_logs(one: Any) -> list[dict[str, float]]:
+    """Return what TRL logged at each step."""
+    return [
+        {name: value for name, value in record.items() if not name.startswith("kdrl/")}
+        for record in logs(one)
+    ]
 
 
 def batch(one: Any) -> dict[str, Tensor]:
@@ -110,7 +115,7 @@ def test_loss_and_gradients_are_those_of_full_logits(kd: str, tmp_path: Path) ->
     loss = one.compute_loss(one.model, inputs)
     loss.backward()
 
-    student, teacher = tiny_model().double(), tiny_model(1).double()
+    student, teacher = small_model(1).double(), small_model(2).double()
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
     tokens = inputs["completion_ids"]
@@ -149,11 +154,10 @@ def test_without_kd_it_learns_as_trl_does(beta: float, tmp_path: Path) -> None:
     for kind in (TRL, OURS):
         one = trainer(tmp_path, kind, beta=beta)
         one.train()
-        entropies = [row["entropy"] for row in one.state.log_history if "loss" in row]
-        results.append([parameters(one.model), losses_and_norms(one), entropies])
+        results.append([parameters(one), host_logs(one)])
     assert len(results[0][1]) == 3
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
-    moved = results[0][0]["lm_head.weight"] - tiny_model().lm_head.weight
+    moved = results[0][0]["lm_head.weight"] - small_model(1).lm_head.weight
     assert moved.abs().max() > 1e-3
 
 
@@ -163,7 +167,7 @@ def test_lora_learns_as_in_trl(tmp_path: Path) -> None:
         lora = peft.LoraConfig(target_modules=["q_proj", "up_proj"], r=4, lora_dropout=0.0)
         one = trainer(tmp_path, kind, peft_config=lora)
         one.train()
-        results.append([parameters(one.model), losses_and_norms(one)])
+        results.append([parameters(one), host_logs(one)])
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
 
 
@@ -171,7 +175,7 @@ def test_evaluation_takes_the_mean_over_the_batch_as_trl_does(tmp_path: Path) ->
     results = []
     for kind in (TRL, OURS):
         one = trainer(tmp_path, kind)
-        one.eval_dataset = prompts(4)
+        one.eval_dataset = prompts()
         results.append(one.evaluate())
     assert results[1]["eval_loss"] == pytest.approx(results[0]["eval_loss"], rel=1e-5)
     assert results[1]["eval_kdrl/kl"] == pytest.approx(results[0]["eval_loss"], rel=1e-5)
@@ -180,8 +184,8 @@ def test_evaluation_takes_the_mean_over_the_batch_as_trl_does(tmp_path: Path) ->
 def test_another_teacher_has_another_gradient(tmp_path: Path) -> None:
     one = trainer(tmp_path, kd="k2")
     inputs, gradients = batch(one), []
-    for seed in (1, 2, 1):
-        one.teacher_model.load_state_dict(tiny_model(seed).state_dict())
+    for seed in (2, 3, 2):
+        one.teacher_model.load_state_dict(small_model(seed).state_dict())
         one.model.zero_grad()
         one.compute_loss(one.model, inputs).backward()
         gradients.append(one.model.lm_head.weight.grad.clone())
@@ -250,20 +254,20 @@ def test_options_that_cannot_be_right_are_refused(
     options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is compared below)
-        KdrlDistillationConfig(**settings(tmp_path, **options))
+        arguments(KdrlDistillationConfig, tmp_path, **options)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_trainer_without_a_teacher_or_with_anothers_arguments_is_refused(tmp_path: Path) -> None:
-    args = KdrlDistillationConfig(**settings(tmp_path))
+    args = arguments(KdrlDistillationConfig, tmp_path)
     with pytest.raises(ValueError, match="teacher_model must be a model, its folder or its id"):
-        KdrlDistillationTrainer(tiny_model(), None, args)
+        KdrlDistillationTrainer(small_model(1), None, args)
     with pytest.raises(ValueError, match="KdrlTrainer takes the URL of a teacher"):
-        KdrlDistillationTrainer(tiny_model(), "http://teacher:8000", args)
+        KdrlDistillationTrainer(small_model(1), "http://teacher:8000", args)
     with pytest.raises(TypeError, match="args must be a KdrlDistillationConfig"):
         KdrlDistillationTrainer(
-            tiny_model(), tiny_model(1), DistillationConfig(**settings(tmp_path))
+            small_model(1), small_model(2), arguments(DistillationConfig, tmp_path)
         )
 
 

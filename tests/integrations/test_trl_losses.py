@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 
 pytest.importorskip("trl")
@@ -14,7 +13,16 @@ from peft import PromptTuningConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from kdrl_kernels.integrations.trl import KdrlConfig, KdrlTrainer
-from tests.integrations.trl_runs import arguments, logs, small_model, tokenizer, trainer_of
+from tests.integrations.trl_runs import (
+    EXPERTS,
+    FAMILIES,
+    arguments,
+    family,
+    logs,
+    small_model,
+    tokenizer,
+    trainer_of,
+)
 
 pytestmark = pytest.mark.filterwarnings(
     # TRL reads names that transformers 5 calls old
@@ -22,31 +30,6 @@ pytestmark = pytest.mark.filterwarnings(
     # generate passes position ids; peft leaves them out for virtual tokens
     "ignore:Position ids are not supported for parameter efficient tuning:UserWarning",
 )
-SIZES = {
-    "vocab_size": 262,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.1,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-
-
-def family(name: str, **config: Any) -> Any:
-    """Make a small random model of a family of transformers, the same one each time."""
-    with torch.random.fork_rng():
-        torch.manual_seed(4)
-        made = transformers.AutoConfig.for_model(name, **SIZES | config)
-        model = transformers.AutoModelForCausalLM.from_config(made)
-    model.generation_config.eos_token_id = list(range(2, 262, 4))
-    return model
 
 
 def train(kind: Any, args: Any, model: Any, **options: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -125,13 +108,14 @@ def test_a_reference_model(tmp_path: Path, corrected: bool) -> None:
     assert "kl" in logs(ours)[-1]
 
 
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "softcap": ("gemma2", {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 16}),
-    "divided": ("granite", {"logits_scaling": 4.0}),
-    "multiplied": ("cohere", {"logit_scale": 0.25}),
-    "bias": ("phi", {"partial_rotary_factor": 0.5}),
-    "tied": ("llama", {"tie_word_embeddings": True}),
-}
+def test_a_reference_model_is_computed_as_the_policy(tmp_path: Path) -> None:
+    """Under autocast TRL's own head would round the logits of the reference alone."""
+    folder = str(tmp_path / "model")
+    small_model(1).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    args = arguments(KdrlConfig, tmp_path, kd=None, beta=0.1, bf16=True, max_steps=1)
+    trainer, _ = train(KdrlTrainer, args, folder)
+    assert logs(trainer)[0]["kl"] == 0.0  # the policy is the reference
 
 
 @pytest.mark.parametrize("made", _cases(FAMILIES))

@@ -29,19 +29,22 @@ from trl.trainer import utils
 
 import kdrl_kernels as kk
 from kdrl_kernels.integrations.trl import patch, patch_trl, unpatch_trl
-from tests.integrations.tiny_trl import (
-    losses_and_norms,
+from tests.integrations.trl_runs import (
+    EXPERTS,
+    FAMILIES,
+    arguments,
+    family,
+    logs,
     parameters,
     prompts,
-    sentence,
-    settings,
-    tiny_model,
-    tiny_tokenizer,
+    reward,
+    small_model,
+    tokenizer,
 )
 
 pytestmark = pytest.mark.filterwarnings(
-    # transformers 5.23 warns of a name that its own trainer reads
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+    # TRL reads names that transformers 5 calls old
+    "ignore:.*gradient_checkpointing.* is deprecated and will be removed in v6:FutureWarning",
 )
 
 N, H, V = 7, 16, 40
@@ -374,67 +377,97 @@ def test_a_patch_inside_of_another_gives_it_back() -> None:
     assert utils._use_triton is own_choice
 
 
-def reward(completions: list[str], **_: Any) -> list[float]:
-    """Reward different words."""
-    return [float(len(set(text.split()))) + 0.01 * len(text) for text in completions]
-
-
-def rows_of(*fields: str) -> Dataset:
-    """Return twelve rows of texts of different lengths."""
-    first = {name: place for place, name in enumerate(fields)}
+def texts(*fields: str) -> Dataset:
+    """Return twelve rows of numbers, more or less of them."""
     rows = [
-        {name: " " + sentence(row + first[name], 3 + (row + first[name]) % 4) for name in fields}
+        {
+            name: " ".join(str((row * 7 + place + 3 * spot) % 97) for spot in range(2 + row % 4))
+            for place, name in enumerate(fields)
+        }
         for row in range(12)
     ]
     return Dataset.from_list(rows)
 
 
-def trainer(kind: str, folder: Path) -> Any:
-    """Return one of TRL's trainers of a small model that is saved in the folder."""
-    tiny_model().save_pretrained(folder / "model")
-    model, tokenizer = str(folder / "model"), tiny_tokenizer()
-    rate = 2.0 if kind == "DPO" else 0.1  # its weights make the gradient small
-    base = settings(folder / "run", learning_rate=rate, optim="sgd")  # SGD shows a wrong scale
+KINDS = {
+    "GRPO": (GRPOConfig, GRPOTrainer, prompts),
+    "RLOO": (RLOOConfig, RLOOTrainer, prompts),
+    "SFT": (SFTConfig, SFTTrainer, lambda: texts("text")),
+    "DPO": (DPOConfig, DPOTrainer, lambda: texts("prompt", "chosen", "rejected")),
+    "KTO": (
+        KTOConfig,
+        KTOTrainer,
+        lambda: texts("prompt", "completion").add_column("label", [n % 3 == 0 for n in range(12)]),
+    ),
+}
+
+
+def trainer(kind: str, folder: Path, model: Any, **options: Any) -> Any:
+    """Return one of TRL's trainers of a model that is saved in the folder."""
+    model.save_pretrained(folder / "model")
+    config, maker, data = KINDS[kind]
+    more: dict[str, Any] = {}
     if kind in ("GRPO", "RLOO"):
-        config, maker = {"GRPO": (GRPOConfig, GRPOTrainer), "RLOO": (RLOOConfig, RLOOTrainer)}[kind]
-        base |= {"num_generations": 4, "max_completion_length": 6, "beta": 0.1}
-        base |= {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
-        arguments = {"reward_funcs": reward, "args": config(**base), "train_dataset": prompts()}
-        return maker(model, processing_class=tokenizer, **arguments)
-    config, maker, data = {
-        "SFT": (SFTConfig, SFTTrainer, rows_of("text")),
-        "DPO": (DPOConfig, DPOTrainer, rows_of("prompt", "chosen", "rejected")),
-        "KTO": (KTOConfig, KTOTrainer, rows_of("prompt", "completion")),
-    }[kind]
-    if kind == "KTO":
-        data = data.add_column("label", [row % 3 == 0 for row in range(12)])
-    more = {"max_length": 16} | ({"use_weighting": True} if kind == "DPO" else {})
-    return maker(model, args=config(**base, **more), train_dataset=data, processing_class=tokenizer)
+        more["reward_funcs"] = reward
+        options |= {"beta": 0.1, "gradient_accumulation_steps": 2}
+    if kind == "DPO":  # its weights make the gradient small
+        options |= {"use_weighting": True, "learning_rate": 2.0}
+    args = arguments(config, folder / "run", **options)
+    tools = {"train_dataset": data(), "processing_class": tokenizer()}
+    return maker(str(folder / "model"), args=args, **tools, **more)
 
 
-def logged(history: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """Return what TRL logged at each step, but for times."""
-    times = ("time", "runtime", "per_second")
-    return [
-        {name: value for name, value in row.items() if not name.endswith(times)} for row in history
-    ]
-
-
-@pytest.mark.parametrize("kind", ["GRPO", "RLOO", "SFT", "DPO", "KTO"])
-def test_a_patched_trainer_learns_the_same(kind: str, tmp_path: Path) -> None:
-    results, histories = [], []
+def assert_learns_the_same(kind: str, folder: Path, model: Any, **options: Any) -> None:
+    """Train with TRL's head and under the patch; compare weights and logs."""
+    results = []
     for patched in (False, True):
         if patched:
             lean = patch_trl()
         set_seed(0)
-        one = trainer(kind, tmp_path / str(patched))
+        one = trainer(kind, folder / str(patched), model, **options)
+        before = {name: value.clone() for name, value in parameters(one).items()}
         one.train()
-        results.append(parameters(one.model))
-        histories.append(logged(one.state.log_history))
-        assert len(losses_and_norms(one)) == 3
-    assert lean.calls >= 3
+        results.append((parameters(one), logs(one)))
+        assert len(logs(one)) == one.args.max_steps
+    assert lean.calls >= one.args.max_steps
     assert not lean._told
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
-    start = parameters(tiny_model())
-    assert max((results[0][name] - start[name]).abs().max() for name in start) > 1e-3
-    torch.testing.assert_close(histories[1], histories[0], rtol=1e-5, atol=1e-5)
+    assert max((results[0][0][name] - before[name]).abs().max() for name in before) > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_patched_trainer_learns_the_same(kind: str, tmp_path: Path) -> None:
+    assert_learns_the_same(kind, tmp_path, small_model(1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("made", FAMILIES.values(), ids=FAMILIES)
+def test_every_head(made: tuple[str, dict[str, Any]], kind: str, tmp_path: Path) -> None:
+    assert_learns_the_same(kind, tmp_path, family(made[0], **made[1]), max_steps=2)
+
+
+QWEN = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+BALANCED = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["SFT", "DPO", "KTO"])
+@pytest.mark.parametrize(("name", "experts"), [("mixtral", EXPERTS), ("qwen3_moe", QWEN)])
+def test_experts(name: str, experts: dict[str, Any], kind: str, tmp_path: Path) -> None:
+    assert_learns_the_same(kind, tmp_path, family(name, **experts | BALANCED), max_steps=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *((kind, {"gradient_checkpointing": True}) for kind in ("SFT", "DPO", "GRPO")),
+        ("SFT", {"packing": True, "max_length": 32, "padding_free": True}),
+        ("SFT", {"loss_type": "dft", "learning_rate": 1.0}),
+        ("DPO", {"precompute_ref_log_probs": True}),
+    ],
+    ids=str,
+)
+def test_options_of_trl(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    assert_learns_the_same(kind, tmp_path, small_model(1), **options)

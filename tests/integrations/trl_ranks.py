@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from datasets import concatenate_datasets
 from numpy.typing import NDArray
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
@@ -142,7 +141,7 @@ def _distiller(run: TrlRun, options: dict[str, Any]) -> Any:
         small_model(1),
         small_model(2, hidden=48),
         args,
-        train_dataset=concatenate_datasets([prompts()] * 4),
+        train_dataset=prompts(16),
         processing_class=tokenizer(),
     )
 

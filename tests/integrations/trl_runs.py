@@ -4,19 +4,43 @@ A vocabulary of 262 tokens, a quarter of which end a completion, so that lengths
 """
 
 import copy
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from datasets import Dataset
 from transformers.utils.logging import disable_progress_bar
-from trl import GRPOConfig
 
 from kdrl_train.tools.toy.models import ArchitectureConfig, make_model, train_tokenizer
 
 PROMPTS = ("What is 3 plus 4?", "12 times 5", "Say 7", "How much is 81 minus 30 plus 2?")
 SEED = 5
+SIZES = {
+    "vocab_size": 262,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "softcap": ("gemma2", {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 16}),
+    "divided": ("granite", {"logits_scaling": 4.0}),
+    "multiplied": ("cohere", {"logit_scale": 0.25}),
+    "bias": ("phi", {"partial_rotary_factor": 0.5}),
+    "tied": ("llama", {"tie_word_embeddings": True}),
+}
+"""Heads that differ: what is special, and a family of transformers that has it."""
 disable_progress_bar()
 
 
@@ -50,9 +74,19 @@ def small_model(seed: int, hidden: int = 32, family: str = "qwen2", *, tied: boo
     return copy.deepcopy(_model(seed, hidden, family, tied=tied))
 
 
-def prompts() -> Dataset:
-    """Return a data set of four prompts of different lengths."""
-    return Dataset.from_dict({"prompt": list(PROMPTS)})
+def family(name: str, **config: Any) -> Any:
+    """Make a small random model of a family of transformers, the same one each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        made = transformers.AutoConfig.for_model(name, **SIZES | config)
+        model = transformers.AutoModelForCausalLM.from_config(made)
+    model.generation_config.eos_token_id = list(range(2, 262, 4))
+    return model
+
+
+def prompts(rows: int = len(PROMPTS)) -> Dataset:
+    """Return a data set of prompts of different lengths, four unlike ones."""
+    return Dataset.from_dict({"prompt": [PROMPTS[row % len(PROMPTS)] for row in range(rows)]})
 
 
 def reward(completions: list[str], **columns: Any) -> list[float]:  # noqa: ARG001
@@ -66,6 +100,7 @@ def arguments(kind: Any, folder: Path, **options: Any) -> Any:
         "output_dir": str(folder),
         "max_steps": 3,
         "per_device_train_batch_size": 4,
+        "num_generations": 4,
         "max_completion_length": 8,
         "temperature": 0.9,
         "learning_rate": 0.1,
@@ -80,9 +115,8 @@ def arguments(kind: Any, folder: Path, **options: Any) -> Any:
         "disable_tqdm": True,
         "seed": SEED,
     }
-    if issubclass(kind, GRPOConfig):
-        values["num_generations"] = 4
-    return kind(**values | options)
+    known = {one.name for one in fields(kind)}
+    return kind(**{name: values[name] for name in known & values.keys()} | options)
 
 
 def trainer_of(kind: Any, args: Any, model: Any | None = None, **options: Any) -> Any:
