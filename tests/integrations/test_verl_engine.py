@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 pytest.importorskip("verl", reason="needs verl: bash tests/verl.sh")
 
 import kdrl_kernels as kk
+from kdrl_kernels.integrations.verl.topk import TeacherTopk, TopkNumbers
 from kdrl_train.method.config import MethodConfig, ScheduleConfig
 from kdrl_train.method.grpo import kd_weights
 from kdrl_train.method.schedules import schedule_value
@@ -190,6 +191,22 @@ def test_a_topk_loss_is_that_of_kdrl_train(model: Path, lean: Any, kd: Any, tail
     schedule = ScheduleConfig(**fields)  # type: ignore[arg-type]
     theirs = kdrl_train_loss(model, schedule, "wrong", 0, batch=batch, objective=objective)
     same(host.gradients(lean, data, loss), theirs)
+
+
+def test_sixteen_bits_do_not_round_what_a_teacher_said(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtypes, numbers = [], TeacherTopk.numbers
+
+    def spy(teacher: TeacherTopk, logprobs: Tensor, rest: Tensor | None) -> TopkNumbers:
+        dtypes.append((teacher.logprobs.dtype, logprobs.dtype))
+        return numbers(teacher, logprobs, rest)
+
+    monkeypatch.setattr(TeacherTopk, "numbers", spy)
+    loss = host.joint_loss(host.actor_config(), loss_mode="kdrl_topk_rkl")
+    data = host.update_batch(host.rollouts(topk=7), fused=True, distillation_use_topk=True)
+    host.gradients(host.engine(model, "kdrl", precision=None), data, loss)
+    assert set(dtypes) == {(torch.float32, torch.float32)}
 
 
 def test_a_topk_loss_alone_needs_no_sampled_tokens(model: Path, lean: Any) -> None:

@@ -29,16 +29,14 @@ class TopkTerm:
     jsd_alpha: float = 0.5
 
 
-@dataclass(frozen=True, slots=True)
 class TeacherTopk:
     """Holds the teacher's K tokens of each position, [1, T, K], for the fused forward.
 
-    It is no dict nor list, so that FSDP2 does not round the log-probabilities to 16 bits.
+    It is no dict, list or data class, so that FSDP does not round logprobs to 16 bits.
     """
 
-    term: TopkTerm
-    ids: Tensor
-    logprobs: Tensor
+    def __init__(self, term: TopkTerm, ids: Tensor, logprobs: Tensor) -> None:
+        self.term, self.ids, self.logprobs = term, ids, logprobs
 
     def numbers(self, logprobs: Tensor, rest: Tensor | None) -> "TopkNumbers":
         """Compute divergence and masses from the student's log-probabilities at these ids.
