@@ -207,6 +207,20 @@ def test_verls_own_settings_that_cannot_be_right_are_refused() -> None:
         distillation_ppo_loss(host.actor_config(), config, output, data)
 
 
+@pytest.mark.parametrize("mode", ["kdrl_k2", "kdrl_topk_rkl"])
+def test_a_temperature_at_which_no_teacher_answers_is_refused(mode: str) -> None:
+    output, data = micro_batch(**{WEIGHT: torch.ones(8)})
+    numbers = ("log_probs", "distillation_losses", "student_mass", "teacher_mass")
+    output |= dict.fromkeys(numbers, output["log_probs"])
+    loss = host.joint_loss(host.actor_config(), loss_mode=mode)
+    loss(model_output=output, data=data)
+    host.tu.assign_non_tensor(data, temperature=0.6)
+    with pytest.raises(
+        ValueError, match=r"rollout.temperature must be 1.0 with a teacher, got 0.6"
+    ):
+        loss(model_output=output, data=data)
+
+
 def test_a_topk_term_without_its_settings_or_head_is_refused() -> None:
     output, data = micro_batch(**{WEIGHT: torch.ones(8)})
     mode, message = "kdrl_topk_fkl", '"kdrl_topk_fkl" must be used with KdrlDistillationLossConfig'

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from verl.trainer.distillation import losses as distillation
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss, register_policy_loss
+from verl.utils import tensordict_utils as tu
 from verl.utils.torch_functional import masked_mean
 from verl.workers.utils.padding import no_padding_2_padding
 
@@ -142,6 +143,13 @@ def topk_distillation_losses(
 
 def weights_of(settings: Any, data: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mask of the responses, bool, and each token's weight, [bsz, length] both."""
+    temperature = tu.get_non_tensor_data(data, "temperature", 1.0)
+    if not isinstance(temperature, Tensor) and temperature != 1:
+        raise ValueError(
+            f"actor_rollout_ref.rollout.temperature must be 1.0 with a teacher, got {temperature}: "
+            "the student's log-probabilities would be at this temperature, but verl asks a "
+            "teacher's server for its own at 1.0"
+        )
     mask = padded(data["response_mask"], like=like).bool()
     weight = mask.to(like.dtype)
     if hasattr(settings, "method"):
