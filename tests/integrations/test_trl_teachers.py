@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -84,8 +85,9 @@ def test_a_folder_is_loaded_in_the_students_dtype(
         assert not weight.requires_grad
     pupil.model.bfloat16()
     assert local_teacher(str(folders["teacher"]), config(), pupil).dtype == torch.bfloat16
-    options = config(teacher_model_init_kwargs={"dtype": "float32"})
-    assert local_teacher(str(folders["teacher"]), options, pupil).dtype == torch.float32
+    for name in ("dtype", "torch_dtype"):
+        options = config(teacher_model_init_kwargs={name: "float32"})
+        assert local_teacher(str(folders["teacher"]), options, pupil).dtype == torch.float32
 
 
 def test_an_object_is_frozen_and_has_no_dropout(
@@ -97,6 +99,23 @@ def test_an_object_is_frozen_and_has_no_dropout(
     assert local_teacher(teacher, config(), pupil) is teacher
     assert torch.equal(teacher(ids).logits, teacher(ids).logits)
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_a_teacher_without_a_plain_head_is_refused_at_once(
+    config: Callable[..., KdrlConfig], pupil: Pupil, tiny: Callable[..., Any]
+) -> None:
+    adapter = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head"])
+    adapted = get_peft_model(tiny("llama", seed=3, tie_word_embeddings=False), adapter)
+    cases = [
+        (tiny("llama", seed=3).model, "must be a causal LM of transformers, got LlamaModel"),
+        (torch.nn.Linear(3, 3), "must be a causal LM of transformers, got Linear"),
+        (adapted, r"must have no adapter on its LM head, got one: pass .*merge_and_unload"),
+    ]
+    for teacher, message in cases:
+        with pytest.raises(ValueError, match=message) as error:
+            local_teacher(teacher, config(), pupil)
+        assert "\n" not in str(error.value)
+    local_teacher(adapted.merge_and_unload(), config(), pupil)
 
 
 def test_weights_of_the_student_are_refused(

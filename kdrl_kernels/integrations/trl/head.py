@@ -60,16 +60,20 @@ class ModelHead:
             hidden = hidden.to(torch.get_autocast_dtype(device))
         return hidden, nullcontext()
 
-    def teacher(self, hidden: Tensor) -> kk.TeacherHead:
-        """Return this head with hidden states, for a loss against it.
-
-        Raises: ValueError where an adapter is on it.
-        """
+    def check_teacher(self) -> None:
+        """Raise ValueError where an adapter is on this head, which a teacher's cannot have."""
         if self.adapter is not None:
             raise ValueError(
                 "teacher_model must have no adapter on its LM head, got one: pass "
                 "teacher_model.merge_and_unload()"
             )
+
+    def teacher(self, hidden: Tensor) -> kk.TeacherHead:
+        """Return this head with hidden states, for a loss against it.
+
+        Raises: ValueError where an adapter is on it.
+        """
+        self.check_teacher()
         return kk.TeacherHead(
             self.arithmetic(hidden)[0],
             self.weight,

@@ -10,11 +10,13 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import create_model_from_path
 
 from kdrl_kernels.integrations.trl.config import KdrlConfig
+from kdrl_kernels.integrations.trl.head import bare, model_head
 from kdrl_train.batch import Rollouts
 from kdrl_train.config import TrainConfig
 from kdrl_train.model.eos import eos_ids
@@ -126,9 +128,21 @@ def local_teacher(teacher: Any, args: KdrlConfig, pupil: Pupil) -> Any:
         name = str(teacher)
         tokenizer = load_tokenizer(name, "teacher_model", args.trust_remote_code)
         model = create_model_from_path(name, **_load_options(args, pupil.model))
+    check_causal(model)
     check_vocabulary(model, tokenizer, args, pupil)
     model.requires_grad_(requires_grad=False)
     return model.eval()
+
+
+def check_causal(model: Any) -> None:
+    """Raise ValueError for a teacher without an LM head, or with an adapter on it."""
+    inner = bare(model)
+    if not isinstance(inner, PreTrainedModel) or inner.get_output_embeddings() is None:
+        raise ValueError(
+            "teacher_model must be a causal LM of transformers, got "
+            f"{type(inner).__name__}, which has no LM head"
+        )
+    model_head(inner, 1.0).check_teacher()
 
 
 def _load_options(args: KdrlConfig, student: Any) -> dict[str, Any]:
@@ -137,7 +151,7 @@ def _load_options(args: KdrlConfig, student: Any) -> dict[str, Any]:
     if args.distributed_state is not None and args.distributed_state.distributed_type != "NO":
         options["device_map"] = None
     options.setdefault("trust_remote_code", args.trust_remote_code)
-    options.setdefault("dtype", student.dtype)
+    options.setdefault("dtype", options.pop("torch_dtype", student.dtype))  # the older name
     return options
 
 
