@@ -91,6 +91,20 @@ def test_a_bound_inside_the_clip_range_does_not(tmp_path: Path) -> None:
     assert not trainer_in_a_step(tmp_path, None, kd=None, loss_type="grpo", delta=1.1).one_pass
 
 
+@pytest.mark.parametrize(
+    ("bound", "finite"), [({"epsilon_high": math.inf}, 1e9), ({"delta": math.inf}, None)]
+)
+def test_an_infinite_bound_is_none(
+    tmp_path: Path, bound: dict[str, float], finite: float | None
+) -> None:
+    options = {"loss_type": "grpo", "kd": None}
+    loss, gradient = loss_and_gradient(trainer_in_a_step(tmp_path, None, **options | bound))
+    same = dict.fromkeys(bound, finite)
+    expected, full = loss_and_gradient(trainer_in_a_step(tmp_path, None, **options | same))
+    assert_close(loss, expected, rtol=1e-6, atol=1e-9)
+    assert_same_gradient(gradient, full)
+
+
 def test_padding_and_tool_tokens_cost_nothing(tmp_path: Path) -> None:
     trainer = trainer_in_a_step(tmp_path, small_model(2).double(), kd="rkl")
     inputs = micro_batch(trainer.model)

@@ -3,6 +3,7 @@
 B completions of a batch, C their positions, H hidden size.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -176,7 +177,8 @@ class KdrlTrainer(GRPOTrainer):
             and self.top_entropy_quantile >= 1.0
             and not self._entropy_bonus_enabled
             and 0 <= low < 1
-            and (bound is None or bound > 1 + high)
+            and 0 <= high < math.inf
+            and (bound is None or 1 + high < bound < math.inf)
         )
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
