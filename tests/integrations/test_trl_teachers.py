@@ -27,8 +27,8 @@ from kdrl_train.start import teacher_server
 from tests.train.servers import Scripted, by_position, free_port, running, teacher_app
 
 pytestmark = pytest.mark.filterwarnings(
-    # TRL's own default of gradient_checkpointing, an old name in transformers 5
-    "ignore:.gradient_checkpointing. is deprecated:FutureWarning"
+    # TRL and peft read names that transformers 5 calls old
+    "ignore:.*gradient_checkpointing. is deprecated:FutureWarning"
 )
 URL = "http://127.0.0.1:1"
 
