@@ -4,16 +4,9 @@
 # temporary one, deleted afterwards. ms-swift takes a TRL and a transformers of its own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-venv=${1:-}
-if [ -z "$venv" ]; then
-    venv=$(mktemp -d)/venv
-    trap 'rm -rf "$(dirname "$venv")"' EXIT
-fi
-if [ ! -e "$venv/ready" ]; then
-    python3 -m venv "$venv"
+install() {
     "$venv/bin/pip" install -q torch==2.13.0 ms-swift==4.6.0 msgspec # which 4.6.0 does not ask for
     "$venv/bin/pip" install -q liger-kernel==0.8.5 pytest pytest-xdist
-    touch "$venv/ready"
-fi
-export PYTHONPATH=$PWD OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+}
+. tests/environment.sh "${1:-}"
 "$venv/bin/python" -m pytest -m swift -n 0 tests/integrations/test_swift_*.py "${@:2}"

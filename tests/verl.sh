@@ -5,17 +5,10 @@
 # temporary one, deleted afterwards. Linux.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-venv=${1:-}
-if [ -z "$venv" ]; then
-    venv=$(mktemp -d)/venv
-    trap 'rm -rf "$(dirname "$venv")"' EXIT
-fi
-if [ ! -e "$venv/ready" ]; then
-    python3 -m venv "$venv"
+install() {
     # verl wants another transformers than constraints.txt names
     "$venv/bin/pip" install -q -e ".[verl]" verl==0.9.1 torch==2.13.0 pytest pytest-xdist hypothesis
-    touch "$venv/ready"
-fi
-export PYTHONPATH=$PWD OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+}
+. tests/environment.sh "${1:-}"
 "$venv/bin/python" -m pytest -m verl -n 0 tests/integrations/test_verl_*.py "${@:2}"
 "$venv/bin/python" -m tests.integrations.verl_table 2>/dev/null

