@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("trl")
 
 from kdrl_kernels.integrations.trl import example
-from tests.integrations.trl_runs import arguments, prompts, reward, small_model, tokenizer
+from tests.integrations.trl_runs import plain_settings, prompts, reward, small_model, tokenizer
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings(
@@ -39,7 +39,7 @@ def test_the_change_of_the_first_page_makes_a_trainer_that_distils(tmp_path: Pat
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (change,) = re.findall(r"```diff\n(.*?)```", text, flags=re.DOTALL)
     names: dict[str, Any] = {
-        "settings": arguments(dict, tmp_path),
+        "settings": plain_settings(tmp_path),
         "model": small_model(1),
         "right": reward,
         "data": prompts(),

@@ -4,7 +4,6 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +22,7 @@ from tests.integrations.trl_runs import (
     arguments,
     logs,
     parameters,
+    plain_settings,
     reward,
     small_model,
     tokenizer,
@@ -350,7 +350,7 @@ def test_a_resumed_run_needs_its_teachers_server(tmp_path: Path) -> None:
         (lambda: small_model(2), {"kd": None}, r"teacher_model must be None with kd=None"),
         (
             lambda: small_model(2),
-            {"kd_coef_schedule": {"kind": "switch", "patience": 1}},
+            {"kd_coef_schedule": {"kind": "switch", "final": 0.0, "patience": 1}},
             r"eval_strategy and one eval_dataset must be set",
         ),
     ],
@@ -374,7 +374,7 @@ def test_the_guides_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     text = Path(integrations.__file__).with_name("README.md").read_text(encoding="utf-8")
     section = text.split("### KdrlTrainer")[1].split("\n## ")[0].split("\n### ")[0]
-    more = {**vars(arguments(SimpleNamespace, tmp_path))}
+    more = plain_settings(tmp_path)
     del more["output_dir"]
     names: dict[str, Any] = {
         "student": small_model(1),

@@ -96,7 +96,14 @@ def reward(completions: list[str], **columns: Any) -> list[float]:  # noqa: ARG0
 
 def arguments(kind: Any, folder: Path, **options: Any) -> Any:
     """Make the arguments of a run of three steps on a CPU, in float32, by plain SGD."""
-    values = {
+    known = {one.name for one in fields(kind)}
+    values = plain_settings(folder)
+    return kind(**{name: values[name] for name in known & values.keys()} | options)
+
+
+def plain_settings(folder: Path) -> dict[str, Any]:
+    """Return those arguments by name."""
+    return {
         "output_dir": str(folder),
         "max_steps": 3,
         "per_device_train_batch_size": 4,
@@ -115,8 +122,6 @@ def arguments(kind: Any, folder: Path, **options: Any) -> Any:
         "disable_tqdm": True,
         "seed": SEED,
     }
-    known = {one.name for one in fields(kind)}
-    return kind(**{name: values[name] for name in known & values.keys()} | options)
 
 
 def trainer_of(kind: Any, args: Any, model: Any | None = None, **options: Any) -> Any:
