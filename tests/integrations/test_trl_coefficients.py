@@ -193,7 +193,7 @@ def config(folder: Path, **options: Any) -> KdrlConfig:
 
 
 def test_a_plateau_needs_one_evaluation_set(tmp_path: Path) -> None:
-    schedule = {"kind": "switch", "patience": 2}
+    schedule = {"kind": "switch", "final": 0.0, "patience": 2}
     with pytest.raises(ValueError, match=r"eval_strategy and one eval_dataset must be set"):
         check_schedule(config(tmp_path, kd_coef_schedule=schedule), ["problem"])
     args = config(tmp_path, kd_coef_schedule=schedule, eval_strategy="steps", eval_steps=2)
@@ -202,7 +202,7 @@ def test_a_plateau_needs_one_evaluation_set(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"got .*steps.* and dict"):
         check_schedule(args, {"a": ["problem"], "b": ["problem"]})
     check_schedule(args, ["problem"])
-    check_schedule(config(tmp_path, kd_coef_schedule={"kind": "switch"}), None)
+    check_schedule(config(tmp_path, kd_coef_schedule={"kind": "switch", "final": 0}), None)
 
 
 def test_a_budget_needs_a_kl(tmp_path: Path) -> None:

@@ -228,7 +228,7 @@ class KdrlConfig(GRPOConfig):
                 f"and {values['initial']}"
             )
         try:
-            return ScheduleConfig(**{"initial": self.kd_coef} | values)
+            schedule = ScheduleConfig(**{"initial": self.kd_coef} | values)
         except ValueError as error:
             text, name = str(error).splitlines()[0], "kd_coef_schedule"
             if text.startswith("unknown key "):
@@ -236,6 +236,13 @@ class KdrlConfig(GRPOConfig):
             if text.startswith("initial ") and "initial" not in values:
                 raise ValueError(text.replace("initial", "kd_coef", 1)) from None
             raise ValueError(f"{name}.{text}") from None
+        moves = schedule.kind in ("linear", "cosine", "switch")
+        if moves and schedule.final == schedule.initial:
+            raise ValueError(
+                f"kd_coef_schedule.final must differ from initial for {schedule.kind!r}, got "
+                f"{schedule.final} for both: nothing would change"
+            )
+        return schedule
 
     def objective(self, policy: Policy = "clip", *, distil: bool = True) -> kk.Objective:
         """Return the settings of kdrl_loss; kd_coef is 1, since beta is in each token's kd_weight.
@@ -269,6 +276,9 @@ class KdrlConfig(GRPOConfig):
         )
 
 
+SCHEDULE = '{"kind": "linear", "final": 0.0, "steps": 200}'
+
+
 def _parsed(name: str, value: Any) -> dict[str, Any] | None:
     """Return a dictionary, which a command line gives as JSON."""
     try:
@@ -276,7 +286,8 @@ def _parsed(name: str, value: Any) -> dict[str, Any] | None:
     except json.JSONDecodeError:
         values = value
     if values is not None and not isinstance(values, Mapping):
-        raise TypeError(f"{name} must be a dict, its JSON or None, got {value!r}")
+        example = "" if name != "kd_coef_schedule" else f"; for instance {SCHEDULE}"
+        raise TypeError(f"{name} must be a dict, its JSON or None, got {value!r}{example}")
     return None if values is None else dict(values)
 
 
