@@ -261,7 +261,7 @@ REFUSED: list[tuple[Callable[[Path], Any], str]] = [
     ),
     (
         lambda f: trainer_of(KdrlTrainer, arguments(GRPOConfig, f)),
-        "args must be a KdrlConfig, got GRPOConfig",
+        "args must be a KdrlConfig, got GRPOConfig: it takes all arguments of GRPOConfig",
     ),
 ]
 

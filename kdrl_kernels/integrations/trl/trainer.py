@@ -103,7 +103,10 @@ class KdrlTrainer(GRPOTrainer):
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = KdrlConfig(f"{name.split('/')[-1]}-KDRL")
         if not isinstance(args, KdrlConfig):
-            raise TypeError(f"args must be a KdrlConfig, got {type(args).__name__}")
+            raise TypeError(
+                f"args must be a KdrlConfig, got {type(args).__name__}: it takes all arguments of "
+                "GRPOConfig, and kd_coef"
+            )
         check_teacher_model(teacher_model, args, model)
         with head_adapters():
             super().__init__(model, reward_funcs, args, *positional, **options)
