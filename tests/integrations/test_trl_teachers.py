@@ -173,6 +173,15 @@ def test_a_head_with_too_few_columns_is_refused(
     local_teacher(tiny("llama", vocab_size=300), config(), pupil)
 
 
+def test_tokens_that_the_student_cannot_sample_need_no_column(
+    config: Callable[..., KdrlConfig], pupil: Pupil, tiny: Callable[..., Any]
+) -> None:
+    narrow = replace(pupil, model=tiny("llama", vocab_size=250))
+    local_teacher(tiny("llama", vocab_size=250, seed=3), config(), narrow)
+    with pytest.raises(ValueError, match=r"got 249 columns and a token with id 249"):
+        local_teacher(tiny("llama", vocab_size=249), config(), narrow)
+
+
 def test_other_ends_of_sequence_are_refused_unless_masked(
     config: Callable[..., KdrlConfig], pupil: Pupil, tiny: Callable[..., Any]
 ) -> None:
@@ -288,7 +297,10 @@ def test_another_model_during_the_run_stops_it(
 @pytest.mark.parametrize(
     ("info", "message"),
     [
-        ({"tokenizer": "?"}, r"must have the policy's tokenizer, got another map"),
+        (
+            {"tokenizer": "?"},
+            r"must have the policy's tokenizer, got another map.*family; teacher_model set to",
+        ),
         ({"vocab_size": 250}, r"teacher_model must have a column for every token, got 250"),
         ({"eos_ids": [0, 40]}, r"must end sequences as the student does, got \[40\]"),
     ],

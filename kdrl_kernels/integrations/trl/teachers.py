@@ -32,6 +32,7 @@ SAMPLED = ("k2", "k3", "k3_ratio")
 """Kinds of distillation that read the teacher's log-probability of the sampled token alone."""
 
 TRL_KEYS = {
+    "`check` with model.teacher set to the folder": "teacher_model set to the folder",
     "model.teacher_api": "teacher_api",
     "model.teacher": "teacher_model",
     "with --resume": "with resume_from_checkpoint",
@@ -123,7 +124,7 @@ def local_teacher(teacher: Any, args: KdrlConfig, pupil: Pupil) -> Any:
         if any(id(parameter) in trained for parameter in teacher.parameters()):
             _refuse_moving()
         model, name = teacher, str(getattr(teacher, "name_or_path", "") or "")
-        tokenizer = _tokenizer_of(name, args) if name else None
+        tokenizer = tokenizer_of(name, args) if name else None
     else:
         name = str(teacher)
         tokenizer = load_tokenizer(name, "teacher_model", args.trust_remote_code)
@@ -155,7 +156,7 @@ def _load_options(args: KdrlConfig, student: Any) -> dict[str, Any]:
     return options
 
 
-def _tokenizer_of(name: str, args: KdrlConfig) -> Any:
+def tokenizer_of(name: str, args: Any) -> Any:
     """Load the tokenizer of a model that came as an object; None where there is none."""
     try:
         return load_tokenizer(name, "teacher_model", args.trust_remote_code)
@@ -179,14 +180,7 @@ def check_vocabulary(model: Any, tokenizer: Any, args: KdrlConfig, pupil: Pupil)
     Raises: ValueError, one line, where they differ.
     """
     if tokenizer is not None:
-        different = differing_token(pupil.tokenizer, tokenizer)
-        if different is not None:
-            i, one, other = different
-            raise ValueError(
-                f"teacher_model must have the student's tokenizer, got another: token {i} is "
-                f"{one!r} for the student and {other!r} for the teacher; choose two models of one "
-                "family"
-            )
+        check_tokens(tokenizer, pupil.tokenizer)
     check_columns(columns_of(model), pupil)
     try:
         ends = eos_ids(model, tokenizer)
@@ -195,9 +189,25 @@ def check_vocabulary(model: Any, tokenizer: Any, args: KdrlConfig, pupil: Pupil)
     check_ends(ends, args, pupil)
 
 
+def check_tokens(tokenizer: Any, of_student: Any) -> None:
+    """Raise ValueError where an id is another token for a teacher's tokenizer."""
+    different = differing_token(of_student, tokenizer)
+    if different is not None:
+        i, one, other = different
+        raise ValueError(
+            f"teacher_model must have the student's tokenizer, got another: token {i} is {one!r} "
+            f"for the student and {other!r} for the teacher; choose two models of one family"
+        )
+
+
 def check_columns(columns: int | None, pupil: Pupil) -> None:
-    """Raise ValueError where a teacher's head has no column for a token of the student's."""
-    highest = max(pupil.tokenizer.get_vocab().values())
+    """Raise ValueError where a teacher's head has no column for a token of the student's head.
+
+    A tokenizer may have tokens for which the student's own head has no column (Gemma 3 1B's for
+    images): it never samples these.
+    """
+    ids = pupil.tokenizer.get_vocab().values()
+    highest = max(i for i in ids if i < pupil.columns)
     if columns is not None and highest >= columns:
         raise ValueError(
             f"teacher_model must have a column for every token, got {columns:,} columns and a "
