@@ -271,6 +271,19 @@ def test_a_trainer_without_a_teacher_or_with_anothers_arguments_is_refused(tmp_p
         )
 
 
+def test_a_teacher_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "teacher"
+    small_model(2).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    student, args = small_model(1), arguments(KdrlDistillationConfig, tmp_path)
+    more = {"train_dataset": prompts(), "processing_class": tokenizer()}
+    KdrlDistillationTrainer(student, str(folder), args, **more)
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text(encoding="utf-8").replace('"a":', '"aa":'), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"must have the student's tokenizer, got another: token"):
+        KdrlDistillationTrainer(student, str(folder), args, **more)
+
+
 def test_a_sketch_under_zero3_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distillation, "is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match="head_backward must be 'exact' under DeepSpeed ZeRO-3"):

@@ -18,6 +18,7 @@ from kdrl_kernels.integrations.trl.config import HEAD_BACKWARDS, READERS, KdrlCo
 from kdrl_kernels.integrations.trl.head import bare, model_head
 from kdrl_kernels.integrations.trl.head_loss import HeadTerms, one_pass
 from kdrl_kernels.integrations.trl.means import log_means
+from kdrl_kernels.integrations.trl.teachers import check_tokens, tokenizer_of
 
 OPTIONS = {one.name: one for one in fields(KdrlConfig)}
 BETAS = {0.0: "fkl", 1.0: "rkl"}
@@ -131,7 +132,7 @@ class KdrlDistillationTrainer(DistillationTrainer):
     kdrl/kl, kdrl/forward_kl, kdrl/jsd or kdrl/topk_divergence.
 
     Args:
-        teacher_model: a causal LM of the student's vocabulary, its folder or its id.
+        teacher_model: a causal LM of the student's tokenizer, its folder or its id.
         args: KdrlDistillationConfig; None: its defaults, which are TRL's.
         The others: as in DistillationTrainer.
     Raises: ValueError or TypeError, one line, for arguments that cannot be right together.
@@ -151,7 +152,10 @@ class KdrlDistillationTrainer(DistillationTrainer):
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = KdrlDistillationConfig(f"{name.split('/')[-1]}-Distillation")
         if not isinstance(args, KdrlDistillationConfig):
-            raise TypeError(f"args must be a KdrlDistillationConfig, got {type(args).__name__}")
+            raise TypeError(
+                f"args must be a KdrlDistillationConfig, got {type(args).__name__}: it takes all "
+                "arguments of DistillationConfig, and kd"
+            )
         if teacher_model is None:
             raise ValueError("teacher_model must be a model, its folder or its id, got None")
         if isinstance(teacher_model, str) and "://" in teacher_model:
@@ -165,6 +169,11 @@ class KdrlDistillationTrainer(DistillationTrainer):
                 "pass would read a weight that ZeRO-3 has freed"
             )
         super().__init__(model, teacher_model, args, *positional, **options)
+        named = isinstance(teacher_model, str)
+        name = teacher_model if named else getattr(teacher_model, "name_or_path", "")
+        tokens = tokenizer_of(name, args) if name else None
+        if tokens is not None:
+            check_tokens(tokens, self._tokenizer)
         self._objective = args.objective()
         self._head_metrics: dict[str, Tensor] = {}
 
