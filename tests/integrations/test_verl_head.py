@@ -107,6 +107,17 @@ def test_packed_sequences_have_the_numbers_of_sequences_alone() -> None:
     torch.testing.assert_close(out.log_probs[0, 5:7], alone[1], rtol=1e-9, atol=1e-10)
 
 
+def test_images_that_would_not_be_read_are_refused() -> None:
+    model = host.tiny(Qwen2Config(**SIZES))
+    patch(model, "kdrl")
+    inputs = {"input_ids": torch.randint(3, host.V, (1, 7)), "return_dict": True}
+    assert model(**inputs, pixel_values=None).log_probs.shape == (1, 7)
+    with pytest.raises(
+        ValueError, match=r"^pixel_values must be None .* Qwen2ForCausalLM reads te"
+    ):
+        model(**inputs, pixel_values=torch.ones(1, 3, 4, 4))
+
+
 def test_an_adapter_on_the_head_counts_which_verls_own_leaves_out() -> None:
     base = host.tiny(Qwen2Config(**SIZES)).double()
     model = get_peft_model(base, LoraConfig(r=2, lora_alpha=8, target_modules=["lm_head"]))

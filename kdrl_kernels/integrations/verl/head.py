@@ -107,11 +107,18 @@ def fused_forward(
         shift_labels: [B, T], the token that follows each position, where the engine knows it.
         temperature: of the sampler.
         return_dict: must be True, as verl's engines pass it.
-        kwargs: those of BACKBONE go to the backbone, a TeacherTopk to the head, others nowhere.
+        kwargs: those of BACKBONE go to the backbone, a TeacherTopk to the head; no others, such as
+            images, may be there.
     Returns: FusedOutput with log_probs and entropy, [B, T] in nats, and a top-k term.
     """
     if not return_dict:
         raise ValueError(f"return_dict must be True for a fused forward, got {return_dict}")
+    unread = [name for name in kwargs if name not in (*BACKBONE, KEY) and kwargs[name] is not None]
+    if unread:
+        raise ValueError(
+            f"{', '.join(unread)} must be None with impl_backend {BACKEND}, whose fused forward of "
+            f"{type(self).__name__} reads text alone: set model.use_fused_kernels=False"
+        )
     passed = {name: kwargs[name] for name in BACKBONE if name in kwargs}
     outputs = backbone(self)(input_ids=input_ids, **passed)
     if shift_labels is None:
