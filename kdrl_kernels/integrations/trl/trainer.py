@@ -75,8 +75,8 @@ class KdrlTrainer(GRPOTrainer):
     Rewards, advantages, masks, normalisers and TRL's metrics are TRL's own. Beside them it logs
     kdrl/kd_coef, kdrl/completions, the share of completions that are distilled, means over the
     distilled tokens of l = log p - log q (kdrl/teacher_log_ratio), of l²/2 (kdrl/k2) and of the
-    divergence (kdrl/kl and others), and kdrl/kd_flipped, the share of tokens whose advantage
-    changes its sign under the teacher's pull.
+    divergence (kdrl/kl and others), and in one pass kdrl/kd_flipped, the share of tokens whose
+    advantage changes its sign under the teacher's pull.
 
     Args:
         teacher_model: the teacher: a causal LM of transformers with the policy's tokenizer, its
