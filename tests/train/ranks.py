@@ -6,6 +6,7 @@ verifiers.
 """
 
 import atexit
+import gc
 import io
 import multiprocessing
 import os
@@ -148,6 +149,7 @@ def _on_processes(ranks: int, call: Callable[[int], Any]) -> list[Any]:
         _fork.Process(target=_run_rank, args=(rank, ranks, port, call, sender))
         for rank, (_, sender) in enumerate(pipes)
     ]
+    gc.freeze()  # the ranks do not search what is imported, at each collection, for garbage
     try:
         results = []
         for process in processes:
