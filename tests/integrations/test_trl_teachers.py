@@ -57,6 +57,7 @@ def test_arguments_that_cannot_be_right_are_refused(
         ("folder", {"kd": None}, r"teacher_model must be None with kd=None, got one"),
         (3, {}, r"teacher_model must be a model of transformers, .*, got int"),
         (pupil.model, {}, r"teacher_model must not share weights with model"),
+        ("localhost:8765", {}, r"must be http://host:port for a server, got 'localhost:8765'"),
         (URL, {"kd": "rkl"}, r"kd must be one of .* for a teacher behind a URL, got 'rkl'"),
         (URL, {"kd": "topk_rkl"}, r"kd must be one of .* for a teacher behind a URL"),
         (URL, {"kd_baseline": "kl"}, r"kd_baseline None for a teacher behind a URL, got 'k2' and"),

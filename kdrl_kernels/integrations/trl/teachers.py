@@ -3,6 +3,7 @@
 B completions of a batch, C positions, V columns of the student's head.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,8 @@ def check_teacher_model(teacher: Any, args: KdrlConfig, model: Any) -> None:
             "teacher_model must be a model of transformers, its folder or id, or a URL, got "
             f"{type(teacher).__name__}"
         )
+    if isinstance(teacher, str) and re.match(r"[\w.-]+:\d+/?$", teacher):
+        raise ValueError(f"teacher_model must be http://host:port for a server, got {teacher!r}")
     if isinstance(teacher, nn.Module) and teacher is model:
         _refuse_moving()
     if args.teacher_model_init_kwargs is not None and (
