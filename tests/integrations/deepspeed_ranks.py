@@ -43,9 +43,9 @@ def train(kind: str, zero3: bool) -> Any:
     if kind == "patch_trl":
         patch_trl()
     set_seed(0)
+    model, teacher = small_model(1), small_model(2)  # whole: ZeRO-3 begins with the arguments
     args = arguments(config, Path(tempfile.mkdtemp()), **more | options)
-    teacher = {"teacher_model": small_model(2)} if options.get("kd") else {}
-    one = trainer_of(maker, args, **teacher)
+    one = trainer_of(maker, args, model, **{"teacher_model": teacher} if options.get("kd") else {})
     one.train()
     return one
 
