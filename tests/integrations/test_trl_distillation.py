@@ -16,7 +16,9 @@ from kdrl_kernels.integrations.trl import (
     distillation,
 )
 from tests.integrations.trl_runs import (
+    FAMILIES,
     arguments,
+    family,
     logs,
     parameters,
     prompts,
@@ -37,11 +39,11 @@ TRL = DistillationConfig, DistillationTrainer
 def trainer(folder: Path, kind: Any = OURS, model: Any = None, **changes: Any) -> Any:
     """Return a trainer whose completions end at different places."""
     options = {"gradient_accumulation_steps": 2, "max_grad_norm": 100.0, "temperature": TEMPERATURE}
-    peft_config = changes.pop("peft_config", None)
+    peft_config, teacher = changes.pop("peft_config", None), changes.pop("teacher", None)
     config, maker = kind
     return maker(
         small_model(1) if model is None else model,
-        small_model(2),
+        small_model(2) if teacher is None else teacher,
         arguments(config, folder, **options | changes),
         train_dataset=prompts(12),
         processing_class=tokenizer(),
@@ -159,6 +161,22 @@ def test_without_kd_it_learns_as_trl_does(beta: float, tmp_path: Path) -> None:
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
     moved = results[0][0]["lm_head.weight"] - small_model(1).lm_head.weight
     assert moved.abs().max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("made", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("student", [True, False])
+def test_every_head_learns_as_in_trl(
+    made: tuple[str, dict[str, Any]], student: bool, tmp_path: Path
+) -> None:
+    results = []
+    for kind in (TRL, OURS):
+        special = family(made[0], **made[1])
+        models = {"model": special} if student else {"teacher": special}
+        one = trainer(tmp_path, kind, **models, beta=0.5, max_steps=2)
+        one.train()
+        results.append([parameters(one), host_logs(one)])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
 
 
 def test_lora_learns_as_in_trl(tmp_path: Path) -> None:
