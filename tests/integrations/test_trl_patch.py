@@ -229,12 +229,17 @@ def test_each_call_takes_another_sketch_of_the_same_expectation() -> None:
 
 def test_processes_draw_different_sketches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patch.dist, "is_initialized", lambda: True)
-    rows = []
+    original, drawn, rows = patch._outputs, [], []
+
+    def spy(*arguments: Any) -> Any:
+        drawn.append(arguments[-1].sketch)
+        return original(*arguments)
+
+    monkeypatch.setattr(patch, "_outputs", spy)
     for rank in (0, 1):
         monkeypatch.setattr(patch.dist, "get_rank", lambda rank=rank: rank)
-        sketch = patch_trl(backward="sketch")._next_sketch()
-        assert sketch is not None
-        rows.append((sketch.seed, sketch.rows))
+        call(patch_trl(backward="sketch"), head(torch.float32))
+        rows.append((drawn[-1].seed, drawn[-1].rows))
     assert rows == [(0, 0), (0, patch.RANK_ROWS)]
 
 

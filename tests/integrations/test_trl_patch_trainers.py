@@ -20,6 +20,7 @@ from trl import (
     SFTConfig,
     SFTTrainer,
 )
+from trl.trainer.utils import add_fused_lm_head
 
 from kdrl_kernels.integrations.trl import patch_trl, unpatch_trl
 from tests.integrations.trl_runs import (
@@ -141,3 +142,26 @@ def test_experts(name: str, experts: dict[str, Any], kind: str, tmp_path: Path) 
 )
 def test_options_of_trl(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     assert_learns_the_same(kind, tmp_path, small_model(1), **options)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    # torch's, where a graph ends
+    "ignore:The .grad attribute of a Tensor that is not:UserWarning"
+)
+@pytest.mark.parametrize("options", [{}, {"backward": "sketch"}], ids=str)
+def test_a_compiled_model_is_compiled_once(options: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = small_model(1)
+    add_fused_lm_head(model)
+    compiled = torch.compile(model, backend="eager")
+    tokens = torch.arange(6, 24).reshape(2, 9)
+    graphs = []
+    with patch_trl(**options):
+        for call_number in range(6):
+            labels = tokens.clone()
+            labels[0, : call_number % 3 + 1] = -100
+            compiled(input_ids=tokens, labels=labels, fused_lm_head=True).loss.backward()
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[2]

@@ -162,17 +162,29 @@ class LeanHead:
             None if softcap is None else softcap / scale,
             frozenset(outputs),
             self.cache_bytes,
-            self._next_sketch(),
+            sketch=None,
         )
-        return _scores(*_in_dtype_of_step(hidden, weight, bias), targets, options)
-
-    def _next_sketch(self) -> kk.Sketch | None:
-        """Return the sketch of this call, whose errors no other call or process has."""
+        tensors = *_in_dtype_of_step(hidden, weight, bias), targets
+        if self.sketch is not None:
+            return self._sketched(*tensors, options, self.sketch)
         self.calls += 1
-        if self.sketch is None:
-            return None
+        return _scores(*tensors, options)
+
+    @torch.compiler.disable(reason="no two calls have the same sketch")
+    def _sketched(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        options: HeadOptions,
+        sketch: kk.Sketch,
+    ) -> tuple[Tensor | None, ...]:
+        """Return the five outputs, with a sketch whose errors no other call or process has."""
         rank = dist.get_rank() if dist.is_initialized() else 0
-        return replace(self.sketch, seed=self.sketch.seed + self.calls - 1, rows=rank * RANK_ROWS)
+        sketch = replace(sketch, seed=sketch.seed + self.calls, rows=rank * RANK_ROWS)
+        self.calls += 1
+        return _scores(hidden, weight, bias, targets, replace(options, sketch=sketch))
 
     def _warn(self, reason: str) -> None:
         if reason not in self._told:
