@@ -98,7 +98,9 @@ def test_a_token_of_weight_0_may_have_any_teacher() -> None:
 def test_a_stale_token_has_a_bounded_weight() -> None:
     student = torch.tensor([-1.0, -1.0])
     old = torch.tensor([-1.0 - math.log(1.5), -9.0])
-    losses = SampledKd(ratio_cap=2.0).losses(student, torch.tensor([-3.0, -3.0]), old)
+    term = SampledKd(ratio_cap=2.0)
+    torch.testing.assert_close(term.ratio_weight(student, old), torch.tensor([1.5, 2.0]))
+    losses = term.losses(student, torch.tensor([-3.0, -3.0]), old)
     torch.testing.assert_close(losses, torch.tensor([3.0, 4.0]))
 
 

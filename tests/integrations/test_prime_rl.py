@@ -75,6 +75,24 @@ def test_the_ratio_weighs_the_kd_up_to_its_cap() -> None:
     assert gradient(made, kd_ratio_cap=1.25, **options) == pytest.approx([0, 0.125, 0], abs=1e-7)
 
 
+def test_a_dual_clip_bounds_a_bad_token_that_became_likelier() -> None:
+    """r = e^3 at the last token, whose advantage is -2: dual_clip 3 makes of 2 e^3 a constant 6."""
+    older = torch.tensor([NAN, -1.0, -2.0, -3.5, NAN])
+    made = inputs(inference_logprobs=older, advantages=torch.tensor([NAN, 0.0, 0.0, -2.0, NAN]))
+    assert gradient(made, kd=None) == pytest.approx([0, 0, 2 * math.exp(3)])
+    assert kdrl(made, kd=None, dual_clip=3.0).loss.item() == pytest.approx(6)
+    assert gradient(made, kd=None, dual_clip=3.0) == [0, 0, 0]
+
+
+def test_k3_is_linear_beyond_its_bound() -> None:
+    """l = -3 at the first token: the slope of exp(-l) - 1 + l, and at the bound of 1."""
+    made = inputs(ref_logprobs=torch.tensor([NAN, 2.0, -2.0, -0.5, NAN]))
+    options = {"policy": "off", "kd": "k3", "kd_coef": 0.1}
+    assert gradient(made, **options) == pytest.approx([0.1 * (1 - math.exp(3)), 0, 0], abs=1e-6)
+    bounded = gradient(made, k3_bound=1.0, **options)
+    assert bounded == pytest.approx([0.1 * (1 - math.exp(1)), 0, 0], abs=1e-6)
+
+
 def test_weights_multiply_both_terms() -> None:
     weights = torch.tensor([NAN, 2.0, 1.0, 0.5, NAN])
     made = inputs(loss_weights=weights)
