@@ -14,7 +14,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from kdrl_kernels.integrations.trl import KdrlConfig, KdrlTrainer
 from tests.integrations.full_logits import BETA, FullLogitsTrainer
-from tests.integrations.trl_runs import arguments, logs, small_model, trainer_of
+from tests.integrations.trl_runs import arguments, logs, small_model, trained, trainer_of
 
 pytestmark = pytest.mark.filterwarnings(
     # TRL reads names that transformers 5 calls old
@@ -35,11 +35,6 @@ def train(kind: Any, args: Any, lora: dict[str, Any], **options: Any) -> tuple[A
     before = {name: p.detach().clone() for name, p in trained(trainer).items()}
     trainer.train()
     return trainer, before
-
-
-def trained(trainer: Any) -> dict[str, torch.nn.Parameter]:
-    """Return the parameters that are trained."""
-    return {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 def assert_same_training(ours: Any, theirs: Any, before: dict[str, Tensor]) -> None:

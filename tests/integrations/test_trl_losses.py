@@ -17,10 +17,12 @@ from tests.integrations.trl_runs import (
     EXPERTS,
     FAMILIES,
     arguments,
+    assert_same_runs,
     family,
     logs,
     small_model,
     tokenizer,
+    trained,
     trainer_of,
 )
 
@@ -41,10 +43,6 @@ def train(kind: Any, args: Any, model: Any, **options: Any) -> tuple[Any, dict[s
     return trainer, before
 
 
-def trained(trainer: Any) -> dict[str, torch.nn.Parameter]:
-    return {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
-
-
 def assert_same_training(
     folder: Path, make: Any, tolerance: float = 1e-5, *, more: Any = dict, **options: Any
 ) -> Any:
@@ -56,15 +54,7 @@ def assert_same_training(
     host, before = train(GRPOTrainer, arguments(GRPOConfig, folder, **options), make(), **more())
     args = arguments(KdrlConfig, folder, kd=None, **options)
     ours, _ = train(KdrlTrainer, args, make(), **more())
-    for record, expected in zip(logs(ours), logs(host), strict=True):
-        assert record.keys() == expected.keys()
-        for name, value in expected.items():
-            assert record[name] == pytest.approx(value, rel=tolerance, abs=tolerance), name
-    moves = {name: (p - before[name]).abs().max().item() for name, p in trained(host).items()}
-    assert max(moves.values()) > 1e-3
-    for name, weight in trained(host).items():
-        close = {"rtol": tolerance, "atol": tolerance * max(moves.values())}
-        torch.testing.assert_close(trained(ours)[name], weight, msg=name, **close)
+    assert_same_runs(ours, host, before, tolerance=tolerance)
     return ours
 
 

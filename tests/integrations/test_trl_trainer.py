@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("trl")
 
 from trl import GRPOConfig, GRPOTrainer
 
 from kdrl_kernels.integrations.trl import KdrlConfig, KdrlTrainer
-from tests.integrations.trl_runs import arguments, logs, parameters, small_model, trainer_of
+from tests.integrations.trl_runs import arguments, assert_same_runs, logs, small_model, trainer_of
 
 pytestmark = pytest.mark.filterwarnings(
     # TRL reads names that transformers 5 calls old
@@ -65,17 +64,7 @@ def _runs(folder: Path, *, masked: bool = False, **options: Any) -> tuple[Any, A
 
 
 def assert_equal_runs(host: Any, ours: Any) -> None:
-    """Compare everything that was logged, and the weights."""
-    for a, b in zip(logs(host), logs(ours), strict=True):
-        assert a.keys() == b.keys()
-        for name, value in a.items():
-            assert b[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
-    before = dict(small_model(1).named_parameters())
-    theirs = parameters(host)
-    moved = max((theirs[name] - before[name]).abs().max().item() for name in theirs)
-    assert moved > 1e-3  # else the comparison would say nothing
-    for name, weight in parameters(ours).items():
-        torch.testing.assert_close(weight, theirs[name], rtol=1e-5, atol=1e-5 * moved, msg=name)
+    assert_same_runs(ours, host, dict(small_model(1).named_parameters()))
 
 
 @pytest.mark.parametrize(

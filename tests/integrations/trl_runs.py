@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from datasets import Dataset
@@ -142,3 +143,33 @@ def logs(trainer: Any) -> list[dict[str, float]]:
 def parameters(trainer: Any) -> dict[str, torch.Tensor]:
     """Return the weights of a trainer's model."""
     return {name: p.detach() for name, p in trainer.model.named_parameters()}
+
+
+def trained(trainer: Any) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters that are trained."""
+    return {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def assert_same_runs(
+    ours: Any,
+    theirs: Any,
+    before: dict[str, torch.Tensor],
+    names: tuple[str, ...] = (),
+    tolerance: float = 1e-5,
+) -> None:
+    """Compare what was logged, or some names of it, and the trained weights.
+
+    before: the weights at the start, from which they must have moved, else equality says nothing.
+    """
+    for record, expected in zip(logs(ours), logs(theirs), strict=True):
+        assert names or record.keys() == expected.keys()
+        for name in names or expected:
+            value = pytest.approx(expected[name], rel=tolerance, abs=tolerance / 10)
+            assert record[name] == value, name
+    weights = trained(ours)
+    assert weights.keys() == trained(theirs).keys()
+    moves = [(p - before[name]).abs().max().item() for name, p in trained(theirs).items()]
+    assert max(moves) > 1e-3
+    close = {"rtol": tolerance, "atol": tolerance * max(moves)}
+    for name, weight in trained(theirs).items():
+        torch.testing.assert_close(weights[name], weight, msg=name, **close)
