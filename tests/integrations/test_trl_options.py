@@ -186,14 +186,19 @@ def test_old_logprobs_are_not_rounded_either(tmp_path: Path) -> None:
     assert_close(rounded, exact, rtol=0, atol=0)
 
 
-def test_evaluation_has_no_gradient_and_metrics_of_its_own(tmp_path: Path) -> None:
-    trainer = trainer_in_a_step(tmp_path, small_model(2).double(), kd="k2", loss_type="dapo")
+@pytest.mark.parametrize(("loss_type", "share"), [("dapo", 1), ("grpo", 1 / 2), ("sapo", 1 / 2)])
+def test_evaluation_has_no_gradient_and_metrics_of_its_own(
+    tmp_path: Path, loss_type: str, share: float
+) -> None:
+    trainer = trainer_in_a_step(tmp_path, small_model(2).double(), kd="k2", loss_type=loss_type)
     inputs = micro_batch(trainer.model)
+    of_a_step = trainer._compute_loss(trainer.model, inputs)  # of two micro-batches
+    trainer._metrics["train"].clear()
     trainer.model.eval()
     with torch.no_grad():
         loss = trainer._compute_loss(trainer.model, inputs)
     assert not loss.requires_grad
-    assert math.isfinite(loss.item())
+    assert_close(loss * share, of_a_step.detach(), rtol=1e-6, atol=0)
     assert trainer._metrics["eval"]["kdrl/k2"]
     assert not trainer._metrics["train"]
 
@@ -248,6 +253,29 @@ def test_a_sketch_without_a_teacher(tmp_path: Path, loss_type: str, kd_coef: flo
     loss, _ = loss_and_gradient(trainer_in_a_step(tmp_path, teacher, **sketch, **more))
     plain = trainer_in_a_step(tmp_path, None, kd=None, loss_type=loss_type)
     assert_close(loss, loss_and_gradient(plain)[0], rtol=1e-9, atol=0)
+
+
+def test_no_other_micro_batch_has_the_same_sketch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = KdrlTrainer._sketch
+    monkeypatch.setattr(
+        KdrlTrainer, "_sketch", lambda self, terms: replace(inner(self, terms), flat=math.inf)
+    )
+    sketch = {"head_backward": "sketch", "sketch_threshold": 0.25}
+    trainer = trainer_in_a_step(tmp_path, None, kd=None, **sketch)
+
+    def gradient(micro_batches: int, steps: int) -> dict[str, Tensor]:
+        trainer._step, trainer.state.global_step = micro_batches, steps
+        return loss_and_gradient(trainer)[1]
+
+    first = gradient(0, 0)
+    size = 1e-3 * max(x.abs().max().item() for x in first.values())
+    assert distance(gradient(0, 0), first) == 0
+    assert distance(gradient(2, 0), first) == 0  # a resumed run counts micro-batches from 0
+    assert distance(gradient(1, 0), first) > size
+    assert distance(gradient(2, 1), first) > size
+    assert distance(gradient(2, 1), gradient(1, 0)) > size
 
 
 REFUSED: list[tuple[Callable[[Path], Any], str]] = [
