@@ -107,6 +107,8 @@ def make_trainer(run: TrlRun, ranks: int = 1) -> Any:
     if run.distil:
         return _distiller(run, options)
     more: dict[str, Any] = {"model": small_model(1, tied=run.tied)}
+    micro_batches = run.options.get("gradient_accumulation_steps", 1)
+    more["train_dataset"] = prompts(max(4, micro_batches * run.batch // 4))  # one step's, or more
     if not run.sampled:
         more["rollout_func"] = partial(rollouts, run)
     if run.lora is not None:
