@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 pytest.importorskip("verl", reason="needs verl: bash tests/verl.sh")
 
 import kdrl_kernels as kk
+from kdrl_kernels.integrations.sequence_weights import WEIGHT
 from kdrl_kernels.integrations.verl.topk import TeacherTopk, TopkNumbers
 from kdrl_train.method.config import MethodConfig, ScheduleConfig
 from kdrl_train.method.grpo import kd_weights
@@ -270,6 +271,15 @@ def test_a_step_is_a_move_of_the_learning_rate(model: Path) -> None:
             measured += metrics["distillation/kd_weight"]
         built.lr_scheduler_step()
     assert measured == pytest.approx([1] * 4 + [0.5] * 4 + [0.25] * 4)
+
+
+@pytest.mark.parametrize("bound", [0.5, 1.0])
+def test_a_completion_is_right_above_a_reward(lean: Any, bound: float) -> None:
+    loss = host.joint_loss(host.actor_config(), kd_mask="wrong", right_above=bound)
+    batch = host.rollouts()
+    weights = host.weighted(lean, host.update_batch(batch, fused=True), loss)[WEIGHT]
+    wrong = batch.batch["token_level_scores"].sum(1) <= bound
+    assert weights.tolist() == wrong.tolist()
 
 
 def test_a_group_in_two_updates_is_refused(lean: Any) -> None:

@@ -17,8 +17,10 @@ from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import DistillationConfig, DistillationLossConfig
 
+from kdrl_kernels.integrations.logprob_losses import SampledKd
 from kdrl_kernels.integrations.sequence_weights import WEIGHT
 from kdrl_kernels.integrations.verl import KdrlDistillationLossConfig, losses
+from kdrl_kernels.integrations.verl.config import term_of
 from tests.integrations import verl_host as host
 
 pytestmark = [
@@ -134,6 +136,26 @@ def test_weights_of_rollout_correction_multiply_it() -> None:
     ours, _ = losses.distillation_losses(host.actor_config(), config, output, data)
     terms, mask = expected_terms(output, torch.ones(8))
     torch.testing.assert_close(ours, terms * weights * mask)
+
+
+def test_they_multiply_a_divergence_over_the_best_tokens_too() -> None:
+    weights = torch.rand(8, 6)
+    settings = KdrlDistillationLossConfig(loss_mode="kdrl_topk_rkl")
+    config, terms = DistillationConfig(distillation_loss=settings), []
+    for corrections in ({}, {"rollout_is_weights": weights}):
+        output, data = micro_batch(**{WEIGHT: torch.ones(8)}, **corrections)
+        numbers = ("distillation_losses", "student_mass", "teacher_mass")
+        output |= dict.fromkeys(numbers, output["log_probs"])
+        terms.append(losses.topk_distillation_losses(host.actor_config(), config, output, data)[0])
+    torch.testing.assert_close(terms[1], terms[0] * weights)
+    assert terms[0].abs().max() > 1
+
+
+def test_a_term_has_all_settings() -> None:
+    settings = KdrlDistillationLossConfig(
+        loss_mode="kdrl_k3", kd_ratio_cap=1.5, kd_clamp=4.0, k3_bound=3.0
+    )
+    assert term_of(settings) == SampledKd("k3", ratio_cap=1.5, clamp=4.0, k3_bound=3.0)
 
 
 def test_nested_fields_are_read_as_padded_ones() -> None:
