@@ -10,7 +10,6 @@ from torch.testing import assert_close
 pytest.importorskip("trl")
 
 from kdrl_kernels.integrations.trl import KdrlConfig, KdrlTrainer
-from tests.integrations.test_trl_teacher_loss import _host_loss, _kd, _mean
 from tests.integrations.trl_micro_batches import (
     ACCUMULATION,
     BETA,
@@ -18,8 +17,11 @@ from tests.integrations.trl_micro_batches import (
     V,
     assert_same_gradient,
     gradient_of,
+    kd_term,
     logits_of,
     micro_batch,
+    policy_loss,
+    reduced,
 )
 from tests.integrations.trl_runs import arguments, small_model, trainer_of
 
@@ -60,10 +62,10 @@ def test_the_policy_gradient_is_over_all_columns(tmp_path: Path, loss_type: str,
     lp = p.gather(-1, tokens[..., None])[..., 0]
     log_ratio = lp - inputs["old_per_token_logps"]
     weight = log_ratio.detach().exp().clamp(max=2.0)
-    policy = _host_loss(loss_type, log_ratio.exp(), lp, inputs["advantages"][:, None].double())
+    policy = policy_loss(loss_type, log_ratio.exp(), lp, inputs["advantages"][:, None].double())
     # an exact KL is over the columns of both models: the teacher has no probability of the others
     p = p[..., :V] if kd == "k2" else logits[..., :V].log_softmax(-1)
     mask = (inputs["completion_mask"] * inputs["tool_mask"]).double()
-    exact = _mean(loss_type, policy + BETA * weight * _kd(kd, p, q, tokens), mask)
+    exact = reduced(loss_type, policy + BETA * weight * kd_term(kd, p, q, tokens), mask)
     assert_close(loss.double(), exact, rtol=1e-6, atol=1e-7)
     assert_same_gradient(gradient_of(trainer.model, loss), gradient_of(trainer.model, exact))

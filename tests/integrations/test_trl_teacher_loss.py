@@ -1,6 +1,5 @@
 """KdrlTrainer's loss and gradient with a teacher: full logits in float64, and kdrl_train's own."""
 
-import math
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,11 @@ from tests.integrations.trl_micro_batches import (
     V,
     assert_same_gradient,
     gradient_of,
+    kd_term,
     logits_of,
     micro_batch,
+    policy_loss,
+    reduced,
     trainer_in_a_step,
 )
 from tests.integrations.trl_runs import small_model
@@ -37,46 +39,6 @@ pytestmark = pytest.mark.filterwarnings(
     # TRL reads names that transformers 5 calls old
     "ignore:.*gradient_checkpointing. is deprecated and will be removed in v6:FutureWarning"
 )
-
-
-def _host_loss(loss_type: str, ratio: Tensor, lp: Tensor, advantages: Tensor) -> Tensor:
-    """Return TRL's loss of each token, from its definition."""
-    if loss_type == "cispo":
-        return -ratio.clamp(max=5.0).detach() * advantages * lp
-    clipped = ratio.clamp(1 - CLIP["epsilon"], 1 + CLIP["epsilon_high"])
-    return -torch.minimum(ratio * advantages, clipped * advantages)
-
-
-def _mean(loss_type: str, losses: Tensor, mask: Tensor) -> Tensor:
-    """Reduce token losses [B, C] as TRL's loss types do, with ACCUMULATION micro-batches."""
-    total = (losses * mask).sum()
-    if loss_type == "grpo":
-        each = (losses * mask).sum(1) / mask.sum(1).clamp(min=1)
-        return each.mean() / ACCUMULATION
-    if loss_type == "bnpo":
-        return total / mask.sum() / ACCUMULATION
-    if loss_type == "dr_grpo":
-        return total / (B * 8) / ACCUMULATION
-    return total / 31  # of the step, which is one generation
-
-
-def _kd(name: str, p: Tensor, q: Tensor, tokens: Tensor) -> Tensor:
-    """Return a KD term of each token, from log-probabilities over all columns."""
-    if name == "k2":
-        log_ratio = (p - q).gather(-1, tokens[..., None])[..., 0]
-        return log_ratio.square() / 2
-    if name == "k3":
-        log_ratio = (p - q).gather(-1, tokens[..., None])[..., 0]
-        return (-log_ratio).exp() - 1 + log_ratio
-    if name == "rkl":
-        return (p.exp() * (p - q)).sum(-1)
-    if name == "fkl":
-        return (q.exp() * (q - p)).sum(-1)
-    if name == "jsd":
-        m = torch.logaddexp(p + math.log(0.6), q + math.log(0.4))
-        return 0.4 * (q.exp() * (q - m)).sum(-1) + 0.6 * (p.exp() * (p - m)).sum(-1)
-    assert name == "rkl+fkl"
-    return 0.7 * _kd("rkl", p, q, tokens) + 0.3 * _kd("fkl", p, q, tokens)
 
 
 def _by_hand(
@@ -91,10 +53,10 @@ def _by_hand(
     weight = log_ratio.detach().exp().clamp(max=2.0)
     if level == "sequence":
         log_ratio = ((log_ratio * mask).sum(1) / mask.sum(1).clamp(min=1))[:, None]
-    policy = _host_loss(loss_type, log_ratio.exp(), lp, inputs["advantages"][:, None].double())
+    policy = policy_loss(loss_type, log_ratio.exp(), lp, inputs["advantages"][:, None].double())
     sampler = inputs.get("importance_sampling_ratio", torch.ones(B, C))
-    losses = sampler * (policy + BETA * weight * _kd(kd, p, q, inputs["completion_ids"]))
-    return _mean(loss_type, losses, mask)
+    losses = sampler * (policy + BETA * weight * kd_term(kd, p, q, inputs["completion_ids"]))
+    return reduced(loss_type, losses, mask)
 
 
 KDS = ("k2", "k3", "rkl", "fkl", "jsd", "rkl+fkl")

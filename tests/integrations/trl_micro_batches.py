@@ -1,5 +1,6 @@
-"""A micro-batch as TRL makes it, and a trainer of float64 weights in the middle of a step."""
+"""A micro-batch as TRL makes it, its loss by definition, and a float64 trainer inside a step."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,46 @@ def logits_of(model: Any, inputs: dict[str, Any]) -> Tensor:
 def logprobs_of(model: Any, inputs: dict[str, Any]) -> Tensor:
     logprobs = logits_of(model, inputs).log_softmax(-1)
     return logprobs.gather(-1, inputs["completion_ids"][..., None])[..., 0]
+
+
+def policy_loss(loss_type: str, ratio: Tensor, lp: Tensor, advantages: Tensor) -> Tensor:
+    """Return TRL's loss of each token, from its definition."""
+    if loss_type == "cispo":
+        return -ratio.clamp(max=5.0).detach() * advantages * lp
+    clipped = ratio.clamp(1 - CLIP["epsilon"], 1 + CLIP["epsilon_high"])
+    return -torch.minimum(ratio * advantages, clipped * advantages)
+
+
+def reduced(loss_type: str, losses: Tensor, mask: Tensor) -> Tensor:
+    """Reduce token losses [B, C] as TRL's loss types do, with ACCUMULATION micro-batches."""
+    total = (losses * mask).sum()
+    if loss_type == "grpo":
+        each = (losses * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return each.mean() / ACCUMULATION
+    if loss_type == "bnpo":
+        return total / mask.sum() / ACCUMULATION
+    if loss_type == "dr_grpo":
+        return total / (B * 8) / ACCUMULATION
+    return total / 31  # of the step, which is one generation
+
+
+def kd_term(name: str, p: Tensor, q: Tensor, tokens: Tensor) -> Tensor:
+    """Return a KD term of each token, from log-probabilities over all columns."""
+    if name == "k2":
+        log_ratio = (p - q).gather(-1, tokens[..., None])[..., 0]
+        return log_ratio.square() / 2
+    if name == "k3":
+        log_ratio = (p - q).gather(-1, tokens[..., None])[..., 0]
+        return (-log_ratio).exp() - 1 + log_ratio
+    if name == "rkl":
+        return (p.exp() * (p - q)).sum(-1)
+    if name == "fkl":
+        return (q.exp() * (q - p)).sum(-1)
+    if name == "jsd":
+        m = torch.logaddexp(p + math.log(0.6), q + math.log(0.4))
+        return 0.4 * (q.exp() * (q - m)).sum(-1) + 0.6 * (p.exp() * (p - m)).sum(-1)
+    assert name == "rkl+fkl"
+    return 0.7 * kd_term("rkl", p, q, tokens) + 0.3 * kd_term("fkl", p, q, tokens)
 
 
 def trainer_in_a_step(folder: Path, teacher: Any, **options: Any) -> Any:
