@@ -1,9 +1,8 @@
-"""Tests the readings, the results file, the memory records and the command line of bench/."""
+"""Tests the readings, the results file and the command line of bench/."""
 
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +12,7 @@ import pytest
 
 import bench.__main__ as main
 from bench import machine, results_file
-from bench.inputs import make_inputs
-from bench.measures import memory
-from bench.ops import OPS_BY_NAME, Op
-from bench.providers import Provider
+from bench.ops import OPS_BY_NAME
 from bench.results_file import OURS, SKETCH, Record, Run
 from bench.shapes import TINY
 
@@ -195,90 +191,6 @@ def test_merge_tells_cases_apart() -> None:
 def test_merge_refuses_another_machine(name: str) -> None:
     with pytest.raises(ValueError, match=f"of one machine, got {name} {MACHINE[name]} and other"):
         results_file.merge([_run(), _run(), _run(**{name: "other"})])
-
-
-# memory
-
-BYTES = {"extra_bytes": 7, "input_bytes": 5, "output_bytes": 3, "gradient_bytes": 2}
-
-
-def _provider(name: str, **fields: Any) -> Provider:
-    return Provider(name=name, **{"whole": lambda *_: {}, **fields})
-
-
-GOOD, BROKEN, LAST = (_provider(name) for name in ("good", "broken", "last"))
-ABSENT = _provider("absent", package="kdrl-no-such-package")
-REFUSED = _provider("refused", refused={"GRPO": "its clip differs"})
-PIECES = _provider("pieces", whole=None)
-
-
-def _memory(deadline: float, *contestants: Provider) -> dict[str, Record]:
-    pairs = [(one, {"rows": len(one.name)}) for one in contestants]
-    all_records = list(memory.records(GRPO, TINY, "flat", pairs, deadline))
-    assert [one["provider"] for one in all_records] == [one.name for one in contestants]
-    for one in all_records:
-        assert (one["kind"], one["op"], one["shape"]) == ("memory", "GRPO", "tiny")
-        assert (one["profile"], one["setting"]) == ("flat", {"rows": len(one["provider"])})
-        assert (one["status"] == "ok") == (BYTES.items() <= one.items())
-        assert one["status"] == "ok" or not BYTES.keys() & one.keys()
-    return {one["provider"]: one for one in all_records}
-
-
-@pytest.mark.parametrize("op", memory.OPS, ids=lambda op: op.name)
-def test_memory_counts_the_large_inputs(op: Op) -> None:
-    """They are counted in float32, and ids in int64; N = 32, H = 64, V = 512, K = 64."""
-    inputs = make_inputs(TINY, device="cpu", teachers=op.teachers)
-    numbers = 32 * 64 + 512 * 64
-    expected = 4 * numbers + 8 * 32
-    if op.kd == "topk_rkl":
-        expected += 32 * 64 * (8 + 4)
-    elif op.kd:
-        expected += 4 * numbers * op.teachers
-    if op.adapter:
-        expected += 4 * 16 * (64 + 512)
-    assert sum(x.nbytes for x in memory.large_inputs(inputs, op)) == expected
-
-
-def test_memory_statuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: list[tuple[Any, ...]] = []
-
-    def measure(*case: Any) -> dict[str, int]:
-        measured.append(case)
-        if case[3] == "broken":
-            raise RuntimeError("its process died\nand a trace")
-        return dict(BYTES)
-
-    monkeypatch.setattr(memory, "in_own_process", measure)
-    records_by_name = _memory(time.monotonic() + 600, ABSENT, GOOD, REFUSED, BROKEN, PIECES, LAST)
-    assert {name: one["status"] for name, one in records_by_name.items()} == {
-        "absent": "not installed",
-        "good": "ok",
-        "refused": "not supported: its clip differs",
-        "broken": "failed: RuntimeError: its process died",
-        "pieces": "not supported: no policy gradient",
-        "last": "ok",
-    }
-    assert measured == [
-        (TINY, "flat", "GRPO", name, {"rows": len(name)}) for name in ("good", "broken", "last")
-    ]
-
-
-def test_memory_begins_nothing_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    deadline, measured = time.monotonic() + 0.5, []
-
-    def measure(*case: Any) -> dict[str, int]:
-        measured.append(case[3])
-        while time.monotonic() <= deadline:
-            time.sleep(0.01)
-        return dict(BYTES)
-
-    monkeypatch.setattr(memory, "in_own_process", measure)
-    records_by_name = _memory(deadline, GOOD, LAST, ABSENT, BROKEN)
-    assert [one["status"] for one in records_by_name.values()] == [
-        *["ok", "out of time"],
-        *["not installed", "out of time"],  # a reason to be refused is no matter of time
-    ]
-    assert measured == ["good"]
 
 
 # command line
