@@ -1,0 +1,136 @@
+"""The run configuration: every number that changes a run, with its unit."""
+
+from dataclasses import field
+from pathlib import Path
+
+from kdrl_train.config.learning import EvalConfig, LogConfig, OptimConfig
+from kdrl_train.config.models import ModelConfig, TeacherConfig
+from kdrl_train.config.rollouts import DataConfig, EngineConfig, RewardConfig, SamplingConfig
+from kdrl_train.method.config import MethodConfig
+from kdrl_train.settings import NaturalInt, PositiveInt, Switch, SwitchOrAuto, settings
+from kdrl_train.watch import RanksConfig
+
+__all__ = [
+    "DataConfig",
+    "EngineConfig",
+    "EvalConfig",
+    "EvaluateConfig",
+    "LogConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RewardConfig",
+    "SamplingConfig",
+    "TeacherConfig",
+    "TrainConfig",
+]
+
+
+@settings
+class TrainConfig:
+    """One training run; saved as config.yaml in its folder."""
+
+    out: Path = Path("runs/train")
+    """Run folder. It gets config.yaml, metrics.jsonl, samples/, checkpoints/ and model/."""
+    resume: SwitchOrAuto = False
+    """Continue from the newest checkpoint in `out`; auto: if it holds a run, else start. Without
+    this a used folder is refused. A scheduler that runs the same command again needs auto."""
+    seed: NaturalInt = 0
+    """Seed: all random numbers are a function of the seed and the step."""
+    steps: PositiveInt = 280
+    """Optimiser steps of the whole run."""
+    save_every: PositiveInt = 50
+    """Optimiser steps between checkpoints. The last step is always saved."""
+    save_async: Switch = False
+    """Copy the state to CPU memory and write the checkpoint while the next step trains, instead of
+    waiting for the disk. If writing fails, the run stops after that step and says why."""
+    keep_checkpoints: PositiveInt = 2
+    """Number of checkpoints to keep; older ones are deleted."""
+    keep_every: NaturalInt = 0
+    """Checkpoints whose step is a multiple of this are never deleted; 0: none of them is kept."""
+    checkpoint_hashes: Switch = True
+    """Save a SHA-256 of each file of a checkpoint, and compare it before the file is read. false:
+    neither, for terabytes, which one core hashes at 1 to 2 GB/s."""
+    samples_per_step: NaturalInt = 8
+    """Completions that each step writes to samples/, with their prompts and rewards."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    ranks: RanksConfig = field(default_factory=RanksConfig)
+
+    def __post_init__(self) -> None:
+        if self.method.policy != "off" and self.sampling.group_size < 2:
+            raise ValueError(
+                "sampling.group_size must be at least 2 for a policy gradient, got "
+                f"{self.sampling.group_size}: advantages compare completions of one prompt"
+            )
+        if self.method.kd_coef.kind == "reward_adaptive" and self.sampling.group_size < 2:
+            raise ValueError(
+                'sampling.group_size must be at least 2 for method.kd_coef.kind "reward_adaptive", '
+                f"got {self.sampling.group_size}: with one completion beta would always be 0"
+            )
+        if self.optim.head_impl == "reference" and self.model.head_backward != "exact":
+            raise ValueError(
+                'model.head_backward must be "exact" with optim.head_impl "reference", got '
+                f'"{self.model.head_backward}"'
+            )
+        if self.sampling.prompts_per_step % self.optim.updates_per_rollout:
+            raise ValueError(
+                "sampling.prompts_per_step must be a multiple of optim.updates_per_rollout, got "
+                f"{self.sampling.prompts_per_step} and {self.optim.updates_per_rollout}"
+            )
+        for key, schedule in self.method.schedules.items():
+            if schedule.waits_for_plateau and not (self.eval.every and self.eval.data.path):
+                raise ValueError(
+                    f"eval.every and eval.data.path must be set when {key} switches on a plateau, "
+                    f"got {self.eval.every} and {self.eval.data.path!r}: set them, or "
+                    f"{key}.patience to 0"
+                )
+        if self.model.teacher_is_url:
+            self._check_server()
+
+    def is_saved(self, done: int) -> bool:
+        """Whether a checkpoint follows on `done` optimiser steps."""
+        kept = self.keep_every > 0 and done % self.keep_every == 0
+        return done % self.save_every == 0 or kept or done == self.steps
+
+    def _check_server(self) -> None:
+        """Raises ValueError for what log-probabilities from a server cannot give."""
+        if self.method.kd in ("rkl", "fkl", "jsd", "rkl+fkl") or self.method.kd_baseline:
+            raise ValueError(
+                'method.kd must be "k2" or "k3" with a teacher behind a URL, and kd_baseline None, '
+                f'got "{self.method.kd}" and {self.method.kd_baseline}: a server scores sampled '
+                "tokens only; set these, or load the teacher here (model.teacher: its folder)"
+            )
+        if self.model.teacher_api == "openai" and self.sampling.temperature != 1.0:
+            raise ValueError(
+                'sampling.temperature must be 1 with model.teacher_api "openai", got '
+                f"{self.sampling.temperature}: such servers give prompt log-probabilities at 1, "
+                "whatever is asked; serve the teacher with `python -m kdrl_train serve`"
+            )
+
+
+@settings
+class EvaluateConfig:
+    """One measurement of a saved model: `python -m kdrl_train eval`."""
+
+    out: Path | None = None
+    """JSON file for the numbers; None: only the table on the screen."""
+    checkpoint_hashes: Switch = True
+    """Compare the files of model.weights with their SHA-256 before they are read."""
+    seed: NaturalInt = 0
+    """Seed of the sampling."""
+    samples: PositiveInt = 4
+    """k of avg@k, pass@k and maj@k: completions per problem."""
+    max_problems: PositiveInt | None = None
+    """Use only this many problems, the first ones; None: all."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)

@@ -1,0 +1,75 @@
+"""Settings of the optimiser, of evaluation and of what is logged."""
+
+from dataclasses import field
+from typing import Literal
+
+from kdrl_train.config.rollouts import DataConfig
+from kdrl_train.settings import (
+    LearningRate,
+    NaturalFloat,
+    NaturalInt,
+    PositiveInt,
+    PositiveOrInf,
+    UnitInterval,
+    settings,
+)
+
+
+@settings
+class OptimConfig:
+    """AdamW, and how completions are packed for it."""
+
+    learning_rate: LearningRate = 1e-6
+    """Peak learning rate of AdamW."""
+    warmup_steps: NaturalInt = 0
+    """Optimiser steps in which the learning rate rises linearly from 0."""
+    weight_decay: NaturalFloat = 0.0
+    """Decoupled weight decay of AdamW."""
+    betas: tuple[UnitInterval, UnitInterval] = (0.9, 0.999)
+    """Decay rates of AdamW's two moments."""
+    max_grad_norm: PositiveOrInf = 1.0
+    """Largest norm of the gradient: a larger gradient is scaled down to it. inf: never."""
+    micro_batch_tokens: PositiveInt = 8192
+    """Tokens packed into one forward and backward pass. Results do not depend on it."""
+    workspace_bytes: PositiveInt | None = None
+    """Memory of the one-pass head, in bytes, without its inputs, outputs and gradients; None: the
+    kernel's default."""
+    head_impl: Literal["triton", "torch", "reference"] | None = None
+    """Implementation of the one-pass head; None: triton on a GPU, torch elsewhere."""
+    updates_per_rollout: PositiveInt = 1
+    """Optimiser updates in one step. The step's prompts are split into this many equal parts, and
+    each part makes one update; each completion is used once. Above 1 the later updates are
+    off-policy: the ratio is taken to the policy before the first update, which costs one more
+    forward pass."""
+
+
+@settings
+class EvalConfig:
+    """How the policy is measured during training."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """Held-out problems; with an empty path nothing is measured during training."""
+    every: NaturalInt = 0
+    """Optimiser steps between evaluations; 0: none. The last step is evaluated too."""
+    samples: PositiveInt = 4
+    """k of avg@k, pass@k and maj@k: completions per problem."""
+    max_problems: PositiveInt | None = None
+    """Use only this many problems, the first ones; None: all."""
+
+
+@settings
+class LogConfig:
+    """What is logged besides metrics.jsonl, which every run writes."""
+
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where metrics go too: tensorboard, wandb, trackio. Each needs the extra of its name."""
+    project: str = "kdrl"
+    """Name of the project at wandb or trackio."""
+    diagnostics_every: NaturalInt = 0
+    """Optimiser steps between two measurements of the reward's gradient and the distillation's
+    gradient: their norms and their cosine, on the step's first micro-batch. A measurement costs two
+    more passes over it. 0: never."""
+
+    def __post_init__(self) -> None:
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(f"trackers must name each tracker once, got {self.trackers}")

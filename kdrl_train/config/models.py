@@ -1,0 +1,93 @@
+"""Settings of the models of a run: policy and teacher."""
+
+from pathlib import Path
+from typing import Literal
+
+from kdrl_train.config.addresses import require_no_secret
+from kdrl_train.settings import NaturalOrInf, PositiveFloat, PositiveInt, Switch, settings
+
+
+@settings
+class ModelConfig:
+    """Which models run, and in which precision."""
+
+    policy: str = ""
+    """The policy (student): a folder or hub id. Any causal LM of transformers is accepted."""
+    teacher: str | None = None
+    """The teacher: a folder, a hub id or a server's URL. A URL is http://host:port. The teacher
+    must have the policy's tokenizer. Needed when method.kd is set. `eval` reads only the size of
+    its vocabulary: training never samples a token that the teacher does not have."""
+    teacher_api: Literal["kdrl", "openai"] = "kdrl"
+    """The protocol of a teacher behind a URL: kdrl (`python -m kdrl_train serve`) or openai (vLLM,
+    or another server whose /v1/completions returns prompt log-probabilities)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the models. It holds for the forward pass, the backward pass and the teacher.
+    The policy's weights and AdamW's moments are always float32: at a learning rate of 1e-6 a
+    bfloat16 weight would not change."""
+    device: str = "auto"
+    """Torch device of the run; auto: cuda if there is a GPU, else cpu."""
+    attention: str | None = None
+    """Name of the attention implementation in transformers. None: flash_attention_2 on a GPU in
+    bfloat16 if flash-attn is installed, else our own `packed`, which computes no attention between
+    sequences that share a packed row; the model's own (sdpa or eager), if need be with one sequence
+    a row, where these would compute something else. `check` says which was chosen, and why."""
+    gradient_checkpointing: Switch = False
+    """Compute activations again in the backward pass: less memory, about a third more compute."""
+    offload_policy: Switch = False
+    """Keep the policy's shards, gradients and AdamW moments in CPU memory (torchrun, GPUs)."""
+    offload_teacher: Switch = False
+    """Keep the teacher's shards in CPU memory (torchrun, GPUs)."""
+    weights: Path | None = None
+    """Checkpoint folder (runs/x/checkpoints/step_000050) whose weights replace those of `policy` at
+    step 0. Nothing else is read from it. It must come from a run with the same architecture."""
+    trust_remote_code: Switch = False
+    """Run Python files in the folders of policy and teacher (auto_map in their config.json), with
+    the rights of this process. Set it only for authors that you trust."""
+    head_backward: Literal["exact", "sketch"] = "exact"
+    """Gradient of the LM head. sketch: an unbiased sparse one, without the two GEMMs of dX and dW;
+    sketch_noise in the log is its relative error."""
+    head_threshold: PositiveFloat = 2.0**-11
+    """With a sketched head: the probability from which an entry is kept exactly, in [2^-24, 1]."""
+    head_flat: NaturalOrInf = 0.5
+    """With a sketched head: a token whose entries would cost more than this share of its part of
+    the GEMMs gets its exact gradient. At a small vocabulary these are nearly all tokens. inf: no
+    token."""
+    tensor_parallel: PositiveInt = 1
+    """Number of neighbouring ranks (of torchrun) that split every layer and the LM head among
+    them. It must divide the number of ranks and that of key-value heads. Such groups of ranks share
+    the tokens of a step, as single ranks do at 1, where FSDP2 alone shards the models. For dense
+    models like Llama and Qwen3."""
+    liger: Switch = False
+    """Use liger-kernel for RMSNorm, SwiGLU and RoPE of both models. Needs a GPU with Triton, and
+    `pip install 'kdrl-kernels[liger]'`."""
+
+    def __post_init__(self) -> None:
+        require_no_secret("teacher", self.teacher, "KDRL_TEACHER_TOKEN")
+        if not 2.0**-24 <= self.head_threshold <= 1:
+            raise ValueError(f"head_threshold must be in [2^-24, 1], got {self.head_threshold}")
+        for name in ("liger", "offload_policy", "offload_teacher"):
+            if self.tensor_parallel > 1 and getattr(self, name):
+                raise ValueError(
+                    f"{name} must be off where model.tensor_parallel is more than 1, got "
+                    f"{self.tensor_parallel}: together they are not supported yet"
+                )
+
+    @property
+    def teacher_is_url(self) -> bool:
+        """Whether the teacher runs in a server, and not in this process."""
+        return self.teacher is not None and self.teacher.startswith(("http://", "https://"))
+
+
+@settings
+class TeacherConfig:
+    """How a teacher behind a URL is queried. Results do not depend on it."""
+
+    name: str | None = None
+    """Name of the model, if an openai server has several; None: its only one."""
+    concurrency: PositiveInt = 64
+    """Largest number of completions that wait for the server's reply at the same time."""
+    timeout_s: PositiveFloat = 120.0
+    """Deadline of one request, in seconds. After it the request is sent again."""
+    deadline_s: PositiveFloat = 1800.0
+    """Seconds without any reply after which the run saves a checkpoint and stops. Until then it
+    waits, and continues when the teacher is back."""

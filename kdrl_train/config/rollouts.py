@@ -1,0 +1,113 @@
+"""Settings of problems, sampling and rewards."""
+
+from typing import Literal
+
+from kdrl_train.config.addresses import require_no_secret
+from kdrl_train.settings import Finite, PositiveFloat, PositiveInt, Share, Switch, settings
+
+
+@settings
+class DataConfig:
+    """Where prompts and gold answers come from."""
+
+    path: str = ""
+    """A .jsonl or .parquet file, a folder, or a hub id."""
+    split: str = "train"
+    """Split to read, for hub ids and folders that have several."""
+    prompt_column: str = "question"
+    """Column with the text of the problem."""
+    answer_column: str = "answer"
+    """Column with the gold answer. If the text has `####`, the answer is what follows
+    (GSM8K); if it has one `\\boxed{}`, what that holds (MATH)."""
+    prompt_template: str = "{prompt}"
+    """Text around each problem; {prompt} stands for the problem."""
+    chat_template: Switch = True
+    """Apply the tokenizer's chat template if it has one. Otherwise the text is used as it is."""
+    system_prompt: str | None = None
+    """System message, used when a chat template is applied."""
+    max_prompt_tokens: PositiveInt = 1024
+    """Longest prompt, in tokens. Problems with a longer one are left out and counted; where these
+    are more than half, the run is refused before it starts."""
+
+
+@settings
+class SamplingConfig:
+    """How completions are sampled: from the policy's own distribution, with no top-k or top-p."""
+
+    prompts_per_step: PositiveInt = 64
+    """P: prompts per optimiser step."""
+    group_size: PositiveInt = 8
+    """G: completions per prompt. Advantages are centred inside a group."""
+    max_new_tokens: PositiveInt = 1024
+    """Longest completion, in tokens. A longer one is cut, and rewarded as it stands; the number of
+    cut completions is logged."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature. Log-probabilities and the loss, the teacher's part included, use the
+    same temperature."""
+    batch_size: PositiveInt = 256
+    """Completions that are generated together. It limits the memory of the key-value cache."""
+
+
+@settings
+class EngineConfig:
+    """Which engine samples the completions."""
+
+    kind: Literal["generate", "continuous", "vllm", "vllm_server"] = "generate"
+    """Sampling engine. generate: transformers' generate, on the policy itself, or on a whole copy
+    on each rank under torchrun. continuous: transformers' continuous batching, always on a copy,
+    for GPUs. vllm: vLLM in this process, with a copy on each rank. vllm_server: one vLLM server
+    that all ranks share."""
+    url: str | None = None
+    """Address of the vllm_server: http://host:port. It must be able to read the run's folder,
+    because it gets the weights through it."""
+    timeout_s: PositiveFloat = 1800.0
+    """Longest wait for one reply of the vllm_server, and for a server that is away, in seconds.
+    After it the run stops."""
+    memory_share: Share = 0.4
+    """Share of the GPU's memory (on a CPU: of the machine's) that vllm takes for its copy of the
+    policy and its key-value cache."""
+    eager: Switch = False
+    """Run vllm without CUDA graphs: it starts sooner, takes less memory, and samples slower."""
+    max_sampler_mismatch: PositiveFloat | None = None
+    """Largest allowed sampler mismatch, in nats: the mean difference between the log-probabilities
+    of engine and trainer, over the tokens of a step. Above it the run stops. None: 1e-3 in float32,
+    0.05 in bfloat16."""
+    staleness: Literal[0, 1] = 0
+    """Optimiser steps between sampling and learning: 0 or 1. 1: while a step trains, a copy of the
+    weights that it started from samples the completions of the next step, and they are verified.
+    They are then off-policy by one step: the ratio is taken to the policy that sampled them, or,
+    with method.sampler_correction, to the policy at the start of the step."""
+
+    def __post_init__(self) -> None:
+        require_no_secret("url", self.url, "VLLM_API_KEY")
+        if (self.url is not None) != (self.kind == "vllm_server"):
+            raise ValueError(
+                'url must be set for kind "vllm_server", and for no other kind, got '
+                f'{self.url} and "{self.kind}"'
+            )
+
+    def allowed_mismatch(self, dtype: str) -> float:
+        """The largest sampler mismatch for a model.dtype, in nats."""
+        return self.max_sampler_mismatch or {"float32": 1e-3, "bfloat16": 0.05}[dtype]
+
+
+@settings
+class RewardConfig:
+    """How a completion becomes a number."""
+
+    function: str = "math"
+    """math, exact, or your module:function. math: the last boxed or stated answer must equal
+    the gold answer as mathematics.
+    exact: the answer must be the gold answer, character by character."""
+    timeout_s: PositiveFloat = 5.0
+    """Deadline for one completion, in seconds. After it the completion counts as wrong, and as a
+    timeout."""
+    workers: PositiveInt = 2
+    """Processes that compute rewards."""
+    memory_bytes: PositiveInt = 8 * 2**30
+    """Memory that one of them may allocate, in bytes, on Linux; elsewhere there is no limit. A
+    completion that needs more counts as an error."""
+    right_above: Finite = 0.5
+    """A completion is right if its reward is above this: half of the largest reward, which is 1
+    for math and exact. Masks, schedules and shares of right completions count by it. A function of
+    your own that returns (reward, right) decides by itself."""
