@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 from rich.console import Console
@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from tyro.constructors import (
     ConstructorRegistry,
+    PrimitiveConstructorSpec,
     StructConstructorSpec,
     StructFieldSpec,
     StructTypeInfo,
@@ -25,7 +26,14 @@ from tyro.constructors import (
 
 from kdrl_train.commands import COMMANDS
 from kdrl_train.config import TrainConfig
-from kdrl_train.config_file import load_yaml, require_own_module, to_dict, update
+from kdrl_train.config_file import (
+    load_yaml,
+    read_mapping,
+    require_own_module,
+    to_dict,
+    update,
+    write_mapping,
+)
 from kdrl_train.errors import PRINTED, needs_extra
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.presets import PRESETS
@@ -52,6 +60,18 @@ CONFIG = StructFieldSpec(
 PRESET = StructFieldSpec(
     "preset", _METHOD, None, "Method to start from. Options under --method change parts of it."
 )
+
+MAPPING: Any = Annotated[
+    Any,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="YAML",
+        instance_from_str=lambda words: read_mapping(words[0]),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [write_mapping(value)],
+    ),
+]
+"""An option whose value is a mapping in YAML; it takes the place of the whole mapping."""
 
 
 def parse(
@@ -189,6 +209,7 @@ def _registry(root: Any, extra: Sequence[StructFieldSpec]) -> ConstructorRegistr
 def field_specs(config: Any) -> tuple[StructFieldSpec, ...]:
     """Describe the fields of a settings object for tyro: name, type, value as default, help."""
     types, texts = get_type_hints(type(config), include_extras=True), explanations(type(config))
+    types |= {name: MAPPING for name, kind in types.items() if get_origin(kind) is dict}
     return tuple(
         StructFieldSpec(name, types[name], getattr(config, name), texts[name]) for name in texts
     )

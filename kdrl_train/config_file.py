@@ -53,7 +53,26 @@ def _plain(value: Any) -> Any:
         return to_dict(value)
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
     return list(value) if isinstance(value, tuple) else value
+
+
+def read_mapping(text: str) -> dict[Any, Any]:
+    """Read a mapping in YAML, the value of an option. Raises: ValueError for any other text."""
+    try:
+        content = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"it is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"it must hold keys and values, as in '{{name: value}}', got {text!r}")
+    return content
+
+
+def write_mapping(values: dict[Any, Any]) -> str:
+    """Write a mapping as one line of YAML, which read_mapping reads."""
+    text = yaml.safe_dump(_plain(values), default_flow_style=True, width=10**6, sort_keys=False)
+    return text.strip()
 
 
 def save_yaml(config: Any, path: Path) -> None:

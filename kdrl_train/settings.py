@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from functools import wraps
-from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args, get_origin
 
 import pydantic
 from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, ValidationError
@@ -133,10 +133,13 @@ def _message(cls: Any, error: ErrorDetails) -> str:
     kind, text = error["type"], error["msg"]
     if kind == "value_error":
         return f"{key}.{error['ctx']['error']}".removeprefix(".")
+    if error["loc"][-1] == "[key]":
+        key = key.removesuffix(".[key]")
+        return f"{key} must have names as keys, got {error['input']!r}"
     if kind == "unexpected_keyword_argument":
         *sections, name = map(str, error["loc"])
         for section in sections:
-            cls = cls.__pydantic_fields__[section].annotation
+            cls = _inside(cls, section)
         names = list(cls.__pydantic_fields__)
         owner = f"{'.'.join(sections)} has" if sections else "there are"
         return f"unknown key {key}{nearest(name, names)}; {owner} {', '.join(names)}"
@@ -144,3 +147,11 @@ def _message(cls: Any, error: ErrorDetails) -> str:
     must = must.replace("greater than or equal to", "at least")
     must = must.replace("less than or equal to", "at most")
     return f"{key} {must}, got {error['input']!r}"
+
+
+def _inside(cls: Any, name: str) -> Any:
+    """Return the class of one field of a settings class, or of one value of a mapping; of a union
+    the part that is such a class."""
+    kind = cls.__pydantic_fields__[name].annotation if is_settings(cls) else get_args(cls)[1]
+    parts = (kind, *get_args(kind)) if get_origin(kind) is not dict else (kind,)
+    return next((part for part in parts if is_settings(part)), kind)
