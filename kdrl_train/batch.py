@@ -6,7 +6,7 @@ Imports torch alone. P prompts, G completions per prompt, R = P * G completions,
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +22,16 @@ class Example:
     """The problem inside data.prompt_template."""
     gold: str
     """The gold answer as text; of a worked solution what counts of it (problems.gold_answer)."""
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """The whole record that it was read from."""
+    messages: tuple[dict[str, Any], ...] = field(default=(), hash=False)
+    """The chat messages of a problem that has them, the last one inside data.prompt_template;
+    `prompt` shows them as a text then."""
+
+    @property
+    def content(self) -> "str | tuple[dict[str, Any], ...]":
+        """What is rendered: the messages, or the text."""
+        return self.messages or self.prompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,9 +1,19 @@
 """Settings of problems, sampling and rewards."""
 
-from typing import Literal
+import json
+from dataclasses import field
+from typing import Any, Literal
 
 from kdrl_train.config.addresses import require_no_secret
 from kdrl_train.settings import Finite, PositiveFloat, PositiveInt, Share, Switch, settings
+
+RESERVED = (
+    "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation",
+    "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+    "tokenizer_kwargs", "processor_kwargs", "load_audio_from_video", "kwargs", "self",
+)  # fmt: skip
+"""Names that apply_chat_template of transformers takes for itself."""
 
 
 @settings
@@ -11,23 +21,49 @@ class DataConfig:
     """Where prompts and gold answers come from."""
 
     path: str = ""
-    """A .jsonl or .parquet file, a folder, or a hub id."""
+    """A .jsonl, .json, .csv or .parquet file, a folder, or a hub id."""
     split: str = "train"
     """Split to read, for hub ids and folders that have several."""
     prompt_column: str = "question"
-    """Column with the text of the problem."""
+    """Column with the text of the problem, or with its chat messages, which the chat template is
+    applied to as they are. Dots lead into nested columns: extra_info.question."""
     answer_column: str = "answer"
-    """Column with the gold answer. If the text has `####`, the answer is what follows
-    (GSM8K); if it has one `\\boxed{}`, what that holds (MATH)."""
+    """Column with the gold answer, as reward_model.ground_truth. If the text has `####`, the answer
+    is what follows (GSM8K); if it has one `\\boxed{}`, what that holds (MATH)."""
     prompt_template: str = "{prompt}"
-    """Text around each problem; {prompt} stands for the problem."""
+    """Text around each problem; {prompt} stands for the problem. Of chat messages it is the last
+    one that it is put around."""
     chat_template: Switch = True
     """Apply the tokenizer's chat template if it has one. Otherwise the text is used as it is."""
     system_prompt: str | None = None
-    """System message, used when a chat template is applied."""
+    """System message, used when a chat template is applied. Chat messages must not have their own
+    then."""
+    template_arguments: dict[str, Any] = field(default_factory=dict, hash=False)
+    """Values that the chat template reads by their names, as {enable_thinking: false}. `check`
+    warns of a template that does not read them."""
     max_prompt_tokens: PositiveInt = 1024
     """Longest prompt, in tokens. Problems with a longer one are left out and counted; where these
     are more than half, the run is refused before it starts."""
+
+    def __post_init__(self) -> None:
+        for name, value in self.template_arguments.items():
+            if name in RESERVED or not name.isidentifier():
+                raise ValueError(
+                    "template_arguments must be names that the chat template reads, got "
+                    f"{name!r}, which is an argument of apply_chat_template or no name: leave it "
+                    "out"
+                )
+            try:
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError) as error:  # a date of YAML; nan
+                raise ValueError(
+                    f"template_arguments.{name} must be a value of JSON, got {value!r}: {error}"
+                ) from error
+        if self.template_arguments and not self.chat_template:
+            raise ValueError(
+                "template_arguments must be empty without chat_template, got "
+                f"{self.template_arguments}: nothing would read them"
+            )
 
 
 @settings

@@ -1,40 +1,29 @@
 """Reads problems with their gold answers, orders them by step, and encodes them as prompts."""
 
 import hashlib
-import importlib
 import json
-import math
 import random
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig
 from kdrl_train.rollouts.answers.statement import box_spans
+from kdrl_train.rollouts.columns import column_value, messages_of, text_of
+from kdrl_train.rollouts.records import data_records
 from kdrl_train.rollouts.rendering import PromptError, TooLongError, encode_text, templated
 
 MOST_LEFT_OUT = 0.5
 """Largest share of the problems that may be left out because their prompts are too long."""
 
-SUFFIXES = (".jsonl", ".parquet")
-_SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
-_HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?(?::[\w.-]+)?")
-
 
 def load_examples(config: DataConfig) -> list[Example]:
-    """Read every record of a data set, in file order; only blank lines of a .jsonl are skipped.
-
-    A record is a line of a .jsonl file, a row of a .parquet file or a row of a hub data set.
+    """Read every record of a data set, in the order of data_records.
 
     Args:
-        config: `path` is a .jsonl or .parquet file, a folder of them (those whose name starts with
-            the split; all of them where no name starts with a split's name), or a hub id, which
-            may name a configuration after a colon ("openai/gsm8k:main") and is read by `datasets`.
+        config: `path` is what data_records reads.
     Returns: at least one Example. A numeric gold answer becomes text, 27.0 as "27".
     Raises: FileNotFoundError for a path that does not exist; ValueError for a missing column, a
         record that is not usable or an empty set, each naming the file, the record and the setting.
@@ -96,7 +85,7 @@ def encode_prompt(tokenizer: Any, example: Example, config: DataConfig) -> list[
         without tokens, a chat template that fails, and a system prompt without a chat template.
     """
     try:
-        ids = encode_text(tokenizer, example.prompt, config)
+        ids = encode_text(tokenizer, example.content, config)
     except PromptError as error:
         raise PromptError(f"prompt {example.id}: {error}") from error
     if not ids:
@@ -164,6 +153,8 @@ def encode_all(tokenizer: Any, examples: list[Example], config: DataConfig) -> P
     lengths, too_long, last, started_twice = [], [], Counter[int](), 0
     # not the ids of the prompts: some templates write the day's date
     template = tokenizer.chat_template if templated(tokenizer, config) else None
+    if template is not None and config.template_arguments:
+        template = [template, config.template_arguments]
     sha256 = hashlib.sha256(json.dumps(template).encode())
     for place, example in enumerate(examples):
         try:
@@ -172,7 +163,7 @@ def encode_all(tokenizer: Any, examples: list[Example], config: DataConfig) -> P
             too_long.append(place)
             continue
         lengths.append(len(ids))
-        sha256.update(json.dumps([example.prompt, example.gold]).encode())
+        sha256.update(json.dumps([example.content, example.gold]).encode())
         last[ids[-1]] += 1
         started_twice += ids.count(tokenizer.bos_token_id) > 1
     first = examples[too_long[0]].id if too_long else None
@@ -202,121 +193,30 @@ def _permutation(n_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(order)
 
 
-def data_records(config: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (place, record) for the whole data set; messages name a record by its place."""
-    path = Path(config.path)
-    if config.path and path.is_file():
-        yield from _file_records(path)
-    elif config.path and path.is_dir():
-        for file in _split_files(path, config.split):
-            yield from _file_records(file)
-    elif _HUB_ID.fullmatch(config.path) and path.suffix not in SUFFIXES:
-        yield from _hub_records(config)
-    else:
-        raise FileNotFoundError(
-            "data.path must be an existing .jsonl or .parquet file, a folder of them, or a hub id, "
-            f"got {config.path!r} (looked in {Path.cwd()}): correct data.path"
-        )
-
-
-def _split_files(folder: Path, split: str) -> list[Path]:
-    """List the files of a split, in the order of their names."""
-    files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and file.is_file())
-    chosen = [file for file in files if file.name.startswith(split)]
-    if not chosen and not any(file.name.startswith(_SPLIT_NAMES) for file in files):
-        chosen = files
-    if not chosen:
-        names = ", ".join(file.name for file in files) or "no .jsonl or .parquet file"
-        raise FileNotFoundError(
-            f"data.split must start the name of a file in {folder}, got {split!r} with {names}: "
-            "set data.split, or name the file in data.path"
-        )
-    return chosen
-
-
-def _file_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    if path.suffix == ".jsonl":
-        yield from _jsonl_records(path)
-    elif path.suffix == ".parquet":
-        records: Iterable[dict[str, Any]] = (
-            importlib.import_module("pyarrow.parquet").read_table(path).to_pylist()
-        )
-        for number, record in enumerate(records, start=1):
-            yield f"{path.name}:{number}", record
-    else:
-        raise ValueError(
-            f"data.path must end in .jsonl or .parquet, got {str(path)!r}: convert the file"
-        )
-
-
-def _jsonl_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            place = f"{path.name}:{number}"
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, deep brackets
-                raise ValueError(
-                    f"{place} in {path.parent} must be one JSON object in UTF-8, got {error}: "
-                    "correct the line"
-                ) from error
-            if not isinstance(record, dict):
-                raise ValueError(
-                    f"{place} in {path.parent} must be a JSON object, got {record!r}: correct the "
-                    "line"
-                )
-            yield place, record
-
-
-def _hub_records(config: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    datasets = importlib.import_module("datasets")
-    name, _, configuration = config.path.partition(":")
-    try:
-        records = datasets.load_dataset(name, configuration or None, split=config.split)
-    except (OSError, ValueError) as error:  # unknown id, no network, unknown split or configuration
-        raise ValueError(
-            f"data.path must be an existing file or folder, or a hub id that has data.split = "
-            f"{config.split!r}, got {config.path!r}: {error}"
-        ) from error
-    for number, record in enumerate(records, start=1):
-        yield f"{config.path}:{number}", record
-
-
 def example_of(place: str, record: dict[str, Any], config: DataConfig) -> Example:
     """Make the Example of a record. Raises: ValueError for a record that is not usable."""
-    problem = text_of(place, record, "data.prompt_column", config.prompt_column)
-    gold = gold_answer(text_of(place, record, "data.answer_column", config.answer_column))
+    key, column = "data.answer_column", config.answer_column
+    gold = gold_answer(text_of(place, record, key, column))
     if not gold:
         raise ValueError(
-            f"data.answer_column {config.answer_column!r} of {place} must hold a gold answer, got "
-            f"{record[config.answer_column]!r}: correct or remove the record"
+            f"{key} {column!r} of {place} must hold a gold answer, got "
+            f"{column_value(record, column)!r}: correct or remove the record"
         )
-    return Example(place, config.prompt_template.replace("{prompt}", problem), gold)
+    messages = messages_of(place, record, "data.prompt_column", config.prompt_column)
+    if messages is None:
+        problem = text_of(place, record, "data.prompt_column", config.prompt_column)
+        return Example(place, inside_template(problem, config), gold, columns=record)
+    if config.system_prompt is not None and any(one["role"] == "system" for one in messages):
+        raise ValueError(
+            "data.system_prompt must be None where messages have their own system message, got "
+            f"{config.system_prompt!r} and that of {place}: unset it, or take the message out"
+        )
+    *before, last = messages
+    messages = [*before, last | {"content": inside_template(last["content"], config)}]
+    text = "\n\n".join(f"{one['role']}: {one['content']}" for one in messages)
+    return Example(place, text, gold, columns=record, messages=tuple(messages))
 
 
-def text_of(place: str, record: dict[str, Any], key: str, column: str) -> str:
-    """Return a column's value as text: 27.0 becomes "27"; only text and numbers are accepted."""
-    if column not in record:
-        raise ValueError(
-            f"{key} must be a column of {place}, which has {sorted(record)}, got {column!r}: set "
-            f"{key}"
-        )
-    value = record[column]
-    if isinstance(value, float) and math.isfinite(value):
-        value = str(int(value)) if value.is_integer() else repr(value)
-    elif isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(
-            f"{key} {column!r} of {place} must hold text or a number, got {value!r}: correct or "
-            "remove the record, or name another column"
-        )
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # "\ud800" in JSON; a tokenizer would not name the record
-        raise ValueError(
-            f"{key} {column!r} of {place} must be valid Unicode, got {error}: correct the record"
-        ) from error
-    return value
+def inside_template(problem: str, config: DataConfig) -> str:
+    """Put data.prompt_template around the text of a problem."""
+    return config.prompt_template.replace("{prompt}", problem)

@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -28,17 +28,32 @@ def templated(tokenizer: Any, config: DataConfig) -> bool:
     return config.chat_template and getattr(tokenizer, "chat_template", None) is not None
 
 
-def encode_text(tokenizer: Any, text: str, config: DataConfig) -> list[int]:
-    """Encode the text of a problem, in the chat template where one is applied.
+Content = str | Sequence[Mapping[str, Any]]
+"""A problem as it is rendered: a text, or chat messages."""
+
+
+def encode_text(tokenizer: Any, content: Content, config: DataConfig) -> list[int]:
+    """Encode a problem, in the chat template where one is applied.
 
     The ids begin with at most one start of sequence, also where both the text and the tokenizer
     write one, and no token that the tokenizer puts behind a text, such as an end of sequence,
     follows: a model continues the prompt.
 
-    Raises: PromptError for a system prompt without a chat template, and for a template that fails.
+    Raises: PromptError for messages, a system prompt or arguments without a chat template, and for
+        a template that fails.
     """
     if templated(tokenizer, config):
-        ids = _apply(tokenizer, text, config, return_dict=False)
+        ids = _apply(tokenizer, content, config, return_dict=False)
+    elif not isinstance(content, str):
+        raise PromptError(
+            "data.prompt_column must hold texts where no chat template is applied, got messages: "
+            "use a tokenizer with a chat template and data.chat_template=True"
+        )
+    elif config.template_arguments:
+        raise PromptError(
+            "data.template_arguments must be empty where no chat template is applied, got "
+            f"{config.template_arguments}: use a tokenizer with a chat template"
+        )
     elif config.system_prompt is not None:
         raise PromptError(
             "data.system_prompt must be None where no chat template is applied, got "
@@ -46,7 +61,7 @@ def encode_text(tokenizer: Any, text: str, config: DataConfig) -> list[int]:
             "with a chat template and data.chat_template=True"
         )
     else:
-        before, ids, _ = plain_parts(tokenizer, text)
+        before, ids, _ = plain_parts(tokenizer, content)
         if ids[: len(before)] != before:  # else the text has them already
             ids = before + ids
     start = getattr(tokenizer, "bos_token_id", None)
@@ -69,14 +84,16 @@ def plain_parts(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[i
     )
 
 
-def chat_text(tokenizer: Any, text: str, config: DataConfig) -> str:
-    """Write the text of a problem in the chat template. Raises: PromptError where it fails."""
-    return _apply(tokenizer, text, config, tokenize=False)
+def chat_text(tokenizer: Any, content: Content, config: DataConfig) -> str:
+    """Write a problem in the chat template. Raises: PromptError where it fails."""
+    return _apply(tokenizer, content, config, tokenize=False)
 
 
-def _apply(tokenizer: Any, text: str, config: DataConfig, **options: Any) -> Any:
-    """Apply the chat template to the system message, if there is one, and the user's message."""
-    messages = [{"role": "user", "content": text}]
+def _apply(tokenizer: Any, content: Content, config: DataConfig, **options: Any) -> Any:
+    """Apply the chat template to data.system_prompt, if it is set, and to the problem's messages,
+    or to its text as a message of the user."""
+    messages = [dict(one) for one in messages_from(content)]
+    options |= config.template_arguments
     if config.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": config.system_prompt})
     templates = tokenizer.chat_template or ""
@@ -97,6 +114,11 @@ def _apply(tokenizer: Any, text: str, config: DataConfig, **options: Any) -> Any
         ) from None
     except Exception as error:  # a template is a program: it can raise whatever its author wrote
         cause = f"{type(error).__name__}: {error}"
+    if not isinstance(content, str):
+        raise PromptError(
+            f"the chat template must render the problem's messages, got {cause}: correct them, or "
+            "chat_template of the tokenizer"
+        )
     try:
         tokenizer.apply_chat_template(messages[-1:], add_generation_prompt=True, **options)
     except Exception:  # the same
@@ -108,6 +130,11 @@ def _apply(tokenizer: Any, text: str, config: DataConfig, **options: Any) -> Any
         f"the chat template must take a system message, got {cause}: write the text of "
         "data.system_prompt into data.prompt_template, and unset data.system_prompt"
     )
+
+
+def messages_from(content: Content) -> Sequence[Mapping[str, Any]]:
+    """Return a problem's messages; those of a text are one of the user."""
+    return [{"role": "user", "content": content}] if isinstance(content, str) else content
 
 
 @lru_cache(maxsize=4)

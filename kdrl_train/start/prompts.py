@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from kdrl_train.batch import Example
@@ -16,6 +17,7 @@ from kdrl_train.rollouts.rendering import (
     chat_text,
     encode_text,
     is_special,
+    messages_from,
     plain_parts,
     templated,
 )
@@ -96,9 +98,15 @@ def check_first_prompt(config: TrainConfig, loaded: Loaded) -> str:
         behind = tokenizer.convert_ids_to_tokens(plain_parts(tokenizer, example.prompt)[2])
         if behind:
             detail += f"; {behind}, which the tokenizer puts behind a text, are left out"
-    elif "enable_thinking" in str(tokenizer.chat_template):
+    elif (
+        "enable_thinking" in str(tokenizer.chat_template)
+        and "enable_thinking" not in data.template_arguments
+    ):
         detail += "; the chat template's switch enable_thinking keeps its default"
-    if templated(tokenizer, data) and "<think>" in chat_text(tokenizer, example.prompt, data)[-20:]:
+    if (
+        templated(tokenizer, data)
+        and "<think>" in chat_text(tokenizer, example.content, data)[-20:]
+    ):
         note = "the chat template has written <think>: a completion does not begin with it"
         detail += f"; {note}"
         if config.reward.function not in ("math", "exact"):
@@ -118,7 +126,7 @@ def check_first_prompt(config: TrainConfig, loaded: Loaded) -> str:
 
 def written_otherwise(one: DataConfig, other: DataConfig) -> list[str]:
     """Name the settings that say how a prompt is written, and differ."""
-    names = ("prompt_template", "chat_template", "system_prompt")
+    names = ("prompt_template", "chat_template", "system_prompt", "template_arguments")
     return [name for name in names if getattr(one, name) != getattr(other, name)]
 
 
@@ -134,6 +142,7 @@ def prompt_doubts(
     doubts = [*typed_escapes(data), *_doubtful_ends(tokenizer, ends, facts)]
     if templated(tokenizer, data):
         doubts += _lost_text(tokenizer, first, data) + _template_twice(tokenizer, first)
+        doubts += _unread_arguments(tokenizer, first, data)
     return doubts
 
 
@@ -176,21 +185,38 @@ def _doubtful_ends(tokenizer: Any, ends: list[int], facts: PromptFacts) -> list[
 
 def _lost_text(tokenizer: Any, example: Example, data: DataConfig) -> list[str]:
     """Name what the chat template leaves out of a prompt."""
-    text = chat_text(tokenizer, example.prompt, data)
-    texts = {"the problem": example.prompt, "data.system_prompt": data.system_prompt}
+    text = chat_text(tokenizer, example.content, data)
+    written = [("the problem", one["content"]) for one in messages_from(example.content)]
+    written += [("data.system_prompt", data.system_prompt or "")]
+    names = dict.fromkeys(name for name, part in written if part.strip() not in text)
     return [
         f"the chat template leaves out or changes {name}: correct chat_template of the tokenizer, "
         "or write all into data.prompt_template and set data.chat_template to false"
-        for name, written in texts.items()
-        if written is not None and written.strip() not in text
+        for name in names
     ]
+
+
+def _unread_arguments(tokenizer: Any, example: Example, data: DataConfig) -> list[str]:
+    """Name the arguments without which the chat template renders a prompt alike."""
+    text = chat_text(tokenizer, example.content, data)
+    doubts = []
+    for name, value in data.template_arguments.items():
+        rest = {key: other for key, other in data.template_arguments.items() if key != name}
+        if chat_text(tokenizer, example.content, replace(data, template_arguments=rest)) == text:
+            why = "the chat template does not read it"
+            if name in str(tokenizer.chat_template):
+                why = "that is its default, or it has no effect on this prompt"
+            doubts.append(f"data.template_arguments.{name} = {value!r} changes nothing: {why}")
+    return doubts
 
 
 def _template_twice(tokenizer: Any, example: Example) -> list[str]:
     """Say so where a text holds special tokens already, before the chat template is applied."""
-    ids = dict.fromkeys(plain_parts(tokenizer, example.prompt)[1])
+    texts = [one["content"] for one in messages_from(example.content)]
+    ids = dict.fromkeys(i for text in texts for i in plain_parts(tokenizer, text)[1])
     tokens = tokenizer.convert_ids_to_tokens([i for i in ids if is_special(tokenizer, i)])
-    tokens = [token for token in tokens if token in example.prompt]  # not what stands for unknowns
+    # not what stands for unknowns
+    tokens = [token for token in tokens if any(token in text for text in texts)]
     if not tokens:
         return []
     return [
@@ -329,7 +355,7 @@ def _teacher_rendering(config: TrainConfig, loaded: Loaded, teacher: Any) -> str
     for example in loaded.examples[:PROBE_PROMPTS]:
         ids = encode_prompt(tokenizer, example, config.data)
         try:
-            teacher_ids = encode_text(teacher, example.prompt, config.data)
+            teacher_ids = encode_text(teacher, example.content, config.data)
         except PromptError as error:
             return f"the teacher's tokenizer renders no prompt: {error}"
         if ids != teacher_ids:

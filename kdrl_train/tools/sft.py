@@ -27,7 +27,9 @@ from kdrl_train.config import DataConfig, TrainConfig
 from kdrl_train.config_file import save_yaml
 from kdrl_train.model.load import load_tokenizer, read_model, torch_device
 from kdrl_train.model.window import window
-from kdrl_train.rollouts.problems import data_records, encode_prompt, example_of, text_of
+from kdrl_train.rollouts.columns import text_of
+from kdrl_train.rollouts.problems import encode_prompt, example_of
+from kdrl_train.rollouts.records import data_records
 from kdrl_train.rollouts.rendering import TooLongError
 from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.export import export

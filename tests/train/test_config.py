@@ -115,6 +115,40 @@ def test_lists_of_any_length(tmp_path: Path) -> None:
     assert parse("--config", str(tmp_path / "config.yaml")) == longer
 
 
+def test_a_mapping_is_set_by_a_file_or_by_one_option(tmp_path: Path) -> None:
+    file = write(tmp_path / "run.yaml", "data: {template_arguments: {thinking: false, n: [1]}}")
+    config = parse("--config", file)
+    assert config.data.template_arguments == {"thinking": False, "n": [1]}
+    assert parse("--config", file, "--seed", "1").data == config.data
+    option = "--data.template-arguments"
+    replaced = parse("--config", file, option, "{effort: low}")  # the whole of it
+    assert replaced.data.template_arguments == {"effort": "low"}
+    save_yaml(config, tmp_path / "config.yaml")
+    assert parse("--config", str(tmp_path / "config.yaml")) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{1: 2}", r"data\.template_arguments.* must have names as keys, got 1"),
+        ("{tokenize: false}", r"data\.template_arguments must be names .* got 'tokenize'"),
+        ("{day: 2026-01-01}", r"data\.template_arguments\.day must be a value of JSON, got "),
+        ("{a: .nan}", r"data\.template_arguments\.a must be a value of JSON, got nan"),
+        ("[1]", r"data\.template_arguments must be a valid dictionary, got \[1\]"),
+        ("{a: 1}\n  chat_template: false", r"must be empty without chat_template, got \{'a': 1\}"),
+    ],
+)
+def test_a_wrong_argument_of_a_template_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse("--config", write(tmp_path / "run.yaml", f"data:\n  template_arguments: {text}"))
+
+
+def test_an_option_that_is_no_mapping_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse("--data.template-arguments", "thinking")
+    assert "--data.template-arguments" in capsys.readouterr().err
+
+
 def test_any_number_of_trackers(tmp_path: Path) -> None:
     file = write(tmp_path / "run.yaml", "log: {trackers: [wandb, tensorboard]}\n")
     assert parse("--config", file).log.trackers == ("wandb", "tensorboard")

@@ -154,7 +154,8 @@ def test_columns_and_template_come_from_the_config(tmp_path: Path) -> None:
             "must hold a gold answer, got 'so ####': correct",
         ),
         ({"question": " ", "answer": "1"}, r"data\.prompt_column 'question' .* got ' ': correct"),
-        ({"question": ["?"], "answer": "1"}, r"must hold text or a number, got \['\?'\]"),
+        ({"question": ["?"], "answer": "1"}, r"or a list of messages, each with role .* got '\?'"),
+        ({"question": {"a": 1}, "answer": "1"}, r"must hold text or a number, got \{'a': 1\}"),
         ({"question": "\ud800", "answer": "1"}, r"set\.jsonl:2 must be valid Unicode, got"),
         ([1], r"set\.jsonl:2 in .* must be a JSON object, got \[1\]"),
     ],
@@ -186,7 +187,9 @@ def test_an_empty_set_is_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"'train' with no \.jsonl or \.parquet file"):
+    (tmp_path / "dataset_info.json").write_text("{}")  # of `datasets`
+    expected = r"'train' with no \.jsonl, \.json, \.csv or \.parquet file"
+    with pytest.raises(FileNotFoundError, match=expected):
         load_examples(DataConfig(path=str(tmp_path)))
 
 
@@ -198,9 +201,9 @@ def test_a_missing_file_is_named(path: str) -> None:
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "set.csv"
+    path = tmp_path / "set.txt"
     path.write_text("question,answer\n")
-    with pytest.raises(ValueError, match=r"must end in \.jsonl or \.parquet, got .*convert the"):
+    with pytest.raises(ValueError, match=r"must end in .* or \.parquet, got .*convert the"):
         load_examples(DataConfig(path=str(path)))
 
 
@@ -322,7 +325,12 @@ def test_a_hash_tells_problems_apart(tokenizer: PreTrainedTokenizerFast) -> None
     assert sha256(first, second, config=replace(config, chat_template=False)) == same
     tokenizer.chat_template = TEMPLATE.replace("assistant", "user")
     others.append(sha256(first, second))
-    assert len({same, *others}) == 8
+    for value in (True, False):
+        arguments = {"enable_thinking": value}
+        others.append(sha256(first, second, config=replace(config, template_arguments=arguments)))
+    messages = ({"role": "user", "content": "what"},)
+    others.append(sha256(replace(first, messages=messages), second))
+    assert len({same, *others}) == 11
 
 
 def test_the_prompt_at_which_a_template_fails_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -345,3 +353,71 @@ def test_a_system_prompt_needs_a_template(tokenizer: PreTrainedTokenizerFast) ->
     expected = r"data\.system_prompt must be None where no chat template is applied, got 'be brief'"
     with pytest.raises(ValueError, match=expected):
         encode_prompt(tokenizer, EXAMPLE, DataConfig(system_prompt="be brief"))
+
+
+MESSAGES = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "is 1"},
+    {"role": "assistant", "content": "1"},
+    {"role": "user", "content": "what"},
+]
+
+
+def test_a_parquet_file_as_verl_writes_it_needs_three_options(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Messages, and the gold answer in a nested column beside a struct that they have not all."""
+    path = tmp_path / "train.parquet"
+    record = {
+        "data_source": "made up",
+        "prompt": MESSAGES,
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": "1"},
+        "extra_info": {"index": 0, "split": "train"},
+    }
+    short = record | {"prompt": MESSAGES[1:2], "extra_info": {"index": 1, "answer": "#### 1"}}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record, short]), path)
+    config = DataConfig(
+        path=str(path), prompt_column="prompt", answer_column="reward_model.ground_truth"
+    )
+    first, second = load_examples(config)
+    assert (first.messages, first.gold) == (tuple(MESSAGES), "1")
+    assert first.columns["extra_info"]["index"] == 0
+    assert second.prompt == "user: is 1"
+    tokenizer.chat_template = TEMPLATE
+    assert encode_prompt(tokenizer, first, config) == [8, 5, 6, 7, 3, 4, 9, 4, 7, 2, 9]
+    assert encode_prompt(tokenizer, second, config) == [7, 3, 4, 9]
+    with pytest.raises(PromptError, match="must hold texts where no chat template is applied"):
+        encode_all(tokenizer, [first], replace(config, chat_template=False))
+
+
+def test_the_template_is_around_the_last_message(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    records = [{"question": MESSAGES[1:], "answer": 1}]
+    path = write_jsonl(tmp_path / "set.jsonl", records)
+    config = DataConfig(path=str(path), prompt_template="{prompt} be", system_prompt="brief")
+    (example,) = load_examples(config)
+    assert example.messages == (*MESSAGES[1:3], {"role": "user", "content": "what be"})
+    tokenizer.chat_template = TEMPLATE
+    assert encode_prompt(tokenizer, example, config) == [8, 6, 7, 3, 4, 9, 4, 7, 2, 5, 9]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (MESSAGES, r"data\.system_prompt must be None where messages have .* 'brief' and .*:1"),
+        (MESSAGES[1:3], r"set\.jsonl:1 must end with a message of the user, got \{'role': 'assist"),
+        ([], "must end with a message of the user, got no message"),
+        ([{"role": "user", "content": " "}], "must end with a message of the user"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "role and content as text, got"),
+        ([{"role": "user"}], "each with role and content as text"),
+        ([{"role": "user", "content": "\ud800"}], "must be valid Unicode"),
+    ],
+)
+def test_messages_that_no_completion_can_follow_are_named(
+    tmp_path: Path, messages: list[Any], message: str
+) -> None:
+    path = write_jsonl(tmp_path / "set.jsonl", [{"question": messages, "answer": "1"}])
+    with pytest.raises(ValueError, match=message):
+        load_examples(DataConfig(path=str(path), system_prompt="brief"))

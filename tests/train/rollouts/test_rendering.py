@@ -1,5 +1,6 @@
 """rendering: one start of sequence, no end, and templates that fail in their own words."""
 
+import inspect
 import signal
 import time
 from typing import Any
@@ -9,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from kdrl_train.config import DataConfig
+from kdrl_train.config.rollouts import RESERVED
 from kdrl_train.rollouts import rendering
 from kdrl_train.rollouts.rendering import PromptError, encode_text
 
@@ -55,6 +57,39 @@ def test_a_template_and_a_tokenizer_that_both_write_the_start(text: str) -> None
     template = "{{ bos_token + ' ' + messages[0]['content'] + ' user' }}"
     tokenizer = tokenizer_with("<s> $A </s>", template)
     assert words(encode_text(tokenizer, text, DataConfig())) == "<s> what is 1 user"
+
+
+SWITCH = (
+    "{{ messages[0]['content'] }}{% if enable_thinking is defined and not enable_thinking %} [Y]"
+    "{% endif %}"
+)
+
+
+def test_a_template_reads_its_arguments() -> None:
+    tokenizer = tokenizer_with("$A", SWITCH)
+    for value, prompt in ((True, "what"), (False, "what [Y]")):
+        config = DataConfig(template_arguments={"enable_thinking": value})
+        assert words(encode_text(tokenizer, "what", config)) == prompt
+    assert words(encode_text(tokenizer, "what", DataConfig())) == "what"
+    with pytest.raises(PromptError, match=r"arguments must be empty where no chat template is"):
+        encode_text(tokenizer_with("$A"), "what", config)
+
+
+def test_every_argument_of_transformers_is_reserved() -> None:
+    names = inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters
+    assert set(names) <= set(RESERVED)
+    for name in names:
+        with pytest.raises(ValueError, match=rf"template_arguments must be names .* got '{name}'"):
+            DataConfig(template_arguments={name: 1})
+
+
+def test_messages_that_a_template_refuses_are_named() -> None:
+    messages = [{"role": "system", "content": "be"}, {"role": "user", "content": "what"}]
+    tokenizer = tokenizer_with("$A", "{{ messages[1]['content'] }}")
+    assert words(encode_text(tokenizer, messages, DataConfig())) == "what"
+    expected = r"must render the problem's messages, got TemplateError: System role not supported: "
+    with pytest.raises(PromptError, match=expected):
+        encode_text(tokenizer_with("$A", REFUSES), messages, DataConfig())
 
 
 REFUSES = (

@@ -189,6 +189,42 @@ def test_the_end_of_a_turn_must_end_a_completion(
     assert prompts.check_eos(config, base) == "[0, 258] ['<|endoftext|>', '<|im_end|>']"
 
 
+def test_arguments_that_the_chat_template_does_not_read_are_a_warning(
+    config: TrainConfig, loaded: Loaded
+) -> None:
+    switch = "{% if enable_thinking is defined and not enable_thinking %}/no{% endif %}"
+    tokenizer = with_template(loaded.tokenizer, "Q{{ messages[0]['content'] }}A" + switch)
+    base = replace(loaded, tokenizer=tokenizer)
+
+    def having(**arguments: Any) -> TrainConfig:
+        return replace(config, data=replace(config.data, template_arguments=arguments))
+
+    shown = prompts.check_first_prompt(config, base)
+    assert shown == "'Q0+0=A'; the chat template's switch enable_thinking keeps its default"
+    assert prompts.check_first_prompt(having(enable_thinking=False), base) == "'Q0+0=A/no'"
+    default = warning(prompts.check_first_prompt, having(enable_thinking=True), base)
+    assert "template_arguments.enable_thinking = True changes nothing: that is its def" in default
+    doubtful = having(enable_thinking=False, effort="low")
+    unread = warning(prompts.check_first_prompt, doubtful, base)
+    assert unread.startswith(
+        "data.template_arguments.effort = 'low' changes nothing: the chat template does not read it"
+    )
+
+
+def test_messages_are_shown_and_looked_at(config: TrainConfig, loaded: Loaded) -> None:
+    messages = ({"role": "system", "content": "brief"}, {"role": "user", "content": "2+2="})
+    example = replace(loaded.examples[0], messages=messages)
+    whole = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    base = replace(loaded, examples=[example], tokenizer=with_template(loaded.tokenizer, whole))
+    assert prompts.check_first_prompt(config, base) == "'[brief][2+2=]'"
+    last = with_template(loaded.tokenizer, "{{ messages[-1]['content'] }}")
+    doubt = warning(prompts.check_first_prompt, config, replace(base, tokenizer=last))
+    assert doubt.startswith("the chat template leaves out or changes the problem")
+    ends = replace(example, messages=(messages[0], {"role": "user", "content": "<|endoftext|>"}))
+    doubt = warning(prompts.check_first_prompt, config, replace(base, examples=[ends]))
+    assert "the text of a problem holds <|endoftext|>" in doubt
+
+
 def test_a_turn_must_not_end_in_text(config: TrainConfig, loaded: Loaded) -> None:
     """ChatML on a base model whose tokenizer does not have its tokens."""
     tokenizer = with_template(loaded.tokenizer, TURNS.replace("END", "'<|im_end|>\\n'"))
