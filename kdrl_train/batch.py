@@ -22,6 +22,8 @@ class Example:
     """The problem inside data.prompt_template."""
     gold: str
     """The gold answer as text; of a worked solution what counts of it (problems.gold_answer)."""
+    teacher: str = ""
+    """Name of the teacher of this problem; empty: the default one."""
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """The whole record that it was read from."""
     messages: tuple[dict[str, Any], ...] = field(default=(), hash=False)
@@ -163,5 +165,11 @@ class CompletionCoefficients:
     """Completion -> [T] importance weights between sampler and trainer; None: no correction."""
     teacher_logprobs: Sequence[Tensor | None] | None = None
     """R of [T] nats from a server, None where it was not queried; None: there is no server."""
+    teacher_states: Sequence[Tensor | None] | None = None
+    """R of [T, H_t] hidden states from a server, as teacher_logprobs."""
+    teacher: Tensor | None = None
+    """[R] int64, the number of each completion's teacher; None: 0."""
+    teacher_prompts: Sequence[Tensor] | None = None
+    """R of [T_prompt] int64, what a teacher reads in place of the prompt; None: the prompt."""
     distil_eos: bool = True
     """False takes the distillation weight from the token that ends a completion."""

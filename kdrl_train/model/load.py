@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer
@@ -42,14 +42,6 @@ REMEDY = {
     "(python -m kdrl_train serve) and set model.teacher to its URL",
 }
 """Why quantised weights cannot be used, and what to do, by what would be done with them."""
-
-
-class HasVocabulary(Protocol):
-    """A teacher, in this process or in a server, that limits the policy's vocabulary."""
-
-    @property
-    def vocab_size(self) -> int | None:
-        """The number of columns of its head; None if its server does not say."""
 
 
 def device_of(config: ModelConfig) -> torch.device:
@@ -279,14 +271,15 @@ def sketch_of(config: ModelConfig) -> kk.Sketch | None:
 
 def load_policy(
     config: TrainConfig,
-    teacher: HasVocabulary | None,
+    teacher_columns: int | None,
     world: World = ALONE,
     policy_class: type[Policy] = Policy,
 ) -> Policy:
     """Load the policy with its weights in float32, sharded under torchrun.
 
     Args:
-        teacher: the policy samples no token beyond the teacher's vocabulary; None: from its own.
+        teacher_columns: the policy samples no token from here on, which a teacher does not have;
+            None: from all of its own.
         policy_class: Policy, or a subclass with another loss.
     """
     model = load_model(
@@ -295,7 +288,6 @@ def load_policy(
     if config.model.gradient_checkpointing:
         checkpoint_activations(model)
     columns = model.get_output_embeddings().weight.shape[0]
-    teacher_columns = None if teacher is None else teacher.vocab_size
     policy = policy_class(
         model,
         config.method,

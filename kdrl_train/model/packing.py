@@ -8,12 +8,31 @@ probe.py tests this on every model before the first step.
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kdrl_train.batch import CompletionCoefficients, Rollouts
+
+
+class TeacherInputs(NamedTuple):
+    """The sequences of a pack as a teacher reads them, whose prompts are others. The completions,
+    and so the N loss tokens, are those of the pack."""
+
+    input_ids: Tensor
+    """[1, T'] int64."""
+    position_ids: Tensor
+    """[1, T'] int64."""
+    loss_index: Tensor
+    """[N] int64: places in T'."""
+    lengths: tuple[int, ...]
+    """Tokens of each sequence; they sum to T'."""
+
+    def to(self, device: torch.device | str) -> "TeacherInputs":
+        """Copy the tensors to another device."""
+        ids, positions, index = (part.to(device, non_blocking=True) for part in self[:3])
+        return TeacherInputs(ids, positions, index, self.lengths)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +63,12 @@ class PackedBatch:
     """Tokens of each sequence in the pack; they sum to T."""
     needs_teacher: bool
     """Whether any token is distilled, here or in the pack of another rank at the same turn."""
+    teacher: int = 0
+    """The number of the teacher of all its completions."""
+    teacher_inputs: TeacherInputs | None = None
+    """What the teacher reads, if that is not what the policy reads."""
+    teacher_states: Tensor | None = None
+    """[N, H_t] hidden states of the teacher, from a server, as teacher_logprobs."""
     old_logprobs: Tensor | None = None
     """[N] float32, nats: what the ratio is taken to; None: strictly on-policy."""
     teacher_logprobs: Tensor | None = None
@@ -63,6 +88,8 @@ class PackedBatch:
             for name, value in values.items()
             if isinstance(value, Tensor)
         }
+        if self.teacher_inputs is not None:
+            moved["teacher_inputs"] = self.teacher_inputs.to(device)
         return replace(self, **moved)
 
 
@@ -131,24 +158,30 @@ def pack(
         coefficients: of the R completions. Those of token weight 0 are left out.
         micro_batch_tokens: budget T of one pack; a longer sequence has a pack of its own.
         rank, ranks: a rank whose turns end before those of the others gets packs without loss
-            tokens.
+            tokens. The packs of one turn have the same teacher on all ranks.
     """
     prompts, completions = rollouts.prompt_ids, rollouts.completion_ids
     used = [r for r in range(len(completions)) if coefficients.token_weights[r] != 0]
-    lengths = [len(prompts[r]) + len(completions[r]) - 1 for r in used]
-    packs_of_ranks = []
-    for share in balance(lengths, ranks):
-        packs = first_fit([lengths[i] for i in share], micro_batch_tokens)
-        packs_of_ranks.append([[used[share[m]] for m in members] for members in packs])
-    for turn in itertools.zip_longest(*packs_of_ranks, fillvalue=[]):
-        distilled = any(coefficients.kd_weight[r] > 0 for members in turn for r in members)
-        yield _pack(rollouts, coefficients, turn[rank], needs_teacher=distilled)
+    numbers = [0] * len(completions)
+    if coefficients.teacher is not None:
+        numbers = coefficients.teacher.tolist()
+    for teacher in sorted({numbers[r] for r in used}):
+        members = [r for r in used if numbers[r] == teacher]
+        lengths = [len(prompts[r]) + len(completions[r]) - 1 for r in members]
+        packs_of_ranks = []
+        for share in balance(lengths, ranks):
+            packs = first_fit([lengths[i] for i in share], micro_batch_tokens)
+            packs_of_ranks.append([[members[share[m]] for m in part] for part in packs])
+        for turn in itertools.zip_longest(*packs_of_ranks, fillvalue=[]):
+            distilled = any(coefficients.kd_weight[r] > 0 for part in turn for r in part)
+            yield _pack(rollouts, coefficients, turn[rank], teacher, needs_teacher=distilled)
 
 
 def _pack(
     rollouts: Rollouts,
     coefficients: CompletionCoefficients,
     members: list[int],
+    teacher: int,
     *,
     needs_teacher: bool,
 ) -> PackedBatch:
@@ -188,6 +221,9 @@ def _pack(
         kd_weight=kd_weight,
         lengths=tuple(fed) or (1,),
         needs_teacher=needs_teacher,
+        teacher=teacher,
+        teacher_inputs=_teacher_inputs(rollouts, coefficients, members),
+        teacher_states=_teacher_states(coefficients, members, lengths),
         old_logprobs=None if old is None else _cat(old[r] for r in members),
         teacher_logprobs=_teacher_logprobs(rollouts, coefficients, members),
     )
@@ -217,4 +253,36 @@ def _teacher_logprobs(
     for r in members:
         scores = known[r]
         parts.append(torch.full_like(rollouts.logprobs[r], torch.nan) if scores is None else scores)
+    return torch.cat(parts)
+
+
+def _teacher_inputs(
+    rollouts: Rollouts, coefficients: CompletionCoefficients, members: list[int]
+) -> TeacherInputs | None:
+    """Put the teacher's prompts before the completions; None where it reads the policy's."""
+    prompts = coefficients.teacher_prompts
+    if prompts is None or not members:
+        return None
+    completions = [rollouts.completion_ids[r] for r in members]
+    fed = [len(prompts[r]) + len(rollouts.completion_ids[r]) - 1 for r in members]
+    return TeacherInputs(*feed([prompts[r] for r in members], completions), tuple(fed))
+
+
+def _teacher_states(
+    coefficients: CompletionCoefficients, members: list[int], lengths: Tensor
+) -> Tensor | None:
+    """Concatenate a server's [T, H_t] states of `members`; None where none is distilled.
+
+    Completions that the server was not queried for have kd weight 0 and get NaN.
+    """
+    known = coefficients.teacher_states
+    if known is None or not any(coefficients.kd_weight[r] > 0 for r in members):
+        return None
+    like = next(states for r in members if (states := known[r]) is not None)
+    parts = []
+    for r, length in zip(members, lengths.tolist(), strict=True):
+        states = known[r]
+        parts.append(
+            like.new_full((length, like.shape[1]), torch.nan) if states is None else states
+        )
     return torch.cat(parts)

@@ -155,9 +155,11 @@ class Teacher(HeadedModel):
 
     @torch.no_grad()
     def forward(self, batch: PackedBatch) -> kk.TeacherHead:
-        """Return hidden [N, H_t] and the head [V_t, H_t], at the policy's temperature."""
+        """Return hidden [N, H_t] of the loss tokens, after the teacher's own prompts where it has
+        some, and the head [V_t, H_t], at the policy's temperature."""
         weight, bias = self.head()
-        hidden = self.hidden(batch.input_ids, batch.position_ids, batch.loss_index, batch.lengths)
+        read = batch if batch.teacher_inputs is None else batch.teacher_inputs
+        hidden = self.hidden(read.input_ids, read.position_ids, read.loss_index, read.lengths)
         return kk.TeacherHead(
             hidden, weight, bias=bias, temperature=self.temperature, softcap=self.softcap
         )

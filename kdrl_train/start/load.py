@@ -12,9 +12,38 @@ from kdrl_train.model.folder import require_loadable
 from kdrl_train.model.load import load_policy, load_teacher, load_tokenizer
 from kdrl_train.model.policy import Policy, Teacher
 from kdrl_train.model.teacher.client import TeacherClient, connect
+from kdrl_train.model.teachers import DEFAULT
+from kdrl_train.model.window import window
 from kdrl_train.ranks import ALONE, World
 from kdrl_train.rollouts.problems import PromptFacts, encode_all, load_examples
 from kdrl_train.rollouts.rendering import PromptError
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedTeacher:
+    """Holds one teacher: a model with its tokenizer, or the connection to a server."""
+
+    name: str
+    key: str
+    """The setting that names it, for messages."""
+    place: str
+    """Its folder, hub id or URL."""
+    model: Teacher | None = None
+    tokenizer: Any | None = None
+    server: TeacherClient | None = None
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Number of columns of its head; None: its server does not say."""
+        source = self.model or self.server
+        return None if source is None else source.vocab_size
+
+    @property
+    def window(self) -> int | None:
+        """Largest number of tokens that it reads; None: it is not known, or there is none."""
+        if self.model is not None:
+            return window(self.model.model.config)
+        return None if self.server is None else self.server.info.window
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +52,8 @@ class Loaded:
 
     tokenizer: Any
     policy: Policy
-    teacher_tokenizer: Any | None
-    teacher: Teacher | None
+    teachers: tuple[LoadedTeacher, ...]
+    """By number; the first is the default one."""
     examples: list[Example]
     """The problems to learn from, without those whose prompts are too long."""
     prompts: PromptFacts
@@ -32,8 +61,12 @@ class Loaded:
     """The problems of the evaluation during training, without those whose prompts are too long;
     empty where it is off."""
     held_out_prompts: PromptFacts | None
-    server: TeacherClient | None = None
-    """The connection to a teacher behind a URL; `teacher` is None then."""
+
+    @property
+    def teacher_models(self) -> dict[int, Teacher]:
+        """Number -> a teacher in this process."""
+        numbered = enumerate(self.teachers)
+        return {number: one.model for number, one in numbered if one.model is not None}
 
     @property
     def data(self) -> dict[str, dict[str, Any]]:
@@ -42,9 +75,10 @@ class Loaded:
         return {name: facts.identity for name, facts in sections.items() if facts is not None}
 
     def close(self) -> None:
-        """Close the connections to the teacher's server."""
-        if self.server is not None:
-            self.server.close()
+        """Close the connections to the teachers' servers."""
+        for teacher in self.teachers:
+            if teacher.server is not None:
+                teacher.server.close()
 
 
 def require_same_settings(config: TrainConfig, world: World) -> None:
@@ -82,29 +116,34 @@ def load(config: TrainConfig, world: World = ALONE, policy_class: type[Policy] =
         held_out, held_out_prompts = read_problems(
             config.eval.data, tokenizer, world, "eval.", most
         )
-    teacher = server = None
-    if config.method.kd is not None and config.model.teacher_is_url:
-        output.begin(f"connecting to the teacher, {config.model.teacher}", at_once=True)
-        server = connect(config.model, config.teacher)
-    else:
-        if config.method.kd is not None:
-            output.begin(f"loading the teacher, {described(config.model.teacher)}", at_once=True)
-        teacher = load_teacher(config, world)
+    teachers = load_teachers(config, world)
+    sizes = [teacher.vocab_size for teacher in teachers if teacher.vocab_size is not None]
     output.begin(f"loading the policy, {described(config.model.policy)}", at_once=True)
-    policy = load_policy(config, server or teacher, world, policy_class)
+    policy = load_policy(config, min(sizes, default=None), world, policy_class)
     return Loaded(
         tokenizer=tokenizer,
         policy=policy,
-        teacher_tokenizer=None
-        if teacher is None
-        else load_tokenizer(str(config.model.teacher), "model.teacher", trusted),
-        teacher=teacher,
+        teachers=teachers,
         examples=examples,
         prompts=prompts,
         held_out=held_out,
         held_out_prompts=held_out_prompts,
-        server=server,
     )
+
+
+def load_teachers(config: TrainConfig, world: World) -> tuple[LoadedTeacher, ...]:
+    """Load the teachers, or connect to them; none where the method does not distil."""
+    place = config.model.teacher
+    if config.method.kd is None:
+        return ()
+    if config.model.teacher_is_url:
+        output.begin(f"connecting to the teacher, {place}", at_once=True)
+        server = connect(config.model, config.teacher)
+        return (LoadedTeacher(DEFAULT, "model.teacher", str(place), server=server),)
+    output.begin(f"loading the teacher, {described(place)}", at_once=True)
+    model = load_teacher(config, world)
+    tokenizer = load_tokenizer(str(place), "model.teacher", config.model.trust_remote_code)
+    return (LoadedTeacher(DEFAULT, "model.teacher", str(place), model, tokenizer),)
 
 
 def read_problems(

@@ -13,10 +13,11 @@ from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import save_yaml, to_dict
 from kdrl_train.errors import RunError
 from kdrl_train.method.schedules import History, rebuild_history
-from kdrl_train.model.policy import Policy, Teacher
+from kdrl_train.model.policy import HeadedModel, Policy
 from kdrl_train.model.teacher.client import TeacherInfo
 from kdrl_train.model.teacher.identity import check_same_teacher, describe, keep_teacher
 from kdrl_train.model.teacher.remote import RemoteTeacher
+from kdrl_train.model.teachers import Teachers
 from kdrl_train.ranks import World
 from kdrl_train.rollouts.engines import Engine, open_engine
 from kdrl_train.rollouts.engines.vllm_server import VllmServerEngine
@@ -30,7 +31,7 @@ from kdrl_train.runfolder.resume import check_data, open_folder, resumes
 from kdrl_train.runfolder.signals import Interrupt
 from kdrl_train.runfolder.trackers import Trackers
 from kdrl_train.runfolder.writable import require_writable
-from kdrl_train.start.load import Loaded, described, load
+from kdrl_train.start.load import Loaded, LoadedTeacher, described, load
 from kdrl_train.start.optimizer import make_optimizer
 from kdrl_train.start.preflight import preflight, require
 from kdrl_train.step.prefetch import Prefetch
@@ -81,12 +82,11 @@ def open_run(
     saver = Saver(config, world, log.say, loaded.data, first, log.require_ours)
     interrupt.starting = False
     return Run(
-        config=pack_for(config, world, policy, loaded.teacher),
+        config=pack_for(config, world, policy, *loaded.teacher_models.values()),
         world=world,
         tokenizer=loaded.tokenizer,
         policy=policy,
-        teacher=loaded.teacher,
-        remote=open_remote(config, loaded, log, stack),
+        teachers=open_teachers(config, loaded, log, stack),
         engine=engine,
         optimizer=optimizer,
         examples=loaded.examples,
@@ -174,28 +174,24 @@ def require_offload_fits(config: TrainConfig, world: World) -> None:
             )
 
 
-def pack_for(
-    config: TrainConfig, world: World, policy: Policy, teacher: Teacher | None
-) -> TrainConfig:
+def pack_for(config: TrainConfig, world: World, *models: HeadedModel) -> TrainConfig:
     """Return the configuration with one sequence a pack where a sharded model needs rows of one.
 
     In one process such a model runs the sequences of a pack one after the other. Ranks gather a
     layer's weights together, so each must run as many rows as the others.
     """
-    models = [policy] if teacher is None else [policy, teacher]
     if not world.launched or all(m.choice.packs and m.choice.longest is None for m in models):
         return config
     return replace(config, optim=replace(config.optim, micro_batch_tokens=1))
 
 
-def describe_teacher(config: TrainConfig, loaded: Loaded) -> TeacherInfo | None:
-    """Describe the teacher, behind a URL or in this process, whose files are hashed; or None."""
-    if loaded.server is not None:
-        return loaded.server.info
-    if loaded.teacher is None:
-        return None
-    output.begin(f"hashing the teacher, {described(config.model.teacher)}", at_once=True)
-    return describe(str(config.model.teacher), loaded.teacher, loaded.teacher_tokenizer)
+def describe_teacher(teacher: LoadedTeacher) -> TeacherInfo:
+    """Describe a teacher, behind a URL or in this process, whose files are hashed."""
+    if teacher.model is None:
+        assert teacher.server is not None
+        return teacher.server.info
+    output.begin(f"hashing the teacher, {described(teacher.place)}", at_once=True)
+    return describe(teacher.place, teacher.model, teacher.tokenizer)
 
 
 def checked_teacher(config: TrainConfig, loaded: Loaded) -> tuple[TeacherInfo | None, list[str]]:
@@ -203,22 +199,22 @@ def checked_teacher(config: TrainConfig, loaded: Loaded) -> tuple[TeacherInfo | 
 
     Returns: its description, and what to warn of.
     """
-    teacher = describe_teacher(config, loaded)
+    teacher = describe_teacher(loaded.teachers[0]) if loaded.teachers else None
     if teacher is None or not config.resume:
         return teacher, []
     return teacher, check_same_teacher(config.out, teacher)
 
 
-def open_remote(
-    config: TrainConfig, loaded: Loaded, log: RunLog, stack: ExitStack
-) -> RemoteTeacher | None:
-    """Open the teacher behind a URL; None where it is in this process, or there is none."""
-    server = loaded.server
-    if server is None:
-        return None
-    say = partial(log.event, "teacher")
-    remote = RemoteTeacher(server, config, loaded.policy.sampled_vocab_size, say)
-    return stack.enter_context(remote)
+def open_teachers(config: TrainConfig, loaded: Loaded, log: RunLog, stack: ExitStack) -> Teachers:
+    """Open the teachers of a run; those behind a URL report outages to the log."""
+    say, columns = partial(log.event, "teacher"), loaded.policy.sampled_vocab_size
+    remote = {
+        number: stack.enter_context(RemoteTeacher(teacher.server, config, columns, say))
+        for number, teacher in enumerate(loaded.teachers)
+        if teacher.server is not None
+    }
+    names = tuple(teacher.name for teacher in loaded.teachers)
+    return Teachers(names, loaded.teacher_models, remote)
 
 
 def read_history(config: TrainConfig, world: World, first: int) -> History:

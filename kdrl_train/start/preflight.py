@@ -8,41 +8,27 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
 from kdrl_train import output
 from kdrl_train.batch import OUTCOMES, Example, Verdicts
 from kdrl_train.config import EvaluateConfig, RewardConfig, TrainConfig
 from kdrl_train.errors import RankError, RunError
-from kdrl_train.model.fsdp import gathered
 from kdrl_train.model.load import use_device
-from kdrl_train.model.policy import HeadedModel
-from kdrl_train.model.probe import probe
 from kdrl_train.model.teacher.client import TeacherError
-from kdrl_train.model.weights import Origin, some
 from kdrl_train.proxies import is_exposed
 from kdrl_train.ranks import ALONE, World
 from kdrl_train.ranks import connect as connect_ranks
 from kdrl_train.rollouts.engines import vllm_server
-from kdrl_train.rollouts.problems import encode_prompt
 from kdrl_train.rollouts.rendering import PromptError
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder.trackers import Trackers
 from kdrl_train.start.head_gradient import check_sketch
 from kdrl_train.start.load import Loaded, load
 from kdrl_train.start.memory import check_memory
-from kdrl_train.start.prompts import (
-    PROBE_PROMPTS,
-    check_eos,
-    check_first_prompt,
-    check_prompts,
-    check_server_tokenizer,
-    check_tokenizers,
-)
-from kdrl_train.start.teacher_server import check_scores, check_server
+from kdrl_train.start.models import check_vocabulary, check_weights, probed, teacher_checks
+from kdrl_train.start.prompts import check_eos, check_first_prompt, check_prompts
 
 GOLDS_AT_ONCE = 1000
 """Gold answers that are sent to the verifier together."""
@@ -77,44 +63,33 @@ def preflight(
         world: the ranks of the run, which all call this together.
     """
     packed = config.optim.micro_batch_tokens > 1
-    policy, teacher, server = loaded.policy, loaded.teacher, loaded.server
+    policy, models = loaded.policy, list(loaded.teacher_models.values())
     checks: dict[str, Callable[[], str]] = {
         "prompts": lambda: check_prompts(config, loaded),
         "first prompt": lambda: check_first_prompt(config, loaded),
         "gold answers": lambda: check_gold(config, [*loaded.examples, *loaded.held_out], verifier),
         "end of sequence": lambda: check_eos(config, loaded),
         "policy weights": lambda: check_weights(policy, "model.policy"),
-        "policy head": lambda: _probed(policy, "model.policy", packed),
+        "policy head": lambda: probed(policy, "model.policy", packed),
     }
     if policy.sketch is not None:
         checks["head gradient"] = lambda: check_sketch(config, loaded)
-    if teacher is not None:
-        checks |= {
-            "tokenizers": lambda: check_tokenizers(config, loaded),
-            "teacher weights": lambda: check_weights(teacher, "model.teacher"),
-            "teacher head": lambda: _probed(teacher, "model.teacher", packed),
-            "teacher probe": lambda: check_teacher_reads(config, loaded),
-        }
-    if server is not None:
-        tokenizer, probed = loaded.tokenizer, loaded.examples[:PROBE_PROMPTS]
-        checks |= {
-            "teacher server": lambda: check_server(server),
-            "tokenizers": lambda: check_server_tokenizer(config, loaded),
-            "teacher probe": lambda: check_scores(config, server, tokenizer, probed),
-        }
+    for teacher in loaded.teachers:
+        checks |= teacher_checks(config, loaded, teacher)
     if config.engine.kind == "vllm_server":
         checks["engine"] = lambda: check_engine(config)
     checks["vocabulary"] = lambda: check_vocabulary(loaded)
-    checks["memory"] = lambda: check_memory(config, policy, teacher, world.size)
+    teacher_model = models[0] if models else None
+    checks["memory"] = lambda: check_memory(config, policy, teacher_model, world.size)
     on_all_ranks = {"policy head", "head gradient", "teacher head"} | (
-        {"teacher probe"} if teacher is not None else set()
+        {"teacher probe"} if models else set()
     )
     results: list[CheckResult] = []
     output.begin("preflight", at_once=True)
     for place, (name, check) in enumerate(checks.items(), start=1):
         output.count("preflight", place, len(checks), f", {name}")
         failed = {result.name for result in results if not result.passed}
-        if teacher is not None and name in OF_ONE_TOKENIZER and "tokenizers" in failed:
+        if models and name in OF_ONE_TOKENIZER and "tokenizers" in failed:
             continue
         if name in on_all_ranks:
             results.append(_result(name, check))
@@ -168,28 +143,6 @@ def check_engine(config: TrainConfig) -> str:
             "a tunnel (ssh -L)"
         )
     return f"{client.url}: {model}, a window of {window:,} tokens"
-
-
-def check_vocabulary(loaded: Loaded) -> str:
-    """Check that every head has a column for every token, and count the columns of each head.
-
-    Raises: ValueError for a tokenizer with more tokens than a head has columns.
-    """
-    highest = max(loaded.tokenizer.get_vocab().values())
-    heads = {"policy": loaded.policy.vocab_size}
-    teacher = loaded.teacher or loaded.server
-    if teacher is not None and teacher.vocab_size is not None:
-        heads["teacher"] = teacher.vocab_size
-    for name, columns in heads.items():
-        if highest >= columns:
-            raise ValueError(
-                f"model.{name} must have a column for every token, got {columns:,} columns "
-                f"and a token with id {highest:,}: resize its embeddings, or use its own tokenizer"
-            )
-    sizes = ", ".join(f"{name} {columns:,}" for name, columns in heads.items())
-    common = min(heads.values())
-    left_out = f"; those from {common:,} on are not sampled"
-    return f"{highest + 1:,} tokens; columns: {sizes}" + left_out * (max(heads.values()) > common)
 
 
 def check_gold(
@@ -266,85 +219,6 @@ def _threshold(config: RewardConfig, verdicts: Verdicts) -> str:
             "largest reward that the function can give, unless it expects another format than a box"
         )
     return rule
-
-
-def check_weights(model: HeadedModel, key: str) -> str:
-    """Name what the model's files hold and the model does not: the export will lack it.
-
-    Raises: UserWarning if there is such a part; of a teacher only for tensors of its own layers.
-    """
-    origin: Origin | None = getattr(model.model, "origin", None)
-    kind = type(model.model).__name__
-    if origin is None:
-        return f"{kind}, made in this process"
-    doubts = []
-    if origin.parts and key == "model.policy":
-        parts = ", ".join(f"{path} ({count:,} tensors)" for path, count in origin.parts.items())
-        doubts.append(
-            f"{kind} has no {parts}, which its files hold: the exported model will lack them"
-        )
-    if origin.unused:
-        doubts.append(
-            f"{kind} does not use {some(origin.unused)} of its files: does model_type in "
-            "config.json name its architecture?"
-        )
-    if doubts:
-        raise UserWarning(f"{key}: {'; '.join(doubts)}")
-    exported = ", the dtype of its export" if key == "model.policy" else ""
-    return f"all read, {str(origin.dtype).removeprefix('torch.')} in its files{exported}"
-
-
-def _probed(model: HeadedModel, name: str, packed: bool) -> str:
-    """Check that a model can be split at its LM head and keeps packed sequences apart.
-
-    Raises: ValueError if not, as `probe` does; UserWarning where its sequences must have a row
-        each, or it keeps its own attention.
-    """
-    with gathered(model):
-        probe_error = probe(model, name, packed=packed)
-    kind = "tied" if _tied(model) else "untied"
-    detail = (
-        f"{type(model.model).__name__}, {kind} head: within {probe_error:.0e} of the model's own "
-        f"logits; {model.choice if packed else 'one sequence per pack'}"
-    )
-    if packed and model.choice.reason:
-        raise UserWarning(detail)
-    return detail
-
-
-def _tied(model: HeadedModel) -> bool:
-    """Say whether the LM head and the input embeddings share their weight."""
-    embeddings = model.model.get_input_embeddings()
-    return embeddings.weight is model.model.get_output_embeddings().weight
-
-
-@torch.no_grad()
-def check_teacher_reads(config: TrainConfig, loaded: Loaded) -> str:
-    """Compare the teacher's mean log-probability of a few prompts with that of a uniform guess.
-
-    Raises: ValueError if it is not a finite number.
-    """
-    assert loaded.teacher is not None
-    probed = loaded.examples[:PROBE_PROMPTS]
-    prompts = [torch.tensor(encode_prompt(loaded.tokenizer, e, config.data)) for e in probed]
-    with gathered(loaded.teacher):
-        total, count = _prompt_logprobs(loaded.teacher, prompts)
-    mean = total / max(count, 1)
-    if not abs(mean) < float("inf"):
-        raise ValueError(f"model.teacher must give finite log-probabilities, got {mean}")
-    uniform = -torch.log(torch.tensor(float(loaded.teacher.vocab_size))).item()
-    return f"{mean:.2f} nats per prompt token (uniform guess: {uniform:.2f})"
-
-
-def _prompt_logprobs(teacher: HeadedModel, prompts: list[Tensor]) -> tuple[float, int]:
-    """Return the sum of the log-probabilities of prompts, each [T], and how many they are."""
-    total, count = 0.0, 0
-    for prompt in prompts:
-        ids = prompt.to(teacher.device)
-        logits = teacher.model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-        total += logits.float().log_softmax(dim=1).gather(1, ids[1:, None]).sum().item()
-        count += len(ids) - 1
-    return total, count
 
 
 def results_table(results: Sequence[CheckResult]) -> Table:

@@ -9,7 +9,7 @@ from typing import Any
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig, TrainConfig
 from kdrl_train.model.eos import eos_ids, turn_end
-from kdrl_train.model.teacher.client import UNKNOWN, differing_token
+from kdrl_train.model.teacher.client import UNKNOWN, TeacherClient, differing_token
 from kdrl_train.model.window import window
 from kdrl_train.rollouts.problems import PromptFacts, encode_prompt
 from kdrl_train.rollouts.rendering import (
@@ -21,7 +21,7 @@ from kdrl_train.rollouts.rendering import (
     plain_parts,
     templated,
 )
-from kdrl_train.start.load import Loaded
+from kdrl_train.start.load import Loaded, LoadedTeacher
 from kdrl_train.start.teacher_server import check_same_tokens
 
 
@@ -35,10 +35,8 @@ def check_prompts(config: TrainConfig, loaded: Loaded) -> str:
     facts, held_out = loaded.prompts, loaded.held_out_prompts
     longest = max(facts.longest, 0 if held_out is None else held_out.longest)
     _check_window("model.policy", window(loaded.policy.model.config), longest, config)
-    if loaded.teacher is not None:
-        _check_window("model.teacher", window(loaded.teacher.model.config), facts.longest, config)
-    if loaded.server is not None:
-        _check_window("model.teacher", loaded.server.info.window, facts.longest, config)
+    for teacher in loaded.teachers:
+        _check_window(teacher.key, teacher.window, facts.longest, config)
     extra = ""
     if held_out is not None:
         extra = f"{held_out.count:,} held out of at most {held_out.longest}, "
@@ -273,22 +271,29 @@ def check_eos(config: TrainConfig, loaded: Loaded) -> str:
             "generation_config.json: put both into eos_token_id of generation_config.json"
         )
     note = ""
-    teacher_ids = [] if loaded.server is None else loaded.server.info.eos_ids
-    if loaded.teacher is not None:
-        teacher_ids = eos_ids(loaded.teacher.model, loaded.teacher_tokenizer)
-    extra = sorted(set(teacher_ids or []) - set(ids))
-    if extra and config.method.kd_eos == "keep":
-        raise ValueError(
-            f"the teacher must end sequences as the policy does, got {extra} "
-            f"({tokenizer.convert_ids_to_tokens(extra)}) beside the policy's {ids}: put them "
-            "into eos_token_id of the policy's generation_config.json, or set method.kd_eos to mask"
-        )
-    if extra:
-        note = f"; the teacher also ends with {extra}, so ends are not distilled"
-    if teacher_ids is None:
-        note = "; the teacher's are not known: its server does not say"
+    for teacher in loaded.teachers:
+        teacher_ids = _teacher_ends(teacher)
+        extra = sorted(set(teacher_ids or []) - set(ids))
+        if extra and config.method.kd_eos == "keep":
+            raise ValueError(
+                f"the teacher must end sequences as the policy does, got {extra} "
+                f"({tokenizer.convert_ids_to_tokens(extra)}) beside the policy's {ids}, from "
+                f"{teacher.key}: put them into eos_token_id of the policy's "
+                "generation_config.json, or set method.kd_eos to mask"
+            )
+        if extra:
+            note = f"; the teacher also ends with {extra}, so ends are not distilled"
+        if teacher_ids is None:
+            note = "; the teacher's are not known: its server does not say"
     detail = f"{ids} {tokenizer.convert_ids_to_tokens(ids)}{note}"
     return _with_doubts(detail, turn_doubts(tokenizer, ids, config.data))
+
+
+def _teacher_ends(teacher: LoadedTeacher) -> list[int] | None:
+    """Return the tokens with which a teacher ends a sequence; None where they are not known."""
+    if teacher.model is not None:
+        return eos_ids(teacher.model.model, teacher.tokenizer)
+    return None if teacher.server is None else teacher.server.info.eos_ids
 
 
 def turn_doubts(tokenizer: Any, ends: list[int], data: DataConfig) -> list[str]:
@@ -310,36 +315,33 @@ def turn_doubts(tokenizer: Any, ends: list[int], data: DataConfig) -> list[str]:
     ]
 
 
-def check_tokenizers(config: TrainConfig, loaded: Loaded) -> str:
+def check_tokenizers(config: TrainConfig, loaded: Loaded, teacher: LoadedTeacher) -> str:
     """Check that the two vocabularies are the same map from token to id, and that both tokenizers
     render the first prompts alike.
 
     Raises: ValueError naming the token with the lowest id that differs; UserWarning with both
         renderings of a prompt where they differ: the teacher scores the policy's.
     """
-    assert loaded.teacher_tokenizer is not None
-    different = differing_token(loaded.tokenizer, loaded.teacher_tokenizer)
+    different = differing_token(loaded.tokenizer, teacher.tokenizer)
     if different is not None:
         i, policy_token, teacher_token = different
         raise ValueError(
-            f"model.teacher must have the policy's tokenizer, got another: token {i} is "
+            f"{teacher.key} must have the policy's tokenizer, got another: token {i} is "
             f"{policy_token!r} for the policy and {teacher_token!r} for the "
             "teacher; choose two models of one family, or do without a teacher: --preset grpo"
         )
-    doubt = _teacher_rendering(config, loaded, loaded.teacher_tokenizer)
+    doubt = _teacher_rendering(config, loaded, teacher.tokenizer)
     return _with_doubts(
         f"the same {len(loaded.tokenizer.get_vocab()):,} tokens", [doubt] if doubt else []
     )
 
 
-def check_server_tokenizer(config: TrainConfig, loaded: Loaded) -> str:
+def check_server_tokenizer(config: TrainConfig, loaded: Loaded, server: TeacherClient) -> str:
     """Check that the tokens of the teacher's server are the policy's, and that both chat templates
     render the first prompts alike, where the server says its own.
 
     Raises: ValueError as check_same_tokens; UserWarning as check_tokenizers.
     """
-    server = loaded.server
-    assert server is not None
     detail = check_same_tokens(server, loaded.tokenizer)
     if server.chat_template is UNKNOWN:
         return f"{detail}; its chat template is not known"

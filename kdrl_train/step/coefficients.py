@@ -74,8 +74,9 @@ def prepare(
         kd_weight=kd_weight_R,
         token_weights=rewarded_R.float(),
         distil_eos=method.kd_eos == "keep",
+        teacher=run.teachers.numbers(batch.examples) if run.teachers else None,
     )
-    if run.remote is not None:
+    if run.teachers.remote:
         distilled_R = (kd_weight_R > 0) & rewarded_R
         with stages("teacher") if distilled_R.any() else nullcontext():
             coefficients = replace(
@@ -119,25 +120,25 @@ def score(
     if run.config.method.kd != "reward":
         coefficients = replace(coefficients, kd_weight=torch.zeros_like(coefficients.kd_weight))
     packs = packs_of(batch, coefficients, run.config, run.world)
-    part = score_packs(run.policy, run.teacher, packs, recorder)
+    part = score_packs(run.policy, run.teachers, packs, recorder)
     return RolloutScores.join(run.world.share_packs(lambda: part))
 
 
 def query_server(run: Run, batch: Batch, distilled_R: Tensor) -> list[Tensor | None]:
-    """Get the teacher's log-probabilities [T] of the distilled completions from its server.
+    """Get the log-probabilities [T] of the distilled completions from the teachers' servers.
 
     Each rank queries for a share of those that are not known yet. Returns: R, None where there is
     none.
     """
-    assert run.remote is not None
-    known, remote = batch.teacher_logprobs, run.remote
+    known, teachers = batch.teacher_logprobs, run.teachers
+    number_R = teachers.numbers(batch.examples)
     missing_R = distilled_R & torch.tensor([logprobs is None for logprobs in known])
     ranks_R = torch.arange(len(known)) % run.world.size
     share_R = missing_R & (ranks_R == run.world.rank)
 
     def query_share() -> list[Tensor | None] | None:
         try:
-            return remote.collect(batch.rollouts, share_R, {}, run.interrupt.poll)
+            return teachers.collect(batch.rollouts, share_R, number_R, {}, run.interrupt.poll)
         except Stopped:
             return None
 

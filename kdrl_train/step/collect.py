@@ -9,7 +9,8 @@ from torch import Tensor
 from kdrl_train.batch import Batch, Example, JudgedRollouts
 from kdrl_train.config import DataConfig, SamplingConfig, TrainConfig
 from kdrl_train.errors import RewardError
-from kdrl_train.model.teacher.remote import RemoteTeacher, may_query_early
+from kdrl_train.model.teacher.remote import may_query_early
+from kdrl_train.model.teachers import Teachers
 from kdrl_train.output import meter
 from kdrl_train.rollouts.engines import require_version
 from kdrl_train.rollouts.problems import encode_prompt, step_indices
@@ -57,9 +58,9 @@ def draw(run: Run, step: int, stages: Stages, poll: Callable[[], None]) -> Judge
     """
     config, examples = run.config, examples_of(run.examples, run.config, step)
     known = len(run.history.kl) == step or not config.method.kd_coef.reads_history
-    early = run.remote and known and may_query_early(config.method, step, run.history)
-    teacher = run.remote if early else None  # it scores while the rewards are computed
-    return _draw_share(run, examples, config.data, config.sampling, step, stages, teacher, poll)
+    early = known and may_query_early(config.method, step, run.history)
+    teachers = run.teachers if early else None  # servers score while the rewards are computed
+    return _draw_share(run, examples, config.data, config.sampling, step, stages, teachers, poll)
 
 
 def sample_and_judge(
@@ -93,12 +94,12 @@ def _draw_share(
     sampling: SamplingConfig,
     step: int,
     stages: Stages,
-    teacher: RemoteTeacher | None,
+    teachers: Teachers | None,
     poll: Callable[[], None],
 ) -> JudgedRollouts:
     """Sample and judge this rank's share of the examples.
 
-    teacher: a server that is queried for all of them while they are judged; None: for none.
+    teachers: their servers are queried for all of them while they are judged; None: for none.
     """
     rank, ranks = run.world.rank, run.world.size
     first, end = (len(examples) * place // ranks for place in (rank, rank + 1))
@@ -116,14 +117,18 @@ def _draw_share(
         rollouts = run.engine.generate(request, poll)
     poll()
     all_R = torch.ones(len(rollouts.texts), dtype=torch.bool)
-    pending = {} if teacher is None else teacher.query(rollouts, all_R)
-    golds = [example.gold for example in examples for _ in range(sampling.group_size)]
+    of_R = [example for example in examples for _ in range(sampling.group_size)]
+    pending, number_R = {}, None
+    if teachers is not None and teachers.remote:
+        number_R = teachers.numbers(of_R)
+        pending = teachers.query(rollouts, all_R, number_R)
+    golds = [example.gold for example in of_R]
     with stages("verify"):
         verdicts = run.verifier.score(rollouts.texts, golds, poll)
     teacher_logprobs: list[Tensor | None] = [None] * len(all_R)
-    if teacher is not None:
+    if teachers is not None and number_R is not None:
         with stages("teacher"):
-            teacher_logprobs = teacher.collect(rollouts, all_R, pending, poll)
+            teacher_logprobs = teachers.collect(rollouts, all_R, number_R, pending, poll)
     return JudgedRollouts(rollouts, verdicts, teacher_logprobs)
 
 

@@ -10,8 +10,8 @@ import torch
 from kdrl_train.batch import Example, JudgedRollouts
 from kdrl_train.config import TrainConfig
 from kdrl_train.method.schedules import History
-from kdrl_train.model.policy import Policy, Teacher
-from kdrl_train.model.teacher.remote import RemoteTeacher
+from kdrl_train.model.policy import Policy
+from kdrl_train.model.teachers import Teachers
 from kdrl_train.ranks import World
 from kdrl_train.rollouts.engines import Engine
 from kdrl_train.rollouts.verifier import Verifier
@@ -47,9 +47,7 @@ class Run:
     world: World
     tokenizer: Any
     policy: Policy
-    teacher: Teacher | None
-    remote: RemoteTeacher | None
-    """The teacher, where it is behind a URL."""
+    teachers: Teachers
     engine: Engine
     optimizer: torch.optim.Optimizer
     examples: list[Example]

@@ -11,7 +11,8 @@ from kdrl_train.config import TrainConfig
 from kdrl_train.method.metrics import LARGEST, add_sums, token_means
 from kdrl_train.model.fsdp import reshard
 from kdrl_train.model.packing import PackedBatch, pack
-from kdrl_train.model.policy import Policy, Teacher
+from kdrl_train.model.policy import Policy
+from kdrl_train.model.teachers import Teachers
 from kdrl_train.ranks import World
 from kdrl_train.step.samples import SampleRecorder
 
@@ -45,7 +46,7 @@ class RolloutScores:
 @torch.no_grad()
 def score_packs(
     policy: Policy,
-    teacher: Teacher | None,
+    teachers: Teachers | None,
     packs: Iterable[PackedBatch],
     recorder: SampleRecorder | None = None,
 ) -> RolloutScores:
@@ -59,7 +60,7 @@ def score_packs(
     sums: dict[str, Tensor] = {}
     for micro_batch in packs:
         batch = micro_batch.to(policy.device)
-        head = teacher(batch) if teacher is not None and batch.needs_teacher else None
+        head = None if teachers is None else teachers.head(batch)
         out = policy(batch, batch.token_weights.sum(), head)
         completions, counts = micro_batch.rollout.unique_consecutive(return_counts=True)
         parts = out.logprobs.cpu().split(counts.tolist())

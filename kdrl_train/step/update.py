@@ -145,9 +145,9 @@ def accumulate(inputs: StepInputs, used_R: Tensor, part: int) -> Accumulated:
             run.stop_if_signalled()
         packed = micro_batch.to(device)
         teacher = None
-        if run.teacher and packed.needs_teacher:
+        if run.teachers.runs(packed):
             with stages("teacher"):
-                teacher = run.teacher(packed)
+                teacher = run.teachers.head(packed)
         if every and inputs.step % every == 0 and part == turn == 0:
             with stages("diagnostics"):
                 split = gradient_split(policy, packed, normalizer, teacher)

@@ -286,8 +286,8 @@ def measure(model: str, run: TrainConfig, config: DemoConfig) -> Measurement:
     held_out = data_config(Path(run.data.path).with_name("held_out.jsonl"))
     examples = load_examples(held_out)
     teacher = load_teacher(run)
-    policy = load_policy(run, teacher)
     assert teacher is not None  # the preset distils
+    policy = load_policy(run, teacher.vocab_size)
     tokenizer = load_tokenizer(model)
     with Verifier(run.reward) as verifier:
         result = evaluate(

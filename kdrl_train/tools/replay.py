@@ -21,6 +21,7 @@ from kdrl_train.errors import require_file
 from kdrl_train.method import grpo
 from kdrl_train.model.load import use_device
 from kdrl_train.model.packing import pack
+from kdrl_train.model.teachers import Teachers
 from kdrl_train.output import guarded_console
 from kdrl_train.runfolder import checkpoint
 from kdrl_train.runfolder.untrusted import load_tensors
@@ -171,13 +172,13 @@ def replay(
     )
     coefficients = replace(dump["coefficients"], token_weights=weights)
     replayed = []
+    teachers = Teachers(tuple(t.name for t in loaded.teachers), loaded.teacher_models)
     policy.train()
     seed = sketch_seed(config.seed, step, dump["part"])
     policy.draw_sketch(seed, sketch_scale(coefficients, config.method))
     for batch in pack(rollouts, coefficients, micro_batch_tokens=1):  # a completion each
         index, packed = int(batch.rollout[0]), batch.to(policy.device)
-        teacher = loaded.teacher(packed) if loaded.teacher and batch.needs_teacher else None
-        out = policy(packed, normalizer.to(policy.device), teacher)
+        out = policy(packed, normalizer.to(policy.device), teachers.head(packed))
         out.loss.backward()
         grads = [p.grad for p in policy.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads).item()

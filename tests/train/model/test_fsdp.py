@@ -19,6 +19,7 @@ from kdrl_train.model.probe import probe
 from kdrl_train.ranks import World
 from kdrl_train.start import preflight
 from kdrl_train.start.load import load
+from kdrl_train.start.models import tied
 from tests.train.ranks import on_processes, on_ranks
 
 Config = Callable[..., TrainConfig]
@@ -51,7 +52,7 @@ def load_both(config: TrainConfig, world: World) -> list[str]:
             if buffers[name].dtype != buffer.dtype or not torch.equal(buffers[name], buffer):
                 wrong.append(name)
         wrong += sorted(exact)
-        if preflight._tied(sharded) != preflight._tied(whole):
+        if tied(sharded) != tied(whole):
             wrong.append("tied")
         if sharded.device != whole.device:
             wrong.append("device")
@@ -103,8 +104,8 @@ def test_check_reads_with_sharded_models(config: Config) -> None:
 def probe_another(config: TrainConfig, world: World) -> list[str]:
     """Name the checks that fail for a teacher whose own logits are twice those of its head."""
     loaded = load(config, world)
-    assert loaded.teacher is not None
-    module = loaded.teacher.model
+    (teacher,) = loaded.teacher_models.values()
+    module = teacher.model
     forward = module.forward
 
     def twice(**inputs: Any) -> Any:
@@ -115,7 +116,7 @@ def probe_another(config: TrainConfig, world: World) -> list[str]:
     module.forward = twice
     with preflight.Verifier(config.reward) as verifier:
         results = preflight.preflight(config, loaded, verifier, world)
-    sharded = all(isinstance(p, DTensor) for p in loaded.teacher.parameters())
+    sharded = all(isinstance(p, DTensor) for p in teacher.parameters())
     return [result.name for result in results if not result.passed] + ["whole"] * (not sharded)
 
 

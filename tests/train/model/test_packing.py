@@ -7,6 +7,7 @@ import torch
 
 from kdrl_train.batch import CompletionCoefficients, Rollouts
 from kdrl_train.model.packing import PackedBatch, balance, first_fit, pack
+from tests.train.coefficients import uniform
 
 
 def rollouts() -> Rollouts:
@@ -74,6 +75,35 @@ def test_scores_of_a_server_stand_at_their_tokens() -> None:
     assert first.teacher_logprobs is None
     assert second.teacher_logprobs.tolist() == [-7]
     assert packed()[0].to("cpu").teacher_logprobs is None
+
+
+def test_states_of_a_server_stand_at_their_tokens() -> None:
+    (row,) = packed(teacher_states=[None, torch.tensor([[1.0, 2.0]])])
+    assert row.teacher_states[:3].isnan().all()
+    assert row.teacher_states[3].tolist() == [1.0, 2.0]
+    first, _ = packed(budget=4, teacher_states=[None, torch.zeros(1, 2)])
+    assert first.teacher_states is None
+
+
+def test_completions_of_two_teachers_are_packed_apart() -> None:
+    first, second = packed(teacher=torch.tensor([1, 0]))
+    assert (first.teacher, first.tokens.tolist()) == (0, [22])
+    assert (second.teacher, second.tokens.tolist()) == (1, [12, 13, 14])
+    one = uniform(2, teacher=torch.tensor([1, 0]))
+    turns = [list(pack(rollouts(), one, 100, rank=rank, ranks=2)) for rank in (0, 1)]
+    assert [[row.teacher for row in rows] for rows in turns] == [[0, 1], [0, 1]]
+    assert [[len(row.tokens) for row in rows] for rows in turns] == [[1, 3], [0, 0]]
+
+
+def test_a_teacher_reads_its_prompts_before_the_same_completions() -> None:
+    prompts = [torch.tensor([5]), torch.tensor([6, 7, 8])]
+    (row,) = packed(teacher_prompts=prompts)
+    theirs = row.to("cpu").teacher_inputs
+    assert theirs.input_ids.tolist() == [[5, 12, 13, 6, 7, 8]]
+    assert theirs.position_ids.tolist() == [[0, 1, 2, 0, 1, 2]]
+    assert theirs.loss_index.tolist() == [0, 1, 2, 5]
+    assert theirs.lengths == (3, 3)
+    assert packed()[0].teacher_inputs is None
 
 
 def test_ends_of_completions_are_distilled_unless_told_not_to() -> None:

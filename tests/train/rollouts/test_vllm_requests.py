@@ -80,7 +80,7 @@ def test_replies_are_counted_as_they_come(opened: tuple[Any, Policy], server: Sc
 def test_columns_that_a_teacher_lacks_are_not_allowed(server: Scripted, config: Config) -> None:
     with running(server.app()) as url:
         settings = at(config, url)
-        policy = load_policy(settings, SimpleNamespace(vocab_size=200))
+        policy = load_policy(settings, 200)
         engine = open_engine(settings, policy, load_tokenizer(settings.model.policy), ALONE)
         engine.generate(REQUEST)
         engine.close()

@@ -25,9 +25,10 @@ from kdrl_train.model.attention import Choice
 from kdrl_train.model.policy import Teacher
 from kdrl_train.ranks import ALONE, World
 from kdrl_train.rollouts.verifier import Verifier
-from kdrl_train.start import preflight
+from kdrl_train.start import models, preflight
 from kdrl_train.start.load import Loaded, load
 from kdrl_train.start.open_run import pack_for
+from tests.train.start.loaded import with_teacher
 
 
 @pytest.fixture
@@ -77,11 +78,11 @@ def test_a_wrong_run_exits_with_1(config: TrainConfig, capsys: pytest.CaptureFix
 
 
 def test_a_token_without_a_column_is_refused(loaded: Loaded, tiny: Callable[..., Any]) -> None:
-    small = replace(loaded, teacher=Teacher(tiny("llama", vocab_size=250)))
+    small = with_teacher(loaded, model=Teacher(tiny("llama", vocab_size=250)))
     with pytest.raises(ValueError, match=r"model\.teacher must have a column .* got 250 columns"):
-        preflight.check_vocabulary(small)
-    padded = replace(loaded, teacher=Teacher(tiny("llama", vocab_size=320)))
-    detail = preflight.check_vocabulary(padded)
+        models.check_vocabulary(small)
+    padded = with_teacher(loaded, model=Teacher(tiny("llama", vocab_size=320)))
+    detail = models.check_vocabulary(padded)
     assert (
         detail == "258 tokens; columns: policy 258, teacher 320; those from 258 on are not sampled"
     )
@@ -165,7 +166,7 @@ def test_another_tokenizer_is_one_failure(
     """A teacher that lacks tokens of the prompts raised an IndexError of torch besides."""
     other = copy.deepcopy(loaded.tokenizer)
     other.add_tokens(["<extra>"])
-    broken = replace(loaded, teacher=Teacher(tiny("llama", vocab_size=10)), teacher_tokenizer=other)
+    broken = with_teacher(loaded, model=Teacher(tiny("llama", vocab_size=10)), tokenizer=other)
     with Verifier(config.reward) as verifier:
         results = preflight.preflight(config, broken, verifier)
     assert [result.name for result in results if not result.passed] == ["tokenizers"]
@@ -174,7 +175,7 @@ def test_another_tokenizer_is_one_failure(
 def test_failures_are_listed_together(
     config: TrainConfig, loaded: Loaded, tiny: Callable[..., Any]
 ) -> None:
-    broken = replace(loaded, teacher=Teacher(tiny("llama", vocab_size=250)))
+    broken = with_teacher(loaded, model=Teacher(tiny("llama", vocab_size=250)))
     short = replace(config, sampling=SamplingConfig(max_new_tokens=300))
     with Verifier(config.reward) as verifier:
         results = preflight.preflight(short, broken, verifier)
@@ -199,7 +200,7 @@ def test_what_a_models_code_raises_is_a_failed_line(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(preflight, "probe", fail)
+    monkeypatch.setattr(models, "probe", fail)
     assert preflight.main(config) == 1
     out = "".join(capsys.readouterr().out.replace("│", " ").split())
     text = f"{type(error).__name__}: {error} (".replace(" ", "")
@@ -218,7 +219,7 @@ def test_another_ranks_end_is_no_failed_line(
     def fail(*_: object, **__: object) -> None:
         raise RankError("rank 1 stopped")
 
-    monkeypatch.setattr(preflight, "probe", fail)
+    monkeypatch.setattr(models, "probe", fail)
     with Verifier(config.reward) as verifier, pytest.raises(RankError, match="rank 1 stopped"):
         preflight.preflight(config, loaded, verifier)
 
@@ -246,13 +247,13 @@ def test_shards_run_one_sequence_a_pack_where_rows_hold_one(
     """Ranks must run the same number of rows: they gather a layer's weights together."""
 
     def budget(world: World) -> int:
-        run = pack_for(config, world, loaded.policy, loaded.teacher)
+        run = pack_for(config, world, loaded.policy, loaded.teachers[0].model)
         return run.optim.micro_batch_tokens
 
     launched = replace(ALONE, launched=True)
     assert [budget(world) for world in (ALONE, launched)] == [8192, 8192]
     for choice in (Choice(packs=False), Choice(longest=64)):
-        loaded.teacher.choice = choice
+        loaded.teachers[0].model.choice = choice
         assert [budget(world) for world in (ALONE, launched)] == [8192, 1]
 
 
@@ -265,20 +266,20 @@ def test_a_model_folder_without_a_model_is_named(config: TrainConfig, tmp_path: 
 
 
 def test_what_an_export_would_lack_is_a_warning(loaded: Loaded) -> None:
-    policy, teacher = loaded.policy, loaded.teacher
+    policy, teacher = loaded.policy, loaded.teachers[0].model
     assert teacher is not None
-    assert preflight.check_weights(policy, "model.policy").startswith("all read, float32 in its")
+    assert models.check_weights(policy, "model.policy").startswith("all read, float32 in its")
     for model in (policy.model, teacher.model):
         model.origin = replace(model.origin, parts={"visual": 1_200, "mtp": 3})
     with pytest.raises(UserWarning) as warning:
-        preflight.check_weights(policy, "model.policy")
+        models.check_weights(policy, "model.policy")
     assert str(warning.value) == (
         "model.policy: Qwen2ForCausalLM has no visual (1,200 tensors), mtp (3 tensors), which its "
         "files hold: the exported model will lack them"
     )
-    assert preflight.check_weights(teacher, "model.teacher") == "all read, float32 in its files"
+    assert models.check_weights(teacher, "model.teacher") == "all read, float32 in its files"
     teacher.model.origin = replace(teacher.model.origin, unused=["model.layers.0.mlp.bias"])
     with pytest.raises(
         UserWarning, match=r"LlamaForCausalLM does not use model\.layers\.0\.mlp\.b"
     ):
-        preflight.check_weights(teacher, "model.teacher")
+        models.check_weights(teacher, "model.teacher")

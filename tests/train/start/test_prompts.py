@@ -26,6 +26,7 @@ from kdrl_train.model.policy import Policy
 from kdrl_train.rollouts.rendering import PromptError
 from kdrl_train.start import preflight, prompts
 from kdrl_train.start.load import Loaded, load, read_problems
+from tests.train.start.loaded import with_teacher
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,10 @@ def with_template(tokenizer: Any, template: str | None) -> Any:
     return other
 
 
+def tokenizers(config: TrainConfig, loaded: Loaded) -> str:
+    return prompts.check_tokenizers(config, loaded, loaded.teachers[0])
+
+
 def test_problems_with_the_text_of_others_are_named() -> None:
     rows = [("a:1", "1+1", "2"), ("a:2", "1+1", "2"), ("a:3", "2+2", "4"), ("a:4", "1+1", "3")]
     examples = [Example(*row) for row in rows]
@@ -89,28 +94,24 @@ def test_another_vocabulary_is_named_by_its_first_token(
     other = copy.deepcopy(loaded.tokenizer)
     other.add_tokens(["<extra>"])
     with pytest.raises(ValueError, match=r"token 258 is None for the policy and '<extra>' for the"):
-        prompts.check_tokenizers(config, replace(loaded, teacher_tokenizer=other))
-    assert prompts.check_tokenizers(config, loaded) == "the same 258 tokens"
+        tokenizers(config, with_teacher(loaded, tokenizer=other))
+    assert tokenizers(config, loaded) == "the same 258 tokens"
 
 
 def test_another_template_of_the_teacher_is_shown(config: TrainConfig, loaded: Loaded) -> None:
     asks = "Q{{ messages[0]['content'] }}A"
     policy = with_template(loaded.tokenizer, asks)
-    same = replace(loaded, tokenizer=policy, teacher_tokenizer=with_template(policy, asks))
-    assert prompts.check_tokenizers(config, same) == "the same 258 tokens"
-    other = replace(same, teacher_tokenizer=with_template(policy, asks.replace("Q", "U")))
-    doubt = warning(prompts.check_tokenizers, config, other)
+    same = with_teacher(replace(loaded, tokenizer=policy), tokenizer=with_template(policy, asks))
+    assert tokenizers(config, same) == "the same 258 tokens"
+    other = with_teacher(same, tokenizer=with_template(policy, asks.replace("Q", "U")))
+    doubt = warning(tokenizers, config, other)
     assert "renders a prompt as 'U0+0=A', the policy's as 'Q0+0=A': the teacher scores" in doubt
-    without = replace(same, teacher_tokenizer=with_template(policy, None))
-    assert "as '0+0=', the policy's as 'Q0+0=A'" in warning(
-        prompts.check_tokenizers, config, without
-    )
+    without = with_teacher(same, tokenizer=with_template(policy, None))
+    assert "as '0+0=', the policy's as 'Q0+0=A'" in warning(tokenizers, config, without)
     plain = replace(config, data=replace(config.data, chat_template=False))
-    assert prompts.check_tokenizers(plain, other) == "the same 258 tokens"
-    fails = replace(same, teacher_tokenizer=with_template(policy, "{{ raise_exception('no') }}"))
-    assert "renders no prompt: the chat template must" in warning(
-        prompts.check_tokenizers, config, fails
-    )
+    assert tokenizers(plain, other) == "the same 258 tokens"
+    fails = with_teacher(same, tokenizer=with_template(policy, "{{ raise_exception('no') }}"))
+    assert "renders no prompt: the chat template must" in warning(tokenizers, config, fails)
 
 
 def test_other_tokens_of_the_same_text_are_shown(config: TrainConfig, loaded: Loaded) -> None:
@@ -118,7 +119,7 @@ def test_other_tokens_of_the_same_text_are_shown(config: TrainConfig, loaded: Lo
     other = copy.deepcopy(loaded.tokenizer)
     space = pre_tokenizers.ByteLevel(add_prefix_space=True)
     other.backend_tokenizer.pre_tokenizer = space
-    doubt = warning(prompts.check_tokenizers, config, replace(loaded, teacher_tokenizer=other))
+    doubt = warning(tokenizers, config, with_teacher(loaded, tokenizer=other))
     assert "renders a prompt as ' 0+0=', the policy's as '0+0='" in doubt
     unmerged = json.loads(loaded.tokenizer.backend_tokenizer.to_str())
     unmerged["pre_tokenizer"] = None
@@ -129,8 +130,8 @@ def test_other_tokens_of_the_same_text_are_shown(config: TrainConfig, loaded: Lo
         PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(one)))
         for one in (unmerged, merged)
     )
-    merges = replace(loaded, tokenizer=policy, teacher_tokenizer=teacher)
-    doubt = warning(prompts.check_tokenizers, config, merges)
+    merges = with_teacher(replace(loaded, tokenizer=policy), tokenizer=teacher)
+    doubt = warning(tokenizers, config, merges)
     assert "renders a prompt as '0+ 0 =', the policy's as '0 + 0 ='" in doubt
 
 
@@ -138,7 +139,7 @@ def test_ends_of_sequence_must_agree(
     config: TrainConfig, loaded: Loaded, tiny: Callable[..., Any]
 ) -> None:
     assert prompts.check_eos(config, loaded) == "[0] ['<|endoftext|>']"
-    loaded.teacher.model.generation_config.eos_token_id = [0, 7]
+    loaded.teachers[0].model.model.generation_config.eos_token_id = [0, 7]
     with pytest.raises(ValueError, match=r"the teacher must end sequences .* got \[7\]"):
         prompts.check_eos(config, loaded)
     mask = replace(config, method=replace(config.method, kd_eos="mask"))
@@ -148,7 +149,7 @@ def test_ends_of_sequence_must_agree(
     assert prompts.check_eos(config, loaded).startswith("[0, 7]")
     model = tiny("llama")
     model.generation_config.eos_token_id = 9
-    alone = replace(loaded, teacher=None, policy=Policy(model, TrainConfig().method))
+    alone = replace(loaded, teachers=(), policy=Policy(model, TrainConfig().method))
     with pytest.raises(
         ValueError, match=r"got 0 \('<\|endoftext\|>'\) from its tokenizer and \[9\]"
     ):
@@ -176,7 +177,7 @@ def test_the_end_of_a_turn_must_end_a_completion(
 ) -> None:
     tokenizer = with_template(loaded.tokenizer, TURNS.replace("END", f"({end})"))
     tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
-    base = replace(loaded, tokenizer=tokenizer, teacher=None)
+    base = replace(loaded, tokenizer=tokenizer, teachers=())
     if not doubtful:
         assert prompts.check_eos(config, base) == "[0] ['<|endoftext|>']"
         return
@@ -228,7 +229,7 @@ def test_messages_are_shown_and_looked_at(config: TrainConfig, loaded: Loaded) -
 def test_a_turn_must_not_end_in_text(config: TrainConfig, loaded: Loaded) -> None:
     """ChatML on a base model whose tokenizer does not have its tokens."""
     tokenizer = with_template(loaded.tokenizer, TURNS.replace("END", "'<|im_end|>\\n'"))
-    base = replace(loaded, tokenizer=tokenizer, teacher=None)
+    base = replace(loaded, tokenizer=tokenizer, teachers=())
     doubt = warning(prompts.check_eos, config, base)
     assert "turn with the text '<|im_end|>', which is no token and ends no completion" in doubt
     plain = replace(config, data=replace(config.data, chat_template=False))

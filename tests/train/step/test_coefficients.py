@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import kdrl_kernels as kk
-from kdrl_train.batch import Rollouts
+from kdrl_train.batch import Example, Rollouts
 from kdrl_train.config import OptimConfig, SamplingConfig, TrainConfig
 from kdrl_train.method import grpo
 from kdrl_train.method.config import MethodConfig, ScheduleConfig
@@ -19,6 +19,7 @@ from kdrl_train.method.presets import PRESETS
 from kdrl_train.method.schedules import History
 from kdrl_train.model.packing import PackedBatch, pack
 from kdrl_train.model.policy import Policy, Teacher
+from kdrl_train.model.teachers import DEFAULT, Teachers
 from kdrl_train.ranks import ALONE
 from kdrl_train.runfolder.log import Stages
 from kdrl_train.step.coefficients import Prepared, correction, prepare
@@ -63,7 +64,9 @@ def test_scores_are_those_of_the_models_own_logits(tiny: Callable[..., Any], bud
     policy, teacher = pair(tiny, REWARD, torch.float64, "qwen2")
     rollouts, rewards = some_rollouts()
     kd_weight = torch.tensor([1.0, 0.0, 0.5, 0.5, 1.0, 1.0])
-    scores = score_packs(policy, teacher, packs(rollouts, rewards, kd_weight, budget))
+    scores = score_packs(
+        policy, Teachers((DEFAULT,), {0: teacher}), packs(rollouts, rewards, kd_weight, budget)
+    )
     assert sorted(scores.logprobs) == list(WITH_REWARD)
     total, count = 0.0, 0
     for r in WITH_REWARD:
@@ -183,13 +186,16 @@ def prepared(
     run: Any = SimpleNamespace(
         config=config,
         policy=policy,
-        teacher=teacher,
-        remote=None,
+        teachers=Teachers() if teacher is None else Teachers((DEFAULT,), {0: teacher}),
         history=History(),
         world=ALONE,
     )
     batch: Any = SimpleNamespace(
-        rollouts=rollouts, rewards=rewards, right=rewards > 0.5, staleness=staleness
+        examples=[Example("1", "", "")] * 6,
+        rollouts=rollouts,
+        rewards=rewards,
+        right=rewards > 0.5,
+        staleness=staleness,
     )
     return prepare(run, batch, 0, stages), stages
 

@@ -21,6 +21,7 @@ from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.schedules import History
 from kdrl_train.model.packing import pack
 from kdrl_train.model.policy import Policy, Teacher
+from kdrl_train.model.teachers import Teachers
 from kdrl_train.ranks import ALONE
 from kdrl_train.rollouts.engines.generate import GenerateEngine
 from kdrl_train.rollouts.sampler import SampleRequest
@@ -73,7 +74,7 @@ def every_token(
         optim=OptimConfig(updates_per_rollout=updates),
     )
     stub: Any = SimpleNamespace(
-        config=config, policy=policy, teacher=None, remote=None, history=History(), world=ALONE
+        config=config, policy=policy, teachers=Teachers(), history=History(), world=ALONE
     )
     batch: Any = SimpleNamespace(
         rollouts=rollouts, rewards=rewards, right=rewards > 0.5, staleness=staleness

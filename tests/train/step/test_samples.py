@@ -50,7 +50,7 @@ def log_ratio_of(config: TrainConfig, batch: Batch, r: int) -> torch.Tensor:
     ids = torch.cat([prompt, completion])[None]
     with torch.no_grad():
         p, q = (m.model(input_ids=ids).logits[0, len(prompt) - 1 : -1] for m in
-                (load_policy(config, teacher), teacher))  # fmt: skip
+                (load_policy(config, teacher.vocab_size), teacher))  # fmt: skip
     pick = completion[:, None]
     return (p.log_softmax(-1).gather(1, pick) - q.log_softmax(-1).gather(1, pick)).squeeze(1)
 

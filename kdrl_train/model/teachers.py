@@ -1,0 +1,87 @@
+"""Holds the teachers of a run, each under its number: models in this process, and servers."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import kdrl_kernels as kk
+from kdrl_train.batch import Example, Rollouts
+from kdrl_train.model.packing import PackedBatch
+from kdrl_train.model.policy import Teacher
+from kdrl_train.model.teacher.remote import RemoteTeacher
+from kdrl_train.waiting import Poll
+
+DEFAULT = "default"
+"""Name of model.teacher, which teaches the problems that name no other one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Teachers:
+    """The teachers of a run. A completion's teacher is a number, its place in `names`."""
+
+    names: tuple[str, ...] = ()
+    local: Mapping[int, Teacher] = field(default_factory=dict)
+    """Number -> a model in this process."""
+    remote: Mapping[int, RemoteTeacher] = field(default_factory=dict)
+    """Number -> a server."""
+
+    def __bool__(self) -> bool:
+        return bool(self.names)
+
+    def numbers(self, examples: Sequence[Example]) -> Tensor:
+        """Return the number of each example's teacher, [R] int64."""
+        return torch.tensor([self.names.index(example.teacher or DEFAULT) for example in examples])
+
+    def runs(self, batch: PackedBatch) -> bool:
+        """Whether a pack needs a pass of a teacher in this process."""
+        return batch.needs_teacher and batch.teacher in self.local
+
+    def head(self, batch: PackedBatch) -> kk.TeacherHead | None:
+        """Run the pack's teacher; None where no token is distilled, or a server has scored them."""
+        return self.local[batch.teacher](batch) if self.runs(batch) else None
+
+    def query(
+        self, rollouts: Rollouts, selected_R: Tensor, number_R: Tensor
+    ) -> dict[int, Future[Tensor]]:
+        """Send completions to the servers among their teachers, without waiting for a reply.
+
+        Args:
+            selected_R: [R] bool, which of them.
+            number_R: [R] int64, the teachers.
+        Returns: completion -> the future of its log-probabilities [T] float32, nats.
+        """
+        pending: dict[int, Future[Tensor]] = {}
+        for number, remote in self.remote.items():
+            pending |= remote.query(rollouts, selected_R & (number_R == number))
+        return pending
+
+    def collect(
+        self,
+        rollouts: Rollouts,
+        selected_R: Tensor,
+        number_R: Tensor,
+        pending: dict[int, Future[Tensor]],
+        poll: Poll | None = None,
+    ) -> list[Tensor | None]:
+        """Wait for the servers' replies to the selected completions; those not pending are sent.
+
+        Args:
+            selected_R, number_R: as in `query`.
+            pending: what `query` returned for the same rollouts; may be empty.
+            poll: called regularly; an exception it raises stops the waiting.
+        Returns: R of [T] float32 nats, None where not selected or not of a server.
+        Raises: TeacherError, that of the first query that failed.
+        """
+        missing_R = selected_R.clone()
+        missing_R[list(pending)] = False
+        pending = pending | self.query(rollouts, missing_R, number_R)
+        logprobs: list[Tensor | None] = [None] * len(selected_R)
+        for number, remote in self.remote.items():
+            of_R = number_R == number
+            theirs = {r: future for r, future in pending.items() if of_R[r]}
+            replies = remote.collect(rollouts, selected_R & of_R, theirs, poll)
+            logprobs = [a if b is None else b for a, b in zip(logprobs, replies, strict=True)]
+        return logprobs
