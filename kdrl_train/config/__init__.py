@@ -2,6 +2,7 @@
 
 from dataclasses import field
 from pathlib import Path
+from typing import Literal
 
 from kdrl_train.config.learning import EvalConfig, LogConfig, OptimConfig
 from kdrl_train.config.models import ModelConfig, TeacherConfig
@@ -34,6 +35,17 @@ class TrainConfig:
     resume: SwitchOrAuto = False
     """Continue from the newest checkpoint in `out`; auto: if it holds a run, else start. Without
     this a used folder is refused. A scheduler that runs the same command again needs auto."""
+    allow_changes: tuple[
+        Literal[
+            "optim.learning_rate",
+            "optim.schedule",
+            "optim.final_learning_rate",
+            "optim.warmup_steps",
+        ],
+        ...,
+    ] = ()
+    """Settings that this start may change with `resume`, though they change the training. The log
+    says from which step on. It holds for one start."""
     seed: NaturalInt = 0
     """Seed: all random numbers are a function of the seed and the step."""
     steps: PositiveInt = 280
@@ -84,6 +96,11 @@ class TrainConfig:
             raise ValueError(
                 "sampling.prompts_per_step must be a multiple of optim.updates_per_rollout, got "
                 f"{self.sampling.prompts_per_step} and {self.optim.updates_per_rollout}"
+            )
+        if self.optim.schedule != "constant" and self.optim.warmup_steps >= self.steps:
+            raise ValueError(
+                f"optim.warmup_steps must be less than steps with optim.schedule "
+                f'"{self.optim.schedule}", got {self.optim.warmup_steps} and {self.steps}'
             )
         for key, schedule in self.method.schedules.items():
             if schedule.waits_for_plateau and not (self.eval.every and self.eval.data.path):

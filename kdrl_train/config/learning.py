@@ -4,6 +4,7 @@ from dataclasses import field
 from typing import Literal
 
 from kdrl_train.config.rollouts import DataConfig
+from kdrl_train.method.schedules import learning_rate
 from kdrl_train.settings import (
     LearningRate,
     NaturalFloat,
@@ -30,6 +31,12 @@ class OptimConfig:
     """Peak learning rate of AdamW."""
     warmup_steps: NaturalInt = 0
     """Optimiser steps in which the learning rate rises linearly from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """The learning rate after the warm-up. constant: it stays. linear, cosine: it falls to
+    final_learning_rate at the end of the run, so it is a function of the step and of `steps`: a run
+    that is resumed with more steps goes on from the higher rate that these have then."""
+    final_learning_rate: NaturalFloat = 0.0
+    """Learning rate that linear and cosine reach at the end of the last step."""
     weight_decay: NaturalFloat = 0.0
     """Decoupled weight decay of AdamW. sgd adds this times the weight to the gradient."""
     betas: tuple[UnitInterval, UnitInterval] = (0.9, 0.999)
@@ -61,6 +68,27 @@ class OptimConfig:
                 f'name must be "sgd" with momentum {self.momentum}, got "{self.name}": AdamW\'s is '
                 "the first of betas"
             )
+        if self.final_learning_rate and self.schedule == "constant":
+            raise ValueError(
+                'schedule must be "linear" or "cosine" with final_learning_rate '
+                f'{self.final_learning_rate}, got "constant": set it, or leave that out'
+            )
+        if self.final_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"final_learning_rate must be at most learning_rate, {self.learning_rate}, got "
+                f"{self.final_learning_rate}"
+            )
+
+    def rate_at(self, step: int, steps: int) -> float:
+        """The learning rate of a step, from 0, in a run of so many."""
+        return learning_rate(
+            self.learning_rate,
+            self.warmup_steps,
+            step,
+            kind=self.schedule,
+            final=self.final_learning_rate,
+            steps=steps,
+        )
 
 
 @settings

@@ -88,11 +88,6 @@ def kd_mask(right_PG: Tensor, mask: str) -> Tensor:
     raise ValueError(f'mask must be "none", "wrong" or "wrong_group", got "{mask}"')
 
 
-def learning_rate(peak: float, warmup_steps: int, step: int) -> float:
-    """Warm up linearly: peak · (step + 1) / warmup_steps, and the peak from then on."""
-    return peak * min(1.0, (step + 1) / max(warmup_steps, 1))
-
-
 def token_weights(
     lengths_R: Tensor, used_R: Tensor, mode: str, max_new_tokens: int
 ) -> tuple[Tensor, Tensor]:

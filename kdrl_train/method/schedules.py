@@ -10,7 +10,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from kdrl_train.method.config import MethodConfig, ScheduleConfig
 
@@ -90,6 +90,32 @@ def schedule_value(schedule: ScheduleConfig, step: int, history: History | None 
         assert len(history.kl) == step
         return budgeted(schedule, history.kl)
     return schedule.initial
+
+
+def learning_rate(
+    peak: float,
+    warmup_steps: int,
+    step: int,
+    *,
+    kind: Literal["constant", "linear", "cosine"] = "constant",
+    final: float = 0.0,
+    steps: int = 0,
+) -> float:
+    """Warm up linearly, peak · (step + 1) / warmup_steps, then keep the peak or go to `final`.
+
+    linear, cosine: with done = (step - warmup_steps) / (steps - warmup_steps) the rate is final +
+    (peak - final) · (1 - done), or · (1 + cos(pi · done)) / 2. So step warmup_steps still has the
+    peak, and `final` would be that of step `steps`, the first one after the run.
+
+    Args:
+        step: from 0.
+        steps: of the whole run.
+    """
+    if kind == "constant" or step < warmup_steps:
+        return peak * min(1.0, (step + 1) / max(warmup_steps, 1))
+    done = min((step - warmup_steps) / max(steps - warmup_steps, 1), 1.0)
+    rest = 1 - done if kind == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return final + (peak - final) * rest
 
 
 class ScheduledCoefs(NamedTuple):

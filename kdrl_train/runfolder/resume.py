@@ -3,10 +3,10 @@
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
-from kdrl_train.config import TrainConfig
-from kdrl_train.config_file import differences, load_yaml, to_dict
+from kdrl_train.config import OptimConfig, TrainConfig
+from kdrl_train.config_file import differences, load_yaml, to_dict, update
 from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.checkpoint import Checkpoint, checkpoints, latest
 from kdrl_train.runfolder.events import FILE as EVENTS
@@ -16,6 +16,7 @@ from kdrl_train.runfolder.writable import require_writable
 MAY_CHANGE = (
     "out",
     "resume",
+    "allow_changes",
     "steps",
     "save_every",
     "save_async",
@@ -51,6 +52,10 @@ MAY_CHANGE = (
     "optim.head_impl",
 )
 """Settings that a resumed run may change: they do not change what the training converges to."""
+
+
+ALLOWED_ON_DEMAND = get_args(get_args(get_type_hints(TrainConfig)["allow_changes"])[0])
+"""Settings that a resumed run may change where allow_changes names them."""
 
 
 def _without(config: dict[str, Any], keys: set[str], prefix: str = "") -> dict[str, Any]:
@@ -140,7 +145,7 @@ def check_config(place: Path, written: dict[str, Any], config: TrainConfig) -> N
 
     Raises: ValueError naming the settings that differ, if any of them may not.
     """
-    may_change = set(MAY_CHANGE)
+    may_change = {*MAY_CHANGE, *config.allow_changes}
     if any(schedule.waits_for_plateau for schedule in config.method.schedules.values()):
         may_change.remove("eval")  # its scores decide when the schedule switches
     teacher = str(written.get("model", {}).get("teacher"))
@@ -155,11 +160,31 @@ def check_config(place: Path, written: dict[str, Any], config: TrainConfig) -> N
     changed = differences(_without(written, may_change), _without(to_dict(config), may_change))
     if changed:
         lines = [f"  {key}: {old} before, {new} now" for key, (old, new) in changed.items()]
+        allowed = [key for key in changed if key in ALLOWED_ON_DEMAND]
+        remedy = f", or pass --allow-changes {' '.join(allowed)}" if allowed else ""
         raise ValueError(
             f"a resumed run must keep the settings of {place}, got other values:\n"
             + "\n".join(lines)
-            + "\nset them back, or start a new run with another --out"
+            + f"\nset them back{remedy}, or start a new run with another --out"
         )
+
+
+def changed_rate(checkpoint: Checkpoint, config: TrainConfig) -> str | None:
+    """Say from which step on the learning rate is another one than a checkpoint's run would have
+    had, and which settings make it so; None: none does."""
+    names = [key.removeprefix("optim.") for key in ALLOWED_ON_DEMAND]
+    written = checkpoint.config.get("optim", {})
+    old = update(OptimConfig(), {name: written[name] for name in names if name in written})
+    steps = checkpoint.config.get("steps", config.steps)
+    first = checkpoint.step
+    for step in range(first, config.steps):
+        before, now = old.rate_at(step, steps), config.optim.rate_at(step, config.steps)
+        if before != now:
+            pairs = [(f"optim.{n}", getattr(old, n), getattr(config.optim, n)) for n in names]
+            pairs.append(("steps", steps, config.steps))
+            changes = ", ".join(f"{key} {a} -> {b}" for key, a, b in pairs if a != b)
+            return f"learning rate changed from {before:g} to {now:g} at step {step + 1}: {changes}"
+    return None
 
 
 def check_data(

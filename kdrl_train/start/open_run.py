@@ -27,7 +27,7 @@ from kdrl_train.runfolder.async_saver import Saver
 from kdrl_train.runfolder.lock import FILE as LOCK
 from kdrl_train.runfolder.lock import WAIT_S, RunLock
 from kdrl_train.runfolder.log import RunLog, read_postponed, read_records
-from kdrl_train.runfolder.resume import check_data, open_folder, resumes
+from kdrl_train.runfolder.resume import changed_rate, check_data, open_folder, resumes
 from kdrl_train.runfolder.signals import Interrupt
 from kdrl_train.runfolder.trackers import Trackers
 from kdrl_train.runfolder.writable import require_writable
@@ -79,6 +79,8 @@ def open_run(
         doubts.append(f"{config.out} has no metrics.jsonl: the curves begin at step {first + 1}")
     for warning in warnings + unsure + doubts:
         log.event("warning", warning)
+    if newest is not None and (change := changed_rate(newest, config)) is not None:
+        log.event("settings", change)
     saver = Saver(config, world, log.say, loaded.data, first, log.require_ours)
     interrupt.starting = False
     return Run(
@@ -160,7 +162,7 @@ def begin_folder(
             if path.name != LOCK:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
-    save_yaml(replace(config, resume=False), config.out / "config.yaml")
+    save_yaml(replace(config, resume=False, allow_changes=()), config.out / "config.yaml")
     if teacher is not None:
         keep_teacher(config.out, teacher)
 

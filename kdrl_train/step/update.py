@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdrl_train import output
 from kdrl_train.batch import Batch, CompletionCoefficients
-from kdrl_train.config import OptimConfig
+from kdrl_train.config import TrainConfig
 from kdrl_train.errors import MidStepError, RunError
 from kdrl_train.method import grpo
 from kdrl_train.method.config import MethodConfig
@@ -86,7 +86,7 @@ def update(
             raise MidStepError(f"{error} (update {part + 1} of the step)") from error
         run.position.begun = True
         with stages("update"):
-            rate = take_step(run.optimizer, config.optim, step)
+            rate = take_step(run.optimizer, config, step)
         sums = add_sums(sums, accumulated.sums)
         losses.append(accumulated.loss)
         norms.append(norm)
@@ -220,9 +220,9 @@ def clip(policy: Policy, max_norm: float) -> float:
     return full(norm).item()
 
 
-def take_step(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int) -> float:
+def take_step(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> float:
     """Take the optimiser step; returns its learning rate."""
-    rate = grpo.learning_rate(config.learning_rate, config.warmup_steps, step)
+    rate = config.optim.rate_at(step, config.steps)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()

@@ -164,8 +164,11 @@ def test_every_preset_is_an_option(name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("stepz: 3", r"unknown key stepz \(did you mean steps\?\); there are out, resume, seed"),
-        ("1: 3", r"unknown key 1; there are out, resume, seed, steps"),
+        (
+            "stepz: 3",
+            r"unknown key stepz \(did you mean steps\?\); there are out, resume, allow_changes",
+        ),
+        ("1: 3", r"unknown key 1; there are out, resume, allow_changes"),
         ("optim: {lr: 1}", r"unknown key optim\.lr; optim has learning_rate, warmup_steps"),
         ("optim: {learning_rat: 1}", r"key optim\.learning_rat \(did you mean learning_rate\?\); "),
         ("method: {kd_coef: {end: 1}}", r"unknown key method\.kd_coef\.end; .*kind, initial"),
@@ -222,6 +225,22 @@ def test_every_preset_is_an_option(name: str) -> None:
         (
             "sampling: {prompts_per_step: 6}\noptim: {updates_per_rollout: 4}",
             r"prompts_per_step must be a multiple of optim\.updates_per_rollout, got 6 and 4",
+        ),
+        (
+            "optim: {final_learning_rate: 1e-7}",
+            r'schedule must be "linear" or "cosine" with final_learning_rate 1e-07, got "constant"',
+        ),
+        (
+            "optim: {schedule: linear, final_learning_rate: 1}",
+            r"optim\.final_learning_rate must be at most learning_rate, 1e-06, got 1\.0",
+        ),
+        (
+            "steps: 5\noptim: {schedule: cosine, warmup_steps: 5}",
+            r'warmup_steps must be less than steps with optim\.schedule "cosine", got 5 and 5',
+        ),
+        (
+            "allow_changes: [seed]",
+            r"allow_changes\[0\] must be 'optim\.learning_rate', .* got 'seed'",
         ),
         ("log: {trackers: wandb}", r"log\.trackers must be a list, got 'wandb'"),
         (
@@ -290,6 +309,7 @@ BELOW_ZERO = ("-1", "at least 0, got -1")
         ("optim.updates_per_rollout", *BELOW_ONE),
         ("optim.learning_rate", ".inf", "a finite number, got inf"),
         ("optim.warmup_steps", *BELOW_ZERO),
+        ("optim.final_learning_rate", "-1", "at least 0, got -1"),
         ("optim.weight_decay", "-0.1", "at least 0, got -0.1"),
         ("optim.max_grad_norm", "0", "greater than 0, got 0"),
         ("model.head_flat", "-0.1", "at least 0, got -0.1"),

@@ -101,11 +101,6 @@ def test_masks(mask: str, expected: list[list[int]]) -> None:
     assert torch.equal(grpo.kd_mask(right, mask), torch.tensor(expected, dtype=torch.float32))
 
 
-def test_warm_up() -> None:
-    assert [grpo.learning_rate(1.0, 4, s) for s in (0, 1, 3, 9)] == [0.25, 0.5, 1.0, 1.0]
-    assert grpo.learning_rate(1.0, 0, 0) == 1.0
-
-
 @pytest.mark.parametrize(
     ("mode", "weights", "normalizer"),
     [

@@ -9,7 +9,14 @@ import pytest
 
 from kdrl_train.method.config import ScheduleConfig
 from kdrl_train.method.presets import PRESETS
-from kdrl_train.method.schedules import History, budgeted, plateau, rebuild_history, schedule_value
+from kdrl_train.method.schedules import (
+    History,
+    budgeted,
+    learning_rate,
+    plateau,
+    rebuild_history,
+    schedule_value,
+)
 
 BUDGET = ScheduleConfig(
     kind="kl_budget", initial=0.1, target_kl=0.5, gain=0.1, bounds=(0.08, 0.125)
@@ -35,6 +42,16 @@ def test_kinds_that_read_the_step_alone() -> None:
     switch = ScheduleConfig(kind="switch", initial=1.0, final=0.25, steps=3)
     assert [schedule_value(switch, s) for s in range(5)] == [1, 1, 1, 0.25, 0.25]
     assert schedule_value(ScheduleConfig(kind="reward_adaptive", initial=0.5), 9) == 0.5
+
+
+def test_the_learning_rate_by_hand() -> None:
+    assert [learning_rate(1.0, 4, s) for s in (0, 1, 3, 9)] == [0.25, 0.5, 1.0, 1.0]
+    assert learning_rate(1.0, 0, 0) == 1.0
+    linear = [learning_rate(1.0, 2, s, kind="linear", final=0.2, steps=6) for s in range(8)]
+    assert linear == pytest.approx([0.5, 1, 1, 0.8, 0.6, 0.4, 0.2, 0.2])
+    cosine = [learning_rate(2.0, 0, s, kind="cosine", steps=4) for s in range(5)]
+    half = 1 / math.sqrt(2)
+    assert cosine == pytest.approx([2, 1 + half, 1, 1 - half, 0])
 
 
 def test_both_weights_of_opd_then_rl_switch_at_once() -> None:

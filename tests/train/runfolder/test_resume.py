@@ -10,10 +10,10 @@ import pytest
 
 from kdrl_train import train
 from kdrl_train.config import TrainConfig
-from kdrl_train.config_file import save_yaml, to_dict
+from kdrl_train.config_file import load_yaml, save_yaml, to_dict
 from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.log import RunLog
-from kdrl_train.runfolder.resume import check_log, open_folder, resumes
+from kdrl_train.runfolder.resume import changed_rate, check_log, open_folder, resumes
 from tests.train.test_train import run, without_times
 
 
@@ -134,6 +134,57 @@ def test_auto_resumes_where_there_is_a_run(tmp_path: Path) -> None:
     (settings.out / "checkpoints" / "step_000001").mkdir(parents=True)
     assert resumes(settings)
     assert not resumes(replace(settings, resume=False))
+
+
+def test_the_learning_rate_changes_on_demand_alone(tmp_path: Path) -> None:
+    settings = stopped_run(tmp_path, 4)
+    optim = replace(settings.optim, learning_rate=2e-6, schedule="linear")
+    other = replace(settings, optim=optim, steps=10)
+    refusal = (
+        r"(?s)optim\.learning_rate: 1e-06 before, 2e-06 now.*set them back, or pass "
+        r"--allow-changes optim\.learning_rate optim\.schedule, or start a new run"
+    )
+    with pytest.raises(ValueError, match=refusal):
+        open_folder(other)
+    with pytest.raises(ValueError, match=r"pass --allow-changes optim\.schedule, or start"):
+        open_folder(replace(other, allow_changes=("optim.learning_rate",)))
+    allowed = replace(other, allow_changes=("optim.learning_rate", "optim.schedule"))
+    newest = open_folder(allowed)
+    assert newest is not None
+    assert changed_rate(newest, settings) is None
+    assert changed_rate(newest, replace(settings, steps=900)) is None
+    assert changed_rate(newest, allowed) == (
+        "learning rate changed from 1e-06 to 1.2e-06 at step 5: optim.learning_rate 1e-06 -> 2e-06,"
+        " optim.schedule constant -> linear, steps 280 -> 10"
+    )
+    with pytest.raises(ValueError, match=r"set them back, or start a new run") as caught:
+        open_folder(replace(allowed, seed=1))
+    assert "optim" not in str(caught.value)
+
+
+def test_more_steps_raise_a_rate_that_decays(config: Callable[..., TrainConfig]) -> None:
+    """The schedule is a function of step and steps, so the log says what a longer run changes."""
+    optim = replace(config().optim, schedule="linear", final_learning_rate=1e-4)
+    settings = config(steps=2, save_every=1, optim=optim)
+    assert [record["learning_rate"] for record in run(settings)] == pytest.approx([1e-3, 5.5e-4])
+    more = replace(settings, steps=4, resume=True)
+    higher = replace(optim, learning_rate=2e-3, schedule="constant", final_learning_rate=0.0)
+    keys = ("optim.learning_rate", "optim.schedule", "optim.final_learning_rate")
+    rates = [record["learning_rate"] for record in run(replace(more, steps=3))]
+    assert rates == pytest.approx([1e-3, 5.5e-4, 4e-4])
+    rates = [r["learning_rate"] for r in run(replace(more, optim=higher, allow_changes=keys))]
+    assert rates == pytest.approx([1e-3, 5.5e-4, 4e-4, 2e-3])
+    events = jsonl.read(settings.out / "events.jsonl")
+    assert [(e["step"], e["message"]) for e in events if e["event"] == "settings"] == [
+        (2, "learning rate changed from 0.0001 to 0.0004 at step 3: steps 2 -> 3"),
+        (
+            3,
+            "learning rate changed from 0.0001 to 0.002 at step 4: optim.learning_rate 0.001 -> "
+            "0.002, optim.schedule linear -> constant, optim.final_learning_rate 0.0001 -> 0.0, "
+            "steps 3 -> 4",
+        ),
+    ]
+    assert load_yaml(settings.out / "config.yaml")["allow_changes"] == []
 
 
 def test_a_setting_that_came_after_a_run_began_has_its_default_there(tmp_path: Path) -> None:
