@@ -6,7 +6,7 @@ Imports torch alone. P prompts, G completions per prompt, R = P * G completions,
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -105,6 +105,17 @@ class Verdicts:
             joined.outcomes.extend(part.outcomes)
             joined.answers.extend(part.answers)
         return replace(joined, restarts=sum(part.restarts for part in parts))
+
+
+class TopkScores(NamedTuple):
+    """Holds the teacher's likeliest tokens at T places, and its score of the sampled ones."""
+
+    sampled: Tensor
+    """[T] float32, nats: the log-probability of each sampled token."""
+    ids: Tensor
+    """[T, K] int64; -1 where fewer than K tokens have a probability above 0."""
+    logprobs: Tensor
+    """[T, K] float32, nats; 0 where the id is -1."""
 
 
 @dataclass(frozen=True, slots=True)

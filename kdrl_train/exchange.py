@@ -1,4 +1,5 @@
-"""Exchanges JSON with a server that may be slow, sick or hostile: bounded in time and in size."""
+"""Exchanges JSON, or bytes, with a server that may be slow, sick or hostile: bounded in time and in
+size."""
 
 import asyncio
 import json
@@ -149,19 +150,29 @@ class Exchange:
         Raises: NoReplyError where a new try may help, else BadReplyError.
         """
         most = REPLY_BYTES + TOKEN_BYTES * tokens
+        data = await self.data(method, path, body, timeout_s, most)
+        try:
+            return json.loads(data)
+        except (ValueError, RecursionError) as error:  # ValueError: also text that is not UTF-8
+            raise BadReplyError(f"{_text(data)!r}{proxy_note(self.url)}") from error
+
+    async def data(self, method: str, path: str, body: Any, timeout_s: float, most: int) -> bytes:
+        """Send one request and return the bytes of its reply.
+
+        Args:
+            body, timeout_s: as json.
+            most: bytes of the longest reply that is read.
+        Raises: NoReplyError where a new try may help, else BadReplyError.
+        """
         try:
             async with asyncio.timeout(timeout_s):
-                data = await self._whole(method, path, body, most)
+                return await self._whole(method, path, body, most)
         except TimeoutError as error:
             message = f"no whole reply within {timeout_s:g} s{proxy_note(self.url)}"
             raise NoReplyError(message, late=True) from error
         except httpx2.RequestError as error:
             message = f"{type(error).__name__} ({error}){proxy_note(self.url)}"
             raise NoReplyError(message) from error
-        try:
-            return json.loads(data)
-        except (ValueError, RecursionError) as error:  # ValueError: also text that is not UTF-8
-            raise BadReplyError(f"{_text(data)!r}{proxy_note(self.url)}") from error
 
     async def _whole(self, method: str, path: str, body: Any, most: int) -> bytes:
         """Return what _read does; a reply that is cut or no HTTP is read BROKEN_TRIES times."""

@@ -10,27 +10,33 @@ at temperature 1, whatever the request says, over all columns of the model's hea
 
 import hashlib
 import json
-import reprlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from concurrent.futures import CancelledError
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kdrl_train.batch import TopkScores
 from kdrl_train.config import ModelConfig, TeacherConfig
 from kdrl_train.errors import RunError
 from kdrl_train.exchange import BadReplyError, Exchange, NoReplyError, member, only, typed
+from kdrl_train.model.teacher.replies import (
+    Shapes,
+    described,
+    integer,
+    logprob_problem,
+    most_bytes,
+    of_completion,
+    read_arrays,
+    topk_problem,
+)
 
 TOKEN = "KDRL_TEACHER_TOKEN"
 """Environment variable with the token that a teacher's server demands, of either format."""
-FORBIDDEN = -9998.0
-"""A log-probability below this stands for -inf, which vLLM writes as -9999."""
-ROUNDING = 1e-3
-"""A log-probability above this is wrong: rounding alone stays below it."""
-MOST = 2**53
-"""No count or token id of a server is as large."""
 
 
 UNKNOWN = object()
@@ -72,6 +78,12 @@ class TeacherInfo:
     eos_ids: list[int] | None = None
     weights: str | None = None
     """The weights_hash of the model's files."""
+    hidden_size: int | None = None
+    """H_t, the length of a hidden state that its head reads."""
+    logit_scale: float | None = None
+    """What softcap(logit_scale · hidden · headᵀ) has before the cap; 1.0: nothing."""
+    softcap: float | None = None
+    """The cap of the logits; None: there is none, where hidden_size is known."""
     fingerprint: str | None = None
     """Changes with any of the above but the model's name. Every reply holds it, as a server may
     restart with another model."""
@@ -145,16 +157,22 @@ class TeacherClient(ABC):
             tokens: how many the reply is about.
         """
         method = "GET" if body is None else "POST"
-        try:
+        with self._named(what, f"{method} {path}", " in JSON"):
             work = self._exchange.json(method, path, body, timeout_s, tokens)
             return self._exchange.start(work).result()
+
+    @contextmanager
+    def _named(self, what: str, request: str, form: str) -> Iterator[None]:
+        """Say in an error what was requested, and in which form it must come."""
+        try:
+            yield
         except CancelledError as error:
             raise NoReplyError("an end of the client") from error
         except BadReplyError as error:
-            form = " in JSON" if error.status is None else ""
             raise TeacherError(
-                f"the teacher at {self.url} must reply to {method} {path} with {what}{form}, got "
-                f"{error}; see model.teacher and model.teacher_api"
+                f"the teacher at {self.url} must reply to {request} with {what}"
+                f"{form if error.status is None else ''}, got {error}; see model.teacher and "
+                "model.teacher_api"
             ) from error
 
     @abstractmethod
@@ -170,31 +188,95 @@ class KdrlClient(TeacherClient):
     def _info(self, _name: str | None) -> TeacherInfo:
         version = self._send("what it is", "/version", None, self.timeout_s)
         try:
-            info = _described(version)
+            info = TeacherInfo(**described(version))
         except BadReplyError as error:
             raise self._wrong("/version", error) from error
         self.chat_template = version.get("chat_template", UNKNOWN)
         return info
 
-    def _values(self, query: Query, timeout_s: float) -> list[Any]:
-        ids = query.prompt_ids + query.completion_ids
-        body = {
-            "sequences": [{"ids": ids, "prompt_tokens": len(query.prompt_ids)}],
-            "temperature": query.temperature,
-            "vocab_size": query.sampled_vocab_size,
+    def states(self, query: Query, timeout_s: float | None = None) -> Tensor:
+        """Return what the teacher's head reads to predict each token of the completion: [T, H_t],
+        in the dtype that the server computes in.
+
+        Raises: as logprobs.
+        """
+        if self.info.hidden_size is None:
+            raise self._too_old("hidden states")
+        dtype = getattr(torch, str(self.info.dtype))
+        shapes: Shapes = {"states": (dtype, (len(query.completion_ids), self.info.hidden_size))}
+        body = {"sequences": _sequences(query), "vocab_size": query.sampled_vocab_size}
+        states = self._arrays(query, "/hidden", body, shapes, timeout_s)["states"]
+        if not states.isfinite().all():
+            raise self._bad_numbers(query, "finite states", "others")
+        return states
+
+    def topk(self, query: Query, count: int, timeout_s: float | None = None) -> TopkScores:
+        """Return the `count` likeliest tokens at each place of the completion.
+
+        Raises: as logprobs.
+        """
+        T = len(query.completion_ids)
+        if self.info.hidden_size is None:
+            raise self._too_old("its likeliest tokens")
+        shapes: Shapes = {
+            "logprobs": (torch.float32, (T,)),
+            "topk_ids": (torch.int32, (T, count)),
+            "topk_logprobs": (torch.float32, (T, count)),
         }
-        reply = self._send(str(query), "/score", body, timeout_s, len(query.completion_ids))
+        body = _score_body(query) | {"topk": count}
+        arrays = self._arrays(query, "/score", body, shapes, timeout_s)
+        sampled, ids = arrays["logprobs"], arrays["topk_ids"].long()
+        topk = TopkScores(sampled, ids, arrays["topk_logprobs"])
+        columns = query.sampled_vocab_size or self.info.vocab_size
+        assert columns is not None
+        problem = topk_problem(topk, columns)
+        problem = problem or logprob_problem(sampled.tolist(), query.completion_ids)
+        if problem is not None:
+            raise self._bad_numbers(query, f"{count} likeliest tokens at each place", problem)
+        return topk
+
+    def _values(self, query: Query, timeout_s: float) -> list[Any]:
+        tokens = len(query.completion_ids)
+        reply = self._send(str(query), "/score", _score_body(query), timeout_s, tokens)
         try:
             fingerprint = member(reply, "fingerprint", str)
             values: list[Any] = typed(only(reply, "logprobs"), "logprobs", list)
         except BadReplyError as error:
             raise self._wrong(str(query), error) from error
+        self._check_fingerprint(fingerprint)
+        return values
+
+    def _arrays(
+        self, query: Query, path: str, body: Any, shapes: Shapes, timeout_s: float | None
+    ) -> dict[str, Tensor]:
+        """Return the arrays of one reply, which have these dtypes and shapes."""
+        with self._named(str(query), f"POST {path}", " in the format of safetensors"):
+            work = self._exchange.data(
+                "POST", path, body, timeout_s or self.timeout_s, most_bytes(shapes)
+            )
+            arrays, fingerprint = read_arrays(self._exchange.start(work).result(), shapes)
+        self._check_fingerprint(fingerprint)
+        return arrays
+
+    def _too_old(self, what: str) -> TeacherError:
+        return TeacherError(
+            f"the teacher at {self.url} must give {what}, got a server of an older version: serve "
+            "it with `python -m kdrl_train serve` of this one"
+        )
+
+    def _bad_numbers(self, query: Query, what: str, problem: str) -> TeacherError:
+        return TeacherError(
+            f"the teacher at {self.url} must give {what} for {query}, got {problem}: see the "
+            "server's log"
+        )
+
+    def _check_fingerprint(self, fingerprint: str) -> None:
+        """Raise TeacherError where the server has another model than at first."""
         if fingerprint != self.info.fingerprint:
             raise TeacherError(
                 f"the teacher at {self.url} must stay the same during a run, got another one than "
                 f"{self.info.model} ({self.info.dtype}): restart the server as it was"
             )
-        return values
 
 
 class OpenAiClient(TeacherClient):
@@ -205,7 +287,7 @@ class OpenAiClient(TeacherClient):
         try:
             models = {member(m, "id", str): m for m in member(reply, "data", list)}
             longest = {
-                name: _integer(model["max_model_len"], "max_model_len", 1)
+                name: integer(model["max_model_len"], "max_model_len", 1)
                 for name, model in models.items()
                 if model.get("max_model_len") is not None
             }
@@ -247,7 +329,7 @@ class OpenAiClient(TeacherClient):
             choice = typed(only(reply, "choices"), "choice", dict)
             entries = choice.get("prompt_logprobs")
             if entries is not None:
-                return _of_completion(entries, ids, len(query.prompt_ids))
+                return of_completion(entries, ids, len(query.prompt_ids))
         except BadReplyError as error:
             raise self._wrong(str(query), error) from error
         raise TeacherError(
@@ -256,48 +338,19 @@ class OpenAiClient(TeacherClient):
         )
 
 
-def _described(version: Any) -> TeacherInfo:
-    """Read the reply to /version. Raises: BadReplyError."""
-    window = member(version, "window", int, type(None))
-    typed(version.get("chat_template"), "chat_template", str, dict, type(None))
-    weights = version.get("weights")  # servers before 0.1 have no hash of them
-    return TeacherInfo(
-        model=member(version, "model", str),
-        window=None if window is None else _integer(window, "window", 1),
-        vocab_size=_integer(member(version, "vocab_size", int), "vocab_size", 1),
-        dtype=member(version, "dtype", str),
-        tokenizer=member(version, "tokenizer", str),
-        eos_ids=[_integer(token, "eos_ids", 0) for token in member(version, "eos_ids", list)],
-        weights=typed(weights, "weights", str, type(None)),
-        fingerprint=member(version, "fingerprint", str),
-    )
+def _sequences(query: Query) -> list[dict[str, Any]]:
+    """Write the only sequence of a request to our server."""
+    ids = query.prompt_ids + query.completion_ids
+    return [{"ids": ids, "prompt_tokens": len(query.prompt_ids)}]
 
 
-def _integer(value: Any, name: str, least: int) -> int:
-    """Return a number of a reply. Raises: BadReplyError unless it is in [least, MOST)."""
-    if not least <= typed(value, name, int) < MOST:
-        raise BadReplyError(f"{name} {reprlib.repr(value)}")
-    return int(value)
-
-
-def _of_completion(entries: Any, ids: list[int], prompt_tokens: int) -> list[dict[str, Any]]:
-    """Return what a reply of vLLM holds for each token of a completion. Raises: BadReplyError."""
-    if len(typed(entries, "prompt_logprobs", list)) != len(ids):
-        raise BadReplyError(f"{len(entries)} prompt_logprobs for {len(ids)} tokens")
-    pairs = list(zip(ids, entries, strict=True))[prompt_tokens:]
-    return [member(entry, str(token), dict) for token, entry in pairs]
-
-
-def logprob_problem(values: list[Any], ids: list[int]) -> str | None:
-    """Say what is wrong with the log-probabilities of tokens; None: nothing is."""
-    if len(values) != len(ids):
-        return f"{len(values)} for {len(ids)} tokens"
-    for t, value in enumerate(values):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (number and FORBIDDEN < value < ROUNDING):
-            shown = f"{value:g}" if isinstance(value, float) else reprlib.repr(value)
-            return f"{shown} for token {t} (id {ids[t]})"
-    return None
+def _score_body(query: Query) -> dict[str, Any]:
+    """Write the body of POST /score."""
+    return {
+        "sequences": _sequences(query),
+        "temperature": query.temperature,
+        "vocab_size": query.sampled_vocab_size,
+    }
 
 
 def connect(model: ModelConfig, config: TeacherConfig) -> TeacherClient:

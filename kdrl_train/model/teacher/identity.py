@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from kdrl_kernels.head_config import head_scalars, logit_scale
 from kdrl_train.errors import require_file, written
 from kdrl_train.model.eos import eos_ids
 from kdrl_train.model.fingerprint import weights_hash
@@ -17,6 +18,9 @@ FILE = "teacher.json"
 
 def describe(name: str, model: Teacher, tokenizer: Any) -> TeacherInfo:
     """Describe a teacher in this process; name: its folder or hub id, whose files are hashed."""
+    config = model.model.config.get_text_config()
+    cap = head_scalars(config)[1]
+    scale = logit_scale(config)
     return TeacherInfo(
         model=name,
         window=window(model.model.config),
@@ -25,6 +29,9 @@ def describe(name: str, model: Teacher, tokenizer: Any) -> TeacherInfo:
         tokenizer=vocabulary_hash(tokenizer),
         eos_ids=eos_ids(model.model, tokenizer),
         weights=weights_hash(name),
+        hidden_size=model.model.get_output_embeddings().weight.shape[1],
+        logit_scale=scale,
+        softcap=None if cap is None else cap * scale,
     )
 
 
@@ -44,14 +51,16 @@ def check_same_teacher(folder: Path, now: TeacherInfo) -> list[str]:
         ]
     require_file(path)
     try:
-        before = TeacherInfo(**json.loads(path.read_text(encoding="utf-8")))
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        before = TeacherInfo(**stored)
     except (ValueError, TypeError) as error:
         raise TeacherError(f"{path} must describe a teacher, got {error}: restore it") from error
     hashed = before.weights is not None and now.weights is not None
     changed = [
         f"{key}: {getattr(before, key)} in the file, {value} now"
         for key, value in asdict(now).items()
-        if key not in (("fingerprint", "model") if hashed else ("fingerprint", "weights"))
+        if key in stored  # a file of an older version says less
+        and key not in (("fingerprint", "model") if hashed else ("fingerprint", "weights"))
         and getattr(before, key) != value
     ]
     if changed:

@@ -14,7 +14,7 @@ from kdrl_train.config import SamplingConfig, TrainConfig
 from kdrl_train.errors import EngineError
 from kdrl_train.model.eos import eos_ids
 from kdrl_train.model.policy import Policy
-from kdrl_train.model.teacher.client import logprob_problem
+from kdrl_train.model.teacher.replies import logprob_problem
 from kdrl_train.model.window import window
 from kdrl_train.rollouts.rendering import completion_text
 from kdrl_train.rollouts.sampler import SampleRequest

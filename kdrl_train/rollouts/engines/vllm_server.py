@@ -24,7 +24,7 @@ from kdrl_train.errors import EngineError, RunError
 from kdrl_train.exchange import BadReplyError, member, only
 from kdrl_train.model.fsdp import full_weights
 from kdrl_train.model.policy import Policy
-from kdrl_train.model.teacher.client import MOST
+from kdrl_train.model.teacher.replies import MOST
 from kdrl_train.ranks import World
 from kdrl_train.rollouts.engines.requests import (
     CompletionReply,

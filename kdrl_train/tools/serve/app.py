@@ -2,9 +2,9 @@
 
 import asyncio
 import hmac
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kdrl_train.tools.serve import requests
+from kdrl_train.tools.serve.replies import REPLY_BYTES, ArraysResponse, Replies
 from kdrl_train.tools.serve.requests import MESSAGE, TooLargeError
 from kdrl_train.tools.serve.scorer import Job, Scorer, ServedTeacher
 
@@ -28,18 +29,22 @@ REQUEST_TOKENS = 2**20
 
 
 def make(
-    served: ServedTeacher, request_tokens: int = REQUEST_TOKENS, token: str | None = None
+    served: ServedTeacher,
+    request_tokens: int = REQUEST_TOKENS,
+    token: str | None = None,
+    reply_bytes: int = REPLY_BYTES,
 ) -> FastAPI:
     """Makes the application of one teacher, which may still be loading.
 
     Args:
         request_tokens: most tokens of one request.
         token: what every request but /health must bring; None: nothing.
+        reply_bytes: most bytes of the arrays of one reply.
     """
     app = FastAPI(title="kdrl_train teacher", openapi_url=None)
     if token is not None:
         app.add_middleware(RequireToken, token=token)
-    bodies = Bodies()
+    bodies, replies = Bodies(), Replies(reply_bytes)
     worker = ThreadPoolExecutor(1, "requests")  # one: what a request takes to read adds up
 
     @app.get("/health")
@@ -52,33 +57,53 @@ def make(
     async def version() -> JSONResponse:
         return JSONResponse(_ready(served)[1])
 
-    @app.post("/score")
-    async def score(connection: Request) -> Response:
+    async def answer(connection: Request, *, states: bool) -> Response:
         scorer, info = _ready(served)
         most = requests.body_bytes(request_tokens, scorer.queue_size)
 
         def read() -> list[Job]:
             request = requests.read(body, request_tokens, scorer.queue_size)
-            return requests.jobs_of(request, info, scorer.queue_size)
+            return requests.jobs_of(request, info, scorer.queue_size, states=states)
 
         run = asyncio.get_running_loop().run_in_executor
-        try:
+        with ExitStack() as stack:
             async with bodies.of(connection, most) as body:
                 jobs = await run(worker, read)
                 body.clear()
+                size = requests.reply_bytes(jobs, info)
+                stack.enter_context(replies.of(size))
                 if not scorer.submit(jobs):
                     raise HTTPException(BUSY, "too many sequences wait", {"Retry-After": "1"})
-                scores = await _scores(jobs, scorer, connection)
-                reply = await run(worker, requests.reply, scores, info["fingerprint"])
-        except TooLargeError as error:
-            raise HTTPException(TOO_LARGE, str(error)[:MESSAGE]) from None
-        except ValueError as error:
-            raise HTTPException(WRONG, str(error)[:MESSAGE]) from None
-        except ClientDisconnect:
-            raise HTTPException(GONE, "the client has left") from None
-        return Response(reply, media_type="application/json")
+                results = await _results(jobs, scorer, connection)
+                reply = await run(worker, requests.reply, results, info["fingerprint"])
+            if not size:
+                return Response(reply, media_type="application/json")
+            return ArraysResponse(reply, stack.pop_all())
+
+    @app.post("/score")
+    async def score(connection: Request) -> Response:
+        with _named_errors():
+            return await answer(connection, states=False)
+
+    @app.post("/hidden")
+    async def hidden(connection: Request) -> Response:
+        with _named_errors():
+            return await answer(connection, states=True)
 
     return app
+
+
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    """Gives each error of a request its status code."""
+    try:
+        yield
+    except TooLargeError as error:
+        raise HTTPException(TOO_LARGE, str(error)[:MESSAGE]) from None
+    except ValueError as error:
+        raise HTTPException(WRONG, str(error)[:MESSAGE]) from None
+    except ClientDisconnect:
+        raise HTTPException(GONE, "the client has left") from None
 
 
 class RequireToken:
@@ -139,26 +164,28 @@ def _require_fit(size: int, most: int) -> None:
         raise TooLargeError(f"a request must have at most {most} bytes, got {size}")
 
 
-async def _scores(jobs: list[Job], scorer: Scorer, connection: Request) -> list[torch.Tensor]:
-    """Waits for the log-probabilities [T] of each job; withdraws the jobs if the client has left.
+async def _results(
+    jobs: list[Job], scorer: Scorer, connection: Request
+) -> list[torch.Tensor | dict[str, torch.Tensor]]:
+    """Waits for the result of each job; withdraws the jobs if the client has left.
 
     Raises: HTTPException if the model failed or the server stops; ClientDisconnect.
     """
-    futures = (asyncio.wrap_future(job.logprobs) for job in jobs)
-    scores = asyncio.gather(*futures, return_exceptions=True)
+    futures = (asyncio.wrap_future(job.result) for job in jobs)
+    results = asyncio.gather(*futures, return_exceptions=True)
     try:
-        while not (await asyncio.wait([scores], timeout=POLL_S))[0]:
+        while not (await asyncio.wait([results], timeout=POLL_S))[0]:
             if await connection.is_disconnected():
                 raise ClientDisconnect
     except asyncio.CancelledError:  # by uvicorn, which waits for SHUTDOWN_S at most
         raise HTTPException(BUSY, "the server is stopping") from None
     finally:
         scorer.withdraw(jobs)
-    logprobs = [score for score in scores.result() if isinstance(score, torch.Tensor)]
-    if len(logprobs) < len(jobs):
-        error = next(score for score in scores.result() if isinstance(score, BaseException))
+    computed = [part for part in results.result() if not isinstance(part, BaseException)]
+    if len(computed) < len(jobs):
+        error = next(part for part in results.result() if isinstance(part, BaseException))
         raise HTTPException(FAILED, f"{type(error).__name__}: {error}"[:MESSAGE])
-    return logprobs
+    return computed
 
 
 def _ready(served: ServedTeacher) -> tuple[Scorer, dict[str, Any]]:

@@ -2,11 +2,22 @@
 
     POST /score     {"sequences": [{"ids": [...], "prompt_tokens": 5}, ...], "temperature": 1.0,
                      "vocab_size": null} -> {"logprobs": [[...], ...], "fingerprint": "..."}
+    POST /hidden    {"sequences": ...} as above -> safetensors: "0.states" [T, H], ...
     GET  /version   the model and its tokenizer: see version_reply
     GET  /health    {"status": "ready"}, or 503 and {"status": "loading"}
 
 The reply to /score has one log-probability, float32 in nats, for each id after the first
-prompt_tokens ids, of softmax(logits[:vocab_size] / temperature). Status 422 means that the request
+prompt_tokens ids, of softmax(logits[:vocab_size] / temperature). With "topk": K it also has the K
+likeliest ids and their log-probabilities, and with "extra_tokens": [...] in each sequence, K ids
+for each of its T tokens in a row, theirs. It is then in the format of safetensors: of sequence 0
+"0.logprobs" [T], "0.topk_ids" [T, K] int32 (-1: there is none), "0.topk_logprobs" [T, K] and
+"0.extra_logprobs" [T, K].
+
+The reply to /hidden holds what the head reads to predict these ids: the last hidden states, after
+the final norm, in the model's dtype (bfloat16, or float32 where it is served in float32, so that a
+float32 run loses nothing). With the head of the model's files and what /version says,
+logits = softcap(logit_scale · states · headᵀ). Each reply holds the fingerprint of /version, as
+metadata in the format of safetensors. Status 422 means that the request
 is wrong; its message names the first field that is. Status 413 means that it is too large, and 401
 that it lacks the token of KDRL_SERVE_TOKEN, as `Authorization: Bearer TOKEN`. Status 503 means that
 the model is still loading, or that too many sequences or connections wait.
@@ -58,6 +69,9 @@ class ServeConfig:
     """Sequences that may wait. Further ones are refused (503), and the client sends them again."""
     request_tokens: PositiveInt = 2**20
     """Most tokens of one request. A larger one is refused (413)."""
+    reply_bytes: PositiveInt = 2**29
+    """Most bytes of hidden states, or of the likeliest tokens, in one reply. A request for more is
+    refused (413); eight such replies may be in memory at a time."""
     connections: PositiveInt = 1024
     """Most connections. Beyond them the one that has been idle for longest is closed."""
     ssl_certfile: Path | None = None
@@ -113,7 +127,7 @@ def main(config: ServeConfig) -> None:
     listen = importlib.import_module("kdrl_train.tools.serve.listen")
     served, failures = ServedTeacher(), []
     server = listen.server(
-        app.make(served, config.request_tokens, read_token(config.host)),
+        app.make(served, config.request_tokens, read_token(config.host), config.reply_bytes),
         config.host,
         config.port,
         config.connections,

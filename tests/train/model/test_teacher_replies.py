@@ -31,6 +31,9 @@ VERSION = {
     "fingerprint": "f",
     "chat_template": "{{ messages }}",
     "packages": {"torch": "2"},
+    "hidden_size": 2,
+    "logit_scale": 1.0,
+    "softcap": 30.0,
 }
 MODELS = {"object": "list", "data": [{"id": "m", "max_model_len": 257}]}
 KDRL_SCORES = {"logprobs": [[-1.5, -0.25]], "fingerprint": "f"}
@@ -58,6 +61,10 @@ ALLOWED = [
     ("weights", "nothing"),
     ("chat_template", None),
     ("chat_template", "nothing"),
+    ("hidden_size", "nothing"),  # an older server
+    ("softcap", None),
+    *(("softcap", number) for number in (0.5, 2.5)),
+    *(("logit_scale", number) for number in (0.5, 2.5)),
 ]
 """Changes that make another valid reply; so does another text of the same meaning, or -1 where a
 log-probability stands."""

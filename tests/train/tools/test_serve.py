@@ -102,10 +102,10 @@ def test_a_client_that_has_left_costs_no_pass(
     bodies = [{"sequences": [{"ids": [3] * n, "prompt_tokens": 1}]} for n in (3, 4, 5)]
     with running(make(served)) as url, ThreadPoolExecutor(2) as pool:
         first = pool.submit(httpx2.post, f"{url}/score", json=bodies[0], timeout=DEADLINE_S)
-        wait_for(lambda: len(accepted) == 1 and accepted[0].logprobs.running())
+        wait_for(lambda: len(accepted) == 1 and accepted[0].result.running())
         with pytest.raises(httpx2.ReadTimeout):
             httpx2.post(f"{url}/score", json=bodies[1], timeout=short)
-        wait_for(lambda: len(accepted) == 2 and accepted[1].logprobs.cancelled())
+        wait_for(lambda: len(accepted) == 2 and accepted[1].result.cancelled())
         third = pool.submit(httpx2.post, f"{url}/score", json=bodies[2], timeout=DEADLINE_S)
         wait_for(lambda: len(accepted) == 3)
         go.set()
@@ -169,6 +169,9 @@ def test_version_says_what_must_match(
         "eos_ids": [0],
         "weights": weights_hash(str(folders["teacher"])),
         "chat_template": None,
+        "hidden_size": 48,
+        "logit_scale": 1.0,
+        "softcap": None,
     }
 
 
@@ -298,7 +301,7 @@ def test_batches_keep_the_order_and_the_token_budget(
     assert scorer.submit(jobs[3:])  # and of another
     gate.set()
     for mark, one in enumerate([first, *jobs]):
-        assert one.logprobs.result(30).tolist() == [-mark]
+        assert one.result.result(30).tolist() == [-mark]
     expected_tokens = [[1], [4, 6], [1], [12], [3, 3, 2], [1]]
     assert [[j.tokens for j in batch] for batch in batches] == expected_tokens
 

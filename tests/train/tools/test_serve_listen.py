@@ -226,8 +226,8 @@ def test_a_client_that_leaves_gives_its_places_back(
     assert scorer.submit([last := job(6), job(7)])
     assert not scorer.submit([job(8)])
     gate.set()
-    assert [one.logprobs.result(30).item() for one in (first, kept, last)] == [-1, -4, -6]
-    assert all(one.logprobs.cancelled() for one in left)
+    assert [one.result.result(30).item() for one in (first, kept, last)] == [-1, -4, -6]
+    assert all(one.result.cancelled() for one in left)
 
 
 @pytest.mark.fault("attack on serve")
