@@ -4,6 +4,7 @@ Meta tensors have no values: whatever reads one (.item(), nonzero, a boolean ind
 copy to the host) raises. So it shows without a GPU; with one, CUDA itself reports a wait.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -158,13 +159,34 @@ def test_checks_and_metrics_of_a_token_loss(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(x.is_meta for x in (result.loss, *result.metrics.values()))
 
 
+def set_mode(mode: str | int) -> None:
+    """Set what a wait does, without the notice that this is a prototype, which comes once."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*ynchronization debug mode")
+        torch.cuda.set_sync_debug_mode(mode)
+
+
 @pytest.fixture
 def waiting_is_an_error() -> Iterator[None]:
     """Make a call that waits for the GPU raise."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode(before)
+    try:
+        set_mode("error")
+        yield
+    finally:
+        set_mode(before)
+
+
+def test_the_notice_of_a_prototype_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str | int] = []
+
+    def notify(mode: str | int) -> None:
+        modes.append(mode)
+        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", notify)
+    set_mode("error")
+    assert modes == ["error"]
 
 
 @pytest.mark.gpu
@@ -176,7 +198,7 @@ def test_on_a_gpu(kd: str | None, dtype: torch.dtype, request: pytest.FixtureReq
     torch.cuda.synchronize()
     request.getfixturevalue("waiting_is_an_error")
     results = _step(problem, "triton")
-    torch.cuda.set_sync_debug_mode("default")
+    set_mode("default")
     torch.testing.assert_close(results, expected, rtol=0, atol=0)
 
 
