@@ -1,8 +1,11 @@
 """Tests which kernels the search for tiles compiles."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from bench import tiles
 from kdrl_kernels.rows.tiles import TILES, Tile
@@ -25,3 +28,14 @@ def test_the_kernels_of_the_table_are_compiled(monkeypatch: pytest.MonkeyPatch) 
     assert streams["sweep-None"] == 1
     assert streams["sweep-jsd"] == streams["sketch-fkl"] == 2
     assert streams["sketch-rkl"] == 1, "it reads the teacher only where there are entries"
+
+
+def test_a_kernel_is_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = [("_sweep_kernel", 10.0 + i % 2) for i in range(tiles.ROUNDS)] + [("other", 500.0)]
+    events = [SimpleNamespace(name=name, device_time_total=us) for name, us in launches]
+    profile = SimpleNamespace(events=lambda: events)
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: nullcontext(profile))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert tiles._kernel_ms(lambda: None, "_sweep_kernel") == 10.5e-3
+    with pytest.raises(RuntimeError, match="must see 20 launches of _jsd_kernel, got 0"):
+        tiles._kernel_ms(lambda: None, "_jsd_kernel")
