@@ -3,7 +3,9 @@
 Every comparison is with this in float64. The baselines of providers/home.py are this in float32.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +13,35 @@ from torch import Tensor
 
 from bench.inputs import ADAPTER_SCALE, LEAVES, Inputs
 from bench.ops import Op
+from kdrl_kernels import gemm
 
 CLIP = 0.2
 """Clip range of the ratio, on both sides of 1."""
 ALL = slice(None)
+Product = Callable[[Tensor, Tensor], Tensor]
+"""Maps hidden [C, H] and weight [V, H] to logits [C, V]."""
+
+
+def plain_product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Return hidden · weightᵀ in the dtype of both."""
+    return hidden @ weight.T
+
+
+class NarrowProduct(torch.autograd.Function):
+    """Multiplies 16-bit operands into float32, as the GEMM under test does: tensor cores cut off
+    what they add, so that their sums are less exact than those of a float32 GEMM."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        out = hidden.new_empty(len(hidden), len(weight))
+        gemm.project(hidden.to(dtype), weight.to(dtype), out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden, weight = ctx.saved_tensors
+        return grad @ weight, grad.T @ hidden, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,26 +122,30 @@ def row_results(
     return RowResults(outputs, losses)
 
 
-def student_logprobs(inputs: Inputs, op: Op, part: slice = ALL) -> Tensor:
+def student_logprobs(
+    inputs: Inputs, op: Op, part: slice = ALL, product: Product = plain_product
+) -> Tensor:
     """Return the student's log-probabilities [C, V] of the rows in part."""
     hidden = inputs.hidden[part]
-    logits = hidden @ inputs.shared_weight.T
+    logits = product(hidden, inputs.shared_weight)
     if op.adapter:
         logits.addmm_(ADAPTER_SCALE * (hidden @ inputs.adapter_a.T), inputs.shared_adapter_b.T)
     return log_softmax(logits)
 
 
-def teacher_logprobs(inputs: Inputs, op: Op, part: slice = ALL) -> Tensor:
+def teacher_logprobs(
+    inputs: Inputs, op: Op, part: slice = ALL, product: Product = plain_product
+) -> Tensor:
     """Return the teacher's log-probabilities [C, V] of the rows in part.
 
     The mean of two teachers' logits is that of their log-probabilities, but for a constant a row.
     """
     if op.teachers == 1:
-        return log_softmax(inputs.teacher_hidden[part] @ inputs.shared_teacher_weight.T)
+        return log_softmax(product(inputs.teacher_hidden[part], inputs.shared_teacher_weight))
     both_hidden, both_weights = inputs.two_teachers
     first, second = both_hidden[part].chunk(2, dim=1)
     first_weight, second_weight = both_weights[: len(inputs.shared_weight)].chunk(2, dim=1)
-    logits = first @ first_weight.T
+    logits = product(first, first_weight)
     return log_softmax(logits.addmm_(second, second_weight.T).div_(2))
 
 
@@ -125,9 +156,12 @@ def log_softmax(logits: Tensor) -> Tensor:
 
 
 def by_rows(
-    inputs: Inputs, op: Op, dtype: torch.dtype, rows: int
+    inputs: Inputs, op: Op, dtype: torch.dtype, rows: int, product: Product = plain_product
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Compute (outputs, gradients by input name) in dtype, some rows of logits at a time."""
+    """Compute (outputs, gradients by input name) in dtype, some rows of logits at a time.
+
+    product: computes hidden · weightᵀ.
+    """
     leaves = {
         name: getattr(inputs, name).detach().to(dtype).requires_grad_(name in op.gradients)
         for name in LEAVES
@@ -143,8 +177,8 @@ def by_rows(
     N = inputs.shape.N
     for start in range(0, N, rows):
         part = slice(start, start + rows)
-        logp = student_logprobs(typed_inputs, op, part)
-        logq = teacher_logprobs(typed_inputs, op, part) if op.teacher_head else None
+        logp = student_logprobs(typed_inputs, op, part, product)
+        logq = teacher_logprobs(typed_inputs, op, part, product) if op.teacher_head else None
         results = row_results(inputs, op, logp, logq, part)
         outputs = results.outputs
         if results.losses is not None:

@@ -1,13 +1,15 @@
 """Measures how far a call is from float64, and decides which provider may be timed.
 
 Errors are relative to the largest exact number: max|result - exact| / max|exact|. Ours must stay
-within twice the error of plain float32 PyTorch on the same inputs plus one rounding. Others are
+within twice the error of float32 PyTorch on the same inputs plus one rounding, whose logits come
+from the same GEMM of 16-bit operands where the inputs have 16 bits. Others are
 marked as different beyond DIFFERS, which is meant to tell another formula from coarser rounding.
 The error of a sketched gradient may be of any size, and must average out over its seeds.
 """
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -75,7 +77,11 @@ def beyond_budget(
     results: Outputs, measured: Errors, truth: Outputs, inputs: Inputs, op: Op
 ) -> str | None:
     """Say why our own result is too inaccurate to be timed; None if it is good enough."""
-    outputs, gradients = definition.by_rows(inputs, op, torch.float32, EXACT_ROWS)
+    dtype = inputs.hidden.dtype
+    product = definition.plain_product
+    if torch.finfo(dtype).bits < 32:
+        product = partial(_narrow, dtype=dtype)
+    outputs, gradients = definition.by_rows(inputs, op, torch.float32, EXACT_ROWS, product)
     eager = {name: v for name, v in (outputs | gradients).items() if name in results}
     plain = errors({name: v.to(results[name].dtype) for name, v in eager.items()}, truth)
     for name, error in measured.items():
@@ -83,6 +89,11 @@ def beyond_budget(
         if not error["max"] <= budget:
             return f"differs: error of {name} {error['max']:.1e}, budget {budget:.1e}"
     return None
+
+
+def _narrow(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    product: Tensor = definition.NarrowProduct.apply(hidden, weight, dtype)
+    return product
 
 
 def biased(draws: Iterable[Outputs], truth: Outputs, names: Sequence[str]) -> str | None:

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from bench import definition, results_file
-from bench.inputs import Inputs, make_inputs
+from bench.inputs import LEAVES, Inputs, make_inputs
 from bench.measures import accuracy, speed, timing
 from bench.measures.sketch import GRADIENTS
 from bench.ops import FLOORS, OPS, OPS_BY_NAME, Op
@@ -23,6 +24,7 @@ from bench.providers import Outputs, Provider
 from bench.providers.home import PROVIDERS as HOME
 from bench.results_file import OURS, SKETCH
 from bench.shapes import TINY
+from kdrl_kernels import gemm
 
 ROOT = Path(__file__).parents[2]
 GRPO, KDRL = OPS_BY_NAME["GRPO"], OPS_BY_NAME["KDRL exact"]
@@ -223,6 +225,32 @@ def test_errors_are_relative_to_the_largest() -> None:
     assert errors["loss"]["max"] < 1e-8, "a mean that cancels is not 100% off"
 
 
+def test_the_budget_is_that_of_the_gemm_of_16_bit_operands(
+    inputs: list[Inputs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensor cores truncate: what they cost a float32 GEMM's error is no fault of ours."""
+    names = (*LEAVES, "teacher_hidden", "teacher_weight")
+    half = {name: getattr(inputs[0], name).detach().bfloat16() for name in names}
+    case, exact_project = replace(inputs[0], **half), gemm.project
+
+    def truncating(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+        exact_project(hidden, weight, out)
+        out.mul_(1 - 1e-5)
+
+    monkeypatch.setattr(gemm, "project", truncating)
+    op = OPS_BY_NAME["logprob + entropy"]
+    truth = accuracy.exact(case, op)
+
+    def verdict(factor: float) -> str | None:
+        logits = case.hidden.float() @ case.shared_weight.float().T * factor
+        logp = logits.log_softmax(1)
+        results = definition.row_results(case, op, logp, None).outputs
+        return accuracy.beyond_budget(results, accuracy.errors(results, truth), truth, case, op)
+
+    assert verdict(1 - 1e-5) is None
+    assert "error of" in str(verdict(1 - 4e-5))
+
+
 def test_flop_of_the_operations() -> None:
     unit = TINY.unit_flop
     units = {op.name: op.flop(TINY) / unit for op in OPS}
@@ -277,6 +305,7 @@ import dataclasses, json
 from bench.measures.memory import alone, in_own_process
 from bench.measures.sketch import extra_bytes
 from bench.shapes import TINY
+from kdrl_kernels import gemm
 shape = dataclasses.replace(TINY, name="memory", N=512, V=8192, V_t=8192)
 print(json.dumps({expression}))
 """
