@@ -9,6 +9,7 @@ lengths it is SDPA.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from itertools import accumulate
 from typing import Any
 
@@ -24,6 +25,8 @@ from transformers.utils import is_flash_attn_2_available
 NAME = "packed"
 FLASH = "flash_attention_2"
 VARLEN_DTYPES = (torch.float16, torch.bfloat16)
+GROUPED = "enable_gqa" in signature(varlen.varlen_attn).parameters
+"""Whether the variable-length kernel reads one key for several query heads, as newer ones do."""
 
 HARMLESS = frozenset(
     {
@@ -85,14 +88,25 @@ def packed_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, 
     The mask is a placeholder: transformers passes it on unchanged, and `attention` only looks
     whether it is still this one.
     """
-    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
     return {
         "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device),
+        "packed_lengths": tuple(lengths),
+        **flash_arguments(lengths, device),
+    }
+
+
+def flash_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """Return the arguments that tell FlashAttention the lengths of a pack's sequences.
+
+    Without them transformers reads these from the positions, in every layer, and the host waits for
+    the device each time.
+    """
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+    return {
         "cu_seq_lens_q": ends,
         "cu_seq_lens_k": ends,
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
-        "packed_lengths": tuple(lengths),
     }
 
 
@@ -135,8 +149,10 @@ def attention(
             f"{tuple(attention_mask.shape)}: leave model.attention out, or set it to eager"
         )
     window = sliding_window if sliding_window and sliding_window < max(packed_lengths) else None
-    groups = query.shape[1] // key.shape[1]
-    heads = [x[0] for x in (query, repeat_kv(key, groups), repeat_kv(value, groups))]
+    if not (GROUPED and _has_varlen(query)):
+        groups = query.shape[1] // key.shape[1]
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    heads = [x[0] for x in (query, key, value)]
     if torch.is_autocast_enabled(query.device.type):  # rotary leaves float32 behind
         heads = [x.to(torch.get_autocast_dtype(query.device.type)) for x in heads]
     if _has_varlen(heads[0]):
@@ -161,8 +177,11 @@ def _refuse(more: dict[str, Any], harmless: frozenset[str]) -> None:
 
 
 def _has_varlen(query: Tensor) -> bool:
-    """Say whether PyTorch's variable-length kernel takes such a query."""
-    return query.device.type == "cuda" and query.dtype in VARLEN_DTYPES
+    """Say whether PyTorch's variable-length kernel takes such a query, cast by autocast."""
+    dtype = query.dtype
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+    return query.device.type == "cuda" and dtype in VARLEN_DTYPES
 
 
 def _varlen(
@@ -172,8 +191,12 @@ def _varlen(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """Map the heads of query, key and value, each [heads, T, D], to [T, heads, D] in one kernel."""
+    """Map the heads of query, key and value, each [heads, T, D], to [T, heads, D] in one kernel.
+
+    With GROUPED there may be fewer heads of keys and values.
+    """
     query, key, value = (x.transpose(0, 1) for x in heads)
+    grouped: dict[str, Any] = {"enable_gqa": True} if key.shape[1] < query.shape[1] else {}
     longest = max(lengths)
     out = varlen.varlen_attn(
         query,
@@ -185,6 +208,7 @@ def _varlen(
         longest,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
+        **grouped,
     )
     assert isinstance(out, Tensor)  # it returns a pair only with return_aux
     return out

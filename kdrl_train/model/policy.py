@@ -130,6 +130,8 @@ class HeadedModel(nn.Module):
         more: dict[str, Any] = {}
         if text._attn_implementation == attention.NAME:
             more = attention.packed_arguments(lengths, input_ids.device)
+        elif text._attn_implementation == attention.FLASH and "kwargs" in self._arguments:
+            more = attention.flash_arguments(lengths, input_ids.device)
         if "position_ids" in self._arguments or "kwargs" in self._arguments:
             more["position_ids"] = position_ids  # else they are those of one sequence
         if self.choice.longest is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from kdrl_train.config import ModelConfig
 from kdrl_train.method.config import MethodConfig
@@ -33,9 +33,18 @@ def definition(query: Tensor, key: Tensor, value: Tensor, window: int | None) ->
 
 
 def variable_length(
-    query: Tensor, key: Tensor, value: Tensor, *ends: Any, scale: float, window_size: tuple
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *ends: Any,
+    scale: float,
+    window_size: tuple,
+    enable_gqa: bool = False,
 ) -> Tensor:
     """Do on a CPU what varlen_attn promises."""
+    if enable_gqa:
+        key, value = (x.repeat_interleave(2, dim=1) for x in (key, value))
+    assert query.shape[1] == key.shape[1]
     assert ends[0].tolist() == [0, 5, 6, 23, 53, 69, 72, 103]
     assert ends[0] is ends[1]
     assert ends[2:] == (31, 31)
@@ -45,11 +54,12 @@ def variable_length(
 
 
 @pytest.mark.parametrize("window", [None, WINDOW, 31], ids=str)
-@pytest.mark.parametrize("way", ["padded", "varlen"])
+@pytest.mark.parametrize("way", ["padded", "varlen", "grouped"])
 def test_matches_the_definition(
     way: str, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if way == "varlen":
+    monkeypatch.setattr(attention, "GROUPED", way == "grouped")
+    if way != "padded":
         monkeypatch.setattr(attention.varlen, "varlen_attn", variable_length)
         monkeypatch.setattr(attention, "_padded", None)
         monkeypatch.setattr(attention, "_has_varlen", lambda _query: True)
@@ -71,6 +81,30 @@ def test_matches_the_definition(
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "mixtral"])
+def test_flash_attention_is_told_the_lengths_of_a_pack(
+    family: str, tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without them it reads them from the positions, and waits for the device in each layer."""
+    seen: list[dict[str, Any]] = []
+
+    def flash(*inputs: Any, **arguments: Any) -> tuple[Tensor, None]:
+        seen.append(arguments)
+        return inputs[1].transpose(1, 2), None
+
+    known = AttentionInterface._global_mapping
+    monkeypatch.setitem(known, attention.FLASH, flash)
+    model = tiny(family)
+    model.config._attn_implementation_internal = attention.FLASH
+    policy = Policy(model, MethodConfig())
+    policy.hidden(torch.arange(1, 10)[None], torch.arange(9)[None], None, [4, 5])
+    assert len(seen) == model.config.num_hidden_layers
+    for arguments in seen:
+        assert arguments["cu_seq_lens_q"].tolist() == [0, 4, 9]
+        assert arguments["cu_seq_lens_k"] is arguments["cu_seq_lens_q"]
+        assert (arguments["max_length_q"], arguments["max_length_k"]) == (5, 5)
 
 
 FAMILIES = [
