@@ -184,3 +184,5 @@ class CompletionCoefficients:
     """R of [T_prompt] int64, what a teacher reads in place of the prompt; None: the prompt."""
     distil_eos: bool = True
     """False takes the distillation weight from the token that ends a completion."""
+    kd_prefix: float = 1.0
+    """The share of each completion's tokens, the first ones, that keeps its distillation weight."""

@@ -52,6 +52,8 @@ EPILOG = (
 )
 
 
+FUNCTIONS = ("reward.function", "method.loss")
+"""Settings that name a function, whose module is imported."""
 _FILE: Any = Path | None  # Any: a StructFieldSpec is declared to take a class
 _METHOD: Any = Literal[tuple(PRESETS)] | None
 CONFIG = StructFieldSpec(
@@ -99,7 +101,8 @@ def parse(
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", nargs="?")  # without a value: tyro's message, further down
     first.add_argument("--help-all", action="store_true")
-    first.add_argument("--reward.function", nargs="?", dest="reward")
+    for key in FUNCTIONS:
+        first.add_argument(f"--{key}", nargs="?")
     extra = [CONFIG]
     if hasattr(default, "method"):
         first.add_argument("--preset", nargs="?")
@@ -124,10 +127,21 @@ def parse(
     about = f"{description}\n\n{EPILOG}"
     values = read_options(default, argv, extra, program, about, short=bool(options))
     settings = update(default, {name: values[name] for name in to_dict(default)})
-    reward = getattr(settings, "reward", None)
-    if early.config is not None and reward is not None and early.reward != reward.function:
-        require_own_module(reward.function, Path(early.config))
+    if early.config is not None:
+        require_own_modules(settings, Path(early.config), vars(early))
     return settings
+
+
+def require_own_modules(settings: Any, path: Path, typed: Mapping[str, Any]) -> None:
+    """Raise ValueError where a file of settings names a function of an installed package.
+
+    typed: options of the command line by their keys; what a person typed may be any function.
+    """
+    for key in FUNCTIONS:
+        section, _, name = key.partition(".")
+        function = getattr(getattr(settings, section, None), name, None)
+        if function is not None and typed[key] != function:
+            require_own_module(function, path, key)
 
 
 def read_options(

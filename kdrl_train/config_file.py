@@ -15,6 +15,9 @@ T = TypeVar("T")
 MOST_BYTES = 1_000_000
 """Longest YAML file of settings that is read; that of a run has some kilobytes."""
 
+BUILT_IN = {"reward.function": "math, exact, or "}
+"""What a setting that names a function may be besides module:function."""
+
 
 class _Loader(yaml.SafeLoader):
     """Reads YAML without what settings need not have: references, by which a short file can stand
@@ -109,8 +112,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def require_own_module(function: str, path: Path) -> None:
-    """Check that a file of settings names a reward function of the user's own files.
+def require_own_module(function: str, path: Path, key: str = "reward.function") -> None:
+    """Check that a file of settings names a function of the user's own files, or a built-in one.
 
     Whoever writes the file chooses which module is imported. It must not be any installed one.
 
@@ -125,9 +128,9 @@ def require_own_module(function: str, path: Path) -> None:
     installed = any(places & set(Path(file).parts) for file in files if file)
     if installed or top in sys.stdlib_module_names:
         raise ValueError(
-            f"reward.function in {path} must be math, exact, or a function in a file of your own, "
+            f"{key} in {path} must be {BUILT_IN.get(key, '')}a function in a file of your own, "
             f"got {function}, of an installed package: if you trust that file, pass "
-            f"--reward.function {function}"
+            f"--{key} {function}"
         )
 
 

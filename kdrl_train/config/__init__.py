@@ -77,7 +77,8 @@ class TrainConfig:
     ranks: RanksConfig = field(default_factory=RanksConfig)
 
     def __post_init__(self) -> None:
-        if self.method.policy != "off" and self.sampling.group_size < 2:
+        compares = self.method.policy != "off" and self.method.advantage != "constant"
+        if compares and self.sampling.group_size < 2:
             raise ValueError(
                 "sampling.group_size must be at least 2 for a policy gradient, got "
                 f"{self.sampling.group_size}: advantages compare completions of one prompt"

@@ -13,7 +13,9 @@ from kdrl_train.settings import (
     OpenUnitInterval,
     PositiveFloat,
     PositiveInt,
-    UnitInterval,
+    Probability,
+    Share,
+    Switch,
     settings,
 )
 
@@ -81,23 +83,43 @@ class ScheduleConfig:
         return self.waits_for_plateau or self.kind == "kl_budget"
 
 
+SELECTIONS = ("kd_sign_gate", "kd_min_entropy", "kd_min_log_ratio", "kd_tanh")
+"""Settings of MethodConfig by which the distillation of a token depends on its row in the head."""
+OF_THE_TERMS = (
+    "policy",
+    "clip_low",
+    "clip_high",
+    "kd_baseline",
+    "fkl_share",
+    "entropy_coef",
+    *SELECTIONS,
+)
+"""Settings of MethodConfig that a loss of the user's own does not read."""
+
+
 @settings
 class MethodConfig:
     """The objective. A preset is a value of this class, never a code path."""
 
-    policy: Literal["clip", "none", "off"] = "clip"
-    """Policy gradient: clip (as in GRPO and PPO), none (no clip), off (distillation only)."""
-    clip_low: UnitInterval = 0.2
-    """The ratio is clipped from below at 1 - clip_low."""
+    policy: Literal["clip", "none", "off", "cispo", "dppo", "gspo", "gmpo"] = "clip"
+    """Policy gradient: clip (as in GRPO and PPO), none (no clip), off (distillation only); cispo: a
+    token keeps its gradient, weighted by its clipped ratio; dppo: tokens whose probability has
+    moved too far are left out; gspo: the ratio is that of the whole completion; gmpo: the ratios of
+    a completion count by their geometric mean."""
+    clip_low: Probability = 0.2
+    """The ratio is clipped from below at 1 - clip_low; cispo: 1 is no bound; dppo: the largest fall
+    of a token's probability."""
     clip_high: NaturalFloat = 0.2
-    """The ratio is clipped from above at 1 + clip_high."""
+    """The ratio is clipped from above at 1 + clip_high; dppo: the largest rise of a token's
+    probability."""
     policy_coef: ScheduleConfig = field(
         default_factory=lambda: ScheduleConfig(initial=1.0, final=1.0)
     )
     """Weight of the policy gradient: advantages are multiplied by it."""
-    advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    advantage: Literal["grpo", "dr_grpo", "rloo", "constant"] = "grpo"
     """Advantage of a completion. grpo: (reward - mean) / std of its group. dr_grpo: without the
-    std. rloo: reward - mean of the other completions of its group."""
+    std. rloo: reward - mean of the other completions of its group. constant: 1, whatever the
+    reward; a control, whose policy gradient is noise around 0."""
     std_floor: PositiveFloat = 1e-4
     """Smallest standard deviation that `grpo` divides by, in units of the reward."""
     token_weights: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
@@ -122,6 +144,18 @@ class MethodConfig:
     those of groups in which every completion is wrong."""
     kd_eos: Literal["keep", "mask"] = "keep"
     """mask: do not distil end-of-sequence tokens, for a teacher that ends with other tokens."""
+    kd_prefix: Share = 1.0
+    """Distil this share of each completion's tokens, the first ones (rounded up)."""
+    kd_sign_gate: Switch = False
+    """Distil only tokens whose pull to the teacher, log q - log p, does not oppose the sign of the
+    advantage."""
+    kd_min_entropy: NaturalFloat = 0.0
+    """Distil only tokens where the policy's entropy is at least this, in nats; 0: all."""
+    kd_min_log_ratio: NaturalFloat = 0.0
+    """Distil only tokens where |log p - log q| is at least this, in nats; 0: all."""
+    kd_tanh: PositiveFloat | None = None
+    """c in nats: k2 and k3 read c · tanh((log p - log q) / c), so that no token is pulled by more
+    than k2's c; None: no bound."""
     entropy_coef: Finite = 0.0
     """Weight of the entropy bonus, per nat."""
     sampler_correction: Literal["none", "truncate", "mask"] = "none"
@@ -130,8 +164,16 @@ class MethodConfig:
     The divisor of the mean does not change. Costs one more forward pass of the policy."""
     sampler_cap: Annotated[float, Field(gt=1)] = 2.0
     """Largest weight that sampler_correction gives, above 1."""
+    loss: str | None = None
+    """A loss of each token of your own in the place of policy gradient and distillation term, as
+    module:function; the function is declared by kdrl_train.method.own_loss.token_loss."""
+    loss_options: dict[str, Finite] = field(default_factory=dict, hash=False)
+    """Numbers that `loss` takes as arguments, by name."""
 
     def __post_init__(self) -> None:
+        self._check_policy()
+        self._check_tokens()
+        self._check_loss()
         if self.kd_baseline is not None and self.kd != "k2":
             raise ValueError(f'kd must be "k2" with kd_baseline, got {self.kd}')
         if self.fkl_share != 0.5 and self.kd != "rkl+fkl":
@@ -149,6 +191,61 @@ class MethodConfig:
                 'kd must be "k2", "k3", "rkl", "fkl", "jsd" or "rkl+fkl" when policy is "off", got '
                 f"{self.kd}: nothing would be trained; set one of the two"
             )
+
+    def _check_policy(self) -> None:
+        """Raises ValueError for a bound that a policy gradient cannot have."""
+        if self.clip_low == 1 and self.policy not in ("cispo", "dppo"):
+            raise ValueError(
+                f'clip_low must be below 1 with policy "{self.policy}", got {self.clip_low}: only '
+                '"cispo" and "dppo" have no lower bound then'
+            )
+
+    def _check_tokens(self) -> None:
+        """Raises ValueError for a choice of distilled tokens that nothing would read."""
+        selected = {name: getattr(self, name) for name in SELECTIONS}
+        changed = {name: value for name, value in selected.items() if value not in (False, None)}
+        changed |= {} if self.kd_prefix == 1 else {"kd_prefix": self.kd_prefix}
+        for name, value in changed.items():
+            if self.kd is None or (self.kd == "reward" and name != "kd_prefix"):
+                raise ValueError(
+                    f"kd must be a term of the loss with {name} {value}, got {self.kd}: set kd, or "
+                    f"leave {name} out"
+                )
+        if self.kd_tanh is not None and (self.kd not in ("k2", "k3") or self.kd_baseline):
+            raise ValueError(
+                f'kd must be "k2" or "k3" with kd_tanh {self.kd_tanh}, and kd_baseline None, got '
+                f'"{self.kd}" and {self.kd_baseline}: it bounds log p - log q of sampled tokens'
+            )
+        if self.kd_sign_gate and self.policy == "off":
+            raise ValueError(
+                'policy must not be "off" with kd_sign_gate, got "off": there are no advantages to '
+                "compare with"
+            )
+
+    def _check_loss(self) -> None:
+        """Raises ValueError for settings that a loss of the user's own would ignore."""
+        if self.loss is None:
+            if self.loss_options:
+                raise ValueError(f"loss must be module:function with loss_options, got {self.loss}")
+            return
+        fields = type(self).__dataclass_fields__
+        for name in OF_THE_TERMS:
+            value, default = getattr(self, name), fields[name].default
+            if value != default and (name, value) != ("policy", "off"):
+                raise ValueError(
+                    f"{name} must be {default} with loss {self.loss}, got {value}: the loss alone "
+                    "decides; pass it numbers by loss_options"
+                )
+        if self.kd == "reward":
+            raise ValueError(
+                f'kd must not be "reward" with loss {self.loss}, got "reward": the loss declares '
+                "what it reads of the teacher"
+            )
+
+    @property
+    def selects_tokens(self) -> bool:
+        """Whether what is distilled of a token depends on its row in the head."""
+        return any(getattr(self, name) not in (False, None) for name in SELECTIONS)
 
     @property
     def schedules(self) -> dict[str, ScheduleConfig]:

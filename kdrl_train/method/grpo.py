@@ -27,14 +27,16 @@ from kdrl_train.method.config import MethodConfig, ScheduleConfig
 def group_advantages(rewards_PG: Tensor, estimator: str, std_floor: float = 1e-4) -> Tensor:
     """Compute the advantages of groups; the arithmetic is float64.
 
-    grpo: (r - mean) / max(std, std_floor) · dr_grpo: r - mean · rloo: r - mean of the others
+    grpo: (r - mean) / max(std, std_floor) · dr_grpo: r - mean · rloo: r - mean of the others ·
+    constant: 1. On-policy E[log p's gradient] = 0, so constant's policy gradient is 0 on average:
+    a control that has the noise of a policy gradient and nothing of the reward.
 
     Args:
         rewards_PG: [P, G] float. NaN marks a completion without a reward: it enters no mean or std.
-        estimator: "grpo", "dr_grpo" or "rloo".
+        estimator: "grpo", "dr_grpo", "rloo" or "constant".
         std_floor: smallest standard deviation that "grpo" divides by, in units of the reward.
-    Returns: [P, G] float32; 0 where the reward is NaN, where a group has one reward only, and,
-        exactly, where all rewards of a group are equal.
+    Returns: [P, G] float32; 0 where the reward is NaN; but for "constant", where a group has one
+        reward only, and, exactly, where all rewards of a group are equal.
     Raises: ValueError for an unknown estimator, a rank other than 2, or a group without any number.
     """
     if rewards_PG.ndim != 2:
@@ -59,7 +61,11 @@ def group_advantages(rewards_PG: Tensor, estimator: str, std_floor: float = 1e-4
         return centred.float()
     if estimator == "rloo":
         return (centred * count / others).float()
-    raise ValueError(f'estimator must be "grpo", "dr_grpo" or "rloo", got "{estimator}"')
+    if estimator == "constant":
+        return valid.float()
+    raise ValueError(
+        f'estimator must be "grpo", "dr_grpo", "rloo" or "constant", got "{estimator}"'
+    )
 
 
 def all_equal(rewards_PG: Tensor) -> Tensor:

@@ -53,8 +53,9 @@ def token_means(sums: dict[str, Tensor]) -> dict[str, float | None]:
     sketch_flat_share the share of tokens too flat to be sketched, whose gradient is exact, and
     sketch_noise the relative error to expect of the gradient of its hidden state; None where no
     entry was kept but that of the sampled token.
-    kd_flip_share is the share of tokens whose advantage changes its sign when the pull of
-    distillation is subtracted.
+    kd_selected is the share of the distilled tokens that the method's settings of single tokens
+    (kd_sign_gate and its like) leave; only where it has some. kd_flip_share is the share of tokens
+    whose advantage changes its sign when the pull of distillation is subtracted.
 
     Args:
         sums: the keys of kk.LossOutput.metrics that add up, sampler_mismatch_sum and _max, and
@@ -87,6 +88,7 @@ def token_means(sums: dict[str, Tensor]) -> dict[str, float | None]:
         "k2": mean("k2_sum", "kd_tokens"),
         "kd_flip_share": mean("kd_flipped", "tokens"),
         "kd_share": values.get("kd_tokens", 0.0) / max(values.get("tokens", 0.0), 1.0),
+        **({"kd_selected": mean("kd_selected", "kd_tokens")} if "kd_selected" in values else {}),
         "sampler_mismatch_mean": mean("sampler_mismatch_sum", "tokens"),
         "sampler_mismatch_max": values.get("sampler_mismatch_max"),
         **(sketch if "entries" in values else {}),

@@ -7,6 +7,7 @@ from kdrl_train.method.config import MethodConfig, ScheduleConfig
 _FIXED = ScheduleConfig()
 _ANNEALED = ScheduleConfig(kind="linear", initial=5e-3, final=1e-3, steps=80)
 _DISTIL_FIRST = ScheduleConfig(kind="switch", initial=1.0, final=0.0, steps=140)
+_BY_COMPLETION = MethodConfig(kd=None, token_weights="sequence_mean")
 PRESETS: dict[str, MethodConfig] = {
     "grpo": MethodConfig(kd=None),
     "kd_rkl": MethodConfig(policy="off", kd_coef=ScheduleConfig(initial=1.0, final=1.0)),
@@ -18,6 +19,17 @@ PRESETS: dict[str, MethodConfig] = {
         kd_coef=_DISTIL_FIRST, policy_coef=replace(_DISTIL_FIRST, initial=0.0, final=1.0)
     ),
     "reward_shaping": MethodConfig(kd="reward", kd_coef=_FIXED),
+    "cispo": MethodConfig(kd=None, policy="cispo", clip_low=1.0, clip_high=4.0),
+    "gspo": replace(_BY_COMPLETION, policy="gspo", clip_low=3e-4, clip_high=4e-4),
+    "gmpo": replace(_BY_COMPLETION, policy="gmpo", clip_low=0.33, clip_high=0.49),
+    "dapo": MethodConfig(kd=None, clip_high=0.28),
+    "dppo": MethodConfig(kd=None, policy="dppo", clip_low=0.15, clip_high=0.15),
+    "kdrl_tanh": MethodConfig(kd_coef=_FIXED, kd_tanh=1.0),
+    "kdrl_sign_gate": MethodConfig(kd_coef=_FIXED, kd_sign_gate=True),
+    "kdrl_prefix": MethodConfig(kd_coef=_FIXED, kd_prefix=0.5),
+    "kdrl_entropy": MethodConfig(kd_coef=_FIXED, kd_min_entropy=0.5),
+    "kdrl_gap": MethodConfig(kd_coef=_FIXED, kd_min_log_ratio=0.5),
+    "constant_advantage": MethodConfig(kd_coef=_FIXED, advantage="constant"),
 }
 """The paper's methods (arXiv 2506.02208); beta(s) of kdrl_annealed is max(5e-3 - 5e-5 s, 1e-3).
 
@@ -27,4 +39,20 @@ same patience, at the same plateau. That the step is half of the default 280 is 
 reward_shaping: reward + beta · sum_t (log q - log p) of the completion, before the group is
 normalised; the loss has no distillation term. It is our reading of the form that the paper saw
 collapse, kept as a baseline.
+
+cispo, gspo, gmpo, dppo: policy gradients of method/losses.py, with the papers' formulas. gmpo's
+bounds are exp(-0.4) and exp(0.4); cispo's ratio is at most 5, from below it has no bound. With
+method.kd any of them takes a teacher. They are all the same, but for the weights of tokens, where
+the ratio is 1: set optim.updates_per_rollout or engine.staleness.
+
+dapo (arXiv:2503.14476): the clip is wider above, and the mean is over all tokens. Its length
+penalty is a reward: set reward.overlong_buffer and reward.overlong_penalty. Groups without signal
+are not sampled anew, as the paper does; they have no gradient.
+
+kdrl_tanh to kdrl_gap: KDRL with the distillation of tokens bounded or chosen (MethodConfig's kd_
+settings), related to arXiv:2606.09304 (signs), 2602.15260 (prefixes) and 2604.14084 (entropy and
+disagreement), whose rules differ. The thresholds are ours, in nats.
+
+constant_advantage: a control. Every completion has advantage 1, so that the policy gradient is
+noise around 0, and what is learnt comes from the teacher alone.
 """

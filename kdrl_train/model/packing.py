@@ -204,6 +204,13 @@ def _pack(
     if not coefficients.distil_eos:
         last = lengths.cumsum(dim=0) - 1
         kd_weight[last[~rollouts.truncated[members]]] = 0
+    if coefficients.kd_prefix < 1:
+        places = torch.cat([torch.arange(n) for n in [0, *lengths.tolist()]])
+        # 1e-9: a product of floats may lie just above a whole number
+        prefix = (
+            (coefficients.kd_prefix * lengths.double() - 1e-9).ceil().repeat_interleave(lengths)
+        )
+        kd_weight[places >= prefix] = 0
     token_weights = coefficients.token_weights[rollout]
     old, factors = coefficients.old_logprobs, coefficients.sampler_weights
     if factors is not None:

@@ -21,7 +21,9 @@ import kdrl_kernels as kk
 from kdrl_kernels.head_config import head_scalars
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.histogram import histogram
+from kdrl_train.method.losses import POLICIES
 from kdrl_train.model import attention, noise, rotary
+from kdrl_train.model.method_loss import LossOfRows
 from kdrl_train.model.packing import PackedBatch
 
 T = TypeVar("T")
@@ -206,6 +208,8 @@ class Policy(HeadedModel):
         super().__init__(model, temperature=temperature, compute_dtype=compute_dtype)
         self.objective = objective(method, distil=method.kd is not None)
         self.objective_alone = objective(method, distil=False)
+        self.loss_of_rows = LossOfRows.of(method)
+        """Where the loss has parts that kk.Objective lacks."""
         self.sampled_vocab_size = vocab_size
         self.workspace_bytes = workspace_bytes
         self.head_impl = head_impl
@@ -267,28 +271,33 @@ class Policy(HeadedModel):
         if group is not None:
             teacher = None if teacher is None else teacher_rows(teacher, len(weight), group.size())
             weight, bias = local(weight), local(bias)
+        head: dict[str, Any] = {
+            "token_weights": batch.token_weights,
+            "teacher": teacher if distil else None,
+            "teacher_logprobs": batch.teacher_logprobs if distil else None,
+            "normalizer": normalizer,
+            "bias": bias,
+            "temperature": self.temperature,
+            "softcap": self.softcap,
+            "vocab_size": self.sampled_vocab_size,
+            "entropy": True,
+            "workspace_bytes": self.workspace_bytes,
+            "backward": "exact" if sketch is None else "sketch",
+            "sketch": sketch,
+            "impl": self.head_impl,
+            "vocab_group": group,
+        }
+        if self.loss_of_rows is not None:
+            return self.loss_of_rows(hidden, weight, batch, goal, head)
         return kk.kdrl_loss(
             hidden,
             weight,
             batch.tokens,
             advantages=None if goal.policy == "off" else batch.advantages,
-            token_weights=batch.token_weights,
             old_logprobs=batch.old_logprobs,
-            teacher=teacher if distil else None,
-            teacher_logprobs=batch.teacher_logprobs if distil else None,
             kd_weight=batch.kd_weight if distil else None,
-            normalizer=normalizer,
             objective=goal,
-            bias=bias,
-            temperature=self.temperature,
-            softcap=self.softcap,
-            vocab_size=self.sampled_vocab_size,
-            entropy=True,
-            workspace_bytes=self.workspace_bytes,
-            backward="exact" if sketch is None else "sketch",
-            sketch=sketch,
-            impl=self.head_impl,
-            vocab_group=group,
+            **head,
         )
 
 
@@ -346,13 +355,15 @@ def objective(method: MethodConfig, *, distil: bool) -> kk.Objective:
     Without distillation, where all kd weights are 0, a method with policy "off" becomes a policy
     gradient of its advantages, which are 0: no loss, but entropy and log-probabilities.
     kd "reward" has no term in the loss; its teacher is only read without a gradient, as for k2.
+    For the policies of method/losses.py, which add their own term, it is "none".
     """
     alone = method.policy == "off" and not distil
+    policy = "none" if alone or method.policy in POLICIES else method.policy
     kd = "k2" if method.kd == "reward" else method.kd
     return kk.Objective(
-        policy="none" if alone else method.policy,
-        clip_low=method.clip_low,
-        clip_high=method.clip_high,
+        policy=policy,  # type: ignore[arg-type]
+        clip_low=method.clip_low if policy == "clip" else 0.2,
+        clip_high=method.clip_high if policy == "clip" else 0.2,
         kd=kd if distil else None,
         kd_baseline=method.kd_baseline if distil else None,
         fkl_share=method.fkl_share if distil else 0.5,

@@ -8,6 +8,7 @@ from kdrl_train import output
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig, TrainConfig
 from kdrl_train.config_file import differences, to_dict
+from kdrl_train.method.own_loss import load_loss
 from kdrl_train.model.folder import require_loadable
 from kdrl_train.model.load import load_policy, load_teacher, load_tokenizer
 from kdrl_train.model.policy import Policy, Teacher
@@ -104,6 +105,7 @@ def load(config: TrainConfig, world: World = ALONE, policy_class: type[Policy] =
         that cannot be loaded raise RankError; ValueError for ranks with different settings.
     """
     require_same_settings(config, world)
+    load_loss(config.method)  # before a model, which takes longer
     trusted = config.model.trust_remote_code
     world.on_main(lambda: require_loadable(config.model.policy, "model.policy", trusted))
     output.begin(f"loading problems, {config.data.path}")

@@ -75,6 +75,7 @@ def prepare(
         token_weights=rewarded_R.float(),
         distil_eos=method.kd_eos == "keep",
         teacher=run.teachers.numbers(batch.examples) if run.teachers else None,
+        kd_prefix=method.kd_prefix,
     )
     if run.teachers.remote:
         distilled_R = (kd_weight_R > 0) & rewarded_R

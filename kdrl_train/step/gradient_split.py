@@ -27,10 +27,13 @@ def gradient_split(
     Args:
         policy, batch, normalizer, teacher: of policy.forward. Under FSDP2 all ranks call it, each
             with a micro-batch of its own, and get the numbers of the reduced gradient.
-    Returns: rl_grad_norm, kd_grad_norm, rl_kd_cosine. None: the method has no such term, no token
+    Returns: rl_grad_norm, kd_grad_norm, rl_kd_cosine. None: the method has no such term, or a loss
+        of the user's own, which cannot be split; no token
         of the micro-batch is distilled, or, for the cosine, one of the two is 0.
     """
     goal, rl, kd = policy.objective, None, None
+    if policy.loss_of_rows is not None and policy.loss_of_rows.users is not None:
+        return {"rl_grad_norm": None, "kd_grad_norm": None, "rl_kd_cosine": None}
     if goal.policy != "off":
         alone = replace(goal, kd=None, kd_baseline=None, fkl_share=0.5, entropy_coef=0.0)
         rl = _gradient(policy, replace(batch, teacher_logprobs=None), normalizer, None, alone)

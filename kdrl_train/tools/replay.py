@@ -16,7 +16,7 @@ from rich.text import Text
 
 from kdrl_train.batch import CompletionCoefficients, Rollouts
 from kdrl_train.config import TrainConfig
-from kdrl_train.config_file import load_yaml, update
+from kdrl_train.config_file import load_yaml, require_own_module, update
 from kdrl_train.errors import require_file
 from kdrl_train.method import grpo
 from kdrl_train.model.load import use_device
@@ -153,6 +153,7 @@ def replay(
             "weights between two updates of a step are not saved"
         )
     config = update(TrainConfig(), load_yaml(folder / "config.yaml"))
+    require_own_module(config.method.loss or "", folder / "config.yaml", "method.loss")
     config = replace(config, model=replace(config.model, trust_remote_code=trusted))
     use_device(config.model)
     loaded = load(config)

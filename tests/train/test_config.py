@@ -51,6 +51,16 @@ def test_a_file_of_settings_imports_no_installed_module(name: str, tmp_path: Pat
     assert parse("--config", file, f"--reward.function={name}").reward.function == name
 
 
+@pytest.mark.fault("hostile config or data")
+def test_a_file_of_settings_imports_no_loss_of_an_installed_module(tmp_path: Path) -> None:
+    file = write(tmp_path / "run.yaml", "method: {loss: 'torch.hub:load', kd: null}")
+    with pytest.raises(ValueError, match=r"method\.loss in .*run\.yaml must be a function in"):
+        parse("--config", file)
+    assert parse("--config", file, "--method.loss", "torch.hub:load").method.kd is None
+    users = write(tmp_path / "users.yaml", "method: {loss: 'tests.train.own_losses:kdrl'}")
+    assert parse("--config", users).method.loss == "tests.train.own_losses:kdrl"
+
+
 @pytest.mark.parametrize("name", ["exact", "tests.train.scripted_rewards:early_bytes", "absent:f"])
 def test_a_file_of_settings_names_a_reward_of_the_users_own(name: str, tmp_path: Path) -> None:
     file = write(tmp_path / "run.yaml", f"reward: {{function: '{name}'}}")
@@ -283,7 +293,7 @@ BELOW_ZERO = ("-1", "at least 0, got -1")
         ("teacher.concurrency", *BELOW_ONE),
         ("teacher.timeout_s", "0", "greater than 0, got 0"),
         ("teacher.deadline_s", ".inf", "a finite number, got inf"),
-        ("method.clip_low", "1", "less than 1, got 1"),
+        ("method.clip_low", "2", "at most 1, got 2"),
         ("method.clip_high", "-0.5", "at least 0, got -0.5"),
         ("method.std_floor", "0", "greater than 0, got 0"),
         ("method.jsd_alpha", "1", "less than 1, got 1"),

@@ -15,6 +15,7 @@ CURVES = {
         "kd_coef": "beta, weight of distillation (kd_coef)",
         "policy_coef": "weight of the policy gradient (policy_coef)",
         "kd_share": "distilled tokens, share",
+        "kd_selected": "distilled tokens that the method selects",
         "kd_flip_share": "tokens pushed the other way by distillation",
         "rl_grad_norm": "norm of the policy gradient",
         "kd_grad_norm": "norm of the distillation gradient",
@@ -52,6 +53,7 @@ CURVES = {
 """Key of metrics.jsonl -> title, by heading."""
 CAPTIONS = {
     "k2": "l is the teacher log-ratio, log p - log q.",
+    "kd_selected": "Of the tokens of distilled completions, those that the method distils.",
     "kd_flip_share": "Tokens whose advantage minus the pull of distillation has the other sign.",
     "sketch_noise": (
         "Error that the sketch adds to the gradient of a hidden state, relative to its norm; its "

@@ -48,7 +48,7 @@ def test_every_key_of_a_run_is_in_the_readme(config: Callable[..., TrainConfig])
         steps=2,
         sampling=sampling,
         samples_per_step=1,
-        method=replace(PRESETS["kdrl"], sampler_correction="truncate"),
+        method=replace(PRESETS["kdrl_gap"], sampler_correction="truncate"),
         eval=EvalConfig(data=config().data, every=1, samples=2, max_problems=2),
         log=LogConfig(diagnostics_every=1),
     )
