@@ -1,7 +1,8 @@
 """Defines the arms of the study, which train on as many samples by different methods."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from kdrl_train.method.config import MethodConfig, ScheduleConfig
 from kdrl_train.method.presets import PRESETS
@@ -28,6 +29,11 @@ class Arm:
     """Whether the distillation term is l itself, as a control (k1_control.py)."""
     sketched: bool = False
     """Whether the head's gradient is a sketch, at SKETCH_THRESHOLD."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the run beside the method, as in a YAML file; {task} in a text stands for the
+    folder of the task."""
+    models: tuple[str, ...] = ()
+    """Models of the task that the arm needs beside student and middle teacher."""
     like: str | None = None
     """Arm whose learning rate and beta this arm takes; None: it has a sweep of its own."""
 

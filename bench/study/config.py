@@ -35,6 +35,9 @@ class TaskModelsConfig:
     """Problems to learn from, in supervised training and then in RL."""
     student_slips: Probability = 0.5
     """Probability of a slip in each step of the solutions that the student learns from."""
+    student_hints: Probability = 0.0
+    """Share of the problems that the student learns from with the answer behind the question, and
+    without slips: such a student can read an answer that it is shown."""
     student_steps: PositiveInt = 600
     """Supervised steps of the student."""
     weak_slips: Probability = 0.4

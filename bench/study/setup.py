@@ -1,7 +1,10 @@
 """Makes the study's problems, tokenizers and models once, and keeps them in its folder."""
 
+import random
+from collections.abc import Mapping
 from pathlib import Path
 
+from bench.study.arms import ARMS
 from bench.study.config import StudyConfig
 from kdrl_train.config import DataConfig
 from kdrl_train.runfolder import jsonl
@@ -13,6 +16,8 @@ TASK_SEED = 0
 """Seed of problems and models; runs have seeds of their own."""
 VOCABULARY = 320
 MODELS = ("student", "teacher_weak", "teacher_middle", "teacher_strong")
+DOMAINS = ("product", "sum")
+"""Kinds of problems: with a product, and without one. The column `domain` names a problem's."""
 OUT_OF_DISTRIBUTION = ("longer", "larger")
 
 
@@ -38,20 +43,46 @@ def write_task(config: StudyConfig, task: str) -> None:
     rows = {"train": task_models.problems, "held_out": held_out}
     sets = make_splits(task, task_models.level, TASK_SEED, **rows)
     for name, problems in sets.items():
-        jsonl.write(out / f"{name}.jsonl", problems)
+        jsonl.write(out / f"{name}.jsonl", [row | {"domain": domain(row)} for row in problems])
+    learnt_by: dict[str, list[dict[str, str]]] = {}
     for name in MODELS:
         learnt = make_splits(
             task, task_models.level, TASK_SEED, **rows, slips=slips(config, task, name)
         )
-        jsonl.write(out / f"solutions_{name}.jsonl", learnt.get("sloppy", learnt["train"]))
+        learnt_by[name] = learnt.get("sloppy", learnt["train"])
+    good, bad = learnt_by["teacher_strong"], learnt_by["student"]
+    for kind in DOMAINS:  # a specialist slips as the strong teacher in its domain
+        pairs = zip(good, bad, strict=True)
+        learnt_by[f"teacher_{kind}"] = [a if domain(a) == kind else b for a, b in pairs]
+    learnt_by["student"] = with_hints(bad, sets["train"], task_models.student_hints)
+    for name, problems in learnt_by.items():
+        jsonl.write(out / f"solutions_{name}.jsonl", problems)
     texts = (f"{row['question']}\n{row['solution']}" for row in sets["train"])
     train_tokenizer(texts, vocab_size=VOCABULARY, folder=out / "tokenizer")
+
+
+def domain(row: Mapping[str, str]) -> str:
+    """Return the domain of a problem."""
+    return "product" if "*" in row["solution"] else "sum"
+
+
+def with_hints(
+    learnt: list[dict[str, str]], right: list[dict[str, str]], share: float
+) -> list[dict[str, str]]:
+    """Show the answer of a share of the problems behind the question, and solve these rightly."""
+    rng = random.Random(TASK_SEED)
+    return [
+        good | {"question": f"{good['question']} {good['answer']}"} if rng.random() < share else row
+        for row, good in zip(learnt, right, strict=True)
+    ]
 
 
 def models(config: StudyConfig, task: str) -> tuple[str, ...]:
     """Name the models that the arms of a task need."""
     three = config.quality_arms and task == config.tasks[0]
-    return MODELS if three else ("student", "teacher_middle")
+    names = MODELS if three else ("student", "teacher_middle")
+    more = [name for arm in config.arms_of(task) for name in ARMS[arm].models]
+    return tuple(dict.fromkeys([*names, *more]))
 
 
 def slips(config: StudyConfig, task: str, name: str) -> float:

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -113,8 +114,8 @@ def trial_folder(config: StudyConfig, trial: Trial) -> Path:
 def train_config(config: StudyConfig, trial: Trial) -> TrainConfig:
     """Return the settings of a trial's training run.
 
-    Two arms differ in the method, the learning rate, the presence of a teacher and the head's
-    backward pass alone.
+    Two arms differ in the method, the learning rate, the presence of a teacher, the head's
+    backward pass and the arm's settings alone.
     """
     arm, task = ARMS[trial.arm], setup.folder(config, trial.task)
     method = None if arm.method is None else arm.at(trial.beta, config.steps)
@@ -147,7 +148,15 @@ def train_config(config: StudyConfig, trial: Trial) -> TrainConfig:
             head_threshold=SKETCH_THRESHOLD,
             head_flat=NO_ROW_IS_FLAT,
         )
-    return replace(base, method=method, model=model)
+    settings = _at(task, arm.settings)
+    return update(replace(base, method=method, model=model), settings)
+
+
+def _at(task: Path, value: Any) -> Any:
+    """Put the folder of a task in place of {task} in the texts of nested settings."""
+    if isinstance(value, Mapping):
+        return {key: _at(task, one) for key, one in value.items()}
+    return value.replace("{task}", str(task)) if isinstance(value, str) else value
 
 
 def run(config: StudyConfig, trial: Trial) -> TrialResult:

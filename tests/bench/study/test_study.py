@@ -15,6 +15,7 @@ from rich.console import Console
 
 from bench.study import __main__ as command
 from bench.study import results, setup, write_up
+from bench.study import trial as trial_module
 from bench.study.analysis import Study
 from bench.study.arms import ARMS, PAPER_STEPS
 from bench.study.config import StudyConfig, TaskModelsConfig, Trial
@@ -24,6 +25,7 @@ from kdrl_train import train
 from kdrl_train.config_file import load_yaml, update
 from kdrl_train.errors import RunError
 from kdrl_train.method.presets import PRESETS
+from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.lock import RunLock
 from kdrl_train.tools import sft
 from kdrl_train.tools.toy.models import make_model, train_tokenizer
@@ -115,6 +117,36 @@ def small() -> StudyConfig:
         betas=(0.2,), more_betas=(), validation_problems=4, test_problems=4, samples=2,
         arithmetic=models, countdown=models, workers=1,
     )  # fmt: skip
+
+
+def test_specialists_and_hints_are_in_what_a_model_learns_from(
+    small: StudyConfig, tmp_path: Path
+) -> None:
+    models = replace(small.arithmetic, student_hints=0.5, student_slips=1.0, strong_slips=0.0)
+    config = replace(small, out=tmp_path, arithmetic=models)
+    setup.write_task(config, "arithmetic")
+    folder = setup.folder(config, "arithmetic")
+    rows = {path.stem: jsonl.read(path) for path in folder.glob("*.jsonl")}
+    right = {row["question"]: row for row in rows["train"]}
+    assert {row["domain"] for row in rows["train"]} == set(setup.DOMAINS)
+    for kind in setup.DOMAINS:
+        for row in rows[f"solutions_teacher_{kind}"]:
+            good = right[row["question"]]
+            assert (row["solution"] == good["solution"]) == (good["domain"] == kind)
+    hinted = [row for row in rows["solutions_student"] if " " in row["question"]]
+    assert 60 < len(hinted) < 140
+    for row in hinted:
+        question, answer = row["question"].split()
+        assert (answer, row["solution"]) == (right[question]["answer"], right[question]["solution"])
+
+
+def test_the_settings_of_an_arm_name_files_of_its_task(
+    small: StudyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arm = replace(ARMS["kdrl"], settings={"model": {"teacher": "{task}/teacher_sum"}})
+    monkeypatch.setattr(trial_module, "ARMS", {**ARMS, "kdrl": arm})
+    run = train_config(small, Trial(task="arithmetic", arm="kdrl", learning_rate=1e-3, seed=0))
+    assert run.model.teacher == str(setup.folder(small, "arithmetic") / "teacher_sum")
 
 
 @pytest.mark.slow  # .ci/run makes the quick study
