@@ -177,7 +177,10 @@ class CompletionCoefficients:
     teacher_logprobs: Sequence[Tensor | None] | None = None
     """R of [T] nats from a server, None where it was not queried; None: there is no server."""
     teacher_states: Sequence[Tensor | None] | None = None
-    """R of [T, H_t] hidden states from a server, as teacher_logprobs."""
+    """R of [T, H_t] hidden states from a server, as teacher_logprobs, but on each rank those of its
+    own packs alone."""
+    teacher_topk: Sequence[TopkScores | None] | None = None
+    """R of the likeliest tokens of a teacher behind a URL, as teacher_states."""
     teacher: Tensor | None = None
     """[R] int64, the number of each completion's teacher; None: 0."""
     teacher_prompts: Sequence[Tensor] | None = None

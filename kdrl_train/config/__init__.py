@@ -110,6 +110,12 @@ class TrainConfig:
                     f"got {self.eval.every} and {self.eval.data.path!r}: set them, or "
                     f"{key}.patience to 0"
                 )
+        if self.method.is_topk and self.model.tensor_parallel > 1:
+            raise ValueError(
+                f'model.tensor_parallel must be 1 with method.kd "{self.method.kd}", got '
+                f"{self.model.tensor_parallel}: the likeliest tokens are searched on one rank; use "
+                'method.kd "rkl"'
+            )
         if self.model.teacher_is_url:
             self._check_server()
 

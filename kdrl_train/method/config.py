@@ -125,11 +125,22 @@ class MethodConfig:
     token_weights: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     """How the loss is averaged. token_mean: over all tokens. sequence_mean: over the tokens of each
     completion, then over completions. constant: sum / (R * max_new_tokens)."""
-    kd: Literal["k2", "k3", "rkl", "fkl", "jsd", "rkl+fkl", "reward"] | None = "k2"
+    kd: (
+        Literal[
+            "k2", "k3", "rkl", "fkl", "jsd", "rkl+fkl", "topk_rkl", "topk_fkl", "topk_jsd", "reward"
+        ]
+        | None
+    ) = "k2"
     """Distillation from teacher q to policy p. k2, k3: on sampled tokens. Over the whole
     vocabulary: rkl, the reverse KL(p‖q); fkl, the forward KL(q‖p); jsd; rkl+fkl, a mixture of both
-    KLs (fkl_share). reward: no term in the loss; beta · sum over tokens of (log q - log p) is added
-    to the reward. None: no distillation."""
+    KLs (fkl_share). topk_rkl, topk_fkl, topk_jsd: the same over the teacher's kd_topk likeliest
+    tokens. reward: no term in the loss; beta · sum over tokens of (log q - log p) is added to the
+    reward. None: no distillation."""
+    kd_topk: Annotated[int, Field(ge=1, le=512)] = 64
+    """topk_*: how many of the teacher's likeliest tokens count at each place, 1 to 512."""
+    kd_tail: Switch = True
+    """topk_*: count the probability on none of these tokens as one more token. Without it topk_rkl
+    and topk_fkl have another minimum than p = q."""
     kd_baseline: Literal["kl"] | None = None
     """kl: subtract the exact KL from log p - log q in k2: less noise for diffuse rows, more for
     peaked ones whose teacher is less sure. Needs a teacher in this process."""
@@ -172,6 +183,7 @@ class MethodConfig:
 
     def __post_init__(self) -> None:
         self._check_policy()
+        self._check_topk()
         self._check_tokens()
         self._check_loss()
         if self.kd_baseline is not None and self.kd != "k2":
@@ -188,7 +200,7 @@ class MethodConfig:
             )
         if self.policy == "off" and self.kd in (None, "reward"):
             raise ValueError(
-                'kd must be "k2", "k3", "rkl", "fkl", "jsd" or "rkl+fkl" when policy is "off", got '
+                'kd must be a term of the loss ("k2", "rkl", ...) when policy is "off", got '
                 f"{self.kd}: nothing would be trained; set one of the two"
             )
 
@@ -199,6 +211,24 @@ class MethodConfig:
                 f'clip_low must be below 1 with policy "{self.policy}", got {self.clip_low}: only '
                 '"cispo" and "dppo" have no lower bound then'
             )
+
+    def _check_topk(self) -> None:
+        """Raises ValueError for what divergences over the likeliest tokens do not go with."""
+        if not self.is_topk:
+            if self.kd_topk != 64 or not self.kd_tail:
+                raise ValueError(
+                    'kd must be "topk_rkl", "topk_fkl" or "topk_jsd" with kd_topk or kd_tail, got '
+                    f"{self.kd}: set kd, or leave the two out"
+                )
+            return
+        rows = {"policy": self.policy, "loss": self.loss}
+        rows |= {name: getattr(self, name) for name in SELECTIONS}
+        for name, value in rows.items():
+            if value not in ("clip", "none", "off", None, False):
+                raise ValueError(
+                    f'kd must be another one than "{self.kd}" with {name} {value}: what reads a '
+                    'single row of the head does not have its likeliest tokens; use "k2" or "rkl"'
+                )
 
     def _check_tokens(self) -> None:
         """Raises ValueError for a choice of distilled tokens that nothing would read."""
@@ -246,6 +276,16 @@ class MethodConfig:
     def selects_tokens(self) -> bool:
         """Whether what is distilled of a token depends on its row in the head."""
         return any(getattr(self, name) not in (False, None) for name in SELECTIONS)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the loss reads the teacher's whole distribution at each token."""
+        return self.kd in ("rkl", "fkl", "jsd", "rkl+fkl") or self.kd_baseline is not None
+
+    @property
+    def is_topk(self) -> bool:
+        """Whether the loss reads the teacher's likeliest tokens."""
+        return self.kd in ("topk_rkl", "topk_fkl", "topk_jsd")
 
     @property
     def schedules(self) -> dict[str, ScheduleConfig]:

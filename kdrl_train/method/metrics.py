@@ -53,6 +53,7 @@ def token_means(sums: dict[str, Tensor]) -> dict[str, float | None]:
     sketch_flat_share the share of tokens too flat to be sketched, whose gradient is exact, and
     sketch_noise the relative error to expect of the gradient of its hidden state; None where no
     entry was kept but that of the sampled token.
+    topk_divergence is the mean of a divergence over the teacher's likeliest tokens.
     kd_selected is the share of the distilled tokens that the method's settings of single tokens
     (kd_sign_gate and its like) leave; only where it has some. kd_flip_share is the share of tokens
     whose advantage changes its sign when the pull of distillation is subtracted.
@@ -72,7 +73,9 @@ def token_means(sums: dict[str, Tensor]) -> dict[str, float | None]:
     spread: list[float | None] = [None] * len(PERCENTILES)
     if values.get("kd_tokens", 0.0) > 0:
         spread = [*quantiles(sums["teacher_log_ratio_histogram"])]
-    log_ratio = mean("teacher_log_ratio_sum", "kd_tokens")
+    log_ratio, topk = (
+        mean(key, "kd_tokens") for key in ("teacher_log_ratio_sum", "topk_divergence_sum")
+    )
     variance = mean("sketch_variance_sum", "sketch_square_sum")
     sketch = {
         "sketch_entries": mean("entries", "tokens"),
@@ -92,4 +95,5 @@ def token_means(sums: dict[str, Tensor]) -> dict[str, float | None]:
         "sampler_mismatch_mean": mean("sampler_mismatch_sum", "tokens"),
         "sampler_mismatch_max": values.get("sampler_mismatch_max"),
         **(sketch if "entries" in values else {}),
+        **({"topk_divergence": topk} if "topk_divergence_sum" in values else {}),
     }

@@ -18,6 +18,7 @@ PRESETS: dict[str, MethodConfig] = {
     "opd_then_rl": MethodConfig(
         kd_coef=_DISTIL_FIRST, policy_coef=replace(_DISTIL_FIRST, initial=0.0, final=1.0)
     ),
+    "kdrl_topk": MethodConfig(kd="topk_rkl", kd_coef=_FIXED),
     "reward_shaping": MethodConfig(kd="reward", kd_coef=_FIXED),
     "cispo": MethodConfig(kd=None, policy="cispo", clip_low=1.0, clip_high=4.0),
     "gspo": replace(_BY_COMPLETION, policy="gspo", clip_low=3e-4, clip_high=4e-4),
@@ -35,6 +36,9 @@ PRESETS: dict[str, MethodConfig] = {
 
 opd_then_rl: on-policy distillation, then RL. Both weights switch at the same step, or, given the
 same patience, at the same plateau. That the step is half of the default 280 is our choice.
+
+kdrl_topk: kdrl with a reverse KL over the teacher's kd_topk likeliest tokens and all others as one,
+in the place of k2.
 
 reward_shaping: reward + beta · sum_t (log q - log p) of the completion, before the group is
 normalised; the loss has no distillation term. It is our reading of the form that the paper saw

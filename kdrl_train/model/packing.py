@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdrl_train.batch import CompletionCoefficients, Rollouts
+from kdrl_train.batch import CompletionCoefficients, Rollouts, TopkScores
 
 
 class TeacherInputs(NamedTuple):
@@ -74,6 +74,19 @@ class PackedBatch:
     teacher_logprobs: Tensor | None = None
     """[N] float32, nats, from a server; NaN in completions that it was not queried for. None: not
     from a server, or no token is distilled."""
+
+    topk_ids: Tensor | None = None
+    """[N, K] int64: the teacher's likeliest tokens, from a server, as teacher_logprobs; -1 in
+    completions that it was not queried for."""
+    topk_logprobs: Tensor | None = None
+    """[N, K] float32, nats, at topk_ids."""
+
+    @property
+    def teacher_topk(self) -> TopkScores | None:
+        """The teacher's likeliest tokens, where a server gave them."""
+        if self.teacher_logprobs is None or self.topk_ids is None or self.topk_logprobs is None:
+            return None
+        return TopkScores(self.teacher_logprobs, self.topk_ids, self.topk_logprobs)
 
     @property
     def token_numbers(self) -> Tensor:
@@ -233,6 +246,7 @@ def _pack(
         teacher_states=_teacher_states(coefficients, members, lengths),
         old_logprobs=None if old is None else _cat(old[r] for r in members),
         teacher_logprobs=_teacher_logprobs(rollouts, coefficients, members),
+        **_teacher_topk(coefficients, members, lengths),
     )
 
 
@@ -280,7 +294,8 @@ def _teacher_states(
 ) -> Tensor | None:
     """Concatenate a server's [T, H_t] states of `members`; None where none is distilled.
 
-    Completions that the server was not queried for have kd weight 0 and get NaN.
+    Completions that the server was not queried for have kd weight 0 and get 0, which the head can
+    read: NaN would reach the gradient of their tokens.
     """
     known = coefficients.teacher_states
     if known is None or not any(coefficients.kd_weight[r] > 0 for r in members):
@@ -289,7 +304,25 @@ def _teacher_states(
     parts = []
     for r, length in zip(members, lengths.tolist(), strict=True):
         states = known[r]
-        parts.append(
-            like.new_full((length, like.shape[1]), torch.nan) if states is None else states
-        )
+        parts.append(like.new_zeros(length, like.shape[1]) if states is None else states)
     return torch.cat(parts)
+
+
+def _teacher_topk(
+    coefficients: CompletionCoefficients, members: list[int], lengths: Tensor
+) -> dict[str, Tensor]:
+    """Concatenate a server's [T, K] likeliest tokens of `members`; nothing where none is distilled.
+
+    Completions that the server was not queried for have kd weight 0 and get no token, -1.
+    """
+    known = coefficients.teacher_topk
+    if known is None or not any(coefficients.kd_weight[r] > 0 for r in members):
+        return {}
+    K = next(scores for r in members if (scores := known[r]) is not None).ids.shape[1]
+    ids, logprobs = [], []
+    for r, length in zip(members, lengths.tolist(), strict=True):
+        scores = known[r]
+        none = torch.full((length, K), -1)
+        ids.append(none if scores is None else scores.ids)
+        logprobs.append(torch.zeros(length, K) if scores is None else scores.logprobs)
+    return {"topk_ids": torch.cat(ids), "topk_logprobs": torch.cat(logprobs)}

@@ -19,12 +19,14 @@ from torch.distributed.tensor import DTensor
 
 import kdrl_kernels as kk
 from kdrl_kernels.head_config import head_scalars
+from kdrl_train.batch import TopkScores
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.histogram import histogram
 from kdrl_train.method.losses import POLICIES
 from kdrl_train.model import attention, noise, rotary
 from kdrl_train.model.method_loss import LossOfRows
 from kdrl_train.model.packing import PackedBatch
+from kdrl_train.model.topk import likeliest, with_sampled
 
 T = TypeVar("T")
 
@@ -210,6 +212,7 @@ class Policy(HeadedModel):
         self.objective_alone = objective(method, distil=False)
         self.loss_of_rows = LossOfRows.of(method)
         """Where the loss has parts that kk.Objective lacks."""
+        self.topk = method.kd_topk
         self.sampled_vocab_size = vocab_size
         self.workspace_bytes = workspace_bytes
         self.head_impl = head_impl
@@ -271,10 +274,11 @@ class Policy(HeadedModel):
         if group is not None:
             teacher = None if teacher is None else teacher_rows(teacher, len(weight), group.size())
             weight, bias = local(weight), local(bias)
+        best = self._likeliest(batch, teacher, goal, len(weight))
         head: dict[str, Any] = {
             "token_weights": batch.token_weights,
-            "teacher": teacher if distil else None,
-            "teacher_logprobs": batch.teacher_logprobs if distil else None,
+            "teacher": teacher if distil and best is None else None,
+            "teacher_logprobs": batch.teacher_logprobs if distil and best is None else None,
             "normalizer": normalizer,
             "bias": bias,
             "temperature": self.temperature,
@@ -289,16 +293,29 @@ class Policy(HeadedModel):
         }
         if self.loss_of_rows is not None:
             return self.loss_of_rows(hidden, weight, batch, goal, head)
-        return kk.kdrl_loss(
+        out = kk.kdrl_loss(
             hidden,
             weight,
             batch.tokens,
             advantages=None if goal.policy == "off" else batch.advantages,
             old_logprobs=batch.old_logprobs,
+            teacher_topk=None if best is None else (best.ids, best.logprobs),
             kd_weight=batch.kd_weight if distil else None,
             objective=goal,
             **head,
         )
+        return out if best is None else with_sampled(out, best.sampled, batch)
+
+    def _likeliest(
+        self, batch: PackedBatch, teacher: kk.TeacherHead | None, goal: kk.Objective, columns: int
+    ) -> TopkScores | None:
+        """Return the teacher's likeliest tokens, where the loss reads them: its own, or those that
+        a server gave."""
+        if goal.topk_kd is None:
+            return None
+        if teacher is None:
+            return batch.teacher_topk
+        return likeliest(teacher, batch.tokens, self.topk, self.sampled_vocab_size or columns)
 
 
 def teacher_rows(teacher: kk.TeacherHead, columns: int, ranks: int) -> kk.TeacherHead:
@@ -370,6 +387,7 @@ def objective(method: MethodConfig, *, distil: bool) -> kk.Objective:
         kd_coef=1.0,
         jsd_alpha=method.jsd_alpha,
         entropy_coef=method.entropy_coef,
+        tail=method.kd_tail or not distil,
     )
 
 

@@ -35,11 +35,15 @@ def gradient_split(
     if policy.loss_of_rows is not None and policy.loss_of_rows.users is not None:
         return {"rl_grad_norm": None, "kd_grad_norm": None, "rl_kd_cosine": None}
     if goal.policy != "off":
-        alone = replace(goal, kd=None, kd_baseline=None, fkl_share=0.5, entropy_coef=0.0)
+        alone = replace(goal, kd=None, kd_baseline=None, fkl_share=0.5, entropy_coef=0.0, tail=True)
         rl = _gradient(policy, replace(batch, teacher_logprobs=None), normalizer, None, alone)
     if goal.kd is not None and batch.needs_teacher:
         if teacher is None and batch.teacher_logprobs is None:  # distilled on another rank alone
-            batch = replace(batch, teacher_logprobs=torch.zeros_like(batch.sampled_logprobs))
+            zeros = torch.zeros_like(batch.sampled_logprobs)
+            batch = replace(batch, teacher_logprobs=zeros)
+            if goal.topk_kd is not None:
+                none = torch.full_like(batch.tokens, -1)[:, None]
+                batch = replace(batch, topk_ids=none, topk_logprobs=zeros[:, None])
         alone = replace(goal, policy="off", entropy_coef=0.0)
         kd = _gradient(policy, batch, normalizer, teacher, alone)
     rl_norm = None if rl is None else _dot(rl, rl) ** 0.5

@@ -198,7 +198,7 @@ def test_every_preset_is_an_option(name: str) -> None:
         ("optim: 3", r"optim must hold keys and values, got 3"),
         (
             "method: {kd: k1}",
-            r"method\.kd must be 'k2', 'k3', 'rkl', 'fkl', 'jsd', 'rkl\+fkl' or 'reward', got 'k1'",
+            r"method\.kd must be 'k2', 'k3', 'rkl', 'fkl', 'jsd', .* or 'reward', got 'k1'",
         ),
         ("optim: {learning_rate: high}", r"optim\.learning_rate must be a number, got 'high'"),
         ("sampling: {group_size: 1}", r"group_size must be at least 2 for a policy gradient"),

@@ -11,6 +11,7 @@ CURVES = {
     },
     "Teacher": {
         "kl_teacher": "KL to the teacher, nats per token",
+        "topk_divergence": "divergence over the teacher's likeliest tokens, nats per token",
         "k2": "k2 = l²/2, mean over tokens",
         "kd_coef": "beta, weight of distillation (kd_coef)",
         "policy_coef": "weight of the policy gradient (policy_coef)",
