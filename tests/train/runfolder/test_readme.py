@@ -56,7 +56,7 @@ def test_every_key_of_a_run_is_in_the_readme(config: Callable[..., TrainConfig])
     prefetching = replace(
         base,
         out=base.out.with_name("prefetch"),
-        method=replace(base.method, kd="topk_rkl"),
+        method=replace(PRESETS["kdrl_topk"], sampler_correction="truncate"),
         engine=EngineConfig(staleness=1),
         model=replace(base.model, head_backward="sketch"),
     )
