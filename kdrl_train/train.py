@@ -8,7 +8,6 @@ divided.
 import time
 import traceback
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -278,12 +277,14 @@ def save(run: Run, done: int, wait: bool = False) -> None:
 
 
 def evaluation(run: Run) -> dict[str, float]:
-    """Measure the policy on the held-out problems."""
-    config, start = run.config, time.perf_counter()
-    stages = Stages(shown=True)
-    sampling = replace(config.sampling, group_size=config.eval.samples)
-    judged = sample_and_judge(run, run.held_out, config.eval.data, sampling, EVAL_STEP, stages)
-    seconds = time.perf_counter() - start
-    return summarize(
-        judged.rollouts, judged.verdicts, sampling.group_size, config.seed, seconds
-    ).metrics()
+    """Measure the policy on each set of held-out problems."""
+    config, metrics = run.config, dict[str, float]()
+    sampling, greedy = config.eval.sampling(config.sampling), config.eval.greedy
+    for problems in run.held_out:
+        start, stages = time.perf_counter(), Stages(shown=True)
+        judged = sample_and_judge(run, problems, sampling, EVAL_STEP, stages, greedy=greedy)
+        seconds = time.perf_counter() - start
+        size, name = sampling.group_size, problems.section.removeprefix("eval.sets.")
+        result = summarize(judged.rollouts, judged.verdicts, size, config.seed, seconds)
+        metrics |= result.metrics("eval_" if problems is run.held_out[0] else f"eval/{name}/")
+    return metrics

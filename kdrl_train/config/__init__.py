@@ -4,7 +4,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Literal
 
-from kdrl_train.config.learning import EvalConfig, LogConfig, OptimConfig
+from kdrl_train.config.learning import EvalConfig, LogConfig, OptimConfig, check_sets
 from kdrl_train.config.models import ModelConfig, TeacherConfig
 from kdrl_train.config.rollouts import DataConfig, EngineConfig, RewardConfig, SamplingConfig
 from kdrl_train.method.config import MethodConfig
@@ -152,9 +152,16 @@ class EvaluateConfig:
     """Seed of the sampling."""
     samples: PositiveInt = 4
     """k of avg@k, pass@k and maj@k: completions per problem."""
+    greedy: Switch = False
+    """Measure one completion per problem, of its most probable tokens, in place of `samples`."""
     max_problems: PositiveInt | None = None
-    """Use only this many problems, the first ones; None: all."""
+    """Use only this many problems of each set, the first ones; None: all."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    sets: dict[str, DataConfig] = field(default_factory=dict, hash=False)
+    """More sets by name, each with the keys of `data`: {aime: {path: aime.jsonl}}."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+
+    def __post_init__(self) -> None:
+        check_sets(self.sets, self.data)

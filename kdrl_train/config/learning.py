@@ -1,16 +1,20 @@
 """Settings of the optimiser, of evaluation and of what is logged."""
 
-from dataclasses import field
+import re
+from collections.abc import Mapping
+from dataclasses import field, replace
 from typing import Literal
 
-from kdrl_train.config.rollouts import DataConfig
+from kdrl_train.config.rollouts import DataConfig, SamplingConfig
 from kdrl_train.method.schedules import learning_rate
 from kdrl_train.settings import (
     LearningRate,
     NaturalFloat,
     NaturalInt,
+    PositiveFloat,
     PositiveInt,
     PositiveOrInf,
+    Switch,
     UnitInterval,
     settings,
 )
@@ -97,12 +101,64 @@ class EvalConfig:
 
     data: DataConfig = field(default_factory=DataConfig)
     """Held-out problems; with an empty path nothing is measured during training."""
+    sets: dict[str, DataConfig] = field(default_factory=dict, hash=False)
+    """More held-out sets by name, each with the keys of `data`: {aime: {path: aime.jsonl}}. Their
+    metrics are eval/aime/...; what follows a score, as a schedule, follows that of `data`."""
     every: NaturalInt = 0
     """Optimiser steps between evaluations; 0: none. The last step is evaluated too."""
     samples: PositiveInt = 4
     """k of avg@k, pass@k and maj@k: completions per problem."""
+    greedy: Switch = False
+    """Measure one completion per problem, of its most probable tokens, in place of `samples`."""
+    temperature: PositiveFloat | None = None
+    """Sampling temperature of an evaluation; None: sampling.temperature."""
+    max_new_tokens: PositiveInt | None = None
+    """Longest completion of an evaluation, in tokens; None: sampling.max_new_tokens."""
     max_problems: PositiveInt | None = None
-    """Use only this many problems, the first ones; None: all."""
+    """Use only this many problems of each set, the first ones; None: all."""
+
+    def __post_init__(self) -> None:
+        check_sets(self.sets, self.data)
+        if self.greedy and self.temperature is not None:
+            raise ValueError(
+                f"temperature must be None with greedy, got {self.temperature}: nothing is drawn"
+            )
+
+    @property
+    def sections(self) -> dict[str, DataConfig]:
+        """Section of the settings -> a set that is measured during training; `data` comes first."""
+        if not (self.every and self.data.path):
+            return {}
+        return {"eval.data": self.data} | {f"eval.sets.{n}": one for n, one in self.sets.items()}
+
+    def sampling(self, training: SamplingConfig) -> SamplingConfig:
+        """How completions of an evaluation are sampled in a run that samples like this."""
+        return replace(
+            training,
+            group_size=1 if self.greedy else self.samples,
+            temperature=self.temperature or training.temperature,
+            max_new_tokens=self.max_new_tokens or training.max_new_tokens,
+        )
+
+
+_SET_NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")
+
+
+def check_sets(sets: Mapping[str, DataConfig], data: DataConfig) -> None:
+    """Raise ValueError for sets without a file, or whose names cannot be a part of keys."""
+    if sets and not data.path:
+        raise ValueError(
+            f"data.path must be set beside sets, got only {', '.join(sets)}: the set in data is "
+            "the one whose score counts"
+        )
+    for name, one in sets.items():
+        if not _SET_NAME.fullmatch(name) or name == "data":
+            raise ValueError(
+                "sets must have names of letters, digits, _, . and -, at most 40, and not "
+                f'"data", got {name!r}: rename it'
+            )
+        if not one.path:
+            raise ValueError(f"sets.{name}.path must name a file, a folder or a hub id, got none")
 
 
 @settings

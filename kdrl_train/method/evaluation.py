@@ -49,14 +49,14 @@ class EvalResult:
         shares |= {f"pass@{k}": share for k, share in self.pass_at_k.items() if k > 1}
         return shares if self.maj_at_k is None else shares | {f"maj@{self.samples}": self.maj_at_k}
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, prefix: str = "eval_") -> dict[str, float]:
         """Return the keys for metrics.jsonl: each share with its bounds, _low and _high."""
-        record = {"eval_length": self.mean_length, "eval_truncated": self.truncated}
+        record = {f"{prefix}length": self.mean_length, f"{prefix}truncated": self.truncated}
         for name, share in self.shares.items():
             kind, _, k = name.partition("@")
             if int(k) == self.samples:
                 low, high = self.intervals[name]
-                key = f"eval_{kind}_at_k"
+                key = f"{prefix}{kind}_at_k"
                 record |= {key: share, f"{key}_low": low, f"{key}_high": high}
         return record
 

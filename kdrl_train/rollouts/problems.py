@@ -145,6 +145,17 @@ class PromptFacts:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class ProblemSet:
+    """Holds the problems of one section of the settings, without those that are too long."""
+
+    section: str
+    """As "eval.data"."""
+    data: DataConfig
+    examples: list[Example]
+    facts: PromptFacts
+
+
 def encode_all(tokenizer: Any, examples: list[Example], config: DataConfig) -> PromptFacts:
     """Encode every problem once, to see which prompts are too long.
 

@@ -38,6 +38,9 @@ class SampleRequest:
     """The step that the completions are for, from 0."""
     first: int = 0
     """Place of the first prompt in the step, where the request holds only a part of its prompts."""
+    greedy: bool = False
+    """Whether to take the most probable token each time, and draw none; nothing else is random
+    then."""
     report: Callable[[int, int], None] | None = None
     """Called now and then while an engine samples, with how many completions have ended and how
     many tokens were drawn so far. The engine `continuous` does not call it."""
@@ -97,6 +100,7 @@ class Draw(LogitsProcessor):
 
     Args:
         uniforms_BT: [B, T] float64 in [0, 1), where T is the largest number of tokens to draw.
+            None: the most probable token is taken each time.
         sampled_vocab_size: columns from here on are never drawn, since the loss leaves them out.
         poll: called before each token; an exception it raises stops sampling.
         tally: counts the tokens.
@@ -104,7 +108,7 @@ class Draw(LogitsProcessor):
 
     def __init__(
         self,
-        uniforms_BT: Tensor,
+        uniforms_BT: Tensor | None,
         temperature: float,
         sampled_vocab_size: int,
         poll: Poll | None = None,
@@ -121,10 +125,13 @@ class Draw(LogitsProcessor):
         if self.poll is not None:
             self.poll()
         logprobs = (scores[:, : self.sampled_vocab_size] / self.temperature).log_softmax(dim=1)
-        cumulative = logprobs.double().exp_().cumsum_(dim=1)
-        place = self.uniforms_BT[:, len(self.logprobs), None] * cumulative[:, -1:]
-        drawn = torch.searchsorted(cumulative, place, right=True)  # the first one above: p > 0
-        drawn.clamp_(max=cumulative.shape[1] - 1)  # logits that are not finite: see recorded
+        if self.uniforms_BT is None:
+            drawn = logprobs.argmax(dim=1, keepdim=True)
+        else:
+            cumulative = logprobs.double().exp_().cumsum_(dim=1)
+            place = self.uniforms_BT[:, len(self.logprobs), None] * cumulative[:, -1:]
+            drawn = torch.searchsorted(cumulative, place, right=True)  # the first one above: p > 0
+            drawn.clamp_(max=cumulative.shape[1] - 1)  # logits that are not finite: see recorded
         self.logprobs.append(logprobs.gather(1, drawn).squeeze(1))
         if self.tally is not None:
             self.tally.add(drawn.squeeze(1))
@@ -185,17 +192,14 @@ def generate_rollouts(
     with _sampling_mode(model):
         for start in range(0, len(prompt_ids), sampling.batch_size):
             batch = prompt_ids[start : start + sampling.batch_size]
-            numbers = [
-                uniforms(*request.entropy(r), sampling.max_new_tokens)
-                for r in range(start, start + len(batch))
-            ]
+            numbers = None if request.greedy else _numbers(request, start, len(batch))
             before = len(completions), sum(len(ids) for ids, _, _ in completions)
             tally = None
             if request.report is not None:
                 request.report(*before)
                 tally = Tally(request.report, stops.to(model.device), len(batch), before)
             draw = Draw(
-                torch.from_numpy(np.stack(numbers)).to(model.device),
+                None if numbers is None else numbers.to(model.device),
                 sampling.temperature,
                 columns if sampled_vocab_size is None else sampled_vocab_size,
                 poll,
@@ -211,6 +215,13 @@ def generate_rollouts(
         truncated=torch.tensor([truncated for _, _, truncated in completions], dtype=torch.bool),
         texts=[completion_text(tokenizer, ids.tolist(), cut) for ids, _, cut in completions],
     )
+
+
+def _numbers(request: SampleRequest, start: int, size: int) -> Tensor:
+    """Return the [B, T] numbers that draw the tokens of B completions from `start` on."""
+    count = request.sampling.max_new_tokens
+    rows = [uniforms(*request.entropy(r), count) for r in range(start, start + size)]
+    return torch.from_numpy(np.stack(rows))
 
 
 @contextmanager

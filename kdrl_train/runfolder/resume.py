@@ -216,7 +216,7 @@ def check_data(
             f"same order and chat template, got {changed}"
         )
         waits = any(one.waits_for_plateau for one in config.method.schedules.values())
-        if section == "data" or waits:
+        if section == "data" or (section == "eval.data" and waits):
             raise ValueError(
                 f"{message}: restore them, or start a new run with another --out, from these "
                 f"weights with --model.weights {checkpoint.folder}"

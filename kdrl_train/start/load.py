@@ -1,5 +1,6 @@
 """Loads what a run needs before it can be checked: models, tokenizers and problems."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,12 @@ from kdrl_train.model.teacher.client import TeacherClient, connect
 from kdrl_train.model.teachers import DEFAULT
 from kdrl_train.model.window import window
 from kdrl_train.ranks import ALONE, World
-from kdrl_train.rollouts.problems import PromptFacts, encode_all, load_examples
+from kdrl_train.rollouts.problems import (
+    ProblemSet,
+    PromptFacts,
+    encode_all,
+    load_examples,
+)
 from kdrl_train.rollouts.rendering import PromptError
 
 
@@ -58,10 +64,9 @@ class Loaded:
     examples: list[Example]
     """The problems to learn from, without those whose prompts are too long."""
     prompts: PromptFacts
-    held_out: list[Example]
-    """The problems of the evaluation during training, without those whose prompts are too long;
-    empty where it is off."""
-    held_out_prompts: PromptFacts | None
+    held_out: list[ProblemSet]
+    """The sets of the evaluation during training; the first one is that of eval.data. Empty where
+    it is off."""
 
     @property
     def teacher_models(self) -> dict[int, Teacher]:
@@ -70,10 +75,15 @@ class Loaded:
         return {number: one.model for number, one in numbered if one.model is not None}
 
     @property
+    def all_examples(self) -> list[Example]:
+        """The problems to learn from, and the held-out ones."""
+        return [*self.examples, *(e for one in self.held_out for e in one.examples)]
+
+    @property
     def data(self) -> dict[str, dict[str, Any]]:
         """Name of a section of the settings -> which problems it holds, for checkpoints."""
-        sections = {"data": self.prompts, "eval.data": self.held_out_prompts}
-        return {name: facts.identity for name, facts in sections.items() if facts is not None}
+        held_out = {one.section: one.facts.identity for one in self.held_out}
+        return {"data": self.prompts.identity} | held_out
 
     def close(self) -> None:
         """Close the connections to the teachers' servers."""
@@ -111,13 +121,7 @@ def load(config: TrainConfig, world: World = ALONE, policy_class: type[Policy] =
     output.begin(f"loading problems, {config.data.path}")
     tokenizer = load_tokenizer(config.model.policy, "model.policy", trusted)
     examples, prompts = read_problems(config.data, tokenizer, world)
-    held_out: list[Example] = []
-    held_out_prompts = None
-    if config.eval.every and config.eval.data.path:
-        most = config.eval.max_problems
-        held_out, held_out_prompts = read_problems(
-            config.eval.data, tokenizer, world, "eval.", most
-        )
+    held_out = read_sets(config.eval.sections, tokenizer, world, config.eval.max_problems)
     teachers = load_teachers(config, world)
     sizes = [teacher.vocab_size for teacher in teachers if teacher.vocab_size is not None]
     output.begin(f"loading the policy, {described(config.model.policy)}", at_once=True)
@@ -129,7 +133,6 @@ def load(config: TrainConfig, world: World = ALONE, policy_class: type[Policy] =
         examples=examples,
         prompts=prompts,
         held_out=held_out,
-        held_out_prompts=held_out_prompts,
     )
 
 
@@ -148,18 +151,36 @@ def load_teachers(config: TrainConfig, world: World) -> tuple[LoadedTeacher, ...
     return (LoadedTeacher(DEFAULT, "model.teacher", str(place), model, tokenizer),)
 
 
+def read_sets(
+    sections: Mapping[str, DataConfig],
+    tokenizer: Any,
+    world: World = ALONE,
+    max_problems: int | None = None,
+) -> list[ProblemSet]:
+    """Read a data set of each section, as read_problems does."""
+    sets = []
+    for section, data in sections.items():
+        try:
+            examples, facts = read_problems(data, tokenizer, world, section, max_problems)
+        except FileNotFoundError as error:
+            place = "" if section == "data" else f"in {section}: "
+            raise FileNotFoundError(f"{place}{error}") from error
+        sets.append(ProblemSet(section, data, examples, facts))
+    return sets
+
+
 def read_problems(
     data: DataConfig,
     tokenizer: Any,
     world: World = ALONE,
-    section: str = "",
+    section: str = "data",
     max_problems: int | None = None,
 ) -> tuple[list[Example], PromptFacts]:
     """Read a data set, and leave out the problems whose prompts are too long.
 
     Args:
         world: the ranks that call this together; rank 0 alone encodes the prompts.
-        section: where `data` stands in the settings, for messages: "eval." or nothing.
+        section: where `data` stands in the settings, for messages.
         max_problems: how many to read; None: all.
     Raises: ValueError or OSError as load_examples and encode_all do.
     """
@@ -169,7 +190,8 @@ def read_problems(
         try:
             return encode_all(tokenizer, examples, data)
         except PromptError as error:
-            raise PromptError(f"in {section}data: {error}" if section else str(error)) from error
+            place = "" if section == "data" else f"in {section}: "
+            raise PromptError(f"{place}{error}") from error
 
     facts = world.on_main(encode)
     return facts.kept(examples), facts

@@ -67,7 +67,7 @@ def preflight(
     checks: dict[str, Callable[[], str]] = {
         "prompts": lambda: check_prompts(config, loaded),
         "first prompt": lambda: check_first_prompt(config, loaded),
-        "gold answers": lambda: check_gold(config, [*loaded.examples, *loaded.held_out], verifier),
+        "gold answers": lambda: check_gold(config, loaded.all_examples, verifier),
         "end of sequence": lambda: check_eos(config, loaded),
         "policy weights": lambda: check_weights(policy, "model.policy"),
         "policy head": lambda: probed(policy, "model.policy", packed),

@@ -11,7 +11,7 @@ from kdrl_train.config import DataConfig, TrainConfig
 from kdrl_train.model.eos import eos_ids, turn_end
 from kdrl_train.model.teacher.client import UNKNOWN, TeacherClient, differing_token
 from kdrl_train.model.window import window
-from kdrl_train.rollouts.problems import PromptFacts, encode_prompt
+from kdrl_train.rollouts.problems import ProblemSet, PromptFacts, encode_prompt
 from kdrl_train.rollouts.rendering import (
     PromptError,
     chat_text,
@@ -32,23 +32,31 @@ def check_prompts(config: TrainConfig, loaded: Loaded) -> str:
     Raises: ValueError for a window that is too short; UserWarning where problems are left out, or
         have the text of others.
     """
-    facts, held_out = loaded.prompts, loaded.held_out_prompts
-    longest = max(facts.longest, 0 if held_out is None else held_out.longest)
-    _check_window("model.policy", window(loaded.policy.model.config), longest, config)
+    facts, tokens = loaded.prompts, config.sampling.max_new_tokens
+    policy_window = window(loaded.policy.model.config)
+    _check_window("model.policy", policy_window, facts.longest, tokens)
+    held_out_tokens = config.eval.sampling(config.sampling).max_new_tokens
+    for one in loaded.held_out:
+        _check_window(
+            "model.policy", policy_window, one.facts.longest, held_out_tokens, one.section
+        )
     for teacher in loaded.teachers:
-        _check_window(teacher.key, teacher.window, facts.longest, config)
-    extra = ""
-    if held_out is not None:
-        extra = f"{held_out.count:,} held out of at most {held_out.longest}, "
+        _check_window(teacher.key, teacher.window, facts.longest, tokens)
+    extra = "".join(
+        f"{one.facts.count:,} held out{_name(one)} of at most {one.facts.longest}, "
+        for one in loaded.held_out
+    )
     detail = (
         f"{facts.count:,} problems, {facts.shortest} to {facts.longest} tokens, {extra}"
         f"{'with the' if templated(loaded.tokenizer, config.data) else 'without a'} chat template; "
         f"at most {facts.longest + config.sampling.max_new_tokens} tokens with the completion"
     )
     doubts = [facts.left_out] if facts.left_out else []
-    if held_out is not None and held_out.left_out:
-        doubts.append(f"in eval.data {held_out.left_out}")
-    doubts += repeated(loaded.examples, loaded.held_out)
+    left_out = {one.section: one.facts.left_out for one in loaded.held_out}
+    doubts += [f"in {section} {text}" for section, text in left_out.items() if text]
+    doubts += repeated(loaded.examples)
+    for one in loaded.held_out:
+        doubts += learnt_as_well(loaded.examples, one.examples, one.section)
     shared = loaded.policy.choice.longest
     if shared is not None and facts.longest + config.sampling.max_new_tokens > shared:
         doubts.append(
@@ -60,11 +68,22 @@ def check_prompts(config: TrainConfig, loaded: Loaded) -> str:
     return _with_doubts(detail, doubts)
 
 
-def repeated(examples: Sequence[Example], held_out: Sequence[Example]) -> list[str]:
-    """Name problems with the same text whose gold answers differ, or that are held out as well."""
-    doubts, first_of = [], dict[str, Example]()
+def _name(one: ProblemSet) -> str:
+    """Name a set in a sentence, but for that of eval.data."""
+    return "" if one.section == "eval.data" else f" in {one.section}"
+
+
+def _first_of(examples: Sequence[Example]) -> dict[str, Example]:
+    """Return the first problem of each text."""
+    first_of: dict[str, Example] = {}
     for example in examples:
         first_of.setdefault(example.prompt, example)
+    return first_of
+
+
+def repeated(examples: Sequence[Example]) -> list[str]:
+    """Name problems with the same text whose gold answers differ."""
+    doubts, first_of = [], _first_of(examples)
     others = [e for e in examples if first_of[e.prompt].gold != e.gold]
     if others:
         one, other = first_of[others[0].prompt], others[0]
@@ -73,14 +92,22 @@ def repeated(examples: Sequence[Example], held_out: Sequence[Example]) -> list[s
             f"its gold answer, {other.id} first, {other.gold[:80]!r}, and {one.id}, "
             f"{one.gold[:80]!r}: correct one"
         )
-    learnt = [e for e in held_out if e.prompt in first_of]
-    if learnt:
-        doubts.append(
-            f"{len(learnt):,} of {len(held_out):,} problems of eval.data are learnt from as well, "
-            f"{learnt[0].id} first, as {first_of[learnt[0].prompt].id}: their accuracy says little "
-            "of problems that are new"
-        )
     return doubts
+
+
+def learnt_as_well(
+    examples: Sequence[Example], held_out: Sequence[Example], section: str
+) -> list[str]:
+    """Name held-out problems of a section that have the text of one that is learnt from."""
+    first_of = _first_of(examples)
+    learnt = [e for e in held_out if e.prompt in first_of]
+    if not learnt:
+        return []
+    return [
+        f"{len(learnt):,} of {len(held_out):,} problems of {section} are learnt from as well, "
+        f"{learnt[0].id} first, as {first_of[learnt[0].prompt].id}: their accuracy says little "
+        "of problems that are new"
+    ]
 
 
 def check_first_prompt(config: TrainConfig, loaded: Loaded) -> str:
@@ -109,14 +136,13 @@ def check_first_prompt(config: TrainConfig, loaded: Loaded) -> str:
         detail += f"; {note}"
         if config.reward.function not in ("math", "exact"):
             doubts.append(f"{note}, and {config.reward.function} must not expect it")
-    if loaded.held_out_prompts is not None:
-        of, first = config.eval.data, loaded.held_out[0]
-        more = prompt_doubts(tokenizer, ends, of, first, loaded.held_out_prompts)
-        doubts += [f"in eval.data: {doubt}" for doubt in more]
-        other = written_otherwise(data, of)
+    for one in loaded.held_out:
+        more = prompt_doubts(tokenizer, ends, one.data, one.examples[0], one.facts)
+        doubts += [f"in {one.section}: {doubt}" for doubt in more]
+        other = written_otherwise(data, one.data)
         if other:
             doubts.append(
-                "held-out problems are written otherwise: eval.data and data differ in "
+                f"held-out problems are written otherwise: {one.section} and data differ in "
                 + ", ".join(other)
             )
     return _with_doubts(detail, doubts)
@@ -238,14 +264,19 @@ def _with_doubts(detail: str, doubts: list[str]) -> str:
     return detail
 
 
-def _check_window(name: str, tokens: int | None, longest: int, config: TrainConfig) -> None:
-    """Raise ValueError if the longest prompt and a completion do not fit a window of `tokens`."""
-    if tokens is not None and longest + config.sampling.max_new_tokens > tokens:
+def _check_window(
+    name: str, tokens: int | None, longest: int, max_new_tokens: int, section: str = "data"
+) -> None:
+    """Raise ValueError if the longest prompt and a completion do not fit a window of `tokens`.
+
+    section: of the settings, where the prompt's data set stands.
+    """
+    if tokens is not None and longest + max_new_tokens > tokens:
+        completion = "sampling.max_new_tokens" if section == "data" else "eval.max_new_tokens"
         raise ValueError(
             f"{name} must hold the longest prompt and completion, got a window of {tokens} "
-            f"tokens for {longest} + {config.sampling.max_new_tokens}: lower "
-            "sampling.max_new_tokens, or data.max_prompt_tokens, which leaves longer prompts out, "
-            "or choose another model"
+            f"tokens for {longest} + {max_new_tokens}: lower {completion}, or "
+            f"{section}.max_prompt_tokens, which leaves longer prompts out, or choose another model"
         )
 
 

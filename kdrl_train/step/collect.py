@@ -13,7 +13,7 @@ from kdrl_train.model.teacher.remote import may_query_early
 from kdrl_train.model.teachers import Teachers
 from kdrl_train.output import meter
 from kdrl_train.rollouts.engines import require_version
-from kdrl_train.rollouts.problems import encode_prompt, step_indices
+from kdrl_train.rollouts.problems import ProblemSet, encode_prompt, step_indices
 from kdrl_train.rollouts.sampler import SampleRequest
 from kdrl_train.runfolder.log import ROLLOUTS, Stages
 from kdrl_train.step.run import Run
@@ -65,20 +65,22 @@ def draw(run: Run, step: int, stages: Stages, poll: Callable[[], None]) -> Judge
 
 def sample_and_judge(
     run: Run,
-    examples: list[Example],
-    data: DataConfig,
+    problems: ProblemSet,
     sampling: SamplingConfig,
     step: int,
     stages: Stages,
+    *,
+    greedy: bool,
 ) -> JudgedRollouts:
-    """Sample and judge G completions of each example, in order, each rank its share.
+    """Sample and judge G completions of each problem, in order, each rank its share.
 
     All ranks call it together, and get the parts of all. A signal to any of them raises Stopped.
+
+    greedy: as in SampleRequest.
     """
+    part = run, problems.examples, problems.data, sampling, step, stages, None
     poll = run.interrupt.poll
-    return run.gather(
-        lambda: _draw_share(run, examples, data, sampling, step, stages, None, poll), stages
-    )
+    return run.gather(lambda: _draw_share(*part, poll, greedy=greedy), stages)
 
 
 def examples_of(examples: list[Example], config: TrainConfig, step: int) -> list[Example]:
@@ -96,6 +98,8 @@ def _draw_share(
     stages: Stages,
     teachers: Teachers | None,
     poll: Callable[[], None],
+    *,
+    greedy: bool = False,
 ) -> JudgedRollouts:
     """Sample and judge this rank's share of the examples.
 
@@ -112,6 +116,7 @@ def _draw_share(
             seed=run.config.seed,
             step=step,
             first=first,
+            greedy=greedy,
             report=meter(ROLLOUTS, len(prompts) * sampling.group_size),
         )
         rollouts = run.engine.generate(request, poll)

@@ -14,6 +14,7 @@ from kdrl_train.model.policy import Policy
 from kdrl_train.model.teachers import Teachers
 from kdrl_train.ranks import World
 from kdrl_train.rollouts.engines import Engine
+from kdrl_train.rollouts.problems import ProblemSet
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder.async_saver import Saver
 from kdrl_train.runfolder.jsonl import Record
@@ -51,7 +52,7 @@ class Run:
     engine: Engine
     optimizer: torch.optim.Optimizer
     examples: list[Example]
-    held_out: list[Example]
+    held_out: list[ProblemSet]
     verifier: Verifier
     interrupt: Interrupt
     history: History

@@ -30,13 +30,13 @@ from kdrl_train.model.folder import read_config, refusal
 from kdrl_train.model.load import load_model, load_tokenizer
 from kdrl_train.model.policy import HeadedModel
 from kdrl_train.model.teacher.client import connect
-from kdrl_train.rollouts.problems import PromptFacts, encode_prompt
+from kdrl_train.rollouts.problems import ProblemSet, PromptFacts, encode_prompt
 from kdrl_train.rollouts.sampler import SampleRequest, generate_rollouts
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder.checkpoint import checkpoints, load_weights
 from kdrl_train.runfolder.log import ROLLOUTS
 from kdrl_train.runfolder.writable import require_writable_file
-from kdrl_train.start.load import described, read_problems
+from kdrl_train.start.load import described, read_sets
 from kdrl_train.start.preflight import check_gold
 from kdrl_train.start.prompts import prompt_doubts, turn_doubts, written_otherwise
 
@@ -51,6 +51,7 @@ def evaluate(
     verifier: Verifier,
     seed: int = 0,
     vocab_size: int | None = None,
+    greedy: bool = False,
 ) -> EvalResult:
     """Samples sampling.group_size completions of each example and scores them.
 
@@ -64,6 +65,7 @@ def evaluate(
         sampling: group_size (k of avg@k), max_new_tokens, temperature, batch_size.
         verifier: open.
         vocab_size: only token ids below it are sampled; None: all that the model's head has.
+        greedy: whether to take the most probable tokens, and draw none.
     Raises: ValueError for an empty list of examples.
     """
     if not examples:
@@ -76,6 +78,7 @@ def evaluate(
         sampling=sampling,
         seed=seed,
         step=EVAL_STEP,
+        greedy=greedy,
         report=output.meter(ROLLOUTS, len(prompts) * samples),
     )
     output.begin(ROLLOUTS)
@@ -94,6 +97,9 @@ def of_run(run: TrainConfig, folder: Path) -> EvaluateConfig:
     checkpoint.
     """
     held_out = bool(run.eval.data.path)
+    sampling = run.sampling
+    if held_out:
+        sampling = replace(run.eval.sampling(sampling), group_size=sampling.group_size)
     model = run.model
     if (folder / "model").is_dir():
         model = replace(model, policy=str(folder / "model"), weights=None)
@@ -102,22 +108,31 @@ def of_run(run: TrainConfig, folder: Path) -> EvaluateConfig:
     return EvaluateConfig(
         seed=run.seed,
         samples=run.eval.samples,
+        greedy=run.eval.greedy and held_out,
         max_problems=run.eval.max_problems if held_out else None,
         checkpoint_hashes=run.checkpoint_hashes,
         model=model,
         data=run.eval.data if held_out else run.data,
-        sampling=run.sampling,
+        sets=run.eval.sets if held_out else {},
+        sampling=sampling,
         reward=run.reward,
     )
 
 
 def evaluate_folder(config: EvaluateConfig, console: Console | None = None) -> EvalResult:
+    """Measures the model folder that `config` names on the problems of `data` alone."""
+    return evaluate_sets(replace(config, sets={}), console)["data"]
+
+
+def evaluate_sets(config: EvaluateConfig, console: Console | None = None) -> dict[str, EvalResult]:
     """Loads the model folder and the problems that `config` names, and measures the model.
 
     console: gets a line that says what is measured, and what is doubtful; None: none does.
+    Returns: the name of each set -> its result; that of `data` is "data", and comes first.
     """
     tokenizer = load_tokenizer(config.model.policy, "model.policy", config.model.trust_remote_code)
-    examples, facts = read_problems(config.data, tokenizer, max_problems=config.max_problems)
+    sections = {"data": config.data} | {f"sets.{name}": one for name, one in config.sets.items()}
+    sets = read_sets(sections, tokenizer, max_problems=config.max_problems)
     dtype = getattr(torch, config.model.dtype)
     output.begin(f"loading {described(config.model.policy)}", at_once=True)
     model = load_model(config.model.policy, "model.policy", config.model, dtype)
@@ -126,29 +141,51 @@ def evaluate_folder(config: EvaluateConfig, console: Console | None = None) -> E
         doubts += load_weights(
             config.model.weights, HeadedModel(model), hashes=config.checkpoint_hashes
         )
-    if console is not None:
-        ends = eos_ids(model, tokenizer)
-        doubts += prompt_doubts(tokenizer, ends, config.data, examples[0], facts)
-        doubts += turn_doubts(tokenizer, ends, config.data)
-        for line in (*measured(config, facts), *doubts, *other_templates(config)):
-            console.print(line, markup=False, soft_wrap=True)
+    results = {}
     with Verifier(config.reward) as verifier:
-        try:
-            check_gold(config, examples, verifier)
-        except UserWarning as warning:
-            if console is not None:
-                console.print(f"warning: {warning}", markup=False, soft_wrap=True)
-        result = evaluate(
-            model,
-            tokenizer,
-            examples,
-            data=config.data,
-            sampling=replace(config.sampling, group_size=config.samples),
-            verifier=verifier,
-            seed=config.seed,
-            vocab_size=common_width(model, config.model),
-        )
-    return replace(result, left_out=len(facts.too_long))
+        for problems in sets:
+            of_set = replace(config, data=problems.data, sets={})
+            say_doubts(of_set, problems, model, tokenizer, doubts, console)
+            doubts = []
+            try:
+                check_gold(config, problems.examples, verifier)
+            except UserWarning as warning:
+                if console is not None:
+                    console.print(f"warning: {warning}", markup=False, soft_wrap=True)
+            result = evaluate(
+                model,
+                tokenizer,
+                problems.examples,
+                data=problems.data,
+                sampling=replace(
+                    config.sampling, group_size=1 if config.greedy else config.samples
+                ),
+                verifier=verifier,
+                seed=config.seed,
+                vocab_size=common_width(model, config.model),
+                greedy=config.greedy,
+            )
+            name = problems.section.removeprefix("sets.")
+            results[name] = replace(result, left_out=len(problems.facts.too_long))
+    return results
+
+
+def say_doubts(
+    config: EvaluateConfig,
+    problems: ProblemSet,
+    model: Any,
+    tokenizer: Any,
+    doubts: list[str],
+    console: Console | None,
+) -> None:
+    """Prints what is measured on one set, and what is doubtful."""
+    if console is None:
+        return
+    ends, facts = eos_ids(model, tokenizer), problems.facts
+    doubts = doubts + prompt_doubts(tokenizer, ends, config.data, problems.examples[0], facts)
+    doubts += turn_doubts(tokenizer, ends, config.data)
+    for line in (*measured(config, facts), *doubts, *other_templates(config)):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def measured(config: EvaluateConfig, facts: PromptFacts) -> list[str]:
@@ -247,11 +284,14 @@ def main(config: EvaluateConfig) -> EvalResult:
     if config.out is not None:
         require_writable_file(config.out)  # now, as a measurement takes long
     console = output.guarded_console()
-    result = evaluate_folder(config, console)
+    results = evaluate_sets(config, console)
     name = str(config.model.weights or config.model.policy)
-    console.print(result_table({name: result}))
+    for place, one in results.items():
+        console.print(result_table({name if place == "data" else f"{name}, {place}": one}))
+    result = results.pop("data")
     if config.out is not None:
+        numbers = asdict(result) | {"sets": {place: asdict(one) for place, one in results.items()}}
         with written(config.out):
             config.out.parent.mkdir(parents=True, exist_ok=True)
-            config.out.write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
+            config.out.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     return result

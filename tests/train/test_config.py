@@ -252,6 +252,26 @@ def test_every_preset_is_an_option(name: str) -> None:
             "allow_changes: [seed]",
             r"allow_changes\[0\] must be 'optim\.learning_rate', .* got 'seed'",
         ),
+        (
+            "eval: {sets: {a: {path: x.jsonl}}}",
+            r"eval\.data\.path must be set beside sets, got only a: the set in data is the one",
+        ),
+        (
+            "eval: {data: {path: x}, sets: {a/b: {path: x}}}",
+            r"eval\.sets must have names of letters, .* got 'a/b': rename it",
+        ),
+        (
+            "eval: {data: {path: x}, sets: {a: {}}}",
+            r"eval\.sets\.a\.path must name a file, .* none",
+        ),
+        (
+            "eval: {data: {path: x}, sets: {a: {pathz: 1}}}",
+            r"unknown key eval\.sets\.a\.pathz .*; eval\.sets\.a has path, split",
+        ),
+        (
+            "eval: {greedy: true, temperature: 1}",
+            r"eval\.temperature must be None with greedy, got",
+        ),
         ("log: {trackers: wandb}", r"log\.trackers must be a list, got 'wandb'"),
         (
             "log: {trackers: [mlflow]}",

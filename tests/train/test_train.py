@@ -333,13 +333,21 @@ def test_held_out_problems_are_measured_at_their_steps(
     config: Callable[..., TrainConfig],
 ) -> None:
     base = config()
-    evaluation = EvalConfig(data=base.data, every=2, samples=2, max_problems=3)
+    sets = {"same": base.data, "one": replace(base.data, max_prompt_tokens=9)}
+    evaluation = EvalConfig(data=base.data, every=2, samples=2, max_problems=3, sets=sets)
     with_evaluation = run(replace(base, eval=evaluation))
     assert ["eval_avg_at_k" in row for row in with_evaluation] == [False, True, True]
     assert 0 <= with_evaluation[1]["eval_avg_at_k"] <= with_evaluation[1]["eval_pass_at_k"] <= 1
+    for record in with_evaluation[1:]:
+        kinds = [f"{kind}_at_k{end}" for kind in ("avg", "pass") for end in ("", "_low", "_high")]
+        names = [*kinds, "length", "truncated"]
+        for name in sets:
+            assert [record[f"eval/{name}/{k}"] for k in names] == [
+                record[f"eval_{k}"] for k in names
+            ]
     without = run(config("without"))
     for row, plain in zip(without_times(with_evaluation), without_times(without), strict=True):
-        assert {k: v for k, v in row.items() if not k.startswith("eval_")} == plain
+        assert {k: v for k, v in row.items() if not k.startswith(("eval_", "eval/"))} == plain
 
 
 def test_over_long_prompts_are_left_out_of_a_run(config: Callable[..., TrainConfig]) -> None:

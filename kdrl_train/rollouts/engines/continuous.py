@@ -57,6 +57,7 @@ class ContinuousEngine(GenerateEngine):
         sampling = request.sampling
         prompts = [list(p) for p in request.prompts for _ in range(sampling.group_size)]
         longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
+        draws = {"temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
         together = min(sampling.batch_size, len(prompts))
         entropy = [request.seed, request.step, request.first]
         (seed,) = np.random.SeedSequence(entropy).generate_state(1)
@@ -65,10 +66,8 @@ class ContinuousEngine(GenerateEngine):
             by_id = self.model.generate_batch(
                 prompts,
                 generation_config=GenerationConfig(
-                    do_sample=True,
-                    temperature=sampling.temperature,
-                    top_k=0,
-                    top_p=1.0,
+                    do_sample=not request.greedy,
+                    **({} if request.greedy else draws),
                     max_new_tokens=sampling.max_new_tokens,
                     eos_token_id=stops,
                     pad_token_id=stops[0],

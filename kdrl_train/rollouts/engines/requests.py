@@ -63,7 +63,9 @@ class RequestEngine(ABC):
         sampling = request.sampling
         repeated = [list(prompt) for prompt in request.prompts for _ in range(sampling.group_size)]
         requests = [
-            CompletionRequest(prompt, self._params(sampling, request.entropy(r)))
+            CompletionRequest(
+                prompt, self._params(sampling, request.entropy(r), greedy=request.greedy)
+            )
             for r, prompt in enumerate(repeated)
         ]
         report = request.report or _no_report
@@ -101,11 +103,13 @@ class RequestEngine(ABC):
         report: called where more completions have ended, as SampleRequest has it.
         """
 
-    def _params(self, sampling: SamplingConfig, entropy: tuple[int, ...]) -> dict[str, Any]:
+    def _params(
+        self, sampling: SamplingConfig, entropy: tuple[int, ...], *, greedy: bool = False
+    ) -> dict[str, Any]:
         """Name every parameter: a server takes those left out from generation_config.json."""
         (state,) = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
         return {
-            "temperature": sampling.temperature,
+            "temperature": 0.0 if greedy else sampling.temperature,  # 0: the most probable token
             "max_tokens": sampling.max_new_tokens,
             "seed": int(state >> np.uint64(1)),  # servers take int64
             "stop_token_ids": self.stops,
@@ -148,6 +152,9 @@ def _no_report(_done: int, _tokens: int) -> None:
 
 def longest_sequence(config: TrainConfig, policy: Policy) -> int:
     """Return the tokens of the longest prompt that the run may have, with its completion."""
-    prompt = max(config.data.max_prompt_tokens, config.eval.data.max_prompt_tokens)
-    longest = prompt + config.sampling.max_new_tokens
+    held_out = config.eval.sampling(config.sampling).max_new_tokens
+    longest = max(
+        config.data.max_prompt_tokens + config.sampling.max_new_tokens,
+        *(one.max_prompt_tokens + held_out for one in config.eval.sections.values()),
+    )
     return min(window(policy.model.config) or longest, longest)

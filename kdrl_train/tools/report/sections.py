@@ -25,7 +25,7 @@ from kdrl_train.tools.report.statistics import (
     steps_per_point,
 )
 from kdrl_train.tools.report.svg import number
-from kdrl_train.tools.report.titles import CAPTIONS, CURVES, TABLED
+from kdrl_train.tools.report.titles import CAPTIONS, CURVES, TABLED, base_of, with_names
 
 
 def overview(groups: Sequence[RunGroup]) -> Section:
@@ -45,10 +45,11 @@ def overview(groups: Sequence[RunGroup]) -> Section:
 
 def differences(groups: Sequence[RunGroup]) -> Section:
     """Shows final values, and how each group differs from the first one."""
-    keys = [key for key in TABLED if any(group.having(key) for group in groups)]
+    tabled = with_names(TABLED, _keys(groups))
+    keys = [key for key in tabled if any(group.having(key) for group in groups)]
     if not keys:
         return Section("values", "Final values", [Note("No values yet.")])
-    names = ["group", *(TABLED[key] for key in keys)]
+    names = ["group", *(tabled[key] for key in keys)]
     lines = [[g.name, *(_interval(final_interval(g, key)) for key in keys)] for g in groups]
     note = (
         f"A run's value is the mean over the last {FINAL:.0%} of the steps that it made, or its "
@@ -98,11 +99,12 @@ def curves(groups: Sequence[RunGroup]) -> Section:
     if every > 1:
         words += " The band of a single run goes from the lowest to the highest step of each point."
     blocks: list[Block] = [Note(words)]
-    known = {key for part in CURVES.values() for key in part}
-    others = [k for g in groups for r in g.runs for k in r.columns if k not in known]
-    rest = {k: k for k in dict.fromkeys(others) if not k.startswith(("seconds_", "tokens_per_s_"))}
+    keys = _keys(groups)
+    known = {key for part in CURVES.values() for key in with_names(part, keys)}
+    rest = {k: k for k in keys if k not in known if not k.startswith(("seconds_", "tokens_per_s_"))}
     rest = {k: k for k in rest if not k.endswith(("_low", "_high")) and not _is_quantile(k)}
-    for heading, titles in CURVES.items():
+    for heading, named in CURVES.items():
+        titles = with_names(named, keys)
         charts = [*_charts(groups, titles, every)]
         if heading == "Teacher":
             charts += _log_ratio_curves(groups, every)
@@ -113,6 +115,11 @@ def curves(groups: Sequence[RunGroup]) -> Section:
     if charts:
         blocks.append(Folded("Other numbers", [Legend([g.name for g in groups]), *charts]))
     return Section("curves", "Curves", blocks)
+
+
+def _keys(groups: Sequence[RunGroup]) -> list[str]:
+    """Lists the keys of all runs, each once."""
+    return list(dict.fromkeys(key for g in groups for run in g.runs for key in run.columns))
 
 
 def _is_quantile(key: str) -> bool:
@@ -132,7 +139,7 @@ def _charts(groups: Sequence[RunGroup], titles: dict[str, str], every: int) -> l
         elif values:
             references = _mismatch_bounds(groups) if key == "sampler_mismatch_mean" else ()
             svg = line_chart(series, title=title, references=references, legend=False)
-            blocks.append(Figure("", svg, CAPTIONS.get(key, "")))
+            blocks.append(Figure("", svg, CAPTIONS.get(base_of(key)[0], "")))
     if constant:
         blocks.append(Note(f"The same at every step of every run: {'; '.join(constant)}."))
     return blocks

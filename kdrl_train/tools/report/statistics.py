@@ -94,7 +94,9 @@ def final(run: RunData, key: str) -> float | None:
     if column is None:
         return None
     last = (
-        column.values[-1:] if key.startswith("eval_") else column.values[-tail(run.steps, FINAL) :]
+        column.values[-1:]
+        if key.startswith(("eval_", "eval/"))
+        else column.values[-tail(run.steps, FINAL) :]
     )
     known = last[~np.isnan(last)]
     return float(known.mean()) if len(known) else None

@@ -1,5 +1,7 @@
 """Names the numbers of metrics.jsonl for the page: titles and captions of curves, columns."""
 
+from collections.abc import Iterable, Mapping
+
 CURVES = {
     "Reward": {
         "reward": "reward, mean",
@@ -85,3 +87,26 @@ TABLED = {
     "tokens_per_s": "tokens/s",
 }
 """Key of metrics.jsonl -> column of the table of final values."""
+
+
+def base_of(key: str) -> tuple[str, str]:
+    """Return the key whose title a key of several parts shares, and the name that it adds.
+
+    They are eval_avg_at_k and aime of eval/aime/avg_at_k, and kl_teacher and code of
+    kl_teacher/code.
+    """
+    first, _, rest = key.partition("/")
+    name, _, kind = rest.rpartition("/")
+    return (f"eval_{kind}", name) if first == "eval" and name else (first, rest)
+
+
+def with_names(titles: Mapping[str, str], keys: Iterable[str]) -> dict[str, str]:
+    """Return the title of each key of metrics.jsonl that `titles` names, or names the base of."""
+    named: dict[str, dict[str, str]] = {}
+    for key in dict.fromkeys(keys):
+        base, name = base_of(key)
+        if base in titles and name:
+            named.setdefault(base, {})[key] = f"{titles[base]}: {name}"
+    return {
+        k: t for base in titles for k, t in ({base: titles[base]} | named.get(base, {})).items()
+    }

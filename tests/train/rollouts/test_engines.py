@@ -63,6 +63,15 @@ def test_it_samples_from_the_weights_that_were_pushed(engine: tuple[Any, Policy]
     assert_logprobs_are_of(policy, sampler.generate(REQUEST))
 
 
+def test_greedy_completions_are_the_most_probable_tokens(engine: tuple[Any, Policy]) -> None:
+    sampler, policy = engine
+    rollouts = sampler.generate(replace(REQUEST, greedy=True))
+    for prompt, ids in zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True):
+        with torch.no_grad():
+            logits = policy.model(input_ids=torch.cat([prompt, ids])[None]).logits[0]
+        assert ids.tolist() == logits[len(prompt) - 1 : -1].argmax(dim=1).tolist()
+
+
 def test_stops_and_truncation(engine: tuple[Any, Policy]) -> None:
     sampler, _ = engine
     sampler.model.generation_config.eos_token_id = list(range(100, 200))

@@ -80,6 +80,31 @@ def test_draws_follow_the_plain_softmax(model: Any, tokenizer: Any) -> None:
     assert (drawn > 0).sum() > 100
 
 
+def test_greedy_takes_the_most_probable_token(model: Any, tokenizer: Any) -> None:
+    """Of those that may be drawn, whatever the seed, the temperature and the generation config."""
+    columns = 200
+    one, other = (
+        generate_rollouts(
+            model,
+            tokenizer,
+            replace(request(seed=seed, temperature=0.7 + seed), greedy=True),
+            sampled_vocab_size=columns,
+        )
+        for seed in (0, 1)
+    )
+    for prompt, ids, same in zip(
+        one.prompt_ids, one.completion_ids, other.completion_ids, strict=True
+    ):
+        with torch.no_grad():
+            logits = model(input_ids=torch.cat([prompt, ids])[None]).logits[0, :, :columns]
+        assert ids.tolist() == logits[len(prompt) - 1 : -1].argmax(dim=1).tolist()
+        assert ids.tolist() == same.tolist()
+    drawn = generate_rollouts(model, tokenizer, request(), sampled_vocab_size=columns)
+    assert [ids.tolist() for ids in drawn.completion_ids] != [
+        ids.tolist() for ids in one.completion_ids
+    ]
+
+
 def test_every_end_of_sequence_token_ends(model: Any, tokenizer: Any) -> None:
     model.generation_config.eos_token_id = [*range(100, 200)]
     model.config.eos_token_id = 99

@@ -57,6 +57,9 @@ def test_what_a_server_receives(opened: tuple[Any, Policy], server: Scripted) ->
     engine.generate(replace(REQUEST, prompts=PROMPTS[1:], first=1))  # another rank's share
     again = [(body["prompt"][0], body["seed"]) for body in server.bodies]
     assert sorted(again) == sorted(pair for pair in seeds if pair[0] == 20)
+    server.bodies.clear()
+    engine.generate(replace(REQUEST, greedy=True))
+    assert {body["temperature"] for body in server.bodies} == {0.0}
 
 
 def test_special_tokens_of_a_reply_are_text(opened: tuple[Any, Policy], server: Scripted) -> None:

@@ -200,12 +200,15 @@ def test_other_held_out_problems_are_named_and_refused_where_a_schedule_waits() 
     assert warning.endswith("got 9 in place of 8: scores before and after do not compare")
     assert check_data(before, {"data": then}, CONFIG) == []  # no evaluation any more
     assert check_data(saved_with({"data": then}), {"data": then, "eval.data": more}, CONFIG) == []
+    sets = {"data": then, "eval.data": then, "eval.sets.b": more}
     switch = ScheduleConfig(kind="switch", patience=2)
     waits = replace(
         CONFIG,
         method=MethodConfig(kd="rkl", kd_coef=switch),
         eval=EvalConfig(every=1, data=DataConfig(path="held.jsonl")),
     )
+    (warning,) = check_data(saved_with(sets | {"eval.sets.b": then}), sets, waits)
+    assert warning.startswith("eval.sets.b.path must hold the problems that it held at")
     with pytest.raises(ValueError, match=r"eval\.data\.path must hold .*: restore them, or start"):
         check_data(before, {"data": then, "eval.data": more}, waits)
 

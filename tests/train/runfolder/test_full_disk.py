@@ -50,7 +50,7 @@ def write_report(path: Path) -> None:
 
 def write_scores(path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "evaluate_folder", lambda *_: RECORD)
+        patch.setattr(evaluate, "evaluate_sets", lambda *_: {"data": RECORD})
         patch.setattr(evaluate, "result_table", lambda _: "a table")
         patch.setattr(evaluate, "asdict", dict)
         evaluate.main(EvaluateConfig(out=path))

@@ -49,7 +49,9 @@ def test_every_key_of_a_run_is_in_the_readme(config: Callable[..., TrainConfig])
         sampling=sampling,
         samples_per_step=1,
         method=replace(PRESETS["kdrl_gap"], sampler_correction="truncate"),
-        eval=EvalConfig(data=config().data, every=1, samples=2, max_problems=2),
+        eval=EvalConfig(
+            data=config().data, sets={"NAME": config().data}, every=1, samples=2, max_problems=2
+        ),
         log=LogConfig(diagnostics_every=1),
     )
     base = replace(base, reward=RewardConfig(function="exact", workers=1))  # it reads answers

@@ -24,6 +24,7 @@ from kdrl_train.errors import RankError
 from kdrl_train.model.attention import Choice
 from kdrl_train.model.policy import Teacher
 from kdrl_train.ranks import ALONE, World
+from kdrl_train.rollouts.problems import ProblemSet
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.start import models, preflight
 from kdrl_train.start.load import Loaded, load
@@ -116,7 +117,9 @@ def test_every_gold_answer_is_judged_and_a_bad_row_named_shortly(config: TrainCo
 
 def test_held_out_gold_answers_are_judged(loaded: Loaded, config: TrainConfig) -> None:
     with Verifier(config.reward) as verifier:
-        held = replace(loaded, held_out=[Example("held:7", loaded.examples[0].prompt, "5 or more")])
+        problem = Example("held:7", loaded.examples[0].prompt, "5 or more")
+        held_out = ProblemSet("eval.sets.a", config.data, [problem], loaded.prompts)
+        held = replace(loaded, held_out=[held_out])
         results = preflight.preflight(config, held, verifier)
     (failed,) = [result for result in results if not result.passed]
     assert "20 right, 1 error; first: held:7, answer '5 or more'" in failed.detail

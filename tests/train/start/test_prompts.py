@@ -70,12 +70,14 @@ def tokenizers(config: TrainConfig, loaded: Loaded) -> str:
 def test_problems_with_the_text_of_others_are_named() -> None:
     rows = [("a:1", "1+1", "2"), ("a:2", "1+1", "2"), ("a:3", "2+2", "4"), ("a:4", "1+1", "3")]
     examples = [Example(*row) for row in rows]
-    assert prompts.repeated(examples[:3], [Example("b:1", "3+3", "6")]) == []
+    assert prompts.repeated(examples[:3]) == []
+    assert prompts.learnt_as_well(examples, [Example("b:1", "3+3", "6")], "eval.data") == []
     held_out = [Example("b:1", "3+3", "6"), Example("b:2", "2+2", "4")]
-    assert prompts.repeated(examples, held_out) == [
+    doubts = prompts.repeated(examples)
+    assert doubts + prompts.learnt_as_well(examples, held_out, "eval.sets.b") == [
         "1 of 4 problems have the text of another one and not its gold answer, a:4 first, '3', and "
         "a:1, '2': correct one",
-        "1 of 2 problems of eval.data are learnt from as well, b:2 first, as a:3: their accuracy "
+        "1 of 2 problems of eval.sets.b are learnt from as well, b:2 first, as a:3: their accuracy "
         "says little of problems that are new",
     ]
 
@@ -269,8 +271,20 @@ def test_held_out_prompts_must_fit(held: TrainConfig) -> None:
     long = replace(held, sampling=SamplingConfig(max_new_tokens=250))
     with pytest.raises(ValueError, match=r"model\.policy must .* 256 tokens for 9 \+ 250: lower"):
         prompts.check_prompts(long, loaded)
+    sets = {"short": replace(held.eval.data, max_prompt_tokens=4)}
+    longer = replace(held.eval, max_new_tokens=248, sets=sets)
+    with pytest.raises(
+        ValueError, match=r"9 \+ 248: lower eval\.max_new_tokens, or eval\.data\.max"
+    ):
+        prompts.check_prompts(replace(held, eval=longer), loaded)
+    fits = replace(held, eval=replace(longer, max_new_tokens=247))
+    of_sets = load(fits)
+    doubt = warning(prompts.check_prompts, fits, of_sets)
+    assert doubt.startswith("in eval.sets.short 1 of 2 problems are left out: ")
+    assert "2 held out of at most 9, 1 held out in eval.sets.short of at most 4, " in doubt
+    assert list(of_sets.data) == ["data", "eval.data", "eval.sets.short"]
     first = replace(held, eval=replace(held.eval, max_problems=1))
-    assert len(load(first).held_out) == 1
+    assert [len(one.examples) for one in load(first).held_out] == [1]
     assert load(replace(held, eval=replace(held.eval, every=0))).held_out == []
 
 
@@ -281,7 +295,7 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(held: TrainConfig) -
         eval=replace(held.eval, data=replace(held.eval.data, max_prompt_tokens=8)),
     )
     loaded = load(swapped)
-    assert [one.id for one in (*loaded.examples, *loaded.held_out)] == ["held.jsonl:1"] * 2
+    assert [one.id for one in loaded.all_examples] == ["held.jsonl:1"] * 2
     doubt = warning(prompts.check_prompts, swapped, loaded)
     left_out = "1 of 2 problems are left out: their prompts have more than max_prompt_tokens"
     assert doubt.startswith(left_out)

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
@@ -136,6 +137,32 @@ def test_a_measurement_of_a_model(folders: dict[str, Path], tokenizer: Any) -> N
         assert other.outcomes != result.outcomes
         with pytest.raises(ValueError, match="at least one problem, got none"):
             evaluate(model, tokenizer, [], data=data, sampling=SAMPLING, verifier=verifier)
+
+
+def test_sets_are_measured_one_by_one_and_written_together(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = DataConfig(path=str(folders["task"]))
+    config = EvaluateConfig(
+        out=tmp_path / "scores.json",
+        model=ModelConfig(policy=str(folders["student"]), device="cpu"),
+        data=data,
+        sets={"same": data, "short": replace(data, prompt_template="{prompt}?")},
+        sampling=SAMPLING,
+        reward=REWARD,
+        max_problems=4,
+        greedy=True,
+    )
+    result = evaluation.main(config)
+    numbers = json.loads(config.out.read_text(encoding="utf-8"))
+    sets = numbers.pop("sets")
+    assert (result.samples, sum(result.outcomes.values())) == (1, 4)
+    assert (numbers["mean_length"], list(sets)) == (result.mean_length, ["same", "short"])
+    assert sets["same"] | {"seconds": 0} == numbers | {"seconds": 0}
+    assert sets["short"] | {"seconds": 0} != numbers | {"seconds": 0}
+    printed = capsys.readouterr().out
+    assert printed.count("4 problems, 1 completions each") == 3
+    assert len(re.findall(r"\bshort\b", printed)) == 1
 
 
 def test_answers_vote_as_their_reward_says(folders: dict[str, Path], tokenizer: Any) -> None:

@@ -51,6 +51,16 @@ def test_eval_measures_what_the_run_measures(run: TrainConfig) -> None:
     assert (taken.data, taken.samples, taken.max_problems) == (run.eval.data, 3, 7)
     assert (taken.sampling, taken.reward, taken.seed) == (run.sampling, run.reward, 5)
     assert taken.out is None  # not the run's folder
+    held_out = replace(run.eval, sets={"b": run.data}, temperature=0.5, max_new_tokens=99)
+    save_yaml(replace(run, eval=held_out), run.out / "config.yaml")
+    taken = parse("eval", "--config", file_of(run))
+    assert (taken.sets, taken.greedy) == ({"b": run.data}, False)
+    assert taken.sampling == replace(run.sampling, temperature=0.5, max_new_tokens=99)
+    greedy = replace(run.eval, greedy=True)
+    save_yaml(replace(run, eval=greedy), run.out / "config.yaml")
+    assert parse("eval", "--config", file_of(run)).greedy
+    save_yaml(replace(run, eval=replace(greedy, data=DataConfig())), run.out / "config.yaml")
+    assert not parse("eval", "--config", file_of(run)).greedy
     save_yaml(replace(run, eval=EvalConfig()), run.out / "config.yaml")
     taken = parse("eval", "--config", file_of(run), "--data.path", "test.jsonl")
     assert taken.data == replace(run.data, path="test.jsonl")
@@ -119,7 +129,7 @@ def test_a_file_of_the_command_itself_is_read_as_before(tmp_path: Path) -> None:
     taken = parse("eval", "--config", str(file))
     assert (taken.samples, taken.data.path, taken.out) == (9, "a.jsonl", Path("numbers.json"))
     file.write_text("samples: 9\nsteps: 3\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"unknown key steps; there are out, .*seed, samples"):
+    with pytest.raises(ValueError, match=r"unknown key steps.*; there are out, .*seed, samples"):
         parse("eval", "--config", str(file))
     file.write_text("optim: {learning_rat: 3}\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"unknown key optim\.learning_rat \(did you mean"):

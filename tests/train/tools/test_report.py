@@ -154,6 +154,22 @@ def test_one_run_has_the_interval_of_its_evaluation(tmp_path: Path) -> None:
     assert (mean.value, mean.low, mean.high) == (0.5, 0.4, 0.6)
 
 
+def test_sets_are_drawn_and_tabled_beside_the_first_one(tmp_path: Path) -> None:
+    records = [record(step) for step in range(3)]
+    for step, low in ((0, 0.1), (2, 0.2)):
+        for key in ("eval_avg_at_k", "eval/aime/avg_at_k"):
+            scores = {f"{key}{end}": v + low for end, v in EVALUATION.items()}
+            records[step] |= scores | {"eval/aime/length": 9.0 + step}
+    runs = {"a": [run_folder(tmp_path / "a", records)]}
+    page = check(write(runs, tmp_path / "r.html"))
+    assert "held-out avg@k: aime" in page.text
+    assert "held-out response length, tokens: aime" in page.text
+    assert "avg@k: aime" in page.text
+    assert "eval/aime" not in page.text  # as a number that the report does not know
+    mean = final_interval(RunGroup("a", 0, [read(tmp_path / "a")]), "eval/aime/avg_at_k")
+    assert (mean.value, mean.low, mean.high) == pytest.approx((0.7, 0.6, 0.8))
+
+
 EVALUATION = {"": 0.5, "_low": 0.4, "_high": 0.6}
 
 
