@@ -59,6 +59,11 @@ CLAIMS = (
     Claim("three steps against constant", "kdrl_step", "kdrl", ""),
     Claim("4p(1 - p) against constant", "kdrl_adaptive", "kdrl", ""),
     Claim("k1 as a loss against GRPO", "k1_as_loss", "grpo", ""),
+    Claim("bounded k2 against k2", "kdrl_tanh", "kdrl", ""),
+    Claim("sign gate against none", "kdrl_sign_gate", "kdrl", ""),
+    Claim("top-8 KL against the whole", "kdrl_topk", "kdrl_exact", ""),
+    Claim("top-8 KL: no tail against a tail", "kdrl_topk_alone", "kdrl_topk", ""),
+    Claim("advantage 1 against the reward's", "constant_advantage", "kdrl", ""),
 )
 
 

@@ -32,6 +32,8 @@ class Arm:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the run beside the method, as in a YAML file; {task} in a text stands for the
     folder of the task."""
+    successor: bool = False
+    """Whether it is of methods that came after the paper: bench/study/successors.yaml runs it."""
     models: tuple[str, ...] = ()
     """Models of the task that the arm needs beside student and middle teacher."""
     like: str | None = None
@@ -65,9 +67,18 @@ def _stretched(schedule: ScheduleConfig, factor: float, steps: int) -> ScheduleC
 
 _KDRL, _ALONE = PRESETS["kdrl"], PRESETS["kd_rkl"]
 _KDRL_EXACT = replace(_KDRL, kd="rkl")
+_FIXED = _KDRL.kd_coef
 _TO_ZERO = ScheduleConfig(kind="linear", initial=1.0, final=0.0, steps=PAPER_STEPS)
 _STAIRS = ScheduleConfig(kind="step", initial=1.0, at=(93, 187), values=(0.3, 0.1))
 _UNDECIDED = ScheduleConfig(kind="reward_adaptive", initial=1.0)
+
+
+_TOPK = replace(_KDRL, kd="topk_rkl", kd_topk=8)
+
+
+def _successor(title: str, method: MethodConfig, like: str = "kdrl", **fields: Any) -> Arm:
+    tuned = method.kd is not None and method.kd_coef == _FIXED
+    return Arm(title=title, method=method, tuned=tuned, like=like, successor=True, **fields)
 
 
 def _scheduled(schedule: ScheduleConfig) -> MethodConfig:
@@ -131,6 +142,15 @@ ARMS: Mapping[str, Arm] = {
     ),
     "kdrl_adaptive": Arm(
         title="KDRL, beta times 4p(1 - p) of the group", method=_scheduled(_UNDECIDED), tuned=True
+    ),
+    "kdrl_tanh": _successor("KDRL, bounded k2", replace(_KDRL, kd_tanh=1.0)),
+    "kdrl_sign_gate": _successor("KDRL, k2 where signs agree", replace(_KDRL, kd_sign_gate=True)),
+    "kdrl_topk": _successor("KDRL, top-8 KL with a tail", _TOPK, like="kdrl_exact"),
+    "kdrl_topk_alone": _successor(
+        "KDRL, top-8 KL without a tail", replace(_TOPK, kd_tail=False), like="kdrl_exact"
+    ),
+    "constant_advantage": _successor(
+        "control: KDRL with advantage 1", replace(_KDRL, advantage="constant")
     ),
 }
 """The arms by name. Each differs from its preset by what is written here, and by nothing else."""

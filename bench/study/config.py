@@ -91,8 +91,8 @@ class StudyConfig:
     """A small study: one task, one seed, no sweep, 30 steps. Minutes on two CPU cores."""
     tasks: tuple[TaskName, ...] = ("arithmetic", "countdown")
     """Tasks. All arms run on the first one, and those in `main_arms` on the others."""
-    arms: tuple[str, ...] = tuple(name for name in ARMS)
-    """Arms to run, by their names in bench/study/arms.py."""
+    arms: tuple[str, ...] = tuple(name for name, arm in ARMS.items() if not arm.successor)
+    """Arms to run, by their names in bench/study/arms.py; those of the paper and its schedules."""
     main_arms: tuple[str, ...] = ("student", "teacher", "sft", "grpo", "kd_rkl", "kdrl")
     """Arms that run on every task, with more seeds on the first."""
     quality_arms: tuple[str, ...] = ("kd_rkl", "kdrl")
