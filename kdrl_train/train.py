@@ -273,7 +273,7 @@ def save(run: Run, done: int, wait: bool = False) -> None:
     rollouts = None
     if run.prefetch is not None:
         rollouts = run.prefetch.state(done, run.config.sampling.group_size)
-    run.saver.save(done, run.policy, run.optimizer, rollouts, wait)
+    run.saver.save(done, run.policy, run.optimizer, rollouts, wait, run.teachers.average)
 
 
 def evaluation(run: Run) -> dict[str, float]:

@@ -118,11 +118,30 @@ class TrainConfig:
             )
         if self.model.teacher_is_url:
             self._check_server()
+        self._check_teacher_prompts()
 
     def is_saved(self, done: int) -> bool:
         """Whether a checkpoint follows on `done` optimiser steps."""
         kept = self.keep_every > 0 and done % self.keep_every == 0
         return done % self.save_every == 0 or kept or done == self.steps
+
+    def _check_teacher_prompts(self) -> None:
+        """Raises ValueError for a teacher that has nothing to say, and a template without one."""
+        template, live = self.data.teacher_template, self.model.self_teacher == "live"
+        if self.method.kd is not None and live and template is None:
+            raise ValueError(
+                'data.teacher_template must be set with model.self_teacher "live", got None: after '
+                "the same prompt the policy's own weights say what it says, and the gradient is 0; "
+                'set it, or self_teacher to "frozen" or "ema"'
+            )
+        sections = {"eval.data": self.eval.data}
+        sections |= {f"eval.sets.{name}": one for name, one in self.eval.sets.items()}
+        for section, one in sections.items():
+            if one.teacher_template is not None:
+                raise ValueError(
+                    f"{section}.teacher_template must be None, got {one.teacher_template!r}: no "
+                    "teacher reads the held-out problems"
+                )
 
     def _check_server(self) -> None:
         """Raises ValueError for what log-probabilities from a server cannot give."""

@@ -4,7 +4,17 @@ from pathlib import Path
 from typing import Literal
 
 from kdrl_train.config.addresses import require_no_secret
-from kdrl_train.settings import NaturalOrInf, PositiveFloat, PositiveInt, Switch, settings
+from kdrl_train.settings import (
+    NaturalOrInf,
+    OpenUnitInterval,
+    PositiveFloat,
+    PositiveInt,
+    Switch,
+    settings,
+)
+
+SELF = "self"
+"""As model.teacher: the policy's own weights."""
 
 
 @settings
@@ -14,9 +24,17 @@ class ModelConfig:
     policy: str = ""
     """The policy (student): a folder or hub id. Any causal LM of transformers is accepted."""
     teacher: str | None = None
-    """The teacher: a folder, a hub id or a server's URL. A URL is http://host:port. The teacher
-    must have the policy's tokenizer. Needed when method.kd is set. `eval` reads only the size of
+    """The teacher: a folder, a hub id, a server's URL, or self, the policy's own weights
+    (self_teacher; ./self is a folder). A URL is http://host:port. The teacher must have the
+    policy's tokenizer. Needed when method.kd is set. `eval` reads only the size of
     its vocabulary: training never samples a token that the teacher does not have."""
+    self_teacher: Literal["frozen", "live", "ema"] = "frozen"
+    """Which weights of the policy teach, with teacher self. frozen: those of step 0, a copy. live:
+    those that are trained, without a copy and without a gradient; each update reads them as they
+    are. ema: a float32 copy that follows them after each optimiser step (ema_decay)."""
+    ema_decay: OpenUnitInterval = 0.99
+    """With self_teacher ema: the share of itself that the copy keeps at each optimiser step; the
+    rest comes from the policy."""
     teacher_api: Literal["kdrl", "openai"] = "kdrl"
     """The protocol of a teacher behind a URL: kdrl (`python -m kdrl_train serve`) or openai (vLLM,
     or another server whose /v1/completions returns prompt log-probabilities)."""
@@ -63,6 +81,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_no_secret("teacher", self.teacher, "KDRL_TEACHER_TOKEN")
+        self._check_self_teacher()
         if not 2.0**-24 <= self.head_threshold <= 1:
             raise ValueError(f"head_threshold must be in [2^-24, 1], got {self.head_threshold}")
         for name in ("liger", "offload_policy", "offload_teacher"):
@@ -71,6 +90,28 @@ class ModelConfig:
                     f"{name} must be off where model.tensor_parallel is more than 1, got "
                     f"{self.tensor_parallel}: together they are not supported yet"
                 )
+
+    def _check_self_teacher(self) -> None:
+        """Raises ValueError for settings of a self-teacher that would be ignored."""
+        if self.self_teacher != "frozen" and not self.teacher_is_self:
+            raise ValueError(
+                f'teacher must be self with self_teacher "{self.self_teacher}", got {self.teacher}'
+            )
+        if self.ema_decay != 0.99 and self.self_teacher != "ema":
+            raise ValueError(
+                f'self_teacher must be "ema" with ema_decay {self.ema_decay:g}, got '
+                f'"{self.self_teacher}": set it, or leave ema_decay out'
+            )
+        if self.self_teacher == "live" and self.offload_teacher:
+            raise ValueError(
+                'offload_teacher must be off with self_teacher "live", got on: there is no copy of '
+                "the weights; model.offload_policy keeps the policy's in CPU memory"
+            )
+
+    @property
+    def teacher_is_self(self) -> bool:
+        """Whether the policy's own weights teach."""
+        return self.teacher == SELF
 
     @property
     def teacher_is_url(self) -> bool:

@@ -44,8 +44,21 @@ class DataConfig:
     max_prompt_tokens: PositiveInt = 1024
     """Longest prompt, in tokens. Problems with a longer one are left out and counted; where these
     are more than half, the run is refused before it starts."""
+    teacher_template: str | None = None
+    """What the teacher reads before a completion, in place of the policy's prompt: {prompt} is the
+    problem, {answer} the gold answer, {solution} the column of that name or else the whole text of
+    answer_column, and {name} any other column; {{name}} stays a name in braces. None: it reads the
+    policy's prompt."""
+    max_teacher_prompt_tokens: PositiveInt = 4096
+    """Longest prompt of the teacher, in tokens, with a teacher_template. Problems with a longer one
+    are left out and counted, as with max_prompt_tokens."""
 
     def __post_init__(self) -> None:
+        if self.teacher_template is not None and "{prompt}" not in self.teacher_template:
+            raise ValueError(
+                "teacher_template must contain {prompt}, where the problem goes, got "
+                f"{self.teacher_template!r}"
+            )
         for name, value in self.template_arguments.items():
             if name in RESERVED or not name.isidentifier():
                 raise ValueError(

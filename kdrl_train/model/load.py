@@ -24,6 +24,7 @@ from kdrl_train.model.folder import (
 from kdrl_train.model.fsdp import shard
 from kdrl_train.model.liger import patch_layers, require_liger
 from kdrl_train.model.policy import CHOICE, Policy, Teacher
+from kdrl_train.model.self_teacher import EmaTeacher
 from kdrl_train.model.weights import (
     Origin,
     origin_of,
@@ -234,7 +235,8 @@ def _read_on_main(
 
 
 def load_teacher(config: TrainConfig, world: World = ALONE) -> Teacher | None:
-    """Load the teacher in its compute dtype, sharded under torchrun.
+    """Load the teacher in its compute dtype, sharded under torchrun. With model.teacher self it is
+    a copy of model.policy, in float32 where it follows the policy.
 
     Returns: None if the method does not distil.
     Raises: ValueError if the method distils and model.teacher is not set.
@@ -246,9 +248,15 @@ def load_teacher(config: TrainConfig, world: World = ALONE) -> Teacher | None:
             f'model.teacher must name a folder or hub id when method.kd is "{config.method.kd}", '
             "got nothing: set model.teacher, or use --preset grpo"
         )
-    dtype = getattr(torch, config.model.dtype)
-    model = load_model(config.model.teacher, "model.teacher", config.model, dtype, world)
-    teacher = Teacher(model, temperature=config.sampling.temperature, compute_dtype=dtype)
+    settings, dtype = config.model, getattr(torch, config.model.dtype)
+    place, key, follows = config.model.teacher, "model.teacher", False
+    if settings.teacher_is_self:
+        place, key, follows = settings.policy, "model.policy", settings.self_teacher == "ema"
+    model = load_model(place, key, settings, torch.float32 if follows else dtype, world)
+    arguments = {"temperature": config.sampling.temperature, "compute_dtype": dtype}
+    teacher = Teacher(model, **arguments)
+    if follows:
+        teacher = EmaTeacher(model, decay=settings.ema_decay, **arguments)
     if world.launched:
         shard(teacher, use_device(config.model), world, offload=config.model.offload_teacher)
     return teacher

@@ -173,14 +173,19 @@ def pack(
         rank, ranks: a rank whose turns end before those of the others gets packs without loss
             tokens. The packs of one turn have the same teacher on all ranks.
     """
-    prompts, completions = rollouts.prompt_ids, rollouts.completion_ids
+    completions = rollouts.completion_ids
+    longest = [len(prompt) for prompt in rollouts.prompt_ids]
+    if coefficients.teacher_prompts is not None:  # neither the policy nor the teacher reads more
+        longest = [
+            max(n, len(x)) for n, x in zip(longest, coefficients.teacher_prompts, strict=True)
+        ]
     used = [r for r in range(len(completions)) if coefficients.token_weights[r] != 0]
     numbers = [0] * len(completions)
     if coefficients.teacher is not None:
         numbers = coefficients.teacher.tolist()
     for teacher in sorted({numbers[r] for r in used}):
         members = [r for r in used if numbers[r] == teacher]
-        lengths = [len(prompts[r]) + len(completions[r]) - 1 for r in members]
+        lengths = [longest[r] + len(completions[r]) - 1 for r in members]
         packs_of_ranks = []
         for share in balance(lengths, ranks):
             packs = first_fit([lengths[i] for i in share], micro_batch_tokens)

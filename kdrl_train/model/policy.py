@@ -163,12 +163,21 @@ class Teacher(HeadedModel):
     def forward(self, batch: PackedBatch) -> kk.TeacherHead:
         """Return hidden [N, H_t] of the loss tokens, after the teacher's own prompts where it has
         some, and the head [V_t, H_t], at the policy's temperature."""
-        weight, bias = self.head()
-        read = batch if batch.teacher_inputs is None else batch.teacher_inputs
-        hidden = self.hidden(read.input_ids, read.position_ids, read.loss_index, read.lengths)
-        return kk.TeacherHead(
-            hidden, weight, bias=bias, temperature=self.temperature, softcap=self.softcap
-        )
+        return teacher_head(self, batch)
+
+
+def teacher_head(model: HeadedModel, batch: PackedBatch) -> kk.TeacherHead:
+    """Run a model as the teacher of a pack. Call it without gradients."""
+    weight, bias = model.head()
+    read = batch if batch.teacher_inputs is None else batch.teacher_inputs
+    hidden = model.hidden(read.input_ids, read.position_ids, read.loss_index, read.lengths)
+    return kk.TeacherHead(
+        hidden,
+        weight.detach(),
+        bias=None if bias is None else bias.detach(),
+        temperature=model.temperature,
+        softcap=model.softcap,
+    )
 
 
 class PolicyOutput(NamedTuple):

@@ -10,7 +10,8 @@ from torch import Tensor
 import kdrl_kernels as kk
 from kdrl_train.batch import Example, Rollouts
 from kdrl_train.model.packing import PackedBatch
-from kdrl_train.model.policy import Teacher
+from kdrl_train.model.policy import Policy, Teacher
+from kdrl_train.model.self_teacher import EmaTeacher, LiveTeacher
 from kdrl_train.model.teacher.remote import RemoteTeacher
 from kdrl_train.waiting import Poll
 
@@ -23,7 +24,7 @@ class Teachers:
     """The teachers of a run. A completion's teacher is a number, its place in `names`."""
 
     names: tuple[str, ...] = ()
-    local: Mapping[int, Teacher] = field(default_factory=dict)
+    local: Mapping[int, Teacher | LiveTeacher] = field(default_factory=dict)
     """Number -> a model in this process."""
     remote: Mapping[int, RemoteTeacher] = field(default_factory=dict)
     """Number -> a server."""
@@ -42,6 +43,17 @@ class Teachers:
     def head(self, batch: PackedBatch) -> kk.TeacherHead | None:
         """Run the pack's teacher; None where no token is distilled, or a server has scored them."""
         return self.local[batch.teacher](batch) if self.runs(batch) else None
+
+    @property
+    def average(self) -> EmaTeacher | None:
+        """The teacher whose weights follow the policy's; None: there is none."""
+        averages = (one for one in self.local.values() if isinstance(one, EmaTeacher))
+        return next(averages, None)
+
+    def follow(self, policy: Policy) -> None:
+        """Let the teacher that follows the policy do so, after an optimiser step."""
+        if self.average is not None:
+            self.average.follow(policy)
 
     def query(
         self, rollouts: Rollouts, selected_R: Tensor, number_R: Tensor

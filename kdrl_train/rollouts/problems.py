@@ -103,6 +103,39 @@ def encode_prompt(tokenizer: Any, example: Example, config: DataConfig) -> list[
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherPromptFacts:
+    """What is known of the teacher's prompts of a data set once each was encoded."""
+
+    longest: int
+    """Tokens of the longest that is short enough."""
+    too_long: list[int]
+    """Places of the problems whose teacher's prompt is longer than
+    data.max_teacher_prompt_tokens."""
+    first_too_long: str | None
+    """The name of the first of them."""
+    count: int
+    """How many problems there are, with those that are too long."""
+    sha256: str
+    """Hash of the texts that are short enough, in their order."""
+
+    def kept(self, examples: list[Example]) -> list[Example]:
+        """Leave out of the data set's problems those whose teacher's prompt is too long."""
+        places = set(self.too_long)
+        return [example for i, example in enumerate(examples) if i not in places]
+
+    @property
+    def left_out(self) -> str | None:
+        """Say how many problems are left out; None: none are."""
+        if not self.too_long:
+            return None
+        return (
+            f"{len(self.too_long):,} of {self.count:,} problems are left out: their teacher's "
+            "prompts have more than max_teacher_prompt_tokens tokens; the first is "
+            f"{self.first_too_long}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PromptFacts:
     """What is known of the prompts of a data set once each was encoded."""
 
@@ -122,6 +155,8 @@ class PromptFacts:
     """How many prompts hold the start of sequence more than once."""
     sha256: str
     """Hash of the problems that are short enough, in their order, and of the chat template."""
+    teacher: TeacherPromptFacts | None = None
+    """What is known of the teacher's prompts; None: it reads the policy's."""
 
     def kept(self, examples: list[Example]) -> list[Example]:
         """Leave out of the data set's problems those that are too long."""
@@ -131,7 +166,10 @@ class PromptFacts:
     @property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint saves, so that a run goes on with the problems that it began with."""
-        return {"count": self.count, "sha256": self.sha256}
+        hashes = self.sha256
+        if self.teacher is not None:
+            hashes = hashlib.sha256(f"{hashes} {self.teacher.sha256}".encode()).hexdigest()
+        return {"count": self.count, "sha256": hashes}
 
     @property
     def left_out(self) -> str | None:

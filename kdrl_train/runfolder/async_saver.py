@@ -63,6 +63,7 @@ class Saver:
         optimizer: torch.optim.Optimizer,
         rollouts: dict[str, Any] | None,
         wait: bool = False,
+        teacher: nn.Module | None = None,
     ) -> None:
         """Save a checkpoint after `step` optimiser steps; the arguments are those of RunState, and
         `wait`: whether to be done with it on return.
@@ -84,6 +85,7 @@ class Saver:
             config=self.config,
             data=self.data,
             rollouts=rollouts,
+            teacher=teacher,
             require_ours=self.require_ours,
         )
         if self.config.save_async and not wait:
@@ -142,7 +144,7 @@ def begin(
         gives the checkpoint its name and returns its folder.
     Raises: OSError if the checkpoint cannot be written; the second part does so too.
     """
-    tensors = checkpoint.whole_state(state.model, state.optimizer)
+    tensors = checkpoint.whole_state(state.model, state.optimizer, state.teacher)
     with checkpoint.writing(folder, state.step) as work:
         world.on_main(lambda: checkpoint.clean(folder))
         # without a block that ends: the warning comes from another thread

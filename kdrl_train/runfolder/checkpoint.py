@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -63,6 +63,8 @@ class RunState:
     """Which problems the run has: the name of a section of the settings -> count and sha256."""
     rollouts: dict[str, Any] | None = None
     """The next step's completions, if they are drawn already; rank 0 writes them."""
+    teacher: nn.Module | None = None
+    """A teacher whose weights the run changes; None: there is none."""
     require_ours: Callable[[], None] = lambda: None
     """Raises RunError where another run has begun in the folder: nothing gets a name then."""
 
@@ -153,7 +155,7 @@ def save(folder: Path, state: RunState, world: World = ALONE) -> Path:
     Returns: the checkpoint's folder.
     Raises: OSError if it cannot be written (a full disk, say); earlier checkpoints stay whole.
     """
-    tensors = whole_state(state.model, state.optimizer)
+    tensors = whole_state(state.model, state.optimizer, state.teacher)
     with writing(folder, state.step) as work:
         world.on_main(lambda: clean(folder))
         writer = HashingWriter(work, state.config.checkpoint_hashes)
@@ -251,6 +253,7 @@ def load(
     *,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    teacher: nn.Module | None = None,
     world: World = ALONE,
     hashes: bool = True,
 ) -> int:
@@ -258,15 +261,18 @@ def load(
 
     resume.open_folder has checked that its configuration fits the run.
 
-    hashes: whether to compare the files with their hashes first.
-
+    Args:
+        teacher: as in RunState.
+        hashes: whether to compare the files with their hashes first.
     Returns: the number of optimiser steps done.
     Raises: ValueError for a checkpoint of another architecture, or a damaged one.
     """
     if hashes:
         check_files(checkpoint, world)
-    state = whole_state(model, optimizer)
+    state = whole_state(model, optimizer, teacher)
     _read_into(state, checkpoint, world)
+    if teacher is not None:
+        set_model_state_dict(teacher, state["teacher"])
     set_state_dict(
         model,
         optimizer,
@@ -278,21 +284,26 @@ def load(
 
 
 def load_weights(
-    folder: Path, model: nn.Module, world: World = ALONE, hashes: bool = True
+    folder: Path,
+    model: nn.Module,
+    world: World = ALONE,
+    hashes: bool = True,
+    of: Literal["model", "teacher"] = "model",
 ) -> list[str]:
     """Load the weights of a checkpoint folder, and nothing else, on all ranks together.
 
-    hashes: whether to compare the files with their hashes first.
+    Args:
+        hashes: whether to compare the files with their hashes first.
+        of: which weights, those of the policy or those of RunState.teacher.
     Returns: what to warn of.
-
     Raises: ValueError for a folder that is no whole checkpoint, and for another architecture.
     """
-    state = {"model": get_model_state_dict(model)}
+    state: dict[str, Any] = {of: get_model_state_dict(model)}
     checkpoint = read(folder)
     if hashes:
         check_files(checkpoint, world)
     _read_into(state, checkpoint, world)
-    set_model_state_dict(model, state["model"])
+    set_model_state_dict(model, state[of])
     return unchecked(checkpoint) if hashes else []
 
 
@@ -338,10 +349,16 @@ def _read_into(state: dict[str, Any], checkpoint: Checkpoint, world: World) -> N
         ) from error
 
 
-def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Collect the tensors that a checkpoint holds: model, optimizer and random state."""
+def whole_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, teacher: nn.Module | None = None
+) -> dict[str, Any]:
+    """Collect the tensors that a checkpoint holds: model, optimizer, random state, and the weights
+    of a teacher that the run changes."""
     model_state, optim_state = get_state_dict(model, optimizer)
-    return {"model": model_state, "optimizer": optim_state, "rng": torch.get_rng_state()}
+    state = {"model": model_state, "optimizer": optim_state, "rng": torch.get_rng_state()}
+    if teacher is not None:
+        state["teacher"] = get_model_state_dict(teacher)
+    return state
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from kdrl_train.config import OptimConfig, TrainConfig
+from kdrl_train.config.models import SELF
 from kdrl_train.config_file import differences, load_yaml, to_dict, update
 from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.checkpoint import Checkpoint, checkpoints, latest
@@ -152,6 +153,8 @@ def check_config(place: Path, written: dict[str, Any], config: TrainConfig) -> N
     is_url = replace(config.model, teacher=teacher).teacher_is_url
     if (config.out / "teacher.json").exists() and is_url == config.model.teacher_is_url:
         may_change.add("model.teacher")  # that file says which model it must be
+    if SELF in (teacher, config.model.teacher):
+        may_change -= {"model.teacher", "model.weights"}  # which the teacher is made of
     reward = {"function": "math"} | written.get("reward", {})
     builtin = reward["function"] in ("math", "exact")  # they pay 0 or 1
     # a run without this setting called every reward above 0 right

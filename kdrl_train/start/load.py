@@ -1,7 +1,7 @@
 """Loads what a run needs before it can be checked: models, tokenizers and problems."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from kdrl_train.method.own_loss import load_loss
 from kdrl_train.model.folder import require_loadable
 from kdrl_train.model.load import load_policy, load_teacher, load_tokenizer
 from kdrl_train.model.policy import Policy, Teacher
+from kdrl_train.model.self_teacher import LiveTeacher
 from kdrl_train.model.teacher.client import TeacherClient, connect
 from kdrl_train.model.teachers import DEFAULT
 from kdrl_train.model.window import window
@@ -24,6 +25,8 @@ from kdrl_train.rollouts.problems import (
     load_examples,
 )
 from kdrl_train.rollouts.rendering import PromptError
+from kdrl_train.rollouts.teacher_prompts import encode_teacher_prompts
+from kdrl_train.runfolder.checkpoint import load_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,7 @@ class LoadedTeacher:
     """The setting that names it, for messages."""
     place: str
     """Its folder, hub id or URL."""
-    model: Teacher | None = None
+    model: Teacher | LiveTeacher | None = None
     tokenizer: Any | None = None
     server: TeacherClient | None = None
 
@@ -69,7 +72,7 @@ class Loaded:
     it is off."""
 
     @property
-    def teacher_models(self) -> dict[int, Teacher]:
+    def teacher_models(self) -> dict[int, Teacher | LiveTeacher]:
         """Number -> a teacher in this process."""
         numbered = enumerate(self.teachers)
         return {number: one.model for number, one in numbered if one.model is not None}
@@ -120,12 +123,17 @@ def load(config: TrainConfig, world: World = ALONE, policy_class: type[Policy] =
     world.on_main(lambda: require_loadable(config.model.policy, "model.policy", trusted))
     output.begin(f"loading problems, {config.data.path}")
     tokenizer = load_tokenizer(config.model.policy, "model.policy", trusted)
-    examples, prompts = read_problems(config.data, tokenizer, world)
+    data = config.data
+    if config.method.kd is None:  # nobody reads what the template says
+        data = replace(data, teacher_template=None)
+    examples, prompts = read_problems(data, tokenizer, world)
     held_out = read_sets(config.eval.sections, tokenizer, world, config.eval.max_problems)
     teachers = load_teachers(config, world)
     sizes = [teacher.vocab_size for teacher in teachers if teacher.vocab_size is not None]
     output.begin(f"loading the policy, {described(config.model.policy)}", at_once=True)
     policy = load_policy(config, min(sizes, default=None), world, policy_class)
+    if teachers and config.model.self_teacher == "live":
+        teachers = (replace(teachers[0], model=LiveTeacher(policy)), *teachers[1:])
     return Loaded(
         tokenizer=tokenizer,
         policy=policy,
@@ -145,9 +153,14 @@ def load_teachers(config: TrainConfig, world: World) -> tuple[LoadedTeacher, ...
         output.begin(f"connecting to the teacher, {place}", at_once=True)
         server = connect(config.model, config.teacher)
         return (LoadedTeacher(DEFAULT, "model.teacher", str(place), server=server),)
-    output.begin(f"loading the teacher, {described(place)}", at_once=True)
-    model = load_teacher(config, world)
-    tokenizer = load_tokenizer(str(place), "model.teacher", config.model.trust_remote_code)
+    folder = config.model.policy if config.model.teacher_is_self else str(place)
+    model = None
+    if config.model.self_teacher != "live":  # then it is the policy, which is loaded later
+        output.begin(f"loading the teacher, {described(folder)}", at_once=True)
+        model = load_teacher(config, world)
+    if config.model.teacher_is_self and model is not None and config.model.weights is not None:
+        load_weights(config.model.weights, model, world, config.checkpoint_hashes)
+    tokenizer = load_tokenizer(folder, "model.teacher", config.model.trust_remote_code)
     return (LoadedTeacher(DEFAULT, "model.teacher", str(place), model, tokenizer),)
 
 
@@ -157,9 +170,11 @@ def read_sets(
     world: World = ALONE,
     max_problems: int | None = None,
 ) -> list[ProblemSet]:
-    """Read a data set of each section, as read_problems does."""
+    """Read a data set of each section, as read_problems does; they are measured without a
+    teacher."""
     sets = []
-    for section, data in sections.items():
+    for section, written in sections.items():
+        data = replace(written, teacher_template=None)
         try:
             examples, facts = read_problems(data, tokenizer, world, section, max_problems)
         except FileNotFoundError as error:
@@ -176,7 +191,8 @@ def read_problems(
     section: str = "data",
     max_problems: int | None = None,
 ) -> tuple[list[Example], PromptFacts]:
-    """Read a data set, and leave out the problems whose prompts are too long.
+    """Read a data set, and leave out the problems whose prompts, the policy's or the teacher's, are
+    too long.
 
     Args:
         world: the ranks that call this together; rank 0 alone encodes the prompts.
@@ -193,7 +209,12 @@ def read_problems(
             place = "" if section == "data" else f"in {section}: "
             raise PromptError(f"{place}{error}") from error
 
-    facts = world.on_main(encode)
+    if data.teacher_template is None:
+        facts = world.on_main(encode)
+        return facts.kept(examples), facts
+    teacher = world.on_main(lambda: encode_teacher_prompts(tokenizer, examples, data))
+    examples = teacher.kept(examples)
+    facts = replace(world.on_main(encode), teacher=teacher)
     return facts.kept(examples), facts
 
 

@@ -4,6 +4,7 @@ import os
 
 from kdrl_train.config import TrainConfig
 from kdrl_train.model.policy import Policy, Teacher
+from kdrl_train.model.self_teacher import LiveTeacher
 from kdrl_train.start.estimate.case import Case, Placement
 from kdrl_train.start.estimate.devices import memory_bytes
 from kdrl_train.start.estimate.memory import by_moment, causes, memory_terms
@@ -16,7 +17,9 @@ allowed, was 0.9 and 1.02 times the memory that they took."""
 GB = 1e9
 
 
-def check_memory(config: TrainConfig, policy: Policy, teacher: Teacher | None, ranks: int) -> str:
+def check_memory(
+    config: TrainConfig, policy: Policy, teacher: Teacher | LiveTeacher | None, ranks: int
+) -> str:
     """Compare the most memory that one of `ranks` processes needs with what its device has.
 
     Raises: UserWarning if it needs more than the device has, ValueError if it needs far more; both
@@ -50,7 +53,9 @@ def check_memory(config: TrainConfig, policy: Policy, teacher: Teacher | None, r
     raise ValueError(f"the run must fit the memory of its device, got {message}")
 
 
-def _case(config: TrainConfig, policy: Policy, teacher: Teacher | None, ranks: int) -> Case:
+def _case(
+    config: TrainConfig, policy: Policy, teacher: Teacher | LiveTeacher | None, ranks: int
+) -> Case:
     """Return what the estimate is computed from.
 
     Raises: ValueError for settings that the estimate does not model.

@@ -9,6 +9,7 @@ from kdrl_train.config import TrainConfig
 from kdrl_train.model.fsdp import gathered
 from kdrl_train.model.policy import HeadedModel, Teacher
 from kdrl_train.model.probe import probe
+from kdrl_train.model.self_teacher import LiveTeacher
 from kdrl_train.model.weights import Origin, some
 from kdrl_train.rollouts.problems import encode_prompt
 from kdrl_train.start.load import Loaded, LoadedTeacher
@@ -22,6 +23,8 @@ def teacher_checks(
     """Return the checks of one teacher, by name."""
     model, server = teacher.model, teacher.server
     packed = config.optim.micro_batch_tokens > 1
+    if isinstance(model, LiveTeacher):
+        return {}  # it is the policy, which is checked
     if model is not None:
         return {
             "tokenizers": lambda: check_tokenizers(config, loaded, teacher),

@@ -13,7 +13,8 @@ from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import save_yaml, to_dict
 from kdrl_train.errors import RunError
 from kdrl_train.method.schedules import History, rebuild_history
-from kdrl_train.model.policy import HeadedModel, Policy
+from kdrl_train.model.policy import Policy, Teacher
+from kdrl_train.model.self_teacher import EmaTeacher, LiveTeacher
 from kdrl_train.model.teacher.client import TeacherInfo
 from kdrl_train.model.teacher.identity import check_same_teacher, describe, keep_teacher
 from kdrl_train.model.teacher.remote import RemoteTeacher
@@ -34,6 +35,7 @@ from kdrl_train.runfolder.writable import require_writable
 from kdrl_train.start.load import Loaded, LoadedTeacher, described, load
 from kdrl_train.start.optimizer import make_optimizer
 from kdrl_train.start.preflight import preflight, require
+from kdrl_train.start.self_teacher import describe_self
 from kdrl_train.step.prefetch import Prefetch
 from kdrl_train.step.run import Position, Run
 
@@ -69,7 +71,8 @@ def open_run(
     prefetch = None
     if config.engine.staleness:
         prefetch = stack.enter_context(closing(Prefetch(policy.device, interrupt.poll)))
-    first, doubts = restore(config, newest, policy, optimizer, prefetch, world)
+    teachers = Teachers(tuple(one.name for one in loaded.teachers), loaded.teacher_models)
+    first, doubts = restore(config, newest, policy, optimizer, prefetch, teachers.average, world)
     engine.load(policy, first)
     history = read_history(config, world, first)
     world.on_main(lambda: begin_folder(config, trackers, newest, teacher, lock))
@@ -88,7 +91,7 @@ def open_run(
         world=world,
         tokenizer=loaded.tokenizer,
         policy=policy,
-        teachers=open_teachers(config, loaded, log, stack),
+        teachers=replace(teachers, remote=open_remotes(config, loaded, log, stack)),
         engine=engine,
         optimizer=optimizer,
         examples=loaded.examples,
@@ -176,7 +179,9 @@ def require_offload_fits(config: TrainConfig, world: World) -> None:
             )
 
 
-def pack_for(config: TrainConfig, world: World, *models: HeadedModel) -> TrainConfig:
+def pack_for(
+    config: TrainConfig, world: World, *models: Policy | Teacher | LiveTeacher
+) -> TrainConfig:
     """Return the configuration with one sequence a pack where a sharded model needs rows of one.
 
     In one process such a model runs the sequences of a pack one after the other. Ranks gather a
@@ -187,8 +192,10 @@ def pack_for(config: TrainConfig, world: World, *models: HeadedModel) -> TrainCo
     return replace(config, optim=replace(config.optim, micro_batch_tokens=1))
 
 
-def describe_teacher(teacher: LoadedTeacher) -> TeacherInfo:
+def describe_teacher(config: TrainConfig, teacher: LoadedTeacher) -> TeacherInfo:
     """Describe a teacher, behind a URL or in this process, whose files are hashed."""
+    if config.model.teacher_is_self:
+        return describe_self(config, teacher)
     if teacher.model is None:
         assert teacher.server is not None
         return teacher.server.info
@@ -201,22 +208,23 @@ def checked_teacher(config: TrainConfig, loaded: Loaded) -> tuple[TeacherInfo | 
 
     Returns: its description, and what to warn of.
     """
-    teacher = describe_teacher(loaded.teachers[0]) if loaded.teachers else None
-    if teacher is None or not config.resume:
+    teacher = describe_teacher(config, loaded.teachers[0]) if loaded.teachers else None
+    moves = config.model.self_teacher != "frozen"
+    if teacher is None or not config.resume or moves:
         return teacher, []
     return teacher, check_same_teacher(config.out, teacher)
 
 
-def open_teachers(config: TrainConfig, loaded: Loaded, log: RunLog, stack: ExitStack) -> Teachers:
-    """Open the teachers of a run; those behind a URL report outages to the log."""
+def open_remotes(
+    config: TrainConfig, loaded: Loaded, log: RunLog, stack: ExitStack
+) -> dict[int, RemoteTeacher]:
+    """Open the teachers behind a URL, by number; they report outages to the log."""
     say, columns = partial(log.event, "teacher"), loaded.policy.sampled_vocab_size
-    remote = {
+    return {
         number: stack.enter_context(RemoteTeacher(teacher.server, config, columns, say))
         for number, teacher in enumerate(loaded.teachers)
         if teacher.server is not None
     }
-    names = tuple(teacher.name for teacher in loaded.teachers)
-    return Teachers(names, loaded.teacher_models, remote)
 
 
 def read_history(config: TrainConfig, world: World, first: int) -> History:
@@ -238,9 +246,12 @@ def restore(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
     prefetch: Prefetch | None,
+    average: EmaTeacher | None,
     world: World,
 ) -> tuple[int, list[str]]:
     """Load what a run starts from: a checkpoint, or model.weights.
+
+    average: the teacher whose weights the checkpoint holds; at step 0 `load` has given it its own.
 
     Returns: the steps done, and what to warn of.
     """
@@ -249,7 +260,9 @@ def restore(
         if weights is None:
             return 0, []
         return 0, checkpoint.load_weights(weights, policy, world, hashes)
-    first = checkpoint.load(newest, model=policy, optimizer=optimizer, world=world, hashes=hashes)
+    first = checkpoint.load(
+        newest, model=policy, optimizer=optimizer, teacher=average, world=world, hashes=hashes
+    )
     if prefetch is not None:
         prefetch.restore(newest.folder)
     return first, checkpoint.unchecked(newest) if hashes else []

@@ -29,6 +29,7 @@ from kdrl_train.start.load import Loaded, load
 from kdrl_train.start.memory import check_memory
 from kdrl_train.start.models import check_vocabulary, check_weights, probed, teacher_checks
 from kdrl_train.start.prompts import check_eos, check_first_prompt, check_prompts
+from kdrl_train.start.self_teacher import check_teacher_prompt
 
 GOLDS_AT_ONCE = 1000
 """Gold answers that are sent to the verifier together."""
@@ -74,6 +75,8 @@ def preflight(
     }
     if policy.sketch is not None:
         checks["head gradient"] = lambda: check_sketch(config, loaded)
+    if loaded.prompts.teacher is not None:
+        checks["teacher's prompt"] = lambda: check_teacher_prompt(config, loaded)
     for teacher in loaded.teachers:
         checks |= teacher_checks(config, loaded, teacher)
     if config.engine.kind == "vllm_server":

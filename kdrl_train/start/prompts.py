@@ -41,7 +41,8 @@ def check_prompts(config: TrainConfig, loaded: Loaded) -> str:
             "model.policy", policy_window, one.facts.longest, held_out_tokens, one.section
         )
     for teacher in loaded.teachers:
-        _check_window(teacher.key, teacher.window, facts.longest, tokens)
+        read = facts.longest if facts.teacher is None else facts.teacher.longest
+        _check_window(teacher.key, teacher.window, read, tokens)
     extra = "".join(
         f"{one.facts.count:,} held out{_name(one)} of at most {one.facts.longest}, "
         for one in loaded.held_out

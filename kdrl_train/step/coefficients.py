@@ -34,6 +34,7 @@ from kdrl_train.method.metrics import token_means
 from kdrl_train.method.schedules import ScheduledCoefs, scheduled_coefs
 from kdrl_train.model.packing import PackedBatch, pack
 from kdrl_train.ranks import World
+from kdrl_train.rollouts.teacher_prompts import as_teacher_reads, teacher_prompts
 from kdrl_train.runfolder.log import Stages
 from kdrl_train.runfolder.signals import Stopped
 from kdrl_train.step.run import Run
@@ -74,6 +75,7 @@ def prepare(
         kd_weight=kd_weight_R,
         token_weights=rewarded_R.float(),
         distil_eos=method.kd_eos == "keep",
+        teacher_prompts=prompts_of_teachers(run, batch),
         teacher=run.teachers.numbers(batch.examples) if run.teachers else None,
         kd_prefix=method.kd_prefix,
     )
@@ -125,6 +127,13 @@ def score(
     return RolloutScores.join(run.world.share_packs(lambda: part))
 
 
+def prompts_of_teachers(run: Run, batch: Batch) -> list[Tensor] | None:
+    """Encode what teachers in this process read in place of the prompts; None: the prompts."""
+    if run.config.data.teacher_template is None or not run.teachers.local:
+        return None
+    return teacher_prompts(run.tokenizer, batch.examples, run.config.data)
+
+
 def query_server(run: Run, batch: Batch, distilled_R: Tensor) -> list[Tensor | None]:
     """Get the log-probabilities [T] of the distilled completions from the teachers' servers.
 
@@ -133,13 +142,16 @@ def query_server(run: Run, batch: Batch, distilled_R: Tensor) -> list[Tensor | N
     """
     known, teachers = batch.teacher_logprobs, run.teachers
     number_R = teachers.numbers(batch.examples)
+    rollouts = batch.rollouts
+    if run.config.data.teacher_template is not None:
+        rollouts = as_teacher_reads(run.tokenizer, batch.examples, run.config.data, rollouts)
     missing_R = distilled_R & torch.tensor([logprobs is None for logprobs in known])
     ranks_R = torch.arange(len(known)) % run.world.size
     share_R = missing_R & (ranks_R == run.world.rank)
 
     def query_share() -> list[Tensor | None] | None:
         try:
-            return teachers.collect(batch.rollouts, share_R, number_R, {}, run.interrupt.poll)
+            return teachers.collect(rollouts, share_R, number_R, {}, run.interrupt.poll)
         except Stopped:
             return None
 

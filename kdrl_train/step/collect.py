@@ -15,6 +15,7 @@ from kdrl_train.output import meter
 from kdrl_train.rollouts.engines import require_version
 from kdrl_train.rollouts.problems import ProblemSet, encode_prompt, step_indices
 from kdrl_train.rollouts.sampler import SampleRequest
+from kdrl_train.rollouts.teacher_prompts import as_teacher_reads
 from kdrl_train.runfolder.log import ROLLOUTS, Stages
 from kdrl_train.step.run import Run
 
@@ -123,17 +124,18 @@ def _draw_share(
     poll()
     all_R = torch.ones(len(rollouts.texts), dtype=torch.bool)
     of_R = [example for example in examples for _ in range(sampling.group_size)]
-    pending, number_R = {}, None
+    pending, number_R, scored = {}, None, rollouts
     if teachers is not None and teachers.remote:
         number_R = teachers.numbers(of_R)
-        pending = teachers.query(rollouts, all_R, number_R)
+        scored = as_teacher_reads(run.tokenizer, of_R, data, rollouts)
+        pending = teachers.query(scored, all_R, number_R)
     golds = [example.gold for example in of_R]
     with stages("verify"):
         verdicts = run.verifier.score(rollouts.texts, golds, poll)
     teacher_logprobs: list[Tensor | None] = [None] * len(all_R)
     if teachers is not None and number_R is not None:
         with stages("teacher"):
-            teacher_logprobs = teachers.collect(rollouts, all_R, number_R, pending, poll)
+            teacher_logprobs = teachers.collect(scored, all_R, number_R, pending, poll)
     return JudgedRollouts(rollouts, verdicts, teacher_logprobs)
 
 

@@ -87,6 +87,7 @@ def update(
         run.position.begun = True
         with stages("update"):
             rate = take_step(run.optimizer, config, step)
+            run.teachers.follow(run.policy)
         sums = add_sums(sums, accumulated.sums)
         losses.append(accumulated.loss)
         norms.append(norm)

@@ -226,7 +226,7 @@ def common_width(model: Any, config: ModelConfig) -> int:
     teacher's weights are not loaded; a server need not run where the run's folder says its width.
     """
     vocab_size = model.get_output_embeddings().weight.shape[0]
-    if config.teacher is None:
+    if config.teacher is None or config.teacher_is_self:
         return vocab_size
     if config.teacher_is_url:
         written = run_folder(config) / "teacher.json"

@@ -158,9 +158,12 @@ def replay(
     use_device(config.model)
     loaded = load(config)
     policy, step, rewards = loaded.policy, dump["step"], dump["rewards"]
+    teachers = Teachers(tuple(t.name for t in loaded.teachers), loaded.teacher_models)
     place = config.model.weights
     if step > 0:
         place = folder / "checkpoints" / f"step_{step:06d}"
+        if teachers.average is not None:
+            checkpoint.load_weights(place, teachers.average, hashes=False, of="teacher")
     if place is not None:
         for doubt in checkpoint.load_weights(place, policy, hashes=config.checkpoint_hashes):
             console.print(f"warning: {doubt}", markup=False, soft_wrap=True)
@@ -173,7 +176,6 @@ def replay(
     )
     coefficients = replace(dump["coefficients"], token_weights=weights)
     replayed = []
-    teachers = Teachers(tuple(t.name for t in loaded.teachers), loaded.teacher_models)
     policy.train()
     seed = sketch_seed(config.seed, step, dump["part"])
     policy.draw_sketch(seed, sketch_scale(coefficients, config.method))

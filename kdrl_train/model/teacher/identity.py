@@ -10,14 +10,20 @@ from kdrl_train.errors import require_file, written
 from kdrl_train.model.eos import eos_ids
 from kdrl_train.model.fingerprint import weights_hash
 from kdrl_train.model.policy import Teacher
+from kdrl_train.model.self_teacher import LiveTeacher
 from kdrl_train.model.teacher.client import TeacherError, TeacherInfo, vocabulary_hash
 from kdrl_train.model.window import window
 
 FILE = "teacher.json"
 
 
-def describe(name: str, model: Teacher, tokenizer: Any) -> TeacherInfo:
-    """Describe a teacher in this process; name: its folder or hub id, whose files are hashed."""
+def describe(
+    name: str, model: Teacher | LiveTeacher, tokenizer: Any, *, hashed: bool = True
+) -> TeacherInfo:
+    """Describe a teacher in this process.
+
+    name: its folder or hub id, whose files are hashed if `hashed`, else its weights are in no file.
+    """
     config = model.model.config.get_text_config()
     cap = head_scalars(config)[1]
     scale = logit_scale(config)
@@ -28,7 +34,7 @@ def describe(name: str, model: Teacher, tokenizer: Any) -> TeacherInfo:
         dtype=str(model.compute_dtype).removeprefix("torch."),
         tokenizer=vocabulary_hash(tokenizer),
         eos_ids=eos_ids(model.model, tokenizer),
-        weights=weights_hash(name),
+        weights=weights_hash(name) if hashed else None,
         hidden_size=model.model.get_output_embeddings().weight.shape[1],
         logit_scale=scale,
         softcap=None if cap is None else cap * scale,

@@ -72,6 +72,11 @@ class Case:
         return getattr(torch, self.run.model.dtype)
 
     @property
+    def teacher_itemsize(self) -> int:
+        """Returns the bytes of a weight of the teacher: one that follows the policy is float32."""
+        return 4 if self.run.model.self_teacher == "ema" else self.dtype.itemsize
+
+    @property
     def stream_bytes(self) -> int:
         """Returns the bytes of one number of the residual stream.
 
@@ -94,6 +99,23 @@ class Case:
     def longest(self) -> int:
         """Counts the tokens of the longest prompt with the longest completion."""
         return self.run.data.max_prompt_tokens + self.run.sampling.max_new_tokens
+
+    @property
+    def teacher_tokens(self) -> int:
+        """Counts the tokens of the longest pack as the teacher reads it."""
+        data = self.run.data
+        if self.teacher is None or data.teacher_template is None:
+            return self.pack_tokens
+        read = max(data.max_teacher_prompt_tokens + self.run.sampling.max_new_tokens, self.longest)
+        return max(read, min(self.run.optim.micro_batch_tokens, self.rollouts * read))
+
+    @property
+    def longer_prompt(self) -> float:
+        """Returns how many times as long as the policy's prompts the teacher's are taken to be."""
+        data = self.run.data
+        if data.teacher_template is None:
+            return 1.0
+        return data.max_teacher_prompt_tokens / data.max_prompt_tokens
 
     @property
     def pack_tokens(self) -> int:

@@ -80,7 +80,8 @@ def by_moment(terms: Sequence[Term]) -> dict[str, float]:
 def loading_bytes(case: Case) -> float:
     """Returns the CPU memory of rank 0 while it reads the models, one after the other, to share
     them out."""
-    teacher = 0 if case.teacher is None else case.dtype.itemsize * case.teacher.parameters
+    copied = case.teacher is not None and case.run.model.self_teacher != "live"
+    teacher = case.teacher_itemsize * case.teacher.parameters if case.teacher and copied else 0
     return max(4 * case.policy.parameters, teacher)
 
 
@@ -121,7 +122,7 @@ def _states(case: Case) -> list[Term]:
         largest = (case.policy.largest, "of the largest parameter")
         terms.append(product("AdamW temporaries", ("optimizer",), [(8, "B"), largest], over))
         if case.run.save_async:
-            copy = [(12, "B"), everything]
+            copy = [(16 if case.run.model.self_teacher == "ema" else 12, "B"), everything]
             terms.append(product("copy for the checkpoint", ALWAYS, copy, over, remedy=WAIT))
     else:
         step = [(4, "B"), everything]
@@ -244,34 +245,44 @@ def _head(case: Case) -> list[Term]:
 
 
 def _teacher(case: Case) -> list[Term]:
-    """Lists what a teacher in this process holds: weights, its forward pass, and its output."""
+    """Lists what a teacher in this process holds: weights, its forward pass, and its output.
+
+    The weights that are trained have no copy; their layers are gathered once more.
+    """
     teacher, b = case.teacher, case.dtype.itemsize
     if teacher is None:
         return []
     everything, tokens = (teacher.parameters, "parameters"), (case.pack_tokens, "tokens")
+    read, kept = (case.teacher_tokens, "tokens"), (case.teacher_itemsize, "B")
     head = (teacher.head_parameters, "head parameters")
     two_layers = 2 * teacher.layer_parameters + teacher.root_parameters
     inner = (3 * b * (teacher.inner + teacher.hidden), "B")
     terms = [
         product("teacher's hidden states", ("head",), [(b, "B"), tokens, (teacher.hidden, "H")]),
-        product("a layer of the teacher", ("teacher",), [tokens, inner], remedy=_shorter(case)),
+        product("a layer of the teacher", ("teacher",), [read, inner], remedy=_shorter(case)),
     ]
     if case.masked:
-        mask = [(1 + b, "B"), tokens, tokens]
+        mask = [(1 + b, "B"), read, read]
         terms.append(product("teacher's mask", ("teacher",), mask, remedy=_shorter(case)))
+    live, follows = (case.run.model.self_teacher == kind for kind in ("live", "ema"))
+    if not case.sharded and (live or follows) and b < 4:
+        copy = [(b, "B"), head]
+        terms.append(product("teacher's head in bfloat16", ("head",), copy, remedy=LARGER))
+    if live and not case.sharded:
+        return terms
     if case.teacher_weights == "full":
         remedy = "--model.offload-teacher"
-        return [product("teacher", ALWAYS, [(b, "B"), everything], remedy=remedy), *terms]
-    if case.teacher_weights == "sharded":
+        return [product("teacher", ALWAYS, [kept, everything], remedy=remedy), *terms]
+    if case.teacher_weights == "sharded" and not live:
         over = (case.placement.gpus, "GPUs")
         remedy = f"{MORE_GPUS}, or --model.offload-teacher"
-        terms.append(product("teacher", ALWAYS, [(b, "B"), everything], over, remedy=remedy))
+        terms.append(product("teacher", ALWAYS, [kept, everything], over, remedy=remedy))
     gathered = [(b, "B"), (two_layers, "parameters: two layers, embedding, head")]
-    return [
-        *terms,
-        product("teacher's layers, gathered", ("teacher",), gathered, remedy=LARGER),
-        product("teacher's head, gathered", ("head",), [(b, "B"), head], remedy=LARGER),
-    ]
+    terms.append(product("teacher's layers, gathered", ("teacher",), gathered, remedy=LARGER))
+    if not live:  # whose head is the policy's
+        gathered = [(b, "B"), head]
+        terms.append(product("teacher's head, gathered", ("head",), gathered, remedy=LARGER))
+    return terms
 
 
 def _rollout(case: Case) -> list[Term]:

@@ -198,7 +198,9 @@ def make_estimate(config: PlanConfig) -> Estimate:
     policy = shape_of(model, f"model.policy = {config.model.policy!r}")
     teacher = None
     if config.method.kd is not None:
-        teacher = read_shape(config.model.teacher or "", "model.teacher", trusted)
+        teacher = policy
+        if not config.model.teacher_is_self:
+            teacher = read_shape(config.model.teacher or "", "model.teacher", trusted)
     cpu = config.device == "cpu"
     placement = Placement(
         gpus=config.gpus,

@@ -167,7 +167,9 @@ def _passes(case: Case, device: Device, lengths: Lengths) -> list[Term]:
     if case.run.model.gradient_checkpointing:
         terms.append(_compute("policy, recomputed", "update", work, f"2 · {layers}", device))
     if teacher is not None:
-        read = _forward_flop(teacher, tokens, lengths.sequence, masked)
+        sequence = lengths.response + lengths.prompt * case.longer_prompt
+        tokens = case.rollouts * sequence
+        read = _forward_flop(teacher, tokens, sequence, masked)
         layers = f"2 · {teacher.active_parameters:,} · {tokens:,.0f} tokens, and attention"
         terms.append(_compute("teacher, forward", "teacher", read, layers, device))
     return terms

@@ -1,0 +1,92 @@
+"""The policy's own weights as its teacher: as they are now, or as a moving average of them.
+
+Such a teacher says something else than the policy where it reads another prompt
+(data.teacher_template), or where its weights lag behind. Frozen weights of step 0 need nothing of
+this: they are a Teacher like any other.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kdrl_kernels as kk
+from kdrl_train.model.attention import Choice
+from kdrl_train.model.fsdp import reshard
+from kdrl_train.model.packing import PackedBatch
+from kdrl_train.model.policy import HeadedModel, Policy, Teacher, local, teacher_head
+
+
+class LiveTeacher:
+    """The weights that are trained, without a gradient and without a copy.
+
+    The pass runs as a forward of the policy, so that FSDP2 gathers its weights. The head is the
+    policy's own, detached; nothing flows back from the teacher's side of the loss.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    @property
+    def model(self) -> Any:
+        """The causal LM."""
+        return self.policy.model
+
+    @property
+    def choice(self) -> Choice:
+        """How the sequences of a pack are computed."""
+        return self.policy.choice
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of its forward pass."""
+        return self.policy.compute_dtype
+
+    @property
+    def vocab_size(self) -> int:
+        """V: rows of the head, padding included."""
+        return self.policy.vocab_size
+
+    @torch.no_grad()
+    def __call__(self, batch: PackedBatch) -> kk.TeacherHead:
+        """Return hidden [N, H] after the teacher's prompts, and the head [V, H]."""
+        head: kk.TeacherHead = self.policy.call(lambda policy: teacher_head(policy, batch))
+        return head
+
+
+class EmaTeacher(Teacher):
+    """A copy of the policy in float32 that moves toward it after each optimiser step.
+
+    After n steps its weights are d^n w_0 + (1 - d) sum_i d^(n-i) w_i, where w_i are the policy's
+    after step i. In bfloat16 a share of 1 - d of a small step would be lost to rounding.
+
+    Args:
+        model, temperature, compute_dtype: as Teacher.
+        decay: d, the share of itself that it keeps.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        decay: float,
+        temperature: float = 1.0,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(model, temperature=temperature, compute_dtype=compute_dtype)
+        self.decay = decay
+
+    @torch.no_grad()
+    def follow(self, policy: HeadedModel) -> None:
+        """Move every weight toward the policy's, shard by shard."""
+        reshard(self)  # what its last pass has gathered is stale from here on
+        reshard(policy)
+        theirs = dict(policy.named_parameters())
+        for name, parameter in self.named_parameters():
+            mine, new = _part(parameter), _part(theirs[name])
+            mine.lerp_(new.to(mine.device), 1 - self.decay)
+
+
+def _part(parameter: Tensor) -> Tensor:
+    """Return this rank's part of a weight, which shares its memory."""
+    return local(parameter.detach())
