@@ -2,12 +2,9 @@
 # Everything that needs a GPU, in one command and without a network: bash bench/gpu.sh OUT
 # (tiles of the row kernels apart, since they take minutes to compile: python3 -m bench.tiles;
 # the scoreboard at its full length too: python3 -m bench --minutes 8 --out OUT)
-# Runs on the machine's own Python, from the repository. Wheels in ./wheels, if there are any, are
-# installed first, without their dependencies. The tests want pytest and hypothesis, the trainer's
-# also the extra train, the scoreboard numpy and jinja2; it times whichever libraries it finds
-# (TRL's backward pass imports datasets):
-#   pip download --no-deps -d wheels pytest hypothesis liger-kernel==0.8.5 trl==1.16.0 \
-#       cut-cross-entropy==25.1.1 flash-linear-attention==0.6.0 fla-core==0.6.0 verl==0.9.1
+# Runs on the machine's own Python, from the repository. Wheels in ./wheels, which bench/wheels.sh
+# downloads, are installed first, without their dependencies; the scoreboard times whichever
+# libraries it finds.
 # Prints a report last, tables at its end. Each part has its own time limit, 570 s in all, and
 # leaves what it has under OUT when it is stopped.
 set -uo pipefail
