@@ -19,6 +19,7 @@ from kdrl_train.batch import Rollouts
 from kdrl_train.config import SamplingConfig
 from kdrl_train.errors import BrokenWeightsError
 from kdrl_train.model.eos import eos_ids
+from kdrl_train.rollouts.kv_cache import roomy_cache
 from kdrl_train.rollouts.rendering import completion_text
 from kdrl_train.waiting import Poll
 
@@ -124,11 +125,14 @@ class Draw(LogitsProcessor):
         """Map scores [B, V] float32 to [B, V]: 0 for the drawn token, -inf for all others."""
         if self.poll is not None:
             self.poll()
-        logprobs = (scores[:, : self.sampled_vocab_size] / self.temperature).log_softmax(dim=1)
+        logits = scores[:, : self.sampled_vocab_size]
+        if self.temperature != 1:
+            logits = logits / self.temperature
+        logprobs = logits.log_softmax(dim=1)
         if self.uniforms_BT is None:
             drawn = logprobs.argmax(dim=1, keepdim=True)
         else:
-            cumulative = logprobs.double().exp_().cumsum_(dim=1)
+            cumulative = logprobs.exp().cumsum(dim=1, dtype=torch.float64)
             place = self.uniforms_BT[:, len(self.logprobs), None] * cumulative[:, -1:]
             drawn = torch.searchsorted(cumulative, place, right=True)  # the first one above: p > 0
             drawn.clamp_(max=cumulative.shape[1] - 1)  # logits that are not finite: see recorded
@@ -267,10 +271,12 @@ def _generate(
         pad_token_id=pad,
         use_cache=True,
     )
+    cache = roomy_cache(model)
     with torch.no_grad():
         out = model.generate(
             ids.to(device),
             attention_mask=mask.to(device),
+            **({} if cache is None else {"past_key_values": cache}),
             generation_config=config,
             logits_processor=LogitsProcessorList([draw]),
         )
