@@ -28,13 +28,13 @@ from kdrl_train.output import guarded, guarded_console, shown
 from kdrl_train.ranks import connect
 from kdrl_train.regroup import first_cause
 from kdrl_train.runfolder.events import recorded
-from kdrl_train.runfolder.export import export
 from kdrl_train.runfolder.log import Stages, peak_memory_bytes
 from kdrl_train.runfolder.signals import Stopped
 from kdrl_train.start.open_run import open_run, take_folder
 from kdrl_train.step.collect import collect, draw, sample_and_judge
 from kdrl_train.step.run import Run
 from kdrl_train.step.samples import SampleRecorder
+from kdrl_train.step.trained_model import write_model
 from kdrl_train.step.update import update
 
 
@@ -73,17 +73,9 @@ def main(
             if steps(run, first):
                 output.heading("all steps done")
                 output.begin("saving the model")
-                model, folder = run.policy.model, config.out / "model"
                 with first_cause(world.meeting):
-                    export(
-                        model,
-                        run.tokenizer,
-                        folder,
-                        world,
-                        model.origin.dtype_of,
-                        require_ours=run.log.require_ours,
-                    )
-                run.log.event("finished", f"all steps are done: the model is in {folder}")
+                    where = write_model(run)
+                run.log.event("finished", f"all steps are done: {where}")
     return config.out
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from kdrl_train.config.learning import EvalConfig, LogConfig, OptimConfig, check_sets
-from kdrl_train.config.models import ModelConfig, TeacherConfig
+from kdrl_train.config.models import LoraConfig, ModelConfig, TeacherConfig
 from kdrl_train.config.rollouts import DataConfig, EngineConfig, RewardConfig, SamplingConfig
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.settings import NaturalInt, PositiveInt, Switch, SwitchOrAuto, settings
@@ -17,6 +17,7 @@ __all__ = [
     "EvalConfig",
     "EvaluateConfig",
     "LogConfig",
+    "LoraConfig",
     "ModelConfig",
     "OptimConfig",
     "RewardConfig",

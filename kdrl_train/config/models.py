@@ -1,10 +1,12 @@
 """Settings of the models of a run: policy and teacher."""
 
+from dataclasses import field
 from pathlib import Path
 from typing import Literal
 
 from kdrl_train.config.addresses import require_no_secret
 from kdrl_train.settings import (
+    NaturalInt,
     NaturalOrInf,
     OpenUnitInterval,
     PositiveFloat,
@@ -15,6 +17,41 @@ from kdrl_train.settings import (
 
 SELF = "self"
 """As model.teacher: the policy's own weights."""
+
+
+@settings
+class LoraConfig:
+    """Adapters of low rank, which are trained in place of the policy's weights."""
+
+    rank: NaturalInt = 0
+    """Rank of the adapters (LoRA, needs peft: `pip install 'kdrl-kernels[lora]'`): each layer
+    computes W x + scale · B A x, and A and B, of this rank, are trained alone. W is frozen in
+    model.dtype; A, B and their moments are float32. Learning rates are 10 to 100 times those of all
+    weights. 0: train all weights."""
+    alpha: PositiveFloat = 32.0
+    """scale is alpha / rank."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Which layers are adapted, by the last part of their names (q_proj v_proj lm_head);
+    all-linear: every linear layer but the LM head. Experts that are kept in one tensor are not."""
+    rslora: Switch = False
+    """scale is alpha / sqrt(rank)."""
+    merge: Switch = True
+    """At the end write model/, with the adapters merged into the weights, beside adapter/. Engines
+    other than `generate` in one process sample from merged weights in any case."""
+
+    def __post_init__(self) -> None:
+        if self.rank == 0 and (self.alpha, self.targets, self.rslora, self.merge) != (
+            32.0,
+            ("all-linear",),
+            False,
+            True,
+        ):
+            raise ValueError(
+                "rank must be at least 1 with other settings of model.lora, got 0: set it, or "
+                "leave them out to train all weights"
+            )
+        if not self.targets:
+            raise ValueError('targets must name a layer, got none: set it, e.g. to "all-linear"')
 
 
 @settings
@@ -78,6 +115,7 @@ class ModelConfig:
     liger: Switch = False
     """Use liger-kernel for RMSNorm, SwiGLU and RoPE of both models. Needs a GPU with Triton, and
     `pip install 'kdrl-kernels[liger]'`."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         require_no_secret("teacher", self.teacher, "KDRL_TEACHER_TOKEN")
@@ -90,9 +128,26 @@ class ModelConfig:
                     f"{name} must be off where model.tensor_parallel is more than 1, got "
                     f"{self.tensor_parallel}: together they are not supported yet"
                 )
+        if self.tensor_parallel > 1 and self.lora.rank:
+            raise ValueError(
+                f"tensor_parallel must be 1 with model.lora, got {self.tensor_parallel}: adapters "
+                "are not split over ranks; torchrun's ranks share the tokens (FSDP2)"
+            )
 
     def _check_self_teacher(self) -> None:
-        """Raises ValueError for settings of a self-teacher that would be ignored."""
+        """Raises ValueError for settings of a self-teacher that would be ignored, or that adapters
+        do not have."""
+        if self.self_teacher == "ema" and self.lora.rank:
+            raise ValueError(
+                'self_teacher must be "frozen" or "live" with model.lora, got "ema": a mean of A '
+                "and of B is not that of B A"
+            )
+        frozen = self.teacher_is_self and self.self_teacher == "frozen"
+        if frozen and self.lora.rank and self.weights is not None:
+            raise ValueError(
+                f"weights must not be set with a frozen self-teacher and model.lora, got "
+                f"{self.weights}: name the adapter/ that its run exported as model.policy"
+            )
         if self.self_teacher != "frozen" and not self.teacher_is_self:
             raise ValueError(
                 f'teacher must be self with self_teacher "{self.self_teacher}", got {self.teacher}'

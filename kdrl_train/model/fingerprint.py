@@ -10,7 +10,13 @@ from typing import Any
 
 from huggingface_hub.constants import HF_HOME
 
-from kdrl_train.model.folder import stored_file, weight_files
+from kdrl_train.model.folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    base_of,
+    stored_file,
+    weight_files,
+)
 
 THREADS = 8
 """Files hashed at a time: one thread makes 1 to 2 GB/s, less than a disk gives."""
@@ -23,13 +29,18 @@ NOTES = {"_name_or_path", "transformers_version"}
 
 
 def weights_hash(name: str) -> str | None:
-    """Return the SHA-256 of a model's configuration and weights; None where no file is here.
+    """Return the SHA-256 of a model's configuration and weights, and of an adapter; None where
+    no file is here.
 
     The name of its folder is no part of it. Hashes of large files are kept in CACHE; a file that
     changes has another time or inode, and is read again.
     """
-    paths = [path.resolve() for path in weight_files(name)]
-    config = stored_file(name, "config.json")
+    base = base_of(name)
+    paths = [path.resolve() for path in weight_files(base)]
+    config = stored_file(base, "config.json")
+    if base != name:
+        files = (stored_file(name, file) for file in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS))
+        paths += [path.resolve() for path in files if path is not None]
     if not paths or config is None:
         return None
     settings = json.loads(config.read_text(encoding="utf-8"))

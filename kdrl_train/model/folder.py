@@ -31,11 +31,10 @@ HUB_TIMEOUT_S = 10.0
 """Longest wait for the hub's first reply; transformers itself waits and retries for 30 s."""
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """The files that transformers reads, in its order; of each there may be an index of shards."""
-ADAPTER = (
-    "it is an adapter of {base} (adapter_config.json): merge the two with peft, "
-    "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload(), save the result with its "
-    "tokenizer, and name that folder"
-)
+ADAPTER_CONFIG = "adapter_config.json"
+"""The file by which a folder is one of peft."""
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+ELSEWHERE = "it is an adapter, which is not here: download it first, `hf download {name}`"
 GATED = "it is gated: accept its terms on its page of the hub, then run `hf auth login`"
 POINTER = b"version https://git-lfs"
 AGAIN = "download it again"
@@ -87,14 +86,16 @@ def auto_class(config: PretrainedConfig) -> Any:
 
 
 def require_loadable(name: str, key: str, trusted: bool = False) -> dict[str, Any]:
-    """Return the config.json of a model of transformers, after a look at its files.
+    """Return the config.json of a model of transformers, after a look at its files; of an adapter
+    those of its base.
 
     Args:
         trusted: model.trust_remote_code: whether code in its folder may be run.
-    Raises: ValueError for a name that is neither a folder nor an id, an adapter, a model with code
-        of its own that is not trusted, and files that are absent, cut, or pointers of git-lfs.
+    Raises: ValueError for a name that is neither a folder nor an id, a model with code of its own
+        that is not trusted, and files that are absent, cut, or pointers of git-lfs.
     """
     require_place(name, key)
+    name = base_of(name)
     try:
         require_readable(name, "generation_config.json")
         if Path(name).is_dir():
@@ -113,7 +114,7 @@ def require_loadable(name: str, key: str, trusted: bool = False) -> dict[str, An
 
 def require_place(name: str, key: str) -> None:
     """Raise ValueError at once for a name that is no folder and that the hub does not know, and for
-    an adapter."""
+    an adapter whose base is not."""
     if not name:
         raise ValueError(f"{key} must name a folder or hub id, got nothing: set {key}")
     problem = place_problem(name)
@@ -132,7 +133,7 @@ def read_config(name: str, trusted: bool = False) -> Any:
     if problem:
         raise ValueError(problem)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=trusted)
+        return AutoConfig.from_pretrained(base_of(name), trust_remote_code=trusted)
     except Exception as error:  # the code of a config may raise anything
         raise ValueError(one_line(error)) from error
 
@@ -188,19 +189,42 @@ def _hub_problem(name: str) -> str:
             f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         )
     files = {file.rfilename for file in info.siblings or ()}
-    return "" if "adapter_config.json" not in files else ADAPTER.format(base="a base model")
+    return ELSEWHERE.format(name=name) if ADAPTER_CONFIG in files else ""
+
+
+def is_adapter(name: str) -> bool:
+    """Say whether a folder, or a model in the hub's cache, is an adapter of peft."""
+    return stored_file(name, ADAPTER_CONFIG) is not None
+
+
+def base_of(name: str) -> str:
+    """Return the name of the base of an adapter; another model's name as it is.
+
+    Raises: ValueError for an adapter that names no base.
+    """
+    path = stored_file(name, ADAPTER_CONFIG)
+    if path is None:
+        return name
+    base = _read_json(path).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{path} must name its base_model_name_or_path, got {base!r}: set it")
+    return base
 
 
 def _adapter_problem(name: str) -> str:
-    """Say that a LoRA or other adapter is only a part of a model; nothing for another folder."""
-    path = stored_file(name, "adapter_config.json")
-    if path is None:
+    """Say why an adapter cannot be put on its base; nothing if it can, and for another model."""
+    if not is_adapter(name):
         return ""
+    if any(stored_file(name, file) for file in WEIGHTS):
+        return f"it has a model beside an adapter ({ADAPTER_CONFIG}): move one of them elsewhere"
     try:
-        base = _read_json(path).get("base_model_name_or_path")
-    except ValueError:  # empty, cut or a pointer: an adapter all the same
-        base = None
-    return ADAPTER.format(base=base or "a base model")
+        base = base_of(name)
+    except ValueError as error:
+        return one_line(error)
+    if (Path(base).is_dir() or _is_hub_id(base)) and is_adapter(base):
+        return f"it is an adapter of {base}, which is an adapter: merge that one first"
+    problem = place_problem(base)
+    return problem and f"it is an adapter of {base}, and of that {problem}"
 
 
 def stored_file(name: str, file: str) -> Path | None:

@@ -29,6 +29,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from kdrl_train.model import lora
 from kdrl_train.model.policy import HeadedModel
 from kdrl_train.model.tensor_parallel import split, styles_of
 from kdrl_train.ranks import World
@@ -171,9 +172,19 @@ def reshard(wrapped: HeadedModel) -> None:
 
 
 def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, whole weight) of every parameter, one at a time.
+    """Yield (name, whole weight) of every parameter, one at a time; adapters come merged into the
+    weights beside them, under the names of the model without adapters.
 
     Where the model is sharded, every rank must take all of them.
     """
+    layers = lora.adapted(model)
     for name, parameter in model.named_parameters():
-        yield name, full(parameter.detach())
+        plain = lora.plain_name(name, layers)
+        if plain is None:
+            continue
+        weight, owner = full(parameter.detach()), plain.rpartition(".")[0]
+        if owner in layers and plain == f"{owner}.weight":
+            layer = layers[owner]
+            parts = (full(part[lora.ADAPTER].weight) for part in (layer.lora_A, layer.lora_B))
+            weight = lora.merged(layer, weight, *parts)
+        yield plain, weight

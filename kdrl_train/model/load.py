@@ -9,9 +9,11 @@ from transformers import AutoConfig, AutoTokenizer
 
 import kdrl_kernels as kk
 from kdrl_train.config import ModelConfig, TrainConfig
-from kdrl_train.model import attention, choice
+from kdrl_train.model import adapter_folder, attention, choice, lora
 from kdrl_train.model.folder import (
     auto_class,
+    base_of,
+    is_adapter,
     one_line,
     quantization,
     read_config,
@@ -19,6 +21,7 @@ from kdrl_train.model.folder import (
     require_loadable,
     require_place,
     require_readable,
+    stored_file,
     tensors,
 )
 from kdrl_train.model.fsdp import shard
@@ -95,6 +98,8 @@ def load_tokenizer(folder: str, key: str = "model.policy", trusted: bool = False
     Raises: ValueError for a folder without one, of which transformers would make an empty one.
     """
     require_place(folder, key)
+    if not any(stored_file(folder, file) for file in TOKENIZER_FILES):
+        folder = base_of(folder)  # an adapter may leave it to its base
     tokenizer, why = None, "no file with a vocabulary"
     try:
         require_readable(folder, *TOKENIZER_FILES)
@@ -118,6 +123,7 @@ def load_model(
     world: World = ALONE,
     *,
     trained: bool = False,
+    merged: bool = True,
 ) -> Any:
     """Load a causal LM from a folder or hub id, in evaluation mode.
 
@@ -131,6 +137,7 @@ def load_model(
         dtype: the dtype of the weights.
         world: the ranks of the run, which all call this together.
         trained: whether its weights will be trained, which quantised ones cannot be.
+        merged: whether an adapter in the folder is merged into its base; else this is the base.
     Raises: ValueError as read_model does, and where model.liger is set but liger-kernel's layers
         cannot be used; RankError in place of both with several ranks.
     """
@@ -140,7 +147,10 @@ def load_model(
 
     def read() -> Any:
         trusted = config.trust_remote_code
-        return read_model(folder, key, dtype, config.attention, device, plain, trusted)
+        name, use = folder if merged else base_of(folder), plain
+        if not merged and quantization(require_loadable(name, key, trusted)):
+            use = None  # require_adaptable has refused what cannot be
+        return read_model(name, key, dtype, config.attention, device, use, trusted)
 
     model = _read_on_main(read, folder, dtype, config, world)
     dtype_run = getattr(torch, config.dtype)
@@ -166,7 +176,7 @@ def read_model(
     plain: str | None = None,
     trusted: bool = False,
 ) -> Any:
-    """Read a model with all its weights into CPU memory.
+    """Read a model with all its weights into CPU memory; an adapter is merged into its base.
 
     Args:
         device: where a quantised model is put, which cannot be moved later; None: the CPU.
@@ -176,6 +186,11 @@ def read_model(
         do not hold whole, and for a quantised one where it must not be.
     """
     declared = require_loadable(folder, key, trusted)
+    if is_adapter(folder):
+        base = base_of(folder)
+        model = read_model(base, key, dtype, attention_name, device, plain, trusted)
+        adapter_folder.merge(model, folder, key)
+        return model
     method = quantization(declared)
     if method is not None and plain is not None:
         raise refusal(key, folder, f"its weights are quantised ({method}), and {REMEDY[plain]}")
@@ -277,6 +292,34 @@ def sketch_of(config: ModelConfig) -> kk.Sketch | None:
     return kk.Sketch(threshold=config.head_threshold, flat=config.head_flat)
 
 
+def require_adaptable(config: TrainConfig, world: World) -> None:
+    """Check, before anything is loaded, that model.lora fits the policy's folder and the run.
+
+    Raises: ValueError for an adapter with other settings, and for a quantised base whose weights an
+        engine, another rank or the exported model would need.
+    """
+    name, adapters = config.model.policy, config.model.lora
+    if not adapters.rank:
+        return
+    declared = require_loadable(name, "model.policy", config.model.trust_remote_code)
+    if is_adapter(name):
+        adapter_folder.require_settings(name, adapters, "model.policy")
+    method = quantization(declared)
+    if method is None:
+        return
+    shared = config.engine.kind == "generate" and not config.engine.staleness
+    refusals = {
+        f"its weights are quantised ({method}), and {REMEDY['sharded']}": world.launched,
+        "its weights are quantised, which only the engine generate takes: set engine.kind to "
+        '"generate" and engine.staleness to 0': not shared,
+        "its weights are quantised, and adapters are not merged into such: set model.lora.merge to "
+        "false": adapters.merge,
+    }
+    for why, holds in refusals.items():
+        if holds:
+            raise refusal("model.policy", name, why)
+
+
 def load_policy(
     config: TrainConfig,
     teacher_columns: int | None,
@@ -285,14 +328,24 @@ def load_policy(
 ) -> Policy:
     """Load the policy with its weights in float32, sharded under torchrun.
 
+    With model.lora its weights are in the compute dtype, and adapters are put into it.
+
     Args:
         teacher_columns: the policy samples no token from here on, which a teacher does not have;
             None: from all of its own.
         policy_class: Policy, or a subclass with another loss.
     """
-    model = load_model(
-        config.model.policy, "model.policy", config.model, torch.float32, world, trained=True
-    )
+    name, adapters = config.model.policy, config.model.lora
+    if adapters.rank:
+        dtype = getattr(torch, config.model.dtype)
+        model = load_model(
+            name, "model.policy", config.model, dtype, world, trained=True, merged=False
+        )
+        lora.inject(model, adapters, config.seed)
+        if is_adapter(name):
+            world.on_main(lambda: adapter_folder.continue_from(model, name, "model.policy"))
+    else:
+        model = load_model(name, "model.policy", config.model, torch.float32, world, trained=True)
     if config.model.gradient_checkpointing:
         checkpoint_activations(model)
     columns = model.get_output_embeddings().weight.shape[0]

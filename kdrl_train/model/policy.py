@@ -5,17 +5,15 @@ has just gathered it, and no [T, V] logits exist. T fed tokens, N loss tokens, H
 V vocabulary.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from inspect import signature
-from typing import Any, NamedTuple, Self, TypeVar, overload
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 import kdrl_kernels as kk
 from kdrl_kernels.head_config import head_scalars
@@ -23,9 +21,10 @@ from kdrl_train.batch import TopkScores
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.histogram import histogram
 from kdrl_train.method.losses import POLICIES
-from kdrl_train.model import attention, noise, rotary
+from kdrl_train.model import attention, lora, noise, rotary
 from kdrl_train.model.method_loss import LossOfRows
 from kdrl_train.model.packing import PackedBatch
+from kdrl_train.model.tensor_parallel import local, teacher_rows
 from kdrl_train.model.topk import likeliest, with_sampled
 
 T = TypeVar("T")
@@ -99,11 +98,24 @@ class HeadedModel(nn.Module):
         return function(self)
 
     def head(self) -> tuple[Tensor, Tensor | None]:
-        """Return the LM head in the compute dtype: weight [V, H], and bias [V] or None."""
+        """Return the LM head in the compute dtype: weight [V, H], and bias [V] or None. An adapter
+        of the head is merged into the weight."""
+        weight, bias = self.head_without_adapter()
+        adapter = self.head_adapter()
+        if adapter is not None:
+            weight = (weight + (adapter.B @ adapter.A) * adapter.scale).to(weight.dtype)
+        return weight, bias
+
+    def head_without_adapter(self) -> tuple[Tensor, Tensor | None]:
+        """Return the LM head as `head` does, but for its adapter."""
         module = self.model.get_output_embeddings()
         bias = getattr(module, "bias", None)
         dtype = self.compute_dtype
         return module.weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def head_adapter(self) -> kk.LowRank | None:
+        """Return the adapter that the LM head has, and computes with now."""
+        return lora.head_adapter(self.model.get_output_embeddings())
 
     def hidden(
         self,
@@ -251,7 +263,7 @@ class Policy(HeadedModel):
                 where batch.teacher_logprobs came from a server.
             goal: another objective than the method's, for diagnostics.
         """
-        weight, bias = self.head()
+        weight, bias = self.head_without_adapter()
         hidden = self.hidden(batch.input_ids, batch.position_ids, batch.loss_index, batch.lengths)
         if goal is None:
             distil = teacher is not None or batch.teacher_logprobs is not None
@@ -273,7 +285,7 @@ class Policy(HeadedModel):
 
         Args:
             hidden, weight, bias: [N, H], [V, H] and [V] or None, in the compute dtype; under tensor
-                parallelism weight and bias are DTensors.
+                parallelism weight and bias are DTensors. head_adapter is not merged into weight.
             The rest: as forward.
         """
         distil, sketch = goal.kd is not None, self.sketch
@@ -290,6 +302,7 @@ class Policy(HeadedModel):
             "teacher_logprobs": batch.teacher_logprobs if distil and best is None else None,
             "normalizer": normalizer,
             "bias": bias,
+            "adapter": self.head_adapter(),
             "temperature": self.temperature,
             "softcap": self.softcap,
             "vocab_size": self.sampled_vocab_size,
@@ -325,34 +338,6 @@ class Policy(HeadedModel):
         if teacher is None:
             return batch.teacher_topk
         return likeliest(teacher, batch.tokens, self.topk, self.sampled_vocab_size or columns)
-
-
-def teacher_rows(teacher: kk.TeacherHead, columns: int, ranks: int) -> kk.TeacherHead:
-    """Return a teacher with this rank's rows of its head, which were split over `ranks` ranks.
-
-    It is gathered where they are not those of a policy with so many columns, but for padding at
-    the end.
-    """
-    ours, theirs = (math.ceil(rows / ranks) for rows in (columns, len(teacher.weight)))
-
-    def part(tensor: Tensor) -> Tensor:
-        if ours != theirs and isinstance(tensor, DTensor):
-            return tensor.full_tensor()
-        return local(tensor)
-
-    bias = teacher.bias
-    return replace(teacher, weight=part(teacher.weight), bias=None if bias is None else part(bias))
-
-
-@overload
-def local(tensor: Tensor) -> Tensor: ...
-@overload
-def local(tensor: None) -> None: ...
-@overload
-def local(tensor: Tensor | None) -> Tensor | None: ...
-def local(tensor: Tensor | None) -> Tensor | None:
-    """Return this rank's part of a DTensor, differentiable; another tensor unchanged."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def token_sums(out: kk.LossOutput, batch: PackedBatch) -> dict[str, Tensor]:

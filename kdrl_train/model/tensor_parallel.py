@@ -5,9 +5,11 @@ their outputs, o and down by their inputs. Embedding and LM head are split by ro
 (so they may be tied). Norms compute on every rank. torch's parallel styles do the splitting.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, overload
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -25,6 +27,8 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
+
+import kdrl_kernels as kk
 
 
 class Unsplit(ParallelStyle):
@@ -141,3 +145,31 @@ def _require_divisible(model: Any, ranks: int, rules: Mapping[str, str]) -> None
 def _refusal(model: Any, ranks: int, why: str) -> ValueError:
     name = type(model).__name__
     return ValueError(f"model.tensor_parallel must be 1 for {name}, got {ranks}: {why}")
+
+
+def teacher_rows(teacher: kk.TeacherHead, columns: int, ranks: int) -> kk.TeacherHead:
+    """Return a teacher with this rank's rows of its head, which were split over `ranks` ranks.
+
+    It is gathered where they are not those of a policy with so many columns, but for padding at
+    the end.
+    """
+    ours, theirs = (math.ceil(rows / ranks) for rows in (columns, len(teacher.weight)))
+
+    def part(tensor: Tensor) -> Tensor:
+        if ours != theirs and isinstance(tensor, DTensor):
+            return tensor.full_tensor()
+        return local(tensor)
+
+    bias = teacher.bias
+    return replace(teacher, weight=part(teacher.weight), bias=None if bias is None else part(bias))
+
+
+@overload
+def local(tensor: Tensor) -> Tensor: ...
+@overload
+def local(tensor: None) -> None: ...
+@overload
+def local(tensor: Tensor | None) -> Tensor | None: ...
+def local(tensor: Tensor | None) -> Tensor | None:
+    """Return this rank's part of a DTensor, differentiable; another tensor unchanged."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -26,6 +26,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
@@ -33,10 +34,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from kdrl_train import output
-from kdrl_train.config import TrainConfig
+from kdrl_train.config import ModelConfig, TrainConfig
 from kdrl_train.config_file import to_dict
 from kdrl_train.errors import RunError
 from kdrl_train.ranks import ALONE, World
+from kdrl_train.runfolder.adapters import check_adapters, has_adapters, of_trained
 from kdrl_train.runfolder.hashes import HashingWriter, require_same, sealed, sha256_of, unsealed
 from kdrl_train.runfolder.untrusted import Planner, Reader
 from kdrl_train.runfolder.writable import remove
@@ -278,6 +280,7 @@ def load(
         optimizer,
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],
+        options=StateDictOptions(strict=not has_adapters(model)),
     )
     torch.set_rng_state(state["rng"])
     return checkpoint.step
@@ -289,22 +292,28 @@ def load_weights(
     world: World = ALONE,
     hashes: bool = True,
     of: Literal["model", "teacher"] = "model",
+    config: ModelConfig | None = None,
 ) -> list[str]:
     """Load the weights of a checkpoint folder, and nothing else, on all ranks together.
 
     Args:
         hashes: whether to compare the files with their hashes first.
         of: which weights, those of the policy or those of RunState.teacher.
+        config: of the model; its lora says whether it has adapters, which are read alone then.
+            None: it has none.
     Returns: what to warn of.
-    Raises: ValueError for a folder that is no whole checkpoint, and for another architecture.
+    Raises: ValueError for a folder that is no whole checkpoint, for another architecture, and for
+        one of other adapters.
     """
-    state: dict[str, Any] = {of: get_model_state_dict(model)}
     checkpoint = read(folder)
+    doubts = check_adapters(folder, checkpoint.config.get("model", {}), config or ModelConfig())
+    state: dict[str, Any] = {of: of_trained(model, get_model_state_dict(model))}
     if hashes:
         check_files(checkpoint, world)
     _read_into(state, checkpoint, world)
-    set_model_state_dict(model, state[of])
-    return unchecked(checkpoint) if hashes else []
+    options = StateDictOptions(strict=not has_adapters(model))
+    set_model_state_dict(model, state[of], options=options)
+    return doubts + (unchecked(checkpoint) if hashes else [])
 
 
 def check_files(checkpoint: Checkpoint, world: World) -> None:
@@ -353,9 +362,10 @@ def whole_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, teacher: nn.Module | None = None
 ) -> dict[str, Any]:
     """Collect the tensors that a checkpoint holds: model, optimizer, random state, and the weights
-    of a teacher that the run changes."""
+    of a teacher that the run changes. Of a model with adapters these are the adapters alone."""
     model_state, optim_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optim_state, "rng": torch.get_rng_state()}
+    trained = of_trained(model, model_state)
+    state = {"model": trained, "optimizer": optim_state, "rng": torch.get_rng_state()}
     if teacher is not None:
         state["teacher"] = get_model_state_dict(teacher)
     return state

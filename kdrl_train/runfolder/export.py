@@ -16,6 +16,7 @@ from kdrl_train.ranks import ALONE, World
 from kdrl_train.runfolder.finite import first_broken
 from kdrl_train.runfolder.writable import remove
 
+State = dict[str, Tensor]
 DtypeOf = Callable[[str], torch.dtype]
 """Returns the dtype in which a tensor is saved, by its name."""
 
@@ -28,6 +29,7 @@ def export(
     dtype_of: DtypeOf | None = None,
     remedy: str = "free space or correct --out, then --resume writes it again",
     require_ours: Callable[[], None] = lambda: None,
+    merge: Callable[[State], State] = lambda state: state,
 ) -> None:
     """Write a folder that from_pretrained loads; an older one is replaced.
 
@@ -37,40 +39,50 @@ def export(
         dtype_of: the dtype of each floating tensor in the folder; None: the model's.
         remedy: what to do where it cannot be written, for the message.
         require_ours: raises RunError where another run has begun in the run's folder.
+        merge: makes of the model's whole state that of the folder.
     Raises: OSError if it cannot be written (a full disk, say), FloatingPointError for a weight that
         is not finite, or not in the folder's dtype: then an older folder stays.
     """
-    weights: Any = model.state_dict()
-    if world.launched:
-        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(model, options=whole)
+    weights = merge(whole_state(model, world))  # nothing on other ranks than rank 0
     if dtype_of is not None:
-        weights = cast(model, weights, dtype_of)  # nothing on other ranks than rank 0
+        weights = cast(model, weights, dtype_of)
     require_finite(model, weights, folder, world)
-    world.on_main(
-        lambda: _export(model, tokenizer, folder, weights, dtype_of, remedy, require_ours)
-    )
 
-
-def _export(
-    model: Any,
-    tokenizer: Any,
-    folder: Path,
-    weights: dict[str, Tensor],
-    dtype_of: DtypeOf | None,
-    remedy: str,
-    require_ours: Callable[[], None],
-) -> None:
-    """Write the folder under another name and rename it."""
-    work, older = (folder.with_name(f".{part}_{folder.name}") for part in ("tmp", "old"))
-    try:
-        require_ours()
-        remove(work)
+    def write(work: Path) -> None:
         with as_configured(model):
             model.save_pretrained(work, state_dict=weights)
         if dtype_of is not None:
             declare(work / "config.json", dtype_of(""))
         tokenizer.save_pretrained(work)
+
+    world.on_main(lambda: replace_folder(folder, write, remedy, require_ours))
+
+
+def whole_state(model: Any, world: World = ALONE) -> State:
+    """Return the state of a model, whole: nothing on other ranks than rank 0, which has it in the
+    CPU's memory. All ranks call it together."""
+    if not world.launched:
+        return dict(model.state_dict())
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole: Any = get_model_state_dict(model, options=options)
+    return dict(whole)
+
+
+def replace_folder(
+    folder: Path,
+    write: Callable[[Path], None],
+    remedy: str,
+    require_ours: Callable[[], None] = lambda: None,
+) -> None:
+    """Write a folder under another name, and rename it; an older one is replaced.
+
+    write: makes a folder of this path, with everything in it.
+    """
+    work, older = (folder.with_name(f".{part}_{folder.name}") for part in ("tmp", "old"))
+    try:
+        require_ours()
+        remove(work)
+        write(work)
         require_ours()
         if folder.exists():
             remove(older)  # left by a killed run
@@ -86,11 +98,12 @@ def _export(
         raise OSError(f"the model must be written to {folder}, got {cause}: {remedy}") from error
 
 
-def require_finite(model: Any, weights: dict[str, Tensor], folder: Path, world: World) -> None:
+def require_finite(model: Any, weights: State, folder: Path, world: World) -> None:
     """Raise FloatingPointError, on all ranks, for a parameter among rank 0's weights with NaN or
     inf: what is learnt must be finite, a mask among the buffers need not be."""
-    learnt = (name for name, _ in model.named_parameters(remove_duplicate=False))
-    named = [(name, weights[name]) for name in learnt if name in weights]
+    learnt = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    learnt |= weights.keys() - model.state_dict().keys()  # adapters are merged into them
+    named = [(name, tensor) for name, tensor in weights.items() if name in learnt]
     broken = world.on_main(lambda: first_broken(named))
     if broken is not None:
         remedy = "lower the learning rate"
@@ -115,7 +128,7 @@ def as_configured(model: Any) -> Iterator[None]:
             setattr(config, name, 0)
 
 
-def cast(model: Any, weights: dict[str, Tensor], dtype_of: DtypeOf) -> dict[str, Tensor]:
+def cast(model: Any, weights: State, dtype_of: DtypeOf) -> State:
     """Return the weights in the CPU's memory, in other dtypes; tied ones stay one tensor."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     copies: dict[int, Tensor] = {}

@@ -11,7 +11,7 @@ from kdrl_train.config import DataConfig, TrainConfig
 from kdrl_train.config_file import differences, to_dict
 from kdrl_train.method.own_loss import load_loss
 from kdrl_train.model.folder import require_loadable
-from kdrl_train.model.load import load_policy, load_teacher, load_tokenizer
+from kdrl_train.model.load import load_policy, load_teacher, load_tokenizer, require_adaptable
 from kdrl_train.model.policy import Policy, Teacher
 from kdrl_train.model.self_teacher import LiveTeacher
 from kdrl_train.model.teacher.client import TeacherClient, connect
@@ -121,6 +121,7 @@ def load(config: TrainConfig, world: World = ALONE, policy_class: type[Policy] =
     load_loss(config.method)  # before a model, which takes longer
     trusted = config.model.trust_remote_code
     world.on_main(lambda: require_loadable(config.model.policy, "model.policy", trusted))
+    world.on_main(lambda: require_adaptable(config, world))
     output.begin(f"loading problems, {config.data.path}")
     tokenizer = load_tokenizer(config.model.policy, "model.policy", trusted)
     data = config.data

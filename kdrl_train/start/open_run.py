@@ -13,6 +13,7 @@ from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import save_yaml, to_dict
 from kdrl_train.errors import RunError
 from kdrl_train.method.schedules import History, rebuild_history
+from kdrl_train.model import lora
 from kdrl_train.model.policy import Policy, Teacher
 from kdrl_train.model.self_teacher import EmaTeacher, LiveTeacher
 from kdrl_train.model.teacher.client import TeacherInfo
@@ -80,6 +81,8 @@ def open_run(
     attach(engine, log, interrupt)
     if first > 1 and world.main and not read_records(config.out):
         doubts.append(f"{config.out} has no metrics.jsonl: the curves begin at step {first + 1}")
+    if config.model.lora.rank:
+        log.say(lora.summary(policy.model))
     for warning in warnings + unsure + doubts:
         log.event("warning", warning)
     if newest is not None and (change := changed_rate(newest, config)) is not None:
@@ -259,7 +262,7 @@ def restore(
     if newest is None:
         if weights is None:
             return 0, []
-        return 0, checkpoint.load_weights(weights, policy, world, hashes)
+        return 0, checkpoint.load_weights(weights, policy, world, hashes, config=config.model)
     first = checkpoint.load(
         newest, model=policy, optimizer=optimizer, teacher=average, world=world, hashes=hashes
     )

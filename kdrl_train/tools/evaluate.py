@@ -25,6 +25,7 @@ from kdrl_train.config import (
 from kdrl_train.config_file import load_yaml, update
 from kdrl_train.errors import written
 from kdrl_train.method.evaluation import EVAL_STEP, EvalResult, summarize
+from kdrl_train.model import lora
 from kdrl_train.model.eos import eos_ids
 from kdrl_train.model.folder import read_config, refusal
 from kdrl_train.model.load import load_model, load_tokenizer
@@ -103,6 +104,8 @@ def of_run(run: TrainConfig, folder: Path) -> EvaluateConfig:
     model = run.model
     if (folder / "model").is_dir():
         model = replace(model, policy=str(folder / "model"), weights=None)
+    elif (folder / "adapter").is_dir():
+        model = replace(model, policy=str(folder / "adapter"), weights=None)
     elif saved := checkpoints(folder / "checkpoints"):
         model = replace(model, weights=saved[-1])
     return EvaluateConfig(
@@ -138,8 +141,13 @@ def evaluate_sets(config: EvaluateConfig, console: Console | None = None) -> dic
     model = load_model(config.model.policy, "model.policy", config.model, dtype)
     doubts = []
     if config.model.weights is not None:
+        if config.model.lora.rank:  # model/ of a run has none, nor adapter/, which is merged
+            lora.inject(model, config.model.lora, config.seed)
         doubts += load_weights(
-            config.model.weights, HeadedModel(model), hashes=config.checkpoint_hashes
+            config.model.weights,
+            HeadedModel(model),
+            hashes=config.checkpoint_hashes,
+            config=config.model,
         )
     results = {}
     with Verifier(config.reward) as verifier:

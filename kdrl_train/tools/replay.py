@@ -165,7 +165,8 @@ def replay(
         if teachers.average is not None:
             checkpoint.load_weights(place, teachers.average, hashes=False, of="teacher")
     if place is not None:
-        for doubt in checkpoint.load_weights(place, policy, hashes=config.checkpoint_hashes):
+        hashes = config.checkpoint_hashes
+        for doubt in checkpoint.load_weights(place, policy, hashes=hashes, config=config.model):
             console.print(f"warning: {doubt}", markup=False, soft_wrap=True)
     rollouts = Rollouts(**{name: dump[name] for name in _ROLLOUTS})
     weights, normalizer = grpo.token_weights(

@@ -412,7 +412,7 @@ def test_every_number_and_switch_says_what_it_takes() -> None:
             plain = {kind, *get_args(kind)} & {int, float, bool}
             assert get_origin(kind) is Annotated or not plain, (cls, name)
             assert explanations(cls)[name], (cls, name)
-    assert len(classes) == 14
+    assert len(classes) == 15
 
 
 def test_settings_are_checked_values(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from kdrl_train.config import SamplingConfig, TrainConfig
+from kdrl_train.model.folder import base_of
 from kdrl_train.model.fsdp import full_weights
 from kdrl_train.model.policy import Policy
 from kdrl_train.rollouts.engines.requests import (
@@ -42,7 +43,7 @@ class VllmEngine(RequestEngine):
         self.make_params = vllm.SamplingParams
         self.load_weights = importlib.import_module("kdrl_train.rollouts.vllm_worker").load_weights
         self.llm = vllm.LLM(
-            config.model.policy,
+            base_of(config.model.policy),
             dtype=config.model.dtype,
             seed=config.seed,  # it seeds the whole process
             skip_tokenizer_init=True,

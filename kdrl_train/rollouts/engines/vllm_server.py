@@ -22,6 +22,7 @@ from torch import Tensor
 from kdrl_train.config import SamplingConfig, TrainConfig
 from kdrl_train.errors import EngineError, RunError
 from kdrl_train.exchange import BadReplyError, member, only
+from kdrl_train.model.folder import base_of
 from kdrl_train.model.fsdp import full_weights
 from kdrl_train.model.policy import Policy
 from kdrl_train.model.teacher.replies import MOST
@@ -72,7 +73,7 @@ def inspect(server: VllmClient, config: TrainConfig) -> tuple[str, int]:
         raise ValueError(
             f"engine.url must be a vLLM server for this run, got {error}: start it with "
             "VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --host 127.0.0.1 "
-            f"--model {config.model.policy} --dtype {config.model.dtype} --logprobs-mode "
+            f"--model {base_of(config.model.policy)} --dtype {config.model.dtype} --logprobs-mode "
             "processed_logprobs --worker-extension-cls kdrl_train.rollouts.vllm_worker.Worker"
         ) from error
 

@@ -124,20 +124,23 @@ def test_pickled_weights_run_nothing(
     assert not target.exists()
 
 
-def test_an_adapter_names_its_base_and_the_remedy(folder: Folder) -> None:
+def test_an_adapter_whose_base_is_absent_says_so(folder: Folder) -> None:
     path = folder()
-    settings = {"base_model_name_or_path": "org/base", "peft_type": "LORA"}
+    settings = {"base_model_name_or_path": "/no/base", "peft_type": "LORA"}
     (path / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    for _ in range(2):  # a whole model beside it would be read without its adapter, or with it
-        assert message(path).startswith("it is an adapter of org/base (adapter_config.json): merge")
-        assert "merge_and_unload()" in message(path)
-        for read in (load_tokenizer, read_shape):  # eval and plan begin with these
-            with pytest.raises(ValueError, match=r"it is an adapter of org/base \(adapter_config"):
-                read(str(path), "model.policy")
-        (path / "config.json").unlink(missing_ok=True)
-    for content in (b"", b"[", POINTER):
+    # it would be read without its adapter, or with it
+    assert message(path).startswith("it has a model beside an adapter (adapter_config.json): move")
+    (path / "model.safetensors").unlink()
+    absent = "it is an adapter of /no/base, and of that there is no such folder"
+    assert message(path).startswith(absent)
+    for read in (load_tokenizer, read_shape):  # eval and plan begin with these
+        with pytest.raises(ValueError, match=absent):
+            read(str(path), "model.policy")
+    for content, why in ((b"", "is empty"), (b"[", "is not readable JSON"), (POINTER, "pointer")):
         (path / "adapter_config.json").write_bytes(content)
-        assert message(path).startswith("it is an adapter of a base model (adapter_config.json)")
+        assert why in message(path)
+    (path / "adapter_config.json").write_text("{}", encoding="utf-8")
+    assert "must name its base_model_name_or_path, got None" in message(path)
 
 
 def test_code_of_its_own_is_refused(folder: Folder) -> None:
@@ -185,7 +188,7 @@ def test_an_adapter_of_the_hub_is_not_downloaded(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         HfApi, "model_info", lambda *_, **_arguments: SimpleNamespace(siblings=files)
     )
-    assert message("org/adapter").startswith("it is an adapter of a base model (adapter_config")
+    assert message("org/adapter").startswith("it is an adapter, which is not here: download it")
 
 
 @pytest.mark.parametrize(
