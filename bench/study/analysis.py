@@ -63,6 +63,10 @@ CLAIMS = (
     Claim("sign gate against none", "kdrl_sign_gate", "kdrl", ""),
     Claim("top-8 KL against the whole", "kdrl_topk", "kdrl_exact", ""),
     Claim("top-8 KL: no tail against a tail", "kdrl_topk_alone", "kdrl_topk", ""),
+    Claim("taught by itself against GRPO", "self_live", "grpo", ""),
+    Claim("taught by itself against by a teacher", "self_live", "kdrl", ""),
+    Claim("taught by its start against by itself", "self_frozen", "self_live", ""),
+    Claim("taught by itself: without the reward", "self_alone", "self_live", ""),
     Claim("advantage 1 against the reward's", "constant_advantage", "kdrl", ""),
 )
 

@@ -73,6 +73,11 @@ _STAIRS = ScheduleConfig(kind="step", initial=1.0, at=(93, 187), values=(0.3, 0.
 _UNDECIDED = ScheduleConfig(kind="reward_adaptive", initial=1.0)
 
 
+_SELF = {
+    "model": {"teacher": "self", "self_teacher": "live"},
+    "data": {"teacher_template": "{prompt} {answer}\n"},
+}
+"""The policy is its own teacher, which sees the answer behind the question."""
 _TOPK = replace(_KDRL, kd="topk_rkl", kd_topk=8)
 
 
@@ -151,6 +156,15 @@ ARMS: Mapping[str, Arm] = {
     ),
     "constant_advantage": _successor(
         "control: KDRL with advantage 1", replace(_KDRL, advantage="constant")
+    ),
+    "self_live": _successor("KDRL, taught by itself with the answer", _KDRL, settings=_SELF),
+    "self_frozen": _successor(
+        "KDRL, taught by its start with the answer",
+        _KDRL,
+        settings={**_SELF, "model": {"teacher": "self", "self_teacher": "frozen"}},
+    ),
+    "self_alone": _successor(
+        "distillation alone, by itself with the answer", _ALONE, like="kd_rkl", settings=_SELF
     ),
 }
 """The arms by name. Each differs from its preset by what is written here, and by nothing else."""

@@ -57,7 +57,10 @@ def test_every_arm_is_a_valid_run_of_any_length(name: str, steps: int, tmp_path:
     model = replace(other.model, teacher=run.model.teacher)
     if ARMS[name].sketched:
         model = replace(model, head_backward="sketch", head_threshold=2.0**-3, head_flat=1e9)
-    assert run == replace(other, out=run.out, method=run.method, model=model)
+    expected = update(replace(other, model=model), ARMS[name].settings)
+    assert run == replace(expected, out=run.out, method=run.method, model=run.model)
+    if not ARMS[name].settings:
+        assert run.model == model
 
 
 def test_a_run_that_a_signal_ended_is_no_result(
