@@ -27,6 +27,7 @@ from kdrl_train.model.policy import Policy
 from kdrl_train.output import guarded, guarded_console, shown
 from kdrl_train.ranks import connect
 from kdrl_train.regroup import first_cause
+from kdrl_train.runfolder.best import METRIC
 from kdrl_train.runfolder.events import recorded
 from kdrl_train.runfolder.log import Stages, peak_memory_bytes
 from kdrl_train.runfolder.signals import Stopped
@@ -120,7 +121,7 @@ def one_step(run: Run, step: int) -> None:
     record = learn(run, step, stages)
     finish(run, step, record, stages)
     run.saver.check()
-    if config.is_saved(done):
+    if config.is_saved(done) or (run.best is not None and run.best.is_after(done)):
         save(run, done)
 
 
@@ -246,14 +247,18 @@ def finish_postponed(run: Run, step: int) -> None:
     if record is not None:
         output.heading(f"evaluation after step {step + 1}")
         log_record(run, record | (evaluation(run) if is_evaluated(run, step) else {}))
+        if run.best is not None and run.best.is_after(step + 1):  # its checkpoint is there
+            run.world.on_main(run.best.write)
 
 
 def log_record(run: Run, record: dict[str, Any]) -> None:
-    """Give a step's record to the log and to the schedules."""
+    """Give a step's record to the log, to the schedules and to the search for the best one."""
     record |= {"peak_memory_bytes": peak_memory_bytes(run.policy.device)}
     run.world.on_main(lambda: run.log.step(record))  # no rank goes on where it fails
     run.position.record = None
     run.history.add(record)
+    if run.best is not None and run.best.add(record):
+        run.log.event("best", f"the best evaluation so far: avg@k {record[METRIC]:.4g}")
 
 
 def save(run: Run, done: int, wait: bool = False) -> None:

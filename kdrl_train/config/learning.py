@@ -117,8 +117,17 @@ class EvalConfig:
     max_problems: PositiveInt | None = None
     """Use only this many problems of each set, the first ones; None: all."""
 
+    keep_best: Switch = False
+    """Save a checkpoint where the avg@k of `data` is above every earlier one, and keep it until a
+    better one is saved; best.json of the run's folder names it. The first of equal ones counts."""
+
     def __post_init__(self) -> None:
         check_sets(self.sets, self.data)
+        if self.keep_best and not self.sections:
+            raise ValueError(
+                "every and data.path must be set with keep_best, got "
+                f"{self.every} and {self.data.path!r}: nothing would be measured"
+            )
         if self.greedy and self.temperature is not None:
             raise ValueError(
                 f"temperature must be None with greedy, got {self.temperature}: nothing is drawn"

@@ -93,8 +93,9 @@ class ModelConfig:
     offload_teacher: Switch = False
     """Keep the teacher's shards in CPU memory (torchrun, GPUs)."""
     weights: Path | None = None
-    """Checkpoint folder (runs/x/checkpoints/step_000050) whose weights replace those of `policy` at
-    step 0. Nothing else is read from it. It must come from a run with the same architecture."""
+    """Checkpoint folder (runs/x/checkpoints/step_000050), or the best.json of a run, whose weights
+    replace those of `policy` at step 0. Nothing else is read from it. It must come from a run with
+    the same architecture."""
     trust_remote_code: Switch = False
     """Run Python files in the folders of policy and teacher (auto_map in their config.json), with
     the rights of this process. Set it only for authors that you trust."""

@@ -4,6 +4,7 @@ All ranks call every method together, except close. Which checkpoints are on the
 `checkpoint` alone: a process that is killed leaves the newest one that was whole.
 """
 
+import copy
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,7 @@ from torch import nn
 from kdrl_train.config import TrainConfig
 from kdrl_train.ranks import BACKSTOP, World
 from kdrl_train.runfolder import checkpoint
+from kdrl_train.runfolder.best import BestSoFar
 from kdrl_train.runfolder.checkpoint import RunState
 from kdrl_train.runfolder.finite import require_finite
 from kdrl_train.runfolder.hashes import HashingWriter
@@ -32,6 +34,7 @@ class Saver:
         data: which problems the run has, as in RunState.
         saved: optimiser steps of the checkpoint, if any, from which the run starts.
         require_ours: raises RunError on rank 0 where another run has begun in the folder.
+        best: as in RunState.
     """
 
     def __init__(
@@ -42,8 +45,10 @@ class Saver:
         data: dict[str, dict[str, Any]],
         saved: int = 0,
         require_ours: Callable[[], None] = lambda: None,
+        best: BestSoFar | None = None,
     ) -> None:
         self.config = config
+        self.best = best
         self.data = data
         self.require_ours = require_ours
         self.world = world
@@ -87,6 +92,7 @@ class Saver:
             rollouts=rollouts,
             teacher=teacher,
             require_ours=self.require_ours,
+            best=copy.copy(self.best),  # a thread reads it later
         )
         if self.config.save_async and not wait:
             self._future = self._pool.submit(begin(folder, state, self.world, self._group))

@@ -39,6 +39,7 @@ from kdrl_train.config_file import to_dict
 from kdrl_train.errors import RunError
 from kdrl_train.ranks import ALONE, World
 from kdrl_train.runfolder.adapters import check_adapters, has_adapters, of_trained
+from kdrl_train.runfolder.best import BestSoFar, resolved
 from kdrl_train.runfolder.hashes import HashingWriter, require_same, sealed, sha256_of, unsealed
 from kdrl_train.runfolder.untrusted import Planner, Reader
 from kdrl_train.runfolder.writable import remove
@@ -69,6 +70,8 @@ class RunState:
     """A teacher whose weights the run changes; None: there is none."""
     require_ours: Callable[[], None] = lambda: None
     """Raises RunError where another run has begun in the folder: nothing gets a name then."""
+    best: BestSoFar | None = None
+    """The best evaluation, whose checkpoint stays; None: eval.keep_best is off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +223,8 @@ def publish(work: Path, state: RunState, hashes: dict[str, str]) -> None:
     }
     _write(work / "meta.json", sealed(meta))
     state.require_ours()
+    if state.best is not None and state.best.is_after(state.step):
+        state.best.write()
     if final.exists():  # written before the run was resumed from an older checkpoint
         _remove(final)
     log = (final.parent.parent / name for name in ("metrics.jsonl", "events.jsonl"))
@@ -231,7 +236,9 @@ def publish(work: Path, state: RunState, hashes: dict[str, str]) -> None:
     pointer.rename(final.with_name("LATEST"))
     every = state.config.keep_every
     for old in checkpoints(final.parent)[: -state.config.keep_checkpoints]:
-        if not every or int(old.name.removeprefix("step_")) % every:
+        step = int(old.name.removeprefix("step_"))
+        is_best = state.best is not None and state.best.is_after(step)
+        if not is_best and (not every or step % every):
             _remove(old)
 
 
@@ -297,6 +304,7 @@ def load_weights(
     """Load the weights of a checkpoint folder, and nothing else, on all ranks together.
 
     Args:
+        folder: or a run's best.json, which names one.
         hashes: whether to compare the files with their hashes first.
         of: which weights, those of the policy or those of RunState.teacher.
         config: of the model; its lora says whether it has adapters, which are read alone then.
@@ -305,7 +313,7 @@ def load_weights(
     Raises: ValueError for a folder that is no whole checkpoint, for another architecture, and for
         one of other adapters.
     """
-    checkpoint = read(folder)
+    checkpoint = read(resolved(folder))
     doubts = check_adapters(folder, checkpoint.config.get("model", {}), config or ModelConfig())
     state: dict[str, Any] = {of: of_trained(model, get_model_state_dict(model))}
     if hashes:

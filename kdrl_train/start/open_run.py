@@ -26,6 +26,7 @@ from kdrl_train.rollouts.engines.vllm_server import VllmServerEngine
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder import checkpoint
 from kdrl_train.runfolder.async_saver import Saver
+from kdrl_train.runfolder.best import BestSoFar, measures
 from kdrl_train.runfolder.lock import FILE as LOCK
 from kdrl_train.runfolder.lock import WAIT_S, RunLock
 from kdrl_train.runfolder.log import RunLog, read_postponed, read_records
@@ -75,7 +76,7 @@ def open_run(
     teachers = Teachers(tuple(one.name for one in loaded.teachers), loaded.teacher_models)
     first, doubts = restore(config, newest, policy, optimizer, prefetch, teachers.average, world)
     engine.load(policy, first)
-    history = read_history(config, world, first)
+    history, best = read_history(config, world, first), open_best(config, world, loaded, first)
     world.on_main(lambda: begin_folder(config, trackers, newest, teacher, lock))
     log = RunLog(config.out, first, config.steps, console, world.main, trackers, lock)
     attach(engine, log, interrupt)
@@ -85,9 +86,9 @@ def open_run(
         log.say(lora.summary(policy.model))
     for warning in warnings + unsure + doubts:
         log.event("warning", warning)
-    if newest is not None and (change := changed_rate(newest, config)) is not None:
+    for change in changes(config, newest, best):
         log.event("settings", change)
-    saver = Saver(config, world, log.say, loaded.data, first, log.require_ours)
+    saver = Saver(config, world, log.say, loaded.data, first, log.require_ours, best)
     interrupt.starting = False
     return Run(
         config=pack_for(config, world, policy, *loaded.teacher_models.values()),
@@ -102,11 +103,31 @@ def open_run(
         verifier=verifier,
         interrupt=interrupt,
         history=history,
+        best=best,
         log=log,
         saver=stack.enter_context(closing(saver)),
         prefetch=prefetch,
         position=Position(first),
     ), first
+
+
+def changes(
+    config: TrainConfig, newest: checkpoint.Checkpoint | None, best: BestSoFar | None
+) -> list[str]:
+    """Say which changes of the settings make numbers before and after the start differ."""
+    rate = None if newest is None else changed_rate(newest, config)
+    texts = [] if rate is None else [rate]
+    if best is not None and best.changed:
+        texts.append("another evaluation than that of best.json: the search for the best is new")
+    return texts
+
+
+def open_best(config: TrainConfig, world: World, loaded: Loaded, first: int) -> BestSoFar | None:
+    """Go on with the search for the best evaluation; None: eval.keep_best is off."""
+    if not config.eval.keep_best:
+        return None
+    measured = measures(config, loaded.held_out[0].facts.identity)
+    return world.on_main(lambda: BestSoFar(config.out, first, measured))
 
 
 def attach(engine: Engine, log: RunLog, interrupt: Interrupt) -> None:

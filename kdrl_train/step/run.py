@@ -17,6 +17,7 @@ from kdrl_train.rollouts.engines import Engine
 from kdrl_train.rollouts.problems import ProblemSet
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder.async_saver import Saver
+from kdrl_train.runfolder.best import BestSoFar
 from kdrl_train.runfolder.jsonl import Record
 from kdrl_train.runfolder.log import RunLog, Stages
 from kdrl_train.runfolder.signals import Interrupt, Stopped
@@ -56,6 +57,8 @@ class Run:
     verifier: Verifier
     interrupt: Interrupt
     history: History
+    best: BestSoFar | None
+    """With eval.keep_best."""
     log: RunLog
     saver: Saver
     prefetch: Prefetch | None

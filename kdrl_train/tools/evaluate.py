@@ -34,6 +34,7 @@ from kdrl_train.model.teacher.client import connect
 from kdrl_train.rollouts.problems import ProblemSet, PromptFacts, encode_prompt
 from kdrl_train.rollouts.sampler import SampleRequest, generate_rollouts
 from kdrl_train.rollouts.verifier import Verifier
+from kdrl_train.runfolder.best import resolved
 from kdrl_train.runfolder.checkpoint import checkpoints, load_weights
 from kdrl_train.runfolder.log import ROLLOUTS
 from kdrl_train.runfolder.writable import require_writable_file
@@ -224,7 +225,9 @@ def other_templates(config: EvaluateConfig) -> list[str]:
 
 def run_folder(config: ModelConfig) -> Path:
     """Returns the folder of the run that the policy comes from, if it comes from one."""
-    return Path(config.policy).parent if config.weights is None else config.weights.parent.parent
+    if config.weights is None:
+        return Path(config.policy).parent
+    return resolved(config.weights).parent.parent
 
 
 def common_width(model: Any, config: ModelConfig) -> int:

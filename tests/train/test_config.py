@@ -269,6 +269,10 @@ def test_every_preset_is_an_option(name: str) -> None:
             r"unknown key eval\.sets\.a\.pathz .*; eval\.sets\.a has path, split",
         ),
         (
+            "eval: {keep_best: true}",
+            r"eval\.every and data\.path must be set with keep_best, got 0",
+        ),
+        (
             "eval: {greedy: true, temperature: 1}",
             r"eval\.temperature must be None with greedy, got",
         ),

@@ -1,0 +1,159 @@
+"""best: the best checkpoint stays, best.json names it, and a resumed run goes on with both."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdrl_train import train
+from kdrl_train.config import DataConfig, EvalConfig, TrainConfig
+from kdrl_train.runfolder import best, checkpoint, jsonl
+from kdrl_train.runfolder.best import METRIC, Best, BestSoFar, measures, resolved
+from tests.train.test_train import run
+
+MEASURED: dict[str, Any] = {"samples": 4}
+
+
+def score(step: int, value: float | None) -> dict[str, Any]:
+    return {"step": step} | ({} if value is None else {METRIC: value})
+
+
+def saved(folder: Path, *steps: int) -> None:
+    for step in steps:
+        (folder / "checkpoints" / f"step_{step:06d}").mkdir(parents=True, exist_ok=True)
+
+
+def test_the_first_of_equal_scores_is_the_best(tmp_path: Path) -> None:
+    so_far = BestSoFar(tmp_path, 0, MEASURED)
+    scores = [None, 0.0, 0.25, 0.25, None, 0.5, 0.125]
+    assert [so_far.add(score(step, value)) for step, value in enumerate(scores)] == [
+        False, True, True, False, False, True, False,
+    ]  # fmt: skip
+    assert (so_far.now, so_far.previous) == (Best(6, 0.5), Best(3, 0.25))
+    assert so_far.is_after(6)
+    assert not so_far.is_after(7)
+
+
+@pytest.mark.parametrize(
+    ("steps", "first", "now"),
+    [
+        ((3, 6), 6, Best(6, 0.5)),
+        ((3, 6), 9, Best(6, 0.5)),
+        ((3,), 3, Best(3, 0.25)),  # killed before the checkpoint had its name
+        ((3, 6), 5, Best(3, 0.25)),  # step 6 is measured again
+        ((), 3, None),
+    ],
+)
+def test_a_resumed_run_goes_on_with_the_best_that_is_there(
+    tmp_path: Path, steps: tuple[int, ...], first: int, now: Best | None
+) -> None:
+    so_far = BestSoFar(tmp_path, 0, MEASURED)
+    so_far.add(score(2, 0.25))
+    so_far.add(score(5, 0.5))
+    so_far.write()
+    saved(tmp_path, *steps)
+    again = BestSoFar(tmp_path, first, MEASURED)
+    assert (again.now, again.changed) == (now, False)
+    other = BestSoFar(tmp_path, first, {"samples": 5})
+    assert (other.now, other.changed) == (None, True)
+
+
+def test_what_makes_scores_comparable() -> None:
+    config = TrainConfig(eval=EvalConfig(data=DataConfig(path="a.jsonl"), every=2))
+    problems = {"count": 3, "sha256": "aa"}
+    same = measures(config, problems)
+    alike = [{"every": 9}, {"sets": {"b": DataConfig(path="b.jsonl")}}, {"keep_best": True}]
+    for change in alike:
+        assert measures(replace(config, eval=replace(config.eval, **change)), problems) == same
+    moved = replace(config.eval.data, path="b.parquet", prompt_column="problem")
+    assert measures(replace(config, eval=replace(config.eval, data=moved)), problems) == same
+    brief = replace(config.eval.data, system_prompt="Brief.")
+    others = [{"samples": 9}, {"greedy": True}, {"temperature": 0.5}, {"data": brief}]
+    for other in others:
+        assert measures(replace(config, eval=replace(config.eval, **other)), problems) != same
+    assert measures(config, problems | {"sha256": "bb"}) != same
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (None, "{"),
+        (None, "[]"),
+        ("checkpoint", "../../etc"),
+        ("checkpoint", 3),
+        ("best", None),
+        ("best", {"step": "1", "score": 0.5}),
+        ("best", {"step": 1}),
+        ("previous", {"step": 1, "score": "much"}),
+        ("measured", None),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, key: str | None, value: Any) -> None:
+    so_far = BestSoFar(tmp_path, 0, MEASURED)
+    so_far.add(score(2, 0.25))
+    so_far.write()
+    content = json.loads(so_far.path.read_text(encoding="utf-8"))
+    text = value if key is None else json.dumps(content | {key: value})
+    so_far.path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"best\.json must be as a run wrote it, got "):
+        BestSoFar(tmp_path, 9, MEASURED)
+    with pytest.raises(ValueError, match=r"best\.json must be as a run wrote it, got "):
+        resolved(so_far.path)
+
+
+def test_weights_are_named_by_a_checkpoint_or_by_the_best(tmp_path: Path) -> None:
+    so_far = BestSoFar(tmp_path, 0, MEASURED)
+    so_far.add(score(2, 0.25))
+    so_far.write()
+    with pytest.raises(ValueError, match=r"must name a checkpoint that is there, got .*best\.json"):
+        resolved(tmp_path / "best.json")
+    saved(tmp_path, 3)
+    folder = tmp_path / "checkpoints" / "step_000003"
+    assert resolved(tmp_path / "best.json") == resolved(folder) == folder
+
+
+def test_the_best_checkpoint_of_a_run_stays(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a run that is killed while it names the checkpoint, and resumed."""
+    scores = iter([0.25, 0.5, 0.5, 0.125, 0.25, 0.75])
+
+    def evaluation(_: train.Run) -> dict[str, float]:
+        value = next(scores)
+        ends = {f"{METRIC}{end}": value for end in ("", "_low", "_high")}
+        return ends | {"eval_length": 1.0, "eval_truncated": 0.0}
+
+    monkeypatch.setattr(train, "evaluation", evaluation)
+    keeps = EvalConfig(data=config().data, every=1, max_problems=1, keep_best=True)
+    settings = config(steps=5, save_every=9, keep_checkpoints=1, eval=keeps)
+    run(settings)
+    names = [path.name for path in checkpoint.checkpoints(settings.out / "checkpoints")]
+    assert names == ["step_000002", "step_000005"]
+    content = json.loads((settings.out / best.FILE).read_text(encoding="utf-8"))
+    assert content["checkpoint"] == "checkpoints/step_000002"
+    assert (content["best"], content["metric"]) == ({"step": 2, "score": 0.5}, METRIC)
+    sync = checkpoint._sync
+
+    def killed(*paths: Path) -> None:
+        if paths[0].name == ".tmp_step_000006":
+            raise SystemExit
+        sync(*paths)
+
+    more = replace(settings, steps=6, resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_sync", killed)
+        with pytest.raises(SystemExit):
+            run(more)
+    assert BestSoFar(settings.out, 5, content["measured"]).now == Best(2, 0.5)
+    scores = iter([0.75])
+    run(more)
+    assert resolved(settings.out / best.FILE).name == "step_000006"
+    names = [path.name for path in checkpoint.checkpoints(settings.out / "checkpoints")]
+    assert names == ["step_000006"]
+    events = jsonl.read(settings.out / "events.jsonl")
+    assert [event["step"] for event in events if event["event"] == "best"] == [1, 2, 6, 6]
+    weights = replace(config("next", steps=1).model, weights=settings.out / best.FILE)
+    run(config("next", steps=1, model=weights))
