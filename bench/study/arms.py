@@ -78,6 +78,8 @@ _SELF = {
     "data": {"teacher_template": "{prompt} {answer}\n"},
 }
 """The policy is its own teacher, which sees the answer behind the question."""
+_LORA = {"model": {"lora": {"rank": 8}}, "optim": {"learning_rate": 5e-3}}
+"""Ten times the learning rate of the arms that train all weights."""
 _TOPK = replace(_KDRL, kd="topk_rkl", kd_topk=8)
 
 
@@ -157,6 +159,8 @@ ARMS: Mapping[str, Arm] = {
     "constant_advantage": _successor(
         "control: KDRL with advantage 1", replace(_KDRL, advantage="constant")
     ),
+    "grpo_lora": _successor("GRPO, LoRA of rank 8", PRESETS["grpo"], like="grpo", settings=_LORA),
+    "kdrl_lora": _successor("KDRL, k2, LoRA of rank 8", _KDRL, settings=_LORA),
     "self_live": _successor("KDRL, taught by itself with the answer", _KDRL, settings=_SELF),
     "self_frozen": _successor(
         "KDRL, taught by its start with the answer",
