@@ -87,7 +87,7 @@ def load_loss(method: MethodConfig) -> MethodLoss | None:
         )
     check_options(name, function, method.loss_options)
     loss: RowLoss = partial(function, **method.loss_options)
-    return MethodLoss(_as_declared(loss, declared), declared.sequence)
+    return MethodLoss(as_declared(loss, declared), declared.sequence)
 
 
 def shown(kd: str | None) -> str:
@@ -113,7 +113,7 @@ def check_options(name: str, function: Callable[..., Any], options: Mapping[str,
         )
 
 
-def _as_declared(loss: RowLoss, declared: Declared) -> RowLoss:
+def as_declared(loss: RowLoss, declared: Declared) -> RowLoss:
     """Give a loss of the user's own the rows that token_loss promises."""
 
     def losses(rows: Rows, tokens: TokenCoefficients) -> Tensor:

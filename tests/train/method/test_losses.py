@@ -23,7 +23,7 @@ from kdrl_train.method.losses import (
     distilled_rows,
     needs_token_loss,
 )
-from kdrl_train.method.own_loss import load_loss
+from kdrl_train.method.own_loss import as_declared, load_loss, token_loss
 from kdrl_train.method.presets import PRESETS
 from tests.train import own_losses
 
@@ -166,6 +166,48 @@ def test_a_constant_advantage_reads_no_reward() -> None:
     assert group_advantages(rewards, "constant").tolist() == [[1, 1, 0], [1, 1, 1]]
 
 
+def test_rows_that_are_not_distilled_hold_nothing_of_the_teacher() -> None:
+    """Whether it ran in their pack or not, so that a pack may hold any completions."""
+    loss = load_loss(MethodConfig(kd="rkl+fkl", loss=f"{HERE}:mixture"))
+    assert loss is not None
+    nan, entropy = numbers([math.nan, 0.1, math.nan]), numbers([1.0, 1.0, 1.0])
+    results = []
+    for known in (None, nan):
+        rows, tokens = three_tokens(
+            teacher_logprobs=known, kl=known, forward_kl=known, entropy=entropy
+        )
+        weight = numbers([0.0, 0.0 if known is None else 0.5, 0.0])
+        losses = loss.losses(replace(rows, kd_weight=weight), replace(tokens, kd_weight=weight))
+        (gradient,) = torch.autograd.grad(losses.sum(), rows.logprobs)
+        results.append((losses.detach()[::2], gradient[::2]))
+    (losses, gradient), (theirs, others) = results
+    assert losses.isfinite().all()
+    torch.testing.assert_close(losses, theirs)
+    torch.testing.assert_close(gradient, others)
+
+
+@pytest.mark.parametrize("known", [None, [math.nan, math.nan, 0.5]])
+def test_a_loss_of_ones_own_gets_whole_rows(known: list[float] | None) -> None:
+    seen: list[Rows] = []
+
+    @token_loss(kd="rkl")
+    def loss(rows: Rows, _: TokenCoefficients) -> Tensor:
+        seen.append(rows)
+        return rows.logprobs + rows.kl
+
+    values = None if known is None else numbers(known)
+    rows, tokens = three_tokens(teacher_logprobs=values, kl=values)
+    weight = numbers([0.0, 0.0, 0.0 if known is None else 1.0])
+    as_declared(loss, loss.kdrl_declared)(
+        replace(rows, old_logprobs=None), replace(tokens, kd_weight=weight)
+    )
+    student = rows.logprobs.detach()
+    last = student[2].item() if known is None else 0.5
+    assert seen[0].teacher_logprobs.tolist() == [*student[:2].tolist(), last]
+    assert seen[0].kl.tolist() == [0, 0, 0 if known is None else 0.5]
+    assert torch.equal(seen[0].old_logprobs, student)
+
+
 def test_the_readmes_loss_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """kdrl_train/README.md: ratio 1.5 of the first completion, capped; 256 tokens halve the KD."""
     text = (Path(kdrl_train.__file__).parent / "README.md").read_text(encoding="utf-8")
@@ -216,6 +258,7 @@ def test_presets_of_other_papers() -> None:
         ({"kd": "reward", "kd_min_entropy": 1.0}, "with kd_min_entropy 1.0, got reward"),
         ({"kd": "rkl", "kd_tanh": 1.0}, 'kd must be "k2" or "k3" with kd_tanh 1.0'),
         ({"kd_baseline": "kl", "kd_tanh": 1.0}, "and kd_baseline None, got"),
+        ({"policy": "gspo", "kd": "topk_rkl"}, 'another one than "topk_rkl" with policy gspo'),
         ({"policy": "off", "kd_sign_gate": True}, 'policy must not be "off" with kd_sign_gate'),
         ({"loss_options": {"a": 1.0}}, "loss must be module:function with loss_options"),
         ({"loss": "a:b", "clip_high": 0.3}, "clip_high must be 0.2 with loss a:b, got 0.3"),
