@@ -10,7 +10,6 @@ any number of ranks can read them. The state of the CPU generator is the only ra
 and it suffices: dropout is off, and every other draw is seeded by (seed, step).
 """
 
-import os
 import re
 import shutil
 import warnings
@@ -40,6 +39,7 @@ from kdrl_train.errors import RunError
 from kdrl_train.ranks import ALONE, World
 from kdrl_train.runfolder.adapters import check_adapters, has_adapters, of_trained
 from kdrl_train.runfolder.best import BestSoFar, resolved
+from kdrl_train.runfolder.durable import sync, write_through
 from kdrl_train.runfolder.hashes import HashingWriter, require_same, sealed, sha256_of, unsealed
 from kdrl_train.runfolder.untrusted import Planner, Reader
 from kdrl_train.runfolder.writable import remove
@@ -221,18 +221,18 @@ def publish(work: Path, state: RunState, hashes: dict[str, str]) -> None:
         "files": files,
         "sha256": hashes,
     }
-    _write(work / "meta.json", sealed(meta))
+    write_through(work / "meta.json", sealed(meta))
     state.require_ours()
     if state.best is not None and state.best.is_after(state.step):
         state.best.write()
     if final.exists():  # written before the run was resumed from an older checkpoint
         _remove(final)
     log = (final.parent.parent / name for name in ("metrics.jsonl", "events.jsonl"))
-    _sync(work, *log)  # after a power cut the records of the steps that are saved exist, too
+    sync(work, *log)  # after a power cut the records of the steps that are saved exist, too
     work.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     pointer = final.with_name(".tmp_LATEST")
-    _write(pointer, final.name + "\n")
+    write_through(pointer, final.name + "\n")
     pointer.rename(final.with_name("LATEST"))
     every = state.config.keep_every
     for old in checkpoints(final.parent)[: -state.config.keep_checkpoints]:
@@ -240,14 +240,6 @@ def publish(work: Path, state: RunState, hashes: dict[str, str]) -> None:
         is_best = state.best is not None and state.best.is_after(step)
         if not is_best and (not every or step % every):
             _remove(old)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a small file through to the disk."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _cause(error: BaseException) -> str:
@@ -392,17 +384,3 @@ def _remove(folder: Path) -> None:
     renamed = folder.with_name(f".tmp_{folder.name}_old")
     folder.rename(renamed)
     remove(renamed)
-
-
-def _sync(folder: Path, *more: Path) -> None:
-    """Flush every file of a folder, its directory entry, and more files to the disk."""
-    if os.name == "nt":  # it flushes no directory; each file was flushed as it was written
-        return
-    for path in [*folder.iterdir(), folder, *more]:
-        if path != folder and not path.is_file():
-            continue
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -135,7 +135,7 @@ def test_the_best_checkpoint_of_a_run_stays(
     content = json.loads((settings.out / best.FILE).read_text(encoding="utf-8"))
     assert content["checkpoint"] == "checkpoints/step_000002"
     assert (content["best"], content["metric"]) == ({"step": 2, "score": 0.5}, METRIC)
-    sync = checkpoint._sync
+    sync = checkpoint.sync
 
     def killed(*paths: Path) -> None:
         if paths[0].name == ".tmp_step_000006":
@@ -144,7 +144,7 @@ def test_the_best_checkpoint_of_a_run_stays(
 
     more = replace(settings, steps=6, resume=True)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_sync", killed)
+        patch.setattr(checkpoint, "sync", killed)
         with pytest.raises(SystemExit):
             run(more)
     assert BestSoFar(settings.out, 5, content["measured"]).now == Best(2, 0.5)

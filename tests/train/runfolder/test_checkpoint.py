@@ -23,7 +23,7 @@ from kdrl_train.config import (
 from kdrl_train.config_file import to_dict
 from kdrl_train.method.config import MethodConfig, ScheduleConfig
 from kdrl_train.model.policy import Policy
-from kdrl_train.runfolder import checkpoint
+from kdrl_train.runfolder import checkpoint, durable
 from kdrl_train.runfolder.checkpoint import RunState
 from kdrl_train.runfolder.export import export
 from kdrl_train.runfolder.resume import check_config, check_data
@@ -238,8 +238,8 @@ def test_the_log_is_on_the_disk_before_the_checkpoint_has_its_name(
 
 
 def test_windows_flushes_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "os", SimpleNamespace(name="nt"))  # it has no fsync
-    checkpoint._sync(tmp_path)
+    monkeypatch.setattr(durable, "os", SimpleNamespace(name="nt"))  # it has no fsync
+    durable.sync(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["student", "llama"])

@@ -12,7 +12,7 @@ from kdrl_train.config_file import save_yaml
 from kdrl_train.model.teacher.client import TeacherInfo
 from kdrl_train.model.teacher.identity import FILE as TEACHER
 from kdrl_train.model.teacher.identity import check_same_teacher, keep_teacher
-from kdrl_train.runfolder import checkpoint, jsonl, writable
+from kdrl_train.runfolder import checkpoint, durable, jsonl, writable
 from kdrl_train.runfolder.export import export
 from kdrl_train.runfolder.lock import FILE as LOCK
 from kdrl_train.runfolder.lock import RunLock
@@ -72,7 +72,7 @@ def test_no_run_opens_what_stands_in_a_files_place(tmp_path: Path) -> None:
         check_same_teacher(tmp_path, TeacherInfo(model="other", window=None))
     os.mkfifo(tmp_path / "LATEST")
     both_ends = os.open(tmp_path / "LATEST", os.O_RDWR)  # so that the next one to open it goes on
-    checkpoint._sync(tmp_path)  # a pipe cannot be flushed to the disk
+    durable.sync(tmp_path)  # a pipe cannot be flushed to the disk
     os.close(both_ends)
 
 

@@ -24,7 +24,7 @@ from kdrl_train.config import (
 from kdrl_train.model.attention import Choice
 from kdrl_train.model.policy import Policy
 from kdrl_train.rollouts.rendering import PromptError
-from kdrl_train.start import preflight, prompts
+from kdrl_train.start import duplicates, preflight, prompts
 from kdrl_train.start.load import Loaded, load, read_problems
 from tests.train.start.loaded import with_teacher
 
@@ -70,11 +70,11 @@ def tokenizers(config: TrainConfig, loaded: Loaded) -> str:
 def test_problems_with_the_text_of_others_are_named() -> None:
     rows = [("a:1", "1+1", "2"), ("a:2", "1+1", "2"), ("a:3", "2+2", "4"), ("a:4", "1+1", "3")]
     examples = [Example(*row) for row in rows]
-    assert prompts.repeated(examples[:3]) == []
-    assert prompts.learnt_as_well(examples, [Example("b:1", "3+3", "6")], "eval.data") == []
+    assert duplicates.repeated(examples[:3]) == []
+    assert duplicates.learnt_as_well(examples, [Example("b:1", "3+3", "6")], "eval.data") == []
     held_out = [Example("b:1", "3+3", "6"), Example("b:2", "2+2", "4")]
-    doubts = prompts.repeated(examples)
-    assert doubts + prompts.learnt_as_well(examples, held_out, "eval.sets.b") == [
+    doubts = duplicates.repeated(examples)
+    assert doubts + duplicates.learnt_as_well(examples, held_out, "eval.sets.b") == [
         "1 of 4 problems have the text of another one and not its gold answer, a:4 first, '3', and "
         "a:1, '2': correct one",
         "1 of 2 problems of eval.sets.b are learnt from as well, b:2 first, as a:3: their accuracy "
