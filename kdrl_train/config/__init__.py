@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from kdrl_train.config.learning import EvalConfig, LogConfig, OptimConfig, check_sets
-from kdrl_train.config.models import LoraConfig, ModelConfig, TeacherConfig
+from kdrl_train.config.models import LoraConfig, ModelConfig, TeacherConfig, is_url
 from kdrl_train.config.rollouts import DataConfig, EngineConfig, RewardConfig, SamplingConfig
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.settings import NaturalInt, PositiveInt, Switch, SwitchOrAuto, settings
@@ -84,11 +84,6 @@ class TrainConfig:
                 "sampling.group_size must be at least 2 for a policy gradient, got "
                 f"{self.sampling.group_size}: advantages compare completions of one prompt"
             )
-        if self.method.kd_coef.kind == "reward_adaptive" and self.sampling.group_size < 2:
-            raise ValueError(
-                'sampling.group_size must be at least 2 for method.kd_coef.kind "reward_adaptive", '
-                f"got {self.sampling.group_size}: with one completion beta would always be 0"
-            )
         if self.optim.head_impl == "reference" and self.model.head_backward != "exact":
             raise ValueError(
                 'model.head_backward must be "exact" with optim.head_impl "reference", got '
@@ -105,6 +100,11 @@ class TrainConfig:
                 f'"{self.optim.schedule}", got {self.optim.warmup_steps} and {self.steps}'
             )
         for key, schedule in self.method.schedules.items():
+            if schedule.kind == "reward_adaptive" and self.sampling.group_size < 2:
+                raise ValueError(
+                    f'sampling.group_size must be at least 2 for {key}.kind "reward_adaptive", '
+                    f"got {self.sampling.group_size}: with one completion beta would always be 0"
+                )
             if schedule.waits_for_plateau and not (self.eval.every and self.eval.data.path):
                 raise ValueError(
                     f"eval.every and eval.data.path must be set when {key} switches on a plateau, "
@@ -117,7 +117,8 @@ class TrainConfig:
                 f"{self.model.tensor_parallel}: the likeliest tokens are searched on one rank; use "
                 'method.kd "rkl"'
             )
-        if self.model.teacher_is_url:
+        self._check_teachers()
+        if any(is_url(place) for place in self.model.teacher_places.values()):
             self._check_server()
         self._check_teacher_prompts()
 
@@ -125,6 +126,27 @@ class TrainConfig:
         """Whether a checkpoint follows on `done` optimiser steps."""
         kept = self.keep_every > 0 and done % self.keep_every == 0
         return done % self.save_every == 0 or kept or done == self.steps
+
+    def _check_teachers(self) -> None:
+        """Raises ValueError where the parts of the settings about several teachers do not fit."""
+        teachers, column = self.model.teachers, self.data.teacher_column
+        if teachers and column is None:
+            raise ValueError(
+                f"data.teacher_column must be set with model.teachers, got {', '.join(teachers)}: "
+                "it names the column that says which of them teaches a problem"
+            )
+        if column is not None and not teachers:
+            raise ValueError(
+                f"model.teachers must be set with data.teacher_column, got {column!r} and no "
+                "teachers: name them, or leave data.teacher_column out"
+            )
+        for name in self.method.teachers:
+            if not teachers or name not in self.model.teacher_places:
+                known = ", ".join(self.model.teacher_places) if teachers else "no model.teachers"
+                raise ValueError(
+                    f"method.teachers.{name} must be one of several teachers, got {known}: correct "
+                    "the name, or set method.kd_coef and method.kd_mask for a single teacher"
+                )
 
     def _check_teacher_prompts(self) -> None:
         """Raises ValueError for a teacher that has nothing to say, and a template without one."""

@@ -1,5 +1,6 @@
 """Settings of the models of a run: policy and teacher."""
 
+import re
 from dataclasses import field
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,10 @@ from kdrl_train.settings import (
 
 SELF = "self"
 """As model.teacher: the policy's own weights."""
+
+DEFAULT_TEACHER = "default"
+"""The name of model.teacher beside those of model.teachers."""
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
 
 
 @settings
@@ -72,6 +77,13 @@ class ModelConfig:
     ema_decay: OpenUnitInterval = 0.99
     """With self_teacher ema: the share of itself that the copy keeps at each optimiser step; the
     rest comes from the policy."""
+    teachers: dict[str, str] = field(default_factory=dict, hash=False)
+    """More teachers by name, for problems that data.teacher_column routes to them: {math: folder,
+    code: URL}. Each is a folder, a hub id or a URL, as `teacher`, which stays the teacher of the
+    problems that name none."""
+    move_teachers: Switch = False
+    """Keep the teachers of this process in CPU memory, and on the GPU only the one that is reading:
+    a step moves each of them once. Not under torchrun, where offload_teacher does as much."""
     teacher_api: Literal["kdrl", "openai"] = "kdrl"
     """The protocol of a teacher behind a URL: kdrl (`python -m kdrl_train serve`) or openai (vLLM,
     or another server whose /v1/completions returns prompt log-probabilities)."""
@@ -121,6 +133,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         require_no_secret("teacher", self.teacher, "KDRL_TEACHER_TOKEN")
         self._check_self_teacher()
+        for name, place in self.teachers.items():
+            _check_name(name, place)
         if not 2.0**-24 <= self.head_threshold <= 1:
             raise ValueError(f"head_threshold must be in [2^-24, 1], got {self.head_threshold}")
         for name in ("liger", "offload_policy", "offload_teacher"):
@@ -153,6 +167,11 @@ class ModelConfig:
             raise ValueError(
                 f'teacher must be self with self_teacher "{self.self_teacher}", got {self.teacher}'
             )
+        if self.self_teacher != "frozen" and self.move_teachers:
+            raise ValueError(
+                f'move_teachers must be off with self_teacher "{self.self_teacher}", got on: its '
+                "weights change"
+            )
         if self.ema_decay != 0.99 and self.self_teacher != "ema":
             raise ValueError(
                 f'self_teacher must be "ema" with ema_decay {self.ema_decay:g}, got '
@@ -172,7 +191,50 @@ class ModelConfig:
     @property
     def teacher_is_url(self) -> bool:
         """Whether the teacher runs in a server, and not in this process."""
-        return self.teacher is not None and self.teacher.startswith(("http://", "https://"))
+        return is_url(self.teacher)
+
+    @property
+    def teacher_places(self) -> dict[str, str]:
+        """Name of each teacher -> its folder, hub id or URL; DEFAULT_TEACHER first, if it is set.
+
+        A teacher's number is its place in this order.
+        """
+        default = {} if self.teacher is None else {DEFAULT_TEACHER: self.teacher}
+        return default | self.teachers
+
+    def teacher_key(self, name: str) -> str:
+        """Return the key of the setting that names a teacher, for messages."""
+        return "model.teacher" if name == DEFAULT_TEACHER else f"model.teachers.{name}"
+
+
+def teacher_file(name: str = DEFAULT_TEACHER) -> str:
+    """Return the name of the file of a run folder that describes a teacher."""
+    return "teacher.json" if name == DEFAULT_TEACHER else f"teacher_{name}.json"
+
+
+def is_url(place: str | None) -> bool:
+    """Whether a teacher is behind a URL, and not in this process."""
+    return place is not None and place.startswith(("http://", "https://"))
+
+
+def _check_name(name: str, place: str) -> None:
+    """Raise ValueError for a teacher whose name or place cannot be used.
+
+    The name becomes part of the keys of metrics and of file names.
+    """
+    if not _NAME.fullmatch(name) or name == DEFAULT_TEACHER:
+        raise ValueError(
+            "teachers must have names of letters, digits, _ and -, at most 40, and not "
+            f'"{DEFAULT_TEACHER}", got {name!r}: the default is model.teacher'
+        )
+    if place == SELF:
+        raise ValueError(
+            f"teachers.{name} must be another model, got {SELF}: only model.teacher can be the "
+            "policy itself"
+        )
+    if not place.strip():
+        raise ValueError(f"teachers.{name} must be a folder, a hub id or a URL, got {place!r}")
+    require_no_secret(f"teachers.{name}", place, "KDRL_TEACHER_TOKEN")
 
 
 @settings

@@ -30,6 +30,9 @@ class DataConfig:
     answer_column: str = "answer"
     """Column with the gold answer, as reward_model.ground_truth. If the text has `####`, the answer
     is what follows (GSM8K); if it has one `\\boxed{}`, what that holds (MATH)."""
+    teacher_column: str | None = None
+    """Column with the name of the problem's teacher, one of model.teachers. Where it is missing or
+    empty, model.teacher is the teacher. Evaluation reads no teacher."""
     prompt_template: str = "{prompt}"
     """Text around each problem; {prompt} stands for the problem. Of chat messages it is the last
     one that it is put around."""

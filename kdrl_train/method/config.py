@@ -1,6 +1,6 @@
 """Settings of the objective: the method, and coefficients that change during a run."""
 
-from dataclasses import field
+from dataclasses import field, replace
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -96,6 +96,24 @@ OF_THE_TERMS = (
 )
 """Settings of MethodConfig that a loss of the user's own does not read."""
 
+KdMask = Literal["none", "wrong", "wrong_group"]
+
+
+@settings
+class TeacherMethod:
+    """How one of several teachers is distilled; what is not set is that of the method.
+
+    The kind of distillation (method.kd) is one for all, so that the sums and the KL of a step mean
+    the same for each of its tokens.
+    """
+
+    kd_coef: ScheduleConfig | None = None
+    """Beta of this teacher, a whole schedule; None: method.kd_coef."""
+    kd_mask: KdMask | None = None
+    """Which completions this teacher distils; None: method.kd_mask."""
+    kd_weight: NaturalFloat = 1.0
+    """Beta of this teacher is multiplied by it."""
+
 
 @settings
 class MethodConfig:
@@ -150,9 +168,12 @@ class MethodConfig:
     """Share of the forward KL in rkl+fkl, above 0 and below 1; the rest is the reverse KL's."""
     kd_coef: ScheduleConfig = field(default_factory=ScheduleConfig)
     """Beta: weight of the distillation term relative to the policy gradient."""
-    kd_mask: Literal["none", "wrong", "wrong_group"] = "none"
+    kd_mask: KdMask = "none"
     """Which completions are distilled. none: all. wrong: wrong completions only. wrong_group: only
     those of groups in which every completion is wrong."""
+    teachers: dict[str, TeacherMethod] = field(default_factory=dict, hash=False)
+    """Name of one of model.teachers, or default -> its own kd_coef, kd_mask and kd_weight: {code:
+    {kd_weight: 2, kd_mask: wrong}}."""
     kd_eos: Literal["keep", "mask"] = "keep"
     """mask: do not distil end-of-sequence tokens, for a teacher that ends with other tokens."""
     kd_prefix: Share = 1.0
@@ -290,4 +311,27 @@ class MethodConfig:
     @property
     def schedules(self) -> dict[str, ScheduleConfig]:
         """Every schedule by its key."""
-        return {"method.kd_coef": self.kd_coef, "method.policy_coef": self.policy_coef}
+        of_teachers = {
+            f"method.teachers.{name}.kd_coef": teacher.kd_coef
+            for name, teacher in self.teachers.items()
+            if teacher.kd_coef is not None
+        }
+        return {
+            "method.kd_coef": self.kd_coef,
+            "method.policy_coef": self.policy_coef,
+            **of_teachers,
+        }
+
+    def of_teacher(self, name: str) -> "MethodConfig":
+        """Return the method with the kd_coef and kd_mask of one teacher in place of its own."""
+        settings_of = self.teachers.get(name, TeacherMethod())
+        return replace(
+            self,
+            kd_coef=settings_of.kd_coef or self.kd_coef,
+            kd_mask=settings_of.kd_mask or self.kd_mask,
+            teachers={},
+        )
+
+    def kd_weight(self, name: str) -> float:
+        """Return what beta is multiplied by for one teacher."""
+        return self.teachers[name].kd_weight if name in self.teachers else 1.0

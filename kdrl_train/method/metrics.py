@@ -1,5 +1,7 @@
 """Computes the metrics of a step from its rewards and from sums over its tokens."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,16 @@ def add_sums(total: dict[str, Tensor], part: dict[str, Tensor]) -> dict[str, Ten
     return joined
 
 
-def token_means(sums: dict[str, Tensor]) -> dict[str, float | None]:
+OF_TEACHERS = ("kd_tokens", "kl_sum", "teacher_log_ratio_sum")
+"""Sums that are kept for each of several teachers too, under KEY/NAME."""
+
+
+def teacher_sums(sums: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return the sums of a pack again, under keys of the teacher of all its completions."""
+    return {f"{key}/{name}": sums[key] for key in OF_TEACHERS if key in sums}
+
+
+def token_means(sums: dict[str, Tensor], teachers: Sequence[str] = ()) -> dict[str, float | None]:
     """Divide a step's sums into means per token; None where the step has no such token.
 
     kl_teacher is the exact KL(student ‖ teacher) where the loss computes it, otherwise its
@@ -61,6 +72,8 @@ def token_means(sums: dict[str, Tensor]) -> dict[str, float | None]:
     Args:
         sums: the keys of kk.LossOutput.metrics that add up, sampler_mismatch_sum and _max, and
             teacher_log_ratio_histogram [SIZE]; a key that no loss had may be missing.
+        teachers: the names of several teachers, whose teacher_sums are among the sums. Each gets
+            kl_teacher/NAME, teacher_log_ratio/NAME and kd_share/NAME, which add up to kd_share.
     """
     values = {key: value.item() for key, value in sums.items() if value.ndim == 0}
 
@@ -68,6 +81,9 @@ def token_means(sums: dict[str, Tensor]) -> dict[str, float | None]:
         if key not in values or values.get(count, 0.0) == 0.0:
             return None
         return values[key] / values[count]
+
+    def share(count: str) -> float:
+        return values.get(count, 0.0) / max(values.get("tokens", 0.0), 1.0)
 
     kl = mean("kl_sum", "kd_tokens")
     spread: list[float | None] = [None] * len(PERCENTILES)
@@ -82,6 +98,13 @@ def token_means(sums: dict[str, Tensor]) -> dict[str, float | None]:
         "sketch_flat_share": mean("flat_rows", "tokens"),
         "sketch_noise": None if variance is None else variance**0.5,
     }
+    of_teachers: dict[str, float | None] = {}
+    for name in teachers:
+        ratio = mean(f"teacher_log_ratio_sum/{name}", f"kd_tokens/{name}")
+        exact = mean(f"kl_sum/{name}", f"kd_tokens/{name}")
+        of_teachers[f"kl_teacher/{name}"] = ratio if exact is None else exact
+        of_teachers[f"teacher_log_ratio/{name}"] = ratio
+        of_teachers[f"kd_share/{name}"] = share(f"kd_tokens/{name}")
     return {
         "entropy": mean("entropy_sum", "tokens"),
         "clip_fraction": mean("clipped", "tokens"),
@@ -90,10 +113,11 @@ def token_means(sums: dict[str, Tensor]) -> dict[str, float | None]:
         **{f"teacher_log_ratio_p{q}": value for q, value in zip(PERCENTILES, spread, strict=True)},
         "k2": mean("k2_sum", "kd_tokens"),
         "kd_flip_share": mean("kd_flipped", "tokens"),
-        "kd_share": values.get("kd_tokens", 0.0) / max(values.get("tokens", 0.0), 1.0),
+        "kd_share": share("kd_tokens"),
         **({"kd_selected": mean("kd_selected", "kd_tokens")} if "kd_selected" in values else {}),
         "sampler_mismatch_mean": mean("sampler_mismatch_sum", "tokens"),
         "sampler_mismatch_max": values.get("sampler_mismatch_max"),
         **(sketch if "entries" in values else {}),
         **({"topk_divergence": topk} if "topk_divergence_sum" in values else {}),
+        **of_teachers,
     }

@@ -26,13 +26,31 @@ class History:
     """kl_teacher of each step in nats per token; None where no token was distilled."""
     scores: list[float] = field(default_factory=list)
     """avg@k of each evaluation on the held-out problems."""
+    teacher_kl: list[dict[str, float]] = field(default_factory=list)
+    """Of each step: name of one of several teachers -> kl_teacher of the tokens it distilled."""
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Add one step's record of metrics.jsonl, as it was logged or read back."""
         kl, score = record.get("kl_teacher"), record.get("eval_avg_at_k")
         self.kl.append(kl if kl is not None and math.isfinite(kl) else None)
+        of_teachers = ((k.removeprefix(OF_TEACHER), v) for k, v in record.items() if _is_kl(k, v))
+        self.teacher_kl.append(dict(of_teachers))
         if self.eval_every and (record["step"] + 1) % self.eval_every == 0 and score is not None:
             self.scores.append(score)
+
+    def of_teacher(self, name: str) -> "History":
+        """Return what the schedule of one of several teachers reads: the KL to that teacher."""
+        kl = [values.get(name) for values in self.teacher_kl]
+        return History(self.eval_every, kl, self.scores)
+
+
+OF_TEACHER = "kl_teacher/"
+"""Begins the keys of the KL to each of several teachers, whose names follow."""
+
+
+def _is_kl(key: str, value: Any) -> bool:
+    """Whether an entry of a record is the KL to one of several teachers, and a number."""
+    return key.startswith(OF_TEACHER) and value is not None and math.isfinite(value)
 
 
 def rebuild_history(
@@ -119,21 +137,40 @@ def learning_rate(
 
 
 class ScheduledCoefs(NamedTuple):
-    """The two scheduled coefficients of a step."""
+    """The scheduled coefficients of a step."""
 
     kd: float
     """Beta, for a group with factor 1."""
     policy: float
+    teachers: tuple[float, ...] = ()
+    """Beta of each of several teachers by its number, in place of kd."""
 
 
 def scheduled_coefs(
-    method: MethodConfig, step: int, history: History | None = None
+    method: MethodConfig,
+    step: int,
+    history: History | None = None,
+    teachers: Sequence[str] = (),
 ) -> ScheduledCoefs:
-    """Values of method.kd_coef and method.policy_coef at a step; history as schedule_value."""
+    """Values of method.kd_coef and method.policy_coef at a step; history as schedule_value.
+
+    teachers: the names of several teachers; empty: one beta holds for all problems.
+    """
     return ScheduledCoefs(
         kd=schedule_value(method.kd_coef, step, history),
         policy=schedule_value(method.policy_coef, step, history),
+        teachers=tuple(teacher_coef(method, name, step, history) for name in teachers),
     )
+
+
+def teacher_coef(
+    method: MethodConfig, name: str, step: int, history: History | None = None
+) -> float:
+    """Compute beta of one of several teachers: its schedule, which reads the KL to it, times its
+    kd_weight."""
+    history = None if history is None else history.of_teacher(name)
+    schedule = method.of_teacher(name).kd_coef
+    return method.kd_weight(name) * schedule_value(schedule, step, history)
 
 
 def plateau(scores: Sequence[float], patience: int, min_gain: float) -> bool:

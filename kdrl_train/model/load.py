@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 import kdrl_kernels as kk
 from kdrl_train.config import ModelConfig, TrainConfig
+from kdrl_train.config.models import DEFAULT_TEACHER, SELF
 from kdrl_train.model import adapter_folder, attention, choice, lora
 from kdrl_train.model.folder import (
     auto_class,
@@ -249,23 +250,29 @@ def _read_on_main(
     return model
 
 
-def load_teacher(config: TrainConfig, world: World = ALONE) -> Teacher | None:
-    """Load the teacher in its compute dtype, sharded under torchrun. With model.teacher self it is
-    a copy of model.policy, in float32 where it follows the policy.
+def load_teacher(
+    config: TrainConfig, world: World = ALONE, name: str = DEFAULT_TEACHER
+) -> Teacher | None:
+    """Load a teacher in its compute dtype, sharded under torchrun.
+
+    With model.teacher self it is a copy of model.policy, in float32 where it follows the policy.
+
+    name: which one of config.model.teacher_places.
 
     Returns: None if the method does not distil.
     Raises: ValueError if the method distils and model.teacher is not set.
     """
     if config.method.kd is None:
         return None
-    if config.model.teacher is None:
+    place, key = config.model.teacher_places.get(name), config.model.teacher_key(name)
+    if place is None:
         raise ValueError(
             f'model.teacher must name a folder or hub id when method.kd is "{config.method.kd}", '
             "got nothing: set model.teacher, or use --preset grpo"
         )
     settings, dtype = config.model, getattr(torch, config.model.dtype)
-    place, key, follows = config.model.teacher, "model.teacher", False
-    if settings.teacher_is_self:
+    follows = False
+    if place == SELF:
         place, key, follows = settings.policy, "model.policy", settings.self_teacher == "ema"
     model = load_model(place, key, settings, torch.float32 if follows else dtype, world)
     arguments = {"temperature": config.sampling.temperature, "compute_dtype": dtype}

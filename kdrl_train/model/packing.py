@@ -264,6 +264,14 @@ def _cat(parts: Iterable[Tensor]) -> Tensor:
     return torch.cat([torch.zeros(0), *parts])
 
 
+def _any_scored(
+    known: Sequence[Any], coefficients: CompletionCoefficients, members: list[int]
+) -> bool:
+    """Whether a server has scored a distilled one of `members`, which all have one teacher: that of
+    other completions may be in this process."""
+    return any(coefficients.kd_weight[r] > 0 and known[r] is not None for r in members)
+
+
 def _teacher_logprobs(
     rollouts: Rollouts, coefficients: CompletionCoefficients, members: list[int]
 ) -> Tensor | None:
@@ -273,7 +281,7 @@ def _teacher_logprobs(
     not read them, and any other reader gets NaN.
     """
     known = coefficients.teacher_logprobs
-    if known is None or not any(coefficients.kd_weight[r] > 0 for r in members):
+    if known is None or not _any_scored(known, coefficients, members):
         return None
     parts = []
     for r in members:
@@ -303,7 +311,7 @@ def _teacher_states(
     read: NaN would reach the gradient of their tokens.
     """
     known = coefficients.teacher_states
-    if known is None or not any(coefficients.kd_weight[r] > 0 for r in members):
+    if known is None or not _any_scored(known, coefficients, members):
         return None
     like = next(states for r in members if (states := known[r]) is not None)
     parts = []
@@ -321,7 +329,7 @@ def _teacher_topk(
     Completions that the server was not queried for have kd weight 0 and get no token, -1.
     """
     known = coefficients.teacher_topk
-    if known is None or not any(coefficients.kd_weight[r] > 0 for r in members):
+    if known is None or not _any_scored(known, coefficients, members):
         return {}
     K = next(scores for r in members if (scores := known[r]) is not None).ids.shape[1]
     ids, logprobs = [], []

@@ -9,14 +9,14 @@ from torch import Tensor
 
 import kdrl_kernels as kk
 from kdrl_train.batch import Example, Rollouts
+from kdrl_train.config.models import DEFAULT_TEACHER
 from kdrl_train.model.packing import PackedBatch
 from kdrl_train.model.policy import Policy, Teacher
 from kdrl_train.model.self_teacher import EmaTeacher, LiveTeacher
 from kdrl_train.model.teacher.remote import RemoteTeacher
 from kdrl_train.waiting import Poll
 
-DEFAULT = "default"
-"""Name of model.teacher, which teaches the problems that name no other one."""
+DEFAULT = DEFAULT_TEACHER
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +29,24 @@ class Teachers:
     remote: Mapping[int, RemoteTeacher] = field(default_factory=dict)
     """Number -> a server."""
 
+    several: bool = False
+    """Whether problems are routed to them (model.teachers): each has metrics of its own then."""
+
+    @property
+    def routed(self) -> tuple[str, ...]:
+        """The names of several teachers; empty where one teaches all problems, or none does."""
+        return self.names if self.several else ()
+
     def __bool__(self) -> bool:
         return bool(self.names)
 
     def numbers(self, examples: Sequence[Example]) -> Tensor:
-        """Return the number of each example's teacher, [R] int64."""
-        return torch.tensor([self.names.index(example.teacher or DEFAULT) for example in examples])
+        """Return the number of each example's teacher, [R] int64; 0 unless there are several."""
+        if not self.several:
+            return torch.zeros(len(examples), dtype=torch.int64)
+        return torch.tensor(
+            [self.names.index(example.teacher or DEFAULT_TEACHER) for example in examples]
+        )
 
     def runs(self, batch: PackedBatch) -> bool:
         """Whether a pack needs a pass of a teacher in this process."""

@@ -14,6 +14,7 @@ from kdrl_train.rollouts.answers.statement import box_spans
 from kdrl_train.rollouts.columns import column_value, messages_of, text_of
 from kdrl_train.rollouts.records import data_records
 from kdrl_train.rollouts.rendering import PromptError, TooLongError, encode_text, templated
+from kdrl_train.rollouts.routing import teacher_of
 
 MOST_LEFT_OUT = 0.5
 """Largest share of the problems that may be left out because their prompts are too long."""
@@ -212,7 +213,8 @@ def encode_all(tokenizer: Any, examples: list[Example], config: DataConfig) -> P
             too_long.append(place)
             continue
         lengths.append(len(ids))
-        sha256.update(json.dumps([example.content, example.gold]).encode())
+        named = [example.teacher] if example.teacher else []
+        sha256.update(json.dumps([example.content, example.gold, *named]).encode())
         last[ids[-1]] += 1
         started_twice += ids.count(tokenizer.bos_token_id) > 1
     first = examples[too_long[0]].id if too_long else None
@@ -251,10 +253,12 @@ def example_of(place: str, record: dict[str, Any], config: DataConfig) -> Exampl
             f"{key} {column!r} of {place} must hold a gold answer, got "
             f"{column_value(record, column)!r}: correct or remove the record"
         )
+    teacher = teacher_of(place, record, config.teacher_column)
     messages = messages_of(place, record, "data.prompt_column", config.prompt_column)
     if messages is None:
         problem = text_of(place, record, "data.prompt_column", config.prompt_column)
-        return Example(place, inside_template(problem, config), gold, columns=record)
+        prompt = inside_template(problem, config)
+        return Example(place, prompt, gold, teacher=teacher, columns=record)
     if config.system_prompt is not None and any(one["role"] == "system" for one in messages):
         raise ValueError(
             "data.system_prompt must be None where messages have their own system message, got "
@@ -263,7 +267,7 @@ def example_of(place: str, record: dict[str, Any], config: DataConfig) -> Exampl
     *before, last = messages
     messages = [*before, last | {"content": inside_template(last["content"], config)}]
     text = "\n\n".join(f"{one['role']}: {one['content']}" for one in messages)
-    return Example(place, text, gold, columns=record, messages=tuple(messages))
+    return Example(place, text, gold, teacher=teacher, columns=record, messages=tuple(messages))
 
 
 def inside_template(problem: str, config: DataConfig) -> str:

@@ -1,12 +1,11 @@
 """Decides whether a run may start in a folder or resume it, and which settings may change then."""
 
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from kdrl_train.config import OptimConfig, TrainConfig
-from kdrl_train.config.models import SELF
+from kdrl_train.config.models import DEFAULT_TEACHER, SELF, is_url, teacher_file
 from kdrl_train.config_file import differences, load_yaml, to_dict, update
 from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.checkpoint import Checkpoint, checkpoints, latest
@@ -43,6 +42,7 @@ MAY_CHANGE = (
     "model.gradient_checkpointing",
     "model.offload_policy",
     "model.offload_teacher",
+    "model.move_teachers",
     "model.tensor_parallel",
     "model.weights",
     "engine.max_sampler_mismatch",
@@ -149,11 +149,13 @@ def check_config(place: Path, written: dict[str, Any], config: TrainConfig) -> N
     may_change = {*MAY_CHANGE, *config.allow_changes}
     if any(schedule.waits_for_plateau for schedule in config.method.schedules.values()):
         may_change.remove("eval")  # its scores decide when the schedule switches
-    teacher = str(written.get("model", {}).get("teacher"))
-    is_url = replace(config.model, teacher=teacher).teacher_is_url
-    if (config.out / "teacher.json").exists() and is_url == config.model.teacher_is_url:
-        may_change.add("model.teacher")  # that file says which model it must be
-    if SELF in (teacher, config.model.teacher):
+    models = written.get("model", {})
+    before = {DEFAULT_TEACHER: models.get("teacher")} | models.get("teachers", {})
+    for name, now in config.model.teacher_places.items():
+        said = (config.out / teacher_file(name)).exists()  # it says which model it must be
+        if said and name in before and is_url(before[name]) == is_url(now):
+            may_change.add(config.model.teacher_key(name))
+    if SELF in (before[DEFAULT_TEACHER], config.model.teacher):
         may_change -= {"model.teacher", "model.weights"}  # which the teacher is made of
     reward = {"function": "math"} | written.get("reward", {})
     builtin = reward["function"] in ("math", "exact")  # they pay 0 or 1

@@ -1,6 +1,7 @@
 """Loads what a run needs before it can be checked: models, tokenizers and problems."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,21 @@ from typing import Any
 from kdrl_train import output
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig, TrainConfig
+from kdrl_train.config.models import DEFAULT_TEACHER, SELF, is_url
 from kdrl_train.config_file import differences, to_dict
 from kdrl_train.method.own_loss import load_loss
 from kdrl_train.model.folder import require_loadable
-from kdrl_train.model.load import load_policy, load_teacher, load_tokenizer, require_adaptable
+from kdrl_train.model.load import (
+    load_policy,
+    load_teacher,
+    load_tokenizer,
+    require_adaptable,
+    use_device,
+)
+from kdrl_train.model.mover import Mover
 from kdrl_train.model.policy import Policy, Teacher
 from kdrl_train.model.self_teacher import LiveTeacher
 from kdrl_train.model.teacher.client import TeacherClient, connect
-from kdrl_train.model.teachers import DEFAULT
 from kdrl_train.model.window import window
 from kdrl_train.ranks import ALONE, World
 from kdrl_train.rollouts.problems import (
@@ -25,6 +33,7 @@ from kdrl_train.rollouts.problems import (
     load_examples,
 )
 from kdrl_train.rollouts.rendering import PromptError
+from kdrl_train.rollouts.routing import require_teachers
 from kdrl_train.rollouts.teacher_prompts import encode_teacher_prompts
 from kdrl_train.runfolder.checkpoint import load_weights
 
@@ -41,6 +50,13 @@ class LoadedTeacher:
     model: Teacher | LiveTeacher | None = None
     tokenizer: Any | None = None
     server: TeacherClient | None = None
+    mover: Mover | None = None
+    """Brings the model to its device; None: it is there."""
+
+    def present(self) -> None:
+        """Have the model on its device, for what is no forward of it."""
+        if self.mover is not None and isinstance(self.model, Teacher):
+            self.mover.bring(self.model)
 
     @property
     def vocab_size(self) -> int | None:
@@ -118,6 +134,11 @@ def load(config: TrainConfig, world: World = ALONE, policy_class: type[Policy] =
         that cannot be loaded raise RankError; ValueError for ranks with different settings.
     """
     require_same_settings(config, world)
+    if config.model.move_teachers and world.launched:
+        raise ValueError(
+            "model.move_teachers must be false under torchrun, got true: FSDP2 shards each "
+            "teacher; set model.offload_teacher to keep the shards in CPU memory"
+        )
     load_loss(config.method)  # before a model, which takes longer
     trusted = config.model.trust_remote_code
     world.on_main(lambda: require_loadable(config.model.policy, "model.policy", trusted))
@@ -128,6 +149,8 @@ def load(config: TrainConfig, world: World = ALONE, policy_class: type[Policy] =
     if config.method.kd is None:  # nobody reads what the template says
         data = replace(data, teacher_template=None)
     examples, prompts = read_problems(data, tokenizer, world)
+    if config.method.kd is not None:
+        require_teachers(examples, config)
     held_out = read_sets(config.eval.sections, tokenizer, world, config.eval.max_problems)
     teachers = load_teachers(config, world)
     sizes = [teacher.vocab_size for teacher in teachers if teacher.vocab_size is not None]
@@ -145,24 +168,43 @@ def load(config: TrainConfig, world: World = ALONE, policy_class: type[Policy] =
     )
 
 
-def load_teachers(config: TrainConfig, world: World) -> tuple[LoadedTeacher, ...]:
+def load_teachers(config: TrainConfig, world: World = ALONE) -> tuple[LoadedTeacher, ...]:
     """Load the teachers, or connect to them; none where the method does not distil."""
-    place = config.model.teacher
     if config.method.kd is None:
         return ()
-    if config.model.teacher_is_url:
+    mover = Mover(use_device(config.model)) if config.model.move_teachers else None
+    names = list(config.model.teacher_places) or [DEFAULT_TEACHER]  # which load_teacher misses
+    with ExitStack() as opened:
+        teachers = []
+        for name in names:
+            teachers.append(load_one(config, world, name, mover))
+            if (server := teachers[-1].server) is not None:
+                opened.callback(server.close)
+        opened.pop_all()
+    return tuple(teachers)
+
+
+def load_one(config: TrainConfig, world: World, name: str, mover: Mover | None) -> LoadedTeacher:
+    """Load one teacher, or connect to it.
+
+    mover: keeps it in CPU memory until it reads; None: it stays where it is.
+    """
+    key, place = config.model.teacher_key(name), str(config.model.teacher_places.get(name))
+    if is_url(place):
         output.begin(f"connecting to the teacher, {place}", at_once=True)
-        server = connect(config.model, config.teacher)
-        return (LoadedTeacher(DEFAULT, "model.teacher", str(place), server=server),)
-    folder = config.model.policy if config.model.teacher_is_self else str(place)
-    model = None
-    if config.model.self_teacher != "live":  # then it is the policy, which is loaded later
+        server = connect(config.model, config.teacher, place)
+        return LoadedTeacher(name, key, place, server=server)
+    is_self, kind, model = place == SELF, config.model.self_teacher, None
+    folder = config.model.policy if is_self else place
+    if not (is_self and kind == "live"):  # which is the policy, loaded later
         output.begin(f"loading the teacher, {described(folder)}", at_once=True)
-        model = load_teacher(config, world)
-    if config.model.teacher_is_self and model is not None and config.model.weights is not None:
+        model = load_teacher(config, world, name)
+    if is_self and model is not None and config.model.weights is not None:
         load_weights(config.model.weights, model, world, config.checkpoint_hashes)
-    tokenizer = load_tokenizer(folder, "model.teacher", config.model.trust_remote_code)
-    return (LoadedTeacher(DEFAULT, "model.teacher", str(place), model, tokenizer),)
+    if mover is not None and model is not None:
+        mover.keep(model)
+    tokenizer = load_tokenizer(folder, key, config.model.trust_remote_code)
+    return LoadedTeacher(name, key, place, model, tokenizer, mover=mover)
 
 
 def read_sets(

@@ -1,6 +1,7 @@
 """The memory check of the preflight: compares the estimate of `plan` with this run's device."""
 
 import os
+from collections.abc import Sequence
 
 from kdrl_train.config import TrainConfig
 from kdrl_train.model.policy import Policy, Teacher
@@ -8,7 +9,7 @@ from kdrl_train.model.self_teacher import LiveTeacher
 from kdrl_train.start.estimate.case import Case, Placement
 from kdrl_train.start.estimate.devices import memory_bytes
 from kdrl_train.start.estimate.memory import by_moment, causes, memory_terms
-from kdrl_train.start.estimate.shapes import shape_of
+from kdrl_train.start.estimate.shapes import largest_first, shape_of
 
 FAR = 1.1
 """An estimate of more than this many times the device's memory is a failure; one between 1 and this
@@ -18,16 +19,18 @@ GB = 1e9
 
 
 def check_memory(
-    config: TrainConfig, policy: Policy, teacher: Teacher | LiveTeacher | None, ranks: int
+    config: TrainConfig, policy: Policy, teachers: Sequence[Teacher | LiveTeacher], ranks: int
 ) -> str:
     """Compare the most memory that one of `ranks` processes needs with what its device has.
+
+    teachers: those of this process.
 
     Raises: UserWarning if it needs more than the device has, ValueError if it needs far more; both
         name the settings that make it smaller. UserWarning too if it cannot be estimated.
     """
     device = policy.device
     try:
-        terms = memory_terms(_case(config, policy, teacher, ranks))
+        terms = memory_terms(_case(config, policy, teachers, ranks))
     except ValueError as error:
         return f"not estimated: {error}"
     except Exception as error:  # a model of a kind that nobody has thought of: it may still train
@@ -54,7 +57,7 @@ def check_memory(
 
 
 def _case(
-    config: TrainConfig, policy: Policy, teacher: Teacher | LiveTeacher | None, ranks: int
+    config: TrainConfig, policy: Policy, teachers: Sequence[Teacher | LiveTeacher], ranks: int
 ) -> Case:
     """Return what the estimate is computed from.
 
@@ -66,11 +69,13 @@ def _case(
         raise ValueError("model.tensor_parallel is not modelled")
     if config.engine.kind in ("continuous", "vllm"):
         raise ValueError(f"engine.kind {config.engine.kind} is not modelled")
+    shapes = largest_first(shape_of(teacher.model, "model.teacher") for teacher in teachers)
     return Case(
         run=config,
         choice=policy.choice,
         policy=shape_of(policy.model, "model.policy"),
-        teacher=None if teacher is None else shape_of(teacher.model, "model.teacher"),
+        teacher=shapes[0] if shapes else None,
+        other_teachers=shapes[1:],
         placement=Placement(
             gpus=ranks,
             cpu=policy.device.type == "cpu",

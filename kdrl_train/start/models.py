@@ -1,6 +1,7 @@
 """Checks the heads and the weights of policy and teachers before the first step."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +22,28 @@ def teacher_checks(
     config: TrainConfig, loaded: Loaded, teacher: LoadedTeacher
 ) -> dict[str, Callable[[], str]]:
     """Return the checks of one teacher, by name."""
+    checks = _checks_of(config, loaded, teacher)
+    return {
+        f"{check}{ending(config, teacher)}": partial(_present, teacher, run)
+        for check, run in checks.items()
+    }
+
+
+def _present(teacher: LoadedTeacher, check: Callable[[], str]) -> str:
+    """Run a check of a teacher, which is on its device then."""
+    teacher.present()
+    return check()
+
+
+def ending(config: TrainConfig, teacher: LoadedTeacher) -> str:
+    """Return what is behind the names of a teacher's checks: its name, if there are several."""
+    return f", {teacher.name}" if config.model.teachers else ""
+
+
+def _checks_of(
+    config: TrainConfig, loaded: Loaded, teacher: LoadedTeacher
+) -> dict[str, Callable[[], str]]:
+    """Return the checks of one teacher, by their names without an ending."""
     model, server = teacher.model, teacher.server
     packed = config.optim.micro_batch_tokens > 1
     if isinstance(model, LiveTeacher):

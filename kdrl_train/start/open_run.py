@@ -1,6 +1,7 @@
 """Opens a run: models, data, engine, optimizer and log, before its first step."""
 
 import shutil
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from kdrl_train import output
 from kdrl_train.config import TrainConfig
+from kdrl_train.config.models import SELF
 from kdrl_train.config_file import save_yaml, to_dict
 from kdrl_train.errors import RunError
 from kdrl_train.method.schedules import History, rebuild_history
@@ -66,18 +68,18 @@ def open_run(
     policy = loaded.policy
     warnings = [] if newest is None else check_data(newest, loaded.data, config)
     warnings += require(preflight(config, loaded, verifier, world))
-    teacher, unsure = world.on_main(lambda: checked_teacher(config, loaded))
+    described_teachers, unsure = world.on_main(lambda: checked_teachers(config, loaded))
     output.begin(f"starting the engine, {config.engine.kind}")
     engine = stack.enter_context(closing(open_engine(config, policy, loaded.tokenizer, world)))
     optimizer = make_optimizer(config.optim, policy.parameters(), world)
     prefetch = None
     if config.engine.staleness:
         prefetch = stack.enter_context(closing(Prefetch(policy.device, interrupt.poll)))
-    teachers = Teachers(tuple(one.name for one in loaded.teachers), loaded.teacher_models)
+    teachers = teachers_of(config, loaded)
     first, doubts = restore(config, newest, policy, optimizer, prefetch, teachers.average, world)
     engine.load(policy, first)
     history, best = read_history(config, world, first), open_best(config, world, loaded, first)
-    world.on_main(lambda: begin_folder(config, trackers, newest, teacher, lock))
+    world.on_main(lambda: begin_folder(config, trackers, newest, described_teachers, lock))
     log = RunLog(config.out, first, config.steps, console, world.main, trackers, lock)
     attach(engine, log, interrupt)
     if first > 1 and world.main and not read_records(config.out):
@@ -162,11 +164,13 @@ def begin_folder(
     config: TrainConfig,
     trackers: Trackers,
     newest: checkpoint.Checkpoint | None,
-    teacher: TeacherInfo | None,
+    teachers: Mapping[str, TeacherInfo],
     lock: RunLock | None,
 ) -> None:
     """Write into the folder, now that every check has passed: open the run's trackers, write
-    config.yaml, which makes the folder a used one, and teacher.json.
+    config.yaml, which makes the folder a used one, and the files of the teachers.
+
+    teachers: the description of each by its name.
 
     Raises: ValueError for a tracker that does not start, RunError where another run has saved a
         checkpoint since `newest` in a folder without locks; what was written is removed again.
@@ -190,8 +194,8 @@ def begin_folder(
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
     save_yaml(replace(config, resume=False, allow_changes=()), config.out / "config.yaml")
-    if teacher is not None:
-        keep_teacher(config.out, teacher)
+    for name, teacher in teachers.items():
+        keep_teacher(config.out, teacher, name)
 
 
 def require_offload_fits(config: TrainConfig, world: World) -> None:
@@ -218,7 +222,7 @@ def pack_for(
 
 def describe_teacher(config: TrainConfig, teacher: LoadedTeacher) -> TeacherInfo:
     """Describe a teacher, behind a URL or in this process, whose files are hashed."""
-    if config.model.teacher_is_self:
+    if teacher.place == SELF:
         return describe_self(config, teacher)
     if teacher.model is None:
         assert teacher.server is not None
@@ -227,16 +231,28 @@ def describe_teacher(config: TrainConfig, teacher: LoadedTeacher) -> TeacherInfo
     return describe(teacher.place, teacher.model, teacher.tokenizer)
 
 
-def checked_teacher(config: TrainConfig, loaded: Loaded) -> tuple[TeacherInfo | None, list[str]]:
-    """Describe the teacher, and compare it with that of the run so far.
+def checked_teachers(
+    config: TrainConfig, loaded: Loaded
+) -> tuple[dict[str, TeacherInfo], list[str]]:
+    """Describe the teachers, and compare them with those of the run so far.
 
-    Returns: its description, and what to warn of.
+    Returns: name -> description; and what to warn of.
     """
-    teacher = describe_teacher(config, loaded.teachers[0]) if loaded.teachers else None
-    moves = config.model.self_teacher != "frozen"
-    if teacher is None or not config.resume or moves:
-        return teacher, []
-    return teacher, check_same_teacher(config.out, teacher)
+    teachers = {one.name: describe_teacher(config, one) for one in loaded.teachers}
+    moves = {SELF} if config.model.self_teacher != "frozen" else set()
+    places = config.model.teacher_places
+    doubts = []
+    for name, teacher in teachers.items() if config.resume else ():
+        if places[name] not in moves:
+            doubts += check_same_teacher(config.out, teacher, name)
+    return teachers, doubts
+
+
+def teachers_of(config: TrainConfig, loaded: Loaded) -> Teachers:
+    """Number the teachers of a run; those behind URLs are opened by open_remotes."""
+    names = tuple(teacher.name for teacher in loaded.teachers)
+    several = bool(config.model.teachers and loaded.teachers)
+    return Teachers(names, loaded.teacher_models, several=several)
 
 
 def open_remotes(

@@ -22,12 +22,19 @@ from kdrl_train.ranks import ALONE, World
 from kdrl_train.ranks import connect as connect_ranks
 from kdrl_train.rollouts.engines import vllm_server
 from kdrl_train.rollouts.rendering import PromptError
+from kdrl_train.rollouts.routing import check_routing
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder.trackers import Trackers
 from kdrl_train.start.head_gradient import check_sketch
 from kdrl_train.start.load import Loaded, load
 from kdrl_train.start.memory import check_memory
-from kdrl_train.start.models import check_vocabulary, check_weights, probed, teacher_checks
+from kdrl_train.start.models import (
+    check_vocabulary,
+    check_weights,
+    ending,
+    probed,
+    teacher_checks,
+)
 from kdrl_train.start.prompts import check_eos, check_first_prompt, check_prompts
 from kdrl_train.start.self_teacher import check_teacher_prompt
 
@@ -35,9 +42,6 @@ GOLDS_AT_ONCE = 1000
 """Gold answers that are sent to the verifier together."""
 OWN_REWARD_S = 60.0
 """Seconds for judging gold answers by a reward function of the user's own, which may be slow."""
-
-OF_ONE_TOKENIZER = ("teacher probe", "vocabulary")
-"""Checks that say nothing new where a teacher in this process has another tokenizer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,11 @@ def preflight(
     policy, models = loaded.policy, list(loaded.teacher_models.values())
     checks: dict[str, Callable[[], str]] = {
         "prompts": lambda: check_prompts(config, loaded),
+        **(
+            {"routing": lambda: check_routing(loaded.examples, config)}
+            if config.model.teachers
+            else {}
+        ),
         "first prompt": lambda: check_first_prompt(config, loaded),
         "gold answers": lambda: check_gold(config, loaded.all_examples, verifier),
         "end of sequence": lambda: check_eos(config, loaded),
@@ -82,23 +91,31 @@ def preflight(
     if config.engine.kind == "vllm_server":
         checks["engine"] = lambda: check_engine(config)
     checks["vocabulary"] = lambda: check_vocabulary(loaded)
-    teacher_model = models[0] if models else None
-    checks["memory"] = lambda: check_memory(config, policy, teacher_model, world.size)
-    on_all_ranks = {"policy head", "head gradient", "teacher head"} | (
-        {"teacher probe"} if models else set()
-    )
+    checks["memory"] = lambda: check_memory(config, policy, models, world.size)
+    local = [ending(config, one) for one in loaded.teachers if one.model is not None]
+    on_all_ranks = {"policy head", "head gradient"}
+    on_all_ranks |= {f"teacher {part}{end}" for part in ("head", "probe") for end in local}
     results: list[CheckResult] = []
     output.begin("preflight", at_once=True)
     for place, (name, check) in enumerate(checks.items(), start=1):
         output.count("preflight", place, len(checks), f", {name}")
         failed = {result.name for result in results if not result.passed}
-        if models and name in OF_ONE_TOKENIZER and "tokenizers" in failed:
+        if name in _repetitions(local, failed):
             continue
         if name in on_all_ranks:
             results.append(_result(name, check))
         else:
             results.append(world.on_main(partial(_result, name, check)))
     return results
+
+
+def _repetitions(models: Sequence[str], failed: set[str]) -> set[str]:
+    """Name the checks that say nothing new once teachers of this process have another tokenizer.
+
+    models: what is behind the names of these teachers' checks.
+    """
+    others = [end for end in models if f"tokenizers{end}" in failed]
+    return {"vocabulary"} | {f"teacher probe{end}" for end in others} if others else set()
 
 
 def _result(name: str, check: Callable[[], str]) -> CheckResult:

@@ -18,7 +18,7 @@ same holds, and the clip is around p0, where the step starts, not around the sta
 the code never does it. The distribution of prefixes remains that of b, as in PPO.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -31,7 +31,8 @@ from kdrl_train.method import grpo
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.histogram import PERCENTILES
 from kdrl_train.method.metrics import token_means
-from kdrl_train.method.schedules import ScheduledCoefs, scheduled_coefs
+from kdrl_train.method.routing import routed_metrics, routed_weights
+from kdrl_train.method.schedules import scheduled_coefs
 from kdrl_train.model.packing import PackedBatch, pack
 from kdrl_train.ranks import World
 from kdrl_train.rollouts.teacher_prompts import as_teacher_reads, teacher_prompts
@@ -67,8 +68,15 @@ def prepare(
 ) -> Prepared:
     """Decide the coefficients of a step; the models run only where needs_scores says so."""
     config, method, rewards_PG = run.config, run.config.method, batch.rewards
-    scheduled = scheduled_coefs(method, step, run.history)
-    kd_weight_R = grpo.kd_weights(rewards_PG, batch.right, method, scheduled.kd)
+    routed = run.teachers.routed
+    scheduled = scheduled_coefs(method, step, run.history, routed)
+    number_R = torch.zeros(rewards_PG.numel(), dtype=torch.int64)
+    if routed:
+        number_R = run.teachers.numbers(batch.examples)
+    number_P = number_R.view_as(rewards_PG)[:, 0]
+    betas = scheduled.teachers or (scheduled.kd,)
+    weights = routed_weights(method, betas, rewards_PG, batch.right, number_P, routed)
+    kd_weight_R = weights.kd_weight
     rewarded_R = ~rewards_PG.isnan().flatten()
     coefficients = CompletionCoefficients(
         advantages=torch.zeros_like(kd_weight_R),
@@ -76,7 +84,7 @@ def prepare(
         token_weights=rewarded_R.float(),
         distil_eos=method.kd_eos == "keep",
         teacher_prompts=prompts_of_teachers(run, batch),
-        teacher=run.teachers.numbers(batch.examples) if run.teachers else None,
+        teacher=number_R if run.teachers else None,
         kd_prefix=method.kd_prefix,
     )
     if run.teachers.remote:
@@ -95,13 +103,14 @@ def prepare(
             log_ratio_R[r] = log_ratio
         rewards_PG = grpo.shaped_rewards(rewards_PG, kd_weight_R, log_ratio_R)
         kd_weight_R = torch.zeros_like(kd_weight_R)
-    metrics = scheduled_metrics(method, batch, scheduled) | _measured(scores.sums, method)
-    weights = None
+    metrics = routed_metrics(method, weights, scheduled.policy, routed)
+    metrics |= _measured(scores.sums, method, routed)
+    factors = None
     if method.sampler_correction != "none":
-        weights, correction_metrics = correction(scores.logprobs, batch.rollouts, method)
+        factors, correction_metrics = correction(scores.logprobs, batch.rollouts, method)
         metrics |= correction_metrics
     old: Mapping[int, Tensor] | None = None
-    if batch.staleness and weights is None:
+    if batch.staleness and factors is None:
         old = dict(enumerate(batch.rollouts.logprobs))
     elif config.optim.updates_per_rollout > 1:
         old = scores.logprobs
@@ -110,7 +119,7 @@ def prepare(
         advantages=grpo.advantages(rewards_PG, method, scheduled.policy),
         kd_weight=kd_weight_R,
         old_logprobs=old,
-        sampler_weights=weights,
+        sampler_weights=factors,
     )
     return Prepared(coefficients, metrics)
 
@@ -175,18 +184,6 @@ def packs_of(
     )
 
 
-def scheduled_metrics(
-    method: MethodConfig, batch: Batch, scheduled: ScheduledCoefs
-) -> dict[str, float | None]:
-    """Report kd_coef (before the mask, mean over groups) and policy_coef; None without one."""
-    factor = grpo.group_factor(method.kd_coef, batch.rewards, batch.right)
-    kd = scheduled.kd * factor.mean().item()
-    return {
-        "kd_coef": None if method.kd is None else kd,
-        "policy_coef": None if method.policy == "off" else scheduled.policy,
-    }
-
-
 def correction(
     logprobs: Mapping[int, Tensor], rollouts: Rollouts, method: MethodConfig
 ) -> tuple[dict[int, Tensor], dict[str, float | None]]:
@@ -203,7 +200,9 @@ def correction(
     return weights, {"sampler_weight_mean": mean, "sampler_limited": share}
 
 
-def _measured(sums: dict[str, Tensor], method: MethodConfig) -> dict[str, float | None]:
+def _measured(
+    sums: dict[str, Tensor], method: MethodConfig, teachers: Sequence[str]
+) -> dict[str, float | None]:
     """Report what must be measured before the first update, or is measured only then.
 
     Later updates would mix their own changes into the sampler mismatch; the KL to a teacher that is
@@ -215,5 +214,7 @@ def _measured(sums: dict[str, Tensor], method: MethodConfig) -> dict[str, float 
     if method.kd == "reward":
         names += ["kl_teacher", "teacher_log_ratio", "k2", "kd_share"]
         names += [f"teacher_log_ratio_p{q}" for q in PERCENTILES]
-    means = token_means(sums)
+        of_each = ("kl_teacher", "teacher_log_ratio", "kd_share")
+        names += [f"{key}/{teacher}" for teacher in teachers for key in of_each]
+    means = token_means(sums, teachers)
     return {name: means[name] for name in names}

@@ -10,7 +10,6 @@ from kdrl_train.batch import Batch, Example, JudgedRollouts
 from kdrl_train.config import DataConfig, SamplingConfig, TrainConfig
 from kdrl_train.errors import RewardError
 from kdrl_train.model.teacher.remote import may_query_early
-from kdrl_train.model.teachers import Teachers
 from kdrl_train.output import meter
 from kdrl_train.rollouts.engines import require_version
 from kdrl_train.rollouts.problems import ProblemSet, encode_prompt, step_indices
@@ -58,10 +57,23 @@ def draw(run: Run, step: int, stages: Stages, poll: Callable[[], None]) -> Judge
     poll: called regularly; an exception that it raises stops the drawing.
     """
     config, examples = run.config, examples_of(run.examples, run.config, step)
-    known = len(run.history.kl) == step or not config.method.kd_coef.reads_history
-    early = known and may_query_early(config.method, step, run.history)
-    teachers = run.teachers if early else None  # servers score while the rewards are computed
-    return _draw_share(run, examples, config.data, config.sampling, step, stages, teachers, poll)
+    early = early_servers(run, step)  # they score while the rewards are computed
+    return _draw_share(run, examples, config.data, config.sampling, step, stages, early, poll)
+
+
+def early_servers(run: Run, step: int) -> frozenset[int]:
+    """Return the numbers of the servers that distil each completion of the step, whatever its
+    reward."""
+    teachers, early = run.teachers, set()
+    for number in teachers.remote:
+        method, history = run.config.method, run.history
+        if teachers.several:
+            name = teachers.names[number]
+            method, history = method.of_teacher(name), history.of_teacher(name)
+        known = len(history.kl) == step or not method.kd_coef.reads_history
+        if known and may_query_early(method, step, history):
+            early.add(number)
+    return frozenset(early)
 
 
 def sample_and_judge(
@@ -79,7 +91,7 @@ def sample_and_judge(
 
     greedy: as in SampleRequest.
     """
-    part = run, problems.examples, problems.data, sampling, step, stages, None
+    part = run, problems.examples, problems.data, sampling, step, stages, frozenset[int]()
     poll = run.interrupt.poll
     return run.gather(lambda: _draw_share(*part, poll, greedy=greedy), stages)
 
@@ -97,14 +109,15 @@ def _draw_share(
     sampling: SamplingConfig,
     step: int,
     stages: Stages,
-    teachers: Teachers | None,
+    early: frozenset[int],
     poll: Callable[[], None],
     *,
     greedy: bool = False,
 ) -> JudgedRollouts:
     """Sample and judge this rank's share of the examples.
 
-    teachers: their servers are queried for all of them while they are judged; None: for none.
+    early: numbers of the servers that are queried while the completions are judged, for all that
+        they teach.
     """
     rank, ranks = run.world.rank, run.world.size
     first, end = (len(examples) * place // ranks for place in (rank, rank + 1))
@@ -122,20 +135,20 @@ def _draw_share(
         )
         rollouts = run.engine.generate(request, poll)
     poll()
-    all_R = torch.ones(len(rollouts.texts), dtype=torch.bool)
-    of_R = [example for example in examples for _ in range(sampling.group_size)]
-    pending, number_R, scored = {}, None, rollouts
-    if teachers is not None and teachers.remote:
-        number_R = teachers.numbers(of_R)
+    of_R, teachers = [e for e in examples for _ in range(sampling.group_size)], run.teachers
+    number_R = teachers.numbers(of_R) if early else torch.zeros(len(of_R), dtype=torch.int64)
+    early_R = torch.tensor([number in early for number in number_R.tolist()], dtype=torch.bool)
+    pending, scored = {}, rollouts
+    if early:
         scored = as_teacher_reads(run.tokenizer, of_R, data, rollouts)
-        pending = teachers.query(scored, all_R, number_R)
+        pending = teachers.query(scored, early_R, number_R)
     golds = [example.gold for example in of_R]
     with stages("verify"):
         verdicts = run.verifier.score(rollouts.texts, golds, poll)
-    teacher_logprobs: list[Tensor | None] = [None] * len(all_R)
-    if teachers is not None and number_R is not None:
+    teacher_logprobs: list[Tensor | None] = [None] * len(of_R)
+    if early:
         with stages("teacher"):
-            teacher_logprobs = teachers.collect(scored, all_R, number_R, pending, poll)
+            teacher_logprobs = teachers.collect(scored, early_R, number_R, pending, poll)
     return JudgedRollouts(rollouts, verdicts, teacher_logprobs)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from kdrl_train.batch import Batch, CompletionCoefficients
+from kdrl_train.config.models import DEFAULT_TEACHER
 from kdrl_train.model.packing import PackedBatch
 from kdrl_train.model.policy import PolicyOutput
 from kdrl_train.ranks import World
@@ -51,10 +52,10 @@ class SampleRecorder:
     def records(self, step: int, batch: Batch, world: World, tokenizer: Any) -> list[Record]:
         """Make the lines of the step's file; all ranks call it together.
 
-        A line holds: step, id, prompt, completion, answer, reward, outcome (of the verifier),
-        tokens, truncated, advantage, kd_weight, token_chars ([T] characters of the completion that
-        each token wrote; None where it cannot be cut so), teacher_log_ratio ([T] l = log p - log q
-        in nats, None where not distilled; None: nowhere).
+        A line holds: step, id, teacher (where problems name theirs), prompt, completion, answer,
+        reward, outcome (of the verifier), tokens, truncated, advantage, kd_weight, token_chars ([T]
+        characters of the completion that each token wrote; None where it cannot be cut so),
+        teacher_log_ratio ([T] l = log p - log q in nats, None where not distilled; None: nowhere).
         """
         if not self.chosen:
             return []
@@ -63,11 +64,13 @@ class SampleRecorder:
             log_ratios |= part
         if not world.main:
             return []
+        several = any(example.teacher for example in batch.examples)
         rollouts, rewards_R, known = batch.rollouts, batch.rewards.flatten(), self.coefficients
         return [
             {
                 "step": step,
                 "id": batch.examples[r].id,
+                **({"teacher": batch.examples[r].teacher or DEFAULT_TEACHER} if several else {}),
                 "prompt": batch.examples[r].prompt,
                 "completion": rollouts.texts[r],
                 "answer": batch.examples[r].gold,

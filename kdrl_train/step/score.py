@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kdrl_train.batch import CompletionCoefficients, Rollouts
 from kdrl_train.config import TrainConfig
-from kdrl_train.method.metrics import LARGEST, add_sums, token_means
+from kdrl_train.method.metrics import LARGEST, add_sums, teacher_sums, token_means
 from kdrl_train.model.fsdp import reshard
 from kdrl_train.model.packing import PackedBatch, pack
 from kdrl_train.model.policy import Policy
@@ -71,6 +71,8 @@ def score_packs(
             totals = [part.sum().item() for part in distilled]
             scores.teacher_log_ratio.update(zip(completions.tolist(), totals, strict=True))
         sums = add_sums(sums, out.sums)
+        if teachers is not None and teachers.several:
+            sums = add_sums(sums, teacher_sums(out.sums, teachers.names[batch.teacher]))
         if recorder is not None:
             recorder.add(micro_batch, out)
     scores.sums.update({name: value.cpu() for name, value in sums.items()})

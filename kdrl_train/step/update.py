@@ -15,7 +15,7 @@ from kdrl_train.errors import MidStepError, RunError
 from kdrl_train.method import grpo
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.histogram import coarse
-from kdrl_train.method.metrics import LARGEST, add_sums, token_means
+from kdrl_train.method.metrics import LARGEST, add_sums, teacher_sums, token_means
 from kdrl_train.model.fsdp import full
 from kdrl_train.model.policy import Policy
 from kdrl_train.rollouts.engines import require_agreement
@@ -101,7 +101,7 @@ def update(
         )
     histogram = sums.get("teacher_log_ratio_histogram")
     return {
-        **token_means(sums),
+        **token_means(sums, run.teachers.routed),
         **prepared.metrics,
         **measured,
         "teacher_log_ratio_counts": None if histogram is None else coarse(histogram),
@@ -157,6 +157,9 @@ def accumulate(inputs: StepInputs, used_R: Tensor, part: int) -> Accumulated:
             out.loss.backward()
             loss += out.loss.detach()
             sums = add_sums(sums, out.sums)
+            if run.teachers.several:
+                name = run.teachers.names[packed.teacher]
+                sums = add_sums(sums, teacher_sums(out.sums, name))
         inputs.recorder.add(micro_batch, out)
         learnt += len(micro_batch.rollout.unique())
         output.count(LEARNING, learnt, used if world.size == 1 else None, " completions")

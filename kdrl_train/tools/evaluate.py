@@ -22,6 +22,7 @@ from kdrl_train.config import (
     TeacherConfig,
     TrainConfig,
 )
+from kdrl_train.config.models import SELF, is_url, teacher_file
 from kdrl_train.config_file import load_yaml, update
 from kdrl_train.errors import written
 from kdrl_train.method.evaluation import EVAL_STEP, EvalResult, summarize
@@ -231,26 +232,31 @@ def run_folder(config: ModelConfig) -> Path:
 
 
 def common_width(model: Any, config: ModelConfig) -> int:
-    """Returns the number of token ids that a policy samples from when it trains with this teacher.
+    """Returns the number of token ids that a policy samples from when it trains with its teachers.
 
-    It is that of the smaller of the two heads; without a teacher, that of the policy's head. The
-    teacher's weights are not loaded; a server need not run where the run's folder says its width.
+    It is that of the smallest of all heads; without a teacher, that of the policy's head. The
+    teachers' weights are not loaded; a server need not run where the run's folder says its width.
     """
     vocab_size = model.get_output_embeddings().weight.shape[0]
-    if config.teacher is None or config.teacher_is_self:
-        return vocab_size
-    if config.teacher_is_url:
-        written = run_folder(config) / "teacher.json"
-        if written.is_file():
-            teacher_columns = json.loads(written.read_text(encoding="utf-8"))["vocab_size"]
-            return min(vocab_size, teacher_columns or vocab_size)
-        with closing(connect(config, TeacherConfig())) as server:
-            return min(vocab_size, server.vocab_size or vocab_size)
+    widths = [teacher_width(config, name, place) for name, place in config.teacher_places.items()]
+    return min([vocab_size, *(width for width in widths if width)])
+
+
+def teacher_width(config: ModelConfig, name: str, place: str) -> int | None:
+    """Returns the number of columns of a teacher's head; None: its server does not say."""
+    if place == SELF:
+        return None
+    if is_url(place):
+        description = run_folder(config) / teacher_file(name)
+        if description.is_file():
+            return json.loads(description.read_text(encoding="utf-8"))["vocab_size"]
+        with closing(connect(config, TeacherConfig(), place)) as server:
+            return server.vocab_size
     try:
-        teacher = read_config(config.teacher, config.trust_remote_code)
+        teacher = read_config(place, config.trust_remote_code)
     except ValueError as error:
-        raise refusal("model.teacher", config.teacher, str(error)) from error
-    return min(vocab_size, teacher.get_text_config().vocab_size)
+        raise refusal(config.teacher_key(name), place, str(error)) from error
+    return teacher.get_text_config().vocab_size
 
 
 def result_table(results: dict[str, EvalResult]) -> Table:

@@ -1,7 +1,7 @@
 """Tiny models and their tokenizer, built here: nothing is downloaded."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from tests.train import scripted_rewards
 from tests.train.estimate_cases import write_models
 
 EXACT = MethodConfig(kd="rkl", kd_coef=ScheduleConfig(initial=0.5, final=0.5))
+OTHER = {1, 3}
+"""Of five problems in a row those of the second teacher, by their place; each step has both."""
 EOS, PAD = "<|endoftext|>", "<|pad|>"  # AutoTokenizer adds the first one to any qwen2 folder
 
 
@@ -114,6 +116,36 @@ def config(folders: dict[str, Path], tmp_path: Path) -> Callable[..., TrainConfi
             optim=OptimConfig(learning_rate=1e-3, micro_batch_tokens=64),
         )
         return replace(base, **fields)
+
+    return make
+
+
+@pytest.fixture
+def routed(
+    config: Callable[..., TrainConfig], folders: dict[str, Path], tmp_path: Path
+) -> Callable[..., TrainConfig]:
+    """routed(out="run", second="other_teacher", names=("", "other"), **fields): two teachers.
+
+    names: what the column holds for the problems of the default teacher, and of the other one.
+    """
+    lines = [json.loads(line) for line in folders["task"].read_text().splitlines()]
+
+    def make(
+        out: str = "run",
+        second: str = "other_teacher",
+        names: Sequence[str] = ("", "other"),
+        **fields: Any,
+    ) -> TrainConfig:
+        task = tmp_path / f"task{'-'.join(names)}.jsonl"
+        rows = [line | {"info": {"of": names[i % 5 in OTHER]}} for i, line in enumerate(lines)]
+        task.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        base = config(out)
+        return replace(
+            base,
+            model=replace(base.model, teachers={"other": str(folders[second])}),
+            data=replace(base.data, path=str(task), teacher_column="info.of"),
+            **fields,
+        )
 
     return make
 

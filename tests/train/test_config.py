@@ -276,6 +276,41 @@ def test_every_preset_is_an_option(name: str) -> None:
             "eval: {greedy: true, temperature: 1}",
             r"eval\.temperature must be None with greedy, got",
         ),
+        (
+            "model: {teachers: {a b: x}}\ndata: {teacher_column: t}",
+            r"model\.teachers must have names of letters, .* got 'a b'",
+        ),
+        (
+            "model: {teachers: {default: x}}\ndata: {teacher_column: t}",
+            r"model\.teachers must have names .* got 'default': the default is model\.teacher",
+        ),
+        (
+            "model: {teachers: {a: ' '}}\ndata: {teacher_column: t}",
+            r"model\.teachers\.a must be a folder, a hub id or a URL, got ' '",
+        ),
+        (
+            "model: {teachers: {a: 'http://key@host:1'}}\ndata: {teacher_column: t}",
+            r"model\.teachers\.a must be http://host:port without a user",
+        ),
+        ("model: {teachers: {a: x}}", r"data\.teacher_column must be set with .* got a: it names"),
+        ("data: {teacher_column: t}", r"model\.teachers must be set with .* got 't' and no"),
+        (
+            "method: {teachers: {default: {}}}\nmodel: {teacher: x}",
+            r"method\.teachers\.default must be one of several teachers, got no model\.teachers",
+        ),
+        (
+            "method: {teachers: {b: {}}}\nmodel: {teachers: {a: x}}\ndata: {teacher_column: t}",
+            r"method\.teachers\.b must be one of several teachers, got a: correct the name",
+        ),
+        (
+            "model: {teachers: {a: 'http://h:1'}}\ndata: {teacher_column: t}\nmethod: {kd: rkl}",
+            r'method\.kd must be "k2" or "k3" with a teacher behind a URL',
+        ),
+        (
+            "method: {policy: 'off', teachers: {a: {kd_coef: {kind: reward_adaptive}}}}\n"
+            "model: {teachers: {a: x}}\ndata: {teacher_column: t}\nsampling: {group_size: 1}",
+            r'at least 2 for method\.teachers\.a\.kd_coef\.kind "reward_adaptive", got 1',
+        ),
         ("log: {trackers: wandb}", r"log\.trackers must be a list, got 'wandb'"),
         (
             "log: {trackers: [mlflow]}",

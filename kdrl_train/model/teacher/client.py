@@ -353,9 +353,10 @@ def _score_body(query: Query) -> dict[str, Any]:
     }
 
 
-def connect(model: ModelConfig, config: TeacherConfig) -> TeacherClient:
-    """Make a client of the server at model.teacher. Raises: TeacherError unless it is ready."""
-    url = str(model.teacher)
+def connect(model: ModelConfig, config: TeacherConfig, url: str | None = None) -> TeacherClient:
+    """Make a client of the server at a URL; None: model.teacher. Raises: TeacherError unless it is
+    ready."""
+    url = url or str(model.teacher)
     return KdrlClient(url, config) if model.teacher_api == "kdrl" else OpenAiClient(url, config)
 
 

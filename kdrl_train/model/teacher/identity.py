@@ -1,4 +1,5 @@
-"""Keeps in a run folder's teacher.json which teacher the run learns from."""
+"""Keeps in a run folder's teacher.json which teacher the run learns from; of several teachers each
+has a file, teacher_NAME.json."""
 
 import json
 from dataclasses import asdict
@@ -6,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kdrl_kernels.head_config import head_scalars, logit_scale
+from kdrl_train.config.models import DEFAULT_TEACHER, teacher_file
 from kdrl_train.errors import require_file, written
 from kdrl_train.model.eos import eos_ids
 from kdrl_train.model.fingerprint import weights_hash
@@ -14,7 +16,8 @@ from kdrl_train.model.self_teacher import LiveTeacher
 from kdrl_train.model.teacher.client import TeacherError, TeacherInfo, vocabulary_hash
 from kdrl_train.model.window import window
 
-FILE = "teacher.json"
+FILE = teacher_file()
+"""That of the default teacher."""
 
 
 def describe(
@@ -41,15 +44,15 @@ def describe(
     )
 
 
-def check_same_teacher(folder: Path, now: TeacherInfo) -> list[str]:
-    """Compare a teacher with that of a run so far; write nothing.
+def check_same_teacher(folder: Path, now: TeacherInfo, name: str = DEFAULT_TEACHER) -> list[str]:
+    """Compare a teacher with that of a run so far, of the same name; write nothing.
 
     A resumed run must learn from the same model, in whatever folder or at whatever URL.
 
     Returns: what to warn of: weights that cannot be compared.
     Raises: TeacherError where it is another one, and for a file that is damaged.
     """
-    path = folder / FILE
+    path = folder / teacher_file(name)
     if not path.exists():
         return [
             f"{folder} does not say which teacher the run had, as an older version began it: make "
@@ -78,9 +81,9 @@ def check_same_teacher(folder: Path, now: TeacherInfo) -> list[str]:
     return [] if hashed else [f"the weights of {now.model} cannot be compared with those of {path}"]
 
 
-def keep_teacher(folder: Path, info: TeacherInfo) -> None:
+def keep_teacher(folder: Path, info: TeacherInfo, name: str = DEFAULT_TEACHER) -> None:
     """Write which teacher a run has, where it is not written yet, or was without its weights."""
-    path, now = folder / FILE, asdict(info)
+    path, now = folder / teacher_file(name), asdict(info)
     if path.exists() and (
         info.weights is None or json.loads(path.read_text(encoding="utf-8")).get("weights")
     ):

@@ -39,8 +39,10 @@ class Case:
     run: TrainConfig
     policy: ModelShape
     teacher: ModelShape | None
-    """None where the method has no distillation."""
+    """The largest of them; None where the method has no distillation."""
     placement: Placement
+    other_teachers: tuple[ModelShape, ...] = ()
+    """The others of several in-process teachers, which read other packs."""
     choice: Choice = Choice()  # noqa: RUF009 (frozen)
     """How the policy computes the sequences of a pack."""
     entries: float = SKETCH_ENTRIES
@@ -48,6 +50,11 @@ class Case:
     flat: float | None = None
     """Share of tokens too flat to be sketched; None: all, where `entries` would cost more than
     model.head_flat allows, else none."""
+
+    def __post_init__(self) -> None:
+        kind = self.run.model.self_teacher
+        if self.other_teachers and kind != "frozen":
+            raise ValueError(f'model.teachers beside self_teacher "{kind}" are not modelled')
 
     @property
     def sharded(self) -> bool:
@@ -65,6 +72,14 @@ class Case:
         if placement.teacher_weights == "sharded" and self.sharded:
             return "sharded"
         return "cpu" if offloaded else "full"
+
+    @property
+    def kept_parameters(self) -> int:
+        """Counts the parameters of the other teachers that share the memory of the device."""
+        moved = self.run.model.move_teachers and not (self.sharded or self.placement.cpu)
+        if moved or self.teacher_weights == "cpu":
+            return 0
+        return sum(teacher.parameters for teacher in self.other_teachers)
 
     @property
     def dtype(self) -> torch.dtype:

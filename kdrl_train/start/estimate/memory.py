@@ -261,6 +261,12 @@ def _teacher(case: Case) -> list[Term]:
         product("teacher's hidden states", ("head",), [(b, "B"), tokens, (teacher.hidden, "H")]),
         product("a layer of the teacher", ("teacher",), [read, inner], remedy=_shorter(case)),
     ]
+    if others := case.kept_parameters:
+        over, remedy = (1, ""), "--model.move-teachers"
+        if case.teacher_weights == "sharded":
+            over, remedy = (case.placement.gpus, "GPUs"), f"{MORE_GPUS}, or --model.offload-teacher"
+        size = [(b, "B"), (others, "parameters")]
+        terms.append(product("the other teachers", ALWAYS, size, over, remedy=remedy))
     if case.masked:
         mask = [(1 + b, "B"), read, read]
         terms.append(product("teacher's mask", ("teacher",), mask, remedy=_shorter(case)))

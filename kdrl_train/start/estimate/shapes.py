@@ -1,5 +1,6 @@
 """Reads the sizes of a model from its config.json alone, on the meta device, without weights."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,11 @@ def shape_of(model: Any, name: str) -> ModelShape:
         tied=tied,
         each=tuple(each),
     )
+
+
+def largest_first(shapes: Iterable[ModelShape]) -> tuple[ModelShape, ...]:
+    """Orders models by the number of their parameters, the largest first."""
+    return tuple(sorted(shapes, key=lambda shape: -shape.parameters))
 
 
 def _count(parameters: Any) -> int:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kdrl_train.config import TrainConfig
+from kdrl_train.config.models import DEFAULT_TEACHER, SELF, is_url
 from kdrl_train.errors import written
 from kdrl_train.model.attention import Choice
 from kdrl_train.model.choice import choose
@@ -40,7 +41,13 @@ from kdrl_train.start.estimate.memory import (
     loading_bytes,
     memory_terms,
 )
-from kdrl_train.start.estimate.shapes import read_model, read_shape, shape_of
+from kdrl_train.start.estimate.shapes import (
+    ModelShape,
+    largest_first,
+    read_model,
+    read_shape,
+    shape_of,
+)
 from kdrl_train.start.estimate.terms import Term
 from kdrl_train.tools.plan.speed import Lengths, time_terms, totals
 
@@ -196,11 +203,14 @@ def make_estimate(config: PlanConfig) -> Estimate:
     trusted = config.model.trust_remote_code
     model = read_model(config.model.policy, "model.policy", trusted)
     policy = shape_of(model, f"model.policy = {config.model.policy!r}")
-    teacher = None
+    teachers: tuple[ModelShape, ...] = ()
     if config.method.kd is not None:
-        teacher = policy
-        if not config.model.teacher_is_self:
-            teacher = read_shape(config.model.teacher or "", "model.teacher", trusted)
+        places = config.model.teacher_places or {DEFAULT_TEACHER: ""}
+        teachers = largest_first(
+            policy if place == SELF else read_shape(place, config.model.teacher_key(name), trusted)
+            for name, place in places.items()
+            if not (config.model.teachers and is_url(place))  # a server's memory is its own
+        )
     cpu = config.device == "cpu"
     placement = Placement(
         gpus=config.gpus,
@@ -211,7 +221,8 @@ def make_estimate(config: PlanConfig) -> Estimate:
     case = Case(
         run=config,
         policy=policy,
-        teacher=teacher,
+        teacher=teachers[0] if teachers else None,
+        other_teachers=teachers[1:],
         placement=placement,
         choice=attention_of(model, config),
         entries=config.entries,

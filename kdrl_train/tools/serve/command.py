@@ -94,7 +94,8 @@ class ServeConfig:
 
 def of_run(run: TrainConfig, _folder: Path) -> ServeConfig:
     """Takes over the teacher of a run."""
-    model = replace(run.model, weights=None, offload_policy=False, offload_teacher=False)
+    alone: dict[str, Any] = {"weights": None, "teachers": {}, "move_teachers": False}
+    model = replace(run.model, offload_policy=False, offload_teacher=False, **alone)
     return ServeConfig(model=model)
 
 
@@ -109,7 +110,7 @@ def main(config: ServeConfig) -> None:
             "model.teacher must name a folder or hub id to serve, got "
             f"{config.model.teacher or 'nothing'}: set --model.teacher"
         )
-    for key in ("weights", "offload_policy", "offload_teacher"):
+    for key in ("weights", "offload_policy", "offload_teacher", "teachers", "move_teachers"):
         if getattr(config.model, key):
             raise ValueError(
                 f"model.{key} must not be set to serve, got {getattr(config.model, key)}: "

@@ -20,6 +20,10 @@ from kdrl_train.runfolder import jsonl
 from tests.train.test_train import run
 
 README = Path(runfolder.__file__).with_name("README.md")
+OF_SEVERAL_TEACHERS = {
+    f"{key}/NAME" for key in ("kl_teacher", "teacher_log_ratio", "kd_coef", "kd_share")
+}
+"""tests/train/test_teachers.py reads them."""
 ONLY_ON_SEVERAL_RANKS = {"seconds_wait"}
 
 
@@ -67,7 +71,7 @@ def test_every_key_of_a_run_is_in_the_readme(config: Callable[..., TrainConfig])
     }
     documented = documented_keys()
     assert len(documented) == len(set(documented))
-    assert set(documented) == written | ONLY_ON_SEVERAL_RANKS
+    assert set(documented) == written | ONLY_ON_SEVERAL_RANKS | OF_SEVERAL_TEACHERS
     text = README.read_text(encoding="utf-8")
     for name in ("events.jsonl", "samples/step_000001.jsonl"):
         for record in jsonl.read(base.out / name):

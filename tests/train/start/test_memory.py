@@ -21,7 +21,7 @@ Config = Callable[..., TrainConfig]
 
 
 def estimate(config: TrainConfig, loaded: Loaded, ranks: int = 1) -> float:
-    case = memory._case(config, loaded.policy, loaded.teachers[0].model, ranks)
+    case = memory._case(config, loaded.policy, [loaded.teachers[0].model], ranks)
     return max(by_moment(memory_terms(case)).values())
 
 
@@ -34,7 +34,7 @@ def device_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 def test_this_machine_holds_a_tiny_run(config: Config) -> None:
     settings = config()
     loaded = load(settings)
-    detail = memory.check_memory(settings, loaded.policy, loaded.teachers[0].model, 1)
+    detail = memory.check_memory(settings, loaded.policy, [loaded.teachers[0].model], 1)
     gigabytes = estimate(settings, loaded) / 1e9
     assert detail.startswith(f"{gigabytes:,.2f} GB at its worst (")
     assert detail.endswith(f"cpu has {memory_bytes(torch.device('cpu'), 1) / 1e9:,.2f} GB")
@@ -47,29 +47,29 @@ def test_a_little_too_much_is_a_warning_and_far_too_much_a_failure(
     loaded = load(settings)
     peak = estimate(settings, loaded)
     device_with(peak)
-    memory.check_memory(settings, loaded.policy, loaded.teachers[0].model, 1)
+    memory.check_memory(settings, loaded.policy, [loaded.teachers[0].model], 1)
     device_with(peak / 1.09)
     with pytest.raises(UserWarning, match=r"may not fit: .* for each of 1 process"):
-        memory.check_memory(settings, loaded.policy, loaded.teachers[0].model, 1)
+        memory.check_memory(settings, loaded.policy, [loaded.teachers[0].model], 1)
     device_with(peak / 1.11)
     with pytest.raises(
         ValueError, match=r"must fit .* prompts: lower sampling\.batch_size or data\.max_"
     ):
-        memory.check_memory(settings, loaded.policy, loaded.teachers[0].model, 1)
+        memory.check_memory(settings, loaded.policy, [loaded.teachers[0].model], 1)
     device_with(1.0)
     assert estimate(settings, loaded, ranks=4) < peak
     with pytest.raises(ValueError, match=r"for each of 4 process.*teacher: raise --gpus"):
-        memory.check_memory(settings, loaded.policy, loaded.teachers[0].model, 4)
+        memory.check_memory(settings, loaded.policy, [loaded.teachers[0].model], 4)
 
 
 def test_what_is_not_modelled_is_not_estimated(config: Config) -> None:
     settings = config()
     loaded = load(settings)
     eager = replace(settings, model=replace(settings.model, attention="eager"))
-    detail = memory.check_memory(eager, loaded.policy, loaded.teachers[0].model, 1)
+    detail = memory.check_memory(eager, loaded.policy, [loaded.teachers[0].model], 1)
     assert detail.startswith("not estimated: ")
     vllm = replace(settings, engine=EngineConfig(kind="vllm"))
-    detail = memory.check_memory(vllm, loaded.policy, loaded.teachers[0].model, 1)
+    detail = memory.check_memory(vllm, loaded.policy, [loaded.teachers[0].model], 1)
     assert detail == "not estimated: engine.kind vllm is not modelled"
     with pytest.raises(ValueError, match=r'kind must be "generate" to be planned, got "vllm'):
         PlanConfig(engine=vllm.engine)
@@ -90,7 +90,7 @@ def test_what_cannot_be_estimated_ends_no_run(
     monkeypatch.setattr(memory, "shape_of", fail)
     message = rf"^not estimated: {kind.__name__}: '?intermediate_size is a list"
     with pytest.raises(UserWarning, match=message):
-        memory.check_memory(settings, loaded.policy, loaded.teachers[0].model, 1)
+        memory.check_memory(settings, loaded.policy, [loaded.teachers[0].model], 1)
     if kind is TypeError:
         assert preflight.main(settings) == 0
         assert "not estimated: TypeError" in " ".join(capsys.readouterr().out.split())
@@ -105,7 +105,7 @@ def test_a_server_samples_elsewhere_and_a_checkpoint_in_a_thread_is_a_copy(confi
     server = EngineConfig(kind="vllm_server", url="http://host:1")
     kinds = (settings, replace(settings, engine=server), replace(settings, save_async=True))
     plain, elsewhere, copied = (
-        memory_terms(memory._case(kind, loaded.policy, loaded.teachers[0].model, 1))
+        memory_terms(memory._case(kind, loaded.policy, [loaded.teachers[0].model], 1))
         for kind in kinds
     )
     sampling = {term for term in plain if set(term.when) <= {"prefill", "decode"}}
