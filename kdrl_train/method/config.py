@@ -294,6 +294,11 @@ class MethodConfig:
             )
 
     @property
+    def reads_completions(self) -> bool:
+        """Whether the policy gradient of a token depends on the ratios of its completion."""
+        return self.policy in ("gspo", "gmpo")
+
+    @property
     def selects_tokens(self) -> bool:
         """Whether what is distilled of a token depends on its row in the head."""
         return any(getattr(self, name) not in (False, None) for name in SELECTIONS)

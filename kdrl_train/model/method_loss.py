@@ -16,6 +16,7 @@ from kdrl_kernels.metrics import row_metrics
 from kdrl_kernels.objective import subtract
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.losses import (
+    POLICIES,
     MethodLoss,
     TokenCoefficients,
     distilled_rows,
@@ -24,6 +25,31 @@ from kdrl_train.method.losses import (
 )
 from kdrl_train.method.own_loss import load_loss
 from kdrl_train.model.packing import PackedBatch
+
+
+def objective(method: MethodConfig, *, distil: bool) -> kk.Objective:
+    """Make the kk.Objective of a method; kd_coef is 1 since beta is in each token's kd weight.
+
+    Without distillation, where all kd weights are 0, a method with policy "off" becomes a policy
+    gradient of its advantages, which are 0: no loss, but entropy and log-probabilities.
+    kd "reward" has no term in the loss; its teacher is only read without a gradient, as for k2.
+    For the policies of method/losses.py, which add their own term, it is "none".
+    """
+    alone = method.policy == "off" and not distil
+    policy = "none" if alone or method.policy in POLICIES else method.policy
+    kd = "k2" if method.kd == "reward" else method.kd
+    return kk.Objective(
+        policy=policy,  # type: ignore[arg-type]
+        clip_low=method.clip_low if policy == "clip" else 0.2,
+        clip_high=method.clip_high if policy == "clip" else 0.2,
+        kd=kd if distil else None,
+        kd_baseline=method.kd_baseline if distil else None,
+        fkl_share=method.fkl_share if distil else 0.5,
+        kd_coef=1.0,
+        jsd_alpha=method.jsd_alpha,
+        entropy_coef=method.entropy_coef,
+        tail=method.kd_tail or not distil,
+    )
 
 
 class LossOfRows:

@@ -20,9 +20,8 @@ from kdrl_kernels.head_config import head_scalars
 from kdrl_train.batch import TopkScores
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.histogram import histogram
-from kdrl_train.method.losses import POLICIES
 from kdrl_train.model import attention, lora, noise, rotary
-from kdrl_train.model.method_loss import LossOfRows
+from kdrl_train.model.method_loss import LossOfRows, objective
 from kdrl_train.model.packing import PackedBatch
 from kdrl_train.model.tensor_parallel import local, teacher_rows
 from kdrl_train.model.topk import likeliest, with_sampled
@@ -358,31 +357,6 @@ def token_sums(out: kk.LossOutput, batch: PackedBatch) -> dict[str, Tensor]:
         log_ratio = (out.logprobs - out.teacher_logprobs).double()[distilled]
         sums["teacher_log_ratio_histogram"] = histogram(log_ratio)
     return sums
-
-
-def objective(method: MethodConfig, *, distil: bool) -> kk.Objective:
-    """Make the kk.Objective of a method; kd_coef is 1 since beta is in each token's kd weight.
-
-    Without distillation, where all kd weights are 0, a method with policy "off" becomes a policy
-    gradient of its advantages, which are 0: no loss, but entropy and log-probabilities.
-    kd "reward" has no term in the loss; its teacher is only read without a gradient, as for k2.
-    For the policies of method/losses.py, which add their own term, it is "none".
-    """
-    alone = method.policy == "off" and not distil
-    policy = "none" if alone or method.policy in POLICIES else method.policy
-    kd = "k2" if method.kd == "reward" else method.kd
-    return kk.Objective(
-        policy=policy,  # type: ignore[arg-type]
-        clip_low=method.clip_low if policy == "clip" else 0.2,
-        clip_high=method.clip_high if policy == "clip" else 0.2,
-        kd=kd if distil else None,
-        kd_baseline=method.kd_baseline if distil else None,
-        fkl_share=method.fkl_share if distil else 0.5,
-        kd_coef=1.0,
-        jsd_alpha=method.jsd_alpha,
-        entropy_coef=method.entropy_coef,
-        tail=method.kd_tail or not distil,
-    )
 
 
 def backbone(model: Any) -> Any:

@@ -179,7 +179,8 @@ def _head(case: Case, device: Device, lengths: Lengths) -> list[Term]:
     """Times the one-pass head over all tokens of the step: its GEMMs and its row kernels.
 
     The policy's GEMMs take 3u, u = 2·N·H·V FLOP; with a sketch 1u, 2u of the share of flat tokens
-    and sparse products. The teacher's one takes tau·u, tau its share of u.
+    and sparse products. The teacher's one takes tau·u, tau its share of u. Ratios of whole
+    completions take 1u more where they are not 1.
     """
     chunk_plan = case.chunk_plan(round(case.rollouts * lengths.response))
     g = chunk_plan.geometry
@@ -203,6 +204,12 @@ def _head(case: Case, device: Device, lengths: Lengths) -> list[Term]:
             device.bandwidth,
         ),
     ]
+    config = case.run
+    if config.method.reads_completions and (
+        config.optim.updates_per_rollout > 1 or config.engine.staleness
+    ):
+        flop = 2.0 * g.N * g.H * g.V
+        terms.append(_compute("head, ratios of completions", "update", flop, f"2 · {u}", device))
     if case.teacher is not None:
         formula, flop = f"2 · {g.N:,} · {g.H_t:,} · {g.V_t:,}", chunk_plan.flop["teacher"]
         terms.append(_compute("head, teacher's GEMM", "update", flop, formula, device))

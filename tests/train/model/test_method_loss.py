@@ -14,9 +14,9 @@ from kdrl_train.batch import CompletionCoefficients, Rollouts
 from kdrl_train.method.config import MethodConfig, ScheduleConfig
 from kdrl_train.method.metrics import token_means
 from kdrl_train.method.presets import PRESETS
-from kdrl_train.model.method_loss import LossOfRows
+from kdrl_train.model.method_loss import LossOfRows, objective
 from kdrl_train.model.packing import PackedBatch, pack
-from kdrl_train.model.policy import Policy, Teacher, objective, token_sums
+from kdrl_train.model.policy import Policy, Teacher, token_sums
 from kdrl_train.step.gradient_split import gradient_split
 from tests.tolerance import relative_error
 from tests.train import own_losses

@@ -15,8 +15,9 @@ from kdrl_train.method.config import MethodConfig, ScheduleConfig
 from kdrl_train.method.metrics import add_sums, token_means
 from kdrl_train.method.presets import PRESETS
 from kdrl_train.model.load import checkpoint_activations, load_model, load_policy, load_teacher
+from kdrl_train.model.method_loss import objective
 from kdrl_train.model.packing import PackedBatch, pack
-from kdrl_train.model.policy import HeadedModel, Policy, Teacher, objective
+from kdrl_train.model.policy import HeadedModel, Policy, Teacher
 from kdrl_train.model.probe import probe
 from tests import tolerance
 from tests.train.coefficients import coefficients_of, uniform

@@ -71,6 +71,21 @@ def test_a_sketch_projects_and_multiplies_a_few_entries(models: dict[str, str]) 
     assert gemms.formula.startswith("1.4 · 2 · 10 · 8 · 32 = ")
 
 
+def test_ratios_of_completions_cost_a_product_more(models: dict[str, str]) -> None:
+    """10 tokens of 8 numbers, 32 columns; where completions are used once, all ratios are 1."""
+    case = sharded_case(models)
+    names = []
+    for updates, policy in ((2, "gspo"), (1, "gspo"), (2, "cispo")):
+        method = replace(case.run.method, policy=policy)
+        optim = replace(case.run.optim, updates_per_rollout=updates)
+        run = replace(case.run, method=method, optim=optim)
+        terms = time_terms(
+            replace(case, run=run), DEVICE, Lengths(prompt=6, response=5), launch_us=100
+        )
+        names.append({t.name: t.value for t in terms}.get("head, ratios of completions"))
+    assert names == [pytest.approx(2 * 10 * 8 * 32 / 1e9), None, None]
+
+
 def test_communication_hides_behind_the_passes_at_best(models: dict[str, str]) -> None:
     lengths = Lengths(prompt=6, response=5)
     terms = time_terms(sharded_case(models), DEVICE, lengths, launch_us=100)
