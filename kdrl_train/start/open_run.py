@@ -39,6 +39,7 @@ from kdrl_train.runfolder.writable import require_writable
 from kdrl_train.start.load import Loaded, LoadedTeacher, described, load
 from kdrl_train.start.optimizer import make_optimizer
 from kdrl_train.start.preflight import preflight, require
+from kdrl_train.start.prompts import first_prompt
 from kdrl_train.start.self_teacher import describe_self
 from kdrl_train.step.prefetch import Prefetch
 from kdrl_train.step.run import Position, Run
@@ -90,6 +91,9 @@ def open_run(
         log.event("warning", warning)
     for change in changes(config, newest, best):
         log.event("settings", change)
+    if newest is None:
+        prompt = first_prompt(loaded.tokenizer, loaded.examples[0], config.data)
+        log.event("prompt", f"the first prompt, with its special tokens: {prompt}")
     saver = Saver(config, world, log.say, loaded.data, first, log.require_ours, best)
     interrupt.starting = False
     return Run(

@@ -81,7 +81,7 @@ def check_first_prompt(config: TrainConfig, loaded: Loaded) -> str:
     """
     tokenizer, example, data = loaded.tokenizer, loaded.examples[0], config.data
     ends = eos_ids(loaded.policy.model, tokenizer)
-    detail = shown(tokenizer.decode(encode_prompt(tokenizer, example, data)))
+    detail = first_prompt(tokenizer, example, data)
     doubts = prompt_doubts(tokenizer, ends, data, example, loaded.prompts)
     if not templated(tokenizer, data):
         behind = tokenizer.convert_ids_to_tokens(plain_parts(tokenizer, example.prompt)[2])
@@ -110,6 +110,11 @@ def check_first_prompt(config: TrainConfig, loaded: Loaded) -> str:
                 + ", ".join(other)
             )
     return _with_doubts(detail, doubts)
+
+
+def first_prompt(tokenizer: Any, example: Example, data: DataConfig) -> str:
+    """Write a problem's prompt on one line, as the policy reads it, with its special tokens."""
+    return shown(tokenizer.decode(encode_prompt(tokenizer, example, data)))
 
 
 def written_otherwise(one: DataConfig, other: DataConfig) -> list[str]:

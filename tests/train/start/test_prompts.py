@@ -390,6 +390,12 @@ def test_held_out_problems_written_otherwise_are_named(held: TrainConfig) -> Non
     assert prompts.check_first_prompt(same, load(same)) == "'0+0= Box it.'"
 
 
+def test_the_first_prompt_commands_no_terminal(loaded: Loaded) -> None:
+    hostile = Example("set:1", "a\x1b[2Jb\nc", "1")
+    line = prompts.first_prompt(loaded.tokenizer, hostile, DataConfig())
+    assert line == r"'a\x1b[2Jb\nc'"
+
+
 def test_what_the_tokenizer_puts_behind_a_text_is_named(
     config: TrainConfig, loaded: Loaded
 ) -> None:
