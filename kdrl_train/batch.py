@@ -77,16 +77,19 @@ class Verdicts:
     """How R completions were judged, in their order."""
 
     rewards: list[float]
-    """[R]. timeout and unparseable: 0.0. error: NaN; the update leaves it out."""
+    """[R] weighted sums. timeout, and unparseable of a single reward: 0.0. error: NaN; the update
+    leaves it out."""
     outcomes: list[Outcome]
-    """[R]. right or wrong: as the reward function says, else by reward.right_above; the rest as
-    counted by `counts`."""
+    """[R]. right, wrong or unparseable: as the reward that decides says, else by
+    reward.right_above; the rest as counted by `counts`."""
     errors: dict[int, str] = field(default_factory=dict)
     """Index of a completion with outcome `error` -> what its reward raised or returned."""
     answers: list[str | None] = field(default_factory=list)
     """[R]. The answer in the spelling it votes for (rewards.load_answer); None: there is none."""
     restarts: int = 0
     """How often the workers had to be started anew, because one died while it had no work."""
+    parts: dict[str, list[float]] = field(default_factory=dict)
+    """Name -> [R] values of each reward, without its weight. timeout: 0.0, error: NaN."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -97,13 +100,17 @@ class Verdicts:
     @classmethod
     def join(cls, parts: Sequence["Verdicts"]) -> "Verdicts":
         """Concatenate the verdicts of the parts; errors keep their completion."""
-        joined = cls(rewards=[], outcomes=[])
+        names = dict.fromkeys(name for part in parts for name in part.parts)
+        common = [name for name in names if all(name in part.parts for part in parts)]
+        joined = cls(rewards=[], outcomes=[], parts={name: [] for name in common})
         for part in parts:
             start = len(joined.rewards)
             joined.errors.update({start + i: text for i, text in part.errors.items()})
             joined.rewards.extend(part.rewards)
             joined.outcomes.extend(part.outcomes)
             joined.answers.extend(part.answers)
+            for name, values in joined.parts.items():
+                values.extend(part.parts[name])
         return replace(joined, restarts=sum(part.restarts for part in parts))
 
 

@@ -38,7 +38,7 @@ from kdrl_train.errors import PRINTED, needs_extra
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.presets import PRESETS
 from kdrl_train.output import begin, fill_descriptors, guarded, guarded_console, shown
-from kdrl_train.settings import explanations, is_settings, nearest
+from kdrl_train.settings import explanations, is_settings, items, nearest
 
 T = TypeVar("T")
 PROGRAM = "python -m kdrl_train"
@@ -103,6 +103,7 @@ def parse(
     first.add_argument("--help-all", action="store_true")
     for key in FUNCTIONS:
         first.add_argument(f"--{key}", nargs="?")
+    first.add_argument("--reward.functions", nargs="*")
     extra = [CONFIG]
     if hasattr(default, "method"):
         first.add_argument("--preset", nargs="?")
@@ -142,6 +143,10 @@ def require_own_modules(settings: Any, path: Path, typed: Mapping[str, Any]) -> 
         function = getattr(getattr(settings, section, None), name, None)
         if function is not None and typed[key] != function:
             require_own_module(function, path, key)
+    reward = getattr(settings, "reward", None)
+    for part in () if reward is None or typed["reward.functions"] else reward.functions:
+        if part.function != typed["reward.function"]:
+            require_own_module(part.function, path, "reward.functions")
 
 
 def read_options(
@@ -223,10 +228,16 @@ def _registry(root: Any, extra: Sequence[StructFieldSpec]) -> ConstructorRegistr
 def field_specs(config: Any) -> tuple[StructFieldSpec, ...]:
     """Describe the fields of a settings object for tyro: name, type, value as default, help."""
     types, texts = get_type_hints(type(config), include_extras=True), explanations(type(config))
-    types |= {name: MAPPING for name, kind in types.items() if get_origin(kind) is dict}
-    return tuple(
-        StructFieldSpec(name, types[name], getattr(config, name), texts[name]) for name in texts
-    )
+    specs = []
+    for name, text in texts.items():
+        kind, value = types[name], getattr(config, name)
+        if get_origin(kind) is dict:
+            kind = MAPPING
+        elif items(kind) is not None:  # a word each
+            kind = tuple[str, ...]
+            value = tuple(write_mapping(to_dict(one)) for one in value)
+        specs.append(StructFieldSpec(name, kind, value, text))
+    return tuple(specs)
 
 
 def print_help(

@@ -15,7 +15,7 @@ T = TypeVar("T")
 MOST_BYTES = 1_000_000
 """Longest YAML file of settings that is read; that of a run has some kilobytes."""
 
-BUILT_IN = {"reward.function": "math, exact, or "}
+BUILT_IN = dict.fromkeys(("reward.function", "reward.functions"), "math, exact, or ")
 """What a setting that names a function may be besides module:function."""
 
 
@@ -58,7 +58,7 @@ def _plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(one) for one in value] if isinstance(value, tuple) else value
 
 
 def read_mapping(text: str) -> dict[Any, Any]:
@@ -117,6 +117,7 @@ def require_own_module(function: str, path: Path, key: str = "reward.function") 
 
     Whoever writes the file chooses which module is imported. It must not be any installed one.
 
+    key: the setting that names it.
     Raises: ValueError for `module:function` where the module is in an installed package.
     """
     top = function.partition(":")[0].partition(".")[0]

@@ -106,6 +106,13 @@ def is_settings(cls: Any) -> bool:
     return hasattr(cls, "__pydantic_fields__")
 
 
+def items(kind: Any) -> Any:
+    """Return the settings class of which a field holds any number; None for any other field."""
+    item, *rest = get_args(kind) if get_origin(kind) is tuple else (None,)
+    item = get_args(item)[0] if get_origin(item) is Annotated else item
+    return item if rest == [...] and is_settings(item) else None
+
+
 def explanations(cls: Any) -> dict[str, str]:
     """Read the text under each field of a settings class, each as one line. A section that has no
     text is explained by its class's docstring."""
@@ -137,21 +144,24 @@ def _message(cls: Any, error: ErrorDetails) -> str:
         key = key.removesuffix(".[key]")
         return f"{key} must have names as keys, got {error['input']!r}"
     if kind == "unexpected_keyword_argument":
-        *sections, name = map(str, error["loc"])
+        *sections, name = error["loc"]
         for section in sections:
             cls = _inside(cls, section)
         names = list(cls.__pydantic_fields__)
-        owner = f"{'.'.join(sections)} has" if sections else "there are"
-        return f"unknown key {key}{nearest(name, names)}; {owner} {', '.join(names)}"
+        section, _, _ = key.rpartition(".")
+        owner = f"{section} has" if section else "there are"
+        return f"unknown key {key}{nearest(str(name), names)}; {owner} {', '.join(names)}"
     must = _WORDS.get(kind) or text.replace("Input should be", "must be")
     must = must.replace("greater than or equal to", "at least")
     must = must.replace("less than or equal to", "at most")
     return f"{key} {must}, got {error['input']!r}"
 
 
-def _inside(cls: Any, name: str) -> Any:
+def _inside(cls: Any, name: str | int) -> Any:
     """Return the class of one field of a settings class, or of one value of a mapping; of a union
-    the part that is such a class."""
+    the part that is such a class, of a tuple that of its items."""
+    if isinstance(name, int):  # a place in a tuple
+        return cls
     kind = cls.__pydantic_fields__[name].annotation if is_settings(cls) else get_args(cls)[1]
     parts = (kind, *get_args(kind)) if get_origin(kind) is not dict else (kind,)
-    return next((part for part in parts if is_settings(part)), kind)
+    return items(kind) or next((part for part in parts if is_settings(part)), kind)

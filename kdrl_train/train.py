@@ -206,7 +206,7 @@ def learn(run: Run, step: int, stages: Stages) -> dict[str, Any]:
     rollouts, verdicts = batch.rollouts, batch.verdicts
     record = {
         "step": step,
-        **reward_metrics(batch.rewards, batch.right),
+        **reward_metrics(batch.rewards, batch.right, verdicts.parts),
         "tokens": int(rollouts.lengths.sum()),
         "response_length": rollouts.lengths.double().mean().item(),
         "verifier_restarts": verdicts.restarts,

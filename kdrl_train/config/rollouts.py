@@ -1,11 +1,26 @@
 """Settings of problems, sampling and rewards."""
 
 import json
+import re
 from dataclasses import field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 from kdrl_train.config.addresses import require_no_secret
-from kdrl_train.settings import Finite, PositiveFloat, PositiveInt, Share, Switch, settings
+from kdrl_train.config_file import read_mapping
+from kdrl_train.settings import (
+    Finite,
+    PositiveFloat,
+    PositiveInt,
+    Share,
+    Switch,
+    settings,
+)
+
+OVERLONG = "overlong"
+"""Name of the fine for length among a completion's rewards."""
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 
 RESERVED = (
     "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
@@ -144,6 +159,47 @@ class EngineConfig:
 
 
 @settings
+class RewardPart:
+    """One of several rewards, whose weighted sum is the reward."""
+
+    function: str
+    """math, exact, or your module:function."""
+    weight: Finite = 1.0
+    """Factor of its values in the sum; 0: it is only measured."""
+    name: str = ""
+    """Its name in metrics.jsonl and samples/; empty: that of its function, without the module."""
+    decides: Switch = False
+    """Whether this one says which completions are right; where none is marked, the first does."""
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.label) or self.label == OVERLONG:
+            raise ValueError(
+                f"name must be 1 to 40 letters, digits, _, . or -, and not {OVERLONG}, got "
+                f"{self.label[:80]!r} of {self.function[:80]}: set name"
+            )
+
+    @property
+    def label(self) -> str:
+        """Its name in metrics and samples."""
+        return self.name or self.function.rpartition(":")[2]
+
+
+def _reward_part(value: Any) -> Any:
+    """Read a reward that is written as text: a function's name, or keys and values in braces."""
+    if not isinstance(value, str):
+        return value
+    if not value.lstrip().startswith("{"):
+        return {"function": value}
+    try:
+        return read_mapping(value)
+    except ValueError as error:
+        raise ValueError(
+            "function must be a name, or stand among keys and values such as {function: math, "
+            f"weight: 0.5}}, got {value[:80]!r}: {error}"
+        ) from error
+
+
+@settings
 class RewardConfig:
     """How a completion becomes a number."""
 
@@ -151,9 +207,12 @@ class RewardConfig:
     """math, exact, or your module:function. math: the last boxed or stated answer must equal
     the gold answer as mathematics.
     exact: the answer must be the gold answer, character by character."""
+    functions: tuple[Annotated[RewardPart, BeforeValidator(_reward_part)], ...] = ()
+    """Several rewards in place of function; the reward is their weighted sum. Each is a function's
+    name, or keys and values: {function: my:format, weight: 0.1, name: format, decides: false}."""
     timeout_s: PositiveFloat = 5.0
-    """Deadline for one completion, in seconds. After it the completion counts as wrong, and as a
-    timeout."""
+    """Deadline for one completion, in seconds, with all its rewards. After it the completion counts
+    as wrong, and as a timeout."""
     workers: PositiveInt = 2
     """Processes that compute rewards."""
     memory_bytes: PositiveInt = 8 * 2**30
@@ -162,4 +221,40 @@ class RewardConfig:
     right_above: Finite = 0.5
     """A completion is right if its reward is above this: half of the largest reward, which is 1
     for math and exact. Masks, schedules and shares of right completions count by it. A function of
-    your own that returns (reward, right) decides by itself."""
+    your own that returns (reward, right) decides by itself. Of several rewards only the one that
+    decides counts, without its weight."""
+
+    def __post_init__(self) -> None:
+        if self.functions and self.function != "math":
+            raise ValueError(
+                f"function must be left out where functions are set, got {self.function}: list it "
+                "among them"
+            )
+        names = [part.label for part in self.functions]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"functions must have different names, got {twice} twice: set name")
+        if sum(part.decides for part in self.functions) > 1:
+            deciding = [part.label for part in self.functions if part.decides]
+            raise ValueError(
+                f"functions must have one that decides, got {', '.join(deciding)}: mark one of them"
+            )
+
+    @property
+    def parts(self) -> tuple[RewardPart, ...]:
+        """The rewards that are added up; one where `functions` is empty."""
+        if self.functions:
+            return self.functions
+        name = self.function.rpartition(":")[2]
+        name = name if _NAME.fullmatch(name) and name != OVERLONG else "reward"
+        return (RewardPart(function=self.function, name=name),)
+
+    @property
+    def deciding(self) -> RewardPart:
+        """The reward that says which completions are right."""
+        return next((part for part in self.parts if part.decides), self.parts[0])
+
+    @property
+    def builtin(self) -> bool:
+        """Whether none of the rewards is a function of the user's own."""
+        return all(part.function in ("math", "exact") for part in self.parts)

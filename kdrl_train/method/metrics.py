@@ -1,6 +1,6 @@
 """Computes the metrics of a step from its rewards and from sums over its tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -9,7 +9,9 @@ from kdrl_train.method.grpo import all_equal
 from kdrl_train.method.histogram import PERCENTILES, quantiles
 
 
-def reward_metrics(rewards_PG: Tensor, right_PG: Tensor) -> dict[str, float]:
+def reward_metrics(
+    rewards_PG: Tensor, right_PG: Tensor, parts: Mapping[str, Sequence[float]] | None = None
+) -> dict[str, float]:
     """Compute mean reward, share of right completions and share of groups with signal.
 
     A reward of NaN is left out. A group has signal when two of its rewards differ: only then has it
@@ -18,6 +20,7 @@ def reward_metrics(rewards_PG: Tensor, right_PG: Tensor) -> dict[str, float]:
     Args:
         rewards_PG: [P, G] float.
         right_PG: [P, G] bool, as the verifier says.
+        parts: name -> [P * G] values of each reward; where there are several, their means count.
     """
     known_PG = ~rewards_PG.isnan()
     return {
@@ -25,6 +28,13 @@ def reward_metrics(rewards_PG: Tensor, right_PG: Tensor) -> dict[str, float]:
         "accuracy": right_PG[known_PG].double().mean().item(),
         "groups_with_signal": (~all_equal(rewards_PG)).double().mean().item(),
         "rewards_missing": float((~known_PG).sum()),
+        **{
+            f"reward/{name}": torch.tensor(values, dtype=torch.float64)[known_PG.flatten()]
+            .mean()
+            .item()
+            for name, values in (parts or {}).items()
+            if len(parts or {}) > 1
+        },
     }
 
 

@@ -1,4 +1,4 @@
-"""Defines rewards: pure functions (completion, gold answer) -> float, without torch.
+"""Defines rewards: pure functions of a completion, its gold answer and more, without torch.
 
 The answer that a completion states is what its last closed `\\boxed{}` holds; without a box, what
 follows its last `####` or "answer is" (also "answer:", "answer ="). A last number alone is not an
@@ -10,14 +10,20 @@ import importlib
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
+from inspect import Parameter
+from typing import Any
 
 from kdrl_train.rollouts.answers.comparing import Answer, check_values, equal, spelling
 from kdrl_train.rollouts.answers.reading import read
 from kdrl_train.rollouts.answers.statement import MAX_ANSWER_CHARS, last_answer
 from kdrl_train.rollouts.answers.tokens import UnreadableError
 
-Reward = Callable[[str, str], float | tuple[float, bool]]
-"""Maps (completion, gold answer) to a finite number, or to (number, whether it is right)."""
+Reward = Callable[..., float | tuple[float, bool]]
+"""Maps a completion and more (INPUTS) to a finite number, or to (number, whether it is right)."""
+INPUTS = ("completion", "answer", "prompt", "columns", "tokens", "raw_completion", "truncated")
+"""What a reward may know of a completion, by the names of its parameters; `gold` is `answer`."""
+DRAWN = ("completion", "raw_completion", "tokens")
+"""Those of which each reward takes at least one: what the policy has written."""
 ReadAnswer = Callable[[str], str | None]
 """Maps a completion to the answer that it votes for; None: it has no vote."""
 
@@ -86,8 +92,9 @@ def _read_gold(gold: str) -> Answer:
 def load_reward(name: str) -> Reward:
     """Return the reward function named `math`, `exact`, or `module:function`, which is imported.
 
-    A user's function takes (completion, answer), returns a finite number or (number, right), and
-    may raise `UnparseableError`. It must be importable by name, since it runs in other processes.
+    A user's function takes what its parameters name (INPUTS), returns a finite number or (number,
+    right), and may raise `UnparseableError`. It must be importable by name, since it runs in other
+    processes.
 
     Raises: ValueError for an unknown name, for a missing module or function, and for what was not
         written as a reward: os.popen would run each completion in a shell.
@@ -108,28 +115,50 @@ def load_reward(name: str) -> Reward:
     if not callable(function):
         problem = "is missing from" if function is None else "is not callable in"
         raise ValueError(f"{rule}: {function_name} {problem} {module_name}; name a function in it")
-    if not inspect.isfunction(function) or not _takes_answers(function):
+    if not inspect.isfunction(function) or not inputs_of(function):
         raise ValueError(
-            f"{rule}: it must be a Python function with the parameters (completion, answer), and "
-            f"others with defaults alone; write `def {function_name}(completion, answer):` in a "
-            "module of your own, and call there what you need"
+            f"{rule}: it must be a Python function with the parameters (completion, answer) or "
+            f"others of {', '.join(INPUTS)}, and more with defaults alone; write "
+            f"`def {function_name}(completion, answer):` in a module of your own, and call there "
+            "what you need"
         )
     return function
 
 
-def _takes_answers(function: Callable[..., object]) -> bool:
-    """Say whether a function's parameters are those of a reward; _answer is one that is not used.
+@lru_cache(maxsize=64)
+def inputs_of(reward: Reward) -> dict[str, str]:
+    """Return which input each required parameter of a reward gets, by the parameter's name.
 
-    A function that was written for something else, such as timeit.timeit(stmt, setup), is none: it
-    may run what a completion says.
+    A parameter may have underscores around its name; of the first two, _ and __ are completion and
+    answer. Parameters with a default keep it.
+
+    Returns: nothing for what was not written as a reward. A function such as timeit.timeit(stmt,
+        setup) may run what a completion says.
     """
-    parameters = inspect.signature(function).parameters.values()
-    required = [p.name.strip("_") for p in parameters if p.default is p.empty]
-    return (
-        len(required) == 2
-        and required[0] in ("completion", "")
-        and required[1] in ("answer", "gold", "")
-    )
+    parameters = inspect.signature(reward).parameters.values()
+    required = [p for p in parameters if p.default is p.empty]
+    inputs = {}
+    for place, parameter in enumerate(required):
+        name = parameter.name.strip("_") or "".join(INPUTS[:2][place : place + 1])
+        name = "answer" if name == "gold" else name
+        is_many = parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+        if is_many or name not in INPUTS:
+            return {}
+        inputs[parameter.name] = name
+    return inputs if set(inputs.values()) & set(DRAWN) else {}
+
+
+def call(reward: Reward, inputs: dict[str, Any]) -> object:
+    """Call a reward with those of the inputs of a completion that it takes."""
+    parameters = inspect.signature(reward).parameters
+    positional: list[Any] = []
+    named: dict[str, Any] = {}
+    for name, source in inputs_of(reward).items():
+        if parameters[name].kind == Parameter.KEYWORD_ONLY:
+            named[name] = inputs[source]
+        else:
+            positional.append(inputs[source])
+    return reward(*positional, **named)
 
 
 def warm_up(reward: Reward) -> None:

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
@@ -24,10 +24,11 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from kdrl_train.batch import Verdicts
 from kdrl_train.config import RewardConfig
 from kdrl_train.output import escape
-from kdrl_train.rollouts.rewards import load_reward
+from kdrl_train.rollouts.rewards import inputs_of, load_reward
 from kdrl_train.rollouts.verifier_worker import (
     MAX_MESSAGE_CHARS,
-    Judged,
+    JudgedCompletion,
+    JudgeRule,
     do_nothing,
     judge,
     start_worker,
@@ -87,15 +88,18 @@ class Verifier(AbstractContextManager["Verifier"]):
     killed and replaced, and no other completion.
 
     Args:
-        config: gives the reward function, the deadline of a completion, and the number of workers.
+        config: gives the reward functions, the deadline of a completion, and the number of workers.
     Raises: ValueError for an unknown reward function, and in a script whose work is not under
         `if __name__ == "__main__":`, since each worker imports the script.
     """
 
     def __init__(self, config: RewardConfig) -> None:
         _check_main_is_guarded()
-        load_reward(config.function)  # an unknown name must fail here, not in a worker
+        # an unknown name must fail here, not in a worker
+        rewards = [load_reward(part.function) for part in config.parts]
         self.config = config
+        self.inputs = frozenset(name for reward in rewards for name in inputs_of(reward).values())
+        """What the rewards take, by names (rewards.INPUTS)."""
         self._closed = False
         self._pool = self._start()
 
@@ -104,13 +108,16 @@ class Verifier(AbstractContextManager["Verifier"]):
         completions: Sequence[str],
         golds: Sequence[str],
         poll: Poll | None = None,
+        more: Sequence[Mapping[str, Any]] | None = None,
     ) -> Verdicts:
         """Score R completions against R gold answers, and wait for all verdicts.
 
         Args:
             poll: called regularly; an exception it raises stops the waiting.
-        Raises: ValueError where the lengths differ or the Verifier is closed; ChildProcessError
-            where the workers cannot start.
+            more: R, each with the other inputs that the rewards take (see reward_inputs); None:
+                they take no others.
+        Raises: ValueError where the lengths differ, inputs are missing or the Verifier is closed;
+            ChildProcessError where the workers cannot start.
         """
         if self._closed:
             raise ValueError(
@@ -121,11 +128,12 @@ class Verifier(AbstractContextManager["Verifier"]):
                 f"golds must hold one gold answer per completion, got {len(golds)} for "
                 f"{len(completions)} completions: repeat each gold answer group_size times"
             )
-        judged: dict[int, Judged] = {}
+        inputs = self._joined(completions, golds, more)
+        judged: dict[int, JudgedCompletion] = {}
         restarts = fruitless = 0
         while len(judged) < len(completions):
-            pairs, before = zip(completions, golds, strict=True), len(judged)
-            judged |= self._judge({i: p for i, p in enumerate(pairs) if i not in judged}, poll)
+            before = len(judged)
+            judged |= self._judge({i: x for i, x in enumerate(inputs) if i not in judged}, poll)
             if len(judged) < len(completions):  # an idle worker died or stopped: the pool is over
                 fruitless = fruitless + 1 if len(judged) == before else 0
                 if fruitless == 2:
@@ -137,24 +145,40 @@ class Verifier(AbstractContextManager["Verifier"]):
                 self._pool.join()
                 self._pool = self._start()
                 restarts += 1
-        verdicts = Verdicts(rewards=[], outcomes=[], restarts=restarts)
-        for index in range(len(completions)):
-            reward, outcome, message, answer = judged[index]
-            verdicts.rewards.append(reward)
-            verdicts.outcomes.append(outcome)
-            verdicts.answers.append(answer)
-            if message:
-                verdicts.errors[index] = message
-        return verdicts
+        return verdicts_of([judged[i] for i in range(len(completions))], self.config, restarts)
 
-    def _judge(self, pairs: dict[int, tuple[str, str]], poll: Poll | None) -> dict[int, Judged]:
-        """Judge {index: (completion, gold)} in the pool; some are missing where the pool breaks."""
-        config = self.config
-        arguments = (config.timeout_s, config.right_above)
+    def _joined(
+        self,
+        completions: Sequence[str],
+        golds: Sequence[str],
+        more: Sequence[Mapping[str, Any]] | None,
+    ) -> list[dict[str, Any]]:
+        """Join what the workers get of each completion. Raises: ValueError for what is missing."""
+        rest = self.inputs - {"completion", "answer"}
+        pairs = zip(completions, golds, strict=True)
+        inputs = [{"completion": text, "answer": gold} for text, gold in pairs]
+        if not rest:
+            return inputs
+        if more is None or len(more) != len(inputs) or any(rest - set(one) for one in more):
+            raise ValueError(
+                f"more must hold {', '.join(sorted(rest))} of each completion, which the rewards "
+                f"take, got {'none' if more is None else f'{len(more)} records'} for "
+                f"{len(inputs)} completions: see reward_inputs"
+            )
+        return [
+            one | {name: other[name] for name in rest}
+            for one, other in zip(inputs, more, strict=True)
+        ]
+
+    def _judge(
+        self, inputs: dict[int, dict[str, Any]], poll: Poll | None
+    ) -> dict[int, JudgedCompletion]:
+        """Judge {index: inputs} in the pool; some are missing where the pool breaks."""
+        config, rule = self.config, judge_rule(self.config)
         futures: dict[int, ProcessFuture] = {}
         with contextlib.suppress(RuntimeError):  # raised for a pool that is already broken
-            for index, pair in pairs.items():
-                futures[index] = self._pool.schedule(judge, (config.function, *pair, *arguments))
+            for index, one in inputs.items():
+                futures[index] = self._pool.schedule(judge, (rule, one))
         waiting, alive = set(futures.values()), True
         deadlines = Deadlines([self._ready, *futures.values()], config.timeout_s)
         try:
@@ -211,7 +235,7 @@ class Verifier(AbstractContextManager["Verifier"]):
             max_workers=self.config.workers,
             context=context,
             initializer=start_worker,
-            initargs=(self.config.function, self.config.memory_bytes),
+            initargs=(judge_rule(self.config).functions, self.config.memory_bytes),
         )
         # starts the workers now, while the caller loads its models
         self._ready = pool.schedule(do_nothing)
@@ -242,13 +266,13 @@ def _check_main_is_guarded() -> None:
         )
 
 
-def _verdict(future: ProcessFuture) -> Judged | None:
+def _verdict(future: ProcessFuture) -> JudgedCompletion | None:
     """Return the verdict on one completion; None: the pool broke before it was judged.
 
     A worker that was killed at the deadline, or died at work, costs this completion alone.
     """
     if future.cancelled():
-        return 0.0, "timeout", "", None
+        return JudgedCompletion(0.0, "timeout")
     error = future.exception()
     if error is None:
         return future.result()
@@ -256,4 +280,33 @@ def _verdict(future: ProcessFuture) -> Judged | None:
         return None
     died = "worker died: " * isinstance(error, ProcessExpired)  # else a number too large, sys.exit
     text = f"{died}{type(error).__name__}: {error}"[:MAX_MESSAGE_CHARS]
-    return math.nan, "error", escape(text), None
+    return JudgedCompletion(math.nan, "error", escape(text))
+
+
+def judge_rule(config: RewardConfig) -> JudgeRule:
+    """Take from the settings what a worker must know."""
+    parts = config.parts
+    return JudgeRule(
+        functions=tuple(part.function for part in parts),
+        names=tuple(part.label for part in parts) if len(parts) > 1 else ("",),
+        weights=tuple(part.weight for part in parts),
+        deciding=parts.index(config.deciding),
+        right_above=config.right_above,
+        timeout_s=config.timeout_s,
+    )
+
+
+def verdicts_of(
+    judged: Sequence[JudgedCompletion], config: RewardConfig, restarts: int = 0
+) -> Verdicts:
+    """Join the verdicts on R completions; the rewards of one that has none are its reward."""
+    names = [part.label for part in config.parts]
+    values = [one.values or (one.reward,) * len(names) for one in judged]
+    return Verdicts(
+        rewards=[one.reward for one in judged],
+        outcomes=[one.outcome for one in judged],
+        errors={i: one.message for i, one in enumerate(judged) if one.message},
+        answers=[one.answer for one in judged],
+        restarts=restarts,
+        parts={name: [value[i] for value in values] for i, name in enumerate(names)},
+    )

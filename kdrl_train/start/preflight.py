@@ -1,8 +1,6 @@
 """The preflight: checks, before the first step, for mistakes that would waste a run."""
 
-import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -12,8 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kdrl_train import output
-from kdrl_train.batch import OUTCOMES, Example, Verdicts
-from kdrl_train.config import EvaluateConfig, RewardConfig, TrainConfig
+from kdrl_train.config import TrainConfig
 from kdrl_train.errors import RankError, RunError
 from kdrl_train.model.load import use_device
 from kdrl_train.model.teacher.client import TeacherError
@@ -25,6 +22,7 @@ from kdrl_train.rollouts.rendering import PromptError
 from kdrl_train.rollouts.routing import check_routing
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder.trackers import Trackers
+from kdrl_train.start.gold_answers import check_gold
 from kdrl_train.start.head_gradient import check_sketch
 from kdrl_train.start.load import Loaded, load
 from kdrl_train.start.memory import check_memory
@@ -37,11 +35,6 @@ from kdrl_train.start.models import (
 )
 from kdrl_train.start.prompts import check_eos, check_first_prompt, check_prompts
 from kdrl_train.start.self_teacher import check_teacher_prompt
-
-GOLDS_AT_ONCE = 1000
-"""Gold answers that are sent to the verifier together."""
-OWN_REWARD_S = 60.0
-"""Seconds for judging gold answers by a reward function of the user's own, which may be slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +70,7 @@ def preflight(
             else {}
         ),
         "first prompt": lambda: check_first_prompt(config, loaded),
-        "gold answers": lambda: check_gold(config, loaded.all_examples, verifier),
+        "gold answers": lambda: check_gold(config, loaded.all_examples, verifier, loaded.tokenizer),
         "end of sequence": lambda: check_eos(config, loaded),
         "policy weights": lambda: check_weights(policy, "model.policy"),
         "policy head": lambda: probed(policy, "model.policy", packed),
@@ -163,82 +156,6 @@ def check_engine(config: TrainConfig) -> str:
             "a tunnel (ssh -L)"
         )
     return f"{client.url}: {model}, a window of {window:,} tokens"
-
-
-def check_gold(
-    config: TrainConfig | EvaluateConfig, examples: Sequence[Example], verifier: Verifier
-) -> str:
-    """Check that each gold answer, in a box, earns a reward when it is judged against itself.
-
-    Equal ones are judged once. A reward function of the user's own may expect another format: it
-    must only run without error, on those that it judges within OWN_REWARD_S.
-
-    Raises: ValueError naming the first gold answer that fails, and the error if there was one;
-        UserWarning where reward.right_above is less than half of the largest reward, or not below
-        it.
-    """
-    golds = list(dict.fromkeys(example.gold for example in examples))
-    builtin = config.reward.function in ("math", "exact")
-    parts: list[Verdicts] = []
-    start = time.monotonic()
-    for first in range(0, len(golds), GOLDS_AT_ONCE):
-        if parts and not builtin and time.monotonic() > start + OWN_REWARD_S:
-            break
-        part = golds[first : first + GOLDS_AT_ONCE]
-        parts.append(verifier.score([f"\\boxed{{{gold}}}" for gold in part], part))
-    verdicts = Verdicts.join(parts)
-    outcomes = dict(zip(golds, verdicts.outcomes, strict=False))
-    judged = [example for example in examples if example.gold in outcomes]
-    counts = Counter(outcomes[example.gold] for example in judged)
-    summary = ", ".join(f"{counts[name]:,} {name}" for name in OUTCOMES if counts[name])
-    summary += f" of {len(examples):,}" if len(judged) < len(examples) else ""
-    accepted = {"right"} if builtin else set(OUTCOMES) - {"error"}
-    failed = [example for example in judged if outcomes[example.gold] not in accepted]
-    if failed:
-        message = verdicts.errors.get(golds.index(failed[0].gold), "")
-        others = ", ".join(example.id for example in failed[1:6])
-        must = f"{config.reward.function} must judge gold answers in a box without an error"
-        remedy = "correct the function, or the row"
-        if builtin:
-            must = "gold answers must be right against themselves"
-            remedy = "correct the row, or set data.answer_column or reward.function"
-        raise ValueError(
-            f"{must}, got {summary}; first: {failed[0].id}, "
-            f"answer {failed[0].gold[:80]!r}, {outcomes[failed[0].gold]} {message}".rstrip()
-            + f": {remedy}"
-            + (f"; also {others}" if others else "")
-        )
-    if counts["timeout"]:
-        raise UserWarning(
-            f"gold answers in a box must be judged within reward.timeout_s, got {summary}: such a "
-            "completion is paid 0; make reward.function faster, or raise reward.timeout_s"
-        )
-    return summary + _threshold(config.reward, verdicts)
-
-
-def _threshold(config: RewardConfig, verdicts: Verdicts) -> str:
-    """Say which rewards are right.
-
-    Raises: UserWarning where reward.right_above is less than half of the largest reward, or no
-        reward is above it.
-    """
-    rule = f"a reward above {config.right_above:g} (reward.right_above)"
-    if config.function in ("math", "exact"):
-        return f"; right: {rule}"
-    low, high = min(verdicts.rewards), max(verdicts.rewards)
-    rule = f"; right: as the function says, else {rule}; rewards from {low:g} to {high:g}"
-    if 2 * config.right_above < high and high > 1:
-        raise UserWarning(
-            f"gold answers in a box{rule}: set reward.right_above to half of the largest reward, "
-            f"e.g. {high / 2:g}, unless a smaller one is right too, or the function says what is "
-            "right"
-        )
-    if 0 < high <= config.right_above and "right" not in verdicts.outcomes:
-        raise UserWarning(
-            f"no gold answer in a box is right{rule}: set reward.right_above to half of the "
-            "largest reward that the function can give, unless it expects another format than a box"
-        )
-    return rule
 
 
 def results_table(results: Sequence[CheckResult]) -> Table:

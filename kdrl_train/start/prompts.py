@@ -98,8 +98,10 @@ def check_first_prompt(config: TrainConfig, loaded: Loaded) -> str:
     ):
         note = "the chat template has written <think>: a completion does not begin with it"
         detail += f"; {note}"
-        if config.reward.function not in ("math", "exact"):
-            doubts.append(f"{note}, and {config.reward.function} must not expect it")
+        if not config.reward.builtin:
+            functions = (part.function for part in config.reward.parts)
+            names = ", ".join(name for name in functions if name not in ("math", "exact"))
+            doubts.append(f"{note}, and {names} must not expect it")
     for one in loaded.held_out:
         more = prompt_doubts(tokenizer, ends, one.data, one.examples[0], one.facts)
         doubts += [f"in {one.section}: {doubt}" for doubt in more]

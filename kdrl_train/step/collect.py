@@ -13,6 +13,7 @@ from kdrl_train.model.teacher.remote import may_query_early
 from kdrl_train.output import meter
 from kdrl_train.rollouts.engines import require_version
 from kdrl_train.rollouts.problems import ProblemSet, encode_prompt, step_indices
+from kdrl_train.rollouts.reward_inputs import reward_inputs
 from kdrl_train.rollouts.sampler import SampleRequest
 from kdrl_train.rollouts.teacher_prompts import as_teacher_reads
 from kdrl_train.runfolder.log import ROLLOUTS, Stages
@@ -34,14 +35,15 @@ def collect(run: Run, step: int, stages: Stages) -> Batch:
         judged, staleness = run.gather(make_part, stages), 0
     else:
         judged, staleness = drawn.judged, step - drawn.version
+    verdicts = judged.verdicts
     size = run.config.sampling.group_size
     batch = Batch(
         examples=[
             example for example in examples_of(run.examples, run.config, step) for _ in range(size)
         ],
         rollouts=judged.rollouts,
-        verdicts=judged.verdicts,
-        rewards=torch.tensor(judged.verdicts.rewards, dtype=torch.float64).view(-1, size),
+        verdicts=verdicts,
+        rewards=torch.tensor(verdicts.rewards, dtype=torch.float64).view(-1, size),
         teacher_logprobs=judged.teacher_logprobs,
         staleness=staleness,
     )
@@ -144,7 +146,8 @@ def _draw_share(
         pending = teachers.query(scored, early_R, number_R)
     golds = [example.gold for example in of_R]
     with stages("verify"):
-        verdicts = run.verifier.score(rollouts.texts, golds, poll)
+        more = reward_inputs(run.verifier.inputs, of_R, rollouts, run.tokenizer)
+        verdicts = run.verifier.score(rollouts.texts, golds, poll, more)
     teacher_logprobs: list[Tensor | None] = [None] * len(of_R)
     if early:
         with stages("teacher"):

@@ -53,7 +53,8 @@ class SampleRecorder:
         """Make the lines of the step's file; all ranks call it together.
 
         A line holds: step, id, teacher (where problems name theirs), prompt, completion, answer,
-        reward, outcome (of the verifier), tokens, truncated, advantage, kd_weight, token_chars ([T]
+        reward, rewards (name -> value of each), outcome (of the verifier), tokens, truncated,
+        advantage, kd_weight, token_chars ([T]
         characters of the completion that each token wrote; None where it cannot be cut so),
         teacher_log_ratio ([T] l = log p - log q in nats, None where not distilled; None: nowhere).
         """
@@ -75,6 +76,7 @@ class SampleRecorder:
                 "completion": rollouts.texts[r],
                 "answer": batch.examples[r].gold,
                 "reward": rewards_R[r].item(),
+                "rewards": {n: values[r] for n, values in batch.verdicts.parts.items()},
                 "outcome": batch.verdicts.outcomes[r],
                 "tokens": len(rollouts.completion_ids[r]),
                 "truncated": bool(rollouts.truncated[r]),

@@ -33,14 +33,15 @@ from kdrl_train.model.load import load_model, load_tokenizer
 from kdrl_train.model.policy import HeadedModel
 from kdrl_train.model.teacher.client import connect
 from kdrl_train.rollouts.problems import ProblemSet, PromptFacts, encode_prompt
+from kdrl_train.rollouts.reward_inputs import reward_inputs
 from kdrl_train.rollouts.sampler import SampleRequest, generate_rollouts
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder.best import resolved
 from kdrl_train.runfolder.checkpoint import checkpoints, load_weights
 from kdrl_train.runfolder.log import ROLLOUTS
 from kdrl_train.runfolder.writable import require_writable_file
+from kdrl_train.start.gold_answers import check_gold
 from kdrl_train.start.load import described, read_sets
-from kdrl_train.start.preflight import check_gold
 from kdrl_train.start.prompts import prompt_doubts, turn_doubts, written_otherwise
 
 
@@ -86,9 +87,11 @@ def evaluate(
     )
     output.begin(ROLLOUTS)
     rollouts = generate_rollouts(model, tokenizer, request, sampled_vocab_size=vocab_size)
-    golds = [example.gold for example in examples for _ in range(samples)]
+    examples_R = [example for example in examples for _ in range(samples)]
     output.begin("rewards")
-    verdicts = verifier.score(rollouts.texts, golds)
+    more = reward_inputs(verifier.inputs, examples_R, rollouts, tokenizer)
+    golds = [example.gold for example in examples_R]
+    verdicts = verifier.score(rollouts.texts, golds, more=more)
     return summarize(rollouts, verdicts, samples, seed, time.perf_counter() - start)
 
 
@@ -158,7 +161,7 @@ def evaluate_sets(config: EvaluateConfig, console: Console | None = None) -> dic
             say_doubts(of_set, problems, model, tokenizer, doubts, console)
             doubts = []
             try:
-                check_gold(config, problems.examples, verifier)
+                check_gold(config, problems.examples, verifier, tokenizer)
             except UserWarning as warning:
                 if console is not None:
                     console.print(f"warning: {warning}", markup=False, soft_wrap=True)

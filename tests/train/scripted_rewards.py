@@ -62,3 +62,39 @@ def half_a_character(completion: str, answer: str) -> float:
 
 
 half_a_character.answer = lambda completion: f"\udfff{completion[:1]}"  # type: ignore[attr-defined]
+
+
+def short(tokens: list[int]) -> float:
+    """1 for a token, less for more of them."""
+    return 1 / len(tokens)
+
+
+def sees(
+    completion: str,
+    gold: str,
+    /,
+    prompt: str,
+    columns: dict[str, dict[str, str]],
+    *,
+    tokens: list[int],
+    raw_completion: str,
+    truncated: bool,
+    least: float = 0.25,
+) -> float:
+    """1 where all that it gets fits together; `least` keeps its default."""
+    assert (type(columns), type(tokens), type(truncated)) == (dict, list, bool)
+    end = "" if truncated else "<|endoftext|>"
+    fits = prompt == f"{gold}+0=" and columns["set"]["gold"] == gold
+    fits &= (raw_completion, len(tokens)) == (completion + end, len(completion) + bool(end))
+    return max(float(fits), least)
+
+
+def fails_on_b(completion: str) -> tuple[float, bool]:
+    """Always right, but for what begins with b, of which it knows nothing."""
+    if completion.startswith("b"):
+        raise KeyError("b")
+    return (-0.5 if completion.startswith("-") else 0.5), True
+
+
+def hangs(raw_completion: str) -> float:
+    return float(sum(range(10**12))) if raw_completion == "hang" else 1.0

@@ -102,9 +102,12 @@ def test_a_reward_function_may_print_without_a_reader(
     monkeypatch.setattr(verifier_worker, "_reward", lambda _: talkative)
     if sys.platform == "linux":  # the bound would hold for all tests
         monkeypatch.setattr(verifier_worker.resource, "setrlimit", lambda *_: None)
-    verifier_worker.start_worker("exact", 1 << 40)
+    verifier_worker.start_worker(["exact"], 1 << 40)
     for _ in range(2):
-        assert verifier_worker.judge("exact", "7", "7", 5.0) == (1.0, "right", "", None)
+        judged = verifier_worker.judge(
+            verifier_worker.JudgeRule(("exact",)), {"completion": "7", "answer": "7"}
+        )
+        assert judged == (1.0, "right", "", None, (1.0,))
 
 
 def test_a_pipe_that_closes_early_is_no_error() -> None:

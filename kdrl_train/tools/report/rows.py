@@ -21,6 +21,7 @@ class SampleRow(TypedDict, total=False):
     token_chars: list[Count] | None
     teacher_log_ratio: list[Number] | None
     reward: Number
+    rewards: dict[str, Number] | None
     advantage: Number
     kd_weight: Number
     outcome: str | None

@@ -100,6 +100,7 @@ def sample(record: Record, group: str, kd: str | None) -> Sample:
     facts = {
         "verdict": outcome or "-",
         "reward": number(reward),
+        **(_rewards(record) if len(_rewards(record)) > 1 else {}),
         "advantage": _signed(record.get("advantage")),
         "kd weight": number(record.get("kd_weight")),
         "gold answer": str(record.get("answer", "-")),
@@ -108,6 +109,11 @@ def sample(record: Record, group: str, kd: str | None) -> Sample:
     right = None if outcome is None else outcome == "right"
     rest = text[sum(len(token.text) for token in tokens) :]
     return Sample(group, [*facts.items()], right, tokens, rest, strongest)
+
+
+def _rewards(record: Record) -> dict[str, str]:
+    """Writes the value of each reward, by its name."""
+    return {f"reward/{k}": number(v) for k, v in (record.get("rewards") or {}).items()}
 
 
 def _tokens(record: Record, log_ratios: list[float | None], kd: str | None) -> list[Token]:

@@ -17,7 +17,7 @@ from kdrl_train.rollouts.rewards import (
     load_reward,
     math_reward,
 )
-from kdrl_train.rollouts.verifier_worker import judge
+from kdrl_train.rollouts.verifier_worker import JudgeRule, judge
 from tests.train.scripted_rewards import always_right
 
 
@@ -252,6 +252,7 @@ def test_unused_parameters_and_defaults_make_a_reward() -> None:
 @pytest.mark.fault("reward function")
 def test_a_vote_that_is_no_text_is_an_error_of_the_function() -> None:
     """It ended the run when votes were counted."""
-    judged = judge("tests.train.scripted_rewards:votes_a_list", "ab", "1", timeout_s=5.0)
+    rule = JudgeRule(("tests.train.scripted_rewards:votes_a_list",))
+    judged = judge(rule, {"completion": "ab", "answer": "1"})
     message = "the reward's attribute answer must return text or None, got ['a', 'b']"
-    assert (math.isnan(judged[0]), *judged[1:]) == (True, "error", message, None)
+    assert (math.isnan(judged.reward), *judged[1:4]) == (True, "error", message, None)

@@ -151,10 +151,11 @@ def test_only_of_a_worker_that_died_it_is_said() -> None:
         task = ProcessFuture()
         task.set_running_or_notify_cancel()
         task.set_exception(error)
-        _, outcome, text, _ = _verdict(task)
-        assert outcome == "error"
-        assert text.startswith(message)
-        assert len(text) < 1000
+        judged = _verdict(task)
+        assert judged is not None
+        assert judged.outcome == "error"
+        assert judged.message.startswith(message)
+        assert len(judged.message) < 1000
 
 
 @pytest.mark.slow
@@ -167,7 +168,8 @@ def test_a_hang_does_not_outlive_a_killed_trainer() -> None:
     code = f"""
 from kdrl_train.rollouts import verifier_worker
 verifier_worker.ORPHAN_GRACE_S = 0.1
-verifier_worker.judge({HERE!r}, "hang in C", "a", timeout_s=0.1)
+rule = verifier_worker.JudgeRule(({HERE!r},), timeout_s=0.1)
+verifier_worker.judge(rule, dict(completion="hang in C", answer="a"))
 """
     folders = os.pathsep.join(path for path in sys.path if path)
     environment = os.environ | {"PYTHONPATH": folders}

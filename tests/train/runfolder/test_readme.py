@@ -65,10 +65,14 @@ def test_every_key_of_a_run_is_in_the_readme(config: Callable[..., TrainConfig])
         method=replace(PRESETS["kdrl_topk"], sampler_correction="truncate"),
         engine=EngineConfig(staleness=1),
         model=replace(base.model, head_backward="sketch"),
+        reward=RewardConfig(functions=("exact", "tests.train.scripted_rewards:short"), workers=1),
     )
     written = {
         key for settings in (base, prefetching) for record in run(settings) for key in record
     }
+    named = {"reward/exact", "reward/short"}
+    assert named <= written
+    written = written - named | {"reward/NAME"}
     documented = documented_keys()
     assert len(documented) == len(set(documented))
     assert set(documented) == written | ONLY_ON_SEVERAL_RANKS | OF_SEVERAL_TEACHERS
@@ -80,5 +84,8 @@ def test_every_key_of_a_run_is_in_the_readme(config: Callable[..., TrainConfig])
     (sample,) = jsonl.read(base.out / "samples/step_000001.jsonl")
     described = set(re.findall(r"`(\w+)`", row)) - {"samples_per_step"}
     assert described == set(sample) | {"teacher"}  # of several
+    (prompt,) = [e for e in jsonl.read(base.out / "events.jsonl") if e["event"] == "prompt"]
+    assert prompt["step"] == 0
+    assert prompt["message"] == "the first prompt, with its special tokens: '0+0='"
     files = {path.name for path in base.out.iterdir()}
     assert not [name for name in files if f"`{name}" not in text]

@@ -26,7 +26,7 @@ from kdrl_train.model.policy import Teacher
 from kdrl_train.ranks import ALONE, World
 from kdrl_train.rollouts.problems import ProblemSet
 from kdrl_train.rollouts.verifier import Verifier
-from kdrl_train.start import models, preflight
+from kdrl_train.start import gold_answers, models, preflight
 from kdrl_train.start.load import Loaded, load
 from kdrl_train.start.open_run import pack_for
 from tests.train.start.loaded import with_teacher
@@ -92,10 +92,10 @@ def test_a_token_without_a_column_is_refused(loaded: Loaded, tiny: Callable[...,
 def test_gold_answers_must_be_right(config: TrainConfig) -> None:
     examples = [Example(f"set:{i}", "", answer) for i, answer in enumerate(("1", "1/2", ""))]
     with Verifier(config.reward) as verifier:
-        detail = preflight.check_gold(config, examples[:2], verifier)
+        detail = gold_answers.check_gold(config, examples[:2], verifier)
         assert detail == "2 right; right: a reward above 0.5 (reward.right_above)"
         with pytest.raises(ValueError, match=r"2 right, 1 \w+; first: set:2, answer '', \w+"):
-            preflight.check_gold(config, examples, verifier)
+            gold_answers.check_gold(config, examples, verifier)
 
 
 def test_every_gold_answer_is_judged_and_a_bad_row_named_shortly(config: TrainConfig) -> None:
@@ -105,13 +105,13 @@ def test_every_gold_answer_is_judged_and_a_bad_row_named_shortly(config: TrainCo
         Verifier(config.reward) as verifier,
         pytest.raises(ValueError, match=r"80 right, 3 error; first: set:81, ") as error,
     ):
-        preflight.check_gold(config, examples, verifier)
+        gold_answers.check_gold(config, examples, verifier)
     assert str(error.value).endswith("; also set:82, set:83")
     with Verifier(config.reward) as verifier, pytest.raises(ValueError, match="set:83") as error:
-        preflight.check_gold(config, examples[-1:], verifier)
+        gold_answers.check_gold(config, examples[-1:], verifier)
     assert len(str(error.value)) < 700
     with Verifier(config.reward) as verifier:
-        detail = preflight.check_gold(config, examples[:80] * 5, verifier)
+        detail = gold_answers.check_gold(config, examples[:80] * 5, verifier)
     assert detail.startswith("400 right; ")  # the equal ones are judged once
 
 
@@ -134,7 +134,10 @@ def test_a_custom_reward_is_run_but_not_judged(
         def __init__(self, outcome: Any, *rewards: float) -> None:
             self.outcome, self.rewards = outcome, list(rewards)
 
-        def score(self, completions: list[str], _answers: list[str]) -> Verdicts:
+        inputs = frozenset({"completion", "answer"})
+
+        def score(self, completions: list[str], _golds: list[str], more: object) -> Verdicts:
+            assert more == [{}] * len(completions)
             errors = {0: "KeyError: 'x'"} if self.outcome == "error" else {}
             return Verdicts(self.rewards, [self.outcome] * len(completions), errors)
 
@@ -144,22 +147,23 @@ def test_a_custom_reward_is_run_but_not_judged(
         "right: as the function says, else a reward above 0.5 (reward.right_above); rewards from "
     )
     assert (
-        preflight.check_gold(custom, examples, Scripted("wrong", 0.0)) == f"1 wrong; {rule}0 to 0"
+        gold_answers.check_gold(custom, examples, Scripted("wrong", 0.0))
+        == f"1 wrong; {rule}0 to 0"
     )
-    verdict = preflight.check_gold(custom, examples, Scripted("right", 0.1))
+    verdict = gold_answers.check_gold(custom, examples, Scripted("right", 0.1))
     assert verdict == f"1 right; {rule}0.1 to 0.1"
     with pytest.raises(
         UserWarning, match=r"^no gold answer in a box is right; .* to 0\.5: set rewa"
     ):
-        preflight.check_gold(custom, examples, Scripted("wrong", 0.5))
+        gold_answers.check_gold(custom, examples, Scripted("wrong", 0.5))
     with pytest.raises(ValueError, match=r"^custom:reward must .* 'x': correct the f"):
-        preflight.check_gold(custom, examples, Scripted("error", math.nan))
+        gold_answers.check_gold(custom, examples, Scripted("error", math.nan))
     with pytest.raises(UserWarning, match=r"from 2 to 10: set reward\.right_above .*, e\.g\. 5,"):
-        preflight.check_gold(custom, [*examples, other], Scripted("right", 10.0, 2.0))
-    monkeypatch.setattr(preflight, "OWN_REWARD_S", -1.0)
-    monkeypatch.setattr(preflight, "GOLDS_AT_ONCE", 1)
+        gold_answers.check_gold(custom, [*examples, other], Scripted("right", 10.0, 2.0))
+    monkeypatch.setattr(gold_answers, "OWN_REWARD_S", -1.0)
+    monkeypatch.setattr(gold_answers, "GOLDS_AT_ONCE", 1)
     half = replace(custom, reward=replace(custom.reward, right_above=5.0))
-    detail = preflight.check_gold(half, [*examples, other], Scripted("right", 10.0))
+    detail = gold_answers.check_gold(half, [*examples, other], Scripted("right", 10.0))
     assert detail.startswith("1 right of 2; right: as the function says, else a reward above 5 (")
 
 
