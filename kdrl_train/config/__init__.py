@@ -99,6 +99,11 @@ class TrainConfig:
                 f"optim.warmup_steps must be less than steps with optim.schedule "
                 f'"{self.optim.schedule}", got {self.optim.warmup_steps} and {self.steps}'
             )
+        if self.reward.overlong_buffer > self.sampling.max_new_tokens:
+            raise ValueError(
+                "reward.overlong_buffer must be at most sampling.max_new_tokens, got "
+                f"{self.reward.overlong_buffer} and {self.sampling.max_new_tokens}"
+            )
         for key, schedule in self.method.schedules.items():
             if schedule.kind == "reward_adaptive" and self.sampling.group_size < 2:
                 raise ValueError(

@@ -11,6 +11,8 @@ from kdrl_train.config.addresses import require_no_secret
 from kdrl_train.config_file import read_mapping
 from kdrl_train.settings import (
     Finite,
+    NaturalFloat,
+    NaturalInt,
     PositiveFloat,
     PositiveInt,
     Share,
@@ -223,6 +225,12 @@ class RewardConfig:
     for math and exact. Masks, schedules and shares of right completions count by it. A function of
     your own that returns (reward, right) decides by itself. Of several rewards only the one that
     decides counts, without its weight."""
+    overlong_buffer: NaturalInt = 0
+    """Tokens before sampling.max_new_tokens from which on a completion is fined for its length,
+    linearly up to overlong_penalty (DAPO); 0: none is. What is right does not depend on it."""
+    overlong_penalty: NaturalFloat = 1.0
+    """What a completion of sampling.max_new_tokens loses of its reward, where overlong_buffer is
+    set."""
 
     def __post_init__(self) -> None:
         if self.functions and self.function != "math":

@@ -1,14 +1,17 @@
 """Collects a step's batch: each rank samples and verifies its share, and all get the whole."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from kdrl_train.batch import Batch, Example, JudgedRollouts
+from kdrl_train.batch import Batch, Example, JudgedRollouts, Rollouts, Verdicts
 from kdrl_train.config import DataConfig, SamplingConfig, TrainConfig
+from kdrl_train.config.rollouts import OVERLONG
 from kdrl_train.errors import RewardError
+from kdrl_train.method.overlong import overlong_fines
 from kdrl_train.model.teacher.remote import may_query_early
 from kdrl_train.output import meter
 from kdrl_train.rollouts.engines import require_version
@@ -35,7 +38,7 @@ def collect(run: Run, step: int, stages: Stages) -> Batch:
         judged, staleness = run.gather(make_part, stages), 0
     else:
         judged, staleness = drawn.judged, step - drawn.version
-    verdicts = judged.verdicts
+    verdicts = fined(judged.verdicts, judged.rollouts, run.config)
     size = run.config.sampling.group_size
     batch = Batch(
         examples=[
@@ -49,6 +52,24 @@ def collect(run: Run, step: int, stages: Stages) -> Batch:
     )
     _require_rewards(run, batch, step)
     return batch
+
+
+def fined(verdicts: Verdicts, rollouts: Rollouts, config: TrainConfig) -> Verdicts:
+    """Take the fines for length from the rewards, where reward.overlong_buffer is set."""
+    reward = config.reward
+    if not reward.overlong_buffer:
+        return verdicts
+    fines = overlong_fines(
+        rollouts.lengths.tolist(),
+        config.sampling.max_new_tokens,
+        reward.overlong_buffer,
+        reward.overlong_penalty,
+    )
+    return replace(
+        verdicts,
+        rewards=[value + fine for value, fine in zip(verdicts.rewards, fines, strict=True)],
+        parts=verdicts.parts | {OVERLONG: fines},
+    )
 
 
 def draw(run: Run, step: int, stages: Stages, poll: Callable[[], None]) -> JudgedRollouts:

@@ -97,5 +97,8 @@ def test_a_resumed_run_keeps_its_rewards(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"reward\.functions: "):
             check_config(tmp_path, saved, replace(config, reward=other))
     older = to_dict(TrainConfig())
-    del older["reward"]["functions"]
+    for name in ("functions", "overlong_buffer", "overlong_penalty"):
+        del older["reward"][name]
     check_config(tmp_path, older, TrainConfig())
+    with pytest.raises(ValueError, match=r"reward\.overlong_buffer: 0 before, 4 now"):
+        check_config(tmp_path, older, TrainConfig(reward=RewardConfig(overlong_buffer=4)))

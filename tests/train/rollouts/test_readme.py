@@ -68,6 +68,7 @@ def test_a_reward_of_trl_is_wrapped(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_several_rewards_are_settings() -> None:
     reward = update(TrainConfig(), yaml.safe_load(block("yaml"))).reward
     assert [(part.label, part.weight) for part in reward.parts] == [("math", 1.0), ("format", 0.1)]
+    assert (reward.overlong_buffer, reward.overlong_penalty) == (256, 0.5)
 
 
 @pytest.mark.parametrize("readme", READMES, ids=["rollouts", "teacher"])

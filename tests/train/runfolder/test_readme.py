@@ -65,7 +65,9 @@ def test_every_key_of_a_run_is_in_the_readme(config: Callable[..., TrainConfig])
         method=replace(PRESETS["kdrl_topk"], sampler_correction="truncate"),
         engine=EngineConfig(staleness=1),
         model=replace(base.model, head_backward="sketch"),
-        reward=RewardConfig(functions=("exact", "tests.train.scripted_rewards:short"), workers=1),
+        reward=RewardConfig(
+            functions=("exact", "tests.train.scripted_rewards:short"), workers=1, overlong_buffer=2
+        ),
     )
     written = {
         key for settings in (base, prefetching) for record in run(settings) for key in record
