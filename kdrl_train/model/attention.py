@@ -9,6 +9,7 @@ lengths it is SDPA.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from inspect import signature
 from itertools import accumulate
 from typing import Any
@@ -221,26 +222,39 @@ def _padded(
 
     The sequences go into batches whose lengths differ by less than a factor of 2.
     """
-    starts = [0, *accumulate(lengths)]
-    batches: dict[int, list[int]] = {}
-    for i, length in enumerate(lengths):
-        batches.setdefault(length.bit_length(), []).append(i)
-    outputs, positions = [], []
-    for members in batches.values():
-        longest = max(lengths[i] for i in members)
-        index = torch.tensor([starts[i] for i in members])[:, None] + torch.arange(longest)
-        inside = torch.arange(longest) < torch.tensor([lengths[i] for i in members])[:, None]
-        index = index.where(inside, starts[members[0]]).to(heads[0].device)
-        query, key, value = (x[:, index].transpose(0, 1) for x in heads)  # [B, heads, ., D]
-        mask = None if window is None else _band(longest, window, heads[0].device)
+    batches, places = _batches(tuple(lengths), heads[0].device)
+    outputs = []
+    for index in batches:
+        rows = (x.index_select(1, index.flatten()).unflatten(1, index.shape) for x in heads)
+        query, key, value = (x.transpose(0, 1) for x in rows)  # [B, heads, ., D]
+        mask = None if window is None else _band(index.shape[1], window, index.device)
         out = scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling
         )
-        inside = inside.to(out.device)
-        outputs.append(out.transpose(0, 1)[:, inside])
-        positions.append(index[inside])
-    order = torch.cat(positions).argsort()
-    return torch.cat(outputs, dim=1)[:, order]
+        outputs.append(out.transpose(0, 1).flatten(1, 2))
+    return torch.cat(outputs, dim=1).index_select(1, places)
+
+
+@lru_cache(maxsize=4)  # all layers of a model read the same pack
+def _batches(lengths: tuple[int, ...], device: torch.device) -> tuple[list[Tensor], Tensor]:
+    """Divide the sequences of a pack into batches, padded on the right.
+
+    Returns: for each batch [B, L] places in the pack; [T], where each token of the pack is among
+        those of all batches, one after the other.
+    """
+    starts = torch.tensor([0, *accumulate(lengths)])
+    members_of: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        members_of.setdefault(length.bit_length(), []).append(i)
+    places, batches, before = torch.empty(sum(lengths), dtype=torch.int64), [], 0
+    for members in members_of.values():
+        L, first = max(lengths[i] for i in members), starts[members]
+        index = first[:, None] + torch.arange(L)
+        inside = torch.arange(L) < torch.tensor(lengths)[members, None]
+        places[index[inside]] = inside.flatten().nonzero()[:, 0] + before
+        batches.append(index.where(inside, first[0]).to(device))
+        before += index.numel()
+    return batches, places.to(device)
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:
