@@ -354,8 +354,8 @@ def token_sums(out: kk.LossOutput, batch: PackedBatch) -> dict[str, Tensor]:
     sums["sampler_mismatch_max"] = mismatch.max() if len(mismatch) else mismatch.sum()
     if out.teacher_logprobs is not None:
         distilled = used & (batch.kd_weight > 0)
-        log_ratio = (out.logprobs - out.teacher_logprobs).double()[distilled]
-        sums["teacher_log_ratio_histogram"] = histogram(log_ratio)
+        log_ratio = (out.logprobs - out.teacher_logprobs).double()
+        sums["teacher_log_ratio_histogram"] = histogram(log_ratio, distilled)
     return sums
 
 

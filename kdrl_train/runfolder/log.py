@@ -49,25 +49,43 @@ update's, is not among them."""
 class Stages:
     """Measures the wall-clock seconds of each stage of one step.
 
+    On a GPU a stage lasts from when the GPU begins with it until it has ended it: the host, which
+    is ahead of it, waits at `settle` alone.
+
     shown: whether the screen shows the stages: those of a thread beside the step's are not.
     """
 
     def __init__(self, shown: bool = False) -> None:
         self.shown = shown
         self.seconds: dict[str, float] = {}
+        self._queued: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Time a block; the seconds of blocks with the same name add up."""
         if self.shown and name in SHOWN:
             output.begin(SHOWN[name])
+        if torch.cuda.is_available():
+            begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begun.record()
+            try:
+                yield
+            finally:
+                ended.record()
+                self._queued.append((name, begun, ended))
+            return
         start = time.perf_counter()
         try:
             yield
         finally:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()  # or its kernels would count for the next stage
             self.add(name, since=start)
+
+    def settle(self) -> None:
+        """Wait for the GPU, and count the stages that it has ended since the last time."""
+        for name, begun, ended in self._queued:
+            ended.synchronize()
+            self.seconds[name] = self.seconds.get(name, 0.0) + begun.elapsed_time(ended) / 1000
+        self._queued.clear()
 
     def add(self, name: str, since: float) -> None:
         """Add the time from `since`, a value of time.perf_counter, until now."""
@@ -80,6 +98,7 @@ class Stages:
         tokens: how many tokens the step's completions have. The stages of OUTSIDE_THE_STEP have
             seconds, but no part in the speed.
         """
+        self.settle()
         of_step = {
             name: value for name, value in self.seconds.items() if name not in OUTSIDE_THE_STEP
         }

@@ -93,6 +93,7 @@ class Prefetch:
     @property
     def seconds(self) -> float:
         """Seconds that the thread took for the completions drawn last."""
+        self._stages.settle()
         return sum(self._stages.seconds.values())
 
     def state(self, step: int, group_size: int) -> dict[str, Any] | None:

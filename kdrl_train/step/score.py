@@ -58,25 +58,43 @@ def score_packs(
     policy.eval()
     scores = RolloutScores()
     sums: dict[str, Tensor] = {}
+    passes = []
     for micro_batch in packs:
         batch = micro_batch.to(policy.device)
         head = None if teachers is None else teachers.head(batch)
         out = policy(batch, batch.token_weights.sum(), head)
-        completions, counts = micro_batch.rollout.unique_consecutive(return_counts=True)
-        parts = out.logprobs.cpu().split(counts.tolist())
-        scores.logprobs.update(zip(completions.tolist(), parts, strict=True))
-        if out.teacher_logprobs is not None:
-            log_ratio = (out.logprobs - out.teacher_logprobs).double().cpu()
-            distilled = log_ratio.where(micro_batch.kd_weight > 0, 0.0).split(counts.tolist())
-            totals = [part.sum().item() for part in distilled]
-            scores.teacher_log_ratio.update(zip(completions.tolist(), totals, strict=True))
+        computed = out.logprobs, out.teacher_logprobs
+        passes.append((micro_batch.rollout, micro_batch.kd_weight, computed))
         sums = add_sums(sums, out.sums)
         if teachers is not None and teachers.several:
             sums = add_sums(sums, teacher_sums(out.sums, teachers.names[batch.teacher]))
         if recorder is not None:
             recorder.add(micro_batch, out)
+    for rollout, kd_weight, computed in passes:  # here, so that no pass waits for another
+        _keep(scores, rollout, kd_weight, *computed)
     scores.sums.update({name: value.cpu() for name, value in sums.items()})
     return scores
+
+
+def _keep(
+    scores: RolloutScores,
+    rollout: Tensor,
+    kd_weight: Tensor,
+    logprobs: Tensor,
+    teacher: Tensor | None,
+) -> None:
+    """Add the log-probabilities [N] of a pack, and the teacher's, to the scores.
+
+    rollout, kd_weight: of PackedBatch.
+    """
+    completions, counts = rollout.unique_consecutive(return_counts=True)
+    parts = logprobs.cpu().split(counts.tolist())
+    scores.logprobs.update(zip(completions.tolist(), parts, strict=True))
+    if teacher is not None:
+        log_ratio = (logprobs - teacher).double().cpu()
+        distilled = log_ratio.where(kd_weight > 0, 0.0).split(counts.tolist())
+        totals = [part.sum().item() for part in distilled]
+        scores.teacher_log_ratio.update(zip(completions.tolist(), totals, strict=True))
 
 
 def probe_mismatch(

@@ -163,6 +163,7 @@ def accumulate(inputs: StepInputs, used_R: Tensor, part: int) -> Accumulated:
         inputs.recorder.add(micro_batch, out)
         learnt += len(micro_batch.rollout.unique())
         output.count(LEARNING, learnt, used if world.size == 1 else None, " completions")
+    stages.settle()  # or the wait for this rank's GPU would count as one for other ranks
     start = time.perf_counter()
     mean = world.sum({"loss": loss})["loss"].item() / world.data_size
     total = world.sum(sums, largest=LARGEST)

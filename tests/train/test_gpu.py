@@ -5,6 +5,7 @@ With an absolute scale in bfloat16: what is compared are log-probabilities near 
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from kdrl_train.config_file import save_yaml
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.model import attention
 from kdrl_train.model.policy import Policy
-from kdrl_train.runfolder.log import read_records
+from kdrl_train.runfolder.log import Stages, read_records
 from tests.train.test_train import run
 
 pytestmark = pytest.mark.gpu
@@ -116,3 +117,17 @@ def test_liger_layers_agree(config: Config, folders: dict[str, Path]) -> None:
     )
     ours, theirs = run(settings)[0], run(plain)[0]
     assert ours["entropy"] == pytest.approx(theirs["entropy"], rel=1e-3)
+
+
+def test_a_stage_lasts_as_long_as_its_work_on_the_gpu() -> None:
+    stages, tick = Stages(), torch.ones(1, device="cuda")
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    with stages("teacher"):
+        torch.cuda._sleep(10**9)  # clock cycles, half a second or so
+    queued = time.perf_counter() - start
+    with stages("update"):
+        tick += 1
+    stages.settle()
+    assert queued < 0.1 < stages.seconds["teacher"]
+    assert stages.seconds["update"] < 0.1

@@ -35,3 +35,9 @@ def test_zero_is_zero_and_the_ends_take_the_rest() -> None:
     assert counts[[0, SIZE // 2, SIZE - 1]].tolist() == [2, 3, 2]
     assert quantiles(histogram(torch.zeros(3, dtype=torch.float64))) == [0.0] * 4
     assert quantiles(counts)[3] == pytest.approx(110, rel=0.01)
+
+
+def test_what_does_not_count_is_left_out() -> None:
+    values = torch.tensor([0.0, 1.0, math.nan, 2.0, math.inf]).double()
+    counted = torch.tensor([True, False, False, True, False])
+    assert torch.equal(histogram(values, counted), histogram(values[counted]))

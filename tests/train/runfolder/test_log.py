@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from kdrl_train.output import guard
@@ -173,6 +174,43 @@ def test_a_stage_is_timed_even_if_it_fails() -> None:
     with pytest.raises(KeyError), stages("rollout"):
         raise KeyError
     assert stages.seconds["rollout"] > 0
+
+
+def test_the_host_waits_for_a_gpu_at_the_end_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for CUDA's events: the GPU ends its work 2 s after the host has queued it."""
+    calls: list[str] = []
+
+    class QueuedEvent:
+        """A stand-in for torch.cuda.Event that knows when a slow GPU reaches it."""
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            calls.append("record")
+            self.at_s = 2.0 * (calls.count("record") // 2)
+
+        def synchronize(self) -> None:
+            calls.append("wait")
+
+        def elapsed_time(self, end: "QueuedEvent") -> float:
+            return 1000 * (end.at_s - self.at_s)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", QueuedEvent)
+    stages = Stages()
+    for name in ("teacher", "update", "update"):
+        with stages(name):
+            pass
+    with pytest.raises(KeyError), stages("sync"):
+        raise KeyError
+    assert (calls, stages.seconds) == (["record"] * 8, {})
+    measured = stages.metrics(tokens=16)
+    assert calls == ["record"] * 8 + ["wait"] * 4
+    assert (measured["seconds_teacher"], measured["seconds_update"]) == (2.0, 4.0)
+    assert (measured["seconds_sync"], measured["tokens_per_s"]) == (2.0, 2.0)
+    stages.settle()
+    assert len(calls) == 12  # each counts once
 
 
 @pytest.mark.parametrize(
