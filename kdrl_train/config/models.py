@@ -71,9 +71,10 @@ class ModelConfig:
     policy's tokenizer. Needed when method.kd is set. `eval` reads only the size of
     its vocabulary: training never samples a token that the teacher does not have."""
     self_teacher: Literal["frozen", "live", "ema"] = "frozen"
-    """Which weights of the policy teach, with teacher self. frozen: those of step 0, a copy. live:
-    those that are trained, without a copy and without a gradient; each update reads them as they
-    are. ema: a float32 copy that follows them after each optimiser step (ema_decay)."""
+    """Which weights of the policy teach, with teacher self. frozen: those of step 0, a copy; with
+    model.lora the policy without its adapters, and no copy. live: those that are trained, without a
+    copy and without a gradient; each update reads them as they are. ema: a float32 copy that
+    follows them after each optimiser step (ema_decay)."""
     ema_decay: OpenUnitInterval = 0.99
     """With self_teacher ema: the share of itself that the copy keeps at each optimiser step; the
     rest comes from the policy."""

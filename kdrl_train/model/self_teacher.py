@@ -11,10 +11,21 @@ import torch
 from torch import Tensor
 
 import kdrl_kernels as kk
+from kdrl_train.config import ModelConfig
+from kdrl_train.model import lora
 from kdrl_train.model.attention import Choice
+from kdrl_train.model.folder import is_adapter
 from kdrl_train.model.fsdp import reshard
 from kdrl_train.model.packing import PackedBatch
 from kdrl_train.model.policy import HeadedModel, Policy, Teacher, local, teacher_head
+
+
+def has_no_copy(config: ModelConfig) -> bool:
+    """Say whether the policy's own weights teach without a copy of them: those that are trained,
+    and the base of adapters that begin at 0."""
+    begins_at_base = config.lora.rank > 0 and not is_adapter(config.policy)
+    frozen = config.teacher_is_self and config.self_teacher == "frozen"
+    return config.self_teacher == "live" or (frozen and begins_at_base)
 
 
 class LiveTeacher:
@@ -52,6 +63,16 @@ class LiveTeacher:
         """Return hidden [N, H] after the teacher's prompts, and the head [V, H]."""
         head: kk.TeacherHead = self.policy.call(lambda policy: teacher_head(policy, batch))
         return head
+
+
+class BaseTeacher(LiveTeacher):
+    """The weights of step 0 of a policy whose adapters began at 0: the policy without them, and no
+    copy."""
+
+    def __call__(self, batch: PackedBatch) -> kk.TeacherHead:
+        """Return hidden [N, H] after the teacher's prompts, and the head [V, H]."""
+        with lora.without_adapters(self.model):
+            return super().__call__(batch)
 
 
 class EmaTeacher(Teacher):

@@ -22,7 +22,7 @@ from kdrl_train.model.load import (
 )
 from kdrl_train.model.mover import Mover
 from kdrl_train.model.policy import Policy, Teacher
-from kdrl_train.model.self_teacher import LiveTeacher
+from kdrl_train.model.self_teacher import BaseTeacher, LiveTeacher, has_no_copy
 from kdrl_train.model.teacher.client import TeacherClient, connect
 from kdrl_train.model.window import window
 from kdrl_train.ranks import ALONE, World
@@ -156,8 +156,12 @@ def load(config: TrainConfig, world: World = ALONE, policy_class: type[Policy] =
     sizes = [teacher.vocab_size for teacher in teachers if teacher.vocab_size is not None]
     output.begin(f"loading the policy, {described(config.model.policy)}", at_once=True)
     policy = load_policy(config, min(sizes, default=None), world, policy_class)
-    if teachers and config.model.self_teacher == "live":
-        teachers = (replace(teachers[0], model=LiveTeacher(policy)), *teachers[1:])
+    if has_no_copy(config.model):
+        itself = (LiveTeacher if config.model.self_teacher == "live" else BaseTeacher)(policy)
+        teachers = tuple(
+            replace(teacher, model=itself, mover=None) if teacher.place == SELF else teacher
+            for teacher in teachers
+        )
     return Loaded(
         tokenizer=tokenizer,
         policy=policy,
@@ -194,9 +198,9 @@ def load_one(config: TrainConfig, world: World, name: str, mover: Mover | None) 
         output.begin(f"connecting to the teacher, {place}", at_once=True)
         server = connect(config.model, config.teacher, place)
         return LoadedTeacher(name, key, place, server=server)
-    is_self, kind, model = place == SELF, config.model.self_teacher, None
+    is_self, model = place == SELF, None
     folder = config.model.policy if is_self else place
-    if not (is_self and kind == "live"):  # which is the policy, loaded later
+    if not (is_self and has_no_copy(config.model)):  # which is the policy, loaded later
         output.begin(f"loading the teacher, {described(folder)}", at_once=True)
         model = load_teacher(config, world, name)
     if is_self and model is not None and config.model.weights is not None:

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from kdrl_train.config import EngineConfig, LogConfig, LoraConfig, OptimConfig, TrainConfig
 from kdrl_train.runfolder.checkpoint import read
+from kdrl_train.start import load
+from kdrl_train.tools import evaluate
 from tests.train.conftest import EXACT
 from tests.train.test_train import run, without_times
 from tests.train.test_two_ranks import alone, assert_same_metrics, together
@@ -69,6 +71,24 @@ def test_a_run_resumes_to_the_bit_and_leaves_both_folders(
 
 
 @pytest.mark.slow
+def test_the_base_teaches_without_a_copy(
+    config: Config, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The policy without its adapters is the teacher that its folder would be."""
+    expected = alone(replace_teacher(of(config, "copy", steps=2), str(folders["llama"])))
+    itself = replace_teacher(of(config, "self", steps=2), "self")
+    rows = together(replace_teacher(of(config, "ranks", steps=2), "self"), 2)
+    monkeypatch.setattr(load, "load_teacher", None)  # no second model is loaded
+    assert without_times(run(itself)) == without_times(expected)
+    assert expected[1]["kl_teacher"] > 1e-4  # after a step they differ
+    assert_same_metrics(rows, expected)
+
+
+def replace_teacher(run: TrainConfig, teacher: str) -> TrainConfig:
+    return replace(run, model=replace(run.model, teacher=teacher))
+
+
+@pytest.mark.slow
 def test_ranks_train_the_adapters_of_one_process(config: Config) -> None:
     whole, parts = of(config, "whole"), of(config, "parts")
     assert_same_metrics(together(parts, 2), alone(whole))
@@ -97,3 +117,55 @@ def test_other_settings_sample_from_the_adapters(config: Config, fields: dict[st
     mismatches = [row["sampler_mismatch_mean"] for row in rows]
     assert all(mismatch < 1e-5 for mismatch in mismatches if mismatch is not None), mismatches
     assert any(mismatch is not None for mismatch in mismatches[1:])
+
+
+@pytest.mark.slow
+def test_what_a_run_leaves_is_measured_and_starts_others(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = of(config, "first", steps=2)
+    run(first)
+    texts: list[list[str]] = []
+    summarize = evaluate.summarize
+
+    def kept(rollouts: Any, *rest: Any) -> Any:
+        texts.append(rollouts.texts)
+        return summarize(rollouts, *rest)
+
+    monkeypatch.setattr(evaluate, "summarize", kept)
+    for name in ("model", "adapter", "checkpoints"):  # of_run takes the first one that is there
+        settings = evaluate.of_run(first, first.out)
+        place = settings.model.weights or Path(settings.model.policy)
+        assert place.relative_to(first.out).parts[0] == name
+        evaluate.evaluate_folder(replace(settings, max_problems=4))
+        (first.out / name).rename(first.out / f"moved_{name}")
+    base = replace(settings, model=replace(first.model, lora=LoraConfig()), max_problems=4)
+    evaluate.evaluate_folder(base)
+    assert texts[0] == texts[1] == texts[2] != texts[3]
+    for name in ("adapter", "checkpoints"):
+        (first.out / f"moved_{name}").rename(first.out / name)
+
+    newest = first.out / "checkpoints" / "step_000002"
+    second = of(config, "second", steps=1)
+    second = replace(second, model=replace(second.model, weights=newest))
+    whole = replace(first, out=second.out.with_name("whole"), steps=1)
+    expected = alone(replace(whole, model=replace(whole.model, policy=str(first.out / "adapter"))))
+    assert without_times(run(second)) == without_times(expected)
+    for change, message in (
+        ({"lora": LoraConfig()}, r"rank 0, got .* with rank 4: set model\.lora to rank 4, alpha 8"),
+        ({"lora": replace(ADAPTERS, alpha=9.0)}, r"set model\.lora to rank 4, alpha 8\.0, targets"),
+    ):
+        third = replace(second, out=second.out.with_name("third"))
+        with pytest.raises(ValueError, match=message):
+            run(replace(third, model=replace(third.model, **change)))
+
+
+@pytest.mark.slow
+def test_an_adapter_teaches_as_its_merged_model(config: Config) -> None:
+    first = of(config, "first", steps=1)
+    run(first)
+    rows = []
+    for name in ("adapter", "model"):
+        student = config(f"by_{name}", steps=2)
+        rows.append(run(replace_teacher(student, str(first.out / name))))
+    assert_same_metrics(*rows)
