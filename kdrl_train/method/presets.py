@@ -31,6 +31,7 @@ PRESETS: dict[str, MethodConfig] = {
     "kdrl_entropy": MethodConfig(kd_coef=_FIXED, kd_min_entropy=0.5),
     "kdrl_gap": MethodConfig(kd_coef=_FIXED, kd_min_log_ratio=0.5),
     "constant_advantage": MethodConfig(kd_coef=_FIXED, advantage="constant"),
+    "self_distillation": MethodConfig(kd="rkl", kd_coef=ScheduleConfig(initial=0.1, final=0.1)),
 }
 """The paper's methods (arXiv 2506.02208); beta(s) of kdrl_annealed is max(5e-3 - 5e-5 s, 1e-3).
 
@@ -56,6 +57,12 @@ are not sampled anew, as the paper does; they have no gradient.
 kdrl_tanh to kdrl_gap: KDRL with the distillation of tokens bounded or chosen (MethodConfig's kd_
 settings), related to arXiv:2606.09304 (signs), 2602.15260 (prefixes) and 2604.14084 (entropy and
 disagreement), whose rules differ. The thresholds are ours, in nats.
+
+self_distillation: for model.teacher self and data.teacher_template. The policy gradient, and the
+exact reverse KL to the policy's own weights after a prompt that shows more; beta is our choice. The
+form is that of arXiv:2606.04036 and 2602.04942. A teacher that has seen the answer, matched alone,
+leaks what it was shown and becomes unstable (arXiv:2604.03128): that is method.policy "off", the
+form of arXiv:2601.18734. Frozen weights (model.self_teacher) keep what is matched from moving.
 
 constant_advantage: a control. Every completion has advantage 1, so that the policy gradient is
 noise around 0, and what is learnt comes from the teacher alone.

@@ -93,6 +93,7 @@ def test_weights_of_a_checkpoint_are_those_that_teach(config: Config) -> None:
         run(replace(second, steps=2, resume=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "fields"),
     [

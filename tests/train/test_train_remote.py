@@ -127,6 +127,22 @@ def test_a_step_is_that_of_the_teacher_in_process(
     assert (records[0]["kd_share"] == 1.0) == (mask == "none")
 
 
+@pytest.mark.parametrize("mask", ["none", pytest.param("wrong", marks=pytest.mark.slow)])
+def test_a_server_reads_the_teachers_prompt(
+    config: Callable[..., TrainConfig], folders: dict[str, Path], process: Process, mask: str
+) -> None:
+    """While the rewards are computed (none), and after them (wrong)."""
+    data = replace(config("", "").data, teacher_template="{answer}!{prompt}")
+    settings = {"method": replace(K2, kd_mask=mask), "data": data, "steps": 1}
+    remote = config("remote", process.url, **settings)
+    local = config("local", str(folders["teacher"]), **settings)
+    records, _ = run(remote)
+    run(local)
+    assert_same_run(remote.out, local.out)
+    plain, _ = run(replace(config("plain", process.url, **settings), data=config("", "").data))
+    assert plain[0]["kl_teacher"] != pytest.approx(records[0]["kl_teacher"], rel=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["constant", "kl_budget"])  # known early, and not
 def test_a_prefetching_run_is_that_of_the_teacher_in_process(
     config: Callable[..., TrainConfig], folders: dict[str, Path], kind: Any

@@ -247,7 +247,8 @@ def _head(case: Case) -> list[Term]:
 def _teacher(case: Case) -> list[Term]:
     """Lists what a teacher in this process holds: weights, its forward pass, and its output.
 
-    The weights that are trained have no copy; their layers are gathered once more.
+    The weights that are trained have no copy; their layers are gathered once more. Beside other
+    teachers they are counted as if they had one.
     """
     teacher, b = case.teacher, case.dtype.itemsize
     if teacher is None:
@@ -270,7 +271,8 @@ def _teacher(case: Case) -> list[Term]:
     if case.masked:
         mask = [(1 + b, "B"), read, read]
         terms.append(product("teacher's mask", ("teacher",), mask, remedy=_shorter(case)))
-    live, follows = (case.run.model.self_teacher == kind for kind in ("live", "ema"))
+    kind = case.run.model.self_teacher
+    live, follows = kind == "live" and not case.other_teachers, kind == "ema"
     if not case.sharded and (live or follows) and b < 4:
         copy = [(b, "B"), head]
         terms.append(product("teacher's head in bfloat16", ("head",), copy, remedy=LARGER))

@@ -1,5 +1,6 @@
 """self_teacher: what the policy says after another prompt, aligned by completion token."""
 
+import math
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -9,13 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+import kdrl_kernels as kk
 from kdrl_train.batch import Rollouts
 from kdrl_train.method import grpo
 from kdrl_train.method.config import MethodConfig
+from kdrl_train.method.presets import PRESETS
 from kdrl_train.model import packing
 from kdrl_train.model.load import checkpoint_activations
 from kdrl_train.model.packing import pack
-from kdrl_train.model.policy import Policy, Teacher
+from kdrl_train.model.policy import Policy, Teacher, objective
 from kdrl_train.model.self_teacher import EmaTeacher, LiveTeacher
 from kdrl_train.model.teachers import Teachers
 from tests.train.coefficients import coefficients_of
@@ -86,6 +89,30 @@ def policy_of(tiny: Callable[..., Any], method: MethodConfig) -> Policy:
 
 def frozen_copy(policy: Policy) -> Teacher:
     return Teacher(deepcopy(policy.model), temperature=T, compute_dtype=torch.float64)
+
+
+def test_the_preset_by_hand() -> None:
+    """p = (3/4, 1/4), q = (1/2, 1/2), advantage 1, token 0: KL(p‖q) = 3/4 ln 3/2 + 1/4 ln 1/2."""
+    method = PRESETS["self_distillation"]
+    assert (method.policy, method.kd_coef.kind) == ("clip", "constant")
+    logits = torch.tensor([[math.log(3), 0.0]], dtype=torch.float64, requires_grad=True)
+    eye, one = torch.eye(2, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    out = kk.kdrl_loss(
+        logits,
+        eye,
+        torch.zeros(1, dtype=torch.int64),
+        advantages=one,
+        teacher=kk.TeacherHead(torch.zeros(1, 2, dtype=torch.float64), eye),
+        kd_weight=one * method.kd_coef.initial,
+        objective=objective(method, distil=True),
+        impl="reference",
+    )
+    kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert out.loss.item() == pytest.approx(-1 + 0.1 * kl)
+    out.loss.backward()
+    pull = -0.25 + 0.1 * 0.75 * (math.log(1.5) - kl)
+    assert logits.grad is not None
+    assert logits.grad[0].tolist() == pytest.approx([pull, -pull])
 
 
 @pytest.mark.parametrize("method", [RKL, K2], ids=["rkl", "k2 alone"])

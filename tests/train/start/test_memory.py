@@ -40,6 +40,31 @@ def test_this_machine_holds_a_tiny_run(config: Config) -> None:
     assert detail.endswith(f"cpu has {memory_bytes(torch.device('cpu'), 1) / 1e9:,.2f} GB")
 
 
+def test_a_self_teacher_costs_what_its_copy_costs(config: Config) -> None:
+    """Nothing live, its weights frozen, float32 weights averaged; and longer packs."""
+    base = config()
+    held = {}
+    for kind in ("live", "frozen", "ema"):
+        model = replace(base.model, teacher="self", self_teacher=kind, dtype="bfloat16")
+        data = replace(base.data, teacher_template="{prompt}{answer}")
+        settings = replace(base, model=model, data=data)
+        loaded = load(settings)
+        case = memory._case(settings, loaded.policy, [loaded.teachers[0].model], 1)
+        held[kind] = {term.name: term.value for term in memory_terms(case)}
+        half = replace(settings, data=replace(data, max_teacher_prompt_tokens=2044))
+        layers = [
+            next(t.value for t in memory_terms(one) if t.name == "a layer of the teacher")
+            for one in (case, replace(case, run=half))
+        ]
+        assert layers[0] / layers[1] == (4096 + 8) / (2044 + 8)
+    parameters = sum(p.numel() for p in loaded.policy.parameters())
+    assert [terms.get("teacher") for terms in held.values()] == [
+        None,
+        2 * parameters,
+        4 * parameters,
+    ]
+
+
 def test_a_little_too_much_is_a_warning_and_far_too_much_a_failure(
     config: Config, device_with: Callable[[float], None]
 ) -> None:
