@@ -125,14 +125,19 @@ class TopkScores(NamedTuple):
     """[T, K] float32, nats; 0 where the id is -1."""
 
 
+TeacherReply = Tensor | TopkScores
+"""What a teacher's server says of one completion: log-probabilities [T], states [T, H_t], or the
+likeliest tokens."""
+
+
 @dataclass(frozen=True, slots=True)
 class JudgedRollouts:
     """Completions with their verdicts, of one rank or of all."""
 
     rollouts: Rollouts
     verdicts: Verdicts
-    teacher_logprobs: list[Tensor | None]
-    """R of [T] nats, where the teacher's server was queried; else None."""
+    teacher_replies: list[TeacherReply | None]
+    """R, where the teacher's server was queried; else None."""
 
     @classmethod
     def join(cls, parts: Sequence["JudgedRollouts"]) -> "JudgedRollouts":
@@ -140,7 +145,7 @@ class JudgedRollouts:
         return cls(
             rollouts=Rollouts.join([part.rollouts for part in parts]),
             verdicts=Verdicts.join([part.verdicts for part in parts]),
-            teacher_logprobs=[logprobs for part in parts for logprobs in part.teacher_logprobs],
+            teacher_replies=[reply for part in parts for reply in part.teacher_replies],
         )
 
 
@@ -154,8 +159,8 @@ class Batch:
     verdicts: Verdicts
     rewards: Tensor
     """rewards_PG [P, G] float64, NaN where the reward function failed, and only there."""
-    teacher_logprobs: list[Tensor | None]
-    """R of [T] nats, where a server was queried while the rewards were computed; else None."""
+    teacher_replies: list[TeacherReply | None]
+    """R, where a server was queried while the rewards were computed; else None."""
     staleness: int
     """Optimiser steps between the weights that sampled them and those that learn from them."""
 

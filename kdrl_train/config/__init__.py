@@ -172,12 +172,29 @@ class TrainConfig:
                 )
 
     def _check_server(self) -> None:
-        """Raises ValueError for what log-probabilities from a server cannot give."""
-        if self.method.kd in ("rkl", "fkl", "jsd", "rkl+fkl") or self.method.kd_baseline:
+        """Raises ValueError for what a server cannot give, or what it gives cannot be used for."""
+        method = self.method
+        if method.is_exact and self.teacher.head is None:
             raise ValueError(
-                'method.kd must be "k2" or "k3" with a teacher behind a URL, and kd_baseline None, '
-                f'got "{self.method.kd}" and {self.method.kd_baseline}: a server scores sampled '
-                "tokens only; set these, or load the teacher here (model.teacher: its folder)"
+                f'teacher.head must be set for method.kd "{method.kd}" and kd_baseline '
+                f"{method.kd_baseline} with a teacher behind a URL, got nothing: set it to the "
+                "folder or hub id of the served model, whose LM head alone is read; or set "
+                'method.kd to "topk_rkl", "k2" or "k3"; or load the teacher here (model.teacher: '
+                "its folder)"
+            )
+        if (method.is_exact or method.is_topk) and self.model.teacher_api != "kdrl":
+            raise ValueError(
+                f'model.teacher_api must be "kdrl" for method.kd "{method.kd}" and kd_baseline '
+                f"{method.kd_baseline} with a teacher behind a URL, got "
+                f'"{self.model.teacher_api}": such servers score sampled tokens only; serve the '
+                "teacher with `python -m kdrl_train serve`"
+            )
+        if method.is_exact and self.model.tensor_parallel > 1:
+            raise ValueError(
+                f'model.tensor_parallel must be 1 for method.kd "{method.kd}" and kd_baseline '
+                f"{method.kd_baseline} with a teacher behind a URL, got "
+                f"{self.model.tensor_parallel}: each rank has the teacher's whole head; load the "
+                "teacher here (model.teacher: its folder)"
             )
         if self.model.teacher_api == "openai" and self.sampling.temperature != 1.0:
             raise ValueError(

@@ -240,8 +240,12 @@ def _check_name(name: str, place: str) -> None:
 
 @settings
 class TeacherConfig:
-    """How a teacher behind a URL is queried. Results do not depend on it."""
+    """How a teacher behind a URL is queried, and its head. Results do not depend on it."""
 
+    head: str | None = None
+    """Folder or hub id of the model that the server at model.teacher has; its LM head alone is
+    read. With it method.kd may be an exact divergence (rkl, fkl, jsd, rkl+fkl) and kd_baseline kl:
+    the server sends its hidden states."""
     name: str | None = None
     """Name of the model, if an openai server has several; None: its only one."""
     concurrency: PositiveInt = 64

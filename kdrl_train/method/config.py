@@ -161,7 +161,7 @@ class MethodConfig:
     and topk_fkl have another minimum than p = q."""
     kd_baseline: Literal["kl"] | None = None
     """kl: subtract the exact KL from log p - log q in k2: less noise for diffuse rows, more for
-    peaked ones whose teacher is less sure. Needs a teacher in this process."""
+    peaked ones whose teacher is less sure. A teacher behind a URL needs teacher.head."""
     jsd_alpha: OpenUnitInterval = 0.5
     """Share of the teacher in the mixture of jsd, above 0 and below 1."""
     fkl_share: OpenUnitInterval = 0.5
@@ -312,6 +312,11 @@ class MethodConfig:
     def is_topk(self) -> bool:
         """Whether the loss reads the teacher's likeliest tokens."""
         return self.kd in ("topk_rkl", "topk_fkl", "topk_jsd")
+
+    @property
+    def reads_logprobs(self) -> bool:
+        """Whether the loss reads of the teacher the log-probabilities of sampled tokens alone."""
+        return not (self.is_exact or self.is_topk)
 
     @property
     def schedules(self) -> dict[str, ScheduleConfig]:

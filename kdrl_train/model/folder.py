@@ -99,7 +99,7 @@ def require_loadable(name: str, key: str, trusted: bool = False) -> dict[str, An
     try:
         require_readable(name, "generation_config.json")
         if Path(name).is_dir():
-            config = _read_json(Path(name) / "config.json")
+            config = read_json(Path(name) / "config.json")
         else:
             config, _ = PretrainedConfig.get_config_dict(name)
         tensors(name)
@@ -205,7 +205,7 @@ def base_of(name: str) -> str:
     path = stored_file(name, ADAPTER_CONFIG)
     if path is None:
         return name
-    base = _read_json(path).get("base_model_name_or_path")
+    base = read_json(path).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(f"{path} must name its base_model_name_or_path, got {base!r}: set it")
     return base
@@ -241,7 +241,7 @@ def require_readable(name: str, *files: str) -> None:
     for file in files:
         path = stored_file(name, file)
         if path is not None:
-            _read_json(path)
+            read_json(path)
 
 
 def quantization(config: dict[str, Any]) -> str | None:
@@ -260,7 +260,7 @@ def tensors(name: str) -> dict[str, Tensor]:
     """
     result: dict[str, Tensor] = {}
     for path in weight_files(name):
-        _require_whole(path)
+        require_whole(path)
         read = _safetensors if path.suffix == ".safetensors" else _pickled
         result |= read(path)
     return result
@@ -275,7 +275,7 @@ def weight_files(name: str) -> list[Path]:
         index = stored_file(name, f"{file}.index.json")
         if index is None:
             continue
-        places = _read_json(index).get("weight_map")
+        places = read_json(index).get("weight_map")
         if not isinstance(places, dict) or not places:
             raise ValueError(f"{index} must name the file of each tensor (weight_map): {AGAIN}")
         shards = sorted(set(places.values()))
@@ -292,7 +292,7 @@ def weight_files(name: str) -> list[Path]:
     return []
 
 
-def _require_whole(path: Path) -> None:
+def require_whole(path: Path) -> None:
     """Raise ValueError for an empty file, and a pointer of git-lfs."""
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty: {AGAIN}")
@@ -305,11 +305,11 @@ def _is_pointer(path: Path) -> bool:
         return file.read(len(POINTER)) == POINTER
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file with an object in it."""
     if not path.is_file():
         raise ValueError(f"it has no {path.name}")
-    _require_whole(path)
+    require_whole(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

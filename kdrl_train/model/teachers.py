@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 import kdrl_kernels as kk
-from kdrl_train.batch import Example, Rollouts
+from kdrl_train.batch import Example, Rollouts, TeacherReply
 from kdrl_train.config.models import DEFAULT_TEACHER
 from kdrl_train.model.packing import PackedBatch
 from kdrl_train.model.policy import Policy, Teacher
 from kdrl_train.model.self_teacher import EmaTeacher, LiveTeacher
+from kdrl_train.model.teacher.head import ServedHead
 from kdrl_train.model.teacher.remote import RemoteTeacher
 from kdrl_train.waiting import Poll
 
@@ -49,12 +50,25 @@ class Teachers:
         )
 
     def runs(self, batch: PackedBatch) -> bool:
-        """Whether a pack needs a pass of a teacher in this process."""
-        return batch.needs_teacher and batch.teacher in self.local
+        """Whether a pack needs the head of its teacher in this process."""
+        return batch.needs_teacher and (
+            batch.teacher in self.local or self._served_head(batch.teacher) is not None
+        )
 
     def head(self, batch: PackedBatch) -> kk.TeacherHead | None:
-        """Run the pack's teacher; None where no token is distilled, or a server has scored them."""
-        return self.local[batch.teacher](batch) if self.runs(batch) else None
+        """Run the pack's teacher, or take the states that its server has sent; None where no token
+        is distilled, or a server has scored them."""
+        if not self.runs(batch):
+            return None
+        served = self._served_head(batch.teacher)
+        if served is not None:
+            return served.of(batch.teacher_states, len(batch.tokens))
+        return self.local[batch.teacher](batch)
+
+    def _served_head(self, number: int) -> ServedHead | None:
+        """Return the head of a teacher behind a URL, where the method reads it."""
+        remote = self.remote.get(number)
+        return None if remote is None else remote.head
 
     @property
     def average(self) -> EmaTeacher | None:
@@ -69,15 +83,15 @@ class Teachers:
 
     def query(
         self, rollouts: Rollouts, selected_R: Tensor, number_R: Tensor
-    ) -> dict[int, Future[Tensor]]:
+    ) -> dict[int, Future[TeacherReply]]:
         """Send completions to the servers among their teachers, without waiting for a reply.
 
         Args:
             selected_R: [R] bool, which of them.
             number_R: [R] int64, the teachers.
-        Returns: completion -> the future of its log-probabilities [T] float32, nats.
+        Returns: completion -> the future of the server's reply.
         """
-        pending: dict[int, Future[Tensor]] = {}
+        pending: dict[int, Future[TeacherReply]] = {}
         for number, remote in self.remote.items():
             pending |= remote.query(rollouts, selected_R & (number_R == number))
         return pending
@@ -87,25 +101,25 @@ class Teachers:
         rollouts: Rollouts,
         selected_R: Tensor,
         number_R: Tensor,
-        pending: dict[int, Future[Tensor]],
+        pending: dict[int, Future[TeacherReply]],
         poll: Poll | None = None,
-    ) -> list[Tensor | None]:
+    ) -> list[TeacherReply | None]:
         """Wait for the servers' replies to the selected completions; those not pending are sent.
 
         Args:
             selected_R, number_R: as in `query`.
             pending: what `query` returned for the same rollouts; may be empty.
             poll: called regularly; an exception it raises stops the waiting.
-        Returns: R of [T] float32 nats, None where not selected or not of a server.
+        Returns: R of them, None where not selected or not of a server.
         Raises: TeacherError, that of the first query that failed.
         """
         missing_R = selected_R.clone()
         missing_R[list(pending)] = False
         pending = pending | self.query(rollouts, missing_R, number_R)
-        logprobs: list[Tensor | None] = [None] * len(selected_R)
+        replies: list[TeacherReply | None] = [None] * len(selected_R)
         for number, remote in self.remote.items():
             of_R = number_R == number
             theirs = {r: future for r, future in pending.items() if of_R[r]}
-            replies = remote.collect(rollouts, selected_R & of_R, theirs, poll)
-            logprobs = [a if b is None else b for a, b in zip(logprobs, replies, strict=True)]
-        return logprobs
+            part = remote.collect(rollouts, selected_R & of_R, theirs, poll)
+            replies = [a if b is None else b for a, b in zip(replies, part, strict=True)]
+        return replies

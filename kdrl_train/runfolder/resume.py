@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "eval",
     "log",
     "ranks",
+    "teacher.head",
     "teacher.concurrency",
     "teacher.timeout_s",
     "teacher.deadline_s",

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kdrl_train import output
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig, TrainConfig
@@ -24,6 +26,7 @@ from kdrl_train.model.mover import Mover
 from kdrl_train.model.policy import Policy, Teacher
 from kdrl_train.model.self_teacher import BaseTeacher, LiveTeacher, has_no_copy
 from kdrl_train.model.teacher.client import TeacherClient, connect
+from kdrl_train.model.teacher.head import ServedHead, load_head
 from kdrl_train.model.window import window
 from kdrl_train.ranks import ALONE, World
 from kdrl_train.rollouts.problems import (
@@ -50,6 +53,8 @@ class LoadedTeacher:
     model: Teacher | LiveTeacher | None = None
     tokenizer: Any | None = None
     server: TeacherClient | None = None
+    head: ServedHead | None = None
+    """What reads the server's states, where the method needs its whole distribution."""
     mover: Mover | None = None
     """Brings the model to its device; None: it is there."""
 
@@ -197,7 +202,8 @@ def load_one(config: TrainConfig, world: World, name: str, mover: Mover | None) 
     if is_url(place):
         output.begin(f"connecting to the teacher, {place}", at_once=True)
         server = connect(config.model, config.teacher, place)
-        return LoadedTeacher(name, key, place, server=server)
+        head = load_served_head(config, server, world)
+        return LoadedTeacher(name, key, place, server=server, head=head)
     is_self, model = place == SELF, None
     folder = config.model.policy if is_self else place
     if not (is_self and has_no_copy(config.model)):  # which is the policy, loaded later
@@ -229,6 +235,37 @@ def read_sets(
             raise FileNotFoundError(f"{place}{error}") from error
         sets.append(ProblemSet(section, data, examples, facts))
     return sets
+
+
+def load_served_head(config: TrainConfig, server: TeacherClient, world: World) -> ServedHead | None:
+    """Read the head of a teacher behind a URL, on each rank; None where the method reads none.
+
+    Raises: ValueError where it cannot be read or is of another model, RankError with several ranks;
+        the connection is closed then.
+    """
+    if not config.method.is_exact:
+        return None
+    heads: list[ServedHead] = []
+
+    def read() -> None:
+        heads.append(
+            load_head(
+                str(config.teacher.head),
+                server.info,
+                temperature=config.sampling.temperature,
+                dtype=getattr(torch, config.model.dtype),
+                device=use_device(config.model),
+                trusted=config.model.trust_remote_code,
+            )
+        )
+
+    output.begin(f"loading the teacher's head, {config.teacher.head}", at_once=True)
+    try:
+        world.share(read)
+    except Exception:
+        server.close()
+        raise
+    return heads[0]
 
 
 def read_problems(

@@ -15,7 +15,7 @@ from kdrl_train.model.weights import Origin, some
 from kdrl_train.rollouts.problems import encode_prompt
 from kdrl_train.start.load import Loaded, LoadedTeacher
 from kdrl_train.start.prompts import PROBE_PROMPTS, check_server_tokenizer, check_tokenizers
-from kdrl_train.start.teacher_server import check_scores, check_server
+from kdrl_train.start.teacher_server import check_head, check_scores, check_server, check_topk
 
 
 def teacher_checks(
@@ -57,11 +57,16 @@ def _checks_of(
         }
     assert server is not None
     tokenizer, examples = loaded.tokenizer, loaded.examples[:PROBE_PROMPTS]
-    return {
+    checks = {
         "teacher server": lambda: check_server(server),
         "tokenizers": lambda: check_server_tokenizer(config, loaded, server),
         "teacher probe": lambda: check_scores(config, server, tokenizer, examples),
     }
+    if (head := teacher.head) is not None:
+        checks["served head"] = lambda: check_head(config, server, head, tokenizer, examples)
+    if config.method.is_topk:
+        checks["likeliest tokens"] = lambda: check_topk(config, server, tokenizer, examples)
+    return checks
 
 
 def check_vocabulary(loaded: Loaded) -> str:

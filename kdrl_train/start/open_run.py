@@ -265,7 +265,9 @@ def open_remotes(
     """Open the teachers behind a URL, by number; they report outages to the log."""
     say, columns = partial(log.event, "teacher"), loaded.policy.sampled_vocab_size
     return {
-        number: stack.enter_context(RemoteTeacher(teacher.server, config, columns, say))
+        number: stack.enter_context(
+            RemoteTeacher(teacher.server, config, columns, say, teacher.head)
+        )
         for number, teacher in enumerate(loaded.teachers)
         if teacher.server is not None
     }

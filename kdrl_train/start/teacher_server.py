@@ -1,24 +1,34 @@
 """Checks before the first step that a teacher behind a URL replies, and fits the policy."""
 
 import math
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
+
+import kdrl_kernels as kk
 from kdrl_train.batch import Example
 from kdrl_train.config import TrainConfig
 from kdrl_train.exchange import NoReplyError
 from kdrl_train.model.teacher.client import (
+    KdrlClient,
     OpenAiClient,
     Query,
     TeacherClient,
     TeacherError,
     vocabulary_hash,
 )
+from kdrl_train.model.teacher.head import ServedHead
 from kdrl_train.proxies import is_exposed
 from kdrl_train.rollouts.problems import encode_prompt
 
 T = TypeVar("T")
 
+ROUNDING = {"float32": 1e-3, "bfloat16": 0.05}
+"""Largest mean difference of log-probabilities, in nats, that is rounding alone, by the coarser
+dtype of server and trainer."""
 PROBE_TOKENS = 256
 """Number of tokens, spread over the vocabulary, whose texts are compared without a hash of it."""
 
@@ -94,6 +104,93 @@ def check_scores(
             total, count = total + logprobs.sum().item(), count + len(logprobs)
     uniform = -math.log(client.vocab_size or len(tokenizer))
     return f"{total / max(count, 1):.2f} nats per prompt token (uniform guess: {uniform:.2f})"
+
+
+def check_head(
+    config: TrainConfig,
+    client: TeacherClient,
+    head: ServedHead,
+    tokenizer: Any,
+    examples: list[Example],
+) -> str:
+    """Check on a few prompts that the head, on the server's states, gives the server's scores.
+
+    Raises: ValueError where they differ by more than rounding; UserWarning where the states of a
+        step may not fit this machine's memory.
+    """
+    assert isinstance(client, KdrlClient)
+    differences = []
+    temperature = config.sampling.temperature
+    for example in examples:
+        ids = encode_prompt(tokenizer, example, config.data)
+        if len(ids) > 1:
+            query = Query(f"prompt {example.id}", ids[:1], ids[1:], temperature=temperature)
+            states = _query_once(client.states, query)
+            scores = _query_once(client.logprobs, query)
+            teacher = head.of(states, len(states))
+            tokens = torch.tensor(ids[1:], device=head.weight.device)
+            out = kk.linear_logprobs(
+                teacher.hidden,
+                teacher.weight,
+                tokens,
+                bias=teacher.bias,
+                temperature=teacher.temperature,
+                softcap=teacher.softcap,
+            )
+            differences.append((out.logprobs.float().cpu() - scores).abs())
+    mean = torch.cat(differences).mean().item() if differences else 0.0
+    coarsest = "bfloat16" if "bfloat16" in (client.info.dtype, config.model.dtype) else "float32"
+    if not mean <= ROUNDING[coarsest]:
+        raise ValueError(
+            f"teacher.head must be the head of {client.info.model}, which the server has, got "
+            f"{config.teacher.head}, whose log-probabilities differ from the server's by "
+            f"{mean:.2g} nats on average: name the folder or hub id that is served"
+        )
+    return (
+        f"{len(head.weight):,} columns, {head.bytes / 1e9:.2f} GB on each rank; within {mean:.0e} "
+        f"nats of the server's scores; {_states_said(config, client)}"
+    )
+
+
+def _states_said(config: TrainConfig, client: TeacherClient) -> str:
+    """Say how much memory the states of a step take.
+
+    Raises: UserWarning where this is more than half of the machine's.
+    """
+    sampling, size = config.sampling, client.info.hidden_size or 0
+    R, T = sampling.prompts_per_step * sampling.group_size, sampling.max_new_tokens
+    width = 4 if (client.info.dtype, config.model.dtype) == ("float32", "float32") else 2
+    total = R * T * size * width
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    said = (
+        f"the states of a step take at most {R:,} · {T:,} · {size:,} · {width} B = "
+        f"{total / 1e9:.2f} GB of CPU memory over all ranks"
+    )
+    if 2 * total > machine * max(1, int(os.environ.get("GROUP_WORLD_SIZE", "1"))):
+        raise UserWarning(
+            f"{said}, and this machine has {machine / 1e9:.0f} GB: lower "
+            "sampling.prompts_per_step or sampling.max_new_tokens, or set method.kd to "
+            '"topk_rkl", which takes 12 B for each of kd_topk tokens'
+        )
+    return said
+
+
+def check_topk(
+    config: TrainConfig, client: TeacherClient, tokenizer: Any, examples: list[Example]
+) -> str:
+    """Say how much of the teacher's probability its kd_topk likeliest tokens have."""
+    assert isinstance(client, KdrlClient)
+    masses = []
+    count = min(config.method.kd_topk, client.vocab_size or config.method.kd_topk)
+    for example in examples:
+        ids = encode_prompt(tokenizer, example, config.data)
+        if len(ids) > 1:
+            query = Query(f"prompt {example.id}", ids[:1], ids[1:])
+            query = replace(query, temperature=config.sampling.temperature)
+            topk = _query_once(lambda one: client.topk(one, count), query)
+            masses.append(topk.logprobs.masked_fill(topk.ids < 0, -math.inf).exp().sum(dim=1))
+    mean = torch.cat(masses).mean().item() if masses else 1.0
+    return f"{count} tokens have {mean:.1%} of the teacher's probability, on prompts"
 
 
 def _query_once(method: Callable[[Query], T], query: Query) -> T:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kdrl_train.batch import Batch, CompletionCoefficients, Rollouts
+from kdrl_train.batch import Batch, CompletionCoefficients, Rollouts, TeacherReply, TopkScores
 from kdrl_train.config import TrainConfig
 from kdrl_train.method import grpo
 from kdrl_train.method.config import MethodConfig
@@ -90,9 +90,8 @@ def prepare(
     if run.teachers.remote:
         distilled_R = (kd_weight_R > 0) & rewarded_R
         with stages("teacher") if distilled_R.any() else nullcontext():
-            coefficients = replace(
-                coefficients, teacher_logprobs=query_server(run, batch, distilled_R)
-            )
+            replies = query_server(run, batch, coefficients, distilled_R)
+            coefficients = with_replies(coefficients, method, replies)
     scores = RolloutScores()
     if needs_scores(config, batch.staleness):
         with stages("score"):
@@ -143,32 +142,69 @@ def prompts_of_teachers(run: Run, batch: Batch) -> list[Tensor] | None:
     return teacher_prompts(run.tokenizer, batch.examples, run.config.data)
 
 
-def query_server(run: Run, batch: Batch, distilled_R: Tensor) -> list[Tensor | None]:
-    """Get the log-probabilities [T] of the distilled completions from the teachers' servers.
+def query_server(
+    run: Run, batch: Batch, coefficients: CompletionCoefficients, distilled_R: Tensor
+) -> list[TeacherReply | None]:
+    """Get what the method reads of the teachers' servers for the distilled completions.
 
-    Each rank queries for a share of those that are not known yet. Returns: R, None where there is
-    none.
+    Each rank queries for a share of those that are not known yet: of log-probabilities, all ranks
+    get all; states, which are large, stay on the rank whose packs need them.
+
+    Returns: R, None where there is none.
     """
-    known, teachers = batch.teacher_logprobs, run.teachers
+    known, teachers = batch.teacher_replies, run.teachers
     number_R = teachers.numbers(batch.examples)
     rollouts = batch.rollouts
     if run.config.data.teacher_template is not None:
         rollouts = as_teacher_reads(run.tokenizer, batch.examples, run.config.data, rollouts)
-    missing_R = distilled_R & torch.tensor([logprobs is None for logprobs in known])
+    missing_R = distilled_R & torch.tensor([reply is None for reply in known])
+    shared = run.config.method.reads_logprobs
     ranks_R = torch.arange(len(known)) % run.world.size
-    share_R = missing_R & (ranks_R == run.world.rank)
+    own_R = ranks_R == run.world.rank if shared else packed_here(run, batch, coefficients)
+    mine: list[TeacherReply | None] = []
 
-    def query_share() -> list[Tensor | None] | None:
+    def query_share() -> list[TeacherReply | None] | None:
         try:
-            return teachers.collect(rollouts, share_R, number_R, {}, run.interrupt.poll)
+            mine.extend(
+                teachers.collect(rollouts, missing_R & own_R, number_R, {}, run.interrupt.poll)
+            )
         except Stopped:
             return None
+        return mine if shared else []
 
     parts = [part for part in run.world.share(query_share) if part is not None]
     if len(parts) < run.world.size:
         raise Stopped
-    candidates = zip(known, *parts, strict=True)
-    return [next((x for x in logprobs if x is not None), None) for logprobs in candidates]
+    candidates = zip(known, *(parts if shared else [mine]), strict=True)
+    return [next((x for x in replies if x is not None), None) for replies in candidates]
+
+
+def packed_here(run: Run, batch: Batch, coefficients: CompletionCoefficients) -> Tensor:
+    """Say which completions this rank packs in any update of the step, [R] bool."""
+    P, G = batch.rewards.shape
+    here_R = torch.zeros(P * G, dtype=torch.bool)
+    for used_R in grpo.minibatches(P, G, run.config.optim.updates_per_rollout):
+        weights_R = coefficients.token_weights * used_R
+        part = replace(coefficients, token_weights=weights_R)
+        for packed in packs_of(batch, part, run.config, run.world):
+            here_R[packed.rollout] = True
+    return here_R
+
+
+def with_replies(
+    coefficients: CompletionCoefficients,
+    method: MethodConfig,
+    replies: Sequence[TeacherReply | None],
+) -> CompletionCoefficients:
+    """Put a server's replies where the method reads them."""
+    topk = [reply if isinstance(reply, TopkScores) else None for reply in replies]
+    tensors = [reply if isinstance(reply, Tensor) else None for reply in replies]
+    if method.is_topk:
+        sampled = [None if scores is None else scores.sampled for scores in topk]
+        return replace(coefficients, teacher_topk=topk, teacher_logprobs=sampled)
+    if method.is_exact:
+        return replace(coefficients, teacher_states=tensors)
+    return replace(coefficients, teacher_logprobs=tensors)
 
 
 def packs_of(

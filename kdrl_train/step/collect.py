@@ -5,9 +5,8 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor
 
-from kdrl_train.batch import Batch, Example, JudgedRollouts, Rollouts, Verdicts
+from kdrl_train.batch import Batch, Example, JudgedRollouts, Rollouts, TeacherReply, Verdicts
 from kdrl_train.config import DataConfig, SamplingConfig, TrainConfig
 from kdrl_train.config.rollouts import OVERLONG
 from kdrl_train.errors import RewardError
@@ -47,7 +46,7 @@ def collect(run: Run, step: int, stages: Stages) -> Batch:
         rollouts=judged.rollouts,
         verdicts=verdicts,
         rewards=torch.tensor(verdicts.rewards, dtype=torch.float64).view(-1, size),
-        teacher_logprobs=judged.teacher_logprobs,
+        teacher_replies=judged.teacher_replies,
         staleness=staleness,
     )
     _require_rewards(run, batch, step)
@@ -88,6 +87,8 @@ def early_servers(run: Run, step: int) -> frozenset[int]:
     """Return the numbers of the servers that distil each completion of the step, whatever its
     reward."""
     teachers, early = run.teachers, set()
+    if not run.config.method.reads_logprobs and run.world.size > 1:
+        return frozenset()  # states are large: each rank asks for those of its own packs, later
     for number in teachers.remote:
         method, history = run.config.method, run.history
         if teachers.several:
@@ -169,11 +170,11 @@ def _draw_share(
     with stages("verify"):
         more = reward_inputs(run.verifier.inputs, of_R, rollouts, run.tokenizer)
         verdicts = run.verifier.score(rollouts.texts, golds, poll, more)
-    teacher_logprobs: list[Tensor | None] = [None] * len(of_R)
+    replies: list[TeacherReply | None] = [None] * len(of_R)
     if early:
         with stages("teacher"):
-            teacher_logprobs = teachers.collect(scored, early_R, number_R, pending, poll)
-    return JudgedRollouts(rollouts, verdicts, teacher_logprobs)
+            replies = teachers.collect(scored, early_R, number_R, pending, poll)
+    return JudgedRollouts(rollouts, verdicts, replies)
 
 
 def _require_rewards(run: Run, batch: Batch, step: int) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from kdrl_train.batch import JudgedRollouts, Rollouts, Verdicts
+from kdrl_train.batch import JudgedRollouts, Rollouts, TeacherReply, Verdicts
 from kdrl_train.runfolder import checkpoint
 from kdrl_train.runfolder.log import Stages
 from kdrl_train.runfolder.signals import Stopped
@@ -114,7 +114,7 @@ class Prefetch:
             "version": drawn.version,
             "rollouts": {field.name: getattr(rollouts, field.name) for field in fields(rollouts)},
             "verdicts": asdict(judged.verdicts),
-            "teacher_logprobs": judged.teacher_logprobs,
+            "teacher_logprobs": [_kept(reply) for reply in judged.teacher_replies],
         }
 
     def restore(self, folder: Path) -> None:
@@ -130,7 +130,7 @@ class Prefetch:
             judged = JudgedRollouts(
                 rollouts=Rollouts(**state["rollouts"]),
                 verdicts=Verdicts(**state["verdicts"]),
-                teacher_logprobs=state["teacher_logprobs"],
+                teacher_replies=state["teacher_logprobs"],
             )
             self.drawn[state["step"]] = Drawn(judged, state["version"])
         except Exception as error:  # a damaged file raises many types
@@ -152,6 +152,12 @@ class Prefetch:
 
         with _side_stream(self._device):
             return draw(stages, poll)
+
+
+def _kept(reply: TeacherReply | None) -> torch.Tensor | None:
+    """Return what a checkpoint stores of a server's reply: log-probabilities. States would make it
+    as large as the models; a resumed run asks for them again."""
+    return reply if isinstance(reply, torch.Tensor) and reply.ndim == 1 else None
 
 
 @contextmanager

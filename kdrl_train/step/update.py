@@ -252,6 +252,8 @@ def dump(inputs: StepInputs, part: int, loss: float, grad_norm: float) -> str:
     that must not hide what broke the step. All ranks call it."""
     run, batch, step = inputs.run, inputs.batch, inputs.step
     path = run.config.out / f"failed_step_{step:06d}.pt"
+    # replay asks a server again for what is large, and different on each rank
+    kept = replace(inputs.coefficients, teacher_states=None, teacher_topk=None)
     state = {
         "step": step,
         "part": part,
@@ -261,7 +263,7 @@ def dump(inputs: StepInputs, part: int, loss: float, grad_norm: float) -> str:
         "outcomes": batch.verdicts.outcomes,
         "errors": batch.verdicts.errors,
         "example_ids": [example.id for example in batch.examples],
-        "coefficients": asdict(inputs.coefficients),
+        "coefficients": asdict(kept),
         **asdict(batch.rollouts),
     }
     try:

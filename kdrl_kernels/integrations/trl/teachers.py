@@ -313,7 +313,7 @@ class TeacherServer:
             raise _renamed(error) from None
         logprobs = torch.zeros(tokens.shape, dtype=torch.float32)
         for r, reply in enumerate(replies):
-            if reply is not None:
+            if isinstance(reply, Tensor):
                 logprobs[r, mask[r].cpu()] = reply
         return logprobs.to(tokens.device)
 

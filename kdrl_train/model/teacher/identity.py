@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kdrl_kernels.head_config import head_scalars, logit_scale
 from kdrl_train.config.models import DEFAULT_TEACHER, teacher_file
 from kdrl_train.errors import require_file, written
 from kdrl_train.model.eos import eos_ids
@@ -14,6 +13,7 @@ from kdrl_train.model.fingerprint import weights_hash
 from kdrl_train.model.policy import Teacher
 from kdrl_train.model.self_teacher import LiveTeacher
 from kdrl_train.model.teacher.client import TeacherError, TeacherInfo, vocabulary_hash
+from kdrl_train.model.teacher.head import logit_numbers
 from kdrl_train.model.window import window
 
 FILE = teacher_file()
@@ -27,9 +27,7 @@ def describe(
 
     name: its folder or hub id, whose files are hashed if `hashed`, else its weights are in no file.
     """
-    config = model.model.config.get_text_config()
-    cap = head_scalars(config)[1]
-    scale = logit_scale(config)
+    scale, softcap = logit_numbers(model.model.config.get_text_config())
     return TeacherInfo(
         model=name,
         window=window(model.model.config),
@@ -40,7 +38,7 @@ def describe(
         weights=weights_hash(name) if hashed else None,
         hidden_size=model.model.get_output_embeddings().weight.shape[1],
         logit_scale=scale,
-        softcap=None if cap is None else cap * scale,
+        softcap=softcap,
     )
 
 

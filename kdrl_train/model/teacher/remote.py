@@ -8,12 +8,13 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
-from kdrl_train.batch import Rollouts
+from kdrl_train.batch import Rollouts, TeacherReply
 from kdrl_train.config import TrainConfig
 from kdrl_train.exchange import NoReplyError
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.schedules import History, schedule_value
-from kdrl_train.model.teacher.client import Query, TeacherClient, TeacherError
+from kdrl_train.model.teacher.client import KdrlClient, Query, TeacherClient, TeacherError
+from kdrl_train.model.teacher.head import ServedHead
 from kdrl_train.waiting import POLL_S, Poll, retry_waits
 
 QUIET_S = 1.0
@@ -21,7 +22,7 @@ QUIET_S = 1.0
 
 
 class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
-    """Gets the log-probabilities of completions from a server; use it as a context manager.
+    """Gets from a server what the method reads of the teacher; use it as a context manager.
 
     At most config.concurrency queries are open at a time. A query without a reply is sent again;
     after config.deadline_s without a reply to any query, all pending ones fail.
@@ -31,6 +32,7 @@ class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
         config: gives concurrency, deadlines, and the sampling temperature.
         sampled_vocab_size: columns from here on are not sampled; None: all are.
         say: reports outages; it is called from any thread.
+        head: what reads the states that the server sends, where the method needs them.
     """
 
     def __init__(
@@ -39,8 +41,12 @@ class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
         config: TrainConfig,
         sampled_vocab_size: int | None,
         say: Callable[[str], None],
+        head: ServedHead | None = None,
     ) -> None:
         self.client = client
+        self.head = head
+        self.method = config.method
+        self.half = config.model.dtype == "bfloat16"
         self.config = config.teacher
         self.sampled_vocab_size = sampled_vocab_size
         self.temperature = config.sampling.temperature
@@ -52,10 +58,10 @@ class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
         self._outage: float | None = None
         self._failure: TeacherError | None = None
 
-    def query(self, rollouts: Rollouts, selected_R: Tensor) -> dict[int, Future[Tensor]]:
+    def query(self, rollouts: Rollouts, selected_R: Tensor) -> dict[int, Future[TeacherReply]]:
         """Send the completions selected by selected_R [R] bool, without waiting for a reply.
 
-        Returns: completion -> the future of its log-probabilities [T] float32, nats.
+        Returns: completion -> the future of the server's reply.
         """
         return {
             r: self._pool.submit(self._score, self._query(rollouts, r))
@@ -66,9 +72,9 @@ class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
         self,
         rollouts: Rollouts,
         selected_R: Tensor,
-        pending: dict[int, Future[Tensor]],
+        pending: dict[int, Future[TeacherReply]],
         poll: Poll | None = None,
-    ) -> list[Tensor | None]:
+    ) -> list[TeacherReply | None]:
         """Wait for the replies to the selected completions.
 
         Those that are not pending yet are sent now; pending ones that are not selected are dropped.
@@ -77,7 +83,7 @@ class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
             selected_R: [R] bool.
             pending: what `query` returned for the same rollouts; may be empty.
             poll: called regularly; an exception it raises stops the waiting.
-        Returns: R of [T] float32 nats, None where not selected.
+        Returns: R of them, None where not selected.
         Raises: TeacherError, that of the first query that failed.
         """
         missing_R = selected_R.clone()
@@ -117,8 +123,8 @@ class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
             temperature=self.temperature,
         )
 
-    def _score(self, query: Query) -> Tensor:
-        """Return the [T] nats of one completion; runs in a thread of the pool."""
+    def _score(self, query: Query) -> TeacherReply:
+        """Return the reply for one completion; runs in a thread of the pool."""
         try:
             return self._reply_to(query)
         except TeacherError as error:
@@ -127,13 +133,24 @@ class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
             self._stop.set()  # the other queries need not wait
             raise
 
-    def _reply_to(self, query: Query) -> Tensor:
+    def _read(self, query: Query, timeout_s: float) -> TeacherReply:
+        """Send one query for what the method reads. States have at most the run's precision."""
+        if self.method.reads_logprobs:
+            return self.client.logprobs(query, timeout_s)
+        assert isinstance(self.client, KdrlClient)
+        if self.method.is_topk:
+            columns = query.sampled_vocab_size or self.method.kd_topk
+            return self.client.topk(query, min(self.method.kd_topk, columns), timeout_s)
+        states = self.client.states(query, timeout_s)
+        return states.bfloat16() if self.half else states
+
+    def _reply_to(self, query: Query) -> TeacherReply:
         """Send a query until a reply comes, the deadline has passed or the teacher is closed."""
         start, waits = time.monotonic(), retry_waits()
         while not self._stop.is_set():
             left_s = self.config.deadline_s - self._silence(start)
             try:
-                logprobs = self.client.logprobs(query, min(self.config.timeout_s, max(left_s, 0.1)))
+                reply = self._read(query, min(self.config.timeout_s, max(left_s, 0.1)))
             except NoReplyError as error:
                 if self._stop.is_set():  # it is no outage: `close` ended the request
                     break
@@ -141,7 +158,7 @@ class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
                 self._stop.wait(min(max(next(waits), error.wait_s), left_s))
             else:
                 self._replied()
-                return logprobs
+                return reply
         raise TeacherError(f"the teacher at {self.client.url} is no longer queried")
 
     def _silence(self, start: float) -> float:

@@ -1,0 +1,123 @@
+"""The head of a teacher behind a URL: read alone from its files, and that of the served model."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import kdrl_kernels as kk
+from kdrl_train.model.policy import HeadedModel
+from kdrl_train.model.teacher.client import TeacherInfo
+from kdrl_train.model.teacher.head import ServedHead, load_head, logit_numbers
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "tied": ("qwen2", {"tie_word_embeddings": True}),
+    "untied": ("llama", {"tie_word_embeddings": False}),
+    "softcap": ("gemma2", {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 16}),
+    "scale": ("granite", {"logits_scaling": 4.0}),
+    "bias": ("phi", {"partial_rotary_factor": 0.5}),
+    "another name": ("gpt_neox", {"tie_word_embeddings": False}),
+}
+
+
+def info_of(model: Any) -> TeacherInfo:
+    """Say what a server would of a model's head."""
+    weight = model.get_output_embeddings().weight
+    scale, softcap = logit_numbers(model.config)
+    columns, width = weight.shape
+    return TeacherInfo("m", 256, columns, hidden_size=width, logit_scale=scale, softcap=softcap)
+
+
+def read(folder: Path, info: TeacherInfo, temperature: float = 0.7) -> ServedHead:
+    device = torch.device("cpu")
+    return load_head(str(folder), info, temperature=temperature, dtype=torch.float32, device=device)
+
+
+def assert_same_logits(head: ServedHead, model: Any) -> None:
+    ids = torch.randint(258, (1, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        states = HeadedModel(model).hidden(ids, torch.arange(9)[None], None, [9])
+        exact = (model(input_ids=ids).logits[0] / 0.7).log_softmax(dim=1)
+    teacher = head.of(states, 9)
+    out = kk.linear_logprobs(
+        teacher.hidden,
+        teacher.weight,
+        ids[0],
+        bias=teacher.bias,
+        temperature=teacher.temperature,
+        softcap=teacher.softcap,
+    )
+    torch.testing.assert_close(
+        out.logprobs, exact.gather(1, ids.T).squeeze(1), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_head_and_states_are_the_model(tiny: Callable[..., Any], tmp_path: Path, name: str) -> None:
+    family, config = FAMILIES[name]
+    model = tiny(family, **config)
+    bias = model.get_output_embeddings().bias
+    if bias is not None:
+        torch.nn.init.normal_(bias)
+    model.save_pretrained(tmp_path)
+    head = read(tmp_path, info_of(model))
+    assert (head.bias is None) == (bias is None)
+    assert_same_logits(head, model)
+    zeros = head.of(None, 3).hidden
+    assert (zeros.shape, zeros.abs().max().item()) == ((3, head.weight.shape[1]), 0.0)
+
+
+def test_one_file_of_many_is_read(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    model = tiny("llama", tie_word_embeddings=False)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    shards = [path for path in tmp_path.glob("model-*") if "lm_head.weight" not in load_file(path)]
+    assert len(shards) > 2
+    for path in shards:
+        path.unlink()
+    assert_same_logits(read(tmp_path, info_of(model)), model)
+
+
+def test_a_file_of_torch_save_is_read(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    model = tiny("qwen2", tie_word_embeddings=True)
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    assert_same_logits(read(tmp_path, info_of(model)), model)
+
+
+def test_the_head_of_another_model_is_refused(folders: dict[str, Path], tiny: Any) -> None:
+    info = info_of(tiny("llama", hidden=48, tie_word_embeddings=False))
+    assert len(read(folders["teacher"], info).weight) == 258
+    changes = {
+        "258 columns, and 300 there": {"vocab_size": 300},
+        "48 numbers in a state, and 64 there": {"hidden_size": 64},
+        "1.0 as logit_scale, and 0.5 there": {"logit_scale": 0.5},
+        "None as softcap, and 30.0 there": {"softcap": 30.0},
+    }
+    for message, change in changes.items():
+        with pytest.raises(ValueError, match=rf"teacher\.head must be the head of m, .*{message}"):
+            read(folders["teacher"], replace(info, **change))
+
+
+def test_a_head_that_cannot_be_read_is_named(
+    folders: dict[str, Path], tiny: Any, tmp_path: Path
+) -> None:
+    info = info_of(tiny("llama", hidden=48, tie_word_embeddings=False))
+    copy = shutil.copytree(folders["teacher"], tmp_path / "copy")
+    tensors = load_file(copy / "model.safetensors")
+    weight = tensors.pop("lm_head.weight")
+    save_file(tensors, copy / "model.safetensors")
+    with pytest.raises(ValueError, match=r"teacher\.head must be .*its files have none of lm_head"):
+        read(copy, info)
+    save_file(tensors | {"lm_head.weight": weight[:9].clone()}, copy / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lm_head\.weight has shape \[9, 48\] .* \[258, 48\] by"):
+        read(copy, info)
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"teacher\.head must be .*it has no weights"):
+        read(copy, info)
+    with pytest.raises(ValueError, match=r"teacher\.head must be .*there is no such folder"):
+        read(tmp_path / "nothing", info)
