@@ -304,7 +304,7 @@ def test_every_preset_is_an_option(name: str) -> None:
         ),
         (
             "model: {teachers: {a: 'http://h:1'}}\ndata: {teacher_column: t}\nmethod: {kd: rkl}",
-            r'method\.kd must be "k2" or "k3" with a teacher behind a URL',
+            r'teacher\.head must be set for method\.kd "rkl"',
         ),
         (
             "method: {policy: 'off', teachers: {a: {kd_coef: {kind: reward_adaptive}}}}\n"

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -380,12 +381,21 @@ def test_a_mask_waits_for_the_rewards(mask: str, beta: float, early: bool) -> No
 
 def test_settings_that_a_server_cannot_serve_are_refused() -> None:
     model = ModelConfig(teacher="http://host:1")
-    for kd in ("rkl", "fkl", "jsd", "rkl+fkl"):
-        message = rf'method\.kd must be "k2" or "k3" .*"{re.escape(kd)}" and None'
+    exact = [MethodConfig(kd=kd) for kd in ("rkl", "fkl", "jsd", "rkl+fkl")]
+    exact.append(MethodConfig(kd_baseline="kl"))
+    head = TeacherConfig(head="folder")
+    for method in exact:
+        message = rf'teacher\.head must be set for .*"{re.escape(str(method.kd))}" and kd_baseline '
         with pytest.raises(ValueError, match=message):
-            TrainConfig(model=model, method=MethodConfig(kd=kd))
-    with pytest.raises(ValueError, match=r'kd_baseline None, got "k2" and kl: a server scores'):
-        TrainConfig(model=model, method=MethodConfig(kd_baseline="kl"))
+            TrainConfig(model=model, method=method)
+        TrainConfig(model=model, method=method, teacher=head)
+        split = replace(model, tensor_parallel=2)
+        with pytest.raises(ValueError, match=r"tensor_parallel must be 1 for .* URL, got 2: each"):
+            TrainConfig(model=split, method=method, teacher=head)
+    for method in (*exact, MethodConfig(kd="topk_rkl")):
+        spoken = replace(model, teacher_api="openai")
+        with pytest.raises(ValueError, match=r'model\.teacher_api must be "kdrl" for .*"openai"'):
+            TrainConfig(model=spoken, method=method, teacher=head)
     cool = SamplingConfig(temperature=0.7)
     assert TrainConfig(model=model, sampling=cool).model.teacher_is_url
     openai = ModelConfig(teacher="https://host/v1", teacher_api="openai")
