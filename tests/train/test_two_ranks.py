@@ -5,6 +5,7 @@ another order, hence the tolerances.
 """
 
 import io
+import json
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ from kdrl_train.method.presets import PRESETS
 from kdrl_train.model.policy import Policy
 from kdrl_train.ranks import ALONE
 from kdrl_train.runfolder import checkpoint
+from kdrl_train.runfolder.best import FILE, resolved
 from kdrl_train.runfolder.log import read_records
 from tests.train.conftest import EXACT
 from tests.train.ranks import train_ranks
@@ -127,9 +129,18 @@ def test_every_method_is_the_same_on_two_ranks(config: Config, name: str) -> Non
     settings = dict(VARIANTS[name])
     if name.startswith("measured"):  # the first micro-batches of all ranks: here the whole step
         settings["optim"] = replace(ONE_SEQUENCE_PER_PACK, micro_batch_tokens=9999)
-        settings["eval"] = EvalConfig(data=config().data, every=2, samples=3, max_problems=5)
+        settings["optim"] = replace(settings["optim"], schedule="cosine", warmup_steps=1)
+        data, greedy = config().data, name != "measured"
+        settings["eval"] = EvalConfig(
+            data=data, sets={"b": data}, every=2, samples=3, max_problems=5, greedy=greedy,
+            keep_best=True,
+        )  # fmt: skip
     whole, parts = (config(out, **settings) for out in ("whole", "parts"))
     assert_same_metrics(together(parts, 2), alone(whole))
+    if name.startswith("measured"):
+        bests = [json.loads((one.out / FILE).read_text("utf-8")) for one in (whole, parts)]
+        assert bests[0] == bests[1]
+        assert resolved(parts.out / FILE).is_dir()
 
 
 @pytest.mark.slow  # other tests here train on two ranks
