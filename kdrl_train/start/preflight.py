@@ -33,7 +33,12 @@ from kdrl_train.start.models import (
     probed,
     teacher_checks,
 )
-from kdrl_train.start.prompts import check_eos, check_first_prompt, check_prompts
+from kdrl_train.start.prompts import (
+    check_eos,
+    check_first_prompt,
+    check_prompts,
+    longest_with_completion,
+)
 from kdrl_train.start.self_teacher import check_teacher_prompt
 
 
@@ -82,7 +87,7 @@ def preflight(
     for teacher in loaded.teachers:
         checks |= teacher_checks(config, loaded, teacher)
     if config.engine.kind == "vllm_server":
-        checks["engine"] = lambda: check_engine(config)
+        checks["engine"] = lambda: check_engine(config, longest_with_completion(config, loaded))
     checks["vocabulary"] = lambda: check_vocabulary(loaded)
     checks["memory"] = lambda: check_memory(config, policy, models, world.size)
     local = [ending(config, one) for one in loaded.teachers if one.model is not None]
@@ -142,13 +147,20 @@ def check_trackers(config: TrainConfig) -> str:
     return f"ready: {', '.join(config.log.trackers)}"
 
 
-def check_engine(config: TrainConfig) -> str:
+def check_engine(config: TrainConfig, longest: int = 0) -> str:
     """Check that the vLLM server replies and was started as the run needs it.
+
+    longest: tokens of the longest prompt with its completion.
 
     Raises: ValueError if not; UserWarning where the way to it is open to others.
     """
     with closing(vllm_server.connect(config)) as client:
         model, window = vllm_server.inspect(client, config)
+    if longest > window:
+        raise ValueError(
+            f"the server at {client.url} must hold the longest prompt and completion, {longest:,} "
+            f"tokens, got a window of {window:,}: start it with a larger --max-model-len"
+        )
     if is_exposed(client.url):
         raise UserWarning(
             f"engine.url should be https, or in a private network, got {client.url}: whoever "

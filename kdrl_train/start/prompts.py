@@ -69,6 +69,13 @@ def check_prompts(config: TrainConfig, loaded: Loaded) -> str:
     return _with_doubts(detail, doubts)
 
 
+def longest_with_completion(config: TrainConfig, loaded: Loaded) -> int:
+    """Return the tokens of the longest prompt with its completion, of training and evaluation."""
+    held_out = config.eval.sampling(config.sampling).max_new_tokens
+    lengths = [one.facts.longest + held_out for one in loaded.held_out]
+    return max([loaded.prompts.longest + config.sampling.max_new_tokens, *lengths])
+
+
 def _name(one: ProblemSet) -> str:
     """Name a set in a sentence, but for that of eval.data."""
     return "" if one.section == "eval.data" else f" in {one.section}"

@@ -153,8 +153,6 @@ def _no_report(_done: int, _tokens: int) -> None:
 def longest_sequence(config: TrainConfig, policy: Policy) -> int:
     """Return the tokens of the longest prompt that the run may have, with its completion."""
     held_out = config.eval.sampling(config.sampling).max_new_tokens
-    longest = max(
-        config.data.max_prompt_tokens + config.sampling.max_new_tokens,
-        *(one.max_prompt_tokens + held_out for one in config.eval.sections.values()),
-    )
+    lengths = [one.max_prompt_tokens + held_out for one in config.eval.sections.values()]
+    longest = max([config.data.max_prompt_tokens + config.sampling.max_new_tokens, *lengths])
     return min(window(policy.model.config) or longest, longest)

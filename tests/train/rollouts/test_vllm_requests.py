@@ -15,13 +15,15 @@ pytest.importorskip("uvicorn")
 
 import fastapi
 import safetensors.torch
+from transformers import MambaConfig
 
-from kdrl_train.config import EngineConfig
+from kdrl_train.config import EngineConfig, EvalConfig, SamplingConfig
 from kdrl_train.errors import EngineError
 from kdrl_train.model.load import load_policy, load_tokenizer
 from kdrl_train.model.policy import Policy
 from kdrl_train.ranks import ALONE
 from kdrl_train.rollouts.engines import open_engine, vllm_server
+from kdrl_train.rollouts.engines.requests import longest_sequence
 from kdrl_train.rollouts.engines.vllm import require_vllm
 from kdrl_train.start import preflight
 from kdrl_train.tools.serve.app import RequireToken
@@ -219,7 +221,10 @@ def test_a_server_that_is_not_ready(server: Scripted, config: Config, fault: str
 
 def test_a_server_that_is_ready_passes_the_preflight(server: Scripted, config: Config) -> None:
     with running(server.app()) as url:
-        assert preflight.check_engine(at(config, url)) == f"{url}: policy, a window of 256 tokens"
+        said = f"{url}: policy, a window of 256 tokens"
+        assert preflight.check_engine(at(config, url), 256) == said
+        with pytest.raises(ValueError, match=r"completion, 257 tokens, got a window of 256: start"):
+            preflight.check_engine(at(config, url), 257)
 
 
 @pytest.mark.fault("attack on vLLM")
@@ -288,3 +293,19 @@ BAD = {
 def test_settings_that_do_not_fit(message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EngineConfig(**BAD[message])
+
+
+def test_the_longest_sequence_is_of_training_or_of_an_evaluation(config: Config) -> None:
+    """It is the context that vLLM in this process is started with."""
+    policy: Any = SimpleNamespace(model=SimpleNamespace(config=MambaConfig()))  # without a window
+    settings = config(sampling=SamplingConfig(max_new_tokens=9))
+    assert longest_sequence(settings, policy) == 1024 + 9
+    held_out = EvalConfig(every=1, data=settings.data, max_new_tokens=20)
+    longer = replace(settings.data, max_prompt_tokens=2000)
+    for evaluation, tokens in (
+        (held_out, 1024 + 20),
+        (replace(held_out, sets={"a": longer}), 2000 + 20),
+        (replace(held_out, max_new_tokens=None, sets={"a": longer}), 2000 + 9),
+        (replace(held_out, every=0), 1024 + 9),
+    ):
+        assert longest_sequence(replace(settings, eval=evaluation), policy) == tokens

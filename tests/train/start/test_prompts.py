@@ -279,6 +279,8 @@ def test_held_out_prompts_must_fit(held: TrainConfig) -> None:
         prompts.check_prompts(replace(held, eval=longer), loaded)
     fits = replace(held, eval=replace(longer, max_new_tokens=247))
     of_sets = load(fits)
+    assert prompts.longest_with_completion(fits, of_sets) == 9 + 247
+    assert prompts.longest_with_completion(fits, replace(of_sets, held_out=[])) == 4 + 32
     doubt = warning(prompts.check_prompts, fits, of_sets)
     assert doubt.startswith("in eval.sets.short 1 of 2 problems are left out: ")
     assert "2 held out of at most 9, 1 held out in eval.sets.short of at most 4, " in doubt
