@@ -35,7 +35,7 @@ from kdrl_train.start.open_run import open_run, take_folder
 from kdrl_train.step.collect import collect, draw, sample_and_judge
 from kdrl_train.step.run import Run
 from kdrl_train.step.samples import SampleRecorder
-from kdrl_train.step.trained_model import write_model
+from kdrl_train.step.trained_model import write_best, write_model
 from kdrl_train.step.update import update
 
 
@@ -76,6 +76,8 @@ def main(
                 output.begin("saving the model")
                 with first_cause(world.meeting):
                     where = write_model(run)
+                    if run.best is not None:
+                        where += f"; {write_best(run)}"
                 run.log.event("finished", f"all steps are done: {where}")
     return config.out
 

@@ -119,7 +119,8 @@ class EvalConfig:
 
     keep_best: Switch = False
     """Save a checkpoint where the avg@k of `data` is above every earlier one, and keep it until a
-    better one is saved; best.json of the run's folder names it. The first of equal ones counts."""
+    better one is saved; best.json of the run's folder names it. The first of equal ones counts. At
+    the end its model is written to model_best/, beside that of the last step."""
 
     def __post_init__(self) -> None:
         check_sets(self.sets, self.data)

@@ -9,20 +9,33 @@ from torch import Tensor
 
 from kdrl_train.model import lora
 from kdrl_train.model.folder import ADAPTER_WEIGHTS, base_of
+from kdrl_train.runfolder.checkpoint import load_weights
 from kdrl_train.runfolder.export import export, replace_folder, require_finite, whole_state
 from kdrl_train.step.run import Run
 
 REMEDY = "free space or correct --out, then --resume writes it again"
 
 
-def write_model(run: Run) -> str:
+def write_best(run: Run) -> str:
+    """Load the weights of the best evaluation, and write them as write_model does, into folders
+    whose names end in _best. The policy keeps them."""
+    assert run.best is not None
+    assert run.best.now is not None
+    folder, config = run.best.checkpoint(run.best.now), run.config
+    load_weights(folder, run.policy, run.world, config.checkpoint_hashes, config=config.model)
+    return f"of step {run.best.now.step}, the best, {write_model(run, '_best')}"
+
+
+def write_model(run: Run, ending: str = "") -> str:
     """Write the trained model into the run's folder; all ranks call it together.
 
+    Args:
+        ending: of the folders' names.
     Returns: what is where.
     Raises: as runfolder.export.export.
     """
     model, config, ours = run.policy.model, run.config, run.log.require_ours
-    whole, adapter = config.out / "model", config.out / "adapter"
+    whole, adapter = (config.out / f"{name}{ending}" for name in ("model", "adapter"))
     settings = config.model.lora
     if not settings.rank:
         export(model, run.tokenizer, whole, run.world, model.origin.dtype_of, require_ours=ours)

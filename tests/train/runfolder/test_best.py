@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from kdrl_train import train
 from kdrl_train.config import DataConfig, EvalConfig, TrainConfig
+from kdrl_train.model.policy import HeadedModel
 from kdrl_train.runfolder import best, checkpoint, jsonl
 from kdrl_train.runfolder.best import METRIC, Best, BestSoFar, measures, resolved
 from tests.train.test_train import run
@@ -130,6 +133,16 @@ def test_the_best_checkpoint_of_a_run_stays(
     keeps = EvalConfig(data=config().data, every=1, max_problems=1, keep_best=True)
     settings = config(steps=5, save_every=9, keep_checkpoints=1, eval=keeps)
     run(settings)
+    ends = [event["message"] for event in jsonl.read(settings.out / "events.jsonl")]
+    assert ends[-1].endswith(f"of step 2, the best, the model is in {settings.out / 'model_best'}")
+    policy = HeadedModel(AutoModelForCausalLM.from_pretrained(settings.out / "model_best"))
+    exported = {name: weight.clone() for name, weight in policy.named_parameters()}
+    checkpoint.load_weights(settings.out / "best.json", policy)
+    last = AutoModelForCausalLM.from_pretrained(settings.out / "model")
+    changed = dict(HeadedModel(last).named_parameters())
+    for name, weight in policy.named_parameters():
+        assert torch.equal(weight, exported[name])
+        assert not torch.equal(weight, changed[name])
     names = [path.name for path in checkpoint.checkpoints(settings.out / "checkpoints")]
     assert names == ["step_000002", "step_000005"]
     content = json.loads((settings.out / best.FILE).read_text(encoding="utf-8"))
