@@ -99,6 +99,25 @@ def test_eval_of_a_run_needs_no_teachers_server(run: TrainConfig, tiny: Callable
         assert evaluate.common_width(model, start) == columns
 
 
+def test_eval_samples_no_token_that_one_of_several_teachers_lacks(
+    run: TrainConfig, tiny: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = tiny("qwen2")
+    tiny("llama", vocab_size=257).config.save_pretrained(tmp_path / "narrow")
+    tiny("llama", vocab_size=300).config.save_pretrained(tmp_path / "wide")
+    policy = replace(
+        run.model,
+        policy=str(run.out / "model"),
+        teacher=str(tmp_path / "wide"),
+        teachers={"math": str(tmp_path / "narrow"), "far": "http://127.0.0.1:9"},
+    )
+    (run.out / "teacher_far.json").write_text(json.dumps({"vocab_size": 250}), encoding="utf-8")
+    assert evaluate.common_width(model, policy) == 250
+    (run.out / "teacher_far.json").write_text(json.dumps({"vocab_size": None}), encoding="utf-8")
+    assert evaluate.common_width(model, policy) == 257
+    assert evaluate.common_width(model, replace(policy, teachers={})) == 258
+
+
 def test_serve_replay_and_sft_take_their_part(run: TrainConfig) -> None:
     taken = parse("serve", "--config", file_of(run), "--port", "99")
     assert (taken.model, taken.port, taken.host) == (run.model, 99, "127.0.0.1")

@@ -9,7 +9,13 @@ import pytest
 from rich.console import Console
 
 from kdrl_train import cli
-from kdrl_train.config import ModelConfig, OptimConfig, SamplingConfig, TrainConfig
+from kdrl_train.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 from kdrl_train.config_file import save_yaml, to_dict
 from kdrl_train.method.presets import PRESETS
 from kdrl_train.tools.plan import command
@@ -170,3 +176,21 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for name in to_dict(PlanConfig()):
         assert name.replace("_", "-") in out, name
+
+
+def test_each_teacher_is_counted_where_it_is(models: dict[str, str]) -> None:
+    places = {"math": models["7b"], "far": "http://host:1"}
+    model = ModelConfig(policy=models["7b"], teacher=models["untied"], teachers=places)
+    config = PlanConfig(model=model, data=DataConfig(teacher_column="t"), method=PRESETS["kdrl"])
+
+    def teachers(config: PlanConfig) -> dict[str, float]:
+        memory = command.make_estimate(config).memory
+        return {t.name: t.value for t in memory if t.name in ("teacher", "the other teachers")}
+
+    sizes = {"teacher": 4 * 7_615_616_512, "the other teachers": 4 * 1736}
+    assert teachers(config) == sizes
+    assert teachers(replace(config, gpus=8)) == {name: size / 8 for name, size in sizes.items()}
+    moved = replace(config, model=replace(model, move_teachers=True))
+    assert teachers(moved) == {"teacher": sizes["teacher"]}
+    alone = replace(config, model=replace(model, teachers={}), data=DataConfig())
+    assert teachers(alone) == {"teacher": sizes["the other teachers"]}
