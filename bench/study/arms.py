@@ -80,6 +80,7 @@ _SELF = {
 """The policy is its own teacher, which sees the answer behind the question."""
 _LORA = {"model": {"lora": {"rank": 8}}, "optim": {"learning_rate": 5e-3}}
 """Ten times the learning rate of the arms that train all weights."""
+_SPECIALISTS = ("teacher_product", "teacher_sum")
 _TOPK = replace(_KDRL, kd="topk_rkl", kd_topk=8)
 
 
@@ -159,8 +160,34 @@ ARMS: Mapping[str, Arm] = {
     "constant_advantage": _successor(
         "control: KDRL with advantage 1", replace(_KDRL, advantage="constant")
     ),
-    "grpo_lora": _successor("GRPO, LoRA of rank 8", PRESETS["grpo"], like="grpo", settings=_LORA),
-    "kdrl_lora": _successor("KDRL, k2, LoRA of rank 8", _KDRL, settings=_LORA),
+    "grpo_lora": _successor(
+        "GRPO, LoRA of rank 8 at 0.005", PRESETS["grpo"], like="grpo", settings=_LORA
+    ),
+    "kdrl_lora": _successor("KDRL, LoRA of rank 8 at 0.005", _KDRL, settings=_LORA),
+    "two_teachers": _successor(
+        "KDRL, a teacher for products and one for sums",
+        _KDRL,
+        settings={
+            "model": {
+                "teacher": None,
+                "teachers": {kind: f"{{task}}/teacher_{kind}" for kind in ("product", "sum")},
+            },
+            "data": {"teacher_column": "domain"},
+        },
+        models=_SPECIALISTS,
+    ),
+    "product_teacher": _successor(
+        "KDRL, the teacher for products alone",
+        _KDRL,
+        settings={"model": {"teacher": "{task}/teacher_product"}},
+        models=_SPECIALISTS,
+    ),
+    "sum_teacher": _successor(
+        "KDRL, the teacher for sums alone",
+        _KDRL,
+        settings={"model": {"teacher": "{task}/teacher_sum"}},
+        models=_SPECIALISTS,
+    ),
     "self_live": _successor("KDRL, taught by itself with the answer", _KDRL, settings=_SELF),
     "self_frozen": _successor(
         "KDRL, taught by its start with the answer",
