@@ -52,7 +52,7 @@ def test_every_arm_is_a_valid_run_of_any_length(name: str, steps: int, tmp_path:
     trial = Trial(task="countdown", arm=name, learning_rate=1e-3, beta=beta, seed=3)
     run = train_config(config, trial)
     assert run.method == ARMS[name].at(beta, steps)
-    assert (run.model.teacher is None) == (run.method.kd is None)
+    assert (run.model.teacher is None and not run.model.teachers) == (run.method.kd is None)
     other = train_config(config, replace(trial, arm="grpo", beta=None))
     model = replace(other.model, teacher=run.model.teacher)
     if ARMS[name].sketched:
