@@ -175,6 +175,16 @@ def adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Te
     }
 
 
+def count(model: Any, config: LoraConfig) -> int:
+    """Count the parameters that adapters would have in a model, on any device, without peft."""
+    targets = _targets(model, config.targets)
+    return sum(
+        config.rank * sum(module.weight.shape)
+        for name, module in model.named_modules()
+        if _is_linear(module) and any(f".{name}".endswith(f".{target}") for target in targets)
+    )
+
+
 def parameters(model: nn.Module) -> tuple[int, int]:
     """Count the parameters that are trained, and all."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

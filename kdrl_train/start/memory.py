@@ -4,12 +4,13 @@ import os
 from collections.abc import Sequence
 
 from kdrl_train.config import TrainConfig
+from kdrl_train.model import lora
 from kdrl_train.model.policy import Policy, Teacher
-from kdrl_train.model.self_teacher import LiveTeacher
+from kdrl_train.model.self_teacher import BaseTeacher, LiveTeacher
 from kdrl_train.start.estimate.case import Case, Placement
 from kdrl_train.start.estimate.devices import memory_bytes
 from kdrl_train.start.estimate.memory import by_moment, causes, memory_terms
-from kdrl_train.start.estimate.shapes import largest_first, shape_of
+from kdrl_train.start.estimate.shapes import largest_first, read_model, shape_of
 
 FAR = 1.1
 """An estimate of more than this many times the device's memory is a failure; one between 1 and this
@@ -69,11 +70,20 @@ def _case(
         raise ValueError("model.tensor_parallel is not modelled")
     if config.engine.kind in ("continuous", "vllm"):
         raise ValueError(f"engine.kind {config.engine.kind} is not modelled")
-    shapes = largest_first(shape_of(teacher.model, "model.teacher") for teacher in teachers)
+    policy_model, adapters = policy.model, 0
+    if config.model.lora.rank:  # its shape is that of its base
+        model = config.model
+        policy_model = read_model(model.policy, "model.policy", model.trust_remote_code)
+        adapters = lora.count(policy_model, model.lora)
+    shapes = largest_first(
+        shape_of(policy_model if isinstance(teacher, BaseTeacher) else teacher.model, "the teacher")
+        for teacher in teachers
+    )
     return Case(
         run=config,
         choice=policy.choice,
-        policy=shape_of(policy.model, "model.policy"),
+        policy=shape_of(policy_model, "model.policy"),
+        adapters=adapters,
         teacher=shapes[0] if shapes else None,
         other_teachers=shapes[1:],
         placement=Placement(

@@ -12,6 +12,7 @@ from rich.text import Text
 from kdrl_train import output
 from kdrl_train.config import TrainConfig
 from kdrl_train.errors import RankError, RunError
+from kdrl_train.model import lora
 from kdrl_train.model.load import use_device
 from kdrl_train.model.teacher.client import TeacherError
 from kdrl_train.proxies import is_exposed
@@ -80,6 +81,8 @@ def preflight(
         "policy weights": lambda: check_weights(policy, "model.policy"),
         "policy head": lambda: probed(policy, "model.policy", packed),
     }
+    if config.model.lora.rank:
+        checks["adapters"] = lambda: lora.summary(policy.model)
     if policy.sketch is not None:
         checks["head gradient"] = lambda: check_sketch(config, loaded)
     if loaded.prompts.teacher is not None:

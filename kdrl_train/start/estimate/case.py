@@ -10,9 +10,12 @@ from kdrl_kernels.sketch import COLUMNS_PER_ENTRY
 from kdrl_train.config import TrainConfig
 from kdrl_train.model import attention
 from kdrl_train.model.attention import Choice
+from kdrl_train.model.self_teacher import has_no_copy
 from kdrl_train.start.estimate.layers import LayerShape
 from kdrl_train.start.estimate.shapes import ModelShape
 
+BLOCK = 256
+"""Weights whose 8-bit moments share a scale, in bitsandbytes."""
 SKETCH_ENTRIES = 16.0
 """sketch_entries of a policy that is sure of most of its tokens, as those that reason are."""
 
@@ -47,6 +50,9 @@ class Case:
     """How the policy computes the sequences of a pack."""
     entries: float = SKETCH_ENTRIES
     """Mean entries of a token's gradient, where the head's is sketched."""
+    adapters: int = 0
+    """Parameters of the policy's adapters, with model.lora: they are trained, and the rest is
+    frozen; 0: all of the policy is trained."""
     flat: float | None = None
     """Share of tokens too flat to be sketched; None: all, where `entries` would cost more than
     model.head_flat allows, else none."""
@@ -87,6 +93,31 @@ class Case:
         return getattr(torch, self.run.model.dtype)
 
     @property
+    def trained(self) -> int:
+        """Counts the parameters that are trained."""
+        return self.adapters or self.policy.parameters
+
+    @property
+    def weight_bytes(self) -> int:
+        """Returns the bytes of a weight of the policy: one that is frozen has the compute dtype."""
+        return self.dtype.itemsize if self.adapters else 4
+
+    @property
+    def moment_bytes(self) -> float:
+        """Returns the bytes that the optimiser keeps for each parameter that is trained."""
+        optim = self.run.optim
+        if optim.name == "sgd":
+            return 4.0 if optim.momentum else 0.0
+        if optim.name.endswith("8bit"):  # and a float32 scale for each block of each moment
+            return 2 * (1 + 4 / BLOCK)
+        return 8.0
+
+    @property
+    def teaches_itself(self) -> bool:
+        """Says whether the policy's own weights teach, without a copy of them."""
+        return has_no_copy(self.run.model)
+
+    @property
     def teacher_itemsize(self) -> int:
         """Returns the bytes of a weight of the teacher: one that follows the policy is float32."""
         return 4 if self.run.model.self_teacher == "ema" else self.dtype.itemsize
@@ -97,7 +128,7 @@ class Case:
 
         One GPU keeps float32 weights and computes by autocast: its residual stream is float32.
         """
-        return self.dtype.itemsize if self.sharded else 4
+        return self.dtype.itemsize if self.sharded else self.weight_bytes
 
     @property
     def rollouts(self) -> int:

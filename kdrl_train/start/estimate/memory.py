@@ -80,9 +80,9 @@ def by_moment(terms: Sequence[Term]) -> dict[str, float]:
 def loading_bytes(case: Case) -> float:
     """Returns the CPU memory of rank 0 while it reads the models, one after the other, to share
     them out."""
-    copied = case.teacher is not None and case.run.model.self_teacher != "live"
+    copied = case.teacher is not None and not case.teaches_itself
     teacher = case.teacher_itemsize * case.teacher.parameters if case.teacher and copied else 0
-    return max(4 * case.policy.parameters, teacher)
+    return max(case.weight_bytes * case.policy.parameters, teacher)
 
 
 def causes(terms: Sequence[Term], available_bytes: float) -> list[Term]:
@@ -99,15 +99,20 @@ def causes(terms: Sequence[Term], available_bytes: float) -> list[Term]:
 
 
 def _states(case: Case) -> list[Term]:
-    """Lists what lasts from pack to pack: weights, gradients and AdamW's moments."""
-    P, placement = case.policy.parameters, case.placement
+    """Lists what lasts from pack to pack: weights, gradients and the optimiser's moments."""
+    placement, optim = case.placement, case.run.optim
     over = (placement.gpus, "GPUs")
-    everything = (P, "parameters")
+    everything = (case.trained, "of the adapters" if case.adapters else "parameters")
     several_packs = case.rollouts * case.longest > case.pack_tokens
     if placement.offload_policy and not placement.cpu:
         return []
     remedy = f"{MORE_GPUS}, or --model.offload-policy"
+    frozen: list[Term] = []
+    if case.adapters:
+        base = [(case.weight_bytes, "B"), (case.policy.parameters, "parameters")]
+        frozen = [product("frozen weights", ALWAYS, base, over, remedy=remedy)]
     terms = [
+        *frozen,
         product("weights, float32", ALWAYS, [(4, "B"), everything], over, remedy=remedy),
         product(
             "gradients, float32",
@@ -116,13 +121,17 @@ def _states(case: Case) -> list[Term]:
             over,
             remedy=remedy,
         ),
-        product("AdamW moments", ALWAYS, [(8, "B"), everything], over, remedy=remedy),
     ]
+    if moments := case.moment_bytes:
+        name = "momentum" if optim.name == "sgd" else "AdamW moments"
+        terms.append(product(name, ALWAYS, [(moments, "B"), everything], over, remedy=remedy))
     if placement.cpu:
-        largest = (case.policy.largest, "of the largest parameter")
+        size = min(case.policy.largest, case.trained)
+        largest = (size, "of the largest parameter")
         terms.append(product("AdamW temporaries", ("optimizer",), [(8, "B"), largest], over))
         if case.run.save_async:
-            copy = [(16 if case.run.model.self_teacher == "ema" else 12, "B"), everything]
+            average = 4 if case.run.model.self_teacher == "ema" else 0
+            copy = [(4 + moments + average, "B"), everything]
             terms.append(product("copy for the checkpoint", ALWAYS, copy, over, remedy=WAIT))
     else:
         step = [(4, "B"), everything]
@@ -137,13 +146,20 @@ def _passes(case: Case) -> list[Term]:
     layer = (policy.layer_parameters, "parameters of a layer")
     root = (policy.root_parameters, "parameters outside the layers")
     if case.sharded:
-        return [
+        gathered = [
             product("gathered layers", ("backward",), [(2 * b, "B, two layers"), layer]),
             product("gathered root", (*UPDATE, "root"), [(b, "B"), root], remedy=LARGER),
+        ]
+        if case.adapters:  # whose gradients are small
+            return gathered
+        return [
+            *gathered,
             product("a layer's gradient, whole", ("backward",), [(b + 4, "B"), layer]),
             product("the head's gradient, whole", ("backward",), [(b, "B"), head]),
             product("the root's gradient, whole", ("root",), [(b + 4, "B"), root], remedy=LARGER),
         ]
+    if case.adapters:
+        return []
     terms = [product("the embedding's gradient", ("root",), [(4, "B"), head])]
     if policy.tied:
         terms.append(product("the tied head's gradient", ("backward", "root"), [(4, "B"), head]))
@@ -237,11 +253,10 @@ def _head(case: Case) -> list[Term]:
             product("entries of the sketch", UPDATE, [(plan.gradient_bytes, each)]),
             product("dX", ("backward",), [(case.dtype.itemsize, "B"), tokens, H], remedy=shorter),
         ]
-    return [
-        workspace,
-        product("dX, float32", UPDATE, [(4, "B"), tokens, H], remedy=shorter),
-        product("dW accumulator, float32", ("head",), [(4, "B"), V, H], remedy=LARGER),
-    ]
+    terms = [workspace, product("dX, float32", UPDATE, [(4, "B"), tokens, H], remedy=shorter)]
+    if not case.adapters:
+        terms.append(product("dW accumulator, float32", ("head",), [(4, "B"), V, H], remedy=LARGER))
+    return terms
 
 
 def _teacher(case: Case) -> list[Term]:
@@ -271,9 +286,11 @@ def _teacher(case: Case) -> list[Term]:
     if case.masked:
         mask = [(1 + b, "B"), read, read]
         terms.append(product("teacher's mask", ("teacher",), mask, remedy=_shorter(case)))
-    kind = case.run.model.self_teacher
-    live, follows = kind == "live" and not case.other_teachers, kind == "ema"
-    if not case.sharded and (live or follows) and b < 4:
+    live, follows = (
+        case.teaches_itself and not case.other_teachers,
+        case.run.model.self_teacher == "ema",
+    )
+    if not case.sharded and (live or follows) and b < case.weight_bytes:
         copy = [(b, "B"), head]
         terms.append(product("teacher's head in bfloat16", ("head",), copy, remedy=LARGER))
     if live and not case.sharded:
@@ -346,7 +363,7 @@ def _rollout(case: Case) -> list[Term]:
     ]
     if states := case.state_bytes(policy):
         terms.append(product("states of the mixers", ROLLOUT, [batch, (states, "B")], remedy=fewer))
-    if case.sharded or b < 4 or run.engine.staleness:
+    if case.sharded or b < case.weight_bytes or run.engine.staleness:
         copy = [(b, "B"), (policy.parameters, "parameters")]
         terms.append(product("copy of the policy that samples", ROLLOUT, copy, remedy=LARGER))
     if run.engine.staleness:  # the next step is sampled during the update

@@ -18,6 +18,7 @@ from rich.text import Text
 from kdrl_train.config import TrainConfig
 from kdrl_train.config.models import DEFAULT_TEACHER, SELF, is_url
 from kdrl_train.errors import written
+from kdrl_train.model import lora
 from kdrl_train.model.attention import Choice
 from kdrl_train.model.choice import choose
 from kdrl_train.output import guarded_console
@@ -224,6 +225,7 @@ def make_estimate(config: PlanConfig) -> Estimate:
         teacher=teachers[0] if teachers else None,
         other_teachers=teachers[1:],
         placement=placement,
+        adapters=lora.count(model, config.model.lora) if config.model.lora.rank else 0,
         choice=attention_of(model, config),
         entries=config.entries,
         flat=config.flat,

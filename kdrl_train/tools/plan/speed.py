@@ -154,8 +154,8 @@ def _passes(case: Case, device: Device, lengths: Lengths) -> list[Term]:
     work = _forward_flop(policy, tokens, lengths.sequence, masked)
     layers = f"{policy.active_parameters:,} · {tokens:,.0f} tokens, and attention"
     kept = case.activation_bytes(policy)
-    terms = [
-        _compute("policy, forward and backward", "update", 3 * work, f"6 · {layers}", device),
+    terms = [_passes_of_policy(case, work, tokens, layers, device)]
+    terms += [
         _move(
             "policy, norms and activations",
             "update",
@@ -173,6 +173,17 @@ def _passes(case: Case, device: Device, lengths: Lengths) -> list[Term]:
         layers = f"2 · {teacher.active_parameters:,} · {tokens:,.0f} tokens, and attention"
         terms.append(_compute("teacher, forward", "teacher", read, layers, device))
     return terms
+
+
+def _passes_of_policy(case: Case, work: float, tokens: float, layers: str, device: Device) -> Term:
+    """Times forward and backward: 1, and 2 times its FLOP; 1 where the layers are frozen, and 3
+    times those of their adapters."""
+    name = "policy, forward and backward"
+    if not case.adapters:
+        return _compute(name, "update", 3 * work, f"6 · {layers}", device)
+    flop = 2 * work + 6.0 * case.adapters * tokens
+    formula = f"4 · {layers}; 6 · {case.adapters:,} of the adapters"
+    return _compute(name, "update", flop, formula, device)
 
 
 def _head(case: Case, device: Device, lengths: Lengths) -> list[Term]:
@@ -217,9 +228,9 @@ def _head(case: Case, device: Device, lengths: Lengths) -> list[Term]:
 
 
 def _optimizer(case: Case, device: Device) -> list[Term]:
-    parameters = case.policy.parameters / case.placement.gpus
+    parameters = case.trained / case.placement.gpus
     size = 4 * ADAMW_PASSES * parameters
-    formula = f"{ADAMW_PASSES} · 4 B · {case.policy.parameters:,} / {case.placement.gpus} GPUs"
+    formula = f"{ADAMW_PASSES} · 4 B · {case.trained:,} / {case.placement.gpus} GPUs"
     terms = [_move("AdamW and clip", "optimizer", size, formula, device.bandwidth)]
     if case.placement.offload_policy:
         size, formula = 8 * parameters, "gradients to the CPU, weights back"
@@ -241,7 +252,7 @@ def _communication(case: Case, device: Device, lengths: Lengths) -> list[Term]:
     part = "communication"
     terms = [
         move("all-gather, policy", part, 2 * packs, b, policy.parameters),
-        move("reduce-scatter, gradients", part, packs, 4, policy.parameters),
+        move("reduce-scatter, gradients", part, packs, 4, case.trained),
         move("weights to the sampler", "rollout", 1, b, policy.parameters),
     ]
     if teacher is not None and case.teacher_weights == "sharded":
