@@ -147,6 +147,16 @@ class Case:
         return self.run.data.max_prompt_tokens + self.run.sampling.max_new_tokens
 
     @property
+    def sampled(self) -> tuple[int, int]:
+        """Counts the tokens of the longest prompt that is sampled from, and of the longest one with
+        its completion: of the training, or of an evaluation during it."""
+        run = self.run
+        held_out = run.eval.sampling(run.sampling).max_new_tokens
+        prompts = [one.max_prompt_tokens for one in run.eval.sections.values()]
+        whole = [prompt + held_out for prompt in prompts]
+        return max([run.data.max_prompt_tokens, *prompts]), max([self.longest, *whole])
+
+    @property
     def teacher_tokens(self) -> int:
         """Counts the tokens of the longest pack as the teacher reads it."""
         data = self.run.data

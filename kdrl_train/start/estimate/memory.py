@@ -310,12 +310,17 @@ def _teacher(case: Case) -> list[Term]:
     return terms
 
 
+def _completion(case: Case) -> str:
+    """Name the setting that bounds the longest completion that is sampled."""
+    return ("sampling" if case.sampled[1] == case.longest else "eval") + ".max_new_tokens"
+
+
 def _rollout(case: Case) -> list[Term]:
     """Lists what `generate` holds: it reads all prompts of a batch at once, then samples tokens."""
     policy, b, run = case.policy, case.dtype.itemsize, case.run
     if run.engine.kind == "vllm_server":  # the server runs on other devices
         return []
-    prompt, length = run.data.max_prompt_tokens, case.longest
+    prompt, length = case.sampled
     batch = (case.batch, "completions")
     per_token = (case.cache_bytes(policy, 1), "B")  # a window is cut once the prompt is read
     held = [(length, "tokens"), per_token]
@@ -347,7 +352,7 @@ def _rollout(case: Case) -> list[Term]:
             "keys and values",
             ("decode",),
             [batch, *held],
-            remedy=f"{fewer} or sampling.max_new_tokens",
+            remedy=f"{fewer} or {_completion(case)}",
         ),
         product(
             "a layer's keys, copied to grow",
