@@ -18,6 +18,7 @@ from rich.text import Text
 
 from kdrl_train import output
 from kdrl_train.config import TrainConfig
+from kdrl_train.config.models import DEFAULT_TEACHER
 from kdrl_train.errors import BrokenWeightsError, describe
 from kdrl_train.method.evaluation import EVAL_STEP, summarize
 from kdrl_train.method.histogram import length_counts
@@ -84,10 +85,13 @@ def main(
 
 def title(config: TrainConfig) -> str:
     """Say in a line which run this is; the first on the screen."""
-    teacher = config.model.teacher if config.method.kd is not None else None
+    places = config.model.teacher_places if config.method.kd is not None else {}
+    teachers = [
+        place if name == DEFAULT_TEACHER else f"{name}: {place}" for name, place in places.items()
+    ]
     return (
         f"{config.out}: {'going on with' if config.resume else 'training'} {config.model.policy}"
-        f"{'' if teacher is None else f', teacher {teacher}'}, on {config.data.path}"
+        f"{''.join(f', teacher {teacher}' for teacher in teachers)}, on {config.data.path}"
     )
 
 

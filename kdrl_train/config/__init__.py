@@ -5,7 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 from kdrl_train.config.learning import EvalConfig, LogConfig, OptimConfig, check_sets
-from kdrl_train.config.models import LoraConfig, ModelConfig, TeacherConfig, is_url
+from kdrl_train.config.models import (
+    DEFAULT_TEACHER,
+    LoraConfig,
+    ModelConfig,
+    TeacherConfig,
+)
 from kdrl_train.config.rollouts import DataConfig, EngineConfig, RewardConfig, SamplingConfig
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.settings import NaturalInt, PositiveInt, Switch, SwitchOrAuto, settings
@@ -123,7 +128,7 @@ class TrainConfig:
                 'method.kd "rkl"'
             )
         self._check_teachers()
-        if any(is_url(place) for place in self.model.teacher_places.values()):
+        if self.model.teacher_servers:
             self._check_server()
         self._check_teacher_prompts()
 
@@ -145,6 +150,15 @@ class TrainConfig:
                 f"model.teachers must be set with data.teacher_column, got {column!r} and no "
                 "teachers: name them, or leave data.teacher_column out"
             )
+        servers = self.model.teacher_servers
+        for key in ("heads", "names"):
+            for name in getattr(self.teacher, key):
+                if name not in servers or name == DEFAULT_TEACHER:
+                    raise ValueError(
+                        f"teacher.{key}.{name} must be of one of model.teachers behind a URL, got "
+                        f"{', '.join(servers) or 'none'}: correct the name; teacher.{key[:-1]} is "
+                        "that of model.teacher"
+                    )
         for name in self.method.teachers:
             if not teachers or name not in self.model.teacher_places:
                 known = ", ".join(self.model.teacher_places) if teachers else "no model.teachers"
@@ -173,10 +187,12 @@ class TrainConfig:
 
     def _check_server(self) -> None:
         """Raises ValueError for what a server cannot give, or what it gives cannot be used for."""
-        method = self.method
-        if method.is_exact and self.teacher.head is None:
+        method, servers = self.method, self.model.teacher_servers
+        bare = [name for name in servers if self.teacher.of(name).head is None]
+        if method.is_exact and bare:
+            key = "head" if bare[0] == DEFAULT_TEACHER else f"heads.{bare[0]}"
             raise ValueError(
-                f'teacher.head must be set for method.kd "{method.kd}" and kd_baseline '
+                f'teacher.{key} must be set for method.kd "{method.kd}" and kd_baseline '
                 f"{method.kd_baseline} with a teacher behind a URL, got nothing: set it to the "
                 "folder or hub id of the served model, whose LM head alone is read; or set "
                 'method.kd to "topk_rkl", "k2" or "k3"; or load the teacher here (model.teacher: '

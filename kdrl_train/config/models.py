@@ -1,7 +1,7 @@
 """Settings of the models of a run: policy and teacher."""
 
 import re
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -203,6 +203,11 @@ class ModelConfig:
         default = {} if self.teacher is None else {DEFAULT_TEACHER: self.teacher}
         return default | self.teachers
 
+    @property
+    def teacher_servers(self) -> list[str]:
+        """The names of the teachers behind URLs."""
+        return [name for name, place in self.teacher_places.items() if is_url(place)]
+
     def teacher_key(self, name: str) -> str:
         """Return the key of the setting that names a teacher, for messages."""
         return "model.teacher" if name == DEFAULT_TEACHER else f"model.teachers.{name}"
@@ -246,8 +251,12 @@ class TeacherConfig:
     """Folder or hub id of the model that the server at model.teacher has; its LM head alone is
     read. With it method.kd may be an exact divergence (rkl, fkl, jsd, rkl+fkl) and kd_baseline kl:
     the server sends its hidden states."""
+    heads: dict[str, str] = field(default_factory=dict, hash=False)
+    """Of model.teachers behind URLs: name -> what `head` is for model.teacher."""
     name: str | None = None
     """Name of the model, if an openai server has several; None: its only one."""
+    names: dict[str, str] = field(default_factory=dict, hash=False)
+    """Of model.teachers behind URLs: name -> what `name` is for model.teacher."""
     concurrency: PositiveInt = 64
     """Largest number of completions that wait for the server's reply at the same time."""
     timeout_s: PositiveFloat = 120.0
@@ -255,3 +264,10 @@ class TeacherConfig:
     deadline_s: PositiveFloat = 1800.0
     """Seconds without any reply after which the run saves a checkpoint and stops. Until then it
     waits, and continues when the teacher is back."""
+
+    def of(self, teacher: str) -> "TeacherConfig":
+        """Return the settings of one teacher: its head and its name in place of those of all."""
+        if teacher == DEFAULT_TEACHER:
+            return replace(self, heads={}, names={})
+        head, name = self.heads.get(teacher), self.names.get(teacher)
+        return replace(self, head=head, name=name, heads={}, names={})

@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "log",
     "ranks",
     "teacher.head",
+    "teacher.heads",
     "teacher.concurrency",
     "teacher.timeout_s",
     "teacher.deadline_s",

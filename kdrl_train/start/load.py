@@ -201,8 +201,9 @@ def load_one(config: TrainConfig, world: World, name: str, mover: Mover | None) 
     key, place = config.model.teacher_key(name), str(config.model.teacher_places.get(name))
     if is_url(place):
         output.begin(f"connecting to the teacher, {place}", at_once=True)
-        server = connect(config.model, config.teacher, place)
-        head = load_served_head(config, server, world)
+        one = config.teacher.of(name)
+        server = connect(config.model, one, place)
+        head = load_served_head(config, str(one.head), server, world)
         return LoadedTeacher(name, key, place, server=server, head=head)
     is_self, model = place == SELF, None
     folder = config.model.policy if is_self else place
@@ -237,8 +238,11 @@ def read_sets(
     return sets
 
 
-def load_served_head(config: TrainConfig, server: TeacherClient, world: World) -> ServedHead | None:
-    """Read the head of a teacher behind a URL, on each rank; None where the method reads none.
+def load_served_head(
+    config: TrainConfig, place: str, server: TeacherClient, world: World
+) -> ServedHead | None:
+    """Read the head of a teacher behind a URL from its folder or hub id, on each rank; None where
+    the method reads none.
 
     Raises: ValueError where it cannot be read or is of another model, RankError with several ranks;
         the connection is closed then.
@@ -250,7 +254,7 @@ def load_served_head(config: TrainConfig, server: TeacherClient, world: World) -
     def read() -> None:
         heads.append(
             load_head(
-                str(config.teacher.head),
+                place,
                 server.info,
                 temperature=config.sampling.temperature,
                 dtype=getattr(torch, config.model.dtype),
@@ -259,7 +263,7 @@ def load_served_head(config: TrainConfig, server: TeacherClient, world: World) -
             )
         )
 
-    output.begin(f"loading the teacher's head, {config.teacher.head}", at_once=True)
+    output.begin(f"loading the teacher's head, {place}", at_once=True)
     try:
         world.share(read)
     except Exception:

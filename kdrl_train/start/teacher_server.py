@@ -112,8 +112,11 @@ def check_head(
     head: ServedHead,
     tokenizer: Any,
     examples: list[Example],
+    place: str,
 ) -> str:
     """Check on a few prompts that the head, on the server's states, gives the server's scores.
+
+    place: the folder or hub id that the head is from.
 
     Raises: ValueError where they differ by more than rounding; UserWarning where the states of a
         step may not fit this machine's memory.
@@ -143,7 +146,7 @@ def check_head(
     if not mean <= ROUNDING[coarsest]:
         raise ValueError(
             f"teacher.head must be the head of {client.info.model}, which the server has, got "
-            f"{config.teacher.head}, whose log-probabilities differ from the server's by "
+            f"{place}, whose log-probabilities differ from the server's by "
             f"{mean:.2g} nats on average: name the folder or hub id that is served"
         )
     return (

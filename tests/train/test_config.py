@@ -303,8 +303,13 @@ def test_every_preset_is_an_option(name: str) -> None:
             r"method\.teachers\.b must be one of several teachers, got a: correct the name",
         ),
         (
-            "model: {teachers: {a: 'http://h:1'}}\ndata: {teacher_column: t}\nmethod: {kd: rkl}",
-            r'teacher\.head must be set for method\.kd "rkl"',
+            "model: {teachers: {a: 'http://h:1'}}\ndata: {teacher_column: t}\nmethod: {kd: rkl}\n"
+            "teacher: {head: x}",
+            r'teacher\.heads\.a must be set for method\.kd "rkl"',
+        ),
+        (
+            "model: {teachers: {a: x}}\ndata: {teacher_column: t}\nteacher: {names: {a: m}}",
+            r"teacher\.names\.a must be of one of model\.teachers behind a URL, got none",
         ),
         (
             "method: {policy: 'off', teachers: {a: {kd_coef: {kind: reward_adaptive}}}}\n"

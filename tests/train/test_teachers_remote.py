@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
-from kdrl_train.config import EngineConfig, TrainConfig
+from kdrl_train.config import EngineConfig, TeacherConfig, TrainConfig
 from kdrl_train.method.config import MethodConfig, ScheduleConfig, TeacherMethod
 from kdrl_train.runfolder.log import read_records
 from tests.train.servers import running, teacher_app
@@ -24,11 +25,16 @@ METHOD = MethodConfig(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize(("kd", "staleness"), [("k2", 1), ("rkl", 0), ("topk_rkl", 0)])
 def test_a_server_beside_a_teacher_in_process(
-    routed: Callable[..., TrainConfig], folders: dict[str, Path], staleness: int
+    routed: Callable[..., TrainConfig], folders: dict[str, Path], kd: Any, staleness: int
 ) -> None:
-    settings = {"method": METHOD, "engine": EngineConfig(staleness=staleness), "steps": 2}
+    method = replace(METHOD, kd=kd, kd_topk=5 if kd == "topk_rkl" else METHOD.kd_topk)
+    settings = {"method": method, "engine": EngineConfig(staleness=staleness), "steps": 2}
+    heads = TeacherConfig()
+    if kd == "rkl":
+        of_other = {"other": str(folders["other_teacher"])}
+        heads = TeacherConfig(head=str(folders["teacher"]), heads=of_other)
     local = routed("local", **settings)
     run(local)
     apps = [teacher_app(folders[name]) for name in ("other_teacher", "teacher")]
@@ -37,7 +43,7 @@ def test_a_server_beside_a_teacher_in_process(
             "mixed": replace(local.model, teachers={"other": url}),
             "remote": replace(local.model, teacher=default, teachers={"other": url}),
         }.items():
-            config = replace(local, out=local.out.parent / name, model=model)
+            config = replace(local, out=local.out.parent / name, model=model, teacher=heads)
             run(config)
             assert_same_run(config.out, local.out)
             pairs = zip(read_records(config.out), read_records(local.out), strict=True)
