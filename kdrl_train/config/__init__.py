@@ -7,6 +7,7 @@ from typing import Literal
 from kdrl_train.config.learning import EvalConfig, LogConfig, OptimConfig, check_sets
 from kdrl_train.config.models import (
     DEFAULT_TEACHER,
+    REFERENCE,
     LoraConfig,
     ModelConfig,
     TeacherConfig,
@@ -160,7 +161,7 @@ class TrainConfig:
                         "that of model.teacher"
                     )
         for name in self.method.teachers:
-            if not teachers or name not in self.model.teacher_places:
+            if not teachers or name not in set(self.model.teacher_places) - {REFERENCE}:
                 known = ", ".join(self.model.teacher_places) if teachers else "no model.teachers"
                 raise ValueError(
                     f"method.teachers.{name} must be one of several teachers, got {known}: correct "

@@ -21,6 +21,8 @@ SELF = "self"
 
 DEFAULT_TEACHER = "default"
 """The name of model.teacher beside those of model.teachers."""
+REFERENCE = "reference"
+"""Name of model.reference among the teachers."""
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
 
 
@@ -82,6 +84,9 @@ class ModelConfig:
     """More teachers by name, for problems that data.teacher_column routes to them: {math: folder,
     code: URL}. Each is a folder, a hub id or a URL, as `teacher`, which stays the teacher of the
     problems that name none."""
+    reference: str | None = None
+    """The model that method.extrapolation starts from: a folder or hub id, often what the teacher
+    was trained from, or self, the policy at step 0."""
     move_teachers: Switch = False
     """Keep the teachers of this process in CPU memory, and on the GPU only the one that is reading:
     a step moves each of them once. Not under torchrun, where offload_teacher does as much."""
@@ -196,12 +201,14 @@ class ModelConfig:
 
     @property
     def teacher_places(self) -> dict[str, str]:
-        """Name of each teacher -> its folder, hub id or URL; DEFAULT_TEACHER first, if it is set.
+        """Name of each teacher -> its folder, hub id or URL; DEFAULT_TEACHER first, if it is set,
+        and REFERENCE, which teaches no problem, last.
 
         A teacher's number is its place in this order.
         """
         default = {} if self.teacher is None else {DEFAULT_TEACHER: self.teacher}
-        return default | self.teachers
+        reference = {} if self.reference is None else {REFERENCE: self.reference}
+        return default | self.teachers | reference
 
     @property
     def teacher_servers(self) -> list[str]:
@@ -210,7 +217,8 @@ class ModelConfig:
 
     def teacher_key(self, name: str) -> str:
         """Return the key of the setting that names a teacher, for messages."""
-        return "model.teacher" if name == DEFAULT_TEACHER else f"model.teachers.{name}"
+        keys = {DEFAULT_TEACHER: "model.teacher", REFERENCE: "model.reference"}
+        return keys.get(name, f"model.teachers.{name}")
 
 
 def teacher_file(name: str = DEFAULT_TEACHER) -> str:
@@ -228,10 +236,11 @@ def _check_name(name: str, place: str) -> None:
 
     The name becomes part of the keys of metrics and of file names.
     """
-    if not _NAME.fullmatch(name) or name == DEFAULT_TEACHER:
+    if not _NAME.fullmatch(name) or name in (DEFAULT_TEACHER, REFERENCE):
         raise ValueError(
             "teachers must have names of letters, digits, _ and -, at most 40, and not "
-            f'"{DEFAULT_TEACHER}", got {name!r}: the default is model.teacher'
+            f'"{DEFAULT_TEACHER}" nor "{REFERENCE}", got {name!r}: these are model.teacher and '
+            "model.reference"
         )
     if place == SELF:
         raise ValueError(

@@ -162,6 +162,10 @@ class MethodConfig:
     kd_baseline: Literal["kl"] | None = None
     """kl: subtract the exact KL from log p - log q in k2: less noise for diffuse rows, more for
     peaked ones whose teacher is less sure. A teacher behind a URL needs teacher.head."""
+    extrapolation: NaturalFloat = 1.0
+    """lambda: the teacher's distribution is q^lambda · ref^(1 - lambda), normalised, where ref is
+    model.reference. Above 1 it is beyond the teacher, seen from the reference (ExOPD); 1: the
+    teacher alone."""
     jsd_alpha: OpenUnitInterval = 0.5
     """Share of the teacher in the mixture of jsd, above 0 and below 1."""
     fkl_share: OpenUnitInterval = 0.5

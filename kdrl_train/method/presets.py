@@ -30,6 +30,9 @@ PRESETS: dict[str, MethodConfig] = {
     "kdrl_prefix": MethodConfig(kd_coef=_FIXED, kd_prefix=0.5),
     "kdrl_entropy": MethodConfig(kd_coef=_FIXED, kd_min_entropy=0.5),
     "kdrl_gap": MethodConfig(kd_coef=_FIXED, kd_min_log_ratio=0.5),
+    "exopd": MethodConfig(
+        policy="off", kd_coef=ScheduleConfig(initial=1.0, final=1.0), extrapolation=1.25
+    ),
     "constant_advantage": MethodConfig(kd_coef=_FIXED, advantage="constant"),
     "self_distillation": MethodConfig(kd="rkl", kd_coef=ScheduleConfig(initial=0.1, final=0.1)),
 }
@@ -63,6 +66,10 @@ exact reverse KL to the policy's own weights after a prompt that shows more; bet
 form is that of arXiv:2606.04036 and 2602.04942. A teacher that has seen the answer, matched alone,
 leaks what it was shown and becomes unstable (arXiv:2604.03128): that is method.policy "off", the
 form of arXiv:2601.18734. Frozen weights (model.self_teacher) keep what is matched from moving.
+
+exopd (arXiv:2602.12125): distillation alone, from q^1.25 · ref^-0.25. The paper weights log-ratios
+of sampled tokens, lambda · log(q / ref) - log(p / ref); here that target is normalised in each row,
+which changes the pull by a constant of the row, and so not its mean. Needs model.reference.
 
 constant_advantage: a control. Every completion has advantage 1, so that the policy gradient is
 noise around 0, and what is learnt comes from the teacher alone.

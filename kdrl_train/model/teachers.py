@@ -9,7 +9,7 @@ from torch import Tensor
 
 import kdrl_kernels as kk
 from kdrl_train.batch import Example, Rollouts, TeacherReply
-from kdrl_train.config.models import DEFAULT_TEACHER
+from kdrl_train.config.models import DEFAULT_TEACHER, REFERENCE
 from kdrl_train.model.packing import PackedBatch
 from kdrl_train.model.policy import Policy, Teacher
 from kdrl_train.model.self_teacher import EmaTeacher, LiveTeacher
@@ -30,13 +30,16 @@ class Teachers:
     remote: Mapping[int, RemoteTeacher] = field(default_factory=dict)
     """Number -> a server."""
 
+    extrapolation: float = 1.0
+    """lambda: a head is that of q^lambda · ref^(1 - lambda), where ref is the local REFERENCE."""
     several: bool = False
     """Whether problems are routed to them (model.teachers): each has metrics of its own then."""
 
     @property
     def routed(self) -> tuple[str, ...]:
         """The names of several teachers; empty where one teaches all problems, or none does."""
-        return self.names if self.several else ()
+        taught = tuple(name for name in self.names if name != REFERENCE)  # which is the last
+        return taught if self.several else ()
 
     def __bool__(self) -> bool:
         return bool(self.names)
@@ -63,7 +66,12 @@ class Teachers:
         served = self._served_head(batch.teacher)
         if served is not None:
             return served.of(batch.teacher_states, len(batch.tokens))
-        return self.local[batch.teacher](batch)
+        teacher = self.local[batch.teacher](batch)
+        if self.extrapolation == 1:
+            return teacher
+        reference = self.local[self.names.index(REFERENCE)](batch)
+        weights = (self.extrapolation, 1 - self.extrapolation)
+        return kk.composite_teacher([teacher, reference], weights)
 
     def _served_head(self, number: int) -> ServedHead | None:
         """Return the head of a teacher behind a URL, where the method reads it."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from kdrl_train.batch import Example
 from kdrl_train.config import TrainConfig
-from kdrl_train.config.models import DEFAULT_TEACHER
+from kdrl_train.config.models import DEFAULT_TEACHER, REFERENCE
 from kdrl_train.rollouts.columns import NoColumnError, column_value
 
 
@@ -35,6 +35,7 @@ def require_teachers(examples: Sequence[Example], config: TrainConfig) -> None:
     model, column = config.model, config.data.teacher_column
     if not model.teachers:
         return
+    known = set(model.teacher_places) - {REFERENCE}
     for example in examples:
         if not example.teacher and model.teacher is None:
             raise ValueError(
@@ -42,7 +43,7 @@ def require_teachers(examples: Sequence[Example], config: TrainConfig) -> None:
                 f"whose {column!r} is empty or missing: set model.teacher, or name one of "
                 f"{', '.join(model.teachers)} there"
             )
-        if example.teacher and example.teacher not in model.teacher_places:
+        if example.teacher and example.teacher not in known:
             raise ValueError(
                 f"data.teacher_column {column!r} of {example.id} must be a teacher of "
                 f"model.teachers, {', '.join(model.teachers)}, got {example.teacher!r}: correct "
@@ -61,7 +62,7 @@ def check_routing(examples: Sequence[Example], config: TrainConfig) -> str:
     Raises: UserWarning where a teacher has none: it is loaded, and never read.
     """
     counts = Counter(example.teacher or DEFAULT_TEACHER for example in examples)
-    places = config.model.teacher_places
+    places = [name for name in config.model.teacher_places if name != REFERENCE]
     counted = ", ".join(f"{name} {counts[name]:,}" for name in places) + " problems"
     idle = [config.model.teacher_key(name) for name in places if not counts[name]]
     if idle:

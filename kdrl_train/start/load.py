@@ -144,6 +144,7 @@ def load(config: TrainConfig, world: World = ALONE, policy_class: type[Policy] =
             "model.move_teachers must be false under torchrun, got true: FSDP2 shards each "
             "teacher; set model.offload_teacher to keep the shards in CPU memory"
         )
+    require_reference(config)
     load_loss(config.method)  # before a model, which takes longer
     trusted = config.model.trust_remote_code
     world.on_main(lambda: require_loadable(config.model.policy, "model.policy", trusted))
@@ -190,7 +191,56 @@ def load_teachers(config: TrainConfig, world: World = ALONE) -> tuple[LoadedTeac
             if (server := teachers[-1].server) is not None:
                 opened.callback(server.close)
         opened.pop_all()
+    if config.model.reference is not None:
+        for teacher in teachers:
+            require_no_cap(teacher)
     return tuple(teachers)
+
+
+def require_reference(config: TrainConfig) -> None:
+    """Raise ValueError for settings of model.reference and method.extrapolation that do not fit."""
+    model, method = config.model, config.method
+    if (method.extrapolation == 1) != (model.reference is None):
+        raise ValueError(
+            "model.reference must be set with a method.extrapolation other than 1, and not without "
+            f"one, got {model.reference} and {method.extrapolation:g}: set both, or none of them"
+        )
+    if model.reference is None:
+        return
+    places = list(model.teacher_places.values())
+    rules = {
+        "method.kd": (method.kd is None, method.kd, "a kind of distillation"),
+        "model.teacher": (model.teacher_is_self, model.teacher, "another model than self"),
+        "model.teachers and model.reference": (
+            any(map(is_url, places)),
+            ", ".join(places),
+            "in this process, since a server gives no head",
+        ),
+        "model.tensor_parallel": (model.tensor_parallel > 1, model.tensor_parallel, "1"),
+        "model.move_teachers": (model.move_teachers, model.move_teachers, "false"),
+        "data.teacher_template": (
+            config.data.teacher_template is not None,
+            config.data.teacher_template,
+            "None, since the reference reads what the teacher reads",
+        ),
+        "model.weights": (
+            model.reference == SELF and model.weights is not None and model.lora.rank > 0,
+            model.weights,
+            "None with adapters and the reference self",
+        ),
+    }
+    for key, (wrong, value, must) in rules.items():
+        if wrong:
+            raise ValueError(f"{key} must be {must}, with model.reference, got {value}")
+
+
+def require_no_cap(teacher: LoadedTeacher) -> None:
+    """Raise ValueError for logits with a soft cap: no sum of them is that of one head."""
+    if isinstance(teacher.model, Teacher) and teacher.model.softcap is not None:
+        raise ValueError(
+            f"{teacher.key} must have no soft cap with model.reference, got "
+            f"{teacher.model.softcap:g}: set method.extrapolation to 1"
+        )
 
 
 def load_one(config: TrainConfig, world: World, name: str, mover: Mover | None) -> LoadedTeacher:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kdrl_train.config import TrainConfig
+from kdrl_train.config.models import REFERENCE
 from kdrl_train.model.fsdp import gathered
 from kdrl_train.model.policy import HeadedModel, Teacher
 from kdrl_train.model.probe import probe
@@ -37,7 +38,8 @@ def _present(teacher: LoadedTeacher, check: Callable[[], str]) -> str:
 
 def ending(config: TrainConfig, teacher: LoadedTeacher) -> str:
     """Return what is behind the names of a teacher's checks: its name, if there are several."""
-    return f", {teacher.name}" if config.model.teachers else ""
+    several = config.model.teachers or teacher.name == REFERENCE
+    return f", {teacher.name}" if several else ""
 
 
 def _checks_of(

@@ -256,7 +256,8 @@ def teachers_of(config: TrainConfig, loaded: Loaded) -> Teachers:
     """Number the teachers of a run; those behind URLs are opened by open_remotes."""
     names = tuple(teacher.name for teacher in loaded.teachers)
     several = bool(config.model.teachers and loaded.teachers)
-    return Teachers(names, loaded.teacher_models, several=several)
+    extrapolation = config.method.extrapolation if loaded.teachers else 1.0
+    return Teachers(names, loaded.teacher_models, several=several, extrapolation=extrapolation)
 
 
 def open_remotes(

@@ -21,12 +21,12 @@ from kdrl_train.errors import require_file
 from kdrl_train.method import grpo
 from kdrl_train.model.load import use_device
 from kdrl_train.model.packing import pack
-from kdrl_train.model.teachers import Teachers
 from kdrl_train.output import guarded_console
 from kdrl_train.runfolder import checkpoint
 from kdrl_train.runfolder.untrusted import load_tensors
 from kdrl_train.settings import Switch, settings
 from kdrl_train.start.load import load
+from kdrl_train.start.open_run import teachers_of
 from kdrl_train.step.update import sketch_scale, sketch_seed
 
 
@@ -158,7 +158,7 @@ def replay(
     use_device(config.model)
     loaded = load(config)
     policy, step, rewards = loaded.policy, dump["step"], dump["rewards"]
-    teachers = Teachers(tuple(t.name for t in loaded.teachers), loaded.teacher_models)
+    teachers = teachers_of(config, loaded)
     place = config.model.weights
     if step > 0:
         place = folder / "checkpoints" / f"step_{step:06d}"

@@ -282,7 +282,7 @@ def test_every_preset_is_an_option(name: str) -> None:
         ),
         (
             "model: {teachers: {default: x}}\ndata: {teacher_column: t}",
-            r"model\.teachers must have names .* got 'default': the default is model\.teacher",
+            r"model\.teachers must have names .* got 'default': these are model\.teacher",
         ),
         (
             "model: {teachers: {a: ' '}}\ndata: {teacher_column: t}",

@@ -166,12 +166,13 @@ def _passes(case: Case, device: Device, lengths: Lengths) -> list[Term]:
     ]
     if case.run.model.gradient_checkpointing:
         terms.append(_compute("policy, recomputed", "update", work, f"2 · {layers}", device))
-    if teacher is not None:
-        sequence = lengths.response + lengths.prompt * case.longer_prompt
-        tokens = case.rollouts * sequence
-        read = _forward_flop(teacher, tokens, sequence, masked)
-        layers = f"2 · {teacher.active_parameters:,} · {tokens:,.0f} tokens, and attention"
-        terms.append(_compute("teacher, forward", "teacher", read, layers, device))
+    for name, model in {"teacher": teacher, "reference": reference_of(case)}.items():
+        if model is not None:
+            sequence = lengths.response + lengths.prompt * case.longer_prompt
+            tokens = case.rollouts * sequence
+            read = _forward_flop(model, tokens, sequence, masked)
+            layers = f"2 · {model.active_parameters:,} · {tokens:,.0f} tokens, and attention"
+            terms.append(_compute(f"{name}, forward", "teacher", read, layers, device))
     return terms
 
 
@@ -184,6 +185,13 @@ def _passes_of_policy(case: Case, work: float, tokens: float, layers: str, devic
     flop = 2 * work + 6.0 * case.adapters * tokens
     formula = f"4 · {layers}; 6 · {case.adapters:,} of the adapters"
     return _compute(name, "update", flop, formula, device)
+
+
+def reference_of(case: Case) -> ModelShape | None:
+    """Returns the model that reads every token beside the teacher, where there is a reference."""
+    if case.run.model.reference is None or not case.other_teachers:
+        return None
+    return case.other_teachers[0]
 
 
 def _head(case: Case, device: Device, lengths: Lengths) -> list[Term]:
@@ -224,6 +232,11 @@ def _head(case: Case, device: Device, lengths: Lengths) -> list[Term]:
     if case.teacher is not None:
         formula, flop = f"2 · {g.N:,} · {g.H_t:,} · {g.V_t:,}", chunk_plan.flop["teacher"]
         terms.append(_compute("head, teacher's GEMM", "update", flop, formula, device))
+    reference = reference_of(case)
+    if reference is not None:
+        formula, flop = f"2 · {g.N:,} · {reference.hidden:,} · {g.V_t:,}", 2.0 * g.N * g.V_t
+        flop *= reference.hidden
+        terms.append(_compute("head, reference's GEMM", "update", flop, formula, device))
     return terms
 
 

@@ -86,6 +86,18 @@ def test_ratios_of_completions_cost_a_product_more(models: dict[str, str]) -> No
     assert names == [pytest.approx(2 * 10 * 8 * 32 / 1e9), None, None]
 
 
+def test_a_reference_reads_what_the_teacher_reads(models: dict[str, str]) -> None:
+    case = sharded_case(models)
+    model = replace(case.run.model, reference="somewhere")
+    run = replace(case.run, model=model)
+    case = replace(case, run=run, other_teachers=(case.policy,))
+    terms = time_terms(case, DEVICE, Lengths(prompt=6, response=5), launch_us=100)
+    seconds = {term.name: term.value for term in terms}
+    policy = seconds["policy, forward and backward"]
+    assert seconds["reference, forward"] == pytest.approx(policy / 3)
+    assert seconds["head, reference's GEMM"] == pytest.approx(2 * 10 * 8 * 40 / 1e9)
+
+
 def test_communication_hides_behind_the_passes_at_best(models: dict[str, str]) -> None:
     lengths = Lengths(prompt=6, response=5)
     terms = time_terms(sharded_case(models), DEVICE, lengths, launch_us=100)
