@@ -11,6 +11,7 @@ from kdrl_train.model.teacher.identity import describe
 from kdrl_train.rollouts.problems import encode_prompt
 from kdrl_train.rollouts.teacher_prompts import encode_teacher_prompt
 from kdrl_train.runfolder import checkpoint
+from kdrl_train.runfolder.best import resolved
 from kdrl_train.start.load import Loaded, LoadedTeacher
 from kdrl_train.start.prompts import PROBE_PROMPTS, shown
 
@@ -28,7 +29,8 @@ def describe_self(config: TrainConfig, teacher: LoadedTeacher) -> TeacherInfo:
     info = replace(info, model=f"{SELF}, {kind}")
     if weights is None or info.weights is None:
         return info
-    both = json.dumps([info.weights, checkpoint.read(weights).hashes], sort_keys=True)
+    saved = checkpoint.read(resolved(weights))  # best.json may name another one later
+    both = json.dumps([info.weights, saved.step, saved.hashes], sort_keys=True)
     return replace(info, weights=hashlib.sha256(both.encode()).hexdigest())
 
 

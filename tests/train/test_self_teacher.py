@@ -1,6 +1,8 @@
 """train with the policy's own weights as teacher: frozen, live or averaged, with another prompt."""
 
+import io
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
@@ -18,6 +21,9 @@ from kdrl_train.model.policy import HeadedModel
 from kdrl_train.model.teacher.client import TeacherError
 from kdrl_train.ranks import ALONE
 from kdrl_train.runfolder import checkpoint
+from kdrl_train.runfolder.best import Best, BestSoFar
+from kdrl_train.step import update
+from kdrl_train.tools import replay
 from tests.train.conftest import EXACT
 from tests.train.test_train import run, without_times
 from tests.train.test_two_ranks import assert_same_metrics, together
@@ -85,12 +91,42 @@ def test_weights_of_a_checkpoint_are_those_that_teach(config: Config) -> None:
         ValueError, match=r"must keep the settings .*\n  model\.weights: .* None now"
     ):
         run(settings(config, "second", "frozen", steps=2, template=None, resume=True))
+    best = BestSoFar(first.out, 3, {})
+    best.now = Best(3, 0.5)
+    best.write()
+    named = settings(config, "named", "frozen", steps=1, template=None, weights=best.path)
+    assert run(named)[0]["kl_teacher"] == pytest.approx(0, abs=1e-6)
+    best.now = Best(2, 0.6)
+    best.write()
+    with pytest.raises(TeacherError, match="got another one"):  # than it was at step 0
+        run(replace(named, steps=2, resume=True))
     other = json.loads((second.out / "teacher.json").read_text(encoding="utf-8"))
     assert other["model"] == "self, frozen"
     assert other["weights"] != json.loads((first.out / "teacher.json").read_text())["weights"]
     (second.out / "teacher.json").write_text(json.dumps(other | {"weights": "0"}))
     with pytest.raises(TeacherError, match="got another one"):
         run(replace(second, steps=2, resume=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["live", "ema"])
+def test_a_failed_step_is_repeated_with_its_own_teacher(
+    config: Config, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The losses of the completions of the dump, each alone, add up to that of the step."""
+    made = settings(config, "run", kind, steps=3)
+    stop, losses = update.stop_if_not_finite, []
+
+    def fail(inputs: Any, part: int, loss: float, norm: float) -> None:
+        losses.append(loss)
+        stop(inputs, part, loss, math.nan if len(losses) == 3 else norm)
+
+    monkeypatch.setattr(update, "stop_if_not_finite", fail)
+    with pytest.raises(FloatingPointError):
+        run(made)
+    file = made.out / "failed_step_000002.pt"
+    replayed = replay.main(replay.ReplayConfig(file=file), Console(file=io.StringIO()))
+    assert sum(one.loss for one in replayed) == pytest.approx(losses[2], rel=1e-4)
 
 
 @pytest.mark.slow
