@@ -39,8 +39,7 @@ from kdrl_train.runfolder.writable import require_writable
 from kdrl_train.start.load import Loaded, LoadedTeacher, described, load
 from kdrl_train.start.optimizer import make_optimizer
 from kdrl_train.start.preflight import preflight, require
-from kdrl_train.start.prompts import first_prompt
-from kdrl_train.start.self_teacher import describe_self
+from kdrl_train.start.self_teacher import describe_self, first_prompts
 from kdrl_train.step.prefetch import Prefetch
 from kdrl_train.step.run import Position, Run
 
@@ -92,8 +91,8 @@ def open_run(
     for change in changes(config, newest, best):
         log.event("settings", change)
     if newest is None:
-        prompt = first_prompt(loaded.tokenizer, loaded.examples[0], config.data)
-        log.event("prompt", f"the first prompt, with its special tokens: {prompt}")
+        for prompt in first_prompts(config, loaded):
+            log.event("prompt", prompt)
     saver = Saver(config, world, log.say, loaded.data, first, log.require_ours, best)
     interrupt.starting = False
     return Run(

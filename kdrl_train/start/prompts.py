@@ -160,7 +160,7 @@ def typed_escapes(data: DataConfig) -> list[str]:
     return [
         f"data.{name} holds a backslash and {match.group()[1]!r}, which are no line break or "
         "tab: quote it as $'...' in the shell, or in double quotes in YAML"
-        for name in ("prompt_template", "system_prompt")
+        for name in ("prompt_template", "system_prompt", "teacher_template")
         if (match := _ESCAPE.search(getattr(data, name) or ""))
     ]
 

@@ -13,7 +13,7 @@ from kdrl_train.rollouts.teacher_prompts import encode_teacher_prompt
 from kdrl_train.runfolder import checkpoint
 from kdrl_train.runfolder.best import resolved
 from kdrl_train.start.load import Loaded, LoadedTeacher
-from kdrl_train.start.prompts import PROBE_PROMPTS, shown
+from kdrl_train.start.prompts import PROBE_PROMPTS, first_prompt, shown
 
 
 def describe_self(config: TrainConfig, teacher: LoadedTeacher) -> TeacherInfo:
@@ -32,6 +32,17 @@ def describe_self(config: TrainConfig, teacher: LoadedTeacher) -> TeacherInfo:
     saved = checkpoint.read(resolved(weights))  # best.json may name another one later
     both = json.dumps([info.weights, saved.step, saved.hashes], sort_keys=True)
     return replace(info, weights=hashlib.sha256(both.encode()).hexdigest())
+
+
+def first_prompts(config: TrainConfig, loaded: Loaded) -> list[str]:
+    """Say what the policy reads first, and the teacher, if that is another prompt."""
+    tokenizer, example, data = loaded.tokenizer, loaded.examples[0], config.data
+    prompt = first_prompt(tokenizer, example, data)
+    said = [f"the first prompt, with its special tokens: {prompt}"]
+    if loaded.prompts.teacher is not None:
+        ids = encode_teacher_prompt(tokenizer, example, data)
+        said.append(f"the teacher's first prompt: {shown(tokenizer.decode(ids))}")
+    return said
 
 
 def check_teacher_prompt(config: TrainConfig, loaded: Loaded) -> str:

@@ -69,6 +69,9 @@ def test_a_resumed_average_continues_to_the_bit(config: Config) -> None:
 def test_frozen_weights_are_those_of_step_0_and_live_ones_are_not(config: Config) -> None:
     frozen, live = (run(settings(config, kind, kind, steps=2)) for kind in ("frozen", "live"))
     assert without_times(frozen)[0] == without_times(live)[0]
+    events = (config().out.parent / "live" / "events.jsonl").read_text(encoding="utf-8")
+    said = [one["message"] for one in map(json.loads, events.splitlines())]
+    assert "the teacher's first prompt: '0!0+0='" in said
     assert frozen[1]["kl_teacher"] != live[1]["kl_teacher"]
     assert frozen[0]["kl_teacher"] > 0.01
     other = run(settings(config, "other", "live", steps=1, template="{prompt}?{answer}"))
@@ -81,6 +84,7 @@ def test_a_copy_without_a_template_is_a_kl_to_step_0(config: Config) -> None:
     assert rows[1]["kl_teacher"] > 1e-6
 
 
+@pytest.mark.slow
 def test_weights_of_a_checkpoint_are_those_that_teach(config: Config) -> None:
     first = settings(config, "first", "frozen", steps=3)
     run(first)

@@ -115,7 +115,9 @@ def test_the_preset_by_hand() -> None:
     assert logits.grad[0].tolist() == pytest.approx([pull, -pull])
 
 
-@pytest.mark.parametrize("method", [RKL, K2], ids=["rkl", "k2 alone"])
+@pytest.mark.parametrize(
+    "method", [RKL, pytest.param(K2, marks=pytest.mark.slow)], ids=["rkl", "k2 alone"]
+)
 def test_the_gradient_is_that_of_full_logits_after_two_prompts(
     tiny: Callable[..., Any], method: MethodConfig
 ) -> None:

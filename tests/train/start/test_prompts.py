@@ -349,6 +349,7 @@ def test_the_first_prompt_is_shown_with_its_special_tokens(
         (None, {"prompt_template": r"{prompt}\n"}, "a backslash and 'n', which are no line break"),
         (None, {"prompt_template": r"\nplease solve {prompt}"}, "a backslash and 'n'"),
         (None, {"prompt_template": r"Q:\t{prompt}"}, "a backslash and 't'"),
+        (None, {"teacher_template": r"{prompt}\n"}, "data.teacher_template holds a backslash"),
         ("{{ messages | map(attribute='content') | join }}", {"system_prompt": r"a\n\nb"}, r"em_p"),
     ],
 )
