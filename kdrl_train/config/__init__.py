@@ -191,9 +191,8 @@ class TrainConfig:
         method, servers = self.method, self.model.teacher_servers
         bare = [name for name in servers if self.teacher.of(name).head is None]
         if method.is_exact and bare:
-            key = "head" if bare[0] == DEFAULT_TEACHER else f"heads.{bare[0]}"
             raise ValueError(
-                f'teacher.{key} must be set for method.kd "{method.kd}" and kd_baseline '
+                f'{self.teacher.head_key(bare[0])} must be set for method.kd "{method.kd}" and kd_baseline '
                 f"{method.kd_baseline} with a teacher behind a URL, got nothing: set it to the "
                 "folder or hub id of the served model, whose LM head alone is read; or set "
                 'method.kd to "topk_rkl", "k2" or "k3"; or load the teacher here (model.teacher: '

@@ -280,3 +280,8 @@ class TeacherConfig:
             return replace(self, heads={}, names={})
         head, name = self.heads.get(teacher), self.names.get(teacher)
         return replace(self, head=head, name=name, heads={}, names={})
+
+    @staticmethod
+    def head_key(teacher: str) -> str:
+        """Return the key of the setting that names a teacher's head, for messages."""
+        return "teacher.head" if teacher == DEFAULT_TEACHER else f"teacher.heads.{teacher}"

@@ -253,7 +253,7 @@ def load_one(config: TrainConfig, world: World, name: str, mover: Mover | None) 
         output.begin(f"connecting to the teacher, {place}", at_once=True)
         one = config.teacher.of(name)
         server = connect(config.model, one, place)
-        head = load_served_head(config, str(one.head), server, world)
+        head = load_served_head(config, server, world, name)
         return LoadedTeacher(name, key, place, server=server, head=head)
     is_self, model = place == SELF, None
     folder = config.model.policy if is_self else place
@@ -289,10 +289,11 @@ def read_sets(
 
 
 def load_served_head(
-    config: TrainConfig, place: str, server: TeacherClient, world: World
+    config: TrainConfig, server: TeacherClient, world: World, name: str
 ) -> ServedHead | None:
-    """Read the head of a teacher behind a URL from its folder or hub id, on each rank; None where
-    the method reads none.
+    """Read the head of a teacher behind a URL, on each rank; None where the method reads none.
+
+    name: the teacher's.
 
     Raises: ValueError where it cannot be read or is of another model, RankError with several ranks;
         the connection is closed then.
@@ -300,10 +301,12 @@ def load_served_head(
     if not config.method.is_exact:
         return None
     heads: list[ServedHead] = []
+    place = str(config.teacher.of(name).head)
 
     def read() -> None:
         heads.append(
             load_head(
+                config.teacher.head_key(name),
                 place,
                 server.info,
                 temperature=config.sampling.temperature,

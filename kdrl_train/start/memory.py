@@ -10,7 +10,7 @@ from kdrl_train.model.self_teacher import BaseTeacher, LiveTeacher
 from kdrl_train.start.estimate.case import Case, Placement
 from kdrl_train.start.estimate.devices import memory_bytes
 from kdrl_train.start.estimate.memory import by_moment, causes, memory_terms
-from kdrl_train.start.estimate.shapes import largest_first, read_model, shape_of
+from kdrl_train.start.estimate.shapes import largest_first, read_model, served_heads, shape_of
 
 FAR = 1.1
 """An estimate of more than this many times the device's memory is a failure; one between 1 and this
@@ -86,6 +86,7 @@ def _case(
         adapters=adapters,
         teacher=shapes[0] if shapes else None,
         other_teachers=shapes[1:],
+        served=served_heads(config),
         placement=Placement(
             gpus=ranks,
             cpu=policy.device.type == "cpu",

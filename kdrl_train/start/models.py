@@ -65,9 +65,7 @@ def _checks_of(
         "teacher probe": lambda: check_scores(config, server, tokenizer, examples),
     }
     if (head := teacher.head) is not None:
-        checks["served head"] = lambda: check_head(
-            config, server, head, tokenizer, examples, str(config.teacher.of(teacher.name).head)
-        )
+        checks["served head"] = lambda: check_head(config, server, head, tokenizer, examples)
     if config.method.is_topk:
         checks["likeliest tokens"] = lambda: check_topk(config, server, tokenizer, examples)
     return checks

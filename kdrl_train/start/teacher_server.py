@@ -112,11 +112,8 @@ def check_head(
     head: ServedHead,
     tokenizer: Any,
     examples: list[Example],
-    place: str,
 ) -> str:
     """Check on a few prompts that the head, on the server's states, gives the server's scores.
-
-    place: the folder or hub id that the head is from.
 
     Raises: ValueError where they differ by more than rounding; UserWarning where the states of a
         step may not fit this machine's memory.
@@ -145,8 +142,8 @@ def check_head(
     coarsest = "bfloat16" if "bfloat16" in (client.info.dtype, config.model.dtype) else "float32"
     if not mean <= ROUNDING[coarsest]:
         raise ValueError(
-            f"teacher.head must be the head of {client.info.model}, which the server has, got "
-            f"{place}, whose log-probabilities differ from the server's by "
+            f"{head.key} must be the head of {client.info.model}, which the server has, got "
+            f"{head.name}, whose log-probabilities differ from the server's by "
             f"{mean:.2g} nats on average: name the folder or hub id that is served"
         )
     return (

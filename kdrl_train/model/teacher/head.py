@@ -30,13 +30,15 @@ from kdrl_train.model.folder import (
 )
 from kdrl_train.model.teacher.client import TeacherInfo
 
-KEY = "teacher.head"
-
 
 @dataclass(frozen=True, slots=True)
 class ServedHead:
     """Holds the LM head of a teacher whose hidden states a server computes."""
 
+    key: str
+    """The setting that names it, for messages."""
+    name: str
+    """Its folder or hub id."""
     weight: Tensor
     """[V_t, H_t], on the run's device, in its dtype."""
     bias: Tensor | None
@@ -67,6 +69,7 @@ class ServedHead:
 
 
 def load_head(
+    key: str,
     name: str,
     info: TeacherInfo,
     *,
@@ -78,7 +81,8 @@ def load_head(
     """Read the head of a model from its folder, or from the one file of the hub that holds it.
 
     Args:
-        name: teacher.head, a folder or hub id.
+        key: the setting that names it, for messages: teacher.head.
+        name: a folder or hub id.
         info: what the server says of its model, whose head it must be.
         temperature: of the sampler.
         trusted: model.trust_remote_code: whether code in the model's folder may be run.
@@ -95,12 +99,12 @@ def load_head(
         weight = _read(name, model, module.weight)
         bias = None if bias is None else _read(name, model, bias)
     except Exception as error:  # a model's code and its files' readers raise many types
-        raise refusal(KEY, name, one_line(error)) from error
+        raise refusal(key, name, one_line(error)) from error
     text = config.get_text_config()
-    _check_fits(name, info, weight, *logit_numbers(text))
+    _check_fits(f"{key} = {name!r}", info, weight, *logit_numbers(text))
     at, cap = head_scalars(text, temperature)
     bias = None if bias is None else bias.to(device, dtype)
-    return ServedHead(weight.to(device, dtype), bias, at, cap)
+    return ServedHead(key, name, weight.to(device, dtype), bias, at, cap)
 
 
 def logit_numbers(config: Any) -> tuple[float, float | None]:
@@ -110,9 +114,12 @@ def logit_numbers(config: Any) -> tuple[float, float | None]:
 
 
 def _check_fits(
-    name: str, info: TeacherInfo, weight: Tensor, scale: float, softcap: float | None
+    head: str, info: TeacherInfo, weight: Tensor, scale: float, softcap: float | None
 ) -> None:
-    """Raise ValueError unless a head has the shape and the numbers of the server's model."""
+    """Raise ValueError unless a head has the shape and the numbers of the server's model.
+
+    head: names it in messages.
+    """
     served = {
         "columns": (len(weight), info.vocab_size),
         "numbers in a state": (weight.shape[1], info.hidden_size),
@@ -122,8 +129,8 @@ def _check_fits(
     for what, (ours, theirs) in served.items():
         if ours != theirs:
             raise ValueError(
-                f"{KEY} must be the head of {info.model}, which the server has, got {name!r} with "
-                f"{ours} {what}, and {theirs} there: name the folder or hub id that is served"
+                f"{head} must be the head of {info.model}, which the server has, got {ours} "
+                f"{what}, and {theirs} there: name the folder or hub id that is served"
             )
 
 

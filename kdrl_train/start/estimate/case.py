@@ -43,6 +43,8 @@ class Case:
     policy: ModelShape
     teacher: ModelShape | None
     """The largest of them; None where the method has no distillation."""
+    served: tuple[ModelShape, ...] = ()
+    """Teachers behind a URL of which the head is here."""
     placement: Placement
     other_teachers: tuple[ModelShape, ...] = ()
     """The others of several in-process teachers, which read other packs."""
@@ -257,16 +259,23 @@ class Case:
         columns = COLUMNS_PER_ENTRY["cpu" if self.placement.cpu else "cuda"] * self.entries
         return float(columns > self.run.model.head_flat * self.policy.vocabulary)
 
+    @property
+    def read_head(self) -> ModelShape | None:
+        """Returns the largest teacher whose head this process reads; None: there is none."""
+        heads = [shape for shape in (self.teacher, *self.served) if shape is not None]
+        return max(heads, key=lambda shape: shape.head_parameters, default=None)
+
     def chunk_plan(self, tokens: int) -> ChunkPlan:
         """Returns the chunk plan of the one-pass head for a number of tokens."""
-        policy, teacher, optim, method = self.policy, self.teacher, self.run.optim, self.run.method
+        policy, optim, method = self.policy, self.run.optim, self.run.method
+        teacher = None if method.is_topk else self.read_head
         kd = "k2" if method.kd == "reward" else method.kd  # both need the same
         return chunk_plan(
             tokens,
             policy.hidden,
             policy.vocabulary,
             teacher=None if teacher is None else (teacher.hidden, teacher.vocabulary),
-            kd=None if teacher is None else kd,
+            kd=kd if method.is_topk or teacher is not None else None,
             kd_baseline=None if teacher is None else method.kd_baseline,
             dtype=self.dtype,
             device="cpu" if self.placement.cpu else "cuda",

@@ -68,6 +68,7 @@ def memory_terms(case: Case) -> list[Term]:
         *_activations(case),
         *_head(case),
         *_teacher(case),
+        *_served_heads(case),
         *_rollout(case),
     ]
 
@@ -313,6 +314,26 @@ def _teacher(case: Case) -> list[Term]:
 def _completion(case: Case) -> str:
     """Name the setting that bounds the longest completion that is sampled."""
     return ("sampling" if case.sampled[1] == case.longest else "eval") + ".max_new_tokens"
+
+
+def _served_heads(case: Case) -> list[Term]:
+    """Lists what teachers behind a URL take here: their heads, and the states of a pack; on a CPU
+    those of a whole step, which wait in its memory."""
+    b, run, terms = (case.dtype.itemsize, "B"), case.run, []
+    for shape in case.served:
+        size = [b, (shape.vocabulary, "V"), (shape.hidden, "H")]
+        remedy = "method.kd topk_rkl, which needs no head"
+        terms.append(product("head of a served teacher", ALWAYS, size, remedy=remedy))
+    widest = max((shape.hidden for shape in case.served), default=0)
+    if widest and case.teacher is None:
+        states = [b, (case.pack_tokens, "tokens"), (widest, "H")]
+        terms.append(product("teacher's hidden states", ("head",), states))
+    if widest and case.placement.cpu:
+        tokens = (case.rollouts * run.sampling.max_new_tokens, "tokens")
+        terms.append(
+            product("states from a server", ("teacher", *UPDATE), [b, tokens, (widest, "H")])
+        )
+    return terms
 
 
 def _rollout(case: Case) -> list[Term]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from kdrl_train.config import TrainConfig
+from kdrl_train.config.models import is_url
 from kdrl_train.model.folder import auto_class, one_line, read_config
 from kdrl_train.start.estimate.layers import LayerShape, layer_shapes, layers_of
 
@@ -146,3 +148,21 @@ def largest_first(shapes: Iterable[ModelShape]) -> tuple[ModelShape, ...]:
 
 def _count(parameters: Any) -> int:
     return sum(parameter.numel() for parameter in parameters)
+
+
+def served_heads(config: TrainConfig) -> tuple[ModelShape, ...]:
+    """Returns the shapes of teachers behind a URL of which the head is read.
+
+    Raises: ValueError as read_shape.
+    """
+    if not config.method.is_exact:
+        return ()
+    return tuple(
+        read_shape(
+            str(config.teacher.of(name).head),
+            config.teacher.head_key(name),
+            config.model.trust_remote_code,
+        )
+        for name, place in config.model.teacher_places.items()
+        if is_url(place)
+    )

@@ -47,6 +47,7 @@ from kdrl_train.start.estimate.shapes import (
     largest_first,
     read_model,
     read_shape,
+    served_heads,
     shape_of,
 )
 from kdrl_train.start.estimate.terms import Term
@@ -210,7 +211,7 @@ def make_estimate(config: PlanConfig) -> Estimate:
         teachers = largest_first(
             policy if place == SELF else read_shape(place, config.model.teacher_key(name), trusted)
             for name, place in places.items()
-            if not (config.model.teachers and is_url(place))  # a server's memory is its own
+            if not is_url(place)  # a server's memory is its own
         )
     cpu = config.device == "cpu"
     placement = Placement(
@@ -224,6 +225,7 @@ def make_estimate(config: PlanConfig) -> Estimate:
         policy=policy,
         teacher=teachers[0] if teachers else None,
         other_teachers=teachers[1:],
+        served=served_heads(config),
         placement=placement,
         adapters=lora.count(model, config.model.lora) if config.model.lora.rank else 0,
         choice=attention_of(model, config),

@@ -229,8 +229,11 @@ def _head(case: Case, device: Device, lengths: Lengths) -> list[Term]:
     ):
         flop = 2.0 * g.N * g.H * g.V
         terms.append(_compute("head, ratios of completions", "update", flop, f"2 · {u}", device))
-    if case.teacher is not None:
-        formula, flop = f"2 · {g.N:,} · {g.H_t:,} · {g.V_t:,}", chunk_plan.flop["teacher"]
+    if (head := case.read_head) is not None:
+        formula = f"2 · {g.N:,} · {head.hidden:,} · {head.vocabulary:,}"
+        flop = chunk_plan.flop["teacher"]
+        if config.method.is_topk:  # a pass of its own finds the likeliest tokens
+            flop = 2.0 * g.N * head.hidden * head.vocabulary
         terms.append(_compute("head, teacher's GEMM", "update", flop, formula, device))
     reference = reference_of(case)
     if reference is not None:

@@ -35,7 +35,8 @@ def info_of(model: Any) -> TeacherInfo:
 
 def read(folder: Path, info: TeacherInfo, temperature: float = 0.7) -> ServedHead:
     device = torch.device("cpu")
-    return load_head(str(folder), info, temperature=temperature, dtype=torch.float32, device=device)
+    more = {"temperature": temperature, "dtype": torch.float32, "device": device}
+    return load_head("teacher.head", str(folder), info, **more)
 
 
 def assert_same_logits(head: ServedHead, model: Any) -> None:
@@ -99,7 +100,9 @@ def test_the_head_of_another_model_is_refused(folders: dict[str, Path], tiny: An
         "None as softcap, and 30.0 there": {"softcap": 30.0},
     }
     for message, change in changes.items():
-        with pytest.raises(ValueError, match=rf"teacher\.head must be the head of m, .*{message}"):
+        with pytest.raises(
+            ValueError, match=rf"teacher\.head = .* must be the head of m, .*{message}"
+        ):
             read(folders["teacher"], replace(info, **change))
 
 
