@@ -53,9 +53,13 @@ class Mover:
             for tensor, copy in zip(_tensors(leaving), self._kept[leaving], strict=True):
                 tensor.data = copy
         for tensor, copy in zip(_tensors(model), self._kept[model], strict=True):
-            tensor.data = copy.to(self.device, non_blocking=True)
+            tensor.data = self._lent(copy)
         self._present = model
         self.moves += 1
+
+    def _lent(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of CPU memory on the device."""
+        return tensor.to(self.device, non_blocking=True)
 
 
 def _apart(head: kk.TeacherHead) -> kk.TeacherHead:
