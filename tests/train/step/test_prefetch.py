@@ -260,8 +260,8 @@ def test_a_corrected_reward_judges_the_next_step_again(
         steps.append(request.step)
         return generate(self, request, poll)
 
-    def fail(self: Verifier, texts: list[str], *arguments: Any) -> Verdicts:
-        verdicts = score(self, texts, *arguments)
+    def fail(self: Verifier, texts: list[str], *arguments: Any, **more: Any) -> Verdicts:
+        verdicts = score(self, texts, *arguments, **more)
         if steps[-1:] == [2]:
             verdicts.rewards[:4] = [math.nan] * 4
             verdicts.errors.update(dict.fromkeys(range(4), "a slip"))
