@@ -63,6 +63,8 @@ CLAIMS = (
     Claim("sign gate against none", "kdrl_sign_gate", "kdrl", ""),
     Claim("top-8 KL against the whole", "kdrl_topk", "kdrl_exact", ""),
     Claim("top-8 KL: no tail against a tail", "kdrl_topk_alone", "kdrl_topk", ""),
+    Claim("beyond the teacher, alone", "exopd", "kd_rkl", ""),
+    Claim("beyond the teacher, in KDRL", "kdrl_beyond", "kdrl", ""),
     Claim("two teachers against that of products", "two_teachers", "product_teacher", ""),
     Claim("two teachers against that of sums", "two_teachers", "sum_teacher", ""),
     Claim("LoRA against all weights, GRPO", "grpo_lora", "grpo", ""),

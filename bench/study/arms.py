@@ -81,6 +81,8 @@ _SELF = {
 _LORA = {"model": {"lora": {"rank": 8}}, "optim": {"learning_rate": 5e-3}}
 """Ten times the learning rate of the arms that train all weights."""
 _SPECIALISTS = ("teacher_product", "teacher_sum")
+_START = {"model": {"reference": "{task}/student"}}
+"""The student as it was is the reference of an extrapolated teacher."""
 _TOPK = replace(_KDRL, kd="topk_rkl", kd_topk=8)
 
 
@@ -159,6 +161,12 @@ ARMS: Mapping[str, Arm] = {
     ),
     "constant_advantage": _successor(
         "control: KDRL with advantage 1", replace(_KDRL, advantage="constant")
+    ),
+    "exopd": _successor(
+        "distillation alone, beyond the teacher", PRESETS["exopd"], like="kd_rkl", settings=_START
+    ),
+    "kdrl_beyond": _successor(
+        "KDRL, k2, beyond the teacher", replace(_KDRL, extrapolation=1.25), settings=_START
     ),
     "grpo_lora": _successor(
         "GRPO, LoRA of rank 8 at 0.005", PRESETS["grpo"], like="grpo", settings=_LORA
