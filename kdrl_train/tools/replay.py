@@ -5,6 +5,7 @@ step's completions and rewards, and a checkpoint of the weights before the step.
 """
 
 import math
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,15 @@ from kdrl_train.errors import require_file
 from kdrl_train.method import grpo
 from kdrl_train.model.load import use_device
 from kdrl_train.model.packing import pack
+from kdrl_train.model.teacher.remote import RemoteTeacher
+from kdrl_train.model.teachers import Teachers
 from kdrl_train.output import guarded_console
 from kdrl_train.runfolder import checkpoint
 from kdrl_train.runfolder.untrusted import load_tensors
 from kdrl_train.settings import Switch, settings
-from kdrl_train.start.load import load
+from kdrl_train.start.load import Loaded, load
 from kdrl_train.start.open_run import teachers_of
+from kdrl_train.step.coefficients import with_replies
 from kdrl_train.step.update import sketch_scale, sketch_seed
 
 
@@ -158,7 +162,10 @@ def replay(
     use_device(config.model)
     loaded = load(config)
     policy, step, rewards = loaded.policy, dump["step"], dump["rewards"]
-    teachers = teachers_of(config, loaded)
+    rollouts = Rollouts(**{name: dump[name] for name in _ROLLOUTS})
+    with closing(loaded), ExitStack() as stack:
+        known = dump["coefficients"]
+        teachers, coefficients = asked(config, loaded, rollouts, known, stack, console)
     place = config.model.weights
     if step > 0:
         place = folder / "checkpoints" / f"step_{step:06d}"
@@ -168,14 +175,13 @@ def replay(
         hashes = config.checkpoint_hashes
         for doubt in checkpoint.load_weights(place, policy, hashes=hashes, config=config.model):
             console.print(f"warning: {doubt}", markup=False, soft_wrap=True)
-    rollouts = Rollouts(**{name: dump[name] for name in _ROLLOUTS})
     weights, normalizer = grpo.token_weights(
         rollouts.lengths,
         ~rewards.isnan().flatten(),
         config.method.token_weights,
         config.sampling.max_new_tokens,
     )
-    coefficients = replace(dump["coefficients"], token_weights=weights)
+    coefficients = replace(coefficients, token_weights=weights)
     replayed = []
     policy.train()
     seed = sketch_seed(config.seed, step, dump["part"])
@@ -202,6 +208,44 @@ def replay(
             )
         )
     return replayed
+
+
+def asked(
+    config: TrainConfig,
+    loaded: Loaded,
+    rollouts: Rollouts,
+    coefficients: CompletionCoefficients,
+    stack: ExitStack,
+    console: Console,
+) -> tuple[Teachers, CompletionCoefficients]:
+    """Returns the teachers, and the coefficients with what their servers say of the completions: a
+    dump holds log-probabilities, and neither states nor likeliest tokens.
+
+    Raises: ValueError for servers that read prompts of their own, which a dump does not hold.
+    """
+    teachers = teachers_of(config, loaded)
+    servers = {number: one for number, one in enumerate(loaded.teachers) if one.server is not None}
+    if config.method.reads_logprobs or not servers:
+        return teachers, coefficients
+    if config.data.teacher_template is not None:
+        raise ValueError(
+            "data.teacher_template must be None to replay a step with states from a server, got "
+            f"{config.data.teacher_template!r}: the file does not hold what the teacher read"
+        )
+    columns = loaded.policy.sampled_vocab_size
+    remote = {
+        number: stack.enter_context(
+            RemoteTeacher(one.server, config, columns, console.print, one.head)
+        )
+        for number, one in servers.items()
+        if one.server is not None
+    }
+    teachers = replace(teachers, remote=remote)
+    number_R = coefficients.teacher
+    if number_R is None:
+        number_R = torch.zeros(len(rollouts.texts), dtype=torch.int64)
+    replies = teachers.collect(rollouts, coefficients.kd_weight > 0, number_R, {})
+    return teachers, with_replies(coefficients, config.method, replies)
 
 
 def table(completions: list[Replayed], title: str) -> Table:
