@@ -2,7 +2,9 @@
 
 import io
 import math
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +25,7 @@ from kdrl_train.method.config import MethodConfig, ScheduleConfig
 from kdrl_train.runfolder.log import read_records
 from kdrl_train.tools import replay
 from tests.train.servers import running, teacher_app
-from tests.train.test_train_remote import assert_same_run, run
+from tests.train.test_train_remote import assert_same_run, on_step, run
 from tests.train.test_two_ranks import assert_same_metrics, together
 
 Config = Callable[..., TrainConfig]
@@ -128,17 +130,21 @@ def test_two_ranks_keep_the_states_of_their_own_packs(
 
 
 @pytest.mark.slow
-def test_a_resumed_run_asks_for_states_again(config: Config, folders: dict[str, Path]) -> None:
-    whole = config("whole", steps=3, method=RKL, engine=EngineConfig(staleness=1), save_every=1)
+def test_a_resumed_run_asks_for_states_again(
+    config: Config, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoint holds the completions of the next step, and none of their states."""
+    whole = config("whole", steps=4, method=RKL, engine=EngineConfig(staleness=1))
     with running(teacher_app(folders["teacher"])) as url:
         whole = behind(whole, url, folders)
-        parts = replace(whole, out=whole.out.with_name("parts"), steps=2)
+        parts = replace(whole, out=whole.out.with_name("parts"))
         run(whole)
-        run(parts)
+        with monkeypatch.context() as patch:
+            on_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            assert len(run(parts)[0]) == 2
         rollouts = parts.out / "checkpoints" / "step_000002" / "rollouts.pt"
-        if rollouts.exists():
-            assert rollouts.stat().st_size < 100_000
-        run(replace(parts, steps=3, resume=True))
+        assert 0 < rollouts.stat().st_size < 100_000
+        run(replace(parts, resume=True))
     assert_same_run(parts.out, whole.out)
 
 
