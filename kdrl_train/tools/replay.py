@@ -165,7 +165,7 @@ def replay(
     rollouts = Rollouts(**{name: dump[name] for name in _ROLLOUTS})
     with closing(loaded), ExitStack() as stack:
         known = dump["coefficients"]
-        teachers, coefficients = asked(config, loaded, rollouts, known, stack, console)
+        teachers, coefficients = query_servers(config, loaded, rollouts, known, stack, console)
     place = config.model.weights
     if step > 0:
         place = folder / "checkpoints" / f"step_{step:06d}"
@@ -210,7 +210,7 @@ def replay(
     return replayed
 
 
-def asked(
+def query_servers(
     config: TrainConfig,
     loaded: Loaded,
     rollouts: Rollouts,
