@@ -174,3 +174,20 @@ def test_the_head_of_another_model_of_one_shape_is_refused(
             ValueError, match=r"served head: teacher\.head must be the head of .* nats"
         ):
             run(settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kd", ["rkl", "topk_rkl"])
+def test_states_are_those_after_the_teachers_prompt(
+    config: Config, folders: dict[str, Path], kd: Any
+) -> None:
+    local = config("local", steps=1, method=replace(RKL, kd=kd))
+    local = replace(local, data=replace(local.data, teacher_template="{answer}!{prompt}"))
+    with running(teacher_app(folders["teacher"])) as url:
+        remote = behind(local, url, folders)
+        (record,), _ = run(remote)
+    run(local)
+    assert_same_run(remote.out, local.out)
+    plain = replace(local, out=local.out.with_name("plain"), data=config().data)
+    (other,), _ = run(plain)
+    assert other["grad_norm"] != pytest.approx(record["grad_norm"], rel=1e-3)
