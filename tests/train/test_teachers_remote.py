@@ -1,18 +1,25 @@
 """Several teachers, some of them behind URLs, teach what they teach in one process."""
 
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
+from rich.console import Console
+from torch import Tensor
+
 from kdrl_train.config import EngineConfig, TeacherConfig, TrainConfig
+from kdrl_train.method import grpo
 from kdrl_train.method.config import MethodConfig, ScheduleConfig, TeacherMethod
 from kdrl_train.runfolder.log import read_records
+from kdrl_train.tools import replay
 from tests.train.servers import running, teacher_app
 from tests.train.test_teachers import run
 from tests.train.test_train_remote import assert_same_run
@@ -51,3 +58,38 @@ def test_a_server_beside_a_teacher_in_process(
                 assert ours["kd_coef/other"] == 1.0
                 for key in ("kl_teacher/default", "kl_teacher/other", "kd_share/other"):
                     assert ours[key] == pytest.approx(theirs[key], rel=1e-5), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kd", ["rkl", "topk_rkl"])
+def test_a_replay_asks_the_server_for_what_the_dump_does_not_hold(
+    routed: Callable[..., TrainConfig],
+    folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    kd: Any,
+) -> None:
+    method = replace(METHOD, kd=kd, kd_topk=5 if kd == "topk_rkl" else METHOD.kd_topk)
+    local = routed("local", method=method, steps=1)
+    advantages = grpo.advantages
+
+    def broken(*arguments: Any) -> Tensor:
+        values_R = advantages(*arguments)
+        values_R[3] = torch.inf
+        return values_R
+
+    monkeypatch.setattr(grpo, "advantages", broken)
+    with running(teacher_app(folders["other_teacher"])) as url:
+        heads = TeacherConfig(heads={"other": str(folders["other_teacher"])})
+        remote = replace(local, model=replace(local.model, teachers={"other": url}), teacher=heads)
+        replays = []
+        for config in (local, replace(remote, out=local.out.with_name("remote"))):
+            with pytest.raises(FloatingPointError):
+                run(config)
+            file = config.out / "failed_step_000000.pt"
+            replays.append(replay.main(replay.ReplayConfig(file=file), Console(file=io.StringIO())))
+    assert len(replays[0]) == 16
+    for one, other in zip(*replays, strict=True):
+        assert one.finite == other.finite == (one.index != 3)
+        if one.finite:
+            assert other.loss == pytest.approx(one.loss, rel=1e-5, abs=1e-6)
+            assert other.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)
