@@ -59,6 +59,7 @@ EXTRAS |= {"serve": SERVE, "liger": LIGER, "report": [*TRAIN, *REPORT], "vllm": 
 EXTRAS |= {"lora": LORA, "bitsandbytes": BITSANDBYTES}
 EXTRAS |= {"trl": TRL, "verl": VERL}
 
+REPORT = ["tools/report/*.j2", "tools/report/*.css"]
 KEYWORDS = ["reinforcement learning", "GRPO", "knowledge distillation", "on-policy distillation"]
 KEYWORDS += ["language models", "LM head", "Triton", "TRL"]
 CLASSIFIERS = [
@@ -104,7 +105,7 @@ setup(
     packages=find_packages(include=["kdrl_kernels*", "kdrl_train*"]),
     package_data={
         "kdrl_kernels": ["py.typed", "**/README.md"],
-        "kdrl_train": ["py.typed", "**/README.md", "tools/report/*.j2", "tools/report/*.css"],
+        "kdrl_train": ["py.typed", "**/README.md", "recipes/*.yaml", *REPORT],
     },
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require=EXTRAS,

@@ -30,6 +30,7 @@ from kdrl_train.config_file import (
     load_yaml,
     read_mapping,
     require_own_module,
+    settings_file,
     to_dict,
     update,
     write_mapping,
@@ -57,7 +58,11 @@ FUNCTIONS = ("reward.function", "method.loss")
 _FILE: Any = Path | None  # Any: a StructFieldSpec is declared to take a class
 _METHOD: Any = Literal[tuple(PRESETS)] | None
 CONFIG = StructFieldSpec(
-    "config", _FILE, None, "YAML file with any of these settings. An unknown key is an error."
+    "config",
+    _FILE,
+    None,
+    "YAML file with any of these settings, or recipe:paper and the like "
+    "(kdrl_train/recipes). An unknown key is an error.",
 )
 PRESET = StructFieldSpec(
     "preset", _METHOD, None, "Method to start from. Options under --method change parts of it."
@@ -109,16 +114,17 @@ def parse(
         first.add_argument("--preset", nargs="?")
         extra.append(PRESET)
     early, _ = first.parse_known_args(list(argv))
-    file = {} if early.config is None else load_yaml(Path(early.config))
+    path = None if early.config is None else settings_file(early.config)
+    file = {} if path is None else load_yaml(path)
     preset = getattr(early, "preset", None)
     if preset in PRESETS:
         default = replace(default, method=PRESETS[preset])  # type: ignore[type-var]
         require_room(preset, file, early.config)
-    if of_run is not None and is_training(file, default):
+    if of_run is not None and path is not None and is_training(file, default):
         training = update(TrainConfig(), file)
         # such a file comes with its model: whether the model's code is run says this command
         model = replace(training.model, trust_remote_code=False)
-        default = of_run(replace(training, model=model), Path(early.config).parent)
+        default = of_run(replace(training, model=model), path.parent)
     else:
         default = update(default, file)
     if options and not early.help_all and {"-h", "--help"} & set(argv):
@@ -128,8 +134,8 @@ def parse(
     about = f"{description}\n\n{EPILOG}"
     values = read_options(default, argv, extra, program, about, short=bool(options))
     settings = update(default, {name: values[name] for name in to_dict(default)})
-    if early.config is not None:
-        require_own_modules(settings, Path(early.config), vars(early))
+    if path is not None:
+        require_own_modules(settings, path, vars(early))
     return settings
 
 

@@ -15,6 +15,10 @@ T = TypeVar("T")
 MOST_BYTES = 1_000_000
 """Longest YAML file of settings that is read; that of a run has some kilobytes."""
 
+RECIPES = Path(__file__).with_name("recipes")
+RECIPE = "recipe:"
+"""What stands before the name of one of RECIPES, as a file of settings."""
+
 BUILT_IN = dict.fromkeys(("reward.function", "reward.functions"), "math, exact, or ")
 """What a setting that names a function may be besides module:function."""
 
@@ -86,6 +90,23 @@ def save_yaml(config: Any, path: Path) -> None:
         work.unlink(missing_ok=True)  # a link would be followed
         work.write_text(text, encoding="utf-8")
         work.replace(path)
+
+
+def settings_file(name: str) -> Path:
+    """Return the path of a file of settings: a person's own, or one of RECIPES, as recipe:paper.
+
+    Raises: ValueError for a recipe that there is none of.
+    """
+    if not name.startswith(RECIPE):
+        return Path(name)
+    paths = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+    recipe = name.removeprefix(RECIPE)
+    if recipe not in paths:
+        raise ValueError(
+            f"--config must name a file, or {RECIPE} and one of {', '.join(paths)}, got {name}; "
+            f"these are files in {RECIPES}"
+        )
+    return paths[recipe]
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

@@ -110,12 +110,6 @@ class PlanConfig(TrainConfig):
                 f"{self.optim.head_impl} and {self.model.attention}: they hold all logits and all "
                 "attention weights, which is not modelled"
             )
-        if self.engine.kind != "generate":
-            raise ValueError(
-                f'engine.kind must be "generate" to be planned, got "{self.engine.kind}": what '
-                "other engines take is not modelled; `check` estimates a vllm_server run's memory"
-            )
-
         if self.model.tensor_parallel > 1:
             raise ValueError(
                 "model.tensor_parallel must be 1 to be planned, got "
@@ -199,9 +193,14 @@ class Estimate:
 def make_estimate(config: PlanConfig) -> Estimate:
     """Estimates memory and time of a run.
 
-    Raises: ValueError for models that cannot be read or are not modelled, and for a workspace that
-        is too small for the logits of one token.
+    Raises: ValueError for models that cannot be read or are not modelled, an engine that is not,
+        and for a workspace that is too small for the logits of one token.
     """
+    if config.engine.kind != "generate":  # here, since options may replace that of a file
+        raise ValueError(
+            f'engine.kind must be "generate" to be planned, got "{config.engine.kind}": what other '
+            "engines take is not modelled; plan the rest with --engine.kind generate"
+        )
     trusted = config.model.trust_remote_code
     model = read_model(config.model.policy, "model.policy", trusted)
     policy = shape_of(model, f"model.policy = {config.model.policy!r}")
