@@ -53,6 +53,7 @@ def inject(model: Any, config: LoraConfig, seed: int) -> None:
     setattr(model, KEPT, settings)
     dtype = torch.promote_types(torch.float32, next(iter(dtypes.values())))
     for layer in adapted(model).values():
+        layer.cast_input_dtype_enabled = False  # autocast casts A and B, without a copy of x
         for part in (layer.lora_A, layer.lora_B):
             part[ADAPTER].to(dtype)
 
@@ -146,6 +147,16 @@ def merged(layer: Any, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return weight.to(A) + (change.T if layer.fan_in_fan_out else change)
 
 
+@torch.no_grad()
+def merge_in_place(model: nn.Module) -> None:
+    """Add the adapters of a model that is not sharded to the weights beside them, and switch them
+    off."""
+    for layer in adapted(model).values():
+        weight, parts = layer.base_layer.weight, (layer.lora_A, layer.lora_B)
+        weight.copy_(merged(layer, weight, *(part[ADAPTER].weight for part in parts)))
+        layer._disable_adapters = True
+
+
 def merged_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the state that the model would have without adapters, which are merged into it.
 
@@ -183,6 +194,13 @@ def count(model: Any, config: LoraConfig) -> int:
         for name, module in model.named_modules()
         if _is_linear(module) and any(f".{name}".endswith(f".{target}") for target in targets)
     )
+
+
+def head_rank(model: Any, config: LoraConfig) -> int:
+    """Return the rank of the adapter that the LM head would have; 0: none."""
+    head, targets = model.get_output_embeddings(), _targets(model, config.targets)
+    (name,) = (name for name, module in model.named_modules() if module is head)
+    return config.rank if any(f".{name}".endswith(f".{target}") for target in targets) else 0
 
 
 def parameters(model: nn.Module) -> tuple[int, int]:

@@ -70,11 +70,12 @@ def _case(
         raise ValueError("model.tensor_parallel is not modelled")
     if config.engine.kind in ("continuous", "vllm"):
         raise ValueError(f"engine.kind {config.engine.kind} is not modelled")
-    policy_model, adapters = policy.model, 0
+    policy_model, adapters, head_rank = policy.model, 0, 0
     if config.model.lora.rank:  # its shape is that of its base
         model = config.model
         policy_model = read_model(model.policy, "model.policy", model.trust_remote_code)
         adapters = lora.count(policy_model, model.lora)
+        head_rank = lora.head_rank(policy_model, model.lora)
     shapes = largest_first(
         shape_of(policy_model if isinstance(teacher, BaseTeacher) else teacher.model, "the teacher")
         for teacher in teachers
@@ -84,6 +85,7 @@ def _case(
         choice=policy.choice,
         policy=shape_of(policy_model, "model.policy"),
         adapters=adapters,
+        head_rank=head_rank,
         teacher=shapes[0] if shapes else None,
         other_teachers=shapes[1:],
         served=served_heads(config),

@@ -36,6 +36,7 @@ from kdrl_train.runfolder.resume import changed_rate, check_data, open_folder, r
 from kdrl_train.runfolder.signals import Interrupt
 from kdrl_train.runfolder.trackers import Trackers
 from kdrl_train.runfolder.writable import require_writable
+from kdrl_train.start.base_model import check_base, keep_base
 from kdrl_train.start.load import Loaded, LoadedTeacher, described, load
 from kdrl_train.start.optimizer import make_optimizer
 from kdrl_train.start.preflight import preflight, require
@@ -69,6 +70,7 @@ def open_run(
     warnings = [] if newest is None else check_data(newest, loaded.data, config)
     warnings += require(preflight(config, loaded, verifier, world))
     described_teachers, unsure = world.on_main(lambda: checked_teachers(config, loaded))
+    base = world.on_main(lambda: check_base(config))
     output.begin(f"starting the engine, {config.engine.kind}")
     engine = stack.enter_context(closing(open_engine(config, policy, loaded.tokenizer, world)))
     optimizer = make_optimizer(config.optim, policy.parameters(), world)
@@ -80,6 +82,7 @@ def open_run(
     engine.load(policy, first)
     history, best = read_history(config, world, first), open_best(config, world, loaded, first)
     world.on_main(lambda: begin_folder(config, trackers, newest, described_teachers, lock))
+    world.on_main(lambda: keep_base(config, base))
     log = RunLog(config.out, first, config.steps, console, world.main, trackers, lock)
     attach(engine, log, interrupt)
     if first > 1 and world.main and not read_records(config.out):

@@ -154,6 +154,7 @@ def evaluate_sets(config: EvaluateConfig, console: Console | None = None) -> dic
             hashes=config.checkpoint_hashes,
             config=config.model,
         )
+        lora.merge_in_place(model)
     results = {}
     with Verifier(config.reward) as verifier:
         for problems in sets:

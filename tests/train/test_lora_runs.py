@@ -1,5 +1,6 @@
 """Runs with adapters: they resume, sample, export, and start others."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,12 @@ def test_a_run_resumes_to_the_bit_and_leaves_both_folders(
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert all(tensor.abs().max() > 0 for tensor in ours.values())  # B has moved from 0
+
+    base_file = parts.out / "base.json"
+    text = base_file.read_text("utf-8")
+    base_file.write_text(text.replace(json.loads(text)["weights"], "0" * 64), "utf-8")
+    with pytest.raises(ValueError, match=r"weights that the adapters of .*parts were trained on"):
+        run(replace(parts, resume=True, steps=4))
 
     stored = read(whole.out / "checkpoints" / "step_000003")
     base_bytes = (folders["llama"] / "model.safetensors").stat().st_size

@@ -55,6 +55,8 @@ class Case:
     adapters: int = 0
     """Parameters of the policy's adapters, with model.lora: they are trained, and the rest is
     frozen; 0: all of the policy is trained."""
+    head_rank: int = 0
+    """Rank of the adapter of the policy's head; 0: none."""
     flat: float | None = None
     """Share of tokens too flat to be sketched; None: all, where `entries` would cost more than
     model.head_flat allows, else none."""
@@ -279,6 +281,8 @@ class Case:
             kd_baseline=None if teacher is None else method.kd_baseline,
             dtype=self.dtype,
             device="cpu" if self.placement.cpu else "cuda",
+            weight_grad=not self.adapters,
+            adapter=self.head_rank,
             workspace_bytes=optim.workspace_bytes,
             backward=self.run.model.head_backward,
             row_entries=0 if self.flat_share == 1 else self.entries,

@@ -212,7 +212,7 @@ def make_estimate(config: PlanConfig) -> Estimate:
             for name, place in places.items()
             if not is_url(place)  # a server's memory is its own
         )
-    cpu = config.device == "cpu"
+    cpu, adapters = config.device == "cpu", config.model.lora
     placement = Placement(
         gpus=config.gpus,
         cpu=cpu,
@@ -226,7 +226,8 @@ def make_estimate(config: PlanConfig) -> Estimate:
         other_teachers=teachers[1:],
         served=served_heads(config),
         placement=placement,
-        adapters=lora.count(model, config.model.lora) if config.model.lora.rank else 0,
+        adapters=lora.count(model, adapters) if adapters.rank else 0,
+        head_rank=lora.head_rank(model, adapters) if adapters.rank else 0,
         choice=attention_of(model, config),
         entries=config.entries,
         flat=config.flat,

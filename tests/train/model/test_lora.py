@@ -182,6 +182,13 @@ def test_merged_weights_are_those_of_peft(
     state = lora.merged_state(model, model.state_dict())
     assert state.keys() == base.state_dict().keys()
     assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.float32}
+    in_place = copy.deepcopy(model)
+    lora.merge_in_place(in_place)
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            in_place(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4
+        )
     peft_model = copy.deepcopy(model)
     for layer in lora.adapted(peft_model).values():
         layer.merge()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from kdrl_train.config import LoraConfig, ModelConfig, OptimConfig
-from kdrl_train.model.lora import count, inject, parameters
+from kdrl_train.model.lora import count, head_rank, inject, parameters
 from kdrl_train.start.estimate.shapes import read_model
 from tests.train.estimate_cases import case_of
 from tests.train.start.test_estimate import values
@@ -20,6 +20,9 @@ def test_adapters_by_hand(models: dict[str, str]) -> None:
     adapters = count(base, model.lora)
     inject(base, model.lora, 0)
     assert adapters == parameters(base)[0] == 2 * 2 * (8 + 8 + 8 + 16)
+    head = LoraConfig(rank=2, targets=("lm_head",))
+    plain = read_model(models["untied"], "model.policy")
+    assert (head_rank(plain, model.lora), head_rank(plain, head)) == (0, 2)
     case = case_of(models, "untied", run=replace(run, model=model), adapters=adapters)
     whole, ours = values(case_of(models, "untied")), values(case)
     assert ours["frozen weights"] == 4 * 1736
@@ -32,6 +35,8 @@ def test_adapters_by_hand(models: dict[str, str]) -> None:
     assert values(half)["frozen weights"] == 2 * 1736
     assert "copy of the policy that samples" not in values(half)  # which has its dtype already
     assert half.stream_bytes == 2
+    # forward and dX: 2 of the head's 3 products
+    assert sum(case.chunk_plan(64).flop.values()) == 2 * (2 * 64 * 8 * 32)
 
 
 @pytest.mark.parametrize(
