@@ -53,8 +53,8 @@ COMMANDS = {
         settings="config.EvaluateConfig",
         lasts=True,
         of_run=True,
-        options=("config", "out", "seed", "samples", "max_problems", *_MODEL, "data.path",
-                 "sampling.max_new_tokens", "sampling.temperature", "reward.function"),
+        options=("config", "out", "seed", "samples", "greedy", "max_problems", *_MODEL,
+                 "data.path", "sampling.max_new_tokens", "sampling.temperature", "reward.function"),
     ),
     "check": Command(
         help="check a training run before it starts: a table, and exit code 1 if it would fail",

@@ -346,13 +346,16 @@ def _sketch_parts(record: Record) -> list[tuple[str, str]]:
 
 
 def _eval_parts(record: Record) -> list[tuple[str, str]]:
-    """Return (name, value) of each score of an evaluation with its interval, if it was one."""
+    """Return (name, value) of each score of an evaluation with its interval, if it was one: those
+    of eval.data, and avg@k of each other set."""
+    keys = {f"eval_{name}_at_k": f"{name}@k" for name in ("avg", "pass", "maj")}
+    sets = [key for key in record if key.startswith("eval/") and key.endswith("/avg_at_k")]
+    keys |= {key: key.split("/")[1] for key in sets}
     parts = []
-    for name in ("avg", "pass", "maj"):
-        key = f"eval_{name}_at_k"
+    for key, name in keys.items():
         if key in record:
             low, high = 100 * record[f"{key}_low"], 100 * record[f"{key}_high"]
-            parts.append((f"{name}@k", f"{record[key]:.1%} ({low:.1f}-{high:.1f})"))
+            parts.append((name, f"{record[key]:.1%} ({low:.1f}-{high:.1f})"))
     return parts
 
 

@@ -87,6 +87,13 @@ def test_a_terminal_breaks_no_number(tmp_path: Path) -> None:
     assert "  ".join(line.strip() for line in lines) == whole
 
 
+def test_every_set_has_its_score_on_the_line(tmp_path: Path) -> None:
+    scores = {f"eval/aime/avg_at_k{end}": v for end, v in (("", 0.25), ("_low", 0), ("_high", 0.5))}
+    run, out = log(tmp_path)
+    run.step({"step": 3} | RECORD | EVALUATION | scores | {"eval/aime/length": 9.0})
+    assert out.getvalue().endswith("  maj@k 62.5% (56.2-68.8)  aime 25.0% (0.0-50.0)\n")
+
+
 def test_the_time_that_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mean time between the ends of two steps, of the last 20 at most, times the steps left."""
     clock = {"now": 50.0}
