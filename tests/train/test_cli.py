@@ -45,7 +45,7 @@ def test_short_help_is_short(
         cli.main([command, "--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    assert len(out.splitlines()) < 45
+    assert len(out.splitlines()) < 50  # 80 columns; every preset is named
     for key in COMMANDS[command].options:
         assert f"  --{key.replace('_', '-')} " in out
     if COMMANDS[command].options:
