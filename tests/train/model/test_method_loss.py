@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -89,9 +89,9 @@ def by_logits(
 
 
 def ours(
-    method: MethodConfig, batch: PackedBatch, leaves: list[Tensor], teacher: kk.TeacherHead
+    method: MethodConfig, batch: PackedBatch, leaves: list[Tensor], teacher: kk.TeacherHead | None
 ) -> tuple[list[Tensor], kk.LossOutput]:
-    distil = method.kd is not None
+    distil = method.kd is not None and teacher is not None
     head: dict[str, Any] = {
         "token_weights": batch.token_weights,
         "teacher": teacher if distil else None,
@@ -191,6 +191,22 @@ def test_gradient_is_that_of_all_logits(name: str) -> None:
         assert 0 < metrics["kd_selected"] <= 1
         assert (metrics["kd_selected"] < 1) == (name != "tanh")
     assert metrics["kd_share"] == (0 if method.kd is None else 6 / 7)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_pack_without_tokens_has_no_gradient(name: str) -> None:
+    """As a rank gets one whose turns end before those of the others, with a teacher or without."""
+    method, _ = METHODS[name]
+    batch, (hidden, weight), teacher = problem()
+    none = {
+        field.name: value[:0]
+        for field in fields(batch)
+        if isinstance(value := getattr(batch, field.name), Tensor) and len(value) == 8
+    }
+    empty = hidden.detach()[:0].requires_grad_()
+    for head in (replace(teacher, hidden=teacher.hidden[:0]), None):
+        results, out = ours(method, replace(batch, **none), [empty, weight], head)
+        assert [len(out.logprobs), *(x.abs().sum().item() for x in results)] == [0, 0, 0, 0]
 
 
 def test_another_teacher_is_another_gradient() -> None:
