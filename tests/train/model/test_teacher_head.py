@@ -1,9 +1,11 @@
 """The head of a teacher behind a URL: read alone from its files, and that of the served model."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +13,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import kdrl_kernels as kk
+from kdrl_train.model.packing import feed
 from kdrl_train.model.policy import HeadedModel
-from kdrl_train.model.teacher.client import TeacherInfo
+from kdrl_train.model.teacher.client import TeacherError, TeacherInfo
 from kdrl_train.model.teacher.head import ServedHead, load_head, logit_numbers
+from kdrl_train.model.teacher.identity import FILE, check_same_teacher, keep_teacher
+from kdrl_train.model.teachers import Teachers
+from tests.train.coefficients import coefficients_of
+from tests.train.model.test_policy import (
+    METHODS,
+    pair,
+    relative_error,
+    some_rollouts,
+    step_gradient,
+)
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "tied": ("qwen2", {"tie_word_embeddings": True}),
@@ -124,3 +137,55 @@ def test_a_head_that_cannot_be_read_is_named(
         read(copy, info)
     with pytest.raises(ValueError, match=r"teacher\.head must be .*there is no such folder"):
         read(tmp_path / "nothing", info)
+
+
+SLOW = ("jsd", "mixture", "centred k2")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["rkl sequence", "distillation", *(pytest.param(x, marks=pytest.mark.slow) for x in SLOW)],
+)
+def test_states_train_as_the_teacher_does(tiny: Callable[..., Any], name: str) -> None:
+    """In float64, some completions unasked for; another teacher's states give another gradient."""
+    method = METHODS[name]
+    policy, teacher = pair(tiny, method, torch.float64, "qwen2")
+    rollouts, rewards = some_rollouts()
+    kd_weight = coefficients_of(rewards, method).kd_weight
+
+    def trained(model: Any) -> list[Any]:
+        read, states = HeadedModel(model, compute_dtype=torch.float64), []
+        for prompt, completion, weight in zip(
+            rollouts.prompt_ids, rollouts.completion_ids, kd_weight, strict=True
+        ):
+            ids, positions, places = feed([prompt], [completion])
+            with torch.no_grad():
+                known = read.hidden(ids, positions, places, [ids.shape[1]])
+            states.append(known if weight > 0 else None)
+        weight, bias = read.head()
+        head = ServedHead("teacher.head", "m", weight, bias, 0.8, None)
+        teachers = Teachers(("default",), remote={0: SimpleNamespace(head=head)})
+        return [
+            step_gradient(policy, teachers.head, method, budget, teacher_states=states)
+            for budget in (1, 12, 1000)
+        ]
+
+    local = step_gradient(policy, teacher, method, budget=12)
+    for remote in trained(teacher.model):
+        assert relative_error(remote[1], local[1]) <= 1e-9
+        for key, value in local[2].items():
+            assert remote[2][key] == (value and pytest.approx(value, rel=1e-8)), key
+    other = trained(tiny("llama", seed=5, hidden=48).double())[0]
+    assert relative_error(other[1], local[1]) > 0.01
+
+
+def test_a_file_of_an_older_version_says_less_of_a_teacher(tmp_path: Path, tiny: Any) -> None:
+    info = info_of(tiny("llama", hidden=48, tie_word_embeddings=False))
+    keep_teacher(tmp_path, info)
+    changed = replace(info, hidden_size=64)
+    with pytest.raises(TeacherError, match="hidden_size: 48 in the file, 64 now"):
+        check_same_teacher(tmp_path, changed)
+    written = json.loads((tmp_path / FILE).read_text())
+    del written["hidden_size"]
+    (tmp_path / FILE).write_text(json.dumps(written))
+    check_same_teacher(tmp_path, changed)
