@@ -1,6 +1,7 @@
 """A run that is killed, stopped or starved of its disk loses nothing that was saved."""
 
 import io
+import json
 import os
 import pty
 import random
@@ -27,6 +28,7 @@ from kdrl_train.method.config import ScheduleConfig
 from kdrl_train.method.presets import PRESETS
 from kdrl_train.model.policy import Policy
 from kdrl_train.runfolder import checkpoint, jsonl
+from kdrl_train.runfolder.best import FILE, resolved
 from kdrl_train.runfolder.log import read_records
 from kdrl_train.step import update
 from kdrl_train.tools import replay
@@ -197,7 +199,7 @@ def test_a_signal_in_an_evaluation_postpones_it(
     whose switch on a plateau waits for these scores."""
     switch = ScheduleConfig(kind="switch", initial=1.0, final=0.0, patience=1, min_gain=1.0)
     settings = {
-        "eval": EvalConfig(data=config().data, every=1, samples=2, max_problems=3),
+        "eval": EvalConfig(data=config().data, every=1, samples=2, max_problems=3, keep_best=True),
         "method": replace(PRESETS["kdrl"], kd_coef=switch),
         "steps": 4,
     }
@@ -229,6 +231,9 @@ def test_a_signal_in_an_evaluation_postpones_it(
         assert checkpoint.latest(parts.out / "checkpoints").step == 2
     assert without_times(run(replace(parts, resume=True))) == without_times(expected)
     assert {len(records) for records in (expected, read_records(parts.out))} == {4}
+    best, same = (json.loads((one.out / FILE).read_text("utf-8")) for one in (whole, parts))
+    assert best == same
+    assert resolved(parts.out / FILE).is_dir()
 
 
 @pytest.mark.fault("error in a step")
