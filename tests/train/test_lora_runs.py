@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from kdrl_train.config import EngineConfig, LogConfig, LoraConfig, OptimConfig, TrainConfig
 from kdrl_train.runfolder.checkpoint import read
+from kdrl_train.runfolder.untrusted import Reader
 from kdrl_train.start import load
 from kdrl_train.tools import evaluate
-from tests.train.conftest import EXACT
 from tests.train.test_train import run, without_times
 from tests.train.test_two_ranks import alone, assert_same_metrics, together
 
@@ -43,7 +43,7 @@ def logits(model: Any) -> Tensor:
 def test_a_run_resumes_to_the_bit_and_leaves_both_folders(
     config: Config, folders: dict[str, Path]
 ) -> None:
-    whole, parts = of(config, "whole"), of(config, "parts")
+    whole, parts = of(config, "whole", steps=2), of(config, "parts", steps=2)
     expected = run(whole)
     assert all(row["sampler_mismatch_mean"] < 1e-5 for row in expected)
     run(replace(parts, steps=1, save_every=1))
@@ -60,14 +60,14 @@ def test_a_run_resumes_to_the_bit_and_leaves_both_folders(
     text = base_file.read_text("utf-8")
     base_file.write_text(text.replace(json.loads(text)["weights"], "0" * 64), "utf-8")
     with pytest.raises(ValueError, match=r"weights that the adapters of .*parts were trained on"):
-        run(replace(parts, resume=True, steps=4))
+        run(replace(parts, resume=True, steps=3))
 
-    stored = read(whole.out / "checkpoints" / "step_000003")
-    base_bytes = (folders["llama"] / "model.safetensors").stat().st_size
-    adapter_bytes = sum(4 * tensor.numel() for tensor in ours.values())
-    # A, B and two moments, without the base; each of its tensors takes 2 kB of the file at most
-    assert sum(stored.files.values()) < 3 * adapter_bytes + 2**21
-    assert adapter_bytes < base_bytes / 4
+    stored = read(whole.out / "checkpoints" / "step_000002")
+    reader = Reader(stored.folder, set(stored.files))
+    reader.open()
+    names = [name for name in reader.metadata.state_dict_metadata if name.startswith("model.")]
+    assert len(names) == len(ours)
+    assert all(".lora_" in name for name in names)  # nothing of the base
 
     merged = AutoModelForCausalLM.from_pretrained(whole.out / "model")
     base = AutoModelForCausalLM.from_pretrained(folders["llama"])
@@ -84,11 +84,9 @@ def test_the_base_teaches_without_a_copy(
     """The policy without its adapters is the teacher that its folder would be."""
     expected = alone(replace_teacher(of(config, "copy", steps=2), str(folders["llama"])))
     itself = replace_teacher(of(config, "self", steps=2), "self")
-    rows = together(replace_teacher(of(config, "ranks", steps=2), "self"), 2)
     monkeypatch.setattr(load, "load_teacher", None)  # no second model is loaded
     assert without_times(run(itself)) == without_times(expected)
     assert expected[1]["kl_teacher"] > 1e-4  # after a step they differ
-    assert_same_metrics(rows, expected)
 
 
 def replace_teacher(run: TrainConfig, teacher: str) -> TrainConfig:
@@ -97,7 +95,9 @@ def replace_teacher(run: TrainConfig, teacher: str) -> TrainConfig:
 
 @pytest.mark.slow
 def test_ranks_train_the_adapters_of_one_process(config: Config) -> None:
-    whole, parts = of(config, "whole"), of(config, "parts")
+    """And their base teaches, on each rank without a copy."""
+    settings = (of(config, name, steps=2) for name in ("whole", "parts"))
+    whole, parts = (replace_teacher(one, "self") for one in settings)
     assert_same_metrics(together(parts, 2), alone(whole))
     for name in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
         ours, theirs = load_file(parts.out / name), load_file(whole.out / name)
@@ -112,11 +112,9 @@ def test_ranks_train_the_adapters_of_one_process(config: Config) -> None:
     [
         {"optim": replace(OPTIM, updates_per_rollout=2)},
         {"engine": EngineConfig(staleness=1)},
-        {"engine": EngineConfig(kind="continuous")},
-        {"method": replace(EXACT, sampler_correction="mask")},
         {"log": LogConfig(diagnostics_every=1)},
     ],
-    ids=["updates", "stale", "continuous", "correction", "measured"],
+    ids=["updates", "stale", "measured"],
 )
 def test_other_settings_sample_from_the_adapters(config: Config, fields: dict[str, Any]) -> None:
     """An engine with a copy of the model samples from the merged weights."""
@@ -176,3 +174,36 @@ def test_an_adapter_teaches_as_its_merged_model(config: Config) -> None:
         student = config(f"by_{name}", steps=2)
         rows.append(run(replace_teacher(student, str(first.out / name))))
     assert_same_metrics(*rows)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # what bitsandbytes and torch say of a CPU
+def test_adapters_of_a_model_of_4_bits(config: Config, tiny: Any, tmp_path: Path) -> None:
+    """As policy's base and as teacher; the head's layers are as wide as a block of 64 weights."""
+    pytest.importorskip("bitsandbytes", reason="it is not installed")
+    whole, quantised = tmp_path / "w", tmp_path / "q"
+    tiny("llama", hidden=128, tie_word_embeddings=False).save_pretrained(whole)
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(
+        whole, quantization_config=settings, device_map={"": "cpu"}
+    )
+    model.save_pretrained(quantised)
+    plain = config("run", policy="llama", steps=2, optim=OPTIM)
+    AutoTokenizer.from_pretrained(plain.model.policy).save_pretrained(quantised)
+    lora = LoraConfig(rank=4, alpha=8.0, merge=False)
+    models = replace(plain.model, policy=str(quantised), teacher=str(quantised), lora=lora)
+    one = replace(plain, model=models)
+    for wrong, message in (
+        ({"engine": EngineConfig(staleness=1)}, r"which only the engine generate takes"),
+        ({"model": replace(models, lora=replace(lora, merge=True))}, r"set model\.lora\.merge to"),
+        ({"model": replace(models, lora=LoraConfig())}, r"gradients reach only weights in 16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(replace(one, **wrong))
+    rows = run(one)
+    assert rows[0]["kl_teacher"] == pytest.approx(0, abs=1e-6)
+    assert rows[1]["kl_teacher"] > 1e-6
+    assert all(row["sampler_mismatch_mean"] < 1e-3 for row in rows)
+    stored = load_file(one.out / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.abs().max() > 0 for tensor in stored.values())
+    assert not (one.out / "model").exists()
