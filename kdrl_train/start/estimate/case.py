@@ -84,6 +84,13 @@ class Case:
         return "cpu" if offloaded else "full"
 
     @property
+    def reference(self) -> ModelShape | None:
+        """The model that reads every token beside the teacher, where there is model.reference."""
+        if self.run.model.reference is None or not self.other_teachers:
+            return None
+        return self.other_teachers[0]
+
+    @property
     def kept_parameters(self) -> int:
         """Counts the parameters of the other teachers that share the memory of the device."""
         moved = self.run.model.move_teachers and not (self.sharded or self.placement.cpu)

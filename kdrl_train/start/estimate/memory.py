@@ -33,6 +33,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from kdrl_train.start.estimate.case import Case
+from kdrl_train.start.estimate.composite import composite_terms
 from kdrl_train.start.estimate.terms import Term, product
 
 MOMENTS = {
@@ -69,6 +70,7 @@ def memory_terms(case: Case) -> list[Term]:
         *_head(case),
         *_teacher(case),
         *_served_heads(case),
+        *composite_terms(case),
         *_rollout(case),
     ]
 
@@ -279,7 +281,7 @@ def _teacher(case: Case) -> list[Term]:
         product("a layer of the teacher", ("teacher",), [read, inner], remedy=_shorter(case)),
     ]
     if others := case.kept_parameters:
-        over, remedy = (1, ""), "--model.move-teachers"
+        over, remedy = (1, ""), "" if case.reference else "--model.move-teachers"
         if case.teacher_weights == "sharded":
             over, remedy = (case.placement.gpus, "GPUs"), f"{MORE_GPUS}, or --model.offload-teacher"
         size = [(b, "B"), (others, "parameters")]

@@ -166,7 +166,7 @@ def _passes(case: Case, device: Device, lengths: Lengths) -> list[Term]:
     ]
     if case.run.model.gradient_checkpointing:
         terms.append(_compute("policy, recomputed", "update", work, f"2 · {layers}", device))
-    for name, model in {"teacher": teacher, "reference": reference_of(case)}.items():
+    for name, model in {"teacher": teacher, "reference": case.reference}.items():
         if model is not None:
             sequence = lengths.response + lengths.prompt * case.longer_prompt
             tokens = case.rollouts * sequence
@@ -185,13 +185,6 @@ def _passes_of_policy(case: Case, work: float, tokens: float, layers: str, devic
     flop = 2 * work + 6.0 * case.adapters * tokens
     formula = f"4 · {layers}; 6 · {case.adapters:,} of the adapters"
     return _compute(name, "update", flop, formula, device)
-
-
-def reference_of(case: Case) -> ModelShape | None:
-    """Returns the model that reads every token beside the teacher, where there is a reference."""
-    if case.run.model.reference is None or not case.other_teachers:
-        return None
-    return case.other_teachers[0]
 
 
 def _head(case: Case, device: Device, lengths: Lengths) -> list[Term]:
@@ -235,7 +228,7 @@ def _head(case: Case, device: Device, lengths: Lengths) -> list[Term]:
         if config.method.is_topk:  # a pass of its own finds the likeliest tokens
             flop = 2.0 * g.N * head.hidden * head.vocabulary
         terms.append(_compute("head, teacher's GEMM", "update", flop, formula, device))
-    reference = reference_of(case)
+    reference = case.reference
     if reference is not None:
         formula, flop = f"2 · {g.N:,} · {reference.hidden:,} · {g.V_t:,}", 2.0 * g.N * g.V_t
         flop *= reference.hidden

@@ -246,6 +246,22 @@ def test_only_a_masked_attention_takes_a_mask(models: dict[str, str]) -> None:
     assert sizes["one layer, recomputed"] == 32 * (12 * 16 + 4 * (5 * 8 + 4 * 16))
 
 
+def test_a_reference_stands_beside_the_teacher(models: dict[str, str]) -> None:
+    """bfloat16, 20 tokens a pack, H 12 and 8; a head of as many rows as the smaller one has."""
+    case = sharded_case(models)
+    model = replace(case.run.model, reference="somewhere")
+    with_one = replace(case, run=replace(case.run, model=model), other_teachers=(case.policy,))
+    plain, held = (
+        {term.name: term.value for term in memory_terms(one)} for one in (case, with_one)
+    )
+    more = {name: value for name, value in held.items() if name not in plain}
+    assert more.pop("the other teachers") == 2 * 1480 / 4
+    assert more == {
+        "states of teacher and reference": 2 * case.pack_tokens * (2 * 8 + 12),
+        "heads of teacher and reference": 2 * 32 * (8 + 12),
+    }
+
+
 def test_where_the_teacher_is(models: dict[str, str]) -> None:
     full, away = (values(sharded_case(models, teacher_weights=w)) for w in ("full", "cpu"))
     assert full["teacher"] == 2 * 4356
