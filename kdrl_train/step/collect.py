@@ -90,12 +90,13 @@ def early_servers(run: Run, step: int) -> frozenset[int]:
     if not run.config.method.reads_logprobs and run.world.size > 1:
         return frozenset()  # states are large: each rank asks for those of its own packs, later
     for number in teachers.remote:
-        method, history = run.config.method, run.history
+        method, history, weight = run.config.method, run.history, 1.0
         if teachers.several:
             name = teachers.names[number]
+            weight = method.kd_weight(name)
             method, history = method.of_teacher(name), history.of_teacher(name)
         known = len(history.kl) == step or not method.kd_coef.reads_history
-        if known and may_query_early(method, step, history):
+        if known and weight > 0 and may_query_early(method, step, history):
             early.add(number)
     return frozenset(early)
 
