@@ -61,8 +61,8 @@ CONFIG = StructFieldSpec(
     "config",
     _FILE,
     None,
-    "YAML file with any of these settings, or recipe:paper and the like "
-    "(kdrl_train/recipes). An unknown key is an error.",
+    "YAML file with any of these settings. Or recipe:NAME, for one of kdrl_train/recipes. An "
+    "unknown key is an error.",
 )
 PRESET = StructFieldSpec(
     "preset", _METHOD, None, "Method to start from. Options under --method change parts of it."

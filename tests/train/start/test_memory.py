@@ -15,7 +15,7 @@ from kdrl_train.start import memory, preflight
 from kdrl_train.start.estimate.devices import memory_bytes
 from kdrl_train.start.estimate.memory import by_moment, memory_terms
 from kdrl_train.start.load import Loaded, load
-from kdrl_train.tools.plan.command import PlanConfig
+from kdrl_train.tools.plan.command import PlanConfig, make_estimate
 
 Config = Callable[..., TrainConfig]
 
@@ -97,7 +97,7 @@ def test_what_is_not_modelled_is_not_estimated(config: Config) -> None:
     detail = memory.check_memory(vllm, loaded.policy, [loaded.teachers[0].model], 1)
     assert detail == "not estimated: engine.kind vllm is not modelled"
     with pytest.raises(ValueError, match=r'kind must be "generate" to be planned, got "vllm'):
-        PlanConfig(engine=vllm.engine)
+        make_estimate(PlanConfig(engine=vllm.engine))
 
 
 @pytest.mark.parametrize("kind", [TypeError, KeyError])
