@@ -273,12 +273,14 @@ def test_the_teacher_scores_while_rewards_are_made(
     before: list[int] = []
     judge = Verifier.score
 
-    def wait_for_the_teacher(self: Verifier, texts: list[str], *more: Any) -> Verdicts:
+    def wait_for_the_teacher(
+        self: Verifier, texts: list[str], *arguments: Any, **more: Any
+    ) -> Verdicts:
         deadline = time.monotonic() + 5
         while len(texts) == 16 and training_calls(server) < 16 and time.monotonic() < deadline:
             time.sleep(0.01)
         before.append(training_calls(server))
-        return judge(self, texts, *more)
+        return judge(self, texts, *arguments, **more)
 
     monkeypatch.setattr(Verifier, "score", wait_for_the_teacher)
     run(config("run", url, steps=1))
