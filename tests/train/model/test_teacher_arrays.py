@@ -16,13 +16,18 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kdrl_train.batch import TopkScores
-from kdrl_train.config import ModelConfig, TeacherConfig
+from kdrl_train.config import ModelConfig, TeacherConfig, TrainConfig
 from kdrl_train.exchange import REPLY_BYTES
+from kdrl_train.method.config import MethodConfig
 from kdrl_train.model.teacher import client
 from kdrl_train.model.teacher.client import KdrlClient, Query, TeacherError, connect
+from kdrl_train.model.teacher.remote import RemoteTeacher
 from kdrl_train.model.teacher.replies import most_bytes, topk_problem
+from kdrl_train.tools.serve import replies
+from kdrl_train.tools.serve.app import make
+from tests.train.model.test_remote_teacher import ALL, rollouts
 from tests.train.model.test_teacher_replies import VERSION
-from tests.train.servers import running, teacher_app
+from tests.train.servers import running, service, teacher_app
 
 QUERY = Query("one", [2, 3], [5, 6], sampled_vocab_size=200, temperature=0.5)
 STATES = {"0.states": torch.tensor([[1.0, 2.0], [3.0, -4.0]])}
@@ -223,3 +228,32 @@ def test_a_real_server_and_its_client_agree(folders: dict[str, Path]) -> None:
     torch.testing.assert_close(topk.sampled, logprobs)
     at = (topk.ids == torch.tensor(QUERY.completion_ids)[:, None]).nonzero(as_tuple=True)
     torch.testing.assert_close(topk.logprobs[at], logprobs)
+
+
+@pytest.mark.slow
+@pytest.mark.fault("sick teacher server")
+def test_a_server_without_room_is_asked_again(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is room for the states of one completion at a time; the others come after a 503."""
+    monkeypatch.setattr(replies, "REPLIES", 1)
+    refused: list[int] = []
+    hold = replies.Replies.of
+
+    def counted(self: Any, size: int) -> Any:
+        refused.append(self.total + size > self.most)
+        return hold(self, size)
+
+    monkeypatch.setattr(replies.Replies, "of", counted)
+    largest = 4 * 4 * 48
+    method = MethodConfig(kd="rkl")
+    app = make(service(folders["teacher"]), reply_bytes=largest)
+    with running(app) as url:
+        settings = TrainConfig(
+            model=ModelConfig(teacher=url), teacher=TeacherConfig(head="h"), method=method
+        )
+        real = connect(settings.model, settings.teacher)
+        with RemoteTeacher(real, settings, 258, lambda _: None) as teacher:
+            states = teacher.collect(rollouts(), ALL, {})
+    assert [len(part) for part in states] == [1, 2, 3, 4]
+    assert sum(refused) > 0
