@@ -232,7 +232,7 @@ def test_a_real_server_and_its_client_agree(folders: dict[str, Path]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.fault("sick teacher server")
-def test_a_server_without_room_is_asked_again(
+def test_a_query_is_sent_again_where_there_is_no_room(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There is room for the states of one completion at a time; the others come after a 503."""
