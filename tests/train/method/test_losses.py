@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import kdrl_train
 from kdrl_kernels import Rows
+from kdrl_train import cli
 from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import load_yaml, save_yaml, update
 from kdrl_train.method.config import MethodConfig
@@ -224,6 +226,16 @@ def test_the_readmes_loss_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     lp, k2 = numbers(P).log(), numbers([5.0, 0.5, 3.0]).log().square() / 2
     expected = -numbers([1.5, 1.0, -1.6]) * lp + numbers([1.0, 0.5, 1.0]) * k2
     torch.testing.assert_close(loss.losses(rows, tokens).detach(), expected)
+
+
+def test_the_readmes_options_are_those_of_the_command_line() -> None:
+    text = (Path(kdrl_train.__file__).parent / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"`(--(?:preset gspo|method\.loss) [^`]*)`", " ".join(text.split()))
+    configs = [cli.parse(TrainConfig(), shlex.split(line), "train", "") for line in commands]
+    combined, of_ones_own = (config.method for config in configs)
+    assert (combined.policy, combined.kd, combined.kd_sign_gate) == ("gspo", "rkl", True)
+    assert of_ones_own.loss == "my_module:loss"
+    assert of_ones_own.loss_options == {"cap": 2.0}
 
 
 def test_presets_of_other_papers() -> None:
