@@ -1,11 +1,16 @@
 """Reads the columns of a record: nested ones by dots, as text, as chat messages."""
 
+import json
 import math
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import date, time
 from decimal import Decimal
 from typing import Any
+
+_SPELLED = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content)["']\s*:""")
+"""How a text begins that spells chat messages."""
 
 
 class NoColumnError(KeyError):
@@ -94,13 +99,22 @@ def value_of(place: str, record: Mapping[str, Any], key: str, column: str) -> An
 
 
 def messages_of(place: str, record: Mapping[str, Any], key: str, column: str) -> list[Any] | None:
-    """Return a column's chat messages; None where it holds no list.
+    """Return a column's chat messages; None where it holds none. A text that spells them in JSON,
+    as a cell of a .csv file does, holds them too.
 
     Each has a role and a text, content; the last one is the user's, which a completion replies to.
 
     Raises: ValueError, naming the record, for messages that a completion cannot follow.
     """
     value = value_of(place, record, key, column)
+    if isinstance(value, str) and _SPELLED.match(value):
+        try:
+            value = json.loads(value)
+        except ValueError as error:  # pandas writes Python's spelling
+            raise ValueError(
+                f"{key} {column!r} of {place} must hold text or messages in JSON, got a text that "
+                f"begins as messages do: {error}: correct the record, or name another column"
+            ) from error
     if not isinstance(value, list):
         return None
     messages = []

@@ -394,10 +394,12 @@ def test_a_parquet_file_as_verl_writes_it_needs_three_options(
 def test_the_template_is_around_the_last_message(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    records = [{"question": MESSAGES[1:], "answer": 1}]
+    """Also where a text spells the messages."""
+    records = [{"question": q, "answer": 1} for q in (MESSAGES[1:], json.dumps(MESSAGES[1:]))]
     path = write_jsonl(tmp_path / "set.jsonl", records)
     config = DataConfig(path=str(path), prompt_template="{prompt} be", system_prompt="brief")
-    (example,) = load_examples(config)
+    example, spelled = load_examples(config)
+    assert replace(spelled, id=example.id) == example
     assert example.messages == (*MESSAGES[1:3], {"role": "user", "content": "what be"})
     tokenizer.chat_template = TEMPLATE
     assert encode_prompt(tokenizer, example, config) == [8, 6, 7, 3, 4, 9, 4, 7, 2, 5, 9]
@@ -409,6 +411,8 @@ def test_the_template_is_around_the_last_message(
         (MESSAGES, r"data\.system_prompt must be None where messages have .* 'brief' and .*:1"),
         (MESSAGES[1:3], r"set\.jsonl:1 must end with a message of the user, got \{'role': 'assist"),
         ([], "must end with a message of the user, got no message"),
+        (json.dumps(MESSAGES[1:3]), r"must end with a message of the user, got \{'role': 'assist"),
+        (str(MESSAGES), "must hold text or messages in JSON, got a text that begins as messages"),
         ([{"role": "user", "content": " "}], "must end with a message of the user"),
         ([{"role": "user", "content": [{"type": "image"}]}], "role and content as text, got"),
         ([{"role": "user"}], "each with role and content as text"),
@@ -416,7 +420,7 @@ def test_the_template_is_around_the_last_message(
     ],
 )
 def test_messages_that_no_completion_can_follow_are_named(
-    tmp_path: Path, messages: list[Any], message: str
+    tmp_path: Path, messages: Any, message: str
 ) -> None:
     path = write_jsonl(tmp_path / "set.jsonl", [{"question": messages, "answer": "1"}])
     with pytest.raises(ValueError, match=message):
