@@ -14,7 +14,9 @@ from kdrl_train.start.estimate.shapes import ModelShape
 from kdrl_train.start.estimate.terms import Term, number_text
 
 CACHE_PASSES = 3
-"""To add a token, the cache of keys and values is read and written; attention reads it again."""
+"""To add a token, the cache of a window, or of a model that keeps states too, is read and written,
+and attention reads it again. Other keys and values stay where they are (rollouts/kv_cache.py):
+attention alone reads them."""
 ELEMENTWISE_PASSES = 4
 """The forward pass writes and reads what a layer keeps; backward does so with its gradient."""
 STATE_FLOP = 6
@@ -87,7 +89,7 @@ def _rollout(case: Case, device: Device, lengths: Lengths, launch_us: float) -> 
     steps, weights = batches * S, round(policy.read_parameters(B))
     met = policy.active_parameters + policy.head_parameters
     seconds = max(b * weights / device.bandwidth, 2 * met * B / device.flops)
-    read = batches * B * CACHE_PASSES * _cache_read(case, lengths.prompt, S)
+    read = batches * B * _cache_moved(case, lengths.prompt, S)
     prompts = case.rollouts * lengths.prompt
     shapes = f"{batches} x {B} completions · {S:,} steps"
     launches = steps * policy.layers * launch_us * 1e-6
@@ -116,15 +118,17 @@ def _rollout(case: Case, device: Device, lengths: Lengths, launch_us: float) -> 
     ]
 
 
-def _cache_read(case: Case, prompt: float, steps: int) -> float:
-    """Counts the bytes of one completion's caches and states, summed over its steps."""
-    b, total = case.dtype.itemsize, float(steps * case.state_bytes(case.policy))
+def _cache_moved(case: Case, prompt: float, steps: int) -> float:
+    """Counts the bytes that move of one completion's caches and states, summed over its steps."""
+    b, states = case.dtype.itemsize, case.state_bytes(case.policy)
+    total = float(CACHE_PASSES * steps * states)
     for layer in case.policy.each:
         size = case.stream_bytes * layer.cached_keys + b * layer.cached_values
         window = float("inf") if layer.window is None else layer.window
         growing = min(max(window - prompt, 0), steps)  # steps until the window is full
         full = (steps - growing) * window if growing < steps else 0
-        total += size * (growing * prompt + growing * growing / 2 + full)
+        passes = 1 if layer.window is None and not states else CACHE_PASSES
+        total += passes * size * (growing * prompt + growing * growing / 2 + full)
     return total
 
 
