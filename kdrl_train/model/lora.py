@@ -148,10 +148,14 @@ def merged(layer: Any, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def merge_in_place(model: nn.Module) -> None:
+def merge_in_place(model: nn.Module, dtype: torch.dtype) -> None:
     """Add the adapters of a model that is not sharded to the weights beside them, and switch them
-    off."""
+    off; beside quantised weights they stay, in the dtype that computes."""
     for layer in adapted(model).values():
+        if not layer.base_layer.weight.is_floating_point():
+            layer.lora_A.to(dtype)
+            layer.lora_B.to(dtype)
+            continue
         weight, parts = layer.base_layer.weight, (layer.lora_A, layer.lora_B)
         weight.copy_(merged(layer, weight, *(part[ADAPTER].weight for part in parts)))
         layer._disable_adapters = True

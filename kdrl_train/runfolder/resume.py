@@ -49,6 +49,7 @@ MAY_CHANGE = (
     "model.weights",
     "engine.max_sampler_mismatch",
     "model.liger",
+    "model.lora.merge",
     "model.trust_remote_code",
     "optim.micro_batch_tokens",
     "optim.workspace_bytes",

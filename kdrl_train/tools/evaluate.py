@@ -109,10 +109,10 @@ def of_run(run: TrainConfig, folder: Path) -> EvaluateConfig:
     model = run.model
     if (folder / "model").is_dir():
         model = replace(model, policy=str(folder / "model"), weights=None)
-    elif (folder / "adapter").is_dir():
-        model = replace(model, policy=str(folder / "adapter"), weights=None)
     elif saved := checkpoints(folder / "checkpoints"):
         model = replace(model, weights=saved[-1])
+    elif (folder / "adapter").is_dir():
+        model = replace(model, policy=str(folder / "adapter"), weights=None)
     return EvaluateConfig(
         seed=run.seed,
         samples=run.eval.samples,
@@ -143,10 +143,13 @@ def evaluate_sets(config: EvaluateConfig, console: Console | None = None) -> dic
     sets = read_sets(sections, tokenizer, max_problems=config.max_problems)
     dtype = getattr(torch, config.model.dtype)
     output.begin(f"loading {described(config.model.policy)}", at_once=True)
-    model = load_model(config.model.policy, "model.policy", config.model, dtype)
+    # a checkpoint with adapters holds all that was learnt, also where they began in a folder
+    adapters = config.model.lora.rank > 0 and config.model.weights is not None
+    name = config.model.policy
+    model = load_model(name, "model.policy", config.model, dtype, merged=not adapters)
     doubts = []
     if config.model.weights is not None:
-        if config.model.lora.rank:  # model/ of a run has none, nor adapter/, which is merged
+        if adapters:
             lora.inject(model, config.model.lora, config.seed)
         doubts += load_weights(
             config.model.weights,
@@ -154,7 +157,7 @@ def evaluate_sets(config: EvaluateConfig, console: Console | None = None) -> dic
             hashes=config.checkpoint_hashes,
             config=config.model,
         )
-        lora.merge_in_place(model)
+        lora.merge_in_place(model, dtype)
     results = {}
     with Verifier(config.reward) as verifier:
         for problems in sets:

@@ -138,7 +138,7 @@ def test_what_a_run_leaves_is_measured_and_starts_others(
         return summarize(rollouts, *rest)
 
     monkeypatch.setattr(evaluate, "summarize", kept)
-    for name in ("model", "adapter", "checkpoints"):  # of_run takes the first one that is there
+    for name in ("model", "checkpoints", "adapter"):  # of_run takes the first one that is there
         settings = evaluate.of_run(first, first.out)
         place = settings.model.weights or Path(settings.model.policy)
         assert place.relative_to(first.out).parts[0] == name
@@ -154,8 +154,15 @@ def test_what_a_run_leaves_is_measured_and_starts_others(
     second = of(config, "second", steps=1)
     second = replace(second, model=replace(second.model, weights=newest))
     whole = replace(first, out=second.out.with_name("whole"), steps=1)
-    expected = alone(replace(whole, model=replace(whole.model, policy=str(first.out / "adapter"))))
+    whole = replace(whole, model=replace(whole.model, policy=str(first.out / "adapter")))
+    expected = alone(whole)
     assert without_times(run(second)) == without_times(expected)
+    texts.clear()
+    for name in ("model", "checkpoints"):
+        evaluate.evaluate_folder(replace(evaluate.of_run(whole, whole.out), max_problems=4))
+        for folder in ("model", "adapter") if name == "model" else ():
+            (whole.out / folder).rename(whole.out / f"moved_{folder}")
+    assert texts[0] == texts[1]  # the adapter of the policy's folder is not added twice
     for change, message in (
         ({"lora": LoraConfig()}, r"rank 0, got .* with rank 4: set model\.lora to rank 4, alpha 8"),
         ({"lora": replace(ADAPTERS, alpha=9.0)}, r"set model\.lora to rank 4, alpha 8\.0, targets"),
@@ -207,3 +214,5 @@ def test_adapters_of_a_model_of_4_bits(config: Config, tiny: Any, tmp_path: Path
     stored = load_file(one.out / "adapter" / "adapter_model.safetensors")
     assert all(tensor.abs().max() > 0 for tensor in stored.values())
     assert not (one.out / "model").exists()
+    measured = replace(evaluate.of_run(one, one.out), max_problems=2)
+    assert evaluate.evaluate_folder(measured).problems == 2

@@ -183,7 +183,7 @@ def test_merged_weights_are_those_of_peft(
     assert state.keys() == base.state_dict().keys()
     assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.float32}
     in_place = copy.deepcopy(model)
-    lora.merge_in_place(in_place)
+    lora.merge_in_place(in_place, torch.float32)
     ids = torch.arange(9)[None]
     with torch.no_grad():
         torch.testing.assert_close(
