@@ -71,9 +71,9 @@ PRESET = StructFieldSpec(
 MAPPING: Any = Annotated[
     Any,
     PrimitiveConstructorSpec(
-        nargs=1,
+        nargs="*",  # a shell splits a mapping without quotes at its spaces
         metavar="YAML",
-        instance_from_str=lambda words: read_mapping(words[0]),
+        instance_from_str=lambda words: read_mapping(" ".join(words)),
         is_instance=lambda value: isinstance(value, dict),
         str_from_instance=lambda value: [write_mapping(value)],
     ),

@@ -133,6 +133,8 @@ def test_a_mapping_is_set_by_a_file_or_by_one_option(tmp_path: Path) -> None:
     option = "--data.template-arguments"
     replaced = parse("--config", file, option, "{effort: low}")  # the whole of it
     assert replaced.data.template_arguments == {"effort": "low"}
+    split = parse(option, "{effort:", "low,", "n:", "1}", "--seed", "1")  # without quotes
+    assert split.data.template_arguments == {"effort": "low", "n": 1}
     save_yaml(config, tmp_path / "config.yaml")
     assert parse("--config", str(tmp_path / "config.yaml")) == config
 
@@ -155,8 +157,10 @@ def test_a_wrong_argument_of_a_template_is_refused(tmp_path: Path, text: str, me
 
 def test_an_option_that_is_no_mapping_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        parse("--data.template-arguments", "thinking")
-    assert "--data.template-arguments" in capsys.readouterr().err
+        parse("--data.template-arguments", "thinking", "false")
+    error = " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert "--data.template-arguments: it must hold keys and values, as in '{name: value}'" in error
+    assert "got 'thinking false'" in error
 
 
 def test_any_number_of_trackers(tmp_path: Path) -> None:
