@@ -191,11 +191,13 @@ class TrainConfig:
         method, servers = self.method, self.model.teacher_servers
         bare = [name for name in servers if self.teacher.of(name).head is None]
         if method.is_exact and bare:
+            reader, instead = f'kd "{method.kd}"', 'set method.kd to "topk_rkl", "k2" or "k3"'
+            if method.kd_baseline is not None:
+                reader, instead = f"kd_baseline {method.kd_baseline}", "leave kd_baseline out"
             raise ValueError(
-                f'{self.teacher.head_key(bare[0])} must be set for method.kd "{method.kd}" and '
-                f"kd_baseline {method.kd_baseline} with a teacher behind a URL, got nothing: set "
-                "it to the folder or hub id of the served model, whose LM head alone is read; or "
-                'set method.kd to "topk_rkl", "k2" or "k3"; or load the teacher here '
+                f"{self.teacher.head_key(bare[0])} must be set for method.{reader} with a teacher "
+                "behind a URL, got nothing: set it to the folder or hub id of the served model, "
+                f"whose LM head alone is read; or {instead}; or load the teacher here "
                 "(model.teacher: its folder)"
             )
         if (method.is_exact or method.is_topk) and self.model.teacher_api != "kdrl":

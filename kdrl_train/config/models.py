@@ -261,7 +261,7 @@ class TeacherConfig:
     read. With it method.kd may be an exact divergence (rkl, fkl, jsd, rkl+fkl) and kd_baseline kl:
     the server sends its hidden states."""
     heads: dict[str, str] = field(default_factory=dict, hash=False)
-    """Of model.teachers behind URLs: name -> what `head` is for model.teacher."""
+    """Of model.teachers behind URLs: name -> what `head` is for model.teacher: {code: folder}."""
     name: str | None = None
     """Name of the model, if an openai server has several; None: its only one."""
     names: dict[str, str] = field(default_factory=dict, hash=False)

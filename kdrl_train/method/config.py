@@ -204,7 +204,7 @@ class MethodConfig:
     """A loss of each token of your own in the place of policy gradient and distillation term, as
     module:function; the function is declared by kdrl_train.method.own_loss.token_loss."""
     loss_options: dict[str, Finite] = field(default_factory=dict, hash=False)
-    """Numbers that `loss` takes as arguments, by name."""
+    """Numbers that `loss` takes as arguments, by name: {cap: 2.0}."""
 
     def __post_init__(self) -> None:
         self._check_policy()
