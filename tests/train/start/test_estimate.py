@@ -13,7 +13,6 @@ import transformers
 from kdrl_train.config import (
     DataConfig,
     EngineConfig,
-    EvalConfig,
     ModelConfig,
     OptimConfig,
     SamplingConfig,
@@ -63,32 +62,6 @@ def test_one_process_in_float32_by_hand(models: dict[str, str]) -> None:
         "a layer's keys, copied to grow": 4 * 16 * (4 * 4),
         "logits of a token": 20 * 4 * 32,
     }
-
-
-def test_an_evaluation_may_sample_longer_than_the_training(models: dict[str, str]) -> None:
-    """Its prompts and completions are held while it samples, and change no pack."""
-    case = case_of(models, "untied")
-    longer = EvalConfig(
-        every=1,
-        data=DataConfig(path="a.jsonl", max_prompt_tokens=9),
-        sets={"b": DataConfig(path="b.jsonl", max_prompt_tokens=12)},
-        max_new_tokens=30,
-    )
-    measured = replace(case, run=replace(case.run, eval=longer))
-    before, after = values(case), values(measured)
-    per_token = before["keys and values"] / 16
-    changed = {name for name in before if before[name] != after[name]}
-    assert after["keys and values"] == 42 * per_token
-    assert after["keys and values of the prompts"] == 12 * per_token
-    assert changed == {
-        "keys and values of the prompts",
-        "a layer of the prompts",
-        "mask of padded prompts",
-        "keys and values",
-        "a layer's keys, copied to grow",
-    }
-    (term,) = [term for term in memory_terms(measured) if term.name == "keys and values"]
-    assert term.remedy == "lower sampling.batch_size or eval.max_new_tokens"
 
 
 def test_four_gpus_in_bfloat16_by_hand(models: dict[str, str]) -> None:
