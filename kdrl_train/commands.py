@@ -29,6 +29,7 @@ _TRAIN = (
     "preset", "config", "out", "resume", "steps", "save_every", *_MODEL, "data.path",
     "sampling.prompts_per_step", "sampling.group_size", "sampling.max_new_tokens",
     "engine.kind", "reward.function", "method.kd_coef.initial", "optim.learning_rate",
+    "model.lora.rank",
     "eval.data.path", "eval.every", "log.trackers",
 )  # fmt: skip
 COMMANDS = {

@@ -308,6 +308,7 @@ def require_adaptable(config: TrainConfig, world: World) -> None:
     name, adapters = config.model.policy, config.model.lora
     if not adapters.rank:
         return
+    lora.require_peft()
     declared = require_loadable(name, "model.policy", config.model.trust_remote_code)
     if is_adapter(name):
         adapter_folder.require_settings(name, adapters, "model.policy")

@@ -27,14 +27,19 @@ KEPT = "kdrl_lora"
 """The attribute of an adapted model that holds peft's configuration of its adapter."""
 
 
+def require_peft() -> Any:
+    """Import peft. Raises: ExtraError without it."""
+    with needs_extra("lora"):
+        return importlib.import_module("peft")
+
+
 def inject(model: Any, config: LoraConfig, seed: int) -> None:
     """Put adapters into a causal LM in place, and freeze everything else.
 
     seed: A is a function of it, of the layers and of the rank, on any number of processes.
     Raises: ValueError for targets that are no linear layers of the model; ExtraError without peft.
     """
-    with needs_extra("lora"):
-        peft = importlib.import_module("peft")
+    peft = require_peft()
     targets = _targets(model, config.targets)
     transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())
     settings = peft.LoraConfig(

@@ -39,6 +39,7 @@ from kdrl_train.rollouts.rendering import PromptError
 from kdrl_train.rollouts.routing import require_teachers
 from kdrl_train.rollouts.teacher_prompts import encode_teacher_prompts
 from kdrl_train.runfolder.checkpoint import load_weights
+from kdrl_train.start.optimizer import require_optimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +146,7 @@ def load(config: TrainConfig, world: World = ALONE, policy_class: type[Policy] =
             "teacher; set model.offload_teacher to keep the shards in CPU memory"
         )
     require_reference(config)
+    require_optimizer(config.optim, world)
     load_loss(config.method)  # before a model, which takes longer
     trusted = config.model.trust_remote_code
     world.on_main(lambda: require_loadable(config.model.policy, "model.policy", trusted))

@@ -1,6 +1,7 @@
 """lora: adapters of peft in a policy, whose loss is that of peft's own logits."""
 
 import copy
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 import kdrl_kernels as kk
-from kdrl_train.config import LoraConfig, ModelConfig
+from kdrl_train.config import LoraConfig, ModelConfig, TrainConfig
+from kdrl_train.errors import ExtraError
 from kdrl_train.method import grpo
 from kdrl_train.method.config import MethodConfig, ScheduleConfig
 from kdrl_train.model import lora
 from kdrl_train.model.fsdp import full_weights
-from kdrl_train.model.load import checkpoint_activations
+from kdrl_train.model.load import checkpoint_activations, require_adaptable
 from kdrl_train.model.packing import pack
 from kdrl_train.model.policy import Policy, Teacher
+from kdrl_train.ranks import ALONE
 from tests.train.coefficients import coefficients_of
 from tests.train.model.test_policy import some_rollouts
 
@@ -224,3 +227,14 @@ def test_settings_without_a_rank_are_refused() -> None:
         ModelConfig(lora=LoraConfig(rank=2), tensor_parallel=2)
     with pytest.raises(ValueError, match=r"targets must name a layer, got none"):
         LoraConfig(rank=2, targets=())
+
+
+def test_without_peft_it_says_what_to_install(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is loaded."""
+    run = config(policy="llama")
+    run = replace(run, model=replace(run.model, lora=INNER))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ExtraError, match=r"pip install 'kdrl-kernels\[lora\]'"):
+        require_adaptable(run, ALONE)
