@@ -41,8 +41,13 @@ def check_prompts(config: TrainConfig, loaded: Loaded) -> str:
             "model.policy", policy_window, one.facts.longest, held_out_tokens, one.section
         )
     for teacher in loaded.teachers:
-        read = facts.longest if facts.teacher is None else facts.teacher.longest
-        _check_window(teacher.key, teacher.window, read, tokens)
+        if facts.teacher is None:
+            _check_window(teacher.key, teacher.window, facts.longest, tokens)
+        else:
+            setting = "data.max_teacher_prompt_tokens"
+            _check_window(
+                teacher.key, teacher.window, facts.teacher.longest, tokens, setting=setting
+            )
     extra = "".join(
         f"{one.facts.count:,} held out{_name(one)} of at most {one.facts.longest}, "
         for one in loaded.held_out
@@ -243,18 +248,25 @@ def _with_doubts(detail: str, doubts: list[str]) -> str:
 
 
 def _check_window(
-    name: str, tokens: int | None, longest: int, max_new_tokens: int, section: str = "data"
+    name: str,
+    tokens: int | None,
+    longest: int,
+    max_new_tokens: int,
+    section: str = "data",
+    setting: str | None = None,
 ) -> None:
     """Raise ValueError if the longest prompt and a completion do not fit a window of `tokens`.
 
     section: of the settings, where the prompt's data set stands.
+    setting: the one that leaves longer prompts out; None: max_prompt_tokens of the section.
     """
     if tokens is not None and longest + max_new_tokens > tokens:
         completion = "sampling.max_new_tokens" if section == "data" else "eval.max_new_tokens"
         raise ValueError(
             f"{name} must hold the longest prompt and completion, got a window of {tokens} "
             f"tokens for {longest} + {max_new_tokens}: lower {completion}, or "
-            f"{section}.max_prompt_tokens, which leaves longer prompts out, or choose another model"
+            f"{setting or f'{section}.max_prompt_tokens'}, which leaves longer prompts out, or "
+            "choose another model"
         )
 
 

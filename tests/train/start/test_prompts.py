@@ -23,6 +23,7 @@ from kdrl_train.config import (
 )
 from kdrl_train.model.attention import Choice
 from kdrl_train.model.policy import Policy
+from kdrl_train.rollouts.problems import TeacherPromptFacts
 from kdrl_train.rollouts.rendering import PromptError
 from kdrl_train.start import duplicates, preflight, prompts
 from kdrl_train.start.load import Loaded, load, read_problems
@@ -243,6 +244,14 @@ def test_prompts_must_fit(config: TrainConfig, loaded: Loaded) -> None:
     long = replace(config, sampling=SamplingConfig(max_new_tokens=253))
     with pytest.raises(ValueError, match=r"a window of 256 tokens for 4 \+ 253: lower"):
         prompts.check_prompts(long, loaded)
+    facts = TeacherPromptFacts(longest=200, too_long=[], first_too_long=None, count=20, sha256="")
+    longer = replace(loaded, prompts=replace(loaded.prompts, teacher=facts))
+    with pytest.raises(
+        ValueError,
+        match=r"teacher must .* 200 \+ 60: lower sampling\.max_new_tokens, or "
+        r"data\.max_teacher_prompt_tokens, which",
+    ):
+        prompts.check_prompts(replace(config, sampling=SamplingConfig(max_new_tokens=60)), longer)
 
 
 @pytest.fixture
