@@ -9,6 +9,8 @@ from datetime import date, time
 from decimal import Decimal
 from typing import Any
 
+from kdrl_train.settings import nearest
+
 _SPELLED = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content)["']\s*:""")
 """How a text begins that spells chat messages."""
 
@@ -92,9 +94,10 @@ def value_of(place: str, record: Mapping[str, Any], key: str, column: str) -> An
     try:
         return column_value(record, column)
     except NoColumnError:
+        names = column_names(record)
         raise ValueError(
-            f"{key} must be a column of {place}, which has {column_names(record)}, got "
-            f"{column!r}: set {key}"
+            f"{key} must be a column of {place}, which has {names}, got "
+            f"{column!r}{nearest(column, names)}: name one of these"
         ) from None
 
 

@@ -145,7 +145,7 @@ def test_columns_and_template_come_from_the_config(tmp_path: Path) -> None:
     ("record", "message"),
     [
         ({"question": "?"}, r"data\.answer_column must be a column of set\.jsonl:2, which has"),
-        ({"answer": "1"}, r"has \['answer'\], got 'question': set data\.prompt_column"),
+        ({"answer": "1"}, r"has \['answer'\], got 'question': name one of these"),
         ({"question": "?", "answer": None}, r"data\.answer_column 'answer' .* got None: correct"),
         ({"question": "?", "answer": float("nan")}, "must hold text or a number, got nan"),
         ({"question": "?", "answer": True}, "must hold text or a number, got True"),

@@ -57,7 +57,7 @@ def test_a_value_is_no_template() -> None:
         (
             "{prompt} {hunt}",
             "x",
-            r"\{hunt\} in data\.teacher_template must be a column of a\.jsonl:1",
+            r"\{hunt\} in data\.teacher_template must be a column of a\.jsonl:1.*mean hint\?",
         ),
         ("{prompt} {hint}", "", r"'hint' of a\.jsonl:1 must hold text or a number, got ''"),
         ("{prompt} {hint}", None, r"'hint' of a\.jsonl:1 must hold text or a number, got None"),
