@@ -126,8 +126,8 @@ class EvalConfig:
         check_sets(self.sets, self.data)
         if self.keep_best and not self.sections:
             raise ValueError(
-                "every and data.path must be set with keep_best, got "
-                f"{self.every} and {self.data.path!r}: nothing would be measured"
+                f"keep_best must be false without every and data.path, got {self.every} and "
+                f"{self.data.path!r} of them: nothing would be measured; set both"
             )
         if self.greedy and self.temperature is not None:
             raise ValueError(

@@ -274,7 +274,7 @@ def test_every_preset_is_an_option(name: str) -> None:
         ),
         (
             "eval: {keep_best: true}",
-            r"eval\.every and data\.path must be set with keep_best, got 0",
+            r"eval\.keep_best must be false without every and data\.path, got 0 and '' of them",
         ),
         (
             "eval: {greedy: true, temperature: 1}",
