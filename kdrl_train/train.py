@@ -18,7 +18,7 @@ from rich.text import Text
 
 from kdrl_train import output
 from kdrl_train.config import TrainConfig
-from kdrl_train.config.models import DEFAULT_TEACHER
+from kdrl_train.config.models import DEFAULT_TEACHER, SELF
 from kdrl_train.errors import BrokenWeightsError, describe
 from kdrl_train.method.evaluation import EVAL_STEP, summarize
 from kdrl_train.method.histogram import length_counts
@@ -86,6 +86,10 @@ def main(
 def title(config: TrainConfig) -> str:
     """Say in a line which run this is; the first on the screen."""
     places = config.model.teacher_places if config.method.kd is not None else {}
+    if config.model.teacher_is_self and places:  # after the same prompts it is the KL to the start
+        template = config.data.teacher_template
+        read = "the policy's prompts" if template is None else "data.teacher_template"
+        places |= {DEFAULT_TEACHER: f"{SELF} ({config.model.self_teacher}, reads {read})"}
     teachers = [
         place if name == DEFAULT_TEACHER else f"{name}: {place}" for name, place in places.items()
     ]

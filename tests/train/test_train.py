@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from kdrl_train import cli, train
-from kdrl_train.config import OptimConfig, SamplingConfig, TrainConfig
+from kdrl_train.config import DataConfig, ModelConfig, OptimConfig, SamplingConfig, TrainConfig
 from kdrl_train.config_file import load_yaml, update
 from kdrl_train.method import grpo
 from kdrl_train.method.config import MethodConfig, ScheduleConfig
@@ -250,6 +250,15 @@ def test_a_reward_for_the_format_is_not_right(config: Callable[..., TrainConfig]
     for line in jsonl.read(settings.out / "samples" / "step_000000.jsonl"):
         assert line["outcome"] == ("right" if line["reward"] > 1 else "wrong")
         assert line["outcome"] == "wrong" or line["kd_weight"] == 0.0
+
+
+@pytest.mark.parametrize("template", [None, "{prompt} {answer}"])
+def test_the_first_line_says_what_a_self_teacher_reads(template: str | None) -> None:
+    model = ModelConfig(policy="student", teacher="self")
+    read = "the policy's prompts" if template is None else "data.teacher_template"
+    config = TrainConfig(model=model, data=DataConfig(path="a", teacher_template=template))
+    line = f"runs/train: training student, teacher self (frozen, reads {read}), on a"
+    assert train.title(config) == line
 
 
 def test_a_missing_reward_is_counted_and_left_out(config: Callable[..., TrainConfig]) -> None:
