@@ -85,14 +85,19 @@ def _file_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _parquet_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    file = importlib.import_module("pyarrow.parquet").ParquetFile(path)
-    names = file.schema_arrow.names
-    _require_names(path, names)
-    number = 0
-    for batch in file.iter_batches():
-        for record in batch.to_pylist(maps_as_pydicts="strict"):
-            number += 1
-            yield f"{path.name}:{number}", plain(record)
+    parquet = importlib.import_module("pyarrow.parquet")
+    try:
+        file = parquet.ParquetFile(path)
+        _require_names(path, file.schema_arrow.names)
+        number = 0
+        for batch in file.iter_batches():
+            for record in batch.to_pylist(maps_as_pydicts="strict"):
+                number += 1
+                yield f"{path.name}:{number}", plain(record)
+    except (importlib.import_module("pyarrow").ArrowException, OSError) as error:
+        raise ValueError(
+            f"{path} must be a whole parquet file, got {str(error).rstrip('.')}: copy it again"
+        ) from error
 
 
 def _json_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -102,7 +107,7 @@ def _json_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             f"piece, got {path.stat().st_size:,}: write one record a line into a .jsonl file"
         )
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
             yield from _jsonl_records(path)  # as many do call such a file
@@ -146,6 +151,17 @@ def _require_names(path: Path, names: Sequence[str]) -> None:
         )
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dict of an object in JSON. Raises: ValueError for a key that stands twice, of which
+    the last would win."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {reprlib.repr(twice)} twice in one object")
+    return values
+
+
 def _require_record(path: Path, place: str, record: Any) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(
@@ -161,7 +177,7 @@ def _jsonl_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 continue
             place = f"{path.name}:{number}"
             try:
-                record = json.loads(line)
+                record = json.loads(line, object_pairs_hook=_object)
             except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, deep brackets
                 raise ValueError(
                     f"{place} in {path.parent} must be one JSON object in UTF-8, got {error}: "

@@ -86,6 +86,17 @@ def test_a_long_cell_of_a_csv_is_read(tmp_path: Path) -> None:
         ("set.json", b"[" * 100_000, r"set\.json must be JSON in UTF-8, got"),
         ("set.json", b'{"data": {"a": 1}}', r"must hold a list of records, .* got \{'data': "),
         ("set.json", b'[{"a": 1}, 2]', r"set\.json:2 in .* must be a JSON object, got 2"),
+        (
+            "set.json",
+            b'[{"a": 1, "a": 2}]',
+            r"set\.json must be JSON .* key 'a' twice in one object",
+        ),
+        ("set.jsonl", b'{}\n{"a": {"b": 1, "b": 1}}', r"set\.jsonl:2 in .* got the key 'b' twice"),
+        (
+            "set.parquet",
+            b"PAR1 PAR1",
+            r"set\.parquet must be a whole parquet file, got .*: copy it",
+        ),
         ("set.json", b'{"a": 1}\n2', r"set\.json:2 in .* must be a JSON object, got 2"),
     ],
 )
