@@ -15,6 +15,10 @@ _SPELLED = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content)["']\s*:""")
 """How a text begins that spells chat messages."""
 
 
+MISSING = ("", "nan", "NaN", "<NA>")
+"""What programs write for a value that is not there, as pandas does into a .csv file."""
+
+
 class NoColumnError(KeyError):
     """A record has no such column."""
 
@@ -68,7 +72,8 @@ def plain(value: Any) -> Any:
 
 
 def text_of(place: str, record: Mapping[str, Any], key: str, column: str) -> str:
-    """Return a column's value as text: 27.0 becomes "27"; only text and numbers are accepted.
+    """Return a column's value as text: 27.0 becomes "27"; only text and numbers are accepted, and
+    no text of MISSING.
 
     Args:
         place: of the record, for messages.
@@ -80,7 +85,7 @@ def text_of(place: str, record: Mapping[str, Any], key: str, column: str) -> str
         value = str(int(value)) if value.is_integer() else repr(value)
     elif isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or value.strip() in MISSING:
         raise ValueError(
             f"{key} {column!r} of {place} must hold text or a number, got {value!r}: correct or "
             "remove the record, or name another column"

@@ -50,3 +50,11 @@ def test_a_missing_column_is_named_with_those_that_are_there() -> None:
 def test_values_become_plain() -> None:
     arrays = {"a": np.array([[1, 2]]), "b": (np.float32(0.5), None), 3: "x"}
     assert plain(arrays) == {"a": [[1, 2]], "b": [0.5, None], "3": "x"}
+
+
+@pytest.mark.parametrize("value", ["nan", " NaN\n", "<NA>", " "])
+def test_what_programs_write_for_a_missing_value_is_no_text(value: str) -> None:
+    """A .csv file of pandas has it, and `math` would read it as a word that is never right."""
+    with pytest.raises(ValueError, match=r"^k 'a' of set:1 must hold text or a number, got '"):
+        text_of("set:1", {"a": value}, "k", "a")
+    assert text_of("set:1", {"a": "Nan"}, "k", "a") == "Nan"
