@@ -22,6 +22,8 @@ Reward = Callable[..., float | tuple[float, bool]]
 """Maps a completion and more (INPUTS) to a finite number, or to (number, whether it is right)."""
 INPUTS = ("completion", "answer", "prompt", "columns", "tokens", "raw_completion", "truncated")
 """What a reward may know of a completion, by the names of its parameters; `gold` is `answer`."""
+INPUT_OF = {name: name for name in INPUTS} | {"gold": "answer"}
+"""Name of a parameter -> what it gets."""
 DRAWN = ("completion", "raw_completion", "tokens")
 """Those of which each reward takes at least one: what the policy has written."""
 ReadAnswer = Callable[[str], str | None]
@@ -127,10 +129,10 @@ def load_reward(name: str) -> Reward:
 
 @lru_cache(maxsize=64)
 def inputs_of(reward: Reward) -> dict[str, str]:
-    """Return which input each required parameter of a reward gets, by the parameter's name.
+    """Return which input each parameter of a reward gets, by the parameter's name.
 
     A parameter may have underscores around its name; of the first two, _ and __ are completion and
-    answer. Parameters with a default keep it.
+    answer. One with a default gets the input of its name, or keeps the default.
 
     Returns: nothing for what was not written as a reward. A function such as timeit.timeit(stmt,
         setup) may run what a completion says.
@@ -140,12 +142,14 @@ def inputs_of(reward: Reward) -> dict[str, str]:
     inputs = {}
     for place, parameter in enumerate(required):
         name = parameter.name.strip("_") or "".join(INPUTS[:2][place : place + 1])
-        name = "answer" if name == "gold" else name
         is_many = parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
-        if is_many or name not in INPUTS:
+        if is_many or name not in INPUT_OF:
             return {}
-        inputs[parameter.name] = name
-    return inputs if set(inputs.values()) & set(DRAWN) else {}
+        inputs[parameter.name] = INPUT_OF[name]
+    if not set(inputs.values()) & set(DRAWN):
+        return {}
+    named = [p for p in parameters if p.default is not p.empty and p.name in INPUT_OF]
+    return inputs | {p.name: INPUT_OF[p.name] for p in named if p.kind != p.POSITIONAL_ONLY}
 
 
 def call(reward: Reward, inputs: dict[str, Any]) -> object:
@@ -154,7 +158,8 @@ def call(reward: Reward, inputs: dict[str, Any]) -> object:
     positional: list[Any] = []
     named: dict[str, Any] = {}
     for name, source in inputs_of(reward).items():
-        if parameters[name].kind == Parameter.KEYWORD_ONLY:
+        parameter = parameters[name]
+        if parameter.kind == Parameter.KEYWORD_ONLY or parameter.default is not parameter.empty:
             named[name] = inputs[source]
         else:
             positional.append(inputs[source])

@@ -17,7 +17,7 @@ from kdrl_train.rollouts.reward_inputs import (
     check_columns,
     reward_inputs,
 )
-from kdrl_train.rollouts.rewards import inputs_of, load_reward
+from kdrl_train.rollouts.rewards import call, inputs_of, load_reward
 from kdrl_train.rollouts.verifier import Verifier, judge_rule, verdicts_of
 from kdrl_train.rollouts.verifier_worker import JudgedCompletion, judge
 
@@ -133,8 +133,20 @@ def of_gold(__: str, gold: str) -> float:
     return float(len(gold))
 
 
+def with_defaults(completion: str, least: float = 0.0, gold: str = "") -> float:
+    return max(float(min(len(completion), len(gold))), least)
+
+
+def by_place(completion: str, least: float = 0.0, gold: str = "", /) -> float:
+    return max(float(len(completion) + len(gold)), least)
+
+
+def all_by_default(completion: str = "") -> float:
+    return float(len(completion))
+
+
 @pytest.mark.fault("hostile config or data")
-@pytest.mark.parametrize("function", [lambda_reward, open_ended, runs, command])
+@pytest.mark.parametrize("function", [all_by_default, lambda_reward, open_ended, runs, command])
 def test_other_parameters_make_no_reward(function: Callable[..., float]) -> None:
     message = r"with the parameters \(completion, answer\) or others of completion, answer, prompt"
     with pytest.raises(ValueError, match=message):
@@ -145,6 +157,9 @@ def test_parameters_name_what_a_reward_gets() -> None:
     assert inputs_of(load_reward(f"{REWARDS}:short")) == {"tokens": "tokens"}
     assert inputs_of(of_gold) == {"__": "completion", "gold": "answer"}
     assert "least" not in inputs_of(load_reward(f"{REWARDS}:sees"))
+    assert inputs_of(with_defaults) == {"completion": "completion", "gold": "answer"}
+    assert call(with_defaults, {"completion": "abc", "answer": "xyz"}) == 3.0
+    assert inputs_of(by_place) == {"completion": "completion"}
     assert inputs_of(load_reward(f"{REWARDS}:sees"))["gold"] == "answer"
 
 
