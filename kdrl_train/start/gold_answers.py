@@ -31,7 +31,7 @@ def check_gold(
     tokenizer: needed where a reward takes tokens.
     Raises: ValueError naming the first gold answer that fails, and the error if there was one;
         UserWarning where reward.right_above is less than half of the largest reward, or not below
-        it, and where a reward does not get a column.
+        it, or below 0 for math and exact, and where a reward does not get a column.
     """
     reward = config.reward
     left_out = check_columns(examples) if "columns" in verifier.inputs else []
@@ -107,12 +107,17 @@ def _threshold(config: RewardConfig, verdicts: Verdicts) -> str:
     """Say which rewards are right.
 
     Raises: UserWarning where reward.right_above is less than half of the largest reward, or no
-        reward is above it.
+        reward is above it, or below 0 for math and exact.
     """
     name = config.deciding.label
     what = f"a value of {name}" if config.functions else "a reward"
     rule = f"{what} above {config.right_above:g} (reward.right_above)"
     if config.deciding.function in ("math", "exact"):
+        if config.right_above < 0:
+            raise UserWarning(
+                f"reward.right_above must be at least 0 for {name}, got {config.right_above:g}: "
+                "it pays 0 for a wrong answer, so each answer that it reads would be right"
+            )
         return f"; right: {rule}"
     values = verdicts.parts.get(name, verdicts.rewards)
     low, high = min(values), max(values)

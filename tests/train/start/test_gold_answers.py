@@ -72,6 +72,14 @@ def test_the_threshold_is_compared_with_the_value_of_the_one_that_decides() -> N
     assert detail.endswith("rewards from 4 to 4")
 
 
+def test_a_threshold_below_what_math_pays_for_a_wrong_answer_is_doubtful() -> None:
+    config = settings("math", right_above=-0.5)
+    with pytest.raises(
+        UserWarning, match=r"^reward\.right_above must be at least 0 for math, got -"
+    ):
+        check_gold(config, EXAMPLES, Replies(set(), ["right"]))  # type: ignore[arg-type]
+
+
 def test_columns_that_no_reward_gets_are_named() -> None:
     examples = [*EXAMPLES, Example("set:3", "", "5", columns={"image": b"PNG"})]
     seeing = Replies({"columns"}, ["right"] * 4)
