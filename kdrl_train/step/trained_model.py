@@ -18,9 +18,14 @@ REMEDY = "free space or correct --out, then --resume writes it again"
 
 def write_best(run: Run) -> str:
     """Load the weights of the best evaluation, and write them as write_model does, into folders
-    whose names end in _best. The policy keeps them."""
+    whose names end in _best. The policy keeps them.
+
+    Returns: what is where; that there is none, where the run was measured at no step, as one that
+        was done before eval.keep_best was set.
+    """
     assert run.best is not None
-    assert run.best.now is not None
+    if run.best.now is None:
+        return "no step of it was measured, so none is the best"
     folder, config = run.best.checkpoint(run.best.now), run.config
     load_weights(folder, run.policy, run.world, config.checkpoint_hashes, config=config.model)
     return f"of step {run.best.now.step}, the best, {write_model(run, '_best')}"

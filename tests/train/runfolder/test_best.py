@@ -118,6 +118,20 @@ def test_weights_are_named_by_a_checkpoint_or_by_the_best(tmp_path: Path) -> Non
     assert resolved(tmp_path / "best.json") == resolved(folder) == folder
 
 
+@pytest.mark.slow
+def test_a_run_that_is_done_has_no_best_where_none_was_looked_for(
+    config: Callable[..., TrainConfig],
+) -> None:
+    """It ended with an AssertionError."""
+    settings = config(steps=1)
+    run(settings)
+    keeps = EvalConfig(data=settings.data, every=1, max_problems=1, keep_best=True)
+    run(replace(settings, resume=True, eval=keeps))
+    last = jsonl.read(settings.out / "events.jsonl")[-1]["message"]
+    assert last.endswith("; no step of it was measured, so none is the best")
+    assert not (settings.out / "model_best").exists()
+
+
 def test_the_best_checkpoint_of_a_run_stays(
     config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
