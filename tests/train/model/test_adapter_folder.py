@@ -125,6 +125,10 @@ def test_other_settings_than_its_own_are_refused(
         ({"rank_pattern": {"q_proj": 5}}, r"rank_pattern {'q_proj': 5}"),
         ({"alpha_pattern": {"q_proj": 5}}, "alpha_pattern"),
         ({"bias": "all"}, "bias 'all'"),
+        (
+            {"alora_invocation_tokens": [5], "task_type": "CAUSAL_LM"},
+            r"alora_invocation_tokens \[5\]",
+        ),
         ({"target_modules": ["embed_tokens"]}, "lora_embedding_A"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
