@@ -8,6 +8,7 @@ from kdrl_train.config import TrainConfig
 from kdrl_train.errors import written
 from kdrl_train.model.fingerprint import weights_hash
 from kdrl_train.model.folder import base_of
+from kdrl_train.runfolder.best import resolved
 
 FILE = "base.json"
 """The file of a run folder with the name of the base and a hash of its weights."""
@@ -26,7 +27,7 @@ def check_base(config: TrainConfig) -> dict[str, str | None] | None:
     base = {"base": name, "weights": weights_hash(name)}
     source = config.out if config.resume else None
     if source is None and config.model.weights is not None:
-        source = config.model.weights.parent.parent
+        source = resolved(config.model.weights).parent.parent
     before = None if source is None else _read(source / FILE)
     if None not in (before, base["weights"]) and before != base["weights"]:
         raise ValueError(
