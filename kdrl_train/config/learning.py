@@ -72,6 +72,10 @@ class OptimConfig:
                 f'name must be "sgd" with momentum {self.momentum}, got "{self.name}": AdamW\'s is '
                 "the first of betas"
             )
+        if self.name == "sgd" and self.betas != (0.9, 0.999):
+            raise ValueError(
+                f'name must be an AdamW with betas {self.betas}, got "sgd": set momentum'
+            )
         if self.final_learning_rate and self.schedule == "constant":
             raise ValueError(
                 'schedule must be "linear" or "cosine" with final_learning_rate '

@@ -75,6 +75,8 @@ def test_without_bitsandbytes_it_says_what_to_install(monkeypatch: pytest.Monkey
 def test_momentum_is_of_sgd() -> None:
     with pytest.raises(ValueError, match=r'name must be "sgd" with momentum 0\.9, got "adamw"'):
         OptimConfig(momentum=0.9)
+    with pytest.raises(ValueError, match=r"name must be an AdamW with betas \(0\.9, 0\.95\), got"):
+        OptimConfig(name="sgd", betas=(0.9, 0.95))
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
