@@ -86,7 +86,7 @@ class ModelConfig:
     problems that name none."""
     reference: str | None = None
     """The model that method.extrapolation starts from: a folder or hub id, often what the teacher
-    was trained from, or self, the policy at step 0."""
+    was trained from, or self, the policy at step 0 (with model.lora without a copy)."""
     move_teachers: Switch = False
     """Keep the teachers of this process in CPU memory, and on the GPU only the one that is reading:
     a step moves each of them once. Not under torchrun, where offload_teacher does as much."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import kdrl_kernels as kk
 from kdrl_train.config import ModelConfig
+from kdrl_train.config.models import SELF
 from kdrl_train.model import lora
 from kdrl_train.model.attention import Choice
 from kdrl_train.model.folder import is_adapter
@@ -21,10 +22,10 @@ from kdrl_train.model.policy import HeadedModel, Policy, Teacher, local, teacher
 
 
 def has_no_copy(config: ModelConfig) -> bool:
-    """Say whether the policy's own weights teach without a copy of them: those that are trained,
-    and the base of adapters that begin at 0."""
+    """Say whether the policy's own weights are the teacher, or the reference, without a copy of
+    them: those that are trained, and the base of adapters that begin at 0."""
     begins_at_base = config.lora.rank > 0 and not is_adapter(config.policy)
-    frozen = config.teacher_is_self and config.self_teacher == "frozen"
+    frozen = SELF in (config.teacher, config.reference) and config.self_teacher == "frozen"
     return config.self_teacher == "live" or (frozen and begins_at_base)
 
 
@@ -57,6 +58,11 @@ class LiveTeacher:
     def vocab_size(self) -> int:
         """V: rows of the head, padding included."""
         return self.policy.vocab_size
+
+    @property
+    def softcap(self) -> float | None:
+        """The bound of its logits, as HeadedModel has it."""
+        return self.policy.softcap
 
     @torch.no_grad()
     def __call__(self, batch: PackedBatch) -> kk.TeacherHead:

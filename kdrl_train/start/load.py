@@ -170,6 +170,8 @@ def load(config: TrainConfig, world: World = ALONE, policy_class: type[Policy] =
             replace(teacher, model=itself, mover=None) if teacher.place == SELF else teacher
             for teacher in teachers
         )
+    for teacher in teachers if config.model.reference is not None else ():
+        require_no_cap(teacher)
     return Loaded(
         tokenizer=tokenizer,
         policy=policy,
@@ -193,9 +195,6 @@ def load_teachers(config: TrainConfig, world: World = ALONE) -> tuple[LoadedTeac
             if (server := teachers[-1].server) is not None:
                 opened.callback(server.close)
         opened.pop_all()
-    if config.model.reference is not None:
-        for teacher in teachers:
-            require_no_cap(teacher)
     return tuple(teachers)
 
 
@@ -238,7 +237,7 @@ def require_reference(config: TrainConfig) -> None:
 
 def require_no_cap(teacher: LoadedTeacher) -> None:
     """Raise ValueError for logits with a soft cap: no sum of them is that of one head."""
-    if isinstance(teacher.model, Teacher) and teacher.model.softcap is not None:
+    if teacher.model is not None and teacher.model.softcap is not None:
         raise ValueError(
             f"{teacher.key} must have no soft cap with model.reference, got "
             f"{teacher.model.softcap:g}: set method.extrapolation to 1"

@@ -18,6 +18,7 @@ from kdrl_train.runfolder.checkpoint import read
 from kdrl_train.runfolder.untrusted import Reader
 from kdrl_train.start import load
 from kdrl_train.tools import evaluate
+from tests.train.conftest import EXACT
 from tests.train.test_train import run, without_times
 from tests.train.test_two_ranks import alone, assert_same_metrics, together
 
@@ -87,6 +88,27 @@ def test_the_base_teaches_without_a_copy(
     monkeypatch.setattr(load, "load_teacher", None)  # no second model is loaded
     assert without_times(run(itself)) == without_times(expected)
     assert expected[1]["kl_teacher"] > 1e-4  # after a step they differ
+
+
+@pytest.mark.slow
+def test_the_base_is_a_reference_without_a_copy(
+    config: Config, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = replace(EXACT, extrapolation=1.5)
+    loaded: list[str] = []
+    load_teacher = load.load_teacher
+
+    def watched(run: TrainConfig, world: Any, name: str) -> Any:
+        loaded.append(name)
+        return load_teacher(run, world, name)
+
+    monkeypatch.setattr(load, "load_teacher", watched)
+    rows = []
+    for name, place in (("copy", str(folders["llama"])), ("self", "self")):
+        one = of(config, name, steps=2, method=method)
+        rows.append(run(replace(one, model=replace(one.model, reference=place))))
+    assert without_times(rows[1]) == without_times(rows[0])
+    assert loaded == ["default", "reference", "default"]
 
 
 def replace_teacher(run: TrainConfig, teacher: str) -> TrainConfig:

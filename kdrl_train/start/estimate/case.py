@@ -96,7 +96,10 @@ class Case:
         moved = self.run.model.move_teachers and not (self.sharded or self.placement.cpu)
         if moved or self.teacher_weights == "cpu":
             return 0
-        return sum(teacher.parameters for teacher in self.other_teachers)
+        kept = sum(teacher.parameters for teacher in self.other_teachers)
+        if has_no_copy(self.run.model) and not self.run.model.teacher_is_self:  # of the reference
+            kept = max(0, kept - self.policy.parameters)
+        return kept
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,7 +129,7 @@ class Case:
     @property
     def teaches_itself(self) -> bool:
         """Says whether the policy's own weights teach, without a copy of them."""
-        return has_no_copy(self.run.model)
+        return has_no_copy(self.run.model) and self.run.model.teacher_is_self
 
     @property
     def teacher_itemsize(self) -> int:
