@@ -349,7 +349,7 @@ def test_nothing_is_shown_while_it_waits_for_requests(
     assert f"serve: loading {folders['teacher']} (" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("teacher", [None, "http://127.0.0.1:1"])
+@pytest.mark.parametrize("teacher", [None, "http://127.0.0.1:1", "self"])
 def test_there_must_be_a_model_to_serve(teacher: str | None) -> None:
     with pytest.raises(ValueError, match=r"model\.teacher must name a folder or hub id to serve"):
         command.main(ServeConfig(model=ModelConfig(teacher=teacher)))
