@@ -80,22 +80,26 @@ class Process:
         options |= {"batch-tokens": 256} | more
         self.command = [sys.executable, "-m", "kdrl_train", "serve"]
         self.command += [str(part) for k, v in options.items() for part in (f"--{k}", v)]
-        self.start()
-
-    def start(self) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(self.command, env=environment)
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
 
     def wait_until_ready(self) -> list[str]:
         """Wait for the server, and return the statuses that /health gave on the way."""
         seen = []
         deadline = time.monotonic() + START_S
-        while not seen or seen[-1] != "ready":
-            assert self.process.poll() is None
-            assert time.monotonic() < deadline
-            with contextlib.suppress(httpx2.TransportError):
-                seen.append(httpx2.get(f"{self.url}/health", timeout=5).json()["status"])
-            time.sleep(0.02)
+        with httpx2.Client(timeout=5) as client:  # to make one costs more than a query
+            while not seen or seen[-1] != "ready":
+                assert self.process.poll() is None
+                assert time.monotonic() < deadline
+                with contextlib.suppress(httpx2.TransportError):
+                    seen.append(client.get(f"{self.url}/health").json()["status"])
+                time.sleep(0.05)
         return seen
 
     def kill(self) -> None:

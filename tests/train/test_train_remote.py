@@ -65,22 +65,10 @@ def config(config: Callable[..., TrainConfig]) -> Callable[..., TrainConfig]:
 
 
 @pytest.fixture(scope="module")
-def started(folders: dict[str, Path]) -> Iterator[Process]:
-    server = Process(folders["teacher"])
-    try:
-        assert set(server.wait_until_ready()) == {"loading", "ready"}
-        yield server
-    finally:
-        server.kill()
-
-
-@pytest.fixture
-def process(started: Process) -> Process:
-    """Start the command in a process, if it does not run, and wait until it is ready."""
-    if started.process.poll() is not None:
-        started.start()
-        started.wait_until_ready()
-    return started
+def served(folders: dict[str, Path]) -> Iterator[str]:
+    """Serve the teacher in a thread, which starts at once; the URL."""
+    with running(teacher_app(folders["teacher"])) as url:
+        yield url
 
 
 def run(config: TrainConfig) -> tuple[list[dict[str, Any]], str]:
@@ -112,13 +100,13 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
 def test_a_step_is_that_of_the_teacher_in_process(
     config: Callable[..., TrainConfig],
     folders: dict[str, Path],
-    process: Process,
+    served: str,
     mask: str,
     temperature: float,
 ) -> None:
     sampling = replace(config("", "").sampling, temperature=temperature)
     settings = {"method": replace(K2, kd_mask=mask), "sampling": sampling, "steps": 1}
-    remote = config("remote", process.url, **settings)
+    remote = config("remote", served, **settings)
     local = config("local", str(folders["teacher"]), **settings)
     records, _ = run(remote)
     run(local)
@@ -129,17 +117,17 @@ def test_a_step_is_that_of_the_teacher_in_process(
 
 @pytest.mark.parametrize("mask", ["none", pytest.param("wrong", marks=pytest.mark.slow)])
 def test_a_server_reads_the_teachers_prompt(
-    config: Callable[..., TrainConfig], folders: dict[str, Path], process: Process, mask: str
+    config: Callable[..., TrainConfig], folders: dict[str, Path], served: str, mask: str
 ) -> None:
     """While the rewards are computed (none), and after them (wrong)."""
     data = replace(config("", "").data, teacher_template="{answer}!{prompt}")
     settings = {"method": replace(K2, kd_mask=mask), "data": data, "steps": 1}
-    remote = config("remote", process.url, **settings)
+    remote = config("remote", served, **settings)
     local = config("local", str(folders["teacher"]), **settings)
     records, _ = run(remote)
     run(local)
     assert_same_run(remote.out, local.out)
-    plain, _ = run(replace(config("plain", process.url, **settings), data=config("", "").data))
+    plain, _ = run(replace(config("plain", served, **settings), data=config("", "").data))
     assert plain[0]["kl_teacher"] != pytest.approx(records[0]["kl_teacher"], rel=1e-3)
 
 
@@ -174,14 +162,13 @@ def on_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], Non
 def test_a_killed_teacher_pauses_the_run_until_it_is_back(
     config: Callable[..., TrainConfig],
     folders: dict[str, Path],
-    process: Process,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     app = teacher_app(folders["teacher"])  # the same model, in a server that starts at once
     local = config("local", str(folders["teacher"]))
     run(local)
-    remote = config("remote", process.url)
-    with ExitStack() as other:
+    with Process(folders["teacher"]) as process, ExitStack() as other:
+        assert set(process.wait_until_ready()) == {"loading", "ready"}
 
         def kill_and_start_another() -> None:
             process.kill()
@@ -189,6 +176,7 @@ def test_a_killed_teacher_pauses_the_run_until_it_is_back(
             threading.Timer(1.0, start).start()
 
         on_step(monkeypatch, 1, kill_and_start_another)
+        remote = config("remote", process.url)
         _, said = run(remote)
     assert f"the teacher at {process.url} does not reply, ConnectError" in said
     assert f"the teacher at {process.url} is back after" in said
@@ -348,20 +336,20 @@ def test_ends_are_not_distilled_where_they_are_masked(
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", ["none", "wrong"])
 def test_two_ranks_query_their_shares(
-    config: Callable[..., TrainConfig], process: Process, mask: str
+    config: Callable[..., TrainConfig], served: str, mask: str
 ) -> None:
     settings = {"method": replace(K2, kd_mask=mask), "steps": 2}
-    whole, parts = (config(out, process.url, **settings) for out in ("whole", "parts"))
+    whole, parts = (config(out, served, **settings) for out in ("whole", "parts"))
     run(whole)
     assert_same_metrics(together(parts, 2), read_records(whole.out))
 
 
 @pytest.mark.slow
 def test_gradients_are_told_apart_with_a_server(
-    config: Callable[..., TrainConfig], folders: dict[str, Path], process: Process
+    config: Callable[..., TrainConfig], folders: dict[str, Path], served: str
 ) -> None:
     settings = {"method": K2, "steps": 1, "log": LogConfig(diagnostics_every=1)}
-    (record,), _ = run(config("remote", process.url, **settings))
+    (record,), _ = run(config("remote", served, **settings))
     (local,), _ = run(config("local", str(folders["teacher"]), **settings))
     for name in ("rl_grad_norm", "kd_grad_norm", "rl_kd_cosine"):
         assert record[name] == pytest.approx(local[name], rel=1e-4)

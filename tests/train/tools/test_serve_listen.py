@@ -26,7 +26,7 @@ from kdrl_train.tools.serve import command, listen
 from kdrl_train.tools.serve import scorer as scorer_module
 from kdrl_train.tools.serve.app import make
 from kdrl_train.tools.serve.command import ServeConfig
-from kdrl_train.tools.serve.scorer import Job, Scorer
+from kdrl_train.tools.serve.scorer import Job, Scorer, score_packed
 from tests.train.servers import free_port, service, started
 
 BODY = json.dumps({"sequences": [{"ids": [5, 6, 7], "prompt_tokens": 2}]}).encode()
@@ -74,6 +74,50 @@ def is_closed(client: socket.socket) -> bool:
         while client.recv(100_000):
             pass
     return True
+
+
+def test_the_command_listens_while_it_loads(
+    folders: dict[str, Path], served: command.ServedTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then it scores as the model does."""
+    servers, gate = [], threading.Event()
+    make_server, load = listen.server, command.load
+
+    def kept(*arguments: Any, **more: Any) -> Any:
+        servers.append(make_server(*arguments, **more))
+        return servers[-1]
+
+    def held(*arguments: Any) -> None:
+        assert gate.wait(30)
+        load(*arguments)
+
+    monkeypatch.setattr(listen, "server", kept)
+    monkeypatch.setattr(command, "load", held)
+    model = ModelConfig(teacher=str(folders["teacher"]), device="cpu")
+    config = ServeConfig(model=model, port=free_port())
+    thread = threading.Thread(target=command.main, args=(config,))
+    thread.start()
+    seen: list[str] = []
+    try:
+        with httpx2.Client(base_url=config.url, timeout=30) as client:
+            end = time.monotonic() + 30
+            while "ready" not in seen:
+                assert time.monotonic() < end
+                with contextlib.suppress(httpx2.TransportError):
+                    seen.append(client.get("/health").json()["status"])
+                    gate.set()
+                time.sleep(0.02)
+            reply = client.post("/score", json=json.loads(BODY)).json()
+    finally:
+        gate.set()
+        for server in servers:
+            server.should_exit = True
+        thread.join()
+    assert seen[0] == "loading"
+    job = Job(torch.tensor([5, 6]), torch.tensor([7]), 1.0, 258)
+    (expected,) = score_packed(served.scorer.model, [job])
+    assert reply["logprobs"] == [pytest.approx(expected.tolist(), rel=1e-5)]
+    assert reply["fingerprint"] == served.info["fingerprint"]
 
 
 @pytest.mark.fault("attack on serve")

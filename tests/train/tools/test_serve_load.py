@@ -31,12 +31,9 @@ HEAD = b"POST /score HTTP/1.1\r\nhost: teacher\r\ncontent-type: application/json
 
 @pytest.fixture(scope="module")
 def server(folders: dict[str, Path]) -> Iterator[Process]:
-    process = Process(folders["teacher"], **{"batch-tokens": 2048})
-    try:
+    with Process(folders["teacher"], **{"batch-tokens": 2048}) as process:
         process.wait_until_ready()
         yield process
-    finally:
-        process.kill()
 
 
 def megabytes(server: Process, field: str) -> float:
