@@ -79,7 +79,7 @@ class OptimConfig:
         if self.final_learning_rate and self.schedule == "constant":
             raise ValueError(
                 'schedule must be "linear" or "cosine" with final_learning_rate '
-                f'{self.final_learning_rate}, got "constant": set it, or leave that out'
+                f'{self.final_learning_rate}, got "constant": set it, or final_learning_rate to 0'
             )
         if self.final_learning_rate > self.learning_rate:
             raise ValueError(
@@ -104,7 +104,7 @@ class EvalConfig:
     """How the policy is measured during training."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    """Held-out problems; with an empty path nothing is measured during training."""
+    """Held-out problems. `every` says when they are measured."""
     sets: dict[str, DataConfig] = field(default_factory=dict, hash=False)
     """More held-out sets by name, each with the keys of `data`: {aime: {path: aime.jsonl}}. Their
     metrics are eval/aime/...; what follows a score, as a schedule, follows that of `data`."""
@@ -128,6 +128,11 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_sets(self.sets, self.data)
+        if self.every and not self.data.path:
+            raise ValueError(
+                f"data.path must be set with every {self.every}, got none: nothing would be "
+                "measured; set it, or every to 0"
+            )
         if self.keep_best and not self.sections:
             raise ValueError(
                 f"keep_best must be false without every and data.path, got {self.every} and "

@@ -154,7 +154,7 @@ def test_what_may_change_may_change() -> None:
         save_every=1,
         optim=OptimConfig(micro_batch_tokens=17),
         sampling=SamplingConfig(batch_size=3),
-        eval=EvalConfig(every=3),
+        eval=EvalConfig(every=3, data=DataConfig(path="held_out.jsonl")),
     )
     check_config(place, written, changed)
     other = replace(changed, sampling=SamplingConfig(group_size=3))
