@@ -240,8 +240,9 @@ class RewardConfig:
             )
         if self.overlong_penalty != 1 and not self.overlong_buffer:
             raise ValueError(
-                f"overlong_buffer must be at least 1 with overlong_penalty {self.overlong_penalty:g}"
-                ", got 0: no completion would be fined; set it, or leave overlong_penalty out"
+                "overlong_buffer must be at least 1 with overlong_penalty "
+                f"{self.overlong_penalty:g}, got 0: no completion would be fined; set it, or leave "
+                "overlong_penalty out"
             )
         names = [part.label for part in self.functions]
         twice = next((name for name in names if names.count(name) > 1), None)
