@@ -8,6 +8,7 @@ the exported model) has the layers' plain names, and W + scale · B A in their p
 
 import importlib
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -52,7 +53,9 @@ def inject(model: Any, config: LoraConfig, seed: int) -> None:
         task_type="CAUSAL_LM",
     )
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # of a head beside Conv1D layers, which peft treats as it should
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to True but")
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(settings, model, adapter_name=ADAPTER)
     setattr(model, KEPT, settings)

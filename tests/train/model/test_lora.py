@@ -73,8 +73,9 @@ def logits_loss(model: Any, theirs: Any, method: MethodConfig) -> Tensor:
         ("llama", ALL, {"tie_word_embeddings": False}),
         ("qwen2", INNER, {"tie_word_embeddings": True}),
         ("gpt2", LoraConfig(rank=2, targets=("c_attn", "c_proj")), {"tie_word_embeddings": True}),
+        ("gpt2", LoraConfig(rank=2, targets=("c_fc", "lm_head")), {"tie_word_embeddings": False}),
     ],
-    ids=["head", "tied", "Conv1D"],
+    ids=["head", "tied", "Conv1D", "Conv1D and head"],
 )
 def test_gradient_is_that_of_the_logits_of_peft(
     tiny: Tiny, family: str, config: LoraConfig, more: dict[str, Any], checkpointed: bool
