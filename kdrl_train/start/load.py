@@ -13,7 +13,7 @@ from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig, TrainConfig
 from kdrl_train.config.models import DEFAULT_TEACHER, SELF, is_url
 from kdrl_train.config_file import differences, to_dict
-from kdrl_train.method.own_loss import load_loss
+from kdrl_train.method.loss_trial import try_loss
 from kdrl_train.model.folder import require_loadable
 from kdrl_train.model.load import (
     load_policy,
@@ -147,7 +147,7 @@ def load(config: TrainConfig, world: World = ALONE, policy_class: type[Policy] =
         )
     require_reference(config)
     require_optimizer(config.optim, world)
-    load_loss(config.method)  # before a model, which takes longer
+    try_loss(config.method)  # before a model, which takes longer
     trusted = config.model.trust_remote_code
     world.on_main(lambda: require_loadable(config.model.policy, "model.policy", trusted))
     world.on_main(lambda: require_adaptable(config, world))
