@@ -1,9 +1,11 @@
 """Calls a loss of the user's own on a few made-up rows, so that its mistakes stop a run before
 anything is loaded."""
 
+import math
 import traceback
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,8 +36,7 @@ def try_loss(method: MethodConfig) -> None:
     rows, tokens = made_up(method)
     with torch.random.fork_rng(devices=[]):
         if loss.sequence is not None:
-            log_ratio = rows.logprobs.detach() - rows.old_logprobs
-            sequence = called(rule, lambda: of_sequence(loss, log_ratio, tokens))
+            sequence = called(rule, lambda: of_sequence(loss, rows, tokens))
             if not isinstance(sequence, Tensor) or sequence.shape != (N,):
                 raise ValueError(
                     f"{rule} have a sequence function that returns one number a token, [N] with N "
@@ -43,27 +44,40 @@ def try_loss(method: MethodConfig) -> None:
                 )
             tokens = replace(tokens, sequence=sequence.detach())
         whole = called(rule, lambda: loss.losses(rows, tokens))
-        if not isinstance(whole, Tensor) or whole.shape != (N,):
-            raise ValueError(
-                f"{rule} return one loss a row, [C] with C = {N}, got {shape_of(whole)}: the "
-                "trainer weights and adds them up"
-            )
+        require_vector(rule, whole, N)
         if not whole.requires_grad:
             raise ValueError(
                 f"{rule} return losses with a gradient in what it has declared, got constants: use "
                 "rows.logprobs, which is not detached"
             )
-        for row in range(N):
-            index = torch.tensor([row])
-            taken = taken_rows(rows, index)
-            part = called(rule, lambda i=index, r=taken: loss.losses(r, tokens.take(i)))
-            if not torch.allclose(part, whole[row], rtol=1e-4, atol=1e-6, equal_nan=True):
-                raise ValueError(
-                    f"{rule} compute the loss of a row from that row alone, got {part.item():.6g} "
-                    f"for a row by itself and {whole[row].item():.6g} for it among {N}: it gets "
-                    "some rows of a pack at a time; what needs a whole completion belongs into the "
-                    "sequence function"
-                )
+        require_alone(rule, loss, rows, tokens, whole)
+
+
+def require_alone(
+    rule: str, loss: MethodLoss, rows: Rows, tokens: TokenCoefficients, whole: Tensor
+) -> None:
+    """Raise ValueError unless each row by itself has the loss that it has among all, `whole`."""
+    for row, among in enumerate(whole.tolist()):
+        index = torch.tensor([row])
+        single = taken_rows(rows, index), tokens.take(index)
+        part = called(rule, partial(loss.losses, *single))
+        require_vector(rule, part, 1)
+        alone = part.item()
+        if not math.isclose(alone, among, rel_tol=1e-4, abs_tol=1e-6) and not math.isnan(alone):
+            raise ValueError(
+                f"{rule} compute the loss of a row from that row alone, got {alone:.6g} for a row "
+                f"by itself and {among:.6g} for it among {len(whole)}: it gets some rows of a pack "
+                "at a time; what needs a whole completion belongs into the sequence function"
+            )
+
+
+def require_vector(rule: str, losses: Any, count: int) -> None:
+    """Raise ValueError for what is no vector of so many losses."""
+    if not isinstance(losses, Tensor) or losses.shape != (count,):
+        raise ValueError(
+            f"{rule} return one loss a row, [C] with C = {count}, got {shape_of(losses)}: the "
+            "trainer weights and adds them up"
+        )
 
 
 def made_up(method: MethodConfig) -> tuple[Rows, TokenCoefficients]:
@@ -106,10 +120,11 @@ def taken_rows(rows: Rows, index: Tensor) -> Rows:
 
 
 @torch.no_grad()
-def of_sequence(loss: MethodLoss, log_ratio: Tensor, tokens: TokenCoefficients) -> Any:
+def of_sequence(loss: MethodLoss, rows: Rows, tokens: TokenCoefficients) -> Any:
     """Call a loss's function of whole completions, as a step does."""
     assert loss.sequence is not None
-    return loss.sequence(log_ratio, tokens)
+    assert rows.old_logprobs is not None
+    return loss.sequence(rows.logprobs - rows.old_logprobs, tokens)
 
 
 def called(rule: str, function: Callable[[], Any]) -> Any:

@@ -47,6 +47,7 @@ def named(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     ("function", "declaration", "message"),
     [
         (lambda r, t: policy_gradient(r, t).mean(), {}, "return one loss a row, [C] with C = 4"),
+        (lambda r, t: policy_gradient(r, t).squeeze(), {}, "return one loss a row, [C] with C = 1"),
         (lambda r, _: r.kl, {"kd": "k2"}, "return one loss a row, [C] with C = 4, got NoneType"),
         (lambda r, _: 1 - r.logprobs.detach(), {}, "return losses with a gradient"),
         (
@@ -65,7 +66,7 @@ def named(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
             "have a sequence function that returns one number a token, [N] with N = 4, got []",
         ),
     ],
-    ids=["mean", "no kl", "detached", "not declared", "centred", "sequence"],
+    ids=["mean", "squeezed", "no kl", "detached", "not declared", "centred", "sequence"],
 )
 def test_a_mistake_is_named(
     named: Callable[..., str], function: Loss, declaration: dict[str, Any], message: str
