@@ -104,7 +104,7 @@ class EvalConfig:
     """How the policy is measured during training."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    """Held-out problems. `every` says when they are measured."""
+    """Held-out problems, which are measured at every `every` steps; without a path nothing is."""
     sets: dict[str, DataConfig] = field(default_factory=dict, hash=False)
     """More held-out sets by name, each with the keys of `data`: {aime: {path: aime.jsonl}}. Their
     metrics are eval/aime/...; what follows a score, as a schedule, follows that of `data`."""
@@ -128,11 +128,6 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_sets(self.sets, self.data)
-        if self.every and not self.data.path:
-            raise ValueError(
-                f"data.path must be set with every {self.every}, got none: nothing would be "
-                "measured; set it, or every to 0"
-            )
         if self.keep_best and not self.sections:
             raise ValueError(
                 f"keep_best must be false without every and data.path, got {self.every} and "

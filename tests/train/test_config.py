@@ -276,7 +276,6 @@ def test_every_preset_is_an_option(name: str) -> None:
             "eval: {keep_best: true}",
             r"eval\.keep_best must be false without every and data\.path, got 0 and '' of them",
         ),
-        ("eval: {every: 5}", r"^eval\.data\.path must be set with every 5, got none: .* to 0$"),
         (
             "reward: {overlong_penalty: 0.5}",
             r"^reward\.overlong_buffer must be at least 1 with overlong_penalty 0\.5, got 0: no",

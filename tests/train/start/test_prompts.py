@@ -254,6 +254,13 @@ def test_prompts_must_fit(config: TrainConfig, loaded: Loaded) -> None:
         prompts.check_prompts(replace(config, sampling=SamplingConfig(max_new_tokens=60)), longer)
 
 
+def test_an_evaluation_without_problems_is_a_warning(config: TrainConfig, loaded: Loaded) -> None:
+    idle = replace(config, eval=EvalConfig(every=2))
+    assert warning(prompts.check_prompts, idle, loaded).startswith(
+        "eval.data.path should be set with eval.every 2, got none: nothing is measured"
+    )
+
+
 @pytest.fixture
 def held(config: TrainConfig, tmp_path: Path) -> TrainConfig:
     """With held-out prompts of 4 and 9 tokens."""
