@@ -222,7 +222,8 @@ def other_templates(config: EvaluateConfig) -> list[str]:
         run = update(TrainConfig(), load_yaml(file))
     except ValueError:  # another program's file, or an older version's
         return []
-    differences = [written_otherwise(data, config.data) for data in (run.data, run.eval.data)]
+    ways = (run.data, run.eval.data, *run.eval.sets.values())
+    differences = [written_otherwise(data, config.data) for data in ways]
     if not all(differences):
         return []
     return [
