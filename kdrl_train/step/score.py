@@ -62,7 +62,8 @@ def score_packs(
     for micro_batch in packs:
         batch = micro_batch.to(policy.device)
         head = None if teachers is None else teachers.head(batch)
-        out = policy(batch, batch.token_weights.sum(), head)
+        # nobody reads the loss; a rank without completions of this turn has no tokens to divide by
+        out = policy(batch, batch.token_weights.sum().clamp(min=1), head)
         computed = out.logprobs, out.teacher_logprobs
         passes.append((micro_batch.rollout, micro_batch.kd_weight, computed))
         sums = add_sums(sums, out.sums)

@@ -81,6 +81,20 @@ def test_scores_are_those_of_the_models_own_logits(tiny: Callable[..., Any], bud
     assert token_means(scores.sums)["kl_teacher"] == pytest.approx(total / count, rel=1e-6)
 
 
+def test_a_rank_without_completions_scores_none(tiny: Callable[..., Any]) -> None:
+    """Its packs have no token; those of the other rank have all."""
+    policy, teacher = pair(tiny, REWARD, torch.float64, "qwen2")
+    rollouts, _ = some_rollouts()
+    only = uniform(6, token_weights=torch.eye(6)[3], kd_weight=torch.ones(6))
+    teachers = Teachers((DEFAULT,), {0: teacher})
+    ours, theirs = (
+        score_packs(policy, teachers, pack(rollouts, only, 12, rank=rank, ranks=2))
+        for rank in (0, 1)
+    )
+    assert (sorted(ours.logprobs), sorted(theirs.logprobs)) == ([3], [])
+    assert (theirs.teacher_log_ratio, theirs.sums["tokens"].item()) == ({}, 0)
+
+
 def test_the_first_update_has_a_ratio_of_exactly_one(tiny: Callable[..., Any]) -> None:
     policy, _ = pair(tiny, PRESETS["grpo"], torch.float32, "qwen2")
     rollouts, rewards = some_rollouts()
