@@ -40,6 +40,7 @@ from kdrl_train.runfolder.best import resolved
 from kdrl_train.runfolder.checkpoint import checkpoints, load_weights
 from kdrl_train.runfolder.log import ROLLOUTS
 from kdrl_train.runfolder.writable import require_writable_file
+from kdrl_train.start.base_model import model_of_adapters
 from kdrl_train.start.gold_answers import check_gold
 from kdrl_train.start.load import described, read_sets
 from kdrl_train.start.prompts import prompt_doubts, turn_doubts, written_otherwise
@@ -138,6 +139,7 @@ def evaluate_sets(config: EvaluateConfig, console: Console | None = None) -> dic
     console: gets a line that says what is measured, and what is doubtful; None: none does.
     Returns: the name of each set -> its result; that of `data` is "data", and comes first.
     """
+    config = replace(config, model=model_of_adapters(config.model))
     tokenizer = load_tokenizer(config.model.policy, "model.policy", config.model.trust_remote_code)
     sections = {"data": config.data} | {f"sets.{name}": one for name, one in config.sets.items()}
     sets = read_sets(sections, tokenizer, max_problems=config.max_problems)
