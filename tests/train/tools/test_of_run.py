@@ -164,8 +164,8 @@ def test_eval_of_a_run_gives_the_numbers_of_its_last_evaluation(
     rows = [{"question": f"{a}*{a}=", "answer": str(a * a)} for a in (1, 2, 12, 3)]  # 12: 7 tokens
     held.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     evaluation = EvalConfig(data=replace(data, path=str(held)), every=1, samples=3)
-    asked = replace(evaluation.data, prompt_template="Q: {prompt}", max_prompt_tokens=99)
-    evaluation = replace(evaluation, max_problems=4, sets={"asked": asked})
+    prefixed = replace(evaluation.data, prompt_template="Q: {prompt}", max_prompt_tokens=99)
+    evaluation = replace(evaluation, max_problems=4, sets={"prefixed": prefixed})
     train.main(replace(settings, data=data, eval=evaluation), Console(file=io.StringIO()))
     record = json.loads((settings.out / "metrics.jsonl").read_text(encoding="utf-8"))
     capsys.readouterr()
