@@ -123,7 +123,7 @@ class MethodConfig:
     """Policy gradient: clip (as in GRPO and PPO), none (no clip), off (distillation only); cispo: a
     token keeps its gradient, weighted by its clipped ratio; dppo: tokens whose probability has
     moved too far are left out; gspo: the ratio is that of the whole completion; gmpo: the ratios of
-    a completion count by their geometric mean."""
+    a completion count by their geometric mean; both are meant for token_weights sequence_mean."""
     clip_low: Probability = 0.2
     """The ratio is clipped from below at 1 - clip_low; cispo: 1 is no bound; dppo: the largest fall
     of a token's probability."""
@@ -184,7 +184,7 @@ class MethodConfig:
     """Distil this share of each completion's tokens, the first ones (rounded up)."""
     kd_sign_gate: Switch = False
     """Distil only tokens whose pull to the teacher, log q - log p, does not oppose the sign of the
-    advantage."""
+    advantage; all tokens where that, or policy_coef, is 0."""
     kd_min_entropy: NaturalFloat = 0.0
     """Distil only tokens where the policy's entropy is at least this, in nats; 0: all."""
     kd_min_log_ratio: NaturalFloat = 0.0

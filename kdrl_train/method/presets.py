@@ -51,7 +51,9 @@ collapse, kept as a baseline.
 cispo, gspo, gmpo, dppo: policy gradients of method/losses.py, with the papers' formulas. gmpo's
 bounds are exp(-0.4) and exp(0.4); cispo's ratio is at most 5, from below it has no bound. With
 method.kd any of them takes a teacher. They are all the same, but for the weights of tokens, where
-the ratio is 1: set optim.updates_per_rollout or engine.staleness.
+the ratio is 1: set optim.updates_per_rollout or engine.staleness. dppo's paper compares with the
+sampler's own probabilities, as engine.staleness does here; without it these are the trainer's
+before the step's first update.
 
 dapo (arXiv:2503.14476): the clip is wider above, and the mean is over all tokens. Its length
 penalty is a reward: set reward.overlong_buffer and reward.overlong_penalty. Groups without signal
