@@ -113,9 +113,13 @@ def test_loss_and_gradient_do_not_depend_on_packing(tiny: Callable[..., Any], na
     method = METHODS[name]
     # weights of an ordinary width: wide ones amplify float32 rounding inside the model itself
     config = {"tie_word_embeddings": True, "initializer_range": 0.05}
+    pairs = {
+        dtype: pair(tiny, method, dtype, "qwen2", **config)
+        for dtype in (torch.float32, torch.float64)
+    }
 
     def step(dtype: torch.dtype, budget: int) -> tuple[dict[str, Tensor], dict[str, float | None]]:
-        policy, teacher = pair(tiny, method, dtype, "qwen2", **config)
+        policy, teacher = pairs[dtype]
         loss, gradients, metrics = step_gradient(policy, teacher, method, budget)
         return {"loss": loss, "gradient": torch.cat([g.flatten() for g in gradients])}, metrics
 

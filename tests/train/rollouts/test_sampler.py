@@ -69,14 +69,14 @@ def test_recorded_logprobs_are_the_models(model: Any, tokenizer: Any) -> None:
 
 
 def test_draws_follow_the_plain_softmax(model: Any, tokenizer: Any) -> None:
-    n = 20_000
+    n = 8_000
     settings = {"group_size": n, "batch_size": n, "max_new_tokens": 1, "temperature": 0.5}
     rollouts = generate_rollouts(model, tokenizer, request([[7, 8]], seed=1, **settings))
     drawn = torch.cat(rollouts.completion_ids).bincount(minlength=258) / n
     with torch.no_grad():
         expected = (model(input_ids=torch.tensor([[7, 8]])).logits[0, -1] / 0.5).softmax(dim=0)
     deviation = (drawn - expected).abs() / (expected * (1 - expected) / n).sqrt()
-    assert deviation.max() < 5  # standard deviations, over 258 tokens
+    assert deviation.max() < 4.5  # standard deviations, over 258 tokens; 4.8 at temperature 0.57
     assert (drawn > 0).sum() > 100
 
 

@@ -132,7 +132,7 @@ def test_training_learns_and_two_runs_are_equal(task: Path, tmp_path: Path) -> N
     losses = []
     for name in ("a", "b"):
         config = config_for(
-            task, out=tmp_path / name, steps=150, batch_tokens=512, learning_rate=1e-2
+            task, out=tmp_path / name, steps=90, batch_tokens=512, learning_rate=1e-2
         )
         sft.main(config, QUIET)
         losses.append([record["loss"] for record in metrics(tmp_path / name)])
