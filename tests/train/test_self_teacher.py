@@ -150,7 +150,6 @@ def test_what_it_goes_with(config: Config, kind: str, fields: dict[str, Any]) ->
 
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "live": ("live", {}),
     "live and measured": (  # the first micro-batches of all ranks: here the whole step
         "live",
         {

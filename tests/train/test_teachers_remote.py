@@ -32,9 +32,12 @@ METHOD = MethodConfig(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kd", "staleness"), [("k2", 1), ("rkl", 0), ("topk_rkl", 0)])
+@pytest.mark.parametrize(
+    ("kd", "staleness", "names"),
+    [("k2", 1, ("remote",)), ("rkl", 0, ("mixed", "remote")), ("topk_rkl", 0, ("mixed",))],
+)
 def test_a_server_beside_a_teacher_in_process(
-    routed: Callable[..., TrainConfig], folders: dict[str, Path], kd: Any, staleness: int
+    routed: Callable[..., TrainConfig], folders: dict[str, Path], kd: Any, staleness: int, names: tuple[str, ...]
 ) -> None:
     method = replace(METHOD, kd=kd, kd_topk=5 if kd == "topk_rkl" else METHOD.kd_topk)
     settings = {"method": method, "engine": EngineConfig(staleness=staleness), "steps": 2}
@@ -46,11 +49,10 @@ def test_a_server_beside_a_teacher_in_process(
     run(local)
     apps = [teacher_app(folders[name]) for name in ("other_teacher", "teacher")]
     with running(apps[0]) as url, running(apps[1]) as default:
-        for name, model in {
-            "mixed": replace(local.model, teachers={"other": url}),
-            "remote": replace(local.model, teacher=default, teachers={"other": url}),
-        }.items():
-            config = replace(local, out=local.out.parent / name, model=model, teacher=heads)
+        beside = replace(local.model, teachers={"other": url})
+        models = {"mixed": beside, "remote": replace(beside, teacher=default)}
+        for name in names:
+            config = replace(local, out=local.out.parent / name, model=models[name], teacher=heads)
             run(config)
             assert_same_run(config.out, local.out)
             pairs = zip(read_records(config.out), read_records(local.out), strict=True)
