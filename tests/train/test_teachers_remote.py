@@ -37,7 +37,11 @@ METHOD = MethodConfig(
     [("k2", 1, ("remote",)), ("rkl", 0, ("mixed", "remote")), ("topk_rkl", 0, ("mixed",))],
 )
 def test_a_server_beside_a_teacher_in_process(
-    routed: Callable[..., TrainConfig], folders: dict[str, Path], kd: Any, staleness: int, names: tuple[str, ...]
+    routed: Callable[..., TrainConfig],
+    folders: dict[str, Path],
+    kd: Any,
+    staleness: int,
+    names: tuple[str, ...],
 ) -> None:
     method = replace(METHOD, kd=kd, kd_topk=5 if kd == "topk_rkl" else METHOD.kd_topk)
     settings = {"method": method, "engine": EngineConfig(staleness=staleness), "steps": 2}
