@@ -100,8 +100,8 @@ def parse(
             --help explains all.
         of_run: makes the command's settings from those of a run and its folder, if --config names
             the config.yaml of a run; None: the command takes no run's settings but a run's own.
-    Raises: ValueError for an unknown key, a wrong value, or a YAML file that leaves nothing to
-        --preset; SystemExit after help (0) and for an unknown or unreadable option (2).
+    Raises: ValueError for an unknown key or preset, a wrong value, or a YAML file that leaves
+        nothing to --preset; SystemExit after help (0) and for an unknown or unreadable option (2).
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", nargs="?")  # without a value: tyro's message, further down
@@ -117,7 +117,8 @@ def parse(
     path = None if early.config is None else settings_file(early.config)
     file = {} if path is None else load_yaml(path)
     preset = getattr(early, "preset", None)
-    if preset in PRESETS:
+    if preset not in ("None", None):
+        require_preset(preset)
         default = replace(default, method=PRESETS[preset])  # type: ignore[type-var]
         require_room(preset, file, early.config)
     if of_run is not None and path is not None and is_training(file, default):
@@ -184,6 +185,14 @@ def read_options(
             sys.stderr.write(f"{program} --help-all explains all options.\n")
         raise
     return values
+
+
+def require_preset(name: str) -> None:
+    """Raise ValueError for a name of no preset; tyro's message has the names in any order."""
+    if name not in PRESETS:
+        raise ValueError(
+            f"--preset must be one of {', '.join(PRESETS)}, got {name}{nearest(name, PRESETS)}"
+        )
 
 
 def require_room(preset: str, file: Mapping[str, Any], name: str) -> None:

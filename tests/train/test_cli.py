@@ -129,7 +129,11 @@ def test_an_error_is_one_message_and_exit_code_1(
         ("trian", 2, "error: command must be one of {}, got trian (did you mean train?)"),
         ("train --config", 2, "Missing value for argument '--config'"),
         ("train --preset", 2, "Missing value for argument '--preset'"),
-        ("train --preset kdlr", 2, "invalid choice 'kdlr' for argument '--preset'"),
+        (
+            "train --preset gsop",
+            1,
+            "exopd, constant_advantage, self_distillation, got gsop (did you",
+        ),
         ("train --steps x", 2, "Error parsing --steps"),
         ("train steps 3", 2, "Unrecognized options: steps"),
         ("train --config {path}", 1, "--config must be a YAML file, got {path}: it is a folder"),
