@@ -74,10 +74,11 @@ class DataConfig:
     are left out and counted, as with max_prompt_tokens."""
 
     def __post_init__(self) -> None:
-        if self.teacher_template is not None and "{prompt}" not in self.teacher_template:
+        template = self.teacher_template  # of which {{prompt}} stays a name in braces
+        if template is not None and "{prompt}" not in template.replace("{{prompt}}", ""):
             raise ValueError(
                 "teacher_template must contain {prompt}, where the problem goes, got "
-                f"{self.teacher_template!r}"
+                f"{template!r}"
             )
         for name, value in self.template_arguments.items():
             if name in RESERVED or not name.isidentifier():

@@ -70,8 +70,9 @@ def test_what_is_no_text_is_named(template: str, value: Any, message: str) -> No
 
 
 def test_settings_that_teach_nothing_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^teacher_template must contain \{prompt\}"):
-        DataConfig(teacher_template="{answer}")
+    for template in ("{answer}", "{{prompt}} {answer}"):
+        with pytest.raises(ValueError, match=r"^teacher_template must contain \{prompt\}"):
+            DataConfig(teacher_template=template)
     live = ModelConfig(teacher="self", self_teacher="live")
     with pytest.raises(
         ValueError, match=r'^data\.teacher_template must be set with .* "live", got N'
