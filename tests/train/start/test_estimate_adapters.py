@@ -39,6 +39,16 @@ def test_adapters_by_hand(models: dict[str, str]) -> None:
     assert sum(case.chunk_plan(64).flop.values()) == 2 * (2 * 64 * 8 * 32)
 
 
+def test_the_base_as_reference_takes_no_memory(models: dict[str, str]) -> None:
+    case = case_of(models, "untied")
+    case = replace(case, teacher=case.policy, other_teachers=(case.policy,))
+    for lora, held in ((LoraConfig(), 1736), (LoraConfig(rank=2), 0)):
+        model = ModelConfig(teacher="t", reference="self", lora=lora)
+        ours = replace(case, run=replace(case.run, model=model))
+        assert ours.kept_parameters == held
+        assert not ours.teaches_itself
+
+
 @pytest.mark.parametrize(
     ("optim", "term", "each"),
     [
