@@ -90,6 +90,13 @@ class TrainConfig:
                 "sampling.group_size must be at least 2 for a policy gradient, got "
                 f"{self.sampling.group_size}: advantages compare completions of one prompt"
             )
+        weights = [part.weight for part in self.reward.parts]
+        unfined = not (self.reward.overlong_buffer and self.reward.overlong_penalty)
+        if compares and self.method.kd != "reward" and unfined and not any(weights):
+            raise ValueError(
+                "reward.functions must have one with a weight other than 0 for a policy gradient, "
+                f"got {len(weights)} of weight 0: set a weight, or method.policy to off"
+            )
         if self.optim.head_impl == "reference" and self.model.head_backward != "exact":
             raise ValueError(
                 'model.head_backward must be "exact" with optim.head_impl "reference", got '

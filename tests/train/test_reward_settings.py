@@ -9,6 +9,7 @@ from kdrl_train import cli
 from kdrl_train.commands import COMMANDS
 from kdrl_train.config import RewardConfig, TrainConfig
 from kdrl_train.config_file import load_yaml, save_yaml, to_dict, update
+from kdrl_train.method.presets import PRESETS
 from kdrl_train.runfolder.resume import check_config
 
 FORMAT = "{function: 'tests.train.scripted_rewards:short', weight: 1e-1, name: format}"
@@ -74,6 +75,16 @@ def test_wrong_rewards_are_refused(tmp_path: Path, text: str, message: str) -> N
 def test_function_and_functions_exclude_each_other() -> None:
     with pytest.raises(ValueError, match=r"^reward\.function must be left out where functions are"):
         parse("--reward.function", "exact", "--reward.functions", "math")
+
+
+def test_rewards_that_are_only_measured_make_no_policy_gradient() -> None:
+    only = RewardConfig(functions=({"function": "math", "weight": 0.0},))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^reward\.functions must have one with a weight other"):
+        TrainConfig(reward=only, method=PRESETS["grpo"])
+    for name in ("kd_rkl", "reward_shaping", "constant_advantage"):
+        assert TrainConfig(reward=only, method=PRESETS[name]).reward == only
+    fined = replace(only, overlong_buffer=4)
+    assert TrainConfig(reward=fined, method=PRESETS["grpo"]).reward == fined
 
 
 @pytest.mark.fault("hostile config or data")
