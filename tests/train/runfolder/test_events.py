@@ -16,7 +16,9 @@ from tests.train.test_train import run
 
 
 def noted(config: TrainConfig) -> list[dict[str, Any]]:
-    return jsonl.read(config.out / "events.jsonl")
+    """Read the events but for the prompt that a new run shows."""
+    noted_events = jsonl.read(config.out / "events.jsonl")
+    return [event for event in noted_events if event["event"] != "prompt"]
 
 
 def kinds(config: TrainConfig) -> list[tuple[str, int]]:
