@@ -22,6 +22,7 @@ from kdrl_kernels.head_config import head_scalars, logit_scale
 from kdrl_train.model.folder import (
     WEIGHTS,
     auto_class,
+    is_adapter,
     one_line,
     read_config,
     read_json,
@@ -29,6 +30,12 @@ from kdrl_train.model.folder import (
     require_whole,
 )
 from kdrl_train.model.teacher.client import TeacherInfo
+
+OF_AN_ADAPTER = (
+    "it is an adapter, and holds no whole LM head: name the folder in which it is merged (model/ "
+    "of its run), or its base where it does not adapt the LM head"
+)
+"""Why the head of an adapter is not read, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +97,8 @@ def load_head(
     """
     try:
         config = read_config(name, trusted)
+        if is_adapter(name):
+            raise ValueError(OF_AN_ADAPTER)
         with torch.device("meta"):
             model = auto_class(config).from_config(config, trust_remote_code=trusted)
         module = model.get_output_embeddings()

@@ -137,6 +137,10 @@ def test_a_head_that_cannot_be_read_is_named(
         read(copy, info)
     with pytest.raises(ValueError, match=r"teacher\.head must be .*there is no such folder"):
         read(tmp_path / "nothing", info)
+    settings = {"base_model_name_or_path": str(folders["teacher"])}
+    (copy / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"teacher\.head must be .*it is an adapter, .* merged"):
+        read(copy, info)
 
 
 SLOW = ("jsd", "mixture", "centred k2")
