@@ -4,7 +4,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from kdrl_train.config import OptimConfig, TrainConfig
+from kdrl_train.config import EvalConfig, OptimConfig, TrainConfig
 from kdrl_train.config.models import DEFAULT_TEACHER, SELF, is_url, teacher_file
 from kdrl_train.config_file import differences, load_yaml, to_dict, update
 from kdrl_train.runfolder import jsonl
@@ -193,6 +193,20 @@ def changed_rate(checkpoint: Checkpoint, config: TrainConfig) -> str | None:
             changes = ", ".join(f"{key} {a} -> {b}" for key, a, b in pairs if a != b)
             return f"learning rate changed from {before:g} to {now:g} at step {step + 1}: {changes}"
     return None
+
+
+def changed_evaluation(checkpoint: Checkpoint, config: TrainConfig) -> str | None:
+    """Say which settings make scores of held-out problems other ones than a checkpoint's run had;
+    None: none does, or one of the two measures nothing. check_data compares the problems."""
+    before, now = checkpoint.config.get("eval", {}), to_dict(config.eval)
+    before = _filled(before, to_dict(EvalConfig()))
+    if not (before["every"] and before["data"]["path"] and config.eval.sections):
+        return None
+    names = ("samples", "greedy", "temperature", "max_new_tokens")
+    changed = [f"eval.{n} {before[n]} -> {now[n]}" for n in names if before[n] != now[n]]
+    if not changed:
+        return None
+    return f"scores before and after do not compare: {', '.join(changed)}"
 
 
 def check_data(

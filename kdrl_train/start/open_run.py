@@ -32,7 +32,13 @@ from kdrl_train.runfolder.best import BestSoFar, measures
 from kdrl_train.runfolder.lock import FILE as LOCK
 from kdrl_train.runfolder.lock import WAIT_S, RunLock
 from kdrl_train.runfolder.log import RunLog, read_postponed, read_records
-from kdrl_train.runfolder.resume import changed_rate, check_data, open_folder, resumes
+from kdrl_train.runfolder.resume import (
+    changed_evaluation,
+    changed_rate,
+    check_data,
+    open_folder,
+    resumes,
+)
 from kdrl_train.runfolder.signals import Interrupt
 from kdrl_train.runfolder.trackers import Trackers
 from kdrl_train.runfolder.writable import require_writable
@@ -123,8 +129,10 @@ def changes(
     config: TrainConfig, newest: checkpoint.Checkpoint | None, best: BestSoFar | None
 ) -> list[str]:
     """Say which changes of the settings make numbers before and after the start differ."""
-    rate = None if newest is None else changed_rate(newest, config)
-    texts = [] if rate is None else [rate]
+    texts = []
+    if newest is not None:
+        both = changed_rate(newest, config), changed_evaluation(newest, config)
+        texts += [text for text in both if text is not None]
     if best is not None and best.changed:
         texts.append("another evaluation than that of best.json: the search for the best is new")
     return texts

@@ -9,11 +9,18 @@ from typing import Any
 import pytest
 
 from kdrl_train import train
-from kdrl_train.config import TrainConfig
+from kdrl_train.config import DataConfig, EvalConfig, TrainConfig
 from kdrl_train.config_file import load_yaml, save_yaml, to_dict
 from kdrl_train.runfolder import jsonl
+from kdrl_train.runfolder.checkpoint import Checkpoint
 from kdrl_train.runfolder.log import RunLog
-from kdrl_train.runfolder.resume import changed_rate, check_log, open_folder, resumes
+from kdrl_train.runfolder.resume import (
+    changed_evaluation,
+    changed_rate,
+    check_log,
+    open_folder,
+    resumes,
+)
 from tests.train.test_train import run, without_times
 
 
@@ -162,6 +169,23 @@ def test_the_learning_rate_changes_on_demand_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"set them back, or start a new run") as caught:
         open_folder(replace(allowed, seed=1))
     assert "optim" not in str(caught.value)
+
+
+def test_a_resumed_run_says_that_scores_do_not_compare(tmp_path: Path) -> None:
+    evaluation = EvalConfig(data=DataConfig(path="a.jsonl"), every=2)
+    settings = TrainConfig(out=tmp_path, eval=evaluation)
+    older = {k: v for k, v in to_dict(evaluation).items() if k not in ("greedy", "keep_best")}
+    newest = Checkpoint(tmp_path, 2, {"eval": older}, {}, {})
+    for same in ({}, {"every": 3}, {"keep_best": True}):
+        assert (
+            changed_evaluation(newest, replace(settings, eval=replace(evaluation, **same))) is None
+        )
+    other = replace(settings, eval=replace(evaluation, samples=8, greedy=True))
+    assert changed_evaluation(newest, other) == (
+        "scores before and after do not compare: eval.samples 4 -> 8, eval.greedy False -> True"
+    )
+    for off in ({}, {"eval": older | {"every": 0}}):
+        assert changed_evaluation(Checkpoint(tmp_path, 2, off, {}, {}), other) is None
 
 
 def test_more_steps_raise_a_rate_that_decays(config: Callable[..., TrainConfig]) -> None:
