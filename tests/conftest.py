@@ -4,12 +4,12 @@ import gc
 import os
 import sys
 
-gc.disable()  # until the tests are collected: searches of what is imported take 5 s of CPU
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny; subprocesses inherit it
 
 import pytest
 import torch
 
+gc.disable()  # until the tests are collected: searches of what is imported take 5 s of CPU
 HAS_GPU = torch.cuda.is_available()
 if HAS_GPU:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS
