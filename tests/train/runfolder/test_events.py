@@ -34,7 +34,9 @@ def test_a_killed_run_and_its_resume(config: Callable[..., TrainConfig]) -> None
         (settings.out / name).rename(settings.out / f"old-{name}")
     (settings.out / "old-config.yaml").rename(settings.out / "config.yaml")
     torn = (settings.out / "old-events.jsonl").read_text("utf-8").splitlines(keepends=True)
-    (settings.out / "events.jsonl").write_text(torn[0] + '{"step": 3, "ev', encoding="utf-8")
+    (settings.out / "events.jsonl").write_text(
+        torn[0] + torn[1] + '{"step": 3, "ev', encoding="utf-8"
+    )
     for path in (settings.out / "checkpoints").glob("step_000003"):
         path.rename(settings.out / "gone")
     assert read(settings.out).status == "finished"  # of the 3 steps that it was to do
