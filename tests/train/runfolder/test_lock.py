@@ -206,7 +206,8 @@ def test_a_killed_launcher_and_its_restart_write_each_step_once(config: Config) 
         time.sleep(0.05)
     assert second.exit_code == 0
     assert not rank.exists()
-    events = jsonl.read(parts.out / "events.jsonl")
+    prompt, *events = jsonl.read(parts.out / "events.jsonl")
+    assert prompt["event"] == "prompt"
     assert [event["event"] for event in events] == ["started", "stopped", "resumed", "finished"]
     assert "stopped by a signal (torchrun is gone) after" in events[1]["message"]
     assert events[2]["dropped"] == 0
