@@ -18,7 +18,8 @@ from kdrl_train.model.attention import Choice
 from kdrl_train.model.folder import is_adapter
 from kdrl_train.model.fsdp import reshard
 from kdrl_train.model.packing import PackedBatch
-from kdrl_train.model.policy import HeadedModel, Policy, Teacher, local, teacher_head
+from kdrl_train.model.policy import HeadedModel, Policy, Teacher, teacher_head
+from kdrl_train.model.tensor_parallel import local
 
 
 def has_no_copy(config: ModelConfig) -> bool:
