@@ -10,7 +10,7 @@ from kdrl_train import cli
 from kdrl_train.commands import COMMANDS
 from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import to_dict
-from tests.train.test_config import parse, write
+from tests.train.options import parse, write
 
 
 def test_usage_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:

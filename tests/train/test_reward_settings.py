@@ -5,19 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from kdrl_train import cli
-from kdrl_train.commands import COMMANDS
 from kdrl_train.config import RewardConfig, TrainConfig
 from kdrl_train.config_file import load_yaml, save_yaml, to_dict, update
 from kdrl_train.method.presets import PRESETS
 from kdrl_train.runfolder.resume import check_config
+from tests.train.options import parse, write
 
 FORMAT = "{function: 'tests.train.scripted_rewards:short', weight: 1e-1, name: format}"
-
-
-def parse(*options: str) -> TrainConfig:
-    command = COMMANDS["train"]
-    return cli.parse(TrainConfig(), options, "train", command.help, command.options)
 
 
 def test_rewards_are_a_list_in_a_file_and_words_as_options(tmp_path: Path) -> None:
@@ -31,9 +25,8 @@ def test_rewards_are_a_list_in_a_file_and_words_as_options(tmp_path: Path) -> No
     file = str(tmp_path / "config.yaml")
     assert parse("--config", file) == config
     assert parse("--config", file, "--reward.functions", "exact").reward.parts[0].label == "exact"
-    short = tmp_path / "short.yaml"
-    short.write_text(f"reward: {{functions: [math, {FORMAT}]}}", encoding="utf-8")
-    assert parse("--config", str(short)) == config
+    short = write(tmp_path / "short.yaml", f"reward: {{functions: [math, {FORMAT}]}}")
+    assert parse("--config", short) == config
 
 
 def test_one_reward_is_the_only_part() -> None:

@@ -16,13 +16,13 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
 from kdrl_train import waiting
-from kdrl_train.batch import Rollouts
 from kdrl_train.config import ModelConfig, SamplingConfig, TeacherConfig, TrainConfig
 from kdrl_train.method.config import MethodConfig, ScheduleConfig
 from kdrl_train.method.schedules import History
 from kdrl_train.model.teacher import remote
-from kdrl_train.model.teacher.client import TeacherError, connect
-from kdrl_train.model.teacher.remote import RemoteTeacher, may_query_early
+from kdrl_train.model.teacher.client import TeacherError
+from kdrl_train.model.teacher.remote import may_query_early
+from tests.train.model.remote_teacher import ALL, Connected, rollouts
 from tests.train.servers import Scripted, by_position, free_port, running, status
 
 APIS = ("kdrl", "openai")
@@ -35,46 +35,9 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "QUIET_S", 0.1)
 
 
-def rollouts(count: int = 4) -> Rollouts:
-    """Make completions of 1 to `count` tokens after prompts of 2, all ids different."""
-    completions = [torch.arange(r + 1) + 10 * r + 5 for r in range(count)]
-    return Rollouts(
-        prompt_ids=[torch.tensor([2, 3])] * count,
-        completion_ids=completions,
-        logprobs=[-c / 100 for c in completions],
-        truncated=torch.zeros(count, dtype=torch.bool),
-        texts=[""] * count,
-    )
-
-
-ALL = torch.ones(4, dtype=torch.bool)
-
-
 def expected(r: int) -> torch.Tensor:
     ids = [2, 3, *rollouts().completion_ids[r].tolist()]
     return torch.tensor(by_position(ids, 2))
-
-
-class Connected:
-    """Connects a RemoteTeacher to a scripted server, and keeps what it reports."""
-
-    def __init__(self, url: str, api: str = "kdrl", **config: Any) -> None:
-        self.said: list[str] = []
-        self.config = TrainConfig(
-            model=ModelConfig(teacher=url, teacher_api=api), teacher=TeacherConfig(**config)
-        )
-        self.client = connect(self.config.model, self.config.teacher)
-        self.teacher = RemoteTeacher(self.client, self.config, 200, self.said.append)
-
-    def __enter__(self) -> "Connected":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.teacher.close()
-        self.client.close()
-
-    def all(self) -> list[torch.Tensor]:
-        return self.teacher.collect(rollouts(), ALL, {})
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
 """Replies of arrays by a teacher's server: read whole, checked, and refused in one line."""
 
 import json
-from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,12 @@ from kdrl_train.batch import TopkScores
 from kdrl_train.config import ModelConfig, TeacherConfig, TrainConfig
 from kdrl_train.exchange import REPLY_BYTES
 from kdrl_train.method.config import MethodConfig
-from kdrl_train.model.teacher import client
 from kdrl_train.model.teacher.client import KdrlClient, Query, TeacherError, connect
 from kdrl_train.model.teacher.remote import RemoteTeacher
 from kdrl_train.model.teacher.replies import most_bytes, topk_problem
 from kdrl_train.tools.serve import replies
 from kdrl_train.tools.serve.app import make
-from tests.train.model.test_remote_teacher import ALL, rollouts
-from tests.train.model.test_teacher_replies import VERSION
+from tests.train.model.remote_teacher import ALL, VERSION, FakeExchange, rollouts
 from tests.train.servers import running, service, teacher_app
 
 QUERY = Query("one", [2, 3], [5, 6], sampled_vocab_size=200, temperature=0.5)
@@ -38,59 +35,33 @@ TOPK = {
 }
 
 
-class FakeExchange:
-    """Replies with bytes, without a server, and keeps what was sent."""
-
-    url = "http://host:1"
-    reply: bytes = b""
-    sent: tuple[Any, ...] = ()
-
-    def __init__(self, *_: str) -> None: ...
-
-    async def json(self, *_: Any) -> Any:
-        return VERSION
-
-    async def data(self, *sent: Any) -> bytes:
-        FakeExchange.sent = sent
-        return FakeExchange.reply
-
-    def start(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            work.send(None)
-        except StopIteration as end:
-            future.set_result(end.value)
-        return future
-
-    def close(self) -> None: ...
-
-
 @pytest.fixture
-def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes], KdrlClient]]:
+def scripted(exchange: FakeExchange) -> Callable[[bytes], KdrlClient]:
     """Give scripted(reply), which makes a client of a server with this reply."""
-    monkeypatch.setattr(client, "Exchange", FakeExchange)
 
-    def make(reply: bytes) -> KdrlClient:
-        FakeExchange.reply = reply
-        made = connect(ModelConfig(teacher="http://host:1"), TeacherConfig())
+    def connected(reply: bytes) -> KdrlClient:
+        exchange.reply = reply
+        made = connect(ModelConfig(teacher=exchange.url), TeacherConfig())
         assert isinstance(made, KdrlClient)
         return made
 
-    return make
+    return connected
 
 
-def test_arrays_are_requested_and_read(scripted: Callable[[bytes], KdrlClient]) -> None:
+def test_arrays_are_requested_and_read(
+    scripted: Callable[[bytes], KdrlClient], exchange: FakeExchange
+) -> None:
     states = scripted(save(STATES, {"fingerprint": "f"})).states(QUERY, 3.0)
     assert states.tolist() == STATES["0.states"].tolist()
     sequences = [{"ids": [2, 3, 5, 6], "prompt_tokens": 2}]
     body = {"sequences": sequences, "vocab_size": 200}
-    assert FakeExchange.sent == ("POST", "/hidden", body, 3.0, REPLY_BYTES + 2 * 2 * 4)
+    assert exchange.sent == ("POST", "/hidden", body, 3.0, REPLY_BYTES + 2 * 2 * 4)
     topk = scripted(save(TOPK, {"fingerprint": "f"})).topk(QUERY, 2)
     assert (topk.ids.tolist(), topk.ids.dtype) == ([[7, 9], [4, -1]], torch.int64)
     assert topk.logprobs.tolist() == [[-1.0, -2.0], [-0.5, 0.0]]
     assert topk.sampled.tolist() == [-1.0, -2.0]
     body |= {"temperature": 0.5, "topk": 2}
-    assert FakeExchange.sent == ("POST", "/score", body, 120.0, REPLY_BYTES + 2 * 4 + 2 * 2 * 8)
+    assert exchange.sent == ("POST", "/score", body, 120.0, REPLY_BYTES + 2 * 4 + 2 * 2 * 8)
 
 
 def arrays(changed: dict[str, Tensor], base: dict[str, Tensor], mark: str = "f") -> bytes:

@@ -1,8 +1,7 @@
 """Sick replies of a teacher: slow ones, and each value replaced by wrong ones."""
 
 import time
-from collections.abc import Coroutine, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,27 +13,12 @@ from fastapi.responses import StreamingResponse
 
 from kdrl_train import waiting
 from kdrl_train.config import ModelConfig, TeacherConfig
-from kdrl_train.model.teacher import client, remote
+from kdrl_train.model.teacher import remote
 from kdrl_train.model.teacher.client import UNKNOWN, OpenAiClient, Query, TeacherError, connect
-from tests.train.model.test_remote_teacher import ALL, Connected, rollouts
+from tests.train.model.remote_teacher import ALL, VERSION, Connected, FakeExchange, rollouts
 from tests.train.servers import Scripted, running
 from tests.train.wrong_values import replaced
 
-VERSION = {
-    "model": "m",
-    "window": 256,
-    "vocab_size": 258,
-    "dtype": "float32",
-    "tokenizer": "hash",
-    "eos_ids": [0, 7],
-    "weights": "hash",
-    "fingerprint": "f",
-    "chat_template": "{{ messages }}",
-    "packages": {"torch": "2"},
-    "hidden_size": 2,
-    "logit_scale": 1.0,
-    "softcap": 30.0,
-}
 MODELS = {"object": "list", "data": [{"id": "m", "max_model_len": 257}]}
 KDRL_SCORES = {"logprobs": [[-1.5, -0.25]], "fingerprint": "f"}
 ENTRIES = [
@@ -70,31 +54,10 @@ ALLOWED = [
 log-probability stands."""
 
 
-def outcome(api: str, replies: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+def outcome(api: str, replies: dict[str, Any], exchange: FakeExchange) -> Any:
     """Return what a new client makes of the replies."""
-
-    class Fake:
-        """Gives the replies without a server."""
-
-        url = "http://host:1"
-
-        def __init__(self, *_: str) -> None: ...
-
-        async def json(self, _method: str, path: str, *_: Any) -> Any:
-            return replies[path]
-
-        def start(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
-            future: Future[Any] = Future()
-            try:
-                work.send(None)
-            except StopIteration as end:
-                future.set_result(end.value)
-            return future
-
-        def close(self) -> None: ...
-
-    monkeypatch.setattr(client, "Exchange", Fake)
-    connected = connect(ModelConfig(teacher="http://host:1", teacher_api=api), TeacherConfig())
+    exchange.replies = replies
+    connected = connect(ModelConfig(teacher=exchange.url, teacher_api=api), TeacherConfig())
     texts = connected.texts(QUERY) if isinstance(connected, OpenAiClient) else None
     template = "unknown" if connected.chat_template is UNKNOWN else connected.chat_template
     return connected.info, template, connected.logprobs(QUERY).tolist(), texts
@@ -121,9 +84,9 @@ def is_another_valid_reply(place: str, value: Any, text: bool) -> bool:
     ],
 )
 def test_a_wrong_value_is_refused_or_not_read(
-    api: str, path: str, monkeypatch: pytest.MonkeyPatch, record_property: Any
+    api: str, path: str, exchange: FakeExchange, record_property: Any
 ) -> None:
-    expected, tried, messages = outcome(api, REPLIES, monkeypatch), 0, []
+    expected, tried, messages = outcome(api, REPLIES, exchange), 0, []
     assert expected[2] == [-1.5, -0.25]
     for place, value, reply in replaced(REPLIES[path]):
         node: Any = REPLIES[path]
@@ -131,7 +94,7 @@ def test_a_wrong_value_is_refused_or_not_read(
             node = node[int(key) if isinstance(node, list) else key]
         tried += 1
         try:
-            got = outcome(api, REPLIES | {path: reply}, monkeypatch)
+            got = outcome(api, REPLIES | {path: reply}, exchange)
         except TeacherError as error:
             messages.append(str(error))
             continue

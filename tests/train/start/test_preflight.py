@@ -13,8 +13,6 @@ import pytest
 from kdrl_train import cli
 from kdrl_train.batch import Example, Verdicts
 from kdrl_train.config import (
-    DataConfig,
-    ModelConfig,
     OptimConfig,
     RewardConfig,
     SamplingConfig,
@@ -30,23 +28,6 @@ from kdrl_train.start import gold_answers, models, preflight
 from kdrl_train.start.load import Loaded, load
 from kdrl_train.start.open_run import pack_for
 from tests.train.start.loaded import with_teacher
-
-
-@pytest.fixture
-def config(folders: dict[str, Path]) -> TrainConfig:
-    paths = {"policy": str(folders["student"]), "teacher": str(folders["teacher"])}
-    model = ModelConfig(**paths, device="cpu")
-    return TrainConfig(
-        model=model,
-        data=DataConfig(path=str(folders["task"])),
-        sampling=SamplingConfig(max_new_tokens=32),
-        reward=RewardConfig(workers=1),
-    )
-
-
-@pytest.fixture
-def loaded(config: TrainConfig) -> Loaded:
-    return load(config)
 
 
 def options(config: TrainConfig, **changes: str) -> list[str]:
