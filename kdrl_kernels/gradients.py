@@ -10,6 +10,7 @@ from kdrl_kernels import gemm
 from kdrl_kernels import rows as row_work
 from kdrl_kernels.buffers import gradient_view
 from kdrl_kernels.call import LossCall, RowSet, size_of, take
+from kdrl_kernels.compaction import Compaction
 from kdrl_kernels.head import Head, Needs, Sums
 from kdrl_kernels.plan import accumulator
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
@@ -129,42 +130,6 @@ class Gradients:
         return torch.ones_like(scale)
 
 
-class Compaction:
-    """Moves the rows whose logits have a gradient to the front of a chunk, in place.
-
-    A used row beyond their count goes into the slot of an unused one before it, whose logits are
-    not needed any more, so no slot is written while the row in it is still to be read.
-    """
-
-    def __init__(self, coef: Coefficients) -> None:
-        used = coef.used()
-        n = torch.arange(len(used), device=used.device)
-        count = used.sum()
-        holes = ~used & (n < count)
-        movers = torch.where(used & (n >= count), n, len(used)).sort().values
-        source = torch.where(holes, movers[(holes.cumsum(0) - 1).clamp_min(0)], n)
-        self.source: Tensor | None = torch.where(n < count, source, -1)
-        self._count = count.to("cpu", non_blocking=True)
-        self._ready = torch.cuda.Event() if count.is_cuda else None
-        if self._ready is not None:
-            self._ready.record()
-        elif int(count) == len(used):
-            self.source = None  # known at once: nothing moves
-
-    def rows(self, rows: RowSet) -> RowSet:
-        """Return the rows that are left, in the order of their slots; waits for their number.
-
-        The caller queues the gradient kernel first, so that the GPU works while the host waits.
-        """
-        if self._ready is not None:
-            self._ready.synchronize()
-        count = int(self._count)
-        if self.source is None or count == len(self.source):
-            return rows
-        source = self.source[:count]
-        return rows[source] if isinstance(rows, Tensor) else source + rows.start
-
-
 def chunk_gradient(
     call: LossCall, chunk: Chunk, compact: bool, shard: VocabShard | None = None
 ) -> tuple[RowSet, Tensor]:
@@ -172,7 +137,7 @@ def chunk_gradient(
 
     compact: whether rows whose coefficients are 0 are left out. shard: as in Gradients.
     """
-    compaction = Compaction(chunk.coef) if compact else None
+    compaction = Compaction(chunk.coef, call.impl) if compact else None
     work: Any = row_work.load(call.impl) if shard is None else shard
     dz: Tensor = work.gradient(
         chunk.student,

@@ -17,6 +17,7 @@ from kdrl_kernels.caller_loss import TokenLoss
 from kdrl_kernels.caller_loss import coefficients as autograd_coefficients
 from kdrl_kernels.objective import Objective, kd_pull, policy_log_ratio, sampled_kd, subtract
 from kdrl_kernels.rows.blocks import BLOCK_BUFFERS, block_rows, column, nan_to_0, row_blocks
+from kdrl_kernels.rows.eager_compaction import slots
 from kdrl_kernels.rows.eager_gradient import gradient
 from kdrl_kernels.rows.entries import BLOCK
 from kdrl_kernels.rows.ids import IdStats, filled, log_mass
@@ -31,6 +32,7 @@ __all__ = [
     "gradient",
     "mixture_kl",
     "resume_",
+    "slots",
     "sweep",
 ]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kdrl_kernels.rows.blocks import row_blocks
 from kdrl_kernels.rows.ids import IdStats, filled, log_mass
+from kdrl_kernels.rows.kernel_compaction import slots
 from kdrl_kernels.rows.kernel_ids import gradient
 from kdrl_kernels.rows.kernel_loads import load_a, temperatures_of, width_of
 from kdrl_kernels.rows.kernel_math import (
@@ -40,6 +41,7 @@ __all__ = [
     "gradient",
     "mixture_kl",
     "resume_",
+    "slots",
     "sweep",
 ]
 

@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 
 from kdrl_kernels.rows import (
     kernel_bags,
+    kernel_compaction,
     kernel_gradient,
     kernel_ids,
     kernel_objective,
@@ -37,6 +38,10 @@ TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 DIVISIBLE = [["tt.divisibility", 16]]
 ENDS = ("_ptr", "_zn", "_tn", "_dn", "_table", "_out", "width")
 """Ends of the names of arguments that are multiples of 16."""
+
+INT64 = {"token_ptr", "source_ptr", "begin_ptr", "offset_ptr", "id_ptr"}
+INT64 |= {"hole_ptr", "rank_ptr", "total_ptr"}
+"""Arguments that point to int64 numbers."""
 
 Variant = tuple[str, Any, dict[str, Any], dict[str, str | None], int]
 """Name, kernel, constexprs, types that differ from the usual ones (None: no argument), warps."""
@@ -82,6 +87,12 @@ def variants(table: dict[tuple[str, int, bool], Tile] = tiles.TILES) -> Iterator
     shape = {"ENTRIES": kernel_bags.ENTRIES, "BLOCK_H": kernel_bags.BLOCK_H}
     types = {"table_ptr": "*bf16", "out_ptr": "*bf16"}
     yield "bags-bf16", kernel_bags._bags_kernel, shape, types, 4
+    block = {"BLOCK": kernel_compaction.BLOCK}
+    others = [f"{letter}_ptr" for letter in "bcdefg"]  # the derivatives that a loss may lack
+    count, warps = kernel_compaction._count_kernel, kernel_compaction.WARPS
+    yield "slots-count_one", count, block, dict.fromkeys(others), warps
+    yield "slots-count_all", count, block, {}, warps
+    yield "slots-fill", kernel_compaction._fill_kernel, block, {}, warps
     for kd, code in KD_CODES.items():
         flags = {"HAS_POLICY": True, "HAS_ENTROPY": True, "KD": code}
         block = flags | {"BLOCK": tiles.OBJECTIVE_BLOCK}
@@ -96,7 +107,7 @@ def compile_one(variant: Variant, target: GPUTarget, aligned: bool) -> Any:
     def type_of(name: str) -> str:
         if name in constexprs:
             return "constexpr"
-        if name in ("token_ptr", "source_ptr", "begin_ptr", "offset_ptr", "id_ptr"):
+        if name in INT64:
             return "*i64"
         if name in ("column_ptr", "count_ptr", "index_ptr"):
             return "*i32"
@@ -188,7 +199,7 @@ def main(*only: str) -> None:
     alignments = [name == "aligned" for name in only[1:] or ("aligned", "ragged")]
     for variant, aligned, (arch, target) in product(variants(), alignments, targets.items()):
         if not aligned and (
-            variant[0].startswith(("objective", "bags", "ids")) or "softcap" in variant[0]
+            variant[0].startswith(("objective", "bags", "ids", "slots")) or "softcap" in variant[0]
         ):
             continue  # the first have no V; the others differ by nothing more
         compiled = compile_one(variant, target, aligned)
