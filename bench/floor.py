@@ -1,25 +1,43 @@
 """Runs the floor: nothing but the GEMMs of an operation, into buffers that already exist.
 
 A chunk of C rows is projected, and its gradient GEMMs read a dz of the same shape and of the kind
-that softmax leaves. No row work, no allocation, no conversion.
+that softmax leaves. No row work, no allocation, no conversion. Chunks are the library's own choice,
+and cost time of their own: each reads the sum of dW anew, and its GEMMs have fewer waves. So on a
+GPU all rows are one chunk where they fit.
 """
 
 import torch
 from torch import Tensor
 
 from bench.inputs import Inputs
+from bench.machine import DEVICE
 from bench.ops import Op
+from bench.shapes import Shape
 from kdrl_kernels.plan import padded
 
 ROWS = 2048
-"""C: rows of a chunk, as many as the library plans."""
+"""C on a CPU, and the least on a GPU."""
+MEMORY_SHARE = 8
+"""A GPU's memory is this many times that of the floor's logits and dz at most."""
+FILLED_ROWS = 256
+"""Rows of dz that are filled at a time."""
+
+
+def chunk_rows(shape: Shape) -> int:
+    """Return C: all rows where an eighth of a GPU's memory holds logits and dz, else a part."""
+    if DEVICE == "cpu":
+        return ROWS
+    row_bytes = padded(max(shape.V, shape.V_t)) * (4 + shape.dtype.itemsize)
+    budget: int = torch.cuda.get_device_properties(0).total_memory // MEMORY_SHARE
+    return min(shape.N, max(ROWS, budget // row_bytes // 128 * 128))
 
 
 class Floor:
     """The bare GEMMs of all operations on one set of inputs, which share their buffers."""
 
-    def __init__(self, inputs: Inputs, rows: int = ROWS) -> None:
-        self.inputs, self.rows = inputs, min(rows, inputs.shape.N)
+    def __init__(self, inputs: Inputs, rows: int | None = None) -> None:
+        """rows: C; None: chunk_rows."""
+        self.inputs, self.rows = inputs, min(rows or chunk_rows(inputs.shape), inputs.shape.N)
         hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
         V = max(inputs.shape.V, inputs.shape.V_t)
         self.logits = self._new(self.rows * padded(V))
@@ -31,7 +49,9 @@ class Floor:
             self.logits[: self.rows * padded(inputs.shape.V)], dtype=hidden.dtype
         )
         self.dz = self.dz.view(self.rows, -1)[:, : inputs.shape.V]
-        self.dz.copy_(torch.softmax(z, dim=1) * inputs.advantages[: self.rows, None])
+        for start in range(0, self.rows, FILLED_ROWS):
+            part = slice(start, min(start + FILLED_ROWS, self.rows))
+            self.dz[part] = torch.softmax(z[part], dim=1) * inputs.advantages[part, None]
 
     def run(self, op: Op, other_inputs: Inputs | None = None, projections: int = 1) -> None:
         """Run all GEMMs of one call of the operation: op.flop(shape). Other inputs have this shape.

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from math import ceil, log
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import definition
+from bench import definition, floor
 from bench.floor import Floor
 from bench.inputs import PROFILES, Inputs, make_inputs
 from bench.ops import OPS, OPS_BY_NAME, Op
@@ -40,18 +41,41 @@ def _add_mm_flop(_: Any, a: Sequence[int], b: Sequence[int], **__: Any) -> int:
 @pytest.mark.parametrize("rows", [8, 2048], ids="{} rows".format)
 @pytest.mark.parametrize("op", OPS, ids=_name)
 def test_floor_does_the_flop_of_the_operation(inputs: Inputs, op: Op, rows: int) -> None:
-    floor, shape = Floor(inputs, rows), inputs.shape
+    gemms, shape = Floor(inputs, rows), inputs.shape
     in_place = {torch.ops.aten.addmm_: _add_mm_flop}  # torch leaves it out
     with FlopCounterMode(display=False, custom_mapping=in_place) as counted:
-        floor.run(op)
+        gemms.run(op)
     flop, row_flop = counted.get_total_flops(), 2 * shape.H * shape.V
     # a chunk's active rows are whole ones: half a row off each, for each gradient
     rounded = ceil(shape.N / rows) * row_flop * len(op.gradients) / 2 if op.active < 1 else 0
     error = abs(flop - op.flop(shape))
     assert error <= rounded + 1e-12 * flop, (flop, op.flop(shape))
     with FlopCounterMode(display=False, custom_mapping=in_place) as counted_again:
-        floor.run(op, projections=2)
+        gemms.run(op, projections=2)
     assert counted_again.get_total_flops() == flop + shape.unit_flop
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "rows"), [(150, 16384), (85, 11520), (40, 5376), (10, 2048)], ids=str
+)
+def test_chunks_of_the_floor_are_as_large_as_a_gpu_has_room(
+    gigabytes: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row of the reference shape takes 6 V bytes, and an eighth of the memory is for them."""
+    memory = SimpleNamespace(total_memory=gigabytes * 10**9)
+    monkeypatch.setattr(floor, "DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
+    assert floor.chunk_rows(SHAPES["reference"]) == rows
+    assert floor.chunk_rows(TINY) == TINY.N
+
+
+def test_the_floor_reads_a_gradient_like_that_of_a_softmax(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(floor, "FILLED_ROWS", 8)  # so that several parts are filled
+    hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
+    expected = (hidden @ weight.T).softmax(dim=1) * inputs.advantages[:, None]
+    torch.testing.assert_close(Floor(inputs).dz, expected)
 
 
 # inputs
