@@ -18,6 +18,7 @@ from kdrl_kernels import gemm
 CLIP = 0.2
 """Clip range of the ratio, on both sides of 1."""
 ALL = slice(None)
+TEACHER = ("teacher_hidden", "teacher_weight")
 Product = Callable[[Tensor, Tensor], Tensor]
 """Maps hidden [C, H] and weight [V, H] to logits [C, V]."""
 
@@ -126,11 +127,16 @@ def student_logprobs(
     inputs: Inputs, op: Op, part: slice = ALL, product: Product = plain_product
 ) -> Tensor:
     """Return the student's log-probabilities [C, V] of the rows in part."""
+    return log_softmax(student_logits(inputs, op, part, product))
+
+
+def student_logits(inputs: Inputs, op: Op, part: slice, product: Product) -> Tensor:
+    """Return the student's logits [C, V] of the rows in part."""
     hidden = inputs.hidden[part]
     logits = product(hidden, inputs.shared_weight)
     if op.adapter:
         logits.addmm_(ADAPTER_SCALE * (hidden @ inputs.adapter_a.T), inputs.shared_adapter_b.T)
-    return log_softmax(logits)
+    return logits
 
 
 def teacher_logprobs(
@@ -155,6 +161,26 @@ def log_softmax(logits: Tensor) -> Tensor:
     return F.log_softmax(logits, dim=1, dtype=wide)
 
 
+def typed(inputs: Inputs, op: Op, dtype: torch.dtype) -> Inputs:
+    """Return copies in dtype of what the operation multiplies, the leaves as it wants gradients."""
+    leaves = {
+        name: getattr(inputs, name).detach().to(dtype).requires_grad_(name in op.gradients)
+        for name in LEAVES
+    }
+    heads: tuple[str, ...] = ()
+    if op.teacher_head:
+        heads = ("both_hidden", "both_weights") if op.teachers == 2 else TEACHER
+    return replace(inputs, **leaves, **{name: getattr(inputs, name).to(dtype) for name in heads})
+
+
+def whole_outputs(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Join the outputs of all rows; those named "loss" hold the loss of each row."""
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    if "loss" in whole:
+        whole["loss"] = whole["loss"].mean()
+    return whole
+
+
 def by_rows(
     inputs: Inputs, op: Op, dtype: torch.dtype, rows: int, product: Product = plain_product
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -162,17 +188,7 @@ def by_rows(
 
     product: computes hidden · weightᵀ.
     """
-    leaves = {
-        name: getattr(inputs, name).detach().to(dtype).requires_grad_(name in op.gradients)
-        for name in LEAVES
-    }
-    typed_inputs = replace(inputs, **leaves)
-    if op.teacher_head:
-        heads = ("teacher_hidden", "teacher_weight")
-        heads = ("both_hidden", "both_weights") if op.teachers == 2 else heads
-        typed_inputs = replace(
-            typed_inputs, **{name: getattr(inputs, name).to(dtype) for name in heads}
-        )
+    typed_inputs = typed(inputs, op, dtype)
     parts: list[dict[str, Tensor]] = []
     N = inputs.shape.N
     for start in range(0, N, rows):
@@ -186,8 +202,6 @@ def by_rows(
             outputs["loss"] = results.losses
         parts.append({name: value.detach() for name, value in outputs.items()})
         del logp, logq, results, outputs  # or the next rows come on top of these
-    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    if "loss" in whole:
-        whole["loss"] = whole["loss"].mean()
+    leaves = {name: getattr(typed_inputs, name) for name in LEAVES}
     gradients = {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-    return whole, gradients
+    return whole_outputs(parts), gradients

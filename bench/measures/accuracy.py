@@ -1,6 +1,7 @@
 """Measures how far a call is from float64, and decides which provider may be timed.
 
-Errors are relative to the largest exact number: max|result - exact| / max|exact|. Ours must stay
+Errors are relative to the largest exact number: max|result - exact| / max|exact|. Where gradients
+are compared at a sample, `results` and `truth` hold what sample.py computes of them. Ours must stay
 within twice the error of float32 PyTorch on the same inputs plus one rounding, whose logits come
 from the same GEMM of 16-bit operands where the inputs have 16 bits. Others are
 marked as different beyond DIFFERS, which is meant to tell another formula from coarser rounding.
@@ -18,6 +19,7 @@ from bench import definition
 from bench.inputs import Inputs
 from bench.ops import Op
 from bench.providers import Outputs
+from bench.sample import PROBED, GradientSample, compute
 
 DIFFERS = 0.05
 DRAWS = 16
@@ -26,15 +28,30 @@ ROUNDING = 2e-5
 """Relative error that float32 may have, the same for every seed: 3e-6 where all rows are exact."""
 EXACT_ROWS = 256
 """Rows of float64 logits held at a time."""
-SAMPLE = 1 << 18
+PROBED_ROUNDINGS = 4
+"""Roundings that a row times a probe may be off by: its H numbers are each rounded once, and their
+errors add up as the numbers do, at random."""
+QUANTILE_NUMBERS = 1 << 18
 """Most numbers of which a quantile is taken; of a larger tensor evenly spaced ones are."""
 
 Errors = dict[str, dict[str, float]]
 
 
-def exact(inputs: Inputs, op: Op) -> Outputs:
-    """Compute outputs and gradients in float64."""
-    outputs, gradients = definition.by_rows(inputs, op, torch.float64, EXACT_ROWS)
+def exact(inputs: Inputs, op: Op, sample: GradientSample | None = None) -> Outputs:
+    """Compute outputs and gradients in float64, the latter at a sample where there is one."""
+    return _computed(inputs, op, sample, torch.float64, definition.plain_product)
+
+
+def _computed(
+    inputs: Inputs,
+    op: Op,
+    sample: GradientSample | None,
+    dtype: torch.dtype,
+    product: definition.Product,
+) -> Outputs:
+    if sample is not None:
+        return compute(inputs, op, sample, dtype, EXACT_ROWS, product)
+    outputs, gradients = definition.by_rows(inputs, op, dtype, EXACT_ROWS, product)
     return outputs | gradients
 
 
@@ -74,18 +91,25 @@ def difference(results: Outputs, truth: Outputs, measured: Errors, op: Op) -> st
 
 
 def beyond_budget(
-    results: Outputs, measured: Errors, truth: Outputs, inputs: Inputs, op: Op
+    results: Outputs,
+    measured: Errors,
+    truth: Outputs,
+    inputs: Inputs,
+    op: Op,
+    sample: GradientSample | None = None,
 ) -> str | None:
     """Say why our own result is too inaccurate to be timed; None if it is good enough."""
     dtype = inputs.hidden.dtype
     product = definition.plain_product
     if torch.finfo(dtype).bits < 32:
         product = partial(_narrow, dtype=dtype)
-    outputs, gradients = definition.by_rows(inputs, op, torch.float32, EXACT_ROWS, product)
-    eager = {name: v for name, v in (outputs | gradients).items() if name in results}
+    computed = _computed(inputs, op, sample, torch.float32, product)
+    eager = {name: v for name, v in computed.items() if name in results}
     plain = errors({name: v.to(results[name].dtype) for name, v in eager.items()}, truth)
     for name, error in measured.items():
-        budget = 2 * plain[name]["max"] + torch.finfo(results[name].dtype).eps
+        rounded = results[name.removesuffix(PROBED)]
+        roundings = PROBED_ROUNDINGS if name.endswith(PROBED) else 1
+        budget = 2 * plain[name]["max"] + roundings * torch.finfo(rounded.dtype).eps
         if not error["max"] <= budget:
             return f"differs: error of {name} {error['max']:.1e}, budget {budget:.1e}"
     return None
@@ -121,7 +145,7 @@ def biased(draws: Iterable[Outputs], truth: Outputs, names: Sequence[str]) -> st
 
 
 def _quantile(errors: Tensor) -> float:
-    step = -(-errors.numel() // SAMPLE)
+    step = -(-errors.numel() // QUANTILE_NUMBERS)
     return errors[::step].quantile(0.999).item()
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from bench import machine, providers
+from bench import machine, providers, sample
 from bench.floor import Floor
 from bench.inputs import Inputs
 from bench.measures import accuracy
@@ -26,6 +26,7 @@ from bench.measures.timing import (
 from bench.ops import FLOORS, Op
 from bench.providers import Outputs, Provider, Refusal, Setting
 from bench.results_file import OURS, SKETCH, Record, record
+from bench.sample import PROBED
 
 ENTRY_SHARE = 0.6
 """Share of an operation's time for the trials; a provider not tried by then is left out."""
@@ -34,11 +35,17 @@ ENTRY_SHARE = 0.6
 class Contest:
     """A contest of providers in one operation on one shape, each with its fastest setting."""
 
-    def __init__(self, op: Op, inputs: Sequence[Inputs], deadline: float) -> None:
-        """inputs: at least one set, used in turn. deadline: of time.monotonic(), in seconds."""
+    def __init__(
+        self, op: Op, inputs: Sequence[Inputs], deadline: float, sampled: bool = False
+    ) -> None:
+        """inputs: at least one set, used in turn. deadline: of time.monotonic(), in seconds.
+
+        sampled: gradients are compared at a sample.
+        """
         self.op, self.inputs, self.deadline = op, inputs, deadline
+        self.sample = sample.draw(inputs[0]) if sampled and op.gradients else None
         self.entry_deadline = time.monotonic() + (deadline - time.monotonic()) * ENTRY_SHARE
-        self.truth = {} if self._late() else accuracy.exact(inputs[0], op)
+        self.truth = {} if self._late() else accuracy.exact(inputs[0], op, self.sample)
         self.chosen: dict[str, tuple[Provider, Setting]] = {}
         self.entries: dict[str, dict[str, Any]] = {}
 
@@ -112,11 +119,13 @@ class Contest:
         self, provider: Provider, setting: Setting, results: Outputs, errors: accuracy.Errors
     ) -> str | None:
         sketched = self._gradients if provider.name == SKETCH else ()
+        sketched = tuple(name for name in results if name.removesuffix(PROBED) in sketched)
         errors = {name: error for name, error in errors.items() if name not in sketched}
         different = accuracy.difference(results, self.truth, errors, self.op)
         if different or provider.name not in (OURS, SKETCH):
             return different
-        beyond = accuracy.beyond_budget(results, errors, self.truth, self.inputs[0], self.op)
+        whole = (results, errors, self.truth, self.inputs[0], self.op)
+        beyond = accuracy.beyond_budget(*whole, self.sample)
         if beyond or not sketched:
             return beyond
         return accuracy.biased(self._draws(provider, setting), self.truth, sketched)
@@ -133,7 +142,8 @@ class Contest:
         outputs = providers.forward(provider, first, self.op, setting)
         if self._gradients:
             outputs["loss"].backward()
-        return accuracy.with_gradients(outputs, first, self.op)
+        results = accuracy.with_gradients(outputs, first, self.op)
+        return self.sample.reduce(results) if self.sample else results
 
     @property
     def _gradients(self) -> tuple[str, ...]:
@@ -164,6 +174,8 @@ class Contest:
         speed_record = record("speed", self.op.name, shape, self.inputs[0].profile, name, **entry)
         if speed_record["status"] != "ok" or samples is None:
             return speed_record
+        if self.sample:
+            speed_record["sample"] = self.sample.describe()
         speed_record |= {"total_ms": [sum(pair) for pair in samples.values], "clock": clock}
         speed_record["flop"] = self.op.flop(shape)
         if name not in FLOORS:
@@ -173,10 +185,15 @@ class Contest:
 
 
 def records(
-    op: Op, inputs: Sequence[Inputs], contestants: Sequence[Provider], rounds: int, deadline: float
+    op: Op,
+    inputs: Sequence[Inputs],
+    contestants: Sequence[Provider],
+    rounds: int,
+    deadline: float,
+    sampled: bool = False,
 ) -> Iterator[Record]:
     """Yield the records of kind "speed" of one operation, those of the floors first."""
-    contest = Contest(op, inputs, deadline)
+    contest = Contest(op, inputs, deadline, sampled)
     for provider in contestants:
         contest.enter(provider)
     yield from contest.race(Floor(inputs[0]), rounds)
