@@ -1,8 +1,10 @@
 """Makes the whole scoreboard in one command: python -m bench --minutes 8 --out DIR
 
-Needs no network. results.json is written anew after every record, so that a run which is stopped
-keeps what it has; then come the tables, plots and the page of bench/report.py. The stages follow
-each other in the order of --stages's choices: what comes first is what matters most.
+Needs no network. results.json is written anew after every record and short.md, one row an
+operation, after every operation, so that a run which is stopped keeps what it has; then come the
+tables, plots and the page of bench/report.py. The stages follow each other in the order of
+--stages's choices: what comes first is what matters most. Operations and providers follow each
+other as they are typed.
 """
 
 import argparse
@@ -45,7 +47,9 @@ class Scoreboard:
         self.rounds: int = args.rounds
         self.contestants = providers.load()
         if args.providers:
-            self.contestants = [one for one in self.contestants if one.name in args.providers]
+            by_name = {one.name: one for one in self.contestants}
+            self.contestants = [by_name[name] for name in args.providers]
+        self.sampled: bool = args.truth == "sampled"
         self.start, self.seconds = time.monotonic(), 60 * args.minutes
         self.settings: dict[tuple[str, str], Setting] = {}
         self.failed: list[str] = []
@@ -83,13 +87,22 @@ class Scoreboard:
             ]
             for part, op in enumerate(ops, index * len(ops)):
                 until = share(deadline, part, parts)
-                yield from speed.records(op, inputs, self.contestants, self.rounds, until)
+                yield from speed.records(
+                    op, inputs, self.contestants, self.rounds, until, self.sampled
+                )
                 free_cache()
 
     def _memory(self, deadline: float) -> Iterator[Record]:
-        for op in (one for one in memory.OPS if one in self.ops):
+        """Measure memory, on a GPU in this process: its allocator counts what is asked of it."""
+        chosen = memory.OPS if self.ops == OPS else self.ops
+        ops = [one for one in chosen if one in memory.OPS]
+        inputs = None
+        if DEVICE == "cuda" and ops:
+            teachers = max(op.teachers for op in ops)
+            inputs = make_inputs(self.shape, self.profile, teachers=teachers)
+        for op in ops:
             pairs = [(one, self._setting(op, one)) for one in self.contestants]
-            yield from memory.records(op, self.shape, self.profile, pairs, deadline)
+            yield from memory.records(op, self.shape, self.profile, pairs, deadline, inputs)
 
     def _setting(self, op: Op, provider: Provider) -> Setting:
         """Return the setting that the provider was timed with."""
@@ -128,6 +141,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     names = [one.name for one in providers.load()]
     parser.add_argument("--providers", nargs="+", choices=names, help="default: all")
+    truth = "sampled" if DEVICE == "cuda" else "whole"
+    help_ = f"float64 gradients that others are compared with, see bench/sample.py (here: {truth})"
+    parser.add_argument("--truth", choices=("whole", "sampled"), default=truth, help=help_)
     return parser
 
 
@@ -140,9 +156,12 @@ def main() -> int:
     scoreboard = Scoreboard(args)
     try:
         for one in scoreboard.records():
+            before = run["records"][-1:]
             run["records"].append(one)
             save(run, args.out)
             _progress(one)
+            if before and _place(before[0]) != _place(one):
+                report.write_short(args.out)
     except KeyboardInterrupt:
         stopped = True
     run["failed"] = scoreboard.failed
@@ -154,6 +173,10 @@ def main() -> int:
     for stage in scoreboard.failed:
         print(f"stage {stage}", file=sys.stderr)
     return 130 if stopped else int(bool(wrong or scoreboard.failed))
+
+
+def _place(one: Record) -> tuple[str, str, str]:
+    return one["kind"], one["op"], one["shape"]
 
 
 def _command(typed: list[str]) -> str:

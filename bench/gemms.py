@@ -3,7 +3,7 @@
 The three GEMMs of a chunk of C rows, z = X · Wᵀ, dX = dz · W and dW (+)= dzᵀ · X, with 16-bit and
 float32 results, for C from 1,024 to 16,384 on a GPU; and a large copy. A variant that this PyTorch
 refuses stands in the table with its error, one that runs with its error against float64 on a
-corner. DIR/gemms.json is written again after every C, so that a stop loses one C at most.
+corner. DIR/gemms.json and gemms.md are written again after every C, so that a stop loses one C.
 """
 
 import argparse
@@ -197,6 +197,7 @@ def run(path: Path, deadline: float) -> dict[str, Any]:
     for C in sizes:
         report["gemms"] += gemm_rows(H, V, C, dtype, deadline)
         path.write_text(json.dumps(report, indent=1))
+        path.with_suffix(".md").write_text(table(report) + "\n", encoding="utf-8")
     return report
 
 

@@ -1,4 +1,4 @@
-"""Makes table.md, plots and report.html in the folder of a results.json.
+"""Makes short.md, table.md, plots and report.html in the folder of a results.json.
 
 python bench/report.py DIR [MORE_JSON...]    more files: of the same machine; a later case wins
 python bench/report.py DIR --short           print one row an operation instead, for README
@@ -17,6 +17,8 @@ from bench.machine import one_line
 from bench.reporting import figures, page
 from bench.reporting.tables import markdown
 from bench.results_file import Run
+
+SHORT = "short.md"
 
 
 def read(paths: list[Path]) -> Run:
@@ -50,7 +52,7 @@ def write(folder: Path, more: Sequence[Path] = ()) -> str:
     content = page.make(run)
     for name in page.PLOTS:
         (folder / name).unlink(missing_ok=True)  # of an earlier run
-    lines = [short(content)]
+    lines = [write_short(folder, more)]
     try:
         draw(run, folder)
     except ModuleNotFoundError as missing:
@@ -59,8 +61,17 @@ def write(folder: Path, more: Sequence[Path] = ()) -> str:
         lines.append("matplotlib is not installed: no plots")
     (folder / "table.md").write_text(page.as_markdown(content))
     (folder / "report.html").write_text(page.as_html(content, folder))
-    names = [name for name in ("table.md", *page.PLOTS, "report.html") if (folder / name).exists()]
+    names = [
+        name for name in (SHORT, "table.md", *page.PLOTS, "report.html") if (folder / name).exists()
+    ]
     return "\n\n".join([*lines, f"{folder}: {', '.join(names)}"])
+
+
+def write_short(folder: Path, more: Sequence[Path] = ()) -> str:
+    """Write short.md, the tables with one row an operation, into a run's folder, and return it."""
+    text = short(page.make(read([folder, *more])))
+    (folder / SHORT).write_text(text + "\n", encoding="utf-8")
+    return text
 
 
 def short(content: page.Report) -> str:

@@ -1,9 +1,9 @@
-"""Measures the memory of one call beyond inputs, outputs and gradients, in a process of its own.
+"""Measures the memory of one call beyond inputs, outputs and gradients.
 
-On a CPU (Linux) it is growth of the resident set's high-water mark, which is first set back to
-what is resident, with an allocator that gives every large block back to the system; on a GPU it
-is growth of the allocator's peak. The call is made once before, so that what is compiled and
-loaded is there.
+On a CPU (Linux) it is growth of the resident set's high-water mark, in a process of its own: the
+mark is first set back to what is resident, with an allocator that gives every large block back to
+the system. On a GPU it is growth of the allocator's peak, to which no other work adds. The call is
+made once before, so that what is compiled and loaded is there.
 """
 
 import ctypes
@@ -12,6 +12,7 @@ import multiprocessing
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
@@ -155,8 +156,12 @@ def records(
     profile: str,
     contestants: Sequence[tuple[Provider, Setting]],
     deadline: float,
+    inputs: Inputs | None = None,
 ) -> Iterator[Record]:
-    """Yield records of kind "memory"; no case starts after the deadline, of time.monotonic()."""
+    """Yield records of kind "memory"; no case starts after the deadline, of time.monotonic().
+
+    inputs: to measure with in this process; None: each case in a process of its own.
+    """
     for provider, setting in contestants:
         memory_record = record(
             "memory",
@@ -173,7 +178,11 @@ def records(
             if time.monotonic() > deadline:
                 memory_record["status"] = OUT_OF_TIME
             else:
-                memory_record |= in_own_process(shape, profile, op.name, provider.name, setting)
+                memory_record |= (
+                    in_own_process(shape, profile, op.name, provider.name, setting)
+                    if inputs is None
+                    else growth(inputs, op, partial(_call, provider, inputs, op, setting))
+                )
         except Refusal as refusal:
             memory_record["status"] = str(refusal)
         except Exception as error:  # of other people's code: it stands in the table

@@ -93,3 +93,22 @@ def test_memory_begins_nothing_after_the_deadline(monkeypatch: pytest.MonkeyPatc
         *["not installed", "out of time"],  # a reason to be refused is no matter of time
     ]
     assert measured == ["good"]
+
+
+def test_memory_in_this_process_is_that_of_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, whose allocator counts what is asked of it: no process is started."""
+    inputs, called = make_inputs(TINY, device="cpu"), []
+
+    def call(case: Any, _: Op, rows: int) -> dict[str, Any]:
+        called.append((case is inputs, rows))
+        return {"loss": case.hidden.sum() + case.weight.sum()}
+
+    monkeypatch.setattr(memory, "in_own_process", None)
+    monkeypatch.setattr(memory, "reset_peak", lambda: 100)
+    monkeypatch.setattr(memory, "peak_bytes", lambda: 100 + 40_000 * 4)
+    pairs = [(_provider("here", whole=call), {"rows": 3})]
+    (one,) = memory.records(GRPO, TINY, "flat", pairs, time.monotonic() + 600, inputs)
+    assert called == [(True, 3)] * 2, "once to warm up"
+    gradients = 4 * (32 * 64 + 512 * 64)
+    assert (one["status"], one["gradient_bytes"]) == ("ok", gradients)
+    assert one["extra_bytes"] == 160_000 - gradients - 4

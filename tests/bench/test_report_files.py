@@ -68,12 +68,13 @@ def test_writes_all_files_and_drops_old_plots(tmp_path: Path) -> None:
     run = make_run()
     run["records"] += scaled(OURS, "N", 1.0) + scaled("slow", "V", 1.0)
     text = report.write(save(run, tmp_path))
-    names = ["table.md", "time.png", "memory.png", "accuracy.png", "scaling.png", "report.html"]
+    plots = ["time.png", "memory.png", "accuracy.png", "scaling.png"]
+    names = ["short.md", "table.md", *plots, "report.html"]
     assert text.endswith(f"{tmp_path}: {', '.join(names)}")
     assert "| GRPO | 220 | 200 |" in text
     assert all((tmp_path / name).stat().st_size for name in names)
     assert _images((tmp_path / "report.html").read_text()) == 4
-    for name in names[1:-1]:
+    for name in plots:
         header = (tmp_path / name).read_bytes()[:24]
         assert int.from_bytes(header[16:20], "big") <= 1600  # wide
     report.write(save(make_run(), tmp_path))

@@ -12,7 +12,7 @@ import pytest
 
 import bench.__main__ as main
 from bench import machine, results_file
-from bench.ops import OPS_BY_NAME
+from bench.ops import OPS_BY_NAME, Op
 from bench.results_file import OURS, SKETCH, Record, Run
 from bench.shapes import TINY
 
@@ -232,6 +232,50 @@ def test_stages_share_the_time(stages: list[str], monkeypatch: pytest.MonkeyPatc
     ends = [deadline - board.start for _, deadline in begun]
     assert all(a < b for a, b in zip([0.0, *ends], ends, strict=False)), ends
     assert ends[-1] == pytest.approx(180, abs=1e-3)
+
+
+@pytest.mark.parametrize("truth", ["whole", "sampled"])
+def test_what_is_typed_first_is_measured_first(truth: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, list[str], bool]] = []
+
+    def speed_records(op: Op, _: Any, contestants: Any, *rest: Any) -> list[Record]:
+        calls.append((op.name, [one.name for one in contestants], rest[-1]))
+        return []
+
+    monkeypatch.setattr(main.speed, "records", speed_records)
+    ops, names = ["KDRL exact", "GRPO"], ["Cut cross-entropy", OURS]
+    arguments = ["--shape", "tiny", "--stages", "speed", "--truth", truth]
+    board = _board(*arguments, "--ops", *ops, "--providers", *names)
+    assert list(board.records()) == []
+    assert calls == [(op, names, truth == "sampled") for op in ops]
+
+
+@pytest.mark.parametrize(
+    ("typed", "first"), [([], ["GRPO", "KDRL exact"]), (["JSD", "reverse KL"], ["reverse KL"])]
+)
+def test_memory_follows_the_operations(
+    typed: list[str], first: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ops: list[str] = []
+    monkeypatch.setattr(main.memory, "records", lambda op, *_: ops.append(op.name) or [])
+    board = _board("--stages", "memory", *(["--ops", *typed] if typed else []))
+    assert list(board.records()) == []
+    assert ops[: len(first)] == first
+
+
+def test_a_table_is_written_after_each_operation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def records(_: main.Scoreboard) -> Iterator[Record]:
+        yield _speed(status="failed: x")
+        assert not (tmp_path / "short.md").exists()
+        yield _speed("JSD", status="failed: x")
+        assert "| GRPO |" in (tmp_path / "short.md").read_text()
+        raise KeyboardInterrupt
+
+    _without_effects(monkeypatch, tmp_path)
+    monkeypatch.setattr(main.Scoreboard, "records", records)
+    assert main.main() == 130
 
 
 @pytest.mark.parametrize(
