@@ -141,13 +141,7 @@ def make_inputs(
         return torch.randn(*size, generator=rng, device=device)
 
     N, V = shape.N, min(shape.V, shape.V_t)
-    weight = randn(shape.V, shape.H) / math.sqrt(shape.H)
-    lifted = torch.randint(V, (N,), generator=rng, device=device)
-    margin = MARGIN_MEAN + MARGIN_SPREAD * randn(N)
-    lift = math.log(V) + spread**2 / 2 + margin
-    hidden = spread * randn(N, shape.H)
-    if profile in LIFTED:
-        hidden += lift[:, None] * weight[lifted]
+    hidden, weight = _student(shape, profile, rng)
     teacher_weight = _noisy_copy(weight, randn(shape.V_t, shape.H_t) / math.sqrt(shape.H_t))
     teacher_hidden = _noisy_copy(hidden, spread * randn(N, shape.H_t))
     heads = (t.to(shape.dtype) for t in (hidden, weight, teacher_hidden, teacher_weight))
@@ -184,6 +178,23 @@ def make_inputs(
         both_hidden=both_hidden,
         both_weights=both_weights,
     )
+
+
+def _student(shape: Shape, profile: str, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw hidden states [N, H] and a head [V, H] with logits of the profile, in float32."""
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(*size, generator=rng, device=rng.device)
+
+    N, V, spread = shape.N, min(shape.V, shape.V_t), SPREADS[profile]
+    weight = randn(shape.V, shape.H) / math.sqrt(shape.H)
+    lifted = torch.randint(V, (N,), generator=rng, device=rng.device)
+    margin = MARGIN_MEAN + MARGIN_SPREAD * randn(N)
+    lift = math.log(V) + spread**2 / 2 + margin
+    hidden = spread * randn(N, shape.H)
+    if profile in LIFTED:
+        hidden += lift[:, None] * weight[lifted]
+    return hidden, weight
 
 
 def _noisy_copy(student: Tensor, noise: Tensor) -> Tensor:

@@ -38,6 +38,15 @@ def adapted(head: StudentHead, adapter: LowRank | None, impl: str) -> StudentHea
     return (reference.with_adapter if impl == "reference" else with_adapter)(head, adapter)
 
 
+def whole(teacher: TeacherHead | None) -> TeacherHead | None:
+    """Return a teacher with its head gathered from the ranks that shard it."""
+    if teacher is None:
+        return None
+    hidden = teacher.hidden
+    weight, bias = gathered(teacher.weight, hidden), gathered(teacher.bias, hidden)
+    return replace(teacher, weight=weight, bias=bias)
+
+
 def loss_call(
     student: StudentHead,
     tokens: Tensor,
@@ -67,10 +76,7 @@ def loss_call(
     check_adapter(adapter, student)
     impl = checks.choose_impl(impl, student)
     student = adapted(student, adapter, impl)
-    if teacher is not None:
-        hidden = teacher.hidden
-        weight, bias = gathered(teacher.weight, hidden), gathered(teacher.bias, hidden)
-        teacher = replace(teacher, weight=weight, bias=bias)
+    teacher = whole(teacher)
     if compact is None:
         compact = student.hidden.device.type == "cpu" or token_weights is not None
     V, V_t = len(student.weight), None if teacher is None else len(teacher.weight)

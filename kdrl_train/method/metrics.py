@@ -64,6 +64,41 @@ def teacher_sums(sums: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     return {f"{key}/{name}": sums[key] for key in OF_TEACHERS if key in sums}
 
 
+def _mean(values: Mapping[str, float], key: str, count: str) -> float | None:
+    """Divide a sum by a count; None where there is no such sum, or nothing was counted."""
+    if key not in values or values.get(count, 0.0) == 0.0:
+        return None
+    return values[key] / values[count]
+
+
+def _share(values: Mapping[str, float], count: str) -> float:
+    """Return which share of the step's tokens was counted; 0 for a step without tokens."""
+    return values.get(count, 0.0) / max(values.get("tokens", 0.0), 1.0)
+
+
+def _sketch_means(values: Mapping[str, float]) -> dict[str, float | None]:
+    """Return the means of a sketched head, none for another one."""
+    if "entries" not in values:
+        return {}
+    variance = _mean(values, "sketch_variance_sum", "sketch_square_sum")
+    return {
+        "sketch_entries": _mean(values, "entries", "tokens"),
+        "sketch_flat_share": _mean(values, "flat_rows", "tokens"),
+        "sketch_noise": None if variance is None else variance**0.5,
+    }
+
+
+def _teacher_means(values: Mapping[str, float], name: str) -> dict[str, float | None]:
+    """Return the means of one of several teachers."""
+    log_ratio = _mean(values, f"teacher_log_ratio_sum/{name}", f"kd_tokens/{name}")
+    exact = _mean(values, f"kl_sum/{name}", f"kd_tokens/{name}")
+    return {
+        f"kl_teacher/{name}": log_ratio if exact is None else exact,
+        f"teacher_log_ratio/{name}": log_ratio,
+        f"kd_share/{name}": _share(values, f"kd_tokens/{name}"),
+    }
+
+
 def token_means(sums: dict[str, Tensor], teachers: Sequence[str] = ()) -> dict[str, float | None]:
     """Divide a step's sums into means per token; None where the step has no such token.
 
@@ -86,48 +121,28 @@ def token_means(sums: dict[str, Tensor], teachers: Sequence[str] = ()) -> dict[s
             kl_teacher/NAME, teacher_log_ratio/NAME and kd_share/NAME, which add up to kd_share.
     """
     values = {key: value.item() for key, value in sums.items() if value.ndim == 0}
-
-    def mean(key: str, count: str) -> float | None:
-        if key not in values or values.get(count, 0.0) == 0.0:
-            return None
-        return values[key] / values[count]
-
-    def share(count: str) -> float:
-        return values.get(count, 0.0) / max(values.get("tokens", 0.0), 1.0)
-
-    kl = mean("kl_sum", "kd_tokens")
+    kl = _mean(values, "kl_sum", "kd_tokens")
+    log_ratio = _mean(values, "teacher_log_ratio_sum", "kd_tokens")
     spread: list[float | None] = [None] * len(PERCENTILES)
     if values.get("kd_tokens", 0.0) > 0:
         spread = [*quantiles(sums["teacher_log_ratio_histogram"])]
-    log_ratio, topk = (
-        mean(key, "kd_tokens") for key in ("teacher_log_ratio_sum", "topk_divergence_sum")
-    )
-    variance = mean("sketch_variance_sum", "sketch_square_sum")
-    sketch = {
-        "sketch_entries": mean("entries", "tokens"),
-        "sketch_flat_share": mean("flat_rows", "tokens"),
-        "sketch_noise": None if variance is None else variance**0.5,
-    }
-    of_teachers: dict[str, float | None] = {}
-    for name in teachers:
-        ratio = mean(f"teacher_log_ratio_sum/{name}", f"kd_tokens/{name}")
-        exact = mean(f"kl_sum/{name}", f"kd_tokens/{name}")
-        of_teachers[f"kl_teacher/{name}"] = ratio if exact is None else exact
-        of_teachers[f"teacher_log_ratio/{name}"] = ratio
-        of_teachers[f"kd_share/{name}"] = share(f"kd_tokens/{name}")
-    return {
-        "entropy": mean("entropy_sum", "tokens"),
-        "clip_fraction": mean("clipped", "tokens"),
+    means = {
+        "entropy": _mean(values, "entropy_sum", "tokens"),
+        "clip_fraction": _mean(values, "clipped", "tokens"),
         "kl_teacher": log_ratio if kl is None else kl,
         "teacher_log_ratio": log_ratio,
         **{f"teacher_log_ratio_p{q}": value for q, value in zip(PERCENTILES, spread, strict=True)},
-        "k2": mean("k2_sum", "kd_tokens"),
-        "kd_flip_share": mean("kd_flipped", "tokens"),
-        "kd_share": share("kd_tokens"),
-        **({"kd_selected": mean("kd_selected", "kd_tokens")} if "kd_selected" in values else {}),
-        "sampler_mismatch_mean": mean("sampler_mismatch_sum", "tokens"),
+        "k2": _mean(values, "k2_sum", "kd_tokens"),
+        "kd_flip_share": _mean(values, "kd_flipped", "tokens"),
+        "kd_share": _share(values, "kd_tokens"),
+        "sampler_mismatch_mean": _mean(values, "sampler_mismatch_sum", "tokens"),
         "sampler_mismatch_max": values.get("sampler_mismatch_max"),
-        **(sketch if "entries" in values else {}),
-        **({"topk_divergence": topk} if "topk_divergence_sum" in values else {}),
-        **of_teachers,
+        **_sketch_means(values),
     }
+    if "kd_selected" in values:
+        means["kd_selected"] = _mean(values, "kd_selected", "kd_tokens")
+    if "topk_divergence_sum" in values:
+        means["topk_divergence"] = _mean(values, "topk_divergence_sum", "kd_tokens")
+    for name in teachers:
+        means |= _teacher_means(values, name)
+    return means

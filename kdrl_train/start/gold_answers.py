@@ -1,5 +1,6 @@
 """Checks before the first step that the rewards accept the gold answers of all problems."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -39,16 +40,8 @@ def check_gold(
     keys = [example.gold if alone else place for place, example in enumerate(examples)]
     distinct = dict(zip(reversed(keys), reversed(examples), strict=True))  # the first of equals
     order = list(dict.fromkeys(keys))
-    parts: list[Verdicts] = []
-    start = time.monotonic()
-    for first in range(0, len(order), GOLDS_AT_ONCE):
-        if parts and not reward.builtin and time.monotonic() > start + OWN_REWARD_S:
-            break
-        part = [distinct[key] for key in order[first : first + GOLDS_AT_ONCE]]
-        texts = [f"\\boxed{{{example.gold}}}" for example in part]
-        more = answer_inputs(verifier.inputs, part, texts, tokenizer)
-        parts.append(verifier.score(texts, [example.gold for example in part], more=more))
-    verdicts = Verdicts.join(parts)
+    longest_s = math.inf if reward.builtin else OWN_REWARD_S
+    verdicts = _judge([distinct[key] for key in order], verifier, tokenizer, longest_s)
     outcomes = dict(zip(order, verdicts.outcomes, strict=False))
     judged = [(key, e) for key, e in zip(keys, examples, strict=True) if key in outcomes]
     counts = Counter(outcomes[key] for key, _ in judged)
@@ -79,6 +72,22 @@ def check_gold(
             f"text, numbers, lists and dicts; {summary}"
         )
     return summary
+
+
+def _judge(
+    examples: Sequence[Example], verifier: Verifier, tokenizer: Any, longest_s: float
+) -> Verdicts:
+    """Judge gold answers in a box, GOLDS_AT_ONCE at a time, until longest_s have passed."""
+    parts: list[Verdicts] = []
+    start = time.monotonic()
+    for first in range(0, len(examples), GOLDS_AT_ONCE):
+        if parts and time.monotonic() > start + longest_s:
+            break
+        part = examples[first : first + GOLDS_AT_ONCE]
+        texts = [f"\\boxed{{{example.gold}}}" for example in part]
+        more = answer_inputs(verifier.inputs, part, texts, tokenizer)
+        parts.append(verifier.score(texts, [example.gold for example in part], more=more))
+    return Verdicts.join(parts)
 
 
 def _accepted(reward: RewardConfig) -> set[str]:

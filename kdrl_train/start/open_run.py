@@ -80,28 +80,16 @@ def open_run(
     output.begin(f"starting the engine, {config.engine.kind}")
     engine = stack.enter_context(closing(open_engine(config, policy, loaded.tokenizer, world)))
     optimizer = make_optimizer(config.optim, policy.parameters(), world)
-    prefetch = None
-    if config.engine.staleness:
-        prefetch = stack.enter_context(closing(Prefetch(policy.device, interrupt.poll)))
+    prefetch = open_prefetch(config, policy, interrupt, stack)
     teachers = teachers_of(config, loaded)
     first, doubts = restore(config, newest, policy, optimizer, prefetch, teachers.average, world)
     engine.load(policy, first)
     history, best = read_history(config, world, first), open_best(config, world, loaded, first)
-    world.on_main(lambda: begin_folder(config, trackers, newest, described_teachers, lock))
-    world.on_main(lambda: keep_base(config, base))
+    world.on_main(lambda: begin_folder(config, trackers, newest, described_teachers, base, lock))
     log = RunLog(config.out, first, config.steps, console, world.main, trackers, lock)
     attach(engine, log, interrupt)
-    if first > 1 and world.main and not read_records(config.out):
-        doubts.append(f"{config.out} has no metrics.jsonl: the curves begin at step {first + 1}")
-    if config.model.lora.rank:
-        log.say(lora.summary(policy.model))
-    for warning in warnings + unsure + doubts:
-        log.event("warning", warning)
-    for change in changes(config, newest, best):
-        log.event("settings", change)
-    if newest is None:
-        for prompt in first_prompts(config, loaded):
-            log.event("prompt", prompt)
+    doubts = warnings + unsure + doubts + lost_metrics(config, world, first)
+    say_start(log, config, loaded, newest, best, doubts)
     saver = Saver(config, world, log.say, loaded.data, first, log.require_ours, best)
     interrupt.starting = False
     return Run(
@@ -125,6 +113,34 @@ def open_run(
     ), first
 
 
+def open_prefetch(
+    config: TrainConfig, policy: Policy, interrupt: Interrupt, stack: ExitStack
+) -> Prefetch | None:
+    """Open what draws the next step's completions; None: engine.staleness is 0."""
+    if not config.engine.staleness:
+        return None
+    return stack.enter_context(closing(Prefetch(policy.device, interrupt.poll)))
+
+
+def say_start(
+    log: RunLog,
+    config: TrainConfig,
+    loaded: Loaded,
+    newest: checkpoint.Checkpoint | None,
+    best: BestSoFar | None,
+    doubts: list[str],
+) -> None:
+    """Log what is doubtful, what has changed, and the first prompts of a new run."""
+    if config.model.lora.rank:
+        log.say(lora.summary(loaded.policy.model))
+    for doubt in doubts:
+        log.event("warning", doubt)
+    for change in changes(config, newest, best):
+        log.event("settings", change)
+    for prompt in first_prompts(config, loaded) if newest is None else ():
+        log.event("prompt", prompt)
+
+
 def changes(
     config: TrainConfig, newest: checkpoint.Checkpoint | None, best: BestSoFar | None
 ) -> list[str]:
@@ -136,6 +152,13 @@ def changes(
     if best is not None and best.changed:
         texts.append("another evaluation than that of best.json: the search for the best is new")
     return texts
+
+
+def lost_metrics(config: TrainConfig, world: World, first: int) -> list[str]:
+    """Say of a resumed run whether its curves lack the steps before, on rank 0."""
+    if first <= 1 or not world.main or read_records(config.out):
+        return []
+    return [f"{config.out} has no metrics.jsonl: the curves begin at step {first + 1}"]
 
 
 def open_best(config: TrainConfig, world: World, loaded: Loaded, first: int) -> BestSoFar | None:
@@ -179,12 +202,14 @@ def begin_folder(
     trackers: Trackers,
     newest: checkpoint.Checkpoint | None,
     teachers: Mapping[str, TeacherInfo],
+    base: dict[str, str | None] | None,
     lock: RunLock | None,
 ) -> None:
     """Write into the folder, now that every check has passed: open the run's trackers, write
-    config.yaml, which makes the folder a used one, and the files of the teachers.
+    config.yaml, which makes the folder a used one, and the files of the teachers and of the base.
 
     teachers: the description of each by its name.
+    base: of check_base.
 
     Raises: ValueError for a tracker that does not start, RunError where another run has saved a
         checkpoint since `newest` in a folder without locks; what was written is removed again.
@@ -210,6 +235,7 @@ def begin_folder(
     save_yaml(replace(config, resume=False, allow_changes=()), config.out / "config.yaml")
     for name, teacher in teachers.items():
         keep_teacher(config.out, teacher, name)
+    keep_base(config, base)
 
 
 def require_offload_fits(config: TrainConfig, world: World) -> None:

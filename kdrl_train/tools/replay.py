@@ -22,6 +22,7 @@ from kdrl_train.errors import require_file
 from kdrl_train.method import grpo
 from kdrl_train.model.load import use_device
 from kdrl_train.model.packing import pack
+from kdrl_train.model.policy import Policy
 from kdrl_train.model.teacher.remote import RemoteTeacher
 from kdrl_train.model.teachers import Teachers
 from kdrl_train.output import guarded_console
@@ -166,15 +167,8 @@ def replay(
     with closing(loaded), ExitStack() as stack:
         known = dump["coefficients"]
         teachers, coefficients = query_servers(config, loaded, rollouts, known, stack, console)
-    place = config.model.weights
-    if step > 0:
-        place = folder / "checkpoints" / f"step_{step:06d}"
-        if teachers.average is not None:
-            checkpoint.load_weights(place, teachers.average, hashes=False, of="teacher")
-    if place is not None:
-        hashes = config.checkpoint_hashes
-        for doubt in checkpoint.load_weights(place, policy, hashes=hashes, config=config.model):
-            console.print(f"warning: {doubt}", markup=False, soft_wrap=True)
+    for doubt in load_weights_before(step, config, folder, policy, teachers):
+        console.print(f"warning: {doubt}", markup=False, soft_wrap=True)
     weights, normalizer = grpo.token_weights(
         rollouts.lengths,
         ~rewards.isnan().flatten(),
@@ -208,6 +202,25 @@ def replay(
             )
         )
     return replayed
+
+
+def load_weights_before(
+    step: int, config: TrainConfig, folder: Path, policy: Policy, teachers: Teachers
+) -> list[str]:
+    """Loads the weights that a step started from, of the policy and of a teacher that averages.
+
+    Returns: what to warn of.
+    Raises: ValueError if the folder has no checkpoint of that step.
+    """
+    place = config.model.weights
+    if step > 0:
+        place = folder / "checkpoints" / f"step_{step:06d}"
+        if teachers.average is not None:
+            checkpoint.load_weights(place, teachers.average, hashes=False, of="teacher")
+    if place is None:
+        return []
+    hashes = config.checkpoint_hashes
+    return checkpoint.load_weights(place, policy, hashes=hashes, config=config.model)
 
 
 def query_servers(

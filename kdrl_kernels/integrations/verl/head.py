@@ -113,20 +113,10 @@ def fused_forward(
     """
     if not return_dict:
         raise ValueError(f"return_dict must be True for a fused forward, got {return_dict}")
-    unread = [name for name in kwargs if name not in (*BACKBONE, KEY) and kwargs[name] is not None]
-    if unread:
-        raise ValueError(
-            f"{', '.join(unread)} must be None with impl_backend {BACKEND}, whose fused forward of "
-            f"{type(self).__name__} reads text alone: set model.use_fused_kernels=False"
-        )
+    refuse_unread(kwargs, type(self).__name__)
     passed = {name: kwargs[name] for name in BACKBONE if name in kwargs}
     outputs = backbone(self)(input_ids=input_ids, **passed)
-    if shift_labels is None:
-        tokens = input_ids if labels is None else labels
-        if tokens is None:
-            raise ValueError("input_ids, labels or shift_labels must be passed, got none of them")
-        shift_labels = torch.roll(tokens, shifts=-1, dims=-1)
-    following = shift_labels.long()
+    following = following_tokens(input_ids, labels, shift_labels)
     temperature, softcap = head_scalars(self.config.get_text_config(), float(temperature))
     layer, adapter = without_adapter(self.get_output_embeddings())
     teacher: TeacherTopk | None = kwargs.get(KEY)
@@ -155,6 +145,28 @@ def fused_forward(
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
     )
+
+
+def refuse_unread(kwargs: dict[str, Any], model: str) -> None:
+    """Raise ValueError for arguments that neither the backbone nor the head would read."""
+    unread = [name for name in kwargs if name not in (*BACKBONE, KEY) and kwargs[name] is not None]
+    if unread:
+        raise ValueError(
+            f"{', '.join(unread)} must be None with impl_backend {BACKEND}, whose fused forward of "
+            f"{model} reads text alone: set model.use_fused_kernels=False"
+        )
+
+
+def following_tokens(
+    input_ids: Tensor | None, labels: Tensor | None, shift_labels: Tensor | None
+) -> Tensor:
+    """Return the token that follows each position, which the last one of a sequence has not."""
+    if shift_labels is None:
+        tokens = input_ids if labels is None else labels
+        if tokens is None:
+            raise ValueError("input_ids, labels or shift_labels must be passed, got none of them")
+        shift_labels = torch.roll(tokens, shifts=-1, dims=-1)
+    return shift_labels.long()
 
 
 def as_forward(

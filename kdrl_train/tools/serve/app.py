@@ -44,8 +44,7 @@ def make(
     app = FastAPI(title="kdrl_train teacher", openapi_url=None)
     if token is not None:
         app.add_middleware(RequireToken, token=token)
-    bodies, replies = Bodies(), Replies(reply_bytes)
-    worker = ThreadPoolExecutor(1, "requests")  # one: what a request takes to read adds up
+    replier = Replier(served, request_tokens, Replies(reply_bytes))
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -57,40 +56,51 @@ def make(
     async def version() -> JSONResponse:
         return JSONResponse(_ready(served)[1])
 
-    async def answer(connection: Request, *, states: bool) -> Response:
-        scorer, info = _ready(served)
-        most = requests.body_bytes(request_tokens, scorer.queue_size)
-
-        def read() -> list[Job]:
-            request = requests.read(body, request_tokens, scorer.queue_size)
-            return requests.jobs_of(request, info, scorer.queue_size, states=states)
-
-        run = asyncio.get_running_loop().run_in_executor
-        with ExitStack() as stack:
-            async with bodies.of(connection, most) as body:
-                jobs = await run(worker, read)
-                body.clear()
-                size = requests.reply_bytes(jobs, info)
-                stack.enter_context(replies.of(size))
-                if not scorer.submit(jobs):
-                    raise HTTPException(BUSY, "too many sequences wait", {"Retry-After": "1"})
-                results = await _results(jobs, scorer, connection)
-                reply = await run(worker, requests.reply, results, info["fingerprint"])
-            if not size:
-                return Response(reply, media_type="application/json")
-            return ArraysResponse(reply, stack.pop_all())
-
     @app.post("/score")
     async def score(connection: Request) -> Response:
         with _named_errors():
-            return await answer(connection, states=False)
+            return await replier.reply(connection, states=False)
 
     @app.post("/hidden")
     async def hidden(connection: Request) -> Response:
         with _named_errors():
-            return await answer(connection, states=True)
+            return await replier.reply(connection, states=True)
 
     return app
+
+
+class Replier:
+    """Reads requests for scores or states, has the teacher compute them, and makes the replies."""
+
+    def __init__(self, served: ServedTeacher, request_tokens: int, replies: Replies) -> None:
+        self.served = served
+        self.request_tokens = request_tokens
+        self.replies = replies
+        self.bodies = Bodies()
+        self.worker = ThreadPoolExecutor(1, "requests")  # one: what a request takes to read adds up
+
+    async def reply(self, connection: Request, *, states: bool) -> Response:
+        scorer, info = _ready(self.served)
+        most = requests.body_bytes(self.request_tokens, scorer.queue_size)
+
+        def read() -> list[Job]:
+            request = requests.read(body, self.request_tokens, scorer.queue_size)
+            return requests.jobs_of(request, info, scorer.queue_size, states=states)
+
+        run = asyncio.get_running_loop().run_in_executor
+        with ExitStack() as stack:
+            async with self.bodies.of(connection, most) as body:
+                jobs = await run(self.worker, read)
+                body.clear()
+                size = requests.reply_bytes(jobs, info)
+                stack.enter_context(self.replies.of(size))
+                if not scorer.submit(jobs):
+                    raise HTTPException(BUSY, "too many sequences wait", {"Retry-After": "1"})
+                results = await _results(jobs, scorer, connection)
+                reply = await run(self.worker, requests.reply, results, info["fingerprint"])
+            if not size:
+                return Response(reply, media_type="application/json")
+            return ArraysResponse(reply, stack.pop_all())
 
 
 @contextmanager
