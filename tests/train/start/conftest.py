@@ -18,7 +18,7 @@ from kdrl_train.start.load import Loaded, load
 
 
 @pytest.fixture(scope="module")
-def config(folders: dict[str, Path]) -> TrainConfig:
+def settings(folders: dict[str, Path]) -> TrainConfig:
     paths = {"policy": str(folders["student"]), "teacher": str(folders["teacher"])}
     model = ModelConfig(**paths, device="cpu")
     return TrainConfig(
@@ -30,8 +30,8 @@ def config(folders: dict[str, Path]) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def loaded_once(config: TrainConfig) -> Loaded:
-    return load(config)
+def loaded_once(settings: TrainConfig) -> Loaded:
+    return load(settings)
 
 
 @pytest.fixture
@@ -40,9 +40,9 @@ def loaded(loaded_once: Loaded) -> Loaded:
 
 
 @pytest.fixture
-def held(config: TrainConfig, tmp_path: Path) -> TrainConfig:
+def held(settings: TrainConfig, tmp_path: Path) -> TrainConfig:
     """With held-out prompts of 4 and 9 tokens."""
     lines = ['{"question": "9+1=", "answer": "10"}', '{"question": "10+10+10=", "answer": "30"}']
     path = tmp_path / "held.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8")
-    return replace(config, eval=EvalConfig(data=DataConfig(path=str(path)), every=1))
+    return replace(settings, eval=EvalConfig(data=DataConfig(path=str(path)), every=1))

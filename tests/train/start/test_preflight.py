@@ -30,11 +30,11 @@ from kdrl_train.start.open_run import pack_for
 from tests.train.start.loaded import with_teacher
 
 
-def options(config: TrainConfig, **changes: str) -> list[str]:
+def options(settings: TrainConfig, **changes: str) -> list[str]:
     values = {
-        "model.policy": config.model.policy,
-        "model.teacher": str(config.model.teacher),
-        "data.path": config.data.path,
+        "model.policy": settings.model.policy,
+        "model.teacher": str(settings.model.teacher),
+        "data.path": settings.data.path,
         "model.device": "cpu",
         "reward.workers": "1",
         "sampling.max-new-tokens": "32",
@@ -42,19 +42,21 @@ def options(config: TrainConfig, **changes: str) -> list[str]:
     return ["check", *(part for key, value in values.items() for part in (f"--{key}", value))]
 
 
-def test_a_sound_run_passes(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sound_run_passes(settings: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
     mixture = {"method.kd": "rkl+fkl", "method.fkl-share": "0.3"}
-    assert cli.main(options(config, **mixture)) == 0
+    assert cli.main(options(settings, **mixture)) == 0
     out = capsys.readouterr().out
     assert "failed" not in out
     for text in ("the same 258 tokens", "20 right", "tied head", "untied head", "nats per prompt"):
         assert text in " ".join(out.split()), text
 
 
-def test_a_wrong_run_exits_with_1(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(options(config, **{"sampling.max-new-tokens": "300"})) == 1
+def test_a_wrong_run_exits_with_1(
+    settings: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(options(settings, **{"sampling.max-new-tokens": "300"})) == 1
     assert "failed" in capsys.readouterr().out
-    assert cli.main(options(config, **{"data.answer-column": "solution"})) == 1
+    assert cli.main(options(settings, **{"data.answer-column": "solution"})) == 1
     out = " ".join(capsys.readouterr().out.split())
     assert "data.answer_column must be a column" in out
 
@@ -70,44 +72,44 @@ def test_a_token_without_a_column_is_refused(loaded: Loaded, tiny: Callable[...,
     )
 
 
-def test_gold_answers_must_be_right(config: TrainConfig) -> None:
+def test_gold_answers_must_be_right(settings: TrainConfig) -> None:
     examples = [Example(f"set:{i}", "", answer) for i, answer in enumerate(("1", "1/2", ""))]
-    with Verifier(config.reward) as verifier:
-        detail = gold_answers.check_gold(config, examples[:2], verifier)
+    with Verifier(settings.reward) as verifier:
+        detail = gold_answers.check_gold(settings, examples[:2], verifier)
         assert detail == "2 right; right: a reward above 0.5 (reward.right_above)"
         with pytest.raises(ValueError, match=r"2 right, 1 \w+; first: set:2, answer '', \w+"):
-            gold_answers.check_gold(config, examples, verifier)
+            gold_answers.check_gold(settings, examples, verifier)
 
 
-def test_every_gold_answer_is_judged_and_a_bad_row_named_shortly(config: TrainConfig) -> None:
+def test_every_gold_answer_is_judged_and_a_bad_row_named_shortly(settings: TrainConfig) -> None:
     golds = [*(str(i) for i in range(80)), "1, 2, ..., n", "7 or more", "Since x > 1, we see " * 99]
     examples = [Example(f"set:{i}", "", gold) for i, gold in enumerate(golds, start=1)]
     with (
-        Verifier(config.reward) as verifier,
+        Verifier(settings.reward) as verifier,
         pytest.raises(ValueError, match=r"80 right, 3 error; first: set:81, ") as error,
     ):
-        gold_answers.check_gold(config, examples, verifier)
+        gold_answers.check_gold(settings, examples, verifier)
     assert str(error.value).endswith("; also set:82, set:83")
-    with Verifier(config.reward) as verifier, pytest.raises(ValueError, match="set:83") as error:
-        gold_answers.check_gold(config, examples[-1:], verifier)
+    with Verifier(settings.reward) as verifier, pytest.raises(ValueError, match="set:83") as error:
+        gold_answers.check_gold(settings, examples[-1:], verifier)
     assert len(str(error.value)) < 700
-    with Verifier(config.reward) as verifier:
-        detail = gold_answers.check_gold(config, examples[:80] * 5, verifier)
+    with Verifier(settings.reward) as verifier:
+        detail = gold_answers.check_gold(settings, examples[:80] * 5, verifier)
     assert detail.startswith("400 right; ")  # the equal ones are judged once
 
 
-def test_held_out_gold_answers_are_judged(loaded: Loaded, config: TrainConfig) -> None:
-    with Verifier(config.reward) as verifier:
+def test_held_out_gold_answers_are_judged(loaded: Loaded, settings: TrainConfig) -> None:
+    with Verifier(settings.reward) as verifier:
         problem = Example("held:7", loaded.examples[0].prompt, "5 or more")
-        held_out = ProblemSet("eval.sets.a", config.data, [problem], loaded.prompts)
+        held_out = ProblemSet("eval.sets.a", settings.data, [problem], loaded.prompts)
         held = replace(loaded, held_out=[held_out])
-        results = preflight.preflight(config, held, verifier)
+        results = preflight.preflight(settings, held, verifier)
     (failed,) = [result for result in results if not result.passed]
     assert "20 right, 1 error; first: held:7, answer '5 or more'" in failed.detail
 
 
 def test_a_custom_reward_is_run_but_not_judged(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    settings: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Scripted:
         """Replies what a verifier with the user's own function may reply."""
@@ -122,7 +124,7 @@ def test_a_custom_reward_is_run_but_not_judged(
             errors = {0: "KeyError: 'x'"} if self.outcome == "error" else {}
             return Verdicts(self.rewards, [self.outcome] * len(completions), errors)
 
-    custom = replace(config, reward=RewardConfig(function="custom:reward"))
+    custom = replace(settings, reward=RewardConfig(function="custom:reward"))
     examples, other = [Example("set:0", "", "1")], Example("set:1", "", "2")
     rule = (
         "right: as the function says, else a reward above 0.5 (reward.right_above); rewards from "
@@ -149,23 +151,23 @@ def test_a_custom_reward_is_run_but_not_judged(
 
 
 def test_another_tokenizer_is_one_failure(
-    config: TrainConfig, loaded: Loaded, tiny: Callable[..., Any]
+    settings: TrainConfig, loaded: Loaded, tiny: Callable[..., Any]
 ) -> None:
     """A teacher that lacks tokens of the prompts raised an IndexError of torch besides."""
     other = copy.deepcopy(loaded.tokenizer)
     other.add_tokens(["<extra>"])
     broken = with_teacher(loaded, model=Teacher(tiny("llama", vocab_size=10)), tokenizer=other)
-    with Verifier(config.reward) as verifier:
-        results = preflight.preflight(config, broken, verifier)
+    with Verifier(settings.reward) as verifier:
+        results = preflight.preflight(settings, broken, verifier)
     assert [result.name for result in results if not result.passed] == ["tokenizers"]
 
 
 def test_failures_are_listed_together(
-    config: TrainConfig, loaded: Loaded, tiny: Callable[..., Any]
+    settings: TrainConfig, loaded: Loaded, tiny: Callable[..., Any]
 ) -> None:
     broken = with_teacher(loaded, model=Teacher(tiny("llama", vocab_size=250)))
-    short = replace(config, sampling=SamplingConfig(max_new_tokens=300))
-    with Verifier(config.reward) as verifier:
+    short = replace(settings, sampling=SamplingConfig(max_new_tokens=300))
+    with Verifier(settings.reward) as verifier:
         results = preflight.preflight(short, broken, verifier)
     assert [result.name for result in results if not result.passed] == ["prompts", "vocabulary"]
     details = {result.name: result.detail for result in results}
@@ -180,7 +182,7 @@ def test_failures_are_listed_together(
     ids=lambda error: type(error).__name__,
 )
 def test_what_a_models_code_raises_is_a_failed_line(
-    config: TrainConfig,
+    settings: TrainConfig,
     error: Exception,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -189,53 +191,53 @@ def test_what_a_models_code_raises_is_a_failed_line(
         raise error
 
     monkeypatch.setattr(models, "probe", fail)
-    assert preflight.main(config) == 1
+    assert preflight.main(settings) == 1
     out = "".join(capsys.readouterr().out.replace("│", " ").split())
     text = f"{type(error).__name__}: {error} (".replace(" ", "")
     assert out.count(f"failed{text}") == 2  # policy and teacher; the other checks are made
     assert "test_preflight.py,line" in out
     assert out.count("ok") >= 5
     monkeypatch.setattr(preflight, "load", fail)
-    assert preflight.main(config) == 1
+    assert preflight.main(settings) == 1
     out = "".join(capsys.readouterr().out.replace("│", " ").split())
     assert f"loadingfailed{text}" in out
 
 
 def test_another_ranks_end_is_no_failed_line(
-    config: TrainConfig, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+    settings: TrainConfig, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RankError("rank 1 stopped")
 
     monkeypatch.setattr(models, "probe", fail)
-    with Verifier(config.reward) as verifier, pytest.raises(RankError, match="rank 1 stopped"):
-        preflight.preflight(config, loaded, verifier)
+    with Verifier(settings.reward) as verifier, pytest.raises(RankError, match="rank 1 stopped"):
+        preflight.preflight(settings, loaded, verifier)
 
 
-def test_one_sequence_per_pack_needs_no_packing(config: TrainConfig, loaded: Loaded) -> None:
-    alone = replace(config, optim=OptimConfig(micro_batch_tokens=1))
-    with Verifier(config.reward) as verifier:
+def test_one_sequence_per_pack_needs_no_packing(settings: TrainConfig, loaded: Loaded) -> None:
+    alone = replace(settings, optim=OptimConfig(micro_batch_tokens=1))
+    with Verifier(settings.reward) as verifier:
         results = preflight.preflight(alone, loaded, verifier)
     details = {result.name: result.detail for result in results}
     assert details["policy head"].endswith("one sequence per pack")
 
 
-def test_a_fall_back_is_a_warning_that_says_why(config: TrainConfig, loaded: Loaded) -> None:
+def test_a_fall_back_is_a_warning_that_says_why(settings: TrainConfig, loaded: Loaded) -> None:
     loaded.policy.choice = Choice("sdpa", packs=False, reason="packs differ")
-    with Verifier(config.reward) as verifier:
-        results = preflight.preflight(config, loaded, verifier)
+    with Verifier(settings.reward) as verifier:
+        results = preflight.preflight(settings, loaded, verifier)
     (warning,) = preflight.require(results)  # `train` prints it
     assert warning.startswith("policy head: Qwen2ForCausalLM, tied head")
     assert warning.endswith("; sdpa attention, one sequence a row; packs differ")
 
 
 def test_shards_run_one_sequence_a_pack_where_rows_hold_one(
-    config: TrainConfig, loaded: Loaded
+    settings: TrainConfig, loaded: Loaded
 ) -> None:
     """Ranks must run the same number of rows: they gather a layer's weights together."""
 
     def budget(world: World) -> int:
-        run = pack_for(config, world, loaded.policy, loaded.teachers[0].model)
+        run = pack_for(settings, world, loaded.policy, loaded.teachers[0].model)
         return run.optim.micro_batch_tokens
 
     launched = replace(ALONE, launched=True)
@@ -245,12 +247,12 @@ def test_shards_run_one_sequence_a_pack_where_rows_hold_one(
         assert [budget(world) for world in (ALONE, launched)] == [8192, 1]
 
 
-def test_a_model_folder_without_a_model_is_named(config: TrainConfig, tmp_path: Path) -> None:
-    shutil.copytree(config.model.policy, tmp_path / "half")
+def test_a_model_folder_without_a_model_is_named(settings: TrainConfig, tmp_path: Path) -> None:
+    shutil.copytree(settings.model.policy, tmp_path / "half")
     (tmp_path / "half" / "model.safetensors").unlink()
-    model = replace(config.model, policy=str(tmp_path / "half"))
+    model = replace(settings.model, policy=str(tmp_path / "half"))
     with pytest.raises(ValueError, match=r"model\.policy must be a folder with a causal LM"):
-        load(replace(config, model=model))
+        load(replace(settings, model=model))
 
 
 def test_what_an_export_would_lack_is_a_warning(loaded: Loaded) -> None:

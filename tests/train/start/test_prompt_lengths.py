@@ -13,9 +13,9 @@ from kdrl_train.start.load import Loaded, load
 from tests.train.start.loaded import warning
 
 
-def test_prompts_must_fit(config: TrainConfig, loaded: Loaded) -> None:
-    assert prompts.check_prompts(config, loaded).startswith("20 problems, 4 to 4 tokens, without")
-    long = replace(config, sampling=SamplingConfig(max_new_tokens=253))
+def test_prompts_must_fit(settings: TrainConfig, loaded: Loaded) -> None:
+    assert prompts.check_prompts(settings, loaded).startswith("20 problems, 4 to 4 tokens, without")
+    long = replace(settings, sampling=SamplingConfig(max_new_tokens=253))
     with pytest.raises(ValueError, match=r"a window of 256 tokens for 4 \+ 253: lower"):
         prompts.check_prompts(long, loaded)
     facts = TeacherPromptFacts(longest=200, too_long=[], first_too_long=None, count=20, sha256="")
@@ -25,19 +25,21 @@ def test_prompts_must_fit(config: TrainConfig, loaded: Loaded) -> None:
         match=r"teacher must .* 200 \+ 60: lower sampling\.max_new_tokens, or "
         r"data\.max_teacher_prompt_tokens, which",
     ):
-        prompts.check_prompts(replace(config, sampling=SamplingConfig(max_new_tokens=60)), longer)
+        prompts.check_prompts(replace(settings, sampling=SamplingConfig(max_new_tokens=60)), longer)
 
 
-def test_an_evaluation_without_problems_is_a_warning(config: TrainConfig, loaded: Loaded) -> None:
-    idle = replace(config, eval=EvalConfig(every=2))
+def test_an_evaluation_without_problems_is_a_warning(settings: TrainConfig, loaded: Loaded) -> None:
+    idle = replace(settings, eval=EvalConfig(every=2))
     assert warning(prompts.check_prompts, idle, loaded).startswith(
         "eval.data.path should be set with eval.every 2, got none: nothing is measured"
     )
 
 
-def test_sampling_beyond_the_original_length_is_named(config: TrainConfig, loaded: Loaded) -> None:
+def test_sampling_beyond_the_original_length_is_named(
+    settings: TrainConfig, loaded: Loaded
+) -> None:
     """Prompts have 4 tokens."""
-    longest = replace(config, sampling=replace(config.sampling, max_new_tokens=60))
+    longest = replace(settings, sampling=replace(settings.sampling, max_new_tokens=60))
     loaded.policy.choice = Choice("packed", longest=63)
     assert "rotary factors beyond 63 tokens" in warning(prompts.check_prompts, longest, loaded)
     loaded.policy.choice = Choice("packed", longest=64)

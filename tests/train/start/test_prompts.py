@@ -29,8 +29,8 @@ def with_template(tokenizer: Any, template: str | None) -> Any:
     return other
 
 
-def tokenizers(config: TrainConfig, loaded: Loaded) -> str:
-    return prompts.check_tokenizers(config, loaded, loaded.teachers[0])
+def tokenizers(settings: TrainConfig, loaded: Loaded) -> str:
+    return prompts.check_tokenizers(settings, loaded, loaded.teachers[0])
 
 
 def test_problems_with_the_text_of_others_are_named() -> None:
@@ -48,46 +48,46 @@ def test_problems_with_the_text_of_others_are_named() -> None:
     ]
 
 
-def test_repeated_problems_are_a_warning(config: TrainConfig, loaded: Loaded) -> None:
+def test_repeated_problems_are_a_warning(settings: TrainConfig, loaded: Loaded) -> None:
     again = replace(loaded.examples[0], id="again", gold="none")
     doubt = warning(
-        prompts.check_prompts, config, replace(loaded, examples=[*loaded.examples, again])
+        prompts.check_prompts, settings, replace(loaded, examples=[*loaded.examples, again])
     )
     assert doubt.startswith("1 of 21 problems have the text of another one")
 
 
 def test_another_vocabulary_is_named_by_its_first_token(
-    config: TrainConfig, loaded: Loaded
+    settings: TrainConfig, loaded: Loaded
 ) -> None:
     other = copy.deepcopy(loaded.tokenizer)
     other.add_tokens(["<extra>"])
     with pytest.raises(ValueError, match=r"token 258 is None for the policy and '<extra>' for the"):
-        tokenizers(config, with_teacher(loaded, tokenizer=other))
-    assert tokenizers(config, loaded) == "the same 258 tokens"
+        tokenizers(settings, with_teacher(loaded, tokenizer=other))
+    assert tokenizers(settings, loaded) == "the same 258 tokens"
 
 
-def test_another_template_of_the_teacher_is_shown(config: TrainConfig, loaded: Loaded) -> None:
+def test_another_template_of_the_teacher_is_shown(settings: TrainConfig, loaded: Loaded) -> None:
     asks = "Q{{ messages[0]['content'] }}A"
     policy = with_template(loaded.tokenizer, asks)
     same = with_teacher(replace(loaded, tokenizer=policy), tokenizer=with_template(policy, asks))
-    assert tokenizers(config, same) == "the same 258 tokens"
+    assert tokenizers(settings, same) == "the same 258 tokens"
     other = with_teacher(same, tokenizer=with_template(policy, asks.replace("Q", "U")))
-    doubt = warning(tokenizers, config, other)
+    doubt = warning(tokenizers, settings, other)
     assert "renders a prompt as 'U0+0=A', the policy's as 'Q0+0=A': the teacher scores" in doubt
     without = with_teacher(same, tokenizer=with_template(policy, None))
-    assert "as '0+0=', the policy's as 'Q0+0=A'" in warning(tokenizers, config, without)
-    plain = replace(config, data=replace(config.data, chat_template=False))
+    assert "as '0+0=', the policy's as 'Q0+0=A'" in warning(tokenizers, settings, without)
+    plain = replace(settings, data=replace(settings.data, chat_template=False))
     assert tokenizers(plain, other) == "the same 258 tokens"
     fails = with_teacher(same, tokenizer=with_template(policy, "{{ raise_exception('no') }}"))
-    assert "renders no prompt: the chat template must" in warning(tokenizers, config, fails)
+    assert "renders no prompt: the chat template must" in warning(tokenizers, settings, fails)
 
 
-def test_other_tokens_of_the_same_text_are_shown(config: TrainConfig, loaded: Loaded) -> None:
+def test_other_tokens_of_the_same_text_are_shown(settings: TrainConfig, loaded: Loaded) -> None:
     """The vocabularies are equal; the teacher's tokenizer writes a space before a text."""
     other = copy.deepcopy(loaded.tokenizer)
     space = pre_tokenizers.ByteLevel(add_prefix_space=True)
     other.backend_tokenizer.pre_tokenizer = space
-    doubt = warning(tokenizers, config, with_teacher(loaded, tokenizer=other))
+    doubt = warning(tokenizers, settings, with_teacher(loaded, tokenizer=other))
     assert "renders a prompt as ' 0+0=', the policy's as '0+0='" in doubt
     unmerged = json.loads(loaded.tokenizer.backend_tokenizer.to_str())
     unmerged["pre_tokenizer"] = None
@@ -99,29 +99,29 @@ def test_other_tokens_of_the_same_text_are_shown(config: TrainConfig, loaded: Lo
         for one in (unmerged, merged)
     )
     merges = with_teacher(replace(loaded, tokenizer=policy), tokenizer=teacher)
-    doubt = warning(tokenizers, config, merges)
+    doubt = warning(tokenizers, settings, merges)
     assert "renders a prompt as '0+ 0 =', the policy's as '0 + 0 ='" in doubt
 
 
 def test_ends_of_sequence_must_agree(
-    config: TrainConfig, loaded: Loaded, tiny: Callable[..., Any]
+    settings: TrainConfig, loaded: Loaded, tiny: Callable[..., Any]
 ) -> None:
-    assert prompts.check_eos(config, loaded) == "[0] ['<|endoftext|>']"
+    assert prompts.check_eos(settings, loaded) == "[0] ['<|endoftext|>']"
     loaded.teachers[0].model.model.generation_config.eos_token_id = [0, 7]
     with pytest.raises(ValueError, match=r"the teacher must end sequences .* got \[7\]"):
-        prompts.check_eos(config, loaded)
-    mask = replace(config, method=replace(config.method, kd_eos="mask"))
+        prompts.check_eos(settings, loaded)
+    mask = replace(settings, method=replace(settings.method, kd_eos="mask"))
     masked = "[0] ['<|endoftext|>']; the teacher also ends with [7], so ends are not distilled"
     assert prompts.check_eos(mask, loaded) == masked
     loaded.policy.model.generation_config.eos_token_id = [0, 7]
-    assert prompts.check_eos(config, loaded).startswith("[0, 7]")
+    assert prompts.check_eos(settings, loaded).startswith("[0, 7]")
     model = tiny("llama")
     model.generation_config.eos_token_id = 9
     alone = replace(loaded, teachers=(), policy=Policy(model, TrainConfig().method))
     with pytest.raises(
         ValueError, match=r"got 0 \('<\|endoftext\|>'\) from its tokenizer and \[9\]"
     ):
-        prompts.check_eos(config, alone)
+        prompts.check_eos(settings, alone)
 
 
 TURNS = (
@@ -141,34 +141,34 @@ TURNS = (
     ],
 )
 def test_the_end_of_a_turn_must_end_a_completion(
-    config: TrainConfig, loaded: Loaded, end: str, doubtful: bool
+    settings: TrainConfig, loaded: Loaded, end: str, doubtful: bool
 ) -> None:
     tokenizer = with_template(loaded.tokenizer, TURNS.replace("END", f"({end})"))
     tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
     base = replace(loaded, tokenizer=tokenizer, teachers=())
     if not doubtful:
-        assert prompts.check_eos(config, base) == "[0] ['<|endoftext|>']"
+        assert prompts.check_eos(settings, base) == "[0] ['<|endoftext|>']"
         return
-    doubt = warning(prompts.check_eos, config, base)
+    doubt = warning(prompts.check_eos, settings, base)
     assert "ends the assistant's turn with 258 ('<|im_end|>'), which does not end a" in doubt
     assert doubt.endswith("[0] ['<|endoftext|>']")
-    plain = replace(config, data=replace(config.data, chat_template=False))
+    plain = replace(settings, data=replace(settings.data, chat_template=False))
     assert prompts.check_eos(plain, base) == "[0] ['<|endoftext|>']"
     base.policy.model.generation_config.eos_token_id = [0, 258]
-    assert prompts.check_eos(config, base) == "[0, 258] ['<|endoftext|>', '<|im_end|>']"
+    assert prompts.check_eos(settings, base) == "[0, 258] ['<|endoftext|>', '<|im_end|>']"
 
 
 def test_arguments_that_the_chat_template_does_not_read_are_a_warning(
-    config: TrainConfig, loaded: Loaded
+    settings: TrainConfig, loaded: Loaded
 ) -> None:
     switch = "{% if enable_thinking is defined and not enable_thinking %}/no{% endif %}"
     tokenizer = with_template(loaded.tokenizer, "Q{{ messages[0]['content'] }}A" + switch)
     base = replace(loaded, tokenizer=tokenizer)
 
     def having(**arguments: Any) -> TrainConfig:
-        return replace(config, data=replace(config.data, template_arguments=arguments))
+        return replace(settings, data=replace(settings.data, template_arguments=arguments))
 
-    shown = prompts.check_first_prompt(config, base)
+    shown = prompts.check_first_prompt(settings, base)
     assert shown == "'Q0+0=A'; the chat template's switch enable_thinking keeps its default"
     assert prompts.check_first_prompt(having(enable_thinking=False), base) == "'Q0+0=A/no'"
     default = warning(prompts.check_first_prompt, having(enable_thinking=True), base)
@@ -180,44 +180,44 @@ def test_arguments_that_the_chat_template_does_not_read_are_a_warning(
     )
 
 
-def test_messages_are_shown_and_looked_at(config: TrainConfig, loaded: Loaded) -> None:
+def test_messages_are_shown_and_looked_at(settings: TrainConfig, loaded: Loaded) -> None:
     messages = ({"role": "system", "content": "brief"}, {"role": "user", "content": "2+2="})
     example = replace(loaded.examples[0], messages=messages)
     whole = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
     base = replace(loaded, examples=[example], tokenizer=with_template(loaded.tokenizer, whole))
-    assert prompts.check_first_prompt(config, base) == "'[brief][2+2=]'"
+    assert prompts.check_first_prompt(settings, base) == "'[brief][2+2=]'"
     last = with_template(loaded.tokenizer, "{{ messages[-1]['content'] }}")
-    doubt = warning(prompts.check_first_prompt, config, replace(base, tokenizer=last))
+    doubt = warning(prompts.check_first_prompt, settings, replace(base, tokenizer=last))
     assert doubt.startswith("the chat template leaves out or changes the problem")
     ends = replace(example, messages=(messages[0], {"role": "user", "content": "<|endoftext|>"}))
-    doubt = warning(prompts.check_first_prompt, config, replace(base, examples=[ends]))
+    doubt = warning(prompts.check_first_prompt, settings, replace(base, examples=[ends]))
     assert "the text of a problem holds <|endoftext|>" in doubt
 
 
-def test_a_turn_must_not_end_in_text(config: TrainConfig, loaded: Loaded) -> None:
+def test_a_turn_must_not_end_in_text(settings: TrainConfig, loaded: Loaded) -> None:
     """ChatML on a base model whose tokenizer does not have its tokens."""
     tokenizer = with_template(loaded.tokenizer, TURNS.replace("END", "'<|im_end|>\\n'"))
     base = replace(loaded, tokenizer=tokenizer, teachers=())
-    doubt = warning(prompts.check_eos, config, base)
+    doubt = warning(prompts.check_eos, settings, base)
     assert "turn with the text '<|im_end|>', which is no token and ends no completion" in doubt
-    plain = replace(config, data=replace(config.data, chat_template=False))
+    plain = replace(settings, data=replace(settings.data, chat_template=False))
     assert prompts.check_eos(plain, base) == "[0] ['<|endoftext|>']"
 
 
 def test_the_first_prompt_is_shown_with_its_special_tokens(
-    config: TrainConfig, loaded: Loaded
+    settings: TrainConfig, loaded: Loaded
 ) -> None:
-    assert prompts.check_first_prompt(config, loaded) == "'0+0='"
+    assert prompts.check_first_prompt(settings, loaded) == "'0+0='"
     tokenizer = with_template(
         loaded.tokenizer, "<|pad|>{{ messages[0]['content'] }}\n<|endoftext|>:"
     )
     chat = replace(loaded, tokenizer=tokenizer)
-    assert prompts.check_first_prompt(config, chat) == r"'<|pad|>0+0=\n<|endoftext|>:'"
+    assert prompts.check_first_prompt(settings, chat) == r"'<|pad|>0+0=\n<|endoftext|>:'"
     switch = (
         "{{ messages[0]['content'] }}{% if enable_thinking is false %}<think></think>{% endif %}"
     )
     thinking = replace(loaded, tokenizer=with_template(loaded.tokenizer, switch))
-    detail = prompts.check_first_prompt(config, thinking)
+    detail = prompts.check_first_prompt(settings, thinking)
     assert detail == "'0+0='; the chat template's switch enable_thinking keeps its default"
     assert prompts.shown("a" * 301 + "b" * 400) == f"'{'a' * 300} [...] {'b' * 300}'"
 
@@ -248,10 +248,10 @@ def test_the_first_prompt_is_shown_with_its_special_tokens(
     ],
 )
 def test_a_doubtful_way_to_write_prompts_is_named(
-    config: TrainConfig, loaded: Loaded, template: str | None, data: dict[str, str], doubt: str
+    settings: TrainConfig, loaded: Loaded, template: str | None, data: dict[str, str], doubt: str
 ) -> None:
-    reward = replace(config.reward, function="early_bytes")
-    written = replace(config, data=replace(config.data, **data), reward=reward)
+    reward = replace(settings.reward, function="early_bytes")
+    written = replace(settings, data=replace(settings.data, **data), reward=reward)
     tokenizer = with_template(loaded.tokenizer, template)
     tokenizer.bos_token = "<|pad|>"
     loaded = with_data(written, loaded, tokenizer)
@@ -260,9 +260,9 @@ def test_a_doubtful_way_to_write_prompts_is_named(
     assert len(shown.split("; ")) <= 4, shown  # this doubt, its advice and the prompt; no other
 
 
-def with_data(config: TrainConfig, loaded: Loaded, tokenizer: Any) -> Loaded:
+def with_data(settings: TrainConfig, loaded: Loaded, tokenizer: Any) -> Loaded:
     """Read the problems of the settings, for a tokenizer."""
-    examples, facts = read_problems(config.data, tokenizer)
+    examples, facts = read_problems(settings.data, tokenizer)
     return replace(loaded, tokenizer=tokenizer, examples=examples, prompts=facts)
 
 
@@ -270,10 +270,10 @@ def with_data(config: TrainConfig, loaded: Loaded, tokenizer: Any) -> Loaded:
     "text", [r"{prompt} $\nabla f \neq \nu$, \text{and} \times", r"{prompt}: a \\ b \\n", "a\nb"]
 )
 def test_latex_and_line_breaks_are_no_mistakes(
-    config: TrainConfig, loaded: Loaded, text: str
+    settings: TrainConfig, loaded: Loaded, text: str
 ) -> None:
     template = text if "{prompt}" in text else f"{{prompt}}{text}"
-    written = replace(config, data=replace(config.data, prompt_template=template))
+    written = replace(settings, data=replace(settings.data, prompt_template=template))
     prompts.check_first_prompt(written, with_data(written, loaded, loaded.tokenizer))
 
 
@@ -294,25 +294,25 @@ def test_the_first_prompt_commands_no_terminal(loaded: Loaded) -> None:
 
 
 def test_what_the_tokenizer_puts_behind_a_text_is_named(
-    config: TrainConfig, loaded: Loaded
+    settings: TrainConfig, loaded: Loaded
 ) -> None:
     tokenizer = copy.deepcopy(loaded.tokenizer)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
     )
-    detail = prompts.check_first_prompt(config, replace(loaded, tokenizer=tokenizer))
+    detail = prompts.check_first_prompt(settings, replace(loaded, tokenizer=tokenizer))
     assert detail.startswith("'0+0='; ['<|endoftext|>'], which the tokenizer puts behind a text")
 
 
 def test_a_template_that_fails_is_a_line_of_the_table(
-    config: TrainConfig, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    settings: TrainConfig, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    shutil.copytree(config.model.policy, tmp_path / "policy")
+    shutil.copytree(settings.model.policy, tmp_path / "policy")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "policy")
     tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
     tokenizer.save_pretrained(tmp_path / "policy")
-    model = replace(config.model, policy=str(tmp_path / "policy"))
-    assert preflight.main(replace(config, model=model)) == 1
+    model = replace(settings.model, policy=str(tmp_path / "policy"))
+    assert preflight.main(replace(settings, model=model)) == 1
     out = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert (
         "prompts failed prompt task.jsonl:1: the chat template must render a user's message, got"
