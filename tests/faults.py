@@ -1,4 +1,4 @@
-"""Runs the tests that inject faults, and writes their table into kdrl_train/README.md.
+"""Runs the tests that inject faults, and writes their table into kdrl_train/runfolder/README.md.
 
 python tests/faults.py                      # all of them, on all cores
 python tests/faults.py tests/train/runfolder  # prints the table of a folder
@@ -17,7 +17,7 @@ from types import FrameType
 import pytest
 
 HERE = Path(__file__).parent
-README = HERE.parent / "kdrl_train" / "README.md"
+README = HERE.parent / "kdrl_train" / "runfolder" / "README.md"
 HEADER = "| fault | tried | survived | lost | hung |"
 DEADLINE_S = 300
 """A test that takes longer has hung."""

@@ -15,7 +15,7 @@ from kdrl_train.rollouts.problems import load_examples
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 READMES = sorted(
-    path for path in ROOT.rglob("README.md") if not {"runs", ".venv", "build"} & {*path.parts}
+    path for path in ROOT.rglob("*.md") if not {"runs", ".venv", "build"} & {*path.parts}
 )
 
 

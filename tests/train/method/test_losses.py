@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import kdrl_train
 from kdrl_kernels import Rows
 from kdrl_train import cli
 from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import load_yaml, save_yaml, update
+from kdrl_train.method import presets
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.grpo import group_advantages
 from kdrl_train.method.losses import (
@@ -30,6 +30,7 @@ from kdrl_train.method.presets import PRESETS
 from tests.train import own_losses
 
 HERE = own_losses.__name__
+METHODS = Path(presets.__file__).parent
 P, OLD, A = [0.5, 0.2, 0.6], [0.25, 0.4, 0.5], [1.0, 1.0, -2.0]
 """Three tokens: the first two are one completion, the third is another. Ratios: 2, 0.5 and 1.2."""
 
@@ -211,8 +212,8 @@ def test_a_loss_of_ones_own_gets_whole_rows(known: list[float] | None) -> None:
 
 
 def test_the_readmes_loss_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """kdrl_train/README.md: ratio 1.5 of the first completion, capped; 256 tokens halve the KD."""
-    text = (Path(kdrl_train.__file__).parent / "README.md").read_text(encoding="utf-8")
+    """method/README.md: ratio 1.5 of the first completion, capped; 256 tokens halve the KD."""
+    text = (METHODS / "README.md").read_text(encoding="utf-8")
     (code,) = [x for x in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "token_loss" in x]
     (tmp_path / "readme_loss.py").write_text(code, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
@@ -229,7 +230,7 @@ def test_the_readmes_loss_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_readmes_options_are_those_of_the_command_line() -> None:
-    text = (Path(kdrl_train.__file__).parent / "README.md").read_text(encoding="utf-8")
+    text = (METHODS / "README.md").read_text(encoding="utf-8")
     commands = re.findall(r"`(--(?:preset gspo|method\.loss) [^`]*)`", " ".join(text.split()))
     configs = [cli.parse(TrainConfig(), shlex.split(line), "train", "") for line in commands]
     combined, of_ones_own = (config.method for config in configs)
