@@ -109,6 +109,8 @@ class LossCall:
     needs: Needs
     weights: Tensor | None = None
     """[N]; None: every weight is 1, and no row is left out."""
+    active: int | None = None
+    """How many weights are not 0, where the caller knows it."""
     normalizer: Tensor | None = None
     """0-d, divides the loss; None: the sum of the weights does."""
     advantages: Tensor | None = None
@@ -159,10 +161,16 @@ class LossCall:
         return replace(self, weights=None, compact=False, impl="torch")
 
     def active_rows(self) -> RowSet:
-        """Return the rows of non-zero weight. With weights on a GPU, this waits for it."""
+        """Return the rows of non-zero weight.
+
+        With weights on a GPU, this waits for it, unless their number is known. Where that is wrong,
+        rows are missing, or row 0 comes again: check_values sees it.
+        """
         everything = slice(0, len(self.tokens))
-        if self.weights is None:
+        if self.weights is None or self.active == len(self.weights):
             return everything
+        if self.active is not None:
+            return torch.nonzero_static(self.weights, size=self.active, fill_value=0).squeeze(1)
         active = self.weights.nonzero().squeeze(1)
         return everything if len(active) == len(self.weights) else active
 

@@ -238,9 +238,40 @@ def check_values(call: LossCall) -> Tensor:
             raise ValueError(
                 f"token_weights must have a positive sum where normalizer is None, got {total}"
             )
+    wrong = _wrong_active_rows(call)
     sizes = call.vocab_size, "vocab_size", call.weights
     name = "extra_tokens" if call.teacher_topk is None else "teacher_topk[0]"
-    return bad_tokens(call.tokens, *sizes) + bad_ids(call.extra_tokens, *sizes, name)
+    return bad_tokens(call.tokens, *sizes) + bad_ids(call.extra_tokens, *sizes, name) + wrong
+
+
+def check_active_rows(active_rows: Any, token_weights: Tensor | None) -> int | None:
+    """Return the number of rows of non-zero weight, where the caller knows it; None: it does not.
+
+    Raises: ValueError for a number that cannot be right. check_values compares it with the weights.
+    """
+    check_number("active_rows", active_rows, optional=True, whole=True)
+    if active_rows is None:
+        return None
+    if token_weights is None:
+        raise ValueError(f"active_rows must be None without token_weights, got {active_rows}")
+    if not 0 <= active_rows <= token_weights.numel():
+        N = token_weights.numel()
+        raise ValueError(f"active_rows must be in [0, N] with N = {N}, got {active_rows}")
+    return int(active_rows)
+
+
+def _wrong_active_rows(call: LossCall) -> Tensor | int:
+    """Return by how much call.active is wrong, 0-d; raise on a CPU where it is."""
+    weights = call.weights
+    if call.active is None or weights is None:
+        return 0
+    count = (weights != 0).sum()
+    if is_read(weights) and count != call.active:
+        raise ValueError(
+            f"active_rows must be the number of token_weights that are not 0, {int(count)}, got "
+            f"{call.active}"
+        )
+    return (count - call.active).abs()
 
 
 def normalizer_tensor(normalizer: Any, head: Head) -> Tensor | None:

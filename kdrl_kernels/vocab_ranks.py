@@ -35,7 +35,7 @@ OF_A_RANK = {"weight", "bias", "constant", "vocab_size", "max_rows", "cached", "
 """Fields of a call, its heads and its loss that may differ between ranks."""
 OF_A_CALL = {"", "student", "head", "loss"}
 """Fields of a call whose own fields are arguments of the public functions, or of Objective."""
-ARGUMENTS = {"weights": "token_weights", "exact_kd": "kl"}
+ARGUMENTS = {"weights": "token_weights", "active": "active_rows", "exact_kd": "kl"}
 """Fields of a call whose names are not those of the arguments."""
 COLUMNS = ("valid", "N", "active", "options", "rows", "teacher_rows", "vocab_size", "max_rows")
 """What each rank tells the others at the beginning of a call."""
@@ -138,13 +138,15 @@ class VocabRanks:
         check_number("vocab_size", self.vocab_size, optional=True, whole=True)
         if self.vocab_size is not None and not 0 < self.vocab_size < 2**63:
             raise ValueError(f"vocab_size must be positive and below 2^63, got {self.vocab_size}")
-        weights = getattr(call, "weights", None)
+        weights, active = getattr(call, "weights", None), getattr(call, "active", None)
         N = len(student.hidden)
+        if active is None:
+            active = N if weights is None else int(weights.count_nonzero())
         told = self.tell(
             {
                 "valid": 1,
                 "N": N,
-                "active": N if weights is None else int(weights.count_nonzero()),
+                "active": active,
                 "options": zlib.crc32(repr(settings).encode()),
                 "rows": len(student.weight),
                 "teacher_rows": 0 if teacher is None else len(teacher.weight),

@@ -30,6 +30,7 @@ def kdrl_loss(
     *,
     advantages: Tensor | None,
     token_weights: Tensor | None = None,
+    active_rows: int | None = None,
     old_logprobs: Tensor | None = None,
     teacher: TeacherHead | None = None,
     teacher_logprobs: Tensor | None = None,
@@ -68,7 +69,10 @@ def kdrl_loss(
             constant: gradients reach hidden, weight, bias and adapter alone.
         token_weights: [N] float, integer or bool, None: 1. Rows of weight 0 are never projected,
             may hold NaN, and give exactly zero gradient. Passing weights on a GPU costs one
-            synchronisation.
+            synchronisation, unless active_rows says how many are not 0.
+        active_rows: how many token_weights are not 0, where the caller knows it; None: they are
+            counted. A wrong number raises on a CPU; on a GPU it makes the loss NaN, and
+            metrics["bad_tokens"] counts the difference.
         old_logprobs: [N] float in nats, the policy's at sampling time; None: strictly on-policy
             (ratio 1).
         teacher: TeacherHead with N rows, for sampled or exact KD.
@@ -124,6 +128,7 @@ def kdrl_loss(
         objective,
         adapter=adapter,
         token_weights=token_weights,
+        active_rows=active_rows,
         teacher=teacher,
         teacher_logprobs=teacher_logprobs,
         normalizer=normalizer,

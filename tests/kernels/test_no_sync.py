@@ -1,4 +1,4 @@
-"""Without token weights the host never waits for the device.
+"""Without token weights, or where their number is known, the host never waits for the device.
 
 Meta tensors have no values: whatever reads one (.item(), nonzero, a boolean index, a branch, a
 copy to the host) raises. So it shows without a GPU; with one, CUDA itself reports a wait.
@@ -62,6 +62,7 @@ def test_one_pass(kd: str | None, dtype: torch.dtype) -> None:
     for more in (
         {"normalizer": torch.ones((), device="meta")},
         {"normalizer": None, "extra_tokens": ids, "rest": True},
+        {"weights": problem.options["token_weights"].float(), "active": 5},
     ):
         call = _call(problem, **more)
         result = one_pass.run(call)
@@ -190,14 +191,20 @@ def test_the_notice_of_a_prototype_is_no_error(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("weighted", [False, True], ids=["all", "weighted"])
 @pytest.mark.parametrize("kd", KDS)
 @DTYPES
-def test_on_a_gpu(kd: str | None, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
-    problem = make_problem(kd=kd, dtype=dtype, device="cuda")
-    expected = _step(problem, "triton")  # compiles
+def test_on_a_gpu(
+    kd: str | None, dtype: torch.dtype, weighted: bool, request: pytest.FixtureRequest
+) -> None:
+    problem, options = make_problem(kd=kd, dtype=dtype, device="cuda"), {}
+    if weighted:
+        weights = torch.tensor([1.0, 0, 2, 1, 0, 1, 1], device="cuda")
+        options = {"token_weights": weights, "active_rows": 5, "compact": False}
+    expected = _step(problem, "triton", **options)  # compiles
     torch.cuda.synchronize()
     request.getfixturevalue("waiting_is_an_error")
-    results = _step(problem, "triton")
+    results = _step(problem, "triton", **options)
     set_mode("default")
     torch.testing.assert_close(results, expected, rtol=0, atol=0)
 
