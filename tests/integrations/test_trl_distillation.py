@@ -14,7 +14,9 @@ from kdrl_kernels.integrations.trl import (
     KdrlDistillationConfig,
     KdrlDistillationTrainer,
     distillation,
+    head,
 )
+from tests.integrations.trl_micro_batches import kd_term
 from tests.integrations.trl_runs import (
     FAMILIES,
     arguments,
@@ -69,35 +71,6 @@ def batch(one: Any) -> dict[str, Tensor]:
     return inputs | {"tool_mask": mask}
 
 
-def divergences(kd: str, logp: Tensor, logq: Tensor, tokens: Tensor) -> Tensor:
-    """Return a KD term of each token by its definition, on full log-probabilities [B, C, V]."""
-
-    def kl(first: Tensor, second: Tensor) -> Tensor:
-        return (first.exp() * (first - second)).sum(-1)
-
-    at_tokens = [x.gather(-1, tokens[..., None]).squeeze(-1) for x in (logp, logq)]
-    ratio = at_tokens[0] - at_tokens[1]
-    mixture = torch.logaddexp(logq + torch.tensor(0.3).log(), logp + torch.tensor(0.7).log())
-    if kd.startswith("topk"):
-        best = logq.topk(4).indices
-        logp, logq = (
-            torch.cat(
-                [x.gather(-1, best), x.scatter(-1, best, -torch.inf).logsumexp(-1)[..., None]], -1
-            )
-            for x in (logp, logq)
-        )
-    return {
-        "k2": lambda: ratio.square() / 2,
-        "k2, baseline": lambda: (ratio - kl(logp, logq).detach()).square() / 2,
-        "k3": lambda: (-ratio).exp() - 1 + ratio,
-        "rkl": lambda: kl(logp, logq),
-        "fkl": lambda: kl(logq, logp),
-        "jsd": lambda: 0.3 * kl(logq, mixture) + 0.7 * kl(logp, mixture),
-        "rkl+fkl": lambda: 0.75 * kl(logp, logq) + 0.25 * kl(logq, logp),
-        "topk_rkl": lambda: kl(logp, logq),
-    }[kd]()
-
-
 KINDS: dict[str, dict[str, Any]] = {
     "k2": {"kd": "k2"},
     "k2, baseline": {"kd": "k2", "kd_baseline": "kl"},
@@ -129,8 +102,12 @@ def test_loss_and_gradients_are_those_of_full_logits(kd: str, tmp_path: Path) ->
 
     logp, logq = log_softmax(student), log_softmax(teacher).detach()
     mask = inputs["completion_mask"] * inputs["tool_mask"]
-    sums = (divergences(kd, logp, logq, tokens) * mask).sum()
-    exact = sums / inputs["num_items_in_batch"]
+
+    def total(kind: str) -> Tensor:
+        terms = kd_term(kind, logp, logq, tokens, jsd_alpha=0.3, fkl_share=0.25, topk=4)
+        return (terms * mask).sum()
+
+    exact = total(kd) / inputs["num_items_in_batch"]
     exact.backward()
     torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-6)
     for name, parameter in student.named_parameters():
@@ -140,13 +117,13 @@ def test_loss_and_gradients_are_those_of_full_logits(kd: str, tmp_path: Path) ->
     log = {name: values[-1] for name, values in one._metrics["train"].items()}
     entropy = -(logp.exp() * logp).sum(-1)
     assert log["entropy"] == pytest.approx((entropy * mask).sum().item() / mask.sum().item(), 1e-5)
-    k2 = (divergences("k2", logp, logq, tokens) * mask).sum() / mask.sum()
+    k2 = total("k2") / mask.sum()
     if not kd.startswith("topk"):
         assert log["kdrl/k2"] == pytest.approx(k2.item(), 1e-4)
     name = {"rkl": "kl", "rkl+fkl": "kl", "fkl": "forward_kl", "jsd": "jsd", "k2, baseline": "kl"}
     if kd in name:
         kind = "rkl" if name[kd] == "kl" else kd
-        mean = (divergences(kind, logp, logq, tokens) * mask).sum() / mask.sum()
+        mean = total(kind) / mask.sum()
         assert log[f"kdrl/{name[kd]}"] == pytest.approx(mean.item(), 1e-4)
 
 
@@ -303,6 +280,6 @@ def test_a_teacher_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_sketch_under_zero3_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distillation, "is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(ValueError, match="head_backward must be 'exact' under DeepSpeed ZeRO-3"):
+    monkeypatch.setattr(head, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match=r"'exact', .* ZeRO-3, got 'sketch' and no adapter"):
         trainer(tmp_path, head_backward="sketch")

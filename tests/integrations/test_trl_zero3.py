@@ -14,7 +14,7 @@ pytest.importorskip("trl")
 
 from trl.trainer import utils
 
-from kdrl_kernels.integrations.trl import fused, head, trainer
+from kdrl_kernels.integrations.trl import fused, head
 from tests.integrations.test_trl_patch import Partitioned
 from tests.integrations.trl_micro_batches import gradient_of, micro_batch, trainer_in_a_step
 from tests.integrations.trl_runs import small_model
@@ -52,7 +52,7 @@ def test_the_head_is_gathered_where_it_is_read(
 
 
 def test_a_sketch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(head, "is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match="head_backward must be 'exact'") as error:
         trainer_in_a_step(tmp_path, None, kd=None, head_backward="sketch")
     assert "\n" not in str(error.value)

@@ -75,23 +75,37 @@ def reduced(loss_type: str, losses: Tensor, mask: Tensor) -> Tensor:
     return total / 31  # of the step, which is one generation
 
 
-def kd_term(name: str, p: Tensor, q: Tensor, tokens: Tensor) -> Tensor:
-    """Return a KD term of each token, from log-probabilities over all columns."""
-    if name == "k2":
-        log_ratio = (p - q).gather(-1, tokens[..., None])[..., 0]
-        return log_ratio.square() / 2
-    if name == "k3":
-        log_ratio = (p - q).gather(-1, tokens[..., None])[..., 0]
-        return (-log_ratio).exp() - 1 + log_ratio
-    if name == "rkl":
-        return (p.exp() * (p - q)).sum(-1)
-    if name == "fkl":
-        return (q.exp() * (q - p)).sum(-1)
-    if name == "jsd":
-        m = torch.logaddexp(p + math.log(0.6), q + math.log(0.4))
-        return 0.4 * (q.exp() * (q - m)).sum(-1) + 0.6 * (p.exp() * (p - m)).sum(-1)
-    assert name == "rkl+fkl"
-    return 0.7 * kd_term("rkl", p, q, tokens) + 0.3 * kd_term("fkl", p, q, tokens)
+def kd_term(
+    name: str,
+    p: Tensor,
+    q: Tensor,
+    tokens: Tensor,
+    *,
+    jsd_alpha: float = 0.4,
+    fkl_share: float = 0.3,
+    topk: int = 0,
+) -> Tensor:
+    """Return a KD term of each token by its definition, from log-probabilities over all columns."""
+
+    def kl(first: Tensor, second: Tensor) -> Tensor:
+        return (first.exp() * (first - second)).sum(-1)
+
+    log_ratio = (p - q).gather(-1, tokens[..., None])[..., 0]
+    m = torch.logaddexp(p + math.log(1 - jsd_alpha), q + math.log(jsd_alpha))
+    if name.startswith("topk"):
+        best = q.topk(topk).indices
+        others = (x.scatter(-1, best, -torch.inf).logsumexp(-1, keepdim=True) for x in (p, q))
+        p, q = (torch.cat([x.gather(-1, best), r], -1) for x, r in zip((p, q), others, strict=True))
+    return {
+        "k2": lambda: log_ratio.square() / 2,
+        "k2, baseline": lambda: (log_ratio - kl(p, q).detach()).square() / 2,
+        "k3": lambda: (-log_ratio).exp() - 1 + log_ratio,
+        "rkl": lambda: kl(p, q),
+        "fkl": lambda: kl(q, p),
+        "jsd": lambda: jsd_alpha * kl(q, m) + (1 - jsd_alpha) * kl(p, m),
+        "rkl+fkl": lambda: (1 - fkl_share) * kl(p, q) + fkl_share * kl(q, p),
+        "topk_rkl": lambda: kl(p, q),
+    }[name]()
 
 
 def trainer_in_a_step(folder: Path, teacher: Any, **options: Any) -> Any:

@@ -3,14 +3,17 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 from trl import GRPOConfig
+from trl.trainer.utils import get_config_model_id
 
 import kdrl_kernels as kk
 from kdrl_kernels.objective import Kd, Policy, TopkKd
 from kdrl_kernels.plain import check_flag, check_number
 from kdrl_train.method.config import MethodConfig, ScheduleConfig
+
+Arguments = TypeVar("Arguments")
 
 TEACHER_APIS = ("kdrl", "openai")
 HEAD_BACKWARDS = ("exact", "sketch")
@@ -310,3 +313,19 @@ KD_OPTIONS = [
     and one.name not in ("kd", "head_backward", "sketch_threshold")
 ]
 """The fields that only a teacher reads."""
+
+
+def arguments_of(args: Any, kind: type[Arguments], model: Any, suffix: str) -> Arguments:
+    """Return the arguments of a trainer; where there are none, the defaults for the model.
+
+    Raises: TypeError for those of another trainer.
+    """
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        args = kind(f"{name.split('/')[-1]}-{suffix}")  # type: ignore[call-arg]
+    if not isinstance(args, kind):
+        raise TypeError(
+            f"args must be a {kind.__name__}, got {type(args).__name__}: it takes all arguments of "
+            f"{kind.__mro__[1].__name__}, and those of the distillation"
+        )
+    return args

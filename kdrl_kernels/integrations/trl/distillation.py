@@ -9,12 +9,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DistillationConfig, DistillationTrainer
-from trl.trainer.utils import get_config_model_id
 
 import kdrl_kernels as kk
-from kdrl_kernels.integrations.trl.config import HEAD_BACKWARDS, READERS, KdrlConfig
+from kdrl_kernels.integrations.trl.config import (
+    HEAD_BACKWARDS,
+    READERS,
+    KdrlConfig,
+    arguments_of,
+)
 from kdrl_kernels.integrations.trl.head import bare, model_head
 from kdrl_kernels.integrations.trl.head_loss import HeadTerms, one_pass
 from kdrl_kernels.integrations.trl.means import log_means
@@ -148,14 +151,7 @@ class KdrlDistillationTrainer(DistillationTrainer):
         *positional: Any,
         **options: Any,
     ) -> None:
-        if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = KdrlDistillationConfig(f"{name.split('/')[-1]}-Distillation")
-        if not isinstance(args, KdrlDistillationConfig):
-            raise TypeError(
-                f"args must be a KdrlDistillationConfig, got {type(args).__name__}: it takes all "
-                "arguments of DistillationConfig, and kd"
-            )
+        args = arguments_of(args, KdrlDistillationConfig, model, "Distillation")
         if teacher_model is None:
             raise ValueError("teacher_model must be a model, its folder or its id, got None")
         if isinstance(teacher_model, str) and "://" in teacher_model:
@@ -163,12 +159,8 @@ class KdrlDistillationTrainer(DistillationTrainer):
                 f"teacher_model must be a model, its folder or its id, got {teacher_model!r}: "
                 "KdrlTrainer takes the URL of a teacher"
             )
-        if args.head_backward == "sketch" and is_deepspeed_zero3_enabled():
-            raise ValueError(
-                "head_backward must be 'exact' under DeepSpeed ZeRO-3, got 'sketch': its backward "
-                "pass would read a weight that ZeRO-3 has freed"
-            )
         super().__init__(model, teacher_model, args, *positional, **options)
+        model_head(bare(self.model), self.temperature).check_zero3(args.head_backward)
         named = isinstance(teacher_model, str)
         name = teacher_model if named else getattr(teacher_model, "name_or_path", "")
         tokens = tokenizer_of(name, args) if name else None

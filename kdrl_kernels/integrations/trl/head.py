@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
@@ -59,6 +60,15 @@ class ModelHead:
         if torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))
         return hidden, nullcontext()
+
+    def check_zero3(self, backward: str) -> None:
+        """Raise ValueError under ZeRO-3 for what reads the weight again in the backward pass."""
+        if is_deepspeed_zero3_enabled() and (backward == "sketch" or self.adapter is not None):
+            raise ValueError(
+                "head_backward must be 'exact', and lm_head without an adapter, under DeepSpeed "
+                f"ZeRO-3, got {backward!r} and {'no' if self.adapter is None else 'an'} adapter: "
+                "their backward pass would read a weight that ZeRO-3 has freed"
+            )
 
     def check_teacher(self) -> None:
         """Raise ValueError where an adapter is on this head, which a teacher's cannot have."""

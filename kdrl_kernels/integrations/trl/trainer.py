@@ -11,10 +11,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
-from trl.trainer.utils import get_config_model_id
 
 import kdrl_kernels as kk
 from kdrl_kernels.integrations.trl.coefficients import (
@@ -24,7 +22,7 @@ from kdrl_kernels.integrations.trl.coefficients import (
     token_weights_of_kd,
     total_rewards,
 )
-from kdrl_kernels.integrations.trl.config import KdrlConfig
+from kdrl_kernels.integrations.trl.config import KdrlConfig, arguments_of
 from kdrl_kernels.integrations.trl.fused import FusedHead
 from kdrl_kernels.integrations.trl.head import ModelHead, bare, head_adapters, model_head
 from kdrl_kernels.integrations.trl.head_loss import HeadTerms
@@ -99,14 +97,7 @@ class KdrlTrainer(GRPOTrainer):
         teacher_model: Any = None,
         **options: Any,
     ) -> None:
-        if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = KdrlConfig(f"{name.split('/')[-1]}-KDRL")
-        if not isinstance(args, KdrlConfig):
-            raise TypeError(
-                f"args must be a KdrlConfig, got {type(args).__name__}: it takes all arguments of "
-                "GRPOConfig, and kd_coef"
-            )
+        args = arguments_of(args, KdrlConfig, model, "KDRL")
         check_teacher_model(teacher_model, args, model)
         with head_adapters():
             super().__init__(model, reward_funcs, args, *positional, **options)
@@ -129,20 +120,13 @@ class KdrlTrainer(GRPOTrainer):
 
     def _check_head(self) -> None:
         """Raise ValueError for a policy whose LM head cannot be computed here as TRL samples."""
-        adapter = model_head(bare(self.model), self.temperature).adapter
-        if adapter is not None and self.args.cast_lm_head_to_fp32:
+        head = model_head(bare(self.model), self.temperature)
+        if head.adapter is not None and self.args.cast_lm_head_to_fp32:
             raise ValueError(
                 "cast_lm_head_to_fp32 must be False with an adapter on lm_head, got True: TRL "
                 "would sample from the head without it"
             )
-        sketch = self.args.head_backward == "sketch"
-        if is_deepspeed_zero3_enabled() and (adapter is not None or sketch):
-            raise ValueError(
-                "head_backward must be 'exact', and lm_head without an adapter, under DeepSpeed "
-                f"ZeRO-3, got {self.args.head_backward!r} and "
-                f"{'no' if adapter is None else 'an'} adapter: their backward pass would read a "
-                "weight that ZeRO-3 has freed"
-            )
+        head.check_zero3(self.args.head_backward)
 
     def _fused_head(self, *, states: bool = False) -> FusedHead:
         return FusedHead(self.temperature, float32=self.args.cast_lm_head_to_fp32, states=states)
