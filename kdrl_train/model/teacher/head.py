@@ -15,7 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import safe_open
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers.core_model_loading import WeightRenaming
 
 import kdrl_kernels as kk
 from kdrl_kernels.head_config import head_scalars, logit_scale
@@ -178,9 +178,10 @@ def _names(model: Any, parameter: Tensor) -> Iterator[str]:
 def _renamed(model: Any, tensor: str) -> str:
     """Return the name in the model of a tensor of its files, which some families name otherwise
     (GPT-NeoX, and models that read images too)."""
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    return str(apply_renamings(tensor, renamings))
+    for entry in get_model_conversion_mapping(model):
+        if isinstance(entry, WeightRenaming):
+            tensor, _ = entry.rename_source_key(tensor)
+    return tensor
 
 
 def _files(name: str) -> dict[str, str]:
