@@ -14,7 +14,9 @@ from kdrl_kernels.compaction import Compaction
 from kdrl_kernels.head import Head, Needs, Sums
 from kdrl_kernels.plan import accumulator
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
+from kdrl_kernels.scaling import scale_
 from kdrl_kernels.token_rows import Coefficients
+from kdrl_kernels.unit import first_unit, gradient_bound, next_unit
 from kdrl_kernels.vocab_shard import VocabShard
 
 
@@ -43,12 +45,13 @@ class Gradients:
         needs: Needs,
         sums: Sums | None = None,
         shard: VocabShard | None = None,
+        impl: str = "torch",
     ) -> None:
         """Begin at 0, or go on with sums of hidden, weight and bias that are there already.
 
-        shard: the columns that this rank holds; None: all.
+        shard: the columns that this rank holds; None: all. impl: what multiplies sums.
         """
-        self.shard = shard
+        self.shard, self.impl = shard, impl
         dtype = accumulator(head.hidden.dtype)
         if sums is not None:
             self.hidden, self.weight, self.bias = sums
@@ -62,22 +65,22 @@ class Gradients:
             if needs[2] and head.bias is not None:
                 self.bias = head.bias.new_zeros(head.bias.shape, dtype=dtype)
         self.first = sums is None
-        self.unit = None
-        if head.hidden.dtype == torch.float16:
-            self.unit = head.hidden.new_full((), torch.finfo(dtype).tiny, dtype=dtype)
+        self.unit = first_unit(head.hidden) if head.hidden.dtype == torch.float16 else None
 
-    def in_unit(self, coef: Coefficients) -> Coefficients:
-        """Divide float16 coefficients by the largest so far; return those of other dtypes as is.
+    def in_unit(
+        self, coef: Coefficients, stats: Stats, temperature: float | Tensor
+    ) -> Coefficients:
+        """Divide float16 coefficients by the unit; return those of other dtypes as is.
 
-        float16 rounds below 6e-8 to 0 and above 65,504 to infinity. The sums of dW and db so far
-        move to the new unit.
+        Sums of dW and db so far move to a new unit, which few chunks choose: another one costs no
+        pass over dW.
         """
         if self.unit is None:
             return coef
-        unit = torch.maximum(self.unit, coef.largest())
+        unit = next_unit(self.unit, gradient_bound(coef, stats, temperature))
         for gradient in (self.weight, self.bias):
             if gradient is not None and not self.first:
-                gradient.mul_(self.unit / unit)
+                scale_(gradient, self.unit / unit, self.impl)
         self.unit = unit
         return coef.map(lambda values: values / unit)
 
@@ -104,7 +107,8 @@ class Gradients:
 
     def take(self, call: LossCall, chunk: Chunk) -> int:
         """Add the gradient of a chunk, over its logits; return the rows that went into it."""
-        chunk = replace(chunk, coef=self.in_unit(chunk.coef))
+        coef = self.in_unit(chunk.coef, chunk.stats, chunk.student.temperature)
+        chunk = replace(chunk, coef=coef)
         kept, dz = chunk_gradient(call, chunk, call.compact, self.shard)
         self.add(call.student, kept, dz)
         return size_of(kept)
@@ -114,14 +118,19 @@ class Gradients:
         return self.hidden, self.weight, self.bias
 
     def finish_(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """Undo the unit, scale what backward does not round, and return the scale that is left."""
+        """Put all in one unit, scale what backward does not round; return the scale that is left.
+
+        That is also the unit of dW and db. dX is complete: it moves to their unit, since it is the
+        smaller one.
+        """
         if self.weight is not None and self.first:
             self.weight.zero_()  # no row had a gradient
         if self.shard is not None and self.hidden is not None:
             self.shard.add_up_(self.hidden)
-        for gradient in (self.weight, self.bias):
-            if gradient is not None and self.unit is not None:
-                gradient.mul_(self.unit)
+        if self.unit is not None:
+            if self.hidden is not None:
+                self.hidden.div_(self.unit)
+            return scale * self.unit
         if dtype != accumulator(dtype):
             return scale
         for gradient in self.tensors():
@@ -150,24 +159,3 @@ def chunk_gradient(
     )
     kept = compaction.rows(chunk.rows) if compaction else chunk.rows
     return kept, dz[: size_of(kept)]
-
-
-def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return gradient · scale, rounded once to dtype; scale is 0-d."""
-    out = torch.empty_like(gradient, dtype=dtype)
-    return torch.mul(gradient, scale, out=out)
-
-
-def scaled_(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return gradient · scale in dtype, in place where the dtype is already right."""
-    return gradient.mul_(scale) if gradient.dtype == dtype else scaled(gradient, scale, dtype)
-
-
-def needs_scaling(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> bool:
-    """Say whether gradient · scale in dtype differs from gradient; always true on a GPU.
-
-    There the value of scale would cost a wait. On a CPU, False saves a second copy of dW, which is
-    most of what a small model would hold.
-    """
-    plain = gradient.dtype == dtype and scale.device.type == "cpu"
-    return not plain or torch.is_grad_enabled() or torch.compiler.is_compiling() or bool(scale != 1)

@@ -175,7 +175,7 @@ def gradients(
     head, V, N = in_one_dtype(call.head), len(call.head.weight), len(call.tokens)
     size = balanced(N, call.max_rows)
     buffers = Buffers(head, V, size, 1, call.impl, shard=shard)
-    total = total or Gradients(head, call.needs, shard=shard)
+    total = total or Gradients(head, call.needs, shard=shard, impl=call.impl)
     bad, tokens, ids = _inside(call, V if shard is None else shard.vocab_size)
     for rows in chunks_of(N, size):
         entropy, at_ids = None, backward.at_ids(ids, rows)
@@ -193,7 +193,8 @@ def gradients(
             stream = buffers.project(head, rows)
             truncate_(stream.logits, tokens[rows], stream.temperature, call.truncation)
             buffers.work.resume_(stream, stats)
-        coef = total.in_unit(backward.coefficients(rows, at_ids))
+        coef = backward.coefficients(rows, at_ids)
+        coef = total.in_unit(coef, stats, stream.temperature)
         out = gradient_view(buffer, head.hidden.dtype)
         dz = buffers.work.gradient(stream, tokens[rows], stats, coef, out=out)
         total.add(head, rows, dz)

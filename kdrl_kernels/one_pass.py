@@ -60,7 +60,9 @@ def run(call: LossCall, collector: Any = None, shard: VocabShard | None = None) 
     active = call.active_rows()
     N = size_of(active)
     size = balanced(N, call.max_rows)
-    gradients = Gradients(student, needs, shard=shard) if collector is None else collector
+    gradients = collector
+    if gradients is None:
+        gradients = Gradients(student, needs, shard=shard, impl=call.impl)
     streams, masses = 2 if call.exact_kd else 1, gradients.masses and any(needs)
     V = call.vocab_size if shard is None else shard.columns
     buffers = Buffers(student, V, size, streams, call.impl, masses, shard)

@@ -37,19 +37,19 @@ class _TokenLoss(torch.autograd.Function):
             result = one_pass.run(call, shard=shard)
         passes.append(result)
         outputs = *result.gradients.tensors(), result.scale
-        ctx.dtypes = gradient_dtypes(call.student)
+        ctx.dtypes, ctx.impl = gradient_dtypes(call.student), call.impl
         ctx.save_for_backward(*outputs)
         ctx.set_materialize_grads(False)
         return result.loss, *outputs
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-        *gradients, scale = ctx.saved_tensors
+        (*gradients, scale), impl = ctx.saved_tensors, ctx.impl
         if grad_loss is None:
             return (None,) * 6
         scale = scale * grad_loss
         pairs = zip(gradients, ctx.dtypes, strict=True)
-        results = (None if x is None else rounded(x, scale, dtype) for x, dtype in pairs)
+        results = (None if x is None else rounded(x, scale, dtype, impl) for x, dtype in pairs)
         return *results, None, None, None
 
 

@@ -78,10 +78,6 @@ class Coefficients:
         """Return these derivatives with 0 in all rows but those where a [C] bool is true."""
         return self.map(lambda x: torch.where(rows if x.ndim == 1 else rows[:, None], x, 0))
 
-    def largest(self) -> Tensor:
-        """Return the largest absolute value, 0-d; 0 without rows."""
-        return self.sizes().amax() if len(self.logprobs) else self.logprobs.sum()
-
     def sizes(self) -> Tensor:
         """Return the largest absolute value of each row, [C]; NaN where one is."""
         values = (x if x.ndim == 1 else x.abs().amax(dim=1) for x in self.present().values())

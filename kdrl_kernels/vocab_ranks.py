@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import DeviceMesh, ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from kdrl_kernels import gradients, logprobs, reference
+from kdrl_kernels import logprobs, reference, scaling
 from kdrl_kernels.autocast import without_autocast
 from kdrl_kernels.call import LogprobCall, LossCall, RowOutputs, has_values
 from kdrl_kernels.checks import check_vocab_size
@@ -331,5 +331,8 @@ class _Logprobs(torch.autograd.Function):
             backward = BackwardCall(call, scores, grad, *others)
             total, scale = logprobs.gradients(backward, shard=ctx.shard)
             pairs = zip(total.tensors(), gradient_dtypes(call.head), strict=True)
-            sums = [x if x is None else gradients.scaled_(x, scale, dtype) for x, dtype in pairs]
+            sums = [
+                x if x is None else scaling.scaled_(x, scale, dtype, call.impl)
+                for x, dtype in pairs
+            ]
         return *sums, None, None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdrl_kernels import gradients, logprobs
+from kdrl_kernels import logprobs, scaling
 from kdrl_kernels.autocast import without_autocast
 from kdrl_kernels.call import LogprobCall, RowOutputs
 from kdrl_kernels.head import gradient_dtypes, gradient_sizes
@@ -49,7 +49,8 @@ def _linear_logprobs_backward(*values: Any) -> tuple[Tensor, ...]:
     with without_autocast(hidden.device):
         total, scale = logprobs.gradients(call)
         pairs = zip(total.tensors(), gradient_dtypes(call.forward.head), strict=True)
-        results = (x if x is None else gradients.scaled_(x, scale, dtype) for x, dtype in pairs)
+        impl = call.forward.impl
+        results = (x if x is None else scaling.scaled_(x, scale, dtype, impl) for x, dtype in pairs)
         return tuple(no_none(results, like=hidden))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdrl_kernels import gradients, one_pass
+from kdrl_kernels import one_pass, scaling
 from kdrl_kernels.autocast import without_autocast
 from kdrl_kernels.call import LossCall, RowOutputs
 from kdrl_kernels.head import gradient_dtypes, gradient_sizes
@@ -53,6 +53,7 @@ def _(*values: Any) -> tuple[Tensor, ...]:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     call = LAYOUT.rebuild(inputs)
     ctx.needs, ctx.dtypes = call.needs, gradient_dtypes(call.student)
+    ctx.impl = call.impl
     ctx.save_for_backward(*output[-4:])  # gradients and scale
     ctx.set_materialize_grads(False)
 
@@ -64,17 +65,20 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[An
     scale = scale * grad_loss
     parts = zip(gradients, ctx.needs, ctx.dtypes, strict=True)
     return LAYOUT.head_gradients(
-        rounded(x, scale, dtype) if need else None for x, need, dtype in parts
+        rounded(x, scale, dtype, ctx.impl) if need else None for x, need, dtype in parts
     )
 
 
-def rounded(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return gradient · scale in dtype: gradient itself where nothing has to change."""
-    traced = type(scale) is not Tensor  # a graph has no branch on the value of scale
+def rounded(gradient: Tensor, scale: Tensor, dtype: torch.dtype, impl: str) -> Tensor:
+    """Return gradient · scale in dtype: gradient itself where no later pass reads it.
+
+    So no second copy of a float32 dW is held, which is most of what a small model would hold.
+    """
+    traced = type(scale) is not Tensor or torch.compiler.is_compiling()
     again = traced or torch._C._autograd._get_current_graph_task_keep_graph()
-    if again or gradients.needs_scaling(gradient, scale, dtype):
-        return _scaled(gradient, scale, dtype)
-    return gradient  # no second backward pass will read it
+    if again or torch.is_grad_enabled() or gradient.dtype != dtype:
+        return _scaled(gradient, scale, dtype, impl)
+    return scaling.scale_(gradient, scale, impl)
 
 
 _loss.register_autograd(_backward, setup_context=_save)
@@ -82,12 +86,12 @@ _loss.register_vmap(no_vmap)
 
 
 @torch.library.custom_op("kdrl::scaled", mutates_args=())
-def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return gradients.scaled(gradient, scale, dtype)
+def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, impl: str) -> Tensor:
+    return scaling.scaled(gradient, scale, dtype, impl)
 
 
 @_scaled.register_fake
-def _(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ARG001
+def _(gradient: Tensor, scale: Tensor, dtype: torch.dtype, impl: str) -> Tensor:  # noqa: ARG001
     return torch.empty_like(gradient, dtype=dtype)
 
 

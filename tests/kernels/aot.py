@@ -26,6 +26,7 @@ from kdrl_kernels.rows import (
     kernel_gradient,
     kernel_ids,
     kernel_objective,
+    kernel_scale,
     kernel_sketch,
     kernels,
     tiles,
@@ -36,7 +37,7 @@ from kdrl_kernels.rows.tiles import GRADIENT, JSD, SKETCH, SWEEP, Tile
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 DIVISIBLE = [["tt.divisibility", 16]]
-ENDS = ("_ptr", "_zn", "_tn", "_dn", "_table", "_out", "width")
+ENDS = ("_ptr", "_zn", "_tn", "_dn", "_table", "_out", "width", "size")
 """Ends of the names of arguments that are multiples of 16."""
 
 INT64 = {"token_ptr", "source_ptr", "begin_ptr", "offset_ptr", "id_ptr"}
@@ -93,6 +94,10 @@ def variants(table: dict[tuple[str, int, bool], Tile] = tiles.TILES) -> Iterator
     yield "slots-count_one", count, block, dict.fromkeys(others), warps
     yield "slots-count_all", count, block, {}, warps
     yield "slots-fill", kernel_compaction._fill_kernel, block, {}, warps
+    for dtype in ("bf16", "fp16", "fp32"):
+        shape = {"IN_PLACE": dtype == "fp32", "BLOCK": kernel_scale.BLOCK}
+        types = {"out_ptr": f"*{dtype}"}
+        yield f"scale-{dtype}", kernel_scale._scale_kernel, shape, types, kernel_scale.WARPS
     for kd, code in KD_CODES.items():
         flags = {"HAS_POLICY": True, "HAS_ENTROPY": True, "KD": code}
         block = flags | {"BLOCK": tiles.OBJECTIVE_BLOCK}
@@ -113,7 +118,9 @@ def compile_one(variant: Variant, target: GPUTarget, aligned: bool) -> Any:
             return "*i32"
         if name.endswith("_ptr"):
             return types.get(name) or "*fp32"
-        sizes = ("V", "C", "H", "K", "width", "slots")
+        sizes = ("V", "C", "H", "K", "width", "slots", "programs")
+        if name == "size":
+            return "i64"
         return "i32" if name in sizes or name.startswith("stride_") else "fp32"
 
     names = kernel.arg_names
@@ -199,7 +206,8 @@ def main(*only: str) -> None:
     alignments = [name == "aligned" for name in only[1:] or ("aligned", "ragged")]
     for variant, aligned, (arch, target) in product(variants(), alignments, targets.items()):
         if not aligned and (
-            variant[0].startswith(("objective", "bags", "ids", "slots")) or "softcap" in variant[0]
+            variant[0].startswith(("objective", "bags", "ids", "slots", "scale"))
+            or "softcap" in variant[0]
         ):
             continue  # the first have no V; the others differ by nothing more
         compiled = compile_one(variant, target, aligned)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import kdrl_kernels as kk
-from kdrl_kernels import gradients, logprobs, one_pass, token_loss
+from kdrl_kernels import logprobs, one_pass, scaling, token_loss
 from kdrl_kernels.call import LogprobCall, LossCall
 from kdrl_kernels.head import Head
 from kdrl_kernels.logprobs import BackwardCall
@@ -67,7 +67,7 @@ def test_one_pass(kd: str | None, dtype: torch.dtype) -> None:
         call = _call(problem, **more)
         result = one_pass.run(call)
         assert all(x is not None and x.is_meta for x in result.gradients.tensors())
-        assert gradients.scaled(result.loss, result.scale, dtype).is_meta
+        assert scaling.scaled(result.loss, result.scale, dtype).is_meta
 
 
 @pytest.mark.parametrize("kd", ["topk_rkl", "topk_fkl", "topk_jsd"])

@@ -155,7 +155,7 @@ def test_linear_logprobs(
 @pytest.mark.parametrize("dtype", [F32, BF16, F64], ids=str)
 def test_scaled(dtype: torch.dtype) -> None:
     wide = torch.promote_types(dtype, F32)
-    args = torch.randn(5, 3, dtype=wide), torch.tensor(0.3, dtype=wide), dtype
+    args = torch.randn(5, 3, dtype=wide), torch.tensor(0.3, dtype=wide), dtype, "torch"
     _opcheck(torch.ops.kdrl.scaled.default, args)
 
 
