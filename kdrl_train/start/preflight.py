@@ -41,6 +41,7 @@ from kdrl_train.start.prompts import (
     longest_with_completion,
 )
 from kdrl_train.start.self_teacher import check_teacher_prompt
+from kdrl_train.start.unread import check_settings, unread
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,9 @@ def preflight(
     """
     packed = config.optim.micro_batch_tokens > 1
     policy, models = loaded.policy, list(loaded.teacher_models.values())
+    idle = unread(config, world.launched)
     checks: dict[str, Callable[[], str]] = {
+        **({"settings": lambda: check_settings(idle)} if idle else {}),
         "prompts": lambda: check_prompts(config, loaded),
         **(
             {"routing": lambda: check_routing(loaded.examples, config)}

@@ -30,7 +30,7 @@ def check_prompts(config: TrainConfig, loaded: Loaded) -> str:
     both models', held-out ones the policy's.
 
     Raises: ValueError for a window that is too short; UserWarning where problems are left out, or
-        have the text of others, and where there are none for an evaluation.
+        have the text of others.
     """
     facts, tokens = loaded.prompts, config.sampling.max_new_tokens
     policy_window = window(loaded.policy.model.config)
@@ -63,11 +63,6 @@ def check_prompts(config: TrainConfig, loaded: Loaded) -> str:
     doubts += repeated(loaded.examples)
     for one in loaded.held_out:
         doubts += learnt_as_well(loaded.examples, one.examples, one.section)
-    if config.eval.every and not config.eval.data.path:
-        doubts.append(
-            f"eval.data.path should be set with eval.every {config.eval.every}, got none: nothing "
-            "is measured during training"
-        )
     shared = loaded.policy.choice.longest
     if shared is not None and facts.longest + config.sampling.max_new_tokens > shared:
         doubts.append(

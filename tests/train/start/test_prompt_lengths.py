@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from kdrl_train.config import EvalConfig, SamplingConfig, TrainConfig
+from kdrl_train.config import SamplingConfig, TrainConfig
 from kdrl_train.model.attention import Choice
 from kdrl_train.rollouts.problems import TeacherPromptFacts
 from kdrl_train.rollouts.rendering import PromptError
@@ -26,13 +26,6 @@ def test_prompts_must_fit(settings: TrainConfig, loaded: Loaded) -> None:
         r"data\.max_teacher_prompt_tokens, which",
     ):
         prompts.check_prompts(replace(settings, sampling=SamplingConfig(max_new_tokens=60)), longer)
-
-
-def test_an_evaluation_without_problems_is_a_warning(settings: TrainConfig, loaded: Loaded) -> None:
-    idle = replace(settings, eval=EvalConfig(every=2))
-    assert warning(prompts.check_prompts, idle, loaded).startswith(
-        "eval.data.path should be set with eval.every 2, got none: nothing is measured"
-    )
 
 
 def test_sampling_beyond_the_original_length_is_named(

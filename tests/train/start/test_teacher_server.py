@@ -220,7 +220,8 @@ def test_without_distillation_no_server_is_queried(
     url = f"http://127.0.0.1:{free_port()}"
     code, text = checked(folders, capsys, url, preset="grpo")
     assert code == 0
-    assert "teacher" not in text
+    assert f"nothing reads model.teacher = {url}" in text
+    assert "teacher server" not in text
 
 
 def test_evaluation_samples_from_the_columns_that_both_have(
