@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kdrl_train.copies import to_host
 from kdrl_train.errors import RankError, describe
 from kdrl_train.regroup import Meeting
 from kdrl_train.watch import RanksConfig, Watch
@@ -105,7 +106,7 @@ class World:
             values: one tensor for each name; a name that a rank lacks counts as 0 there.
             largest: names whose maximum is taken instead of their sum.
         """
-        copies = {name: value.detach().double().cpu() for name, value in values.items()}
+        copies = to_host({name: value.detach().double() for name, value in values.items()})
         total: dict[str, Tensor] = {}
         for part in self.share_packs(lambda: copies):
             for name, value in part.items():

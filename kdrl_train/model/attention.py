@@ -23,6 +23,8 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
+from kdrl_train.copies import to_device
+
 NAME = "packed"
 FLASH = "flash_attention_2"
 VARLEN_DTYPES = (torch.float16, torch.bfloat16)
@@ -102,7 +104,7 @@ def flash_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, A
     Without them transformers reads these from the positions, in every layer, and the host waits for
     the device each time.
     """
-    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+    ends = to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
     return {
         "cu_seq_lens_q": ends,
         "cu_seq_lens_k": ends,
@@ -252,9 +254,9 @@ def _batches(lengths: tuple[int, ...], device: torch.device) -> tuple[list[Tenso
         index = first[:, None] + torch.arange(L)
         inside = torch.arange(L) < torch.tensor(lengths)[members, None]
         places[index[inside]] = inside.flatten().nonzero()[:, 0] + before
-        batches.append(index.where(inside, first[0]).to(device))
+        batches.append(to_device(index.where(inside, first[0]), device))
         before += index.numel()
-    return batches, places.to(device)
+    return batches, to_device(places, device)
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:

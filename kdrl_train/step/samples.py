@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kdrl_train.batch import Batch, CompletionCoefficients
 from kdrl_train.config.models import DEFAULT_TEACHER
+from kdrl_train.copies import to_host
 from kdrl_train.model.packing import PackedBatch
 from kdrl_train.model.policy import PolicyOutput
 from kdrl_train.ranks import World
@@ -96,8 +97,9 @@ class SampleRecorder:
     def _numbers(self) -> dict[int, list[float | None]]:
         """Round l of each token of a completion; None where it is not distilled."""
         numbers = {}
-        for r, (log_ratio, distilled) in self._log_ratios.items():
-            pairs = zip(log_ratio.tolist(), distilled.tolist(), strict=True)
+        log_ratios = to_host({r: log_ratio for r, (log_ratio, _) in self._log_ratios.items()})
+        for r, (_, distilled) in self._log_ratios.items():
+            pairs = zip(log_ratios[r].tolist(), distilled.tolist(), strict=True)
             if distilled.any():
                 numbers[r] = [round(value, DIGITS) if used else None for value, used in pairs]
         return numbers

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kdrl_train.batch import CompletionCoefficients, Rollouts
 from kdrl_train.config import TrainConfig
+from kdrl_train.copies import to_host
 from kdrl_train.method.metrics import LARGEST, add_sums, teacher_sums, token_means
 from kdrl_train.model.fsdp import reshard
 from kdrl_train.model.packing import PackedBatch, pack
@@ -71,9 +72,11 @@ def score_packs(
             sums = add_sums(sums, teacher_sums(out.sums, teachers.names[batch.teacher]))
         if recorder is not None:
             recorder.add(micro_batch, out)
-    for rollout, kd_weight, computed in passes:  # here, so that no pass waits for another
-        _keep(scores, rollout, kd_weight, *computed)
-    scores.sums.update({name: value.cpu() for name, value in sums.items()})
+    logprobs = to_host(dict(enumerate(out[0] for *_, out in passes)))  # none waits for another
+    teacher_logprobs = to_host({i: x for i, (*_, (_, x)) in enumerate(passes) if x is not None})
+    for turn, (rollout, kd_weight, _) in enumerate(passes):
+        _keep(scores, rollout, kd_weight, logprobs[turn], teacher_logprobs.get(turn))
+    scores.sums.update(to_host(sums))
     return scores
 
 
@@ -86,13 +89,13 @@ def _keep(
 ) -> None:
     """Add the log-probabilities [N] of a pack, and the teacher's, to the scores.
 
-    rollout, kd_weight: of PackedBatch.
+    rollout, kd_weight: of PackedBatch. All are on the CPU.
     """
     completions, counts = rollout.unique_consecutive(return_counts=True)
-    parts = logprobs.cpu().split(counts.tolist())
+    parts = logprobs.split(counts.tolist())
     scores.logprobs.update(zip(completions.tolist(), parts, strict=True))
     if teacher is not None:
-        log_ratio = (logprobs - teacher).double().cpu()
+        log_ratio = (logprobs - teacher).double()
         distilled = log_ratio.where(kd_weight > 0, 0.0).split(counts.tolist())
         totals = [part.sum().item() for part in distilled]
         scores.teacher_log_ratio.update(zip(completions.tolist(), totals, strict=True))

@@ -11,6 +11,7 @@ from torch import Tensor
 from kdrl_train import output
 from kdrl_train.batch import Batch, CompletionCoefficients
 from kdrl_train.config import TrainConfig
+from kdrl_train.copies import to_device
 from kdrl_train.errors import MidStepError, RunError
 from kdrl_train.method import grpo
 from kdrl_train.method.config import MethodConfig
@@ -131,7 +132,7 @@ def accumulate(inputs: StepInputs, used_R: Tensor, part: int) -> Accumulated:
         config.method.token_weights,
         config.sampling.max_new_tokens,
     )
-    normalizer = normalizer.to(device) / world.data_size
+    normalizer = to_device(normalizer / world.data_size, device)
     sums: dict[str, Tensor] = {}
     split: dict[str, float | None] = {}
     every = config.log.diagnostics_every
@@ -165,8 +166,8 @@ def accumulate(inputs: StepInputs, used_R: Tensor, part: int) -> Accumulated:
         output.count(LEARNING, learnt, used if world.size == 1 else None, " completions")
     stages.settle()  # or the wait for this rank's GPU would count as one for other ranks
     start = time.perf_counter()
-    mean = world.sum({"loss": loss})["loss"].item() / world.data_size
-    total = world.sum(sums, largest=LARGEST)
+    total = world.sum(sums | {"loss": loss}, largest=LARGEST)  # together: the host waits once
+    mean = total.pop("loss").item() / world.data_size
     run.waited(stages, start)
     return Accumulated(total, mean, split)
 

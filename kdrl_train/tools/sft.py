@@ -25,6 +25,7 @@ from kdrl_train import output
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig, TrainConfig
 from kdrl_train.config_file import save_yaml
+from kdrl_train.copies import to_device
 from kdrl_train.model.load import load_tokenizer, read_model, torch_device
 from kdrl_train.model.window import window
 from kdrl_train.rollouts.columns import text_of
@@ -128,7 +129,7 @@ class PaddedBatch:
     ids: Tensor
     """[B, T] int64."""
     predicts: Tensor
-    """[B, T] bool, true at N places: the next token carries loss."""
+    """[N] int64: places in B · T whose next token carries loss."""
     targets: Tensor
     """[N] int64: the tokens that carry loss, in the order of predicts."""
 
@@ -229,17 +230,19 @@ def collate(examples: Sequence[SolvedExample], pad: int, learn_prompts: bool) ->
         ids[b, : len(example)] = torch.tensor(example.prompt + example.solution)
         carries[b, (1 if learn_prompts else len(example.prompt)) : len(example)] = True
     carries[:, 0] = False
-    return PaddedBatch(ids=ids, predicts=carries.roll(-1, dims=1), targets=ids[carries])
+    predicts = carries.roll(-1, dims=1).flatten().nonzero().squeeze(1)
+    return PaddedBatch(ids=ids, predicts=predicts, targets=ids[carries])
 
 
 def sft_loss(model: Any, batch: PaddedBatch) -> Tensor:
     """Sums the negative log-likelihood of batch.targets in nats, into a 0-d float32 tensor."""
     device = model.device
-    hidden = model.base_model(input_ids=batch.ids.to(device), use_cache=False).last_hidden_state
+    ids = to_device(batch.ids, device)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    hidden = hidden.index_select(0, to_device(batch.predicts, device))
     head = model.get_output_embeddings()
-    out = kk.linear_logprobs(
-        hidden[batch.predicts.to(device)], head.weight, batch.targets.to(device), bias=head.bias
-    )
+    targets = to_device(batch.targets, device)
+    out = kk.linear_logprobs(hidden, head.weight, targets, bias=head.bias)
     return -out.logprobs.sum()
 
 
@@ -252,12 +255,12 @@ def backward(
     """
     padded = [collate(group, pad, learn_prompts) for group in length_groups(examples)]
     tokens = sum(len(batch.targets) for batch in padded)
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
     for batch in padded:
         loss = sft_loss(model, batch) / tokens
         loss.backward()
-        total += loss.item()
-    return total, tokens
+        total += loss.detach()
+    return total.item(), tokens
 
 
 def learning_rate_at(config: SftConfig, step: int, progress: float) -> float:
