@@ -62,12 +62,25 @@ class MethodLoss:
     """Says of which rows a bound took hold, for the metric clip_fraction."""
 
 
+def completions_of(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the place of each token's completion in a pack, [N], and the tokens of each, [N].
+
+    There are fewer completions than tokens; how many would be to wait for on a GPU, so the counts
+    go on with 0.
+
+    numbers: [N] int64, the same for the tokens of a completion, which lie together.
+    """
+    begins = torch.ones_like(numbers)
+    begins[1:] = numbers[1:] != numbers[:-1]
+    place = begins.cumsum(0) - 1
+    return place, torch.zeros_like(numbers).index_add(0, place, torch.ones_like(numbers))
+
+
 def completion_mean(values: Tensor, tokens: TokenCoefficients) -> Tensor:
     """Return at each of N tokens the mean of [N] values over the tokens of its completion."""
-    _, counts = tokens.completion.unique_consecutive(return_counts=True)
+    place, counts = completions_of(tokens.completion)
     sums = torch.segment_reduce(values.double(), "sum", lengths=counts, unsafe=True)
-    means = (sums / counts).repeat_interleave(counts, output_size=len(values))
-    return means.to(values.dtype)
+    return (sums / counts).index_select(0, place).to(values.dtype)
 
 
 def weighted(rows: Rows, weight: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from kdrl_train.method.losses import (
     POLICIES,
     MethodLoss,
     TokenCoefficients,
+    completions_of,
     distilled_rows,
     method_loss,
     needs_token_loss,
@@ -155,17 +156,15 @@ def joined(
 
 def coefficients(batch: PackedBatch, dtype: torch.dtype) -> TokenCoefficients:
     """Collect what a loss may read of the [N] tokens of a pack, whose completions are whole."""
-    N = len(batch.tokens)
-    _, counts = batch.rollout.unique_consecutive(return_counts=True)
+    place, counts = completions_of(batch.rollout)
     starts = counts.cumsum(0) - counts
-    places = torch.arange(N, device=counts.device)
     return TokenCoefficients(
         advantages=batch.advantages.to(dtype),
         kd_weight=batch.kd_weight.to(dtype),
         sampled_logprobs=batch.sampled_logprobs.to(dtype),
         completion=batch.rollout,
-        positions=places - starts.repeat_interleave(counts, output_size=N),
-        lengths=counts.repeat_interleave(counts, output_size=N),
+        positions=torch.arange(len(place), device=place.device) - starts.index_select(0, place),
+        lengths=counts.index_select(0, place),
     )
 
 
@@ -182,7 +181,7 @@ def _log_ratio(
         return torch.zeros_like(
             batch.sampled_logprobs, dtype=torch.promote_types(hidden.dtype, torch.float32)
         )
-    left_out = ("token_weights", "teacher", "teacher_logprobs", "sketch")
+    left_out = ("token_weights", "active_rows", "teacher", "teacher_logprobs", "sketch")
     plain = {k: v for k, v in head.items() if k not in left_out}
     plain |= {"backward": "exact", "entropy": False}
     out = kk.linear_token_loss(hidden, weight, batch.tokens, lambda rows: -rows.logprobs, **plain)

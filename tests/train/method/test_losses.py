@@ -22,6 +22,7 @@ from kdrl_train.method.losses import (
     POLICIES,
     TokenCoefficients,
     completion_mean,
+    completions_of,
     distilled_rows,
     needs_token_loss,
 )
@@ -328,3 +329,19 @@ def test_a_loss_with_options_survives_a_file(tmp_path: Path) -> None:
     losses = loss.losses(rows, replace(tokens, sequence=sequence))
     expected = -3 * numbers([0.5, 0.5 * 0.5**0.5, -4.0]) * numbers(P).log()
     torch.testing.assert_close(losses.detach(), expected)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "places", "counts"),
+    [
+        ([4, 4, 7], [0, 0, 1], [2, 1, 0]),
+        ([5], [0], [1]),
+        ([0, 3, 3, 3, 2], [0, 1, 1, 1, 2], [1, 3, 1, 0, 0]),
+        ([], [], []),
+    ],
+)
+def test_the_completions_of_a_pack_are_found(
+    numbers: list[int], places: list[int], counts: list[int]
+) -> None:
+    place, count = completions_of(torch.tensor(numbers, dtype=torch.int64))
+    assert (place.tolist(), count.tolist()) == (places, counts)
