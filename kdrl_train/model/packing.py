@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kdrl_train.batch import CompletionCoefficients, Rollouts, TopkScores
+from kdrl_train.copies import to_device
 
 
 class TeacherInputs(NamedTuple):
@@ -31,7 +32,7 @@ class TeacherInputs(NamedTuple):
 
     def to(self, device: torch.device | str) -> "TeacherInputs":
         """Copy the tensors to another device."""
-        ids, positions, index = (part.to(device, non_blocking=True) for part in self[:3])
+        ids, positions, index = (to_device(part, device) for part in self[:3])
         return TeacherInputs(ids, positions, index, self.lengths)
 
 
@@ -80,6 +81,12 @@ class PackedBatch:
     completions that it was not queried for."""
     topk_logprobs: Tensor | None = None
     """[N, K] float32, nats, at topk_ids."""
+    active_rows: int | None = None
+    """How many token_weights are not 0; None: not counted. A GPU would have to be waited for."""
+    all_distilled: bool = False
+    """Whether the kd_weight of all those tokens is above 0."""
+    all_learn: bool = False
+    """Whether the advantage of all those tokens is not 0, or their kd_weight is above it."""
 
     @property
     def teacher_topk(self) -> TopkScores | None:
@@ -97,7 +104,7 @@ class PackedBatch:
         """Copy the batch to another device."""
         values = {name: getattr(self, name) for name in self.__slots__}
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
+            name: to_device(value, device)
             for name, value in values.items()
             if isinstance(value, Tensor)
         }
@@ -234,6 +241,8 @@ def _pack(
     if factors is not None:
         token_weights = token_weights * _cat(factors[r] for r in members)
     fed = [len(p) + len(c) - 1 for p, c in zip(prompts, completions, strict=True)]
+    advantages = coefficients.advantages[rollout]
+    used, distilled = token_weights != 0, kd_weight > 0
     return PackedBatch(
         input_ids=input_ids,
         position_ids=position_ids,
@@ -241,7 +250,7 @@ def _pack(
         tokens=torch.cat([loss_index[:0], *completions]),
         rollout=rollout,
         sampled_logprobs=_cat(rollouts.logprobs[r] for r in members),
-        advantages=coefficients.advantages[rollout],
+        advantages=advantages,
         token_weights=token_weights,
         kd_weight=kd_weight,
         lengths=tuple(fed) or (1,),
@@ -251,6 +260,9 @@ def _pack(
         teacher_states=_teacher_states(coefficients, members, lengths),
         old_logprobs=None if old is None else _cat(old[r] for r in members),
         teacher_logprobs=_teacher_logprobs(rollouts, coefficients, members),
+        active_rows=int(used.sum()),
+        all_distilled=bool((distilled | ~used).all()),
+        all_learn=bool((distilled | (advantages != 0) | ~used).all()),
         **_teacher_topk(coefficients, members, lengths),
     )
 

@@ -297,6 +297,8 @@ class Policy(HeadedModel):
         best = self._likeliest(batch, teacher, goal, len(weight))
         head: dict[str, Any] = {
             "token_weights": batch.token_weights,
+            "active_rows": batch.active_rows,
+            "compact": self._compact(batch, goal, hidden.device),
             "teacher": teacher if distil and best is None else None,
             "teacher_logprobs": batch.teacher_logprobs if distil and best is None else None,
             "normalizer": normalizer,
@@ -326,6 +328,16 @@ class Policy(HeadedModel):
             **head,
         )
         return out if best is None else with_sampled(out, best.sampled, batch)
+
+    def _compact(self, batch: PackedBatch, goal: kk.Objective, device: torch.device) -> bool | None:
+        """Return `compact` of the head's functions: False where a GPU has nothing to leave out.
+
+        The number of rows that have a gradient would be waited for. Without old log-probabilities
+        the policy gradient clips none; distillation and an entropy bonus clip none anyway.
+        """
+        whole = goal.entropy_coef != 0 or (goal.kd is not None and batch.all_distilled)
+        whole |= goal.policy != "off" and batch.all_learn and batch.old_logprobs is None
+        return False if whole and self.loss_of_rows is None and device.type != "cpu" else None
 
     def _likeliest(
         self, batch: PackedBatch, teacher: kk.TeacherHead | None, goal: kk.Objective, columns: int

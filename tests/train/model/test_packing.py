@@ -190,3 +190,32 @@ def test_a_turn_without_completions_feeds_one_token_and_learns_from_none() -> No
     moved = row.to("meta")
     assert moved.input_ids.device.type == "meta"
     assert moved.needs_teacher
+
+
+@pytest.mark.parametrize(
+    ("kd_weight", "advantages", "factors", "expected"),
+    [
+        ((0.0, 0.1), (0.5, -0.5), None, (4, False, True)),
+        ((0.2, 0.1), (0.0, 0.0), None, (4, True, True)),
+        ((0.0, 0.1), (0.0, 0.5), None, (4, False, False)),
+        ((0.0, 0.1), (0.0, 0.5), [1.0, 0.0, 2.0], (3, False, False)),
+        ((0.0, 0.1), (0.0, 0.5), [0.0, 0.0, 0.0], (1, True, True)),  # nothing else counts
+    ],
+)
+def test_a_pack_says_how_many_rows_count_and_whether_all_learn(
+    kd_weight: tuple[float, float],
+    advantages: tuple[float, float],
+    factors: list[float] | None,
+    expected: tuple[int, bool, bool],
+) -> None:
+    """Of a GPU these numbers would have to be waited for."""
+    weights = None if factors is None else {0: torch.tensor(factors), 1: torch.ones(1)}
+    coefficients = CompletionCoefficients(
+        advantages=torch.tensor(advantages),
+        token_weights=torch.ones(2),
+        kd_weight=torch.tensor(kd_weight),
+        sampler_weights=weights,
+    )
+    (row,) = pack(rollouts(), coefficients, 100)
+    assert (row.active_rows, row.all_distilled, row.all_learn) == expected
+    assert row.to("cpu").active_rows == expected[0]
