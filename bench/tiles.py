@@ -20,7 +20,6 @@ import torch
 
 from bench.machine import DEVICE, clock, machine_info, one_line
 from kdrl_kernels.rows import kernel_sketch, kernels
-from kdrl_kernels.rows.entries import FORWARD
 from kdrl_kernels.rows.streams import Stream, TeacherStream
 from kdrl_kernels.rows.tiles import GRADIENT, JSD, SKETCH, SWEEP, TILES, Tile
 from kdrl_kernels.sketch import Sketch
@@ -54,8 +53,8 @@ def compiled(tile: Tile) -> Iterator[tuple[Key, dict[str, float]]]:
             continue
         streams = 1 if kd == "None" else 2
         kernel_of_tile = aot.compile_one(variant, aot.TARGETS["sm_90"], aligned=True)
-        # a sketch reads the teacher where q alone makes an entry, else in tiles with one
-        loads = 1 if kernel == "sketch" and kd not in FORWARD else streams
+        loads = aot.logits_read(variant[0])
+        assert loads is not None, "the kernels of the table have a loop over the columns"
         count = {"instructions": aot.instructions(kernel_of_tile, loads)}
         yield (kernel, streams, "softcap" in options), aot.resources(kernel_of_tile) | count
 

@@ -31,6 +31,7 @@ from kdrl_kernels.rows import (
     kernels,
     tiles,
 )
+from kdrl_kernels.rows.entries import FORWARD
 from kdrl_kernels.rows.kernel_math import KD_CODES, OPTIONS
 from kdrl_kernels.rows.tiles import GRADIENT, JSD, SKETCH, SWEEP, Tile
 
@@ -43,6 +44,9 @@ ENDS = ("_ptr", "_zn", "_tn", "_dn", "_table", "_out", "width", "size")
 INT64 = {"token_ptr", "source_ptr", "begin_ptr", "offset_ptr", "id_ptr"}
 INT64 |= {"hole_ptr", "rank_ptr", "total_ptr"}
 """Arguments that point to int64 numbers."""
+HALF_RATE = {"FSEL", "SEL", "FSETP", "ISETP", "FMNMX", "IMNMX", "VIMNMX", "IADD3", "VIADD", "LOP3"}
+HALF_RATE |= {"SHF", "LEA", "PLOP3", "P2R", "F2FP", "I2FP", "PRMT", "FSET", "ISET", "LOP", "R2P"}
+"""Instructions that half of the lanes of an sm_90 take (CUDA C programming guide, throughput)."""
 
 Variant = tuple[str, Any, dict[str, Any], dict[str, str | None], int]
 """Name, kernel, constexprs, types that differ from the usual ones (None: no argument), warps."""
@@ -67,7 +71,7 @@ def variants(table: dict[tuple[str, int, bool], Tile] = tiles.TILES) -> Iterator
             yield f"jsd-{name}", kernels._jsd_kernel, block, caps, tile.warps
         tile = table[GRADIENT, *key]
         block = flags | {"BLOCK_V": tile.columns}
-        if kd in (None, "rkl") and cap is None:  # no entropy, nothing left out: the default call
+        if kd in (None, "rkl"):  # no entropy, nothing left out: the default call
             plain = {"HAS_ENTROPY": False, "KD": KD_CODES[kd]}
             yield f"sweep-{name}-plain", kernels._sweep_kernel, plain | shape, caps, swept.warps
             types = caps | {"dz_ptr": "*bf16", "source_ptr": None}
@@ -166,16 +170,48 @@ def _tool(name: str, option: str, cubin: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def logits_read(name: str) -> int | None:
+    """Return the logits that a variant's loop reads for each column; None: it has no such loop."""
+    kernel, kd = name.split("-")[:2]
+    if kernel not in (SWEEP, JSD, GRADIENT, SKETCH):
+        return None
+    # a sketch reads the teacher where q alone makes an entry, else in tiles with one
+    alone = kd == "None" or (kernel == "sketch" and kd not in FORWARD)
+    return 1 if alone else 2
+
+
 def instructions(compiled: Any, streams: int) -> float:
     """Count the machine instructions of a kernel's loop for each column of an aligned row, on sm_*.
 
     Of a sketch that is a tile without an entry.
     """
-    return loop_instructions(_tool("nvdisasm", "-c", compiled.asm["cubin"]), streams)
+    return operations(compiled, streams)["instructions"]
 
 
-def loop_instructions(listing: str, streams: int) -> float:
-    """Count those of an nvdisasm listing's longest loop that loads; forward branches are taken."""
+def operations(compiled: Any, streams: int) -> dict[str, float]:
+    """Count `loop_operations` of a compiled kernel, on sm_*."""
+    return loop_operations(_tool("nvdisasm", "-c", compiled.asm["cubin"]), streams)
+
+
+def loop_operations(listing: str, streams: int) -> dict[str, float]:
+    """Count what an nvdisasm listing's longest loop that loads does for each column.
+
+    Forward branches are taken. mufu: what the special function unit does (exp2, 1 / x), 16 a cycle
+    and SM on sm_90; half_rate: comparisons, choices, integers and conversions, 64 a cycle. All
+    instructions together are 128 a cycle.
+    """
+    run, columns = _loop(listing)
+    names = [re.sub(r"^@!?U?P\w+ +", "", text).split()[0] for text in run]
+    counts = {
+        "instructions": len(names),
+        "mufu": sum(name.startswith("MUFU") for name in names),
+        "half_rate": sum(name.split(".")[0] in HALF_RATE for name in names),
+    }
+    return {key: count * streams / columns for key, count in counts.items()}
+
+
+def _loop(listing: str) -> tuple[list[str], int]:
+    """Return the instructions of the longest loop that loads, and how many logits it loads."""
     code: list[str] = []
     labels: dict[str, int] = {}
     for line in listing.splitlines():
@@ -186,8 +222,9 @@ def loop_instructions(listing: str, streams: int) -> float:
     jumps = {i: re.search(r"BRA `\((\.L_x_\d+)\)", text) for i, text in enumerate(code)}
     targets = {i: labels[jump[1]] for i, jump in jumps.items() if jump}
     runs = [_run(code, targets, start, end) for end, start in targets.items() if start < end]
-    columns, length = max((4 * sum("LDG.E.128" in text for text in run), len(run)) for run in runs)
-    return length / (columns / streams)
+    loads = [4 * sum("LDG.E.128" in text for text in run) for run in runs]
+    columns, _, run = max((count, len(run), run) for count, run in zip(loads, runs, strict=True))
+    return run, columns
 
 
 def _run(code: list[str], targets: dict[int, int], start: int, end: int) -> list[str]:
@@ -216,6 +253,8 @@ def main(*only: str) -> None:
         if aligned and arch == "sm_90":
             row["wide_loads"] = len(re.findall(r"ld\.global\.v4", compiled.asm["ptx"]))
             row["barriers_in_loops"] = barriers_in_loops(compiled.asm["ptx"])
+            if (loads := logits_read(variant[0])) is not None:
+                row |= operations(compiled, loads)
         sys.stdout.write(json.dumps(row) + "\n")
         sys.stdout.flush()
 

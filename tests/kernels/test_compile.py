@@ -8,6 +8,7 @@ import sys
 import pytest
 
 pytest.importorskip("triton", reason="no Triton on this platform")
+from bench.instructions import LANES, RESULTS, Loop, bytes_of, saved
 from tests.kernels import aot
 
 ARCHES = {"sm_80", "sm_90", "sm_100", "gfx942"}
@@ -79,6 +80,46 @@ def test_loads_are_16_bytes_wide_and_the_sweeps_loop_has_no_barrier(report: list
             assert row["barriers_in_loops"] == ("gradient" in row["kernel"]), row
 
 
+def _creeping(now: Loop, table: dict[str, Loop]) -> str | None:
+    """Say what a kernel does more of than its row of the table; the memory must still bind it."""
+    before = table.get(now.kernel)
+    if before is None:
+        return f"{now.kernel} must be in the table"
+    for kind in LANES:
+        more, less = getattr(now, kind), getattr(before, kind)
+        if more > 1.03 * less + 0.3:
+            return f"{now.kernel}: {more:.1f} {kind} a column, where the table has {less:.1f}"
+    if now.bytes > before.bytes or (before.binds == "bytes") > (now.binds == "bytes"):
+        return f"{now.kernel} must be bound by {before.bytes} bytes, is by {now.binds}"
+    return None
+
+
+def test_instructions_do_not_creep(report: list[Row]) -> None:
+    """Where they are to: `python -m bench.instructions --out bench/results/aot-sm_90`, and why."""
+    table = saved(RESULTS)
+    loops = []
+    for variant in aot.variants():
+        for row in report:
+            if row["kernel"] == f"{variant[0]}-aligned" and "mufu" in row:
+                counts = {kind: float(row[kind]) for kind in LANES}
+                loops.append(Loop(variant[0], bytes_of(variant), **counts))
+    assert {loop.kernel for loop in loops} == table.keys()
+    assert [what for loop in loops if (what := _creeping(loop, table))] == []
+
+
+def test_what_creeps_is_named() -> None:
+    table = {"sweep": Loop("sweep", 4, 26.9, 8.0, 1.0), "jsd": Loop("jsd", 8, 84.0, 28.0, 4.0)}
+    same = [_creeping(loop, table) for loop in table.values()]
+    assert same == [None, None]
+    more = _creeping(Loop("sweep", 4, 26.9, 8.0, 2.0), table)
+    assert more == "sweep: 2.0 mufu a column, where the table has 1.0"
+    slower = _creeping(Loop("sweep", 4, 27.8, 8.0, 1.0), table)
+    assert slower == "sweep must be bound by 4 bytes, is by instructions"
+    assert "is by bytes" in str(_creeping(Loop("sweep", 6, 26.9, 8.0, 1.0), table))
+    assert _creeping(Loop("jsd", 8, 90.0, 28.0, 4.0), table) is not None
+    assert _creeping(Loop("new", 8, 1.0, 1.0, 1.0), table) == "new must be in the table"
+
+
 def test_instructions_of_a_loop_are_counted() -> None:
     """Two loads of four columns in a loop of 5 instructions, and two more that are jumped over."""
     listing = """
@@ -97,5 +138,10 @@ def test_instructions_of_a_loop_are_counted() -> None:
         /*0090*/                   BRA `(.L_x_2);
         /*00a0*/                   NOP;
 """
-    assert aot.loop_instructions(listing, streams=1) == 5 / 8
-    assert aot.loop_instructions(listing, streams=2) == 5 / 4
+    one = aot.loop_operations(listing, streams=1)
+    assert one == {"instructions": 5 / 8, "mufu": 0, "half_rate": 0}
+    assert aot.loop_operations(listing, streams=2)["instructions"] == 5 / 4
+    other = listing.replace("FADD R4, R4, R8", "@P0 FSETP.GT.AND P1, PT, R4, R8, PT")
+    assert aot.loop_operations(other, streams=1)["half_rate"] == 1 / 8
+    other = listing.replace("FADD R4, R4, R8", "@!P0 MUFU.EX2 R4, R4")
+    assert aot.loop_operations(other, streams=1)["mufu"] == 1 / 8
