@@ -5,10 +5,8 @@ of the ranks' losses and gradients is that of one process.
 """
 
 import itertools
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from kdrl_kernels.head import gathered
+from tests.kernels.rank_cases import assert_ok, run_cases
 from tests.kernels.two_ranks import (
     RANK_ROWS,
     SKETCHES,
@@ -252,39 +251,16 @@ CASES["fsdp2-sketched-tied"] = lambda: _check_model(
 CASES["refused-teacher_hidden"] = lambda: _check_refused("kdrl_loss", "teacher_hidden")
 
 
-def _rank(rank: int, folder: Path) -> None:
-    """Run every case in this process, and write what failed to a file."""
-    torch.set_num_threads(1)
-    store = f"file://{folder / 'store'}"
-    deadline = timedelta(seconds=DEADLINE_S)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=deadline)
-    for name, check in CASES.items():
-        try:
-            check()
-            outcome = "ok"
-        except Exception as error:  # the other rank goes on too
-            outcome = f"{type(error).__name__}: {error}"
-        (folder / f"{name}-{rank}").write_text(outcome, encoding="utf-8")
-        dist.barrier()
-    dist.destroy_process_group()
+def _cases(_ranks: int) -> dict[str, Callable[[], None]]:
+    return CASES
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder to which both ranks wrote; end processes that hang."""
-    folder = tmp_path_factory.mktemp("ranks")
-    ranks = torch.multiprocessing.spawn(_rank, (folder,), nprocs=2, join=False)
-    end = time.monotonic() + DEADLINE_S
-    try:
-        while not ranks.join(timeout=1):
-            assert time.monotonic() < end, f"two ranks took longer than {DEADLINE_S} s"
-    finally:
-        for process in ranks.processes:
-            process.kill()
-    return folder
+    """Return the folder to which both ranks wrote."""
+    return run_cases(_cases, 2, tmp_path_factory.mktemp("ranks"), DEADLINE_S)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks(case: str, outcomes: Path) -> None:
-    texts = [(outcomes / f"{case}-{rank}").read_text(encoding="utf-8") for rank in range(2)]
-    assert texts == ["ok", "ok"]
+    assert_ok(outcomes, case, 2)

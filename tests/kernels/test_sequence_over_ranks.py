@@ -4,9 +4,8 @@ A token's loss reads its own hidden state alone, so the head needs nothing from 
 the token count of them all. A loss of whole sequences (GSPO) needs one sum a sequence beside it.
 """
 
-import time
 from collections.abc import Callable
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.distributed.nn.functional import all_reduce
 from torch.testing import assert_close
 
 import kdrl_kernels as kk
+from tests.kernels.rank_cases import assert_ok, run_cases
 
 N, H, V = 14, 6, 11
 PROMPT = slice(5, 9)
@@ -144,42 +144,20 @@ def _check(loss_of: Loss) -> None:
     assert_close(piece["hidden"].grad, rows, rtol=1e-12, atol=1e-12)
 
 
-def _rank(rank: int, ranks: int, folder: Path) -> None:
-    """Check every loss in this process, and write what failed to a file."""
-    torch.set_num_threads(1)
-    store, deadline = f"file://{folder / 'store'}", timedelta(seconds=DEADLINE_S)
-    dist.init_process_group(
-        "gloo", init_method=store, rank=rank, world_size=ranks, timeout=deadline
-    )
-    for name, loss_of in LOSSES.items():
-        try:
-            _check(loss_of)
-            outcome = "ok"
-        except Exception as error:  # the other ranks go on too
-            outcome = f"{type(error).__name__}: {error}"
-        (folder / f"{name}-{rank}").write_text(outcome, encoding="utf-8")
-        dist.barrier()
-    dist.destroy_process_group()
+def _cases(_ranks: int) -> dict[str, Callable[[], None]]:
+    return {name: partial(_check, loss_of) for name, loss_of in LOSSES.items()}
 
 
 @pytest.fixture(scope="module", params=PIECES, ids=lambda ranks: f"{ranks}-ranks")
-def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder to which all ranks wrote; end processes that hang."""
-    folder = tmp_path_factory.mktemp("ranks")
+def outcomes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, Path]:
+    """Return the number of ranks, and the folder to which all wrote."""
     ranks: int = request.param
-    processes = torch.multiprocessing.spawn(_rank, (ranks, folder), nprocs=ranks, join=False)
-    end = time.monotonic() + DEADLINE_S
-    try:
-        while not processes.join(timeout=1):
-            assert time.monotonic() < end, f"{ranks} ranks took longer than {DEADLINE_S} s"
-    finally:
-        for process in processes.processes:
-            process.kill()
-    return folder
+    return ranks, run_cases(_cases, ranks, tmp_path_factory.mktemp("ranks"), DEADLINE_S)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_pieces_of_sequences_give_one_process_s_loss(name: str, outcomes: Path) -> None:
-    texts = [path.read_text(encoding="utf-8") for path in sorted(outcomes.glob(f"{name}-*"))]
-    assert len(texts) >= 2
-    assert set(texts) == {"ok"}
+def test_pieces_of_sequences_give_one_process_s_loss(name: str, outcomes: tuple[int, Path]) -> None:
+    ranks, folder = outcomes
+    assert_ok(folder, name, ranks)

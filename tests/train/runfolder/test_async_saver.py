@@ -1,7 +1,5 @@
 """With save_async a checkpoint is written while training goes on."""
 
-import resource
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +14,7 @@ from kdrl_train.ranks import ALONE
 from kdrl_train.runfolder import checkpoint
 from kdrl_train.runfolder.async_saver import Saver
 from kdrl_train.runfolder.log import read_records
+from tests.train.full_disk import full_disk
 from tests.train.runfolder.test_checkpoint import make, states, train
 from tests.train.test_train import run, without_times
 from tests.train.test_two_ranks import alone, assert_same_metrics, together
@@ -77,16 +76,10 @@ def test_ranks_write_together(config: Config) -> None:
 def test_a_full_disk_stops_the_run_after_the_step(config: Config) -> None:
     settings = config(steps=1, save_async=True)
     run(settings)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     more = replace(settings, steps=9, save_every=2, resume=True)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # a file may not grow beyond
-    try:
-        with pytest.raises(OSError, match=r"the checkpoint of step 2 must be written to .*: free"):
-            run(more)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    message = r"the checkpoint of step 2 must be written to .*: free"
+    with full_disk(20_000), pytest.raises(OSError, match=message):
+        run(more)
     names = {path.name for path in (settings.out / "checkpoints").iterdir()}
     assert names == {"LATEST", "step_000001"}
     assert len(read_records(settings.out)) < 5  # the one after the next save at the latest

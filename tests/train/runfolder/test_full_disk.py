@@ -1,9 +1,6 @@
 """Where a disk is full, the message names the file and says what to do."""
 
-import resource
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,22 +14,10 @@ from kdrl_train.runfolder.events import Events
 from kdrl_train.runfolder.trackers import TensorBoard
 from kdrl_train.tools import evaluate
 from kdrl_train.tools.report import page
+from tests.train.full_disk import full_disk
 from tests.train.run_folders import record, run_folder
 
 pytestmark = pytest.mark.fault("full disk")
-
-
-@contextmanager
-def full_disk(size: int = 10) -> Iterator[None]:
-    """Let no file grow beyond some bytes, as a disk that is full."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 RECORD = {"step": 0, "reward": 0.5, "loss": 0.25}

@@ -5,7 +5,6 @@ import json
 import os
 import pty
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -32,6 +31,7 @@ from kdrl_train.runfolder.best import FILE, resolved
 from kdrl_train.runfolder.log import read_records
 from kdrl_train.step import update
 from kdrl_train.tools import replay
+from tests.train.full_disk import full_disk
 from tests.train.ranks import DEADLINE_S, Background
 from tests.train.test_train import run, weights, without_times
 
@@ -281,16 +281,10 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(config: Config) -
 def test_a_full_disk_leaves_the_previous_checkpoint(config: Config) -> None:
     settings = config(steps=1)
     run(settings)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     more = replace(settings, steps=2, resume=True)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # a file may not grow beyond
-    try:
-        with pytest.raises(OSError, match=r"the checkpoint of step 2 must be written to .*: free"):
-            run(more)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    message = r"the checkpoint of step 2 must be written to .*: free"
+    with full_disk(20_000), pytest.raises(OSError, match=message):
+        run(more)
     names = {path.name for path in (settings.out / "checkpoints").iterdir()}
     assert names == {"LATEST", "step_000001"}
     assert without_times(run(more)) == without_times(run(config("whole", steps=2)))
