@@ -12,6 +12,8 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import cache, partial
@@ -41,6 +43,15 @@ def train_ranks(
     sabotage: a function of a module, which is called with the rank on each rank before the run.
     """
     return on_processes(ranks, partial(_train, config, sabotage))
+
+
+def torchrun(ranks: int, *arguments: str, timeout_s: float = 300) -> str:
+    """Start a module (`-m NAME OPTIONS`) on so many ranks; return what they printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(ranks), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def on_ranks(ranks: int, call: Callable[[World], Any], tensor: int = 1) -> list[Any]:

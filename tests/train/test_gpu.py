@@ -3,8 +3,6 @@
 With an absolute scale in bfloat16: what is compared are log-probabilities near -5 nats.
 """
 
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +18,7 @@ from kdrl_train.method.config import MethodConfig
 from kdrl_train.model import attention
 from kdrl_train.model.policy import Policy
 from kdrl_train.runfolder.log import Stages, read_records
+from tests.train.ranks import torchrun
 from tests.train.test_train import run
 
 pytestmark = pytest.mark.gpu
@@ -45,11 +44,7 @@ def test_one_rank_of_fsdp2_is_one_process(config: Config) -> None:
     whole, sharded = on_gpu(config("whole")), on_gpu(config("sharded"))
     run(whole)
     save_yaml(sharded, sharded.out.with_suffix(".yaml"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "1", "-m", "kdrl_train", "train"]
-    command += ["--config", str(sharded.out.with_suffix(".yaml"))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    torchrun(1, "-m", "kdrl_train", "train", "--config", str(sharded.out.with_suffix(".yaml")))
     first, other = read_records(sharded.out)[0], read_records(whole.out)[0]
     for name in ("loss", "grad_norm", "kl_teacher", "entropy"):
         assert first[name] == pytest.approx(other[name], rel=0.1, abs=1e-3), name
@@ -59,11 +54,7 @@ def test_one_rank_of_fsdp2_is_one_process(config: Config) -> None:
 def test_offloading_changes_nothing(config: Config, offload: str) -> None:
     settings = on_gpu(config(), **{offload: True})
     save_yaml(settings, settings.out.with_suffix(".yaml"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "1", "-m", "kdrl_train", "train"]
-    command += ["--config", str(settings.out.with_suffix(".yaml"))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    torchrun(1, "-m", "kdrl_train", "train", "--config", str(settings.out.with_suffix(".yaml")))
     assert len(read_records(settings.out)) == 3
 
 
