@@ -14,12 +14,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 from kdrl_kernels.integrations.trl import KdrlConfig, KdrlTrainer
 from tests.integrations.full_logits import BETA, FullLogitsTrainer
-from tests.integrations.trl_runs import arguments, logs, small_model, trained, trainer_of
+from tests.integrations.trl_runs import OLD_NAMES, arguments, logs, small_model, trained, trainer_of
 
-pytestmark = pytest.mark.filterwarnings(
-    # TRL reads names that transformers 5 calls old
-    "ignore:.*gradient_checkpointing. is deprecated and will be removed in v6:FutureWarning"
-)
+pytestmark = pytest.mark.filterwarnings(OLD_NAMES)
 TARGETS: dict[str, dict[str, Any]] = {
     "attention": {"target_modules": ["q_proj", "v_proj"]},
     "head": {"target_modules": ["q_proj", "lm_head"]},

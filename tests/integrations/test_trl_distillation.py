@@ -19,6 +19,7 @@ from kdrl_kernels.integrations.trl import (
 from tests.integrations.trl_micro_batches import kd_term
 from tests.integrations.trl_runs import (
     FAMILIES,
+    OLD_NAMES,
     arguments,
     family,
     logs,
@@ -28,10 +29,7 @@ from tests.integrations.trl_runs import (
     tokenizer,
 )
 
-pytestmark = pytest.mark.filterwarnings(
-    # TRL reads names that transformers 5 calls old
-    "ignore:.*gradient_checkpointing. is deprecated and will be removed in v6:FutureWarning",
-)
+pytestmark = pytest.mark.filterwarnings(OLD_NAMES)
 
 TEMPERATURE = 0.8
 OURS = KdrlDistillationConfig, KdrlDistillationTrainer

@@ -9,13 +9,17 @@ import pytest
 pytest.importorskip("trl")
 
 from kdrl_kernels.integrations.trl import example
-from tests.integrations.trl_runs import plain_settings, prompts, reward, small_model, tokenizer
+from tests.integrations.trl_runs import (
+    OLD_NAMES,
+    plain_settings,
+    prompts,
+    reward,
+    small_model,
+    tokenizer,
+)
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.filterwarnings(
-    # TRL reads names that transformers 5 calls old
-    "ignore:.*gradient_checkpointing.* is deprecated and will be removed in v6:FutureWarning"
-)
+pytestmark = pytest.mark.filterwarnings(OLD_NAMES)
 
 
 def test_the_kl_falls(capsys: pytest.CaptureFixture[str]) -> None:

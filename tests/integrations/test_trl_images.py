@@ -27,12 +27,9 @@ from trl import GRPOConfig, GRPOTrainer
 from kdrl_kernels.integrations.trl import KdrlConfig, KdrlTrainer
 from kdrl_train.tools.toy.models import train_tokenizer
 from tests.integrations.full_logits import BETA, FullLogitsTrainer
-from tests.integrations.trl_runs import arguments, assert_same_runs
+from tests.integrations.trl_runs import OLD_NAMES, arguments, assert_same_runs
 
-pytestmark = pytest.mark.filterwarnings(
-    # TRL reads names that transformers 5 calls old
-    "ignore:.*gradient_checkpointing. is deprecated and will be removed in v6:FutureWarning"
-)
+pytestmark = pytest.mark.filterwarnings(OLD_NAMES)
 TEMPLATE = (
     "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>"

@@ -16,6 +16,7 @@ from kdrl_kernels.integrations.trl import KdrlConfig, KdrlTrainer
 from tests.integrations.trl_runs import (
     EXPERTS,
     FAMILIES,
+    OLD_NAMES,
     arguments,
     assert_same_runs,
     family,
@@ -27,8 +28,7 @@ from tests.integrations.trl_runs import (
 )
 
 pytestmark = pytest.mark.filterwarnings(
-    # TRL reads names that transformers 5 calls old
-    "ignore:.*gradient_checkpointing.* is deprecated and will be removed in v6:FutureWarning",
+    OLD_NAMES,
     # generate passes position ids; peft leaves them out for virtual tokens
     "ignore:Position ids are not supported for parameter efficient tuning:UserWarning",
 )

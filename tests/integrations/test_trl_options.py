@@ -31,12 +31,9 @@ from tests.integrations.trl_micro_batches import (
     micro_batch,
     trainer_in_a_step,
 )
-from tests.integrations.trl_runs import arguments, small_model, trainer_of
+from tests.integrations.trl_runs import OLD_NAMES, arguments, small_model, trainer_of
 
-pytestmark = pytest.mark.filterwarnings(
-    # TRL reads names that transformers 5 calls old
-    "ignore:.*gradient_checkpointing. is deprecated and will be removed in v6:FutureWarning"
-)
+pytestmark = pytest.mark.filterwarnings(OLD_NAMES)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "cispo"])

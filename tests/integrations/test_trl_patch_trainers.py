@@ -26,6 +26,7 @@ from kdrl_kernels.integrations.trl import patch_trl, unpatch_trl
 from tests.integrations.trl_runs import (
     EXPERTS,
     FAMILIES,
+    OLD_NAMES,
     arguments,
     family,
     logs,
@@ -36,10 +37,7 @@ from tests.integrations.trl_runs import (
     tokenizer,
 )
 
-pytestmark = pytest.mark.filterwarnings(
-    # TRL reads names that transformers 5 calls old
-    "ignore:.*gradient_checkpointing.* is deprecated and will be removed in v6:FutureWarning",
-)
+pytestmark = pytest.mark.filterwarnings(OLD_NAMES)
 
 
 @pytest.fixture(autouse=True)

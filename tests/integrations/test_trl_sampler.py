@@ -8,12 +8,9 @@ import pytest
 pytest.importorskip("trl")
 
 from tests.integrations.trl_ranks import TrlRun, make_trainer
-from tests.integrations.trl_runs import assert_same_runs, logs, small_model
+from tests.integrations.trl_runs import OLD_NAMES, assert_same_runs, logs, small_model
 
-pytestmark = pytest.mark.filterwarnings(
-    # TRL reads names that transformers 5 calls old
-    "ignore:.*gradient_checkpointing. is deprecated and will be removed in v6:FutureWarning"
-)
+pytestmark = pytest.mark.filterwarnings(OLD_NAMES)
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", pytest.param("vespo", marks=pytest.mark.slow)])

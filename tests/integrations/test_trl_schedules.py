@@ -18,6 +18,7 @@ from kdrl_train.cli import parse
 from kdrl_train.model.teacher.client import TeacherError, vocabulary_hash
 from kdrl_train.tools.serve.command import ServeConfig
 from tests.integrations.trl_runs import (
+    OLD_NAMES,
     PROMPTS,
     arguments,
     logs,
@@ -30,10 +31,7 @@ from tests.integrations.trl_runs import (
 )
 from tests.train.servers import Scripted, by_position, running, teacher_app
 
-pytestmark = pytest.mark.filterwarnings(
-    # TRL reads names that transformers 5 calls old
-    "ignore:.*gradient_checkpointing. is deprecated and will be removed in v6:FutureWarning"
-)
+pytestmark = pytest.mark.filterwarnings(OLD_NAMES)
 ENDS = list(range(2, 262, 4))
 
 

@@ -32,13 +32,10 @@ from tests.integrations.trl_micro_batches import (
     reduced,
     trainer_in_a_step,
 )
-from tests.integrations.trl_runs import small_model
+from tests.integrations.trl_runs import OLD_NAMES, small_model
 from tests.train.coefficients import uniform
 
-pytestmark = pytest.mark.filterwarnings(
-    # TRL reads names that transformers 5 calls old
-    "ignore:.*gradient_checkpointing. is deprecated and will be removed in v6:FutureWarning"
-)
+pytestmark = pytest.mark.filterwarnings(OLD_NAMES)
 
 
 def _by_hand(

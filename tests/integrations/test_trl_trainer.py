@@ -11,12 +11,16 @@ pytest.importorskip("trl")
 from trl import GRPOConfig, GRPOTrainer
 
 from kdrl_kernels.integrations.trl import KdrlConfig, KdrlTrainer
-from tests.integrations.trl_runs import arguments, assert_same_runs, logs, small_model, trainer_of
-
-pytestmark = pytest.mark.filterwarnings(
-    # TRL reads names that transformers 5 calls old
-    "ignore:.*gradient_checkpointing. is deprecated and will be removed in v6:FutureWarning"
+from tests.integrations.trl_runs import (
+    OLD_NAMES,
+    arguments,
+    assert_same_runs,
+    logs,
+    small_model,
+    trainer_of,
 )
+
+pytestmark = pytest.mark.filterwarnings(OLD_NAMES)
 LOSSES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo")
 QUICK = [
     ("grpo", "token", 1, False),

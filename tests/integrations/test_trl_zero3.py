@@ -17,12 +17,9 @@ from trl.trainer import utils
 from kdrl_kernels.integrations.trl import fused, head
 from tests.integrations.test_trl_patch import Partitioned
 from tests.integrations.trl_micro_batches import gradient_of, micro_batch, trainer_in_a_step
-from tests.integrations.trl_runs import small_model
+from tests.integrations.trl_runs import OLD_NAMES, small_model
 
-pytestmark = pytest.mark.filterwarnings(
-    # TRL reads names that transformers 5 calls old
-    "ignore:.*gradient_checkpointing. is deprecated and will be removed in v6:FutureWarning"
-)
+pytestmark = pytest.mark.filterwarnings(OLD_NAMES)
 
 
 @pytest.mark.parametrize("kd", ["k2", "rkl"])

@@ -44,6 +44,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 """Heads that differ: what is special, and a family of transformers that has it."""
 disable_progress_bar()
 
+OLD_NAMES = (
+    "ignore:.*gradient_checkpointing.* is deprecated and will be removed in v6:FutureWarning"
+)
+"""A filter of warnings: TRL reads names that transformers 5 calls old."""
+
 
 @cache
 def tokenizer() -> Any:
