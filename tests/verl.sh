@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The tests that need verl, against verl itself on the CPU: bash tests/verl.sh [FOLDER [OPTIONS OF PYTEST]]
-# Prints the table of kdrl_kernels/integrations/README.md too.
+# Prints the table of kdrl_kernels/integrations/verl/README.md too.
 # FOLDER: of a virtual environment, about 3 GB, made there if it is absent and kept; by default a
 # temporary one, deleted afterwards. Linux.
 set -euo pipefail

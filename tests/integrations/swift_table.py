@@ -1,4 +1,4 @@
-"""Prints the table of kdrl_kernels/integrations/README.md: what ms-swift prints, and with ours.
+"""Prints the table of integrations/swift/README.md: what ms-swift prints, and with ours.
 
 `python -m tests.integrations.swift_table`, in the environment of tests/swift.sh.
 """

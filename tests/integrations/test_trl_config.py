@@ -11,7 +11,7 @@ import pytest
 from trl import GRPOConfig, TrlParser
 
 import kdrl_kernels as kk
-from kdrl_kernels import integrations
+from kdrl_kernels.integrations import trl
 from kdrl_kernels.integrations.trl import KdrlConfig
 from kdrl_train.method.config import MethodConfig, ScheduleConfig
 
@@ -167,8 +167,8 @@ def test_a_clip_range_that_objective_has_not_is_named_as_in_trl(tmp_path: Path) 
 
 
 def test_the_guide_lists_every_option_with_its_default() -> None:
-    text = Path(integrations.__file__).with_name("README.md").read_text(encoding="utf-8")
-    section = text.split("### KdrlTrainer")[1].split("\n### ")[0]
+    text = Path(trl.__file__).with_name("README.md").read_text(encoding="utf-8")
+    section = text.split("## KdrlTrainer")[1].split("\n## ")[0]
     table = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", section, flags=re.MULTILINE))
     defaults = {one.name: one.default for one in fields(KdrlConfig) if one.name in NEW}
     assert {name: ast.literal_eval(value) for name, value in table.items()} == defaults

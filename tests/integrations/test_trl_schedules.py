@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch.testing import assert_close
 from trl import GRPOConfig, GRPOTrainer
 
-from kdrl_kernels import integrations
+from kdrl_kernels.integrations import trl
 from kdrl_kernels.integrations.trl import KdrlConfig, KdrlTrainer
 from kdrl_train.cli import parse
 from kdrl_train.model.teacher.client import TeacherError, vocabulary_hash
@@ -370,8 +370,8 @@ def test_the_student_is_no_teacher(tmp_path: Path) -> None:
 
 def test_the_guides_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text = Path(integrations.__file__).with_name("README.md").read_text(encoding="utf-8")
-    section = text.split("### KdrlTrainer")[1].split("\n## ")[0].split("\n### ")[0]
+    text = Path(trl.__file__).with_name("README.md").read_text(encoding="utf-8")
+    section = text.split("## KdrlTrainer")[1].split("\n## ")[0]
     more = plain_settings(tmp_path)
     del more["output_dir"]
     names: dict[str, Any] = {

@@ -276,8 +276,8 @@ def test_a_second_loading_changes_nothing() -> None:
 
 
 def overrides() -> list[str]:
-    """Read the settings of the command line in the page on hosts."""
-    page = Path(__file__).parents[2] / "kdrl_kernels" / "integrations" / "README.md"
+    """Read the settings of the command line in the page on verl."""
+    page = Path(__file__).parents[2] / "kdrl_kernels" / "integrations" / "verl" / "README.md"
     command = re.search(r"```bash\npython -m verl.trainer.main_ppo(.*?)```", page.read_text(), re.S)
     assert command is not None
     return shlex.split(command[1].replace("\\\n", " "))

@@ -12,7 +12,7 @@ names changes:
                                              mask and clamp, and "kdrl_topk_rkl", "kdrl_topk_fkl",
                                              "kdrl_topk_jsd"
 
-integrations/README.md shows a command line.
+README.md here shows a command line.
 """
 
 import logging
