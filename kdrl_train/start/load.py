@@ -25,8 +25,9 @@ from kdrl_train.model.load import (
 from kdrl_train.model.mover import Mover
 from kdrl_train.model.policy import Policy, Teacher
 from kdrl_train.model.self_teacher import BaseTeacher, LiveTeacher, has_no_copy
-from kdrl_train.model.teacher.client import TeacherClient, connect
+from kdrl_train.model.teacher.client import TeacherClient
 from kdrl_train.model.teacher.head import ServedHead, load_head
+from kdrl_train.model.teacher.openai import connect
 from kdrl_train.model.window import window
 from kdrl_train.ranks import ALONE, World
 from kdrl_train.rollouts.problems import (

@@ -14,13 +14,13 @@ from kdrl_train.config import TrainConfig
 from kdrl_train.exchange import NoReplyError
 from kdrl_train.model.teacher.client import (
     KdrlClient,
-    OpenAiClient,
     Query,
     TeacherClient,
     TeacherError,
     vocabulary_hash,
 )
 from kdrl_train.model.teacher.head import ServedHead
+from kdrl_train.model.teacher.openai import OpenAiClient
 from kdrl_train.proxies import is_exposed
 from kdrl_train.rollouts.problems import encode_prompt
 

@@ -31,7 +31,7 @@ from kdrl_train.model.eos import eos_ids
 from kdrl_train.model.folder import read_config, refusal
 from kdrl_train.model.load import load_model, load_tokenizer
 from kdrl_train.model.policy import HeadedModel
-from kdrl_train.model.teacher.client import connect
+from kdrl_train.model.teacher.openai import connect
 from kdrl_train.rollouts.problems import ProblemSet, PromptFacts, encode_prompt
 from kdrl_train.rollouts.reward_inputs import reward_inputs
 from kdrl_train.rollouts.sampler import SampleRequest, generate_rollouts

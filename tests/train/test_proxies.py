@@ -14,7 +14,8 @@ pytest.importorskip("uvicorn")
 
 from kdrl_train.config import ModelConfig, TeacherConfig
 from kdrl_train.errors import EngineError
-from kdrl_train.model.teacher.client import TeacherError, connect
+from kdrl_train.model.teacher.client import TeacherError
+from kdrl_train.model.teacher.openai import connect
 from kdrl_train.proxies import is_exposed, is_loopback, proxy_note
 from kdrl_train.rollouts.engines.vllm_client import VllmClient
 from tests.train.servers import Scripted, by_position, running

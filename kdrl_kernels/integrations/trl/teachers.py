@@ -22,8 +22,9 @@ from kdrl_train.batch import Rollouts
 from kdrl_train.config import TrainConfig
 from kdrl_train.model.eos import eos_ids
 from kdrl_train.model.load import load_tokenizer
-from kdrl_train.model.teacher.client import TeacherError, TeacherInfo, connect, differing_token
+from kdrl_train.model.teacher.client import TeacherError, TeacherInfo, differing_token
 from kdrl_train.model.teacher.identity import check_same_teacher, keep_teacher
+from kdrl_train.model.teacher.openai import connect
 from kdrl_train.model.teacher.remote import RemoteTeacher
 from kdrl_train.start.teacher_server import check_same_tokens, check_server
 

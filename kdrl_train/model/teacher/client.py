@@ -1,12 +1,5 @@
-"""Sends one query to a teacher behind a URL, in one of the two formats that it may speak.
-
-kdrl is the format of `python -m kdrl_train serve`. openai is what vLLM does, by its sources of
-2026: the reply to POST /v1/completions with `"prompt": ids, "max_tokens": 1, "prompt_logprobs": 0`
-holds `choices[0].prompt_logprobs`, which is null for the first token, and for each other one a
-mapping from its id, as text, to {"logprob", "rank", "decoded_token"}. These log-probabilities are
-at temperature 1, whatever the request says, over all columns of the model's head; -inf is sent as
--9999.
-"""
+"""Sends one query to a teacher behind a URL, in the format of `python -m kdrl_train serve`; another
+format is in openai.py."""
 
 import hashlib
 import json
@@ -21,16 +14,14 @@ import torch
 from torch import Tensor
 
 from kdrl_train.batch import TopkScores
-from kdrl_train.config import ModelConfig, TeacherConfig
+from kdrl_train.config import TeacherConfig
 from kdrl_train.errors import RunError
 from kdrl_train.exchange import BadReplyError, Exchange, NoReplyError, member, only, typed
 from kdrl_train.model.teacher.replies import (
     Shapes,
     described,
-    integer,
     logprob_problem,
     most_bytes,
-    of_completion,
     read_arrays,
     topk_problem,
 )
@@ -279,65 +270,6 @@ class KdrlClient(TeacherClient):
             )
 
 
-class OpenAiClient(TeacherClient):
-    """Talks to vLLM, or to another server that returns prompt_logprobs as vLLM does."""
-
-    def _info(self, name: str | None) -> TeacherInfo:
-        reply = self._send("its models", "/v1/models", None, self.timeout_s)
-        try:
-            models = {member(m, "id", str): m for m in member(reply, "data", list)}
-            longest = {
-                name: integer(model["max_model_len"], "max_model_len", 1)
-                for name, model in models.items()
-                if model.get("max_model_len") is not None
-            }
-        except BadReplyError as error:
-            raise self._wrong("/v1/models", error) from error
-        if name is None and len(models) == 1:
-            (name,) = models
-        if name is None or name not in models:
-            raise TeacherError(
-                f"teacher.name must be a model of {self.url}, got {name}: it has "
-                f"{', '.join(models)[:500]}"
-            )
-        # the server generates one token for each query, which needs a place in the window too
-        return TeacherInfo(model=name, window=longest[name] - 1 if name in longest else None)
-
-    def _values(self, query: Query, timeout_s: float) -> list[Any]:
-        return [entry.get("logprob") for entry in self._entries(query, timeout_s)]
-
-    def texts(self, query: Query) -> list[str | None]:
-        """Return the text of each token of the completion; None where the server does not say."""
-        entries = self._entries(query, self.timeout_s)
-        try:
-            none = type(None)
-            return [typed(e.get("decoded_token"), "decoded_token", str, none) for e in entries]
-        except BadReplyError as error:
-            raise self._wrong(str(query), error) from error
-
-    def _entries(self, query: Query, timeout_s: float) -> list[dict[str, Any]]:
-        ids = query.prompt_ids + query.completion_ids
-        body = {
-            "model": self.info.model,
-            "prompt": ids,
-            "max_tokens": 1,
-            "temperature": query.temperature,
-            "prompt_logprobs": 0,  # of the tokens themselves, and of no other
-        }
-        reply = self._send(str(query), "/v1/completions", body, timeout_s, len(ids))
-        try:
-            choice = typed(only(reply, "choices"), "choice", dict)
-            entries = choice.get("prompt_logprobs")
-            if entries is not None:
-                return of_completion(entries, ids, len(query.prompt_ids))
-        except BadReplyError as error:
-            raise self._wrong(str(query), error) from error
-        raise TeacherError(
-            f"the teacher at {self.url} must return prompt log-probabilities, got none for "
-            f"{query}: use vLLM, or `python -m kdrl_train serve`"
-        )
-
-
 def _sequences(query: Query) -> list[dict[str, Any]]:
     """Write the only sequence of a request to our server."""
     ids = query.prompt_ids + query.completion_ids
@@ -351,13 +283,6 @@ def _score_body(query: Query) -> dict[str, Any]:
         "temperature": query.temperature,
         "vocab_size": query.sampled_vocab_size,
     }
-
-
-def connect(model: ModelConfig, config: TeacherConfig, url: str | None = None) -> TeacherClient:
-    """Make a client of the server at a URL; None: model.teacher. Raises: TeacherError unless it is
-    ready."""
-    url = url or str(model.teacher)
-    return KdrlClient(url, config) if model.teacher_api == "kdrl" else OpenAiClient(url, config)
 
 
 def differing_token(policy: Any, teacher: Any) -> tuple[int, str | None, str | None] | None:

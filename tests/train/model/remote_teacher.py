@@ -8,7 +8,7 @@ import torch
 
 from kdrl_train.batch import Rollouts
 from kdrl_train.config import ModelConfig, TeacherConfig, TrainConfig
-from kdrl_train.model.teacher.client import connect
+from kdrl_train.model.teacher.openai import connect
 from kdrl_train.model.teacher.remote import RemoteTeacher
 
 

@@ -18,7 +18,8 @@ from kdrl_train.batch import TopkScores
 from kdrl_train.config import ModelConfig, TeacherConfig, TrainConfig
 from kdrl_train.exchange import REPLY_BYTES
 from kdrl_train.method.config import MethodConfig
-from kdrl_train.model.teacher.client import KdrlClient, Query, TeacherError, connect
+from kdrl_train.model.teacher.client import KdrlClient, Query, TeacherError
+from kdrl_train.model.teacher.openai import connect
 from kdrl_train.model.teacher.remote import RemoteTeacher
 from kdrl_train.model.teacher.replies import most_bytes, topk_problem
 from kdrl_train.tools.serve import replies

@@ -14,7 +14,8 @@ from fastapi.responses import StreamingResponse
 from kdrl_train import waiting
 from kdrl_train.config import ModelConfig, TeacherConfig
 from kdrl_train.model.teacher import remote
-from kdrl_train.model.teacher.client import UNKNOWN, OpenAiClient, Query, TeacherError, connect
+from kdrl_train.model.teacher.client import UNKNOWN, Query, TeacherError
+from kdrl_train.model.teacher.openai import OpenAiClient, connect
 from tests.train.model.remote_teacher import ALL, VERSION, Connected, FakeExchange, rollouts
 from tests.train.servers import Scripted, running
 from tests.train.wrong_values import replaced

@@ -24,7 +24,8 @@ from kdrl_train.errors import EngineError
 from kdrl_train.method.config import MethodConfig, ScheduleConfig
 from kdrl_train.model.load import load_policy, load_tokenizer
 from kdrl_train.model.policy import Policy
-from kdrl_train.model.teacher.client import Query, connect
+from kdrl_train.model.teacher.client import Query
+from kdrl_train.model.teacher.openai import connect
 from kdrl_train.ranks import ALONE
 from kdrl_train.rollouts.engines import open_engine
 from kdrl_train.rollouts.engines.vllm import VllmEngine

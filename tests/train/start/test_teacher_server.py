@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 from kdrl_train import cli
 from kdrl_train.config import ModelConfig, TeacherConfig
 from kdrl_train.model.load import load_model
-from kdrl_train.model.teacher.client import connect, vocabulary_hash
+from kdrl_train.model.teacher.client import vocabulary_hash
+from kdrl_train.model.teacher.openai import connect
 from kdrl_train.start import teacher_server
 from kdrl_train.tools.evaluate import common_width
 from tests.train.servers import Scripted, by_position, free_port, running, status, teacher_app

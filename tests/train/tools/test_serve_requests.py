@@ -16,7 +16,8 @@ pytest.importorskip("uvicorn")
 import httpx2
 
 from kdrl_train.config import ModelConfig, TeacherConfig
-from kdrl_train.model.teacher.client import Query, TeacherError, connect
+from kdrl_train.model.teacher.client import Query, TeacherError
+from kdrl_train.model.teacher.openai import connect
 from kdrl_train.tools.serve import app as app_module
 from kdrl_train.tools.serve import command, requests
 from kdrl_train.tools.serve.app import make
