@@ -10,4 +10,4 @@ install() {
     "$venv/bin/pip" install -q mpmath pebble tyro rich PyYAML datasets httpx2 pytest pytest-xdist hypothesis
 }
 . tests/environment.sh "${1:-}"
-"$venv/bin/python" -m pytest -m vllm -n 0 tests/train/rollouts/test_vllm.py "${@:2}"
+"$venv/bin/python" -m pytest -m vllm -n 0 tests/train/rollouts/test_vllm.py tests/train/rollouts/test_vllm_states.py "${@:2}"

@@ -207,12 +207,11 @@ class TrainConfig:
                 f"whose LM head alone is read; or {instead}; or load the teacher here "
                 "(model.teacher: its folder)"
             )
-        if (method.is_exact or method.is_topk) and self.model.teacher_api != "kdrl":
+        if method.is_topk and self.model.teacher_api != "kdrl":
             raise ValueError(
-                f'model.teacher_api must be "kdrl" for method.kd "{method.kd}" and kd_baseline '
-                f"{method.kd_baseline} with a teacher behind a URL, got "
-                f'"{self.model.teacher_api}": such servers score sampled tokens only; serve the '
-                "teacher with `python -m kdrl_train serve`"
+                f'model.teacher_api must be "kdrl" for method.kd "{method.kd}" with a teacher '
+                f'behind a URL, got "{self.model.teacher_api}": the likeliest tokens of such '
+                "servers are not read; serve the teacher with `python -m kdrl_train serve`"
             )
         if method.is_exact and self.model.tensor_parallel > 1:
             raise ValueError(
@@ -221,7 +220,8 @@ class TrainConfig:
                 f"{self.model.tensor_parallel}: each rank has the teacher's whole head; load the "
                 "teacher here (model.teacher: its folder)"
             )
-        if self.model.teacher_api == "openai" and self.sampling.temperature != 1.0:
+        sampled_alone = self.model.teacher_api == "openai" and not method.is_exact
+        if sampled_alone and self.sampling.temperature != 1.0:
             raise ValueError(
                 'sampling.temperature must be 1 with model.teacher_api "openai", got '
                 f"{self.sampling.temperature}: such servers give prompt log-probabilities at 1, "

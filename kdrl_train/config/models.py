@@ -92,7 +92,8 @@ class ModelConfig:
     a step moves each of them once. Not under torchrun, where offload_teacher does as much."""
     teacher_api: Literal["kdrl", "openai"] = "kdrl"
     """The protocol of a teacher behind a URL: kdrl (`python -m kdrl_train serve`) or openai (vLLM,
-    or another server whose /v1/completions returns prompt log-probabilities)."""
+    or another server whose /v1/completions returns prompt log-probabilities; for exact divergences
+    a vLLM whose /pooling returns hidden states)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the models. It holds for the forward pass, the backward pass and the teacher.
     The policy's weights and AdamW's moments are always float32: at a learning rate of 1e-6 a
@@ -257,9 +258,9 @@ class TeacherConfig:
     """How a teacher behind a URL is queried, and its head. Results do not depend on it."""
 
     head: str | None = None
-    """Folder or hub id of the model that the server at model.teacher has; its LM head alone is
-    read. With it method.kd may be an exact divergence (rkl, fkl, jsd, rkl+fkl) and kd_baseline kl:
-    the server sends its hidden states."""
+    """Folder or hub id of the model that the server at model.teacher has; its LM head alone is read
+    (by `check` also the final norm, with vLLM). With it method.kd may be an exact divergence (rkl,
+    fkl, jsd, rkl+fkl) and kd_baseline kl: the server sends its hidden states."""
     heads: dict[str, str] = field(default_factory=dict, hash=False)
     """Of model.teachers behind URLs: name -> what `head` is for model.teacher: {code: folder}."""
     name: str | None = None

@@ -67,7 +67,9 @@ class LoadedTeacher:
 
     @property
     def vocab_size(self) -> int | None:
-        """Number of columns of its head; None: its server does not say."""
+        """Number of columns of its head; None: its server does not say, and no head was read."""
+        if self.head is not None:
+            return len(self.head.weight)
         source = self.model or self.server
         return None if source is None else source.vocab_size
 
@@ -254,7 +256,7 @@ def load_one(config: TrainConfig, world: World, name: str, mover: Mover | None) 
     if is_url(place):
         output.begin(f"connecting to the teacher, {place}", at_once=True)
         one = config.teacher.of(name)
-        server = connect(config.model, one, place)
+        server = connect(config.model, one, place, states=config.method.is_exact)
         head = load_served_head(config, server, world, name)
         return LoadedTeacher(name, key, place, server=server, head=head)
     is_self, model = place == SELF, None

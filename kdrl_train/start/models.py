@@ -12,11 +12,18 @@ from kdrl_train.model.fsdp import gathered
 from kdrl_train.model.policy import HeadedModel, Teacher
 from kdrl_train.model.probe import probe
 from kdrl_train.model.self_teacher import LiveTeacher
+from kdrl_train.model.teacher.openai import PoolingClient
 from kdrl_train.model.weights import Origin, some
 from kdrl_train.rollouts.problems import encode_prompt
 from kdrl_train.start.load import Loaded, LoadedTeacher
 from kdrl_train.start.prompts import PROBE_PROMPTS, check_server_tokenizer, check_tokenizers
-from kdrl_train.start.teacher_server import check_head, check_scores, check_server, check_topk
+from kdrl_train.start.teacher_server import (
+    check_head,
+    check_scores,
+    check_server,
+    check_states,
+    check_topk,
+)
 
 
 def teacher_checks(
@@ -62,9 +69,13 @@ def _checks_of(
     checks = {
         "teacher server": lambda: check_server(server),
         "tokenizers": lambda: check_server_tokenizer(config, loaded, server),
-        "teacher probe": lambda: check_scores(config, server, tokenizer, examples),
     }
-    if (head := teacher.head) is not None:
+    head = teacher.head
+    if head is not None and isinstance(server, PoolingClient):  # it has no head, and no scores
+        checks["served head"] = lambda: check_states(config, server, head, tokenizer, examples)
+        return checks
+    checks["teacher probe"] = lambda: check_scores(config, server, tokenizer, examples)
+    if head is not None:
         checks["served head"] = lambda: check_head(config, server, head, tokenizer, examples)
     if config.method.is_topk:
         checks["likeliest tokens"] = lambda: check_topk(config, server, tokenizer, examples)

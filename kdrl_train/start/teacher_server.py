@@ -4,9 +4,11 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 import kdrl_kernels as kk
 from kdrl_train.batch import Example
@@ -19,8 +21,8 @@ from kdrl_train.model.teacher.client import (
     TeacherError,
     vocabulary_hash,
 )
-from kdrl_train.model.teacher.head import ServedHead
-from kdrl_train.model.teacher.openai import OpenAiClient
+from kdrl_train.model.teacher.head import ServedHead, load_norm, normal_rms
+from kdrl_train.model.teacher.openai import OpenAiClient, PoolingClient
 from kdrl_train.proxies import is_exposed
 from kdrl_train.rollouts.problems import encode_prompt
 
@@ -29,6 +31,8 @@ T = TypeVar("T")
 ROUNDING = {"float32": 1e-3, "bfloat16": 0.05}
 """Largest mean difference of log-probabilities, in nats, that is rounding alone, by the coarser
 dtype of server and trainer."""
+RMS_ERROR = 0.05
+"""How far from 1 rounding to bfloat16, and the epsilon of the norm, may bring normal_rms."""
 PROBE_TOKENS = 256
 """Number of tokens, spread over the vocabulary, whose texts are compared without a hash of it."""
 
@@ -127,17 +131,7 @@ def check_head(
             query = Query(f"prompt {example.id}", ids[:1], ids[1:], temperature=temperature)
             states = _query_once(client.states, query)
             scores = _query_once(client.logprobs, query)
-            teacher = head.of(states, len(states))
-            tokens = torch.tensor(ids[1:], device=head.weight.device)
-            out = kk.linear_logprobs(
-                teacher.hidden,
-                teacher.weight,
-                tokens,
-                bias=teacher.bias,
-                temperature=teacher.temperature,
-                softcap=teacher.softcap,
-            )
-            differences.append((out.logprobs.float().cpu() - scores).abs())
+            differences.append((_logprobs(head, states, ids[1:]) - scores).abs())
     mean = torch.cat(differences).mean().item() if differences else 0.0
     coarsest = "bfloat16" if "bfloat16" in (client.info.dtype, config.model.dtype) else "float32"
     if not mean <= ROUNDING[coarsest]:
@@ -152,6 +146,70 @@ def check_head(
     )
 
 
+def check_states(
+    config: TrainConfig,
+    client: PoolingClient,
+    head: ServedHead,
+    tokenizer: Any,
+    examples: list[Example],
+) -> str:
+    """Check on a few prompts that a server without a head gives what its model's head reads: what
+    the final norm gives.
+
+    Raises: ValueError where it does not; UserWarning where it may have another model than the head
+        is of, since it gives no log-probabilities to compare with.
+    """
+    norm = load_norm(head.key, head.name, config.model.trust_remote_code)
+    rms, logprobs = [], []
+    for example in examples:
+        ids = encode_prompt(tokenizer, example, config.data)
+        if len(ids) > 1:
+            states = _query_once(client.states, Query(f"prompt {example.id}", ids[:1], ids[1:]))
+            logprobs.append(_logprobs(head, states, ids[1:]))
+            rms.append(torch.ones(1) if norm is None else normal_rms(norm, states))
+    error = (torch.cat(rms) - 1).abs().max().item() if rms else 0.0
+    if not error <= RMS_ERROR:
+        raise ValueError(
+            f"{head.key} must be of the model at {client.url}, and its states what the final norm "
+            f"gives, got states that the norm of {head.name} cannot give, by {error:.0%}: name the "
+            "folder or hub id that is served, or serve it with `python -m kdrl_train serve` (vLLM "
+            "gives states before the norm for some families)"
+        )
+    mean = torch.cat(logprobs).mean().item() if logprobs else 0.0
+    uniform = -math.log(len(head.weight))
+    said = (
+        f"{len(head.weight):,} columns, {head.bytes / 1e9:.2f} GB on each rank; {mean:.2f} nats "
+        f"per prompt token (uniform guess: {uniform:.2f}); {_states_said(config, client)}"
+    )
+    other = client.root is None or Path(client.root) != Path(head.name)
+    doubts = {
+        f"the server has loaded {client.root or 'a model that it does not name'}": other,
+        "its final norm is not known, so that the states are not compared with it": norm is None,
+        "it predicts prompts worse than a uniform guess would": mean < uniform - 1e-3,
+    }
+    if any(doubts.values()):
+        listed = "; ".join(doubt for doubt, true in doubts.items() if true)
+        raise UserWarning(
+            f"{head.key} must be of the model that is served, got {head.name}, which cannot be "
+            f"told for sure: {listed} ({said})"
+        )
+    return said
+
+
+def _logprobs(head: ServedHead, states: Tensor, ids: list[int]) -> Tensor:
+    """Return the log-probability [T] of each token by the state [T, H_t] before it, on the CPU."""
+    teacher = head.of(states, len(states))
+    out = kk.linear_logprobs(
+        teacher.hidden,
+        teacher.weight,
+        torch.tensor(ids, device=head.weight.device),
+        bias=teacher.bias,
+        temperature=teacher.temperature,
+        softcap=teacher.softcap,
+    )
+    return out.logprobs.float().cpu()
+
+
 def _states_said(config: TrainConfig, client: TeacherClient) -> str:
     """Say how much memory the states of a step take.
 
@@ -159,7 +217,7 @@ def _states_said(config: TrainConfig, client: TeacherClient) -> str:
     """
     sampling, size = config.sampling, client.info.hidden_size or 0
     R, T = sampling.prompts_per_step * sampling.group_size, sampling.max_new_tokens
-    width = 4 if (client.info.dtype, config.model.dtype) == ("float32", "float32") else 2
+    width = 2 if "bfloat16" in (client.info.dtype, config.model.dtype) else 4
     total = R * T * size * width
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     said = (

@@ -5,6 +5,7 @@ distribution, at the exact place where the server computes it.
 """
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,7 @@ def load_head(
         config = read_config(name, trusted)
         if is_adapter(name):
             raise ValueError(OF_AN_ADAPTER)
-        with torch.device("meta"):
-            model = auto_class(config).from_config(config, trust_remote_code=trusted)
+        model = _without_weights(config, trusted)
         module = model.get_output_embeddings()
         if module is None:
             raise ValueError("it has no LM head")
@@ -116,6 +116,48 @@ def load_head(
     return ServedHead(key, name, weight.to(device, dtype), bias, at, cap)
 
 
+def load_norm(key: str, name: str, trusted: bool = False) -> torch.nn.Module | None:
+    """Read the final norm of a model, in float32: what its head reads comes out of it.
+
+    key, name, trusted: as load_head.
+
+    Returns: None where it is not known which module that is.
+    Raises: ValueError where it cannot be read.
+    """
+    try:
+        model = _without_weights(read_config(name, trusted), trusted)
+        width = model.get_output_embeddings().weight.shape[1:]
+        norms = [
+            module
+            for module in model.get_decoder().children()
+            if "norm" in type(module).__name__.lower() and module.weight.shape == width
+        ]
+        if len(norms) != 1:
+            return None
+        module = deepcopy(norms[0]).float().to_empty(device="cpu")
+        for part, parameter in norms[0].named_parameters():
+            module.get_parameter(part).data.copy_(_read(name, model, parameter))
+    except Exception as error:  # as load_head
+        raise refusal(key, name, one_line(error)) from error
+    return module
+
+
+@torch.no_grad()
+def normal_rms(norm: torch.nn.Module, states: Tensor) -> Tensor:
+    """Return the root mean square [T] of states [T, H] without shift and scale of a norm; all are
+    near 1 where the states came out of it.
+
+    RMSNorm and LayerNorm give shift + scale · x for an x of mean 0 and mean square 1, as the signs
+    +1, -1, +1, ... are.
+    """
+    H = states.shape[1]
+    signs = 1.0 - 2.0 * (torch.arange(H) % 2)
+    shift = norm(torch.zeros(1, H))[0]
+    scale = norm(signs[None])[0] - shift  # up to the signs, which squares do not show
+    used = scale.abs() > 1e-3 * scale.abs().max()  # a channel may be switched off
+    return ((states.float() - shift)[:, used] / scale[used]).square().mean(dim=1).sqrt()
+
+
 def logit_numbers(config: Any) -> tuple[float, float | None]:
     """Return logit_scale and softcap, as in TeacherInfo, of a text model's configuration."""
     scale, (_, cap) = logit_scale(config), head_scalars(config)
@@ -129,18 +171,25 @@ def _check_fits(
 
     head: names it in messages.
     """
-    served = {
-        "columns": (len(weight), info.vocab_size),
-        "numbers in a state": (weight.shape[1], info.hidden_size),
-        "as logit_scale": (scale, info.logit_scale),
-        "as softcap": (softcap, info.softcap),
-    }
+    served: dict[str, tuple[Any, Any]] = {"numbers in a state": (weight.shape[1], info.hidden_size)}
+    if info.vocab_size is not None:  # vLLM does not say
+        served |= {
+            "columns": (len(weight), info.vocab_size),
+            "as logit_scale": (scale, info.logit_scale),
+            "as softcap": (softcap, info.softcap),
+        }
     for what, (ours, theirs) in served.items():
         if ours != theirs:
             raise ValueError(
                 f"{head} must be the head of {info.model}, which the server has, got {ours} "
                 f"{what}, and {theirs} there: name the folder or hub id that is served"
             )
+
+
+def _without_weights(config: Any, trusted: bool) -> Any:
+    """Make a model whose parameters are on the meta device."""
+    with torch.device("meta"):
+        return auto_class(config).from_config(config, trust_remote_code=trusted)
 
 
 def _read(name: str, model: Any, parameter: Tensor) -> Tensor:

@@ -5,12 +5,22 @@ Log-probabilities: the reply to POST /v1/completions with `"prompt": ids, "max_t
 each other one a mapping from its id, as text, to {"logprob", "rank", "decoded_token"}. They are at
 temperature 1, whatever the request says, over all columns of the model's head; -inf is sent as
 -9999.
+
+Hidden states: the reply to POST /pooling with `"task": "token_embed"` holds the numbers of the
+state of each token and nothing else, with `"encoding_format": "bytes"`; scaled to length 1 unless
+`"use_activation": false`.
 """
 
+import sys
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from kdrl_train.config import ModelConfig, TeacherConfig
-from kdrl_train.exchange import BadReplyError, member, only, typed
+from kdrl_train.exchange import REPLY_BYTES, BadReplyError, NoReplyError, member, only, typed
 from kdrl_train.model.teacher.client import (
     KdrlClient,
     Query,
@@ -18,7 +28,12 @@ from kdrl_train.model.teacher.client import (
     TeacherError,
     TeacherInfo,
 )
-from kdrl_train.model.teacher.replies import integer, of_completion
+from kdrl_train.model.teacher.replies import integer, of_completion, read_states
+
+START = """--runner pooling --convert embed --pooler-config '{"task": "token_embed"}'"""
+"""The options of vLLM with which it gives hidden states."""
+CONNECTIONS = 16
+"""How many tokens' texts are requested at the same time."""
 
 
 class OpenAiClient(TeacherClient):
@@ -84,8 +99,104 @@ class OpenAiClient(TeacherClient):
         )
 
 
-def connect(model: ModelConfig, config: TeacherConfig, url: str | None = None) -> TeacherClient:
-    """Make a client of the server at a URL; None: model.teacher. Raises: TeacherError unless it is
-    ready."""
+class PoolingClient(OpenAiClient):
+    """Talks to a vLLM that runs the teacher without its LM head, and gives the states it reads.
+
+    dtype: that in which the states are sent.
+    """
+
+    def __init__(self, url: str, config: TeacherConfig, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.root: str | None = None
+        """The folder or hub id that the server has loaded; None: it does not say."""
+        super().__init__(url, config)
+
+    def _info(self, name: str | None) -> TeacherInfo:
+        model = self._model(name)
+        try:
+            self.root = typed(model.get("root"), "root", str, type(None))
+        except BadReplyError as error:
+            raise self._wrong("/v1/models", error) from error
+        longest = model.get("max_model_len")  # the last token is not sent
+        info = TeacherInfo(model=model["id"], window=None if longest is None else longest + 1)
+        data = self._pooled("one token", info.model, [0], self.timeout_s, REPLY_BYTES)
+        return replace(info, hidden_size=len(data) // self.dtype.itemsize)
+
+    def states(self, query: Query, timeout_s: float | None = None) -> Tensor:
+        """Return what the teacher's head reads to predict each token of the completion: [T, H_t],
+        in the dtype of the client.
+
+        Raises: as logprobs.
+        """
+        assert self.info.hidden_size is not None
+        ids = (query.prompt_ids + query.completion_ids)[:-1]
+        shape = (len(ids), self.info.hidden_size)
+        most = REPLY_BYTES + len(ids) * self.info.hidden_size * self.dtype.itemsize
+        data = self._pooled(str(query), self.info.model, ids, timeout_s or self.timeout_s, most)
+        try:
+            states = read_states(data, self.dtype, shape)
+        except BadReplyError as error:
+            raise TeacherError(
+                f"the teacher at {self.url} must give the states that its head reads for {query}, "
+                f"got {error}: see the server's log and version"
+            ) from error
+        return states[len(query.prompt_ids) - 1 :].clone()  # those of the prompt are not kept
+
+    def texts(self, query: Query) -> list[str | None]:
+        """Return the text of each token of the completion."""
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            return list(pool.map(self._text, query.completion_ids))
+
+    def _text(self, token: int) -> str:
+        body = {"model": self.info.model, "tokens": [token]}
+        reply = self._send("the text of a token", "/detokenize", body, self.timeout_s)
+        try:
+            text: str = member(reply, "prompt", str)
+        except BadReplyError as error:
+            raise self._wrong("/detokenize", error) from error
+        return text
+
+    def _pooled(self, what: str, model: str, ids: list[int], timeout_s: float, most: int) -> bytes:
+        """Return the bytes of the states of tokens.
+
+        Args:
+            what: names in messages what the request is for.
+            most: bytes of the longest reply that is read.
+        """
+        body = {
+            "model": model,
+            "input": ids,
+            "task": "token_embed",
+            "use_activation": False,  # else they are scaled to length 1
+            "encoding_format": "bytes",
+            "embed_dtype": str(self.dtype).removeprefix("torch."),
+            "endianness": sys.byteorder,
+        }
+        try:
+            work = self._exchange.data("POST", "/pooling", body, timeout_s, most)
+            return self._exchange.start(work).result()
+        except CancelledError as error:
+            raise NoReplyError("an end of the client") from error
+        except BadReplyError as error:
+            raise TeacherError(
+                f"the teacher at {self.url} must give hidden states for {what}, got {error}: start "
+                f"vLLM with {START}, or see the server's log"
+            ) from error
+
+
+def connect(
+    model: ModelConfig, config: TeacherConfig, url: str | None = None, *, states: bool = False
+) -> TeacherClient:
+    """Make a client of the server at a URL.
+
+    Args:
+        url: None: model.teacher.
+        states: whether it must give hidden states.
+    Raises: TeacherError unless it is ready.
+    """
     url = url or str(model.teacher)
-    return KdrlClient(url, config) if model.teacher_api == "kdrl" else OpenAiClient(url, config)
+    if model.teacher_api == "kdrl":
+        return KdrlClient(url, config)
+    if states:
+        return PoolingClient(url, config, getattr(torch, model.dtype))
+    return OpenAiClient(url, config)

@@ -15,6 +15,7 @@ from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.schedules import History, schedule_value
 from kdrl_train.model.teacher.client import KdrlClient, Query, TeacherClient, TeacherError
 from kdrl_train.model.teacher.head import ServedHead
+from kdrl_train.model.teacher.openai import PoolingClient
 from kdrl_train.waiting import POLL_S, Poll, retry_waits
 
 QUIET_S = 1.0
@@ -137,10 +138,11 @@ class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
         """Send one query for what the method reads. States have at most the run's precision."""
         if self.method.reads_logprobs:
             return self.client.logprobs(query, timeout_s)
-        assert isinstance(self.client, KdrlClient)
         if self.method.is_topk:
+            assert isinstance(self.client, KdrlClient)
             columns = query.sampled_vocab_size or self.method.kd_topk
             return self.client.topk(query, min(self.method.kd_topk, columns), timeout_s)
+        assert isinstance(self.client, KdrlClient | PoolingClient)
         states = self.client.states(query, timeout_s)
         return states.bfloat16() if self.half else states
 

@@ -23,6 +23,8 @@ ROUNDING = 1e-3
 """A log-probability above this is wrong: rounding alone stays below it."""
 MOST = 2**53
 """No count or token id of a server is as large."""
+LENGTH_ROUNDING = 5e-3
+"""A state in bfloat16 that was scaled to length 1 is within this of it."""
 MOST_MASS = 1.001
 """The most that the probabilities of a place may sum to: rounding of float32 stays far below."""
 
@@ -59,6 +61,23 @@ def read_arrays(data: bytes, shapes: Shapes) -> tuple[dict[str, Tensor], str]:
                 f"{name} of {list(array.shape)} {array.dtype} in place of {list(shape)} {dtype}"
             )
     return arrays, fingerprint
+
+
+def read_states(data: bytes, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
+    """Return the hidden states of a reply that holds their numbers alone.
+
+    Raises: BadReplyError for another number of them, ones that are not finite, and states which the
+        server has scaled to length 1.
+    """
+    expected = shape[0] * shape[1] * dtype.itemsize
+    if len(data) != expected:
+        raise BadReplyError(f"{len(data):,} bytes in place of {expected:,}, {list(shape)} {dtype}")
+    states = torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
+    if not states.isfinite().all():
+        raise BadReplyError("states that are not finite")
+    if bool(((states.float().norm(dim=1) - 1).abs() < LENGTH_ROUNDING).all()):
+        raise BadReplyError("states of length 1, as of embeddings: the server has scaled them")
+    return states
 
 
 def topk_problem(topk: TopkScores, columns: int) -> str | None:

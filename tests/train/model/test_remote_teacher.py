@@ -355,11 +355,12 @@ def test_settings_that_a_server_cannot_serve_are_refused() -> None:
         split = replace(model, tensor_parallel=2)
         with pytest.raises(ValueError, match=r"tensor_parallel must be 1 for .* URL, got 2: each"):
             TrainConfig(model=split, method=method, teacher=head)
-    for method in (*exact, MethodConfig(kd="topk_rkl")):
-        spoken = replace(model, teacher_api="openai")
-        with pytest.raises(ValueError, match=r'model\.teacher_api must be "kdrl" for .*"openai"'):
-            TrainConfig(model=spoken, method=method, teacher=head)
+    spoken = replace(model, teacher_api="openai")
+    with pytest.raises(ValueError, match=r'model\.teacher_api must be "kdrl" for .*"openai"'):
+        TrainConfig(model=spoken, method=MethodConfig(kd="topk_rkl"), teacher=head)
     cool = SamplingConfig(temperature=0.7)
+    for method in exact:
+        TrainConfig(model=spoken, method=method, teacher=head, sampling=cool)  # states have none
     assert TrainConfig(model=model, sampling=cool).model.teacher_is_url
     openai = ModelConfig(teacher="https://host/v1", teacher_api="openai")
     with pytest.raises(ValueError, match=r'must be 1 with model\.teacher_api "openai", got 0\.7'):

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,10 @@ pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]  # vLLM's 
 
 Config = Callable[..., TrainConfig]
 START_S = 300.0
+WITH_OUR_WORKER = {
+    "logprobs-mode": "processed_logprobs",
+    "worker-extension-cls": "kdrl_train.rollouts.vllm_worker.Worker",
+}
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -71,11 +75,14 @@ def heads(
 
 
 @contextlib.contextmanager
-def serving(folder: Path, port: int, log: Path) -> Iterator[str]:
-    """A stock vLLM server with our worker; its URL."""
-    options = {"model": folder, "port": port, "host": "127.0.0.1", "dtype": "float32"}
-    options |= {"host": "127.0.0.1", "max-model-len": 256, "logprobs-mode": "processed_logprobs"}
-    options["worker-extension-cls"] = "kdrl_train.rollouts.vllm_worker.Worker"
+def serving(
+    folder: Path, port: int, log: Path, options: Mapping[str, Any] = WITH_OUR_WORKER
+) -> Iterator[str]:
+    """A stock vLLM server, by default with our worker; its URL."""
+    options = {"model": folder, "port": port, "host": "127.0.0.1", "dtype": "float32"} | {
+        "max-model-len": 256,
+        **options,
+    }
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
     command += [str(part) for key, value in options.items() for part in (f"--{key}", value)]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | ENVIRONMENT
