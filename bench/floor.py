@@ -13,7 +13,7 @@ from bench.inputs import Inputs
 from bench.machine import DEVICE
 from bench.ops import Op
 from bench.shapes import Shape
-from kdrl_kernels.plan import padded
+from kdrl_kernels.chunks import padded
 
 ROWS = 2048
 """C on a CPU, and the least on a GPU."""

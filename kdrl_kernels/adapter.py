@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from kdrl_kernels import gemm
 from kdrl_kernels.autocast import without_autocast
+from kdrl_kernels.chunks import accumulator
 from kdrl_kernels.head import (
     FLOATS,
     StudentHead,
@@ -23,7 +24,6 @@ from kdrl_kernels.head import (
     spare_columns,
 )
 from kdrl_kernels.plain import check_number, kind_of
-from kdrl_kernels.plan import accumulator
 
 
 @dataclass(frozen=True, slots=True)

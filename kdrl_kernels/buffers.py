@@ -8,8 +8,8 @@ from torch import Tensor
 from kdrl_kernels import gemm
 from kdrl_kernels import rows as row_work
 from kdrl_kernels.call import RowSet, take
+from kdrl_kernels.chunks import accumulator, padded
 from kdrl_kernels.head import Head
-from kdrl_kernels.plan import accumulator, padded
 from kdrl_kernels.rows.streams import Stream
 from kdrl_kernels.vocab_shard import VocabShard
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from kdrl_kernels.call import LossCall, has_values
+from kdrl_kernels.chunks import accumulator
 from kdrl_kernels.head import Head, TeacherHead
 from kdrl_kernels.objective import Objective
 from kdrl_kernels.plain import check_flag, check_number
-from kdrl_kernels.plan import accumulator
 from kdrl_kernels.sketch import Sketch
 from kdrl_kernels.truncation import Truncation
 

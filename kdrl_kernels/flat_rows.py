@@ -9,9 +9,9 @@ from torch import Tensor
 
 from kdrl_kernels import gemm
 from kdrl_kernels.call import LossCall, take
+from kdrl_kernels.chunks import accumulator
 from kdrl_kernels.gradients import Chunk, Gradients, chunk_gradient
 from kdrl_kernels.head import Head, Sums
-from kdrl_kernels.plan import accumulator
 
 
 def most_kept(head: Head) -> int:

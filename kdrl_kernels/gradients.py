@@ -10,9 +10,9 @@ from kdrl_kernels import gemm
 from kdrl_kernels import rows as row_work
 from kdrl_kernels.buffers import gradient_view
 from kdrl_kernels.call import LossCall, RowSet, size_of, take
+from kdrl_kernels.chunks import accumulator
 from kdrl_kernels.compaction import Compaction
 from kdrl_kernels.head import Head, Needs, Sums
-from kdrl_kernels.plan import accumulator
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
 from kdrl_kernels.scaling import scale_
 from kdrl_kernels.token_rows import Coefficients

@@ -13,9 +13,9 @@ from torch import Tensor
 from kdrl_kernels.buffers import Buffers, gradient_view
 from kdrl_kernels.call import LogprobCall, take
 from kdrl_kernels.checks import bad_ids, bad_tokens, check_head_values, poison
+from kdrl_kernels.chunks import accumulator, balanced, chunks_of, held_rows, padded
 from kdrl_kernels.gradients import Gradients
-from kdrl_kernels.head import in_one_dtype
-from kdrl_kernels.plan import accumulator, balanced, chunks_of, padded
+from kdrl_kernels.head import Head, in_one_dtype
 from kdrl_kernels.rows.best_columns import best_columns
 from kdrl_kernels.rows.ids import IdStats
 from kdrl_kernels.rows.streams import Stats, Stream
@@ -99,19 +99,24 @@ class BackwardCall:
 
 
 def cached_rows(
-    N: int, V: int, dtype: torch.dtype, max_rows: int, cache_bytes: int, mask_rows: int | None
+    N: int,
+    head: Head,
+    max_rows: int,
+    cache_bytes: int,
+    mask_rows: int | None,
 ) -> int:
     """Return how many rows, in whole chunks, have logits that fit into cache_bytes.
 
     mask_rows: size of the mask that chose the N rows, None without one. A graph knows this number,
     but no N to compare: where less than mask_rows fit, it keeps none.
     """
-    fit = int(cache_bytes // (padded(V) * accumulator(dtype).itemsize))
+    hidden, V = head.hidden, len(head.weight)
+    fit = int(cache_bytes // (padded(V) * accumulator(hidden.dtype).itemsize))
     if fit > 0 and mask_rows is not None and torch.compiler.is_compiling():
         return N if fit >= mask_rows else 0
     if fit == 0:
         return 0
-    size = balanced(N, max_rows)
+    size = balanced(N, max_rows, hidden.device)
     return N if fit >= N else fit // size * size
 
 
@@ -124,10 +129,11 @@ def score(call: LogprobCall, collector: Any = None, shard: VocabShard | None = N
     head, V, N = in_one_dtype(call.head), len(call.head.weight), len(call.tokens)
     check_head_values(head)
     bad, tokens, ids = _inside(call, V if shard is None else shard.vocab_size)
-    size = balanced(N, call.max_rows)
+    size = balanced(N, call.max_rows, head.hidden.device)
+    held = held_rows(size, call.max_rows, head.hidden.device)
     cache = head.hidden.new_empty(call.cached, padded(V), dtype=accumulator(head.hidden.dtype))
     masses = collector is not None
-    buffers = Buffers(head, V, size if call.cached < N else 0, 1, call.impl, masses, shard)
+    buffers = Buffers(head, V, held if call.cached < N else 0, 1, call.impl, masses, shard)
     chunks, best = [], list[Tensor]()
     for rows in chunks_of(N, size):
         kept = cache[rows, :V] if rows.stop <= call.cached else None
@@ -173,8 +179,9 @@ def gradients(
     """
     call, scores, grad_logprobs = backward.forward, backward.scores, backward.grad_logprobs
     head, V, N = in_one_dtype(call.head), len(call.head.weight), len(call.tokens)
-    size = balanced(N, call.max_rows)
-    buffers = Buffers(head, V, size, 1, call.impl, shard=shard)
+    size = balanced(N, call.max_rows, head.hidden.device)
+    held = held_rows(size, call.max_rows, head.hidden.device)
+    buffers = Buffers(head, V, held, 1, call.impl, shard=shard)
     total = total or Gradients(head, call.needs, shard=shard, impl=call.impl)
     bad, tokens, ids = _inside(call, V if shard is None else shard.vocab_size)
     for rows in chunks_of(N, size):

@@ -15,10 +15,10 @@ from kdrl_kernels.buffers import Buffers
 from kdrl_kernels.call import LossCall, RowOutputs, RowSet, size_of, take
 from kdrl_kernels.caller_loss import NO_GRADIENT
 from kdrl_kernels.checks import check_values, poison
+from kdrl_kernels.chunks import accumulator, balanced, chunks_of, held_rows
 from kdrl_kernels.gradients import Chunk, Gradients
 from kdrl_kernels.head import in_one_dtype
 from kdrl_kernels.objective import Objective
-from kdrl_kernels.plan import accumulator, balanced, chunks_of
 from kdrl_kernels.rows.entries import FORWARD
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
 from kdrl_kernels.topk import TopkDivergence, topk_divergence
@@ -59,13 +59,14 @@ def run(call: LossCall, collector: Any = None, shard: VocabShard | None = None) 
     call = replace(call, tokens=tokens, student=student, teacher=teacher)
     active = call.active_rows()
     N = size_of(active)
-    size = balanced(N, call.max_rows)
+    size = balanced(N, call.max_rows, student.hidden.device)
     gradients = collector
     if gradients is None:
         gradients = Gradients(student, needs, shard=shard, impl=call.impl)
     streams, masses = 2 if call.exact_kd else 1, gradients.masses and any(needs)
     V = call.vocab_size if shard is None else shard.columns
-    buffers = Buffers(student, V, size, streams, call.impl, masses, shard)
+    held = held_rows(size, call.max_rows, student.hidden.device)
+    buffers = Buffers(student, V, held, streams, call.impl, masses, shard)
     work = buffers.work
     weights = call.row_weights(active, accumulator(student.hidden.dtype))
     scale = poison(call.total(weights).reciprocal(), bad)

@@ -1,140 +1,25 @@
-"""Cuts a pass over the head into chunks of rows by a byte budget, and tells what it costs."""
+"""Tells what a pass over the head holds, computes, reads and writes, before it runs."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 
-from kdrl_kernels import rows as row_work
+from kdrl_kernels.chunks import (
+    Geometry,
+    accumulator,
+    balanced,
+    free_bytes_of,
+    held_rows,
+    max_rows,
+    memory_of,
+)
 from kdrl_kernels.head import FLOATS, spare_columns
-from kdrl_kernels.objective import DIVERGENCES, Kd, Objective
+from kdrl_kernels.objective import Kd, Objective
 from kdrl_kernels.plain import check_bytes, check_flag, check_number
 from kdrl_kernels.rows.entries import FORWARD
 
 Backward = Literal["exact", "sketch"]
-CPU_BYTES = 1 << 28
-"""Default budget a stream on a CPU: GEMMs gain nothing from more rows than this holds."""
-GPU_BYTES = 1_250_000_000
-"""Default budget a stream elsewhere: 2,048 rows of float32 at V = 152,064."""
-FLOOR_ROWS = 2048
-"""Below about 735 rows an update of a float32 dW waits for memory, not for arithmetic."""
-
-
-ALIGN_COLUMNS = 64
-"""Rows of logits start at multiples of this, so that every load may be 16 bytes wide."""
-
-
-def padded(V: int) -> int:
-    """Return the columns that a row of logits takes in memory."""
-    return -(-V // ALIGN_COLUMNS) * ALIGN_COLUMNS
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of logits, sums and gradients: float64 for float64, else float32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """Holds the sizes of one pass, on which its memory and its arithmetic depend."""
-
-    N: int
-    H: int
-    V: int
-    H_t: int
-    """Hidden size of the teacher; 0: no teacher head."""
-    V_t: int
-    kd: str | None
-    """The divergence over both models' logits; a sampled KD or None where there is none."""
-    dtype: torch.dtype
-    device: torch.device
-    impl: str
-    rank: int = 0
-    """Columns that an adapter adds to hidden states and weight."""
-
-    @property
-    def streams(self) -> int:
-        """Chunks of logits held together: 2 (student and teacher) for exact KD, else 1."""
-        return 2 if self.H_t and self.kd in DIVERGENCES else 1
-
-    @property
-    def logit_bytes(self) -> int:
-        """Bytes of one row of logits of one stream."""
-        return padded(min(self.V, self.V_t or self.V)) * accumulator(self.dtype).itemsize
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a chunk's row: logits, and hidden states and dX of a row that was gathered."""
-        H, wide = self.H + self.rank, accumulator(self.dtype).itemsize
-        return self.logit_bytes * self.streams + (H + self.H_t) * self.dtype.itemsize + H * wide
-
-    def chunk_bytes(self, rows: int) -> int:
-        """Return what a chunk of so many rows holds, with the temporaries of its row work."""
-        work = row_work.load(self.impl)
-        block = min(rows, work.block_rows(self.V, self.device))
-        return rows * self.row_bytes + block * work.BLOCK_BUFFERS * self.logit_bytes
-
-
-def max_rows(geometry: Geometry, workspace_bytes: int | None) -> int:
-    """Return the rows that the budget holds at once, at least 1.
-
-    workspace_bytes: the budget; None: as many rows as GPU_BYTES (on a CPU CPU_BYTES) hold of the
-    student's logits, at least FLOOR_ROWS on a GPU, and within a quarter of its free memory.
-    Raises: ValueError when the budget does not hold one row.
-    """
-    work = row_work.load(geometry.impl)
-    block = work.block_rows(geometry.V, geometry.device)
-    buffers = work.BLOCK_BUFFERS * geometry.logit_bytes
-    budget = workspace_bytes
-    if budget is None:
-        rows = _default_rows(geometry)
-        budget = _free_budget(geometry)
-        if budget is None or rows * geometry.row_bytes + block * buffers <= budget:
-            return rows
-    rows = (budget - block * buffers) // geometry.row_bytes
-    if rows < block:  # then a block is no more than the chunk
-        rows = budget // (geometry.row_bytes + buffers)
-    if rows < 1:
-        raise ValueError(
-            f"workspace_bytes must be at least {geometry.row_bytes + buffers} "
-            f"(one row at V = {geometry.V}), got {budget}"
-        )
-    return int(rows)
-
-
-def balanced(N: int, rows: int) -> int:
-    """Return the rows of a chunk where at most `rows` fit: the fewest chunks, of equal size."""
-    chunks = max(1, -(-N // rows))
-    return max(1, -(-N // chunks))
-
-
-def chunks_of(N: int, size: int) -> Iterator[slice]:
-    """Yield N rows in chunks; one empty chunk for no rows."""
-    for start in range(0, max(N, 1), size):
-        yield slice(start, min(start + size, N))
-
-
-def _default_rows(geometry: Geometry) -> int:
-    """Return the default rows of a chunk, the same for every loss on one head.
-
-    So linear_logprobs and kdrl_loss give the same log-probabilities to the bit.
-    """
-    logits = padded(geometry.V) * accumulator(geometry.dtype).itemsize
-    if geometry.device.type == "cpu":
-        return max(1, CPU_BYTES // logits)
-    return max(FLOOR_ROWS, GPU_BYTES // logits)
-
-
-def _free_budget(geometry: Geometry) -> int | None:
-    """Return a quarter of a GPU's free memory, at least one row; None where it is not known."""
-    device = geometry.device
-    known = device.type == "cuda" and torch.cuda.is_available()
-    if not known or torch.compiler.is_compiling():
-        return None
-    free = torch.cuda.mem_get_info(device)[0]
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(free // 4, geometry.row_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +29,8 @@ class ChunkPlan:
     geometry: Geometry
     rows: int
     """Rows of one chunk."""
+    held_rows: int
+    """Rows that each buffer of logits has room for."""
     chunks: int
     workspace_bytes: int
     """Bytes held besides inputs, outputs and gradients: logits, gathered rows, row work."""
@@ -157,6 +44,8 @@ class ChunkPlan:
     """Entries of the sketch of all rows; 0: the exact gradient."""
     product_bytes: int = 0
     """Bytes that the products of a sketch with W and X read and write."""
+    update_bytes: int = 0
+    """Bytes that dW's sum over the chunks, and its rounding, read and write beside the GEMMs."""
     copy_bytes: int = 0
     """Bytes of the wider weight and hidden states of an adapter, held beside the workspace."""
 
@@ -177,7 +66,7 @@ class ChunkPlan:
     def __str__(self) -> str:
         g = self.geometry
         gemms = ", ".join(f"{name} {flop / 1e12:.2f}" for name, flop in self.flop.items() if flop)
-        logits = g.streams * self.rows * g.logit_bytes / 1e9
+        logits = g.streams * self.held_rows * g.logit_bytes / 1e9
         teacher = f", teacher H {g.H_t:,}, V {g.V_t:,}" if g.H_t else ""
         return "\n".join(
             (
@@ -187,10 +76,19 @@ class ChunkPlan:
                 f"gradients    {self.gradient_bytes / 1e9:.3f} GB until backward rounds them",
                 f"GEMMs        {sum(self.flop.values()) / 1e12:.2f} TFLOP: {gemms}",
                 f"row kernels  {self.row_work_bytes / 1e9:.1f} GB read and written",
+                *self._updates(),
                 *self._adapter(),
                 *self._sketch(),
             )
         )
+
+    def _updates(self) -> list[str]:
+        """Return the line of dW's sum, if there is one."""
+        if not self.update_bytes:
+            return []
+        return [
+            f"sum of dW    {self.update_bytes / 1e9:.1f} GB read and written, partly beside GEMMs"
+        ]
 
     def _adapter(self) -> list[str]:
         """Return the line of an adapter, if there is one."""
@@ -222,6 +120,7 @@ def chunk_plan(
     weight_grad: bool = True,
     adapter: int = 0,
     workspace_bytes: int | None = None,
+    memory_bytes: int | None = None,
     backward: Backward = "exact",
     row_entries: float = 16.0,
     flat: float = 0.0,
@@ -234,7 +133,11 @@ def chunk_plan(
         kd, kd_baseline: as in Objective; "rkl", "fkl", "rkl+fkl", "jsd" and a baseline hold the
             teacher's logits beside the student's. A top-k kd is planned with its tail.
         dtype: dtype of hidden and weight.
-        device: "cuda" works without a GPU too; the free memory of a GPU bounds the default.
+        device: "cuda" works without a GPU too; where there is one, half of its free memory bounds
+            the default.
+        memory_bytes: memory of the whole GPU, from which the default rows follow: 4,096 with 80 GB
+            at V = 152,064, and 8,192 with 141. None: that of `device`, and 2,048 rows without one.
+            Of one that is given, the free memory counts as enough.
         hidden_grad, weight_grad: a frozen backbone or head costs no dX or dW.
         adapter: rank of a LowRank, whose B then has the gradient of the weight; 0: none.
         backward: "exact" or "sketch".
@@ -247,9 +150,7 @@ def chunk_plan(
         what is no number.
     """
     _check_sizes(N, H, V, teacher)
-    if dtype not in FLOATS:
-        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
-    check_bytes("workspace_bytes", workspace_bytes)
+    _check_options(dtype, workspace_bytes, memory_bytes, adapter, backward, row_entries, flat)
     H_t, V_t = teacher or (0, 0)
     for name, value in (("hidden_grad", hidden_grad), ("weight_grad", weight_grad)):
         check_flag(name, value)
@@ -265,18 +166,13 @@ def chunk_plan(
     impl = impl or ("triton" if device.type == "cuda" else "torch")
     if impl not in ("triton", "torch"):
         raise ValueError(f"impl must be 'triton', 'torch' or None, got {impl!r}")
-    check_number("adapter", adapter, whole=True)
-    if adapter < 0:
-        raise ValueError(f"adapter must be a rank, at least 0, got {adapter}")
     adapter += spare_columns(adapter)
-    geometry = Geometry(N, H, V, H_t, V_t, exact_kd, dtype, device, impl, adapter)
-    if backward not in get_args(Backward):
-        raise ValueError(f'backward must be "exact" or "sketch", got {backward!r}')
-    check_number("row_entries", row_entries)
-    check_number("flat", flat)
-    if not 0 <= flat <= 1:
-        raise ValueError(f"flat must be in [0, 1], got {flat}")
-    rows = balanced(N, max_rows(geometry, workspace_bytes))
+    free = free_bytes_of(device) if memory_bytes is None else None
+    memory_bytes = memory_of(device) if memory_bytes is None else int(memory_bytes)
+    geometry = Geometry(N, H, V, H_t, V_t, exact_kd, dtype, device, impl, adapter, memory_bytes)
+    most = max_rows(geometry, workspace_bytes, free_bytes=free)
+    rows = balanced(N, most, device)
+    chunks, held = max(1, -(-N // rows)), held_rows(rows, most, device)
     wide = accumulator(dtype).itemsize
     H, trained = H + adapter, adapter or H
     hidden_grad = hidden_grad or (weight_grad and adapter > 0)  # that of A goes through dX
@@ -292,12 +188,16 @@ def chunk_plan(
     gradient = learns * (streams if kd_baseline is None else 1)
     writes = N * V * dtype.itemsize if learns else 0
     outputs = N * H * hidden_grad + V * trained * weight_grad
-    held = wide * outputs
+    kept = wide * outputs
     entries, product_bytes = 0, 0
+    # the first chunk writes the sum, each later one reads it too; its last pass rounds or scales it
+    last = wide + dtype.itemsize
+    updates = ((2 * chunks - 1) * wide + last) * trained * V if weight_grad else 0
     if backward == "sketch" and learns:
         entries, writes = round(N * row_entries), round(flat * writes)
         flop |= {name: round(flat * flop[name]) for name in ("dX", "dW")}
-        held = entries * (4 + wide) + 8 * (N + 1) + (writes if 4 * writes <= wide * H * V else held)
+        updates = 0
+        kept = entries * (4 + wide) + 8 * (N + 1) + (writes if 4 * writes <= wide * H * V else kept)
         read = entries * (H * hidden_grad + trained * weight_grad)
         product_bytes = dtype.itemsize * (outputs + read)
         # PyTorch reads a few blocks again; Triton p, and q where its entries count
@@ -306,13 +206,15 @@ def chunk_plan(
     return ChunkPlan(
         geometry=geometry,
         rows=rows,
-        chunks=max(1, -(-N // rows)),
-        workspace_bytes=geometry.chunk_bytes(rows),
-        gradient_bytes=held,
+        held_rows=held,
+        chunks=chunks,
+        workspace_bytes=geometry.chunk_bytes(rows, held),
+        gradient_bytes=kept,
         flop=flop,
         row_work_bytes=reads + writes,
         entries=entries,
         product_bytes=product_bytes,
+        update_bytes=updates,
         copy_bytes=(N + V) * H * dtype.itemsize if adapter else 0,
     )
 
@@ -327,6 +229,30 @@ def _check_sizes(N: int, H: int, V: int, teacher: Any) -> None:
         check_number(name, value, whole=True)
         if value < lowest:
             raise ValueError(f"{name} must be at least {lowest}, got {value}")
+
+
+def _check_options(
+    dtype: torch.dtype,
+    workspace_bytes: int | None,
+    memory_bytes: int | None,
+    adapter: int,
+    backward: str,
+    row_entries: float,
+    flat: float,
+) -> None:
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+    check_bytes("workspace_bytes", workspace_bytes)
+    check_bytes("memory_bytes", memory_bytes)
+    check_number("adapter", adapter, whole=True)
+    if adapter < 0:
+        raise ValueError(f"adapter must be a rank, at least 0, got {adapter}")
+    if backward not in get_args(Backward):
+        raise ValueError(f'backward must be "exact" or "sketch", got {backward!r}')
+    check_number("row_entries", row_entries)
+    check_number("flat", flat)
+    if not 0 <= flat <= 1:
+        raise ValueError(f"flat must be in [0, 1], got {flat}")
 
 
 def _check_rate(name: str, value: float) -> None:

@@ -16,10 +16,10 @@ from kdrl_kernels import rows as row_work
 from kdrl_kernels.autocast import without_autocast
 from kdrl_kernels.call import LogprobCall, LossCall, RowOutputs, RowSet, take
 from kdrl_kernels.checks import bad_ids, bad_tokens, poison
+from kdrl_kernels.chunks import accumulator
 from kdrl_kernels.flat_rows import FlatRows
 from kdrl_kernels.gradients import Chunk, Gradients
 from kdrl_kernels.head import Needs, StudentHead, Sums, gradient_dtypes, in_one_dtype
-from kdrl_kernels.plan import accumulator
 from kdrl_kernels.rows.entries import Entries
 from kdrl_kernels.rows.ids import IdStats, normalizer_factor, rest_factor
 from kdrl_kernels.rows.streams import Stats, Stream

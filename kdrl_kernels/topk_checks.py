@@ -7,8 +7,8 @@ from torch import Tensor
 
 from kdrl_kernels.call import LossCall
 from kdrl_kernels.checks import check_extra_tokens, is_read
+from kdrl_kernels.chunks import accumulator
 from kdrl_kernels.head import Head
-from kdrl_kernels.plan import accumulator
 
 MOST_MASS = 1.001
 """The most that probabilities of a row may sum to: rounding of float32 stays far below."""

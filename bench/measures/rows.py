@@ -25,7 +25,7 @@ from bench.measures.timing import device_ms, sample_rounds
 from bench.results_file import OURS, Record, record
 from kdrl_kernels import gemm
 from kdrl_kernels.buffers import gradient_view
-from kdrl_kernels.plan import padded
+from kdrl_kernels.chunks import padded
 from kdrl_kernels.rows import load
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
 from kdrl_kernels.token_rows import Coefficients

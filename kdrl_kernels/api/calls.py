@@ -10,10 +10,10 @@ from kdrl_kernels import checks, reference, sketched
 from kdrl_kernels.adapter import LowRank, check_adapter, with_adapter
 from kdrl_kernels.call import LossCall, RowOutputs, has_values
 from kdrl_kernels.caller_loss import TokenLoss
+from kdrl_kernels.chunks import Geometry, free_bytes_of, max_rows, memory_of, warn_of_few_rows
 from kdrl_kernels.head import Head, StudentHead, TeacherHead, gathered, needs_gradient
 from kdrl_kernels.outputs import LossOutput
 from kdrl_kernels.plain import check_bytes, check_flag
-from kdrl_kernels.plan import Geometry, max_rows
 from kdrl_kernels.sketch import Sketch
 from kdrl_kernels.token_rows import Rows
 from kdrl_kernels.topk_checks import check_topk
@@ -27,6 +27,8 @@ def solved(
 ) -> tuple[*Solved, dict[str, Tensor]]:
     """Return what solve(call) does, by a sketch where there is one, and metrics of the sketch."""
     if sketch is None or not any(call.needs) or not has_values(call.tokens):
+        if call.needs[1] and call.impl != "reference":
+            warn_of_few_rows(call.max_rows, len(call.tokens), call.tokens.device)
         return *solve(call), {}
     return sketched.loss(call, sketch)
 
@@ -107,13 +109,16 @@ def loss_call(
     if impl == "reference":
         return call
     sizes = geometry(student, teacher, loss.exact_kd, impl)
-    return replace(call, max_rows=max_rows(sizes, workspace_bytes))
+    return replace(
+        call, max_rows=max_rows(sizes, workspace_bytes, free_bytes=free_bytes_of(tokens.device))
+    )
 
 
 def geometry(student: Head, teacher: Head | None, kd: str | None, impl: str) -> Geometry:
     (N, H), V = student.hidden.shape, student.weight.shape[0]
     V_t, H_t = (0, 0) if teacher is None else teacher.weight.shape
-    return Geometry(N, H, V, H_t, V_t, kd, student.hidden.dtype, student.hidden.device, impl)
+    dtype, device = student.hidden.dtype, student.hidden.device
+    return Geometry(N, H, V, H_t, V_t, kd, dtype, device, impl, memory_bytes=memory_of(device))
 
 
 def output(

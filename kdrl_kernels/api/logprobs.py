@@ -10,10 +10,11 @@ from kdrl_kernels.adapter import LowRank, check_adapter
 from kdrl_kernels.api.calls import adapted, geometry
 from kdrl_kernels.batches import takes_batches
 from kdrl_kernels.call import LogprobCall, has_values
+from kdrl_kernels.chunks import free_bytes_of, max_rows, warn_of_few_rows
 from kdrl_kernels.head import StudentHead, gathered, needs_gradient
 from kdrl_kernels.outputs import LogprobOutput
 from kdrl_kernels.plain import check_bytes, check_flag
-from kdrl_kernels.plan import Backward, max_rows
+from kdrl_kernels.plan import Backward
 from kdrl_kernels.sketch import Sketch
 from kdrl_kernels.tangents import refuses_tangents
 from kdrl_kernels.truncation import Truncation
@@ -83,8 +84,10 @@ def linear_logprobs(
             [N, K], and with their gradient their log-probabilities, topk_logprobs [N, K]. Which
             tokens these are is a constant. Not with extra_tokens, whose place they take in rest.
         workspace_bytes: bound of the memory beyond inputs, outputs and gradients. None on a GPU:
-            2,048 rows or 1.25 GB, whichever is more, and at most a quarter of the free memory.
-            None on a CPU: 256 MB; 16-bit weights are widened 16 MB at a time in addition.
+            2,048 rows or 1.25 GB of logits, whichever is more; or 4,096 or 8,192 rows if they take
+            at most 1/28 of the whole card's memory. If half of its free memory does not hold them,
+            they are halved, with a warning. None on a CPU: 256 MB; 16-bit weights are widened 16 MB
+            at a time in addition.
         cache_bytes: where a gradient is needed, as many chunks as fit keep their float32 logits
             until backward, which then does not compute them again: 3u instead of 4u for those
             rows (u = 2 N H V FLOP), and the same gradients to the bit. A compiled caller with a
@@ -133,12 +136,14 @@ def linear_logprobs(
     needs = needs_gradient(head)
     call = LogprobCall(head, tokens, entropy, impl, 0, 0, needs, truncation, ids, rest, K)
     if impl != "reference":
-        rows = max_rows(geometry(head, None, None, impl), workspace_bytes)
+        sizes, free = geometry(head, None, None, impl), free_bytes_of(hidden.device)
+        rows = max_rows(sizes, workspace_bytes, free_bytes=free)
+        if needs[1] and sketch is None:
+            warn_of_few_rows(rows, len(tokens), hidden.device)
         cached = 0
         if any(needs) and sketch is None:
-            V, dtype = weight.shape[0], hidden.dtype
-            sizes = len(tokens), V, dtype, rows, cache_bytes, None if used is None else N
-            cached = logprobs.cached_rows(*sizes)
+            mask_rows = None if used is None else N
+            cached = logprobs.cached_rows(len(tokens), head, rows, cache_bytes, mask_rows)
         call = replace(call, max_rows=rows, cached=cached)
     if isinstance(vocab_group, VocabRanks):
         outputs = vocab_group.logprobs(call)

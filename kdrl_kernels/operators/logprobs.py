@@ -10,10 +10,10 @@ from torch import Tensor
 from kdrl_kernels import logprobs, scaling
 from kdrl_kernels.autocast import without_autocast
 from kdrl_kernels.call import LogprobCall, RowOutputs
+from kdrl_kernels.chunks import accumulator, padded
 from kdrl_kernels.head import gradient_dtypes, gradient_sizes
 from kdrl_kernels.logprobs import BackwardCall, Scores
 from kdrl_kernels.operators.flat import Layout, fake, no_none, no_vmap
-from kdrl_kernels.plan import accumulator, padded
 
 LAYOUT, BACKWARD_LAYOUT = Layout(LogprobCall), Layout(BackwardCall)
 SCHEMA = LAYOUT.schema(*(field.name for field in fields(Scores)))

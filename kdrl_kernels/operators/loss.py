@@ -9,10 +9,10 @@ from torch import Tensor
 from kdrl_kernels import one_pass, scaling
 from kdrl_kernels.autocast import without_autocast
 from kdrl_kernels.call import LossCall, RowOutputs
+from kdrl_kernels.chunks import accumulator
 from kdrl_kernels.head import gradient_dtypes, gradient_sizes
 from kdrl_kernels.objective import Objective
 from kdrl_kernels.operators.flat import Layout, fake, no_none, no_vmap
-from kdrl_kernels.plan import accumulator
 
 
 @dataclass(frozen=True, slots=True)

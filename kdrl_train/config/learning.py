@@ -51,7 +51,7 @@ class OptimConfig:
     """Tokens packed into one forward and backward pass. Results do not depend on it."""
     workspace_bytes: PositiveInt | None = None
     """Memory of the one-pass head, in bytes, without its inputs, outputs and gradients; None: the
-    kernel's default."""
+    kernel's default, which follows from the memory of the whole GPU."""
     head_impl: Literal["triton", "torch", "reference"] | None = None
     """Implementation of the one-pass head; None: triton on a GPU, torch elsewhere."""
     updates_per_rollout: PositiveInt = 1

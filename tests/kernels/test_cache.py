@@ -9,7 +9,7 @@ from torch import Tensor
 
 import kdrl_kernels as kk
 from kdrl_kernels import gemm, logprobs
-from kdrl_kernels.plan import accumulator, padded
+from kdrl_kernels.chunks import accumulator, padded
 from tests.kernels.params import F16, F32, F64, IMPLS
 from tests.kernels.problem import make_problem
 from tests.tolerance import relative_error

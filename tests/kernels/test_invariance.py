@@ -8,7 +8,7 @@ from torch import Tensor
 
 import kdrl_kernels as kk
 from kdrl_kernels import gemm
-from kdrl_kernels.plan import padded
+from kdrl_kernels.chunks import padded
 from kdrl_kernels.rows import blocks as row_work
 from tests.kernels.params import F32, F64, quick_or_slow
 from tests.kernels.problem import Problem, assert_solves, make_problem

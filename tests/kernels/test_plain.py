@@ -12,7 +12,15 @@ import torch
 import kdrl_kernels as kk
 
 NO_NUMBERS: list[Any] = [None, "1", True, [1], math.nan]
-NONE_IS_FINE = {"softcap", "workspace_bytes", "vocab_size", "normalizer", "dual_clip", "compact"}
+NONE_IS_FINE = {
+    "softcap",
+    "workspace_bytes",
+    "memory_bytes",
+    "vocab_size",
+    "normalizer",
+    "dual_clip",
+    "compact",
+}
 HIDDEN, WEIGHT, TOKENS = torch.ones(4, 8), torch.ones(10, 8), torch.arange(4)
 
 
@@ -52,7 +60,7 @@ NUMBERS: dict[Callable[..., Any], list[str]] = {
     _kdrl_loss: OF_EVERY_LOSS,
     _linear_token_loss: [*OF_EVERY_LOSS, "jsd_alpha"],
     _teacher: OF_EVERY_HEAD,
-    _chunk_plan: ["N", "H", "V", "workspace_bytes"],
+    _chunk_plan: ["N", "H", "V", "workspace_bytes", "memory_bytes"],
     _predicted_ms: ["tflops", "terabytes_per_s"],
 }
 

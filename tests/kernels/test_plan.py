@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kdrl_kernels as kk
-from kdrl_kernels.plan import Geometry, balanced, max_rows
+from kdrl_kernels.chunks import Geometry, balanced, max_rows
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -33,15 +33,19 @@ def test_budget_holds(N: int, H: int, V: int, kd: str | None, impl: str, budget_
 
 @given(N=st.integers(0, 10_000), rows=st.integers(1, 5000))
 def test_balanced(N: int, rows: int) -> None:
-    size = balanced(N, rows)
+    size = balanced(N, rows, torch.device("cpu"))
     assert 1 <= size <= rows
     assert -(-N // size) == -(-N // rows)  # no chunk too many
+    on_gpu = balanced(N, rows, torch.device("cuda"))
+    assert size <= on_gpu <= rows
+    assert on_gpu % 128 == 0 or on_gpu in (rows, max(N, 1))
+    assert -(-N // on_gpu) <= -(-N // rows)
 
 
 def test_default_is_2048_rows_at_the_reference_shape() -> None:
     for V, kd in ((152_064, None), (152_064, "rkl"), (256_000, None)):
         geometry = Geometry(16_384, 3584, V, 3584, V, kd, BF16, torch.device("xpu"), "triton")
-        assert balanced(16_384, max_rows(geometry, None)) == 2048
+        assert balanced(16_384, max_rows(geometry, None), geometry.device) == 2048
 
 
 def test_too_small_a_budget_says_what_one_row_needs() -> None:
@@ -72,14 +76,19 @@ def test_flop_bytes_and_time_of_the_reference_shape() -> None:
     assert plan.row_work_bytes == 18 * 16_384 * 152_064
     assert plan.row_work_ms(4.3) == pytest.approx(10.4, rel=0.01)
     assert plan.predicted_ms(790, 4.3) == plan.gemm_ms(790) + plan.row_work_ms(4.3)
+    # 8 chunks write dW's sum, 7 read it, and its rounding reads it once more
+    assert plan.update_bytes == (16 * 4 + 2) * 3584 * 152_064
     text = str(plan)
     assert "8 of 2,048 rows" in text
+    assert "sum of dW    36.0 GB read and written" in text
     assert "project 17.86, teacher 17.86, dX 17.86, dW 17.86" in text
 
 
 def test_what_is_frozen_costs_nothing() -> None:
     frozen = kk.chunk_plan(64, 16, 128, weight_grad=False)
     assert frozen.flop["dW"] == 0
+    assert frozen.update_bytes == 0
+    assert "sum of dW" not in str(frozen)
     assert frozen.flop["dX"] == frozen.flop["project"]
     assert frozen.gradient_bytes == 4 * 64 * 16
     forward = kk.chunk_plan(64, 16, 128, weight_grad=False, hidden_grad=False)

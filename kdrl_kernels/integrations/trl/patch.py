@@ -20,9 +20,10 @@ from trl.trainer import utils
 
 import kdrl_kernels as kk
 from kdrl_kernels.autocast import without_autocast
+from kdrl_kernels.chunks import accumulator
 from kdrl_kernels.head import FLOATS16
 from kdrl_kernels.plain import check_bytes, check_number
-from kdrl_kernels.plan import Backward, accumulator
+from kdrl_kernels.plan import Backward
 
 log = logging.getLogger(__name__)
 

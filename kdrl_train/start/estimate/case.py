@@ -33,6 +33,9 @@ class Placement:
     in the CPU's memory."""
     offload_policy: bool = False
     """Whether the policy's shards, its gradients and AdamW's moments are in the CPU's memory."""
+    memory_bytes: int | None = None
+    """Memory of a whole GPU, from which the rows of the head's chunks follow; None: that of the GPU
+    that is here."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -294,6 +297,7 @@ class Case:
             weight_grad=not self.adapters,
             adapter=self.head_rank,
             workspace_bytes=optim.workspace_bytes,
+            memory_bytes=self.placement.memory_bytes,
             backward=self.run.model.head_backward,
             row_entries=0 if self.flat_share == 1 else self.entries,
             flat=self.flat_share,

@@ -218,6 +218,7 @@ def make_estimate(config: PlanConfig) -> Estimate:
         cpu=cpu,
         teacher_weights="cpu" if config.model.offload_teacher else "sharded",
         offload_policy=config.model.offload_policy,
+        memory_bytes=None if cpu else int(device_of(config).memory_bytes),
     )
     case = Case(
         run=config,
