@@ -97,7 +97,7 @@ def run(call: LossCall, collector: Any = None, shard: VocabShard | None = None) 
     return Pass(
         loss=loss,
         rows=_concatenate(outputs).spread(active, len(call.tokens)),
-        counts=torch.stack([torch.full_like(bad, n) for n in (N, gradient_rows)] + [bad]),
+        counts=torch.stack([_count(N, bad), _count(gradient_rows, bad), bad]),
         gradients=gradients,
         scale=gradients.finish_(scale, student.hidden.dtype),
         active=active,
@@ -155,6 +155,11 @@ def _topk(call: LossCall, outputs: RowOutputs, rows: RowSet) -> TopkDivergence |
     assert call.loss.topk_kd is not None
     inputs = call.topk_logprobs(outputs, rows)
     return topk_divergence(call.loss.topk_kd, *inputs, call.loss.jsd_alpha)
+
+
+def _count(number: int | Tensor, like: Tensor) -> Tensor:
+    """Return a number of rows, which a sketch leaves on the device, as a 0-d tensor."""
+    return number if isinstance(number, Tensor) else torch.full_like(like, number)
 
 
 def _concatenate(chunks: list[RowOutputs]) -> RowOutputs:

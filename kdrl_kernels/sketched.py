@@ -58,18 +58,19 @@ class Lists:
         used = used_or_flat & ~flat
         if ids is not None:
             entries = with_ids(entries, ids, used, without_hits(stats, coef, teacher), V)
-        merged, offsets = with_tokens(entries, take(call.tokens, rows), stats, used)
-        first = offsets[:-1][used]
+        n = used.nonzero().squeeze(1)
+        merged, offsets = with_tokens(entries, take(call.tokens, rows), stats, n)
+        first = offsets[n]
         if ids is not None and coef.extra is not None:
             add_at(merged.value, places(merged, ids, used, V), coef.extra)
             merged.value[first] = 0  # a token may be an id; its entry is what the others leave
         # 0 · log_sum: a row that is not finite has no entries, and must not pass for one
         total = 0 * (stats.log_sum + coef.logprobs) if coef.lse is None else coef.lse
         if ids is None and coef.kl is not None:  # without one, kept entries sum to 1 within t
-            merged.value[first] = at_tokens(stats, coef, teacher)[used]
+            merged.value[first] = at_tokens(stats, coef, teacher)[n]
             balance_(merged, total - row_sums(merged.value, offsets), offsets)
         else:
-            merged.value[first] = (total - row_sums(merged.value, offsets))[used]
+            merged.value[first] = (total - row_sums(merged.value, offsets))[n]
         slope = slopes(student, stats, merged)
         values = merged.value if slope is None else merged.value * slope
         squares = values.double().square()
@@ -92,7 +93,7 @@ class Lists:
         entries, flat = row_work.load_sketch(impl).sketch(student, stats, coef, grid)
         if ids is not None:
             entries = with_ids(entries, ids, ~flat, ids.logprobs.exp(), V)
-        merged, offsets = with_tokens(entries, tokens, stats, ~flat)
+        merged, offsets = with_tokens(entries, tokens, stats, (~flat).nonzero().squeeze(1))
         if ids is not None:
             place = places(merged, ids, ~flat, V)
             before = sum(len(columns) for columns, *_ in self.parts)
@@ -140,15 +141,14 @@ def rest_of(ids: IdStats | None, coef: Coefficients | None = None) -> Tensor | N
 
 
 def with_tokens(
-    entries: Entries, tokens: Tensor, stats: Stats, used: Tensor
+    entries: Entries, tokens: Tensor, stats: Stats, n: Tensor
 ) -> tuple[Entries, Tensor]:
-    """Put the sampled token in front of the entries of each used row, with value 0 and chance 1.
+    """Put the sampled token in front of the entries of each used row n, with value 0 and chance 1.
 
     Its own entry, where it was kept, goes. Returns the entries and their offsets, [C + 1].
     """
     entries = entries.select(entries.column != tokens[entries.row])
     C = len(tokens)
-    n = used.nonzero().squeeze(1)
     row = torch.cat([n, entries.row])
     row, order = row.sort(stable=True)
     ones = torch.ones_like(stats.logprobs[n])
@@ -361,8 +361,8 @@ def entry_values(
         surprise = torch.where(p > 0, logp, 0) + scores.entropy[rows]  # logp of an id may be -inf
         factor = factor + coef.entropy[rows] * surprise
     values = -factor * p
-    used = offsets.diff() > 0  # flat rows have no entries
-    first = offsets[:-1][used]
+    used = (offsets.diff() > 0).nonzero().squeeze(1)  # flat rows have no entries
+    first = offsets[used]
     if coef.extra is not None and place is not None:
         add_at(values, place, coef.extra)
         values[first] = 0  # as in Lists.take
