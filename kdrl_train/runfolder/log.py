@@ -82,8 +82,9 @@ class Stages:
 
     def settle(self) -> None:
         """Wait for the GPU, and count the stages that it has ended since the last time."""
+        if self._queued:
+            self._queued[-1][2].synchronize()  # the others, of the same stream, ended before it
         for name, begun, ended in self._queued:
-            ended.synchronize()
             self.seconds[name] = self.seconds.get(name, 0.0) + begun.elapsed_time(ended) / 1000
         self._queued.clear()
 
