@@ -1,0 +1,134 @@
+"""Where a call waits for a GPU: every wait is listed here with its reason, and there is no other.
+
+On a pretended GPU, with the PyTorch row work; test_no_sync.py is the proof on a real one.
+"""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+import kdrl_kernels as kk
+from kdrl_kernels import one_pass
+from tests.kernels.problem import make_problem
+from tests.pretended_gpu import GpuTensor, PretendedGpu, on_gpu, pretend
+
+WEIGHTS = [1.0, 0.0, 2.0, 0.0, 0.0, 1.0, 1.0]
+COUNT = {"kdrl_kernels/call.py LossCall.active_rows: nonzero": 1}
+"""The caller has not said how many rows count: their GEMM cannot be launched without."""
+COMPACT = {
+    # which logits go where is known, but how many rows the GEMMs of dX and dW have is not
+    "kdrl_kernels/compaction.py Compaction.rows: Event.synchronize": 1,
+    # of the PyTorch row work alone: the Triton kernel reads on the GPU which slots are empty
+    "kdrl_kernels/rows/eager_gradient.py gradient: index": 1,
+}
+"""Of each chunk, where rows without a gradient are left out."""
+SKETCH = {
+    # blocks to read, and the entries that are kept, a matter of chance; Triton asks for these alone
+    "kdrl_kernels/rows/eager_sketch.py _keep: nonzero": 2,
+    # the sampled tokens' own entries among them go, and each used row gets one
+    "kdrl_kernels/rows/entries.py Entries.select: nonzero": 1,
+    "kdrl_kernels/sketched.py Lists.take: nonzero": 1,
+    # the flat rows, whose gradient is exact
+    "kdrl_kernels/sketched.py indices: nonzero": 1,
+}
+"""Of each chunk of a sketched gradient, besides COMPACT for its flat rows."""
+Waits = dict[str, int]
+
+
+def _waits(gpu: PretendedGpu, kd: str | None, **options: Any) -> Waits:
+    """Run a loss and its backward pass on the pretended GPU."""
+    problem = make_problem(kd=kd)
+    options = problem.options | {"token_weights": torch.tensor(WEIGHTS)} | options
+    with gpu:
+        student = {k: GpuTensor(v).requires_grad_() for k, v in problem.student.items()}
+        teacher = {k: on_gpu(v) for k, v in (problem.teacher or {}).items()}
+        out = kk.kdrl_loss(
+            tokens=on_gpu(problem.tokens),
+            teacher=kk.TeacherHead(**teacher) if kd else None,
+            **student,
+            **{name: on_gpu(value) for name, value in options.items()},
+        )
+        out.loss.backward()
+    return dict(gpu.waits)
+
+
+def _chunks(waits: Waits, chunks: int) -> Waits:
+    return {what: chunks * count for what, count in waits.items()}
+
+
+@pytest.mark.parametrize("kd", [None, "k2", "rkl", "fkl", "jsd", "rkl+fkl"])
+def test_no_wait_where_the_caller_knows_the_rows(kd: str | None, gpu: PretendedGpu) -> None:
+    assert _waits(gpu, kd, active_rows=4, compact=False) == {}
+    assert _waits(gpu, kd, token_weights=None) == {}
+
+
+def test_a_wait_for_the_number_of_rows_that_count(gpu: PretendedGpu) -> None:
+    assert _waits(gpu, "rkl", compact=False) == COUNT
+
+
+def test_a_wait_in_each_chunk_for_the_rows_that_have_a_gradient(
+    gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _waits(gpu, "rkl") == COUNT | COMPACT
+    gpu.waits.clear()
+    monkeypatch.setattr(one_pass, "chunks_of", lambda N, _: (slice(0, 1), slice(1, N)))
+    assert _waits(gpu, "rkl", active_rows=4) == _chunks(COMPACT, 2)
+
+
+@pytest.mark.parametrize("kd", [None, "rkl"])
+def test_waits_of_a_sketch(kd: str | None, gpu: PretendedGpu) -> None:
+    waits = _waits(gpu, kd, active_rows=4, backward="sketch", sketch=kk.Sketch(flat=0.01))
+    assert waits == SKETCH | COMPACT
+
+
+def test_other_losses_wait_for_nothing(gpu: PretendedGpu) -> None:
+    problem = make_problem(kd=None)
+    with gpu:
+        head = {name: GpuTensor(value).requires_grad_() for name, value in problem.student.items()}
+        tokens, weights = on_gpu(problem.tokens), on_gpu(torch.tensor(WEIGHTS))
+        scores = kk.linear_logprobs(tokens=tokens, entropy=True, topk=3, rest=True, **head)
+        (scores.logprobs + scores.entropy + scores.rest_logprob).sum().backward()
+        options = {"token_weights": weights, "active_rows": 4, "compact": False}
+        loss = kk.linear_token_loss(
+            tokens=tokens, loss_fn=lambda rows: -rows.logprobs, **options, **head
+        )
+        loss.loss.backward()
+    assert not gpu.waits
+
+
+def test_every_kind_of_wait_is_seen(gpu: PretendedGpu) -> None:
+    with gpu:
+        x = on_gpu(torch.tensor([1.0, 0.0, 2.0]))
+        mask, index, counts = x > 0, on_gpu(torch.tensor([2, 0])), on_gpu(torch.tensor([1, 2]))
+        ones = torch.ones(3)
+        reads = [
+            *(x.nonzero, x.unique, x.unique_consecutive, x.tolist, x.cpu, x.max().item),
+            *(mask.any().__bool__, index.bincount, partial(torch.equal, x, x)),
+            *(partial(x.masked_select, mask), partial(x.index_put_, (mask,), ones[0])),
+            *(lambda: x[mask], lambda: x[torch.tensor([1, 0])]),
+            *(partial(index.repeat_interleave, counts), partial(x.to, "cpu"), partial(ones.to, x)),
+            partial(torch.tensor, [1], device="cuda"),
+            *(partial(ones.to, "cuda", non_blocking=True), partial(x.copy_, ones)),
+        ]
+        for i, read in enumerate(reads):
+            gpu.waits.clear()
+            read()
+            assert gpu.waits.total() == 1, (i, gpu.waits)
+        gpu.waits.clear()
+        index.repeat_interleave(counts, output_size=3), x.to("cpu", non_blocking=True)
+        ones.pin_memory().to("cuda", non_blocking=True)
+        x.index_put_((index,), x[index] * 2).where(mask, 0).sort()
+        torch.nonzero_static(x, size=2).double().to("cuda")
+        assert not gpu.waits
+        assert x.is_cuda
+        assert (x * 2).device.type == torch.zeros(2, device=x.device).device.type == "cuda"
+        with pytest.raises(AssertionError, match="two devices"):
+            x + torch.ones(3)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> PretendedGpu:
+    """Make a pretended GPU."""
+    return pretend(monkeypatch)
