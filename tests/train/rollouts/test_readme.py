@@ -1,4 +1,4 @@
-"""README: its records are read, its reward runs, and its settings exist."""
+"""README: its records are read and its reward runs; the settings in all of them exist."""
 
 import math
 import re
@@ -16,15 +16,17 @@ from kdrl_train.rollouts.rewards import call, load_reward
 from kdrl_train.rollouts.verifier import Verifier
 
 ROOT = Path(kdrl_train.__file__).parent
-READMES = (ROOT / "rollouts" / "README.md", ROOT / "model" / "teacher" / "README.md")
+README = ROOT / "rollouts" / "README.md"
+READMES = sorted(ROOT.rglob("*.md"))
+SECTIONS = "data|sampling|engine|reward|method|optim|model|teacher|log|ranks"
 SETTING = re.compile(
-    r"\b(?:data|sampling|engine|reward|method|model|teacher)\.(?!py\b|json\b)[a-z_-]+"
+    rf"(?<![\w./-])(?:--)?((?:{SECTIONS})\.(?!py\b|json\b|yaml\b)[a-z_-]+(?:\.[a-z_-]+)*)"
 )
 
 
 def block(language: str, place: int = 0, count: int = 1) -> str:
     """Return one of the blocks of a language in the README of the rollouts; there are `count`."""
-    blocks = re.findall(rf"^```{language}\n(.*?)^```$", READMES[0].read_text("utf-8"), re.M | re.S)
+    blocks = re.findall(rf"^```{language}\n(.*?)^```$", README.read_text("utf-8"), re.M | re.S)
     assert len(blocks) == count
     return blocks[place]
 
@@ -71,13 +73,12 @@ def test_several_rewards_are_settings() -> None:
     assert (reward.overlong_buffer, reward.overlong_penalty) == (256, 0.5)
 
 
-@pytest.mark.parametrize("readme", READMES, ids=["rollouts", "teacher"])
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_settings_exist(readme: Path) -> None:
     text = re.sub(r"^```python.*?^```$", "", readme.read_text("utf-8"), flags=re.M | re.S)
-    names = set(SETTING.findall(text))
-    assert len(names) >= 8
-    for name in names:
+    for name in set(SETTING.findall(text)):
         value: object = TrainConfig()
         for part in name.split("."):
-            assert hasattr(value, part.replace("-", "_")), name
-            value = getattr(value, part.replace("-", "_"))
+            attribute = part.replace("-", "_").removeprefix("no_")  # --model.lora.no-merge
+            assert hasattr(value, attribute), name
+            value = getattr(value, attribute)
