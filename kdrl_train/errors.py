@@ -1,9 +1,11 @@
 """The errors, besides ValueError and OSError, that end a run with a message for its user."""
 
+import importlib
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 
 class RunError(RuntimeError):
@@ -45,6 +47,31 @@ def describe(error: BaseException) -> str:
     if isinstance(error, PRINTED) or not frames:
         return text
     return f"{text} ({Path(frames[-1].filename).name}:{frames[-1].lineno}: {frames[-1].line})"
+
+
+def import_users(name: str, rule: str) -> ModuleType:
+    """Import a module of the user's own, which a setting names.
+
+    rule: what the setting must be, with which a message begins.
+
+    Raises: ValueError in one line where the module is missing, has a mistake or ends the process.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{rule}: {error}; install it or run from its folder") from error
+    except (Exception, SystemExit) as error:  # a module is a program
+        ours = {__file__, importlib.__file__}
+        frames = [
+            f"{frame.filename}, line {frame.lineno}: "
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename not in ours and not frame.filename.startswith("<frozen ")
+        ]
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"{rule}: the module {name} must be imported, got {''.join(frames[:1])}{said}: correct "
+            "it"
+        ) from error
 
 
 def require_file(path: Path) -> None:

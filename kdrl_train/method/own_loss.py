@@ -1,6 +1,5 @@
 """Defines how a loss of the user's own is declared, and loads the one that method.loss names."""
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from kdrl_kernels.objective import subtract
 from kdrl_kernels.token_rows import Rows
+from kdrl_train.errors import import_users
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.losses import MethodLoss, RowLoss, SequenceValues, TokenCoefficients
 from kdrl_train.settings import nearest
@@ -69,10 +69,7 @@ def load_loss(method: MethodConfig) -> MethodLoss | None:
     module_name, colon, function_name = name.partition(":")
     if not (colon and function_name and all(map(str.isidentifier, module_name.split(".")))):
         raise ValueError(rule)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{rule}: {error}; install it or run from its folder") from error
+    module = import_users(module_name, rule)
     function = getattr(module, function_name, None)
     declared = getattr(function, "kdrl_declared", None)
     if not isinstance(declared, Declared) or function is None:

@@ -6,13 +6,13 @@ answer: in a completion that was cut off it is an intermediate result, and a rew
 teach the policy to ramble.
 """
 
-import importlib
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
 from inspect import Parameter
 from typing import Any
 
+from kdrl_train.errors import import_users
 from kdrl_train.rollouts.answers.comparing import Answer, check_values, equal, spelling
 from kdrl_train.rollouts.answers.reading import read
 from kdrl_train.rollouts.answers.statement import MAX_ANSWER_CHARS, last_answer
@@ -98,8 +98,9 @@ def load_reward(name: str) -> Reward:
     right), and may raise `UnparseableError`. It must be importable by name, since it runs in other
     processes.
 
-    Raises: ValueError for an unknown name, for a missing module or function, and for what was not
-        written as a reward: os.popen would run each completion in a shell.
+    Raises: ValueError for an unknown name, for a module that is missing or has a mistake, for a
+        missing function, and for what was not written as a reward: os.popen would run each
+        completion in a shell.
     """
     builtin: dict[str, Reward] = {"math": math_reward, "exact": exact_reward}
     if name in builtin:
@@ -109,10 +110,7 @@ def load_reward(name: str) -> Reward:
     parts = module_name.split(".")
     if not (colon and function_name and all(map(str.isidentifier, parts))):
         raise ValueError(rule)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{rule}: {error}; install it or run from its folder") from error
+    module = import_users(module_name, rule)
     function = getattr(module, function_name, None)
     if not callable(function):
         problem = "is missing from" if function is None else "is not callable in"
