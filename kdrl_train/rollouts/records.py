@@ -28,9 +28,9 @@ def data_records(config: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (place, record) for the whole data set, in file order; messages name a record by its
     place.
 
-    A record is a line of a .jsonl file that is not blank, an object of the list in a .json file, a
-    row of a .csv or .parquet file, or a row of a hub data set. Values are dicts, lists, texts and
-    numbers; in a .csv file all are texts.
+    A record is a line of a .jsonl file that is not blank, an object of the list in a .json file or
+    the only object there, a row of a .csv or .parquet file, or a row of a hub data set. Values are
+    dicts, lists, texts and numbers; in a .csv file all are texts.
 
     Args:
         config: `path` is a file, a folder of them (those whose name starts with the split; all of
@@ -114,13 +114,20 @@ def _json_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             return
         raise ValueError(f"{path} must be JSON in UTF-8, got {error}: correct the file") from error
     records = content.get("data") if isinstance(content, dict) else content
+    if isinstance(content, dict) and _is_record(content):
+        records = [content]
     if not isinstance(records, list):
         raise ValueError(
-            f'{path} must hold a list of records, {{"data": [...]}} with such a list, or a record '
-            f"on each line, got {reprlib.repr(content)}: convert the file"
+            f'{path} must hold a list of records, {{"data": [...]}} with such a list, a record on '
+            f"each line, or a single record, got {reprlib.repr(content)}: convert the file"
         )
     for number, record in enumerate(records, start=1):
         yield f"{path.name}:{number}", _require_record(path, f"{path.name}:{number}", record)
+
+
+def _is_record(content: dict[str, Any]) -> bool:
+    """Whether an object is a record itself: it is none of lists alone, as columns or splits are."""
+    return "data" not in content and not all(isinstance(v, list) for v in content.values())
 
 
 def _csv_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -43,6 +43,13 @@ def test_every_format_gives_the_same_records(tmp_path: Path, kind: str) -> None:
     assert read(path) == [(f"{path.name}:{i}", record) for i, record in enumerate(RECORDS, 1)]
 
 
+def test_a_single_object_is_a_record(tmp_path: Path) -> None:
+    path = tmp_path / "set.json"
+    record = {"question": [{"role": "user", "content": "1+1"}], "answer": "2"}
+    path.write_text(json.dumps(record, indent=1))
+    assert read(path) == [("set.json:1", record)]
+
+
 def test_a_folder_of_every_format(tmp_path: Path) -> None:
     write_csv(tmp_path / "train-1.csv", RECORDS[:1])
     (tmp_path / "train-2.json").write_text(json.dumps(RECORDS[1:]))
@@ -85,6 +92,12 @@ def test_a_long_cell_of_a_csv_is_read(tmp_path: Path) -> None:
         ("set.json", b"[{]", r"set\.json must be JSON in UTF-8, got Expecting"),
         ("set.json", b"[" * 100_000, r"set\.json must be JSON in UTF-8, got"),
         ("set.json", b'{"data": {"a": 1}}', r"must hold a list of records, .* got \{'data': "),
+        (
+            "set.json",
+            b'{"question": ["1+1"], "answer": ["2"]}',
+            r"a single record, got \{'answer'",
+        ),
+        ("set.json", b"{}", r"must hold a list of records, .* or a single record, got \{\}"),
         ("set.json", b'[{"a": 1}, 2]', r"set\.json:2 in .* must be a JSON object, got 2"),
         (
             "set.json",
