@@ -2,11 +2,12 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kdrl_train.config import TrainConfig
+from kdrl_train.config import SamplingConfig, TrainConfig
 from kdrl_train.config_file import to_dict
 from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.jsonl import Record
@@ -14,8 +15,6 @@ from kdrl_train.runfolder.jsonl import Record
 FILE = "best.json"
 METRIC = "eval_avg_at_k"
 _CHECKPOINT = re.compile(r"checkpoints/step_\d{6,}")
-_HOW_IT_IS_READ = ("path", "split", "prompt_column", "answer_column")
-"""Settings of a data set that change no score where they give the same problems."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +34,13 @@ class BestSoFar:
         folder: the run folder, which holds a best.json if there was a best one before.
         first: the step at which the run starts; what came after it is measured again.
         measured: what makes two scores comparable; after a change the search begins anew.
+        training: how completions are sampled where an evaluation does not say.
     Raises: ValueError for a best.json that is damaged.
     """
 
-    def __init__(self, folder: Path, first: int, measured: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, first: int, measured: dict[str, Any], training: SamplingConfig
+    ) -> None:
         self.path, self.measured = folder / FILE, measured
         self.changed = False
         """Whether best.json is of another evaluation."""
@@ -48,7 +50,8 @@ class BestSoFar:
         if not self.path.is_file():
             return
         content = read(self.path)
-        self.changed = content["measured"] != measured
+        before, now = (comparable(one, training) for one in (content["measured"], measured))
+        self.changed = before != now
         if not self.changed:
             saved = [Best(**one) for one in (content["best"], content["previous"]) if one]
             here = [one for one in saved if one.step <= first and self.checkpoint(one).is_dir()]
@@ -89,16 +92,34 @@ def _name(best: Best) -> str:
 
 
 def measures(config: TrainConfig, problems: dict[str, Any]) -> dict[str, Any]:
-    """Return what makes scores of eval.data comparable.
+    """Return what `comparable` reads of an evaluation, for best.json.
 
     problems: count and sha256 of the held-out problems.
     """
     kept = ("samples", "greedy", "temperature", "max_new_tokens")
     evaluation = to_dict(config.eval)
-    data = {k: v for k, v in evaluation["data"].items() if k not in _HOW_IT_IS_READ}
+    data = {"system_prompt": config.eval.data.system_prompt}
     settings = {name: evaluation[name] for name in kept} | {"data": data, "problems": problems}
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain
+
+
+def comparable(measured: Mapping[str, Any], training: SamplingConfig) -> dict[str, Any]:
+    """Reduce what was measured, also as an older version wrote it, to what a score depends on.
+
+    Args:
+        measured: settings of EvalConfig by their names, and more.
+        training: gives the values that it leaves out.
+    """
+    greedy = measured.get("greedy")
+    return {
+        **measured,
+        "samples": 1 if greedy else measured.get("samples"),
+        "temperature": None if greedy else measured.get("temperature") or training.temperature,
+        "max_new_tokens": measured.get("max_new_tokens") or training.max_new_tokens,
+        # the hash of the problems has all else that a prompt is made of
+        "data": {"system_prompt": measured.get("data", {}).get("system_prompt")},
+    }
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -107,11 +128,12 @@ def read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         named = _CHECKPOINT.fullmatch(content["checkpoint"])
         bests = [one for one in (content["best"], content["previous"]) if one is not None]
-        if not named or not isinstance(content["measured"], dict) or content["best"] is None:
+        data = content["measured"].get("data", {})
+        if not named or not isinstance(data, dict) or content["best"] is None:
             raise ValueError("another kind of value")
         if any(type(Best(**one).step) is not int or one["score"] > 1 for one in bests):
             raise ValueError("another kind of step or score")
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path} must be as a run wrote it, got {error!r}: restore it, or delete it, and the "
             "search for the best checkpoint begins anew"

@@ -8,6 +8,7 @@ from kdrl_train.config import EvalConfig, OptimConfig, TrainConfig
 from kdrl_train.config.models import DEFAULT_TEACHER, SELF, is_url, teacher_file
 from kdrl_train.config_file import differences, load_yaml, to_dict, update
 from kdrl_train.runfolder import jsonl
+from kdrl_train.runfolder.best import comparable
 from kdrl_train.runfolder.checkpoint import Checkpoint, checkpoints, latest
 from kdrl_train.runfolder.events import FILE as EVENTS
 from kdrl_train.runfolder.log import read_postponed, read_records
@@ -202,8 +203,10 @@ def changed_evaluation(checkpoint: Checkpoint, config: TrainConfig) -> str | Non
     before = _filled(before, to_dict(EvalConfig()))
     if not (before["every"] and before["data"]["path"] and config.eval.sections):
         return None
+    old, new = (comparable(one, config.sampling) for one in (before, now))
     names = ("samples", "greedy", "temperature", "max_new_tokens")
-    changed = [f"eval.{n} {before[n]} -> {now[n]}" for n in names if before[n] != now[n]]
+    differ = [n for n in names if before[n] != now[n] and old[n] != new[n]]
+    changed = [f"eval.{name} {before[name]} -> {now[name]}" for name in differ]
     if not changed:
         return None
     return f"scores before and after do not compare: {', '.join(changed)}"

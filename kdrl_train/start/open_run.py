@@ -166,7 +166,7 @@ def open_best(config: TrainConfig, world: World, loaded: Loaded, first: int) -> 
     if not config.eval.keep_best:
         return None
     measured = measures(config, loaded.held_out[0].facts.identity)
-    return world.on_main(lambda: BestSoFar(config.out, first, measured))
+    return world.on_main(lambda: BestSoFar(config.out, first, measured, config.sampling))
 
 
 def attach(engine: Engine, log: RunLog, interrupt: Interrupt) -> None:

@@ -95,7 +95,7 @@ def test_weights_of_a_checkpoint_are_those_that_teach(config: Config) -> None:
         ValueError, match=r"must keep the settings .*\n  model\.weights: .* None now"
     ):
         run(settings(config, "second", "frozen", steps=2, template=None, resume=True))
-    best = BestSoFar(first.out, 3, {})
+    best = BestSoFar(first.out, 3, {}, first.sampling)
     best.now = Best(3, 0.5)
     best.write()
     named = settings(config, "named", "frozen", steps=1, template=None, weights=best.path)

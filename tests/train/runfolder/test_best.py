@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kdrl_train import train
-from kdrl_train.config import DataConfig, EvalConfig, TrainConfig
+from kdrl_train.config import DataConfig, EvalConfig, SamplingConfig, TrainConfig
 from kdrl_train.model.policy import HeadedModel
 from kdrl_train.runfolder import best, checkpoint, jsonl
-from kdrl_train.runfolder.best import METRIC, Best, BestSoFar, measures, resolved
+from kdrl_train.runfolder.best import METRIC, Best, BestSoFar, comparable, measures, resolved
 from tests.train.test_train import run
 
 MEASURED: dict[str, Any] = {"samples": 4}
@@ -30,7 +30,7 @@ def saved(folder: Path, *steps: int) -> None:
 
 
 def test_the_first_of_equal_scores_is_the_best(tmp_path: Path) -> None:
-    so_far = BestSoFar(tmp_path, 0, MEASURED)
+    so_far = BestSoFar(tmp_path, 0, MEASURED, SamplingConfig())
     scores = [None, 0.0, 0.25, 0.25, None, 0.5, 0.125]
     assert [so_far.add(score(step, value)) for step, value in enumerate(scores)] == [
         False, True, True, False, False, True, False,
@@ -53,31 +53,46 @@ def test_the_first_of_equal_scores_is_the_best(tmp_path: Path) -> None:
 def test_a_resumed_run_goes_on_with_the_best_that_is_there(
     tmp_path: Path, steps: tuple[int, ...], first: int, now: Best | None
 ) -> None:
-    so_far = BestSoFar(tmp_path, 0, MEASURED)
+    so_far = BestSoFar(tmp_path, 0, MEASURED, SamplingConfig())
     so_far.add(score(2, 0.25))
     so_far.add(score(5, 0.5))
     so_far.write()
     saved(tmp_path, *steps)
-    again = BestSoFar(tmp_path, first, MEASURED)
+    again = BestSoFar(tmp_path, first, MEASURED, SamplingConfig())
     assert (again.now, again.changed) == (now, False)
-    other = BestSoFar(tmp_path, first, {"samples": 5})
+    other = BestSoFar(tmp_path, first, {"samples": 5}, SamplingConfig())
     assert (other.now, other.changed) == (None, True)
 
 
-def test_what_makes_scores_comparable() -> None:
+def test_what_makes_scores_comparable(tmp_path: Path) -> None:
     config = TrainConfig(eval=EvalConfig(data=DataConfig(path="a.jsonl"), every=2))
-    problems = {"count": 3, "sha256": "aa"}
-    same = measures(config, problems)
-    alike = [{"every": 9}, {"sets": {"b": DataConfig(path="b.jsonl")}}, {"keep_best": True}]
+    problems, training = {"count": 3, "sha256": "aa"}, SamplingConfig(temperature=0.7)
+
+    def of(now: dict[str, Any], **changes: Any) -> dict[str, Any]:
+        evaluation = replace(config.eval, **changes)
+        return comparable(measures(replace(config, eval=evaluation), now), training)
+
+    same, data = of(problems), config.eval.data
+    moved = replace(data, path="b.parquet", prompt_column="problem", prompt_template="{prompt}!")
+    shorter = replace(data, max_prompt_tokens=9, teacher_column="t", max_teacher_prompt_tokens=9)
+    alike: list[dict[str, Any]] = [{"data": moved}, {"data": shorter}, {"every": 9}]
+    alike += [{"keep_best": True}, {"sets": {"b": DataConfig(path="b.jsonl")}}]
+    alike += [{"temperature": 0.7}, {"max_new_tokens": training.max_new_tokens}]
     for change in alike:
-        assert measures(replace(config, eval=replace(config.eval, **change)), problems) == same
-    moved = replace(config.eval.data, path="b.parquet", prompt_column="problem")
-    assert measures(replace(config, eval=replace(config.eval, data=moved)), problems) == same
-    brief = replace(config.eval.data, system_prompt="Brief.")
-    others = [{"samples": 9}, {"greedy": True}, {"temperature": 0.5}, {"data": brief}]
-    for other in others:
-        assert measures(replace(config, eval=replace(config.eval, **other)), problems) != same
-    assert measures(config, problems | {"sha256": "bb"}) != same
+        assert of(problems, **change) == same, change
+    others: list[dict[str, Any]] = [{"samples": 9}, {"greedy": True}, {"temperature": 1.0}]
+    others += [{"data": replace(data, system_prompt="Brief.")}, {"max_new_tokens": 9}]
+    for change in others:
+        assert of(problems, **change) != same, change
+    assert of(problems | {"sha256": "bb"}) != same
+    assert of(problems, greedy=True, samples=9) == of(problems, greedy=True)
+    # a best.json of an older version
+    older = measures(config, problems) | {"data": {"max_prompt_tokens": 5, "system_prompt": None}}
+    so_far = BestSoFar(tmp_path, 0, older, training)
+    so_far.add(score(2, 0.25))
+    so_far.write()
+    for measured, changed in ((same, False), (of(problems, samples=9), True)):
+        assert BestSoFar(tmp_path, 3, measured, training).changed == changed
 
 
 @pytest.mark.parametrize(
@@ -95,20 +110,20 @@ def test_what_makes_scores_comparable() -> None:
     ],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, key: str | None, value: Any) -> None:
-    so_far = BestSoFar(tmp_path, 0, MEASURED)
+    so_far = BestSoFar(tmp_path, 0, MEASURED, SamplingConfig())
     so_far.add(score(2, 0.25))
     so_far.write()
     content = json.loads(so_far.path.read_text(encoding="utf-8"))
     text = value if key is None else json.dumps(content | {key: value})
     so_far.path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r"best\.json must be as a run wrote it, got "):
-        BestSoFar(tmp_path, 9, MEASURED)
+        BestSoFar(tmp_path, 9, MEASURED, SamplingConfig())
     with pytest.raises(ValueError, match=r"best\.json must be as a run wrote it, got "):
         resolved(so_far.path)
 
 
 def test_weights_are_named_by_a_checkpoint_or_by_the_best(tmp_path: Path) -> None:
-    so_far = BestSoFar(tmp_path, 0, MEASURED)
+    so_far = BestSoFar(tmp_path, 0, MEASURED, SamplingConfig())
     so_far.add(score(2, 0.25))
     so_far.write()
     with pytest.raises(ValueError, match=r"must name a checkpoint that is there, got .*best\.json"):
@@ -174,7 +189,7 @@ def test_the_best_checkpoint_of_a_run_stays(
         patch.setattr(checkpoint, "sync", killed)
         with pytest.raises(SystemExit):
             run(more)
-    assert BestSoFar(settings.out, 5, content["measured"]).now == Best(2, 0.5)
+    assert BestSoFar(settings.out, 5, content["measured"], SamplingConfig()).now == Best(2, 0.5)
     scores = iter([0.75])
     run(more)
     assert resolved(settings.out / best.FILE).name == "step_000006"

@@ -176,7 +176,7 @@ def test_a_resumed_run_says_that_scores_do_not_compare(tmp_path: Path) -> None:
     settings = TrainConfig(out=tmp_path, eval=evaluation)
     older = {k: v for k, v in to_dict(evaluation).items() if k not in ("greedy", "keep_best")}
     newest = Checkpoint(tmp_path, 2, {"eval": older}, {}, {})
-    for same in ({}, {"every": 3}, {"keep_best": True}):
+    for same in ({}, {"every": 3}, {"keep_best": True}, {"temperature": 1.0}):
         assert (
             changed_evaluation(newest, replace(settings, eval=replace(evaluation, **same))) is None
         )
