@@ -34,18 +34,16 @@ def check_prompts(config: TrainConfig, loaded: Loaded) -> str:
     """
     facts, tokens = loaded.prompts, config.sampling.max_new_tokens
     policy_window = window(loaded.policy.model.config)
-    _check_window("model.policy", policy_window, facts.longest, tokens)
+    check_window("model.policy", policy_window, facts.longest, tokens)
     held_out_tokens = config.eval.sampling(config.sampling).max_new_tokens
     for one in loaded.held_out:
-        _check_window(
-            "model.policy", policy_window, one.facts.longest, held_out_tokens, one.section
-        )
+        check_window("model.policy", policy_window, one.facts.longest, held_out_tokens, one.section)
     for teacher in loaded.teachers:
         if facts.teacher is None:
-            _check_window(teacher.key, teacher.window, facts.longest, tokens)
+            check_window(teacher.key, teacher.window, facts.longest, tokens)
         else:
             setting = "data.max_teacher_prompt_tokens"
-            _check_window(
+            check_window(
                 teacher.key, teacher.window, facts.teacher.longest, tokens, setting=setting
             )
     extra = "".join(
@@ -247,7 +245,7 @@ def _with_doubts(detail: str, doubts: list[str]) -> str:
     return detail
 
 
-def _check_window(
+def check_window(
     name: str,
     tokens: int | None,
     longest: int,
@@ -261,7 +259,8 @@ def _check_window(
     setting: the one that leaves longer prompts out; None: max_prompt_tokens of the section.
     """
     if tokens is not None and longest + max_new_tokens > tokens:
-        completion = "sampling.max_new_tokens" if section == "data" else "eval.max_new_tokens"
+        of_run = section.startswith("eval.")  # and not of the command eval
+        completion = "eval.max_new_tokens" if of_run else "sampling.max_new_tokens"
         raise ValueError(
             f"{name} must hold the longest prompt and completion, got a window of {tokens} "
             f"tokens for {longest} + {max_new_tokens}: lower {completion}, or "

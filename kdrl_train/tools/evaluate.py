@@ -32,6 +32,7 @@ from kdrl_train.model.folder import read_config, refusal
 from kdrl_train.model.load import load_model, load_tokenizer
 from kdrl_train.model.policy import HeadedModel
 from kdrl_train.model.teacher.openai import connect
+from kdrl_train.model.window import window
 from kdrl_train.rollouts.problems import ProblemSet, PromptFacts, encode_prompt
 from kdrl_train.rollouts.reward_inputs import reward_inputs
 from kdrl_train.rollouts.sampler import SampleRequest, generate_rollouts
@@ -43,7 +44,7 @@ from kdrl_train.runfolder.writable import require_writable_file
 from kdrl_train.start.base_model import model_of_adapters
 from kdrl_train.start.gold_answers import check_gold
 from kdrl_train.start.load import described, read_sets
-from kdrl_train.start.prompts import prompt_doubts, turn_doubts, written_otherwise
+from kdrl_train.start.prompts import check_window, prompt_doubts, turn_doubts, written_otherwise
 
 
 def evaluate(
@@ -137,6 +138,7 @@ def evaluate_sets(config: EvaluateConfig, console: Console | None = None) -> dic
     """Loads the model folder and the problems that `config` names, and measures the model.
 
     console: gets a line that says what is measured, and what is doubtful; None: none does.
+    Raises: ValueError for a prompt and completion that the model's window does not hold, and more.
     Returns: the name of each set -> its result; that of `data` is "data", and comes first.
     """
     config = replace(config, model=model_of_adapters(config.model))
@@ -149,6 +151,9 @@ def evaluate_sets(config: EvaluateConfig, console: Console | None = None) -> dic
     adapters = config.model.lora.rank > 0 and config.model.weights is not None
     name = config.model.policy
     model = load_model(name, "model.policy", config.model, dtype, merged=not adapters)
+    for problems in sets:
+        longest, tokens = problems.facts.longest, config.sampling.max_new_tokens
+        check_window("model.policy", window(model.config), longest, tokens, problems.section)
     doubts = []
     if config.model.weights is not None:
         if adapters:

@@ -273,6 +273,23 @@ def test_command_writes_table_and_json(
     assert f"{result['avg_at_k']:.1%}" in printed
 
 
+def test_prompts_and_completions_must_fit_the_window(folders: dict[str, Path]) -> None:
+    """The model reads 256 tokens, and the prompts have 4 and 6."""
+    data = DataConfig(path=str(folders["task"]))
+    config = EvaluateConfig(
+        model=ModelConfig(policy=str(folders["student"]), device="cpu"),
+        data=data,
+        sets={"longer": replace(data, prompt_template="{prompt}??")},
+        sampling=replace(SAMPLING, max_new_tokens=251),
+        reward=REWARD,
+    )
+    refusal = (
+        r"a window of 256 tokens for 6 \+ 251: lower sampling\.max_new_tokens, or sets\.longer"
+    )
+    with pytest.raises(ValueError, match=refusal):
+        evaluation.evaluate_sets(config)
+
+
 def test_a_gold_answer_that_is_not_read_stops_a_measurement(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
