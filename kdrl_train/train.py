@@ -28,6 +28,7 @@ from kdrl_train.model.policy import Policy
 from kdrl_train.output import guarded, guarded_console, shown
 from kdrl_train.ranks import connect
 from kdrl_train.regroup import first_cause
+from kdrl_train.rollouts.teacher_prompts import read_by_teachers
 from kdrl_train.runfolder.best import METRIC
 from kdrl_train.runfolder.events import recorded
 from kdrl_train.runfolder.log import Stages, peak_memory_bytes
@@ -226,7 +227,8 @@ def learn(run: Run, step: int, stages: Stages) -> dict[str, Any]:
         **update(run, batch, step, stages, recorder),
     }
     run.position.finish(record | stages.metrics(tokens=record["tokens"]))
-    run.log.samples(step, recorder.records(step, batch, run.world, run.tokenizer))
+    written = read_by_teachers(config)
+    run.log.samples(step, recorder.records(step, batch, run.world, run.tokenizer, written))
     return record
 
 

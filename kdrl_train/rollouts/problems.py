@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -266,8 +267,14 @@ def example_of(place: str, record: dict[str, Any], config: DataConfig) -> Exampl
         )
     *before, last = messages
     messages = [*before, last | {"content": inside_template(last["content"], config)}]
-    text = "\n\n".join(f"{one['role']}: {one['content']}" for one in messages)
-    return Example(place, text, gold, teacher=teacher, columns=record, messages=tuple(messages))
+    return Example(
+        place, as_text(messages), gold, teacher=teacher, columns=record, messages=tuple(messages)
+    )
+
+
+def as_text(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Write chat messages as one text, for people and rewards."""
+    return "\n\n".join(f"{one['role']}: {one['content']}" for one in messages)
 
 
 def inside_template(problem: str, config: DataConfig) -> str:

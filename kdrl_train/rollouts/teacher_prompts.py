@@ -16,9 +16,14 @@ import torch
 from torch import Tensor
 
 from kdrl_train.batch import Example, Rollouts
-from kdrl_train.config import DataConfig
+from kdrl_train.config import DataConfig, TrainConfig
 from kdrl_train.rollouts.columns import messages_of, text_of
-from kdrl_train.rollouts.problems import MOST_LEFT_OUT, TeacherPromptFacts
+from kdrl_train.rollouts.problems import (
+    MOST_LEFT_OUT,
+    TeacherPromptFacts,
+    as_text,
+    encode_prompt,
+)
 from kdrl_train.rollouts.rendering import Content, PromptError, TooLongError, encode_text
 
 KEY = "data.teacher_template"
@@ -33,6 +38,12 @@ def teacher_content(example: Example, data: DataConfig) -> Content:
         return text
     *before, last = example.messages
     return [*before, {**last, "content": text}]
+
+
+def shown_to_teacher(example: Example, data: DataConfig) -> str:
+    """Write what the teacher reads of a problem as a text, messages as in Example.prompt."""
+    content = teacher_content(example, data)
+    return content if isinstance(content, str) else as_text(content)
 
 
 def teacher_text(example: Example, data: DataConfig) -> str:
@@ -89,6 +100,18 @@ def encode_teacher_prompt(tokenizer: Any, example: Example, data: DataConfig) ->
             f"{len(ids)}: raise it, or remove the record"
         )
     return ids
+
+
+def encode_as_teacher_reads(tokenizer: Any, example: Example, data: DataConfig) -> list[int]:
+    """Encode the prompt that a teacher reads: its own, or the policy's without a template."""
+    encode = encode_prompt if data.teacher_template is None else encode_teacher_prompt
+    return encode(tokenizer, example, data)
+
+
+def read_by_teachers(config: TrainConfig) -> DataConfig | None:
+    """Return how problems are written where teachers read prompts of their own, else None."""
+    reads = config.method.kd is not None and config.data.teacher_template is not None
+    return config.data if reads else None
 
 
 def encode_teacher_prompts(

@@ -14,7 +14,7 @@ from kdrl_train.model.probe import probe
 from kdrl_train.model.self_teacher import LiveTeacher
 from kdrl_train.model.teacher.openai import PoolingClient
 from kdrl_train.model.weights import Origin, some
-from kdrl_train.rollouts.problems import encode_prompt
+from kdrl_train.rollouts.teacher_prompts import encode_as_teacher_reads
 from kdrl_train.start.load import Loaded, LoadedTeacher
 from kdrl_train.start.prompts import PROBE_PROMPTS, check_server_tokenizer, check_tokenizers
 from kdrl_train.start.teacher_server import (
@@ -24,6 +24,9 @@ from kdrl_train.start.teacher_server import (
     check_states,
     check_topk,
 )
+
+PROBE_LENGTH = 1024
+"""Tokens of a prompt that the teacher's probe reads: all their logits are held at once."""
 
 
 def teacher_checks(
@@ -62,7 +65,7 @@ def _checks_of(
             "tokenizers": lambda: check_tokenizers(config, loaded, teacher),
             "teacher weights": lambda: check_weights(model, teacher.key),
             "teacher head": lambda: probed(model, teacher.key, packed),
-            "teacher probe": lambda: check_teacher_reads(config, loaded, model),
+            "teacher probe": lambda: check_teacher_reads(config, loaded, model, teacher.key),
         }
     assert server is not None
     tokenizer, examples = loaded.tokenizer, loaded.examples[:PROBE_PROMPTS]
@@ -154,18 +157,27 @@ def tied(model: HeadedModel) -> bool:
 
 
 @torch.no_grad()
-def check_teacher_reads(config: TrainConfig, loaded: Loaded, teacher: Teacher) -> str:
-    """Compare the teacher's mean log-probability of a few prompts with that of a uniform guess.
+def check_teacher_reads(
+    config: TrainConfig, loaded: Loaded, teacher: Teacher, key: str = "model.teacher"
+) -> str:
+    """Compare the teacher's mean log-probability of a few of the prompts that it reads with that of
+    a uniform guess.
+
+    key: the setting that names it.
 
     Raises: ValueError if it is not a finite number.
     """
     examples = loaded.examples[:PROBE_PROMPTS]
-    prompts = [torch.tensor(encode_prompt(loaded.tokenizer, e, config.data)) for e in examples]
+    tokenizer, data = loaded.tokenizer, config.data
+    prompts = [
+        torch.tensor(encode_as_teacher_reads(tokenizer, example, data)[:PROBE_LENGTH])
+        for example in examples
+    ]
     with gathered(teacher):
         total, count = _prompt_logprobs(teacher, prompts)
     mean = total / max(count, 1)
     if not abs(mean) < float("inf"):
-        raise ValueError(f"model.teacher must give finite log-probabilities, got {mean}")
+        raise ValueError(f"{key} must give finite log-probabilities, got {mean}")
     uniform = -torch.log(torch.tensor(float(teacher.vocab_size))).item()
     return f"{mean:.2f} nats per prompt token (uniform guess: {uniform:.2f})"
 

@@ -24,7 +24,7 @@ from kdrl_train.model.teacher.client import (
 from kdrl_train.model.teacher.head import ServedHead, load_norm, normal_rms
 from kdrl_train.model.teacher.openai import OpenAiClient, PoolingClient
 from kdrl_train.proxies import is_exposed
-from kdrl_train.rollouts.problems import encode_prompt
+from kdrl_train.rollouts.teacher_prompts import encode_as_teacher_reads
 
 T = TypeVar("T")
 
@@ -101,7 +101,7 @@ def check_scores(
     """
     total, count = 0.0, 0
     for example in examples:
-        ids = encode_prompt(tokenizer, example, config.data)
+        ids = encode_as_teacher_reads(tokenizer, example, config.data)
         if len(ids) > 1:
             query = Query(f"prompt {example.id}", ids[:1], ids[1:])
             logprobs = _query_once(client.logprobs, query)
@@ -126,7 +126,7 @@ def check_head(
     differences = []
     temperature = config.sampling.temperature
     for example in examples:
-        ids = encode_prompt(tokenizer, example, config.data)
+        ids = encode_as_teacher_reads(tokenizer, example, config.data)
         if len(ids) > 1:
             query = Query(f"prompt {example.id}", ids[:1], ids[1:], temperature=temperature)
             states = _query_once(client.states, query)
@@ -162,7 +162,7 @@ def check_states(
     norm = load_norm(head.key, head.name, config.model.trust_remote_code)
     rms, logprobs = [], []
     for example in examples:
-        ids = encode_prompt(tokenizer, example, config.data)
+        ids = encode_as_teacher_reads(tokenizer, example, config.data)
         if len(ids) > 1:
             states = _query_once(client.states, Query(f"prompt {example.id}", ids[:1], ids[1:]))
             logprobs.append(_logprobs(head, states, ids[1:]))
@@ -241,7 +241,7 @@ def check_topk(
     masses = []
     count = min(config.method.kd_topk, client.vocab_size or config.method.kd_topk)
     for example in examples:
-        ids = encode_prompt(tokenizer, example, config.data)
+        ids = encode_as_teacher_reads(tokenizer, example, config.data)
         if len(ids) > 1:
             query = Query(f"prompt {example.id}", ids[:1], ids[1:])
             query = replace(query, temperature=config.sampling.temperature)

@@ -8,13 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from kdrl_train.batch import Batch, CompletionCoefficients
+from kdrl_train.batch import Batch, CompletionCoefficients, Example
+from kdrl_train.config import DataConfig
 from kdrl_train.config.models import DEFAULT_TEACHER
 from kdrl_train.copies import to_host
 from kdrl_train.model.packing import PackedBatch
 from kdrl_train.model.policy import PolicyOutput
 from kdrl_train.ranks import World
 from kdrl_train.rollouts.rendering import visible_ids
+from kdrl_train.rollouts.teacher_prompts import shown_to_teacher
 from kdrl_train.runfolder.jsonl import Record
 
 DIGITS = 4
@@ -50,10 +52,21 @@ class SampleRecorder:
                 self._log_ratios[r] = (log_ratio, micro_batch.kd_weight[part] > 0)
             start += count
 
-    def records(self, step: int, batch: Batch, world: World, tokenizer: Any) -> list[Record]:
+    def records(
+        self,
+        step: int,
+        batch: Batch,
+        world: World,
+        tokenizer: Any,
+        of_teachers: DataConfig | None = None,
+    ) -> list[Record]:
         """Make the lines of the step's file; all ranks call it together.
 
-        A line holds: step, id, teacher (where problems name theirs), prompt, completion, answer,
+        of_teachers: how problems are written for teachers with prompts of their own; None: they
+            read the policy's.
+
+        A line holds: step, id, teacher (where problems name theirs), prompt, teacher_prompt (where
+        a teacher reads another one), completion, answer,
         reward, rewards (name -> value of each), outcome (of the verifier), tokens, truncated,
         advantage, kd_weight, token_chars ([T]
         characters of the completion that each token wrote; None where it cannot be cut so),
@@ -74,6 +87,7 @@ class SampleRecorder:
                 "id": batch.examples[r].id,
                 **({"teacher": batch.examples[r].teacher or DEFAULT_TEACHER} if several else {}),
                 "prompt": batch.examples[r].prompt,
+                **_of_teacher(batch.examples[r], of_teachers),
                 "completion": rollouts.texts[r],
                 "answer": batch.examples[r].gold,
                 "reward": rewards_R[r].item(),
@@ -103,6 +117,12 @@ class SampleRecorder:
             if distilled.any():
                 numbers[r] = [round(value, DIGITS) if used else None for value, used in pairs]
         return numbers
+
+
+def _of_teacher(example: Example, data: DataConfig | None) -> dict[str, str]:
+    """Return what a teacher reads of a problem, where that is not the policy's prompt."""
+    prompt = example.prompt if data is None else shown_to_teacher(example, data)
+    return {} if prompt == example.prompt else {"teacher_prompt": prompt}
 
 
 def token_chars(tokenizer: Any, ids: Sequence[int], text: str, truncated: bool) -> list[int] | None:

@@ -20,7 +20,7 @@ from kdrl_train.model.load import load_model
 from kdrl_train.model.policy import HeadedModel
 from kdrl_train.model.teacher.client import TeacherError
 from kdrl_train.ranks import ALONE
-from kdrl_train.runfolder import checkpoint
+from kdrl_train.runfolder import checkpoint, jsonl
 from kdrl_train.runfolder.best import Best, BestSoFar
 from kdrl_train.step import update
 from kdrl_train.tools import replay
@@ -72,6 +72,8 @@ def test_frozen_weights_are_those_of_step_0_and_live_ones_are_not(config: Config
     events = (config().out.parent / "live" / "events.jsonl").read_text(encoding="utf-8")
     said = [one["message"] for one in map(json.loads, events.splitlines())]
     assert "the teacher's first prompt: '0!0+0='" in said
+    for line in jsonl.read(config().out.parent / "live" / "samples" / "step_000001.jsonl"):
+        assert line["teacher_prompt"] == f"{line['answer']}!{line['prompt']}"
     assert frozen[1]["kl_teacher"] != live[1]["kl_teacher"]
     assert frozen[0]["kl_teacher"] > 0.01
     other = run(settings(config, "other", "live", steps=1, template="{prompt}?{answer}"))
@@ -91,6 +93,8 @@ def test_weights_of_a_checkpoint_are_those_that_teach(config: Config) -> None:
     weights = first.out / "checkpoints" / "step_000003"
     second = settings(config, "second", "frozen", steps=1, template=None, weights=weights)
     assert run(second)[0]["kl_teacher"] == pytest.approx(0, abs=1e-6)
+    (line, *_) = jsonl.read(second.out / "samples" / "step_000000.jsonl")
+    assert "teacher_prompt" not in line
     with pytest.raises(
         ValueError, match=r"must keep the settings .*\n  model\.weights: .* None now"
     ):

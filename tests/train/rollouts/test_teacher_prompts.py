@@ -17,6 +17,7 @@ from kdrl_train.rollouts.rendering import PromptError
 from kdrl_train.rollouts.teacher_prompts import (
     as_teacher_reads,
     encode_teacher_prompt,
+    shown_to_teacher,
     teacher_prompts,
     teacher_text,
 )
@@ -133,6 +134,8 @@ def test_the_teacher_reads_the_chat_template_too(tokenizer: Any) -> None:
     messages = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "7*6?"}]
     example = example_of("a:1", RECORD | {"question": messages}, data)
     assert chat.decode(encode_teacher_prompt(chat, example, data)) == "<Be brief|7*6?!42|>"
+    assert example.prompt == "system: Be brief\n\nuser: Q: 7*6?"
+    assert shown_to_teacher(example, data) == "system: Be brief\n\nuser: 7*6?!42"
 
 
 def test_completions_follow_the_prompt_of_their_problem(tokenizer: Any, tmp_path: Path) -> None:

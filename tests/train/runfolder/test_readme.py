@@ -85,7 +85,7 @@ def test_every_key_of_a_run_is_in_the_readme(config: Callable[..., TrainConfig])
     (row,) = [line for line in text.splitlines() if line.startswith("| `samples/")]
     (sample,) = jsonl.read(base.out / "samples/step_000001.jsonl")
     described = set(re.findall(r"`(\w+)`", row)) - {"samples_per_step"}
-    assert described == set(sample) | {"teacher"}  # of several
+    assert described == set(sample) | {"teacher", "teacher_prompt"}  # of several, of a template
     (prompt,) = [e for e in jsonl.read(base.out / "events.jsonl") if e["event"] == "prompt"]
     assert prompt["step"] == 0
     assert prompt["message"] == "the first prompt, with its special tokens: '0+0='"
