@@ -201,7 +201,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         for name, case in row["cases"].items():
             numbers = [
-                f"{case['ms']:,.0f}" if "ms" in case else "",
+                _milliseconds(case["ms"]) if "ms" in case else "",
                 f"{case['ratio']:.2f}" if "ratio" in case else "",
                 f"{case['extra_bytes'] / 1e6:,.1f}" if "extra_bytes" in case else "",
                 f"{case['entries']:.1f}" if "entries" in case else "",
@@ -211,6 +211,10 @@ def table(rows: list[dict[str, Any]]) -> str:
             ]
             lines.append(f"| {row['op']} | {row['profile']} | {name} | {' | '.join(numbers)} |")
     return "\n".join(lines) + "\n"
+
+
+def _milliseconds(ms: float) -> str:
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
 
 
 def document(record: dict[str, Any]) -> str:
@@ -223,24 +227,30 @@ def file_of(record: dict[str, Any], folder: Path, kind: str = "sketch") -> Path:
     return folder / f"{kind}-{record['shape']}.json"
 
 
-def count(shape: Shape, profiles: list[str], folder: Path) -> None:
-    """Write errors, entries and flat rows of all operations and profiles."""
+def count(shape: Shape, profiles: list[str], ops: Iterable[Op], folder: Path) -> None:
+    """Write errors, entries and flat rows of these operations and profiles."""
     record: dict[str, Any] = {"machine": machine_info(), "shape": shape.name, "rows": []}
     path = file_of(record, folder, "counts")
     for profile in profiles:
         inputs = make_inputs(shape, profile)
-        for op in OPS:
+        for op in ops:
             record["rows"].append(measure(op, inputs, COUNTED))
             path.write_text(json.dumps(record, indent=1) + "\n")
             print(table(record["rows"][-1:]), flush=True)
     path.with_suffix(".md").write_text(document(record), encoding="utf-8")
 
 
-def write(record: dict[str, Any], folder: Path) -> None:
-    """Write the record of a run, its table, and its plot where there is matplotlib."""
+def save(record: dict[str, Any], folder: Path) -> Path:
+    """Write the record of a run and its table; return where the record lies."""
     path = file_of(record, folder)
     path.write_text(json.dumps(record, indent=1) + "\n")
     path.with_suffix(".md").write_text(document(record), encoding="utf-8")
+    return path
+
+
+def write(record: dict[str, Any], folder: Path) -> None:
+    """Write the record of a run, its table, and its plot where there is matplotlib."""
+    path = save(record, folder)
     if importlib.util.find_spec("matplotlib"):
         from bench.reporting.tradeoff import plot  # noqa: PLC0415  not everywhere: matplotlib
 
@@ -255,6 +265,9 @@ def main() -> None:
     what.add_argument("--show", type=Path, help="a sketch-SHAPE.json, measured before")
     parser.add_argument("--shape", choices=SHAPES, default=default_shape().name)
     parser.add_argument("--profiles", nargs="+", choices=SPREADS, default=list(SPREADS))
+    names = [op.name for op in OPS]
+    parser.add_argument("--ops", nargs="+", choices=names, default=names)
+    parser.add_argument("--no-memory", action="store_true", help="errors and times alone")
     parser.add_argument("--counts", action="store_true", help="no times, no memory")
     parser.add_argument("--times", action="store_true", help="times anew, in the file of --out")
     parser.add_argument("--rounds", type=int, default=7)
@@ -266,10 +279,11 @@ def main() -> None:
     use_threads()
     args.out.mkdir(parents=True, exist_ok=True)
     shape = SHAPES[args.shape]
+    ops = [OPS_BY_NAME[name] for name in args.ops]
     if args.counts:
-        count(shape, args.profiles, args.out)
+        count(shape, args.profiles, ops, args.out)
         return
-    cases = [(op, profile) for profile in args.profiles for op in OPS]
+    cases = [(op, profile) for profile in args.profiles for op in ops]
     record = {"machine": machine_info(), "shape": args.shape, "rows": []}
     if args.times:
         record |= {"rows": json.loads(file_of(record, args.out).read_text())["rows"]}
@@ -277,16 +291,19 @@ def main() -> None:
     else:
         for op, profile in cases:
             inputs = make_inputs(shape, profile)
-            record["rows"].append(add_memory(measure(op, inputs), op, inputs))
+            record["rows"].append(measure(op, inputs))
+            if not args.no_memory:
+                add_memory(record["rows"][-1], op, inputs)
+            save(record, args.out)
     rows = record["rows"]
-    write(record, args.out)
     print(f"errors and memory: {args.out}; times follow, on an idle machine", flush=True)
     deadline = time.monotonic() + 60 * args.minutes
     for place, (op, profile) in enumerate(cases):
         until = share(deadline, place, len(cases))
         add_times(rows[place], op, make_inputs(shape, profile), args.rounds, until)
-        write(record, args.out)
+        save(record, args.out)
         print(table([rows[place]]), flush=True)
+    write(record, args.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Tests the bench of the sketch and its prediction on tiny sizes."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,9 @@ def test_sketch_rows(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
             assert 0 <= cases[name]["predicted"] < 2
 
 
-def test_counts_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_counts_alone(tmp_path: Path) -> None:
     """A finer threshold has more entries or more flat rows, and a smaller error."""
-    monkeypatch.setattr(sketch, "OPS", (KDRL,))
-    sketch.count(TINY, ["rl"], tmp_path)
+    sketch.count(TINY, ["rl"], [KDRL], tmp_path)
     (row,) = json.loads((tmp_path / "counts-tiny.json").read_text())["rows"]
     assert list(row["cases"]) == [*sketch.COUNTED, sketch.ROUNDED]
     coarse, fine = row["cases"]["2^-7"], row["cases"]["2^-12"]
@@ -128,3 +128,25 @@ def test_prediction_at_round_rates() -> None:
     row_work = 2.125 * reads  # a quarter of the rows has a dense dz
     sums = (1.5 * u, row_work, products, 1.5 * u + row_work + products)
     assert sketched.split(" | ")[2:] == [*(f"{ms:.1f}" for ms in sums[:3]), f"{sums[3]:.1f} |"]
+
+
+def test_times_and_errors_of_some_operations_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "alone", None)
+    monkeypatch.setattr(sketch, "write", sketch.save)  # without the plot
+    typed = ["--out", str(tmp_path), "--shape", "tiny", "--profiles", "reasoning", "--rounds", "3"]
+    monkeypatch.setattr(sys, "argv", ["sketch", *typed, "--ops", "GRPO", "--no-memory"])
+    monkeypatch.setattr(sketch, "use_threads", lambda: None)
+    sketch.main()
+    (row,) = json.loads((tmp_path / "sketch-tiny.json").read_text())["rows"]
+    assert (row["op"], row["profile"]) == ("GRPO", "reasoning")
+    for name in sketch.GRADIENTS:
+        assert {"errors", "ms", "status"} <= row["cases"][name].keys()
+        assert "extra_bytes" not in row["cases"][name]
+
+
+def test_short_times_have_three_digits() -> None:
+    record = sketch_record()
+    record["rows"][0]["cases"]["exact"]["ms"] = 33.456
+    assert "| exact | 33.5 |" in sketch.table(record["rows"])
