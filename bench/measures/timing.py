@@ -179,7 +179,7 @@ def fastest_setting(provider: Provider, inputs: Inputs, op: Op, deadline: float)
     return provider.settings[tried.index(min(tried))]
 
 
-def share(deadline: float, part: int, parts: int) -> float:
+def share(deadline: float, part: int, parts: float) -> float:
     """Return the deadline of one part of several; time that earlier parts left is shared."""
     now = time.monotonic()
     return now + (deadline - now) / (parts - part)
