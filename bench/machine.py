@@ -1,4 +1,4 @@
-"""Describes the machine that a figure comes from, and reads its clock."""
+"""Describes the machine that a figure comes from, and reads its clock: python -m bench.machine"""
 
 import platform
 import subprocess
@@ -108,3 +108,7 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    print(one_line(machine_info()), readings())

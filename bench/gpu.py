@@ -1,0 +1,354 @@
+"""Runs what needs a GPU in one command, without a network: bash bench/gpu.sh OUT
+
+Parts follow each other in the order of what they are worth, each in a process with a time limit of
+its own. A part that reaches it is interrupted as by Ctrl-C, and killed if it goes on; what it wrote
+until then counts. OUT/report.md, and the archive where one is named, are written anew after each
+part. All parts end within --seconds; one that would get less than half of its limit is left out.
+
+The training run, curve, comes last. Where it is left out, a second call with --parts curve has all
+the time for it. --rehearse runs the same parts on a CPU with tiny sizes, to see that they work;
+--cut ends each part early, to see that what is left is a report.
+"""
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 570
+"""Of all parts together, unless --seconds says another number."""
+GRACE = 5
+"""Seconds that an interrupted part has to write what it knows."""
+STARTUP = 14
+"""Seconds that a scoreboard needs before it measures, and after."""
+LINES, WIDTH = 16, 160
+"""Most lines of a log that the report holds, and their length."""
+FIRST = ("test_rows", "test_no_sync")
+"""Tests that start first: most kernels are compiled there, and no call may wait for the GPU."""
+MARKS = " and ".join(f"not {name}" for name in ("slow", "vllm", "verl", "swift", "deepspeed"))
+PYTEST = ("-m", "pytest", "-o", "addopts=", "-q", "-m", MARKS)
+OURS = ("kdrl-kernels", "kdrl-kernels, sketch", "PyTorch, full logits", "PyTorch, chunk loop")
+PEERS = (
+    *("kdrl-kernels", "Liger, Triton GRPO", "Liger, Triton KL", "TRL", "Cut cross-entropy"),
+    *("verl", "Liger, chunked", "Liger, Triton", "flash-linear-attention", "PyTorch, compiled"),
+)
+"""What compiles longest comes last."""
+OPS = ("GRPO", "KDRL exact", "logprob + entropy", "GRPO, half at 0")
+"""Operations of the scoreboards, the most wanted first."""
+SCOREBOARD = ("-m", "bench", "--truth", "sampled", "--ops", *OPS)
+TINY = ("--shape", "tiny", "--rounds", "3")
+INSTALL = """
+import subprocess, sys
+pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-compile", "-q"]
+options = [word for word in sys.argv[1:] if not word.endswith(".whl")]
+wheels = [word for word in sys.argv[1:] if word.endswith(".whl")]
+if subprocess.call([*pip, *options, *wheels]):  # one that does not fit stops all
+    codes = [subprocess.call([*pip, *options, wheel]) for wheel in wheels]
+    sys.exit(f"{sum(map(bool, codes))} of {len(wheels)} wheels are not installed")
+"""
+FAILURE = re.compile(r"^(FAILED|ERROR|E  )")
+TROUBLE = re.compile(r"^(\w+Error|ERROR|\d+ of \d+ wheels)\b")
+NOT_TIMED = re.compile(r"^(speed|memory|stage) .*(not installed|failed|differs)")
+COUNTS = re.compile(r"\d+ (passed|failed|skipped|error).* in \d")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A part of the run: a Python process, whose output is NAME.log."""
+
+    name: str
+    budget: float
+    """Seconds."""
+    most: float = 0.0
+    """Seconds that it may take where the parts before it left some; below budget: none of them."""
+    command: tuple[str, ...]
+    """Arguments of Python. {out} is the folder of the results, {minutes} the part's own time."""
+    rehearsal: tuple[str, ...] = ()
+    """Arguments that a rehearsal adds: the later of two options counts."""
+    tables: tuple[str, ...] = ()
+    """Patterns of the files that the report shows."""
+    lines: re.Pattern[str] = TROUBLE
+    """The lines of its log that the report shows too, the last of them."""
+
+
+def parts(wheels: Sequence[str], rehearse: bool) -> tuple[Part, ...]:
+    """Return all parts in their order; without wheels there is nothing to install.
+
+    Their limits leave room for the grace of each within SECONDS, the training run apart.
+    """
+    install = Part(
+        name="wheels", budget=20, command=("-c", INSTALL, *wheels), rehearsal=("--dry-run",)
+    )
+    return (
+        *((install,) if wheels else ()),
+        Part(name="machine", budget=25, command=("-m", "bench.machine"), tables=("machine.log",)),
+        Part(
+            name="kernels",
+            budget=145,
+            most=180,
+            command=(
+                *PYTEST,
+                *("-n", "8", "--dist", "loadfile", "--no-loadscope-reorder"),
+                "--junitxml={out}/kernels.xml",
+                *_kernel_tests(rehearse),
+            ),
+            rehearsal=("-n", "2", "-k", "float32-plain or on_a_gpu"),
+            lines=FAILURE,
+        ),
+        Part(
+            name="ours",
+            budget=100,
+            most=150,
+            command=(
+                *SCOREBOARD,
+                *("--out", "{out}/ours", "--minutes", "{minutes}", "--rounds", "8"),
+                *("--stages", "speed", "rows", "memory", "--providers", *OURS),
+            ),
+            rehearsal=(*TINY, "--minutes", "0.5", "--ops", "GRPO", "--stages", "speed", "rows"),
+            tables=("ours/short.md",),
+            lines=NOT_TIMED,
+        ),
+        Part(
+            name="peers",
+            budget=110,
+            most=170,
+            command=(
+                *SCOREBOARD,
+                *("--out", "{out}/peers", "--minutes", "{minutes}", "--rounds", "5"),
+                *("--stages", "speed", "memory", "--providers", *PEERS),
+            ),
+            rehearsal=(
+                *(*TINY, "--minutes", "0.5", "--ops", "GRPO", "--stages", "speed"),
+                *("--providers", *PEERS[:4]),
+            ),
+            tables=("peers/short.md",),
+            lines=NOT_TIMED,
+        ),
+        Part(
+            name="trainer",
+            budget=55,
+            command=(*PYTEST, "-n", "6", "tests/train/test_gpu.py"),
+            rehearsal=("-n", "0"),
+            lines=FAILURE,
+        ),
+        Part(
+            name="sketch",
+            budget=40,
+            command=(
+                *("-m", "bench.measures.sketch", "--out", "{out}", "--minutes", "0.3"),
+                *("--profiles", "reasoning", "--ops", "GRPO", "KDRL exact", "--no-memory"),
+            ),
+            rehearsal=(*TINY, "--minutes", "0.1"),
+            tables=("sketch-*.md",),
+        ),
+        Part(
+            name="gemms",
+            budget=35,
+            command=("-m", "bench.gemms", "--out", "{out}", "--seconds", "25"),
+            rehearsal=("--seconds", "3"),
+            tables=("gemms.md",),
+        ),
+        Part(
+            name="curve",
+            budget=170,
+            command=("-m", "bench.curve", "--out", "{out}/curve"),
+            rehearsal=("--tiny",),
+            tables=("curve/curve.md",),
+        ),
+    )
+
+
+def _kernel_tests(rehearse: bool) -> tuple[str, ...]:
+    """Return the files of kernel tests that use a GPU, the largest first after FIRST."""
+    files = []
+    for path in (ROOT / "tests/kernels").glob("test_*.py"):
+        text = path.read_text(encoding="utf-8")
+        if "device: str" in text or "mark.gpu" in text:
+            files.append((not path.name.startswith(FIRST), -len(text), path.name))
+    names = [f"tests/kernels/{name}" for *_, name in sorted(files)]
+    return tuple(names[: len(FIRST) + 1] if rehearse else names)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a part."""
+
+    name: str
+    status: str
+    seconds: float = 0.0
+    budget: float = 0.0
+
+
+class Course:
+    """The course of a run: parts, one after the other, and what is known of each."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.out: Path = args.out.resolve()
+        self.archive: Path | None = args.archive and args.archive.resolve()
+        self.rehearse: bool = args.rehearse
+        self.cut: float = args.cut
+        self.start = time.monotonic()
+        self.deadline = self.start + args.seconds
+        wheels = sorted(str(path) for path in (ROOT / "wheels").glob("*.whl"))
+        every = parts(wheels, self.rehearse)
+        self.parts = [part for part in every if not args.parts or part.name in args.parts]
+        self.outcomes: list[Outcome] = []
+
+    def run(self) -> None:
+        """Run all parts. Raises: KeyboardInterrupt, after the report, where it is stopped."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        planned = self.start  # when the part should begin
+        for place, part in enumerate(self.parts):
+            now = time.monotonic()
+            budget = max(part.budget, min(part.most, part.budget + planned - now))
+            planned += part.budget + GRACE
+            left = self.deadline - now - GRACE
+            if left < part.budget / 2:
+                self.outcomes.append(Outcome(part.name, "left out: no time"))
+                continue
+            try:
+                self.outcomes.append(self._run(part, min(budget, left)))
+            except KeyboardInterrupt:
+                rest = [one.name for one in self.parts[place:]]
+                self.outcomes += [Outcome(name, "left out: stopped") for name in rest]
+                raise
+            finally:
+                self.save()
+        self.save()
+
+    def _run(self, part: Part, budget: float) -> Outcome:
+        """Run one part until it ends, or for budget seconds, at most --cut of them."""
+        values = {"{out}": str(self.out), "{minutes}": f"{(budget - STARTUP) / 60:.2f}"}
+        command = [sys.executable]
+        for word in (*part.command, *(part.rehearsal if self.rehearse else ())):
+            command.append(word)
+            for name, value in values.items():
+                command[-1] = command[-1].replace(name, value)
+        budget, start = min(budget, self.cut), time.monotonic()
+        with (self.out / f"{part.name}.log").open("w", encoding="utf-8") as log:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # so that what it started can be killed with it
+            )
+            status = _end(process, budget)
+        return Outcome(part.name, status, time.monotonic() - start, budget)
+
+    def _environment(self) -> dict[str, str]:
+        variables = {"TRITON_DEFAULT_FP_FUSION": "1", "PYTHONUNBUFFERED": "1"}
+        if self.rehearse:
+            variables["CUDA_VISIBLE_DEVICES"] = ""
+        return {**os.environ, **variables}
+
+    def save(self) -> None:
+        """Write the report, and everything into the archive."""
+        (self.out / "report.md").write_text(self.report(), encoding="utf-8")
+        if self.archive:
+            partial = self.archive.with_name(f".{self.archive.name}.partial")
+            with tarfile.open(partial, "w:gz") as archive:
+                archive.add(self.out, arcname=self.out.name, filter=_without_weights)
+            partial.replace(self.archive)
+
+    def report(self) -> str:
+        """Return the tables of all parts, what failed, and the table of the parts last."""
+        title = "Rehearsal on a CPU with tiny sizes: no figure here is of a GPU.\n\n"
+        sections = [title if self.rehearse else "", *self._sections()]
+        rows = ["| part | seconds | limit | status |", "|---|---|---|---|"]
+        for one in self.outcomes:
+            figures = f"{one.seconds:.0f} | {one.budget:.0f}" if one.budget else " | "
+            rows.append(f"| {one.name} | {figures} | {one.status}{self._counts(one.name)} |")
+        return "".join(sections) + "\n".join(rows) + "\n"
+
+    def _sections(self) -> Iterator[str]:
+        for part in self.parts:
+            for pattern in part.tables:
+                for path in sorted(self.out.glob(pattern)):
+                    yield f"{path.read_text(encoding='utf-8').strip()}\n\n"
+            lines = [
+                line for line in self._log(part.name) if part.lines and part.lines.search(line)
+            ]
+            if lines:
+                yield f"{part.name}:\n\n"
+                yield f"    {len(lines) - LINES} more\n" if len(lines) > LINES else ""
+                yield "".join(f"    {line[:WIDTH]}\n" for line in lines[-LINES:]) + "\n"
+
+    def _counts(self, name: str) -> str:
+        """Return the last line of a log that counts tests."""
+        counts = [line.strip("= ") for line in self._log(name) if COUNTS.search(line)]
+        return f": {counts[-1]}" if counts else ""
+
+    def _log(self, name: str) -> list[str]:
+        path = self.out / f"{name}.log"
+        return path.read_text("utf-8", "replace").splitlines() if path.exists() else []
+
+
+def _end(process: "subprocess.Popen[bytes]", seconds: float) -> str:
+    """Wait for a part, stop it at its limit, and kill what it leaves; return its status."""
+    try:
+        code = process.wait(seconds)
+        return "ok" if code == 0 else f"failed with exit code {code}"
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+            return "stopped at its limit"
+        return "killed after its limit"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _without_weights(file: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    """Leave models and checkpoints out of the archive."""
+    heavy = (".safetensors", ".distcp", ".pt")
+    return None if file.name.endswith(heavy) else file
+
+
+def arguments() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    lines = (__doc__ or "").split("\n\n", 1)
+    parser = argparse.ArgumentParser(
+        prog="bash bench/gpu.sh", description=lines[0], epilog=lines[1], allow_abbrev=False
+    )
+    names = [part.name for part in parts(("x",), rehearse=True)]
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder of the results")
+    parser.add_argument("--archive", type=Path, help="a .tar.gz of OUT, without weights")
+    parser.add_argument("--parts", nargs="+", choices=names, help="default: all")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"default: {SECONDS}")
+    parser.add_argument(
+        "--cut", type=float, default=float("inf"), help="seconds of each part at most"
+    )
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, with tiny sizes")
+    return parser
+
+
+def main() -> int:
+    """Run all parts and print the report; return 1 if a part failed, 130 if stopped."""
+    course = Course(arguments().parse_args())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stopped = False
+    try:
+        course.run()
+    except KeyboardInterrupt:
+        stopped = True
+    print(course.report())
+    failed = any(one.status.startswith("failed") for one in course.outcomes)
+    return 130 if stopped else int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
