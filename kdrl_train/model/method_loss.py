@@ -64,6 +64,11 @@ class LossOfRows:
         self.method = method
         self.users = load_loss(method)
 
+    @property
+    def leaves_rows_out(self) -> bool:
+        """Whether a row may have no gradient though it has an advantage or is distilled."""
+        return self.users is not None or self.method.selects_tokens
+
     @classmethod
     def of(cls, method: MethodConfig) -> "LossOfRows | None":
         """Return the loss of a method; None where kdrl_kernels.Objective has all of it."""

@@ -337,7 +337,8 @@ class Policy(HeadedModel):
         """
         whole = goal.entropy_coef != 0 or (goal.kd is not None and batch.all_distilled)
         whole |= goal.policy != "off" and batch.all_learn and batch.old_logprobs is None
-        return False if whole and self.loss_of_rows is None and device.type != "cpu" else None
+        whole &= self.loss_of_rows is None or not self.loss_of_rows.leaves_rows_out
+        return False if whole and device.type != "cpu" else None
 
     def _likeliest(
         self, batch: PackedBatch, teacher: kk.TeacherHead | None, goal: kk.Objective, columns: int

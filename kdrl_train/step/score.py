@@ -72,10 +72,10 @@ def score_packs(
             sums = add_sums(sums, teacher_sums(out.sums, teachers.names[batch.teacher]))
         if recorder is not None:
             recorder.add(micro_batch, out)
-    logprobs = to_host(dict(enumerate(out[0] for *_, out in passes)))  # none waits for another
-    teacher_logprobs = to_host({i: x for i, (*_, (_, x)) in enumerate(passes) if x is not None})
+    by_pass = {(i, j): x for i, (*_, out) in enumerate(passes) for j, x in enumerate(out)}
+    host = to_host({k: x for k, x in by_pass.items() if x is not None})  # no pass waits for another
     for turn, (rollout, kd_weight, _) in enumerate(passes):
-        _keep(scores, rollout, kd_weight, logprobs[turn], teacher_logprobs.get(turn))
+        _keep(scores, rollout, kd_weight, host[turn, 0], host.get((turn, 1)))
     scores.sums.update(to_host(sums))
     return scores
 

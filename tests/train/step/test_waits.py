@@ -160,7 +160,15 @@ def test_a_step_whose_sampler_is_corrected(waits_of: Callable[..., Waits]) -> No
     assert waits_of(method) == UPDATE + STEP + SCORES + SAMPLES
 
 
-def test_a_step_of_a_loss_of_rows(waits_of: Callable[..., Waits]) -> None:
-    """It reads whole completions, and which rows it leaves out is not known before."""
-    method = MethodConfig(policy="gspo", token_weights="sequence_mean", kd="rkl", kd_coef=BETA)
-    assert waits_of(method) == UPDATE + STEP + SAMPLES + IDLE
+def test_a_step_whose_teacher_is_a_reward(waits_of: Callable[..., Waits]) -> None:
+    assert waits_of(PRESETS["reward_shaping"]) == UPDATE + STEP + SCORES + SAMPLES
+
+
+@pytest.mark.parametrize("name", ["cispo", "gspo"])
+def test_a_step_of_another_policy_gradient(name: str, waits_of: Callable[..., Waits]) -> None:
+    assert waits_of(PRESETS[name]) == UPDATE + STEP
+
+
+def test_a_step_that_chooses_its_rows(waits_of: Callable[..., Waits]) -> None:
+    """Which rows it distils is not known before."""
+    assert waits_of(PRESETS["kdrl_sign_gate"]) == UPDATE + STEP + SAMPLES + IDLE
