@@ -14,6 +14,8 @@ from kdrl_kernels.truncation import Truncation
 
 RowSet = slice | Tensor
 """Some of N rows: a slice, or their int64 indices."""
+HAVE_NONZERO_STATIC = ("cpu", "cuda", "meta")
+"""Devices on which PyTorch finds a known number of rows; elsewhere they are counted."""
 
 
 def has_values(tensor: Tensor) -> bool:
@@ -169,7 +171,7 @@ class LossCall:
         everything = slice(0, len(self.tokens))
         if self.weights is None or self.active == len(self.weights):
             return everything
-        if self.active is not None:
+        if self.active is not None and self.weights.device.type in HAVE_NONZERO_STATIC:
             return torch.nonzero_static(self.weights, size=self.active, fill_value=0).squeeze(1)
         active = self.weights.nonzero().squeeze(1)
         return everything if len(active) == len(self.weights) else active

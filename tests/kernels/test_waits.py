@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kdrl_kernels as kk
-from kdrl_kernels import one_pass
+from kdrl_kernels import call, one_pass
 from tests.kernels.problem import make_problem
 from tests.pretended_gpu import GpuTensor, PretendedGpu, on_gpu, pretend
 
@@ -66,6 +66,13 @@ def test_no_wait_where_the_caller_knows_the_rows(kd: str | None, gpu: PretendedG
 
 def test_a_wait_for_the_number_of_rows_that_count(gpu: PretendedGpu) -> None:
     assert _waits(gpu, "rkl", compact=False) == COUNT
+
+
+def test_a_known_number_is_counted_where_pytorch_cannot_use_it(
+    gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(call, "HAVE_NONZERO_STATIC", ())  # as on MPS
+    assert _waits(gpu, "rkl", active_rows=4, compact=False) == COUNT
 
 
 def test_a_wait_in_each_chunk_for_the_rows_that_have_a_gradient(
