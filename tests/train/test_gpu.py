@@ -14,10 +14,14 @@ import torch
 
 from kdrl_train.config import EngineConfig, ModelConfig, TrainConfig
 from kdrl_train.config_file import save_yaml
-from kdrl_train.method.config import MethodConfig
+from kdrl_train.method.config import MethodConfig, ScheduleConfig
 from kdrl_train.model import attention
-from kdrl_train.model.policy import Policy
+from kdrl_train.model.packing import pack
+from kdrl_train.model.policy import Policy, Teacher
 from kdrl_train.runfolder.log import Stages, read_records
+from tests.kernels.test_no_sync import set_mode
+from tests.train.coefficients import coefficients_of
+from tests.train.model.test_policy import some_rollouts
 from tests.train.ranks import torchrun
 from tests.train.test_train import run
 
@@ -108,6 +112,32 @@ def test_liger_layers_agree(config: Config, folders: dict[str, Path]) -> None:
     )
     ours, theirs = run(settings)[0], run(plain)[0]
     assert ours["entropy"] == pytest.approx(theirs["entropy"], rel=1e-3)
+
+
+def test_no_pack_is_waited_for(tiny: Callable[..., Any], device: str) -> None:
+    """The proof of tests/train/step/test_waits.py, whose GPU is a pretended one."""
+    config = {"hidden": 64, "num_attention_heads": 2, "head_dim": 32}
+    models = [tiny(family, **config).to(device) for family in ("qwen2", "llama")]
+    for model in models:
+        model.set_attn_implementation(attention.NAME)
+    method = MethodConfig(kd="rkl", kd_coef=ScheduleConfig(initial=0.5, final=0.5))
+    policy = Policy(models[0], method, compute_dtype=torch.bfloat16)
+    teacher = Teacher(models[1], compute_dtype=torch.bfloat16)
+    rollouts, rewards = some_rollouts()
+    normalizer = torch.tensor(10.0).to(device)
+
+    def step() -> None:
+        for batch in pack(rollouts, coefficients_of(rewards, method), 24):
+            packed = batch.to(device)
+            policy(packed, normalizer, teacher(packed)).loss.backward()
+
+    step()  # compiles the kernels
+    torch.cuda.synchronize()
+    set_mode("error")
+    try:
+        step()
+    finally:
+        set_mode("default")
 
 
 def test_a_stage_lasts_as_long_as_its_work_on_the_gpu() -> None:
