@@ -7,7 +7,8 @@ part. All parts end within --seconds; one that would get less than half of its l
 
 The training run, curve, comes last. Where it is left out, a second call with --parts curve has all
 the time for it. --rehearse runs the same parts on a CPU with tiny sizes, to see that they work;
---cut ends each part early, to see that what is left is a report.
+--cut ends each part early, to see that what is left is a report; --stretch 4 gives each four times
+as long, on a slow machine or for figures of more rounds.
 """
 
 import argparse
@@ -20,10 +21,11 @@ import tarfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+REPORT = "report.md"
 SECONDS = 570
 """Of all parts together, unless --seconds says another number."""
 GRACE = 5
@@ -197,10 +199,14 @@ class Course:
         self.rehearse: bool = args.rehearse
         self.cut: float = args.cut
         self.start = time.monotonic()
-        self.deadline = self.start + args.seconds
+        self.deadline = self.start + (args.seconds or SECONDS * args.stretch)
         wheels = sorted(str(path) for path in (ROOT / "wheels").glob("*.whl"))
         every = parts(wheels, self.rehearse)
-        self.parts = [part for part in every if not args.parts or part.name in args.parts]
+        self.parts = [
+            replace(part, budget=part.budget * args.stretch, most=part.most * args.stretch)
+            for part in every
+            if not args.parts or part.name in args.parts
+        ]
         self.outcomes: list[Outcome] = []
 
     def run(self) -> None:
@@ -255,7 +261,7 @@ class Course:
 
     def save(self) -> None:
         """Write the report, and everything into the archive."""
-        (self.out / "report.md").write_text(self.report(), encoding="utf-8")
+        (self.out / REPORT).write_text(self.report(), encoding="utf-8")
         if self.archive:
             partial = self.archive.with_name(f".{self.archive.name}.partial")
             with tarfile.open(partial, "w:gz") as archive:
@@ -269,7 +275,8 @@ class Course:
         rows = ["| part | seconds | limit | status |", "|---|---|---|---|"]
         for one in self.outcomes:
             figures = f"{one.seconds:.0f} | {one.budget:.0f}" if one.budget else " | "
-            rows.append(f"| {one.name} | {figures} | {one.status}{self._counts(one.name)} |")
+            counts = self._counts(one.name) if one.budget else ""
+            rows.append(f"| {one.name} | {figures} | {one.status}{counts} |")
         return "".join(sections) + "\n".join(rows) + "\n"
 
     def _sections(self) -> Iterator[str]:
@@ -328,7 +335,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the results")
     parser.add_argument("--archive", type=Path, help="a .tar.gz of OUT, without weights")
     parser.add_argument("--parts", nargs="+", choices=names, help="default: all")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"default: {SECONDS}")
+    parser.add_argument("--seconds", type=float, help=f"of all parts (default: {SECONDS})")
+    parser.add_argument("--stretch", type=float, default=1.0, help="times all limits (default: 1)")
     parser.add_argument(
         "--cut", type=float, default=float("inf"), help="seconds of each part at most"
     )
@@ -338,7 +346,11 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Run all parts and print the report; return 1 if a part failed, 130 if stopped."""
-    course = Course(arguments().parse_args())
+    parser = arguments()
+    args = parser.parse_args()
+    if (args.out / REPORT).exists():
+        parser.error(f"OUT must be a new folder, got {args.out}, which holds a {REPORT}")
+    course = Course(args)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     stopped = False
     try:

@@ -30,6 +30,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     """Run main() with other parts, and return the report that it prints."""
 
     def run_parts(parts: list[Part], *typed: str, code: int = 0) -> str:
+        (tmp_path / "out/report.md").unlink(missing_ok=True)
         monkeypatch.setattr(gpu, "parts", lambda *_, **__: tuple(parts))
         monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
         monkeypatch.setattr(sys, "argv", ["gpu", str(tmp_path / "out"), *typed])
@@ -135,6 +136,13 @@ def test_what_failed_is_shown_and_fails_the_run(run: Run) -> None:
     assert "\n    ValueError: x\n" in report
 
 
+def test_a_folder_with_a_report_is_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run([_part("a", "")])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "OUT must be a new folder, got" in capsys.readouterr().err
+
+
 def test_many_lines_are_cut(run: Run) -> None:
     code = "for i in range(100): print('FAILED', i, 'x' * 200)"
     report = run([_part("tests", code, lines=gpu.FAILURE)])
@@ -152,10 +160,23 @@ def test_time_that_a_part_leaves_goes_to_the_next_that_takes_it(run: Run) -> Non
     assert minutes == ["1.00", "1.00", "2.00", "3.00"]
 
 
-def test_what_has_no_time_is_left_out(run: Run) -> None:
+def test_all_limits_may_be_stretched(run: Run) -> None:
+    say = "import sys; print('1 passed in 1s', sys.argv[2])"
+    report = run([_part("a", say, 300, most=400), _part("b", say, 400)], "--stretch", "2")
+    assert re.findall(r"\| (\d+) \| ok: 1 passed in 1s ([\d.]+) \|", report) == [
+        ("600", "9.77"),
+        ("800", "13.10"),
+    ]
+    report = run([_part("a", "", 300), _part("b", "", 1.9 * gpu.SECONDS)], "--stretch", "1.5")
+    assert re.findall(r"\| (\w) \|.*\| (.*) \|", report) == [("a", "ok"), ("b", "ok")]
+
+
+def test_what_has_no_time_is_left_out(run: Run, tmp_path: Path) -> None:
     parts = [_part("long", "", 90), _part("short", "print('1 passed in 1s')", 20)]
     report = run(parts, "--seconds", "30")
     assert "| long |  |  | left out: no time |\n" in report
+    (tmp_path / "out/long.log").write_text("7 passed in 1s")  # of an earlier run
+    assert "| long |  |  | left out: no time |\n" in run(parts, "--seconds", "30")
     assert "| 20 | ok: 1 passed in 1s |\n" in report
     report = run(parts, "--seconds", "30", "--parts", "short")
     assert "long" not in report
@@ -204,14 +225,9 @@ def test_the_script_runs_from_any_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # seconds of processes; the whole rehearsal takes minutes
-def test_a_short_rehearsal(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "bench.gpu", str(out), "--rehearse", "--cut", "60"]
-    command += ["--parts", "sketch", "gemms"]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert done.returncode == 0, (out / "report.md").read_text()
-    assert "| GRPO | reasoning | exact |" in done.stdout
-    assert "copy of 0.067 GB" in done.stdout
-    assert len(re.findall(r"\| \d+ \| \d+ \| ok \|\n", done.stdout)) == 2
+def test_a_short_rehearsal(run: Run, tmp_path: Path) -> None:
+    parts = [one for one in gpu.parts([], rehearse=True) if one.name in ("sketch", "gemms")]
+    report = run(parts, "--rehearse", "--stretch", "8")
+    assert "| GRPO | reasoning | exact |" in report
+    assert "copy of 0.067 GB" in report
+    assert report.count("| ok |\n") == 2, (tmp_path / "out/sketch.log").read_text()
