@@ -185,8 +185,8 @@ class LogConfig:
     """Name of the project at wandb or trackio."""
     diagnostics_every: NaturalInt = 0
     """Optimiser steps between two measurements of the reward's gradient and the distillation's
-    gradient: their norms and their cosine, on the step's first micro-batch. A measurement costs two
-    more passes over it. 0: never."""
+    gradient: their norms and their cosine, on the step's first micro-batch, with model.teachers on
+    the first one of each teacher. A measurement costs two more passes over it. 0: never."""
 
     def __post_init__(self) -> None:
         if len(set(self.trackers)) < len(self.trackers):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import kdrl_kernels as kk
 from kdrl_train import output
 from kdrl_train.batch import Batch, CompletionCoefficients
 from kdrl_train.config import TrainConfig
@@ -18,6 +19,7 @@ from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.histogram import coarse
 from kdrl_train.method.metrics import LARGEST, add_sums, teacher_sums, token_means
 from kdrl_train.model.fsdp import full
+from kdrl_train.model.packing import PackedBatch
 from kdrl_train.model.policy import Policy
 from kdrl_train.rollouts.engines import require_agreement
 from kdrl_train.runfolder.finite import require_finite
@@ -50,7 +52,7 @@ class Accumulated:
     """policy.token_sums."""
     loss: float
     split: dict[str, float | None]
-    """gradient_split of the first micro-batch, at the steps of log.diagnostics_every."""
+    """with_split of the first micro-batches, at the steps of log.diagnostics_every."""
 
 
 def update(
@@ -142,7 +144,7 @@ def accumulate(inputs: StepInputs, used_R: Tensor, part: int) -> Accumulated:
     seed = sketch_seed(config.seed, inputs.step, part)
     policy.draw_sketch(seed, sketch_scale(coefficients, config.method))
     learnt, used = 0, int((weights_R != 0).sum())
-    for turn, micro_batch in enumerate(packs_of(batch, coefficients, config, world)):
+    for micro_batch in packs_of(batch, coefficients, config, world):
         if part == 0:
             run.stop_if_signalled()
         packed = micro_batch.to(device)
@@ -150,9 +152,8 @@ def accumulate(inputs: StepInputs, used_R: Tensor, part: int) -> Accumulated:
         if run.teachers.runs(packed):
             with stages("teacher"):
                 teacher = run.teachers.head(packed)
-        if every and inputs.step % every == 0 and part == turn == 0:
-            with stages("diagnostics"):
-                split = gradient_split(policy, packed, normalizer, teacher)
+        if every and inputs.step % every == 0 and part == 0:
+            split = with_split(inputs, split, packed, normalizer, teacher)
         with stages("update"):
             out = policy(packed, normalizer, teacher)
             out.loss.backward()
@@ -170,6 +171,27 @@ def accumulate(inputs: StepInputs, used_R: Tensor, part: int) -> Accumulated:
     mean = total.pop("loss").item() / world.data_size
     run.waited(stages, start)
     return Accumulated(total, mean, split)
+
+
+def with_split(
+    inputs: StepInputs,
+    split: dict[str, float | None],
+    packed: PackedBatch,
+    normalizer: Tensor,
+    teacher: kk.TeacherHead | None,
+) -> dict[str, float | None]:
+    """Add gradient_split of a pack to those of the step, if it is the first pack of its teacher.
+
+    Several teachers have numbers of their own, `rl_grad_norm/NAME`; those without a name are of the
+    step's first pack.
+    """
+    run = inputs.run
+    end = f"/{run.teachers.names[packed.teacher]}" if run.teachers.several else ""
+    if f"rl_grad_norm{end}" in split:
+        return split
+    with inputs.stages("diagnostics"):
+        numbers = gradient_split(run.policy, packed, normalizer, teacher)
+    return numbers | split | {f"{name}{end}": value for name, value in numbers.items()}
 
 
 def sketch_seed(seed: int, step: int, part: int) -> int:

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from kdrl_train import train
-from kdrl_train.config import OptimConfig, TrainConfig
+from kdrl_train.config import LogConfig, OptimConfig, TrainConfig
 from kdrl_train.method.config import MethodConfig, ScheduleConfig, TeacherMethod
 from kdrl_train.model.teacher.client import TeacherError
 from kdrl_train.runfolder.log import read_records
@@ -52,8 +52,9 @@ def assert_sum(parts: Sequence[dict[str, Tensor]], whole: dict[str, Tensor]) -> 
 
 def test_the_gradient_is_that_of_each_teacher_on_its_problems(routed: Config) -> None:
     """It is the sum of two runs, in each of which the other teacher has no weight."""
-    settings = {"steps": 1, "optim": UNCLIPPED}
+    settings = {"steps": 1, "optim": UNCLIPPED, "log": LogConfig(diagnostics_every=1)}
     (row,) = run(routed("both", method=DISTILLED, **settings))
+    assert row["kd_grad_norm"] == row["kd_grad_norm/default"]  # of the step's first pack
     others = {"default": "other", "other": "default"}
     for name, other in others.items():
         (alone,) = run(routed(name, method=without(other), **settings))
@@ -61,6 +62,10 @@ def test_the_gradient_is_that_of_each_teacher_on_its_problems(routed: Config) ->
             assert alone[f"{key}/{name}"] == pytest.approx(row[f"{key}/{name}"], rel=1e-6)
         assert (alone[f"kd_coef/{other}"], alone[f"kd_share/{other}"]) == (0, 0)
         assert alone[f"kl_teacher/{other}"] is None
+        norms = [one[f"kd_grad_norm/{name}"] for one in (alone, row)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+        assert norms[0] > 0
+        assert alone[f"kd_grad_norm/{other}"] is None
     parts = [gradient(routed(name)) for name in others]
     assert_sum(parts, gradient(routed("both")))
     shares = [row["kd_share/default"], row["kd_share/other"]]

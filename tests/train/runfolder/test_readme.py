@@ -21,7 +21,11 @@ from tests.train.test_train import run
 
 README = Path(runfolder.__file__).with_name("README.md")
 OF_SEVERAL_TEACHERS = {
-    f"{key}/NAME" for key in ("kl_teacher", "teacher_log_ratio", "kd_coef", "kd_share")
+    f"{key}/NAME"
+    for key in (
+        *("kl_teacher", "teacher_log_ratio", "kd_coef", "kd_share"),
+        *("rl_grad_norm", "kd_grad_norm", "rl_kd_cosine"),
+    )
 }
 """tests/train/test_teachers.py reads them."""
 ONLY_ON_SEVERAL_RANKS = {"seconds_wait"}
