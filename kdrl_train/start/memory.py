@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from kdrl_train.config import TrainConfig
 from kdrl_train.model import lora
 from kdrl_train.model.policy import Policy, Teacher
-from kdrl_train.model.self_teacher import BaseTeacher, LiveTeacher
+from kdrl_train.model.self_teacher import LiveTeacher
 from kdrl_train.start.estimate.case import Case, Placement
 from kdrl_train.start.estimate.devices import memory_bytes
 from kdrl_train.start.estimate.memory import by_moment, causes, memory_terms
@@ -77,7 +77,7 @@ def _case(
         adapters = lora.count(policy_model, model.lora)
         head_rank = lora.head_rank(policy_model, model.lora)
     shapes = largest_first(
-        shape_of(policy_model if isinstance(teacher, BaseTeacher) else teacher.model, "the teacher")
+        shape_of(policy_model if isinstance(teacher, LiveTeacher) else teacher.model, "the teacher")
         for teacher in teachers
     )
     return Case(

@@ -64,11 +64,6 @@ class Case:
     """Share of tokens too flat to be sketched; None: all, where `entries` would cost more than
     model.head_flat allows, else none."""
 
-    def __post_init__(self) -> None:
-        kind = self.run.model.self_teacher
-        if self.other_teachers and kind != "frozen":
-            raise ValueError(f'model.teachers beside self_teacher "{kind}" are not modelled')
-
     @property
     def sharded(self) -> bool:
         """Says whether FSDP2 shards the policy."""
@@ -94,15 +89,28 @@ class Case:
         return self.other_teachers[0]
 
     @property
+    def copied(self) -> tuple[ModelShape, ...]:
+        """Returns the teachers whose weights are here in the compute dtype, the largest first: not
+        the policy's own without a copy, and no average of them."""
+        shapes = (() if self.teacher is None else (self.teacher,)) + self.other_teachers
+        if not (has_no_copy(self.run.model) or self.averaged):
+            return shapes
+        sizes = [shape.parameters for shape in shapes]
+        place = sizes.index(self.policy.parameters) if self.policy.parameters in sizes else 0
+        return shapes[:place] + shapes[place + 1 :]
+
+    @property
+    def averaged(self) -> bool:
+        """Says whether a float32 average of the policy's weights teaches."""
+        return self.teacher is not None and self.run.model.self_teacher == "ema"
+
+    @property
     def kept_parameters(self) -> int:
         """Counts the parameters of the other teachers that share the memory of the device."""
         moved = self.run.model.move_teachers and not (self.sharded or self.placement.cpu)
         if moved or self.teacher_weights == "cpu":
             return 0
-        kept = sum(teacher.parameters for teacher in self.other_teachers)
-        if has_no_copy(self.run.model) and not self.run.model.teacher_is_self:  # of the reference
-            kept = max(0, kept - self.policy.parameters)
-        return kept
+        return sum(teacher.parameters for teacher in self.copied[1:])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,11 +141,6 @@ class Case:
     def teaches_itself(self) -> bool:
         """Says whether the policy's own weights teach, without a copy of them."""
         return has_no_copy(self.run.model) and self.run.model.teacher_is_self
-
-    @property
-    def teacher_itemsize(self) -> int:
-        """Returns the bytes of a weight of the teacher: one that follows the policy is float32."""
-        return 4 if self.run.model.self_teacher == "ema" else self.dtype.itemsize
 
     @property
     def stream_bytes(self) -> int:

@@ -83,9 +83,9 @@ def by_moment(terms: Sequence[Term]) -> dict[str, float]:
 def loading_bytes(case: Case) -> float:
     """Returns the CPU memory of rank 0 while it reads the models, one after the other, to share
     them out."""
-    copied = case.teacher is not None and not case.teaches_itself
-    teacher = case.teacher_itemsize * case.teacher.parameters if case.teacher and copied else 0
-    return max(case.weight_bytes * case.policy.parameters, teacher)
+    copied = [case.dtype.itemsize * shape.parameters for shape in case.copied[:1]]
+    average = 4 * case.policy.parameters * case.averaged
+    return max(case.weight_bytes * case.policy.parameters, average, *copied)
 
 
 def causes(terms: Sequence[Term], available_bytes: float) -> list[Term]:
@@ -265,51 +265,61 @@ def _head(case: Case) -> list[Term]:
 def _teacher(case: Case) -> list[Term]:
     """Lists what a teacher in this process holds: weights, its forward pass, and its output.
 
-    The weights that are trained have no copy; their layers are gathered once more. Beside other
-    teachers they are counted as if they had one.
+    The weights that are trained have no copy; their layers are gathered once more.
     """
     teacher, b = case.teacher, case.dtype.itemsize
     if teacher is None:
         return []
-    everything, tokens = (teacher.parameters, "parameters"), (case.pack_tokens, "tokens")
-    read, kept = (case.teacher_tokens, "tokens"), (case.teacher_itemsize, "B")
+    tokens, read = (case.pack_tokens, "tokens"), (case.teacher_tokens, "tokens")
     head = (teacher.head_parameters, "head parameters")
     two_layers = 2 * teacher.layer_parameters + teacher.root_parameters
     inner = (3 * b * (teacher.inner + teacher.hidden), "B")
     terms = [
+        *_teacher_weights(case),
         product("teacher's hidden states", ("head",), [(b, "B"), tokens, (teacher.hidden, "H")]),
         product("a layer of the teacher", ("teacher",), [read, inner], remedy=_shorter(case)),
     ]
-    if others := case.kept_parameters:
-        over, remedy = (1, ""), "" if case.reference else "--model.move-teachers"
-        if case.teacher_weights == "sharded":
-            over, remedy = (case.placement.gpus, "GPUs"), f"{MORE_GPUS}, or --model.offload-teacher"
-        size = [(b, "B"), (others, "parameters")]
-        terms.append(product("the other teachers", ALWAYS, size, over, remedy=remedy))
     if case.masked:
         mask = [(1 + b, "B"), read, read]
         terms.append(product("teacher's mask", ("teacher",), mask, remedy=_shorter(case)))
-    live, follows = (
-        case.teaches_itself and not case.other_teachers,
-        case.run.model.self_teacher == "ema",
-    )
-    if not case.sharded and (live or follows) and b < case.weight_bytes:
-        copy = [(b, "B"), head]
+    itself = case.teaches_itself or case.averaged
+    if not case.sharded and itself and b < case.weight_bytes:
+        copy = [(b, "B"), (case.policy.head_parameters, "head parameters")]
         terms.append(product("teacher's head in bfloat16", ("head",), copy, remedy=LARGER))
-    if live and not case.sharded:
+    copied = case.copied or case.averaged
+    if case.teacher_weights == "full" or not (copied or case.sharded):
         return terms
-    if case.teacher_weights == "full":
-        remedy = "--model.offload-teacher"
-        return [product("teacher", ALWAYS, [kept, everything], remedy=remedy), *terms]
-    if case.teacher_weights == "sharded" and not live:
-        over = (case.placement.gpus, "GPUs")
-        remedy = f"{MORE_GPUS}, or --model.offload-teacher"
-        terms.append(product("teacher", ALWAYS, [kept, everything], over, remedy=remedy))
     gathered = [(b, "B"), (two_layers, "parameters: two layers, embedding, head")]
     terms.append(product("teacher's layers, gathered", ("teacher",), gathered, remedy=LARGER))
-    if not live:  # whose head is the policy's
+    if copied:  # else its head is the policy's
         gathered = [(b, "B"), head]
         terms.append(product("teacher's head, gathered", ("head",), gathered, remedy=LARGER))
+    return terms
+
+
+def _teacher_weights(case: Case) -> list[Term]:
+    """Lists the weights of teachers: of the largest one, the others, and an average of the
+    policy's, which is float32."""
+    if case.teacher_weights == "cpu":
+        return []
+    over, remedy = (1, ""), "--model.offload-teacher"
+    if case.teacher_weights == "sharded":
+        over, remedy = (case.placement.gpus, "GPUs"), f"{MORE_GPUS}, or --model.offload-teacher"
+    sizes: dict[str, tuple[int, int]] = {}
+    if case.copied:
+        sizes["teacher"] = (case.dtype.itemsize, case.copied[0].parameters)
+    if case.averaged:
+        sizes["average of the policy" if sizes else "teacher"] = (4, case.policy.parameters)
+    terms = [
+        product(name, ALWAYS, [(size, "B"), (count, "parameters")], over, remedy=remedy)
+        for name, (size, count) in sizes.items()
+    ]
+    if others := case.kept_parameters:
+        if case.teacher_weights == "full":
+            still = case.reference is None and case.run.model.self_teacher == "frozen"
+            remedy = "--model.move-teachers" if still else ""
+        size = [(case.dtype.itemsize, "B"), (others, "parameters")]
+        terms.append(product("the other teachers", ALWAYS, size, over, remedy=remedy))
     return terms
 
 

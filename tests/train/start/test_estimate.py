@@ -236,6 +236,35 @@ def test_a_reference_stands_beside_the_teacher(models: dict[str, str]) -> None:
     }
 
 
+@pytest.mark.parametrize("largest", [True, False], ids=["a larger one beside", "a smaller one"])
+def test_the_policy_itself_teaches_beside_others(models: dict[str, str], largest: bool) -> None:
+    """bfloat16, four GPUs: the policy has 1480 parameters, the others 4356 and 1480 or 4356 alone.
+
+    Live weights have no copy, frozen ones one in bfloat16, an average is float32.
+    """
+    case = sharded_case(models)
+    assert case.teacher is not None
+    shapes = (case.teacher, case.policy) if largest else (case.policy, replace(case.policy))
+    others = 4356 if largest else 1480
+    held = {}
+    for kind in ("live", "ema", "frozen"):
+        model = replace(case.run.model, teacher="self", self_teacher=kind, teachers={"a": "x"})
+        data = DataConfig(teacher_column="t", teacher_template="{prompt}{answer}")
+        run = replace(case.run, model=model, data=data)
+        one = replace(case, run=run, teacher=shapes[0], other_teachers=shapes[1:])
+        held[kind] = values(one)
+        three = replace(one, other_teachers=(*shapes[1:], case.policy))
+        more = 2 * 1480 / 4 + (0 if kind != "frozen" else 2 * 1480 / 4)
+        assert values(three)["the other teachers"] == more
+    assert held["live"]["teacher"] == held["ema"]["teacher"] == 2 * others / 4
+    assert held["frozen"]["teacher"] == 2 * shapes[0].parameters / 4
+    assert held["ema"]["average of the policy"] == 4 * 1480 / 4
+    assert held["frozen"]["the other teachers"] == 2 * shapes[1].parameters / 4
+    for kind in ("live", "ema"):
+        assert "the other teachers" not in held[kind]
+    assert "average of the policy" not in held["live"]
+
+
 def test_where_the_teacher_is(models: dict[str, str]) -> None:
     full, away = (values(sharded_case(models, teacher_weights=w)) for w in ("full", "cpu"))
     assert full["teacher"] == 2 * 4356
