@@ -112,6 +112,21 @@ class HeadedModel(nn.Module):
         dtype = self.compute_dtype
         return module.weight.to(dtype), None if bias is None else bias.to(dtype)
 
+    def trained_head(self) -> tuple[Tensor, Tensor | None]:
+        """Return the parameters of the LM head, each as it is if it is trained.
+
+        The loss rounds float32 ones to the compute dtype, as head_without_adapter does, and sums
+        their gradient in float32: it is rounded to the compute dtype nowhere, and V H numbers are
+        not read and written three more times (kdrl_kernels/rows/README.md). Under FSDP2 they are in
+        the compute dtype here.
+        """
+        module, dtype = self.model.get_output_embeddings(), self.compute_dtype
+        weight, bias = module.weight, getattr(module, "bias", None)
+        weight = weight if weight.requires_grad else weight.to(dtype)
+        if bias is not None and not bias.requires_grad:
+            bias = bias.to(dtype)
+        return weight, bias
+
     def head_adapter(self) -> kk.LowRank | None:
         """Return the adapter that the LM head has, and computes with now."""
         return lora.head_adapter(self.model.get_output_embeddings())
@@ -262,7 +277,7 @@ class Policy(HeadedModel):
                 where batch.teacher_logprobs came from a server.
             goal: another objective than the method's, for diagnostics.
         """
-        weight, bias = self.head_without_adapter()
+        weight, bias = self.trained_head()
         hidden = self.hidden(batch.input_ids, batch.position_ids, batch.loss_index, batch.lengths)
         if goal is None:
             distil = teacher is not None or batch.teacher_logprobs is not None
@@ -283,8 +298,9 @@ class Policy(HeadedModel):
         """Compute the loss of the tokens of a pack; a subclass may compute another one.
 
         Args:
-            hidden, weight, bias: [N, H], [V, H] and [V] or None, in the compute dtype; under tensor
-                parallelism weight and bias are DTensors. head_adapter is not merged into weight.
+            hidden, weight, bias: [N, H], [V, H] and [V] or None, hidden in the compute dtype, the
+                others in it or in float32; under tensor parallelism these are DTensors.
+                head_adapter is not merged into weight.
             The rest: as forward.
         """
         distil, sketch = goal.kd is not None, self.sketch

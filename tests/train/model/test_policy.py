@@ -219,6 +219,31 @@ def test_log_probabilities_of_a_server_train_as_the_teacher_does(
         assert remote[2] == pytest.approx(local[2], rel=1e-9, nan_ok=False)
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_gradient_of_a_float32_head_is_not_rounded(
+    tiny: Callable[..., Any], trained: bool
+) -> None:
+    """Computing in bfloat16, it is added in float32; a frozen head is in the compute dtype."""
+    method = MethodConfig(kd=None)
+    policy, _ = pair(tiny, method, torch.float32, "llama")
+    policy.compute_dtype = torch.bfloat16
+    head = policy.model.get_output_embeddings()
+    head.weight.requires_grad_(trained)
+    weight, bias = policy.trained_head()
+    assert bias is None
+    assert (weight is head.weight) == trained
+    assert weight.dtype == (torch.float32 if trained else torch.bfloat16)
+    if trained:
+        step_gradient(policy, None, method, 64)
+        gradient = head.weight.grad
+        assert gradient.dtype == torch.float32
+        assert (gradient != gradient.bfloat16()).any()
+        policy.trained_head = policy.head_without_adapter
+        step_gradient(policy, None, method, 64)
+        assert torch.equal(head.weight.grad, head.weight.grad.bfloat16().float())
+        torch.testing.assert_close(head.weight.grad, gradient, rtol=2**-7, atol=1e-6)
+
+
 def test_gradient_checkpointing_changes_nothing(tiny: Callable[..., Any]) -> None:
     method = METHODS["k2"]
     policy, teacher = pair(tiny, method, torch.float64, "qwen2")
