@@ -132,6 +132,10 @@ class LossCall:
     rest: bool = False
     teacher_topk: Tensor | None = None
     """[N, K], the teacher's log-probabilities at extra_tokens, where the loss is one of topk.py."""
+    folded: bool = False
+    """True multiplies coefficients with the scale of the loss, so that sums are not read for it."""
+    direct: bool = False
+    """True lets the GEMM of a call's only chunk write dW in the dtype of weight; with folded."""
 
     @property
     def exact_kd(self) -> str | None:

@@ -29,6 +29,9 @@ MULTIPLE = 128
 WAITING_ROWS = 735
 """Below this an update of a float32 dW, 8 V H bytes, takes longer than its 2 C V H FLOP, at 790
 TFLOP/s and 4.3 TB/s."""
+DIRECT_ELEMENTS = 1 << 24
+"""The fewest elements of a dW that a GEMM writes in 16 bits: 512 tiles of 128 · 256, so that no GPU
+splits the sum over rows and adds its parts in 16 bits. A smaller dW costs next to nothing."""
 ALIGN_COLUMNS = 64
 """Rows of logits start at multiples of this, so that every load may be 16 bytes wide."""
 
@@ -78,6 +81,11 @@ class Geometry:
         """Bytes of a chunk's row: logits, and hidden states and dX of a row that was gathered."""
         H, wide = self.H + self.rank, accumulator(self.dtype).itemsize
         return self.logit_bytes * self.streams + (H + self.H_t) * self.dtype.itemsize + H * wide
+
+    def writes_at_once(self, chunks: int, trained: int) -> bool:
+        """Say whether one chunk's GEMM writes dW, of so many columns, in the dtype of weight."""
+        one = chunks == 1 and self.device.type == "cuda" and self.dtype == torch.bfloat16
+        return one and self.V * trained >= DIRECT_ELEMENTS
 
     def chunk_bytes(self, rows: int, held: int | None = None) -> int:
         """Return what a chunk of so many rows holds, with the temporaries of its row work.

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdrl_kernels import gemm
+from kdrl_kernels import chunks, gemm
 from kdrl_kernels import rows as row_work
 from kdrl_kernels.buffers import gradient_view
 from kdrl_kernels.call import LossCall, RowSet, size_of, take
@@ -33,6 +33,28 @@ class Chunk:
     coef: Coefficients
 
 
+def is_on_gpu(hidden: Tensor) -> bool:
+    """Say whether GEMMs of these hidden states write 16 bits at no cost; a CPU widens them."""
+    return hidden.is_cuda
+
+
+def writes_at_once(head: Head, one_chunk: bool) -> bool:
+    """Say whether the GEMM of the only chunk writes dW in the dtype of weight.
+
+    Not in float16, whose range needs the scale of backward first.
+    """
+    hidden, weight = head.hidden, head.weight
+    same = hidden.dtype == weight.dtype == torch.bfloat16
+    large = len(weight) * head.trained_columns >= chunks.DIRECT_ELEMENTS
+    return one_chunk and same and large and is_on_gpu(hidden)
+
+
+def sums_need_no_rounding(head: Head) -> bool:
+    """Say whether the float32 sum of dW is its gradient, so that a scale alone is left to do."""
+    mixed = head.hidden.dtype == torch.bfloat16 and head.weight.dtype == torch.float32
+    return mixed and is_on_gpu(head.hidden)
+
+
 class Gradients:
     """Accumulates dX, dW and db of one pass in float32, before their common scale."""
 
@@ -46,12 +68,17 @@ class Gradients:
         sums: Sums | None = None,
         shard: VocabShard | None = None,
         impl: str = "torch",
+        *,
+        factor: Tensor | None = None,
+        direct: bool = False,
     ) -> None:
         """Begin at 0, or go on with sums of hidden, weight and bias that are there already.
 
-        shard: the columns that this rank holds; None: all. impl: what multiplies sums.
+        shard: the columns that this rank holds; None: all. impl: what multiplies sums. factor: what
+        coefficients are multiplied with, in place of the sums at the end. direct: dW has the dtype
+        of weight, which its only chunk writes.
         """
-        self.shard, self.impl = shard, impl
+        self.shard, self.impl, self.factor = shard, impl, factor
         dtype = accumulator(head.hidden.dtype)
         if sums is not None:
             self.hidden, self.weight, self.bias = sums
@@ -60,7 +87,8 @@ class Gradients:
                 head.hidden.new_zeros(head.hidden.shape, dtype=dtype) if needs[0] else None
             )
             size = len(head.weight), head.trained_columns
-            self.weight = head.weight.new_empty(size, dtype=dtype) if needs[1] else None
+            kept = head.weight.dtype if direct else dtype
+            self.weight = head.weight.new_empty(size, dtype=kept) if needs[1] else None
             self.bias = None
             if needs[2] and head.bias is not None:
                 self.bias = head.bias.new_zeros(head.bias.shape, dtype=dtype)
@@ -107,7 +135,9 @@ class Gradients:
 
     def take(self, call: LossCall, chunk: Chunk) -> int:
         """Add the gradient of a chunk, over its logits; return the rows that went into it."""
-        coef = self.in_unit(chunk.coef, chunk.stats, chunk.student.temperature)
+        coef, factor = chunk.coef, self.factor
+        coef = coef if factor is None else coef.map(lambda values: values * factor)
+        coef = self.in_unit(coef, chunk.stats, chunk.student.temperature)
         chunk = replace(chunk, coef=coef)
         kept, dz = chunk_gradient(call, chunk, call.compact, self.shard)
         self.add(call.student, kept, dz)
@@ -127,6 +157,8 @@ class Gradients:
             self.weight.zero_()  # no row had a gradient
         if self.shard is not None and self.hidden is not None:
             self.shard.add_up_(self.hidden)
+        if self.factor is not None:
+            scale = torch.ones_like(scale)
         if self.unit is not None:
             if self.hidden is not None:
                 self.hidden.div_(self.unit)

@@ -14,7 +14,7 @@ from kdrl_kernels.buffers import Buffers, gradient_view
 from kdrl_kernels.call import LogprobCall, take
 from kdrl_kernels.checks import bad_ids, bad_tokens, check_head_values, poison
 from kdrl_kernels.chunks import accumulator, balanced, chunks_of, held_rows, padded
-from kdrl_kernels.gradients import Gradients
+from kdrl_kernels.gradients import Gradients, writes_at_once
 from kdrl_kernels.head import Head, in_one_dtype
 from kdrl_kernels.rows.best_columns import best_columns
 from kdrl_kernels.rows.ids import IdStats
@@ -182,7 +182,9 @@ def gradients(
     size = balanced(N, call.max_rows, head.hidden.device)
     held = held_rows(size, call.max_rows, head.hidden.device)
     buffers = Buffers(head, V, held, 1, call.impl, shard=shard)
-    total = total or Gradients(head, call.needs, shard=shard, impl=call.impl)
+    total = total or Gradients(
+        head, call.needs, shard=shard, impl=call.impl, direct=writes_at_once(call.head, size >= N)
+    )
     bad, tokens, ids = _inside(call, V if shard is None else shard.vocab_size)
     for rows in chunks_of(N, size):
         entropy, at_ids = None, backward.at_ids(ids, rows)

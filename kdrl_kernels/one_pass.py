@@ -60,16 +60,19 @@ def run(call: LossCall, collector: Any = None, shard: VocabShard | None = None) 
     active = call.active_rows()
     N = size_of(active)
     size = balanced(N, call.max_rows, student.hidden.device)
+    weights = call.row_weights(active, accumulator(student.hidden.dtype))
+    scale = poison(call.total(weights).reciprocal(), bad)
     gradients = collector
     if gradients is None:
-        gradients = Gradients(student, needs, shard=shard, impl=call.impl)
+        factor, direct = scale if call.folded else None, call.direct and size >= N
+        gradients = Gradients(
+            student, needs, shard=shard, impl=call.impl, factor=factor, direct=direct
+        )
     streams, masses = 2 if call.exact_kd else 1, gradients.masses and any(needs)
     V = call.vocab_size if shard is None else shard.columns
     held = held_rows(size, call.max_rows, student.hidden.device)
     buffers = Buffers(student, V, held, streams, call.impl, masses, shard)
     work = buffers.work
-    weights = call.row_weights(active, accumulator(student.hidden.dtype))
-    scale = poison(call.total(weights).reciprocal(), bad)
     losses, outputs, gradient_rows, constant = [], [], 0, any(needs) and N > 0
     for part in chunks_of(N, size):
         rows = active[part] if isinstance(active, Tensor) else part

@@ -35,7 +35,8 @@ class ChunkPlan:
     workspace_bytes: int
     """Bytes held besides inputs, outputs and gradients: logits, gathered rows, row work."""
     gradient_bytes: int
-    """Bytes held until backward: dX and dW in float32, or the entries of a sketch."""
+    """Bytes held until backward: dX and dW in float32, dW in bfloat16 where one chunk writes it, or
+    the entries of a sketch."""
     flop: dict[str, int]
     """FLOP of each GEMM: project, teacher, dX, dW."""
     row_work_bytes: int
@@ -188,16 +189,21 @@ def chunk_plan(
     gradient = learns * (streams if kd_baseline is None else 1)
     writes = N * V * dtype.itemsize if learns else 0
     outputs = N * H * hidden_grad + V * trained * weight_grad
-    kept = wide * outputs
+    kept = whole = wide * outputs
     entries, product_bytes = 0, 0
+    direct = geometry.writes_at_once(chunks, trained) and weight_grad
     # the first chunk writes the sum, each later one reads it too; its last pass rounds or scales it
     last = wide + dtype.itemsize
-    updates = ((2 * chunks - 1) * wide + last) * trained * V if weight_grad else 0
+    each = dtype.itemsize if direct else (2 * chunks - 1) * wide + last
+    updates = each * trained * V if weight_grad else 0
+    kept -= direct * (wide - dtype.itemsize) * trained * V
     if backward == "sketch" and learns:
         entries, writes = round(N * row_entries), round(flat * writes)
         flop |= {name: round(flat * flop[name]) for name in ("dX", "dW")}
         updates = 0
-        kept = entries * (4 + wide) + 8 * (N + 1) + (writes if 4 * writes <= wide * H * V else kept)
+        kept = (
+            entries * (4 + wide) + 8 * (N + 1) + (writes if 4 * writes <= wide * H * V else whole)
+        )
         read = entries * (H * hidden_grad + trained * weight_grad)
         product_bytes = dtype.itemsize * (outputs + read)
         # PyTorch reads a few blocks again; Triton p, and q where its entries count

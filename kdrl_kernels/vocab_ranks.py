@@ -32,6 +32,7 @@ from kdrl_kernels.vocab_shard import VocabShard, gather
 P = ParamSpec("P")
 R = TypeVar("R")
 OF_A_RANK = {"weight", "bias", "constant", "vocab_size", "max_rows", "cached", "needs"}
+OF_A_RANK |= {"folded", "direct"}
 """Fields of a call, its heads and its loss that may differ between ranks."""
 OF_A_CALL = {"", "student", "head", "loss"}
 """Fields of a call whose own fields are arguments of the public functions, or of Objective."""

@@ -11,6 +11,7 @@ from kdrl_kernels.adapter import LowRank, check_adapter, with_adapter
 from kdrl_kernels.call import LossCall, RowOutputs, has_values
 from kdrl_kernels.caller_loss import TokenLoss
 from kdrl_kernels.chunks import Geometry, free_bytes_of, max_rows, memory_of, warn_of_few_rows
+from kdrl_kernels.gradients import sums_need_no_rounding, writes_at_once
 from kdrl_kernels.head import Head, StudentHead, TeacherHead, gathered, needs_gradient
 from kdrl_kernels.outputs import LossOutput
 from kdrl_kernels.plain import check_bytes, check_flag
@@ -109,9 +110,11 @@ def loss_call(
     if impl == "reference":
         return call
     sizes = geometry(student, teacher, loss.exact_kd, impl)
-    return replace(
-        call, max_rows=max_rows(sizes, workspace_bytes, free_bytes=free_bytes_of(tokens.device))
-    )
+    rows = max_rows(sizes, workspace_bytes, free_bytes=free_bytes_of(tokens.device))
+    direct, folded = False, call.needs[1] and sums_need_no_rounding(student)
+    if call.needs[1] and not torch.compiler.is_compiling():  # a graph may have no number of tokens
+        direct = writes_at_once(student, len(tokens) <= rows)
+    return replace(call, max_rows=rows, direct=direct, folded=folded or direct)
 
 
 def geometry(student: Head, teacher: Head | None, kd: str | None, impl: str) -> Geometry:

@@ -47,6 +47,8 @@ def _(*values: Any) -> tuple[Tensor, ...]:
         rows[ROWS.index("extra_logprobs")] = call.extra_tokens.shape
     sizes = [(), *rows, *gradient_sizes(call.student, call.needs), ()]
     loss, *others = fake(hidden, accumulator(hidden.dtype), sizes)
+    if call.direct:
+        others[-3] = others[-3].to(call.student.weight.dtype)
     return loss, call.tokens.new_empty(3), *others
 
 

@@ -84,6 +84,22 @@ def test_flop_bytes_and_time_of_the_reference_shape() -> None:
     assert "project 17.86, teacher 17.86, dX 17.86, dW 17.86" in text
 
 
+def test_one_chunk_writes_dw_once() -> None:
+    """In bfloat16, on a GPU; two chunks write, read and write, then read a sum, and round it."""
+    N, H, V = 2048, 1024, 1 << 15
+    one, half = kk.chunk_plan(N, H, V), kk.chunk_plan(2 * 8192, H, V)
+    assert (one.chunks, one.update_bytes) == (1, 2 * V * H)
+    assert one.gradient_bytes == 4 * N * H + 2 * V * H
+    assert (half.chunks, half.update_bytes) == (2, (3 * 4 + 4 + 2) * V * H)
+    for change in ({"H": 256}, {"dtype": F32}, {"device": "cpu", "workspace_bytes": 10**10}):
+        sizes = {"N": N, "H": H, "V": V} | change
+        plan = kk.chunk_plan(**sizes)
+        b = plan.geometry.dtype.itemsize
+        assert plan.chunks == 1
+        assert plan.update_bytes == (4 + 4 + b) * V * sizes["H"]
+        assert plan.gradient_bytes == 4 * (N + V) * sizes["H"]
+
+
 def test_what_is_frozen_costs_nothing() -> None:
     frozen = kk.chunk_plan(64, 16, 128, weight_grad=False)
     assert frozen.flop["dW"] == 0
