@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -29,7 +30,8 @@ REPORT = "report.md"
 SECONDS = 570
 """Of all parts together, unless --seconds says another number."""
 GRACE = 5
-"""Seconds that an interrupted part has to write what it knows."""
+WORKERS_GRACE = 15
+"""pytest waits 10 s for its workers before it writes what failed."""
 STARTUP = 14
 """Seconds that a scoreboard needs before it measures, and after."""
 LINES, WIDTH = 16, 160
@@ -37,7 +39,15 @@ LINES, WIDTH = 16, 160
 FIRST = ("test_rows", "test_no_sync")
 """Tests that start first: most kernels are compiled there, and no call may wait for the GPU."""
 MARKS = " and ".join(f"not {name}" for name in ("slow", "vllm", "verl", "swift", "deepspeed"))
-PYTEST = ("-m", "pytest", "-o", "addopts=", "-q", "-m", MARKS)
+PYTEST = (
+    "-m",
+    "pytest",
+    "-o",
+    "addopts=",
+    "-v",
+    "-m",
+    MARKS,
+)  # a line a test: all that a kill leaves
 OURS = ("kdrl-kernels", "kdrl-kernels, sketch", "PyTorch, full logits", "PyTorch, chunk loop")
 PEERS = (
     *("kdrl-kernels", "Liger, Triton GRPO", "Liger, Triton KL", "TRL", "Cut cross-entropy"),
@@ -57,7 +67,8 @@ if subprocess.call([*pip, *options, *wheels]):  # one that does not fit stops al
     codes = [subprocess.call([*pip, *options, wheel]) for wheel in wheels]
     sys.exit(f"{sum(map(bool, codes))} of {len(wheels)} wheels are not installed")
 """
-FAILURE = re.compile(r"^(FAILED|ERROR|E  )")
+FAILURE = re.compile(r"^(FAILED|ERROR|E  |\[gw\d+\] .*(FAILED|ERROR) )")
+RESULT = re.compile(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|SKIPPED|ERROR) ")
 TROUBLE = re.compile(r"^(\w+Error|ERROR|\d+ of \d+ wheels)\b")
 NOT_TIMED = re.compile(r"^(speed|memory|stage) .*(not installed|failed|differs)")
 COUNTS = re.compile(r"\d+ (passed|failed|skipped|error).* in \d")
@@ -72,6 +83,8 @@ class Part:
     """Seconds."""
     most: float = 0.0
     """Seconds that it may take where the parts before it left some; below budget: none of them."""
+    grace: float = GRACE
+    """Seconds that it has to write what it knows, once it is interrupted."""
     command: tuple[str, ...]
     """Arguments of Python. {out} is the folder of the results, {minutes} the part's own time."""
     rehearsal: tuple[str, ...] = ()
@@ -95,8 +108,9 @@ def parts(wheels: Sequence[str], rehearse: bool) -> tuple[Part, ...]:
         Part(name="machine", budget=25, command=("-m", "bench.machine"), tables=("machine.log",)),
         Part(
             name="kernels",
-            budget=145,
+            budget=140,
             most=180,
+            grace=WORKERS_GRACE,
             command=(
                 *PYTEST,
                 *("-n", "8", "--dist", "loadfile", "--no-loadscope-reorder"),
@@ -137,7 +151,7 @@ def parts(wheels: Sequence[str], rehearse: bool) -> tuple[Part, ...]:
         ),
         Part(
             name="trainer",
-            budget=55,
+            budget=50,
             command=(*PYTEST, "-n", "6", "tests/train/test_gpu.py"),
             rehearsal=("-n", "0"),
             lines=FAILURE,
@@ -216,8 +230,8 @@ class Course:
         for place, part in enumerate(self.parts):
             now = time.monotonic()
             budget = max(part.budget, min(part.most, part.budget + planned - now))
-            planned += part.budget + GRACE
-            left = self.deadline - now - GRACE
+            planned += part.budget + part.grace
+            left = self.deadline - now - part.grace
             if left < part.budget / 2:
                 self.outcomes.append(Outcome(part.name, "left out: no time"))
                 continue
@@ -250,7 +264,7 @@ class Course:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # so that what it started can be killed with it
             )
-            status = _end(process, budget)
+            status = _end(process, budget, part.grace)
         return Outcome(part.name, status, time.monotonic() - start, budget)
 
     def _environment(self) -> dict[str, str]:
@@ -293,24 +307,28 @@ class Course:
                 yield "".join(f"    {line[:WIDTH]}\n" for line in lines[-LINES:]) + "\n"
 
     def _counts(self, name: str) -> str:
-        """Return the last line of a log that counts tests."""
-        counts = [line.strip("= ") for line in self._log(name) if COUNTS.search(line)]
-        return f": {counts[-1]}" if counts else ""
+        """Return the last line of a log that counts tests, else how many are named in it."""
+        log = self._log(name)
+        counts = [line.strip("= ") for line in log if COUNTS.search(line)]
+        if not counts:
+            results = Counter(match[1].lower() for line in log if (match := RESULT.search(line)))
+            counts = [", ".join(f"{n} {result}" for result, n in results.items())]
+        return f": {counts[-1]}" if counts[-1] else ""
 
     def _log(self, name: str) -> list[str]:
         path = self.out / f"{name}.log"
         return path.read_text("utf-8", "replace").splitlines() if path.exists() else []
 
 
-def _end(process: "subprocess.Popen[bytes]", seconds: float) -> str:
+def _end(process: "subprocess.Popen[bytes]", seconds: float, grace: float) -> str:
     """Wait for a part, stop it at its limit, and kill what it leaves; return its status."""
     try:
         code = process.wait(seconds)
         return "ok" if code == 0 else f"failed with exit code {code}"
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: pytest's workers end at once
         with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
+            process.wait(grace)
             return "stopped at its limit"
         return "killed after its limit"
     finally:

@@ -47,7 +47,7 @@ def test_limits_leave_room_for_all(rehearse: bool) -> None:
     every = {part.name: part for part in gpu.parts(["x.whl"], rehearse)}
     first = [one for one in every.values() if one.name != "curve"]
     assert list(every)[-1] == "curve"
-    assert sum(one.budget + gpu.GRACE for one in first) <= gpu.SECONDS < 600
+    assert sum(one.budget + one.grace for one in first) <= gpu.SECONDS < 600
     assert every["curve"].budget + gpu.GRACE <= 180
     assert list(every)[:5] == ["wheels", "machine", "kernels", "ours", "peers"]
     assert "wheels" not in {part.name for part in gpu.parts([], rehearse)}
@@ -97,12 +97,9 @@ time.sleep(60)
 """
 
 
-def test_a_part_that_is_cut_short_leaves_what_it_has(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu, "GRACE", 1)
+def test_a_part_that_is_cut_short_leaves_what_it_has(run: Run, tmp_path: Path) -> None:
     writes = _part("writes", WRITES, tables=("table.md",))
-    deaf = _part("deaf", DEAF, budget=1.5)
+    deaf = _part("deaf", DEAF, budget=1.5, grace=0.5)
     archive = tmp_path / "all.tar.gz"
     start = time.monotonic()
     report = run(
@@ -141,6 +138,21 @@ def test_a_folder_with_a_report_is_refused(run: Run, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         gpu.main()
     assert "OUT must be a new folder, got" in capsys.readouterr().err
+
+
+LOG = """
+tests/kernels/test_rows.py::test_tiles[a]
+[gw0] [  1%] PASSED tests/kernels/test_rows.py::test_tiles[a]
+[gw1] [  1%] FAILED tests/kernels/test_no_sync.py::test_on_a_gpu[b]
+[gw0] [100%] PASSED tests/kernels/test_rows.py::test_FAILED[c]
+"""
+
+
+def test_killed_tests_leave_what_they_have_found(run: Run) -> None:
+    report = run([_part("tests", f"print({LOG!r})", lines=gpu.FAILURE)])
+    line = "[gw1] [  1%] FAILED tests/kernels/test_no_sync.py::test_on_a_gpu[b]"
+    assert report.startswith(f"tests:\n\n    {line}\n\n| part |")
+    assert report.endswith("| ok: 2 passed, 1 failed |\n")
 
 
 def test_many_lines_are_cut(run: Run) -> None:
@@ -183,7 +195,7 @@ def test_what_has_no_time_is_left_out(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_stopped_has_a_report(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(process: Any, _: float) -> str:
+    def stop(process: Any, *_: float) -> str:
         process.kill()
         process.wait()
         raise KeyboardInterrupt
