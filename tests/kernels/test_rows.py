@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kdrl_kernels.buffers import gradient_view
-from kdrl_kernels.gradients import Compaction
+from kdrl_kernels.compaction import Compaction
 from kdrl_kernels.rows import load
 from kdrl_kernels.rows.streams import Stream, TeacherStream
 from kdrl_kernels.rows.tiles import Tile
@@ -91,7 +91,7 @@ def test_compaction_in_place(impl: str, dtype: torch.dtype, used: str, device: s
     for compact in (False, True):
         student, _ = _streams(None, None, device)
         stats = work.sweep(student, tokens)
-        compaction = Compaction(coef)
+        compaction = Compaction(coef, impl)
         out = gradient_view(student.logits, dtype)
         source = compaction.source if compact else None
         dz = work.gradient(student, tokens, stats, coef, out=out, source=source)
