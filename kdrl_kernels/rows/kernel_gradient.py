@@ -81,6 +81,7 @@ def _gradient_kernel(
     dz_ptr += slot * stride_dn
     row_ptr += n
     y = tl.load(token_ptr + n)
+    y = tl.where((y >= 0) & (y < V), y, -1).to(tl.int32)  # to compare 64 bits takes 3 instructions
     c, c_p = tl.load(row_ptr + 10 * C), tl.load(row_ptr + 14 * C)
     scale = 1 / tl.load(row_ptr + 15 * C)
     top, log2_s, k = tl.load(row_ptr), tl.load(row_ptr + C) * LOG2_E, scale * LOG2_E

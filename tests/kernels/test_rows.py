@@ -1,5 +1,7 @@
 """The Triton row kernels match PyTorch's over many blocks, in place, and compacted."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -143,3 +145,18 @@ def test_a_log_ratio_that_underflows_after_it_was_infinite(device: str) -> None:
     expected = torch.tensor([149.0], device=device).log()  # p is one-hot, q uniform over the rest
     for stats in results:
         torch.testing.assert_close(stats.kl, expected)
+
+
+@pytest.mark.parametrize("token", [-1, 150, 159, 2**32 + 5, -(2**32) + 5])
+def test_a_token_beyond_the_columns_has_no_gradient_of_its_own(token: int, device: str) -> None:
+    """It is no column here, whatever its low 32 bits are: those are what the kernel compares."""
+    work = load("triton")
+    student, _ = _streams(None, None, device)
+    stats = work.sweep(student, torch.zeros(N, dtype=torch.int64, device=device))
+    coef = Coefficients(torch.ones(N, device=device))
+    before = student.logits.clone()
+    p = (student.logits / student.temperature[:, None]).softmax(-1)
+    out = torch.empty(N, 160, device=device)
+    tokens = torch.full((N,), token, device=device)
+    dz = work.gradient(replace(student, logits=before), tokens, stats, coef, out=out)[:, :V]
+    torch.testing.assert_close(dz, -p / student.temperature[:, None], rtol=1e-5, atol=1e-6)
