@@ -16,7 +16,7 @@ from kdrl_kernels.rows.kernel_math import (
     LOG2_E,
     OPTIONS,
     RKL,
-    mixture_log_ratio,
+    mixture_log2_ratios,
 )
 from kdrl_kernels.rows.streams import NUMBERS, Stats, Stream, TeacherStream
 from kdrl_kernels.rows.tiles import GRADIENT, Tile, tile_of
@@ -44,14 +44,11 @@ def with_terms(
         g = tl.load(row_ptr + 12 * C)
         if KD == FKL:
             dz += g * (p - tl.exp2(log2_q))
+        elif KD == JSD_CODE:  # all of it is finite
+            p_over_m, _ = mixture_log2_ratios(log2_p, log2_q, alpha)
+            dz += (1 - alpha) * g * p * (p_over_m * LN2 - tl.load(row_ptr + 8 * C))
         else:
-            pull = (log2_p - log2_q) * LN2
-            if KD == JSD_CODE:
-                t = mixture_log_ratio(pull, alpha)
-                pull = (1 - alpha) * (t + tl.where(pull < 0, pull, 0.0))
-                pull -= (1 - alpha) * tl.load(row_ptr + 8 * C)
-            else:
-                pull -= tl.load(row_ptr + 7 * C)
+            pull = (log2_p - log2_q) * LN2 - tl.load(row_ptr + 7 * C)
             dz += tl.where(p > 0, tl.where(g == 0, 0.0, g * p * pull), 0.0)
         if KD == BOTH:
             dz += tl.load(row_ptr + 13 * C) * (p - tl.exp2(log2_q))

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdrl_kernels.rows.kernel_math import tanh
+from kdrl_kernels.rows.kernel_math import capped
 from kdrl_kernels.rows.streams import Stream
 
 
@@ -17,7 +17,7 @@ def load_a(row_ptr, v, V, width, softcap):
     """
     a = tl.load(row_ptr + v, mask=v < width, other=0.0)
     if softcap is not None:
-        a = softcap * tanh(a * (1 / softcap))
+        a = capped(a, softcap)
     return tl.where(v < V, a, float("-inf"))
 
 

@@ -27,7 +27,7 @@ from kdrl_kernels.rows.kernel_math import (
     OPTIONS,
     RKL,
     expectation,
-    mixture_log_ratio,
+    mixture_log2_ratios,
     rescale,
 )
 from kdrl_kernels.rows.kernel_objective import coefficients
@@ -168,12 +168,11 @@ def _jsd_kernel(
         v = start + tl.arange(0, BLOCK_V)
         log2_p = (load_a(z_ptr, v, V, width, softcap) - top) * k - log2_s
         log2_q = (load_a(t_ptr, v, V, width, t_softcap) - top_t) * k_t - log2_s_t
-        p, q, log_ratio = tl.exp2(log2_p), tl.exp2(log2_q), (log2_p - log2_q) * LN2
-        t = mixture_log_ratio(log_ratio, alpha)
-        p_kl += tl.where(p > 0, p * (t + tl.where(log_ratio < 0, log_ratio, 0.0)), 0.0)
-        q_kl += tl.where(q > 0, q * (t - tl.where(log_ratio > 0, log_ratio, 0.0)), 0.0)
-    mixture_kl = tl.sum(p_kl, axis=0)
-    tl.store(stats_ptr + 7 * C, alpha * tl.sum(q_kl, axis=0) + (1 - alpha) * mixture_kl)
+        p_over_m, q_over_m = mixture_log2_ratios(log2_p, log2_q, alpha)
+        p_kl += tl.exp2(log2_p) * p_over_m
+        q_kl += tl.exp2(log2_q) * q_over_m
+    mixture_kl = tl.sum(p_kl, axis=0) * LN2
+    tl.store(stats_ptr + 7 * C, alpha * (tl.sum(q_kl, axis=0) * LN2) + (1 - alpha) * mixture_kl)
     tl.store(stats_ptr + 8 * C, mixture_kl)
 
 
