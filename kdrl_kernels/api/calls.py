@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kdrl_kernels import checks, reference, sketched
+from kdrl_kernels import checks, option_checks, reference, sketched
 from kdrl_kernels.adapter import LowRank, check_adapter, with_adapter
 from kdrl_kernels.call import LossCall, RowOutputs, has_values
 from kdrl_kernels.caller_loss import TokenLoss
@@ -50,6 +50,18 @@ def whole(teacher: TeacherHead | None) -> TeacherHead | None:
     return replace(teacher, weight=weight, bias=bias)
 
 
+def ids_of_rows(
+    extra_tokens: Tensor | None,
+    rest: bool,
+    teacher_topk: tuple[Tensor, Tensor] | None,
+    student: StudentHead,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the K ids of each row, and the teacher's log-probabilities if they are its best."""
+    if teacher_topk is None:
+        return checks.check_extra_tokens(extra_tokens, rest, student), None
+    return check_topk(teacher_topk, student)
+
+
 def loss_call(
     student: StudentHead,
     tokens: Tensor,
@@ -76,7 +88,7 @@ def loss_call(
     check_bytes("workspace_bytes", workspace_bytes)
     check_flag("entropy", entropy)
     check_flag("compact", compact, optional=True)
-    checks.check_teacher(teacher, teacher_logprobs, student)
+    option_checks.check_teacher(teacher, teacher_logprobs, student)
     check_adapter(adapter, student)
     impl = checks.choose_impl(impl, student)
     student = adapted(student, adapter, impl)
@@ -84,10 +96,7 @@ def loss_call(
     if compact is None:
         compact = student.hidden.device.type == "cpu" or token_weights is not None
     V, V_t = len(student.weight), None if teacher is None else len(teacher.weight)
-    if teacher_topk is None:
-        ids, topk_logprobs = checks.check_extra_tokens(extra_tokens, rest, student), None
-    else:
-        ids, topk_logprobs = check_topk(teacher_topk, student)
+    ids, topk_logprobs = ids_of_rows(extra_tokens, rest, teacher_topk, student)
     call = LossCall(
         student=student,
         tokens=tokens,
@@ -102,7 +111,7 @@ def loss_call(
         teacher_logprobs=checks.row_tensor("teacher_logprobs", teacher_logprobs, student),
         entropy=entropy,
         compact=compact,
-        truncation=checks.check_truncation(truncation, student, loss.exact_kd),
+        truncation=option_checks.check_truncation(truncation, student, loss.exact_kd),
         extra_tokens=ids,
         rest=rest,
         teacher_topk=topk_logprobs,

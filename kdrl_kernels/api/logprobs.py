@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from kdrl_kernels import checks, logprobs, operators, reference, sketched
+from kdrl_kernels import checks, logprobs, operators, option_checks, reference, sketched
 from kdrl_kernels.adapter import LowRank, check_adapter
 from kdrl_kernels.api.calls import adapted, geometry
 from kdrl_kernels.batches import takes_batches
@@ -120,8 +120,9 @@ def linear_logprobs(
     check_bytes("workspace_bytes", workspace_bytes)
     check_bytes("cache_bytes", cache_bytes, optional=False)
     check_flag("entropy", entropy)
-    impl, truncation = checks.choose_impl(impl, head), checks.check_truncation(truncation, head)
-    sketch = checks.check_sketch(backward, sketch, impl, head)
+    impl = checks.choose_impl(impl, head)
+    truncation = option_checks.check_truncation(truncation, head)
+    sketch = option_checks.check_sketch(backward, sketch, impl, head)
     check_flag("rest", rest)
     K = checks.check_topk_size(topk, extra_tokens, head)
     ids = checks.check_extra_tokens(extra_tokens, rest and K == 0, head)

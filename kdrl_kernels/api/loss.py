@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from kdrl_kernels import checks, operators, reference
+from kdrl_kernels import checks, operators, option_checks, reference
 from kdrl_kernels.adapter import LowRank
 from kdrl_kernels.api.calls import loss_call, output, solved
 from kdrl_kernels.batches import takes_batches
@@ -112,10 +112,10 @@ def kdrl_loss(
         once. Under no_grad it computes none.
     Source: KDRL, arXiv:2506.02208. Derivations: rows/README.md.
     """
-    checks.check_objective(objective, teacher, teacher_logprobs, teacher_topk)
+    option_checks.check_objective(objective, teacher, teacher_logprobs, teacher_topk)
     weight, bias = gathered(weight, hidden), gathered(bias, hidden)
     student = StudentHead(hidden, weight, bias, temperature, softcap)
-    checks.check_truncation(truncation, student, objective.topk_kd)
+    option_checks.check_truncation(truncation, student, objective.topk_kd)
     if teacher_topk is not None and extra_tokens is not None:
         raise ValueError(
             "extra_tokens must be None with teacher_topk, whose ids they would be, got both"
@@ -148,7 +148,7 @@ def kdrl_loss(
         old_logprobs=checks.row_tensor("old_logprobs", old_logprobs, student),
         kd_weight=checks.row_tensor("kd_weight", kd_weight, student, mask=True),
     )
-    sketch = checks.check_sketch(backward, sketch, call.impl, student)
+    sketch = option_checks.check_sketch(backward, sketch, call.impl, student)
     solve = reference.loss if call.impl == "reference" else operators.kdrl_loss
     if isinstance(vocab_group, VocabRanks):
         solve = vocab_group.loss

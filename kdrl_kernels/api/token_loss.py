@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from kdrl_kernels import checks, reference, token_loss
+from kdrl_kernels import checks, option_checks, reference, token_loss
 from kdrl_kernels.adapter import LowRank
 from kdrl_kernels.api.calls import loss_call, output, solved
 from kdrl_kernels.batches import takes_batches
@@ -128,7 +128,7 @@ def linear_token_loss(
         workspace_bytes=workspace_bytes,
         impl=impl,
     )
-    sketch = checks.check_sketch(backward, sketch, call.impl, call.student)
+    sketch = option_checks.check_sketch(backward, sketch, call.impl, call.student)
     solve = reference.loss if call.impl == "reference" else token_loss.token_loss
     if isinstance(vocab_group, VocabRanks):
         solve = vocab_group.loss

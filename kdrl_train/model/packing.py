@@ -202,6 +202,27 @@ def pack(
             yield _pack(rollouts, coefficients, turn[rank], teacher, needs_teacher=distilled)
 
 
+def _kd_weight(
+    coefficients: CompletionCoefficients, rollout: Tensor, lengths: Tensor, truncated: Tensor
+) -> Tensor:
+    """Weight the distillation of each token; 0 where ends, or what follows a prefix, are left out.
+
+    Args:
+        rollout: [T], the completion of each token.
+        lengths, truncated: of each completion of the pack.
+    """
+    kd_weight = coefficients.kd_weight[rollout]
+    if not coefficients.distil_eos:
+        last = lengths.cumsum(dim=0) - 1
+        kd_weight[last[~truncated]] = 0
+    if coefficients.kd_prefix < 1:
+        places = torch.cat([torch.arange(n) for n in [0, *lengths.tolist()]])
+        # 1e-9: a product of floats may lie just above a whole number
+        prefix = (coefficients.kd_prefix * lengths.double() - 1e-9).ceil()
+        kd_weight[places >= prefix.repeat_interleave(lengths)] = 0
+    return kd_weight
+
+
 def _pack(
     rollouts: Rollouts,
     coefficients: CompletionCoefficients,
@@ -225,17 +246,7 @@ def _pack(
         )
     lengths = torch.tensor([len(completion) for completion in completions], dtype=torch.int64)
     rollout = torch.tensor(members, dtype=torch.int64).repeat_interleave(lengths)
-    kd_weight = coefficients.kd_weight[rollout]
-    if not coefficients.distil_eos:
-        last = lengths.cumsum(dim=0) - 1
-        kd_weight[last[~rollouts.truncated[members]]] = 0
-    if coefficients.kd_prefix < 1:
-        places = torch.cat([torch.arange(n) for n in [0, *lengths.tolist()]])
-        # 1e-9: a product of floats may lie just above a whole number
-        prefix = (
-            (coefficients.kd_prefix * lengths.double() - 1e-9).ceil().repeat_interleave(lengths)
-        )
-        kd_weight[places >= prefix] = 0
+    kd_weight = _kd_weight(coefficients, rollout, lengths, rollouts.truncated[members])
     token_weights = coefficients.token_weights[rollout]
     old, factors = coefficients.old_logprobs, coefficients.sampler_weights
     if factors is not None:
