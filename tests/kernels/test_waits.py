@@ -34,6 +34,24 @@ SKETCH = {
     "kdrl_kernels/sketched.py indices: nonzero": 1,
 }
 """Of each chunk of a sketched gradient, besides COMPACT for its flat rows."""
+SKETCH_OF_SCORES = {
+    "kdrl_kernels/rows/eager_sketch.py _keep: nonzero": 2,
+    "kdrl_kernels/rows/entries.py Entries.select: nonzero": 1,
+    "kdrl_kernels/sketched.py Lists.take_scores: nonzero": 1,
+    "kdrl_kernels/sketched.py indices: nonzero": 1,
+    # in backward, once for all chunks: the rows that have entries
+    "kdrl_kernels/sketched.py entry_values: nonzero": 1,
+}
+"""As SKETCH, for a loss that is known later."""
+SKETCH_OF_SCORES_AND_IDS = SKETCH_OF_SCORES | {
+    # each id has an entry, equal ones the same, in the place of those kept by chance
+    "kdrl_kernels/sketched_ids.py with_ids: nonzero": 1,
+    "kdrl_kernels/sketched_ids.py with_ids: _unique2": 1,
+    "kdrl_kernels/rows/entries.py Entries.select: nonzero": 2,
+    # in backward: their gradients are added up
+    "kdrl_kernels/sketched_ids.py add_at: nonzero": 1,
+    "kdrl_kernels/sketched_ids.py add_at: unique_consecutive": 1,
+}
 Waits = dict[str, int]
 
 
@@ -88,6 +106,28 @@ def test_a_wait_in_each_chunk_for_the_rows_that_have_a_gradient(
 def test_waits_of_a_sketch(kd: str | None, gpu: PretendedGpu) -> None:
     waits = _waits(gpu, kd, active_rows=4, backward="sketch", sketch=kk.Sketch(flat=0.01))
     assert waits == SKETCH | COMPACT
+
+
+@pytest.mark.parametrize(
+    ("options", "waits"),
+    [
+        ({"mask": WEIGHTS}, {"kdrl_kernels/api/logprobs.py linear_logprobs: nonzero": 1}),
+        ({"backward": "sketch"}, SKETCH_OF_SCORES),
+        ({"backward": "sketch", "extra_tokens": [[1, -1]] * 7}, SKETCH_OF_SCORES_AND_IDS),
+    ],
+    ids=["mask", "sketch", "sketch_with_ids"],
+)
+def test_waits_of_scores(options: dict[str, Any], waits: Waits, gpu: PretendedGpu) -> None:
+    """Their number of rows is no argument."""
+    problem = make_problem(kd=None)
+    lists = {name: value for name, value in options.items() if isinstance(value, list)}
+    with gpu:
+        head = {name: GpuTensor(value).requires_grad_() for name, value in problem.student.items()}
+        tensors = {name: on_gpu(torch.tensor(value)) for name, value in lists.items()}
+        out = kk.linear_logprobs(tokens=on_gpu(problem.tokens), **head, **options | tensors)
+        extra = 0 if out.extra_logprobs is None else out.extra_logprobs.sum()
+        (out.logprobs.sum() + extra).backward()
+    assert gpu.waits == waits
 
 
 def test_other_losses_wait_for_nothing(gpu: PretendedGpu) -> None:
