@@ -36,6 +36,8 @@ class Arm:
     """Whether it is of methods that came after the paper: bench/study/successors.yaml runs it."""
     models: tuple[str, ...] = ()
     """Models of the task that the arm needs beside student and middle teacher."""
+    learning_rates: tuple[float, ...] = ()
+    """Learning rates of the arm's own sweep, where those of the study are not for it."""
     like: str | None = None
     """Arm whose learning rate and beta this arm takes; None: it has a sweep of its own."""
 
@@ -78,15 +80,15 @@ _SELF = {
     "data": {"teacher_template": "{prompt} {answer}\n"},
 }
 """The policy is its own teacher, which sees the answer behind the question."""
-_LORA = {"model": {"lora": {"rank": 8}}, "optim": {"learning_rate": 5e-3}}
-"""Ten times the learning rate of the arms that train all weights."""
+_LORA = {"model": {"lora": {"rank": 8}}}
+_LORA_RATES = (5e-4, 1e-3, 2e-3)
 _SPECIALISTS = ("teacher_product", "teacher_sum")
 _START = {"model": {"reference": "{task}/student"}}
 """The student as it was is the reference of an extrapolated teacher."""
 _TOPK = replace(_KDRL, kd="topk_rkl", kd_topk=8)
 
 
-def _successor(title: str, method: MethodConfig, like: str = "kdrl", **fields: Any) -> Arm:
+def _successor(title: str, method: MethodConfig, like: str | None = "kdrl", **fields: Any) -> Arm:
     tuned = method.kd is not None and method.kd_coef == _FIXED
     return Arm(title=title, method=method, tuned=tuned, like=like, successor=True, **fields)
 
@@ -169,9 +171,15 @@ ARMS: Mapping[str, Arm] = {
         "KDRL, k2, beyond the teacher", replace(_KDRL, extrapolation=1.25), settings=_START
     ),
     "grpo_lora": _successor(
-        "GRPO, LoRA of rank 8 at 0.005", PRESETS["grpo"], like="grpo", settings=_LORA
+        "GRPO, LoRA of rank 8",
+        PRESETS["grpo"],
+        like=None,
+        settings=_LORA,
+        learning_rates=_LORA_RATES,
     ),
-    "kdrl_lora": _successor("KDRL, LoRA of rank 8 at 0.005", _KDRL, settings=_LORA),
+    "kdrl_lora": _successor(
+        "KDRL, LoRA of rank 8", _KDRL, like=None, settings=_LORA, learning_rates=_LORA_RATES
+    ),
     "two_teachers": _successor(
         "KDRL, a teacher for products and one for sums",
         _KDRL,

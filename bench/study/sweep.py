@@ -33,18 +33,23 @@ def has_beta(arm: str) -> bool:
     return ARMS[arm].tuned
 
 
+def rates(config: StudyConfig, arm: str) -> tuple[float, ...]:
+    """Return the learning rates of an arm's sweep."""
+    return ARMS[arm].learning_rates or config.learning_rates
+
+
 def swept(config: StudyConfig, task: str) -> Iterator[str]:
     """Yield the arms with a sweep: those that train and do not take another arm's settings."""
     for arm in config.arms_of(task):
-        settings = len(config.learning_rates) * (len(config.betas) if has_beta(arm) else 1)
+        settings = len(rates(config, arm)) * (len(config.betas) if has_beta(arm) else 1)
         if arm not in NOT_TRAINED and ARMS[arm].like is None and settings > 1:
             yield arm
 
 
 def middle(config: StudyConfig, arm: str) -> Settings:
     """Return the settings at which a sweep starts; an arm without a sweep runs at them."""
-    rates, betas = sorted(config.learning_rates), sorted(config.betas)
-    return Settings(rates[len(rates) // 2], betas[len(betas) // 2] if has_beta(arm) else None)
+    by_size, betas = sorted(rates(config, arm)), sorted(config.betas)
+    return Settings(by_size[len(by_size) // 2], betas[len(betas) // 2] if has_beta(arm) else None)
 
 
 def rate_sweep(config: StudyConfig, task: str) -> list[Trial]:
@@ -52,7 +57,7 @@ def rate_sweep(config: StudyConfig, task: str) -> list[Trial]:
     return [
         middle(config, arm)._replace(learning_rate=rate).run(task, arm, SWEEP_SEED)
         for arm in swept(config, task)
-        for rate in config.learning_rates
+        for rate in rates(config, arm)
     ]
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from bench.study import __main__ as command
 from bench.study import sweep, tables
 from bench.study.analysis import Study
-from bench.study.arms import SCHEDULES
+from bench.study.arms import ARMS, SCHEDULES
 from bench.study.config import RUNOFF_SEED, SWEEP_SEED, StudyConfig, Trial, quick
 from bench.study.runner import Runner, grouped
 from bench.study.sweep import Settings
@@ -77,6 +77,19 @@ def test_learning_rates_at_the_middle_beta_then_betas_at_the_best_rate() -> None
     assert [t.seed for t in finals if t.arm == "kdrl"] == [0, 1, 2]
     elsewhere = sweep.final_trials(StudyConfig(seeds=2, main_seeds=3), "countdown", best)
     assert [t.seed for t in elsewhere if t.arm == "kdrl"] == [0, 1]
+
+
+def test_an_arm_with_learning_rates_of_its_own_is_swept_over_them() -> None:
+    rates = ARMS["grpo_lora"].learning_rates
+    best, runner = run_sweep(
+        lambda t: 40 + 20 * (t.learning_rate == rates[1]),
+        "grpo", "kdrl", "grpo_lora", "kdrl_lora", learning_rates=(5e-4,), betas=(0.2,),
+    )  # fmt: skip
+    assert runner.tried("grpo_lora") == {(rate, None, SWEEP_SEED) for rate in rates}
+    assert runner.tried("kdrl_lora") == {(rate, 0.2, SWEEP_SEED) for rate in rates}
+    assert {trial.arm for trial in runner.results_by_trial} == {"grpo_lora", "kdrl_lora"}
+    assert best["grpo_lora"].learning_rate == best["kdrl_lora"].learning_rate == rates[1]
+    assert best["kdrl"].learning_rate == 5e-4
 
 
 @pytest.mark.parametrize(
