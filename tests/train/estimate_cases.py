@@ -9,6 +9,7 @@ import transformers
 from kdrl_train.config import DataConfig, ModelConfig, OptimConfig, SamplingConfig, TrainConfig
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.start.estimate.case import Case, Placement
+from kdrl_train.start.estimate.memory import memory_terms
 from kdrl_train.start.estimate.shapes import read_shape
 
 POLICY = {
@@ -90,3 +91,10 @@ def sharded_case(models: dict[str, str], **placement: Any) -> Case:
         teacher=read_shape(models["teacher"], "model.teacher"),
         placement=Placement(gpus=4, **placement),
     )
+
+
+def values(case: Case) -> dict[str, float]:
+    """Return the bytes of each term of a case, whose names differ."""
+    terms = memory_terms(case)
+    assert len({term.name for term in terms}) == len(terms)
+    return {term.name: term.value for term in terms}
