@@ -30,6 +30,7 @@ from kdrl_train.config_file import (
     load_yaml,
     read_mapping,
     require_own_module,
+    require_read,
     settings_file,
     to_dict,
     update,
@@ -88,6 +89,7 @@ def parse(
     description: str,
     options: tuple[str, ...] = (),
     of_run: Callable[[TrainConfig, Path], T] | None = None,
+    unread: tuple[str, ...] = (),
 ) -> T:
     """Read a command's settings from its arguments.
 
@@ -100,8 +102,10 @@ def parse(
             --help explains all.
         of_run: makes the command's settings from those of a run and its folder, if --config names
             the config.yaml of a run; None: the command takes no run's settings but a run's own.
-    Raises: ValueError for an unknown key or preset, a wrong value, or a YAML file that leaves
-        nothing to --preset; SystemExit after help (0) and for an unknown or unreadable option (2).
+        unread: keys of the settings that the command does not read.
+    Raises: ValueError for an unknown key or preset, a wrong value, an option that is not read, or a
+        YAML file that leaves nothing to --preset; SystemExit after help (0) and for an unknown or
+        unreadable option (2).
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", nargs="?")  # without a value: tyro's message, further down
@@ -135,6 +139,7 @@ def parse(
     about = f"{description}\n\n{EPILOG}"
     values = read_options(default, argv, extra, program, about, short=bool(options))
     settings = update(default, {name: values[name] for name in to_dict(default)})
+    require_read(default, settings, unread)
     if path is not None:
         require_own_modules(settings, path, vars(early))
     return settings
@@ -315,6 +320,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         spec.help,
         spec.options,
         of_run if spec.of_run else None,
+        spec.unread,
     )
     begin(PACKAGES, at_once=spec.lasts)
     with needs_extra(spec.extra):

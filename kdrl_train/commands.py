@@ -22,6 +22,8 @@ class Command:
     --config then takes the config.yaml of a run."""
     options: tuple[str, ...] = ()
     """Keys that --help explains; --help-all explains all. Empty: --help explains all."""
+    unread: tuple[str, ...] = ()
+    """Keys of its settings that it does not read, as it shares their classes with `train`."""
 
 
 _MODEL = ("model.policy", "model.teacher", "model.dtype", "model.trust_remote_code")
@@ -32,6 +34,12 @@ _TRAIN = (
     "model.lora.rank",
     "eval.data.path", "eval.every", "log.trackers",
 )  # fmt: skip
+_OF_TRAINING = (
+    "self_teacher", "ema_decay", "move_teachers", "gradient_checkpointing", "offload_policy",
+    "offload_teacher", "head_backward", "head_threshold", "head_flat", "tensor_parallel",
+)  # fmt: skip
+"""Settings of the models that training alone reads."""
+_OF_TEACHERS = ("data.teacher_column", "data.teacher_template", "data.max_teacher_prompt_tokens")
 COMMANDS = {
     "demo": Command(
         help="small models on a made-up task, trained with KDRL in minutes; needs nothing",
@@ -56,6 +64,9 @@ COMMANDS = {
         of_run=True,
         options=("config", "out", "seed", "samples", "greedy", "max_problems", *_MODEL,
                  "data.path", "sampling.max_new_tokens", "sampling.temperature", "reward.function"),
+        unread=(*_OF_TEACHERS, *(f"model.{name}" for name in _OF_TRAINING), "model.lora.merge",
+                "sampling.prompts_per_step", "sampling.group_size", "reward.overlong_buffer",
+                "reward.overlong_penalty"),
     ),
     "check": Command(
         help="check a training run before it starts: a table, and exit code 1 if it would fail",
@@ -94,6 +105,8 @@ COMMANDS = {
         options=("config", "host", "port", "batch_tokens", "queue_size", "request_tokens",
                  "connections", "ssl_certfile", "ssl_keyfile", "model.teacher", "model.dtype",
                  "model.device", "model.trust_remote_code"),
+        unread=(*(f"model.{name}" for name in _OF_TRAINING), "model.policy", "model.reference",
+                "model.teacher_api", "model.lora"),
     ),
     "sft": Command(
         help="train a small model and its tokenizer on solved problems",
@@ -104,5 +117,6 @@ COMMANDS = {
         options=("config", "out", "seed", "data.path", "solution_column", "model",
                  "trust_remote_code", "steps", "minutes", "batch_tokens", "learning_rate",
                  "architecture.hidden", "architecture.layers"),
+        unread=_OF_TEACHERS,
     ),
 }  # fmt: skip

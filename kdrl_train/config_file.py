@@ -2,7 +2,7 @@
 
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -165,6 +165,22 @@ def update(config: T, values: Mapping[str, Any]) -> T:
     Raises: ValueError for an unknown key or a wrong value; the message begins with the dotted key.
     """
     return type(config)(**_merge(config, values))
+
+
+def require_read(before: Any, after: Any, unread: Sequence[str]) -> None:
+    """Raise ValueError where options have set what a command does not read.
+
+    Args:
+        before: its settings without options.
+        after: with them.
+        unread: the keys that it does not read; a section stands for all of its own.
+    """
+    for key, (_, now) in differences(to_dict(before), to_dict(after)).items():
+        if any(f"{key}.".startswith(f"{one}.") for one in unread):
+            raise ValueError(
+                f"--{key.replace('_', '-')} must be left out of this command, which does not read "
+                f"it, got {now}"
+            )
 
 
 def _merge(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,16 @@
 """The command line: help, usage, and mistakes, each answered in one message."""
 
+import importlib
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 
 from kdrl_train import cli
 from kdrl_train.commands import COMMANDS
-from kdrl_train.config import TrainConfig
+from kdrl_train.config import EvaluateConfig, TrainConfig
 from kdrl_train.config_file import to_dict
 from tests.train.options import parse, write
 
@@ -160,6 +162,25 @@ def test_an_error_is_one_message_and_exit_code_1(
         ("demo --out {path}/latin.yaml/x", 1, "out must lead to a folder that can be written"),
         ("replay --file {path}/open.yaml", 1, "failed_step_XXXXXX.pt of a run folder, got {path}"),
         ("serve --port 99999", 1, "port must be at most 65535, got 99999"),
+        ("serve --model.policy x", 1, "--model.policy must be left out of this command, which"),
+        ("serve --model.lora.rank 2", 1, "--model.lora.rank must be left out of this command"),
+        (
+            "eval --sampling.group-size 4",
+            1,
+            "--sampling.group-size must be left out of this command, which does not read it, got 4",
+        ),
+        ("eval --model.head-backward sketch", 1, "--model.head-backward must be left out of"),
+        ("sft --data.teacher-column x", 1, "--data.teacher-column must be left out of this"),
+        (
+            "sft --model x --architecture.hidden 32",
+            1,
+            "architecture and vocab_size must be left out with x",
+        ),
+        (
+            "sft --tokenizer x --vocab-size 300",
+            1,
+            "architecture and vocab_size must be left out with x",
+        ),
     ],
 )
 def test_a_mistake_is_one_message(
@@ -204,3 +225,21 @@ sys.exit(start())
     assert (done.returncode, len(lines)) == (1, 1), done.stderr
     assert f"error: the packages of the extra {extra} must be installed, got" in lines[0]
     assert lines[0].endswith(f": pip install 'kdrl-kernels[{extra}]'")
+
+
+def test_what_a_command_does_not_read_may_stand_in_a_file(tmp_path: Path) -> None:
+    """It may be that of a run; only who types it expects something of it."""
+    spec = COMMANDS["eval"]
+    file = write(tmp_path / "eval.yaml", "sampling: {group_size: 4}\nmodel: {policy: x}\n")
+    argv = ["--config", file, "--samples", "2"]
+    config = cli.parse(EvaluateConfig(), argv, "eval", spec.help, unread=spec.unread)
+    assert (config.sampling.group_size, config.samples) == (4, 2)
+
+
+@pytest.mark.parametrize("name", [name for name, spec in COMMANDS.items() if spec.unread])
+def test_what_a_command_does_not_read_is_among_its_settings(name: str) -> None:
+    spec = COMMANDS[name]
+    module, _, kind = f"kdrl_train.{spec.settings}".rpartition(".")
+    default = getattr(importlib.import_module(module), kind)()
+    for key in spec.unread:
+        attrgetter(key)(default)
