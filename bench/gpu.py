@@ -39,15 +39,8 @@ LINES, WIDTH = 16, 160
 FIRST = ("test_rows", "test_no_sync")
 """Tests that start first: most kernels are compiled there, and no call may wait for the GPU."""
 MARKS = " and ".join(f"not {name}" for name in ("slow", "vllm", "verl", "swift", "deepspeed"))
-PYTEST = (
-    "-m",
-    "pytest",
-    "-o",
-    "addopts=",
-    "-v",
-    "-m",
-    MARKS,
-)  # a line a test: all that a kill leaves
+PYTEST = ("-m", "pytest", "-o", "addopts=", "-v", "-m", MARKS)
+"""A line a test, since that is all that a killed run leaves."""
 OURS = ("kdrl-kernels", "kdrl-kernels, sketch", "PyTorch, full logits", "PyTorch, chunk loop")
 PEERS = (
     *("kdrl-kernels", "Liger, Triton GRPO", "Liger, Triton KL", "TRL", "Cut cross-entropy"),
@@ -298,9 +291,7 @@ class Course:
             for pattern in part.tables:
                 for path in sorted(self.out.glob(pattern)):
                     yield f"{path.read_text(encoding='utf-8').strip()}\n\n"
-            lines = [
-                line for line in self._log(part.name) if part.lines and part.lines.search(line)
-            ]
+            lines = [line for line in self._log(part.name) if part.lines.search(line)]
             if lines:
                 yield f"{part.name}:\n\n"
                 yield f"    {len(lines) - LINES} more\n" if len(lines) > LINES else ""
@@ -326,7 +317,7 @@ def _end(process: "subprocess.Popen[bytes]", seconds: float, grace: float) -> st
         code = process.wait(seconds)
         return "ok" if code == 0 else f"failed with exit code {code}"
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: pytest's workers end at once
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         with suppress(subprocess.TimeoutExpired):
             process.wait(grace)
             return "stopped at its limit"
