@@ -100,11 +100,6 @@ class SftConfig:
             raise ValueError(
                 f"tokenizer must be None beside a model, which brings its own, got {self.tokenizer}"
             )
-        other = self.model is not None and self.architecture != ArchitectureConfig()
-        if other or (self.vocab_size != 2048 and (self.model or self.tokenizer)):
-            raise ValueError(
-                f"architecture and vocab_size must be left out with {self.model or self.tokenizer}"
-            )
 
 
 def of_run(run: TrainConfig, _folder: Path) -> SftConfig:

@@ -171,16 +171,6 @@ def test_an_error_is_one_message_and_exit_code_1(
         ),
         ("eval --model.head-backward sketch", 1, "--model.head-backward must be left out of"),
         ("sft --data.teacher-column x", 1, "--data.teacher-column must be left out of this"),
-        (
-            "sft --model x --architecture.hidden 32",
-            1,
-            "architecture and vocab_size must be left out with x",
-        ),
-        (
-            "sft --tokenizer x --vocab-size 300",
-            1,
-            "architecture and vocab_size must be left out with x",
-        ),
     ],
 )
 def test_a_mistake_is_one_message(
