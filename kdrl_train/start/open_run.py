@@ -266,7 +266,7 @@ def describe_teacher(config: TrainConfig, teacher: LoadedTeacher) -> TeacherInfo
         return describe_self(config, teacher)
     if teacher.model is None:
         assert teacher.server is not None
-        return teacher.server.info
+        return replace(teacher.server.info, vocab_size=teacher.vocab_size)
     output.begin(f"hashing the teacher, {described(teacher.place)}", at_once=True)
     return describe(teacher.place, teacher.model, teacher.tokenizer)
 

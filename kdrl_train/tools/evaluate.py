@@ -265,6 +265,8 @@ def teacher_width(config: ModelConfig, name: str, place: str) -> int | None:
         description = run_folder(config) / teacher_file(name)
         if description.is_file():
             return json.loads(description.read_text(encoding="utf-8"))["vocab_size"]
+        if config.teacher_api == "openai":  # such servers do not say
+            return None
         with closing(connect(config, TeacherConfig(), place)) as server:
             return server.vocab_size
     try:

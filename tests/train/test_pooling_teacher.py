@@ -1,5 +1,6 @@
 """A teacher that vLLM serves without its LM head: states over HTTP, the head from its files."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -27,6 +28,7 @@ from kdrl_train.model.teacher.replies import read_states
 from kdrl_train.start import teacher_server
 from kdrl_train.start.load import LoadedTeacher
 from kdrl_train.start.teacher_server import check_same_tokens, check_states
+from kdrl_train.tools.evaluate import common_width
 from tests.train.conftest import EXACT
 from tests.train.pooling_server import PoolingServer
 from tests.train.servers import Scripted, by_position, running
@@ -68,6 +70,11 @@ def test_a_run_is_that_of_the_teacher_in_process(config: Config, folders: dict[s
         run(remote)
     run(local)
     assert_same_run(remote.out, local.out)
+    model = replace(remote.model, policy=str(remote.out / "model"))
+    described = json.loads((remote.out / "teacher.json").read_text(encoding="utf-8"))
+    assert described["vocab_size"] == 258  # of the head: the server does not say
+    wide = SimpleNamespace(get_output_embeddings=lambda: torch.nn.Linear(1, 300))
+    assert common_width(wide, model) == 258
 
 
 def test_states_are_requested_and_read(folders: dict[str, Path]) -> None:

@@ -91,6 +91,7 @@ def test_eval_of_a_run_needs_no_teachers_server(run: TrainConfig, tiny: Callable
     policy = replace(run.model, policy=str(run.out / "model"), teacher=url)
     with pytest.raises(OSError, match=r"127\.0\.0\.1:9"):
         evaluate.common_width(model, policy)
+    assert evaluate.common_width(model, replace(policy, teacher_api="openai")) == 258  # not asked
     for said, columns in ((250, 250), (300, 258), (None, 258)):
         file = run.out / "teacher.json"
         file.write_text(json.dumps({"vocab_size": said}), encoding="utf-8")
