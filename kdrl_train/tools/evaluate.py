@@ -108,7 +108,7 @@ def of_run(run: TrainConfig, folder: Path) -> EvaluateConfig:
     sampling = run.sampling
     if held_out:
         sampling = replace(run.eval.sampling(sampling), group_size=sampling.group_size)
-    model = run.model
+    model = with_read_teachers(run)
     if (folder / "model").is_dir():
         model = replace(model, policy=str(folder / "model"), weights=None)
     elif saved := checkpoints(folder / "checkpoints"):
@@ -127,6 +127,18 @@ def of_run(run: TrainConfig, folder: Path) -> EvaluateConfig:
         sampling=sampling,
         reward=run.reward,
     )
+
+
+def with_read_teachers(run: TrainConfig) -> ModelConfig:
+    """Returns the models of a run without the teachers that say nothing about what it samples from:
+    all of a run that does not distil, and the policy itself."""
+    model = run.model
+    if run.method.kd is None:
+        model = replace(model, teachers={}, reference=None)
+    if run.method.kd is None or model.teacher_is_self:
+        decay = ModelConfig().ema_decay
+        model = replace(model, teacher=None, self_teacher="frozen", ema_decay=decay)
+    return model
 
 
 def evaluate_folder(config: EvaluateConfig, console: Console | None = None) -> EvalResult:

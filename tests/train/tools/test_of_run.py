@@ -12,8 +12,16 @@ from rich.console import Console
 
 from kdrl_train import cli, train
 from kdrl_train.commands import COMMANDS
-from kdrl_train.config import DataConfig, EvalConfig, EvaluateConfig, OptimConfig, TrainConfig
+from kdrl_train.config import (
+    DataConfig,
+    EvalConfig,
+    EvaluateConfig,
+    LoraConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from kdrl_train.config_file import save_yaml
+from kdrl_train.method.presets import PRESETS
 from kdrl_train.tools import evaluate, replay, sft
 from kdrl_train.tools.serve import command as serve
 
@@ -98,6 +106,24 @@ def test_eval_of_a_run_needs_no_teachers_server(run: TrainConfig, tiny: Callable
         assert evaluate.common_width(model, policy) == columns
         start = replace(policy, policy="start", weights=run.out / "checkpoints" / "step_000002")
         assert evaluate.common_width(model, start) == columns
+
+
+def test_eval_takes_no_teacher_that_it_does_not_read(run: TrainConfig) -> None:
+    saved = run.out / "checkpoints" / "step_000002"
+    saved.mkdir(parents=True)
+    adapters = LoraConfig(rank=2)  # with self frozen no other weights are accepted
+    cases = (
+        ("grpo", replace(run.model, teacher="http://127.0.0.1:9", lora=adapters)),
+        ("grpo", replace(run.model, teacher="gone", teachers={"math": "gone"})),
+        ("kdrl", replace(run.model, teacher="self", lora=adapters)),
+        ("kdrl", replace(run.model, teacher="self", self_teacher="ema", ema_decay=0.5)),
+    )
+    for preset, model in cases:
+        data = replace(run.data, teacher_column="of" if model.teachers else None)
+        settings = replace(run, model=model, data=data, method=PRESETS[preset])
+        save_yaml(settings, run.out / "config.yaml")
+        taken = parse("eval", "--config", file_of(run)).model
+        assert taken == replace(run.model, teacher=None, lora=model.lora, weights=saved)
 
 
 def test_eval_samples_no_token_that_one_of_several_teachers_lacks(
