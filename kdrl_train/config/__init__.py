@@ -198,7 +198,8 @@ class TrainConfig:
         method, servers = self.method, self.model.teacher_servers
         bare = [name for name in servers if self.teacher.of(name).head is None]
         if method.is_exact and bare:
-            reader, instead = f'kd "{method.kd}"', 'set method.kd to "topk_rkl", "k2" or "k3"'
+            topk = '"topk_rkl", ' if self.model.teacher_api == "kdrl" else ""
+            reader, instead = f'kd "{method.kd}"', f'set method.kd to {topk}"k2" or "k3"'
             if method.kd_baseline is not None:
                 reader, instead = f"kd_baseline {method.kd_baseline}", "leave kd_baseline out"
             raise ValueError(

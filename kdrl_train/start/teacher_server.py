@@ -140,10 +140,14 @@ def check_head(
             f"{head.name}, whose log-probabilities differ from the server's by "
             f"{mean:.2g} nats on average: name the folder or hub id that is served"
         )
-    return (
+    states_said, too_large = _states_said(config, client)
+    said = (
         f"{len(head.weight):,} columns, {head.bytes / 1e9:.2f} GB on each rank; within {mean:.0e} "
-        f"nats of the server's scores; {_states_said(config, client)}"
+        f"nats of the server's scores; {states_said}"
     )
+    if too_large:
+        raise UserWarning(f"{too_large} ({said})")
+    return said
 
 
 def check_states(
@@ -156,8 +160,9 @@ def check_states(
     """Check on a few prompts that a server without a head gives what its model's head reads: what
     the final norm gives.
 
-    Raises: ValueError where it does not; UserWarning where it may have another model than the head
-        is of, since it gives no log-probabilities to compare with.
+    Raises: ValueError where it does not; UserWarning where the states of a step may not fit this
+        machine's memory, and where it may have another model than the head is of, since it gives no
+        log-probabilities to compare with.
     """
     norm = load_norm(head.key, head.name, config.model.trust_remote_code)
     rms, logprobs = [], []
@@ -177,9 +182,10 @@ def check_states(
         )
     mean = torch.cat(logprobs).mean().item() if logprobs else 0.0
     uniform = -math.log(len(head.weight))
+    states_said, too_large = _states_said(config, client)
     said = (
         f"{len(head.weight):,} columns, {head.bytes / 1e9:.2f} GB on each rank; {mean:.2f} nats "
-        f"per prompt token (uniform guess: {uniform:.2f}); {_states_said(config, client)}"
+        f"per prompt token (uniform guess: {uniform:.2f}); {states_said}"
     )
     other = client.root is None or Path(client.root) != Path(head.name)
     doubts = {
@@ -187,12 +193,15 @@ def check_states(
         "its final norm is not known, so that the states are not compared with it": norm is None,
         "it predicts prompts worse than a uniform guess would": mean < uniform - 1e-3,
     }
+    warnings = [too_large] if too_large else []
     if any(doubts.values()):
         listed = "; ".join(doubt for doubt, true in doubts.items() if true)
-        raise UserWarning(
+        warnings.append(
             f"{head.key} must be of the model that is served, got {head.name}, which cannot be "
-            f"told for sure: {listed} ({said})"
+            f"told for sure: {listed}"
         )
+    if warnings:
+        raise UserWarning(f"{'; '.join(warnings)} ({said})")
     return said
 
 
@@ -210,11 +219,9 @@ def _logprobs(head: ServedHead, states: Tensor, ids: list[int]) -> Tensor:
     return out.logprobs.float().cpu()
 
 
-def _states_said(config: TrainConfig, client: TeacherClient) -> str:
-    """Say how much memory the states of a step take.
-
-    Raises: UserWarning where this is more than half of the machine's.
-    """
+def _states_said(config: TrainConfig, client: TeacherClient) -> tuple[str, str | None]:
+    """Say how much memory the states of a step take, and what to do where that is more than half of
+    the machine's; None where it is less."""
     sampling, size = config.sampling, client.info.hidden_size or 0
     R, T = sampling.prompts_per_step * sampling.group_size, sampling.max_new_tokens
     width = 2 if "bfloat16" in (client.info.dtype, config.model.dtype) else 4
@@ -224,13 +231,14 @@ def _states_said(config: TrainConfig, client: TeacherClient) -> str:
         f"the states of a step take at most {R:,} · {T:,} · {size:,} · {width} B = "
         f"{total / 1e9:.2f} GB of CPU memory over all ranks"
     )
-    if 2 * total > machine * max(1, int(os.environ.get("GROUP_WORLD_SIZE", "1"))):
-        raise UserWarning(
-            f"{said}, and this machine has {machine / 1e9:.0f} GB: lower "
-            "sampling.prompts_per_step or sampling.max_new_tokens, or set method.kd to "
-            '"topk_rkl", which takes 12 B for each of kd_topk tokens'
-        )
-    return said
+    if 2 * total <= machine * max(1, int(os.environ.get("GROUP_WORLD_SIZE", "1"))):
+        return said, None
+    return said, (
+        f"the states of a step must fit the memory of this machine, {machine / 1e9:.0f} GB, got "
+        f"{total / 1e9:.2f} GB: lower sampling.prompts_per_step or sampling.max_new_tokens, or set "
+        'method.kd to "topk_rkl", which takes 12 B for each of kd_topk tokens, with a teacher that '
+        "`python -m kdrl_train serve` serves"
+    )
 
 
 def check_topk(

@@ -169,6 +169,14 @@ def test_states_that_fit_are_told_from_others(
     ):
         with pytest.raises((ValueError, TeacherError), match=message):
             checked(teacher, tokenizer, PoolingServer(teacher, kind))
+    with monkeypatch.context() as small:
+        machine = SimpleNamespace(sysconf=lambda _: 1000, environ={})
+        small.setattr(teacher_server, "os", machine)
+        warned = (
+            r"memory of this machine.*; teacher\.head must be .* worse than a uni.*nats per pro"
+        )
+        with pytest.raises(UserWarning, match=warned):
+            checked(teacher, tokenizer, server)
     with pytest.raises(ValueError, match="got 32 numbers in a state, and 48 there"):
         checked(folders["student"], tokenizer, server)
     monkeypatch.setattr(teacher_server, "load_norm", lambda *_: None)

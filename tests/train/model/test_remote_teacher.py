@@ -356,6 +356,9 @@ def test_settings_that_a_server_cannot_serve_are_refused() -> None:
         with pytest.raises(ValueError, match=r"tensor_parallel must be 1 for .* URL, got 2: each"):
             TrainConfig(model=split, method=method, teacher=head)
     spoken = replace(model, teacher_api="openai")
+    for one, kinds in ((model, '"topk_rkl", "k2"'), (spoken, '"k2"')):
+        with pytest.raises(ValueError, match=f"set method.kd to {kinds} or"):
+            TrainConfig(model=one, method=MethodConfig(kd="rkl"))
     with pytest.raises(ValueError, match=r'model\.teacher_api must be "kdrl" for .*"openai"'):
         TrainConfig(model=spoken, method=MethodConfig(kd="topk_rkl"), teacher=head)
     cool = SamplingConfig(temperature=0.7)
