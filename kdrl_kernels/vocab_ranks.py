@@ -38,7 +38,10 @@ OF_A_CALL = {"", "student", "head", "loss"}
 """Fields of a call whose own fields are arguments of the public functions, or of Objective."""
 ARGUMENTS = {"weights": "token_weights", "active": "active_rows", "exact_kd": "kl"}
 """Fields of a call whose names are not those of the arguments."""
-COLUMNS = ("valid", "N", "active", "options", "rows", "teacher_rows", "vocab_size", "max_rows")
+COLUMNS = (
+    *("valid", "N", "active", "options", "rows", "teacher_rows", "vocab_size", "max_rows"),
+    "folded",
+)
 """What each rank tells the others at the beginning of a call."""
 OUTPUTS = ("logprobs", "entropy", "extra_logprobs", "rest_logprob", "topk_tokens")
 """What linear_logprobs returns of each row."""
@@ -153,6 +156,7 @@ class VocabRanks:
                 "teacher_rows": 0 if teacher is None else len(teacher.weight),
                 "vocab_size": -1 if self.vocab_size is None else self.vocab_size,
                 "max_rows": call.max_rows,
+                "folded": int(getattr(call, "folded", False)),
             }
         )
         each = {name: [values[name] for values in told] for name in COLUMNS}
@@ -163,6 +167,8 @@ class VocabRanks:
         shard = VocabShard(self.group, sizes, call.impl, student.hidden.device)
         call = replace(call, max_rows=min(each["max_rows"]))
         if isinstance(call, LossCall):
+            folded = all(each["folded"])  # dX adds up what all ranks multiplied, or none
+            call = replace(call, folded=folded, direct=call.direct and folded)
             call = replace(call, vocab_size=shard.vocab_size, teacher=_cut(teacher, each, shard))
         return call, shard
 

@@ -5,12 +5,14 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 import kdrl_kernels as kk
+from kdrl_kernels import chunks, gradients
 from tests.kernels.params import BF16, F16, F32, KDS
 from tests.kernels.problem import Problem, assert_solves, make_problem
 from tests.kernels.vocab_ranks import (
@@ -157,6 +159,13 @@ def _check_dtype(impl: str, dtype: torch.dtype, kd: str | None) -> None:
     assert_solves(problem, solve(problem, impl=impl))
 
 
+def _check_one_rank_writes_at_once() -> None:
+    """Let the GEMM write dW in bfloat16 on the rank that has enough columns, and on no other."""
+    on_gpu = patch.object(gradients, "is_on_gpu", return_value=True)
+    with on_gpu, patch.object(chunks, "DIRECT_ELEMENTS", 18 * H):
+        _check_dtype("torch", BF16, "rkl")
+
+
 def _check_reference(kd: str | None) -> None:
     """The definition gathers the weights; so it has truncation, too."""
     problem = problem_of(kd=kd, V_t=V + 2).map(Tensor.double)
@@ -172,6 +181,7 @@ CASES: dict[str, Callable[[], None]] = {
     "chunks-and-rows-left-out": _check_chunks_and_rows_left_out,
     "no-rows": _check_no_rows,
     "batches": _check_batches,
+    "one-rank-writes-at-once": _check_one_rank_writes_at_once,
     "baseline": lambda: _check_options("k2", objective={"kd_baseline": "kl"}),
     "server": lambda: _check_options("k2", server=True),
     "far-jsd": lambda: _check_far("jsd"),
