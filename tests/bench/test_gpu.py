@@ -81,8 +81,8 @@ def test_kernel_tests_are_those_of_a_gpu_and_begin_with_the_rows() -> None:
 
 WRITES = """
 import sys, time
-open(sys.argv[1] + "/table.md", "w").write("| what it knows |")
 try:
+    open(sys.argv[1] + "/table.md", "w").write("| what it knows |")
     time.sleep(60)
 except KeyboardInterrupt:
     open(sys.argv[1] + "/table.md", "a").write(" and more |")
@@ -97,16 +97,17 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_a_part_that_is_cut_short_leaves_what_it_has(run: Run, tmp_path: Path) -> None:
     writes = _part("writes", WRITES, tables=("table.md",))
-    deaf = _part("deaf", DEAF, budget=1.5, grace=0.5)
+    deaf = _part("deaf", DEAF, grace=0.5)
     archive = tmp_path / "all.tar.gz"
     start = time.monotonic()
     report = run(
         [writes, deaf, _part("last", "print('3 passed, 1 skipped in 2.5s')")],
-        *("--cut", "1.5", "--archive", str(archive)),
+        *("--cut", "5", "--archive", str(archive)),
     )
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 45
     sections, _, table = report.partition("| part |")
     assert sections == "| what it knows | and more |\n\n"
     rows = [re.sub(r"\| \d+ \| \d+ \|", "|", line) for line in table.splitlines()[2:]]
