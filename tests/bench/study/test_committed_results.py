@@ -8,7 +8,7 @@ import pytest
 from bench.study import write_up
 
 BENCH = Path(__file__).parents[3] / "bench"
-FOLDERS = [BENCH / "results" / name for name in ("study", "study-sketch")]
+FOLDERS = [BENCH / "results" / name for name in ("study", "study-sketch", "study-successors")]
 
 
 @pytest.mark.slow
