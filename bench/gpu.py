@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 REPORT = "report.md"
 SECONDS = 570
 """Of all parts together, unless --seconds says another number."""
+AFTER_KILL = 5.0
+"""Seconds to wait for a part that was killed."""
 GRACE = 5
 WORKERS_GRACE = 15
 """pytest waits 10 s for its workers before it writes what failed."""
@@ -231,7 +233,8 @@ class Course:
             try:
                 self.outcomes.append(self._run(part, min(budget, left)))
             except KeyboardInterrupt:
-                rest = [one.name for one in self.parts[place:]]
+                rest = [one.name for one in self.parts[place + 1 :]]
+                self.outcomes.append(Outcome(part.name, "stopped with the run"))
                 self.outcomes += [Outcome(name, "left out: stopped") for name in rest]
                 raise
             finally:
@@ -325,7 +328,8 @@ def _end(process: "subprocess.Popen[bytes]", seconds: float, grace: float) -> st
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with suppress(subprocess.TimeoutExpired):  # what hangs in a driver does not die
+            process.wait(AFTER_KILL)
 
 
 def _without_weights(file: tarfile.TarInfo) -> tarfile.TarInfo | None:
