@@ -235,8 +235,9 @@ class Case:
         """Counts the numbers that attention keeps for each token: query, key, value, output."""
         q, kv = layer.query, layer.kv
         if self.packed:
-            varlen = not self.placement.cpu and self.dtype in attention.VARLEN_DTYPES
-            return 4 * q if varlen else 5 * q
+            if self.placement.cpu or self.dtype not in attention.VARLEN_DTYPES:
+                return 5 * q
+            return 2 * q + 2 * kv if attention.GROUPED else 4 * q
         return 4 * q if self.masked else 2 * q + 2 * kv
 
     def layer_bytes(self, layer: LayerShape) -> int:

@@ -9,8 +9,8 @@ without fused kernels. b is the bytes of a number in the compute dtype, s in the
 
     norm of the stream, width H   (4 + s + b) H    float32 input, normalised, output
     norm of queries or keys       (4 + b) each
-    attention, "packed"           b · 4 q          q, k, v and output; k and v as wide as q.
-                                                   5 q without a variable-length kernel (CPU,
+    attention, "packed"           b (2 q + 2 kv)   q, k, v and output; 4 q where PyTorch's kernel
+                                                   needs k and v as wide as q; 5 q without it (CPU,
                                                    float32): the output exists twice
     attention, "sdpa"             b · 4 q          and a [T, T] mask of b bytes a number
     attention, others             b (2 q + 2 kv)   "eager" also a softmax [T, T] of each head, of

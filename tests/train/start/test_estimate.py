@@ -19,7 +19,7 @@ from kdrl_train.config import (
     TrainConfig,
 )
 from kdrl_train.method.config import MethodConfig
-from kdrl_train.model.attention import NAME, packed_arguments
+from kdrl_train.model.attention import GROUPED, NAME, packed_arguments
 from kdrl_train.model.load import checkpoint_activations
 from kdrl_train.start.estimate.case import Case, Placement
 from kdrl_train.start.estimate.memory import by_moment, memory_terms
@@ -34,6 +34,9 @@ from tests.train.estimate_cases import (
     values,
     write_config,
 )
+
+ATTENTION = 2 * 8 + 2 * (4 if GROUPED else 8)
+"""Numbers a token that attention keeps in bfloat16: 2 heads of queries, 1 of keys, each of 4."""
 
 
 def test_one_process_in_float32_by_hand(models: dict[str, str]) -> None:
@@ -74,7 +77,7 @@ def test_four_gpus_in_bfloat16_by_hand(models: dict[str, str]) -> None:
         "last norm, hidden states": 32 * 8 * 10,
         "a layer's backward": 32 * 2 * 48,
         "inputs of the layers": 2 * 32 * 2 * 8,
-        "one layer, recomputed": 32 * (8 * 16 + 2 * (4 * 8 + 4 * 16)),
+        "one layer, recomputed": 32 * (8 * 16 + 2 * (ATTENTION + 4 * 16)),
         "workspace of the head": 8192 * 2 * 64 * 4 + 32 * ((8 + 12) * 2 + 8 * 4),
         "dX, float32": 4 * 32 * 8,
         "dW accumulator, float32": 4 * 32 * 8,
@@ -184,7 +187,7 @@ def test_a_tied_head_and_autocast_on_one_gpu(models: dict[str, str]) -> None:
     assert sizes["weights in bfloat16"] == 2 * 1216
     assert sizes["head in bfloat16"] == 2 * 256
     assert sizes["copy of the policy that samples"] == 2 * 1480
-    assert sizes["activations"] == 2 * 64 * (10 * 16 + 2 * (4 * 8 + 4 * 16))
+    assert sizes["activations"] == 2 * 64 * (10 * 16 + 2 * (ATTENTION + 4 * 16))
     assert sizes["keys and values"] == 4 * 16 * 2 * (4 + 2) * 4
     assert sizes["AdamW temporaries"] == 4 * 1480
     assert "the tied head's gradient" not in values(case_of(models, "untied"))
