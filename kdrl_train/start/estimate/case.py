@@ -307,3 +307,10 @@ class Case:
             flat=self.flat_share,
             impl=optim.head_impl,
         )
+
+
+def shorter_packs(case: Case) -> str:
+    """Says which setting makes a pack shorter."""
+    if case.pack_tokens > case.longest:
+        return "lower optim.micro_batch_tokens"
+    return "lower sampling.max_new_tokens or data.max_prompt_tokens: a pack holds one sequence"

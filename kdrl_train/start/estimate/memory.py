@@ -32,28 +32,24 @@ Fragmentation (the reserve covers it), the CUDA context and NCCL's buffers are n
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kdrl_train.start.estimate.case import Case
+from kdrl_train.start.estimate.case import Case, shorter_packs
 from kdrl_train.start.estimate.composite import composite_terms
-from kdrl_train.start.estimate.terms import Term, product
+from kdrl_train.start.estimate.teacher_memory import served_head_terms, teacher_terms
+from kdrl_train.start.estimate.terms import (
+    ALWAYS,
+    LARGER,
+    MOMENTS,
+    MORE_GPUS,
+    ROLLOUT,
+    UPDATE,
+    WAIT,
+    Term,
+    product,
+)
 
-MOMENTS = {
-    "prefill": "the policy reads the prompts of a batch",
-    "decode": "the policy samples the last token of a batch",
-    "teacher": "the teacher reads a pack",
-    "head": "the loss of a pack is computed; the layers still keep their activations",
-    "backward": "backward begins: the gradient of the last layer",
-    "root": "backward ends: the gradient of embedding and head",
-    "optimizer": "AdamW makes its step",
-}
-ALWAYS = tuple(MOMENTS)
-UPDATE = ("head", "backward")
-ROLLOUT = ("prefill", "decode")
 LOGIT_COPIES = 5
 """Tensors float32 [batch, V] that exist together while a token is sampled: logits, their copy, the
 previous scores, the new scores, probabilities."""
-MORE_GPUS = "raise --gpus"
-WAIT = "--no-save-async"
-LARGER = "choose GPUs with more memory, or a smaller model"
 
 
 def memory_terms(case: Case) -> list[Term]:
@@ -68,8 +64,8 @@ def memory_terms(case: Case) -> list[Term]:
         *_passes(case),
         *_activations(case),
         *_head(case),
-        *_teacher(case),
-        *_served_heads(case),
+        *teacher_terms(case),
+        *served_head_terms(case),
         *composite_terms(case),
         *_rollout(case),
     ]
@@ -173,13 +169,6 @@ def _passes(case: Case) -> list[Term]:
     return terms
 
 
-def _shorter(case: Case) -> str:
-    """Says which setting makes a pack shorter."""
-    if case.pack_tokens > case.longest:
-        return "lower optim.micro_batch_tokens"
-    return "lower sampling.max_new_tokens or data.max_prompt_tokens: a pack holds one sequence"
-
-
 def _activations(case: Case) -> list[Term]:
     """Lists what the policy's layers keep of a pack for backward."""
     policy, b, s = case.policy, case.dtype.itemsize, case.stream_bytes
@@ -190,7 +179,7 @@ def _activations(case: Case) -> list[Term]:
     mask = [(b, "B"), tokens, tokens]
     last = (policy.hidden * (4 + s + 2 * b), "B")
     inner = (b * (2 * policy.inner + 2 * policy.hidden), "B")
-    shorter = _shorter(case)
+    shorter = shorter_packs(case)
     terms = [
         product("last norm, hidden states", UPDATE, [tokens, last], remedy=shorter),
         product("a layer's backward", ("backward",), [tokens, inner], remedy=shorter),
@@ -218,7 +207,7 @@ def _attention_weights(case: Case) -> list[Term]:
         return []
     recomputed = case.run.model.gradient_checkpointing
     kept = (max(heads), "heads of a layer") if recomputed else (sum(heads), "heads of all layers")
-    each, shorter = (case.weights_bytes, "B"), _shorter(case)
+    each, shorter = (case.weights_bytes, "B"), shorter_packs(case)
     tokens, row = (case.pack_tokens, "tokens"), (case.row_tokens, "tokens of a row")
     when = ("backward",) if recomputed else UPDATE
     prompt = (case.run.data.max_prompt_tokens, "tokens")
@@ -236,7 +225,7 @@ def _attention_weights(case: Case) -> list[Term]:
 
 def _head(case: Case) -> list[Term]:
     """Lists what the one-pass head holds for a pack in which every token may carry a loss."""
-    policy, plan, shorter = case.policy, case.chunk_plan(case.pack_tokens), _shorter(case)
+    policy, plan, shorter = case.policy, case.chunk_plan(case.pack_tokens), shorter_packs(case)
     what = f"B: logits of {plan.rows:,} tokens, {plan.geometry.streams} buffer(s)"
     tokens, H, V = (case.pack_tokens, "tokens"), (policy.hidden, "H"), (policy.vocabulary, "V")
     workspace = product(
@@ -262,90 +251,9 @@ def _head(case: Case) -> list[Term]:
     return terms
 
 
-def _teacher(case: Case) -> list[Term]:
-    """Lists what a teacher in this process holds: weights, its forward pass, and its output.
-
-    The weights that are trained have no copy; their layers are gathered once more.
-    """
-    teacher, b = case.teacher, case.dtype.itemsize
-    if teacher is None:
-        return []
-    tokens, read = (case.pack_tokens, "tokens"), (case.teacher_tokens, "tokens")
-    head = (teacher.head_parameters, "head parameters")
-    two_layers = 2 * teacher.layer_parameters + teacher.root_parameters
-    inner = (3 * b * (teacher.inner + teacher.hidden), "B")
-    terms = [
-        *_teacher_weights(case),
-        product("teacher's hidden states", ("head",), [(b, "B"), tokens, (teacher.hidden, "H")]),
-        product("a layer of the teacher", ("teacher",), [read, inner], remedy=_shorter(case)),
-    ]
-    if case.masked:
-        mask = [(1 + b, "B"), read, read]
-        terms.append(product("teacher's mask", ("teacher",), mask, remedy=_shorter(case)))
-    itself = case.teaches_itself or case.averaged
-    if not case.sharded and itself and b < case.weight_bytes:
-        copy = [(b, "B"), (case.policy.head_parameters, "head parameters")]
-        terms.append(product("teacher's head in bfloat16", ("head",), copy, remedy=LARGER))
-    copied = case.copied or case.averaged
-    if case.teacher_weights == "full" or not (copied or case.sharded):
-        return terms
-    gathered = [(b, "B"), (two_layers, "parameters: two layers, embedding, head")]
-    terms.append(product("teacher's layers, gathered", ("teacher",), gathered, remedy=LARGER))
-    if copied:  # else its head is the policy's
-        gathered = [(b, "B"), head]
-        terms.append(product("teacher's head, gathered", ("head",), gathered, remedy=LARGER))
-    return terms
-
-
-def _teacher_weights(case: Case) -> list[Term]:
-    """Lists the weights of teachers: of the largest one, the others, and an average of the
-    policy's, which is float32."""
-    if case.teacher_weights == "cpu":
-        return []
-    over, remedy = (1, ""), "--model.offload-teacher"
-    if case.teacher_weights == "sharded":
-        over, remedy = (case.placement.gpus, "GPUs"), f"{MORE_GPUS}, or --model.offload-teacher"
-    sizes: dict[str, tuple[int, int]] = {}
-    if case.copied:
-        sizes["teacher"] = (case.dtype.itemsize, case.copied[0].parameters)
-    if case.averaged:
-        sizes["average of the policy" if sizes else "teacher"] = (4, case.policy.parameters)
-    terms = [
-        product(name, ALWAYS, [(size, "B"), (count, "parameters")], over, remedy=remedy)
-        for name, (size, count) in sizes.items()
-    ]
-    if others := case.kept_parameters:
-        if case.teacher_weights == "full":
-            still = case.reference is None and case.run.model.self_teacher == "frozen"
-            remedy = "--model.move-teachers" if still else ""
-        size = [(case.dtype.itemsize, "B"), (others, "parameters")]
-        terms.append(product("the other teachers", ALWAYS, size, over, remedy=remedy))
-    return terms
-
-
 def _completion(case: Case) -> str:
     """Name the setting that bounds the longest completion that is sampled."""
     return ("sampling" if case.sampled[1] == case.longest else "eval") + ".max_new_tokens"
-
-
-def _served_heads(case: Case) -> list[Term]:
-    """Lists what teachers behind a URL take here: their heads, and the states of a pack; on a CPU
-    those of a whole step, which wait in its memory."""
-    b, run, terms = (case.dtype.itemsize, "B"), case.run, []
-    for shape in case.served:
-        size = [b, (shape.vocabulary, "V"), (shape.hidden, "H")]
-        remedy = "method.kd topk_rkl, which needs no head"
-        terms.append(product("head of a served teacher", ALWAYS, size, remedy=remedy))
-    widest = max((shape.hidden for shape in case.served), default=0)
-    if widest and case.teacher is None:
-        states = [b, (case.pack_tokens, "tokens"), (widest, "H")]
-        terms.append(product("teacher's hidden states", ("head",), states))
-    if widest and case.placement.cpu:
-        tokens = (case.rollouts * run.sampling.max_new_tokens, "tokens")
-        terms.append(
-            product("states from a server", ("teacher", *UPDATE), [b, tokens, (widest, "H")])
-        )
-    return terms
 
 
 def _rollout(case: Case) -> list[Term]:

@@ -7,6 +7,22 @@ from dataclasses import dataclass
 Factor = tuple[float, str]
 """A number and its unit."""
 
+MOMENTS = {
+    "prefill": "the policy reads the prompts of a batch",
+    "decode": "the policy samples the last token of a batch",
+    "teacher": "the teacher reads a pack",
+    "head": "the loss of a pack is computed; the layers still keep their activations",
+    "backward": "backward begins: the gradient of the last layer",
+    "root": "backward ends: the gradient of embedding and head",
+    "optimizer": "AdamW makes its step",
+}
+ALWAYS = tuple(MOMENTS)
+UPDATE = ("head", "backward")
+ROLLOUT = ("prefill", "decode")
+MORE_GPUS = "raise --gpus"
+WAIT = "--no-save-async"
+LARGER = "choose GPUs with more memory, or a smaller model"
+
 
 @dataclass(frozen=True, slots=True)
 class Term:

@@ -35,8 +35,6 @@ from kdrl_train.settings import (
 from kdrl_train.start.estimate.case import SKETCH_ENTRIES, Case, Placement
 from kdrl_train.start.estimate.devices import PEAKS, Device, DeviceName, link_gb_per_s, measure_cpu
 from kdrl_train.start.estimate.memory import (
-    ALWAYS,
-    MOMENTS,
     by_moment,
     causes,
     loading_bytes,
@@ -50,7 +48,7 @@ from kdrl_train.start.estimate.shapes import (
     served_heads,
     shape_of,
 )
-from kdrl_train.start.estimate.terms import Term
+from kdrl_train.start.estimate.terms import ALWAYS, MOMENTS, Term
 from kdrl_train.tools.plan.speed import Lengths, time_terms, totals
 
 GB = 1e9
