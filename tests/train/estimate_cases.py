@@ -8,10 +8,13 @@ import transformers
 
 from kdrl_train.config import DataConfig, ModelConfig, OptimConfig, SamplingConfig, TrainConfig
 from kdrl_train.method.config import MethodConfig
+from kdrl_train.model.attention import GROUPED
 from kdrl_train.start.estimate.case import Case, Placement
 from kdrl_train.start.estimate.memory import memory_terms
 from kdrl_train.start.estimate.shapes import read_shape
 
+ATTENTION = 2 * 8 + 2 * (4 if GROUPED else 8)
+"""Numbers a token that attention keeps in bfloat16: 2 heads of queries, 1 of keys, each of 4."""
 POLICY = {
     "hidden_size": 8,
     "intermediate_size": 16,

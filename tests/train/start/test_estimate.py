@@ -19,12 +19,13 @@ from kdrl_train.config import (
     TrainConfig,
 )
 from kdrl_train.method.config import MethodConfig
-from kdrl_train.model.attention import GROUPED, NAME, packed_arguments
+from kdrl_train.model.attention import NAME, packed_arguments
 from kdrl_train.model.load import checkpoint_activations
 from kdrl_train.start.estimate.case import Case, Placement
 from kdrl_train.start.estimate.memory import by_moment, memory_terms
 from kdrl_train.start.estimate.shapes import read_shape
 from tests.train.estimate_cases import (
+    ATTENTION,
     LLAMA_8B,
     POLICY,
     QWEN2_7B,
@@ -34,9 +35,6 @@ from tests.train.estimate_cases import (
     values,
     write_config,
 )
-
-ATTENTION = 2 * 8 + 2 * (4 if GROUPED else 8)
-"""Numbers a token that attention keeps in bfloat16: 2 heads of queries, 1 of keys, each of 4."""
 
 
 def test_one_process_in_float32_by_hand(models: dict[str, str]) -> None:

@@ -11,7 +11,7 @@ from kdrl_train.start.estimate.devices import PEAKS, Device, link_gb_per_s, meas
 from kdrl_train.tools.plan import command
 from kdrl_train.tools.plan.command import PlanConfig
 from kdrl_train.tools.plan.speed import Lengths, time_terms, totals
-from tests.train.estimate_cases import case_of, sharded_case
+from tests.train.estimate_cases import ATTENTION, case_of, sharded_case
 
 DEVICE = Device(memory_bytes=1e9, flops=1e9, bandwidth=1e8, link=1e7)
 
@@ -26,7 +26,7 @@ def test_time_by_hand(models: dict[str, str]) -> None:
     }
     read, tokens, prompts = 1216 + 256, 2 * 11, 2 * 6
     forward = tokens * (2 * 1216 + 4 * 2 * 8 * 5.5)
-    kept = 2 * (8 * 16 + 2 * (4 * 8 + 4 * 16))
+    kept = 2 * (8 * 16 + 2 * (ATTENTION + 4 * 16))
     expected = {
         "decode, weights": 10 * max(2 * read / 1e8, 2 * read * 2 / 1e9),
         "decode, keys and values": 2 * (10 * 6 + 50) * (4 * 2 * 4) / 1e8,
