@@ -22,6 +22,7 @@ from kdrl_train.rollouts.rendering import (
 )
 from kdrl_train.start.duplicates import learnt_as_well, repeated
 from kdrl_train.start.load import Loaded, LoadedTeacher
+from kdrl_train.start.taught import taught_otherwise
 from kdrl_train.start.teacher_server import check_same_tokens
 
 
@@ -93,6 +94,7 @@ def check_first_prompt(config: TrainConfig, loaded: Loaded) -> str:
     ends = eos_ids(loaded.policy.model, tokenizer)
     detail = first_prompt(tokenizer, example, data)
     doubts = prompt_doubts(tokenizer, ends, data, example, loaded.prompts)
+    doubts += taught_otherwise(config.model.policy, data)
     if not templated(tokenizer, data):
         behind = tokenizer.convert_ids_to_tokens(plain_parts(tokenizer, example.prompt)[2])
         if behind:

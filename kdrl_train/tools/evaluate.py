@@ -45,6 +45,7 @@ from kdrl_train.start.base_model import model_of_adapters
 from kdrl_train.start.gold_answers import check_gold
 from kdrl_train.start.load import described, read_sets
 from kdrl_train.start.prompts import check_window, prompt_doubts, turn_doubts, written_otherwise
+from kdrl_train.start.taught import taught_otherwise
 
 
 def evaluate(
@@ -220,6 +221,8 @@ def say_doubts(
     ends, facts = eos_ids(model, tokenizer), problems.facts
     doubts = doubts + prompt_doubts(tokenizer, ends, config.data, problems.examples[0], facts)
     doubts += turn_doubts(tokenizer, ends, config.data)
+    learnt = taught_otherwise(config.model.policy, config.data)
+    doubts += [f"warning: {line}" for line in learnt]
     for line in (*measured(config, facts), *doubts, *other_templates(config)):
         console.print(line, markup=False, soft_wrap=True)
 

@@ -318,3 +318,12 @@ def test_a_template_that_fails_is_a_line_of_the_table(
         "prompts failed prompt task.jsonl:1: the chat template must render a user's message, got"
         in out
     )
+
+
+def test_prompts_that_sft_wrote_otherwise_are_a_warning(
+    settings: TrainConfig, loaded: Loaded, tmp_path: Path
+) -> None:
+    (tmp_path / "sft.yaml").write_text('data: {prompt_template: "Q {prompt}"}')
+    taught = replace(settings, model=replace(settings.model, policy=str(tmp_path)))
+    doubt = warning(prompts.check_first_prompt, taught, loaded)
+    assert doubt.startswith("the policy learnt to read prompts with data.prompt_template 'Q {pr")

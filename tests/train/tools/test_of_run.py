@@ -209,8 +209,10 @@ def test_eval_of_a_run_gives_the_numbers_of_its_last_evaluation(
     policy = ("--model.policy", str(settings.out / "model"), "--model.device", "cpu")
     small = ("--samples", "1", "--sampling.max-new-tokens", "1", "--data.path", str(held))
     doubtful = ("--data.prompt-template", r"{prompt}\n")
+    (settings.out / "model" / "sft.yaml").write_text("data: {prompt_template: '{prompt}'}")
     assert cli.main(["eval", *policy, *small, *doubtful]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "data.prompt_template holds a backslash" in printed
     other = f"{settings.out} wrote its prompts otherwise, by data.prompt_template; --config"
     assert other in printed
+    assert "warning: the policy learnt to read prompts with data.prompt_template" in printed
