@@ -288,6 +288,12 @@ def read_sets(
         except FileNotFoundError as error:
             place = "" if section == "data" else f"in {section}: "
             raise FileNotFoundError(f"{place}{error}") from error
+        except PromptError:  # names its section
+            raise
+        except ValueError as error:
+            if section == "data":
+                raise
+            raise ValueError(f"in {section}: {error}") from error
         sets.append(ProblemSet(section, data, examples, facts))
     return sets
 

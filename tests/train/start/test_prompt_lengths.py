@@ -84,3 +84,13 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(held: TrainConfig) -
         load(replace(held, data=none))
     with pytest.raises(PromptError, match=r"in eval\.data: .*2 of 2 with .*, held\.jsonl:1 first"):
         load(replace(held, eval=replace(held.eval, data=replace(none, path=held.eval.data.path))))
+
+
+def test_records_that_an_evaluation_set_cannot_use_name_its_section(held: TrainConfig) -> None:
+    other = replace(held.eval.data, answer_column="none")
+    for name, evaluation in {
+        "eval.data": replace(held.eval, data=other),
+        "eval.sets.more": replace(held.eval, sets={"more": other}),
+    }.items():
+        with pytest.raises(ValueError, match=rf"^in {name}: data\.answer_column must be a column"):
+            load(replace(held, eval=evaluation))
