@@ -22,7 +22,7 @@ from kdrl_train.rollouts.rendering import (
 )
 from kdrl_train.start.duplicates import learnt_as_well, repeated
 from kdrl_train.start.load import Loaded, LoadedTeacher
-from kdrl_train.start.taught import taught_otherwise
+from kdrl_train.start.taught import taught_otherwise, written_otherwise
 from kdrl_train.start.teacher_server import check_same_tokens
 
 
@@ -94,7 +94,7 @@ def check_first_prompt(config: TrainConfig, loaded: Loaded) -> str:
     ends = eos_ids(loaded.policy.model, tokenizer)
     detail = first_prompt(tokenizer, example, data)
     doubts = prompt_doubts(tokenizer, ends, data, example, loaded.prompts)
-    doubts += taught_otherwise(config.model.policy, data)
+    doubts += taught_otherwise(config.model.policy, tokenizer, data)
     if not templated(tokenizer, data):
         behind = tokenizer.convert_ids_to_tokens(plain_parts(tokenizer, example.prompt)[2])
         if behind:
@@ -117,7 +117,7 @@ def check_first_prompt(config: TrainConfig, loaded: Loaded) -> str:
     for one in loaded.held_out:
         more = prompt_doubts(tokenizer, ends, one.data, one.examples[0], one.facts)
         doubts += [f"in {one.section}: {doubt}" for doubt in more]
-        other = written_otherwise(data, one.data)
+        other = written_otherwise(tokenizer, data, one.data)
         if other:
             doubts.append(
                 f"held-out problems are written otherwise: {one.section} and data differ in "
@@ -129,12 +129,6 @@ def check_first_prompt(config: TrainConfig, loaded: Loaded) -> str:
 def first_prompt(tokenizer: Any, example: Example, data: DataConfig) -> str:
     """Write a problem's prompt on one line, as the policy reads it, with its special tokens."""
     return shown(tokenizer.decode(encode_prompt(tokenizer, example, data)))
-
-
-def written_otherwise(one: DataConfig, other: DataConfig) -> list[str]:
-    """Name the settings that say how a prompt is written, and differ."""
-    names = ("prompt_template", "chat_template", "system_prompt", "template_arguments")
-    return [name for name in names if getattr(one, name) != getattr(other, name)]
 
 
 def prompt_doubts(

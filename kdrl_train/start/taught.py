@@ -1,15 +1,26 @@
-"""Compares the prompts of a run with those that its policy read in `sft`."""
+"""Compares how the prompts of two data sets are written, such as those of `sft` and of a run."""
 
 from pathlib import Path
+from typing import Any
 
 from kdrl_train.config import DataConfig
-from kdrl_train.config_file import load_yaml
+from kdrl_train.config_file import load_yaml, update
 
 SFT_FILE = "sft.yaml"
-_WRITTEN = ("prompt_template", "chat_template", "system_prompt")
 
 
-def taught_otherwise(policy: str, data: DataConfig) -> list[str]:
+def written_otherwise(tokenizer: Any, one: DataConfig, other: DataConfig) -> list[str]:
+    """Name the settings that say how a prompt is written, and differ.
+
+    Without a chat template only prompt_template is read.
+    """
+    names = ["prompt_template"]
+    if getattr(tokenizer, "chat_template", None) is not None:
+        names += ["chat_template", "system_prompt", "template_arguments"]
+    return [name for name in names if getattr(one, name) != getattr(other, name)]
+
+
+def taught_otherwise(policy: str, tokenizer: Any, data: DataConfig) -> list[str]:
     """Say in which settings `sft` wrote the prompts of a policy otherwise than `data` does.
 
     A line break that is missing at the end of the prompt is enough to lose most right answers.
@@ -19,16 +30,14 @@ def taught_otherwise(policy: str, data: DataConfig) -> list[str]:
     if not file.is_file():
         return []
     try:
-        learnt = load_yaml(file).get("data")
-    except ValueError:  # another program's file
+        section = load_yaml(file).get("data")
+        learnt = update(DataConfig(), section if isinstance(section, dict) else {})
+    except ValueError:  # another program's file, or an older version's
         return []
-    if not isinstance(learnt, dict):
+    if not isinstance(section, dict):
         return []
-    differing = [
-        f"data.{name} {learnt[name]!r}"
-        for name in _WRITTEN
-        if name in learnt and learnt[name] != getattr(data, name)
-    ]
-    if not differing:
+    names = written_otherwise(tokenizer, learnt, data)
+    if not names:
         return []
-    return [f"the policy learnt to read prompts with {', '.join(differing)}, as {file} says"]
+    differing = ", ".join(f"data.{name} {getattr(learnt, name)!r}" for name in names)
+    return [f"the policy learnt to read prompts with {differing}, as {file} says"]

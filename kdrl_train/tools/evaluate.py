@@ -44,8 +44,8 @@ from kdrl_train.runfolder.writable import require_writable_file
 from kdrl_train.start.base_model import model_of_adapters
 from kdrl_train.start.gold_answers import check_gold
 from kdrl_train.start.load import described, read_sets
-from kdrl_train.start.prompts import check_window, prompt_doubts, turn_doubts, written_otherwise
-from kdrl_train.start.taught import taught_otherwise
+from kdrl_train.start.prompts import check_window, prompt_doubts, turn_doubts
+from kdrl_train.start.taught import taught_otherwise, written_otherwise
 
 
 def evaluate(
@@ -221,9 +221,9 @@ def say_doubts(
     ends, facts = eos_ids(model, tokenizer), problems.facts
     doubts = doubts + prompt_doubts(tokenizer, ends, config.data, problems.examples[0], facts)
     doubts += turn_doubts(tokenizer, ends, config.data)
-    learnt = taught_otherwise(config.model.policy, config.data)
+    learnt = taught_otherwise(config.model.policy, tokenizer, config.data)
     doubts += [f"warning: {line}" for line in learnt]
-    for line in (*measured(config, facts), *doubts, *other_templates(config)):
+    for line in (*measured(config, facts), *doubts, *other_templates(config, tokenizer)):
         console.print(line, markup=False, soft_wrap=True)
 
 
@@ -234,7 +234,7 @@ def measured(config: EvaluateConfig, facts: PromptFacts) -> list[str]:
     return [what, facts.left_out] if facts.left_out else [what]
 
 
-def other_templates(config: EvaluateConfig) -> list[str]:
+def other_templates(config: EvaluateConfig, tokenizer: Any) -> list[str]:
     """Says in which settings a run in whose folder the model is wrote its prompts otherwise."""
     folder = run_folder(config.model)
     file = folder / "config.yaml"
@@ -245,7 +245,7 @@ def other_templates(config: EvaluateConfig) -> list[str]:
     except ValueError:  # another program's file, or an older version's
         return []
     ways = (run.data, run.eval.data, *run.eval.sets.values())
-    differences = [written_otherwise(data, config.data) for data in ways]
+    differences = [written_otherwise(tokenizer, data, config.data) for data in ways]
     if not all(differences):
         return []
     return [

@@ -46,6 +46,7 @@ from kdrl_train.settings import (
     settings,
 )
 from kdrl_train.start.prompts import typed_escapes
+from kdrl_train.start.taught import SFT_FILE
 from kdrl_train.tools.toy.models import ArchitectureConfig, make_model, train_tokenizer
 
 MAX_PADDED = 1.25  # most tokens of a padded group, divided by those of its examples
@@ -386,7 +387,7 @@ def main(config: SftConfig, console: Console | None = None) -> Path:
     remove(partial)  # left by a run that was stopped while it wrote
     dtype_of = model.origin.dtype_of if config.model else None
     export(model, tokenizer, partial, dtype_of=dtype_of, remedy="free space or correct --out")
-    save_yaml(config, partial / "sft.yaml")
+    save_yaml(config, partial / SFT_FILE)
     jsonl.write(partial / "sft_metrics.jsonl", metrics)
     partial.rename(config.out)
     seconds = metrics[-1]["seconds"] if metrics else 0.0
