@@ -148,7 +148,10 @@ def _cases(_ranks: int) -> dict[str, Callable[[], None]]:
     return {name: partial(_check, loss_of) for name, loss_of in LOSSES.items()}
 
 
-@pytest.fixture(scope="module", params=PIECES, ids=lambda ranks: f"{ranks}-ranks")
+GROUPS = [2, pytest.param(3, marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=GROUPS, ids=lambda ranks: f"{ranks}-ranks")
 def outcomes(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[int, Path]:

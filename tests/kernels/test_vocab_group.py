@@ -36,7 +36,12 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]
 
 
 @pytest.mark.parametrize(
-    ("ranks", "case"), [(ranks, case) for ranks in SIZES for case in CASES_OF[ranks]]
+    ("ranks", "case"),
+    [
+        pytest.param(ranks, case, marks=[pytest.mark.slow] if ranks > 2 else [])
+        for ranks in SIZES
+        for case in CASES_OF[ranks]
+    ],
 )
 def test_ranks(ranks: int, case: str, folder_of: Callable[[int], Path]) -> None:
     assert_ok(folder_of(ranks), case, ranks)
