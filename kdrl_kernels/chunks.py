@@ -46,6 +46,14 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def needs_no_sum(dtype: torch.dtype, elements: int) -> bool:
+    """Say whether the GEMM of a GPU's only chunk may write so many elements of dW in their dtype.
+
+    Not in float16, whose range needs the scale of backward first.
+    """
+    return dtype == torch.bfloat16 and elements >= DIRECT_ELEMENTS
+
+
 @dataclass(frozen=True, slots=True)
 class Geometry:
     """Holds the sizes of one pass, on which its memory and its arithmetic depend."""
@@ -84,8 +92,8 @@ class Geometry:
 
     def writes_at_once(self, chunks: int, trained: int) -> bool:
         """Say whether one chunk's GEMM writes dW, of so many columns, in the dtype of weight."""
-        one = chunks == 1 and self.device.type == "cuda" and self.dtype == torch.bfloat16
-        return one and self.V * trained >= DIRECT_ELEMENTS
+        on_gpu = self.device.type == "cuda"
+        return chunks == 1 and on_gpu and needs_no_sum(self.dtype, self.V * trained)
 
     def chunk_bytes(self, rows: int, held: int | None = None) -> int:
         """Return what a chunk of so many rows holds, with the temporaries of its row work.

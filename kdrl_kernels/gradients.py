@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdrl_kernels import chunks, gemm
+from kdrl_kernels import gemm
 from kdrl_kernels import rows as row_work
 from kdrl_kernels.buffers import gradient_view
 from kdrl_kernels.call import LossCall, RowSet, size_of, take
-from kdrl_kernels.chunks import accumulator
+from kdrl_kernels.chunks import accumulator, needs_no_sum
 from kdrl_kernels.compaction import Compaction
 from kdrl_kernels.head import Head, Needs, Sums
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
@@ -39,14 +39,10 @@ def is_on_gpu(hidden: Tensor) -> bool:
 
 
 def writes_at_once(head: Head, one_chunk: bool) -> bool:
-    """Say whether the GEMM of the only chunk writes dW in the dtype of weight.
-
-    Not in float16, whose range needs the scale of backward first.
-    """
+    """Say whether the GEMM of the only chunk writes dW in the dtype of weight."""
     hidden, weight = head.hidden, head.weight
-    same = hidden.dtype == weight.dtype == torch.bfloat16
-    large = len(weight) * head.trained_columns >= chunks.DIRECT_ELEMENTS
-    return one_chunk and same and large and is_on_gpu(hidden)
+    direct = needs_no_sum(weight.dtype, len(weight) * head.trained_columns)
+    return one_chunk and hidden.dtype == weight.dtype and direct and is_on_gpu(hidden)
 
 
 def sums_need_no_rounding(head: Head) -> bool:
