@@ -11,7 +11,7 @@ import torch
 from kdrl_train import output
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig, TrainConfig
-from kdrl_train.config.models import DEFAULT_TEACHER, SELF, is_url
+from kdrl_train.config.models import SELF, is_url
 from kdrl_train.config_file import differences, to_dict
 from kdrl_train.method.loss_trial import try_loss
 from kdrl_train.model.folder import require_loadable
@@ -190,7 +190,9 @@ def load_teachers(config: TrainConfig, world: World = ALONE) -> tuple[LoadedTeac
     if config.method.kd is None:
         return ()
     mover = Mover(use_device(config.model)) if config.model.move_teachers else None
-    names = list(config.model.teacher_places) or [DEFAULT_TEACHER]  # which load_teacher misses
+    if not config.model.teacher_places:
+        load_teacher(config, world)  # says what is missing
+    names = list(config.model.teacher_places)
     with ExitStack() as opened:
         teachers = []
         for name in names:
@@ -252,7 +254,7 @@ def load_one(config: TrainConfig, world: World, name: str, mover: Mover | None) 
 
     mover: keeps it in CPU memory until it reads; None: it stays where it is.
     """
-    key, place = config.model.teacher_key(name), str(config.model.teacher_places.get(name))
+    key, place = config.model.teacher_key(name), config.model.teacher_places[name]
     if is_url(place):
         output.begin(f"connecting to the teacher, {place}", at_once=True)
         one = config.teacher.of(name)
