@@ -223,7 +223,7 @@ def say_doubts(
     doubts += turn_doubts(tokenizer, ends, config.data)
     learnt = taught_otherwise(config.model.policy, tokenizer, config.data)
     doubts += [f"warning: {line}" for line in learnt]
-    for line in (*measured(config, facts), *doubts, *other_templates(config, tokenizer)):
+    for line in (*measured(config, facts), *doubts, *doubts_of_run(config, tokenizer)):
         console.print(line, markup=False, soft_wrap=True)
 
 
@@ -234,8 +234,9 @@ def measured(config: EvaluateConfig, facts: PromptFacts) -> list[str]:
     return [what, facts.left_out] if facts.left_out else [what]
 
 
-def other_templates(config: EvaluateConfig, tokenizer: Any) -> list[str]:
-    """Says in which settings a run in whose folder the model is wrote its prompts otherwise."""
+def doubts_of_run(config: EvaluateConfig, tokenizer: Any) -> list[str]:
+    """Says where the run in whose folder the model is learns from the problems that are measured,
+    or wrote its prompts otherwise."""
     folder = run_folder(config.model)
     file = folder / "config.yaml"
     if not file.is_file():
@@ -244,14 +245,18 @@ def other_templates(config: EvaluateConfig, tokenizer: Any) -> list[str]:
         run = update(TrainConfig(), load_yaml(file))
     except ValueError:  # another program's file, or an older version's
         return []
+    doubts = []
+    if (run.data.path, run.data.split) == (config.data.path, config.data.split):
+        doubts = [f"warning: {folder} learns from these problems, so that others may be harder"]
     ways = (run.data, run.eval.data, *run.eval.sets.values())
     differences = [written_otherwise(tokenizer, data, config.data) for data in ways]
-    if not all(differences):
-        return []
-    return [
-        f"warning: {folder} wrote its prompts otherwise, by data.{', data.'.join(differences[0])}; "
-        f"--config {file} measures as the run does"
-    ]
+    if all(differences):
+        names = ", data.".join(differences[0])
+        doubts.append(
+            f"warning: {folder} wrote its prompts otherwise, by data.{names}; --config {file} "
+            "measures as the run does"
+        )
+    return doubts
 
 
 def run_folder(config: ModelConfig) -> Path:

@@ -216,3 +216,7 @@ def test_eval_of_a_run_gives_the_numbers_of_its_last_evaluation(
     other = f"{settings.out} wrote its prompts otherwise, by data.prompt_template; --config"
     assert other in printed
     assert "warning: the policy learnt to read prompts with data.prompt_template" in printed
+    assert "learns from these problems" not in printed
+    assert cli.main(["eval", *policy, *small[:-1], data.path]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"warning: {settings.out} learns from these problems" in printed
