@@ -21,7 +21,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton's default will 
 
 from bench import providers, report
 from bench.inputs import PROFILES, make_inputs
-from bench.machine import DEVICE, use_threads
+from bench.machine import DEVICE, set_up_cpu
 from bench.measures import memory, rows, scaling, speed, step
 from bench.measures.timing import failure, free_cache, share
 from bench.ops import KEY_OPS, OPS, OPS_BY_NAME, Op
@@ -151,7 +151,7 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> int:
     """Run, save, report; return 1 if this library is wrong or fails anywhere, 130 if stopped."""
     args = arguments().parse_args()
-    use_threads()
+    set_up_cpu()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` too leaves a whole file
     run, stopped = new_run(_command(sys.argv[1:])), False
     scoreboard = Scoreboard(args)

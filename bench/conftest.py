@@ -47,7 +47,7 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
 def threads() -> Iterator[None]:
     """Use as many CPU threads as every CPU figure has, then restore the number."""
     before = torch.get_num_threads()
-    machine.use_threads()
+    machine.set_up_cpu()
     yield
     torch.set_num_threads(before)
 

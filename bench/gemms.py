@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.machine import DEVICE, clock, machine_info, one_line, use_threads
+from bench.machine import DEVICE, clock, machine_info, one_line, set_up_cpu
 
 GPU_SIZES = (3584, 152064, (1024, 2048, 4096, 8192, 16384))
 CPU_SIZES = (256, 8192, (64, 128, 256, 512))
@@ -182,7 +182,7 @@ def table(report: dict[str, Any]) -> str:
 
 def run(path: Path, deadline: float) -> dict[str, Any]:
     """Measure every C until the deadline (s) and write the report to path after each."""
-    use_threads()
+    set_up_cpu()
     torch.manual_seed(0)
     H, V, sizes = GPU_SIZES if DEVICE == "cuda" else CPU_SIZES
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32

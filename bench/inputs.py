@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.machine import DEVICE, use_threads
+from bench.machine import DEVICE, set_up_cpu
 from bench.shapes import SHAPES, Shape, default_shape
 
 SPREADS = {"reasoning": 2.5, "rl": 4.0, "flat": 2.5, "hard": 4.0}
@@ -255,6 +255,6 @@ if __name__ == "__main__":
     parser.add_argument("--shape", choices=SHAPES, default=default_shape().name)
     parser.add_argument("--profile", choices=SPREADS, default="reasoning")
     args = parser.parse_args()
-    use_threads()
+    set_up_cpu()
     with torch.no_grad():
         print_profile(make_inputs(SHAPES[args.shape], args.profile))

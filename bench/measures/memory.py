@@ -6,7 +6,6 @@ the system. On a GPU it is growth of the allocator's peak, to which no other wor
 made once before, so that what is compiled and loaded is there.
 """
 
-import ctypes
 import gc
 import multiprocessing
 import platform
@@ -23,7 +22,13 @@ from torch import Tensor
 
 from bench import providers
 from bench.inputs import Inputs, make_inputs
-from bench.machine import DEVICE, use_threads
+from bench.machine import (
+    DEVICE,
+    M_MMAP_MAX,
+    M_MMAP_THRESHOLD,
+    malloc_options,
+    set_up_cpu,
+)
 from bench.measures.timing import clear_gradients, failure, free_cache
 from bench.ops import OPS_BY_NAME, Op
 from bench.providers import Provider, Refusal, Setting
@@ -46,8 +51,8 @@ OPS = tuple(
 """Operations that differ in what they must hold; each call needs a slow new process."""
 LARGE_BYTES = 1 << 16
 """On a CPU blocks of this size and more are mapped each, and unmapped when they are freed."""
-M_MMAP_THRESHOLD = -3
-"""The number of this option of glibc's mallopt, from malloc.h."""
+MAPPINGS = 1 << 16
+"""The most that there may be: glibc's default."""
 CASE_SECONDS = 120.0
 """Seconds after which a case is stopped."""
 EXIT_SECONDS = 5.0
@@ -67,9 +72,9 @@ def measure(
 
 def map_large_blocks() -> None:
     """Let every large block of this process go back to the system when it is freed."""
-    use_threads()
+    set_up_cpu()
     if DEVICE == "cpu":
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
+        malloc_options({M_MMAP_MAX: MAPPINGS, M_MMAP_THRESHOLD: LARGE_BYTES})
 
 
 def growth(inputs: Inputs, op: Op, call: Callable[[], providers.Outputs]) -> dict[str, int]:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from bench.inputs import make_inputs
 from bench.learning.text import Corpus, load_corpus
-from bench.machine import machine_info, one_line, use_threads
+from bench.machine import machine_info, one_line, set_up_cpu
 from bench.shapes import SHAPES
 from kdrl_train.tools.toy.models import ArchitectureConfig, make_model
 
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--steps", type=int, default=200, help="of the training")
     args = parser.parse_args()
-    use_threads()
+    set_up_cpu()
     args.out.mkdir(parents=True, exist_ok=True)
     corpus = load_corpus(Path(os.environ["KDRL_DATA"]) / "gsm8k", SHAPE.V)
     logp, loss = trained(corpus, args.steps)

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.machine import DEVICE, clock, machine_info, one_line, use_threads
+from bench.machine import DEVICE, clock, machine_info, one_line, set_up_cpu
 from bench.measures.memory import alone, map_large_blocks, peak_bytes, reset_peak
 from bench.measures.timing import sample_rounds
 
@@ -294,7 +294,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--minutes", type=float, default=3.5, help="for the time, set-up included")
     args = parser.parse_args(argv)
-    use_threads()
+    set_up_cpu()
     typed = [word for word in argv if word not in ("--out", str(args.out))]
     command = shlex.join(["python", "-m", "bench.measures.trl_step", "--out", "DIR", *typed])
     sizes = StepSizes(**{name: getattr(args, name) for name in asdict(StepSizes())})

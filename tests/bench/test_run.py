@@ -362,5 +362,5 @@ def _without_effects(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """Keep main(), run in this process, from changing its signals and threads."""
     monkeypatch.setattr(sys, "argv", ["bench", "--out", str(folder)])
     monkeypatch.setattr(main.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(main, "use_threads", lambda: None)
+    monkeypatch.setattr(main, "set_up_cpu", lambda: None)
     monkeypatch.setattr(main.report, "write", lambda _: "a report")

@@ -19,7 +19,7 @@ ARGUMENTS = [word for name, value in TINY.items() for word in (f"--{name}", str(
 
 @pytest.fixture
 def kept_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trl_step, "use_threads", lambda: None)
+    monkeypatch.setattr(trl_step, "set_up_cpu", lambda: None)
 
 
 @pytest.mark.usefixtures("kept_threads")
