@@ -22,7 +22,7 @@ from bench.machine import DEVICE, clock, machine_info, one_line
 from kdrl_kernels.rows import kernel_sketch, kernels
 from kdrl_kernels.rows.streams import Stream, TeacherStream
 from kdrl_kernels.rows.tiles import GRADIENT, JSD, SKETCH, SWEEP, TILES, Tile
-from kdrl_kernels.sketch import Sketch
+from kdrl_kernels.sketch import COARSE, Sketch
 from kdrl_kernels.token_rows import Coefficients
 from tests.kernels import aot
 
@@ -89,7 +89,7 @@ def _measure(key: Key, tile: Tile) -> float:
     teacher = TeacherStream(t, 1.0, cap, kd) if streams == 2 else None
     stats = kernels.sweep(student, tokens, teacher=teacher)
     coef = Coefficients(torch.randn(ROWS, device="cuda"), kl=stats.max if teacher else None)
-    grid = Sketch().of_rows(ROWS, z.device).grid(slice(None), COLUMNS, coef)
+    grid = Sketch(COARSE).of_head(z).grid(slice(None), COLUMNS, coef)
     out = torch.empty(ROWS, COLUMNS, device="cuda", dtype=torch.bfloat16)
     temperatures = torch.ones(2, ROWS, device="cuda")
     row_sums = torch.randn(kernels.STATS, ROWS, device="cuda")

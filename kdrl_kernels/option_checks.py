@@ -117,7 +117,7 @@ def check_sketch(backward: str, sketch: Sketch | None, impl: str, head: Head) ->
         raise ValueError(f'backward must be "exact" with impl={impl!r} on {device}, got "sketch"')
     if sketch is not None and not isinstance(sketch, Sketch):
         raise TypeError(f"sketch must be a Sketch or None, got {type(sketch).__name__}")
-    sketch = (sketch or Sketch()).of_rows(len(head.hidden), head.hidden.device)
+    sketch = (sketch or Sketch()).of_head(head.hidden)
     if head.hidden.dtype == torch.float16:  # an exact row would need a unit of its own
         return replace(sketch, flat=math.inf)
     return sketch

@@ -16,8 +16,10 @@ from kdrl_kernels.plain import check_number
 from kdrl_kernels.rows.entries import Grid
 from kdrl_kernels.token_rows import Coefficients
 
-COLUMNS_PER_ENTRY = {"cpu": 64, "cuda": 192}
+COLUMNS_PER_ENTRY = {"cpu": 20, "cuda": 192}
 """Columns of a row of both GEMMs that cost what one entry does: its choice and both products."""
+FINE, COARSE = 1e-4, 5e-4
+"""Default thresholds, of float32 and float64 operands and of 16-bit ones."""
 LEAST = 2.0**-30
 """No threshold is below: Triton counts whole numbers up to 1 / threshold in 31 bits."""
 GOLDEN = -0x61C8864680B583EB
@@ -31,7 +33,8 @@ class Sketch:
     Args:
         threshold: an entry of probability p >= threshold is kept exactly, a smaller one with
             probability p / threshold: at most 1 / threshold + 2 entries a row. 1: a single entry a
-            row, beside the sampled token.
+            row, beside the sampled token. None: 1e-4, and 5e-4 for 16-bit hidden and weight, whose
+            rounding alone costs a GRPO gradient as much.
         seed: integer; take another one each step. The same seed gives the same entries, however
             rows are cut into chunks, calls or ranks.
         rows: the number of each row, which with the seed decides its random number: an integer,
@@ -41,21 +44,21 @@ class Sketch:
             the largest is below scale, its threshold grows as it falls: threshold · scale /
             |coefficient|. 1 fits advantages of standard deviation 1. 0: the same for all rows.
         flat: a row whose entries would cost more than this share of its part of the GEMMs is not
-            sketched: its gradient is exact. On a CPU that are rows of more than V · flat / 64
-            blocks of 64 columns to read, on a GPU V · flat / 192. inf: every row is sketched, as
-            those of float16 heads are.
+            sketched: its gradient is exact. On a CPU that are rows of more than V · flat / 20
+            entries, on a GPU V · flat / 192, as estimated from sums over blocks of 64 columns. inf:
+            every row is sketched, as those of float16 heads are.
     Raises: ValueError for a number out of range, TypeError for what is no number.
     """
 
-    threshold: float = 2.0**-11
+    threshold: float | None = None
     seed: int = 0
     rows: int | Tensor = 0
     scale: float = 1.0
-    flat: float = 0.5
+    flat: float = 1.0
 
     def __post_init__(self) -> None:
-        check_number("sketch.threshold", self.threshold)
-        if not 2.0**-24 <= self.threshold <= 1:  # float32 has 24 bits
+        check_number("sketch.threshold", self.threshold, optional=True)
+        if self.threshold is not None and not 2.0**-24 <= self.threshold <= 1:  # float32's 24 bits
             raise ValueError(f"sketch.threshold must be in [2^-24, 1], got {self.threshold}")
         check_number("sketch.seed", self.seed, whole=True)
         check_number("sketch.scale", self.scale)
@@ -69,19 +72,23 @@ class Sketch:
         elif self.rows.dtype != torch.int64:
             raise TypeError(f"sketch.rows must be int64, got {self.rows.dtype}")
 
-    def of_rows(self, N: int, device: torch.device) -> "Sketch":
-        """Return this sketch with the number of each of N rows, [N].
+    def of_head(self, hidden: Tensor) -> "Sketch":
+        """Return this sketch with a threshold, and the number of each row of hidden, [N].
 
         Raises: ValueError where rows has another size or device.
         """
+        N, device, threshold = len(hidden), hidden.device, self.threshold
+        if threshold is None:
+            threshold = COARSE if hidden.dtype.itemsize == 2 else FINE
         if not isinstance(self.rows, Tensor):
-            return replace(self, rows=torch.arange(N, device=device) + self.rows)
+            rows = torch.arange(N, device=device) + self.rows
+            return replace(self, rows=rows, threshold=threshold)
         if self.rows.numel() != N or self.rows.device != device:
             raise ValueError(
                 f"sketch.rows must hold {N} numbers on {device}, one a row, got "
                 f"{list(self.rows.shape)} on {self.rows.device}"
             )
-        return replace(self, rows=self.rows.flatten())
+        return replace(self, rows=self.rows.flatten(), threshold=threshold)
 
     def select(self, rows: RowSet) -> "Sketch":
         """Return this sketch of some rows; its rows is [N] here."""
@@ -99,9 +106,10 @@ class Sketch:
             whole row. None: no loss reads it.
         """
         assert isinstance(self.rows, Tensor)
+        assert self.threshold is not None
         uniforms = uniform(self.seed, take(self.rows, rows))
         thresholds = torch.full_like(uniforms, self.threshold)
-        most_blocks = self.flat * V / COLUMNS_PER_ENTRY.get(uniforms.device.type, 64)
+        most_entries = self.flat * V / COLUMNS_PER_ENTRY.get(uniforms.device.type, 20)
         if coef is not None:
             largest = coef.sizes().double()
             thresholds *= (self.scale / largest).clamp(min=1)  # NaN stays NaN
@@ -110,7 +118,7 @@ class Sketch:
             finite = rest > -math.inf if coef is None or coef.rest is None else coef.rest != 0
             share = torch.where(finite, rest, 0).double().exp()
             thresholds = (thresholds * share).clamp(min=LEAST)
-        return Grid(thresholds, uniforms, self.threshold, most_blocks)
+        return Grid(thresholds, uniforms, self.threshold, most_entries)
 
 
 def uniform(seed: int, rows: Tensor) -> Tensor:

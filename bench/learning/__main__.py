@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-import kdrl_kernels as kk
 from bench import results_file
 from bench.learning.text import Corpus, load_corpus
 from bench.learning.trial import LOSSES_EVERY, OPTIMIZERS, HeadGradient, Sizes, run
@@ -25,7 +24,7 @@ from bench.study.statistics import mean_over_seeds
 from kdrl_train.tools.report import charts
 
 EXACT = HeadGradient("exact")
-FINE, COARSE = kk.Sketch().threshold, 2.0**-6
+FINE, COARSE = 2.0**-11, 2.0**-6
 GRADIENTS = (EXACT, *(HeadGradient(k, t) for k in ("sketch", "dropped") for t in (FINE, COARSE)))
 RATES = {"adamw": (1e-3, 2e-3, 4e-3, 8e-3), "sgd": (0.1, 0.3, 1.0, 3.0)}
 """Learning rates that the exact gradient tries, lowest first."""

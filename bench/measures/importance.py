@@ -22,10 +22,10 @@ from torch import Tensor
 import kdrl_kernels as kk
 from bench import definition
 from bench.inputs import LIFTED, SAMPLE_ROWS, Inputs, make_inputs
-from bench.machine import machine_info, one_line, use_threads
+from bench.machine import machine_info, one_line, set_up_cpu
 from bench.ops import OPS_BY_NAME
 from bench.shapes import SHAPES, default_shape
-from kdrl_kernels.rows.entries import BLOCK
+from kdrl_kernels.rows.entries import BLOCK, COUNTED
 from kdrl_kernels.token_rows import Coefficients
 
 GRPO, KDRL = OPS_BY_NAME["GRPO"], OPS_BY_NAME["KDRL exact"]
@@ -91,10 +91,10 @@ def compare(inputs: Inputs, beta: float, threshold: float) -> dict[str, Any]:
     p, dz, squares = row_gradients(inputs, beta)
     N, V = p.shape
     coef = Coefficients(-inputs.advantages, kl=torch.full_like(inputs.advantages, beta))
-    sketch = kk.Sketch(threshold=threshold).of_rows(N, p.device)
+    sketch = kk.Sketch(threshold=threshold).of_head(p)
     grid = sketch.grid(slice(0, N), V, coef)
     lengths = p / grid.thresholds[:, None].to(p.dtype)
-    flat = blocks(lengths).sum(dim=2).clamp(max=1).sum(dim=1) > grid.most_blocks
+    flat = blocks(lengths).sum(dim=2).clamp(max=COUNTED).sum(dim=1) > grid.most_entries
     lengths, dz = lengths[~flat], dz[~flat]
     by_p = lengths.clamp(max=1)
 
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--shape", choices=SHAPES, default=default_shape().name)
     args = parser.parse_args()
-    use_threads()
+    set_up_cpu()
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for profile in LIFTED:

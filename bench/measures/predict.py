@@ -13,7 +13,7 @@ import torch
 
 import kdrl_kernels as kk
 from bench.inputs import SPREADS, make_inputs
-from bench.machine import use_threads
+from bench.machine import set_up_cpu
 from bench.measures.sketch import GRADIENTS, OPS, gradients, sketch_metrics
 from bench.ops import Op
 from bench.shapes import REFERENCE
@@ -22,7 +22,7 @@ from kdrl_kernels.sketch import COLUMNS_PER_ENTRY
 SAMPLE = replace(REFERENCE, name="sample", N=256, H=128, H_t=128, dtype=torch.float32)
 TFLOPS, TERABYTES_PER_S = 790.0, 4.3
 AS_ON_A_GPU = COLUMNS_PER_ENTRY["cpu"] / COLUMNS_PER_ENTRY["cuda"]
-"""What a row's limit of blocks is multiplied with here, so that rows are flat as on a GPU."""
+"""What a row's limit of entries is multiplied with here, so that rows are flat as on a GPU."""
 COLUMNS = (
     *("operation", "gradient", "profile", "entries a row", "flat rows", "noise of dX"),
     *("GEMMs ms", "row kernels ms", "products ms", "sum ms"),
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--tflops", type=float, default=TFLOPS)
     parser.add_argument("--terabytes-per-s", type=float, default=TERABYTES_PER_S)
     args = parser.parse_args()
-    use_threads()
+    set_up_cpu()
     rates = args.tflops, args.terabytes_per_s
     ops = [op for op in OPS if op.policy]
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")

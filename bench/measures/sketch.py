@@ -27,16 +27,17 @@ import kdrl_kernels as kk
 from bench import definition
 from bench.floor import Floor
 from bench.inputs import SPREADS, Inputs, make_inputs
-from bench.machine import clock, machine_info, one_line, use_threads
+from bench.machine import clock, machine_info, one_line, set_up_cpu
 from bench.measures import accuracy, memory
 from bench.measures.timing import clear_gradients, sample_rounds, share
 from bench.ops import OPS_BY_NAME, Op
 from bench.shapes import SHAPES, Shape, default_shape
+from kdrl_kernels.sketch import FINE
 
 OPS = tuple(OPS_BY_NAME[name] for name in ("GRPO", "KDRL exact", "cross entropy"))
 """Cross entropy is taken as a later loss of linear_logprobs."""
-DEFAULT = kk.Sketch().threshold
-THRESHOLDS = (2.0**-8, DEFAULT, DEFAULT / 4)
+DEFAULT = FINE
+THRESHOLDS = (2e-3, 5e-4, DEFAULT)
 BARE, EXACT, ROUNDED = "bare GEMMs", "exact", "bfloat16 operands"
 Sketches = dict[str, kk.Sketch | None]
 """{name of a gradient: its sketch}."""
@@ -45,12 +46,12 @@ Sketches = dict[str, kk.Sketch | None]
 def sketches(thresholds: Iterable[float]) -> Sketches:
     """Return the exact gradient and a sketch of each threshold."""
     return {EXACT: None} | {
-        f"2^{t.hex().split('p')[1]}": kk.Sketch(threshold=t) for t in thresholds
+        f"{t:.0e}".replace("e-0", "e-"): kk.Sketch(threshold=t) for t in thresholds
     }
 
 
 GRADIENTS = sketches(THRESHOLDS)
-COUNTED = sketches(2.0**-k for k in range(7, 13))
+COUNTED = sketches((5e-3, 2e-3, 1e-3, 5e-4, 2e-4, 1e-4, 5e-5))
 COLUMNS = (
     *("operation", "profile", "gradient", "ms", "/ bare GEMMs", "extra MB", "entries a row"),
     *("flat rows", "error dX", "dW"),
@@ -276,7 +277,7 @@ def main() -> None:
     if args.show:
         write(json.loads(args.show.read_text()), args.show.parent)
         return
-    use_threads()
+    set_up_cpu()
     args.out.mkdir(parents=True, exist_ok=True)
     shape = SHAPES[args.shape]
     ops = [OPS_BY_NAME[name] for name in args.ops]

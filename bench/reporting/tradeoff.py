@@ -76,7 +76,7 @@ def _sketches(row: Row) -> dict[str, tuple[float, float]]:
     return {
         name: (case["ratio"], case["errors"]["dhidden"])
         for name, case in row["cases"].items()
-        if name.startswith("2^") and "ratio" in case
+        if "e-" in name and "ratio" in case
     }
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-CPU_BLOCK_ELEMENTS = 1 << 18
-"""Logits of one block of rows on a CPU: 1 MB of float32."""
+CPU_BLOCK_ELEMENTS = 1 << 19
+"""Logits of one block of rows on a CPU: 2 MB of float32."""
 GPU_BLOCK_ELEMENTS = 1 << 23
 """Logits of one block of rows on a GPU: enough to fill it."""
 BLOCK_BUFFERS = 6

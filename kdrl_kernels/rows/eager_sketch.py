@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdrl_kernels.rows import eager_gradient
-from kdrl_kernels.rows.entries import BLOCK, FORWARD, Entries, Grid
+from kdrl_kernels.rows.entries import BLOCK, COUNTED, FORWARD, Entries, Grid
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
 from kdrl_kernels.token_rows import Coefficients
 
@@ -51,7 +51,7 @@ def _keep(
         total_t = stats.teacher_log_sum[rows].double().exp()
         unit_t = 1 / (weight * grid.thresholds[rows] * total_t)
         units += _masses(teacher, rows) * unit_t[:, None]
-    flat = units.clamp(max=1).sum(dim=1) > grid.most_blocks
+    flat = units.clamp(max=COUNTED).sum(dim=1) > grid.most_entries
     units.masked_fill_(flat[:, None], 0)
     ends = units.cumsum(dim=1).add_(starts)
     starts = torch.cat([starts, ends[:, :-1]], dim=1)

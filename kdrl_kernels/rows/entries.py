@@ -6,6 +6,9 @@ from torch import Tensor
 
 BLOCK = 64
 """Columns of a block whose sum is known before its entries are."""
+COUNTED = 4
+"""Entries of a block that are counted at most where rows are judged by their sums: a block of a
+large sum may hold one likely column or many unlikely ones."""
 FORWARD = ("fkl", "rkl+fkl")
 """Divergences whose gradient has a term of q alone: where q is large, an entry counts too."""
 
@@ -24,9 +27,9 @@ class Grid:
     """[C] float64 in [0, 1)."""
     least: float
     """No threshold is below: a row has at most 1 / least + 1 entries."""
-    most_blocks: float
-    """A row for which more blocks of BLOCK columns would have to be read is flat: nothing is kept.
-    Their number is Σ min(1, length of a block), whatever the uniform number."""
+    most_entries: float
+    """A row that would have more entries is flat: nothing is kept. Their number is taken to be
+    Σ min(COUNTED, length of a block), whatever the uniform number."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdrl_kernels.rows.entries import BLOCK, Entries, Grid
+from kdrl_kernels.rows.entries import BLOCK, COUNTED, Entries, Grid
 from kdrl_kernels.rows.kernel_gradient import log2_teacher, record, with_terms
 from kdrl_kernels.rows.kernel_loads import load_a, temperatures_of, width_of
 from kdrl_kernels.rows.kernel_math import (
@@ -30,12 +30,13 @@ from kdrl_kernels.token_rows import Coefficients
 UNIT = tl.constexpr(2.0**32)
 BITS = tl.constexpr(32)
 COLUMNS = tl.constexpr(BLOCK)
+MOST = tl.constexpr(float(COUNTED))
 
 
 @triton.jit
 def _sketch_kernel(
     z_ptr, t_ptr, row_ptr, begin_ptr, threshold_ptr, column_ptr, entry_ptr, count_ptr,
-    stride_zn, stride_tn, V, width, C, slots, most_blocks, softcap, t_softcap, alpha,
+    stride_zn, stride_tn, V, width, C, slots, most_entries, softcap, t_softcap, alpha,
     HAS_ENTROPY: tl.constexpr, KD: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Write the kept entries of row n to slots n · slots and on: column, chance, value, log p.
@@ -53,7 +54,7 @@ def _sketch_kernel(
     c_p = tl.load(row_ptr + 14 * C)
     top, log2_s = tl.load(row_ptr), tl.load(row_ptr + C) * LOG2_E
     k = LOG2_E / tl.load(row_ptr + 15 * C)
-    count, blocks = 0, tl.zeros((BLOCK_V // COLUMNS,), tl.float32)
+    count, entries = 0, tl.zeros((BLOCK_V // COLUMNS,), tl.float32)
     for start in range(0, V, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
         log2_p = (load_a(z_ptr, v, V, width, softcap) - top) * k - log2_s
@@ -64,7 +65,7 @@ def _sketch_kernel(
             log2_q = log2_teacher(t_ptr, v, row_ptr, V, width, C, t_softcap)
             length = (p + tl.exp2(log2_q)) * (0.5 * per_unit)
         sums = tl.sum(tl.reshape(length, (BLOCK_V // COLUMNS, COLUMNS)), axis=1)
-        blocks += tl.minimum(sums, 1.0)
+        entries += tl.minimum(sums, MOST)
         tile = (tl.sum(sums, axis=0) * UNIT).to(tl.int64)
         after = position + tile
         # the sum of the lengths as they are used below may be larger by their rounding
@@ -84,7 +85,7 @@ def _sketch_kernel(
             tl.store(entry_ptr + 2 * C * slots + slot, log2_p * LN2, mask=kept)
             count += tl.sum(number, axis=0)
         position = after
-    flat = tl.sum(blocks, axis=0) > most_blocks
+    flat = tl.sum(entries, axis=0) > most_entries
     tl.store(count_ptr + n, tl.where(flat, -1, count))
 
 
@@ -111,7 +112,7 @@ def sketch(
             student.logits, other.logits,
             record(stats, coef, temperatures_of(student), temperatures_of(other)),
             (grid.uniforms * 2.0**32).long(), grid.thresholds.float(), columns, entries, counts,
-            *strides, V, width_of(V, *strides), C, slots, grid.most_blocks, student.softcap,
+            *strides, V, width_of(V, *strides), C, slots, grid.most_entries, student.softcap,
             other.softcap, teacher.jsd_alpha if teacher else 0.5, coef.entropy is not None,
             KD_CODES[teacher.kd if teacher else None], tile.columns, num_warps=tile.warps,
             **OPTIONS,

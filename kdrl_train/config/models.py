@@ -121,9 +121,10 @@ class ModelConfig:
     head_backward: Literal["exact", "sketch"] = "exact"
     """Gradient of the LM head. sketch: an unbiased sparse one, without the two GEMMs of dX and dW;
     sketch_noise in the log is its relative error."""
-    head_threshold: PositiveFloat = 2.0**-11
-    """With a sketched head: the probability from which an entry is kept exactly, in [2^-24, 1]."""
-    head_flat: NaturalOrInf = 0.5
+    head_threshold: PositiveFloat | None = None
+    """With a sketched head: the probability from which an entry is kept exactly, in [2^-24, 1];
+    null: 1e-4, or 5e-4 where train.dtype has 16 bits."""
+    head_flat: NaturalOrInf = 1.0
     """With a sketched head: a token whose entries would cost more than this share of its part of
     the GEMMs gets its exact gradient. At a small vocabulary these are nearly all tokens. inf: no
     token."""
@@ -142,7 +143,7 @@ class ModelConfig:
         self._check_self_teacher()
         for name, place in self.teachers.items():
             _check_name(name, place)
-        if not 2.0**-24 <= self.head_threshold <= 1:
+        if self.head_threshold is not None and not 2.0**-24 <= self.head_threshold <= 1:
             raise ValueError(f"head_threshold must be in [2^-24, 1], got {self.head_threshold}")
         for name in ("liger", "offload_policy", "offload_teacher"):
             if self.tensor_parallel > 1 and getattr(self, name):

@@ -17,6 +17,8 @@ from tests.kernels.test_sketch import CASES
 
 BF16 = torch.bfloat16
 N, H, V = 12, 16, 2000
+FLAT = 0.3
+"""Rows of more than 30 entries are flat then, on a CPU; a uniform one has 50 at 0.02."""
 
 
 def mixed(V: int = V, **options: Any) -> Problem:
@@ -47,7 +49,7 @@ def test_only_flat_rows_are_exact(kd: str | None) -> None:
     exact = problem.solve(impl="torch")
     results = []
     for seed in range(3):
-        sketch = kk.Sketch(threshold=0.02, seed=seed, scale=0, flat=0.5)
+        sketch = kk.Sketch(threshold=0.02, seed=seed, scale=0, flat=FLAT)
         results.append(problem.solve(impl="torch", backward="sketch", sketch=sketch))
     for ours in results:
         difference = (ours["dhidden"] - exact["dhidden"]).norm(dim=1)
@@ -64,16 +66,16 @@ def test_sketched_and_flat_rows_add_up(H: int) -> None:
     problem.student["hidden"][::2] *= 400
     problem.student["hidden"][1::2] *= 0.05
     exact = problem.solve(impl="torch")
-    sketch = kk.Sketch(threshold=0.01, scale=0)
+    sketch = kk.Sketch(threshold=0.01, scale=0, flat=FLAT)
     ours = problem.solve(impl="torch", backward="sketch", sketch=sketch)
     for name, value in exact.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-12)
 
 
 def test_triton_has_the_same_flat_rows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four blocks of columns, of which the last has a rest: more than one and a half are many."""
+    """Four blocks of columns, of which the last has a rest: twelve entries are many."""
     for kind in ("cpu", "cuda"):
-        monkeypatch.setitem(sketch_module.COLUMNS_PER_ENTRY, kind, 64)
+        monkeypatch.setitem(sketch_module.COLUMNS_PER_ENTRY, kind, 16)
     monkeypatch.setitem(tiles.TILES, (tiles.SKETCH, 1, False), tiles.Tile(1, 128, 4))
     problem = mixed(V=200, kd=None, device=device)
     problem.student["hidden"][::2] *= 3
@@ -93,7 +95,7 @@ def test_the_number_of_flat_rows_is_a_metric_and_no_matter_of_chance() -> None:
     tensors = {k: x.clone().requires_grad_() for k, x in problem.student.items()}
     inputs = tensors["hidden"], tensors["weight"], problem.tokens
     for seed in range(4):
-        sketch = kk.Sketch(threshold=0.02, seed=seed, scale=0)
+        sketch = kk.Sketch(threshold=0.02, seed=seed, scale=0, flat=FLAT)
         out = kk.kdrl_loss(*inputs, **problem.options, backward="sketch", sketch=sketch)
         assert out.metrics["flat_rows"] == N // 2
         assert out.metrics["gradient_rows"] == N
@@ -104,7 +106,7 @@ def test_the_number_of_flat_rows_is_a_metric_and_no_matter_of_chance() -> None:
 def test_the_noise_counts_flat_rows_as_exact(options: dict[str, float]) -> None:
     problem = mixed(kd=None, **options)
     variance, square = {}, {}
-    for flat in (0.5, math.inf):
+    for flat in (FLAT, math.inf):
         tensors = {k: x.clone().requires_grad_() for k, x in problem.student.items()}
         inputs = tensors["hidden"], tensors["weight"], problem.tokens
         sketch = kk.Sketch(threshold=0.02, scale=0, flat=flat)
@@ -112,8 +114,8 @@ def test_the_noise_counts_flat_rows_as_exact(options: dict[str, float]) -> None:
         metrics = kk.kdrl_loss(*inputs, **sketched).metrics
         variance[flat] = metrics["sketch_variance_sum"].item()
         square[flat] = metrics["sketch_square_sum"].item()
-    assert square[0.5] == pytest.approx(square[math.inf], rel=0.2)  # two estimates of sum dz²
-    assert 0 < variance[0.5] < 0.5 * variance[math.inf]
+    assert square[FLAT] == pytest.approx(square[math.inf], rel=0.2)  # two estimates of sum dz²
+    assert 0 < variance[FLAT] < 0.5 * variance[math.inf]
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, BF16])
@@ -183,6 +185,15 @@ def test_what_is_kept_takes_no_more_than_a_quarter_of_the_gradient_of_the_head()
     for dtype, rows in ((F32, H // 4), (BF16, H // 2), (F64, H // 4)):
         weight = torch.zeros(V, H, dtype=dtype)
         assert most_kept(Head(torch.zeros(1, H, dtype=dtype), weight)) == rows * V
+
+
+@pytest.mark.parametrize(("dtype", "threshold"), [(BF16, 5e-4), (F32, 1e-4), (F64, 1e-4)])
+def test_the_default_threshold_is_coarser_for_operands_that_are(
+    dtype: torch.dtype, threshold: float
+) -> None:
+    hidden = torch.zeros(2, 3, dtype=dtype)
+    assert kk.Sketch().of_head(hidden).threshold == threshold
+    assert kk.Sketch(0.25).of_head(hidden).threshold == 0.25
 
 
 def test_a_negative_share_is_refused() -> None:

@@ -138,10 +138,11 @@ class KdrlConfig(GRPOConfig):
             "GEMMs of dX and dW."
         ),
     )
-    sketch_threshold: float = field(
-        default=2.0**-11,
+    sketch_threshold: float | None = field(
+        default=None,
         metadata=_help(
-            "sketch: the probability from which an entry is kept exactly, in [2^-24, 1]."
+            "sketch: the probability from which an entry is kept exactly, in [2^-24, 1]; None: "
+            "1e-4, and 5e-4 where the head has 16 bits."
         ),
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
@@ -186,7 +187,7 @@ class KdrlConfig(GRPOConfig):
         check_number("kd_topk", self.kd_topk, whole=True)
         if not 1 <= self.kd_topk <= 512:
             raise ValueError(f"kd_topk must be in 1 to 512, got {self.kd_topk}")
-        check_number("sketch_threshold", self.sketch_threshold)
+        check_number("sketch_threshold", self.sketch_threshold, optional=True)
         try:
             kk.Sketch(threshold=self.sketch_threshold)
         except ValueError as error:

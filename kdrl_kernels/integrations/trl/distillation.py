@@ -69,7 +69,7 @@ class KdrlDistillationConfig(DistillationConfig):
     kd_topk: int = _as_in_kdrl("kd_topk")
     tail: bool = _as_in_kdrl("tail")
     head_backward: str = _as_in_kdrl("head_backward")
-    sketch_threshold: float = _as_in_kdrl("sketch_threshold")
+    sketch_threshold: float | None = _as_in_kdrl("sketch_threshold")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -65,8 +65,7 @@ def patch_trl(
             f'sketch_threshold must be None with backward="exact", got {sketch_threshold}'
         )
     check_number("sketch_seed", sketch_seed, whole=True)
-    threshold = kk.Sketch().threshold if sketch_threshold is None else sketch_threshold
-    first = kk.Sketch(threshold, seed=sketch_seed) if backward == "sketch" else None
+    first = kk.Sketch(sketch_threshold, seed=sketch_seed) if backward == "sketch" else None
     head = LeanHead(cache_bytes, first)
     utils._ChunkedLogProbFunction = head
     utils._use_triton = _scores_labels_alone

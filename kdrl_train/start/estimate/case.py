@@ -16,7 +16,7 @@ from kdrl_train.start.estimate.shapes import ModelShape
 
 BLOCK = 256
 """Weights whose 8-bit moments share a scale, in bitsandbytes."""
-SKETCH_ENTRIES = 16.0
+SKETCH_ENTRIES = 50.0
 """sketch_entries of a policy that is sure of most of its tokens, as those that reason are."""
 
 
