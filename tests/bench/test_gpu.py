@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import bench.__main__ as scoreboard
-from bench import gpu
-from bench.gpu import Part
+from bench import gpu, gpu_parts
+from bench.gpu_parts import Part
 from bench.results_file import OURS, SKETCH
 
 ROOT = Path(__file__).parents[2]
@@ -44,19 +44,19 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 @pytest.mark.parametrize("rehearse", [False, True])
 def test_limits_leave_room_for_all(rehearse: bool) -> None:
-    every = {part.name: part for part in gpu.parts(["x.whl"], rehearse)}
+    every = {part.name: part for part in gpu_parts.parts(["x.whl"], rehearse)}
     first = [one for one in every.values() if one.name != "curve"]
     assert list(every)[-1] == "curve"
     assert sum(one.budget + one.grace for one in first) <= gpu.SECONDS < 600
-    assert every["curve"].budget + gpu.GRACE <= 180
+    assert every["curve"].budget + gpu_parts.GRACE <= 180
     assert list(every)[:5] == ["wheels", "machine", "kernels", "ours", "peers"]
-    assert "wheels" not in {part.name for part in gpu.parts([], rehearse)}
+    assert "wheels" not in {part.name for part in gpu_parts.parts([], rehearse)}
 
 
 @pytest.mark.parametrize("name", ["ours", "peers"])
 @pytest.mark.parametrize("rehearse", [False, True])
 def test_scoreboards_take_their_arguments(name: str, rehearse: bool) -> None:
-    part = next(one for one in gpu.parts([], rehearse) if one.name == name)
+    part = next(one for one in gpu_parts.parts([], rehearse) if one.name == name)
     words = [*part.command, *(part.rehearsal if rehearse else ())]
     assert words[:2] == ["-m", "bench"]
     typed = [word.replace("{minutes}", "1.4") for word in words[2:]]
@@ -71,12 +71,12 @@ def test_scoreboards_take_their_arguments(name: str, rehearse: bool) -> None:
 
 
 def test_kernel_tests_are_those_of_a_gpu_and_begin_with_the_rows() -> None:
-    names = [Path(name).stem for name in gpu._kernel_tests(False)]
+    names = [Path(name).stem for name in gpu_parts.kernel_tests(False)]
     assert all((ROOT / f"tests/kernels/{name}.py").exists() for name in names)
     assert {*names[:3]} == {"test_rows", "test_rows_left_out", "test_no_sync"}
     assert "test_kdrl_loss" in names
     assert not {"test_compile", "test_vocab_group"} & {*names}, "they run on CPUs alone"
-    assert len(gpu._kernel_tests(True)) == 3
+    assert len(gpu_parts.kernel_tests(True)) == 3
 
 
 WRITES = """
@@ -126,7 +126,7 @@ def test_a_part_that_is_cut_short_leaves_what_it_has(run: Run, tmp_path: Path) -
 
 def test_what_failed_is_shown_and_fails_the_run(run: Run) -> None:
     code = "print('FAILED test_x\\nE   1 != 2\\nnoise'); raise SystemExit(3)"
-    report = run([_part("tests", code, lines=gpu.FAILURE)], code=1)
+    report = run([_part("tests", code, lines=gpu_parts.FAILURE)], code=1)
     assert report.startswith("tests:\n\n    FAILED test_x\n    E   1 != 2\n\n| part |")
     assert report.endswith("| failed with exit code 3 |\n")
     report = run([_part("board", "raise ValueError('x')")], "--rehearse", code=1)
@@ -150,7 +150,7 @@ tests/kernels/test_rows.py::test_tiles[a]
 
 
 def test_killed_tests_leave_what_they_have_found(run: Run) -> None:
-    report = run([_part("tests", f"print({LOG!r})", lines=gpu.FAILURE)])
+    report = run([_part("tests", f"print({LOG!r})", lines=gpu_parts.FAILURE)])
     line = "[gw1] [  1%] FAILED tests/kernels/test_no_sync.py::test_on_a_gpu[b]"
     assert report.startswith(f"tests:\n\n    {line}\n\n| part |")
     assert report.endswith("| ok: 2 passed, 1 failed |\n")
@@ -158,7 +158,7 @@ def test_killed_tests_leave_what_they_have_found(run: Run) -> None:
 
 def test_many_lines_are_cut(run: Run) -> None:
     code = "for i in range(100): print('FAILED', i, 'x' * 200)"
-    report = run([_part("tests", code, lines=gpu.FAILURE)])
+    report = run([_part("tests", code, lines=gpu_parts.FAILURE)])
     lines = report.splitlines()
     assert lines[2] == "    84 more"
     assert lines[3].startswith("    FAILED 84 xxx")
@@ -219,11 +219,11 @@ def test_a_wheel_that_does_not_fit_stops_no_other(tmp_path: Path) -> None:
     wheels = [str(tmp_path / f"{name}-1.0-cp27-none-win32.whl") for name in "ab"]
     for wheel in wheels:
         Path(wheel).touch()
-    command = [sys.executable, "-c", gpu.INSTALL, *wheels, "--dry-run"]
+    command = [sys.executable, "-c", gpu_parts.INSTALL, *wheels, "--dry-run"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "2 of 2 wheels are not installed"
-    assert gpu.TROUBLE.search(done.stderr.splitlines()[-1])
+    assert gpu_parts.TROUBLE.search(done.stderr.splitlines()[-1])
 
 
 def test_the_script_runs_from_any_folder(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_the_script_runs_from_any_folder(tmp_path: Path) -> None:
 
 @pytest.mark.slow  # seconds of processes; the whole rehearsal takes minutes
 def test_a_short_rehearsal(run: Run, tmp_path: Path) -> None:
-    parts = [one for one in gpu.parts([], rehearse=True) if one.name in ("sketch", "gemms")]
+    parts = [one for one in gpu_parts.parts([], rehearse=True) if one.name in ("sketch", "gemms")]
     report = run(parts, "--rehearse", "--stretch", "8")
     assert "| GRPO | reasoning | exact |" in report
     assert "copy of 0.067 GB" in report
