@@ -5,7 +5,8 @@
 Compiles every row kernel for sm_90 at the tiles of kdrl_kernels/rows/tiles.py, counts for each
 column of the loop the bytes that it reads and writes, the machine instructions, and among them
 those that have fewer lanes; and divides by the rates of an H200. Writes instructions.json, which
-tests/kernels/test_compile.py holds the kernels to, and instructions.md. Nothing is measured.
+tests/kernels/test_compile.py holds the kernels to under the same version of Triton, and
+instructions.md. Nothing is measured.
 """
 
 import argparse
@@ -81,6 +82,14 @@ def saved(folder: Path) -> dict[str, Loop]:
     """Read the loops of an instructions.json, by their names."""
     rows = json.loads((folder / "instructions.json").read_text("utf-8"))["loops"]
     return {row["kernel"]: Loop(**row) for row in rows}
+
+
+def compiler_of(folder: Path) -> str:
+    """Read the version of the Triton that compiled what is counted in an instructions.json."""
+    version: str = json.loads((folder / "instructions.json").read_text("utf-8"))["machine"][
+        "triton"
+    ]
+    return version
 
 
 # what a chunk of each operation runs; a term that is not named reads what GRPO reads
