@@ -6,9 +6,10 @@ until then counts. OUT/report.md, and the archive where one is named, are writte
 part. All parts end within --seconds; one that would get less than half of its limit is left out.
 
 The training run, curve, comes last. Where it is left out, a second call with --parts curve has all
-the time for it. --rehearse runs the same parts on a CPU with tiny sizes, to see that they work;
---cut ends each part early, to see that what is left is a report; --stretch 4 gives each four times
-as long, on a slow machine or for figures of more rounds.
+the time for it: wheels and machine come first whatever is named, and without a GPU nothing else
+runs. --rehearse runs the same parts on a CPU with tiny sizes, to see that they work; --cut ends
+each part early, to see that what is left is a report; --stretch 4 gives each four times as long, on
+a slow machine or for figures of more rounds.
 """
 
 import argparse
@@ -65,7 +66,7 @@ class Course:
         self.parts = [
             replace(part, budget=part.budget * args.stretch, most=part.most * args.stretch)
             for part in every
-            if not args.parts or part.name in args.parts
+            if part.always or not args.parts or part.name in args.parts
         ]
         self.outcomes: list[Outcome] = []
 
@@ -84,13 +85,19 @@ class Course:
             try:
                 self.outcomes.append(self._run(part, min(budget, left)))
             except KeyboardInterrupt:
-                rest = [one.name for one in self.parts[place + 1 :]]
                 self.outcomes.append(Outcome(part.name, "stopped with the run"))
-                self.outcomes += [Outcome(name, "left out: stopped") for name in rest]
+                self._leave_out(place + 1, "stopped")
                 raise
             finally:
                 self.save()
+            if part.stop and self.outcomes[-1].status == _failed(part.stop):
+                self._leave_out(place + 1, part.why)
+                break
         self.save()
+
+    def _leave_out(self, place: int, why: str) -> None:
+        """Say of all parts from a place on why they are left out."""
+        self.outcomes += [Outcome(one.name, f"left out: {why}") for one in self.parts[place:]]
 
     def _run(self, part: Part, budget: float) -> Outcome:
         """Run one part until it ends, or for budget seconds, at most --cut of them."""
@@ -124,6 +131,7 @@ class Course:
         """Write the report, and everything into the archive."""
         (self.out / REPORT).write_text(self.report(), encoding="utf-8")
         if self.archive:
+            self.archive.parent.mkdir(parents=True, exist_ok=True)
             partial = self.archive.with_name(f".{self.archive.name}.partial")
             with tarfile.open(partial, "w:gz") as archive:
                 archive.add(self.out, arcname=self.out.name, filter=_without_weights)
@@ -144,7 +152,7 @@ class Course:
         for part in self.parts:
             for pattern in part.tables:
                 for path in sorted(self.out.glob(pattern)):
-                    yield f"{path.read_text(encoding='utf-8').strip()}\n\n"
+                    yield f"{path.read_text('utf-8', 'replace').strip()}\n\n"
             lines = [line for line in self._log(part.name) if part.lines.search(line)]
             if lines:
                 yield f"{part.name}:\n\n"
@@ -169,7 +177,7 @@ def _end(process: "subprocess.Popen[bytes]", seconds: float, grace: float) -> st
     """Wait for a part, stop it at its limit, and kill what it leaves; return its status."""
     try:
         code = process.wait(seconds)
-        return "ok" if code == 0 else f"failed with exit code {code}"
+        return _failed(code) if code else "ok"
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         with suppress(subprocess.TimeoutExpired):
@@ -181,6 +189,10 @@ def _end(process: "subprocess.Popen[bytes]", seconds: float, grace: float) -> st
             os.killpg(process.pid, signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):  # what hangs in a driver does not die
             process.wait(AFTER_KILL)
+
+
+def _failed(code: int) -> str:
+    return f"failed with exit code {code}"
 
 
 def _without_weights(file: tarfile.TarInfo) -> tarfile.TarInfo | None:
@@ -195,9 +207,9 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bash bench/gpu.sh", description=lines[0], epilog=lines[1], allow_abbrev=False
     )
-    names = [part.name for part in parts(("x",), rehearse=True)]
+    names = [part.name for part in parts((), rehearse=True)]
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the results")
-    parser.add_argument("--archive", type=Path, help="a .tar.gz of OUT, without weights")
+    parser.add_argument("--archive", type=Path, help="a .tar.gz of OUT, elsewhere, no weights")
     parser.add_argument("--parts", nargs="+", choices=names, help="default: all")
     parser.add_argument("--seconds", type=float, help=f"of all parts (default: {SECONDS})")
     parser.add_argument("--stretch", type=float, default=1.0, help="times all limits (default: 1)")
@@ -214,6 +226,8 @@ def main() -> int:
     args = parser.parse_args()
     if (args.out / REPORT).exists():
         parser.error(f"OUT must be a new folder, got {args.out}, which holds a {REPORT}")
+    if args.archive and args.archive.resolve().is_relative_to(args.out.resolve()):
+        parser.error(f"--archive must be a file outside OUT, got {args.archive}")
     course = Course(args)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     stopped = False

@@ -16,8 +16,8 @@ WORKERS_GRACE = 15
 FIRST = ("test_rows", "test_no_sync")
 """Tests that start first: most kernels are compiled there, and no call may wait for the GPU."""
 MARKS = " and ".join(f"not {name}" for name in ("slow", "vllm", "verl", "swift", "deepspeed"))
-PYTEST = ("-m", "pytest", "-o", "addopts=", "-v", "-m", MARKS)
-"""A line a test, since that is all that a killed run leaves."""
+PYTEST = ("-m", "pytest", "-o", "addopts=", "-W", "default", "-v", "-m", MARKS)
+"""A line a test, since that is all that a killed run leaves. What a GPU warns of fails no test."""
 NO_PEERS = ("kdrl-kernels", "kdrl-kernels, sketch", "PyTorch, full logits", "PyTorch, chunk loop")
 PEERS = (
     *("kdrl-kernels", "Liger, Triton GRPO", "Liger, Triton KL", "TRL", "Cut cross-entropy"),
@@ -33,12 +33,14 @@ import subprocess, sys
 pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-compile", "-q"]
 options = [word for word in sys.argv[1:] if not word.endswith(".whl")]
 wheels = [word for word in sys.argv[1:] if word.endswith(".whl")]
-if subprocess.call([*pip, *options, *wheels]):  # one that does not fit stops all
+if not wheels:
+    print("No wheels in ./wheels: what is installed here must do (bash bench/wheels.sh)")
+elif subprocess.call([*pip, *options, *wheels]):  # one that does not fit stops all
     codes = [subprocess.call([*pip, *options, wheel]) for wheel in wheels]
     sys.exit(f"{sum(map(bool, codes))} of {len(wheels)} wheels are not installed")
 """
 FAILURE = re.compile(r"^(FAILED|ERROR|E  |\[gw\d+\] .*(FAILED|ERROR) )")
-TROUBLE = re.compile(r"^(\w+Error|ERROR|\d+ of \d+ wheels)\b")
+TROUBLE = re.compile(r"^(\w+Error|ERROR|\d+ of \d+ wheels|No wheels)\b")
 NOT_TIMED = re.compile(r"^(speed|memory|stage) .*(not installed|failed|differs)")
 
 
@@ -61,14 +63,19 @@ class Part:
     """Patterns of the files that the report shows."""
     lines: re.Pattern[str] = TROUBLE
     """The lines of its log that the report shows too, the last of them."""
+    always: bool = False
+    """Whether it runs whatever --parts names: what it does the others may need."""
+    stop: int = 0
+    """The exit code by which it says that the others cannot run; 0: it never does."""
+    why: str = ""
+    """Why they cannot."""
 
 
 def parts(wheels: Sequence[str], rehearse: bool) -> tuple[Part, ...]:
-    """Return all parts in their order; without wheels there is nothing to install."""
+    """Return all parts in their order."""
     install = replace(WHEELS, command=(*WHEELS.command, *wheels))
     kernels = replace(KERNELS, command=(*KERNELS.command, *kernel_tests(rehearse)))
-    first = (install,) if wheels else ()
-    return (*first, MACHINE, kernels, OURS, AGAINST_PEERS, TRAINER, SKETCH, GEMMS, CURVE)
+    return (install, MACHINE, kernels, OURS, AGAINST_PEERS, TRAINER, SKETCH, GEMMS, CURVE)
 
 
 def kernel_tests(rehearse: bool) -> tuple[str, ...]:
@@ -82,8 +89,19 @@ def kernel_tests(rehearse: bool) -> tuple[str, ...]:
     return tuple(names[: len(FIRST) + 1] if rehearse else names)
 
 
-WHEELS = Part(name="wheels", budget=20, command=("-c", INSTALL), rehearsal=("--dry-run",))
-MACHINE = Part(name="machine", budget=25, command=("-m", "bench.machine"), tables=("machine.log",))
+WHEELS = Part(
+    name="wheels", budget=20, command=("-c", INSTALL), rehearsal=("--dry-run",), always=True
+)
+MACHINE = Part(
+    name="machine",
+    budget=25,
+    command=("-m", "bench.machine", "--device", "cuda"),
+    rehearsal=("--device", "cpu"),
+    tables=("machine.log",),
+    always=True,
+    stop=3,  # of --device
+    why="no GPU",
+)
 KERNELS = Part(
     name="kernels",
     budget=140,

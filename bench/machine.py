@@ -1,8 +1,13 @@
-"""Describes the machine that a figure comes from, and reads its clock: python -m bench.machine"""
+"""Describes the machine that a figure comes from, and reads its clock: python -m bench.machine
 
+--device cuda ends with exit code 3 where PyTorch sees no GPU, and says why.
+"""
+
+import argparse
 import ctypes
 import platform
 import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +17,8 @@ import torch
 
 THREADS = 2
 """CPU threads with which every CPU figure is measured."""
+NO_DEVICE = 3
+"""Exit code where PyTorch runs on another device than it must."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -129,5 +136,25 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
+def main() -> None:
+    """Print the machine in one line; exit with NO_DEVICE where another device is needed."""
+    parser = argparse.ArgumentParser(prog="python -m bench.machine", description=__doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=DEVICE, help="what is needed")
+    device = parser.parse_args().device
+    print(one_line(machine_info()), readings(), flush=True)
+    if device != DEVICE:
+        print(f"PyTorch must run on {device} (--device), runs on {DEVICE}{_why()}")
+        sys.exit(NO_DEVICE)
+
+
+def _why() -> str:
+    """Say why PyTorch sees no GPU, where it does not."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f": {error}"
+    return ""
+
+
 if __name__ == "__main__":
-    print(one_line(machine_info()), readings())
+    main()

@@ -7,13 +7,14 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import bench.__main__ as scoreboard
-from bench import gpu, gpu_parts
+from bench import gpu, gpu_parts, machine
 from bench.gpu_parts import Part
 from bench.results_file import OURS, SKETCH
 
@@ -50,7 +51,47 @@ def test_limits_leave_room_for_all(rehearse: bool) -> None:
     assert sum(one.budget + one.grace for one in first) <= gpu.SECONDS < 600
     assert every["curve"].budget + gpu_parts.GRACE <= 180
     assert list(every)[:5] == ["wheels", "machine", "kernels", "ours", "peers"]
-    assert "wheels" not in {part.name for part in gpu_parts.parts([], rehearse)}
+
+
+def test_wheels_are_installed_whatever_is_named(run: Run) -> None:
+    """A second call may find a machine without what the first one installed."""
+    parts = [_part("wheels", "print('No wheels in')", always=True), _part("a", ""), _part("b", "")]
+    report = run(parts, "--parts", "b")
+    assert report.startswith("wheels:\n\n    No wheels in\n\n| part |")
+    assert re.findall(r"\| (\w+) \|.*ok", report) == ["wheels", "b"]
+    first, second, *others = gpu_parts.parts(["x.whl"], rehearse=False)
+    assert (first.command[-1], first.always, second.always) == ("x.whl", True, True)
+    assert not any(part.always for part in others)
+
+
+def test_nothing_runs_without_a_gpu(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed = gpu_parts.MACHINE
+    monkeypatch.setattr(machine, "one_line", lambda _: "torch 2")
+    monkeypatch.setattr(machine, "machine_info", dict)
+    monkeypatch.setattr(machine, "readings", dict)
+    for device in ("cuda", "cpu"):
+        monkeypatch.setattr(machine, "DEVICE", device)
+        monkeypatch.setattr(sys, "argv", list(needed.command[1:]))
+        with pytest.raises(SystemExit) if device == "cpu" else nullcontext() as ended:
+            machine.main()
+    assert ended.value.code == needed.stop
+    assert "\nPyTorch must run on cuda (--device), runs on cpu" in capsys.readouterr().out
+    parts = [_part("first", "raise SystemExit(3)", stop=3, why="no GPU"), _part("other", "")]
+    assert "| other |  |  | left out: no GPU |\n" in run(parts, code=1)
+    crashed = [_part("first", "raise SystemExit(1)", stop=3), _part("other", "")]
+    assert re.search(r"\| other \|.*\| ok \|", run(crashed, code=1))
+
+
+def test_an_archive_is_outside_of_what_it_holds(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run([_part("a", "")], "--archive", str(tmp_path / "new/a.tar.gz"))
+    assert (tmp_path / "new/a.tar.gz").exists()
+    with pytest.raises(SystemExit):
+        run([_part("a", "")], "--archive", str(tmp_path / "out/a.tar.gz"))
+    assert "--archive must be a file outside OUT, got" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["ours", "peers"])
