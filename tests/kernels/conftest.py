@@ -16,7 +16,10 @@ def one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def nan_filled_empty() -> Iterator[None]:
-    """Make torch.empty and its relatives give NaN, as deterministic mode does by design."""
-    torch.use_deterministic_algorithms(True)
+    """Make torch.empty and its relatives give NaN, as deterministic mode does by design.
+
+    Operators without a deterministic form, as float sums along rows on a GPU, may run all the same.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
