@@ -104,7 +104,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["kdrl_kernels*", "kdrl_train*"]),
     package_data={
-        "kdrl_kernels": ["py.typed", "**/README.md"],
+        "kdrl_kernels": ["py.typed", "**/*.md"],
         "kdrl_train": ["py.typed", "**/README.md", "SECURITY.md", "recipes/*.yaml", *REPORT],
     },
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],

@@ -26,6 +26,7 @@ def check_files() -> None:
     for package, path in (
         ("kdrl_kernels", "py.typed"),
         ("kdrl_kernels", "rows/README.md"),
+        ("kdrl_kernels", "rows/COST.md"),
         ("kdrl_kernels", "integrations/README.md"),
         ("kdrl_train", "py.typed"),
         ("kdrl_train", "tools/report/page.html.j2"),

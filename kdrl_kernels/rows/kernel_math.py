@@ -20,7 +20,7 @@ BOTH = tl.constexpr(KD_CODES["rkl+fkl"])
 
 @triton.jit
 def capped(x, cap):
-    """Compute cap · tanh(x / cap), to 6 · 2^-23 of it, however small: README, "Instructions"."""
+    """Compute cap · tanh(x / cap), to 6 · 2^-23 of it, however small: COST.md, "Instructions"."""
     s = x * (2 * LOG2_E / cap)
     w = s * s
     near = x * (

@@ -1,4 +1,4 @@
-"""Multiplies a gradient with one number on Triton, rounded once. Bytes: README.md."""
+"""Multiplies a gradient with one number on Triton, rounded once. Bytes: COST.md."""
 
 import torch
 import triton

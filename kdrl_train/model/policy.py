@@ -117,7 +117,7 @@ class HeadedModel(nn.Module):
 
         The loss rounds float32 ones to the compute dtype, as head_without_adapter does, and sums
         their gradient in float32: it is rounded to the compute dtype nowhere, and V H numbers are
-        not read and written three more times (kdrl_kernels/rows/README.md). Under FSDP2 they are in
+        not read and written three more times (kdrl_kernels/rows/COST.md). Under FSDP2 they are in
         the compute dtype here.
         """
         module, dtype = self.model.get_output_embeddings(), self.compute_dtype
