@@ -1,4 +1,4 @@
-"""Modules of kdrl_kernels import each other in the order of its README, and never upwards."""
+"""Modules of kdrl_kernels import each other in the order of MODULES.md, and never upwards."""
 
 import ast
 import re
@@ -23,9 +23,9 @@ MODULES = {_module(path): path for path in sorted(FOLDER.rglob("*.py"))}
 
 
 def _order() -> list[str]:
-    """Return the modules in the order of the README, lowest first."""
-    text = (FOLDER / "README.md").read_text(encoding="utf-8")
-    block = re.search(r"## Modules.*?```text\n(.*?)```", text, re.DOTALL)
+    """Return the modules in the order of MODULES.md, lowest first."""
+    text = (FOLDER / "MODULES.md").read_text(encoding="utf-8")
+    block = re.search(r"```text\n(.*?)```", text, re.DOTALL)
     assert block is not None
     names = (line.split()[0] for line in block[1].splitlines())
     return [_module(FOLDER / name) for name in names]
@@ -58,7 +58,7 @@ def _upward(order: list[str], sources: dict[str, str]) -> list[tuple[str, str]]:
     ]
 
 
-def test_the_readme_lists_every_module_once() -> None:
+def test_every_module_is_listed_once() -> None:
     assert sorted(_order()) == sorted(MODULES)
 
 
