@@ -28,11 +28,31 @@ def test_the_first_readme_is_short() -> None:
     assert len(README.encode()) <= 9_000
 
 
+def prose(path: Path) -> str:
+    """Read a README without its code blocks."""
+    return re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def anchors(path: Path) -> set[str]:
+    """Name the headings of a README as GitHub does in links: small, hyphens for spaces."""
+    headings = re.findall(r"^#+ (.*)$", prose(path), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links(path: Path) -> list[tuple[Path, str]]:
+    """Return the file and the heading of each link that stays in the repository."""
+    targets = re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", prose(path))
+    return [(path.parent / file if file else path, to) for file, to in targets if "://" not in file]
+
+
 @pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_lead_to_files(path: Path) -> None:
-    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
-    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", text)
-    broken = [t for t in targets if "://" not in t and not (path.parent / t).exists()]
+def test_links_lead_to_files_and_headings(path: Path) -> None:
+    broken = [(str(file), to) for file, to in links(path) if not file.exists()]
+    broken += [
+        (str(file), to)
+        for file, to in links(path)
+        if to and file.suffix == ".md" and file.exists() and to not in anchors(file)
+    ]
     assert broken == []
 
 
