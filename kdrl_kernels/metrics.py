@@ -99,9 +99,10 @@ def mean_metrics(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Args:
         metrics: of one call, or of several, added up key by key (the maximum for ratio_max).
     Returns: 0-d tensors, each where its sum is in metrics and 0 where its count is 0: ratio_mean,
-        clip_fraction, entropy_mean and kd_flip_fraction per token; teacher_log_ratio_mean, k2_mean,
-        kl_mean and topk_divergence_mean per distilled token; ratio_max, tokens, gradient_rows and
-        bad_tokens as they are.
+        clip_fraction, entropy_mean, kd_flip_fraction and entries_mean per token;
+        teacher_log_ratio_mean, k2_mean, kl_mean and topk_divergence_mean per distilled token;
+        sketch_noise anew from its two sums; ratio_max, tokens, gradient_rows and bad_tokens as they
+        are.
     """
     means = {
         name: metrics[total].to(sum_dtype(metrics[total].device)) / metrics[count].clamp_min(1)

@@ -32,19 +32,21 @@ K1_REFUSED = (
 class Objective:
     """Says what is minimised per token: PG + kd_coef · kd_weight · s · KD - entropy_coef · entropy.
 
-    With r = exp(lp - old), l = lp - lq, and s = min(r, kd_ratio_cap) detached:
+    p is the student, q the teacher, lp and lq their log-probabilities of the sampled token, old the
+    sampling policy's, A the advantage. With r = exp(lp - old), l = lp - lq, and
+    s = min(r, kd_ratio_cap) detached:
 
     Args:
         policy: "clip": -min(r·A, clip(r, 1 - clip_low, 1 + clip_high)·A); "none": -r·A; "off": 0.
         clip_low, clip_high: clip range of the ratio, clip_low in [0, 1), clip_high >= 0.
         dual_clip: for A < 0 the term is at most -dual_clip·A; above 1, or None.
-        kd: "k2": l²/2, expected gradient of KL(p‖q); "k3": exp(-l) - 1 + l, expected gradient of
-            the forward KL(q‖p); "k3_ratio": the same value, with s differentiable, so that its
-            derivative in lp is s·l: expected gradient of KL(p‖q); exact: "rkl": KL(p‖q), "fkl":
-            KL(q‖p), "jsd": jsd_alpha·KL(q‖m) + (1 - jsd_alpha)·KL(p‖m),
-            m = jsd_alpha·q + (1 - jsd_alpha)·p, and "rkl+fkl": fkl_share·KL(q‖p) +
-            (1 - fkl_share)·KL(p‖q); of K tokens of each row: "topk_rkl", "topk_fkl" and
-            "topk_jsd", the sums of the exact ones over these tokens; None: no teacher.
+        kd: the KD term; None: no teacher. Of the sampled token: "k2", l²/2, with the expected
+            gradient of KL(p‖q); "k3", exp(-l) - 1 + l, with that of the forward KL(q‖p);
+            "k3_ratio", the value of k3 with s differentiable, so that its derivative in lp is s·l,
+            with that of KL(p‖q). Of the whole vocabulary: "rkl", KL(p‖q); "fkl", KL(q‖p); "jsd",
+            jsd_alpha·KL(q‖m) + (1 - jsd_alpha)·KL(p‖m), m = jsd_alpha·q + (1 - jsd_alpha)·p;
+            "rkl+fkl", fkl_share·KL(q‖p) + (1 - fkl_share)·KL(p‖q). Of K tokens of each row:
+            "topk_rkl", "topk_fkl" and "topk_jsd", the sums of these over the K tokens.
         tail: True adds one bucket to a top-k divergence, the probability on none of the K tokens.
             False: "topk_rkl" and "topk_fkl" then have another minimum than p = q (README.md).
         kd_baseline: "kl", with kd "k2" alone: (l - KL(p‖q))²/2, the exact KL of the row without

@@ -136,9 +136,9 @@ def chunk_plan(
         dtype: dtype of hidden and weight.
         device: "cuda" works without a GPU too; where there is one, half of its free memory bounds
             the default.
-        memory_bytes: memory of the whole GPU, from which the default rows follow: 4,096 with 80 GB
-            at V = 152,064, and 8,192 with 141. None: that of `device`, and 2,048 rows without one.
-            Of one that is given, the free memory counts as enough.
+        memory_bytes: memory of the whole GPU, which decides the default rows: 4,096 at V = 152,064
+            with 80 GB, 8,192 with 141. None: that of `device`; 2,048 rows where there is none. If
+            it is given, all that the chunk needs counts as free.
         hidden_grad, weight_grad: a frozen backbone or head costs no dX or dW.
         adapter: rank of a LowRank, whose B then has the gradient of the weight; 0: none.
         backward: "exact" or "sketch".

@@ -51,21 +51,22 @@ def linear_logprobs(
     z = softcap(hidden · weightᵀ + bias) / temperature
     logprobs[n] = z[n, tokens[n]] - log(sum_v exp(z[n, v]))
 
+    Costs are told in u = 2 N H V FLOP, one product over the head; README is kdrl_kernels/README.md.
+
     Args:
-        hidden: [N, H], float32, float16, bfloat16 or float64. A non-contiguous one is fine. Or
-            [B, T, H]: every [N] below, of arguments and outputs, is then [B, T].
+        hidden: [N, H], float32, float16, bfloat16 or float64, contiguous or not. Or [B, T, H]:
+            every [N] of arguments and outputs is then [B, T].
         weight: [V, H], on the device of hidden, in its dtype; or one of the two in float32 and the
             other in 16 bits, which computes in hidden's dtype, with a copy of weight in it, and
             gives each its gradient in its own dtype. A DTensor (FSDP2) is gathered once; its
-            gradient comes back in its layout, averaged over the ranks as FSDP2 averages the
-            body's. bias may be one too.
+            gradient has its layout, averaged over the ranks as FSDP2 averages the body's.
         tokens: [N] int64 in [0, V). One outside raises on a CPU; on a GPU, where raising would
             wait for the device, it makes every log-probability NaN.
         mask: [N] bool or number, None: all rows. Rows where it is 0 are never projected, may hold
-            NaN and any token, and give 0 and no gradient. On a GPU it costs one synchronisation.
-        bias: [V] or None.
+            NaN and any token, and give 0 and no gradient. A GPU is waited for once.
+        bias: [V], a tensor or DTensor as weight is, or None.
         temperature: positive float or [N] tensor, a constant: no gradient reaches it.
-        softcap: positive float or None.
+        softcap: positive float, cap in softcap(a) = cap · tanh(a / cap), or None.
         adapter: LowRank(A [r, H], B [V, r], scale), or None: z is then that of weight + scale · B ·
             A, and gradients reach hidden, A, B and bias. weight must not require a gradient,
             except under no_grad. A pass costs 2u instead of 3u, and holds no gradient [V, H] but a
@@ -73,40 +74,36 @@ def linear_logprobs(
         truncation: Truncation(top_k, top_p) of the sampler, or None: log-probabilities and entropy
             are those of the tokens that it keeps, renormalised. Not with a softcap.
         entropy: True also returns the entropy of each row.
-        extra_tokens: [N, K] int64, K at most 512, other tokens whose log-probabilities are
-            returned, with their gradient, as extra_logprobs [N, K]; -1: none, which gives 0. They
+        extra_tokens: [N, K] int64 in [0, V), K at most 512: more tokens whose log-probabilities are
+            returned, with their gradient, as extra_logprobs [N, K]. -1: none, which gives 0. They
             may repeat, and the sampled token may be among them. One that a bias of -inf or the
-            sampler forbids gives -inf, and no gradient. Range: as tokens.
+            sampler forbids gives -inf, and no gradient. One outside: as in tokens.
         rest: True also returns rest_logprob [N], log of the probability on none of a row's
             extra_tokens, summed on its own, so precise where it is small. Below 2^-103 (float32;
             2^-970 in float64) it is -inf, without a gradient.
         topk: K in [1, min(512, V)] also returns the K likeliest tokens of each row, topk_tokens
-            [N, K], and with their gradient their log-probabilities, topk_logprobs [N, K]. Which
-            tokens these are is a constant. Not with extra_tokens, whose place they take in rest.
-        workspace_bytes: bound of the memory beyond inputs, outputs and gradients. None on a GPU:
-            2,048 rows or 1.25 GB of logits, whichever is more; or 4,096 or 8,192 rows if they take
-            at most 1/28 of the whole card's memory. If half of its free memory does not hold them,
-            they are halved, with a warning. None on a CPU: 256 MB; 16-bit weights are widened 16 MB
-            at a time in addition.
+            [N, K], a constant, and with their gradient their log-probabilities, topk_logprobs
+            [N, K]. Not with extra_tokens, whose place they take in rest.
+        workspace_bytes: bound of the memory beyond inputs, outputs and gradients. None: 256 MB on a
+            CPU, where 16-bit weights are widened 16 MB at a time in addition; on a GPU 2,048 to
+            8,192 rows of logits, by V and the memory of the whole card (README, "Memory").
         cache_bytes: where a gradient is needed, as many chunks as fit keep their float32 logits
-            until backward, which then does not compute them again: 3u instead of 4u for those
-            rows (u = 2 N H V FLOP), and the same gradients to the bit. A compiled caller with a
-            mask keeps the logits of all rows of the mask, or none.
-        backward: "sketch" multiplies an unbiased sparse sketch of dL/dlogits in place of dX's and
-            dW's GEMMs: 1u in all (u = 2 N H V FLOP), and no cache of logits, whatever cache_bytes
+            until backward, which then costs 3u instead of 4u for their rows, and gives the same
+            bits. A compiled caller with a mask keeps the logits of all its rows, or none.
+        backward: "exact"; or "sketch": an unbiased sparse sketch of dL/dlogits is multiplied in
+            place of dX's and dW's GEMMs, 1u in all, and no logits are kept, whatever cache_bytes
             is. A graph of torch.compile breaks there.
         sketch: Sketch(threshold, seed, rows) of backward="sketch"; None: Sketch().
         impl: "triton", "torch" or "reference" (the definition, with full logits). None: Triton on
             GPU tensors, PyTorch elsewhere. A named one never falls back to another.
         vocab_group: torch.distributed ProcessGroup over which the rows of weight and bias are
-            sharded, in the order of its ranks, evenly or not; None: weight is whole. Every other
-            argument must be the same on all ranks, to the bit; types, shapes and options are
-            compared at the beginning of a call, values are not. Outputs, and the gradient of
-            hidden, are then those of the whole vocabulary, the same on all ranks; those of weight
-            and bias are this rank's. An adapter's A is whole, its B sharded. topk is at most the
-            rows of the smallest shard. All ranks must call, and run the backward pass. Not with a
-            DTensor (pass to_local()), backward="sketch", nor truncation but for impl="reference",
-            which gathers the weights; not traced by torch.compile.
+            sharded, in the order of its ranks, evenly or not; None: weight is whole. All ranks must
+            call and run the backward pass, with arguments that are equal to the bit but for weight,
+            bias and an adapter's B, which is sharded too (README, "Several GPUs", says what is
+            compared). They get the outputs and the gradient of hidden of the whole vocabulary, and
+            the gradients of their rows of weight and bias. topk is at most the rows of the smallest
+            shard. Not with a DTensor (pass to_local()) nor backward="sketch", with
+            truncation for impl="reference" alone, and not traced by torch.compile.
     Returns: LogprobOutput in nats, float32 (float64 for float64 inputs); differentiable once in
         hidden, weight, bias and adapter, for any later loss.
     Raises: ValueError for a shape, device, token or option; TypeError for a type or dtype.

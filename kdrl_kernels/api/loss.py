@@ -58,18 +58,20 @@ def kdrl_loss(
     loss = (1 / normalizer) · sum_n token_weights[n] · (PG + kd_coef · kd_weight[n] · s · KD
            - entropy_coef · entropy), where Objective defines each term.
 
+    Gradients reach hidden, weight, bias and adapter. All other arguments are constants.
+
     Args:
-        hidden, weight, bias, temperature, softcap, adapter, truncation, workspace_bytes, backward,
-            sketch, impl, vocab_group: as in linear_logprobs. truncation is the student's: not with
-            "fkl" nor "rkl+fkl", which would be infinite. With a vocab_group, the teacher's weight
-            is whole, or has as many rows on each rank as weight, but for padding on the last.
+        hidden, weight: [N, H] and [V, H]; or hidden [B, T, H], and every [N] is [B, T]. For these,
+            bias ([V]), temperature (float or [N]), softcap, adapter, workspace_bytes, backward,
+            sketch, impl and vocab_group see help(linear_logprobs). With a vocab_group the teacher's
+            weight is whole, or has as many rows on each rank as weight, but for padding on the
+            last.
         tokens: [N] int64, the sampled tokens. One outside [0, vocab_size) raises on a CPU; on a
             GPU it makes the loss NaN and is counted in metrics["bad_tokens"].
-        advantages: [N] float; None with objective.policy "off". This and all that follows is
-            constant: gradients reach hidden, weight, bias and adapter alone.
+        advantages: [N] float; None with objective.policy "off".
         token_weights: [N] float, integer or bool, None: 1. Rows of weight 0 are never projected,
-            may hold NaN, and give exactly zero gradient. Passing weights on a GPU costs one
-            synchronisation, unless active_rows says how many are not 0.
+            may hold NaN, and give exactly zero gradient. A GPU is waited for once, unless
+            active_rows says how many are not 0.
         active_rows: how many token_weights are not 0, where the caller knows it; None: they are
             counted. A wrong number raises on a CPU; on a GPU it makes the loss NaN, and
             metrics["bad_tokens"] counts the difference.
@@ -87,25 +89,23 @@ def kdrl_loss(
         kd_weight: [N] float, integer or bool, schedule and mask of the KD term; None: 1.
         normalizer: number or 0-d tensor, e.g. the token count of the step, divided by the ranks
             where gradients are averaged over them; None: sum(token_weights).
-        vocab_size: number of columns that both models use; None: min(V, V_t). With a
-            vocab_group all of these are sizes of the whole vocabulary.
+        truncation: Truncation(top_k, top_p) of the student's sampler, or None: log-probabilities,
+            entropy and KL are those of the tokens that it keeps. Not with a softcap, nor with
+            "fkl", "rkl+fkl" and "topk_fkl", which would be infinite.
+        vocab_size: number of columns that both models use; None: min(V, V_t). With a vocab_group
+            all of these are sizes of the whole vocabulary.
         entropy: True also returns the entropy of each row.
-        extra_tokens: [N, K] int64, K at most 512, in [0, vocab_size) or -1 for none: other tokens
+        extra_tokens: [N, K] int64, K at most 512, in [0, vocab_size) or -1 for none: more tokens
             whose log-probabilities are returned. This loss does not read them. Must be None with
             teacher_topk, whose ids take its place.
         compact: True leaves rows whose logits have no gradient (clipped, or advantage 0 and no KD)
             out of dX and dW. On a GPU the host then waits, once a chunk, for the number of the
             others while the gradient kernel runs. None: True on a CPU and with token_weights.
-    Returns: LossOutput. metrics: tokens (rows projected), gradient_rows (rows of dX and dW),
-        bad_tokens, ratio_sum, ratio_max, clipped (policy "clip"), entropy_sum (where entropy is
-        computed); with a teacher, over the rows of kd_weight > 0: kd_tokens (their number),
-        teacher_log_ratio_sum (of l = lp - lq), k2_sum (of l²/2), kl_sum (where the loss computes
-        KL(p‖q)) and kd_flipped (rows whose advantage minus the pull of the KD term has the other
-        sign; not for "jsd" nor policy "off"); with teacher_topk kd_tokens and topk_divergence_sum
-        (of the divergence over the K tokens). With a sketch: flat_rows (whose gradient is exact),
-        entries (of dL/dlogits that are kept), sketch_noise (estimate of the relative error of dX)
-        and its two sums, sketch_variance_sum and sketch_square_sum. mean_metrics turns all into
-        means.
+    Returns: LossOutput. Its metrics are 0-d sums and counts, which mean_metrics turns into means;
+        the table in kdrl_kernels/README.md, "Metrics", says what each is and where it is there:
+        tokens, gradient_rows, bad_tokens, ratio_sum, ratio_max, clipped, entropy_sum; of a teacher
+        kd_tokens, teacher_log_ratio_sum, k2_sum, kl_sum, kd_flipped, topk_divergence_sum; of a
+        sketch flat_rows, entries, sketch_noise, sketch_variance_sum, sketch_square_sum.
     Raises: ValueError for a shape, device, token or option; TypeError for a type or dtype.
     Memory: as linear_logprobs, but two chunks of logits for exact KD and for kd_baseline. The
         forward pass computes the gradients and keeps them in float32 until backward rounds them

@@ -65,17 +65,23 @@ def linear_token_loss(
     loss = (1 / normalizer) · sum_n token_weights[n] · loss_fn(rows)[n]
 
     Args:
+        hidden, weight, tokens: [N, H], [V, H] and [N] int64 in [0, vocab_size); or [B, T, H] and
+            [B, T], as every [N]. For bias ([V]), temperature (float or [N]), softcap, adapter,
+            workspace_bytes, backward, sketch, impl and vocab_group see help(linear_logprobs); for
+            token_weights ([N]), active_rows, teacher (TeacherHead), teacher_logprobs ([N] in nats),
+            normalizer, truncation, vocab_size and compact help(kdrl_loss).
         loss_fn: rows -> [C] losses, called once a chunk under autograd. rows.index [C] says which
-            of the N rows these are (advantages[rows.index]; rows are b · T + t where hidden is
-            [B, T, H]: advantages.flatten()[rows.index]); rows.logprobs, rows.kl,
-            rows.forward_kl, rows.entropy, rows.lse, rows.extra_logprobs and rows.rest_logprob carry
-            the gradient; rows.teacher_logprobs does not. The loss of a row may depend on that row
-            alone, since the chunk plan decides which rows come together.
-            Gradients reach hidden, weight, bias and adapter alone, so a parameter in loss_fn raises
-            (impl "reference" is plain autograd, and reaches all).
+            of the N rows these are: advantages[rows.index]; or, where hidden is [B, T, H], rows
+            b · T + t: advantages.flatten()[rows.index]. rows.logprobs, rows.kl, rows.forward_kl,
+            rows.entropy, rows.lse, rows.extra_logprobs and rows.rest_logprob carry the gradient;
+            rows.teacher_logprobs does not. The loss of a row may depend on that row alone, since
+            the chunk plan decides which rows come together. Gradients reach hidden, weight, bias
+            and adapter alone, so a parameter in loss_fn raises (impl "reference" is plain autograd,
+            and reaches all).
         teacher, teacher_logprobs: set rows.teacher_logprobs.
         kl: "rkl", "fkl" or "jsd" sets rows.kl; "rkl+fkl" sets rows.kl to KL(p‖q) and
             rows.forward_kl to KL(q‖p), in one pass. Needs a TeacherHead.
+        jsd_alpha: the teacher's share of the mixture of "jsd", in (0, 1).
         entropy: True sets rows.entropy, and returns it.
         lse: True sets rows.lse, the log-sum-exp of the logits (for a z-loss), and returns it.
         extra_tokens: as in linear_logprobs, in [0, vocab_size) or -1: sets rows.extra_logprobs
@@ -85,7 +91,6 @@ def linear_token_loss(
             distribution over the columns of both models, a constant, and returns it.
         positions: [N] int64, passed through: rows.positions holds those of the rows, e.g. their
             places in their completions.
-        The other arguments: as in kdrl_loss.
     Returns: LossOutput; metrics: tokens, gradient_rows, bad_tokens.
     Raises: as kdrl_loss; ValueError or TypeError where loss_fn does not return [C] losses that
         depend on the rows.
