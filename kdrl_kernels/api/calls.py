@@ -116,9 +116,13 @@ def loss_call(
         rest=rest,
         teacher_topk=topk_logprobs,
     )
-    if impl == "reference":
-        return call
-    sizes = geometry(student, teacher, loss.exact_kd, impl)
+    return call if impl == "reference" else in_chunks(call, workspace_bytes)
+
+
+def in_chunks(call: LossCall, workspace_bytes: int | None) -> LossCall:
+    """Return the call with the rows of its chunks, and how their parts of dW are summed."""
+    student, tokens = call.student, call.tokens
+    sizes = geometry(student, call.teacher, call.loss.exact_kd, call.impl)
     rows = max_rows(sizes, workspace_bytes, free_bytes=free_bytes_of(tokens.device))
     direct, folded = False, call.needs[1] and sums_need_no_rounding(student)
     if call.needs[1] and not torch.compiler.is_compiling():  # a graph may have no number of tokens
