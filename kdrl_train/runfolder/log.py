@@ -327,12 +327,26 @@ def _step_parts(record: Record) -> list[tuple[str, str]]:
         ("entropy", _number(record["entropy"], ".3f")),
         ("KL", _number(record["kl_teacher"], ".4f")),
         ("beta", _number(record["kd_coef"], ".1e")),
+        *_teacher_parts(record),
         ("loss", f"{record['loss']:+.2e}"),
         ("|g|", f"{record['grad_norm']:.2f}"),
         *_sketch_parts(record),
         ("tok/s", f"{record['tokens_per_s']:.0f}"),
         ("s", f"{record['seconds']:.1f}"),
     ]
+
+
+def _teacher_parts(record: Record) -> list[tuple[str, str]]:
+    """Return (name, value) of the KL to each of several teachers, and of their betas where they
+    differ."""
+    names = [key.partition("/")[2] for key in record if key.startswith("kl_teacher/")]
+    betas = {record[f"kd_coef/{name}"] for name in names}
+    parts = []
+    for name in names:
+        parts.append((f"KL {name}", _number(record[f"kl_teacher/{name}"], ".4f")))
+        if len(betas) > 1:
+            parts.append((f"beta {name}", _number(record[f"kd_coef/{name}"], ".1e")))
+    return parts
 
 
 def _sketch_parts(record: Record) -> list[tuple[str, str]]:

@@ -69,6 +69,17 @@ def test_a_sketched_head_is_named_on_the_line(tmp_path: Path) -> None:
     assert "  noise -  entries 15" in second
 
 
+def test_several_teachers_are_told_apart_on_the_line(tmp_path: Path) -> None:
+    run, out = log(tmp_path)
+    of_each = {"kl_teacher/math": 0.25, "kl_teacher/code": None}
+    equal = {"kd_coef/math": 0.002, "kd_coef/code": 0.002}
+    run.step({"step": 0} | RECORD | of_each | equal)
+    run.step({"step": 1} | RECORD | of_each | equal | {"kd_coef/code": 0.01})
+    first, second = out.getvalue().splitlines()
+    assert "KL math 0.2500  KL code -  loss" in first
+    assert "KL math 0.2500  beta math 2.0e-03  KL code -  beta code 1.0e-02  loss" in second
+
+
 def test_a_terminal_breaks_no_number(tmp_path: Path) -> None:
     record = (
         {"step": 9} | RECORD | EVALUATION | {"response_length": 12345.6, "tokens_per_s": 123456.7}
