@@ -8,39 +8,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from itertools import pairwise
-from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar
 
-import tyro
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
-from tyro.constructors import (
-    ConstructorRegistry,
-    PrimitiveConstructorSpec,
-    StructConstructorSpec,
-    StructFieldSpec,
-    StructTypeInfo,
-)
+from tyro.constructors import StructFieldSpec
 
 from kdrl_train.commands import COMMANDS
 from kdrl_train.config import TrainConfig
 from kdrl_train.config_file import (
     load_yaml,
-    read_mapping,
     require_own_module,
     require_read,
     settings_file,
     to_dict,
     update,
-    write_mapping,
 )
 from kdrl_train.errors import PRINTED, needs_extra
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.presets import PRESETS
+from kdrl_train.options import print_help, read_options
 from kdrl_train.output import begin, fill_descriptors, guarded, guarded_console, shown
-from kdrl_train.settings import explanations, is_settings, items, nearest
+from kdrl_train.settings import nearest
 
 T = TypeVar("T")
 PROGRAM = "python -m kdrl_train"
@@ -49,37 +39,28 @@ PACKAGES = "loading Python packages"  # torch and transformers take seconds
 
 EPILOG = (
     "Settings come from the defaults, then --preset (if the command has it), then the YAML file "
-    "given with --config, then the options. Later ones replace earlier ones. --config also takes "
-    "the config.yaml of a run (not in demo and report)."
+    "given with --config, then the options. Later ones replace earlier ones."
 )
-
+EPILOG_OF_RUNS = f"{EPILOG} --config also takes the config.yaml of a run."
 
 FUNCTIONS = ("reward.function", "method.loss")
 """Settings that name a function, whose module is imported."""
 _FILE: Any = Path | None  # Any: a StructFieldSpec is declared to take a class
 _METHOD: Any = Literal[tuple(PRESETS)] | None
 CONFIG = StructFieldSpec(
+    "config", _FILE, None, "YAML file with any of these settings. An unknown key is an error."
+)
+CONFIG_OR_RUN = StructFieldSpec(
     "config",
     _FILE,
     None,
     "YAML file with any of these settings. Or recipe:NAME, for one of kdrl_train/recipes. An "
     "unknown key is an error.",
 )
+"""The same of a command that takes the settings of a run, of which a recipe has some."""
 PRESET = StructFieldSpec(
     "preset", _METHOD, None, "Method to start from. Options under --method change parts of it."
 )
-
-MAPPING: Any = Annotated[
-    Any,
-    PrimitiveConstructorSpec(
-        nargs="*",  # a shell splits a mapping without quotes at its spaces
-        metavar="YAML",
-        instance_from_str=lambda words: read_mapping(" ".join(words)),
-        is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda value: [write_mapping(value)],
-    ),
-]
-"""An option whose value is a mapping in YAML; it takes the place of the whole mapping."""
 
 
 def parse(
@@ -89,7 +70,7 @@ def parse(
     description: str,
     options: tuple[str, ...] = (),
     of_run: Callable[[TrainConfig, Path], T] | None = None,
-    unread: tuple[str, ...] = (),
+    unread: Callable[[T], Mapping[str, str]] = lambda _: {},
 ) -> T:
     """Read a command's settings from its arguments.
 
@@ -102,47 +83,69 @@ def parse(
             --help explains all.
         of_run: makes the command's settings from those of a run and its folder, if --config names
             the config.yaml of a run; None: the command takes no run's settings but a run's own.
-        unread: keys of the settings that the command does not read.
+        unread: says of settings which of their keys nothing reads, and why. A file may hold them;
+            an option must not.
     Raises: ValueError for an unknown key or preset, a wrong value, an option that is not read, or a
         YAML file that leaves nothing to --preset; SystemExit after help (0) and for an unknown or
         unreadable option (2).
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", nargs="?")  # without a value: tyro's message, further down
-    first.add_argument("--help-all", action="store_true")
-    for key in FUNCTIONS:
-        first.add_argument(f"--{key}", nargs="?")
-    first.add_argument("--reward.functions", nargs="*")
-    extra = [CONFIG]
-    if hasattr(default, "method"):
-        first.add_argument("--preset", nargs="?")
-        extra.append(PRESET)
-    early, _ = first.parse_known_args(list(argv))
+    early = early_options(argv)
     path = None if early.config is None else settings_file(early.config)
-    file = {} if path is None else load_yaml(path)
-    preset = getattr(early, "preset", None)
-    if preset not in ("None", None):
-        require_preset(preset)
-        default = replace(default, method=PRESETS[preset])  # type: ignore[type-var]
-        require_room(preset, file, early.config)
-    if of_run is not None and path is not None and is_training(file, default):
-        training = update(TrainConfig(), file)
-        # such a file comes with its model: whether the model's code is run says this command
-        model = replace(training.model, trust_remote_code=False)
-        default = of_run(replace(training, model=model), path.parent)
-    else:
-        default = update(default, file)
+    takes_runs = of_run is not None or isinstance(default, TrainConfig)
+    extra = [CONFIG_OR_RUN if takes_runs else CONFIG]
+    if hasattr(default, "method"):
+        extra.append(PRESET)
+    default = with_file(default, early, path, of_run)
+    about = f"{description}\n\n{EPILOG_OF_RUNS if takes_runs else EPILOG}"
     if options and not early.help_all and {"-h", "--help"} & set(argv):
-        print_help(default, extra, program, description, options)
+        print_help(default, extra, program, about, options)
         sys.exit(0)
     argv = ["--help"] if early.help_all else list(switched(argv))
-    about = f"{description}\n\n{EPILOG}"
     values = read_options(default, argv, extra, program, about, short=bool(options))
     settings = update(default, {name: values[name] for name in to_dict(default)})
     require_read(default, settings, unread)
     if path is not None:
         require_own_modules(settings, path, vars(early))
     return settings
+
+
+def early_options(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the options that decide how the others are read, and which functions were typed."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", nargs="?")  # without a value: tyro's message, further down
+    first.add_argument("--preset", nargs="?")
+    first.add_argument("--help-all", action="store_true")
+    for key in FUNCTIONS:
+        first.add_argument(f"--{key}", nargs="?")
+    first.add_argument("--reward.functions", nargs="*")
+    early, _ = first.parse_known_args(list(argv))
+    return early
+
+
+def with_file(
+    default: T,
+    early: argparse.Namespace,
+    path: Path | None,
+    of_run: Callable[[TrainConfig, Path], T] | None,
+) -> T:
+    """Return the settings before the options: the defaults, then the preset, then the file.
+
+    Args:
+        default, of_run: as `parse` takes them.
+        early: of early_options.
+        path: the file of --config; None: there is none.
+    """
+    file = {} if path is None else load_yaml(path)
+    if early.preset not in ("None", None) and hasattr(default, "method"):
+        require_preset(early.preset)
+        default = replace(default, method=PRESETS[early.preset])  # type: ignore[type-var]
+        require_room(early.preset, file, early.config)
+    if of_run is None or path is None or not is_training(file, default):
+        return update(default, file)
+    training = update(TrainConfig(), file)
+    # such a file comes with its model: whether the model's code is run says this command
+    model = replace(training.model, trust_remote_code=False)
+    return of_run(replace(training, model=model), path.parent)
 
 
 def require_own_modules(settings: Any, path: Path, typed: Mapping[str, Any]) -> None:
@@ -159,37 +162,6 @@ def require_own_modules(settings: Any, path: Path, typed: Mapping[str, Any]) -> 
     for part in () if reward is None or typed["reward.functions"] else reward.functions:
         if part.function != typed["reward.function"]:
             require_own_module(part.function, path, "reward.functions")
-
-
-def read_options(
-    default: Any,
-    argv: list[str],
-    extra: Sequence[StructFieldSpec],
-    program: str,
-    description: str,
-    *,
-    short: bool,
-) -> dict[str, Any]:
-    """Read options over `default` by tyro; return all values by their keys.
-
-    short: --help explains a part of the options, so errors name --help-all.
-    """
-    kind: Any = type(default)  # read as a dict
-    try:
-        values: dict[str, Any] = tyro.cli(
-            kind,
-            default=default,
-            args=argv,
-            prog=program,
-            description=description,
-            add_help="--help" in argv or not short,
-            registry=_registry(default, extra),
-        )
-    except SystemExit as end:
-        if end.code and short:
-            sys.stderr.write(f"{program} --help-all explains all options.\n")
-        raise
-    return values
 
 
 def require_preset(name: str) -> None:
@@ -227,79 +199,6 @@ def is_training(file: Mapping[str, Any], default: Any) -> bool:
     return bool(set(file) & (training - keys)) and not set(file) & (keys - training)
 
 
-def _registry(root: Any, extra: Sequence[StructFieldSpec]) -> ConstructorRegistry:
-    """Make tyro read each settings class as a dict, and the extra options beside those of `root`.
-
-    The values are checked all at once afterwards, by `update`: only there is a key's whole name
-    known.
-    """
-    registry = ConstructorRegistry()
-
-    @registry.struct_rule
-    def _(info: StructTypeInfo) -> StructConstructorSpec | None:
-        if not is_settings(info.type):
-            return None
-        specs = field_specs(info.default)
-        return StructConstructorSpec(dict, (*extra, *specs) if info.default is root else specs)
-
-    return registry
-
-
-def field_specs(config: Any) -> tuple[StructFieldSpec, ...]:
-    """Describe the fields of a settings object for tyro: name, type, value as default, help."""
-    types, texts = get_type_hints(type(config), include_extras=True), explanations(type(config))
-    specs = []
-    for name, text in texts.items():
-        kind, value = types[name], getattr(config, name)
-        if get_origin(kind) is dict:
-            kind = MAPPING
-        elif items(kind) is not None:  # a word each
-            kind = tuple[str, ...]
-            value = tuple(write_mapping(to_dict(one)) for one in value)
-        specs.append(StructFieldSpec(name, kind, value, text))
-    return tuple(specs)
-
-
-def print_help(
-    config: Any,
-    extra: Sequence[StructFieldSpec],
-    program: str,
-    description: str,
-    options: Sequence[str],
-) -> None:
-    """Print the main options of a command: name, first sentence of the help, default.
-
-    Args:
-        config: the settings, with their defaults.
-        extra: options besides the settings.
-        program, description, options: as `parse` takes them.
-    """
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    for key in options:
-        section, _, name = key.rpartition(".")
-        specs = field_specs(attrgetter(section)(config) if section else config)
-        spec = next(spec for spec in (*extra, *specs) if spec.name == name)
-        sentence = str(spec.helptext).split(". ")[0].removesuffix(".")
-        table.add_row(f"  --{key.replace('_', '-')}", Text(sentence + _default(spec)))
-    console = guarded_console()
-    console.print(f"usage: {program} [options]\n\n{description}\n")
-    console.print(table)
-    console.print(f"\n{EPILOG}\n\n{program} --help-all explains all options.")
-
-
-def _default(spec: StructFieldSpec) -> str:
-    """Write an option's default for a person, and its choices where they are few."""
-    if isinstance(spec.default, tuple):
-        return f" ({' '.join(map(str, spec.default))})" if spec.default else ""
-    default = "" if spec.default is None or spec.default is False else str(spec.default)
-    kinds = (spec.type, *get_args(spec.type))  # a choice, or a choice or None
-    choices = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
-    others = ", ".join(str(choice) for choice in choices if choice != spec.default)
-    words = "; or ".join(filter(None, (default, others)))
-    return f" ({words})" if words else ""
-
-
 def run(command: str, argv: Sequence[str]) -> int:
     """Run one command; returns its exit code. Each imports only what it needs."""
     spec = COMMANDS[command]
@@ -313,6 +212,16 @@ def run(command: str, argv: Sequence[str]) -> int:
         begin(PACKAGES, at_once=spec.lasts)
         return importlib.import_module(f"kdrl_train.{spec.module}").of_run(settings, folder)
 
+    def unread(settings: Any) -> dict[str, str]:
+        reasons = dict.fromkeys(spec.unread, "this command does not read it")
+        if spec.rules:
+            begin(PACKAGES, at_once=spec.lasts)
+            module, _, name = f"kdrl_train.{spec.rules}".rpartition(".")
+            with needs_extra(spec.extra):
+                rules = getattr(importlib.import_module(module), name)
+            reasons |= {key: f"nothing reads it, as {why}" for key, why in rules(settings).items()}
+        return reasons
+
     config = parse(
         default,
         argv,
@@ -320,7 +229,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         spec.help,
         spec.options,
         of_run if spec.of_run else None,
-        spec.unread,
+        unread,
     )
     begin(PACKAGES, at_once=spec.lasts)
     with needs_extra(spec.extra):

@@ -24,6 +24,9 @@ class Command:
     """Keys that --help explains; --help-all explains all. Empty: --help explains all."""
     unread: tuple[str, ...] = ()
     """Keys of its settings that it does not read, as it shares their classes with `train`."""
+    rules: str = ""
+    """Module and name of the function that says which other settings nothing reads beside the rest,
+    and why."""
 
 
 _MODEL = ("model.policy", "model.teacher", "model.dtype", "model.trust_remote_code")
@@ -40,6 +43,7 @@ _OF_TRAINING = (
 )  # fmt: skip
 """Settings of the models that training alone reads."""
 _OF_TEACHERS = ("data.teacher_column", "data.teacher_template", "data.max_teacher_prompt_tokens")
+_RULES = "start.unread.reasons"
 COMMANDS = {
     "demo": Command(
         help="small models on a made-up task, trained with KDRL in minutes; needs nothing",
@@ -55,6 +59,7 @@ COMMANDS = {
         settings="config.TrainConfig",
         lasts=True,
         options=_TRAIN,
+        rules=_RULES,
     ),
     "eval": Command(
         help="measure a saved model: avg@k, pass@k, length",
@@ -67,6 +72,7 @@ COMMANDS = {
         unread=(*_OF_TEACHERS, *(f"model.{name}" for name in _OF_TRAINING), "model.lora.merge",
                 "sampling.prompts_per_step", "sampling.group_size", "reward.overlong_buffer",
                 "reward.overlong_penalty"),
+        rules="tools.evaluate.unread",
     ),
     "check": Command(
         help="check a training run before it starts: a table, and exit code 1 if it would fail",
@@ -74,6 +80,7 @@ COMMANDS = {
         settings="config.TrainConfig",
         lasts=True,
         options=_TRAIN,
+        rules=_RULES,
     ),
     "replay": Command(
         help="examine the step that stopped a run, completion by completion",
@@ -95,6 +102,7 @@ COMMANDS = {
                  "json", "preset", "config", *_MODEL, "sampling.prompts_per_step",
                  "sampling.group_size", "sampling.max_new_tokens", "optim.micro_batch_tokens",
                  "model.gradient_checkpointing"),
+        rules=_RULES,
     ),
     "serve": Command(
         help="score with a teacher, over HTTP, for trainers on other machines",
@@ -118,5 +126,6 @@ COMMANDS = {
                  "trust_remote_code", "steps", "minutes", "batch_tokens", "learning_rate",
                  "architecture.hidden", "architecture.layers"),
         unread=_OF_TEACHERS,
+        rules="tools.sft.unread",
     ),
 }  # fmt: skip

@@ -2,7 +2,7 @@
 
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -167,20 +167,38 @@ def update(config: T, values: Mapping[str, Any]) -> T:
     return type(config)(**_merge(config, values))
 
 
-def require_read(before: Any, after: Any, unread: Sequence[str]) -> None:
-    """Raise ValueError where options have set what a command does not read.
+def require_read(before: Any, after: Any, unread: Callable[[Any], Mapping[str, str]]) -> None:
+    """Raise ValueError where options have set what nothing reads.
 
     Args:
-        before: its settings without options.
+        before: the settings without options.
         after: with them.
-        unread: the keys that it does not read; a section stands for all of its own.
+        unread: returns why nothing reads some of the settings, by key; a section stands for all of
+            its own. Called where options have set something.
     """
-    for key, (_, now) in differences(to_dict(before), to_dict(after)).items():
-        if any(f"{key}.".startswith(f"{one}.") for one in unread):
-            raise ValueError(
-                f"--{key.replace('_', '-')} must be left out of this command, which does not read "
-                f"it, got {now}"
-            )
+    typed = differences(to_dict(before), to_dict(after))
+    lines, reasons = [], unread(after) if typed else {}
+    for key, (_, now) in typed.items():
+        option = _option(after, key)
+        value = now if option == key else f"{key} = {now}"
+        for one, reason in reasons.items():
+            whole = f"{key}.".startswith(f"{one}.")
+            if whole or f"{one}.".startswith(f"{key}."):
+                must = "be left out" if whole else f"leave out {one}"
+                flag = f"--{option.replace('_', '-')}"
+                lines.append(f"{flag} must {must}, got {value}: {reason}")
+                break
+    if lines:
+        raise ValueError("\n".join(lines))
+
+
+def _option(config: Any, key: str) -> str:
+    """Return the key of the option that sets a key: a mapping is set as a whole."""
+    names = key.split(".")
+    for depth, name in enumerate(names, start=1):
+        if not is_dataclass(config := getattr(config, name)):
+            return ".".join(names[:depth])
+    return key
 
 
 def _merge(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ FLOORS = (
 SHARED = {
     "cli": "tools",
     "commands": "tools",
+    "options": "tools",
     "__main__": "tools",
     "config_file": "config",
     "__init__": "errors",

@@ -1,13 +1,13 @@
 """Names the settings of a run that change nothing, beside its others, before the first step."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from kdrl_train.config import DataConfig, TrainConfig
+from kdrl_train.config import TrainConfig
 from kdrl_train.config.models import REFERENCE, SELF, is_url
 from kdrl_train.config_file import differences, to_dict
-from kdrl_train.method.config import MethodConfig, ScheduleConfig, TeacherMethod
+from kdrl_train.method.config import MethodConfig
 from kdrl_train.model.self_teacher import has_no_copy
 from kdrl_train.rollouts.records import SUFFIXES
 
@@ -131,22 +131,46 @@ READ_BY = {
 def unread(config: TrainConfig, launched: bool = True) -> list[str]:
     """Say which settings have another value than their default and change nothing, and why.
 
-    They are no error: a file may hold what an option has switched off.
+    In a file they are no error: it may hold what an option has switched off. The command line
+    refuses them as options.
 
-    Args:
-        launched: whether torchrun has started the run.
+    launched: whether torchrun has started the run.
+    """
+    return sentences(_changed(config), reasons(config, launched))
+
+
+def reasons(config: TrainConfig, launched: bool = True) -> dict[str, str]:
+    """Return why nothing reads some settings that have another value than their default, by key.
+
+    launched: as in `unread`. The options of a run may be the same with and without torchrun, so
+        the command line takes those of ranks.
     """
     rules = [(reason, keys.split()) for reason, holds, keys in RULES if holds(config)]
     if not launched:
         rules.append(("torchrun has not started this run", ["ranks"]))
-    rules += [*_of_schedules(config.method), *_of_problems(config)]
-    changed, texts = _changed(config), []
+    return idle(_changed(config), [*rules, *_of_schedules(config.method), *_of_problems(config)])
+
+
+def idle(settings: Mapping[str, Any], rules: Iterable[tuple[str, Sequence[str]]]) -> dict[str, str]:
+    """Return why nothing reads some of the settings, by key.
+
+    rules: a reason that holds, and the keys that nothing reads then; a section is all of its own.
+        Of several the first one counts.
+    """
+    said: dict[str, str] = {}
     for reason, keys in rules:
-        here = [key for key in changed if any(f"{key}.".startswith(f"{one}.") for one in keys)]
-        if here:
-            values = ", ".join(f"{key} = {changed.pop(key)}" for key in here)
-            texts.append(f"nothing reads {values}, as {reason}")
-    return texts
+        for key in settings:
+            if any(f"{key}.".startswith(f"{one}.") for one in keys):
+                said.setdefault(key, reason)
+    return said
+
+
+def sentences(settings: Mapping[str, Any], why: Mapping[str, str]) -> list[str]:
+    """Write a sentence for each reason, with its settings and their values."""
+    values: dict[str, list[str]] = {}
+    for key, reason in why.items():
+        values.setdefault(reason, []).append(f"{key} = {settings[key]}")
+    return [f"nothing reads {', '.join(some)}, as {reason}" for reason, some in values.items()]
 
 
 def check_settings(texts: Sequence[str]) -> str:
@@ -154,20 +178,24 @@ def check_settings(texts: Sequence[str]) -> str:
     raise UserWarning("; ".join(texts))
 
 
-def _changed(config: TrainConfig) -> dict[str, Any]:
+def changed(config: Any) -> dict[str, Any]:
     """Return each setting that has another value than its default, by its key."""
-    method, default = config.method, TrainConfig()
-    pairs: list[tuple[str, Any, Any]] = [("", default, config)]
-    for name, data in config.eval.sets.items():
-        pairs.append((f"eval.sets.{name}", DataConfig(), data))
-    for name, one in method.teachers.items():
-        pairs.append((f"method.teachers.{name}", TeacherMethod(), one))
-        if one.kd_coef is not None:
-            pairs.append((f"method.teachers.{name}.kd_coef", ScheduleConfig(), one.kd_coef))
-    changed: dict[str, tuple[Any, ...]] = {}
-    for key, before, now in pairs:
-        changed |= differences(to_dict(before), to_dict(now), key)
-    return {key: now for key, (_, now) in changed.items() if not isinstance(now, dict)}
+    both = differences(to_dict(type(config)()), to_dict(config))
+    return {key: now for key, (_, now) in both.items() if not isinstance(now, dict)}
+
+
+def _changed(config: TrainConfig) -> dict[str, Any]:
+    """Return what `changed` does, with what stands in mappings compared key by key."""
+    settings = changed(config)
+    parts: list[tuple[str, Any]] = [
+        *((f"eval.sets.{name}", data) for name, data in config.eval.sets.items()),
+        *((f"method.teachers.{name}", one) for name, one in config.method.teachers.items()),
+    ]
+    parts += [(f"{key}.kd_coef", one.kd_coef) for key, one in parts if key.startswith("method.")]
+    for key, one in parts:
+        if one is not None:
+            settings |= {f"{key}.{name}": now for name, now in changed(one).items()}
+    return settings
 
 
 def _of_schedules(method: MethodConfig) -> Iterator[tuple[str, list[str]]]:

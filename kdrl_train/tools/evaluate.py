@@ -34,6 +34,7 @@ from kdrl_train.model.policy import HeadedModel
 from kdrl_train.model.teacher.openai import connect
 from kdrl_train.model.window import window
 from kdrl_train.rollouts.problems import ProblemSet, PromptFacts, encode_prompt
+from kdrl_train.rollouts.records import SUFFIXES
 from kdrl_train.rollouts.reward_inputs import reward_inputs
 from kdrl_train.rollouts.sampler import SampleRequest, generate_rollouts
 from kdrl_train.rollouts.verifier import Verifier
@@ -46,6 +47,7 @@ from kdrl_train.start.gold_answers import check_gold
 from kdrl_train.start.load import described, read_sets
 from kdrl_train.start.prompts import check_window, prompt_doubts, turn_doubts
 from kdrl_train.start.taught import taught_otherwise, written_otherwise
+from kdrl_train.start.unread import changed, idle
 
 
 def evaluate(
@@ -128,6 +130,18 @@ def of_run(run: TrainConfig, folder: Path) -> EvaluateConfig:
         sampling=sampling,
         reward=run.reward,
     )
+
+
+def unread(config: EvaluateConfig) -> dict[str, str]:
+    """Returns why nothing reads some settings with another value than their default, by key."""
+    rules = []
+    if config.greedy:
+        rules.append(("greedy draws nothing", ["samples", "sampling.temperature"]))
+    if config.data.path.endswith(SUFFIXES):
+        rules.append(("data.path names a file", ["data.split"]))
+    if config.model.weights is None:
+        rules.append(("model.weights is None", ["checkpoint_hashes"]))
+    return idle(changed(config), rules)
 
 
 def with_read_teachers(run: TrainConfig) -> ModelConfig:

@@ -7,11 +7,10 @@ kdrl_kernels.linear_logprobs computes the loss, only on the tokens that carry it
 
 import itertools
 import math
-import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from kdrl_train.model.load import load_tokenizer, read_model, torch_device
 from kdrl_train.model.window import window
 from kdrl_train.rollouts.columns import text_of
 from kdrl_train.rollouts.problems import encode_prompt, example_of
-from kdrl_train.rollouts.records import data_records
+from kdrl_train.rollouts.records import SUFFIXES, data_records
 from kdrl_train.rollouts.rendering import TooLongError
 from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.export import export
@@ -47,9 +46,16 @@ from kdrl_train.settings import (
 )
 from kdrl_train.start.prompts import typed_escapes
 from kdrl_train.start.taught import SFT_FILE
+from kdrl_train.start.unread import changed, idle, sentences
+from kdrl_train.tools.sft_batches import (
+    PaddedBatch,
+    SolvedExample,
+    batches,
+    collate,
+    length_groups,
+)
 from kdrl_train.tools.toy.models import ArchitectureConfig, make_model, train_tokenizer
 
-MAX_PADDED = 1.25  # most tokens of a padded group, divided by those of its examples
 FINAL_LR_SHARE = 0.05  # learning rate at the end of the cosine, divided by the peak
 LOG_EVERY_S = 10.0
 
@@ -110,29 +116,18 @@ def of_run(run: TrainConfig, _folder: Path) -> SftConfig:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class SolvedExample:
-    """Holds a problem and its solution as token ids."""
-
-    prompt: list[int]
-    """Token ids of the prompt."""
-    solution: list[int]
-    """Token ids of the solution, with EOS last."""
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.solution)
-
-
-@dataclass(frozen=True, slots=True)
-class PaddedBatch:
-    """Holds B examples, padded on the right to T tokens; N of the tokens carry loss."""
-
-    ids: Tensor
-    """[B, T] int64."""
-    predicts: Tensor
-    """[N] int64: places in B · T whose next token carries loss."""
-    targets: Tensor
-    """[N] int64: the tokens that carry loss, in the order of predicts."""
+def unread(config: SftConfig) -> dict[str, str]:
+    """Returns why nothing reads some settings with another value than their default, by key."""
+    rules = []
+    if config.model is not None:
+        rules.append(("model brings its own", ["architecture", "vocab_size"]))
+    if config.tokenizer is not None:
+        rules.append(("tokenizer brings its own", ["vocab_size"]))
+    if config.model is None and config.tokenizer is None:
+        rules.append(("neither model nor tokenizer is named", ["trust_remote_code"]))
+    if config.data.path.endswith(SUFFIXES):
+        rules.append(("data.path names a file", ["data.split"]))
+    return idle(changed(config), rules)
 
 
 def read_solutions(config: SftConfig) -> list[tuple[Example, str]]:
@@ -168,9 +163,11 @@ def encode_examples(
         ids = tokenizer(solution, add_special_tokens=False)["input_ids"]
         solved = SolvedExample(prompt, [*ids, tokenizer.eos_token_id])
         if len(solved) > longest:
+            new = config.model is None
             raise ValueError(
-                f"architecture.max_positions must be at least {len(solved)}, the tokens of "
-                f"{example.id}, got {longest}: raise it, or leave that problem out"
+                f"{'architecture.max_positions' if new else 'the window of model'} must be at "
+                f"least {len(solved)}, the tokens of {example.id}, got {longest}: "
+                f"{'raise it' if new else 'name another model'}, or leave that problem out"
             )
         encoded.append(solved)
     if not encoded:
@@ -179,60 +176,6 @@ def encode_examples(
             f"{config.data.max_prompt_tokens}, and {len(solutions):,} longer prompts: raise it"
         )
     return encoded
-
-
-def batches(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:
-    """Distributes every index over batches in random order, which the arguments alone determine.
-
-    Batches do not collect examples of similar length: on a task whose length is its number of
-    steps, batches of one length each left a model at 6% where mixed ones brought it to 78%.
-
-    Args:
-        lengths: tokens of each example.
-        batch_tokens: most tokens of a batch; a longer example is a batch alone.
-    """
-    order = list(range(len(lengths)))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    members: list[list[int]] = []
-    room = 0
-    for i in order:
-        if lengths[i] > room:
-            members.append([])
-            room = batch_tokens
-        members[-1].append(i)
-        room -= lengths[i]
-    return members
-
-
-def length_groups(examples: Sequence[SolvedExample]) -> list[list[SolvedExample]]:
-    """Splits a batch into groups of similar length, so that padding adds at most a quarter to each.
-
-    Each group has a forward and a backward pass, and the gradients are summed: it saves 40% of the
-    work on GSM8K, and the update is still that of the whole batch.
-    """
-    groups: list[list[SolvedExample]] = []
-    tokens = 0
-    for example in sorted(examples, key=len):
-        tokens += len(example)
-        if not groups or (len(groups[-1]) + 1) * len(example) > MAX_PADDED * tokens:
-            groups.append([])
-            tokens = len(example)
-        groups[-1].append(example)
-    return groups
-
-
-def collate(examples: Sequence[SolvedExample], pad: int, learn_prompts: bool) -> PaddedBatch:
-    """Pads B examples into one batch. The first token of an example carries no loss: nothing comes
-    before it."""
-    T = max(map(len, examples))
-    ids = torch.full((len(examples), T), pad)
-    carries = torch.zeros(len(examples), T, dtype=torch.bool)
-    for b, example in enumerate(examples):
-        ids[b, : len(example)] = torch.tensor(example.prompt + example.solution)
-        carries[b, (1 if learn_prompts else len(example.prompt)) : len(example)] = True
-    carries[:, 0] = False
-    predicts = carries.roll(-1, dims=1).flatten().nonzero().squeeze(1)
-    return PaddedBatch(ids=ids, predicts=predicts, targets=ids[carries])
 
 
 def sft_loss(model: Any, batch: PaddedBatch) -> Tensor:
@@ -367,7 +310,7 @@ def main(config: SftConfig, console: Console | None = None) -> Path:
             console.print(Text(f"not read, and not saved: {', '.join(model.origin.parts)}"))
     longest = window(model.config) or sys.maxsize
     examples = encode_examples(tokenizer, solutions, config, longest)
-    for doubt in typed_escapes(config.data):
+    for doubt in [*sentences(changed(config), unread(config)), *typed_escapes(config.data)]:
         console.print(Text(doubt), soft_wrap=True)
     if len(examples) < len(solutions):
         console.print(

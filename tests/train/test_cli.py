@@ -103,6 +103,18 @@ def test_an_unknown_option_names_the_nearest(capsys: pytest.CaptureFixture[str])
     assert "report --help " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["demo", "report", "replay", "plan"])
+def test_help_offers_the_settings_of_a_run_where_they_are_taken(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help-all"])
+    text = capsys.readouterr().out
+    takes_runs = command not in ("demo", "report")
+    assert ("recipe:NAME" in text) == ("the config.yaml of a run" in " ".join(text.split()))
+    assert ("recipe:NAME" in text) == takes_runs
+
+
 def test_a_wrong_option_names_its_whole_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--optim.learning-rate", "-1", "--steps", "0"]) == 1
     assert capsys.readouterr().err.splitlines() == [
@@ -162,15 +174,41 @@ def test_an_error_is_one_message_and_exit_code_1(
         ("demo --out {path}/latin.yaml/x", 1, "out must lead to a folder that can be written"),
         ("replay --file {path}/open.yaml", 1, "failed_step_XXXXXX.pt of a run folder, got {path}"),
         ("serve --port 99999", 1, "port must be at most 65535, got 99999"),
-        ("serve --model.policy x", 1, "--model.policy must be left out of this command, which"),
-        ("serve --model.lora.rank 2", 1, "--model.lora.rank must be left out of this command"),
+        (
+            "serve --model.policy x",
+            1,
+            "--model.policy must be left out, got x: this command does not",
+        ),
+        ("serve --model.lora.rank 2", 1, "--model.lora.rank must be left out, got 2: this command"),
         (
             "eval --sampling.group-size 4",
             1,
-            "--sampling.group-size must be left out of this command, which does not read it, got 4",
+            "--sampling.group-size must be left out, got 4: this command does not read it",
         ),
-        ("eval --model.head-backward sketch", 1, "--model.head-backward must be left out of"),
-        ("sft --data.teacher-column x", 1, "--data.teacher-column must be left out of this"),
+        (
+            "eval --model.head-backward sketch",
+            1,
+            "--model.head-backward must be left out, got sketch",
+        ),
+        ("sft --data.teacher-column x", 1, "--data.teacher-column must be left out, got x: this"),
+        (
+            "sft --model x --architecture.hidden 64",
+            1,
+            "--architecture.hidden must be left out, got 64: nothing reads it, as model brings its",
+        ),
+        ("sft --tokenizer x --vocab-size 300", 1, "--vocab-size must be left out, got 300: noth"),
+        (
+            "train --preset grpo --model.teacher x",
+            1,
+            "--model.teacher must be left out, got x: nothing reads it, as method.kd is None",
+        ),
+        (
+            "eval --greedy --samples 9",
+            1,
+            "--samples must be left out, got 9: nothing reads it, as greedy draws nothing",
+        ),
+        ("check --eval.samples 9", 1, "--eval.samples must be left out, got 9: nothing reads it"),
+        ("plan --log.project mine", 1, "--log.project must be left out, got mine: nothing reads"),
     ],
 )
 def test_a_mistake_is_one_message(
@@ -222,7 +260,8 @@ def test_what_a_command_does_not_read_may_stand_in_a_file(tmp_path: Path) -> Non
     spec = COMMANDS["eval"]
     file = write(tmp_path / "eval.yaml", "sampling: {group_size: 4}\nmodel: {policy: x}\n")
     argv = ["--config", file, "--samples", "2"]
-    config = cli.parse(EvaluateConfig(), argv, "eval", spec.help, unread=spec.unread)
+    unread = dict.fromkeys(spec.unread, "nothing does")
+    config = cli.parse(EvaluateConfig(), argv, "eval", spec.help, unread=lambda _: unread)
     assert (config.sampling.group_size, config.samples) == (4, 2)
 
 

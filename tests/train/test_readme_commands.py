@@ -31,8 +31,10 @@ def test_commands_are_read() -> None:
         name, *options = shlex.split(line, comments=True)
         module, _, settings = f"kdrl_train.{COMMANDS[name].settings}".rpartition(".")
         default: Any = getattr(import_module(module), settings)()
+        rules, _, function = f"kdrl_train.{COMMANDS[name].rules}".rpartition(".")
+        unread = getattr(import_module(rules), function, lambda _: {})
         try:
-            parse(default, options, name, "")
+            parse(default, options, name, "", unread=unread)
         except (ValueError, SystemExit) as error:
             pytest.fail(f"{line}: {error}")
     assert {line.split()[0] for line in lines} == set(COMMANDS)

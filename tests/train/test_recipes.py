@@ -156,9 +156,10 @@ def test_a_recipe_passes_the_check(
         "engine.kind": "generate",
         "sampling.max-new-tokens": "16",
         "data.max-prompt-tokens": "256",
-        "data.max-teacher-prompt-tokens": "400",
         "reward.workers": "1",
     }
+    if read(name).data.teacher_template is not None:
+        options |= {"data.max-teacher-prompt-tokens": "400"}
     if read(name).eval.data.path:
         options |= {"eval.data.path": "mine.jsonl", "eval.data.max-prompt-tokens": "256"}
     words = [word for key, value in options.items() for word in (f"--{key}", value)]

@@ -46,7 +46,7 @@ def checked(
         "reward.workers": "1",
         "sampling.max-new-tokens": "32",
     } | {key.replace("__", ".").replace("_", "-"): value for key, value in changes.items()}
-    code = cli.main(["check", *(p for k, v in values.items() for p in (f"--{k}", v))])
+    code = cli.main(["check", *(str(p) for k, v in values.items() for p in (f"--{k}", v))])
     return code, " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
@@ -216,10 +216,11 @@ def test_a_server_that_is_not_there_fails_the_check(
 
 
 def test_without_distillation_no_server_is_queried(
-    folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    url = f"http://127.0.0.1:{free_port()}"
-    code, text = checked(folders, capsys, url, preset="grpo")
+    url, file = f"http://127.0.0.1:{free_port()}", tmp_path / "run.yaml"
+    file.write_text(f"model: {{teacher: '{url}'}}\n", encoding="utf-8")
+    code, text = checked(folders, capsys, url, preset="grpo", config=file)
     assert code == 0
     assert f"nothing reads model.teacher = {url}" in text
     assert "teacher server" not in text

@@ -14,7 +14,7 @@ from kdrl_train.config import OptimConfig, TrainConfig
 from kdrl_train.config_file import RECIPES, load_yaml, save_yaml, update
 from kdrl_train.method.config import ScheduleConfig
 from kdrl_train.method.presets import PRESETS
-from kdrl_train.start.unread import READ_BY, RULES, unread
+from kdrl_train.start.unread import READ_BY, RULES, reasons, unread
 
 URL = "http://127.0.0.1:1"
 OFF = "method: {kd: null}"
@@ -211,9 +211,47 @@ def test_the_rules_name_settings_that_there_are() -> None:
 def test_check_says_it_in_its_table_and_does_not_fail(
     config: Callable[..., TrainConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_yaml(config(method=PRESETS["grpo"]), tmp_path / "config.yaml")
-    words = ["--config", str(tmp_path / "config.yaml"), "--method.kd-eos", "mask"]
+    save_yaml(config(method=replace(PRESETS["grpo"], kd_eos="mask")), tmp_path / "config.yaml")
+    words = ["--config", str(tmp_path / "config.yaml")]
     assert cli.main(["check", *words]) == 0
     out = " ".join(capsys.readouterr().out.replace("│", "").split())
     assert "settings warning nothing reads model.teacher = " in out
     assert "method.kd_eos = mask, as method.kd is None" in out
+
+
+def typed(*words: str) -> list[str]:
+    with pytest.raises(ValueError, match=r"must (be left|leave) out") as error:
+        cli.parse(TrainConfig(), words, "train", "", unread=reasons)
+    return str(error.value).splitlines()
+
+
+def test_an_option_that_nothing_reads_is_refused(tmp_path: Path) -> None:
+    assert typed("--method.kd", "None", "--method.kd-mask", "wrong", "--log.project", "a") == [
+        "--method.kd-mask must be left out, got wrong: method.kd is None",
+        "--log.project must be left out, got a: log.trackers has neither wandb nor trackio",
+    ]
+    file = tmp_path / "run.yaml"
+    file.write_text("method: {kd_mask: wrong}\nengine: {timeout_s: 3}\n", encoding="utf-8")
+    words = ["--config", str(file), "--method.kd", "None"]  # which switches off what the file has
+    config = cli.parse(TrainConfig(), words, "train", "", unread=reasons)
+    assert config.method.kd_mask == "wrong"
+    assert typed(*words, "--method.kd-eos", "mask") == [
+        "--method.kd-eos must be left out, got mask: method.kd is None"
+    ]
+
+
+def test_a_value_of_a_mapping_that_nothing_reads_is_named() -> None:
+    (line,) = typed(
+        *("--model.teachers", "{a: y}", "--data.teacher-column", "t"),
+        *("--method.teachers", "{a: {kd_coef: {initial: 1, final: 2}}}"),
+    )
+    assert line.startswith(
+        "--method.teachers must leave out method.teachers.a.kd_coef.final, got method.teachers.a ="
+    )
+    assert line.endswith("}: method.teachers.a.kd_coef.kind is constant")
+
+
+def test_options_of_ranks_are_taken_without_torchrun() -> None:
+    words = ["--ranks.step-timeout-s", "60"]
+    config = cli.parse(TrainConfig(), words, "train", "", unread=reasons)
+    assert config.ranks.step_timeout_s == 60

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kdrl_train.config import DataConfig
 from kdrl_train.runfolder import jsonl
 from kdrl_train.tools import sft
-from kdrl_train.tools.sft import SftConfig, SolvedExample
+from kdrl_train.tools.sft import SftConfig
+from kdrl_train.tools.sft_batches import SolvedExample, batches, length_groups
 from kdrl_train.tools.toy import make_arithmetic
 from kdrl_train.tools.toy.models import ArchitectureConfig, make_model, train_tokenizer
 
@@ -150,7 +151,7 @@ def test_gradient_is_that_of_each_example_alone(tokenizer, learn_prompts: bool) 
         SolvedExample([], [7, 8, 2]),
         SolvedExample([9], [7] * 9),
     ]
-    assert len(sft.length_groups(examples)) > 1
+    assert len(length_groups(examples)) > 1
     nll, tokens = torch.zeros((), dtype=torch.float64), 0
     for example in examples:
         ids = torch.tensor(example.prompt + example.solution)
@@ -168,25 +169,25 @@ def test_gradient_is_that_of_each_example_alone(tokenizer, learn_prompts: bool) 
 
 def test_batches_hold_every_example_once_within_the_budget() -> None:
     lengths = [(7 * i) % 40 + 1 for i in range(200)] + [500]
-    batches = sft.batches(lengths, 128, seed=3, epoch=0)
-    assert sorted(i for batch in batches for i in batch) == list(range(201))
-    for batch in batches:
+    drawn = batches(lengths, 128, seed=3, epoch=0)
+    assert sorted(i for batch in drawn for i in batch) == list(range(201))
+    for batch in drawn:
         assert batch == [200] or sum(lengths[i] for i in batch) <= 128
-    for left, right in itertools.pairwise(batches):  # no batch has room for one more
+    for left, right in itertools.pairwise(drawn):  # no batch has room for one more
         assert sum(lengths[i] for i in [*left, right[0]]) > 128
-    assert sft.batches(lengths, 128, seed=3, epoch=0) == batches
-    assert sft.batches(lengths, 128, seed=3, epoch=1) != batches
-    assert sft.batches(lengths, 128, seed=4, epoch=0) != batches
+    assert batches(lengths, 128, seed=3, epoch=0) == drawn
+    assert batches(lengths, 128, seed=3, epoch=1) != drawn
+    assert batches(lengths, 128, seed=4, epoch=0) != drawn
 
 
 def test_length_groups_hold_every_example_once_with_little_padding() -> None:
     examples = [SolvedExample([i], [0] * ((7 * i) % 40 + 1)) for i in range(60)]
-    groups = sft.length_groups(examples)
+    groups = length_groups(examples)
     assert sorted(one.prompt[0] for group in groups for one in group) == list(range(60))
     for group in groups:
         assert len(group) * max(map(len, group)) <= 1.25 * sum(map(len, group))
     assert 1 < len(groups) < 12
-    assert len(sft.length_groups([examples[0]] * 9)) == 1
+    assert len(length_groups([examples[0]] * 9)) == 1
 
 
 def test_learning_rate_by_hand(task: Path) -> None:
@@ -260,7 +261,9 @@ def test_training_continues_a_model(task: Path, tmp_path: Path) -> None:
     first = sft.main(config_for(task, out=tmp_path / "first", steps=3), QUIET)
     small = {"learning_rate": 1e-9, "weight_decay": 0.0, "steps": 1}
     settings = config_for(task, out=tmp_path / "second", model=str(first), **small)
-    second = sft.main(settings, QUIET)
+    out = io.StringIO()
+    second = sft.main(settings, Console(file=out, width=300))
+    assert "nothing reads vocab_size = 270, architecture.hidden = 16, " in out.getvalue()
     before, after = (
         AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (first, second)
     )
