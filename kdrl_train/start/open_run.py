@@ -46,7 +46,9 @@ from kdrl_train.start.base_model import check_base, keep_base
 from kdrl_train.start.load import Loaded, LoadedTeacher, described, load
 from kdrl_train.start.optimizer import make_optimizer
 from kdrl_train.start.preflight import preflight, require
+from kdrl_train.start.prompts import PROBE_PROMPTS
 from kdrl_train.start.self_teacher import describe_self, first_prompts
+from kdrl_train.start.teacher_server import with_probe
 from kdrl_train.step.prefetch import Prefetch
 from kdrl_train.step.run import Position, Run
 
@@ -260,13 +262,15 @@ def pack_for(
     return replace(config, optim=replace(config.optim, micro_batch_tokens=1))
 
 
-def describe_teacher(config: TrainConfig, teacher: LoadedTeacher) -> TeacherInfo:
+def describe_teacher(config: TrainConfig, loaded: Loaded, teacher: LoadedTeacher) -> TeacherInfo:
     """Describe a teacher, behind a URL or in this process, whose files are hashed."""
     if teacher.place == SELF:
         return describe_self(config, teacher)
     if teacher.model is None:
         assert teacher.server is not None
-        return replace(teacher.server.info, vocab_size=teacher.vocab_size)
+        probed = loaded.examples[:PROBE_PROMPTS]
+        info = with_probe(config, teacher.server, teacher.head, loaded.tokenizer, probed)
+        return replace(info, vocab_size=teacher.vocab_size)
     output.begin(f"hashing the teacher, {described(teacher.place)}", at_once=True)
     return describe(teacher.place, teacher.model, teacher.tokenizer)
 
@@ -278,7 +282,7 @@ def checked_teachers(
 
     Returns: name -> description; and what to warn of.
     """
-    teachers = {one.name: describe_teacher(config, one) for one in loaded.teachers}
+    teachers = {one.name: describe_teacher(config, loaded, one) for one in loaded.teachers}
     moves = {SELF} if config.model.self_teacher != "frozen" else set()
     places = config.model.teacher_places
     doubts = []

@@ -19,6 +19,7 @@ from kdrl_train.model.teacher.client import (
     Query,
     TeacherClient,
     TeacherError,
+    TeacherInfo,
     vocabulary_hash,
 )
 from kdrl_train.model.teacher.head import ServedHead, load_norm, normal_rms
@@ -45,6 +46,7 @@ def check_server(client: TeacherClient) -> str:
     info = client.info
     parts = [f"{client.url}: {info.model}", info.dtype]
     parts.append(None if info.vocab_size is None else f"{info.vocab_size:,} columns")
+    parts.append(None if info.root in (None, info.model) else f"loaded from {info.root}")
     parts.append(None if info.window is None else f"a window of {info.window:,} tokens")
     said = ", ".join(part for part in parts if part)
     if is_exposed(client.url):
@@ -108,6 +110,32 @@ def check_scores(
             total, count = total + logprobs.sum().item(), count + len(logprobs)
     uniform = -math.log(client.vocab_size or len(tokenizer))
     return f"{total / max(count, 1):.2f} nats per prompt token (uniform guess: {uniform:.2f})"
+
+
+def with_probe(
+    config: TrainConfig,
+    client: TeacherClient,
+    head: ServedHead | None,
+    tokenizer: Any,
+    examples: list[Example],
+) -> TeacherInfo:
+    """Return what the server says of its model, and if that is no hash of its weights, what the
+    model says of a few prompts, by which a resumed run knows it again."""
+    if client.info.weights is not None:
+        return client.info
+    ids, logprobs = [], []
+    for example in examples:
+        prompt = encode_as_teacher_reads(tokenizer, example, config.data)[: PROBE_TOKENS + 1]
+        if len(prompt) > 1:
+            query = Query(f"prompt {example.id}", prompt[:1], prompt[1:])
+            ids.append(prompt)
+            if isinstance(client, PoolingClient):
+                assert head is not None
+                values = _logprobs(head, _query_once(client.states, query), prompt[1:])
+            else:
+                values = _query_once(client.logprobs, query)
+            logprobs.append(values.tolist())
+    return replace(client.info, probe_ids=ids, probe_logprobs=logprobs)
 
 
 def check_head(
@@ -187,9 +215,10 @@ def check_states(
         f"{len(head.weight):,} columns, {head.bytes / 1e9:.2f} GB on each rank; {mean:.2f} nats "
         f"per prompt token (uniform guess: {uniform:.2f}); {states_said}"
     )
-    other = client.root is None or Path(client.root) != Path(head.name)
+    root = client.info.root
+    other = root is None or Path(root) != Path(head.name)
     doubts = {
-        f"the server has loaded {client.root or 'a model that it does not name'}": other,
+        f"the server has loaded {root or 'a model that it does not name'}": other,
         "its final norm is not known, so that the states are not compared with it": norm is None,
         "it predicts prompts worse than a uniform guess would": mean < uniform - 1e-3,
     }

@@ -16,18 +16,20 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from kdrl_train.batch import Example
 from kdrl_train.config import ModelConfig, SamplingConfig, TeacherConfig, TrainConfig
 from kdrl_train.exchange import BadReplyError
 from kdrl_train.method.config import MethodConfig
-from kdrl_train.model.teacher.client import Query, TeacherError
-from kdrl_train.model.teacher.head import load_head, load_norm, normal_rms
+from kdrl_train.model.teacher.client import Query, TeacherError, TeacherInfo
+from kdrl_train.model.teacher.head import ServedHead, load_head, load_norm, normal_rms
+from kdrl_train.model.teacher.identity import check_same_teacher, keep_teacher
 from kdrl_train.model.teacher.openai import PoolingClient, connect
 from kdrl_train.model.teacher.replies import read_states
 from kdrl_train.start import teacher_server
 from kdrl_train.start.load import LoadedTeacher
-from kdrl_train.start.teacher_server import check_same_tokens, check_states
+from kdrl_train.start.teacher_server import check_same_tokens, check_states, with_probe
 from kdrl_train.tools.evaluate import common_width
 from tests.train.conftest import EXACT
 from tests.train.pooling_server import PoolingServer
@@ -130,20 +132,54 @@ def test_a_server_of_another_kind_is_told_how_to_start(folders: dict[str, Path])
         pass
 
 
+SETTINGS = TrainConfig(method=MethodConfig(kd="rkl"))
+
+
+def head_of(folder: Path, client: PoolingClient) -> ServedHead:
+    return load_head(
+        "teacher.head",
+        str(folder),
+        client.info,
+        temperature=1.0,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+
+
+@pytest.mark.fault("another teacher")
+def test_other_weights_are_known_by_what_they_say(
+    folders: dict[str, Path], tokenizer: Any, tmp_path: Path
+) -> None:
+    """The server says the same of both: nothing but the states has changed."""
+    server = PoolingServer(folders["teacher"])
+    with connected(server) as client:
+        head = head_of(folders["teacher"], client)
+
+        def probed() -> TeacherInfo:
+            return with_probe(SETTINGS, client, head, tokenizer, EXAMPLES)
+
+        first = probed()
+        keep_teacher(tmp_path, first)
+        (doubt,) = check_same_teacher(tmp_path, probed())
+        assert doubt.endswith("of a few prompts differ by 0 nats on average")
+        with torch.no_grad():
+            server.model.get_decoder().embed_tokens.weight *= -1
+        with pytest.raises(TeacherError, match=r"got another one \(its log-prob.* nats on average"):
+            check_same_teacher(tmp_path, probed())
+    assert first.probe_ids is not None
+    ids = first.probe_ids[0]
+    logits = AutoModelForCausalLM.from_pretrained(folders["teacher"])(torch.tensor([ids])).logits
+    expected = logits[0, :-1].log_softmax(dim=1).gather(1, torch.tensor([ids[1:]]).T)[:, 0]
+    assert first.probe_logprobs is not None
+    torch.testing.assert_close(torch.tensor(first.probe_logprobs[0]), expected)
+
+
 def checked(head: Path, tokenizer: Any, server: PoolingServer) -> str:
     """Check the states of a server for the head of a folder."""
-    settings = TrainConfig(method=MethodConfig(kd="rkl"))
     with connected(server) as client:
-        served = load_head(
-            "teacher.head",
-            str(head),
-            client.info,
-            temperature=1.0,
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-        )
+        served = head_of(head, client)
         assert LoadedTeacher("t", "k", "p", server=client, head=served).vocab_size == 258
-        return check_states(settings, client, served, tokenizer, EXAMPLES)
+        return check_states(SETTINGS, client, served, tokenizer, EXAMPLES)
 
 
 def test_states_that_fit_are_told_from_others(

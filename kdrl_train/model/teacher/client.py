@@ -30,6 +30,9 @@ TOKEN = "KDRL_TEACHER_TOKEN"
 """Environment variable with the token that a teacher's server demands, of either format."""
 
 
+FIRST_REPLY_S = 10.0
+"""Longest wait, before the first step, for what a server says of its model: that takes no time."""
+
 UNKNOWN = object()
 """Stands for what a server does not say, where None means that there is none."""
 
@@ -78,6 +81,12 @@ class TeacherInfo:
     fingerprint: str | None = None
     """Changes with any of the above but the model's name. Every reply holds it, as a server may
     restart with another model."""
+    root: str | None = None
+    """The folder or hub id that an openai server has loaded, which has no fingerprint."""
+    probe_ids: list[list[int]] | None = None
+    """A few prompts, of a teacher without a hash of its weights."""
+    probe_logprobs: list[list[float]] | None = None
+    """What it says of each of their tokens but the first, in nats."""
 
 
 class TeacherClient(ABC):
@@ -133,6 +142,12 @@ class TeacherClient(ABC):
             )
         return torch.tensor(values, dtype=torch.float32)
 
+    def _changed(self, was: str, now: str = "") -> TeacherError:
+        return TeacherError(
+            f"the teacher at {self.url} must stay the same during a run, got another one than "
+            f"{was}{now and f', {now}'}: restart the server as it was"
+        )
+
     def _wrong(self, what: str, error: BadReplyError) -> TeacherError:
         """Make the error for a reply that has not the format of model.teacher_api."""
         return TeacherError(
@@ -167,6 +182,11 @@ class TeacherClient(ABC):
             ) from error
 
     @abstractmethod
+    def require_same(self, timeout_s: float) -> None:
+        """Raise TeacherError where the server has another model than at first, unless its replies
+        say so; NoReplyError where a new try may help."""
+
+    @abstractmethod
     def _info(self, name: str | None) -> TeacherInfo: ...
 
     @abstractmethod
@@ -177,13 +197,16 @@ class KdrlClient(TeacherClient):
     """Talks to `python -m kdrl_train serve`."""
 
     def _info(self, _name: str | None) -> TeacherInfo:
-        version = self._send("what it is", "/version", None, self.timeout_s)
+        version = self._send("what it is", "/version", None, min(self.timeout_s, FIRST_REPLY_S))
         try:
             info = TeacherInfo(**described(version))
         except BadReplyError as error:
             raise self._wrong("/version", error) from error
         self.chat_template = version.get("chat_template", UNKNOWN)
         return info
+
+    def require_same(self, _timeout_s: float) -> None:
+        """Do nothing: every reply holds the fingerprint."""
 
     def states(self, query: Query, timeout_s: float | None = None) -> Tensor:
         """Return what the teacher's head reads to predict each token of the completion: [T, H_t],
@@ -264,10 +287,7 @@ class KdrlClient(TeacherClient):
     def _check_fingerprint(self, fingerprint: str) -> None:
         """Raise TeacherError where the server has another model than at first."""
         if fingerprint != self.info.fingerprint:
-            raise TeacherError(
-                f"the teacher at {self.url} must stay the same during a run, got another one than "
-                f"{self.info.model} ({self.info.dtype}): restart the server as it was"
-            )
+            raise self._changed(f"{self.info.model} ({self.info.dtype})")
 
 
 def _sequences(query: Query) -> list[dict[str, Any]]:

@@ -3,7 +3,9 @@ has a file, teacher_NAME.json."""
 
 import json
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from kdrl_train.config.models import DEFAULT_TEACHER, teacher_file
@@ -16,6 +18,8 @@ from kdrl_train.model.teacher.client import TeacherError, TeacherInfo, vocabular
 from kdrl_train.model.teacher.head import logit_numbers
 from kdrl_train.model.window import window
 
+SAME_NATS = 0.05
+"""Largest mean difference of log-probabilities that may be rounding alone, that of bfloat16."""
 FILE = teacher_file()
 """That of the default teacher."""
 
@@ -67,16 +71,35 @@ def check_same_teacher(folder: Path, now: TeacherInfo, name: str = DEFAULT_TEACH
         f"{key}: {getattr(before, key)} in the file, {value} now"
         for key, value in asdict(now).items()
         if key in stored  # a file of an older version says less
-        and key not in (("fingerprint", "model") if hashed else ("fingerprint", "weights"))
+        and key not in ("fingerprint", "probe_ids", "probe_logprobs")
+        and key != ("model" if hashed else "weights")
         and getattr(before, key) != value
     ]
+    apart = None if hashed else _apart(before, now)
+    if apart is not None and not apart <= SAME_NATS:
+        changed.append(f"its log-probabilities of a few prompts, by {apart:.2g} nats on average")
     if changed:
         raise TeacherError(
             f"the teacher {now.model} must be that of {path}, got another one "
             f"({'; '.join(changed)}): name or serve that model, or start a new run with another "
             "--out"
         )
-    return [] if hashed else [f"the weights of {now.model} cannot be compared with those of {path}"]
+    if hashed:
+        return []
+    doubt = f"the weights of {now.model} cannot be compared with those of {path}"
+    if apart is not None:
+        doubt += f"; its log-probabilities of a few prompts differ by {apart:.1g} nats on average"
+    return [doubt]
+
+
+def _apart(before: TeacherInfo, now: TeacherInfo) -> float | None:
+    """Return the mean difference of what two teachers say of a few prompts, in nats; None where it
+    is not known, or they are other prompts."""
+    if before.probe_ids is None or before.probe_ids != now.probe_ids:
+        return None
+    pairs = zip(*(chain(*one.probe_logprobs or ()) for one in (before, now)), strict=False)
+    differences = [abs(x - y) for x, y in pairs]
+    return fmean(differences) if differences else None
 
 
 def keep_teacher(folder: Path, info: TeacherInfo, name: str = DEFAULT_TEACHER) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from kdrl_train.config import ModelConfig, TeacherConfig
 from kdrl_train.exchange import REPLY_BYTES, BadReplyError, NoReplyError, member, only, typed
 from kdrl_train.model.teacher.client import (
+    FIRST_REPLY_S,
     KdrlClient,
     Query,
     TeacherClient,
@@ -37,22 +38,42 @@ CONNECTIONS = 16
 
 
 class OpenAiClient(TeacherClient):
-    """Talks to vLLM, or to another server that returns prompt_logprobs as vLLM does."""
+    """Talks to vLLM, or to another server that returns prompt_logprobs as vLLM does.
+
+    Such a server has no fingerprint of its weights. What it says of its model is compared after the
+    replies of each step, and the name in each reply with that in the first one.
+    """
+
+    beside = -1
+    """What its window leaves a prompt with its completion beside max_model_len: the server
+    generates one token for each query."""
+    named: str | None = None
+    """The name of the model in the first reply."""
 
     def _info(self, name: str | None) -> TeacherInfo:
-        model = self._model(name)
-        # the server generates one token for each query, which needs a place in the window too
-        longest = model.get("max_model_len")
-        return TeacherInfo(model=model["id"], window=None if longest is None else longest - 1)
+        return self._described(self._model(name, self.timeout_s))
 
-    def _model(self, name: str | None) -> dict[str, Any]:
+    def _described(self, model: dict[str, Any]) -> TeacherInfo:
+        longest = model.get("max_model_len")
+        window = None if longest is None else longest + self.beside
+        return TeacherInfo(model=model["id"], window=window, root=model.get("root"))
+
+    def require_same(self, timeout_s: float) -> None:
+        """Raise TeacherError where the name, the folder or the window is another one than at first;
+        NoReplyError where a new try may help."""
+        now = self._described(self._model(self.info.model, timeout_s))
+        if (now.root, now.window) != (self.info.root, self.info.window):
+            raise self._changed(_loaded(self.info), _loaded(now))
+
+    def _model(self, name: str | None, timeout_s: float) -> dict[str, Any]:
         """Return what the server says of the model with this name; None: of its only one."""
-        reply = self._send("its models", "/v1/models", None, self.timeout_s)
+        reply = self._send("its models", "/v1/models", None, min(timeout_s, FIRST_REPLY_S))
         try:
             models = {member(m, "id", str): m for m in member(reply, "data", list)}
             for model in models.values():
                 if model.get("max_model_len") is not None:
                     integer(model["max_model_len"], "max_model_len", 1)
+                typed(model.get("root"), "root", str, type(None))
         except BadReplyError as error:
             raise self._wrong("/v1/models", error) from error
         if name is None and len(models) == 1:
@@ -88,7 +109,11 @@ class OpenAiClient(TeacherClient):
         reply = self._send(str(query), "/v1/completions", body, timeout_s, len(ids))
         try:
             choice = typed(only(reply, "choices"), "choice", dict)
+            said = typed(reply.get("model"), "model", str, type(None))
             entries = choice.get("prompt_logprobs")
+            self.named = self.named or said
+            if said is not None and said != self.named:
+                raise self._changed(str(self.named), said)
             if entries is not None:
                 return of_completion(entries, ids, len(query.prompt_ids))
         except BadReplyError as error:
@@ -105,20 +130,14 @@ class PoolingClient(OpenAiClient):
     dtype: that in which the states are sent.
     """
 
+    beside = 1  # the last token is not sent
+
     def __init__(self, url: str, config: TeacherConfig, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.root: str | None = None
-        """The folder or hub id that the server has loaded; None: it does not say."""
         super().__init__(url, config)
 
     def _info(self, name: str | None) -> TeacherInfo:
-        model = self._model(name)
-        try:
-            self.root = typed(model.get("root"), "root", str, type(None))
-        except BadReplyError as error:
-            raise self._wrong("/v1/models", error) from error
-        longest = model.get("max_model_len")  # the last token is not sent
-        info = TeacherInfo(model=model["id"], window=None if longest is None else longest + 1)
+        info = super()._info(name)
         data = self._pooled("one token", info.model, [0], self.timeout_s, REPLY_BYTES)
         return replace(info, hidden_size=len(data) // self.dtype.itemsize)
 
@@ -182,6 +201,11 @@ class PoolingClient(OpenAiClient):
                 f"the teacher at {self.url} must give hidden states for {what}, got {error}: start "
                 f"vLLM with {START}, or see the server's log"
             ) from error
+
+
+def _loaded(info: TeacherInfo) -> str:
+    """Say what an openai server has loaded."""
+    return f"{info.model} from {info.root} with a window of {info.window} tokens"
 
 
 def connect(

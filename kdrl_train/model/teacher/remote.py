@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
+from functools import partial
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from kdrl_train.model.teacher.head import ServedHead
 from kdrl_train.model.teacher.openai import PoolingClient
 from kdrl_train.waiting import POLL_S, Poll, retry_waits
 
+T = TypeVar("T")
 QUIET_S = 1.0
 """A shorter time without a reply, in seconds, is not reported: a full queue is no outage."""
 
@@ -65,7 +68,7 @@ class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
         Returns: completion -> the future of the server's reply.
         """
         return {
-            r: self._pool.submit(self._score, self._query(rollouts, r))
+            r: self._pool.submit(self._send, partial(self._read, self._query(rollouts, r)))
             for r in selected_R.nonzero().flatten().tolist()
         }
 
@@ -94,14 +97,15 @@ class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
             if not selected_R[r]:
                 future.cancel()
         try:
-            waiting = {futures[r] for r in selected_R.nonzero().flatten().tolist()}
-            while waiting:
-                if poll is not None:
-                    poll()
-                _, waiting = wait(waiting, POLL_S)
+            selected = selected_R.nonzero().flatten().tolist()
+            _wait({futures[r] for r in selected}, poll)
+            if selected:
+                same = self._pool.submit(self._send, self.client.require_same)
+                _wait({same}, poll)
+                same.result()
             return [
-                futures[r].result() if selected else None
-                for r, selected in enumerate(selected_R.tolist())
+                futures[r].result() if is_selected else None
+                for r, is_selected in enumerate(selected_R.tolist())
             ]
         except TeacherError as error:
             raise self._failure or error from None
@@ -124,10 +128,10 @@ class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
             temperature=self.temperature,
         )
 
-    def _score(self, query: Query) -> TeacherReply:
-        """Return the reply for one completion; runs in a thread of the pool."""
+    def _send(self, request: Callable[[float], T]) -> T:
+        """Return the reply to a request, which takes its timeout; runs in a thread of the pool."""
         try:
-            return self._reply_to(query)
+            return self._reply_to(request)
         except TeacherError as error:
             with self._lock:
                 self._failure = self._failure or error
@@ -146,13 +150,13 @@ class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
         states = self.client.states(query, timeout_s)
         return states.bfloat16() if self.half else states
 
-    def _reply_to(self, query: Query) -> TeacherReply:
-        """Send a query until a reply comes, the deadline has passed or the teacher is closed."""
+    def _reply_to(self, request: Callable[[float], T]) -> T:
+        """Send a request until a reply comes, the deadline has passed or the teacher is closed."""
         start, waits = time.monotonic(), retry_waits()
         while not self._stop.is_set():
             left_s = self.config.deadline_s - self._silence(start)
             try:
-                reply = self._read(query, min(self.config.timeout_s, max(left_s, 0.1)))
+                reply = request(min(self.config.timeout_s, max(left_s, 0.1)))
             except NoReplyError as error:
                 if self._stop.is_set():  # it is no outage: `close` ended the request
                     break
@@ -193,6 +197,14 @@ class RemoteTeacher(AbstractContextManager["RemoteTeacher"]):
         if outage is not None:
             silence = self._last_reply - outage
             self.say(f"the teacher at {self.client.url} is back after {silence:.0f} s")
+
+
+def _wait(futures: set[Future[T]], poll: Poll | None) -> None:
+    """Wait until all of them are done."""
+    while futures:
+        if poll is not None:
+            poll()
+        _, futures = wait(futures, POLL_S)
 
 
 def may_query_early(method: MethodConfig, step: int, history: History) -> bool:

@@ -97,6 +97,20 @@ def test_a_run_keeps_its_teacher_and_says_what_it_cannot_compare(tmp_path: Path)
     for changed in ({"weights": "v"}, {"window": 8}, {"vocab_size": None}):
         with pytest.raises(TeacherError, match=f"{next(iter(changed))}: .* in the file, "):
             check_same_teacher(tmp_path, replace(info, **changed))
+    of_vllm = TeacherInfo(model="a", window=9, root="/a")
+    keep_teacher(tmp_path, of_vllm, "vllm")
+    assert "cannot be compared" in check_same_teacher(tmp_path, of_vllm, "vllm")[0]
+    with pytest.raises(TeacherError, match="root: /a in the file, /b now"):
+        check_same_teacher(tmp_path, replace(of_vllm, root="/b"), "vllm")
+    probed = replace(of_vllm, probe_ids=[[1, 2, 3], [4, 5]], probe_logprobs=[[-1.0, -2.0], [-3.0]])
+    keep_teacher(tmp_path, probed, "probed")
+    near, far = ([[-1.0, -2.0 - by], [-3.0]] for by in (0.03, 0.3))
+    (doubt,) = check_same_teacher(tmp_path, replace(probed, probe_logprobs=near), "probed")
+    assert doubt.endswith("of a few prompts differ by 0.01 nats on average")
+    with pytest.raises(TeacherError, match=r"of a few prompts, by 0\.1 nats on average"):
+        check_same_teacher(tmp_path, replace(probed, probe_logprobs=far), "probed")
+    others = replace(probed, probe_ids=[[1, 2, 9], [4, 5]], probe_logprobs=far)
+    assert "differ" not in check_same_teacher(tmp_path, others, "probed")[0]
     for damaged in ("{", "{}", '{"model": "a", "window": 9, "colour": 1}'):
         (tmp_path / "teacher.json").write_text(damaged, encoding="utf-8")
         with pytest.raises(TeacherError, match="must describe a teacher, got"):

@@ -17,13 +17,14 @@ pytest.importorskip("uvicorn")
 
 from kdrl_train import waiting
 from kdrl_train.config import ModelConfig, SamplingConfig, TeacherConfig, TrainConfig
+from kdrl_train.exchange import NoReplyError
 from kdrl_train.method.config import MethodConfig, ScheduleConfig
 from kdrl_train.method.schedules import History
-from kdrl_train.model.teacher import remote
+from kdrl_train.model.teacher import client, openai, remote
 from kdrl_train.model.teacher.client import TeacherError
 from kdrl_train.model.teacher.remote import may_query_early
 from tests.train.model.remote_teacher import ALL, Connected, rollouts
-from tests.train.servers import Scripted, by_position, free_port, running, status
+from tests.train.servers import Scripted, by_position, free_port, running, status, talking
 
 APIS = ("kdrl", "openai")
 
@@ -294,6 +295,64 @@ def test_a_server_that_came_back_as_another_is_refused(scripted: Callable) -> No
             connected.all()
 
 
+@pytest.mark.fault("another teacher")
+@pytest.mark.parametrize("change", [{"root": "/b"}, {"max_model_len": 8}, {"id": "other"}])
+def test_what_an_openai_server_says_of_its_model_must_stay(
+    scripted: Callable, change: dict[str, Any]
+) -> None:
+    """It has no fingerprint: a server that was started with another model is seen once a step."""
+    server, url = scripted()
+    server.models[0]["root"] = "/a"
+    with Connected(url, "openai") as connected:
+        connected.all()
+        server.models[0] |= change
+        now = server.models[0]
+        message = (
+            r"must stay the same during a run, got another one than scripted from /a with a window "
+            rf"of 255 tokens, scripted from {now['root']} with a window of "
+            rf"{now['max_model_len'] - 1} tokens: restart the server as it was"
+        )
+        if "id" in change:
+            message = r"teacher\.name must be a model of .*, got scripted: it has other"
+        with pytest.raises(TeacherError, match=message):
+            connected.all()
+
+
+@pytest.mark.fault("another teacher")
+def test_the_name_in_the_replies_of_an_openai_server_must_stay(
+    scripted: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, reply = ["a", "a", "b"], Scripted.openai
+
+    def named(self: Scripted, body: dict[str, Any]) -> Any:
+        return reply(self, body) | {"model": names.pop(0)}
+
+    monkeypatch.setattr(Scripted, "openai", named)
+    _, url = scripted()
+    with Connected(url, "openai", concurrency=1) as connected:
+        message = r"must stay the same during a run, got another one than a, b: restart the"
+        with pytest.raises(TeacherError, match=message):
+            connected.all()
+
+
+def test_a_server_that_goes_before_it_says_what_it_has_is_waited_for(
+    scripted: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, url = scripted()
+    with Connected(url, "openai") as connected:
+        describe, tries = connected.client._model, []
+
+        def away_once(*arguments: Any) -> Any:
+            tries.append(1)
+            if len(tries) == 1:
+                raise NoReplyError("status 503")
+            return describe(*arguments)
+
+        monkeypatch.setattr(connected.client, "_model", away_once)
+        torch.testing.assert_close(connected.all()[3], expected(3))
+    assert tries == [1, 1]
+
+
 def test_models_of_an_openai_server_are_chosen_by_name(scripted: Callable) -> None:
     server, url = scripted()
     server.models = [{"id": "a", "max_model_len": 256}, {"id": "b"}]
@@ -307,6 +366,18 @@ def test_models_of_an_openai_server_are_chosen_by_name(scripted: Callable) -> No
         assert connected.client.vocab_size is None
     with Connected(url, "openai", name="b") as connected:
         assert connected.client.info.window is None
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_a_silent_server_costs_seconds_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, api: str
+) -> None:
+    for module in (client, openai):
+        monkeypatch.setattr(module, "FIRST_REPLY_S", 0.1)
+    with talking(lambda _: time.sleep(1)) as url:
+        message = r"model\.teacher must reply, got no whole reply within 0\.1 s from .*: start it"
+        with pytest.raises(TeacherError, match=message):
+            Connected(url, api)
 
 
 @pytest.mark.parametrize("api", APIS)
