@@ -26,7 +26,7 @@ FLOORS = (
     ("batch",),
     ("exchange", "ranks"),
     ("watch",),
-    ("copies", "errors", "output", "proxies", "settings", "waiting"),
+    ("copies", "errors", "hub", "output", "proxies", "settings", "waiting"),
 )
 """The rooms of kdrl_train, from the highest to the lowest; rooms of one floor do not meet."""
 

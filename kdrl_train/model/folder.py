@@ -24,11 +24,10 @@ from transformers import (
     PretrainedConfig,
 )
 
+from kdrl_train.hub import DEADLINE_S, unreachable
 from kdrl_train.settings import nearest
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-HUB_TIMEOUT_S = 10.0
-"""Longest wait for the hub's first reply; transformers itself waits and retries for 30 s."""
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """The files that transformers reads, in its order; of each there may be an index of shards."""
 ADAPTER_CONFIG = "adapter_config.json"
@@ -172,10 +171,13 @@ def _is_hub_id(name: str) -> bool:
 
 def _hub_problem(name: str) -> str:
     """Say why the hub has no model of this name; nothing if it has one, or its cache has."""
+    why = unreachable()
     if isinstance(try_to_load_from_cache(name, "config.json"), str):
         return _adapter_problem(name)
+    if why:
+        return f"there is no such folder, and the hub cannot be reached ({why})"
     try:
-        info = HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
+        info = HfApi().model_info(name, timeout=DEADLINE_S)
     except GatedRepoError:
         return GATED
     except (RepositoryNotFoundError, HFValidationError):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdrl_train.config import DataConfig
+from kdrl_train.hub import unreachable
 from kdrl_train.rollouts.columns import plain
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -194,14 +195,18 @@ def _jsonl_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _hub_records(config: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    why = unreachable()
     datasets = importlib.import_module("datasets")
     name, _, configuration = config.path.partition(":")
     try:
         records = datasets.load_dataset(name, configuration or None, split=config.split)
     except (OSError, ValueError) as error:  # unknown id, no network, unknown split or configuration
+        said = " ".join(str(error).split())
+        if why:
+            said = f"the hub cannot be reached ({why}), and its cache has no such set: name a file"
         raise ValueError(
             f"data.path must be an existing file or folder, or a hub id that has data.split = "
-            f"{config.split!r}, got {config.path!r}: {error}"
+            f"{config.split!r}, got {config.path!r}: {said}"
         ) from error
     for number, record in enumerate(records, start=1):
         yield f"{config.path}:{number}", plain(record)

@@ -3,7 +3,7 @@
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from rich.table import Table
@@ -14,7 +14,7 @@ from kdrl_train.config import TrainConfig
 from kdrl_train.errors import RankError, RunError
 from kdrl_train.model import lora
 from kdrl_train.model.load import use_device
-from kdrl_train.model.teacher.client import TeacherError
+from kdrl_train.model.teacher.client import FIRST_REPLY_S, TeacherError
 from kdrl_train.proxies import is_exposed
 from kdrl_train.ranks import ALONE, World
 from kdrl_train.ranks import connect as connect_ranks
@@ -160,7 +160,9 @@ def check_engine(config: TrainConfig, longest: int = 0) -> str:
 
     Raises: ValueError if not; UserWarning where the way to it is open to others.
     """
-    with closing(vllm_server.connect(config)) as client:
+    within_s = min(config.engine.timeout_s, FIRST_REPLY_S)  # it is no outage yet, which may end
+    engine = replace(config.engine, timeout_s=within_s)
+    with closing(vllm_server.connect(replace(config, engine=engine))) as client:
         model, window = vllm_server.inspect(client, config)
     if longest > window:
         raise ValueError(

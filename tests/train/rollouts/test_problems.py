@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig
+from kdrl_train.rollouts import records
 from kdrl_train.rollouts.problems import (
     encode_all,
     encode_prompt,
@@ -78,6 +79,7 @@ def test_a_folder_without_splits_gives_all_its_files(tmp_path: Path) -> None:
 
 def test_a_hub_id_goes_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
+    monkeypatch.setattr(records, "unreachable", str)  # the hub is there
 
     def load_dataset(name: str, configuration: str | None, split: str) -> datasets.Dataset:
         calls.append((name, configuration, split))
@@ -95,8 +97,13 @@ def test_a_hub_id_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) 
         raise datasets.exceptions.DatasetNotFoundError(f"no {name} {configuration} {split}")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(records, "unreachable", str)
     expected = r"data\.path must be .* 'train', got 'someone/sett': no someone/sett None train"
     with pytest.raises(ValueError, match=expected):
+        load_examples(DataConfig(path="someone/sett"))
+    monkeypatch.setattr(records, "unreachable", lambda: "X: no reply within 10 s")
+    why = r"'someone/sett': the hub cannot be reached \(X: no reply within 10 s\), and its cache "
+    with pytest.raises(ValueError, match=why + "has no such set: name a file"):
         load_examples(DataConfig(path="someone/sett"))
 
 
