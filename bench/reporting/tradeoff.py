@@ -56,7 +56,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
             axes = figure.add_axes(
                 (left / WIDTH, bottom / HEIGHT, wide / WIDTH, TALL / HEIGHT),
                 yscale="log",
-                xlim=(0, 1.1 * max(x for x, _ in every)),
+                xlim=(0, 1.25 * max(x for x, _ in every)),
                 ylim=limits,
             )
             _frame(axes, profile, first=place == 0)
@@ -66,8 +66,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
             for row in panel:
                 _draw(axes, row, *MARKS[ops.index(row["op"]) % len(MARKS)])
             for name, point in _sketches(slowest).items():  # the others' are beside these
-                text = f"${name[:2]}{{{name[2:]}}}$"
-                axes.annotate(text, point, (6, 4), textcoords="offset points", color=INK)
+                axes.annotate(name, point, (6, 4), textcoords="offset points", color=INK)
         figure.savefig(path)
 
 
@@ -101,9 +100,10 @@ def _draw(axes: Axes, row: Row, marker: str, color: str) -> None:
 
 
 def _frame(axes: Axes, profile: str, first: bool) -> None:
-    """Write titles and grid of a panel; the first has the labels of the error."""
+    """Write titles and grid of a panel; the first has the labels."""
     axes.set_title(f"profile {profile}", loc="left", fontsize=SIZE, weight="bold", color=INK, pad=5)
-    axes.set_xlabel("time / bare GEMMs of the exact gradient", color=PALE, fontsize=9)
+    if first:
+        axes.set_xlabel("time / bare GEMMs of the exact gradient", color=PALE, fontsize=9, loc="left")
     axes.grid(color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, labelsize=9, colors=PALE, labelleft=first)
