@@ -103,7 +103,8 @@ def _frame(axes: Axes, profile: str, first: bool) -> None:
     """Write titles and grid of a panel; the first has the labels."""
     axes.set_title(f"profile {profile}", loc="left", fontsize=SIZE, weight="bold", color=INK, pad=5)
     if first:
-        axes.set_xlabel("time / bare GEMMs of the exact gradient", color=PALE, fontsize=9, loc="left")
+        label = "time / bare GEMMs of the exact gradient"
+        axes.set_xlabel(label, color=PALE, fontsize=9, loc="left")
     axes.grid(color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, labelsize=9, colors=PALE, labelleft=first)
