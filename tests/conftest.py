@@ -9,6 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny; subprocesses 
 import pytest
 import torch
 
+from tests.interpreter import search_once_a_launch
+
 gc.disable()  # until the tests are collected: searches of what is imported take 5 s of CPU
 HAS_GPU = torch.cuda.is_available()
 if HAS_GPU:
@@ -25,9 +27,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Look for garbage again, but not among the modules and the tests: 0.2 s each time."""
+    """Look for garbage again, but not among the modules and the tests: 0.2 s each time.
+
+    Triton is imported by now, where a test of kernels is among those collected.
+    """
     gc.freeze()
     gc.enable()
+    search_once_a_launch()
 
 
 def pytest_unconfigure() -> None:
