@@ -3,12 +3,13 @@
 Such a tensor computes on the CPU, but says that its device is cuda:0, and makes others that do.
 The host waits where it reads a value or a size that depends on one, and where it copies what is not
 pinned, or to the CPU. Each wait is recorded with the function of this repository that caused it. An
-operator on tensors of both devices raises, as on a GPU. What is not seen: what a wait costs, and
-waits inside the kernels of PyTorch that read no value.
+operator on tensors of both devices raises, as on a GPU. A copy to pinned memory arrives with the
+next wait for it: who reads earlier reads NaN. What is not seen: what a wait costs, and waits inside
+the kernels of PyTorch that read no value.
 """
 
 import sys
-from collections import Counter
+from collections import Counter, deque
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,10 @@ class GpuTensor(Tensor):
         if func.namespace == "kdrl":  # an operator of this repository: its code runs here too
             with gpu:
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+        if func.namespace == "c10d":  # the ranks meet on the GPU, and the host does not wait
+            return func(*tree_map(_memory, args), **tree_map(_memory, kwargs))
+        if name == "copy_" and gpu.sends(*args, **kwargs):
+            return args[0]
         gpu.look_at(name, args, kwargs)
         out = func(*tree_map(_memory, args), **tree_map(_memory, kwargs))
         return return_and_correct_aliasing(func, args, kwargs, tree_map(on_gpu, out))
@@ -92,13 +97,6 @@ def _is_named(path: str) -> bool:
     return path.startswith(ROOMS) and not path.endswith("copies.py")
 
 
-def _pinned(tensor: Tensor) -> Tensor:
-    """Return a copy that stands for one in pinned memory."""
-    copy = tensor.clone()
-    copy.pinned = True  # type: ignore[attr-defined]
-    return copy
-
-
 def _memory(value: Any) -> Any:
     return value.data_ if isinstance(value, GpuTensor) else value
 
@@ -112,6 +110,11 @@ class PretendedGpu(TorchFunctionMode):
         super().__init__()
         self.waits: Counter[str] = Counter()
         """What waited -> how often: "kdrl_train/step/update.py clip: _local_scalar_dense"."""
+        self.pinned: dict[int, Any] = {}
+        """Storages of pinned memory by their address; they are kept, so it is not used again."""
+        self.sent = 0
+        """Copies to pinned memory that were begun."""
+        self._pending: deque[tuple[Tensor, Tensor]] = deque()
 
     def __enter__(self) -> "PretendedGpu":
         """Begin to pretend; a block may be inside another one of the same object."""
@@ -119,8 +122,15 @@ class PretendedGpu(TorchFunctionMode):
         super().__enter__()
         return self
 
-    def wait(self, what: str) -> None:
-        """Record a wait of the function of this repository that is at work."""
+    def wait(self, what: str, sent: int | None = None) -> None:
+        """Record a wait of the function of this repository that is at work.
+
+        sent: how many copies to pinned memory have arrived then; None: all.
+        """
+        last = self.sent if sent is None else sent
+        while self.sent - len(self._pending) < last:
+            target, values = self._pending.popleft()
+            target.copy_(values)
         frame = sys._getframe(1)
         while frame is not None and not _is_named(frame.f_code.co_filename):
             frame = frame.f_back  # type: ignore[assignment]
@@ -129,6 +139,36 @@ class PretendedGpu(TorchFunctionMode):
             path = Path(frame.f_code.co_filename).relative_to(ROOT).as_posix()
             where = f"{path} {frame.f_code.co_qualname}"
         self.waits[f"{where}: {what}"] += 1
+
+    def pin(self, tensor: Tensor) -> Tensor:
+        """Have the memory of a tensor on the CPU count as pinned."""
+        storage = tensor.untyped_storage()
+        self.pinned[storage.data_ptr()] = storage
+        return tensor
+
+    def is_pinned(self, tensor: Tensor) -> bool:
+        """Say whether a tensor, maybe a view, is in pinned memory."""
+        return tensor.untyped_storage().data_ptr() in self.pinned
+
+    def send(self, target: Tensor, values: Tensor) -> Tensor:
+        """Begin to copy values, as they are now, to pinned memory; return it."""
+        target.fill_(torch.nan if target.is_floating_point() else 77)
+        self._pending.append((target, values.clone()))
+        self.sent += 1
+        return target
+
+    def sends(self, target: Tensor, source: Tensor, non_blocking: bool = False) -> bool:
+        """Do what copy_ does where the host does not wait for it; say whether that is so."""
+        to_gpu, from_gpu = (isinstance(x, GpuTensor) for x in (target, source))
+        if not non_blocking or to_gpu == from_gpu:
+            return False
+        if not self.is_pinned(source if to_gpu else target):
+            return False
+        if to_gpu:
+            _memory(target).copy_(source)
+        else:
+            self.send(target, _memory(source))
+        return True
 
     def look_at(self, name: str, args: Any, kwargs: Any) -> None:
         """Record a wait of an operator; raise where its tensors are on two devices."""
@@ -147,19 +187,22 @@ class PretendedGpu(TorchFunctionMode):
             DEVICE: lambda x: GPU if isinstance(x, GpuTensor) else DEVICE(x),
             IS_CUDA: lambda x: isinstance(x, GpuTensor),
             Tensor.backward: self.backward,
-            Tensor.pin_memory: _pinned,
+            Tensor.pin_memory: lambda x: self.pin(x.clone()),
             Tensor.to: self.to,
             Tensor.cpu: lambda x: self.to(x, "cpu"),
             Tensor.tolist: lambda x: self.to(x, "cpu").tolist(),
         }.get(func)
         if take_over is not None:
             return take_over(*args, **kwargs)
+        if kwargs.pop("pin_memory", False):
+            return self.pin(func(*args, **kwargs))
         device = kwargs.get("device")
         if device is None or torch.device(device).type != "cuda":
             return func(*args, **kwargs)
-        if func in (torch.tensor, torch.as_tensor):  # from numbers of the host, not pinned
+        made = func(*args, **kwargs | {"device": "cpu"})
+        if func in (torch.tensor, torch.as_tensor) and made.numel():  # from numbers of the host
             self.wait(func.__name__)
-        return tree_map(on_gpu, func(*args, **kwargs | {"device": "cpu"}))
+        return tree_map(on_gpu, made)
 
     def backward(self, loss: Tensor, **_: Any) -> None:
         """Do what Tensor.backward does, pretending in the backward functions too."""
@@ -182,9 +225,11 @@ class PretendedGpu(TorchFunctionMode):
         to_gpu = from_gpu if device is None else device.type == "cuda"
         if from_gpu == to_gpu:
             return Tensor.to(tensor, dtype or tensor.dtype)
-        if not (non_blocking and (from_gpu or getattr(tensor, "pinned", False))):
-            self.wait("to")
         copy = _memory(tensor.detach()).to(dtype or tensor.dtype, copy=True)
+        if from_gpu and non_blocking:  # to new memory, which PyTorch pins
+            return self.send(torch.empty_like(copy), copy)
+        if not (non_blocking and self.is_pinned(tensor)):
+            self.wait("to")
         return GpuTensor(copy) if to_gpu else copy
 
 
@@ -193,14 +238,17 @@ class Event:
 
     def __init__(self, enable_timing: bool = False) -> None:
         self.timed = enable_timing
+        self.sent = 0
 
     def record(self) -> None:
-        """Do nothing."""
+        """Note which copies were begun before."""
+        assert PretendedGpu.current is not None
+        self.sent = PretendedGpu.current.sent
 
     def synchronize(self) -> None:
-        """Wait."""
+        """Wait for them."""
         assert PretendedGpu.current is not None
-        PretendedGpu.current.wait("Event.synchronize")
+        PretendedGpu.current.wait("Event.synchronize", self.sent)
 
     def elapsed_time(self, other: "Event") -> float:
         """Return some milliseconds."""

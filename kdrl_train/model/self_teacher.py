@@ -13,6 +13,7 @@ from torch import Tensor
 import kdrl_kernels as kk
 from kdrl_train.config import ModelConfig
 from kdrl_train.config.models import SELF
+from kdrl_train.copies import host_copies
 from kdrl_train.model import lora
 from kdrl_train.model.attention import Choice
 from kdrl_train.model.folder import is_adapter
@@ -109,10 +110,14 @@ class EmaTeacher(Teacher):
         """Move every weight toward the policy's, shard by shard."""
         reshard(self)  # what its last pass has gathered is stale from here on
         reshard(policy)
-        theirs = dict(policy.named_parameters())
-        for name, parameter in self.named_parameters():
-            mine, new = _part(parameter), _part(theirs[name])
-            mine.lerp_(new.to(mine.device), 1 - self.decay)
+        mine = {name: _part(parameter) for name, parameter in self.named_parameters()}
+        new = {name: _part(parameter) for name, parameter in policy.named_parameters()}
+        near = {name for name, part in mine.items() if part.device == new[name].device}
+        for name in near:
+            mine[name].lerp_(new[name], 1 - self.decay)
+        far = ((name, new[name]) for name in mine if name not in near)  # one of them is offloaded
+        for name, part in host_copies(far, torch.float32):
+            mine[name].lerp_(part.to(mine[name].device), 1 - self.decay)
 
 
 def _part(parameter: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kdrl_train.copies import to_device, to_host
+from kdrl_train import copies
+from kdrl_train.copies import host_copies, to_device, to_host
 from tests.pretended_gpu import GpuTensor, on_gpu, pretend
 
 
@@ -31,3 +32,32 @@ def test_a_copy_to_the_gpu_is_not_waited_for(device: str, monkeypatch: pytest.Mo
         assert copy.device.type == device
         assert not gpu.waits
     assert torch.equal(copy.data_ if isinstance(copy, GpuTensor) else copy, value)
+
+
+@pytest.mark.parametrize("numbers", [1, 5, 32, 1000])
+def test_weights_come_through_two_buckets(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copies, "BUCKET_BYTES", 2 * numbers)
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"a": (), "b": (2, 3), "none": (0, 4), "large": (9, 11), "c": (7, 5), "d": (1,)}
+    values = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+    values["c"] = values["c"].T  # not contiguous
+    values |= {"16 bits": values["b"].bfloat16(), "here": torch.randn(3, generator=draw)}
+    with pretend(monkeypatch) as gpu:
+        sent = ((k, v if k == "here" else on_gpu(v)) for k, v in values.items())
+        host = dict(host_copies(sent, torch.bfloat16))
+        count = sum(v.numel() for k, v in values.items() if k != "here")
+        assert gpu.waits == {"elsewhere: Event.synchronize": -(-count // numbers)}
+        assert [len(storage) for storage in gpu.pinned.values()] == [2 * numbers] * 2
+    assert host.keys() == values.keys()
+    for name, value in values.items():
+        assert type(host[name]) is torch.Tensor
+        assert host[name].is_contiguous()
+        assert host[name].dtype == torch.bfloat16
+        assert torch.equal(host[name], value.bfloat16()), name
+
+
+def test_weights_of_the_cpu_need_no_bucket() -> None:
+    value = torch.arange(6.0).view(2, 3)
+    ((_, copy),) = host_copies([("w", value)], torch.float32)
+    assert copy.data_ptr() == value.data_ptr()
+    assert not dict(host_copies([], torch.float32))

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kdrl_train.config import SamplingConfig, TrainConfig
+from kdrl_train.copies import host_copies
 from kdrl_train.errors import EngineError, RunError
 from kdrl_train.exchange import BadReplyError, member, only
 from kdrl_train.model.folder import base_of
@@ -161,10 +162,10 @@ class VllmServerEngine(RequestEngine):
             except Stopped:
                 return None
 
-        weights: dict[str, Tensor] = {}
-        for name, weight in full_weights(policy.model):
-            if self.world.main:
-                weights[name] = weight.to("cpu", self.dtype).contiguous()
+        whole = full_weights(policy.model)
+        weights = dict(host_copies(whole, self.dtype)) if self.world.main else {}
+        for _ in whole:  # other ranks keep none, but take part where weights are gathered
+            pass
         self.failure = None
         try:
             self.label = self.world.on_main(push)

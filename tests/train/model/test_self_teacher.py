@@ -21,6 +21,7 @@ from kdrl_train.model.packing import pack
 from kdrl_train.model.policy import Policy, Teacher, objective
 from kdrl_train.model.self_teacher import EmaTeacher, LiveTeacher
 from kdrl_train.model.teachers import Teachers
+from tests.pretended_gpu import move, pretend
 from tests.train.coefficients import coefficients_of
 from tests.train.model.test_policy import KD, V, relative_error, some_rollouts
 
@@ -190,3 +191,17 @@ def test_an_average_after_n_steps_is_the_one_by_hand(tiny: Callable[..., Any]) -
         expected = 0.421875 * start[name] + 1.515625
         torch.testing.assert_close(parameter.double(), expected, rtol=1e-6, atol=1e-6)
     assert not any(p.requires_grad for p in average.parameters())
+
+
+def test_an_offloaded_average_waits_once_for_the_policys_weights(
+    tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = Policy(tiny("qwen2", seed=1), RKL)
+    near, far = (EmaTeacher(tiny("qwen2", seed=2), decay=0.75) for _ in range(2))
+    near.follow(policy)
+    with pretend(monkeypatch) as gpu:
+        move(policy.model)
+        far.follow(policy)
+    assert gpu.waits == {"kdrl_train/model/self_teacher.py EmaTeacher.follow: Event.synchronize": 1}
+    for name, parameter in near.named_parameters():
+        assert torch.equal(far.get_parameter(name), parameter)

@@ -17,6 +17,7 @@ import fastapi
 import safetensors.torch
 from transformers import MambaConfig
 
+from kdrl_train import copies
 from kdrl_train.config import EngineConfig, EvalConfig, SamplingConfig
 from kdrl_train.errors import EngineError
 from kdrl_train.model.load import load_policy, load_tokenizer
@@ -27,6 +28,7 @@ from kdrl_train.rollouts.engines.requests import longest_sequence
 from kdrl_train.rollouts.engines.vllm import require_vllm
 from kdrl_train.start import preflight
 from kdrl_train.tools.serve.app import RequireToken
+from tests.pretended_gpu import move, pretend
 from tests.train.rollouts.scripted_vllm import (
     PROMPTS,
     REQUEST,
@@ -106,6 +108,21 @@ def test_a_push(opened: tuple[Any, Policy], server: Scripted) -> None:
     assert server.weights.keys() == expected.keys()
     assert all(torch.equal(server.weights[name], expected[name]) for name in expected)
     assert engine.file.exists()  # for a server that restarts
+
+
+def test_a_push_from_a_gpu_waits_once_a_bucket(
+    opened: tuple[Any, Policy], server: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, policy = opened
+    expected = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    monkeypatch.setattr(copies, "BUCKET_BYTES", 4096)
+    with pretend(monkeypatch) as gpu:
+        move(policy.model)
+        engine.load(policy, 4)
+    what = "kdrl_train/rollouts/engines/vllm_server.py VllmServerEngine.load: Event.synchronize"
+    assert gpu.waits == {what: -(-4 * sum(p.numel() for p in expected.values()) // 4096)}
+    assert server.weights.keys() == expected.keys()
+    assert all(torch.equal(server.weights[name], expected[name]) for name in expected)
 
 
 @pytest.mark.fault("attack on vLLM")
