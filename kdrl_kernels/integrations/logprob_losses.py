@@ -5,9 +5,11 @@ any shape. The host's own backward pass then takes it through the head.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from kdrl_kernels.objective import Objective, subtract, token_losses
@@ -34,6 +36,12 @@ def policy_losses(
     """
     objective = Objective(kd=None, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
     return token_losses(objective, Rows(logprobs, old_logprobs, advantages))
+
+
+def read_numbers(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Read 0-d tensors of one device; the host waits for a GPU once for all of them."""
+    together = torch.stack([value.detach().double() for value in values.values()])
+    return dict(zip(values, together.tolist(), strict=True))
 
 
 def near(logprobs: Tensor, teacher_logprobs: Tensor, bound: float) -> Tensor:

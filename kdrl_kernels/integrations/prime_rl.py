@@ -103,7 +103,7 @@ def _rows(inputs: Any, distilled: bool) -> tuple[Rows, Tensor | None]:
             f"inputs must be a LossInputs of prime-rl, got {type(inputs).__name__} without "
             f"{', '.join(lacking)}"
         )
-    mask = inputs.loss_mask
+    places = inputs.loss_mask.nonzero(as_tuple=True)  # a GPU is waited for once
     reference = getattr(inputs, "ref_logprobs", None)
     if reference is None:
         reference = getattr(inputs, "teacher_logprobs", None)
@@ -113,13 +113,13 @@ def _rows(inputs: Any, distilled: bool) -> tuple[Rows, Tensor | None]:
             "advantages and scores the samples with a reference model, or kd=None"
         )
     rows = Rows(
-        logprobs=inputs.trainer_logprobs[mask],
-        old_logprobs=inputs.inference_logprobs[mask],
-        advantages=inputs.advantages[mask],
-        teacher_logprobs=reference[mask] if distilled and reference is not None else None,
+        logprobs=inputs.trainer_logprobs[places],
+        old_logprobs=inputs.inference_logprobs[places],
+        advantages=inputs.advantages[places],
+        teacher_logprobs=reference[places] if distilled and reference is not None else None,
     )
     weights = getattr(inputs, "loss_weights", None)
-    return rows, None if weights is None else weights[mask]
+    return rows, None if weights is None else weights[places]
 
 
 def _metrics(objective: Objective, rows: Rows, bound: float | None) -> dict[str, Tensor]:

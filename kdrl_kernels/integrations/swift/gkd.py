@@ -16,6 +16,8 @@ from kdrl_kernels.integrations.swift.head import SwiftHead, through_head
 
 MOST_TOKENS = 512
 """Most tokens of a row beside the label whose log-probabilities linear_logprobs returns."""
+Places = tuple[Tensor, ...]
+"""Sequences and positions of the labelled tokens, [N] each; a GPU is waited for to count them."""
 NEVER = -1e4
 """Log-probability in place of -inf, where a row has fewer than K likely tokens."""
 
@@ -71,24 +73,24 @@ class SwiftGKDTrainer(GKDTrainer):
             self.prepare_logits_to_keep(student)
             if not self.use_teacher_api:
                 self.prepare_logits_to_keep(teacher)
-        labels, mask = _targets(student)
-        _, teacher_mask = _targets(teacher)
-        if mask.sum() != teacher_mask.sum():
+        labels, places = _targets(student)
+        _, of_teacher = _targets(teacher)
+        if len(places[0]) != len(of_teacher[0]):
             raise ValueError(
-                f"student and teacher must have as many labelled tokens, got {int(mask.sum())} "
-                f"and {int(teacher_mask.sum())}"
+                f"student and teacher must have as many labelled tokens, got {len(places[0])} "
+                f"and {len(of_teacher[0])}"
             )
         sft_alpha = self.args.sft_alpha
         if inputs["gkd_batch"].data_source == DataSource.STUDENT:
             sft_alpha = 0.0
         target: Any
         if self.use_teacher_api:
-            target = _served(inputs["gkd_batch"], teacher_mask, self.temperature)
+            target = _served(inputs["gkd_batch"], of_teacher, self.temperature)
         else:
-            target = self._teacher_rows(model, teacher, teacher_mask)
+            target = self._teacher_rows(model, teacher, of_teacher)
 
         def loss(hidden: Tensor, head: SwiftHead) -> Tensor:
-            rows, tokens = hidden[mask], labels[mask]
+            rows, tokens = hidden[places], labels[places]
             value = self._divergence(rows, head, tokens, target)
             if sft_alpha > 0:
                 out = kk.linear_logprobs(rows, head.weight, tokens, **head.options(1.0))
@@ -100,7 +102,7 @@ class SwiftGKDTrainer(GKDTrainer):
         return (value, None) if return_outputs else value
 
     def _teacher_rows(
-        self, model: nn.Module, inputs: dict[str, Any], mask: Tensor
+        self, model: nn.Module, inputs: dict[str, Any], places: Places
     ) -> kk.TeacherHead | tuple[Tensor, Tensor]:
         """Run the teacher: its head at the labelled tokens, or its K likeliest tokens of each."""
         K = self.gkd_logits_topk
@@ -108,7 +110,7 @@ class SwiftGKDTrainer(GKDTrainer):
         kept: list[Any] = []
 
         def keep(hidden: Tensor, head: SwiftHead) -> Tensor:
-            teacher = head.teacher(hidden[mask], self.temperature, copy=copy and K is None)
+            teacher = head.teacher(hidden[places], self.temperature, copy=copy and K is None)
             kept.append(teacher if K is None else _best(teacher, K, self._columns()))
             return hidden.new_empty(*hidden.shape[:2], 0)
 
@@ -148,7 +150,7 @@ class SwiftGKDTrainer(GKDTrainer):
             )
             return out.loss
         ids, logprobs = target
-        covered = logprobs.isfinite().any(dim=-1)  # a server knows nothing of some tokens
+        covered = logprobs.isfinite().any(dim=-1).nonzero().squeeze(1)  # a server knows not all
         rows, ids, logprobs = rows[covered], ids[covered], logprobs[covered]
         scored = kk.linear_logprobs(rows, head.weight, ids[:, 0], extra_tokens=ids, **options)
         assert scored.extra_logprobs is not None
@@ -166,15 +168,15 @@ def _objective(beta: float) -> kk.Objective:
     return kk.Objective(policy="off", kd="jsd", kd_coef=1.0, jsd_alpha=beta)
 
 
-def _targets(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _targets(inputs: dict[str, Any]) -> tuple[Tensor, Places]:
     """Take the labels out of a model's inputs: the next token of each row, and where it counts."""
     labels = torch.roll(inputs.pop("labels"), shifts=-1, dims=1)
-    return labels, labels != -100
+    return labels, (labels != -100).nonzero(as_tuple=True)
 
 
-def _served(batch: Any, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _served(batch: Any, places: Places, temperature: float) -> tuple[Tensor, Tensor]:
     """Return the K tokens of each labelled row that a server sent, and their log-probabilities."""
-    return batch.teacher_topk_indices[mask], batch.teacher_topk_logprobs[mask] / temperature
+    return batch.teacher_topk_indices[places], batch.teacher_topk_logprobs[places] / temperature
 
 
 def _best(teacher: kk.TeacherHead, K: int, columns: int) -> tuple[Tensor, Tensor]:

@@ -49,12 +49,13 @@ def completion_weights(
         rewards_R: [R] float, the G completions of a prompt in a row.
         right_above: a completion with a reward above this is right.
     """
-    known_PG = ~rewards_R.isnan().view(-1, G).cpu()
-    right_PG = (rewards_R > right_above).view(-1, G).cpu()
+    rewards_PG = rewards_R.view(-1, G).cpu()
+    known_PG = ~rewards_PG.isnan()
+    right_PG = rewards_PG > right_above
     mask_PG = kd_mask(right_PG, method.kd_mask)
     if method.kd_mask != "none":
         mask_PG = mask_PG * known_PG
-    factor = group_factor(method.kd_coef, rewards_R.view(-1, G).cpu(), right_PG)
+    factor = group_factor(method.kd_coef, rewards_PG, right_PG)
     factor = factor.nan_to_num(nan=0.0)  # of a group without any reward
     return (factor.float() * mask_PG).flatten().to(rewards_R.device)
 

@@ -19,7 +19,7 @@ from kdrl_kernels.integrations.trl.config import (
     arguments_of,
 )
 from kdrl_kernels.integrations.trl.head import bare, model_head
-from kdrl_kernels.integrations.trl.head_loss import HeadTerms, one_pass
+from kdrl_kernels.integrations.trl.head_loss import HeadTerms, one_pass, places_of
 from kdrl_kernels.integrations.trl.means import log_means
 from kdrl_kernels.integrations.trl.teachers import check_tokens, tokenizer_of
 
@@ -204,7 +204,8 @@ class KdrlDistillationTrainer(DistillationTrainer):
         )
         tokens = inputs["completion_ids"].to(device)
         with arithmetic, head.gathered():
-            out = one_pass(terms, head, hidden[used], tokens[used], used)
+            places = places_of(used)
+            out = one_pass(terms, head, hidden[places], tokens[places], places)
         self._head_metrics = out.metrics
         assert out.entropy is not None
         return out.loss, out.entropy.sum(), used.sum()

@@ -17,7 +17,14 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 import kdrl_kernels as kk
 from kdrl_kernels.integrations.trl.head import ModelHead, model_head
-from kdrl_kernels.integrations.trl.head_loss import HeadTerms, kd_loss, one_pass, rows_of
+from kdrl_kernels.integrations.trl.head_loss import (
+    HeadTerms,
+    Places,
+    kd_loss,
+    one_pass,
+    places_of,
+    rows_of,
+)
 from kdrl_kernels.integrations.trl.patch import HeadOptions, PartitionedHead
 from kdrl_kernels.plan import Backward
 
@@ -128,13 +135,13 @@ class FusedHead:
         C = terms.token_weights.shape[1]
         hidden, labels = hidden[:, -C:], labels[:, -C:]
         scored = labels != -100
-        used = scored & (terms.token_weights != 0)
         if terms.joint:
-            loss = one_pass(terms, head, hidden[used], labels[used], used)
+            places = places_of(scored & (terms.token_weights != 0))
+            loss = one_pass(terms, head, hidden[places], labels[places], places)
             output = FusedCausalLMOutput(
                 loss=loss.loss,
-                log_probs=_spread(used, loss.logprobs),
-                entropy=_spread(used, loss.entropy),
+                log_probs=_spread(scored, places, loss.logprobs),
+                entropy=_spread(scored, places, loss.entropy),
                 label_mask=scored,
             )
             self.metrics = loss.metrics
@@ -150,7 +157,9 @@ def _scores(
 ) -> FusedCausalLMOutput:
     """Compute log-probabilities and entropies of the labels, differentiable."""
     scored = labels != -100
-    hidden, tokens, sketch = hidden[scored], labels[scored], rows_of(sketch, scored)
+    places = places_of(scored)
+    hidden, tokens = hidden[places], labels[places]
+    sketch = rows_of(sketch, places, labels.shape[1])
     if is_deepspeed_zero3_enabled():  # which frees the weight before backward computes logits again
         options = HeadOptions(head.temperature, head.softcap, frozenset(["entropy"]), 0, sketch)
         logprobs, entropy, _ = PartitionedHead.apply(
@@ -169,16 +178,16 @@ def _scores(
         )
         logprobs, entropy = out.logprobs, out.entropy
     return FusedCausalLMOutput(
-        log_probs=_spread(scored, logprobs),
-        entropy=_spread(scored, entropy),
+        log_probs=_spread(scored, places, logprobs),
+        entropy=_spread(scored, places, entropy),
         label_mask=scored,
     )
 
 
-def _spread(mask: Tensor, values: Tensor | None) -> Tensor:
-    """Put [N] values where mask [B, C] is true, and 0 elsewhere; differentiable, also for N = 0."""
+def _spread(like: Tensor, places: Places, values: Tensor | None) -> Tensor:
+    """Put [N] values in their places of [B, C], and 0 elsewhere; differentiable, also for N = 0."""
     assert values is not None
-    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+    return values.new_zeros(like.shape).index_put(places, values)
 
 
 def _has_router(kwargs: dict[str, Any]) -> bool:

@@ -1,6 +1,9 @@
 """Computes the loss of a step's tokens from hidden states, for the forward of fused.py.
 
 B completions, C their positions, V vocabulary, N tokens that are scored.
+
+Which these are is known once a mask on the GPU has been counted, which the host waits for. So their
+places are taken from a mask once, and everything else by these, not by the mask.
 """
 
 import math
@@ -16,6 +19,14 @@ from kdrl_kernels.integrations.trl.head import ModelHead
 from kdrl_kernels.metrics import row_metrics, sum_dtype
 from kdrl_kernels.objective import token_losses
 from kdrl_kernels.token_rows import Rows
+
+Places = tuple[Tensor, ...]
+"""Completions and positions of N tokens, [N] each: tensor[places] is [N, ...]."""
+
+
+def places_of(mask: Tensor) -> Places:
+    """Return where a mask [B, C] is true; the host waits for a GPU."""
+    return mask.nonzero(as_tuple=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +54,7 @@ class HeadTerms:
     """Its rows is the number of the first of the B · C tokens."""
 
     @contextmanager
-    def teacher(self, used: Tensor) -> Iterator[kk.TeacherHead | None]:
+    def teacher(self, places: Places) -> Iterator[kk.TeacherHead | None]:
         """Enter a context in which the teacher's head can be used, at some tokens of [B, C]."""
         if self.teacher_states is None or self.objective.kd is None:
             yield None
@@ -51,19 +62,20 @@ class HeadTerms:
         assert self.teacher_head is not None
         head = self.teacher_head()
         with head.gathered():
-            yield head.teacher(self.teacher_states[used])
+            yield head.teacher(self.teacher_states[places])
 
 
 def one_pass(
-    terms: HeadTerms, head: ModelHead, hidden: Tensor, tokens: Tensor, used: Tensor
+    terms: HeadTerms, head: ModelHead, hidden: Tensor, tokens: Tensor, places: Places
 ) -> kk.LossOutput:
-    """Compute the terms' loss of N tokens in one pass over the head."""
+    """Compute the terms' loss of N tokens, none of weight 0, in one pass over the head."""
 
     def rows(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values[used]
+        return None if values is None else values[places]
 
-    sketch, kd, topk = rows_of(terms.sketch, used), terms.objective.kd is not None, None
-    with terms.teacher(used) as teacher:
+    columns, kd, topk = terms.token_weights.shape[1], terms.objective.kd is not None, None
+    sketch = rows_of(terms.sketch, places, columns)
+    with terms.teacher(places) as teacher:
         if terms.objective.topk_kd is not None:
             assert teacher is not None
             topk = _best(teacher, terms.topk, len(head.weight))
@@ -73,6 +85,7 @@ def one_pass(
             tokens,
             advantages=rows(terms.advantages),
             token_weights=rows(terms.token_weights),
+            active_rows=len(tokens),
             old_logprobs=rows(terms.old_logprobs),
             teacher=teacher if topk is None else None,
             teacher_logprobs=rows(terms.teacher_logprobs) if kd else None,
@@ -90,11 +103,12 @@ def one_pass(
     )
 
 
-def rows_of(sketch: kk.Sketch | None, used: Tensor) -> kk.Sketch | None:
-    """Return a sketch with the numbers of the used rows of [B, C]; its rows is the first's."""
+def rows_of(sketch: kk.Sketch | None, places: Places, columns: int) -> kk.Sketch | None:
+    """Return a sketch with the numbers of tokens of [B, C = columns]; its rows is the first's."""
     if sketch is None:
         return None
-    return replace(sketch, rows=used.flatten().nonzero().squeeze(1) + sketch.rows)
+    completions, positions = places
+    return replace(sketch, rows=completions * columns + positions + sketch.rows)
 
 
 def _best(teacher: kk.TeacherHead, K: int, V: int) -> tuple[Tensor, Tensor]:
@@ -131,19 +145,19 @@ def kd_loss(
     A sampled term is a function of these; any other is computed by a second pass over the head.
     """
     goal = terms.objective
-    used = (labels != -100) & (terms.token_weights != 0)
+    places = places_of((labels != -100) & (terms.token_weights != 0))
     if goal.exact_kd is not None or goal.topk_kd is not None:
         terms = _weighted(terms, logprobs.detach())
-        out = one_pass(terms, head, hidden[used], labels[used], used)
+        out = one_pass(terms, head, hidden[places], labels[places], places)
         return out.loss, out.metrics
     old, kd_weight = terms.old_logprobs, terms.kd_weight
     rows = Rows(
-        logprobs=logprobs[used],
-        old_logprobs=None if old is None else old[used],
-        kd_weight=None if kd_weight is None else kd_weight[used],
-        teacher_logprobs=_teacher_logprobs(terms, labels[used], used, len(head.weight)),
+        logprobs=logprobs[places],
+        old_logprobs=None if old is None else old[places],
+        kd_weight=None if kd_weight is None else kd_weight[places],
+        teacher_logprobs=_teacher_logprobs(terms, labels[places], places, len(head.weight)),
     )
-    loss = (token_losses(goal, rows) * terms.token_weights[used]).sum()
+    loss = (token_losses(goal, rows) * terms.token_weights[places]).sum()
     constants = replace(rows, logprobs=rows.logprobs.detach())
     return loss, row_metrics(goal, constants, used=None)
 
@@ -160,11 +174,11 @@ def _weighted(terms: HeadTerms, logprobs: Tensor) -> HeadTerms:
     return replace(terms, old_logprobs=None, kd_weight=terms.kd_weight * ratio / min(most, 1.0))
 
 
-def _teacher_logprobs(terms: HeadTerms, tokens: Tensor, used: Tensor, V: int) -> Tensor:
-    """Return the teacher's log-probabilities of the used tokens, [N]."""
+def _teacher_logprobs(terms: HeadTerms, tokens: Tensor, places: Places, V: int) -> Tensor:
+    """Return the teacher's log-probabilities of the tokens, [N]."""
     if terms.teacher_logprobs is not None:
-        return terms.teacher_logprobs[used]
-    with terms.teacher(used) as teacher:
+        return terms.teacher_logprobs[places]
+    with terms.teacher(places) as teacher:
         assert teacher is not None
         return _teacher_scores(teacher, tokens, V).logprobs
 

@@ -321,20 +321,23 @@ class KdrlTrainer(GRPOTrainer):
         Where a mask leaves out completions, the teacher reads the others alone; their states are 0.
         """
         more = {name: inputs[name] for name in MULTIMODAL if inputs.get(name) is not None}
-        read = torch.ones(len(kd_weight), dtype=torch.bool, device=kd_weight.device)
-        if self.args.judges and not more:
+        ids, mask = (
+            torch.cat([inputs[f"prompt_{part}"], inputs[f"completion_{part}"]], dim=1)
+            for part in ("ids", "mask")
+        )
+        C, chooses = inputs["completion_ids"].shape[1], self.args.judges and not more
+        if chooses:
             read = (kd_weight > 0).any(dim=1)
             read[0] |= ~read.any()  # a sharded teacher needs all processes
-        states, _, _ = self._get_per_token_logps_and_entropies(
-            self.teacher_model,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)[read],
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)[read],
-            inputs["completion_ids"].shape[1],
-            **more,
-        )
-        whole: Tensor = states.new_zeros(len(read), *states.shape[1:])
-        whole[read.to(states.device)] = states
-        return whole
+            rows = read.nonzero().squeeze(1)
+            ids, mask = ids[rows], mask[rows]
+        states: Tensor = self._get_per_token_logps_and_entropies(
+            self.teacher_model, ids, mask, C, **more
+        )[0]
+        if not chooses:
+            return states
+        whole = states.new_zeros(len(kd_weight), *states.shape[1:])
+        return whole.index_copy_(0, rows.to(states.device), states)
 
     def _teacher_head(self) -> ModelHead:
         return model_head(self._teacher, self.temperature, float32=self.args.cast_lm_head_to_fp32)

@@ -22,7 +22,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.torch_functional import masked_mean
 from verl.workers.utils.padding import no_padding_2_padding
 
-from kdrl_kernels.integrations.logprob_losses import policy_losses
+from kdrl_kernels.integrations.logprob_losses import policy_losses, read_numbers
 from kdrl_kernels.integrations.sequence_weights import WEIGHT
 from kdrl_kernels.integrations.verl.config import NAMES, TOPK_NAMES, check, term_of
 
@@ -81,9 +81,8 @@ def policy_loss(
             "actor/pg_clipfrac_lower": down & (ratio > dual),
             "actor/ppo_kl": -log_ratio,
         }
-        metrics = {
-            name: masked_mean(share.float(), response_mask).item() for name, share in shares.items()
-        }
+        means = {name: masked_mean(share.float(), response_mask) for name, share in shares.items()}
+        metrics = read_numbers(means)
     return loss, metrics
 
 
@@ -182,4 +181,4 @@ def token_metrics(weight: Tensor, mask: Tensor, numbers: Mapping[str, Tensor]) -
     means = {"kd_share": used.sum() / mask.sum().clamp(min=1), "kd_weight": weight.sum() / count}
     for name, number in numbers.items():
         means[name] = torch.where(used, number, 0).sum() / count
-    return {f"distillation/{name}": mean.item() for name, mean in means.items()}
+    return read_numbers({f"distillation/{name}": mean for name, mean in means.items()})
