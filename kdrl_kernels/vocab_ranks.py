@@ -130,8 +130,10 @@ class VocabRanks:
         """Return what each rank tells; 0 stands for what is not told."""
         self.agreed = True
         backends = dist.get_backend_config(self.group)
-        device = "cpu" if "cpu:" in backends else torch.device("cuda", torch.cuda.current_device())
-        told = torch.tensor([values.get(name, 0) for name in COLUMNS], device=device)
+        told = torch.tensor([values.get(name, 0) for name in COLUMNS])
+        if "cpu:" not in backends:  # from pinned memory, so that the host waits for the reply alone
+            device = torch.device("cuda", torch.cuda.current_device())
+            told = told.pin_memory().to(device, non_blocking=True)
         everyone = gather(told, self.group).tolist()
         return [dict(zip(COLUMNS, row, strict=True)) for row in everyone]
 

@@ -61,7 +61,8 @@ class VocabShard:
         self.columns, self.vocab_size = sizes[self.rank], sum(sizes)
         ends = list(accumulate(sizes))
         self.start = ends[self.rank] - self.columns
-        self.ends = torch.tensor(ends, device=device)
+        # each a kernel's argument: a copy from the host would wait for the GPU
+        self.ends = torch.stack([torch.full((), end, device=device) for end in ends])
         self.work: ModuleType = row_work.load(impl)
 
     def sweep(

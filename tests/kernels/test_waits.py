@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import kdrl_kernels as kk
 from kdrl_kernels import call, one_pass
@@ -17,6 +18,8 @@ from tests.pretended_gpu import GpuTensor, PretendedGpu, on_gpu, pretend
 WEIGHTS = [1.0, 0.0, 2.0, 0.0, 0.0, 1.0, 1.0]
 COUNT = {"kdrl_kernels/call.py LossCall.active_rows: nonzero": 1}
 """The caller has not said how many rows count: their GEMM cannot be launched without."""
+AGREEMENT = {"kdrl_kernels/vocab_ranks.py VocabRanks.tell: to": 1}
+"""Ranks of a vocab_group compare their arguments, on the GPU where they have no CPU backend."""
 COMPACT = {
     # which logits go where is known, but how many rows the GEMMs of dX and dW have is not
     "kdrl_kernels/compaction.py Compaction.rows: Event.synchronize": 1,
@@ -80,6 +83,47 @@ def _chunks(waits: Waits, chunks: int) -> Waits:
 def test_no_wait_where_the_caller_knows_the_rows(kd: str | None, gpu: PretendedGpu) -> None:
     assert _waits(gpu, kd, active_rows=4, compact=False) == {}
     assert _waits(gpu, kd, token_weights=None) == {}
+
+
+def test_no_wait_for_an_adapter(gpu: PretendedGpu) -> None:
+    problem, draw = make_problem(kd="rkl"), torch.Generator().manual_seed(0)
+    (V, H), r = problem.student["weight"].shape, 3
+    with gpu:
+        A, B = (
+            GpuTensor(torch.randn(shape, generator=draw)).requires_grad_()
+            for shape in ((r, H), (V, r))
+        )
+        student = {name: on_gpu(value) for name, value in problem.student.items()}
+        teacher = {name: on_gpu(value) for name, value in (problem.teacher or {}).items()}
+        student["hidden"].requires_grad_()
+        out = kk.kdrl_loss(
+            tokens=on_gpu(problem.tokens),
+            advantages=None,
+            adapter=kk.LowRank(A, B, 0.5),
+            teacher=kk.TeacherHead(**teacher),
+            objective=kk.Objective(policy="off", kd="rkl", kd_coef=1.0),
+            token_weights=on_gpu(torch.tensor(WEIGHTS)),
+            active_rows=4,
+            compact=False,
+            **student,
+        )
+        out.loss.backward()
+    assert A.grad is not None
+    assert not gpu.waits
+
+
+@pytest.mark.parametrize("backend", ["cpu:gloo,cuda:nccl", "cuda:nccl"])
+def test_a_wait_for_the_ranks_to_agree(
+    backend: str, gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(dist, "get_backend_config", lambda _: backend)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        waits = _waits(gpu, "rkl", active_rows=4, compact=False, vocab_group=dist.group.WORLD)
+        assert waits == ({} if "cpu:" in backend else AGREEMENT)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_wait_for_the_number_of_rows_that_count(gpu: PretendedGpu) -> None:
