@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from kdrl_train.batch import Rollouts
 from kdrl_train.config import SamplingConfig
+from kdrl_train.copies import to_device
 from kdrl_train.errors import BrokenWeightsError
 from kdrl_train.model.eos import eos_ids
 from kdrl_train.rollouts.kv_cache import roomy_cache
@@ -201,9 +202,10 @@ def generate_rollouts(
             tally = None
             if request.report is not None:
                 request.report(*before)
-                tally = Tally(request.report, stops.to(model.device), len(batch), before)
+                device_stops = to_device(stops, model.device)
+                tally = Tally(request.report, device_stops, len(batch), before)
             draw = Draw(
-                None if numbers is None else numbers.to(model.device),
+                None if numbers is None else to_device(numbers, model.device),
                 sampling.temperature,
                 columns if sampled_vocab_size is None else sampled_vocab_size,
                 poll,
@@ -274,8 +276,8 @@ def _generate(
     cache = roomy_cache(model)
     with torch.no_grad():
         out = model.generate(
-            ids.to(device),
-            attention_mask=mask.to(device),
+            to_device(ids, device),
+            attention_mask=to_device(mask, device),
             **({} if cache is None else {"past_key_values": cache}),
             generation_config=config,
             logits_processor=LogitsProcessorList([draw]),
