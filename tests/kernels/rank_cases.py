@@ -1,33 +1,34 @@
 """Runs cases on several ranks of gloo on a CPU, and tells what became of each."""
 
-import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from tests.interpreter import search_once_a_launch
 
 CasesOf = Callable[[int], Mapping[str, Callable[[], None]]]
 """Gives the cases by name, for a number of ranks. A function of a module: each rank calls it."""
 
 
 def run_cases(cases_of: CasesOf, ranks: int, folder: Path, deadline_s: float) -> Path:
-    """Run every case on all ranks, and return the folder of outcomes; end processes that hang."""
-    arguments = (cases_of, ranks, folder, deadline_s)
-    processes = torch.multiprocessing.spawn(_rank, arguments, nprocs=ranks, join=False)
-    end = time.monotonic() + deadline_s
-    try:
-        while not processes.join(timeout=1):
-            assert time.monotonic() < end, f"{ranks} ranks took longer than {deadline_s} s"
-    finally:
-        for process in processes.processes:
-            process.kill()
+    """Run every case on all ranks, and return the folder of outcomes; end processes that hang.
+
+    The ranks are forked from the process that forks the trainer's in other tests: a start of their
+    own would import torch once more on each.
+    """
+    from tests.train.ranks import on_processes  # noqa: PLC0415 (transformers: seconds)
+
+    on_processes(ranks, partial(_rank, cases_of, ranks, folder, deadline_s), deadline_s)
     return folder
 
 
-def _rank(rank: int, cases_of: CasesOf, ranks: int, folder: Path, deadline_s: float) -> None:
+def _rank(cases_of: CasesOf, ranks: int, folder: Path, deadline_s: float, rank: int) -> None:
     """Run every case in this process, and write what failed to a file."""
+    search_once_a_launch()
     torch.set_num_threads(1)
     store, deadline = f"file://{folder / 'store'}", timedelta(seconds=deadline_s)
     dist.init_process_group(

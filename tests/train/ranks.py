@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable
 from functools import cache, partial
 from multiprocessing import forkserver
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -62,9 +62,11 @@ def on_ranks(ranks: int, call: Callable[[World], Any], tensor: int = 1) -> list[
     return on_processes(ranks, partial(_connected, call, tensor))
 
 
-def on_processes(ranks: int, call: Callable[[int], Any]) -> list[Any]:
+def on_processes(
+    ranks: int, call: Callable[[int], Any], deadline_s: float = DEADLINE_S
+) -> list[Any]:
     """Call call(rank) in a process for each rank, without a process group; return the results."""
-    results: list[Any] = _in_launcher(_on_processes, ranks, call)
+    results: list[Any] = _in_launcher(_on_processes, ranks, call, deadline_s)
     return results
 
 
@@ -151,7 +153,7 @@ def _exit_code(pid: int) -> int | None:
     return code
 
 
-def _on_processes(ranks: int, call: Callable[[int], Any]) -> list[Any]:
+def _on_processes(ranks: int, call: Callable[[int], Any], deadline_s: float) -> list[Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -165,8 +167,10 @@ def _on_processes(ranks: int, call: Callable[[int], Any]) -> list[Any]:
         results = []
         for process in processes:
             process.start()
-        for receiver, _ in pipes:
-            assert receiver.poll(DEADLINE_S), f"no result in {DEADLINE_S:.0f} s"
+        for process, (receiver, _) in zip(processes, pipes, strict=True):
+            ready = wait([receiver, process.sentinel], deadline_s)
+            assert ready, f"no result in {deadline_s:.0f} s"
+            assert receiver in ready, f"no result, but exit code {process.exitcode}"
             results.append(receiver.recv())
         return results
     finally:
