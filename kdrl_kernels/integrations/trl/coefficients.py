@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from kdrl_kernels.integrations.trl.config import KdrlConfig
+from kdrl_train.copies import to_device
 from kdrl_train.method.config import MethodConfig, ScheduleConfig
 from kdrl_train.method.grpo import group_factor, kd_mask
 from kdrl_train.method.schedules import History, schedule_value
@@ -57,7 +58,7 @@ def completion_weights(
         mask_PG = mask_PG * known_PG
     factor = group_factor(method.kd_coef, rewards_PG, right_PG)
     factor = factor.nan_to_num(nan=0.0)  # of a group without any reward
-    return (factor.float() * mask_PG).flatten().to(rewards_R.device)
+    return to_device((factor.float() * mask_PG).flatten(), rewards_R.device)
 
 
 def token_weights_of_kd(inputs: Mapping[str, Any], beta: float, ends: Tensor | None) -> Tensor:
@@ -72,7 +73,7 @@ def token_weights_of_kd(inputs: Mapping[str, Any], beta: float, ends: Tensor | N
     if "kd_weight" in inputs:
         weight = weight * inputs["kd_weight"][:, None]
     if ends is not None:
-        weight = weight.masked_fill(torch.isin(tokens, ends.to(tokens.device)), 0.0)
+        weight = weight.masked_fill(torch.isin(tokens, to_device(ends, tokens.device)), 0.0)
     return weight
 
 

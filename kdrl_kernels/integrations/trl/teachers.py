@@ -20,6 +20,7 @@ from kdrl_kernels.integrations.trl.config import KdrlConfig
 from kdrl_kernels.integrations.trl.head import bare, model_head
 from kdrl_train.batch import Rollouts
 from kdrl_train.config import TrainConfig
+from kdrl_train.copies import to_device
 from kdrl_train.model.eos import eos_ids
 from kdrl_train.model.load import load_tokenizer
 from kdrl_train.model.teacher.client import TeacherError, TeacherInfo, differing_token
@@ -297,8 +298,8 @@ class TeacherServer:
         Returns: 0 in padding, and in completions that were not sent.
         Raises: TeacherError where the server's reply is wrong, or no reply comes in time.
         """
-        tokens, mask = inputs["completion_ids"], inputs["completion_mask"].bool()
-        sent = mask.any(dim=1).cpu()
+        tokens, mask = inputs["completion_ids"], inputs["completion_mask"].bool().cpu()
+        sent = mask.any(dim=1)
         if "kd_weight" in inputs:
             sent &= (inputs["kd_weight"] > 0).cpu()
         rollouts = Rollouts(
@@ -315,8 +316,8 @@ class TeacherServer:
         logprobs = torch.zeros(tokens.shape, dtype=torch.float32)
         for r, reply in enumerate(replies):
             if isinstance(reply, Tensor):
-                logprobs[r, mask[r].cpu()] = reply
-        return logprobs.to(tokens.device)
+                logprobs[r, mask[r]] = reply
+        return to_device(logprobs, tokens.device)
 
     def save(self, checkpoint: Path) -> None:
         """Write into a checkpoint's folder which teacher the run has."""
