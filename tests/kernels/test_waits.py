@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import kdrl_kernels as kk
-from kdrl_kernels import call, one_pass
+from kdrl_kernels import call, flat_rows, one_pass
 from tests.kernels.problem import make_problem
 from tests.pretended_gpu import GpuTensor, PretendedGpu, on_gpu, pretend
 
@@ -37,6 +37,13 @@ SKETCH = {
     "kdrl_kernels/sketched.py indices: nonzero": 1,
 }
 """Of each chunk of a sketched gradient, besides COMPACT for its flat rows."""
+BESIDE_FLAT_ROWS = {
+    # the rows and the columns that have entries, whose products are added to those of flat rows
+    "kdrl_kernels/sparse_rows.py _add_bags: unique_consecutive": 2,
+    "kdrl_kernels/sparse_rows.py _blocks: to": 2,
+    "kdrl_kernels/sparse_rows.py SparseRows.add_to: unique_consecutive": 1,  # for the bias
+}
+"""Of a pass, where many rows are flat."""
 SKETCH_OF_SCORES = {
     "kdrl_kernels/rows/eager_sketch.py _keep: nonzero": 2,
     "kdrl_kernels/rows/entries.py Entries.select: nonzero": 1,
@@ -150,6 +157,15 @@ def test_a_wait_in_each_chunk_for_the_rows_that_have_a_gradient(
 def test_waits_of_a_sketch(kd: str | None, gpu: PretendedGpu) -> None:
     waits = _waits(gpu, kd, active_rows=4, backward="sketch", sketch=kk.Sketch(flat=0.01))
     assert waits == SKETCH | COMPACT
+
+
+def test_waits_of_a_sketch_with_many_flat_rows(
+    gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flat_rows, "most_kept", lambda _: -1)  # their dz is not kept
+    sketch = kk.Sketch(threshold=0.05, flat=10)
+    waits = _waits(gpu, "rkl", active_rows=4, backward="sketch", sketch=sketch)
+    assert waits == SKETCH | COMPACT | BESIDE_FLAT_ROWS
 
 
 @pytest.mark.parametrize(

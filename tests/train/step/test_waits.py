@@ -4,6 +4,7 @@ On a pretended GPU, with the PyTorch row work of the head: update() with two pac
 first one to the metrics of the step.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+import kdrl_kernels as kk
 from kdrl_train.batch import OUTCOMES, Batch, Example, Rollouts, Verdicts
 from kdrl_train.config import (
     DataConfig,
     EngineConfig,
+    LoraConfig,
     ModelConfig,
     OptimConfig,
     SamplingConfig,
@@ -26,6 +29,7 @@ from kdrl_train.method.config import MethodConfig, ScheduleConfig
 from kdrl_train.method.presets import PRESETS
 from kdrl_train.method.schedules import History
 from kdrl_train.model import attention
+from kdrl_train.model.lora import inject
 from kdrl_train.model.policy import Policy, Teacher
 from kdrl_train.model.teachers import Teachers
 from kdrl_train.ranks import ALONE
@@ -34,6 +38,7 @@ from kdrl_train.start.optimizer import make_optimizer
 from kdrl_train.step.run import Position
 from kdrl_train.step.samples import SampleRecorder
 from kdrl_train.step.update import update
+from tests.kernels.test_waits import COMPACT, SKETCH
 from tests.pretended_gpu import Event, move, pretend
 
 BETA = ScheduleConfig(initial=0.5, final=0.5)
@@ -57,13 +62,10 @@ SAMPLES = Waits({"kdrl_train/step/samples.py SampleRecorder._numbers: to": 1})
 """What the teacher says of the completions that are written down, at the end of each step."""
 SCORES = Waits({"kdrl_train/step/score.py score_packs: to": 2})
 """Log-probabilities that decide coefficients: once for those of all packs, once for the sums."""
-IDLE = Waits(
-    {
-        "kdrl_kernels/compaction.py Compaction.rows: Event.synchronize": PACKS,
-        "kdrl_kernels/rows/eager_gradient.py gradient: index": PACKS,  # not of the Triton kernels
-    }
-)
-"""Of each chunk in which rows may be left out, one a pack here: tests/kernels/test_waits.py."""
+IDLE = Waits({what: PACKS * count for what, count in COMPACT.items()})
+"""Of each chunk in which rows may be left out, one a pack here."""
+SKETCHED = Waits({what: PACKS * count for what, count in SKETCH.items()})
+"""Of each chunk of a sketched head without flat rows."""
 
 
 def _batch(rewards: list[list[float]]) -> Batch:
@@ -88,13 +90,18 @@ def _batch(rewards: list[list[float]]) -> Batch:
 def waits_of(
     tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Waits]:
-    """waits_of(method, rewards=[[1, 0], [0, 1]], **optim) -> what waited in the first step."""
+    """waits_of(method, rewards=[[1, 0], [0, 1]], lora=None, sketch=None, **optim) -> what waited in
+    the first step."""
     gpu = pretend(monkeypatch)
     events = SimpleNamespace(is_available=lambda: True, Event=Event)
     monkeypatch.setattr(log, "torch", SimpleNamespace(cuda=events))
 
     def measure(
-        method: MethodConfig, rewards: list[list[float]] | None = None, **optim: Any
+        method: MethodConfig,
+        rewards: list[list[float]] | None = None,
+        lora: LoraConfig | None = None,
+        sketch: kk.Sketch | None = None,
+        **optim: Any,
     ) -> Waits:
         config = TrainConfig(
             out=tmp_path / "run",
@@ -109,8 +116,11 @@ def waits_of(
         models = [tiny(family, seed=1) for family in ("qwen2", "llama")]
         for model in models:
             model.set_attn_implementation(attention.NAME)
+        if lora is not None:
+            inject(models[0], lora, seed=0)
         with gpu:
-            policy, teacher = Policy(move(models[0]), method), Teacher(move(models[1]))
+            policy = Policy(move(models[0]), method, sketch=sketch)
+            teacher = Teacher(move(models[1]))
             run: Any = SimpleNamespace(
                 config=config,
                 world=ALONE,
@@ -172,3 +182,15 @@ def test_a_step_of_another_policy_gradient(name: str, waits_of: Callable[..., Wa
 def test_a_step_that_chooses_its_rows(waits_of: Callable[..., Waits]) -> None:
     """Which rows it distils is not known before."""
     assert waits_of(PRESETS["kdrl_sign_gate"]) == UPDATE + STEP + SAMPLES + IDLE
+
+
+def test_a_step_of_adapters(waits_of: Callable[..., Waits]) -> None:
+    """They are on all layers and on the head."""
+    method = MethodConfig(kd="rkl", kd_coef=BETA)
+    adapters = LoraConfig(rank=2, targets=("all-linear", "lm_head"))
+    assert waits_of(method, lora=adapters) == UPDATE + STEP + SAMPLES
+
+
+def test_a_step_of_a_sketched_head(waits_of: Callable[..., Waits]) -> None:
+    waits = waits_of(PRESETS["grpo"], sketch=kk.Sketch(flat=math.inf))
+    assert waits == UPDATE + STEP + SKETCHED
