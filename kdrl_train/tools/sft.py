@@ -17,14 +17,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.text import Text
-from torch import Tensor
 
-import kdrl_kernels as kk
 from kdrl_train import output
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig, TrainConfig
 from kdrl_train.config_file import save_yaml
-from kdrl_train.copies import to_device
 from kdrl_train.model.load import load_tokenizer, read_model, torch_device
 from kdrl_train.model.window import window
 from kdrl_train.rollouts.columns import text_of
@@ -47,8 +44,8 @@ from kdrl_train.settings import (
 from kdrl_train.start.prompts import typed_escapes
 from kdrl_train.start.taught import SFT_FILE
 from kdrl_train.start.unread import changed, idle, sentences
+from kdrl_train.tools.padded_loss import require_same_loss, sft_loss
 from kdrl_train.tools.sft_batches import (
-    PaddedBatch,
     SolvedExample,
     batches,
     collate,
@@ -151,9 +148,13 @@ def encode_examples(
 
     Those with a prompt of more than data.max_prompt_tokens are left out.
 
-    Raises: ValueError that names an example longer than `longest`, the model's positions, and where
-        no example is left.
+    Raises: ValueError that names an example longer than `longest`, the model's positions, where no
+        example is left, and for a tokenizer without an end of sequence.
     """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "the tokenizer must have an eos_token, got none: set it in its tokenizer_config.json"
+        )
     encoded = []
     for example, solution in solutions:
         try:
@@ -176,18 +177,6 @@ def encode_examples(
             f"{config.data.max_prompt_tokens}, and {len(solutions):,} longer prompts: raise it"
         )
     return encoded
-
-
-def sft_loss(model: Any, batch: PaddedBatch) -> Tensor:
-    """Sums the negative log-likelihood of batch.targets in nats, into a 0-d float32 tensor."""
-    device = model.device
-    ids = to_device(batch.ids, device)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
-    hidden = hidden.index_select(0, to_device(batch.predicts, device))
-    head = model.get_output_embeddings()
-    targets = to_device(batch.targets, device)
-    out = kk.linear_logprobs(hidden, head.weight, targets, bias=head.bias)
-    return -out.logprobs.sum()
 
 
 def backward(
@@ -305,7 +294,7 @@ def main(config: SftConfig, console: Console | None = None) -> Path:
         model = make_model(config.architecture, tokenizer, config.seed).to(device)
     else:
         model = read_model(config.model, "model", torch.float32, plain="trained", trusted=trusted)
-        model.to(device)
+        require_same_loss(model.to(device))
         if model.origin.parts:
             console.print(Text(f"not read, and not saved: {', '.join(model.origin.parts)}"))
     longest = window(model.config) or sys.maxsize

@@ -5,20 +5,23 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kdrl_train.config import DataConfig
 from kdrl_train.runfolder import jsonl
 from kdrl_train.tools import sft
+from kdrl_train.tools.padded_loss import require_same_loss, sft_loss
 from kdrl_train.tools.sft import SftConfig
-from kdrl_train.tools.sft_batches import SolvedExample, batches, length_groups
+from kdrl_train.tools.sft_batches import SolvedExample, batches, collate, length_groups
 from kdrl_train.tools.toy import make_arithmetic
 from kdrl_train.tools.toy.models import ArchitectureConfig, make_model, train_tokenizer
+from tests.families import make
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 QUIET = Console(quiet=True)
@@ -167,6 +170,34 @@ def test_gradient_is_that_of_each_example_alone(tokenizer, learn_prompts: bool) 
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("cohere", {"logit_scale": 0.25}),
+        ("granite", {"logits_scaling": 4.0}),
+        ("gemma2", {"final_logit_softcapping": 2.0}),
+        ("phi", {}),
+    ],
+    ids=str,
+)
+def test_loss_is_that_of_the_models_own_logits(family: str, settings: dict[str, Any]) -> None:
+    model = make(family, **settings).double()
+    require_same_loss(model)
+    ids = torch.tensor([5, 6, 7, 8, 9, 2])
+    batch = collate([SolvedExample([5, 6, 7], [8, 9, 2])], pad=1, learn_prompts=False)
+    expected = F.cross_entropy(model(input_ids=ids[None]).logits[0, 2:-1], ids[3:], reduction="sum")
+    torch.testing.assert_close(sft_loss(model, batch).double(), expected, rtol=1e-6, atol=0)
+
+
+def test_a_model_whose_tokens_see_those_behind_them_is_refused() -> None:
+    config = AutoConfig.for_model(
+        "xlnet", vocab_size=40, d_model=16, n_layer=1, n_head=2, initializer_range=1.0
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match=r"^model must be causal and .* got XLNetLMHeadModel"):
+        require_same_loss(model)
+
+
 def test_batches_hold_every_example_once_within_the_budget() -> None:
     lengths = [(7 * i) % 40 + 1 for i in range(200)] + [500]
     drawn = batches(lengths, 128, seed=3, epoch=0)
@@ -255,6 +286,13 @@ def test_an_example_too_long_is_named(task: Path, tokenizer) -> None:
     config = config_for(task)
     with pytest.raises(ValueError, match=r"max_positions must be .* of train.jsonl:\d+, got 20"):
         sft.encode_examples(tokenizer, sft.read_solutions(config), config, longest=20)
+
+
+def test_a_tokenizer_without_an_end_is_refused(task: Path) -> None:
+    tokenizer, config = train_tokenizer(["a"], 259), config_for(task)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="the tokenizer must have an eos_token, got none: set it"):
+        sft.encode_examples(tokenizer, sft.read_solutions(config), config, 256)
 
 
 def test_training_continues_a_model(task: Path, tmp_path: Path) -> None:
