@@ -24,8 +24,9 @@ LARGE_LOGITS = 30.0
 
 @torch.no_grad()
 def probe(wrapped: HeadedModel, name: str, *, packed: bool = True) -> float:
-    """Compare the head path with the model's own logits, training with evaluation, and a pack with
-    single sequences. choice.py has tested the attention beyond its windows, on a miniature.
+    """Compare the head path with the model's own logits, a sequence with another end, training with
+    evaluation, and a pack with single sequences. choice.py has tested the attention beyond its
+    windows, on a miniature.
 
     Args:
         wrapped: policy or teacher.
@@ -40,6 +41,7 @@ def probe(wrapped: HeadedModel, name: str, *, packed: bool = True) -> float:
     single = [_states(wrapped, [sequence]) for sequence in ids]
     probe_error = _compare_logits(wrapped, name, ids, single)
     _compare_training(wrapped, name, ids[0], single[0])
+    _compare_ends(wrapped, name, ids[0], single[0])
     if packed and wrapped.choice.share(PROBE_LENGTHS):
         _compare_packs(wrapped, name, ids, single)
     return probe_error
@@ -110,6 +112,32 @@ def _logits_error(wrapped: HeadedModel, ids: list[Tensor], states: Tensor, facto
     return _relative_rms(ours, theirs / (temperature * scale))
 
 
+def _compare_ends(wrapped: HeadedModel, name: str, ids: Tensor, states: Tensor) -> None:
+    """Change the last token of a sequence: the states [T, H] before it must stay the same.
+
+    A state that sees the token that it predicts gives log-probabilities of no use, in a teacher
+    without any other sign.
+    """
+    other = ids.clone()
+    other[0, -1] = (ids[0, -1] + 1) % wrapped.vocab_size
+    change = _relative_rms(_states(wrapped, [other])[:-1].float(), states[:-1].float())
+    if not change <= _allowed(wrapped):
+        raise ValueError(
+            f"{name} must be causal, got {type(wrapped.model).__name__}, whose hidden states "
+            f"change by {change:.1e} of their RMS when a token behind them does: look in its "
+            "config.json for is_causal, is_decoder or use_bidirectional_attention, or name another "
+            "model"
+        )
+
+
+def _allowed(wrapped: HeadedModel) -> float:
+    """Return the largest change of a token's state, as a share of the RMS, by a token that it must
+    not see: none to the bit, but for a model with experts, where how many tokens share an expert
+    changes the rounding."""
+    experts = has_number(wrapped.model.config, EXPERTS)
+    return PROBE_TOLERANCE[wrapped.compute_dtype] if experts else 0.0
+
+
 def _compare_training(wrapped: HeadedModel, name: str, ids: Tensor, evaluated: Tensor) -> None:
     """Run a sequence twice in training mode: the runs must be equal, and those of evaluation."""
     before = wrapped.training
@@ -132,10 +160,7 @@ def _compare_training(wrapped: HeadedModel, name: str, ids: Tensor, evaluated: T
 def _compare_packs(
     wrapped: HeadedModel, name: str, ids: list[Tensor], single: list[Tensor]
 ) -> None:
-    """Compare a pack with its sequences alone, and change one of them: the other stays the same.
-
-    To the bit, but for a model with experts: how many tokens share an expert changes the rounding.
-    """
+    """Compare a pack with its sequences alone, and change one of them: the other stays the same."""
     first, second = _states(wrapped, ids).split(PROBE_LENGTHS)
     leak = _relative_rms(torch.cat([first, second]).float(), torch.cat(single).float())
     other = _states(wrapped, [ids[0], ids[1].flip(1)])[: PROBE_LENGTHS[0]]
@@ -143,8 +168,7 @@ def _compare_packs(
     other = _states(wrapped, [ids[0].flip(1), ids[1]])[PROBE_LENGTHS[0] :]
     change = max(change, _relative_rms(other.float(), second.float()))
     tolerance = PROBE_TOLERANCE[wrapped.compute_dtype]
-    allowed = tolerance if has_number(wrapped.model.config, EXPERTS) else 0.0
-    if not (leak <= tolerance and change <= allowed):
+    if not (leak <= tolerance and change <= _allowed(wrapped)):
         raise ValueError(
             f"{name} must keep packed sequences apart by their position ids, got "
             f"{type(wrapped.model).__name__}, whose hidden states change by "

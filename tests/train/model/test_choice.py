@@ -175,6 +175,28 @@ def test_the_probe_sees_a_leak_below_its_tolerance() -> None:
     wrapped = HeadedModel(make("llama"))
     layer = wrapped.model.model.layers[0].mlp
     inner = layer.forward
-    layer.forward = lambda x: inner(x) + 1e-5 * inner(x).roll(8, dims=1)
+
+    def eight_before(x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(inner(x), (0, 0, 8, 0))[:, : x.shape[1]]
+
+    layer.forward = lambda x: inner(x) + 1e-5 * eight_before(x)
     with pytest.raises(ValueError, match="must keep packed sequences apart"):
         probe(wrapped, "model.policy")
+
+
+def test_the_probe_sees_a_state_that_reads_a_later_token() -> None:
+    wrapped = HeadedModel(make("llama"))
+    layer = wrapped.model.model.layers[0].mlp
+    inner = layer.forward
+    layer.forward = lambda x: inner(x) + 1e-5 * inner(x).roll(-1, dims=1)  # below its tolerance
+    with pytest.raises(
+        ValueError, match=r"^model\.teacher must be causal, got LlamaForCausalLM, .*"
+    ):
+        probe(wrapped, "model.teacher", packed=False)
+
+
+def test_a_bidirectional_model_is_refused() -> None:
+    model = make("gemma3_text", use_bidirectional_attention=True)
+    chosen(model)
+    with pytest.raises(ValueError, match="when a token behind them does: look in its"):
+        probe(HeadedModel(model), "model.teacher")
