@@ -6,8 +6,12 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 """transformers' names of the cap of the logits: Gemma's and two others."""
 FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 """Names of a factor of the logits: Cohere's, Muse's and Falcon-H1's."""
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+"""Names of a divisor: of the logits (Granite, MiniCPM), or of the hidden states (Inkling)."""
 MULTIPLIES = ("hyperclovax",)
-"""Model types that multiply the logits by logits_scaling, by which Granite and MiniCPM divide."""
+"""Model types that multiply the logits by logits_scaling."""
+UNREAD = {"mpt": ("logit_scale",)}
+"""Names that a model type has and its code does not read."""
 
 
 def logit_scale(config: Any) -> float:
@@ -16,11 +20,13 @@ def logit_scale(config: Any) -> float:
     Args:
         config: of the text model (config.get_text_config()). A factor that is None or 0 is none.
     """
-    scale = 1.0
+    scale, unread = 1.0, UNREAD.get(config.model_type, ())
     for name in FACTORS:
-        scale *= getattr(config, name, None) or 1.0
-    divisor = getattr(config, "logits_scaling", None) or 1.0
-    return scale * divisor if config.model_type in MULTIPLIES else scale / divisor
+        scale *= 1.0 if name in unread else getattr(config, name, None) or 1.0
+    for name in DIVISORS:
+        divisor = getattr(config, name, None) or 1.0
+        scale = scale * divisor if config.model_type in MULTIPLIES else scale / divisor
+    return scale
 
 
 def head_scalars(config: Any, temperature: float = 1.0) -> tuple[float, float | None]:
@@ -32,7 +38,16 @@ def head_scalars(config: Any, temperature: float = 1.0) -> tuple[float, float | 
     Args:
         config: as logit_scale.
         temperature: of the sampler.
+    Raises: ValueError for a model that gives no logits for the last rows of its head (Inkling):
+        a head of ours would normalise over them.
     """
+    known = getattr(config, "unpadded_vocab_size", None)
+    if known is not None and known < (rows := config.vocab_size):
+        raise ValueError(
+            f"the LM head must have a logit for each row, got unpadded_vocab_size {known:,} of "
+            f"{rows:,} rows in the configuration of {config.model_type}: call "
+            f"model.resize_token_embeddings({known}) and save the model"
+        )
     scale = logit_scale(config)
     caps = (getattr(config, name, None) for name in SOFTCAPS)
     softcap = next((cap for cap in caps if cap), None)
