@@ -78,10 +78,17 @@ def text_of(place: str, record: Mapping[str, Any], key: str, column: str) -> str
     Args:
         place: of the record, for messages.
         key: the setting that names the column, for messages.
-    Raises: ValueError where the column is not in the record, or holds something else.
+    Raises: ValueError where the column is not in the record, or holds something else, or a float
+        beyond 2^53 that may stand for another whole number.
     """
     value = value_of(place, record, key, column)
     if isinstance(value, float) and math.isfinite(value):
+        if value.is_integer() and Decimal(repr(value)) != int(value):
+            raise ValueError(
+                f"{key} {column!r} of {place} must hold a text or a number whose digits are known, "
+                f"got {value!r}, which a float rounds to {int(value)}: write it as text, or "
+                "without a point and an exponent"
+            )
         value = str(int(value)) if value.is_integer() else repr(value)
     elif isinstance(value, int) and not isinstance(value, bool):
         value = str(value)

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kdrl_train.config import DataConfig
 from kdrl_train.hub import unreachable
 from kdrl_train.rollouts.columns import plain
@@ -19,6 +21,8 @@ NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "sta
 KINDS = ".jsonl, .json, .csv or .parquet"
 MOST_JSON_BYTES = 2**30
 """Largest .json file, which is read in one piece; the other formats are read record by record."""
+SHORT = 15
+"""Characters of a decimal that nobody rounded to 32 bits: such have 17 or more in 64 bits."""
 MOST_CELL = 2**24
 """Longest text in a cell of a .csv file, in characters; Python's own bound is 131,072."""
 _SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
@@ -90,15 +94,46 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         file = parquet.ParquetFile(path)
         _require_names(path, file.schema_arrow.names)
-        number = 0
+        number, schema = 0, file.schema_arrow
         for batch in file.iter_batches():
             for record in batch.to_pylist(maps_as_pydicts="strict"):
                 number += 1
-                yield f"{path.name}:{number}", plain(record)
+                yield f"{path.name}:{number}", plain(_as_written(record, schema))
     except (importlib.import_module("pyarrow").ArrowException, OSError) as error:
         raise ValueError(
             f"{path} must be a whole parquet file, got {str(error).rstrip('.')}: copy it again"
         ) from error
+
+
+def _as_written(record: dict[str, Any], schema: Any) -> dict[str, Any]:
+    """Return a record with the decimals that its numbers of 16 and 32 bits were rounded from.
+
+    schema: of Arrow.
+    """
+    narrow = [field for field in schema if "float" in str(field.type)]  # float64 is "double"
+    return record | {field.name: _decimal(record[field.name], field.type) for field in narrow}
+
+
+def _decimal(value: Any, kind: Any) -> Any:
+    """Return 0.1 for 0.10000000149011612 of the Arrow type float32, also where it is nested.
+
+    A float32 that is short in 64 bits too, such as 2^-13, stays.
+    """
+    types = importlib.import_module("pyarrow.types")
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    if isinstance(value, float):
+        if types.is_float16(kind):
+            value = float(str(np.float16(value)))
+        elif types.is_float32(kind) and len(repr(value)) > SHORT:
+            value = float(str(np.float32(value)))
+        return value
+    if isinstance(value, list) and hasattr(kind, "value_type"):
+        return [_decimal(inner, kind.value_type) for inner in value]
+    if types.is_struct(kind) and isinstance(value, dict):
+        return {field.name: _decimal(value[field.name], field.type) for field in kind}
+    if types.is_map(kind) and isinstance(value, dict):
+        return {name: _decimal(inner, kind.item_type) for name, inner in value.items()}
+    return value
 
 
 def _json_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -208,5 +243,6 @@ def _hub_records(config: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
             f"data.path must be an existing file or folder, or a hub id that has data.split = "
             f"{config.split!r}, got {config.path!r}: {said}"
         ) from error
+    schema = records.features.arrow_schema
     for number, record in enumerate(records, start=1):
-        yield f"{config.path}:{number}", plain(record)
+        yield f"{config.path}:{number}", plain(_as_written(record, schema))

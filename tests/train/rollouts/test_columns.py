@@ -58,3 +58,12 @@ def test_what_programs_write_for_a_missing_value_is_no_text(value: str) -> None:
     with pytest.raises(ValueError, match=r"^k 'a' of set:1 must hold text or a number, got '"):
         text_of("set:1", {"a": value}, "k", "a")
     assert text_of("set:1", {"a": "Nan"}, "k", "a") == "Nan"
+
+
+@pytest.mark.parametrize("value", [1e23, 2.0**61])
+def test_a_float_that_may_stand_for_another_whole_number_is_refused(value: float) -> None:
+    """10^23 has no float: the next one is 99999999999999991611392."""
+    with pytest.raises(ValueError, match=rf"^k 'a' of set:1 must hold .* rounds to {int(value)}: "):
+        text_of("set:1", {"a": value}, "k", "a")
+    assert text_of("set:1", {"a": 1e22}, "k", "a") == "1" + "0" * 22
+    assert text_of("set:1", {"a": int(value)}, "k", "a") == str(int(value))

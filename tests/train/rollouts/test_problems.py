@@ -92,6 +92,15 @@ def test_a_hub_id_goes_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None
     assert calls == [("someone/set", None, "test"), ("openai/gsm8k", "main", "train")]
 
 
+def test_numbers_of_32_bits_on_the_hub_are_decimals(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = {"question": datasets.Value("string"), "answer": datasets.Value("float32")}
+    rows = datasets.Dataset.from_list(
+        [{"question": "1/10", "answer": 0.1}], features=datasets.Features(features)
+    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    assert [example.gold for example in load_examples(DataConfig(path="someone/set"))] == ["0.1"]
+
+
 def test_a_hub_id_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(name: str, configuration: str | None, split: str) -> None:
         raise datasets.exceptions.DatasetNotFoundError(f"no {name} {configuration} {split}")

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -71,6 +72,36 @@ def test_values_of_parquet_become_plain(tmp_path: Path) -> None:
     plain = {"list": [{"a": 1}], "none": None}
     assert read(path) == [
         ("set.parquet:1", {"price": "12.50", "day": "1970-01-01", "nested": plain, "map": {"k": 1}})
+    ]
+
+
+def test_numbers_of_32_bits_are_the_decimals_that_were_written(tmp_path: Path) -> None:
+    """A gold answer of 0.10000000149011612 would make every completion wrong."""
+    single, half = pyarrow.float32(), pyarrow.float16()
+    numbers = [0.1, 2.0**-13, 27.0, None, -1234.56]
+    table = pyarrow.table(
+        {
+            "answer": pyarrow.array(numbers, single),
+            "half": pyarrow.array(np.array([0.1, 0.25, 27, 0, -0.7], np.float16), half),
+            "rm": pyarrow.array([{"gt": [x]} for x in numbers]).cast(
+                pyarrow.struct({"gt": pyarrow.list_(single)})
+            ),
+            "map": pyarrow.array(
+                [[("k", x)] for x in numbers], pyarrow.map_(pyarrow.string(), single)
+            ),
+            "exact": pyarrow.array([float(np.float32(0.1))] * 5, pyarrow.float64()),
+        }
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "set.parquet")
+    assert [record for _, record in read(tmp_path / "set.parquet")] == [
+        {
+            "answer": x,
+            "half": h,
+            "rm": {"gt": [x]},
+            "map": {"k": x},
+            "exact": 0.10000000149011612,
+        }
+        for x, h in zip(numbers, [0.1, 0.25, 27.0, 0.0, -0.7], strict=True)
     ]
 
 
