@@ -45,6 +45,7 @@ _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _UNCLEAR = (
     (re.compile(r"\^\s*\{?\s*(?:\\text\{\s*)?(?:st|nd|rd|th)\b"), "an ordinal is not read"),
     (re.compile(r"[ACP]_\{?\d+\}?\^\{?\d"), "C_5^2 may be a binomial coefficient or a power"),
+    (re.compile(r"^\d{4}-\d\d-\d\d$"), "a date may be a difference"),
 )
 _BASED = re.compile(
     r"([0-9][0-9A-Za-z]*|[0-9A-Z]{2,})\s*"

@@ -40,6 +40,8 @@ _GOES_ON_BEHIND = re.compile(
 )
 r"""A box is read alone where words or units follow it, and the degrees of \boxed{90}^\circ."""
 _DELIMITER = re.compile(r"\\[()\[\]]")
+_THOUGHT_END = "</think>"
+"""Parts a thought from the reply; a statement in the reply counts before a box in the thought."""
 
 
 @lru_cache(maxsize=1)  # the reward reads the answer, and then the vote does
@@ -51,8 +53,16 @@ def last_answer(text: str) -> str | None:
     Returns: the content of the last closed `\\boxed{}` (`\\fbox{}`), the innermost of nested ones;
         else the rest of the line after the last `####` or "answer is" that has one, up to the
         sentence's end; else None. A box that was cut off does not count. Where the last one is a
-        part of an expression, as in `\\boxed{5}²`, there is no answer.
+        part of an expression, as in `\\boxed{5}²`, there is no answer. What stands behind the last
+        `</think>` counts before all else, if it states an answer.
     """
+    _, end, reply = text.rpartition(_THOUGHT_END)
+    stated = _last_answer(reply) if end else None
+    return _last_answer(text) if stated is None else stated
+
+
+def _last_answer(text: str) -> str | None:
+    """Return the last answer in a text without thoughts, as last_answer does."""
     span = max(box_spans(text), default=None)
     if span is not None:
         return None if _is_part(text, *span) else text[span[0] : span[1]].strip()

@@ -2,9 +2,17 @@
 
 import re
 from dataclasses import dataclass
+from unicodedata import normalize
 
 MAX_TOKENS = 300
 """Of an answer: the depth of Python's stack bounds how long a sum may be."""
+
+
+def _fraction(mark: str) -> str:
+    """Return the LaTeX of a fraction in one character."""
+    numerator, _, denominator = normalize("NFKC", mark).partition("\N{FRACTION SLASH}")
+    return rf"\frac{{{numerator}}}{{{denominator}}}"
+
 
 _CHARACTERS = {
     "\N{MINUS SIGN}": "-",
@@ -26,9 +34,8 @@ _CHARACTERS = {
     "\N{ELEMENT OF}": r"\in ",
     "\N{EMPTY SET}": r"\emptyset ",
     "\N{DOUBLE-STRUCK CAPITAL R}": r"\mathbb{R}",
-    "\N{VULGAR FRACTION ONE HALF}": r"\frac{1}{2}",
-    "\N{VULGAR FRACTION ONE QUARTER}": r"\frac{1}{4}",
-    "\N{VULGAR FRACTION THREE QUARTERS}": r"\frac{3}{4}",
+    **{chr(code): _fraction(chr(code)) for code in (*range(0xBC, 0xBF), *range(0x2150, 0x215F))},
+    "\N{FRACTION SLASH}": "/",
     "\N{SUPERSCRIPT TWO}": "^2",
     "\N{SUPERSCRIPT THREE}": "^3",
     "\N{EURO SIGN}": r"\euro ",
