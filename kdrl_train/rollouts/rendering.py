@@ -195,4 +195,11 @@ def completion_text(tokenizer: Any, ids: Sequence[int], truncated: bool) -> str:
 
     A reward can then see tokens such as <answer>, also where they were added as special tokens.
     """
-    return tokenizer.decode([i for i in visible_ids(tokenizer, ids, truncated) if i is not None])
+    return decoded(tokenizer, [i for i in visible_ids(tokenizer, ids, truncated) if i is not None])
+
+
+def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Decode tokens to the text that they stand for: many a tokenizer_config.json asks for a
+    clean-up that takes out the space before a full stop, a comma or an exclamation mark."""
+    text: str = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return text

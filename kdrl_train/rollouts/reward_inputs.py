@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from kdrl_train.batch import Example, Rollouts
+from kdrl_train.rollouts.rendering import decoded
 
 MOST_CHARS = 1_000_000
 """Longest record that rewards may get, in characters as Python writes it: each of its completions
@@ -90,7 +91,7 @@ def _chosen(
     if "tokens" in names:
         inputs["tokens"] = tokens
     if "raw_completion" in names:
-        inputs["raw_completion"] = tokenizer.decode(tokens)
+        inputs["raw_completion"] = decoded(tokenizer, tokens)
     if "truncated" in names:
         inputs["truncated"] = bool(truncated)
     return inputs

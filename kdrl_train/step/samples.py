@@ -15,7 +15,7 @@ from kdrl_train.copies import to_host
 from kdrl_train.model.packing import PackedBatch
 from kdrl_train.model.policy import PolicyOutput
 from kdrl_train.ranks import World
-from kdrl_train.rollouts.rendering import visible_ids
+from kdrl_train.rollouts.rendering import decoded, visible_ids
 from kdrl_train.rollouts.teacher_prompts import shown_to_teacher
 from kdrl_train.runfolder.jsonl import Record
 
@@ -132,7 +132,7 @@ def token_chars(tokenizer: Any, ids: Sequence[int], text: str, truncated: bool) 
     none. None where the parts do not add up.
     """
     visible = visible_ids(tokenizer, ids, truncated)
-    alone = ["" if i is None else tokenizer.decode([i]) for i in visible]
+    alone = ["" if i is None else decoded(tokenizer, [i]) for i in visible]
     if "".join(alone) != text:
         parts = iter(_in_context(tokenizer, [i for i in visible if i is not None]))
         alone = ["" if i is None else next(parts) for i in visible]
@@ -147,8 +147,8 @@ def _in_context(tokenizer: Any, ids: list[int]) -> list[str]:
     """
     parts, start, read = [], 0, 0
     for end in range(1, len(ids) + 1):
-        known = tokenizer.decode(ids[start:read])
-        text = tokenizer.decode(ids[start:end])
+        known = decoded(tokenizer, ids[start:read])
+        text = decoded(tokenizer, ids[start:end])
         if text.endswith("\ufffd") and end < len(ids):  # in the middle of a character
             parts.append("")
             continue

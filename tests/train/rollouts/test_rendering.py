@@ -9,10 +9,12 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig
 from kdrl_train.config.rollouts import RESERVED
 from kdrl_train.rollouts import rendering
-from kdrl_train.rollouts.rendering import PromptError, encode_text
+from kdrl_train.rollouts.rendering import PromptError, completion_text, encode_text
+from kdrl_train.rollouts.reward_inputs import answer_inputs
 
 WORDS = ["<s>", "</s>", "[X]", "[Y]", "what", "is", "1", "user", "system", "be"]
 IDS = {word: i for i, word in enumerate(WORDS)}
@@ -127,6 +129,25 @@ def test_a_template_that_fails_says_why(template: Any, cause: str, system: str |
     expected = rf"(?s)must render a user's message, got {cause}.*: correct chat_template"
     with pytest.raises(PromptError, match=expected):
         encode_text(tokenizer, "what", DataConfig(system_prompt=system))
+
+
+def test_a_completion_keeps_its_spaces() -> None:
+    """A clean-up, for which many a tokenizer_config.json asks, would make 5! of 5 !."""
+    words = ["</s>", "5", "!", "1", ","]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="!"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", clean_up_tokenization_spaces=True
+    )
+    ids = [1, 2, 3, 4, 1, 0]
+    assert tokenizer.decode(ids[:2]) == "5!"
+    text = completion_text(tokenizer, ids, truncated=False)
+    assert text == "5 ! 1 , 5"
+    examples = [Example(id="1", prompt="what", gold="5")]
+    assert answer_inputs({"raw_completion"}, examples, [text], tokenizer) == [
+        {"raw_completion": text}
+    ]
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the alarm is POSIX's")
