@@ -61,7 +61,13 @@ def _compare_logits(
 
     Twice: as they are, and with hidden states so large that a cap bends the logits.
     """
-    states = torch.cat(single)
+    states, width = torch.cat(single), _head(wrapped)[0].shape[1]
+    if states.shape[1] != width:
+        raise ValueError(
+            f"{name} must have an LM head of the width of its hidden states, "
+            f"{states.shape[1]:,}, got {type(wrapped.model).__name__} with {width:,}: its "
+            "architecture has layers between the two and cannot be trained here"
+        )
     errors = [_logits_error(wrapped, ids, states, 1.0)]
     weight, _ = _head(wrapped)
     rms = torch.nn.functional.linear(states, weight).float().square().mean().sqrt().item()
@@ -113,21 +119,22 @@ def _logits_error(wrapped: HeadedModel, ids: list[Tensor], states: Tensor, facto
 
 
 def _compare_ends(wrapped: HeadedModel, name: str, ids: Tensor, states: Tensor) -> None:
-    """Change the last token of a sequence: the states [T, H] before it must stay the same.
+    """Change the last tokens of a sequence: the states [T, H] before them must stay the same.
 
     A state that sees the token that it predicts gives log-probabilities of no use, in a teacher
     without any other sign.
     """
-    other = ids.clone()
-    other[0, -1] = (ids[0, -1] + 1) % wrapped.vocab_size
-    change = _relative_rms(_states(wrapped, [other])[:-1].float(), states[:-1].float())
-    if not change <= _allowed(wrapped):
-        raise ValueError(
-            f"{name} must be causal, got {type(wrapped.model).__name__}, whose hidden states "
-            f"change by {change:.1e} of their RMS when a token behind them does: look in its "
-            "config.json for is_causal, is_decoder or use_bidirectional_attention, or name another "
-            "model"
-        )
+    for first in (ids.shape[1] // 2, ids.shape[1] - 1):
+        other = ids.clone()
+        other[:, first:] = (ids[:, first:] + 1) % wrapped.vocab_size
+        change = _relative_rms(_states(wrapped, [other])[:first].float(), states[:first].float())
+        if not change <= _allowed(wrapped):
+            raise ValueError(
+                f"{name} must be causal, got {type(wrapped.model).__name__}, whose hidden states "
+                f"change by {change:.1e} of their RMS when tokens behind them do: look in its "
+                "config.json for is_causal, is_decoder or use_bidirectional_attention, or name "
+                "another model"
+            )
 
 
 def _allowed(wrapped: HeadedModel) -> float:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdrl_train.model import attention, choice, rotary
 from kdrl_train.model.attention import Choice
@@ -198,5 +199,24 @@ def test_the_probe_sees_a_state_that_reads_a_later_token() -> None:
 def test_a_bidirectional_model_is_refused() -> None:
     model = make("gemma3_text", use_bidirectional_attention=True)
     chosen(model)
-    with pytest.raises(ValueError, match="when a token behind them does: look in its"):
+    with pytest.raises(ValueError, match="when tokens behind them do: look in its"):
         probe(HeadedModel(model), "model.teacher")
+
+
+def test_layers_between_states_and_head_are_refused() -> None:
+    config = AutoConfig.for_model(
+        "electra",
+        is_decoder=True,
+        vocab_size=40,
+        hidden_size=32,
+        embedding_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    wrapped = HeadedModel(AutoModelForCausalLM.from_config(config).eval())
+    expected = (
+        r"^model\.policy must have an LM head .* 32, got ElectraForCausalLM with 16: its arch"
+    )
+    with pytest.raises(ValueError, match=expected):
+        probe(wrapped, "model.policy")
