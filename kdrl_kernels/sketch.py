@@ -2,7 +2,7 @@
 
 A row of dL/dlogits has V entries, of which few matter. Those at or above a threshold are kept as
 they are, the others with a probability, at a value that makes up for it, so that the expected
-gradient is the gradient. Maths, variance and when not to use it: rows/README.md.
+gradient is the gradient. Maths, variance and when not to use it: rows/SKETCH.md.
 """
 
 import math

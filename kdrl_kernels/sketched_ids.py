@@ -1,6 +1,6 @@
 """Makes exact entries of a sketched gradient at the K ids of each row, as at the sampled token.
 
-Maths: rows/README.md, "A sketch of the gradient".
+Maths: rows/SKETCH.md.
 """
 
 import torch

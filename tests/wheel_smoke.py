@@ -27,6 +27,7 @@ def check_files() -> None:
         ("kdrl_kernels", "py.typed"),
         ("kdrl_kernels", "rows/README.md"),
         ("kdrl_kernels", "rows/COST.md"),
+        ("kdrl_kernels", "rows/SKETCH.md"),
         ("kdrl_kernels", "integrations/README.md"),
         ("kdrl_train", "py.typed"),
         ("kdrl_train", "tools/report/page.html.j2"),

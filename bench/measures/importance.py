@@ -5,7 +5,7 @@
 The sketch keeps an entry with a probability proportional to p. The least variance for a number of
 entries has one proportional to |dL/dz|, with the same threshold for all rows. Between them lies a
 choice of blocks of 64 columns by p, and of the columns of a block by |dL/dz|, which reads no more
-than the first. All errors of dX are predicted by the formula of kdrl_kernels/rows/README.md, for
+than the first. All errors of dX are predicted by the formula of kdrl_kernels/rows/SKETCH.md, for
 GRPO with a reverse KL of coefficient beta; nothing is drawn. Rows that are flat by p are left out.
 Writes importance-SHAPE.json and .md.
 """

@@ -99,7 +99,7 @@ def linear_logprobs(
         vocab_group: torch.distributed ProcessGroup over which the rows of weight and bias are
             sharded, in the order of its ranks, evenly or not; None: weight is whole. All ranks must
             call and run the backward pass, with arguments that are equal to the bit but for weight,
-            bias and an adapter's B, which is sharded too (README, "Several GPUs", says what is
+            bias and an adapter's B, which is sharded too (RANKS.md beside README says what is
             compared). They get the outputs and the gradient of hidden of the whole vocabulary, and
             the gradients of their rows of weight and bias. topk is at most the rows of the smallest
             shard. Not with a DTensor (pass to_local()) nor backward="sketch", with

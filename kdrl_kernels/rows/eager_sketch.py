@@ -2,7 +2,7 @@
 
 The sweep has left exp(d) in the place of the logits, and the mass of each block of columns. A block
 is read again only where the running mass, in units of the row's threshold, passes a whole number
-in it. Maths: README.md, "A sketch of the gradient".
+in it. Maths: SKETCH.md.
 """
 
 import torch

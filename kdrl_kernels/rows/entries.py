@@ -1,4 +1,4 @@
-"""Defines the entries of a sketched gradient, as the row work returns them. Maths: README.md."""
+"""Defines the entries of a sketched gradient, as the row work returns them. Maths: SKETCH.md."""
 
 from dataclasses import dataclass
 

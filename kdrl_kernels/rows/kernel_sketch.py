@@ -3,7 +3,7 @@
 Where a tile holds a whole number, positions in it are whole multiples of 2^-32 of a unit, in 64
 bits: no interval is rounded away, however small. Where a tile begins is a rounded sum. That moves
 intervals by an amount that no random number decides, so the chance of an entry stays its length.
-Maths: README.md.
+Maths: SKETCH.md.
 """
 
 import torch
