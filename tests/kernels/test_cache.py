@@ -44,7 +44,8 @@ def _score(
 ) -> kk.LogprobOutput:
     """Call linear_logprobs in chunks of CHUNK rows, with a cache for `rows` of them."""
     dtype, device = student["hidden"].dtype, student["hidden"].device
-    sizes = {"dtype": dtype, "device": device, "impl": "torch" if impl == "reference" else impl}
+    # by a CPU's plan: a GPU's has a buffer for many more rows, so holds all of these in one chunk
+    sizes = {"dtype": dtype, "device": "cpu", "impl": "torch" if impl == "reference" else impl}
     budget = kk.chunk_plan(CHUNK, H, V, **sizes).workspace_bytes
     options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
     return kk.linear_logprobs(
@@ -289,7 +290,7 @@ def test_layout_of_kdrl_loss(
 ) -> None:
     """kdrl_loss reads student and teacher in any layout, with rows of weight 0 and without."""
     problem = make_problem(N, H, V, kd=kd, dtype=dtype, device=device)
-    sizes = {"teacher": (H + 3, V), "kd": kd, "dtype": dtype, "device": device}
+    sizes = {"teacher": (H + 3, V), "kd": kd, "dtype": dtype, "device": "cpu"}
     budget = kk.chunk_plan(CHUNK, H, V, impl="torch", **sizes).workspace_bytes
     for weights in (None, problem.options["token_weights"] * (torch.arange(N) % 3 > 0).to(device)):
         options = {"token_weights": weights, "workspace_bytes": budget, "impl": impl}

@@ -117,7 +117,7 @@ def _solve(
     if kd in ("k2", "rkl", "fkl", "jsd", "rkl+fkl"):
         teacher = kk.TeacherHead(randn(N, H + 3), randn(V, H + 3) * 0.5)
         options |= {"teacher": teacher, "kd_weight": of_rows("kd_weight")}
-    sizes = {"teacher": (H + 3, V) if kd else None, "kd": kd, "dtype": dtype, "device": device}
+    sizes = {"teacher": (H + 3, V) if kd else None, "kd": kd, "dtype": dtype, "device": "cpu"}
     plan = kk.chunk_plan(chunk, H, V, impl=impl, **sizes)
     entropy_coef = options.pop("entropy_coef", 0.0)
     with pytest.MonkeyPatch.context() as patch:
