@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import kdrl_kernels as kk
 from kdrl_kernels import logprobs, one_pass
 from kdrl_kernels.adapter import with_adapter
 from kdrl_kernels.head import FLOATS16, StudentHead, in_one_dtype
+from kdrl_kernels.sketch import COLUMNS_PER_ENTRY
 from tests.kernels.adapters import (
     CALLS,
     H,
@@ -217,18 +219,43 @@ def test_no_gradient_of_the_weight_exists(
 
 SKETCHES = {
     "sketched": kk.Sketch(threshold=0.1, seed=3, flat=math.inf),
-    "partly": kk.Sketch(threshold=0.7, seed=3, flat=0.9 * 64 / V),
-    "flat": kk.Sketch(threshold=1e-3, seed=3, flat=1e-3),
+    "partly": kk.Sketch(threshold=0.7, seed=3, flat=0.9 / V),
+    "flat": kk.Sketch(threshold=1e-3, seed=3, flat=1e-4),
 }
+"""flat: entries of a row over V from which it is exact, for sketch_on."""
 
 
-@pytest.mark.parametrize("sketch", SKETCHES.values(), ids=SKETCHES)
+def sketch_on(device: str, name: str) -> kk.Sketch:
+    """Return one of SKETCHES, whose flat rows are the same on each kind of device."""
+    sketch = SKETCHES[name]
+    return replace(sketch, flat=sketch.flat * COLUMNS_PER_ENTRY[torch.device(device).type])
+
+
+def test_a_part_of_the_rows_is_flat(device: str) -> None:
+    """Those whose coefficient is large, with a divergence over the vocabulary."""
+    x, flat = make(F32, device), []
+    for name in SKETCHES:
+        out = kk.kdrl_loss(
+            x["hidden"].requires_grad_(),
+            x["weight"],
+            x["tokens"],
+            advantages=x["advantages"],
+            teacher=kk.TeacherHead(x["t_hidden"], x["t_weight"]),
+            objective=kk.Objective(kd="rkl", kd_coef=0.5),
+            backward="sketch",
+            sketch=sketch_on(device, name),
+        )
+        flat.append(out.metrics["flat_rows"].item())
+    assert 0 == flat[0] < flat[1] < flat[2] == N
+
+
+@pytest.mark.parametrize("name", SKETCHES)
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @each_call
 def test_a_sketch_is_that_of_the_wider_head(
-    call: Callable[..., Tensors], impl: str, sketch: kk.Sketch, device: str
+    call: Callable[..., Tensors], impl: str, name: str, device: str
 ) -> None:
-    x = make(F32, device)
+    x, sketch = make(F32, device), sketch_on(device, name)
     options = {"backward": "sketch", "sketch": sketch, "impl": impl}
     expected = solve(call, x, lambda y: widened(y, F32), **options)
     assert_near(solve(call, x, **options), expected, 2e-6)
@@ -241,8 +268,7 @@ def test_a_sketch_is_that_of_the_wider_head(
 @each_call
 def test_a_sketch_in_16_bits(call: Callable[..., Tensors]) -> None:
     x = make(BF16)
-    sketches = {"sketched": SKETCHES["sketched"], "partly": SKETCHES["partly"]}
-    for sketch in sketches.values():
-        options = {"backward": "sketch", "sketch": sketch}
+    for name in ("sketched", "partly"):
+        options = {"backward": "sketch", "sketch": sketch_on("cpu", name)}
         expected = solve(call, x, lambda y: widened(y, BF16), **options)
         assert_near(solve(call, x, **options), expected, 2e-2)

@@ -21,6 +21,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
+import kdrl_kernels as kk
 from kdrl_kernels.head import gathered
 from tests.kernels.rank_cases import assert_ok, run_cases
 from tests.kernels.two_ranks import (
@@ -249,6 +250,24 @@ CASES["fsdp2-sketched-tied"] = lambda: _check_model(
     fsdp2(own_group=False), name="partly sketched kdrl_loss", inside=True, tied=True
 )
 CASES["refused-teacher_hidden"] = lambda: _check_refused("kdrl_loss", "teacher_hidden")
+
+
+def test_a_part_of_the_rows_is_flat() -> None:
+    """So that the cases of a partial sketch add flat rows to sketched ones."""
+    tensors = whole_tensors(12)
+    out = kk.kdrl_loss(
+        tensors["hidden"].requires_grad_(),
+        tensors["weight"],
+        tensors["tokens"],
+        bias=tensors["bias"],
+        advantages=tensors["advantages"],
+        token_weights=tensors["token_weights"],
+        teacher=kk.TeacherHead(tensors["teacher_hidden"], tensors["teacher_weight"]),
+        objective=kk.Objective(kd="rkl"),
+        backward="sketch",
+        sketch=SKETCHES["partly sketched"],
+    )
+    assert 0 < out.metrics["flat_rows"] < out.metrics["gradient_rows"]
 
 
 def _cases(_ranks: int) -> dict[str, Callable[[], None]]:

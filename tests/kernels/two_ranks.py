@@ -13,14 +13,15 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import kdrl_kernels as kk
+from kdrl_kernels.sketch import COLUMNS_PER_ENTRY
 
 N, H, H_T = 10, 6, 4
 RANK_ROWS = [slice(0, 4), slice(4, N)]
 ROWS = ("hidden", "teacher_hidden", "tokens", "advantages", "token_weights", "numbers")
 SKETCHES = {
     "sketched": kk.Sketch(threshold=0.2, seed=1, flat=math.inf),
-    # rows of |coefficient| > 0.5 are flat: of one block of columns, threshold 1 / |coefficient|
-    "partly sketched": kk.Sketch(threshold=1, seed=1, flat=0.5 * 64 / 12),
+    # rows of |coefficient| > 0.5 are flat: they have min(1, |coefficient|) entries of 12 columns
+    "partly sketched": kk.Sketch(threshold=1, seed=1, flat=0.5 * COLUMNS_PER_ENTRY["cpu"] / 12),
 }
 
 Tensors = dict[str, Tensor]
