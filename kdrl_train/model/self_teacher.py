@@ -87,7 +87,9 @@ class EmaTeacher(Teacher):
     """A copy of the policy in float32 that moves toward it after each optimiser step.
 
     After n steps its weights are d^n w_0 + (1 - d) sum_i d^(n-i) w_i, where w_i are the policy's
-    after step i. In bfloat16 a share of 1 - d of a small step would be lost to rounding.
+    after step i, but for rounding: a step that is less than half of the distance to the next
+    float32 is lost, so a weight w is off by at most 2^-24 |w| / (1 - d), 6e-6 |w| at d = 0.99. In
+    bfloat16 it would be 2^-8 |w| / (1 - d).
 
     Args:
         model, temperature, compute_dtype: as Teacher.

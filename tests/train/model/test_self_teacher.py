@@ -177,6 +177,21 @@ def test_live_weights_under_gradient_checkpointing(tiny: Callable[..., Any]) -> 
     assert relative_error(gradient(policy, LiveTeacher(policy), RKL, 16), plain) <= 1e-12
 
 
+def test_what_rounding_takes_from_an_average_is_bounded(tiny: Callable[..., Any]) -> None:
+    """Half of the distance between float32 numbers below 1 is 3e-8: a step of less is lost."""
+    policy = Policy(tiny("qwen2", seed=1), RKL)
+    average = EmaTeacher(deepcopy(policy.model), decay=0.99)
+    moved = average.model.get_decoder().norm.weight, policy.model.get_decoder().norm.weight
+    exact, bound = moved[0].double().clone(), 2**-24 / (1 - 0.99)
+    for _ in range(600):
+        with torch.no_grad():
+            moved[1].sub_(2**-24)
+        average.follow(policy)
+        exact += (1 - 0.99) * (moved[1].double() - exact)
+    error = (moved[0].double() - exact).abs().max().item()
+    assert 0.3 * bound < error < bound
+
+
 def test_an_average_after_n_steps_is_the_one_by_hand(tiny: Callable[..., Any]) -> None:
     policy = Policy(tiny("qwen2", seed=1), RKL)
     average = EmaTeacher(deepcopy(policy.model), decay=0.75)

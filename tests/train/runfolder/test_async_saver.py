@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kdrl_train.config import TrainConfig
+from kdrl_train.model.policy import HeadedModel
 from kdrl_train.ranks import ALONE
 from kdrl_train.runfolder import checkpoint
 from kdrl_train.runfolder.async_saver import Saver
@@ -26,11 +27,13 @@ def test_it_holds_the_state_of_its_step(tiny: Callable[..., Any], tmp_path: Path
     policy, optimizer = make(tiny, seed=0)
     train(policy, optimizer, steps=2)
     expected, said = states(policy, optimizer), []
+    teacher = HeadedModel(tiny("qwen2", seed=5))
+    taught = [weight.clone() for weight in teacher.parameters()]
     config = TrainConfig(out=tmp_path, save_async=True)
     saver = Saver(config, ALONE, said.append, {"data": {"count": 3, "sha256": "ab"}})
-    saver.save(2, policy, optimizer, {"of": "the next step"})
+    saver.save(2, policy, optimizer, {"of": "the next step"}, teacher=teacher)
     with torch.no_grad():  # at once: it is being written
-        for tensor in [*policy.parameters(), *states(policy, optimizer)]:
+        for tensor in [*policy.parameters(), *states(policy, optimizer), *teacher.parameters()]:
             tensor.mul_(3)
     saver.check(wait=True)
     saver.check(wait=True)
@@ -40,7 +43,9 @@ def test_it_holds_the_state_of_its_step(tiny: Callable[..., Any], tmp_path: Path
     other, other_optimizer = make(tiny, seed=9)
     newest = checkpoint.latest(folder)
     assert newest.data == {"data": {"count": 3, "sha256": "ab"}}
-    assert checkpoint.load(newest, model=other, optimizer=other_optimizer) == 2
+    done = checkpoint.load(newest, model=other, optimizer=other_optimizer, teacher=teacher)
+    assert done == 2
+    assert all(map(torch.equal, teacher.parameters(), taught))
     for ours, theirs in zip(states(other, other_optimizer), expected, strict=True):
         assert torch.equal(ours, theirs)
     saver.close()
