@@ -19,7 +19,7 @@ from kdrl_kernels.token_rows import Coefficients
 COLUMNS_PER_ENTRY = {"cpu": 20, "cuda": 192}
 """Columns of a row of both GEMMs that cost what one entry does: its choice and both products."""
 FINE, COARSE = 1e-4, 5e-4
-"""Default thresholds, of float32 and float64 operands and of 16-bit ones."""
+"""Default thresholds, of float32 and float64 hidden states and of 16-bit ones."""
 LEAST = 2.0**-30
 """No threshold is below: Triton counts whole numbers up to 1 / threshold in 31 bits."""
 GOLDEN = -0x61C8864680B583EB
@@ -33,8 +33,8 @@ class Sketch:
     Args:
         threshold: an entry of probability p >= threshold is kept exactly, a smaller one with
             probability p / threshold: at most 1 / threshold + 2 entries a row. 1: a single entry a
-            row, beside the sampled token. None: 1e-4, and 5e-4 for 16-bit hidden and weight, whose
-            rounding alone costs a GRPO gradient as much.
+            row, beside the sampled token. None: 1e-4, and 5e-4 for 16-bit hidden states, whatever
+            the weight's dtype: rounding both to bfloat16 costs a GRPO gradient as much.
         seed: integer; take another one each step. The same seed gives the same entries, however
             rows are cut into chunks, calls or ranks.
         rows: the number of each row, which with the seed decides its random number: an integer,
