@@ -140,6 +140,11 @@ class PretendedGpu(TorchFunctionMode):
             where = f"{path} {frame.f_code.co_qualname}"
         self.waits[f"{where}: {what}"] += 1
 
+    @property
+    def under_way(self) -> int:
+        """Copies to pinned memory that have not arrived."""
+        return len(self._pending)
+
     def pin(self, tensor: Tensor) -> Tensor:
         """Have the memory of a tensor on the CPU count as pinned."""
         storage = tensor.untyped_storage()

@@ -43,10 +43,14 @@ def test_weights_come_through_two_buckets(numbers: int, monkeypatch: pytest.Monk
     values["c"] = values["c"].T  # not contiguous
     values |= {"16 bits": values["b"].bfloat16(), "here": torch.randn(3, generator=draw)}
     with pretend(monkeypatch) as gpu:
+        under_way: list[int] = []
+        wait = gpu.wait
+        monkeypatch.setattr(gpu, "wait", lambda *x: [wait(*x), under_way.append(gpu.under_way)])
         sent = ((k, v if k == "here" else on_gpu(v)) for k, v in values.items())
         host = dict(host_copies(sent, torch.bfloat16))
         count = sum(v.numel() for k, v in values.items() if k != "here")
         assert gpu.waits == {"elsewhere: Event.synchronize": -(-count // numbers)}
+        assert all(under_way[:-1])  # the other bucket is filled meanwhile
         assert [len(storage) for storage in gpu.pinned.values()] == [2 * numbers] * 2
     assert host.keys() == values.keys()
     for name, value in values.items():
@@ -54,6 +58,17 @@ def test_weights_come_through_two_buckets(numbers: int, monkeypatch: pytest.Monk
         assert host[name].is_contiguous()
         assert host[name].dtype == torch.bfloat16
         assert torch.equal(host[name], value.bfloat16()), name
+
+
+@pytest.mark.gpu
+def test_weights_come_through_buckets_of_a_real_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copies, "BUCKET_BYTES", 1 << 16)
+    slow = torch.randn(4096, 4096, device="cuda") @ torch.randn(4096, 4096, device="cuda")
+    values = {n: slow.flatten()[n : 3 * n].clone() for n in (1, 1000, 1 << 14, 1 << 16, 10**6)}
+    host = dict(host_copies(values.items(), torch.bfloat16))
+    assert host.keys() == values.keys()
+    for n, value in values.items():
+        assert torch.equal(host[n], value.bfloat16().cpu()), n
 
 
 def test_weights_of_the_cpu_need_no_bucket() -> None:
