@@ -1,5 +1,6 @@
 """Tests which kernels the search for tiles compiles."""
 
+import json
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from bench import tiles
+from bench.instructions import RESULTS
 from kdrl_kernels.rows.tiles import TILES, Tile
 from tests.kernels import aot
 
@@ -28,6 +30,22 @@ def test_the_kernels_of_the_table_are_compiled(monkeypatch: pytest.MonkeyPatch) 
     assert streams["sweep-None"] == 1
     assert streams["sweep-jsd"] == streams["sketch-fkl"] == 2
     assert streams["sketch-rkl"] == 1, "it reads the teacher only where there are entries"
+
+
+KEPT = {("jsd", 2, False): Tile(2, 512, 4), ("gradient", 2, True): Tile(4, 512, 4)}
+"""What the table takes where the code has another tile, for the reason that rows/tiles.py names."""
+
+
+def test_the_code_has_the_tiles_that_the_committed_table_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tiles, "DEVICE", "cpu")
+    rows = json.loads((RESULTS / "tiles.json").read_text("utf-8"))["rows"]
+    taken = {key: Tile(*tiles.best(group)["tile"]) for key, group in tiles._by_key(rows).items()}
+    assert taken == TILES | KEPT
+    assert all(TILES[key] != tile for key, tile in KEPT.items())
+    lines = (RESULTS / "tiles.md").read_text("utf-8").splitlines()
+    assert lines[2:] == tiles.markdown(rows).splitlines()
 
 
 def test_a_kernel_is_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
