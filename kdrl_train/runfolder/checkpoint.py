@@ -135,8 +135,9 @@ def read(folder: Path) -> Checkpoint:
             raise ValueError("hashes of other files than it has")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{folder} must be a checkpoint folder with a meta.json, got {error!r}: name one of "
-            "checkpoints/step_*, or delete it to resume from the previous checkpoint"
+            f"{folder} must be a checkpoint folder with a meta.json, got {error!r}: name one of a "
+            "run's checkpoints/step_*; if it is one, it is damaged: delete it to resume from the "
+            "previous checkpoint"
         ) from error
     for name, size in checkpoint.files.items():
         path = folder / name

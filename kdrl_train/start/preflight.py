@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kdrl_train import output
-from kdrl_train.config import TrainConfig
+from kdrl_train.config import ModelConfig, TrainConfig
 from kdrl_train.errors import RankError, RunError
 from kdrl_train.model import lora
 from kdrl_train.model.load import use_device
@@ -22,6 +22,9 @@ from kdrl_train.rollouts.engines import vllm_server
 from kdrl_train.rollouts.rendering import PromptError
 from kdrl_train.rollouts.routing import check_routing
 from kdrl_train.rollouts.verifier import Verifier
+from kdrl_train.runfolder import checkpoint
+from kdrl_train.runfolder.adapters import check_adapters
+from kdrl_train.runfolder.best import resolved
 from kdrl_train.runfolder.trackers import Trackers
 from kdrl_train.start.gold_answers import check_gold
 from kdrl_train.start.head_gradient import check_sketch
@@ -84,6 +87,8 @@ def preflight(
         "policy weights": lambda: check_weights(policy, "model.policy"),
         "policy head": lambda: probed(policy, "model.policy", packed),
     }
+    if config.model.weights is not None and not config.resume:
+        checks["first weights"] = lambda: check_start(config.model)
     if config.model.lora.rank:
         checks["adapters"] = lambda: lora.summary(policy.model)
     if policy.sketch is not None:
@@ -141,6 +146,20 @@ def _said(error: Exception) -> str:
         return str(error)
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+
+
+def check_start(config: ModelConfig) -> str:
+    """Check that model.weights is a whole checkpoint, with the adapters of the run if it has some.
+
+    Raises: ValueError if not; UserWarning for what cannot be told of them.
+    """
+    assert config.weights is not None
+    saved = checkpoint.read(resolved(config.weights))
+    doubts = check_adapters(saved.folder, saved.config.get("model", {}), config)
+    said = f"{saved.folder}, after {saved.step} steps"
+    if doubts:
+        raise UserWarning("; ".join([*doubts, said]))
+    return said
 
 
 def check_trackers(config: TrainConfig) -> str:

@@ -24,6 +24,8 @@ from kdrl_train.model.policy import Teacher
 from kdrl_train.ranks import ALONE, World
 from kdrl_train.rollouts.problems import ProblemSet
 from kdrl_train.rollouts.verifier import Verifier
+from kdrl_train.runfolder import checkpoint
+from kdrl_train.runfolder.checkpoint import Checkpoint
 from kdrl_train.start import gold_answers, models, preflight
 from kdrl_train.start.load import Loaded, load
 from kdrl_train.start.open_run import pack_for
@@ -59,6 +61,25 @@ def test_a_wrong_run_exits_with_1(
     assert cli.main(options(settings, **{"data.answer-column": "solution"})) == 1
     out = " ".join(capsys.readouterr().out.split())
     assert "data.answer_column must be a column" in out
+
+
+def test_weights_to_start_from_must_be_a_checkpoint(
+    settings: TrainConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(options(settings, **{"model.weights": str(tmp_path)})) == 1
+    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "first weights failed" in out
+    assert "name one of a run's checkpoints/step_*" in out
+    saved = Checkpoint(tmp_path, 7, {}, {}, {}, {})
+    monkeypatch.setattr(checkpoint, "read", lambda _: saved)
+    model = replace(settings.model, weights=tmp_path)
+    assert preflight.check_start(model) == f"{tmp_path}, after 7 steps"
+    saved.config["model"] = {"lora": {"rank": 2}}
+    with pytest.raises(ValueError, match="must have the adapters of this run, rank 0, got"):
+        preflight.check_start(model)
 
 
 def test_a_token_without_a_column_is_refused(loaded: Loaded, tiny: Callable[..., Any]) -> None:
