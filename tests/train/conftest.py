@@ -1,7 +1,7 @@
 """Tiny models and their tokenizer, built here: nothing is downloaded."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from pebble.common import CONSTS
 
 from kdrl_train.config import (
     DataConfig,
@@ -26,7 +27,17 @@ from tests.train.estimate_cases import write_models
 EXACT = MethodConfig(kd="rkl", kd_coef=ScheduleConfig(initial=0.5, final=0.5))
 OTHER = {1, 3}
 """Of five problems in a row those of the second teacher, by their place; each step has both."""
+LOOKS_S = 0.01
+"""Seconds between two looks of pebble at a pool of verifiers, which is closed at the next look."""
 EOS, PAD = "<|endoftext|>", "<|pad|>"  # AutoTokenizer adds the first one to any qwen2 folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _verifiers_close_at_once() -> Iterator[None]:
+    """Each run closes one: with pebble's 0.1 s between looks it waits most of that time."""
+    before, CONSTS.sleep_unit = CONSTS.sleep_unit, LOOKS_S
+    yield
+    CONSTS.sleep_unit = before
 
 
 @pytest.fixture(scope="session")

@@ -23,12 +23,14 @@ from typing import Any
 
 import torch
 import transformers
+from pebble.common import CONSTS
 from rich.console import Console
 
 from kdrl_train import train
 from kdrl_train.config import RewardConfig, TrainConfig
 from kdrl_train.ranks import World, connect
 from kdrl_train.rollouts.verifier import Verifier
+from tests.train.conftest import LOOKS_S
 
 DEADLINE_S = 120.0
 
@@ -128,6 +130,7 @@ def _serve(connection: Connection) -> None:
 def _warm_up() -> None:
     """Import and build what the forked processes share with this one: models, a fork server."""
     transformers.logging.disable_progress_bar()
+    CONSTS.sleep_unit = LOOKS_S
     tiny = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     for family in ("qwen2", "llama"):
         heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
