@@ -49,6 +49,8 @@ from kdrl_train.start.load import described
 from kdrl_train.tools.serve.scorer import Scorer, ServedTeacher
 
 PACKAGES = ("kdrl-kernels", "torch", "transformers")
+UNSAID = ("fingerprint", "root", "probe_ids", "probe_logprobs")
+"""What TeacherInfo knows of other servers, and the hash of what is said."""
 TOKEN = "KDRL_SERVE_TOKEN"
 """Environment variable with what every request but /health must bring."""
 
@@ -210,11 +212,11 @@ def load(config: ServeConfig, served: ServedTeacher) -> None:
 def version_reply(teacher: TeacherInfo, chat_template: Any) -> dict[str, Any]:
     """Makes the reply to /version.
 
-    It holds what TeacherInfo explains; the fingerprint, a hash of all that but the model's name,
-    which each reply to /score repeats; chat_template: that of the tokenizer, or null; packages:
-    their versions.
+    It holds what TeacherInfo explains of such a server; the fingerprint, a hash of all that but
+    the model's name, which each reply to /score repeats; chat_template: that of the tokenizer, or
+    null; packages: their versions.
     """
-    info = {key: value for key, value in asdict(teacher).items() if key != "fingerprint"}
+    info = {key: value for key, value in asdict(teacher).items() if key not in UNSAID}
     said = json.dumps({key: value for key, value in info.items() if key != "model"}, sort_keys=True)
     return info | {
         "fingerprint": hashlib.sha256(said.encode()).hexdigest(),
