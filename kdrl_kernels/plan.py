@@ -17,9 +17,13 @@ from kdrl_kernels.chunks import (
 from kdrl_kernels.head import FLOATS, spare_columns
 from kdrl_kernels.objective import Kd, Objective
 from kdrl_kernels.plain import check_bytes, check_flag, check_number
-from kdrl_kernels.rows.entries import FORWARD
+from kdrl_kernels.rows.entries import ENTRY_BYTES, FORWARD, row_room
+from kdrl_kernels.sketch import Sketch, default_threshold
 
 Backward = Literal["exact", "sketch"]
+ROW_ENTRIES = 64.0
+"""Entries of a row at the default threshold of 16 bits, V = 152,064 and the entropies of RL: 63 and
+with an exact KL 73 (bench/results/predicted-h200)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +127,8 @@ def chunk_plan(
     workspace_bytes: int | None = None,
     memory_bytes: int | None = None,
     backward: Backward = "exact",
-    row_entries: float = 16.0,
+    row_entries: float = ROW_ENTRIES,
+    threshold: float | None = None,
     flat: float = 0.0,
     impl: str | None = None,
 ) -> ChunkPlan:
@@ -143,7 +148,9 @@ def chunk_plan(
         adapter: rank of a LowRank, whose B then has the gradient of the weight; 0: none.
         backward: "exact" or "sketch".
         row_entries: entries of a row of the sketch, with the sampled token's, on average:
-            metrics["entries"] / N tells yours.
+            metrics["entries"] / N tells yours. The default is that of the entropies of RL.
+        threshold: Sketch.threshold, on which the room for entries depends that Triton takes while a
+            chunk is sketched.
         flat: share of rows too flat to be sketched, in [0, 1]: metrics["flat_rows"] / N.
         workspace_bytes, impl: as in kdrl_loss; impl None: "triton" on "cuda", else "torch".
     Returns: ChunkPlan. plan.predicted_ms(tflops, terabytes_per_s) is the time at rates you know.
@@ -152,6 +159,7 @@ def chunk_plan(
     """
     _check_sizes(N, H, V, teacher)
     _check_options(dtype, workspace_bytes, memory_bytes, adapter, backward, row_entries, flat)
+    Sketch(threshold)  # checks it
     H_t, V_t = teacher or (0, 0)
     for name, value in (("hidden_grad", hidden_grad), ("weight_grad", weight_grad)):
         check_flag(name, value)
@@ -190,7 +198,7 @@ def chunk_plan(
     writes = N * V * dtype.itemsize if learns else 0
     outputs = N * H * hidden_grad + V * trained * weight_grad
     kept = whole = wide * outputs
-    entries, product_bytes = 0, 0
+    entries, product_bytes, room = 0, 0, 0
     direct = geometry.writes_at_once(chunks, trained) and weight_grad
     # the first chunk writes the sum, each later one reads it too; its last pass rounds or scales it
     last = wide + dtype.itemsize
@@ -206,6 +214,7 @@ def chunk_plan(
         )
         read = entries * (H * hidden_grad + trained * weight_grad)
         product_bytes = dtype.itemsize * (outputs + read)
+        room = rows * row_room(V, threshold or default_threshold(dtype)) * (impl == "triton")
         # PyTorch reads a few blocks again; Triton p, and q where its entries count
         gradient = learns * (impl == "triton") * (2 if exact_kd in FORWARD else 1)
     reads = (sweeps + gradient) * N * geometry.logit_bytes
@@ -214,7 +223,7 @@ def chunk_plan(
         rows=rows,
         held_rows=held,
         chunks=chunks,
-        workspace_bytes=geometry.chunk_bytes(rows, held),
+        workspace_bytes=geometry.chunk_bytes(rows, held) + room * ENTRY_BYTES,
         gradient_bytes=kept,
         flop=flop,
         row_work_bytes=reads + writes,

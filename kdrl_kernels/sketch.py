@@ -79,7 +79,7 @@ class Sketch:
         """
         N, device, threshold = len(hidden), hidden.device, self.threshold
         if threshold is None:
-            threshold = COARSE if hidden.dtype.itemsize == 2 else FINE
+            threshold = default_threshold(hidden.dtype)
         if not isinstance(self.rows, Tensor):
             rows = torch.arange(N, device=device) + self.rows
             return replace(self, rows=rows, threshold=threshold)
@@ -119,6 +119,11 @@ class Sketch:
             share = torch.where(finite, rest, 0).double().exp()
             thresholds = (thresholds * share).clamp(min=LEAST)
         return Grid(thresholds, uniforms, self.threshold, most_entries)
+
+
+def default_threshold(dtype: torch.dtype) -> float:
+    """Return the threshold of hidden states of a dtype where none is set."""
+    return COARSE if dtype.itemsize == 2 else FINE
 
 
 def uniform(seed: int, rows: Tensor) -> Tensor:

@@ -12,6 +12,14 @@ large sum may hold one likely column or many unlikely ones."""
 FORWARD = ("fkl", "rkl+fkl")
 """Divergences whose gradient has a term of q alone: where q is large, an entry counts too."""
 
+ENTRY_BYTES = 16
+"""An int32 column and three float32 numbers, as Triton writes them."""
+
+
+def row_room(V: int, least: float, ids: int = 0) -> int:
+    """Return how many entries Triton has room for in each row of a chunk; least: as in Grid."""
+    return min(V, int(1 / least) + 2 + ids)
+
 
 @dataclass(frozen=True, slots=True)
 class Grid:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdrl_kernels.rows.entries import BLOCK, COUNTED, Entries, Grid
+from kdrl_kernels.rows.entries import BLOCK, COUNTED, Entries, Grid, row_room
 from kdrl_kernels.rows.kernel_gradient import log2_teacher, record, with_terms
 from kdrl_kernels.rows.kernel_loads import load_a, temperatures_of, width_of
 from kdrl_kernels.rows.kernel_math import (
@@ -101,7 +101,7 @@ def sketch(
     tile = tile or tile_of(SKETCH, student, teacher)
     C, V = student.logits.shape
     K = 0 if stats.at_ids is None else stats.at_ids.columns.shape[1]
-    slots = min(V, int(1 / grid.least) + 2 + K)
+    slots = row_room(V, grid.least, K)
     columns = torch.empty(C, slots, dtype=torch.int32, device=stats.max.device)
     entries = torch.empty(3, C, slots, dtype=torch.float32, device=stats.max.device)
     counts = torch.empty(C, dtype=torch.int32, device=stats.max.device)

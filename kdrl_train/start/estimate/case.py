@@ -304,6 +304,7 @@ class Case:
             memory_bytes=self.placement.memory_bytes,
             backward=self.run.model.head_backward,
             row_entries=0 if self.flat_share == 1 else self.entries,
+            threshold=self.run.model.head_threshold,
             flat=self.flat_share,
             impl=optim.head_impl,
         )

@@ -227,6 +227,8 @@ def _head(case: Case) -> list[Term]:
     """Lists what the one-pass head holds for a pack in which every token may carry a loss."""
     policy, plan, shorter = case.policy, case.chunk_plan(case.pack_tokens), shorter_packs(case)
     what = f"B: logits of {plan.rows:,} tokens, {plan.geometry.streams} buffer(s)"
+    if case.run.model.head_backward == "sketch" and not case.placement.cpu:
+        what += ", room for entries"
     tokens, H, V = (case.pack_tokens, "tokens"), (policy.hidden, "H"), (policy.vocabulary, "V")
     workspace = product(
         "workspace of the head",

@@ -112,14 +112,18 @@ def test_a_baseline_holds_the_teachers_logits(
 def test_a_sketch_holds_lists_in_place_of_dx_and_dw(models: dict[str, str]) -> None:
     """Of an entry a column, int32, and a value, float32; of 64 and 32 tokens where each begins.
 
-    Of a token that is too flat its dL/dlogits: 32 columns in the compute dtype.
+    Of a token that is too flat its dL/dlogits: 32 columns in the compute dtype. On a GPU a chunk of
+    32 tokens has room for as many entries, of 16 bytes.
     """
     for case, tokens, b in ((case_of(models, "untied"), 64, 4), (sharded_case(models), 32, 2)):
         run = replace(case.run, model=replace(case.run.model, head_backward="sketch"))
         exact, case = values(case), replace(case, run=run, entries=5.0, flat=0.0)  # noqa: PLW2901
         lists = tokens * 5 * 8 + 8 * (tokens + 1)
         ours = values(case)
+        name = "workspace of the head"
+        assert ours[name] - exact.pop(name) == (0 if case.placement.cpu else 32 * 32 * 16)
         assert dict(ours.items() - exact.items()) == {
+            name: ours[name],
             "entries of the sketch": lists,
             "dX": b * tokens * 8,
         }
