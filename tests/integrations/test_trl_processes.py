@@ -13,11 +13,9 @@ from tests.integrations.trl_ranks import TrlOutcome, TrlRun, train_ranks
 
 LOSSES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo")
 QUICK = ("dapo", "token", 2, False)
-CASES = [
-    case
-    for loss_type in LOSSES
-    for case in ((loss_type, "token", 4, False), (loss_type, "sequence", 1, True))
-]
+CASES = [(loss_type, "token", 4, False) for loss_type in LOSSES]
+CASES += [(loss_type, "sequence", 1, True) for loss_type in ("grpo", "bnpo")]
+"""How the tokens of all processes are counted is the loss's, and the same with shards."""
 ATTENTION = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 WITH_HEAD = {"r": 4, "target_modules": ["q_proj", "v_proj", "lm_head"]}
 HEAD_SAVED = ATTENTION | {"modules_to_save": ["lm_head", "embed_tokens"]}
