@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":  # not in the verifier's workers
-    from kdrl_train import cli, train
+    from kdrl_train import train
+    from kdrl_train.__main__ import start
 
     marker = Path(sys.argv[1])
     learn = train.learn
@@ -22,4 +23,5 @@ if __name__ == "__main__":  # not in the verifier's workers
         return learn(run, step, stages)
 
     train.learn = fail_once
-    sys.exit(cli.main(sys.argv[2:]))
+    sys.argv = ["kdrl_train", *sys.argv[2:]]
+    sys.exit(start())
