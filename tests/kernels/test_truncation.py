@@ -144,7 +144,7 @@ def test_losses_read_the_truncated_distribution(impl: str, device: str) -> None:
     ours.loss.backward()
 
     y, others = _with_leaves(inputs)
-    kept = _kept(inputs | {"temperature": torch.ones(N)}, 9, None)
+    kept = _kept(inputs | {"temperature": torch.ones(N, device=device)}, 9, None)
     z = torch.where(kept, y["hidden"] @ y["weight"].T + y["bias"], -torch.inf)
     logp, logq = z.log_softmax(1), (inputs["t_hidden"] @ weight.T).log_softmax(1)
     kl = torch.where(kept, logp.exp() * (torch.where(kept, logp, 0) - logq), 0).sum(1)
