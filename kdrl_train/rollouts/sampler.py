@@ -57,6 +57,10 @@ class SampleRequest:
         return self.seed, self.step, self.first + prompt, sample
 
 
+MIXES_BATCHES = frozenset({"deepseek_v4", "doge", "git", "recurrent_gemma", "rwkv"})
+"""Model types whose code lets the padding of a batch, or its other prompts, change what a prompt is
+continued with: each completion is drawn alone."""
+
 REPORT_S = 1.0
 """Seconds between two reports: each waits for the GPU."""
 
@@ -195,8 +199,10 @@ def generate_rollouts(
     prompt_ids = [t for t in tensors for _ in range(sampling.group_size)]
     completions: list[tuple[Tensor, Tensor, bool]] = []
     with _sampling_mode(model):
-        for start in range(0, len(prompt_ids), sampling.batch_size):
-            batch = prompt_ids[start : start + sampling.batch_size]
+        alone = model.config.get_text_config().model_type in MIXES_BATCHES
+        size = 1 if alone else sampling.batch_size
+        for start in range(0, len(prompt_ids), size):
+            batch = prompt_ids[start : start + size]
             numbers = None if request.greedy else _numbers(request, start, len(batch))
             before = len(completions), sum(len(ids) for ids, _, _ in completions)
             tally = None

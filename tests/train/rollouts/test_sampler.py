@@ -14,6 +14,7 @@ from kdrl_train.model.eos import eos_ids
 from kdrl_train.rollouts import sampler
 from kdrl_train.rollouts.sampler import Draw, SampleRequest, generate_rollouts, uniforms
 from kdrl_train.runfolder.signals import Stopped
+from tests.families import make
 from tests.train.conftest import EOS, PAD
 
 PROMPTS = [[5], [20, 21, 22, 23, 24, 25, 26], [30, 31, 32]]
@@ -273,3 +274,13 @@ def test_a_model_without_an_end_is_refused(model: Any) -> None:
     model.config.eos_token_id = None
     with pytest.raises(ValueError, match="eos_token_id must be set"):
         eos_ids(model, object())
+
+
+@pytest.mark.parametrize("family", ["recurrent_gemma", "rwkv", "llama"])
+def test_a_longer_prompt_beside_it_changes_no_completion(family: str, tokenizer: Any) -> None:
+    model, prompts = make(family), PROMPTS[1:]
+    together = generate_rollouts(model, tokenizer, request(prompts, batch_size=4))
+    alone = generate_rollouts(model, tokenizer, request(prompts, batch_size=1))
+    for name in ("completion_ids", "logprobs"):
+        for ours, theirs in zip(getattr(together, name), getattr(alone, name), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
