@@ -175,7 +175,7 @@ def _hub_problem(name: str) -> str:
     if isinstance(try_to_load_from_cache(name, "config.json"), str):
         return _adapter_problem(name)
     if why:
-        return f"there is no such folder, and the hub cannot be reached ({why})"
+        return f"there is no such folder, and the hub cannot be reached ({why}): name a folder"
     try:
         info = HfApi().model_info(name, timeout=DEADLINE_S)
     except GatedRepoError:

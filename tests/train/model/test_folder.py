@@ -176,7 +176,7 @@ def test_a_mistyped_name_waits_for_no_hub(
     for name, hint in (("mdoel", " (did you mean model?)"), ("org/mdoel", "")):
         assert message(name) == (
             "there is no such folder, and the hub cannot be reached (ConnectError: Name or "
-            f"service not known){hint}"
+            f"service not known): name a folder{hint}"
         )
     assert tries == [1, 1]
 
