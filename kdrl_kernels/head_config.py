@@ -52,3 +52,18 @@ def head_scalars(config: Any, temperature: float = 1.0) -> tuple[float, float | 
     caps = (getattr(config, name, None) for name in SOFTCAPS)
     softcap = next((cap for cap in caps if cap), None)
     return temperature / scale, None if softcap is None else softcap / scale
+
+
+def require_head_alone(model: Any) -> None:
+    """Raise ValueError for a causal LM with weights that are in neither backbone nor LM head.
+
+    They stand between the two (BERT's and ModernBERT's), and a head of ours would leave them out.
+    """
+    parts = model.base_model, model.get_output_embeddings()
+    known = {id(weight) for part in parts for weight in part.parameters()}
+    others = [name for name, weight in model.named_parameters() if id(weight) not in known]
+    if others:
+        raise ValueError(
+            f"the LM head must stand on the backbone alone, got {type(model).__name__} with "
+            f"{others[0]} and {len(others) - 1} more weights beside them: name another model"
+        )

@@ -8,8 +8,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from kdrl_kernels.head_config import DIVISORS, FACTORS, SOFTCAPS, head_scalars, logit_scale
+from kdrl_kernels.head_config import (
+    DIVISORS,
+    FACTORS,
+    SOFTCAPS,
+    head_scalars,
+    logit_scale,
+    require_head_alone,
+)
 
 NAME = re.compile(r"^ +(\w*(?:logit|lm_head|unpadded|output_mult)\w*) *[:=]", re.MULTILINE)
 HARMLESS = re.compile(
@@ -83,3 +91,18 @@ def test_rows_without_a_logit_are_refused() -> None:
         head_scalars(config)
     config.unpadded_vocab_size = 128
     assert head_scalars(config) == (1.0, None)
+
+
+def _small(model_type: str, **settings: Any) -> Any:
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(model_type, **sizes, intermediate_size=16, **settings)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def test_layers_between_backbone_and_head_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"backbone alone, got BertLMHeadModel with cls.* 3 more w"
+    ):
+        require_head_alone(_small("bert", is_decoder=True))
+    require_head_alone(_small("phi"))  # its head has a bias
+    require_head_alone(_small("qwen2", tie_word_embeddings=True))

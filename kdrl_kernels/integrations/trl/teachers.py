@@ -16,6 +16,7 @@ from transformers.utils import logging
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import create_model_from_path
 
+from kdrl_kernels.head_config import require_head_alone
 from kdrl_kernels.integrations.trl.config import KdrlConfig
 from kdrl_kernels.integrations.trl.head import bare, model_head
 from kdrl_train.batch import Rollouts
@@ -148,6 +149,7 @@ def check_causal(model: Any) -> None:
             "teacher_model must be a causal LM of transformers, got "
             f"{type(inner).__name__}, which has no LM head"
         )
+    require_head_alone(inner)
     model_head(inner, 1.0).check_teacher()
 
 
