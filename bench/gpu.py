@@ -229,7 +229,9 @@ def main() -> int:
     if args.archive and args.archive.resolve().is_relative_to(args.out.resolve()):
         parser.error(f"--archive must be a file outside OUT, got {args.archive}")
     course = Course(args)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # started with & it ignores SIGINT, and so would its parts, which could then not be stopped
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
     stopped = False
     try:
         course.run()

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
@@ -29,11 +30,16 @@ def _part(name: str, code: str, budget: float = 20, **more: Any) -> Part:
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run main() with other parts, and return the report that it prints."""
+    set_handler = signal.signal
+
+    def interruptible(number: int, handler: Any) -> None:
+        if number == signal.SIGINT:  # SIGTERM stays that of pytest
+            set_handler(number, handler)
 
     def run_parts(parts: list[Part], *typed: str, code: int = 0) -> str:
         (tmp_path / "out/report.md").unlink(missing_ok=True)
         monkeypatch.setattr(gpu, "parts", lambda *_, **__: tuple(parts))
-        monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+        monkeypatch.setattr(gpu.signal, "signal", interruptible)
         monkeypatch.setattr(sys, "argv", ["gpu", str(tmp_path / "out"), *typed])
         assert gpu.main() == code
         report = (tmp_path / "out" / "report.md").read_text("utf-8")
