@@ -147,19 +147,18 @@ def with_tokens(
 
     Its own entry, where it was kept, goes. Returns the entries and their offsets, [C + 1].
     """
-    entries = entries.select(entries.column != tokens[entries.row])
-    C = len(tokens)
-    row = torch.cat([n, entries.row])
-    row, order = row.sort(stable=True)
+    others = (entries.column != tokens[entries.row]).nonzero().squeeze(1)
+    row, order = torch.cat([n, entries.row[others]]).sort(stable=True)
+    place = torch.cat([torch.arange(len(n), device=row.device), others + len(n)])[order]
     ones = torch.ones_like(stats.logprobs[n])
     merged = Entries(
         row,
-        torch.cat([tokens[n], entries.column])[order],
-        torch.cat([ones, entries.chance])[order],
-        torch.cat([0 * ones, entries.value])[order],
-        torch.cat([stats.logprobs[n], entries.logp])[order],
+        torch.cat([tokens[n], entries.column])[place],
+        torch.cat([ones, entries.chance])[place],
+        torch.cat([0 * ones, entries.value])[place],
+        torch.cat([stats.logprobs[n], entries.logp])[place],
     )
-    offsets = torch.searchsorted(row, torch.arange(C + 1, device=row.device))
+    offsets = torch.searchsorted(row, torch.arange(len(tokens) + 1, device=row.device))
     return merged, offsets
 
 

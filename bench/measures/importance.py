@@ -25,7 +25,7 @@ from bench.inputs import LIFTED, SAMPLE_ROWS, Inputs, make_inputs
 from bench.machine import machine_info, one_line, set_up_cpu
 from bench.ops import OPS_BY_NAME
 from bench.shapes import SHAPES, default_shape
-from kdrl_kernels.rows.entries import BLOCK, COUNTED
+from kdrl_kernels.rows.entries import BLOCK
 from kdrl_kernels.token_rows import Coefficients
 
 GRPO, KDRL = OPS_BY_NAME["GRPO"], OPS_BY_NAME["KDRL exact"]
@@ -94,7 +94,7 @@ def compare(inputs: Inputs, beta: float, threshold: float) -> dict[str, Any]:
     sketch = kk.Sketch(threshold=threshold).of_head(p)
     grid = sketch.grid(slice(0, N), V, coef)
     lengths = p / grid.thresholds[:, None].to(p.dtype)
-    flat = blocks(lengths).sum(dim=2).clamp(max=COUNTED).sum(dim=1) > grid.most_entries
+    flat = lengths.clamp(max=1).sum(dim=1) > grid.most_entries
     lengths, dz = lengths[~flat], dz[~flat]
     by_p = lengths.clamp(max=1)
 

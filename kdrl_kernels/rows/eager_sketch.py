@@ -5,11 +5,14 @@ is read again only where the running mass, in units of the row's threshold, pass
 in it. Maths: SKETCH.md.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from kdrl_kernels.rows import eager_gradient
-from kdrl_kernels.rows.entries import BLOCK, COUNTED, FORWARD, Entries, Grid
+from kdrl_kernels.rows.entries import BLOCK, FORWARD, Entries, Grid
 from kdrl_kernels.rows.streams import Stats, Stream, TeacherStream
 from kdrl_kernels.token_rows import Coefficients
 
@@ -51,7 +54,8 @@ def _keep(
         total_t = stats.teacher_log_sum[rows].double().exp()
         unit_t = 1 / (weight * grid.thresholds[rows] * total_t)
         units += _masses(teacher, rows) * unit_t[:, None]
-    flat = units.clamp(max=COUNTED).sum(dim=1) > grid.most_entries
+    lengths_of = partial(_lengths, student, stats, teacher, unit, unit_t, rows.start)
+    flat = _expected_entries(units, lengths_of, grid.most_entries) > grid.most_entries
     units.masked_fill_(flat[:, None], 0)
     ends = units.cumsum(dim=1).add_(starts)
     starts = torch.cat([starts, ends[:, :-1]], dim=1)
@@ -59,26 +63,56 @@ def _keep(
     read = ((ends.floor() > starts.floor()) | (units > 0.999)).view(-1).nonzero().squeeze(1)
     n, block = read // units.shape[1], read % units.shape[1]
     row, begin = n + rows.start, starts.view(-1)[read]
-    e = _block(student, row, block)
-    if eager_gradient.keeps_d(student, stats):
-        e.exp_()
-    lengths = e * unit.to(e.dtype)[n, None]
-    if teacher is not None and unit_t is not None:
-        left = _block(teacher, row, block)
-        ratio = (unit / unit_t).to(e.dtype)[n, None]  # of the sums: left is (q - p) sum exp(d_t)
-        e_t = left.exp() if teacher.kd == "rkl+fkl" else left.addcmul_(e, ratio).clamp_(min=0)
-        lengths += e_t * unit_t.to(e.dtype)[n, None]
-    columns = block[:, None] * BLOCK + torch.arange(BLOCK, device=row.device)
-    if student.logits.shape[1] % BLOCK:
-        lengths.masked_fill_(columns >= student.logits.shape[1], 0)  # what pads a row
+    lengths = lengths_of(n, block)
     # whole units change nothing for what follows: without them the sums are more precise
-    ends = lengths.frac().cumsum(dim=1).add_(begin.frac().to(e.dtype)[:, None]).floor_()
+    ends = lengths.frac().cumsum(dim=1).add_(begin.frac().to(lengths.dtype)[:, None]).floor_()
     kept = lengths >= 1
     kept[:, 0] |= ends[:, 0] > 0
     kept[:, 1:] |= ends[:, 1:] > ends[:, :-1]
     place = kept.view(-1).nonzero().squeeze(1)
-    chance = lengths.view(-1)[place].clamp_(max=1)
-    return row[place // BLOCK], columns.view(-1)[place], chance, flat
+    chance, of = lengths.view(-1)[place].clamp_(max=1), place // BLOCK
+    return row[of], block[of] * BLOCK + place % BLOCK, chance, flat
+
+
+def _expected_entries(
+    units: Tensor, lengths_of: Callable[[Tensor, Tensor], Tensor], most: float
+) -> Tensor:
+    """Return the mean number of entries of each row, Σ min(1, length): a bound where that decides.
+
+    A block of sum s has s where s <= 1, else from 1 to min(BLOCK, s). The columns of these are read
+    only in rows that may have more than most or less.
+    """
+    least, largest = units.clamp(max=1).sum(dim=1), units.clamp(max=BLOCK).sum(dim=1)
+    long, unsure = units > 1, (least <= most) & (largest > most)
+    n, block = (long & unsure[:, None]).nonzero(as_tuple=True)
+    more = lengths_of(n, block).clamp_(max=1).sum(dim=1).to(least.dtype) - 1
+    return least.index_add_(0, n, more)
+
+
+def _lengths(
+    student: Stream,
+    stats: Stats,
+    teacher: TeacherStream | None,
+    unit: Tensor,
+    unit_t: Tensor | None,
+    first: int,
+    n: Tensor,
+    block: Tensor,
+) -> Tensor:
+    """Return the lengths of the columns of some blocks, [E, BLOCK]; n counts from row first."""
+    e = _block(student, n + first, block)
+    if eager_gradient.keeps_d(student, stats):
+        e.exp_()
+    lengths = e * unit.to(e.dtype)[n, None]
+    if teacher is not None and unit_t is not None:
+        left = _block(teacher, n + first, block)
+        ratio = (unit / unit_t).to(e.dtype)[n, None]  # of the sums: left is (q - p) sum exp(d_t)
+        e_t = left.exp() if teacher.kd == "rkl+fkl" else left.addcmul_(e, ratio).clamp_(min=0)
+        lengths += e_t * unit_t.to(e.dtype)[n, None]
+    V = student.logits.shape[1]
+    if V % BLOCK:  # what pads a row
+        lengths.masked_fill_(block[:, None] * BLOCK + torch.arange(BLOCK, device=n.device) >= V, 0)
+    return lengths
 
 
 def _masses(stream: Stream, rows: slice) -> Tensor:

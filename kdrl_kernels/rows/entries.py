@@ -6,9 +6,6 @@ from torch import Tensor
 
 BLOCK = 64
 """Columns of a block whose sum is known before its entries are."""
-COUNTED = 4
-"""Entries of a block that are counted at most where rows are judged by their sums: a block of a
-large sum may hold one likely column or many unlikely ones."""
 FORWARD = ("fkl", "rkl+fkl")
 """Divergences whose gradient has a term of q alone: where q is large, an entry counts too."""
 
@@ -36,8 +33,7 @@ class Grid:
     least: float
     """No threshold is below: a row has at most 1 / least + 1 entries."""
     most_entries: float
-    """A row that would have more entries is flat: nothing is kept. Their number is taken to be
-    Σ min(COUNTED, length of a block), whatever the uniform number."""
+    """A row that would have more entries on average, Σ min(1, length), is flat: nothing is kept."""
 
 
 @dataclass(frozen=True, slots=True)

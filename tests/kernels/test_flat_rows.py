@@ -90,6 +90,35 @@ def test_triton_has_the_same_flat_rows(device: str, monkeypatch: pytest.MonkeyPa
     assert (difference[1::2] < 1e-5).all()
 
 
+@pytest.mark.parametrize("kd", [None, "fkl"])
+@pytest.mark.parametrize("in_order", [False, True], ids=["any order", "likely ones first"])
+def test_flat_are_rows_of_more_entries_than_the_limit(
+    kd: str | None, in_order: bool, device: str
+) -> None:
+    """On average: Σ min(1, a / t), wherever the likely columns are."""
+    threshold, options = 0.02, {"bias": False, "off_policy": False, "device": device}
+    problem = make_problem(N, H=H, V=200, kd=kd, **options)
+    problem.options["token_weights"] = None
+    heads = [problem.student] + ([problem.teacher] if problem.teacher else [])
+    p = []
+    for head in heads:
+        head["hidden"] *= torch.linspace(0.4, 1.5, N, device=device)[:, None]
+        if in_order:
+            head["hidden"] = head["hidden"].abs()
+            head["weight"] = head["weight"].abs().sort(dim=0, descending=True).values
+        p.append(torch.softmax((head["hidden"] @ head["weight"].t()).double(), dim=1))
+    entries = (torch.stack(p).mean(dim=0) / threshold).clamp(max=1).sum(dim=1).sort().values
+    for limit in (entries[1::3] + entries[2::3]) / 2:
+        columns = sketch_module.COLUMNS_PER_ENTRY[torch.device(device).type]
+        sketch = kk.Sketch(threshold=threshold, scale=0, flat=limit.item() * columns / 200)
+        for impl in ("torch", "triton"):
+            options = {**problem.options, "backward": "sketch", "sketch": sketch, "impl": impl}
+            teacher = None if problem.teacher is None else kk.TeacherHead(**problem.teacher)
+            inputs = problem.student["hidden"].clone().requires_grad_(), problem.student["weight"]
+            out = kk.kdrl_loss(*inputs, problem.tokens, teacher=teacher, **options)
+            assert out.metrics["flat_rows"] == (entries > limit).sum()
+
+
 def test_the_number_of_flat_rows_is_a_metric_and_no_matter_of_chance() -> None:
     problem = mixed(kd=None)
     tensors = {k: x.clone().requires_grad_() for k, x in problem.student.items()}

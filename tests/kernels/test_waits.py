@@ -28,10 +28,11 @@ COMPACT = {
 }
 """Of each chunk, where rows without a gradient are left out."""
 SKETCH = {
-    # blocks to read, and the entries that are kept, a matter of chance; Triton asks for these alone
+    # blocks to count, blocks to read, and the entries that are kept; Triton asks for these alone
+    "kdrl_kernels/rows/eager_sketch.py _expected_entries: nonzero": 1,
     "kdrl_kernels/rows/eager_sketch.py _keep: nonzero": 2,
     # the sampled tokens' own entries among them go, and each used row gets one
-    "kdrl_kernels/rows/entries.py Entries.select: nonzero": 1,
+    "kdrl_kernels/sketched.py with_tokens: nonzero": 1,
     "kdrl_kernels/sketched.py Lists.take: nonzero": 1,
     # the flat rows, whose gradient is exact
     "kdrl_kernels/sketched.py indices: nonzero": 1,
@@ -45,8 +46,9 @@ BESIDE_FLAT_ROWS = {
 }
 """Of a pass, where many rows are flat."""
 SKETCH_OF_SCORES = {
+    "kdrl_kernels/rows/eager_sketch.py _expected_entries: nonzero": 1,
     "kdrl_kernels/rows/eager_sketch.py _keep: nonzero": 2,
-    "kdrl_kernels/rows/entries.py Entries.select: nonzero": 1,
+    "kdrl_kernels/sketched.py with_tokens: nonzero": 1,
     "kdrl_kernels/sketched.py Lists.take_scores: nonzero": 1,
     "kdrl_kernels/sketched.py indices: nonzero": 1,
     # in backward, once for all chunks: the rows that have entries
@@ -57,7 +59,7 @@ SKETCH_OF_SCORES_AND_IDS = SKETCH_OF_SCORES | {
     # each id has an entry, equal ones the same, in the place of those kept by chance
     "kdrl_kernels/sketched_ids.py with_ids: nonzero": 1,
     "kdrl_kernels/sketched_ids.py with_ids: _unique2": 1,
-    "kdrl_kernels/rows/entries.py Entries.select: nonzero": 2,
+    "kdrl_kernels/rows/entries.py Entries.select: nonzero": 1,
     # in backward: their gradients are added up
     "kdrl_kernels/sketched_ids.py add_at: nonzero": 1,
     "kdrl_kernels/sketched_ids.py add_at: unique_consecutive": 1,
