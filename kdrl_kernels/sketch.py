@@ -14,6 +14,7 @@ from torch import Tensor
 from kdrl_kernels.call import RowSet, take
 from kdrl_kernels.plain import check_number
 from kdrl_kernels.rows.entries import Grid
+from kdrl_kernels.rows.ids import IdStats, normalizer_factor, rest_factor
 from kdrl_kernels.token_rows import Coefficients
 
 COLUMNS_PER_ENTRY = {"cpu": 20, "cuda": 192}
@@ -45,8 +46,8 @@ class Sketch:
             |coefficient|. 1 fits advantages of standard deviation 1. 0: the same for all rows.
         flat: a row whose entries would cost more than this share of its part of the GEMMs is not
             sketched: its gradient is exact. On a CPU that are rows of more than V · flat / 20
-            entries, on a GPU V · flat / 192, as estimated from sums over blocks of 64 columns. inf:
-            every row is sketched, as those of float16 heads are.
+            entries on average, on a GPU V · flat / 192. inf: every row is sketched, as those of
+            float16 heads are.
     Raises: ValueError for a number out of range, TypeError for what is no number.
     """
 
@@ -96,14 +97,13 @@ class Sketch:
         return replace(self, rows=take(self.rows, rows))
 
     def grid(
-        self, rows: RowSet, V: int, coef: Coefficients | None, rest: Tensor | None = None
+        self, rows: RowSet, V: int, coef: Coefficients | None, ids: IdStats | None = None
     ) -> Grid:
         """Return thresholds and random numbers of some rows of a call; rows is [N] here.
 
         coef: derivatives of these rows; None where they are not known yet.
-        rest: log-probability of the columns that are no ids, whose gradient is divided by that
-            probability: the threshold is relative to it, so that as many entries are kept as of a
-            whole row. None: no loss reads it.
+        ids: what the loss reads beside the token: no id is sampled, so that a threshold is one of
+            the other columns. It gets finer where log r, that of their probability, is read.
         """
         assert isinstance(self.rows, Tensor)
         assert self.threshold is not None
@@ -114,11 +114,23 @@ class Sketch:
             largest = coef.sizes().double()
             thresholds *= (self.scale / largest).clamp(min=1)  # NaN stays NaN
             thresholds.masked_fill_(largest == 0, math.inf)
-        if rest is not None:
-            finite = rest > -math.inf if coef is None or coef.rest is None else coef.rest != 0
-            share = torch.where(finite, rest, 0).double().exp()
-            thresholds = (thresholds * share).clamp(min=LEAST)
+        if ids is not None and ids.rest is not None and (coef is None or coef.rest is not None):
+            thresholds = (thresholds * _share_of_rest(ids, coef)).clamp(min=LEAST)
         return Grid(thresholds, uniforms, self.threshold, most_entries)
+
+
+def _share_of_rest(ids: IdStats, coef: Coefficients | None) -> Tensor:
+    """Return what thresholds are multiplied with where log r is read, [C] in float64.
+
+    dL/dlog r / r may be large where r is small. r: as many entries are kept as of a whole row. That
+    is too many where the factor f of p in these columns is no larger than the derivatives are.
+    """
+    assert ids.rest is not None
+    if coef is None or coef.rest is None:
+        return torch.where(ids.rest > -math.inf, ids.rest, 0).double().exp()
+    factor = (normalizer_factor(coef) - rest_factor(coef, ids)).abs()
+    share = torch.maximum(ids.rest.exp(), (coef.sizes() / factor).clamp(max=1))
+    return torch.where(coef.rest == 0, 1, share).double()
 
 
 def default_threshold(dtype: torch.dtype) -> float:

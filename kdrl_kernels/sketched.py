@@ -21,7 +21,7 @@ from kdrl_kernels.flat_rows import FlatRows
 from kdrl_kernels.gradients import Chunk, Gradients
 from kdrl_kernels.head import Needs, StudentHead, Sums, gradient_dtypes, in_one_dtype
 from kdrl_kernels.rows.entries import Entries
-from kdrl_kernels.rows.ids import IdStats, normalizer_factor, rest_factor
+from kdrl_kernels.rows.ids import normalizer_factor, rest_factor
 from kdrl_kernels.rows.streams import Stats, Stream
 from kdrl_kernels.scaling import scaled_
 from kdrl_kernels.sketch import Sketch
@@ -51,7 +51,7 @@ class Lists:
         rows, student, stats, coef = chunk.rows, chunk.student, chunk.stats, chunk.coef
         V = call.vocab_size
         ids = stats.at_ids if coef.reads_ids else None  # kdrl_loss may return ids that it ignores
-        grid = self.sketch.grid(rows, V, coef, rest_of(ids, coef))
+        grid = self.sketch.grid(rows, V, coef, ids)
         teacher = None if coef.kl is None else chunk.teacher
         work, used_or_flat = row_work.load_sketch(call.impl), coef.used()
         entries, flat = work.sketch(student, stats, coef, grid, teacher)
@@ -88,7 +88,7 @@ class Lists:
     ) -> None:
         """Sketch p of a chunk, for a loss that is not known yet."""
         V, ids = student.logits.shape[1], stats.at_ids
-        grid = self.sketch.grid(rows, V, None, rest_of(ids))
+        grid = self.sketch.grid(rows, V, None, ids)
         coef = Coefficients(torch.full_like(stats.logprobs, -1))  # dL/dz = p
         entries, flat = row_work.load_sketch(impl).sketch(student, stats, coef, grid)
         if ids is not None:
@@ -133,11 +133,6 @@ def indices(rows: RowSet, where: Tensor) -> Tensor:
     """Return the indices in the call of a chunk's rows where a [C] bool is true."""
     place = where.nonzero().squeeze(1)
     return place + rows.start if isinstance(rows, slice) else rows[place]
-
-
-def rest_of(ids: IdStats | None, coef: Coefficients | None = None) -> Tensor | None:
-    """Return the log-probability of the rest of each row, where a loss may read it."""
-    return None if ids is None or (coef is not None and coef.rest is None) else ids.rest
 
 
 def with_tokens(

@@ -108,15 +108,15 @@ def test_flat_are_rows_of_more_entries_than_the_limit(
             head["weight"] = head["weight"].abs().sort(dim=0, descending=True).values
         p.append(torch.softmax((head["hidden"] @ head["weight"].t()).double(), dim=1))
     entries = (torch.stack(p).mean(dim=0) / threshold).clamp(max=1).sum(dim=1).sort().values
-    for limit in (entries[1::3] + entries[2::3]) / 2:
+    for most in (entries[1::3] + entries[2::3]) / 2:
         columns = sketch_module.COLUMNS_PER_ENTRY[torch.device(device).type]
-        sketch = kk.Sketch(threshold=threshold, scale=0, flat=limit.item() * columns / 200)
+        sketch = kk.Sketch(threshold=threshold, scale=0, flat=most.item() * columns / 200)
         for impl in ("torch", "triton"):
             options = {**problem.options, "backward": "sketch", "sketch": sketch, "impl": impl}
             teacher = None if problem.teacher is None else kk.TeacherHead(**problem.teacher)
             inputs = problem.student["hidden"].clone().requires_grad_(), problem.student["weight"]
             out = kk.kdrl_loss(*inputs, problem.tokens, teacher=teacher, **options)
-            assert out.metrics["flat_rows"] == (entries > limit).sum()
+            assert out.metrics["flat_rows"] == (entries > most).sum()
 
 
 def test_the_number_of_flat_rows_is_a_metric_and_no_matter_of_chance() -> None:

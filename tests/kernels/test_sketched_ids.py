@@ -9,7 +9,9 @@ from torch import Tensor
 
 import kdrl_kernels as kk
 from kdrl_kernels.rows import tiles
-from kdrl_kernels.sketch import COLUMNS_PER_ENTRY
+from kdrl_kernels.rows.ids import IdStats
+from kdrl_kernels.sketch import COLUMNS_PER_ENTRY, LEAST
+from kdrl_kernels.token_rows import Coefficients
 from tests.kernels.params import F32, F64
 from tests.kernels.problem import Problem, make_problem
 from tests.kernels.test_sketch import (
@@ -23,7 +25,7 @@ V = 70
 IDS = [3, 66, 3, -1, 10]
 """One of them twice, and one is the token."""
 SIX_ENTRIES = 6 * COLUMNS_PER_ENTRY["cpu"] / V
-"""Sketch.flat of rows of more than six, of the eight that two blocks count at most."""
+"""Sketch.flat where rows of more than six entries are flat."""
 
 
 def _loss(rows: kk.Rows) -> Tensor:
@@ -124,6 +126,22 @@ def test_log_probabilities_have_the_right_mean_for_a_later_loss(lift: float) -> 
     if lift:
         assert out.rest_logprob[0] < -5
     _assert_mean(results["sketch"], results["exact"], 0.1)
+
+
+def test_thresholds_are_finer_where_the_rest_weighs_more_than_the_row() -> None:
+    """r = 1 / 8: beside the ids the factor of p is 0.5 less 8 times the derivative in log r."""
+    derivatives, expected = (0.0, 1 / 16, 0.25, 1.0), (1.0, 1.0, 0.25 / 1.5, 1 / 7.5)
+    rest = torch.full((4,), 0.125, dtype=F64).log()
+    ids = IdStats(torch.zeros(4, 1, dtype=torch.int64), rest[:, None], rest=rest)
+    by_rest = torch.tensor(derivatives, dtype=F64)
+    coef = Coefficients(0.5 - by_rest, rest=by_rest)
+    sketch = kk.Sketch(0.01, scale=0).of_head(torch.zeros(4, 2))
+    thresholds = sketch.grid(slice(0, 4), V, coef, ids).thresholds
+    torch.testing.assert_close(thresholds, 0.01 * torch.tensor(expected, dtype=F64))
+    unknown = sketch.grid(slice(0, 4), V, None, ids).thresholds
+    torch.testing.assert_close(unknown, torch.full((4,), 0.01 / 8, dtype=F64))
+    small = IdStats(ids.columns, ids.logprobs, rest=rest - 100)
+    assert sketch.grid(slice(0, 4), V, coef, small).thresholds[1:].unique() == LEAST
 
 
 @pytest.mark.parametrize("topk", [None, 4], ids=["ids", "topk"])
