@@ -5,9 +5,6 @@ is read again only where the running mass, in units of the row's threshold, pass
 in it. Maths: SKETCH.md.
 """
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -54,39 +51,27 @@ def _keep(
         total_t = stats.teacher_log_sum[rows].double().exp()
         unit_t = 1 / (weight * grid.thresholds[rows] * total_t)
         units += _masses(teacher, rows) * unit_t[:, None]
-    lengths_of = partial(_lengths, student, stats, teacher, unit, unit_t, rows.start)
-    flat = _expected_entries(units, lengths_of, grid.most_entries) > grid.most_entries
-    units.masked_fill_(flat[:, None], 0)
     ends = units.cumsum(dim=1).add_(starts)
     starts = torch.cat([starts, ends[:, :-1]], dim=1)
     # a block that fills its unit holds a whole number, however its columns are rounded
     read = ((ends.floor() > starts.floor()) | (units > 0.999)).view(-1).nonzero().squeeze(1)
     n, block = read // units.shape[1], read % units.shape[1]
-    row, begin = n + rows.start, starts.view(-1)[read]
-    lengths = lengths_of(n, block)
+    lengths = _lengths(student, stats, teacher, unit, unit_t, rows.start, n, block)
+    # other blocks have as many entries as they have units, on average
+    units.view(-1)[read] = lengths.clamp(max=1).sum(dim=1).to(units.dtype)
+    flat = units.sum(dim=1) > grid.most_entries
+    sketched = (~flat[n]).nonzero().squeeze(1)
+    if len(sketched) < len(n):
+        lengths, n, block, read = (x[sketched] for x in (lengths, n, block, read))
     # whole units change nothing for what follows: without them the sums are more precise
-    ends = lengths.frac().cumsum(dim=1).add_(begin.frac().to(lengths.dtype)[:, None]).floor_()
+    begin = starts.view(-1)[read].frac_().to(lengths.dtype)
+    ends = lengths.frac().cumsum(dim=1).add_(begin[:, None]).floor_()
     kept = lengths >= 1
     kept[:, 0] |= ends[:, 0] > 0
     kept[:, 1:] |= ends[:, 1:] > ends[:, :-1]
     place = kept.view(-1).nonzero().squeeze(1)
     chance, of = lengths.view(-1)[place].clamp_(max=1), place // BLOCK
-    return row[of], block[of] * BLOCK + place % BLOCK, chance, flat
-
-
-def _expected_entries(
-    units: Tensor, lengths_of: Callable[[Tensor, Tensor], Tensor], most: float
-) -> Tensor:
-    """Return the mean number of entries of each row, Σ min(1, length): a bound where that decides.
-
-    A block of sum s has s where s <= 1, else from 1 to min(BLOCK, s). The columns of these are read
-    only in rows that may have more than most or less.
-    """
-    least, largest = units.clamp(max=1).sum(dim=1), units.clamp(max=BLOCK).sum(dim=1)
-    long, unsure = units > 1, (least <= most) & (largest > most)
-    n, block = (long & unsure[:, None]).nonzero(as_tuple=True)
-    more = lengths_of(n, block).clamp_(max=1).sum(dim=1).to(least.dtype) - 1
-    return least.index_add_(0, n, more)
+    return n[of] + rows.start, block[of] * BLOCK + place % BLOCK, chance, flat
 
 
 def _lengths(

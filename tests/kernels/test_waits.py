@@ -28,9 +28,8 @@ COMPACT = {
 }
 """Of each chunk, where rows without a gradient are left out."""
 SKETCH = {
-    # blocks to count, blocks to read, and the entries that are kept; Triton asks for these alone
-    "kdrl_kernels/rows/eager_sketch.py _expected_entries: nonzero": 1,
-    "kdrl_kernels/rows/eager_sketch.py _keep: nonzero": 2,
+    # blocks to read, those of rows that are not flat, and the kept entries: Triton's only wait
+    "kdrl_kernels/rows/eager_sketch.py _keep: nonzero": 3,
     # the sampled tokens' own entries among them go, and each used row gets one
     "kdrl_kernels/sketched.py with_tokens: nonzero": 1,
     "kdrl_kernels/sketched.py Lists.take: nonzero": 1,
@@ -46,8 +45,7 @@ BESIDE_FLAT_ROWS = {
 }
 """Of a pass, where many rows are flat."""
 SKETCH_OF_SCORES = {
-    "kdrl_kernels/rows/eager_sketch.py _expected_entries: nonzero": 1,
-    "kdrl_kernels/rows/eager_sketch.py _keep: nonzero": 2,
+    "kdrl_kernels/rows/eager_sketch.py _keep: nonzero": 3,
     "kdrl_kernels/sketched.py with_tokens: nonzero": 1,
     "kdrl_kernels/sketched.py Lists.take_scores: nonzero": 1,
     "kdrl_kernels/sketched.py indices: nonzero": 1,
