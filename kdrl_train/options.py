@@ -1,7 +1,8 @@
 """Reads options from a command line by tyro, and explains them."""
 
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from operator import attrgetter
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -17,8 +18,9 @@ from tyro.constructors import (
 )
 
 from kdrl_train.config_file import read_mapping, to_dict, write_mapping
+from kdrl_train.other_names import key_of
 from kdrl_train.output import guarded_console
-from kdrl_train.settings import explanations, is_settings, items
+from kdrl_train.settings import explanations, is_settings, items, keys_of
 
 MAPPING: Any = Annotated[
     Any,
@@ -58,10 +60,23 @@ def read_options(
             registry=_registry(default, extra),
         )
     except SystemExit as end:
+        if end.code:
+            sys.stderr.writelines(_meant(argv, keys_of(kind)))
         if end.code and short:
             sys.stderr.write(f"{program} --help-all explains all options.\n")
         raise
     return values
+
+
+def _meant(argv: Sequence[str], keys: Collection[str]) -> Iterator[str]:
+    """Write a line for each option that there is not, if another section or TRL or verl have it."""
+    for word in argv:
+        option = word.partition("=")[0]
+        key = option.removeprefix("--").replace("-", "_")
+        if re.fullmatch(r"--[\w.-]+", option) and key not in keys:
+            meant = key_of(key.rpartition(".")[2], keys)
+            if meant:
+                yield f"{option}: did you mean --{meant.replace('_', '-')}?\n"
 
 
 def _registry(root: Any, extra: Sequence[StructFieldSpec]) -> ConstructorRegistry:

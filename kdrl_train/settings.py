@@ -12,7 +12,7 @@ with names relative to the class. A message about a nested value begins with its
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from difflib import get_close_matches
 from functools import wraps
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args, get_origin
@@ -20,6 +20,8 @@ from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_ar
 import pydantic
 from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, ValidationError
 from pydantic_core import ErrorDetails, PydanticKnownError
+
+from kdrl_train.other_names import key_of
 
 T = TypeVar("T")
 
@@ -125,10 +127,25 @@ def explanations(cls: Any) -> dict[str, str]:
     return texts
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Write ' (did you mean ...?)' with the name that is spelt most like this one, or nothing."""
-    close = get_close_matches(name, names, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+def nearest(name: str, names: Iterable[str], others: Collection[str] = ()) -> str:
+    """Write ' (did you mean ...?)' with the name that is spelt most like this one, or nothing.
+
+    others: keys of other sections; one that ends in this name, or that TRL or verl call so, is
+    meant rather than a name that is only somewhat like it.
+    """
+    alike = [get_close_matches(name, names, n=1, cutoff=cutoff) for cutoff in (0.8, 0.6)]
+    meant = next(iter(alike[0]), None) or key_of(name, others) or next(iter(alike[1]), None)
+    return f" (did you mean {meant}?)" if meant else ""
+
+
+def keys_of(cls: Any, section: str = "") -> list[str]:
+    """List the dotted keys of a settings class and of the sections in it."""
+    keys = []
+    for name, info in cls.__pydantic_fields__.items():
+        keys.append(f"{section}{name}")
+        if is_settings(info.annotation):
+            keys += keys_of(info.annotation, f"{section}{name}.")
+    return keys
 
 
 def _message(cls: Any, error: ErrorDetails) -> str:
@@ -145,12 +162,14 @@ def _message(cls: Any, error: ErrorDetails) -> str:
         return f"{key} must have names as keys, got {error['input']!r}"
     if kind == "unexpected_keyword_argument":
         *sections, name = error["loc"]
+        others = keys_of(cls)
         for section in sections:
             cls = _inside(cls, section)
         names = list(cls.__pydantic_fields__)
         section, _, _ = key.rpartition(".")
         owner = f"{section} has" if section else "there are"
-        return f"unknown key {key}{nearest(str(name), names)}; {owner} {', '.join(names)}"
+        hint = nearest(str(name), names, others)
+        return f"unknown key {key}{hint}; {owner} {', '.join(names)}"
     must = _WORDS.get(kind) or text.replace("Input should be", "must be")
     must = must.replace("greater than or equal to", "at least")
     must = must.replace("less than or equal to", "at most")

@@ -38,6 +38,7 @@ SHARED = {
     "config_file": "config",
     "__init__": "errors",
     "regroup": "ranks",
+    "other_names": "settings",
 }
 """Modules that stand beside the rooms, and the room whose rules they follow."""
 

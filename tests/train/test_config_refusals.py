@@ -51,7 +51,10 @@ def test_an_option_that_is_no_mapping_is_wrong_usage(capsys: pytest.CaptureFixtu
             r"unknown key stepz \(did you mean steps\?\); there are out, resume, allow_changes",
         ),
         ("1: 3", r"unknown key 1; there are out, resume, allow_changes"),
-        ("optim: {lr: 1}", r"unknown key optim\.lr; optim has learning_rate, warmup_steps"),
+        (
+            "optim: {lr: 1}",
+            r"unknown key optim\.lr \(did you mean optim\.learning_rate\?\); optim has ",
+        ),
         ("optim: {learning_rat: 1}", r"key optim\.learning_rat \(did you mean learning_rate\?\); "),
         ("method: {kd_coef: {end: 1}}", r"unknown key method\.kd_coef\.end; .*kind, initial"),
         ("steps: many", r"steps must be a valid integer, got 'many'"),
