@@ -29,6 +29,7 @@ class Value:
     """Of a number; of a relation left minus right side."""
     unit: Unit | None = None
     items: tuple["Value", ...] = ()
+    """The parts; of a relation such as x + y = 5 the number that it states of several unknowns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +56,18 @@ def make_set(items: Sequence[Value], *, braces: bool = False) -> Value:
     return Value("set", items=tuple(flat))
 
 
-def equal(a: Answer, b: Answer) -> bool:
-    """Say whether two answers agree in all that both of them have: letter and value."""
+def equal(stated: Answer, gold: Answer) -> bool:
+    """Say whether two answers agree in all that both of them have: letter and value.
+
+    Where the gold answer is a number, m + n = 113 states 113. As a gold answer it may be a line.
+    """
     verdicts = []
-    if a.letter and b.letter:
-        verdicts.append(a.letter == b.letter)
-    if a.value and b.value:
-        verdicts.append(equal_values(a.value, b.value))
+    if stated.letter and gold.letter:
+        verdicts.append(stated.letter == gold.letter)
+    if stated.value and gold.value:
+        states = stated.value.kind == "relation" and gold.value.kind == "number"
+        value = stated.value.items[0] if states and stated.value.items else stated.value
+        verdicts.append(equal_values(value, gold.value))
     return bool(verdicts) and all(verdicts)
 
 
@@ -189,7 +195,7 @@ def _spelling(value: Value) -> str:
         return value.tag or values.spelling(value.node)
     if value.kind == "named":
         return _spelling(value.items[0])
-    items = [_spelling(item) for item in value.items]
+    items = [_spelling(item) for item in value.items if value.kind != "relation"]
     if value.kind in ("set", "union"):
         items.sort()
     node = [values.spelling(value.node)] if value.node else []

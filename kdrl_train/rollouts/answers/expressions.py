@@ -22,7 +22,7 @@ SHORT_WORDS = {
     *("max", "min", "gcd", "lcm", "mod", "lim", "det", "arg", "deg"),
 }
 """Words that are no product of variables."""
-_GREEK = {
+GREEK = {
     *("alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "theta", "lambda", "mu", "nu"),
     *("rho", "sigma", "tau", "phi", "varphi", "omega", "kappa", "eta", "zeta", "xi", "psi", "chi"),
     *("Gamma", "Delta", "Theta", "Lambda", "Sigma", "Phi", "Omega", "Psi", "ell"),
@@ -139,7 +139,7 @@ class _Parser:
             )
             return opens or (
                 token.text.startswith("\\")
-                and token.text[1:] in (_GREEK | FUNCTIONS | {"pi", "frac", "sqrt", "binom"})
+                and token.text[1:] in (GREEK | FUNCTIONS | {"pi", "frac", "sqrt", "binom"})
             )
         return token.kind == "word" or (token.kind == "text" and len(token.text.strip()) == 1)
 
@@ -280,7 +280,7 @@ class _Parser:
             return self.function(name)
         if name == "pi":
             return Node("pi")
-        if name in _GREEK:
+        if name in GREEK:
             return self.symbol(f"\\{name}")
         raise UnreadableError(f"\\{name} has no meaning in an expression")
 

@@ -6,9 +6,7 @@ Raises UnreadableError for what has no meaning, and for what has more than one.
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from fractions import Fraction
 from functools import lru_cache
-from itertools import dropwhile
 
 from kdrl_train.rollouts.answers import values
 from kdrl_train.rollouts.answers.comparing import (
@@ -18,11 +16,13 @@ from kdrl_train.rollouts.answers.comparing import (
     make_relation,
     make_set,
 )
-from kdrl_train.rollouts.answers.expressions import FUNCTIONS, SHORT_WORDS, Node, parse
+from kdrl_train.rollouts.answers.expressions import FUNCTIONS, SHORT_WORDS, parse
+from kdrl_train.rollouts.answers.names import quantity, variable
+from kdrl_train.rollouts.answers.numerals import based_number, with_digits
 from kdrl_train.rollouts.answers.quantities import read_number
 from kdrl_train.rollouts.answers.statement import MAX_ANSWER_CHARS
 from kdrl_train.rollouts.answers.tokens import AnswerToken, UnreadableError, cut, plain_spelling
-from kdrl_train.rollouts.answers.units import MULTIPLIERS, read_unit
+from kdrl_train.rollouts.answers.units import read_unit
 
 MAX_DEPTH = 8
 """An answer with more open brackets at once is not read."""
@@ -47,26 +47,6 @@ _UNCLEAR = (
     (re.compile(r"[ACP]_\{?\d+\}?\^\{?\d"), "C_5^2 may be a binomial coefficient or a power"),
     (re.compile(r"^\d{4}-\d\d-\d\d$"), "a date may be a difference"),
 )
-_BASED = re.compile(
-    r"([0-9][0-9A-Za-z]*|[0-9A-Z]{2,})\s*"
-    r"(?:_\s*\{?\s*\(?\s*(?:\\text\{\s*)?(?:base\s*)?([0-9]{1,2}|[a-z]{3,8})\s*\}?\s*\)?\s*\}?"
-    r"|(?:\\text\{)?\s*\(?\s*(?:in )?base[ -]([0-9]{1,2}|[a-z]{3,8})\)?\s*\}?)"
-)
-_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9}
-_BASES |= {"ten": 10, "twelve": 12, "sixteen": 16}
-_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
-)
-_ONES += " sixteen seventeen eighteen nineteen"
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-_NUMBERS = {word: number for number, word in enumerate(_ONES.split())}
-_NUMBERS |= {ten: 10 * i for i, ten in enumerate(_TENS.split(), start=2)}
-_NUMBERS |= {
-    f"{ten}-{one}": _NUMBERS[ten] + _NUMBERS[one]
-    for ten in _TENS.split()
-    for one in _ONES.split()[1:10]
-}
-_NAME = re.compile(r"[A-Za-z]?\(\w(?:,\w)*\)", re.ASCII)
 _RELATIONS = ("=", r"\in", "<", ">", r"\le", r"\ge", r"\ne", r"\approx")
 _FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", "=": "=", r"\ne": r"\ne"}
 _OPENING, _CLOSING = ("(", "[", r"\{", "{", r"\langle"), (")", "]", r"\}", "}", r"\rangle")
@@ -105,35 +85,13 @@ def _depth(text: str) -> int:
 
 def _value(plain: str) -> Value:
     """Read what is left without the letter of a choice."""
-    based = _BASED.fullmatch(plain)
+    based = based_number(plain)
     if based:
-        return _based(based[1], based[2] or based[3])
-    tokens = cut(_with_digits(plain))
+        return based
+    tokens = cut(with_digits(plain))
     if not tokens:
         raise UnreadableError("an answer must not be empty")
     return _text(tokens) or _listing(tokens)
-
-
-def _with_digits(plain: str) -> str:
-    """Write the number of "twenty-five", "two million" and "three apples" in digits."""
-    word, *others = plain.split() or [""]
-    unit = " ".join(dropwhile(MULTIPLIERS.__contains__, others))
-    if word.casefold() in _NUMBERS and (not unit or read_unit(unit)):
-        return " ".join([str(_NUMBERS[word.casefold()]), *others])
-    return plain
-
-
-def _based(digits: str, base_name: str) -> Value:
-    """Read a number in a base: 101_2, 2F_{16}, 101 (base two)."""
-    base = _BASES.get(base_name) or (int(base_name) if base_name.isdigit() else 0)
-    if not 2 <= base <= 36:
-        raise UnreadableError(f"a base must be from 2 to 36, got {base_name}")
-    try:
-        number = int(digits, base)
-    except ValueError as error:
-        raise UnreadableError(f"{digits} is no number in base {base}") from error
-    node = Node("number", number=Fraction(number))
-    return Value("number", node=node) if base == 10 else Value("based", str(base), node)
 
 
 def _text(tokens: Sequence[AnswerToken]) -> Value | None:
@@ -226,7 +184,7 @@ def _element(tokens: Sequence[AnswerToken]) -> Value:
         return _single(tokens)
     sides = _split(tokens, _RELATIONS)
     if signs == [r"\in"]:
-        name, members = _name(sides[0]), _single(sides[1])
+        name, members = variable(sides[0]), _single(sides[1])
         if not name or members.kind not in ("set", "union", "group", "constant"):
             raise UnreadableError("a name must be an element of a set")
         return Value("named", name, items=(members,))
@@ -239,42 +197,47 @@ def _element(tokens: Sequence[AnswerToken]) -> Value:
     raise UnreadableError("this chain of relations is not read")
 
 
-def _name(tokens: Sequence[AnswerToken]) -> str:
-    """Return the name on the left of an equation: x, f(x), x_1, \\text{Area}; else ""."""
-    spelled = "".join(token.text for token in tokens)
-    if len(tokens) == 1 and (tokens[0].kind == "text" or len(spelled) == 1):
-        return spelled.strip() if tokens[0].kind in ("text", "word") else ""
-    if _NAME.fullmatch(spelled):  # f(x), (x,y)
-        return spelled
-    try:
-        node = parse(tokens)
-    except UnreadableError:
-        return ""
-    return node.name if node.operation == "symbol" else ""
-
-
 def _equation(sides: Sequence[Sequence[AnswerToken]]) -> Value:
-    """Read x = 5 as a named value, 2 + 3 = 5 as its value, and else a relation."""
-    name = _name(sides[0])
-    if name:
-        sides = sides[1:]
-    members = [_single(side) for side in sides]
-    last = members[-1]
-    if all(equal_values(member, last) for member in members[:-1]):
-        return Value("named", name, items=(last,)) if name else last
-    nodes = [member.node for member in members if member.unit is None]
-    if name or len(nodes) != 2 or not all(nodes):
+    """Read x = 5 and AB = 5 as a named value, 2 + 3 = 5 as its value, and else a relation.
+
+    A relation keeps the number that it states of several unknowns, the 5 of x + y = 5.
+    """
+    names = [variable(side) or quantity(side) for side in sides]
+    if len(sides) == 2 and names[1] and not names[0]:
+        sides = sides[::-1]  # 5 = x
+    members = [_single(side) for side in sides[1:]]
+    last, name = members[-1], variable(sides[0])
+    if not name and _is_constant(last):
+        name = quantity(sides[0], of_matrix=last.kind != "number")
+    if not all(equal_values(member, last) for member in members[:-1]):
         raise UnreadableError("the sides of an equation must be equal")
-    left, right = nodes
-    assert left is not None
-    assert right is not None
-    return make_relation("=", left, right)
+    if name:
+        return Value("named", name, items=(last,))
+    left, node = _single(sides[0]), last.node
+    if equal_values(left, last):
+        return last
+    if not (left.node and node) or left.unit:
+        raise UnreadableError("the sides of an equation must be equal")
+    states = len(values.symbols(left.node)) > 1 and _is_constant(last)
+    if last.unit and states:
+        return Value("named", "".join(token.text for token in sides[0]), items=(last,))
+    if last.unit or (len(members) > 1 and not states):
+        raise UnreadableError("the sides of an equation must be equal")
+    relation = make_relation("=", left.node, node)
+    return replace(relation, items=(last,)) if states else relation
+
+
+def _is_constant(value: Value) -> bool:
+    """Say whether a value has no variables."""
+    has_symbols = value.node is not None and bool(values.symbols(value.node))
+    return not has_symbols and all(map(_is_constant, value.items))
 
 
 def _approximation(signs: Sequence[str], sides: Sequence[Sequence[AnswerToken]]) -> Value:
     """Read 1/3 \\approx 0.333 as 1/3, and x \\approx 3.1 as a named value."""
-    if len(signs) == 1 and _name(sides[0]):
-        return Value("named", _name(sides[0]), items=(_single(sides[1]),))
+    name = variable(sides[0]) or quantity(sides[0])
+    if len(signs) == 1 and name:
+        return Value("named", name, items=(_single(sides[1]),))
     if set(signs[:-1]) > {"="}:
         raise UnreadableError("this chain of relations is not read")
     exact = _equation(sides[:-1]) if len(sides) > 2 else _single(sides[0])
@@ -295,7 +258,7 @@ def _inequality(signs: Sequence[str], sides: Sequence[Sequence[AnswerToken]]) ->
     if signs[0] in (">", r"\ge") and len(signs) == 2:
         signs = [_FLIPPED[sign] for sign in reversed(signs)]
         sides = list(reversed(sides))
-    names = [_name(side) for side in sides]
+    names = [variable(side) for side in sides]
     infinity = Value("infinity", "+")
     if len(signs) == 2:
         if not names[1] or names[0] or names[2] or not set(signs) <= {"<", r"\le"}:

@@ -33,6 +33,8 @@ _CHARACTERS = {
     "\N{UNION}": r"\cup ",
     "\N{ELEMENT OF}": r"\in ",
     "\N{EMPTY SET}": r"\emptyset ",
+    "\N{ANGLE}": r"\angle ",
+    "\N{WHITE UP-POINTING TRIANGLE}": r"\triangle ",
     "\N{DOUBLE-STRUCK CAPITAL R}": r"\mathbb{R}",
     **{chr(code): _fraction(chr(code)) for code in (*range(0xBC, 0xBF), *range(0x2150, 0x215F))},
     "\N{FRACTION SLASH}": "/",

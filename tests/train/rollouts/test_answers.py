@@ -163,3 +163,12 @@ def test_a_box_is_read_alone_in_a_colour_a_list_and_words(form: str) -> None:
 @pytest.mark.parametrize("text", [r"\in 5", r"x \in 5", "\N{ELEMENT OF}5"])
 def test_an_element_of_a_number_is_not_read(text: str) -> None:
     assert reward(text, "5") is None
+
+
+@pytest.mark.parametrize("left", ["m + n", "xy", r"\frac{m}{n}", "x_1 + x_2", r"\alpha + \beta"])
+def test_an_equation_in_several_unknowns_states_a_number_and_no_line(left: str) -> None:
+    for right in ("113", r"100 + 13 = 113", r"113\text{ cm}"):
+        assert reward(f"{left} = {right}", "113") == 1.0
+        assert reward(f"{left} = {right}", "13") == 0.0
+    assert not reward("113", f"{left} = 113")
+    assert reward(f"{left} = 113", f"2({left}) = 226") == 1.0
