@@ -11,7 +11,7 @@ from typing import Any
 
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig
-from kdrl_train.rollouts.answers.statement import box_spans
+from kdrl_train.rollouts.answers.boxes import box_spans
 from kdrl_train.rollouts.columns import column_value, messages_of, text_of
 from kdrl_train.rollouts.records import data_records
 from kdrl_train.rollouts.rendering import PromptError, TooLongError, encode_text, templated

@@ -164,6 +164,10 @@ def _listing(tokens: Sequence[AnswerToken]) -> Value:
         return _element(parts[0])
     items = [_element(part) for part in parts]
     first = items[0]
+    joints = {token.text.strip() for token, is_outside in _with_depth(tokens) if is_outside}
+    is_choice = "or" in joints and not joints & {",", ";", "and"}
+    if is_choice and all(item.kind == "number" and equal_values(item, first) for item in items):
+        return first  # 1/2 or 0.5
     if any(item.kind == "text" for item in items) and any(item.kind != "text" for item in items):
         raise UnreadableError("words and numbers must not be mixed in a list")
     if first.kind == "named" and all(item.kind == "number" for item in items[1:]):  # x = 1, 2

@@ -1,15 +1,14 @@
 """Finds the answer that a completion states in its text."""
 
 import re
-from collections.abc import Iterator
 from functools import lru_cache
 
+from kdrl_train.rollouts.answers.boxes import boxed_answer
 from kdrl_train.rollouts.answers.units import read_unit
 
 MAX_ANSWER_CHARS = 1000
 """A longer answer is not read, and a statement is searched no further."""
 
-_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _STATEMENT = re.compile(r"#{4,}|\banswer\b[^\n.:=]{0,80}?(?:\bis\b|[:=])", re.IGNORECASE)
 _INLINE_OR_STOP = re.compile(r"(?<!\\)\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]|[.!?;](?=\s|[*_`]|$)")
 _CHANGES_VALUE = re.compile(  # \0 stands for the mathematics
@@ -25,20 +24,6 @@ _CHANGES_VALUE = re.compile(  # \0 stands for the mathematics
 or is a word that makes another value of it."""
 _REMARK = re.compile(r"(?<=\0)\s+\([A-Za-z ,']*\)")
 _WORDS = re.compile(r"\s*([A-Za-z]{2,}(?:\s+[A-Za-z]{2,}){0,3})")
-_NUMERAL = r"\d\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209c\u2150-\u218f"
-_TIMES = r"\\(?:times|cdot|div)(?![a-z])|[\u00d7\u00b7\u00f7\u22c5]"
-_GOES_ON_BEFORE = re.compile(
-    rf"(?:[{_NUMERAL}+/^\u2212\u2013\u221a-\u221c\u03c0-]|(?:{_TIMES}|\\pi)\s*"
-    r"|(?:\\(?:sqrt(?:\s*\[[^\]]*\])?|[dtc]?frac(?:\s*\{[^{}]*\})?|[dt]?binom)|\^)\s*\{?\s*"
-    r"|_\s*\{\s*)\Z"
-)
-_GOES_ON_BEHIND = re.compile(
-    rf"[{_NUMERAL}\u221a-\u221c\u03c0]|[a-z](?![a-z])|[/+=@&_-](?=[0-9\\(]|[a-z](?![a-z]))"
-    rf"|\s*\^(?!\s*\{{?\s*\\circ)|\\(?:frac|pi|sqrt)(?![a-z])|\s*(?:{_TIMES})\s*[0-9(\\]"
-    r"|\s*(?:\\text\{\s*)?(?:dozen|hundred|thousand|[mbtr]+illion)\b",
-    re.IGNORECASE,
-)
-r"""A box is read alone where words or units follow it, and the degrees of \boxed{90}^\circ."""
 _DELIMITER = re.compile(r"\\[()\[\]]")
 _THOUGHT_END = "</think>"
 """Parts a thought from the reply; a statement in the reply counts before a box in the thought."""
@@ -50,11 +35,12 @@ def last_answer(text: str) -> str | None:
 
     Args:
         text: a completion of any length; the search takes time linear in it.
-    Returns: the content of the last closed `\\boxed{}` (`\\fbox{}`), the innermost of nested ones;
-        else the rest of the line after the last `####` or "answer is" that has one, up to the
-        sentence's end; else None. A box that was cut off does not count. Where the last one is a
-        part of an expression, as in `\\boxed{5}²`, there is no answer. What stands behind the last
-        `</think>` counts before all else, if it states an answer.
+    Returns: the content of the last closed `\\boxed{}` (`\\fbox{}`), the innermost of nested ones,
+        and of those that a comma, "and" or "or" joins to it; else the rest of the line after the
+        last `####` or "answer is" that has one, up to the sentence's end; else None. A box that was
+        cut off does not count. Where the last one is a part of an expression, as in `\\boxed{5}²`,
+        there is no answer. What stands behind the last `</think>` counts before all else, if it
+        states an answer.
     """
     _, end, reply = text.rpartition(_THOUGHT_END)
     stated = _last_answer(reply) if end else None
@@ -63,36 +49,15 @@ def last_answer(text: str) -> str | None:
 
 def _last_answer(text: str) -> str | None:
     """Return the last answer in a text without thoughts, as last_answer does."""
-    span = max(box_spans(text), default=None)
-    if span is not None:
-        return None if _is_part(text, *span) else text[span[0] : span[1]].strip()
+    is_boxed, answer = boxed_answer(text)
+    if is_boxed:
+        return answer
     for head in reversed(list(_STATEMENT.finditer(text))):
         rest = text[head.end() : head.end() + 2 * MAX_ANSWER_CHARS].lstrip(" \t\r\n:=*_")
         statement = _strip_statement(rest.split("\n", 1)[0])
         if statement:
             return statement
     return None
-
-
-def box_spans(text: str) -> Iterator[tuple[int, int]]:
-    """Yield (start, end) of the content of each closed box."""
-    open_braces: list[int | None] = []  # start of a box's content; None: any other brace
-    for token in _BRACES.finditer(text):
-        if token[0] == "}":
-            start = open_braces.pop() if open_braces else None
-            if start is not None:
-                yield start, token.start()
-        elif token[0] == "{":
-            open_braces.append(None)
-        elif token[0].endswith("{") and len(token[0]) > 2:  # \boxed{, not the escaped \{
-            open_braces.append(token.end())
-
-
-def _is_part(text: str, start: int, end: int) -> bool:
-    """Say whether the box with this content is a part of a longer expression."""
-    box = text.rindex("\\", 0, start)
-    before, behind = text[max(0, box - 40) : box], text[end + 1 : end + 100].lstrip("$")
-    return bool(_GOES_ON_BEFORE.search(before) or _GOES_ON_BEHIND.match(behind))
 
 
 def _strip_statement(line: str) -> str:

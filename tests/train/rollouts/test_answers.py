@@ -137,6 +137,7 @@ PARTS += [
     r"\frac{{1}}{{{}}}",
 ]
 PARTS += [r"\pi {}", "{}\N{GREEK SMALL LETTER PI}", "{}\N{MULTIPLICATION SIGN}3", r"{}\div 2"]
+PARTS += ["1 + {}", "{} + 1", "{} - 1", "{} * 2", r"{} \sqrt{{2}}"]
 PARTS += ["\N{EN DASH}{}", "{}\N{ARABIC-INDIC DIGIT SIX}", r"2^{{{}}}"]
 
 
@@ -172,3 +173,29 @@ def test_an_equation_in_several_unknowns_states_a_number_and_no_line(left: str) 
         assert reward(f"{left} = {right}", "13") == 0.0
     assert not reward("113", f"{left} = 113")
     assert reward(f"{left} = 113", f"2({left}) = 226") == 1.0
+
+
+BOXES = [
+    (r"x = $\boxed{2}$ or x = $\boxed{3}$.", "2, 3"),
+    (r"\boxed{2} \text{ and } \boxed{3}", "2, 3"),
+]
+BOXES += [
+    (r"$(\boxed{2}, \boxed{3})$", "(2, 3)"),
+    (r"$x=\boxed{2}$, $y=\boxed{3}$", "x = 2, y = 3"),
+]
+BOXES += [(r"\boxed{2}, then \boxed{3}", "3"), (r"\boxed{3}, \boxed{3}", "3")]
+BOXES += [
+    (r"\boxed{1/2}, or \boxed{0.5}", "1/2"),
+    (r"\boxed{A}, \boxed{B} and \boxed{C}", "A, B, C"),
+]
+
+
+@pytest.mark.parametrize(("text", "answer"), BOXES)
+def test_boxes_with_a_comma_or_a_word_between_them_are_one_answer(text: str, answer: str) -> None:
+    assert math_reward(text, answer) == 1.0
+    assert answer == "3" or math_reward(text, "3") == 0.0
+
+
+def test_boxes_side_by_side_are_no_answer() -> None:
+    with pytest.raises(UnparseableError, match="must state an answer"):
+        math_reward(r"\boxed{2}\boxed{3}", "3")
