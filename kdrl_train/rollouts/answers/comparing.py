@@ -1,5 +1,6 @@
 """Holds what an answer says, and decides which answers are equal."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,6 +14,9 @@ PLUS_MINUS = "±"
 """Tag of the set of two numbers that ± stands for."""
 MAX_ITEMS = 100
 """Of a set; each is compared with each."""
+VECTORS = {"()", "<>"}
+"""Brackets of a tuple, which a column of a matrix equals as well."""
+_SUBSCRIPTED = re.compile(r"(\\?[A-Za-z]+)_\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,9 @@ class Value:
     unit: Unit | None = None
     items: tuple["Value", ...] = ()
     """The parts; of a relation such as x + y = 5 the number that it states of several unknowns."""
+
+
+REALS = Value("constant", "reals")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,25 +98,76 @@ def _equal_parts(a: Value, b: Value) -> bool:
     """Compare values of one kind part by part, in their order."""
     if a.node and b.node:  # numbers in a base
         return a.tag == b.tag and values.equal(a.node, b.node)
-    same = a.tag == b.tag and len(a.items) == len(b.items)
+    same = (a.tag == b.tag or {a.tag, b.tag} == VECTORS) and len(a.items) == len(b.items)
     same = same and (a.unit == b.unit or not (a.unit and b.unit))
     return same and all(equal_values(x, y) for x, y in zip(a.items, b.items, strict=True))
 
 
 def _equal_across(a: Value, b: Value) -> bool:
-    """Say whether values of two kinds are equal: Tom as a name and as t · o · m, {5} and 5."""
+    """Say whether values of two kinds are equal: Tom as a name and as t · o · m, {5} and 5.
+
+    x = 1, y = 2 is the tuple (1, 2), in the order of the letters, and a column of a matrix is one.
+    """
     if {a.kind, b.kind} == {"number", "text"}:
         return a.tag.casefold() == b.tag.casefold()
+    if {a.kind, b.kind} == {"union", "group"}:
+        holes = [_holes(x) for x in (a, b)]
+        return None not in holes and _match(*map(list, holes))  # type: ignore[arg-type]
     for one, other in ((a, b), (b, a)):
         if one.kind == "set" and len(one.items) == 1:
             return equal_values(one.items[0], other)
+        items = _coordinates(one)
+        if items and other.kind == "group" and other.tag in VECTORS:
+            return _equal_parts(Value("group", other.tag, items=items), other)
     return False
+
+
+def _holes(value: Value) -> tuple[Value, ...] | None:
+    r"""Return the points that R \ {2}, or its union of open intervals, lacks; None for others."""
+    if value.tag == "minus" and value.items[0] == REALS and value.items[1].kind == "set":
+        return value.items[1].items
+    pieces, edge, holes = list(value.items), Value("infinity", "-"), []
+    if value.kind != "union" or any(piece.tag != "()" for piece in pieces):
+        return None
+    while pieces:
+        place = next((i for i, x in enumerate(pieces) if equal_values(x.items[0], edge)), None)
+        if place is None:
+            return None
+        edge = pieces.pop(place).items[1]
+        holes.append(edge)
+    return tuple(holes[:-1]) if edge == Value("infinity", "+") else None
+
+
+def meet(a: Value, b: Value) -> Value | None:
+    """Return the interval that x >= 2 and x < 5 is; None where the two do not meet."""
+    for low, high in ((a, b), (b, a)):
+        if low.items[1].kind == high.items[0].kind == "infinity":
+            ends = low.items[0], high.items[1]
+            nodes = [end.node for end in ends if end.node is not None]
+            try:
+                least, largest = (values.compute(node, values.DIGITS[0], {}) for node in nodes)
+            except (values.NoValueError, KeyError, ValueError):
+                return None
+            if least.real < largest.real:
+                return Value("group", low.tag[0] + high.tag[1], items=ends)
+    return None
+
+
+def _coordinates(value: Value) -> tuple[Value, ...]:
+    """Return what x = 1, y = 2 or a matrix of one column has as coordinates; () for others."""
+    if value.kind == "matrix" and value.tag == str(len(value.items)):
+        return value.items
+    names = [item.tag for item in value.items if item.kind == "named" and len(item.tag) == 1]
+    if value.kind != "set" or not len(set(names)) == len(names) == len(value.items):
+        return ()
+    return tuple(item.items[0] for item in sorted(value.items, key=lambda item: item.tag))
 
 
 def _match(a: list[Value], b: list[Value]) -> bool:
     """Say whether each value of one list equals one of the other, in any order."""
     if len(a) != len(b):
         return False
+    a, b = _without_subscripts(a, b), _without_subscripts(b, a)
     for value in a:
         named = value.kind == "named"  # x = 1, y = 2 is not 1, 2
         others = enumerate(b)
@@ -120,6 +178,15 @@ def _match(a: list[Value], b: list[Value]) -> bool:
             return False
         del b[place]
     return True
+
+
+def _without_subscripts(values_: list[Value], others: list[Value]) -> list[Value]:
+    """Return what x_1 = 5, x_2 = -5 names, where the others have no names; else the values."""
+    letters = [_SUBSCRIPTED.fullmatch(x.tag) if x.kind == "named" else None for x in values_]
+    is_one = len({letter[1] for letter in letters if letter}) == 1 and all(letters)
+    if is_one and not any(other.kind == "named" for other in others):
+        return [value.items[0] for value in values_]
+    return list(values_)
 
 
 def _equal_numbers(a: Value, b: Value) -> bool:

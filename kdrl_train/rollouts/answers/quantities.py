@@ -20,12 +20,14 @@ def read_number(tokens: Sequence[AnswerToken]) -> Value:
     """Read an expression with its unit or currency."""
     tokens = list(tokens)
     currency = next((i for i, t in enumerate(tokens[:2]) if t.text in _CURRENCIES), None)
-    unit = None
+    unit, name = None, ""
     if currency is not None and (currency == 0 or tokens[0].text in ("-", "+")):
-        unit = read_unit(_CURRENCIES[tokens.pop(currency).text])
+        name = _CURRENCIES[tokens.pop(currency).text]
     elif tokens and tokens[-1].text in _CURRENCIES:
-        unit = read_unit(_CURRENCIES[tokens.pop().text])
-    tokens, suffix, multiplier = _without_unit(tokens)
+        name = _CURRENCIES[tokens.pop().text]
+    if name:
+        unit = read_unit(name)
+    tokens, suffix, multiplier = _without_unit(tokens, name)
     if unit and suffix and (suffix.dimensions[0][0] in ("percent", "angle")):
         raise UnreadableError("a price has no percent and no degrees")
     node = parse(tokens)
@@ -41,11 +43,13 @@ def read_number(tokens: Sequence[AnswerToken]) -> Value:
     return Value("number", tag, node, unit)
 
 
-def _without_unit(tokens: list[AnswerToken]) -> tuple[list[AnswerToken], Unit | None, int]:
+def _without_unit(
+    tokens: list[AnswerToken], currency: str
+) -> tuple[list[AnswerToken], Unit | None, int]:
     """Cut the longest unit off the end, and words such as million before it.
 
     A single letter outside of \\text{} is a variable. A degree behind a function belongs to its
-    argument.
+    argument. A price may end in "per hour".
 
     Returns: the other tokens, the unit, and what the number is multiplied by.
     """
@@ -54,7 +58,8 @@ def _without_unit(tokens: list[AnswerToken]) -> tuple[list[AnswerToken], Unit | 
         words, multiplier = (_phrase(tokens[start:]) or "").split(), 1
         while words and words[0] in MULTIPLIERS:
             multiplier *= MULTIPLIERS[words.pop(0)]
-        unit = read_unit(" ".join(words))
+        is_rate = currency and words and words[0] in ("per", "/")
+        unit = read_unit(" ".join([currency, *words] if is_rate else words))
         is_argument = has_function and "degree" in words
         if not is_argument and (unit or (multiplier > 1 and not words)):
             return tokens[:start], unit, multiplier
@@ -63,6 +68,9 @@ def _without_unit(tokens: list[AnswerToken]) -> tuple[list[AnswerToken], Unit | 
 
 def _phrase(tokens: Sequence[AnswerToken]) -> str | None:
     """Return the text of tokens that may be a unit; None where they cannot."""
+    fraction = [token.text for token in tokens[:5] if token.kind == "sign"]
+    if fraction == [r"\frac", "{", "}", "{"] and tokens[-1].text == "}":  # \frac{\text{m}}{...}
+        tokens = [tokens[2], AnswerToken("sign", "/"), *tokens[5:-1]]
     words = []
     for before, token in pairwise([AnswerToken("end", ""), *tokens]):
         is_variable = token.kind == "word" and len(token.text) == 1

@@ -10,11 +10,13 @@ from functools import lru_cache
 
 from kdrl_train.rollouts.answers import values
 from kdrl_train.rollouts.answers.comparing import (
+    REALS,
     Answer,
     Value,
     equal_values,
     make_relation,
     make_set,
+    meet,
 )
 from kdrl_train.rollouts.answers.expressions import FUNCTIONS, SHORT_WORDS, parse
 from kdrl_train.rollouts.answers.names import quantity, variable
@@ -50,7 +52,7 @@ _UNCLEAR = (
 _RELATIONS = ("=", r"\in", "<", ">", r"\le", r"\ge", r"\ne", r"\approx")
 _FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", "=": "=", r"\ne": r"\ne"}
 _OPENING, _CLOSING = ("(", "[", r"\{", "{", r"\langle"), (")", "]", r"\}", "}", r"\rangle")
-_MATRICES = {"pmatrix", "bmatrix", "matrix"}
+_MATRICES = {"pmatrix", "bmatrix", "matrix", "smallmatrix"}
 _CONSTANTS = {r"\reals": "reals", r"\emptyset": "empty set"}
 
 
@@ -175,6 +177,9 @@ def _listing(tokens: Sequence[AnswerToken]) -> Value:
     if {(item.kind, item.tag) for item in items} == {("named", first.tag)}:  # x = 1 or x = 2
         inner = [item.items[0] for item in items]
         intervals = all(one.kind == "group" for one in inner) and not first.tag.startswith("(")
+        both = meet(*inner) if intervals and len(inner) == 2 and "or" not in joints else None
+        if both:
+            return Value("named", first.tag, items=(both,))
         either = Value("union", items=tuple(inner)) if intervals else make_set(inner)
         return Value("named", first.tag, items=(either,))
     return make_set(items)
@@ -271,11 +276,14 @@ def _inequality(signs: Sequence[str], sides: Sequence[Sequence[AnswerToken]]) ->
         brackets = ("(" if signs[0] == "<" else "[") + (")" if signs[1] == "<" else "]")
         return Value("named", names[1], items=(Value("group", brackets, items=(low, high)),))
     (sign,) = signs
-    if bool(names[0]) != bool(names[1]) and sign != r"\ne":
+    if bool(names[0]) != bool(names[1]):
         if names[1]:
             sign, sides, names = _FLIPPED[sign], sides[::-1], names[::-1]
         bound = _single(sides[1])
         if bound.kind == "number" and bound.node and not values.symbols(bound.node):
+            if sign == r"\ne":
+                items = (REALS, make_set([bound], braces=True))
+                return Value("named", names[0], items=(Value("group", "minus", items=items),))
             below = sign in ("<", r"\le")
             items = (replace(infinity, tag="-"), bound) if below else (bound, infinity)
             closed = sign in (r"\le", r"\ge")
@@ -332,18 +340,34 @@ def _group(tokens: Sequence[AnswerToken]) -> Value | None:
     outside = sum(is_outside for _, is_outside in _with_depth(tokens))
     if opening not in _OPENING or closing not in _CLOSING or outside > 2:
         return None
-    if opening == r"\{" and closing == r"\}" and len(tokens) == 2:
-        return Value("constant", "empty set")
+    if opening == r"\{" and closing == r"\}":
+        built = _set_builder(tokens[1:-1])
+        if built or len(tokens) == 2:
+            return built or Value("constant", "empty set")
     items = [_element(part) for part in _split(tokens[1:-1], (",", ";"))]
     if opening == r"\{" and closing == r"\}":
         return make_set(items, braces=True)
     if len(items) < 2 or "{" in (opening, closing):
-        return None
+        is_list = len(items) > 1 and (opening, closing) == ("{", "}")  # LaTeX shows no braces
+        return make_set(items) if is_list else None
     short = {r"\langle": "<", r"\rangle": ">"}
     brackets = short.get(opening, opening) + short.get(closing, closing)
     if brackets == "()" and [(i.kind, i.tag) for i in items] == [("infinity", s) for s in "-+"]:
         return Value("constant", "reals")
     return Value("group", brackets, items=tuple(items))
+
+
+def _set_builder(tokens: Sequence[AnswerToken]) -> Value | None:
+    r"""Read the inside of \{x : x > 2\} and \{x \in R | x > 2\}; None for another set."""
+    parts = _split(tokens, (":", "|", r"\mid"))
+    if len(parts) != 2:
+        return None
+    name, *numbers = _split(parts[0], (r"\in",))
+    members = _listing(parts[1])
+    is_real = not numbers or [token.text for token in numbers[0]] == [r"\reals"]
+    if not is_real or members.kind != "named" or members.tag != variable(name):
+        raise UnreadableError("a set must be of the numbers that one condition allows")
+    return members.items[0]
 
 
 def _matrix(tokens: Sequence[AnswerToken]) -> Value:

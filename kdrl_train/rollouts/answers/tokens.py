@@ -6,6 +6,8 @@ from unicodedata import normalize
 
 MAX_TOKENS = 300
 """Of an answer: the depth of Python's stack bounds how long a sum may be."""
+MAX_STYLES = 4
+"""Of an answer, one around the other."""
 
 
 def _fraction(mark: str) -> str:
@@ -44,14 +46,20 @@ _CHARACTERS = {
     "\N{POUND SIGN}": r"\pounds ",
     "\N{YEN SIGN}": r"\yen ",
     "\N{NO-BREAK SPACE}": " ",
+    "\N{THIN SPACE}": r"\,",
+    "\N{NARROW NO-BREAK SPACE}": r"\,",
     "\N{RIGHT SINGLE QUOTATION MARK}": "'",
 }
 _SPELLINGS = (  # in this order
+    (r"\\thinspace(?![A-Za-z])\s*", r"\\,"),
+    (r"\\\\\s*\[\s*[\d.]+\s*(?:ex|em|pt|mm|cm)\s*\]", r"\\\\ "),
+    (r"\\begin\{array\}\s*\{[lcr| ]*\}", r"\\begin{matrix}"),
+    (r"\\end\{array\}", r"\\end{matrix}"),
     (r"\\textdollar(?![A-Za-z])|\\\$", r"\\dollars "),
     (r"(?<!\\)\\[()\[\]]", " "),  # the ends of mathematics mode
     (r"\\(?:left|right|[bB]igg?[lr]?)\s*\.", " "),  # no bracket, and no decimal point
     (r"\\(?:displaystyle|textstyle|limits|left|right|[bB]igg?[lr]?)(?![A-Za-z])", ""),
-    (r"\{,\}(?=\d{3})|(?<=\d)\\[,!:; ](?=\d{3}(?!\d))", ""),  # 1{,}234 and 1\,234
+    (r"\{,\}(?=\d{3})|(?<=\d)\\[,!:; ](?=\d{3}(?!\d|\s*/))", ""),  # 1{,}234 and 1\,234
     (r"(?<=\d,)\\!(?=\d{3})", ""),  # 1,\!234
     (r"(?<!\\)\\[,;:!> ]|\\q?quad(?![A-Za-z])|~|\s+", " "),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
@@ -59,7 +67,14 @@ _SPELLINGS = (  # in this order
     (r"\\text(?:bf|it|rm|tt|sc|sf|up|md|normal)\s*\{", r"\\text{"),  # \textsuperscript is a power
     (r"\\(?:mathrm|mathbf|mathit|mathsf|mbox|operatorname|text)\s*\{", r"\\text{"),
     (r"\\text\{\s*((?:arc)?(?:sin|cos|tan)|ln|log|exp|cot|sec|csc)\s*\}", r"\\\1 "),
-    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree", r"\\degree "),
+    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|\\textdegree(?![A-Za-z])", r"\\degree "),
+    (r"(?<=\d)\s*\^\s*(?:o(?![A-Za-z])|\{\s*o\s*\}|\{?\\text\{\s*o\s*\}\}?)", r"\\degree "),
+    (r"\\text\{\s*(\\(?:dollars|euro|pounds|yen|degree))\s*\}", r"\1 "),
+    (r"\\text\{\s*,\s*(and|or)\s*\}", r", \\text{\1}"),
+    (r"\\(?:lor|vee)(?![A-Za-z])", r"\\text{or}"),
+    (r"\\(?:land|wedge)(?![A-Za-z])", r"\\text{and}"),
+    (r"\\bigcup(?![A-Za-z])|(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup "),
+    (r"\\backslash(?![A-Za-z])", r"\\setminus "),
     (r"\\l[bB]race(?![A-Za-z])", r"\\{"),
     (r"\\r[bB]race(?![A-Za-z])", r"\\}"),
     (r"\\[lr]?[vV]ert(?![A-Za-z])", "|"),
@@ -80,6 +95,14 @@ _SPELLINGS = (  # in this order
     (r"\\text\{([^A-Za-z{}]*)\}", r"\1"),  # \text{5} is 5
 )
 _REPLACEMENTS = [(re.compile(pattern), plain) for pattern, plain in _SPELLINGS]
+_STYLED = re.compile(  # all of an answer in bold, in a colour, in braces
+    r"\\(?:boldsymbol|bm|math(?:bf|rm|it|sf)|text(?:bf|it)|emph|underline|textcolor\{[A-Za-z]+\})\s*"
+    r"\{(?=.*[^A-Za-z\s'.-])(.*)\}|\{(.*)\}",
+    re.DOTALL,
+)
+_STYLE = re.compile(
+    r"\\(?:bf|it|rm|tt|displaystyle|[lL]arge|LARGE|[hH]uge|color\{[A-Za-z]+\})(?![A-Za-z])\s*"
+)
 _TOKEN = re.compile(
     r"""(?P<number>\d+\.(?=\\(?:overline|bar|dot))|(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+(?![A-Za-z\d.]))?)
     |\\text\{(?P<text>[^{}]*)\}
@@ -112,7 +135,7 @@ class AnswerToken:
 
 def plain_spelling(text: str) -> str:
     """Return an answer with one spelling for each symbol, without the signs of mathematics mode."""
-    text = text.strip()
+    text = _without_style(text.strip())
     bare = text.replace(r"\$", "")
     if bare.startswith("$") and bare.count("$") == 1:
         text = rf"\{text}"  # $18 is a price, $18$ mathematics
@@ -124,6 +147,30 @@ def plain_spelling(text: str) -> str:
         text = pattern.sub(plain, text)
     text = text.strip()
     return text[:-1].rstrip() if text.endswith(".") and not text.endswith("..") else text
+
+
+def _without_style(text: str) -> str:
+    """Return an answer without a style, a colour or braces around all of it."""
+    for _ in range(MAX_STYLES):
+        style, styled = _STYLE.match(text), _STYLED.fullmatch(text)
+        inside = styled and (styled[1] or styled[2])
+        if style:
+            text = text[style.end() :]
+        elif inside and _is_balanced(inside):
+            text = inside.strip()
+        else:
+            break
+    return text
+
+
+def _is_balanced(text: str) -> bool:
+    """Say whether each brace of a text closes one that it opens."""
+    depth = 0
+    for brace in re.findall(r"\.|[{}]", text, re.DOTALL):
+        depth += (brace == "{") - (brace == "}")
+        if depth < 0:
+            return False
+    return depth == 0
 
 
 def cut(text: str) -> list[AnswerToken]:

@@ -133,7 +133,7 @@ MULTIPLIERS = {
     "trillion": 10**12,
 }
 """Words between a number and its unit that multiply the number."""
-_PREFIXES = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
+_PREFIXES = {"square": 2, "sq": 2, "sq.": 2, "cubic": 3, "cu": 3, "cu.": 3}
 _SUFFIXES = {"squared": 2, "cubed": 3}
 _IGNORED = {"old", "each"}
 """Words after a unit that change nothing: 12 years old."""
