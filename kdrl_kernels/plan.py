@@ -18,12 +18,13 @@ from kdrl_kernels.head import FLOATS, spare_columns
 from kdrl_kernels.objective import Kd, Objective
 from kdrl_kernels.plain import check_bytes, check_flag, check_number
 from kdrl_kernels.rows.entries import ENTRY_BYTES, FORWARD, row_room
-from kdrl_kernels.sketch import Sketch, default_threshold
+from kdrl_kernels.sketch import COARSE, FINE, Sketch, default_threshold
 
 Backward = Literal["exact", "sketch"]
-ROW_ENTRIES = 64.0
-"""Entries of a row at the default threshold of 16 bits, V = 152,064 and the entropies of RL: 63 and
-with an exact KL 73 (bench/results/predicted-h200)."""
+ROW_ENTRIES = {FINE: 150.0, COARSE: 64.0}
+"""Entries of a row at each default threshold, with the entropies of RL: at 1e-4 122 and with an
+exact KL 153 of V = 32,768 (bench/results/sketch-cpu), at 5e-4 63 and 73 of V = 152,064
+(bench/results/predicted-h200)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,15 @@ class ChunkPlan:
         return [f"sketch       {each:,.0f} entries a row, {size:.1f} GB read and written"]
 
 
+def usual_entries(dtype: torch.dtype) -> float:
+    """Return how many entries a row of RL has at the default threshold of a dtype, on average."""
+    return ROW_ENTRIES[default_threshold(dtype)]
+
+
+def _entries(N: int, row_entries: float | None, dtype: torch.dtype) -> int:
+    return round(N * (usual_entries(dtype) if row_entries is None else row_entries))
+
+
 def chunk_plan(
     N: int,
     H: int,
@@ -127,7 +137,7 @@ def chunk_plan(
     workspace_bytes: int | None = None,
     memory_bytes: int | None = None,
     backward: Backward = "exact",
-    row_entries: float = ROW_ENTRIES,
+    row_entries: float | None = None,
     threshold: float | None = None,
     flat: float = 0.0,
     impl: str | None = None,
@@ -148,7 +158,7 @@ def chunk_plan(
         adapter: rank of a LowRank, whose B then has the gradient of the weight; 0: none.
         backward: "exact" or "sketch".
         row_entries: entries of a row of the sketch, with the sampled token's, on average:
-            metrics["entries"] / N tells yours. The default is that of the entropies of RL.
+            metrics["entries"] / N tells yours. None: those of RL at the dtype's default threshold.
         threshold: Sketch.threshold, on which the room for entries depends that Triton takes while a
             chunk is sketched.
         flat: share of rows too flat to be sketched, in [0, 1]: metrics["flat_rows"] / N.
@@ -206,7 +216,7 @@ def chunk_plan(
     updates = each * trained * V if weight_grad else 0
     kept -= direct * (wide - dtype.itemsize) * trained * V
     if backward == "sketch" and learns:
-        entries, writes = round(N * row_entries), round(flat * writes)
+        entries, writes = _entries(N, row_entries, dtype), round(flat * writes)
         flop |= {name: round(flat * flop[name]) for name in ("dX", "dW")}
         updates = 0
         kept = (
@@ -252,7 +262,7 @@ def _check_options(
     memory_bytes: int | None,
     adapter: int,
     backward: str,
-    row_entries: float,
+    row_entries: float | None,
     flat: float,
 ) -> None:
     if dtype not in FLOATS:
@@ -264,7 +274,7 @@ def _check_options(
         raise ValueError(f"adapter must be a rank, at least 0, got {adapter}")
     if backward not in get_args(Backward):
         raise ValueError(f'backward must be "exact" or "sketch", got {backward!r}')
-    check_number("row_entries", row_entries)
+    check_number("row_entries", row_entries, optional=True)
     check_number("flat", flat)
     if not 0 <= flat <= 1:
         raise ValueError(f"flat must be in [0, 1], got {flat}")

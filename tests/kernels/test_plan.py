@@ -150,6 +150,14 @@ def test_a_sketch_costs_one_projection_and_the_gemms_of_its_flat_rows() -> None:
     assert all_flat.gradient_bytes == exact.gradient_bytes + 8 * (N + 1)
 
 
+@pytest.mark.parametrize(("dtype", "entries"), [(BF16, 64), (F32, 150)])
+def test_entries_that_are_not_known_are_those_of_the_default_threshold(
+    dtype: torch.dtype, entries: int
+) -> None:
+    plan = kk.chunk_plan(10, 64, 5000, backward="sketch", dtype=dtype)
+    assert plan.entries == 10 * entries
+
+
 def test_triton_has_room_for_all_entries_of_a_chunk() -> None:
     """Of 16 bytes; at most 1 / threshold and two of a row, or all columns."""
     N, H, V = 1000, 64, 5000

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from kdrl_kernels.plan import ChunkPlan, chunk_plan
+from kdrl_kernels.plan import ChunkPlan, chunk_plan, usual_entries
 from kdrl_kernels.sketch import COLUMNS_PER_ENTRY
 from kdrl_train.config import TrainConfig
 from kdrl_train.model import attention
@@ -16,8 +16,6 @@ from kdrl_train.start.estimate.shapes import ModelShape
 
 BLOCK = 256
 """Weights whose 8-bit moments share a scale, in bitsandbytes."""
-SKETCH_ENTRIES = 50.0
-"""sketch_entries of a policy that is sure of most of its tokens, as those that reason are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,8 +51,8 @@ class Case:
     """The others of several in-process teachers, which read other packs."""
     choice: Choice = Choice()  # noqa: RUF009 (frozen)
     """How the policy computes the sequences of a pack."""
-    entries: float = SKETCH_ENTRIES
-    """Mean entries of a token's gradient, where the head's is sketched."""
+    entries: float | None = None
+    """Mean entries of a token's gradient, where the head's is sketched; None: those of RL."""
     adapters: int = 0
     """Parameters of the policy's adapters, with model.lora: they are trained, and the rest is
     frozen; 0: all of the policy is trained."""
@@ -271,11 +269,16 @@ class Case:
         return sum(4 * layer.state + b * layer.convolved for layer in model.each)
 
     @property
+    def row_entries(self) -> float:
+        """Returns the mean entries of a token's gradient."""
+        return usual_entries(self.dtype) if self.entries is None else self.entries
+
+    @property
     def flat_share(self) -> float:
         """Returns the share of tokens whose gradient is exact although the head's is sketched."""
         if self.flat is not None:
             return self.flat
-        columns = COLUMNS_PER_ENTRY["cpu" if self.placement.cpu else "cuda"] * self.entries
+        columns = COLUMNS_PER_ENTRY["cpu" if self.placement.cpu else "cuda"] * self.row_entries
         return float(columns > self.run.model.head_flat * self.policy.vocabulary)
 
     @property
@@ -303,7 +306,7 @@ class Case:
             workspace_bytes=optim.workspace_bytes,
             memory_bytes=self.placement.memory_bytes,
             backward=self.run.model.head_backward,
-            row_entries=0 if self.flat_share == 1 else self.entries,
+            row_entries=0 if self.flat_share == 1 else self.row_entries,
             threshold=self.run.model.head_threshold,
             flat=self.flat_share,
             impl=optim.head_impl,

@@ -32,7 +32,7 @@ from kdrl_train.settings import (
     UnitInterval,
     settings,
 )
-from kdrl_train.start.estimate.case import SKETCH_ENTRIES, Case, Placement
+from kdrl_train.start.estimate.case import Case, Placement
 from kdrl_train.start.estimate.devices import PEAKS, Device, DeviceName, link_gb_per_s, measure_cpu
 from kdrl_train.start.estimate.memory import (
     by_moment,
@@ -90,9 +90,10 @@ class PlanConfig(TrainConfig):
     launch_us: NaturalFloat = 500.0
     """Microseconds that Python and kernel launches take for each layer and token of `generate`. The
     default is a guess."""
-    entries: PositiveFloat = SKETCH_ENTRIES
+    entries: PositiveFloat | None = None
     """Mean entries of a token's gradient with model.head_backward sketch: sketch_entries of a run
-    of yours. Flatter distributions have more."""
+    of yours. Flatter distributions have more. None: 64 with a 16-bit model.dtype, else 150, as of
+    a policy that is sure of most of its tokens."""
     flat: Probability | None = None
     """Share of tokens too flat to be sketched, whose gradient is exact: sketch_flat_share of a run
     of yours. None: all at a vocabulary so small that `entries` would cost more, else none."""
