@@ -268,13 +268,11 @@ def _pack(
         needs_teacher=needs_teacher,
         teacher=teacher,
         teacher_inputs=_teacher_inputs(rollouts, coefficients, members),
-        teacher_states=_teacher_states(coefficients, members, lengths),
         old_logprobs=None if old is None else _cat(old[r] for r in members),
-        teacher_logprobs=_teacher_logprobs(rollouts, coefficients, members),
         active_rows=int(used.sum()),
         all_distilled=bool((distilled | ~used).all()),
         all_learn=bool((distilled | (advantages != 0) | ~used).all()),
-        **_teacher_topk(coefficients, members, lengths),
+        **_from_servers(coefficients, members, lengths),
     )
 
 
@@ -287,30 +285,48 @@ def _cat(parts: Iterable[Tensor]) -> Tensor:
     return torch.cat([torch.zeros(0), *parts])
 
 
-def _any_scored(
-    known: Sequence[Any], coefficients: CompletionCoefficients, members: list[int]
-) -> bool:
-    """Whether a server has scored a distilled one of `members`, which all have one teacher: that of
-    other completions may be in this process."""
-    return any(coefficients.kd_weight[r] > 0 and known[r] is not None for r in members)
-
-
-def _teacher_logprobs(
-    rollouts: Rollouts, coefficients: CompletionCoefficients, members: list[int]
+def _of_server(
+    replies: Sequence[Tensor | None], kd_weight: Tensor, lengths: Tensor, absent: float
 ) -> Tensor | None:
-    """Concatenate a server's [T] log-probabilities of `members`; None where none is distilled.
+    """Concatenate what a server said of each completion of a pack, [T, ...]; None where it has
+    scored none that is distilled: the pack's one teacher may be in this process.
 
-    Completions that the server was not queried for have kd weight 0 and get NaN: kk.kdrl_loss does
-    not read them, and any other reader gets NaN.
+    A completion that it was not queried for has kd weight 0 and gets `absent`.
+
+    Args:
+        kd_weight, lengths: of the completions.
     """
-    known = coefficients.teacher_logprobs
-    if known is None or not _any_scored(known, coefficients, members):
+    scored = [reply is not None for reply in replies]
+    if not (torch.tensor(scored, dtype=torch.bool) & (kd_weight > 0)).any():
         return None
-    parts = []
-    for r in members:
-        scores = known[r]
-        parts.append(torch.full_like(rollouts.logprobs[r], torch.nan) if scores is None else scores)
-    return torch.cat(parts)
+    like = next(reply for reply in replies if reply is not None)
+    shapes = ((length, *like.shape[1:]) for length in lengths.tolist())
+    parts = zip(replies, shapes, strict=True)
+    return torch.cat([like.new_full(n, absent) if reply is None else reply for reply, n in parts])
+
+
+def _from_servers(
+    coefficients: CompletionCoefficients, members: list[int], lengths: Tensor
+) -> dict[str, Tensor | None]:
+    """Concatenate what servers said of the completions `members`, by the fields of PackedBatch.
+
+    kk.kdrl_loss reads no log-probability of a completion that is not distilled, and any other
+    reader gets NaN. Its states are 0, which the head can read: NaN would reach the gradient of its
+    tokens. Its likeliest tokens are none, -1.
+    """
+    empty: list[Any] = [None] * len(coefficients.kd_weight)
+    topk = coefficients.teacher_topk or empty
+    columns: dict[str, tuple[Sequence[Any], float]] = {
+        "teacher_logprobs": (coefficients.teacher_logprobs or empty, torch.nan),
+        "teacher_states": (coefficients.teacher_states or empty, 0),
+        "topk_ids": ([reply and reply.ids for reply in topk], -1),
+        "topk_logprobs": ([reply and reply.logprobs for reply in topk], 0),
+    }
+    kd_weight = coefficients.kd_weight[members]
+    return {
+        name: _of_server([replies[r] for r in members], kd_weight, lengths, absent)
+        for name, (replies, absent) in columns.items()
+    }
 
 
 def _teacher_inputs(
@@ -323,42 +339,3 @@ def _teacher_inputs(
     completions = [rollouts.completion_ids[r] for r in members]
     fed = [len(prompts[r]) + len(rollouts.completion_ids[r]) - 1 for r in members]
     return TeacherInputs(*feed([prompts[r] for r in members], completions), tuple(fed))
-
-
-def _teacher_states(
-    coefficients: CompletionCoefficients, members: list[int], lengths: Tensor
-) -> Tensor | None:
-    """Concatenate a server's [T, H_t] states of `members`; None where none is distilled.
-
-    Completions that the server was not queried for have kd weight 0 and get 0, which the head can
-    read: NaN would reach the gradient of their tokens.
-    """
-    known = coefficients.teacher_states
-    if known is None or not _any_scored(known, coefficients, members):
-        return None
-    like = next(states for r in members if (states := known[r]) is not None)
-    parts = []
-    for r, length in zip(members, lengths.tolist(), strict=True):
-        states = known[r]
-        parts.append(like.new_zeros(length, like.shape[1]) if states is None else states)
-    return torch.cat(parts)
-
-
-def _teacher_topk(
-    coefficients: CompletionCoefficients, members: list[int], lengths: Tensor
-) -> dict[str, Tensor]:
-    """Concatenate a server's [T, K] likeliest tokens of `members`; nothing where none is distilled.
-
-    Completions that the server was not queried for have kd weight 0 and get no token, -1.
-    """
-    known = coefficients.teacher_topk
-    if known is None or not _any_scored(known, coefficients, members):
-        return {}
-    K = next(scores for r in members if (scores := known[r]) is not None).ids.shape[1]
-    ids, logprobs = [], []
-    for r, length in zip(members, lengths.tolist(), strict=True):
-        scores = known[r]
-        none = torch.full((length, K), -1)
-        ids.append(none if scores is None else scores.ids)
-        logprobs.append(torch.zeros(length, K) if scores is None else scores.logprobs)
-    return {"topk_ids": torch.cat(ids), "topk_logprobs": torch.cat(logprobs)}
