@@ -51,10 +51,7 @@ def grid(horizontal: Axis, vertical: Axis, x_label: str) -> list[str]:
         x = horizontal(tick)
         parts += [rule(x, HEIGHT - BOTTOM, x, HEIGHT - BOTTOM + 4)]
         parts += [text(horizontal.label(tick), x, HEIGHT - BOTTOM + 15, anchor="middle")]
-    scales = [
-        f"{name} logarithmic" for name, axis in (("y", vertical), ("x", horizontal)) if axis.log
-    ]
-    label = x_label + (f" ({', '.join(scales)})" if scales else "")
+    label = f"{x_label} (x logarithmic)" if horizontal.log else x_label
     return [*parts, text(label, (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, anchor="middle")]
 
 

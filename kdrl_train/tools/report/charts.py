@@ -86,22 +86,21 @@ def line_chart(
     title: str,
     x_label: str = "step",
     log_x: bool = False,
-    log_y: bool = False,
     references: Sequence[Reference] = (),
     legend: bool = True,
 ) -> str:
     """Draws lines with bands over one x axis; the pointer shows values.
 
-    A logarithmic axis leaves out values that are not above 0. legend: draws one below the plot;
-    without it, the page must say which look is which group.
+    log_x: places x by its logarithm, and leaves out values at an x that is not above 0. legend:
+    draws one below the plot; without it, the page must say which look is which group.
     """
-    series = [_drawable(one, log_x=log_x, log_y=log_y) for one in series]
+    series = [_drawable(one, log_x) for one in series]
     xs = [x for one in series for x, y in zip(one.x, one.y, strict=True) if y is not None]
     ys = [v for one in series for v in (*one.y, *(one.low or ()), *(one.high or ()))]
     levels = [one.value for one in references]
     plot = HEIGHT - BOTTOM
     horizontal = Axis.fit(xs, LEFT, WIDTH - RIGHT, log=log_x)
-    vertical = Axis.fit([y for y in ys if y is not None] + levels, plot, TOP, log=log_y, room=0.05)
+    vertical = Axis.fit([y for y in ys if y is not None] + levels, plot, TOP, room=0.05)
     parts = [heading(title), *grid(horizontal, vertical, x_label)]
     parts += [reference_line(one.name, one.value, vertical) for one in references]
     parts += [_band(one, horizontal, vertical) for one in series]
@@ -258,19 +257,16 @@ def _point(point: Point, y: float, axis: Axis) -> list[str]:
     return [*parts, hover_area(0, y - LINE / 2, axis.end + NUMBERS, LINE, f"{point.name}: {words}")]
 
 
-def _drawable(one: Series, *, log_x: bool, log_y: bool) -> Series:
+def _drawable(one: Series, log_x: bool) -> Series:
     """Replaces the values that have no place on the axes by None."""
+    placed = [is_finite(x) and not (log_x and x <= 0) for x in one.x]
 
-    def fits(value: Value, *, log: bool) -> Value:
-        return value if is_finite(value) and not (log and value <= 0) else None
+    def keep(values: Sequence[Value]) -> list[Value]:
+        pairs = zip(values, placed, strict=True)
+        return [value if fits and is_finite(value) else None for value, fits in pairs]
 
-    def keep(values: Sequence[Value] | None) -> list[Value] | None:
-        if values is None:
-            return None
-        pairs = zip(values, one.x, strict=True)
-        return [fits(v, log=log_y) if fits(x, log=log_x) is not None else None for v, x in pairs]
-
-    return Series(one.name, one.x, keep(one.y) or [], one.look, keep(one.low), keep(one.high))
+    low, high = (None if bound is None else keep(bound) for bound in (one.low, one.high))
+    return Series(one.name, one.x, keep(one.y), one.look, low, high)
 
 
 def _inside(name: str, x: float, y: float) -> str:

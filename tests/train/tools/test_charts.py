@@ -113,10 +113,10 @@ def test_a_value_that_is_not_finite_interrupts_the_line() -> None:
     one = Series("a", [1, 2, 3, 4, 5], [1.0, 2.0, math.nan, 3.0, None])
     lines = points(line_chart([one], title="t", legend=False))
     assert [len(line) for line in lines] == [2, 1]
-    two = Series("a", [1, 2, 3], [1.0, -1.0, 2.0])
-    svg = line_chart([two], title="t", log_y=True, legend=False)
+    two = Series("a", [1, 0, 3], [1.0, -1.0, 2.0])
+    svg = line_chart([two], title="t", log_x=True, legend=False)
     assert [len(line) for line in points(svg)] == [1, 1]
-    assert "step (y logarithmic)" in texts(svg)
+    assert "step (x logarithmic)" in texts(svg)
 
 
 def test_a_point_without_neighbours_has_a_mark() -> None:
