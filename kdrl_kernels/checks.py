@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kdrl_kernels.call import LossCall, has_values
 from kdrl_kernels.chunks import accumulator
-from kdrl_kernels.head import Head
+from kdrl_kernels.head import Head, check_device
 from kdrl_kernels.plain import check_flag, check_number
 
 IMPLS = ("triton", "torch", "reference")
@@ -84,15 +84,12 @@ def check_extra_tokens(
     if not isinstance(ids, Tensor):
         raise TypeError(f"{name} must be a tensor or None, got {type(ids).__name__}")
     check_int64(name, ids)
-    N, hidden = len(head.hidden), head.hidden
+    N = len(head.hidden)
     if ids.ndim != 2 or len(ids) != N or not 0 < ids.shape[1] <= MOST_IDS:
         raise ValueError(
             f"{name} must be [N, K] with N = {N} and K in [1, {MOST_IDS}], got {list(ids.shape)}"
         )
-    if ids.device != hidden.device:
-        raise ValueError(
-            f"{name} must be on the device of hidden ({hidden.device}), got {ids.device}"
-        )
+    check_device(name, ids, "hidden", head.hidden)
     return ids.contiguous()
 
 
@@ -129,10 +126,7 @@ def _check_rows(name: str, tensor: Tensor, head: Head) -> None:
     N = head.hidden.shape[0]
     if tensor.shape != (N,):
         raise ValueError(f"{name} must be [N] with N = {N}, got {list(tensor.shape)}")
-    if tensor.device != head.hidden.device:
-        raise ValueError(
-            f"{name} must be on the device of hidden ({head.hidden.device}), got {tensor.device}"
-        )
+    check_device(name, tensor, "hidden", head.hidden)
 
 
 def check_vocab_size(vocab_size: int | None, V: int, V_t: int | None) -> int:

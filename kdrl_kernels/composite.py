@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kdrl_kernels.head import TeacherHead, gathered, spare_columns
+from kdrl_kernels.head import TeacherHead, check_device, gathered, spare_columns
 from kdrl_kernels.plain import check_number
 
 
@@ -138,8 +138,4 @@ def _check(heads: list[TeacherHead], weights: list[float]) -> None:
                     f"heads[{i}].{name} must have the dtype of heads[0].{name} ({other.dtype}), "
                     f"got {tensor.dtype}"
                 )
-        if head.hidden.device != first.hidden.device:
-            raise ValueError(
-                f"heads[{i}].hidden must be on the device of heads[0].hidden "
-                f"({first.hidden.device}), got {head.hidden.device}"
-            )
+        check_device(f"heads[{i}].hidden", head.hidden, "heads[0].hidden", first.hidden)

@@ -251,6 +251,11 @@ def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
             f"{name} must have the dtype of {other_name} ({other.dtype}), or one of the two must "
             f"be float32 and the other float16 or bfloat16, got {tensor.dtype}"
         )
+    check_device(name, tensor, other_name, other)
+
+
+def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless tensor is on the device of other."""
     if tensor.device != other.device:
         raise ValueError(
             f"{name} must be on the device of {other_name} ({other.device}), got {tensor.device}"
@@ -282,7 +287,4 @@ def _check_temperature(temperature: float | Tensor, hidden: Tensor, name: str) -
         )
     if not temperature.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {temperature.dtype}")
-    if temperature.device != hidden.device:
-        raise ValueError(
-            f"{name} must be on the device of hidden ({hidden.device}), got {temperature.device}"
-        )
+    check_device(name, temperature, "hidden", hidden)

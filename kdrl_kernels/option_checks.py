@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdrl_kernels.head import Head, TeacherHead
+from kdrl_kernels.head import Head, TeacherHead, check_device
 from kdrl_kernels.objective import Objective
 from kdrl_kernels.sketch import Sketch
 from kdrl_kernels.truncation import Truncation
@@ -74,11 +74,7 @@ def check_teacher(teacher: Any, teacher_logprobs: Tensor | None, head: Head) -> 
             f"teacher.hidden must have N = {head.hidden.shape[0]} rows, "
             f"got {list(teacher.hidden.shape)}"
         )
-    if teacher.hidden.device != head.hidden.device:
-        raise ValueError(
-            f"teacher.hidden must be on the device of hidden ({head.hidden.device}), "
-            f"got {teacher.hidden.device}"
-        )
+    check_device("teacher.hidden", teacher.hidden, "hidden", head.hidden)
 
 
 def check_truncation(truncation: Any, head: Head, divergence: str | None = None) -> Any:

@@ -8,7 +8,7 @@ from torch import Tensor
 from kdrl_kernels.call import LossCall
 from kdrl_kernels.checks import check_extra_tokens, is_read
 from kdrl_kernels.chunks import accumulator
-from kdrl_kernels.head import Head
+from kdrl_kernels.head import Head, check_device
 
 MOST_MASS = 1.001
 """The most that probabilities of a row may sum to: rounding of float32 stays far below."""
@@ -35,10 +35,7 @@ def check_topk(teacher_topk: Any, head: Head) -> tuple[Tensor, Tensor]:
             f"teacher_topk[1] must be [N, K] with N = {ids.shape[0]} and K = {ids.shape[1]}, "
             f"as teacher_topk[0], got {list(logprobs.shape)}"
         )
-    if logprobs.device != ids.device:
-        raise ValueError(
-            f"teacher_topk[1] must be on the device of hidden ({ids.device}), got {logprobs.device}"
-        )
+    check_device("teacher_topk[1]", logprobs, "hidden", head.hidden)
     return ids, logprobs.detach().to(accumulator(head.hidden.dtype)).contiguous()
 
 
