@@ -6,6 +6,7 @@ rows/kernel_objective.py compute them. A caller's own loss gets its coefficients
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -26,6 +27,19 @@ K1_REFUSED = (
     "k1 as a loss has no teacher in its gradient (the teacher's log-probability is a "
     "constant there); use 'k2' for reverse KL on sampled tokens or 'rkl' for the exact one"
 )
+
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "clip_low": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "clip_high": (lambda x: 0 <= x < math.inf, "finite and at least 0"),
+    "dual_clip": (lambda x: 1 < x < math.inf, "above 1 and finite, or None"),
+    "k3_bound": (lambda x: 0 < x <= 60, "in (0, 60]"),
+    "kd_coef": (lambda x: 0 <= x < math.inf, "finite and at least 0"),
+    "kd_ratio_cap": (lambda x: x > 0, "positive"),
+    "jsd_alpha": (lambda x: 0 < x < 1, "in (0, 1)"),
+    "fkl_share": (lambda x: 0 < x < 1, "in (0, 1)"),
+    "entropy_coef": (math.isfinite, "finite"),
+}
+"""Name of a number of Objective -> whether it is right, and what it must be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,33 +117,11 @@ class Objective:
         self._check_numbers()
 
     def _check_numbers(self) -> None:
-        bounds = {
-            "clip_low": "in [0, 1)",
-            "clip_high": "finite and at least 0",
-            "dual_clip": "above 1 and finite, or None",
-            "k3_bound": "in (0, 60]",
-            "kd_coef": "finite and at least 0",
-            "kd_ratio_cap": "positive",
-            "jsd_alpha": "in (0, 1)",
-            "fkl_share": "in (0, 1)",
-            "entropy_coef": "finite",
-        }
-        for name in bounds:
-            check_number(name, getattr(self, name), optional=name == "dual_clip")
-        ranges = {
-            "clip_low": 0 <= self.clip_low < 1,
-            "clip_high": 0 <= self.clip_high < math.inf,
-            "dual_clip": self.dual_clip is None or 1 < self.dual_clip < math.inf,
-            "k3_bound": 0 < self.k3_bound <= 60,
-            "kd_coef": 0 <= self.kd_coef < math.inf,
-            "kd_ratio_cap": self.kd_ratio_cap > 0,
-            "jsd_alpha": 0 < self.jsd_alpha < 1,
-            "fkl_share": 0 < self.fkl_share < 1,
-            "entropy_coef": math.isfinite(self.entropy_coef),
-        }
-        for name, right in ranges.items():
-            if not right:
-                raise ValueError(f"{name} must be {bounds[name]}, got {getattr(self, name)}")
+        for name, (holds, must) in RANGES.items():
+            value = getattr(self, name)
+            check_number(name, value, optional=name == "dual_clip")
+            if value is not None and not holds(value):
+                raise ValueError(f"{name} must be {must}, got {value}")
         if self.kd != "rkl+fkl" and self.fkl_share != 0.5:
             raise ValueError(
                 f"fkl_share must be 0.5 for kd={self.kd!r}, got {self.fkl_share}: it is the share "
