@@ -110,12 +110,8 @@ class World:
         total: dict[str, Tensor] = {}
         for part in self.share_packs(lambda: copies):
             for name, value in part.items():
-                if name not in total:
-                    total[name] = value
-                elif name in largest:
-                    total[name] = torch.maximum(total[name], value)
-                else:
-                    total[name] = total[name] + value
+                join = torch.maximum if name in largest else torch.add
+                total[name] = join(total[name], value) if name in total else value
         return total
 
 

@@ -46,12 +46,8 @@ def add_sums(total: dict[str, Tensor], part: dict[str, Tensor]) -> dict[str, Ten
     """Add `part` to `total` key by key (of LARGEST take the larger); a missing key counts as 0."""
     joined = dict(total)
     for key, value in part.items():
-        if key not in joined:
-            joined[key] = value
-        elif key in LARGEST:
-            joined[key] = torch.maximum(joined[key], value)
-        else:
-            joined[key] = joined[key] + value
+        join = torch.maximum if key in LARGEST else torch.add
+        joined[key] = join(joined[key], value) if key in joined else value
     return joined
 
 
