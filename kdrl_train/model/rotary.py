@@ -8,9 +8,6 @@ from typing import Any
 
 from torch import nn
 
-DEPEND = ("longrope", "dynamic")
-"""Types of rotary factors that transformers computes in each forward pass."""
-
 
 def longest(config: Any) -> int | None:
     """Return the length up to which rotary factors are the same for all rows; None: any length.

@@ -17,8 +17,6 @@ from kdrl_train.model.teacher.head import ServedHead
 from kdrl_train.model.teacher.remote import RemoteTeacher
 from kdrl_train.waiting import Poll
 
-DEFAULT = DEFAULT_TEACHER
-
 
 @dataclass(frozen=True, slots=True)
 class Teachers:

@@ -6,10 +6,8 @@ import tempfile
 from pathlib import Path
 
 
-def require_writable(folder: Path, key: str = "out") -> None:
+def require_writable(folder: Path) -> None:
     """Check that files can be written into a folder, which need not exist yet; change nothing.
-
-    key: the setting that names the folder, or a file in it.
 
     Raises: ValueError where they cannot: something there is a file, a disk is read-only, a
         permission is missing.
@@ -23,7 +21,7 @@ def require_writable(folder: Path, key: str = "out") -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(
-            f"{key} must lead to a folder that can be written, got {folder} ({error.strerror}): "
+            f"out must lead to a folder that can be written, got {folder} ({error.strerror}): "
             "choose another, or make that one writable"
         ) from error
     finally:
@@ -31,16 +29,16 @@ def require_writable(folder: Path, key: str = "out") -> None:
             place.rmdir()
 
 
-def require_writable_file(file: Path, key: str = "out") -> None:
+def require_writable_file(file: Path) -> None:
     """Check that a file can be written, as `require_writable` does for a folder.
 
     Raises: ValueError for a folder or a pipe of that name, too: a pipe waits for its reader.
     """
     if file.is_dir():
-        raise ValueError(f"{key} must be a file, got {file}, which is a folder: name a file in it")
+        raise ValueError(f"out must be a file, got {file}, which is a folder: name a file in it")
     if file.is_fifo():
-        raise ValueError(f"{key} must be a file, got {file}, which is a pipe: name a file")
-    require_writable(file.parent, key)
+        raise ValueError(f"out must be a file, got {file}, which is a pipe: name a file")
+    require_writable(file.parent)
 
 
 def remove(path: Path) -> None:

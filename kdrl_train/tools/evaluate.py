@@ -156,11 +156,6 @@ def with_read_teachers(run: TrainConfig) -> ModelConfig:
     return model
 
 
-def evaluate_folder(config: EvaluateConfig, console: Console | None = None) -> EvalResult:
-    """Measures the model folder that `config` names on the problems of `data` alone."""
-    return evaluate_sets(replace(config, sets={}), console)["data"]
-
-
 def evaluate_sets(config: EvaluateConfig, console: Console | None = None) -> dict[str, EvalResult]:
     """Loads the model folder and the problems that `config` names, and measures the model.
 

@@ -164,10 +164,10 @@ def test_what_a_run_leaves_is_measured_and_starts_others(
         settings = evaluate.of_run(first, first.out)
         place = settings.model.weights or Path(settings.model.policy)
         assert place.relative_to(first.out).parts[0] == name
-        evaluate.evaluate_folder(replace(settings, max_problems=4))
+        evaluate.evaluate_sets(replace(settings, max_problems=4))
         (first.out / name).rename(first.out / f"moved_{name}")
     base = replace(settings, model=replace(first.model, lora=LoraConfig()), max_problems=4)
-    evaluate.evaluate_folder(base)
+    evaluate.evaluate_sets(base)
     assert texts[0] == texts[1] == texts[2] != texts[3]
     for name in ("adapter", "checkpoints"):
         (first.out / f"moved_{name}").rename(first.out / name)
@@ -181,7 +181,7 @@ def test_what_a_run_leaves_is_measured_and_starts_others(
     assert without_times(run(second)) == without_times(expected)
     texts.clear()
     for name in ("model", "checkpoints"):
-        evaluate.evaluate_folder(replace(evaluate.of_run(whole, whole.out), max_problems=4))
+        evaluate.evaluate_sets(replace(evaluate.of_run(whole, whole.out), max_problems=4))
         for folder in ("model", "adapter") if name == "model" else ():
             (whole.out / folder).rename(whole.out / f"moved_{folder}")
     assert texts[0] == texts[1]  # the adapter of the policy's folder is not added twice
@@ -237,4 +237,4 @@ def test_adapters_of_a_model_of_4_bits(config: Config, tiny: Any, tmp_path: Path
     assert all(tensor.abs().max() > 0 for tensor in stored.values())
     assert not (one.out / "model").exists()
     measured = replace(evaluate.of_run(one, one.out), max_problems=2)
-    assert evaluate.evaluate_folder(measured).problems == 2
+    assert evaluate.evaluate_sets(measured)["data"].problems == 2

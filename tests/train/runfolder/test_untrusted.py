@@ -253,7 +253,7 @@ def test_no_command_reads_what_it_has_not_checked(
     commands: list[Callable[[], Any]] = [
         lambda: run(again),
         lambda: run(replace(settings, out=settings.out / "other", model=other)),
-        lambda: evaluate.evaluate_folder(replace(measured, model=other)),
+        lambda: evaluate.evaluate_sets(replace(measured, model=other)),
         lambda: replay.main(failed, Console(file=io.StringIO())),
     ]
     record_property("tried", 2 * len(commands) + 1)

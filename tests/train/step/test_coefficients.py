@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kdrl_train.batch import Example, Rollouts
 from kdrl_train.config import OptimConfig, SamplingConfig, TrainConfig
+from kdrl_train.config.models import DEFAULT_TEACHER
 from kdrl_train.method import grpo
 from kdrl_train.method.config import MethodConfig, ScheduleConfig
 from kdrl_train.method.metrics import add_sums, token_means
@@ -18,7 +19,7 @@ from kdrl_train.method.presets import PRESETS
 from kdrl_train.method.schedules import History
 from kdrl_train.model.packing import PackedBatch, pack
 from kdrl_train.model.policy import Policy, Teacher
-from kdrl_train.model.teachers import DEFAULT, Teachers
+from kdrl_train.model.teachers import Teachers
 from kdrl_train.ranks import ALONE
 from kdrl_train.runfolder.log import Stages
 from kdrl_train.step.coefficients import Prepared, correction, prepare
@@ -64,7 +65,9 @@ def test_scores_are_those_of_the_models_own_logits(tiny: Callable[..., Any], bud
     rollouts, rewards = some_rollouts()
     kd_weight = torch.tensor([1.0, 0.0, 0.5, 0.5, 1.0, 1.0])
     scores = score_packs(
-        policy, Teachers((DEFAULT,), {0: teacher}), packs(rollouts, rewards, kd_weight, budget)
+        policy,
+        Teachers((DEFAULT_TEACHER,), {0: teacher}),
+        packs(rollouts, rewards, kd_weight, budget),
     )
     assert sorted(scores.logprobs) == list(WITH_REWARD)
     total, count = 0.0, 0
@@ -85,7 +88,7 @@ def test_a_rank_without_completions_scores_none(tiny: Callable[..., Any]) -> Non
     policy, teacher = pair(tiny, REWARD, torch.float64, "qwen2")
     rollouts, _ = some_rollouts()
     only = uniform(6, token_weights=torch.eye(6)[3], kd_weight=torch.ones(6))
-    teachers = Teachers((DEFAULT,), {0: teacher})
+    teachers = Teachers((DEFAULT_TEACHER,), {0: teacher})
     ours, theirs = (
         score_packs(policy, teachers, pack(rollouts, only, 12, rank=rank, ranks=2))
         for rank in (0, 1)
@@ -199,7 +202,7 @@ def prepared(
     run: Any = SimpleNamespace(
         config=config,
         policy=policy,
-        teachers=Teachers() if teacher is None else Teachers((DEFAULT,), {0: teacher}),
+        teachers=Teachers() if teacher is None else Teachers((DEFAULT_TEACHER,), {0: teacher}),
         history=History(),
         world=ALONE,
     )

@@ -34,7 +34,7 @@ from kdrl_train.rollouts.engines import generate as generate_engine
 from kdrl_train.rollouts.problems import load_examples
 from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.tools import evaluate as evaluation
-from kdrl_train.tools.evaluate import evaluate, evaluate_folder, result_table
+from kdrl_train.tools.evaluate import evaluate, evaluate_sets, result_table
 from tests.train import scripted_rewards
 
 REWARD = RewardConfig(function=f"{scripted_rewards.__name__}:early_bytes", workers=1)
@@ -228,9 +228,9 @@ def test_tokens_that_the_teacher_lacks_are_not_sampled(
         reward=REWARD,
         samples=1,
     )
-    evaluate_folder(alone)
+    evaluate_sets(alone)
     model = replace(alone.model, teacher=str(folders["teacher"]))
-    evaluate_folder(replace(alone, model=model))
+    evaluate_sets(replace(alone, model=model))
     assert highest[0] >= 258 > highest[1]
     held = EvalConfig(data=alone.data, every=1, samples=1, max_problems=5)
     train.main(
@@ -302,7 +302,7 @@ def test_a_gold_answer_that_is_not_read_stops_a_measurement(
         reward=RewardConfig(workers=1),
     )
     with pytest.raises(ValueError, match=r"first: bad\.jsonl:1, answer '5 or more', error"):
-        evaluate_folder(config)
+        evaluate_sets(config)
 
 
 def test_failures_of_the_reward_function_are_shown() -> None:
