@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from bench.machine import DEVICE, clock, machine_info, one_line
+from bench.gemms import median_ms
+from bench.machine import DEVICE, machine_info, one_line
 from kdrl_kernels.rows import kernel_sketch, kernels
 from kdrl_kernels.rows.streams import Stream, TeacherStream
 from kdrl_kernels.rows.tiles import GRADIENT, JSD, SKETCH, SWEEP, TILES, Tile
@@ -120,20 +121,11 @@ def _kernel_ms(call: Callable[[], object], name: str) -> float:
     return statistics.median(times) / 1e3
 
 
-def _median_ms(call: Callable[[], object]) -> float:
-    samples = []
-    for _ in range(ROUNDS + 3):
-        start = clock()
-        call()
-        samples.append(1e3 * (clock() - start))
-    return statistics.median(samples[3:])
-
-
 def copy_ms() -> float:
     """Measure the time to copy one buffer of logits, which reads and writes as many bytes."""
     source = torch.randn(ROWS, COLUMNS, device="cuda")
     target = torch.empty_like(source)
-    return _median_ms(lambda: target.copy_(source))
+    return median_ms(lambda: target.copy_(source), ROUNDS)
 
 
 def best(rows: list[TileRow]) -> TileRow:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from bench.study.arms import ARMS
 from bench.study.config import StudyConfig
-from kdrl_train.config import DataConfig
 from kdrl_train.runfolder import jsonl
+from kdrl_train.tools.demo import data_config
 from kdrl_train.tools.sft import SftConfig
 from kdrl_train.tools.toy import make_splits
 from kdrl_train.tools.toy.models import train_tokenizer
@@ -24,11 +24,6 @@ OUT_OF_DISTRIBUTION = ("longer", "larger")
 def folder(config: StudyConfig, task: str) -> Path:
     """Return the folder of a task's problems and models."""
     return config.out / "tasks" / task
-
-
-def data_config(path: Path) -> DataConfig:
-    """Describe a file of problems: the newline after a question is part of the prompt."""
-    return DataConfig(path=str(path), prompt_template="{prompt}\n")
 
 
 def write_task(config: StudyConfig, task: str) -> None:

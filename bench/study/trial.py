@@ -36,6 +36,7 @@ from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder import events, jsonl
 from kdrl_train.runfolder.log import read_records
 from kdrl_train.tools import sft
+from kdrl_train.tools.demo import data_config
 from kdrl_train.tools.toy import TASKS
 
 CURVES = ("accuracy", "tokens", "response_length", "entropy", "kl_teacher", "kd_coef", "grad_norm")
@@ -126,7 +127,7 @@ def train_config(config: StudyConfig, trial: Trial) -> TrainConfig:
         steps=config.steps,
         save_every=config.steps,
         model=ModelConfig(policy=str(task / "student"), device=config.device),
-        data=setup.data_config(task / "train.jsonl"),
+        data=data_config(task / "train.jsonl"),
         sampling=SamplingConfig(
             prompts_per_step=config.prompts_per_step,
             group_size=config.group_size,
@@ -220,7 +221,7 @@ def measure(
     scores = {}
     with Verifier(run_config.reward) as verifier:
         for name, count in sets.items():
-            data = setup.data_config(setup.folder(config, trial.task) / f"{name}.jsonl")
+            data = data_config(setup.folder(config, trial.task) / f"{name}.jsonl")
             examples = load_examples(data)[:count]
             judged = sample(model, tokenizer, examples, run_config, EVAL_STEP, k, verifier)
             scores[name] = score(*judged, samples=k, seed=trial.seed)
@@ -276,7 +277,7 @@ def distil_offline(config: StudyConfig, trial: Trial, run_config: TrainConfig) -
             out=out / "model",
             model=str(task / "student"),
             seed=trial.seed,
-            data=setup.data_config(out / "samples.jsonl"),
+            data=data_config(out / "samples.jsonl"),
             steps=config.steps,
             batch_tokens=math.ceil(learnt / config.steps),
             learning_rate=trial.learning_rate,
