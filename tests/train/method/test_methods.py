@@ -100,7 +100,7 @@ def test_distillation_then_rl(
     assert second["grad_norm"] > 1e-3
 
 
-@pytest.mark.parametrize("name", ["opd_then_rl", "reward_shaping"])
+@pytest.mark.parametrize("name", ["kdrl", "opd_then_rl", "reward_shaping"])
 def test_changing_only_the_teacher_changes_the_update(
     config: Callable[..., TrainConfig], name: str
 ) -> None:
