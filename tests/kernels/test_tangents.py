@@ -1,4 +1,4 @@
-"""Forward-mode differentiation and vmap raise, where a gradient would be 0 without a word."""
+"""Transforms of torch.func raise in one line, most of which would give a gradient of 0."""
 
 from collections.abc import Callable
 from typing import Any
@@ -89,6 +89,21 @@ def test_vmap_raises(name: str, function: Loss) -> None:
     assert stack.grad is not None
     assert torch.equal(stack.grad[0], stack.grad[1])
     assert stack.grad.abs().sum() > 0
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("name", ["hidden", "weight"])
+def test_reverse_transforms_raise_but_for_the_definition(name: str, function: Loss) -> None:
+    inputs = _inputs()
+    moved = inputs.pop(name)
+    leaf = moved.clone().requires_grad_()
+    function("torch", **{name: leaf}, **inputs).sum().backward()
+    message = r"^(kdrl_loss|linear_\w+) must not run under torch\.func\.grad, vjp or jacrev: use"
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.hessian):
+        with pytest.raises(NotImplementedError, match=message):
+            transform(lambda x: function("torch", **{name: x}, **inputs).sum())(moved)
+    ours = torch.func.grad(lambda x: function("reference", **{name: x}, **inputs).sum())(moved)
+    torch.testing.assert_close(ours, leaf.grad)
 
 
 @FUNCTIONS
