@@ -111,11 +111,16 @@ def test_loss(
     _opcheck(torch.ops.kdrl.loss.default, *seen)
 
 
-@pytest.mark.parametrize("cached", [0, 3, 7], ids="cached{}".format)
-@pytest.mark.parametrize("trained", [("hidden", "weight", "bias"), ("hidden",)], ids=len)
+ALL, FULLEST = ("hidden", "weight", "bias"), ("entropy", "ids", "rest")
+
+
 @pytest.mark.parametrize(
-    "more",
-    [(), ("entropy",), ("ids",), ("entropy", "ids", "rest"), ("topk",), ("topk", "rest")],
+    ("more", "trained", "cached"),
+    [
+        *((more, ALL, 3) for more in [(), ("entropy",), ("ids",), ("topk",), ("topk", "rest")]),
+        *((FULLEST, ALL, cached) for cached in (0, 3, 7)),
+        (FULLEST, ("hidden",), 3),
+    ],
     ids=str,
 )
 @DTYPES
