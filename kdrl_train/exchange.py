@@ -102,6 +102,8 @@ class Exchange:
             ) from error
         self._lock = threading.Lock()
         self._closed = False
+        self._open: set[Future[Any]] = set()
+        """Those that `start` has returned and that are not done."""
         self._loop = asyncio.new_event_loop()
         self._loop.getaddrinfo = _addresses  # type: ignore[method-assign]
         self._thread = threading.Thread(target=self._loop.run_forever, name="exchange", daemon=True)
@@ -116,7 +118,10 @@ class Exchange:
             if self._closed:
                 work.close()
                 raise CancelledError
-            return asyncio.run_coroutine_threadsafe(work, self._loop)
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+            self._open.add(future)
+        future.add_done_callback(self._open.discard)
+        return future
 
     def close(self) -> None:
         """Stop all requests and close the connections; their futures raise CancelledError.
@@ -125,6 +130,9 @@ class Exchange:
         """
         with self._lock:
             closed, self._closed = self._closed, True
+            futures = list(self._open)
+        for future in futures:
+            future.cancel()
         if not closed:
             asyncio.run_coroutine_threadsafe(self._finish(), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
@@ -132,9 +140,12 @@ class Exchange:
             self._loop.close()
 
     async def _finish(self) -> None:
+        """Wait for the requests, which `close` has cancelled, and close the connections.
+
+        Each ends the tasks that it has begun: to cancel a task of a library before its first step
+        would leave what that step is to await without anybody who awaits it.
+        """
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._http.aclose()
 

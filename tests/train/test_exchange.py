@@ -1,12 +1,15 @@
 """exchange: a sick or hostile server costs no more than the deadline and the bytes of a request."""
 
+import asyncio
+import gc
 import gzip
 import socket
 import threading
 import time
 import tracemalloc
+import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import thread as executors
 from contextlib import closing
 from random import Random
@@ -111,6 +114,37 @@ def test_close_ends_a_request_wherever_it_stands(fault: str) -> None:
         assert future.cancelled()
         for one in filling:
             one.close()
+
+
+@pytest.mark.fault("stopped by a signal")
+def test_close_leaves_the_tasks_of_a_request_to_the_request() -> None:
+    """Under load `close` cancelled the task in which a library connects before its first step, and
+    the library's coroutine was never awaited."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    async def connects() -> None:
+        await asyncio.sleep(60)
+
+    async def wraps(work: Coroutine[Any, Any, None]) -> None:  # as the library does
+        await work
+
+    async def request() -> None:
+        begun.set()
+        go_on.wait(5)  # until `close` is called
+        await asyncio.sleep(0)
+        await asyncio.create_task(wraps(connects()))
+
+    exchange = Exchange("http://127.0.0.1:1", "engine.url", "KDRL_TEST_TOKEN")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        future = exchange.start(request())
+        assert begun.wait(5)
+        threading.Timer(0.05, go_on.set).start()
+        exchange.close()
+        assert future.cancelled()
+        del future
+        gc.collect()
+    assert [str(one.message) for one in said if "never awaited" in str(one.message)] == []
 
 
 MiB = 2**20
