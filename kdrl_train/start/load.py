@@ -134,6 +134,20 @@ def require_same_settings(config: TrainConfig, world: World) -> None:
             )
 
 
+def require_names(config: TrainConfig) -> None:
+    """Raise ValueError where a setting that must name something is empty, before it is shown."""
+    model, distils = config.model, config.method.kd is not None
+    places = model.teacher_places.items() if distils else ()
+    named = {"model.policy": model.policy} | {model.teacher_key(name): one for name, one in places}
+    empty = [key for key, place in named.items() if not place.strip()]
+    if empty:
+        raise ValueError(f"{empty[0]} must name a folder or hub id, got nothing: set {empty[0]}")
+    if not config.data.path.strip():
+        raise ValueError(
+            "data.path must name a file, a folder or a hub id, got nothing: set data.path"
+        )
+
+
 def load(config: TrainConfig, world: World = ALONE, policy_class: type[Policy] = Policy) -> Loaded:
     """Load the models, tokenizers and problems of a run; all ranks call this together.
 
@@ -143,6 +157,7 @@ def load(config: TrainConfig, world: World = ALONE, policy_class: type[Policy] =
         that cannot be loaded raise RankError; ValueError for ranks with different settings.
     """
     require_same_settings(config, world)
+    require_names(config)
     if config.model.move_teachers and world.launched:
         raise ValueError(
             "model.move_teachers must be false under torchrun, got true: FSDP2 shards each "

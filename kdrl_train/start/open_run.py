@@ -43,7 +43,7 @@ from kdrl_train.runfolder.signals import Interrupt
 from kdrl_train.runfolder.trackers import Trackers
 from kdrl_train.runfolder.writable import require_writable
 from kdrl_train.start.base_model import check_base, keep_base
-from kdrl_train.start.load import Loaded, LoadedTeacher, described, load
+from kdrl_train.start.load import Loaded, LoadedTeacher, described, load, require_names
 from kdrl_train.start.optimizer import make_optimizer
 from kdrl_train.start.preflight import preflight, require
 from kdrl_train.start.prompts import PROBE_PROMPTS
@@ -191,6 +191,7 @@ def take_folder(
 
     def take() -> None:
         require_writable(config.out)
+        require_names(config)
         lock = RunLock(config.out, WAIT_S if config.resume else 0.0)
         locks.append(stack.enter_context(lock))
 

@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from kdrl_train import cli
 from kdrl_train.commands import COMMANDS
 from kdrl_train.config import EvaluateConfig, TrainConfig
-from kdrl_train.config_file import to_dict
+from kdrl_train.config_file import save_yaml, to_dict
 from tests.train.options import parse, write
 
 
@@ -272,3 +273,21 @@ def test_what_a_command_does_not_read_is_among_its_settings(name: str) -> None:
     default = getattr(importlib.import_module(module), kind)()
     for key in spec.unread:
         attrgetter(key)(default)
+
+
+@pytest.mark.parametrize("key", ["model.policy", "model.teacher", "data.path"])
+def test_a_run_without_a_name_says_nothing_but_that(
+    config: Callable[..., TrainConfig],
+    capsys: pytest.CaptureFixture[str],
+    key: str,
+) -> None:
+    """Its first line was "runs/train: training , on "."""
+    settings = config()
+    save_yaml(settings, settings.out.with_suffix(".yaml"))
+    for command in ("train", "check"):
+        argv = [command, "--config", str(settings.out.with_suffix(".yaml")), f"--{key}", " "]
+        assert cli.main(argv) == 1
+        out, err = capsys.readouterr()
+        assert f"{key} must name a f" in " ".join((out + err).split())
+        assert "training" not in out
+    assert not settings.out.exists()

@@ -107,10 +107,11 @@ def main(config: ServeConfig) -> None:
     Raises: ValueError if the model cannot be loaded, or fastapi or uvicorn is not installed;
         SystemExit if the address is in use.
     """
-    if config.model.teacher is None or config.model.teacher_is_url or config.model.teacher_is_self:
+    teacher = (config.model.teacher or "").strip()
+    if not teacher or config.model.teacher_is_url or config.model.teacher_is_self:
         raise ValueError(
             "model.teacher must name a folder or hub id to serve, got "
-            f"{config.model.teacher or 'nothing'}: set --model.teacher"
+            f"{teacher or 'nothing'}: set --model.teacher"
         )
     for key in ("weights", "offload_policy", "offload_teacher", "teachers", "move_teachers"):
         if getattr(config.model, key):
