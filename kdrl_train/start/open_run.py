@@ -48,7 +48,7 @@ from kdrl_train.start.optimizer import make_optimizer
 from kdrl_train.start.preflight import preflight, require
 from kdrl_train.start.prompts import PROBE_PROMPTS
 from kdrl_train.start.self_teacher import describe_self, first_prompts
-from kdrl_train.start.teacher_server import with_probe
+from kdrl_train.start.teacher_server import hash_here, with_probe
 from kdrl_train.step.prefetch import Prefetch
 from kdrl_train.step.run import Position, Run
 
@@ -271,7 +271,7 @@ def describe_teacher(config: TrainConfig, loaded: Loaded, teacher: LoadedTeacher
         assert teacher.server is not None
         probed = loaded.examples[:PROBE_PROMPTS]
         info = with_probe(config, teacher.server, teacher.head, loaded.tokenizer, probed)
-        return replace(info, vocab_size=teacher.vocab_size)
+        return replace(info, vocab_size=teacher.vocab_size, files=hash_here(info.root))
     output.begin(f"hashing the teacher, {described(teacher.place)}", at_once=True)
     return describe(teacher.place, teacher.model, teacher.tokenizer)
 

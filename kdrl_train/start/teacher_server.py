@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 import kdrl_kernels as kk
+from kdrl_train import output
 from kdrl_train.batch import Example
 from kdrl_train.config import TrainConfig
 from kdrl_train.exchange import NoReplyError
+from kdrl_train.model.fingerprint import weights_hash
 from kdrl_train.model.teacher.client import (
     KdrlClient,
     Query,
@@ -26,6 +28,7 @@ from kdrl_train.model.teacher.head import ServedHead, load_norm, normal_rms
 from kdrl_train.model.teacher.openai import OpenAiClient, PoolingClient
 from kdrl_train.proxies import is_exposed
 from kdrl_train.rollouts.teacher_prompts import encode_as_teacher_reads
+from kdrl_train.start.load import described
 
 T = TypeVar("T")
 
@@ -136,6 +139,18 @@ def with_probe(
                 values = _query_once(client.logprobs, query)
             logprobs.append(values.tolist())
     return replace(client.info, probe_ids=ids, probe_logprobs=logprobs)
+
+
+def hash_here(root: str | None) -> str | None:
+    """Return the weights_hash of the folder that a server says it has loaded; None where it is not
+    on this machine, or holds what transformers does not read."""
+    if root is None or not Path(root).is_absolute() or not Path(root).is_dir():
+        return None
+    output.begin(f"hashing the teacher, {described(root)}", at_once=True)
+    try:
+        return weights_hash(root)
+    except (OSError, ValueError):  # of GGUF, say, or another user's
+        return None
 
 
 def check_head(

@@ -83,6 +83,9 @@ class TeacherInfo:
     restart with another model."""
     root: str | None = None
     """The folder or hub id that an openai server has loaded, which has no fingerprint."""
+    files: str | None = None
+    """The weights_hash of the folder `root`, if it is on this machine: the server's, where both
+    see the same disk."""
     probe_ids: list[list[int]] | None = None
     """A few prompts, of a teacher without a hash of its weights."""
     probe_logprobs: list[list[float]] | None = None

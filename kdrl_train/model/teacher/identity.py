@@ -20,6 +20,8 @@ from kdrl_train.model.window import window
 
 SAME_NATS = 0.05
 """Largest mean difference of log-probabilities that may be rounding alone, that of bfloat16."""
+MOVED_NATS = 1e-3
+"""The same of a model under another name: a neighbouring checkpoint differs by more."""
 FILE = teacher_file()
 """That of the default teacher."""
 
@@ -49,7 +51,9 @@ def describe(
 def check_same_teacher(folder: Path, now: TeacherInfo, name: str = DEFAULT_TEACHER) -> list[str]:
     """Compare a teacher with that of a run so far, of the same name; write nothing.
 
-    A resumed run must learn from the same model, in whatever folder or at whatever URL.
+    A resumed run must learn from the same model, in whatever folder or at whatever URL. Without
+    hashes of the weights it may have another name if the files that the server names are equal, or
+    its log-probabilities of a few prompts nearly are.
 
     Returns: what to warn of: weights that cannot be compared.
     Raises: TeacherError where it is another one, and for a file that is damaged.
@@ -67,16 +71,22 @@ def check_same_teacher(folder: Path, now: TeacherInfo, name: str = DEFAULT_TEACH
     except (ValueError, TypeError) as error:
         raise TeacherError(f"{path} must describe a teacher, got {error}: restore it") from error
     hashed = before.weights is not None and now.weights is not None
+    apart = None if hashed else _apart(before, now)
+    copied = before.files is not None and before.files == now.files
+    moved = (before.model, before.root) != (now.model, now.root)
+    known = hashed or copied or (apart is not None and apart <= MOVED_NATS)
+    ignored = {"fingerprint", "probe_ids", "probe_logprobs"}
+    ignored |= {"model", "root"} if known else set()
+    hashes = {"weights": (before.weights, now.weights), "files": (before.files, now.files)}
+    ignored |= {key for key, pair in hashes.items() if None in pair}
     changed = [
         f"{key}: {getattr(before, key)} in the file, {value} now"
         for key, value in asdict(now).items()
         if key in stored  # a file of an older version says less
-        and key not in ("fingerprint", "probe_ids", "probe_logprobs")
-        and key != ("model" if hashed else "weights")
+        and key not in ignored
         and getattr(before, key) != value
     ]
-    apart = None if hashed else _apart(before, now)
-    if apart is not None and not apart <= SAME_NATS:
+    if apart is not None and not apart <= (MOVED_NATS if moved and not known else SAME_NATS):
         changed.append(f"its log-probabilities of a few prompts, by {apart:.2g} nats on average")
     if changed:
         raise TeacherError(
@@ -84,12 +94,19 @@ def check_same_teacher(folder: Path, now: TeacherInfo, name: str = DEFAULT_TEACH
             f"({'; '.join(changed)}): name or serve that model, or start a new run with another "
             "--out"
         )
-    if hashed:
+    if hashed or (copied and apart is not None):
         return []
     doubt = f"the weights of {now.model} cannot be compared with those of {path}"
+    if moved:
+        doubt += f"; it was {_place(before)} then, and is {_place(now)} now"
     if apart is not None:
         doubt += f"; its log-probabilities of a few prompts differ by {apart:.1g} nats on average"
     return [doubt]
+
+
+def _place(info: TeacherInfo) -> str:
+    """Say the name of a teacher, and what its server has loaded if that is known."""
+    return info.model if info.root in (None, info.model) else f"{info.model} from {info.root}"
 
 
 def _apart(before: TeacherInfo, now: TeacherInfo) -> float | None:
@@ -103,12 +120,15 @@ def _apart(before: TeacherInfo, now: TeacherInfo) -> float | None:
 
 
 def keep_teacher(folder: Path, info: TeacherInfo, name: str = DEFAULT_TEACHER) -> None:
-    """Write which teacher a run has, where it is not written yet, or was without its weights."""
+    """Write which teacher a run has, where it is not written yet, or was without its hashes."""
     path, now = folder / teacher_file(name), asdict(info)
-    if path.exists() and (
-        info.weights is None or json.loads(path.read_text(encoding="utf-8")).get("weights")
-    ):
-        return
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        new = [key for key in ("weights", "files") if now[key] and not before.get(key)]
+        if not new:
+            return
+        if "weights" not in new:  # the first log-probabilities stay, to be compared with
+            now = before | {"files": info.files}
     work = path.with_name(f".{path.name}.tmp")
     with written(path):
         work.unlink(missing_ok=True)  # a link would be followed

@@ -49,7 +49,7 @@ from kdrl_train.start.load import described
 from kdrl_train.tools.serve.scorer import Scorer, ServedTeacher
 
 PACKAGES = ("kdrl-kernels", "torch", "transformers")
-UNSAID = ("fingerprint", "root", "probe_ids", "probe_logprobs")
+UNSAID = ("fingerprint", "root", "files", "probe_ids", "probe_logprobs")
 """What TeacherInfo knows of other servers, and the hash of what is said."""
 TOKEN = "KDRL_SERVE_TOKEN"
 """Environment variable with what every request but /health must bring."""

@@ -15,6 +15,7 @@ from kdrl_train.model import fingerprint
 from kdrl_train.model.fingerprint import weights_hash
 from kdrl_train.model.teacher.client import TeacherError, TeacherInfo
 from kdrl_train.model.teacher.identity import check_same_teacher, keep_teacher
+from kdrl_train.start.teacher_server import hash_here
 from kdrl_train.train import main
 
 
@@ -115,6 +116,38 @@ def test_a_run_keeps_its_teacher_and_says_what_it_cannot_compare(tmp_path: Path)
         (tmp_path / "teacher.json").write_text(damaged, encoding="utf-8")
         with pytest.raises(TeacherError, match="must describe a teacher, got"):
             check_same_teacher(tmp_path, info)
+
+
+@pytest.mark.fault("another teacher")
+def test_a_teacher_of_vllm_may_move(tmp_path: Path) -> None:
+    """Its server says a path, by which the same model in another folder was refused."""
+    first = TeacherInfo(
+        model="/a", window=9, root="/a", probe_ids=[[1, 2]], probe_logprobs=[[-1.0]]
+    )
+    moved = replace(first, model="b", root="/b")
+    keep_teacher(tmp_path, first)
+    (doubt,) = check_same_teacher(tmp_path, moved)
+    assert "; it was /a then, and is b from /b now; its log-probabilities of a few" in doubt
+    other = replace(moved, probe_logprobs=[[-1.01]])
+    message = r"root: /a in the file, /b now; its log-probabilities .*, by 0\.01 nats on average"
+    with pytest.raises(TeacherError, match=message):
+        check_same_teacher(tmp_path, other)
+    keep_teacher(tmp_path, replace(other, files="hash"))  # a later start sees the files
+    assert check_same_teacher(tmp_path, replace(other, files="hash")) == []
+    with pytest.raises(TeacherError, match="files: hash in the file, another now"):
+        check_same_teacher(tmp_path, replace(first, files="another"))
+    far = replace(moved, files="hash", probe_logprobs=[[-1.5]])  # the files are not the server's
+    with pytest.raises(TeacherError, match=r"few prompts, by 0\.5 nats on average"):
+        check_same_teacher(tmp_path, far)
+
+
+def test_a_served_folder_is_hashed_where_it_is_here(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(teacher.parent)
+    assert hash_here(str(teacher)) == weights_hash(str(teacher))
+    for root in (None, "teacher", str(tmp_path / "absent"), str(tmp_path)):
+        assert hash_here(root) is None
 
 
 @pytest.mark.slow
