@@ -223,6 +223,10 @@ class ModelConfig:
         return keys.get(name, f"model.teachers.{name}")
 
 
+POLICY_FILE = "policy.json"
+"""The file of a run folder that describes the policy besides its weights."""
+
+
 def teacher_file(name: str = DEFAULT_TEACHER) -> str:
     """Return the name of the file of a run folder that describes a teacher."""
     return "teacher.json" if name == DEFAULT_TEACHER else f"teacher_{name}.json"
@@ -287,3 +291,8 @@ class TeacherConfig:
     def head_key(teacher: str) -> str:
         """Return the key of the setting that names a teacher's head, for messages."""
         return "teacher.head" if teacher == DEFAULT_TEACHER else f"teacher.heads.{teacher}"
+
+    @staticmethod
+    def name_key(teacher: str) -> str:
+        """Return the key of the setting that names a teacher's model on its server."""
+        return "teacher.name" if teacher == DEFAULT_TEACHER else f"teacher.names.{teacher}"

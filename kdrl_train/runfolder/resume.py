@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from kdrl_train.config import EvalConfig, OptimConfig, TrainConfig
-from kdrl_train.config.models import DEFAULT_TEACHER, SELF, is_url, teacher_file
+from kdrl_train.config.models import DEFAULT_TEACHER, POLICY_FILE, SELF, is_url, teacher_file
 from kdrl_train.config_file import differences, load_yaml, to_dict, update
 from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.best import comparable
@@ -151,6 +151,8 @@ def check_config(place: Path, written: dict[str, Any], config: TrainConfig) -> N
     Raises: ValueError naming the settings that differ, if any of them may not.
     """
     may_change = {*MAY_CHANGE, *config.allow_changes}
+    if place != config.out and (config.out / POLICY_FILE).exists():
+        may_change.add("model.policy")  # a checkpoint has its weights, and the file the rest
     if any(schedule.waits_for_plateau for schedule in config.method.schedules.values()):
         may_change.remove("eval")  # its scores decide when the schedule switches
     models = written.get("model", {})
@@ -158,7 +160,7 @@ def check_config(place: Path, written: dict[str, Any], config: TrainConfig) -> N
     for name, now in config.model.teacher_places.items():
         said = (config.out / teacher_file(name)).exists()  # it says which model it must be
         if said and name in before and is_url(before[name]) == is_url(now):
-            may_change.add(config.model.teacher_key(name))
+            may_change |= {config.model.teacher_key(name), config.teacher.name_key(name)}
     if SELF in (before[DEFAULT_TEACHER], config.model.teacher):
         may_change -= {"model.teacher", "model.weights"}  # which the teacher is made of
     reward = {"function": "math"} | written.get("reward", {})

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from kdrl_train import output
 from kdrl_train.config import ModelConfig, TrainConfig
-from kdrl_train.errors import written
 from kdrl_train.model.fingerprint import weights_hash
 from kdrl_train.model.folder import base_of
+from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.best import resolved
 from kdrl_train.runfolder.checkpoint import read
 
@@ -68,8 +68,7 @@ def keep_base(config: TrainConfig, base: dict[str, str | None] | None) -> None:
     """Write the description of the base into the run's folder."""
     path = config.out / FILE
     if base is not None:
-        with written(path):
-            path.write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
+        jsonl.replace_text(path, json.dumps(base, indent=2) + "\n")
 
 
 def _read(path: Path) -> str | None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -43,6 +44,7 @@ from kdrl_train.runfolder.signals import Interrupt
 from kdrl_train.runfolder.trackers import Trackers
 from kdrl_train.runfolder.writable import require_writable
 from kdrl_train.start.base_model import check_base, keep_base
+from kdrl_train.start.known_policy import check_policy, keep_policy
 from kdrl_train.start.load import Loaded, LoadedTeacher, described, load, require_names
 from kdrl_train.start.optimizer import make_optimizer
 from kdrl_train.start.preflight import preflight, require
@@ -78,7 +80,7 @@ def open_run(
     warnings = [] if newest is None else check_data(newest, loaded.data, config)
     warnings += require(preflight(config, loaded, verifier, world))
     described_teachers, unsure = world.on_main(lambda: checked_teachers(config, loaded))
-    base = world.on_main(lambda: check_base(config))
+    origin = world.on_main(lambda: (check_base(config), check_policy(config, loaded)))
     output.begin(f"starting the engine, {config.engine.kind}")
     engine = stack.enter_context(closing(open_engine(config, policy, loaded.tokenizer, world)))
     optimizer = make_optimizer(config.optim, policy.parameters(), world)
@@ -87,7 +89,7 @@ def open_run(
     first, doubts = restore(config, newest, policy, optimizer, prefetch, teachers.average, world)
     engine.load(policy, first)
     history, best = read_history(config, world, first), open_best(config, world, loaded, first)
-    world.on_main(lambda: begin_folder(config, trackers, newest, described_teachers, base, lock))
+    world.on_main(lambda: begin_folder(config, trackers, newest, described_teachers, origin, lock))
     log = RunLog(config.out, first, config.steps, console, world.main, trackers, lock)
     attach(engine, log, interrupt)
     doubts = warnings + unsure + doubts + lost_metrics(config, world, first)
@@ -205,14 +207,14 @@ def begin_folder(
     trackers: Trackers,
     newest: checkpoint.Checkpoint | None,
     teachers: Mapping[str, TeacherInfo],
-    base: dict[str, str | None] | None,
+    origin: tuple[dict[str, str | None] | None, dict[str, Any]],
     lock: RunLock | None,
 ) -> None:
     """Write into the folder, now that every check has passed: open the run's trackers, write
-    config.yaml, which makes the folder a used one, and the files of the teachers and of the base.
+    config.yaml, which makes the folder a used one, and the files of the teachers and the policy.
 
     teachers: the description of each by its name.
-    base: of check_base.
+    origin: of check_base and of check_policy.
 
     Raises: ValueError for a tracker that does not start, RunError where another run has saved a
         checkpoint since `newest` in a folder without locks; what was written is removed again.
@@ -238,7 +240,8 @@ def begin_folder(
     save_yaml(replace(config, resume=False, allow_changes=()), config.out / "config.yaml")
     for name, teacher in teachers.items():
         keep_teacher(config.out, teacher, name)
-    keep_base(config, base)
+    keep_base(config, origin[0])
+    keep_policy(config, origin[1])
 
 
 def require_offload_fits(config: TrainConfig, world: World) -> None:

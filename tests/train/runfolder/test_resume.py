@@ -1,6 +1,7 @@
 """A resume refuses a damaged folder before it changes anything in it."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from kdrl_train import train
-from kdrl_train.config import DataConfig, EvalConfig, TrainConfig
+from kdrl_train.config import DataConfig, EvalConfig, ModelConfig, TeacherConfig, TrainConfig
 from kdrl_train.config_file import load_yaml, save_yaml, to_dict
 from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.checkpoint import Checkpoint
@@ -24,9 +25,9 @@ from kdrl_train.runfolder.resume import (
 from tests.train.test_train import run, without_times
 
 
-def stopped_run(folder: Path, steps: int) -> TrainConfig:
+def stopped_run(folder: Path, steps: int, **fields: Any) -> TrainConfig:
     """Write the folder of a run that was killed in step 4, with a checkpoint after some steps."""
-    settings = TrainConfig(out=folder, resume=True)
+    settings = TrainConfig(out=folder, resume=True, **fields)
     checkpoint = folder / "checkpoints" / f"step_{steps:06d}"
     checkpoint.mkdir(parents=True)
     save_yaml(settings, folder / "config.yaml")
@@ -211,6 +212,23 @@ def test_more_steps_raise_a_rate_that_decays(config: Callable[..., TrainConfig])
         ),
     ]
     assert load_yaml(settings.out / "config.yaml")["allow_changes"] == []
+
+
+def test_what_the_folder_describes_may_have_another_name(tmp_path: Path) -> None:
+    """A policy with its checkpoint alone, which has its weights."""
+    model = ModelConfig(policy="a", teacher="http://host:1", teacher_api="openai")
+    settings = stopped_run(tmp_path, 4, model=model, teacher=TeacherConfig(name="a"))
+    policy = replace(settings, model=replace(model, policy="b"))
+    teacher = replace(settings, teacher=TeacherConfig(name="b"))
+    changes = {"policy.json": (policy, r"model\.policy: a"), "teacher.json": (teacher, "name: a")}
+    for file, (changed, message) in changes.items():
+        with pytest.raises(ValueError, match=f"{message} before, b now"):
+            open_folder(changed)
+        (tmp_path / file).write_text("{}", encoding="utf-8")
+        assert open_folder(changed) is not None
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match=r"model\.policy: a before, b now"):
+        open_folder(policy)
 
 
 def test_a_setting_that_came_after_a_run_began_has_its_default_there(tmp_path: Path) -> None:
