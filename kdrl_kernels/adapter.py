@@ -75,7 +75,10 @@ def check_adapter(adapter: Any, head: StudentHead) -> None:
     if adapter is None:
         return
     if not isinstance(adapter, LowRank):
-        raise TypeError(f"adapter must be a LowRank or None, got {type(adapter).__name__}")
+        raise TypeError(
+            f"adapter must be a LowRank or None, got {type(adapter).__name__}: pass "
+            "kk.LowRank(A, B, scale)"
+        )
     (V, H), tensors = head.weight.shape, {"A": adapter.A, "B": adapter.B}
     for name, tensor in tensors.items():
         check_like(f"adapter.{name}", tensor, "hidden", head.hidden)

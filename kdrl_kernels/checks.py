@@ -117,7 +117,8 @@ def row_tensor(name: str, value: Any, head: Head, *, mask: bool = False) -> Tens
         raise TypeError(f"{name} must be a tensor or None, got {type(value).__name__}")
     if not value.is_floating_point() and (not mask or value.is_complex()):
         kinds = "floating point, integer or bool" if mask else "floating point"
-        raise TypeError(f"{name} must be {kinds}, got {value.dtype}")
+        remedy = "" if value.is_complex() else ": convert them with .float()"
+        raise TypeError(f"{name} must be {kinds}, got {value.dtype}{remedy}")
     _check_rows(name, value, head)
     return value.detach().to(accumulator(head.hidden.dtype)).contiguous()
 

@@ -210,7 +210,8 @@ def check_head(head: Head, prefix: str) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{prefix}{name} must be a tensor, got {kind_of(tensor)}")
         if tensor.dtype not in FLOATS:
-            raise TypeError(f"{prefix}{name} must be a floating-point tensor, got {tensor.dtype}")
+            kinds = "float32, float16, bfloat16 or float64"
+            raise TypeError(f"{prefix}{name} must be {kinds}, got {tensor.dtype}")
     _check_shapes(hidden, weight, prefix)
     check_like(f"{prefix}weight", weight, f"{prefix}hidden", hidden)
     _check_whole(f"{prefix}weight", weight)
@@ -236,8 +237,13 @@ def _check_shapes(hidden: Tensor, weight: Tensor, prefix: str) -> None:
         hint = ": of a shard of FSDP1, call this inside its module's forward" if shard else ""
         raise ValueError(f"{prefix}weight must be [V, H], got {list(weight.shape)}{hint}")
     if weight.shape[1] != hidden.shape[-1]:
+        hint = ""
+        if weight.shape[0] == hidden.shape[-1]:  # V is larger than H in most models
+            logits = f": transpose it, or pass states as {prefix}hidden, if it holds logits"
+            hint = ": transpose it" if weight.shape[0] < weight.shape[1] else logits
         raise ValueError(
-            f"{prefix}weight must be [V, H] with H = {hidden.shape[-1]}, got {list(weight.shape)}"
+            f"{prefix}weight must be [V, H] with H = {hidden.shape[-1]}, got "
+            f"{list(weight.shape)}{hint}"
         )
     if weight.shape[0] == 0:
         raise ValueError(f"{prefix}weight must have at least one row, got {list(weight.shape)}")

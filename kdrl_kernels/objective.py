@@ -95,7 +95,10 @@ class Objective:
 
     def __post_init__(self) -> None:
         if self.policy not in get_args(Policy):
-            raise ValueError(f"policy must be one of {get_args(Policy)}, got {self.policy!r}")
+            raise ValueError(
+                f"policy must be one of {get_args(Policy)}, got {self.policy!r}: that of PPO and "
+                "GRPO is 'clip'"
+            )
         if self.kd == "k1":
             raise ValueError(f"kd must not be 'k1': {K1_REFUSED}")
         if self.kd is not None and self.kd not in get_args(Kd):

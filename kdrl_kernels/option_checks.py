@@ -18,7 +18,10 @@ def check_objective(
 ) -> None:
     """Raise unless a teacher is passed where the objective has one, in the form it needs."""
     if not isinstance(objective, Objective):
-        raise TypeError(f"objective must be an Objective, got {type(objective).__name__}")
+        raise TypeError(
+            f"objective must be an Objective, got {type(objective).__name__}: pass "
+            "kk.Objective(policy=..., kd=..., kd_coef=...)"
+        )
     passed = [
         name
         for name, value in (("teacher", teacher), ("teacher_logprobs", teacher_logprobs))
@@ -61,7 +64,11 @@ def check_teacher(teacher: Any, teacher_logprobs: Tensor | None, head: Head) -> 
     if teacher is None:
         return
     if not isinstance(teacher, TeacherHead):
-        raise TypeError(f"teacher must be a TeacherHead or None, got {type(teacher).__name__}")
+        raise TypeError(
+            f"teacher must be a TeacherHead or None, got {type(teacher).__name__}: pass "
+            "kk.TeacherHead(its last hidden states, the weight of its LM head), or "
+            "teacher_logprobs of the tokens"
+        )
     if teacher_logprobs is not None:
         raise ValueError("teacher_logprobs must be None when teacher is passed, got both")
     if (teacher.hidden.dtype == torch.float64) != (head.hidden.dtype == torch.float64):
@@ -82,7 +89,10 @@ def check_truncation(truncation: Any, head: Head, divergence: str | None = None)
     if truncation is None:
         return None
     if not isinstance(truncation, Truncation):
-        raise TypeError(f"truncation must be a Truncation or None, got {type(truncation).__name__}")
+        raise TypeError(
+            f"truncation must be a Truncation or None, got {type(truncation).__name__}: pass "
+            "kk.Truncation(top_k=..., top_p=...)"
+        )
     if head.softcap is not None:
         raise ValueError(
             f"truncation must be None with a softcap, got {truncation}: a softcap makes the -inf "
@@ -112,7 +122,10 @@ def check_sketch(backward: str, sketch: Sketch | None, impl: str, head: Head) ->
         device = head.hidden.device.type
         raise ValueError(f'backward must be "exact" with impl={impl!r} on {device}, got "sketch"')
     if sketch is not None and not isinstance(sketch, Sketch):
-        raise TypeError(f"sketch must be a Sketch or None, got {type(sketch).__name__}")
+        raise TypeError(
+            f"sketch must be a Sketch or None, got {type(sketch).__name__}: pass "
+            "kk.Sketch(seed=...)"
+        )
     sketch = (sketch or Sketch()).of_head(head.hidden)
     if head.hidden.dtype == torch.float16:  # an exact row would need a unit of its own
         return replace(sketch, flat=math.inf)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 from tyro.constructors import StructFieldSpec
 
@@ -258,7 +259,7 @@ def _main(argv: list[str]) -> int:
     """Run the command that the arguments name, as `main` says."""
     console = guarded_console(stderr=True)
     if not argv or argv[0] in ("-h", "--help"):
-        guarded_console().print(usage(), markup=True)
+        print_usage(guarded_console())
         return 0 if argv else 2
     if argv[0] not in COMMANDS:
         print_error(
@@ -286,15 +287,13 @@ def print_error(console: Console, message: str) -> None:
     console.print(Text.assemble(("error", "bold red"), ": ", message), soft_wrap=True)
 
 
-def usage() -> str:
-    """Write the list of commands, as rich markup."""
-    lines = [f"  [bold]{name:6}[/] {command.help}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: python -m kdrl_train <command> \\[options]",
-            "",
-            *lines,
-            "",
-            "python -m kdrl_train <command> --help explains the main options, --help-all all.",
-        ]
+def print_usage(console: Console) -> None:
+    """Print the list of commands."""
+    table = Table.grid(padding=(0, 1, 0, 0))
+    for name, command in COMMANDS.items():
+        table.add_row(Text(f"  {name}", "bold"), command.help)
+    console.print("usage: python -m kdrl_train <command> [options]", markup=False)
+    console.print("", table, "", sep="\n")
+    console.print(
+        "python -m kdrl_train <command> --help explains the main options, --help-all all."
     )

@@ -171,5 +171,7 @@ def test_scale_and_kind_are_checked() -> None:
     with pytest.raises(TypeError, match="scale of LowRank must be a number, got a tensor"):
         kk.LowRank(x["A"], x["B"], torch.ones(()))  # type: ignore[arg-type]
     for call in CALLS.values():
-        with pytest.raises(TypeError, match="adapter must be a LowRank or None, got tuple"):
+        with pytest.raises(
+            TypeError, match=r"adapter must be a LowRank or None, got tuple: pass kk\.LowRank"
+        ):
             call(x, adapted(x) | {"adapter": (x["A"], x["B"])})

@@ -252,7 +252,7 @@ def test_numbers(options: dict[str, Any], error: type[Exception], message: str) 
 CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"softcap": 30.0}, ValueError, r"truncation must be None with a softcap, got Truncation\(top_k=5, top_p=None\): a softcap makes the -inf"),
     ({"objective": kk.Objective(kd="fkl")}, ValueError, r"truncation must be None for 'fkl', got Truncation\(.*\): KL\(q‖p\) is infinite"),
-    ({"truncation": 5}, TypeError, "truncation must be a Truncation or None, got int"),
+    ({"truncation": 5}, TypeError, r"truncation must be a Truncation or None, got int: pass kk\.Truncation"),
 ]  # fmt: skip
 
 
