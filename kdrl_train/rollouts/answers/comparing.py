@@ -192,7 +192,8 @@ def _without_subscripts(values_: list[Value], others: list[Value]) -> list[Value
 def _equal_numbers(a: Value, b: Value) -> bool:
     """Compare expressions with their units.
 
-    18 equals 18 inches; two units must convert into each other. 50% equals 50 and 1/2.
+    18 equals 18 inches; two units must convert into each other. 50% equals 50 and 1/2; where 0.25
+    is the gold answer, it is 25% and not 0.25%.
     """
     assert a.node is not None
     assert b.node is not None
@@ -205,13 +206,20 @@ def _equal_numbers(a: Value, b: Value) -> bool:
             return False
         return values.equal(_scaled(a.node, a.unit), _scaled(b.node, b.unit))
     if values.equal(a.node, b.node):
-        return True
+        number = values.exact(b.node)
+        if not (_is_percent(a) and number and abs(number) < 1):
+            return True
     for one, other in ((a, b), (b, a)):
-        if one.unit and one.unit.dimensions == (("percent", 1),):
+        if _is_percent(one):
             hundredth = Node("number", number=Fraction(1, 100))
             if values.equal(Node("mul", (one.node, hundredth)), other.node):  # type: ignore[arg-type]
                 return True
     return False
+
+
+def _is_percent(value: Value) -> bool:
+    """Say whether a number is followed by a percent sign."""
+    return value.unit is not None and value.unit.dimensions == (("percent", 1),)
 
 
 def _scaled(node: Node, unit: Unit) -> Node:

@@ -199,3 +199,11 @@ def test_boxes_with_a_comma_or_a_word_between_them_are_one_answer(text: str, ans
 def test_boxes_side_by_side_are_no_answer() -> None:
     with pytest.raises(UnparseableError, match="must state an answer"):
         math_reward(r"\boxed{2}\boxed{3}", "3")
+
+
+def test_a_percentage_is_no_fraction() -> None:
+    for gold in ("0.25", r"\frac14"):
+        assert reward(r"25\%", gold) == 1.0
+        assert reward(r"0.25\%", gold) == 0.0
+    assert reward("0.25", r"0.25\%") == 1.0  # the question may ask for percent
+    assert reward(r"25\%", "25") == 1.0
