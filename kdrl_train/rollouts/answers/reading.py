@@ -41,8 +41,11 @@ _GOES_ON = re.compile(  # a letter that more of its expression or list follows; 
     r"\s*(?:[=+*/^_(!,;<>]|and\b|or\b|\\text\{\s*(?:and|or)\b|\\(?:cup|in|le|ge|ne|setminus)\b)"
     r"|-|\s+-\s"
 )
-_CHOICE = re.compile(r"^(?:\\text\{\s*)?(?i:option|choice)\s*\}?\s*(?=\(?[A-J]\b)")
-_LETTER_IN_TEXT = re.compile(r"\\text\{\s*(\(?[A-Z]\)?[.:)]?)\s*\}")
+_LETTER_BEHIND = re.compile(r"(.*[\d})%])\s+\(([A-E])\)")  # 12 (C)
+_CHOICE = re.compile(r"^(?:\\text\{\s*)?(?i:option|choice|answer:?)\s*\}?\s*(?=\(?[A-J]\b)")
+_LETTER_IN_TEXT = re.compile(
+    r"\\text\{\s*(?:(?i:option|choice|answer:?)\s+)?(\(?[A-Z]\)?[.:)]?)\s*\}"
+)
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _UNCLEAR = (
     (re.compile(r"\^\s*\{?\s*(?:\\text\{\s*)?(?:st|nd|rd|th)\b"), "an ordinal is not read"),
@@ -69,7 +72,9 @@ def read(text: str) -> Answer:
     for pattern, why in _UNCLEAR:
         if pattern.search(plain):
             raise UnreadableError(why)
-    letter = _LETTER.match(plain)
+    letter, behind = _LETTER.match(plain), _LETTER_BEHIND.fullmatch(plain)
+    if letter is None and behind:
+        return Answer(behind[2], _value(behind[1]))
     if letter is None or _GOES_ON.match(plain, letter.end()):
         return Answer(None, _value(plain))
     rest = plain[letter.end() :].strip()

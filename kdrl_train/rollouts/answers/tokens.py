@@ -63,6 +63,8 @@ _SPELLINGS = (  # in this order
     (r"(?<=\d,)\\!(?=\d{3})", ""),  # 1,\!234
     (r"(?<!\\)\\[,;:!> ]|\\q?quad(?![A-Za-z])|~|\s+", " "),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+    (r"^([^{}]*)\\over(?![A-Za-z])([^{}]*)$", r"\\frac{\1}{\2}"),
     (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
     (r"\\text(?:bf|it|rm|tt|sc|sf|up|md|normal)\s*\{", r"\\text{"),  # \textsuperscript is a power
     (r"\\(?:mathrm|mathbf|mathit|mathsf|mbox|operatorname|text)\s*\{", r"\\text{"),
