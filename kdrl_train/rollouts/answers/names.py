@@ -7,7 +7,8 @@ expression that gives an unknown another value, such as 2x or x^2, is no name.
 import re
 from collections.abc import Sequence
 
-from kdrl_train.rollouts.answers.expressions import FUNCTIONS, GREEK, parse
+from kdrl_train.rollouts.answers import values
+from kdrl_train.rollouts.answers.expressions import FUNCTIONS, GREEK, Node, parse
 from kdrl_train.rollouts.answers.tokens import AnswerToken, UnreadableError
 
 _SUBSCRIPT = r"(?:_(?:\w|\{\w+\}))?"
@@ -83,6 +84,24 @@ def quantity(tokens: Sequence[AnswerToken], *, of_matrix: bool = False) -> str:
     if segment:
         return "".join(sorted(segment.groups()))  # AB is BA
     return spelled if is_name and not _CHANGES.search(spelled) else ""
+
+
+def is_of_unknowns(node: Node) -> bool:
+    """Say whether m + n, xy or m/n is what a problem asks for, and no step to an unknown.
+
+    Of 2x + 2y = 30, (x + y)^2 = 30 and y - 2x = 1 more is to be computed, or they are lines.
+    """
+    is_step = node.operation == "div" and not values.symbols(node.operands[0])
+    is_sum = node.operation in ("add", "mul", "div") and not is_step
+    return is_sum and len(values.symbols(node)) > 1 and _is_of_letters(node)
+
+
+def _is_of_letters(node: Node) -> bool:
+    """Say whether an expression has no number but 1 and exponents."""
+    if node.operation == "number":
+        return abs(node.number) == 1
+    operands = node.operands[:1] if node.operation == "pow" else node.operands
+    return node.operation != "root" and all(map(_is_of_letters, operands))
 
 
 def _spelled(token: AnswerToken) -> str:

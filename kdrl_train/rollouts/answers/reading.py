@@ -19,7 +19,7 @@ from kdrl_train.rollouts.answers.comparing import (
     meet,
 )
 from kdrl_train.rollouts.answers.expressions import FUNCTIONS, SHORT_WORDS, parse
-from kdrl_train.rollouts.answers.names import quantity, variable
+from kdrl_train.rollouts.answers.names import is_of_unknowns, quantity, variable
 from kdrl_train.rollouts.answers.numerals import based_number, with_digits
 from kdrl_train.rollouts.answers.quantities import read_number
 from kdrl_train.rollouts.answers.statement import MAX_ANSWER_CHARS
@@ -232,7 +232,7 @@ def _equation(sides: Sequence[Sequence[AnswerToken]]) -> Value:
         return last
     if not (left.node and node) or left.unit:
         raise UnreadableError("the sides of an equation must be equal")
-    states = len(values.symbols(left.node)) > 1 and _is_constant(last)
+    states = is_of_unknowns(left.node) and _is_constant(last)
     if last.unit and states:
         return Value("named", "".join(token.text for token in sides[0]), items=(last,))
     if last.unit or (len(members) > 1 and not states):
