@@ -8,7 +8,7 @@ from fractions import Fraction
 from kdrl_train.rollouts.answers import values
 from kdrl_train.rollouts.answers.expressions import SHORT_WORDS, Node
 from kdrl_train.rollouts.answers.tokens import UnreadableError
-from kdrl_train.rollouts.answers.units import Unit
+from kdrl_train.rollouts.answers.units import Dimension, Unit
 
 PLUS_MINUS = "±"
 """Tag of the set of two numbers that ± stands for."""
@@ -16,6 +16,12 @@ MAX_ITEMS = 100
 """Of a set; each is compared with each."""
 VECTORS = {"()", "<>"}
 """Brackets of a tuple, which a column of a matrix equals as well."""
+_PERCENT, _DEGREES, _RADIANS = (("percent", 1),), (("angle", 1),), (("radians", 1),)
+_FACTORS: dict[tuple[Dimension, ...], Node] = {
+    _PERCENT: Node("number", number=Fraction(1, 100)),
+    _DEGREES: Node("div", (Node("pi"), Node("number", number=Fraction(180)))),
+}
+"""Dimension of a unit -> what a number with it is multiplied by to be one without it."""
 _SUBSCRIPTED = re.compile(r"(\\?[A-Za-z]+)_\d+")
 
 
@@ -192,8 +198,8 @@ def _without_subscripts(values_: list[Value], others: list[Value]) -> list[Value
 def _equal_numbers(a: Value, b: Value) -> bool:
     """Compare expressions with their units.
 
-    18 equals 18 inches; two units must convert into each other. 50% equals 50 and 1/2; where 0.25
-    is the gold answer, it is 25% and not 0.25%.
+    18 equals 18 inches; two units must convert into each other. 50% equals 50 and 1/2, and 90
+    degrees equal 90 and pi/2; where 0.25 is the gold answer, it is 25% and not 0.25%.
     """
     assert a.node is not None
     assert b.node is not None
@@ -201,25 +207,26 @@ def _equal_numbers(a: Value, b: Value) -> bool:
         return a.tag == b.tag or (
             a.tag.casefold() == b.tag.casefold() and a.tag.casefold() in SHORT_WORDS
         )
-    if a.unit and b.unit:
+    dimensions = {unit.dimensions for unit in (a.unit, b.unit) if unit}
+    is_angle = dimensions == {_DEGREES, _RADIANS}
+    if a.unit and b.unit and not is_angle:
         if a.unit.dimensions != b.unit.dimensions:
             return False
         return values.equal(_scaled(a.node, a.unit), _scaled(b.node, b.unit))
-    if values.equal(a.node, b.node):
+    if not is_angle and values.equal(a.node, b.node):
         number = values.exact(b.node)
         if not (_is_percent(a) and number and abs(number) < 1):
             return True
     for one, other in ((a, b), (b, a)):
-        if _is_percent(one):
-            hundredth = Node("number", number=Fraction(1, 100))
-            if values.equal(Node("mul", (one.node, hundredth)), other.node):  # type: ignore[arg-type]
-                return True
+        factor = _FACTORS.get(one.unit.dimensions) if one.unit else None
+        if factor and values.equal(Node("mul", (one.node, factor)), other.node):  # type: ignore[arg-type]
+            return True
     return False
 
 
 def _is_percent(value: Value) -> bool:
     """Say whether a number is followed by a percent sign."""
-    return value.unit is not None and value.unit.dimensions == (("percent", 1),)
+    return value.unit is not None and value.unit.dimensions == _PERCENT
 
 
 def _scaled(node: Node, unit: Unit) -> Node:
