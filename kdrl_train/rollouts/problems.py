@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig
@@ -105,73 +105,27 @@ def encode_prompt(tokenizer: Any, example: Example, config: DataConfig) -> list[
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TeacherPromptFacts:
-    """What is known of the teacher's prompts of a data set once each was encoded."""
-
-    longest: int
-    """Tokens of the longest that is short enough."""
-    too_long: list[int]
-    """Places of the problems whose teacher's prompt is longer than
-    data.max_teacher_prompt_tokens."""
-    first_too_long: str | None
-    """The name of the first of them."""
-    count: int
-    """How many problems there are, with those that are too long."""
-    sha256: str
-    """Hash of the texts that are short enough, in their order."""
-
-    def kept(self, examples: list[Example]) -> list[Example]:
-        """Leave out of the data set's problems those whose teacher's prompt is too long."""
-        places = set(self.too_long)
-        return [example for i, example in enumerate(examples) if i not in places]
-
-    @property
-    def left_out(self) -> str | None:
-        """Say how many problems are left out; None: none are."""
-        if not self.too_long:
-            return None
-        return (
-            f"{len(self.too_long):,} of {self.count:,} problems are left out: their teacher's "
-            "prompts have more than max_teacher_prompt_tokens tokens; the first is "
-            f"{self.first_too_long}"
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PromptFacts:
-    """What is known of the prompts of a data set once each was encoded."""
+class EncodedPrompts:
+    """What is known of the policy's or the teacher's prompts once each was encoded."""
 
     count: int
     """How many are short enough."""
-    shortest: int
-    """Tokens of the shortest of these."""
     longest: int
     """Tokens of the longest of these."""
     too_long: list[int]
-    """Places of the problems whose prompts are longer than data.max_prompt_tokens."""
+    """Places of the problems with a prompt that is not."""
     first_too_long: str | None
     """The name of the first of them."""
-    last: Counter[int]
-    """Token id -> how many prompts end with it."""
-    started_twice: int
-    """How many prompts hold the start of sequence more than once."""
     sha256: str
-    """Hash of the problems that are short enough, in their order, and of the chat template."""
-    teacher: TeacherPromptFacts | None = None
-    """What is known of the teacher's prompts; None: it reads the policy's."""
+    """Hash of those that are short enough, in their order."""
+
+    WHY_LEFT_OUT: ClassVar[str]
+    """What is wrong with the problems that are left out, in tokens."""
 
     def kept(self, examples: list[Example]) -> list[Example]:
         """Leave out of the data set's problems those that are too long."""
         places = set(self.too_long)
         return [example for i, example in enumerate(examples) if i not in places]
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint saves, so that a run goes on with the problems that it began with."""
-        hashes = self.sha256
-        if self.teacher is not None:
-            hashes = hashlib.sha256(f"{hashes} {self.teacher.sha256}".encode()).hexdigest()
-        return {"count": self.count, "sha256": hashes}
 
     @property
     def left_out(self) -> str | None:
@@ -180,9 +134,39 @@ class PromptFacts:
             return None
         return (
             f"{len(self.too_long):,} of {self.count + len(self.too_long):,} problems are left out: "
-            "their prompts have more than max_prompt_tokens tokens; the first is "
-            f"{self.first_too_long}"
+            f"{self.WHY_LEFT_OUT} tokens; the first is {self.first_too_long}"
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherPromptFacts(EncodedPrompts):
+    """What is known of the teacher's prompts of a data set; the hash is that of their texts."""
+
+    WHY_LEFT_OUT: ClassVar = "their teacher's prompts have more than max_teacher_prompt_tokens"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptFacts(EncodedPrompts):
+    """What is known of the policy's prompts; the hash is of problems, golds and chat template."""
+
+    shortest: int
+    """Tokens of the shortest prompt."""
+    last: Counter[int]
+    """Token id -> how many prompts end with it."""
+    started_twice: int
+    """How many prompts hold the start of sequence more than once."""
+    teacher: TeacherPromptFacts | None = None
+    """What is known of the teacher's prompts; None: it reads the policy's."""
+
+    WHY_LEFT_OUT: ClassVar = "their prompts have more than max_prompt_tokens"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint saves, so that a run goes on with the problems that it began with."""
+        hashes = self.sha256
+        if self.teacher is not None:
+            hashes = hashlib.sha256(f"{hashes} {self.teacher.sha256}".encode()).hexdigest()
+        return {"count": self.count, "sha256": hashes}
 
 
 @dataclass(frozen=True, slots=True)

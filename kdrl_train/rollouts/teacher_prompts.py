@@ -142,7 +142,7 @@ def encode_teacher_prompts(
         longest=longest,
         too_long=too_long,
         first_too_long=first,
-        count=len(examples),
+        count=len(examples) - len(too_long),
         sha256=sha256.hexdigest(),
     )
 
