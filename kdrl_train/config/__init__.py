@@ -14,7 +14,14 @@ from kdrl_train.config.models import (
 )
 from kdrl_train.config.rollouts import DataConfig, EngineConfig, RewardConfig, SamplingConfig
 from kdrl_train.method.config import MethodConfig
-from kdrl_train.settings import NaturalInt, PositiveInt, Switch, SwitchOrAuto, settings
+from kdrl_train.settings import (
+    NaturalInt,
+    PositiveFloat,
+    PositiveInt,
+    Switch,
+    SwitchOrAuto,
+    settings,
+)
 from kdrl_train.watch import RanksConfig
 
 __all__ = [
@@ -246,6 +253,10 @@ class EvaluateConfig:
     """Measure one completion per problem, of its most probable tokens, in place of `samples`."""
     max_problems: PositiveInt | None = None
     """Use only this many problems of each set, the first ones; None: all."""
+    max_sampler_mismatch: PositiveFloat | None = None
+    """Largest allowed difference, in nats and on average, between the log-probabilities at which
+    completions are sampled and those that the model has for a few of them alone. Above it the
+    measurement stops. None: 1e-3 in float32, 0.05 in bfloat16."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sets: dict[str, DataConfig] = field(default_factory=dict, hash=False)

@@ -19,7 +19,9 @@ from kdrl_train.batch import Rollouts
 from kdrl_train.config import SamplingConfig
 from kdrl_train.copies import to_device
 from kdrl_train.errors import BrokenWeightsError
+from kdrl_train.model import kept
 from kdrl_train.model.eos import eos_ids
+from kdrl_train.rollouts.agreement import Agreement
 from kdrl_train.rollouts.kv_cache import roomy_cache
 from kdrl_train.rollouts.rendering import completion_text
 from kdrl_train.waiting import Poll
@@ -176,6 +178,7 @@ def generate_rollouts(
     poll: Poll | None = None,
     *,
     sampled_vocab_size: int | None = None,
+    agreement: Agreement | None = None,
 ) -> Rollouts:
     """Sample the completions of a request from softmax(logits / temperature) and nothing else.
 
@@ -188,7 +191,8 @@ def generate_rollouts(
         tokenizer: decodes the completions; its end-of-sequence token ends one, as do the model's.
         poll: called before each token; an exception it raises stops sampling.
         sampled_vocab_size: columns from here on are never drawn; None: every column may be drawn.
-    Raises: ValueError for an empty prompt.
+        agreement: compares completions of each batch with the model's own log-probabilities.
+    Raises: ValueError for an empty prompt; EngineError as the agreement does.
     """
     if any(len(prompt) == 0 for prompt in request.prompts):
         raise ValueError("prompts must hold at least one token each, got an empty one")
@@ -219,7 +223,10 @@ def generate_rollouts(
             )
             ids_BT = _generate(model, batch, stops, sampling.max_new_tokens, draw)
             pairs = zip(ids_BT, draw.recorded(), strict=True)
-            completions += [_up_to_its_end(ids, logprobs, stops) for ids, logprobs in pairs]
+            drawn = [_up_to_its_end(ids, logprobs, stops) for ids, logprobs in pairs]
+            if agreement is not None:
+                agreement.add(batch, [ids for ids, _, _ in drawn], [row for _, row, _ in drawn])
+            completions += drawn
     return Rollouts(
         prompt_ids=prompt_ids,
         completion_ids=[ids for ids, _, _ in completions],
@@ -280,6 +287,7 @@ def _generate(
         use_cache=True,
     )
     cache = roomy_cache(model)
+    kept.forget(model)
     with torch.no_grad():
         out = model.generate(
             to_device(ids, device),

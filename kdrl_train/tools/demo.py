@@ -299,6 +299,7 @@ def measure(model: str, run: TrainConfig, config: DemoConfig) -> Measurement:
             verifier=verifier,
             seed=config.seed,
             vocab_size=policy.sampled_vocab_size,
+            allowed_mismatch=run.engine.allowed_mismatch(run.model.dtype),
         )
     return Measurement(
         accuracy=result.avg_at_k,

@@ -16,6 +16,7 @@ from kdrl_train import output
 from kdrl_train.batch import Example
 from kdrl_train.config import (
     DataConfig,
+    EngineConfig,
     EvaluateConfig,
     ModelConfig,
     SamplingConfig,
@@ -33,6 +34,7 @@ from kdrl_train.model.load import load_model, load_tokenizer
 from kdrl_train.model.policy import HeadedModel
 from kdrl_train.model.teacher.openai import connect
 from kdrl_train.model.window import window
+from kdrl_train.rollouts.agreement import Agreement
 from kdrl_train.rollouts.problems import ProblemSet, PromptFacts, encode_prompt
 from kdrl_train.rollouts.records import SUFFIXES
 from kdrl_train.rollouts.reward_inputs import reward_inputs
@@ -61,6 +63,7 @@ def evaluate(
     seed: int = 0,
     vocab_size: int | None = None,
     greedy: bool = False,
+    allowed_mismatch: float | None = None,
 ) -> EvalResult:
     """Samples sampling.group_size completions of each example and scores them.
 
@@ -75,7 +78,9 @@ def evaluate(
         verifier: open.
         vocab_size: only token ids below it are sampled; None: all that the model's head has.
         greedy: whether to take the most probable tokens, and draw none.
-    Raises: ValueError for an empty list of examples.
+        allowed_mismatch: EngineConfig.allowed_mismatch; None: completions are not compared.
+    Raises: ValueError for an empty list of examples; EngineError where completions are sampled at
+        other log-probabilities than the model has for them alone.
     """
     if not examples:
         raise ValueError("examples must hold at least one problem, got none")
@@ -91,7 +96,12 @@ def evaluate(
         report=output.meter(ROLLOUTS, len(prompts) * samples),
     )
     output.begin(ROLLOUTS)
-    rollouts = generate_rollouts(model, tokenizer, request, sampled_vocab_size=vocab_size)
+    agreement = None
+    if allowed_mismatch is not None:
+        agreement = Agreement(model, sampling.temperature, vocab_size, allowed_mismatch)
+    rollouts = generate_rollouts(
+        model, tokenizer, request, sampled_vocab_size=vocab_size, agreement=agreement
+    )
     examples_R = [example for example in examples for _ in range(samples)]
     output.begin("rewards")
     more = reward_inputs(verifier.inputs, examples_R, rollouts, tokenizer)
@@ -122,6 +132,7 @@ def of_run(run: TrainConfig, folder: Path) -> EvaluateConfig:
         seed=run.seed,
         samples=run.eval.samples,
         greedy=run.eval.greedy and held_out,
+        max_sampler_mismatch=run.engine.max_sampler_mismatch,
         max_problems=run.eval.max_problems if held_out else None,
         checkpoint_hashes=run.checkpoint_hashes,
         model=model,
@@ -187,7 +198,7 @@ def evaluate_sets(config: EvaluateConfig, console: Console | None = None) -> dic
             config=config.model,
         )
         lora.merge_in_place(model, dtype)
-    results = {}
+    engine, results = EngineConfig(max_sampler_mismatch=config.max_sampler_mismatch), {}
     with Verifier(config.reward) as verifier:
         for problems in sets:
             of_set = replace(config, data=problems.data, sets={})
@@ -210,6 +221,7 @@ def evaluate_sets(config: EvaluateConfig, console: Console | None = None) -> dic
                 seed=config.seed,
                 vocab_size=common_width(model, config.model),
                 greedy=config.greedy,
+                allowed_mismatch=engine.allowed_mismatch(config.model.dtype),
             )
             name = problems.section.removeprefix("sets.")
             results[name] = replace(result, left_out=len(problems.facts.too_long))

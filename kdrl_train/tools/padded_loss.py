@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 import kdrl_kernels as kk
 from kdrl_kernels.head_config import head_scalars
 from kdrl_train.copies import to_device
+from kdrl_train.model import kept
 from kdrl_train.model.policy import backbone
 from kdrl_train.tools.sft_batches import PaddedBatch, SolvedExample, collate
 
@@ -27,6 +28,7 @@ def target_logprobs(model: Any, batch: PaddedBatch) -> Tensor:
     """Computes the log-probabilities of batch.targets in nats, [N], differentiable."""
     device = model.device
     ids = to_device(batch.ids, device)
+    kept.forget(model)
     hidden = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
     hidden = hidden.index_select(0, to_device(batch.predicts, device))
     head = model.get_output_embeddings()

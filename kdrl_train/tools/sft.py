@@ -22,6 +22,7 @@ from kdrl_train import output
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig, TrainConfig
 from kdrl_train.config_file import save_yaml
+from kdrl_train.model import rotary
 from kdrl_train.model.load import load_tokenizer, read_model, torch_device
 from kdrl_train.model.window import window
 from kdrl_train.rollouts.columns import text_of
@@ -186,7 +187,8 @@ def backward(
 
     Returns: the mean loss in nats, and the number of tokens that carry it.
     """
-    padded = [collate(group, pad, learn_prompts) for group in length_groups(examples)]
+    groups = length_groups(examples, rotary.longest(model.config.get_text_config()))
+    padded = [collate(group, pad, learn_prompts) for group in groups]
     tokens = sum(len(batch.targets) for batch in padded)
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     for batch in padded:

@@ -58,17 +58,23 @@ def batches(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int) ->
     return members
 
 
-def length_groups(examples: Sequence[SolvedExample]) -> list[list[SolvedExample]]:
+def length_groups(
+    examples: Sequence[SolvedExample], shared: int | None = None
+) -> list[list[SolvedExample]]:
     """Splits a batch into groups of similar length, so that padding adds at most a quarter to each.
 
     Each group has a forward and a backward pass, and the gradients are summed: it saves 40% of the
     work on GSM8K, and the update is still that of the whole batch.
+
+    shared: rotary.longest: a longer example has a group alone, since rotary factors would follow
+        the longest one.
     """
     groups: list[list[SolvedExample]] = []
     tokens = 0
     for example in sorted(examples, key=len):
         tokens += len(example)
-        if not groups or (len(groups[-1]) + 1) * len(example) > MAX_PADDED * tokens:
+        alone = shared is not None and len(example) > shared
+        if not groups or alone or (len(groups[-1]) + 1) * len(example) > MAX_PADDED * tokens:
             groups.append([])
             tokens = len(example)
         groups[-1].append(example)

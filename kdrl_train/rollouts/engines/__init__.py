@@ -72,6 +72,7 @@ def require_agreement(mismatch: float | None, allowed: float, step: int) -> None
             f"{allowed:g} nats of the trainer's, on average over the tokens of step {step + 1}, "
             f"got {mismatch:.2g}: it samples from other weights (a tied LM head that was not "
             "loaded, a skipped push) or computes them in another way (rotary factors that follow "
-            "the longest sequence of a batch, a top-k of keys that breaks ties by its place); the "
-            "run stops before the optimiser step"
+            "the longest sequence of a batch, a top-k of keys that breaks ties by its place, code "
+            "that lets the prompts of a batch change each other: set sampling.batch_size to 1); "
+            "the run stops before the optimiser step"
         )

@@ -28,6 +28,7 @@ from kdrl_train.config import (
     SamplingConfig,
     TrainConfig,
 )
+from kdrl_train.errors import EngineError
 from kdrl_train.method.evaluation import intervals, majority, pass_at_k, problem_scores, summarize
 from kdrl_train.rollouts import sampler
 from kdrl_train.rollouts.engines import generate as generate_engine
@@ -271,6 +272,34 @@ def test_command_writes_table_and_json(
     printed = capsys.readouterr().out
     assert "5 problems, 2 completions each" in printed
     assert f"{result['avg_at_k']:.1%}" in printed
+
+
+def test_prompts_that_change_each_other_stop_a_measurement(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = evaluation.load_model
+
+    def mixing(*args: Any, **named: Any) -> Any:
+        model = load(*args, **named)
+        model.model.layers[0].register_forward_hook(
+            lambda _module, _inputs, states: states + 0.5 * states.roll(1, dims=0)
+        )
+        return model
+
+    monkeypatch.setattr(evaluation, "load_model", mixing)
+    config = EvaluateConfig(
+        model=ModelConfig(policy=str(folders["llama"]), device="cpu"),
+        data=DataConfig(path=str(folders["task"])),
+        sampling=SAMPLING,
+        reward=REWARD,
+        samples=1,
+        max_problems=4,
+    )
+    with pytest.raises(EngineError, match=r"set sampling\.batch_size to 1$"):
+        evaluate_sets(config)
+    assert evaluate_sets(replace(config, max_sampler_mismatch=50.0))["data"].problems == 4
+    alone = replace(config, sampling=replace(SAMPLING, batch_size=1))
+    assert evaluate_sets(alone)["data"].problems == 4
 
 
 def test_prompts_and_completions_must_fit_the_window(folders: dict[str, Path]) -> None:

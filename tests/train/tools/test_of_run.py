@@ -14,6 +14,7 @@ from kdrl_train import cli, train
 from kdrl_train.commands import COMMANDS
 from kdrl_train.config import (
     DataConfig,
+    EngineConfig,
     EvalConfig,
     EvaluateConfig,
     LoraConfig,
@@ -67,6 +68,9 @@ def test_eval_measures_what_the_run_measures(run: TrainConfig) -> None:
     greedy = replace(run.eval, greedy=True)
     save_yaml(replace(run, eval=greedy), run.out / "config.yaml")
     assert parse("eval", "--config", file_of(run)).greedy
+    assert taken.max_sampler_mismatch is None
+    save_yaml(replace(run, engine=EngineConfig(max_sampler_mismatch=0.2)), run.out / "config.yaml")
+    assert parse("eval", "--config", file_of(run)).max_sampler_mismatch == 0.2
     save_yaml(replace(run, eval=replace(greedy, data=DataConfig())), run.out / "config.yaml")
     assert not parse("eval", "--config", file_of(run)).greedy
     save_yaml(replace(run, eval=EvalConfig()), run.out / "config.yaml")

@@ -14,6 +14,7 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kdrl_train.config import DataConfig
+from kdrl_train.model import kept
 from kdrl_train.runfolder import jsonl
 from kdrl_train.tools import sft
 from kdrl_train.tools.padded_loss import require_same_loss, sft_loss
@@ -21,7 +22,7 @@ from kdrl_train.tools.sft import SftConfig
 from kdrl_train.tools.sft_batches import SolvedExample, batches, collate, length_groups
 from kdrl_train.tools.toy import make_arithmetic
 from kdrl_train.tools.toy.models import ArchitectureConfig, make_model, train_tokenizer
-from tests.families import make
+from tests.families import LONGROPE, make
 
 FAMILIES = ("qwen2", "qwen3", "llama")
 QUIET = Console(quiet=True)
@@ -187,6 +188,42 @@ def test_loss_is_that_of_the_models_own_logits(family: str, settings: dict[str, 
     batch = collate([SolvedExample([5, 6, 7], [8, 9, 2])], pad=1, learn_prompts=False)
     expected = F.cross_entropy(model(input_ids=ids[None]).logits[0, 2:-1], ids[3:], reduction="sum")
     torch.testing.assert_close(sft_loss(model, batch).double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        (
+            "phi3",
+            {
+                "rope_parameters": {**LONGROPE, "original_max_position_embeddings": 10},
+                "original_max_position_embeddings": 10,
+            },
+        ),
+        (
+            "llama",
+            {
+                "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+                "max_position_embeddings": 10,
+            },
+        ),
+    ],
+    ids=lambda one: one if isinstance(one, str) else "",
+)
+def test_rotary_factors_are_those_of_each_example_alone(
+    family: str, settings: dict[str, Any]
+) -> None:
+    model = make(family, **settings)
+    examples = [SolvedExample([], list(range(6, 6 + n))) for n in (12, 9, 11, 10)]
+    expected = 0.0
+    for example in examples:
+        ids = torch.tensor(example.solution)
+        kept.forget(model)
+        logits = model(input_ids=ids[None]).logits[0, :-1]
+        expected += F.cross_entropy(logits, ids[1:], reduction="sum").item()
+    for _ in range(2):
+        loss, tokens = sft.backward(model, examples, 5, learn_prompts=True)
+        assert loss * tokens == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_model_whose_tokens_see_those_behind_them_is_refused() -> None:
