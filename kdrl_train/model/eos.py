@@ -23,6 +23,22 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
     return sorted(ends)
 
 
+def ordinary_ends(tokenizer: Any, ends: list[int]) -> list[str]:
+    """Name, in a sentence, the tokens that end a sequence and are plain text to the tokenizer.
+
+    transformers' default for a config.json without eos_token_id is a token of another vocabulary.
+    """
+    special = {tokenizer.eos_token_id, *tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    ordinary = [i for i in ends if i not in special and i < len(tokenizer)]
+    if not ordinary:
+        return []
+    return [
+        f"completions end at {ordinary} ({tokenizer.convert_ids_to_tokens(ordinary)}) too, which "
+        "are plain text to the tokenizer: if that is not meant, set eos_token_id in the policy's "
+        "config.json and generation_config.json"
+    ]
+
+
 def turn_end(tokenizer: Any) -> str | int | None:
     """Return the special token with which the chat template ends an assistant's turn, or its text
     where that holds none.

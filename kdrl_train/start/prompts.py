@@ -7,7 +7,7 @@ from typing import Any
 
 from kdrl_train.batch import Example
 from kdrl_train.config import DataConfig, TrainConfig
-from kdrl_train.model.eos import eos_ids, turn_end
+from kdrl_train.model.eos import eos_ids, ordinary_ends, turn_end
 from kdrl_train.model.teacher.client import UNKNOWN, TeacherClient, differing_token
 from kdrl_train.model.window import window
 from kdrl_train.rollouts.problems import ProblemSet, PromptFacts, encode_prompt
@@ -313,21 +313,26 @@ def _teacher_ends(teacher: LoadedTeacher) -> list[int] | None:
 
 
 def turn_doubts(tokenizer: Any, ends: list[int], data: DataConfig) -> list[str]:
-    """Say so where that with which the chat template ends a turn ends no completion."""
-    end = turn_end(tokenizer) if templated(tokenizer, data) else None
+    """Say so where an ordinary token ends a completion, and where that with which the chat template
+    ends a turn does not."""
+    doubts, end = ordinary_ends(tokenizer, ends), None
+    if templated(tokenizer, data):
+        end = turn_end(tokenizer)
     if end is None or end in ends:
-        return []
+        return doubts
     if isinstance(end, str):
         return [
+            *doubts,
             f"the chat template ends the assistant's turn with the text {shown(end, 40)}, which is "
             "no token and ends no completion: correct chat_template of the tokenizer, or set "
-            "data.chat_template to false"
+            "data.chat_template to false",
         ]
     return [
+        *doubts,
         f"the chat template ends the assistant's turn with {end} "
         f"({tokenizer.convert_ids_to_tokens(end)!r}), which does not end a completion: put it "
         "into eos_token_id of the policy's generation_config.json, or set data.chat_template to "
-        "false"
+        "false",
     ]
 
 

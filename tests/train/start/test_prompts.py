@@ -17,6 +17,7 @@ from kdrl_train.config import (
     DataConfig,
     TrainConfig,
 )
+from kdrl_train.model.eos import ordinary_ends
 from kdrl_train.model.policy import Policy
 from kdrl_train.start import duplicates, preflight, prompts
 from kdrl_train.start.load import Loaded, load, read_problems
@@ -114,7 +115,11 @@ def test_ends_of_sequence_must_agree(
     masked = "[0] ['<|endoftext|>']; the teacher also ends with [7], so ends are not distilled"
     assert prompts.check_eos(mask, loaded) == masked
     loaded.policy.model.generation_config.eos_token_id = [0, 7]
-    assert prompts.check_eos(settings, loaded).startswith("[0, 7]")
+    doubt = warning(prompts.check_eos, settings, loaded)
+    token = loaded.tokenizer.convert_ids_to_tokens(7)
+    assert doubt.startswith(f"completions end at [7] ([{token!r}]) too, which are plain text to")
+    assert doubt.endswith(f"[0, 7] ['<|endoftext|>', {token!r}]")
+    assert ordinary_ends(loaded.tokenizer, [0, 1, len(loaded.tokenizer)]) == []
     model = tiny("llama")
     model.generation_config.eos_token_id = 9
     alone = replace(loaded, teachers=(), policy=Policy(model, TrainConfig().method))
