@@ -274,14 +274,25 @@ def spelling(answer: Answer) -> str:
 def _spelling(value: Value) -> str:
     if value.kind == "number":
         assert value.node is not None
-        return value.tag or values.spelling(value.node)
+        is_word = value.tag and values.symbols(value.node)  # not pi
+        return value.tag if is_word else values.spelling(value.node)
     if value.kind == "named":
         return _spelling(value.items[0])
+    coordinates = value.items if value.tag in VECTORS else _coordinates(value)
+    if coordinates:
+        return f"vector [{', '.join(map(_spelling, coordinates))}]"
     items = [_spelling(item) for item in value.items if value.kind != "relation"]
     if value.kind in ("set", "union"):
-        items.sort()
+        names = [f"{item.tag} = " * _has_own_name(item) for item in value.items]
+        items = sorted(map("".join, zip(names, items, strict=True)))
+        return f"{value.kind} [{', '.join(items)}]"  # ± 2 is 2, -2
     node = [values.spelling(value.node)] if value.node else []
     return f"{value.kind} {value.tag} [{', '.join(node + items)}]"
+
+
+def _has_own_name(value: Value) -> bool:
+    """Say whether a value is named, and not as one of several roots, x_1 and x_2."""
+    return value.kind == "named" and not _SUBSCRIPTED.fullmatch(value.tag)
 
 
 def check_values(answer: Answer) -> None:

@@ -359,14 +359,23 @@ def has_value(node: Node) -> None:
 
 
 def spelling(node: Node) -> str:
-    """Return one spelling for equal expressions: a fraction, or values with 20 digits."""
+    """Return one spelling for equal expressions: a fraction, or variables and values' digits."""
     try:
         rational = exact(node)
         if rational is not None:
             small = rational.numerator.bit_length() < 1000 and rational.denominator < 10**300
             # Python refuses to write an integer of more than 4,300 digits in decimal
             return str(rational) if small else f"{rational.numerator:x}/{rational.denominator:x}"
-        numbers = [compute(node, DIGITS[0], point) for point in _points(node, 1)]
+        numbers = [compute(node, DIGITS[0], point) for point in _points(node, POINTS)]
     except NoValueError as error:
         return f"no value: {error}"
-    return ", ".join(_CONTEXTS[DIGITS[0]].nstr(number, 20) for number in numbers)
+    return ", ".join([*sorted(symbols(node)), *map(_shown, numbers)])
+
+
+def _shown(number: Any) -> str:
+    """Return a number with 20 digits, or a whole one as such: of \\log_2 4 it is 2."""
+    context = _CONTEXTS[DIGITS[0]]
+    whole = context.nint(number.real)
+    if abs(number - whole) <= abs(whole) * context.mpf(10) ** -40 and abs(whole) < REACH:
+        return str(int(whole))
+    return str(context.nstr(number, 20))

@@ -156,6 +156,10 @@ def test_exact_reward_reads_letter_by_letter() -> None:
         ["1,234", "1234.0", "1234"],
         ["x + 1", "1+x", r"\left(x+1\right)"],
         [r"\{1, 2\}", r"\{2,1\}"],
+        [r"\pm 2", "2, -2"],
+        ["(5, 3)", "x = 5, y = 3", r"\langle 5, 3 \rangle"],
+        [r"\log_2 4", "2", r"AB = 2"],
+        [r"\pi", "pi"],
     ],
     ids=lambda same: same[0],
 )
@@ -164,6 +168,21 @@ def test_equal_answers_vote_together(same: list[str]) -> None:
     votes = {read(rf"so \boxed{{{answer}}}") for answer in same}
     assert len(votes) == 1
     assert votes.isdisjoint({None, read(r"\boxed{7}")})
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("x = 5, y = 3", "x = 3, y = 5"),
+        (r"e^{\pi\sqrt{163}}", "262537412640768744"),
+        ("e^{-500}", "e^{-501}"),
+        ("|x|", "x"),
+        ("x + 1", "y + 1"),
+    ],
+)
+def test_different_answers_vote_apart(one: str, other: str) -> None:
+    read = load_answer(math_reward)
+    assert read(rf"\boxed{{{one}}}") != read(rf"\boxed{{{other}}}")
 
 
 def test_a_completion_without_an_answer_has_no_vote() -> None:
