@@ -9,7 +9,11 @@ from kdrl_train.rollouts.answers.units import read_unit
 MAX_ANSWER_CHARS = 1000
 """A longer answer is not read, and a statement is searched no further."""
 
-_STATEMENT = re.compile(r"#{4,}|\banswer\b[^\n.:=]{0,80}?(?:\bis\b|[:=])", re.IGNORECASE)
+_STATEMENT = re.compile(
+    r"#{4,}|\banswer\b[^\n.:=]{0,80}?"
+    r"(?:\bis\b(?:\s+(?:thus|then|therefore|hence|simply|indeed|just|exactly)\b,?)?|[:=])",
+    re.IGNORECASE,
+)
 _INLINE_OR_STOP = re.compile(r"(?<!\\)\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]|[.!?;](?=\s|[*_`]|$)")
 _CHANGES_VALUE = re.compile(  # \0 stands for the mathematics
     r"""[^\0A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\s.,:;!?*_`'"\u2018-\u201d\u3001\u3002]

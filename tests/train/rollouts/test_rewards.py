@@ -40,6 +40,7 @@ from tests.train.scripted_rewards import always_right
         ("#### Step 1\nAdd. The answer is 9.", "9"),
         ("The answer is 4.\n#### 5", "5"),
         ("The answer is -5.5. Done.", "-5.5"),
+        ("The answer is therefore 5.", "5"),
         ("The answer is not 4. The answer is 5.", "5"),
         ("The final answer to this is: **1,234**.", "1,234"),
         ("**Answer:** 18 dollars per day.", "18 dollars per day"),
