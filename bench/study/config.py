@@ -15,7 +15,7 @@ from kdrl_train.settings import (
     Switch,
     settings,
 )
-from kdrl_train.tools.toy.models import ArchitectureConfig
+from kdrl_train.tools.toy.models import ArchitectureConfig, small_architecture
 
 TaskName = Literal["arithmetic", "countdown"]
 SWEEP_SEED = 1000
@@ -70,17 +70,6 @@ def _countdown() -> TaskModelsConfig:
     )
 
 
-def _architecture(hidden: int) -> ArchitectureConfig:
-    return ArchitectureConfig(
-        family="qwen3",
-        hidden=hidden,
-        layers=2,
-        intermediate=hidden * 3 - hidden * 3 % 32,
-        max_positions=128,
-        rope_theta=100.0,
-    )
-
-
 @settings
 class StudyConfig:
     """A study: which arms run, with which sweeps and seeds, and what they are measured on."""
@@ -127,9 +116,9 @@ class StudyConfig:
     """Runs at the same time, each with one CPU thread."""
     arithmetic: TaskModelsConfig = field(default_factory=TaskModelsConfig)
     countdown: TaskModelsConfig = field(default_factory=_countdown)
-    student: ArchitectureConfig = field(default_factory=lambda: _architecture(64))
+    student: ArchitectureConfig = field(default_factory=lambda: small_architecture(64))
     """Shape of the student."""
-    teacher: ArchitectureConfig = field(default_factory=lambda: _architecture(80))
+    teacher: ArchitectureConfig = field(default_factory=lambda: small_architecture(80))
     """Shape of the teachers."""
     device: str = "cpu"
     """Torch device of every run."""

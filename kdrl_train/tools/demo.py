@@ -53,7 +53,7 @@ from kdrl_train.settings import (
 from kdrl_train.tools import sft
 from kdrl_train.tools.evaluate import evaluate
 from kdrl_train.tools.toy import ArithmeticConfig, make_arithmetic
-from kdrl_train.tools.toy.models import ArchitectureConfig, train_tokenizer
+from kdrl_train.tools.toy.models import ArchitectureConfig, small_architecture, train_tokenizer
 
 KL_STEP = 2**31 + 1  # seeds the completions that the KL is measured on; evaluation uses 2**31
 
@@ -73,28 +73,10 @@ class DemoConfig:
     """Problems to measure on, none of them learnt from."""
     samples: PositiveInt = 4
     """k of avg@k: completions per held-out problem, at temperature 1."""
-    teacher: ArchitectureConfig = field(
-        default_factory=lambda: ArchitectureConfig(
-            family="qwen3",
-            hidden=80,
-            layers=2,
-            intermediate=224,
-            max_positions=128,
-            rope_theta=100.0,
-        )
-    )
+    teacher: ArchitectureConfig = field(default_factory=lambda: small_architecture(80))
     teacher_steps: PositiveInt = 600
     """Supervised steps of the teacher, on correct solutions."""
-    student: ArchitectureConfig = field(
-        default_factory=lambda: ArchitectureConfig(
-            family="qwen3",
-            hidden=64,
-            layers=2,
-            intermediate=192,
-            max_positions=128,
-            rope_theta=100.0,
-        )
-    )
+    student: ArchitectureConfig = field(default_factory=lambda: small_architecture(64))
     student_steps: PositiveInt = 850
     """Supervised steps of the student, on solutions with slips (wrong calculations)."""
     slips: Probability = 0.3

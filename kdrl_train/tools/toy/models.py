@@ -54,6 +54,18 @@ class ArchitectureConfig:
             )
 
 
+def small_architecture(hidden: int) -> ArchitectureConfig:
+    """Returns the shape of a model for the made-up tasks, whose examples have up to 128 tokens."""
+    return ArchitectureConfig(
+        family="qwen3",
+        hidden=hidden,
+        layers=2,
+        intermediate=hidden * 3 - hidden * 3 % 32,
+        max_positions=128,
+        rope_theta=100.0,
+    )
+
+
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, folder: Path | None = None
 ) -> transformers.PreTrainedTokenizerFast:

@@ -1,6 +1,5 @@
 """serve: scores are the model's log-probabilities, errors are named, no client waits for ever."""
 
-import asyncio
 import math
 import shutil
 import threading
@@ -31,6 +30,7 @@ from kdrl_train.tools.serve.app import make
 from kdrl_train.tools.serve.command import ServeConfig
 from kdrl_train.tools.serve.scorer import Job, Scorer, score_packed
 from tests.train.servers import free_port, running, service
+from tests.train.tools.test_serve_requests import send
 
 DEADLINE_S = 60.0
 SIZES = [(3, 4), (1, 9), (7, 1), (20, 30)]
@@ -44,17 +44,11 @@ def loaded(folders: dict[str, Path]) -> command.ServedTeacher:
 def request(
     served: command.ServedTeacher, method: str, path: str, body: Any = None
 ) -> httpx2.Response:
-    """Sends one request, without a network."""
-
-    async def send() -> httpx2.Response:
-        transport = httpx2.ASGITransport(make(served))
-        async with httpx2.AsyncClient(transport=transport, base_url="http://teacher") as client:
-            if not isinstance(body, str):
-                return await client.request(method, path, json=body)
-            headers = {"content-type": "application/json"}
-            return await client.request(method, path, content=body, headers=headers)
-
-    return asyncio.run(send())
+    """Sends one request, without a network; a text is sent as it is."""
+    if isinstance(body, str):
+        headers = {"content-type": "application/json"}
+        return send(make(served), method, path, content=body, headers=headers)
+    return send(make(served), method, path, json=body)
 
 
 def sequences(draw: torch.Generator, vocab_size: int = 258) -> list[dict[str, Any]]:
