@@ -54,12 +54,26 @@ def head_scalars(config: Any, temperature: float = 1.0) -> tuple[float, float | 
     return temperature / scale, None if softcap is None else softcap / scale
 
 
-def require_head_alone(model: Any) -> None:
-    """Raise ValueError for a causal LM with weights that are in neither backbone nor LM head.
+def backbone(model: Any) -> Any:
+    """Return the part of a causal LM below its LM head; the model itself where it has none.
 
-    They stand between the two (BERT's and ModernBERT's), and a head of ours would leave them out.
+    Llama4ForCausalLM and MllamaForCausalLM name another part as their base than they have.
     """
-    parts = model.base_model, model.get_output_embeddings()
+    return model.base_model if model.base_model is not model else getattr(model, "model", model)
+
+
+def require_head_alone(model: Any) -> None:
+    """Raise ValueError for a causal LM whose LM head does not stand on a backbone alone.
+
+    It has no backbone, or weights that are in neither of the two (BERT's and ModernBERT's, which
+    stand between them): a head of ours would leave these out.
+    """
+    parts = backbone(model), model.get_output_embeddings()
+    if parts[0] is model or parts[1] is None:
+        raise ValueError(
+            f"the model must be an LM head on a backbone, got {type(model).__name__}, which has no "
+            f"{'LM head' if parts[1] is None else 'backbone'} of its own: name another model"
+        )
     known = {id(weight) for part in parts for weight in part.parameters()}
     others = [name for name, weight in model.named_parameters() if id(weight) not in known]
     if others:

@@ -13,8 +13,9 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kdrl_kernels.head_config import backbone
 from kdrl_train.model import attention, choice
-from kdrl_train.model.policy import CHOICE, HeadedModel, backbone
+from kdrl_train.model.policy import CHOICE, HeadedModel
 from kdrl_train.model.probe import probe
 
 README = Path(__file__).parent.parent / "kdrl_train" / "model" / "README.md"

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdrl_kernels.head_config import backbone
 from kdrl_train.model import attention, rotary
 from kdrl_train.model.attention import Choice
 from kdrl_train.model.miniature import CHOSEN_KEYS, ORIGINAL, VOCABULARY, has_number, miniature
-from kdrl_train.model.policy import HeadedModel, backbone
+from kdrl_train.model.policy import HeadedModel
 
 ANYWHERE = (attention.NAME, "sdpa", "eager")
 """Attentions that compute on any device, in any dtype."""

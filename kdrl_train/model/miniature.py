@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from kdrl_train.model.policy import backbone
+from kdrl_kernels.head_config import backbone
 
 WINDOW = 4
 """Tokens of every window, top-k, chunk and block of keys."""

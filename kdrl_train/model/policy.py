@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import kdrl_kernels as kk
-from kdrl_kernels.head_config import head_scalars
+from kdrl_kernels.head_config import backbone, head_scalars
 from kdrl_train.batch import TopkScores
 from kdrl_train.method.config import MethodConfig
 from kdrl_train.method.histogram import histogram
@@ -386,11 +386,3 @@ def token_sums(out: kk.LossOutput, batch: PackedBatch) -> dict[str, Tensor]:
         log_ratio = (out.logprobs - out.teacher_logprobs).double()
         sums["teacher_log_ratio_histogram"] = histogram(log_ratio, distilled)
     return sums
-
-
-def backbone(model: Any) -> Any:
-    """Return the part of a causal LM below its LM head; the model itself where it has none.
-
-    Llama4ForCausalLM names another part as its base than it has.
-    """
-    return model.base_model if model.base_model is not model else getattr(model, "model", model)

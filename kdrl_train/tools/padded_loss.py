@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import kdrl_kernels as kk
-from kdrl_kernels.head_config import head_scalars
+from kdrl_kernels.head_config import backbone, head_scalars
 from kdrl_train.copies import to_device
 from kdrl_train.model import kept
-from kdrl_train.model.policy import backbone
 from kdrl_train.tools.sft_batches import PaddedBatch, SolvedExample, collate
 
 PROBE_LENGTHS = (9, 5)

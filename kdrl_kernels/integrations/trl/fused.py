@@ -16,6 +16,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from trl.trainer.utils import FusedCausalLMOutput
 
 import kdrl_kernels as kk
+from kdrl_kernels.head_config import backbone
 from kdrl_kernels.integrations.trl.head import ModelHead, model_head
 from kdrl_kernels.integrations.trl.head_loss import (
     HeadTerms,
@@ -27,6 +28,9 @@ from kdrl_kernels.integrations.trl.head_loss import (
 )
 from kdrl_kernels.integrations.trl.patch import HeadOptions, PartitionedHead
 from kdrl_kernels.plan import Backward
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""transformers' names of the number of experts; Llama 4 has the second alone."""
 
 
 class FusedHead:
@@ -88,7 +92,7 @@ class FusedHead:
         config = model.config.get_text_config()
         if getattr(config, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
-        outputs = model.base_model(*args, **kwargs | {"use_cache": False})
+        outputs = backbone(model)(*args, **kwargs | {"use_cache": False})
         hidden = outputs.last_hidden_state
         if shifted is None:
             hidden, labels = hidden[:, :-1], labels[:, 1:]
@@ -197,7 +201,8 @@ def _has_router(kwargs: dict[str, Any]) -> bool:
 def _balance_loss(model: Any, outputs: Any, kwargs: dict[str, Any]) -> Tensor:
     """Return the load-balancing loss of a model with experts."""
     config = model.config.get_text_config()
-    experts = getattr(config, "num_experts", None) or model.num_experts
+    numbers = (getattr(config, name, None) for name in EXPERTS)
+    experts = next((number for number in numbers if number), None) or model.num_experts
     return load_balancing_loss_func(
         outputs.router_logits, experts, config.num_experts_per_tok, kwargs.get("attention_mask")
     )

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kdrl_kernels.head_config import backbone
 from kdrl_train.model import attention, choice, rotary
 from kdrl_train.model.attention import Choice
 from kdrl_train.model.load import checkpoint_activations
-from kdrl_train.model.policy import CHOICE, HeadedModel, backbone
+from kdrl_train.model.policy import CHOICE, HeadedModel
 from kdrl_train.model.probe import probe
 from tests.families import make
 
