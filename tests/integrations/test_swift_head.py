@@ -211,7 +211,7 @@ class _Twice(transformers.Qwen2ForCausalLM):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (_Doubled, "must make of a logit 16.0 what its config says, 16, got 32"),
+        (_Doubled, "must make of a logit 16 what its config says, 16, got 32"),
         (_Twice, "must call its LM head once a forward, got 2 calls"),
     ],
 )
@@ -220,6 +220,13 @@ def test_a_head_that_is_more_is_refused(kind: type, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         outcome(SwiftGRPOTrainer, model, padding_free=False)
     assert "forward" not in vars(model.lm_head)
+
+
+def test_a_large_cap_that_the_model_does_not_read_is_refused() -> None:
+    """A cap of 100 bends a logit of 16 by less than 16 bits round it."""
+    model = make("Qwen2", final_logit_softcapping=100.0)
+    with pytest.raises(ValueError, match=r"of a logit 256 what its config says, 98\.81, got 256"):
+        outcome(SwiftGRPOTrainer, model, padding_free=False)
 
 
 def test_a_head_of_another_type_is_refused() -> None:

@@ -20,8 +20,9 @@ import kdrl_kernels as kk
 from kdrl_kernels.head_config import head_scalars
 from kdrl_kernels.integrations.adapted_head import without_adapter
 
-PROBE = 16.0
-"""A logit that goes through the model beside the values, to see what it does to logits."""
+PROBES = (16.0, 256.0)
+"""Logits that go through the model beside the values, to see what it does to logits: a cap of 15 to
+50 bends the first, a cap of up to 1,000 the second."""
 
 _probed: WeakSet[nn.Module] = WeakSet()
 
@@ -93,7 +94,7 @@ def through_head(
                 "calls: train it without this plugin"
             )
         _check_logits(inner, logits, config)
-        return values[0][..., :-1]
+        return values[0][..., : -len(PROBES)]
 
     values: Tensor = _ForwardRedirection()(model, inner, forward, **inputs)
     return values
@@ -111,7 +112,8 @@ def _replaced(head: Any, config: Any, function: HeadFunction) -> Iterator[list[T
         if torch.is_autocast_enabled(kind):
             hidden = hidden.to(torch.get_autocast_dtype(kind))
         rows = function(hidden, _head(head, config))
-        return torch.cat([rows, rows.new_full((*rows.shape[:-1], 1), PROBE)], dim=-1)
+        probes = rows.new_tensor(PROBES).expand(*rows.shape[:-1], len(PROBES))
+        return torch.cat([rows, probes], dim=-1)
 
     def collect(_layer: nn.Module, _inputs: Any, output: Tensor) -> None:
         values.append(output)
@@ -143,11 +145,14 @@ def _check_logits(model: nn.Module, logits: Tensor, config: Any) -> None:
     if model in _probed or logits.numel() == 0:
         return
     temperature, softcap = head_scalars(config)
-    value = PROBE if softcap is None else softcap * math.tanh(PROBE / softcap)
-    value, output = value / temperature, float(logits[(-1,) * logits.ndim])
-    if not math.isclose(value, output, rel_tol=0.01):  # logits may have 16 bits
-        raise ValueError(
-            f"{type(model).__name__} must make of a logit {PROBE} what its config says, {value:.4g}"
-            f", got {output:.4g}: it does more to its logits; train it without this plugin"
-        )
+    last = logits[(-1,) * (logits.ndim - 1)]
+    for probe, output in zip(PROBES, last[-len(PROBES) :].tolist(), strict=True):
+        value = probe if softcap is None else softcap * math.tanh(probe / softcap)
+        value /= temperature
+        if not math.isclose(value, output, rel_tol=0.01):  # logits may have 16 bits
+            raise ValueError(
+                f"{type(model).__name__} must make of a logit {probe:g} what its config says, "
+                f"{value:.4g}, got {output:.4g}: its code does something else to its logits; train "
+                "it without this plugin"
+            )
     _probed.add(model)
