@@ -34,7 +34,7 @@ def _adapter(layer: Any) -> kk.LowRank | None:
     """Return the LoRA on a layer of peft; None where it is off or merged into the weight."""
     if layer.disable_adapters or layer.merged:
         return None
-    if not hasattr(layer, "lora_A"):
+    if not isinstance(getattr(layer, "lora_A", None), torch.nn.ModuleDict):  # AdaLoRA: parameters
         raise ValueError(_refusal(f"got {type(layer).__name__}"))
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if not names:

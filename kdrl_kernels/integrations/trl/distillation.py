@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from trl import DistillationConfig, DistillationTrainer
 
 import kdrl_kernels as kk
+from kdrl_kernels.integrations.own_logits import require_own_logits
 from kdrl_kernels.integrations.trl.config import (
     HEAD_BACKWARDS,
     READERS,
@@ -21,7 +22,7 @@ from kdrl_kernels.integrations.trl.config import (
 from kdrl_kernels.integrations.trl.head import bare, model_head
 from kdrl_kernels.integrations.trl.head_loss import HeadTerms, one_pass, places_of
 from kdrl_kernels.integrations.trl.means import log_means
-from kdrl_kernels.integrations.trl.teachers import check_tokens, tokenizer_of
+from kdrl_kernels.integrations.trl.teachers import check_apart, check_tokens, tokenizer_of
 
 OPTIONS = {one.name: one for one in fields(KdrlConfig)}
 BETAS = {0.0: "fkl", 1.0: "rkl"}
@@ -159,8 +160,14 @@ class KdrlDistillationTrainer(DistillationTrainer):
                 f"teacher_model must be a model, its folder or its id, got {teacher_model!r}: "
                 "KdrlTrainer takes the URL of a teacher"
             )
+        if isinstance(teacher_model, nn.Module) and isinstance(model, nn.Module):
+            check_apart(teacher_model, model)
         super().__init__(model, teacher_model, args, *positional, **options)
+        teacher = self.accelerator.unwrap_model(self.teacher_model)
+        for role, one in (("model", self.model), ("teacher_model", teacher)):
+            _check_states(one, role)
         model_head(bare(self.model), self.temperature).check_zero3(args.head_backward)
+        model_head(bare(teacher), self.temperature).check_teacher()
         named = isinstance(teacher_model, str)
         name = teacher_model if named else getattr(teacher_model, "name_or_path", "")
         tokens = tokenizer_of(name, args) if name else None
@@ -236,6 +243,22 @@ class KdrlDistillationTrainer(DistillationTrainer):
             rows=self.accelerator.process_index << 32,
             scale=weights.max().item(),
         )
+
+
+def _check_states(model: Any, role: str) -> None:
+    """Raise ValueError for a model of whose base_model's states TRL's function makes no logits."""
+    inner = bare(model)
+    if any(one.is_prompt_learning for one in getattr(model, "peft_config", {}).values()):
+        raise ValueError(
+            f"{role} must have no virtual tokens of prompt learning, got some: TRL's distillation "
+            "runs the model below them; KdrlTrainer runs them too"
+        )
+    if inner.base_model is inner:
+        raise ValueError(
+            f"{role} must have a base_model below its LM head, got {type(inner).__name__}, which "
+            "is its own: KdrlTrainer takes it"
+        )
+    require_own_logits(inner, role)
 
 
 def _loss_mask(inputs: Mapping[str, Any]) -> Tensor:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from transformers.utils import logging
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import create_model_from_path
 
-from kdrl_kernels.head_config import require_head_alone
+from kdrl_kernels.integrations.own_logits import require_own_logits
 from kdrl_kernels.integrations.trl.config import KdrlConfig
 from kdrl_kernels.integrations.trl.head import bare, model_head
 from kdrl_train.batch import Rollouts
@@ -96,8 +96,8 @@ def check_teacher_model(teacher: Any, args: KdrlConfig, model: Any) -> None:
         )
     if isinstance(teacher, str) and re.match(r"[\w.-]+:\d+/?$", teacher):
         raise ValueError(f"teacher_model must be http://host:port for a server, got {teacher!r}")
-    if isinstance(teacher, nn.Module) and teacher is model:
-        _refuse_moving()
+    if isinstance(teacher, nn.Module) and isinstance(model, nn.Module):
+        check_apart(teacher, model)
     if args.teacher_model_init_kwargs is not None and (
         is_url(teacher) or isinstance(teacher, nn.Module)
     ):
@@ -126,9 +126,7 @@ def local_teacher(teacher: Any, args: KdrlConfig, pupil: Pupil) -> Any:
     Raises: ValueError, one line, where it does not fit the student.
     """
     if isinstance(teacher, nn.Module):
-        trained = {id(parameter) for parameter in pupil.model.parameters()}
-        if any(id(parameter) in trained for parameter in teacher.parameters()):
-            _refuse_moving()
+        check_apart(teacher, pupil.model)
         model, name = teacher, str(getattr(teacher, "name_or_path", "") or "")
         tokenizer = tokenizer_of(name, args) if name else None
     else:
@@ -149,8 +147,8 @@ def check_causal(model: Any) -> None:
             "teacher_model must be a causal LM of transformers, got "
             f"{type(inner).__name__}, which has no LM head"
         )
-    require_head_alone(inner)
     model_head(inner, 1.0).check_teacher()
+    require_own_logits(inner, "teacher_model")
 
 
 def _load_options(args: KdrlConfig, student: Any) -> dict[str, Any]:
@@ -172,11 +170,14 @@ def tokenizer_of(name: str, args: Any) -> Any:
         return None
 
 
-def _refuse_moving() -> NoReturn:
-    raise ValueError(
-        "teacher_model must not share weights with model, got some that are in both: the teacher "
-        "would move with the student; load it a second time"
-    )
+def check_apart(teacher: nn.Module, student: nn.Module) -> None:
+    """Raise ValueError where training the student would move the teacher."""
+    trained = {id(weight) for weight in student.parameters()}
+    if any(id(weight) in trained for weight in teacher.parameters()):
+        raise ValueError(
+            "teacher_model must not share weights with model, got some that are in both: the "
+            "teacher would move with the student; load it a second time"
+        )
 
 
 def check_vocabulary(model: Any, tokenizer: Any, args: KdrlConfig, pupil: Pupil) -> None:

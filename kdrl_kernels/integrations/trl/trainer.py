@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 import kdrl_kernels as kk
-from kdrl_kernels.head_config import require_head_alone
+from kdrl_kernels.integrations.own_logits import require_own_logits
 from kdrl_kernels.integrations.trl.coefficients import (
     BetaSchedule,
     check_schedule,
@@ -121,7 +121,7 @@ class KdrlTrainer(GRPOTrainer):
 
     def _check_head(self) -> None:
         """Raise ValueError for a policy whose LM head cannot be computed here as TRL samples."""
-        require_head_alone(bare(self.model))
+        require_own_logits(bare(self.model), "model")
         head = model_head(bare(self.model), self.temperature)
         if head.adapter is not None and self.args.cast_lm_head_to_fp32:
             raise ValueError(

@@ -19,10 +19,10 @@ from verl.models.transformers.dense_common import CausalLMOutputForPPO
 from verl.utils.experimental import torch_functional
 
 import kdrl_kernels as kk
-from kdrl_kernels.head_config import head_scalars, require_head_alone
+from kdrl_kernels.head_config import backbone, head_scalars
 from kdrl_kernels.integrations.adapted_head import without_adapter
+from kdrl_kernels.integrations.own_logits import require_own_logits
 from kdrl_kernels.integrations.verl.topk import KEY, TeacherTopk, TopkNumbers
-from kdrl_train.model.policy import backbone
 
 BACKEND = "kdrl"
 """Value of actor_rollout_ref.model.fused_kernel_options.impl_backend."""
@@ -78,7 +78,7 @@ def patch_forward(model: Any, original: Any) -> None:
     """
     scalars = head_scalars(model.config.get_text_config())
     if model.config.model_type not in VISION:
-        require_head_alone(model)
+        require_own_logits(model, "model")
         model.forward = MethodType(fused_forward, model)
     elif scalars != (1.0, None) or getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise ValueError(
