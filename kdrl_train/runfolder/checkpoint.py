@@ -101,10 +101,19 @@ def checkpoints(folder: Path) -> list[Path]:
 def latest(folder: Path) -> Checkpoint | None:
     """Return the newest complete checkpoint, or None if there is none.
 
-    Raises: ValueError if it is damaged.
+    Raises: ValueError if it is damaged, or has the name of another step: it would stay the newest
+        whatever is saved after it.
     """
     complete = checkpoints(folder)
-    return read(complete[-1]) if complete else None
+    if not complete:
+        return None
+    newest = read(complete[-1])
+    if newest.folder != folder_of(folder, newest.step):
+        raise ValueError(
+            f"{newest.folder} must be the checkpoint of the step in its name, got that of step "
+            f"{newest.step}: rename it to {folder_of(folder, newest.step).name}, or delete it"
+        )
+    return newest
 
 
 def read(folder: Path) -> Checkpoint:
@@ -247,6 +256,8 @@ def _cause(error: BaseException) -> str:
     """Say in one line what went wrong on the first rank that failed."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
+    if isinstance(error.__context__, OSError):  # torch.save raises another one behind it
+        error = error.__context__
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 

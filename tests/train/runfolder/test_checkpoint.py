@@ -92,6 +92,11 @@ def test_the_newest_ones_are_kept(tiny: Callable[..., Any], tmp_path: Path) -> N
     names = ["LATEST", "step_1000000", "step_999999"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
     assert checkpoint.latest(tmp_path).step == 1_000_000
+    (tmp_path / "step_1000000").rename(tmp_path / "step_1000001")  # it would stay the newest
+    with pytest.raises(
+        ValueError, match=r"step in its name, got that of .* rename it to step_1000000"
+    ):
+        checkpoint.latest(tmp_path)
 
 
 def test_a_killed_save_leaves_the_previous_checkpoint(
