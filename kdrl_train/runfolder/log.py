@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from kdrl_train import output
+from kdrl_train.errors import written
 from kdrl_train.output import guarded_console, hours, loss
 from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.doubts import Doubts
@@ -171,7 +172,8 @@ class RunLog:
         self.doubts = Doubts()
         if not writes:
             return
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        with written(folder / "samples"):
+            (folder / "samples").mkdir(parents=True, exist_ok=True)
         records = read_records(folder)
         kept = [record for record in records if record["step"] < first_step]
         jsonl.keep(self.metrics_path, len(kept))

@@ -237,6 +237,8 @@ def begin_folder(
             if path.name != LOCK:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
+    if newest is not None:
+        checkpoint.clean(newest.folder.parent)  # a run that is done saves, and cleans, no more
     save_yaml(replace(config, resume=False, allow_changes=()), config.out / "config.yaml")
     for name, teacher in teachers.items():
         keep_teacher(config.out, teacher, name)

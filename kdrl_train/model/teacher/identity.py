@@ -22,6 +22,7 @@ SAME_NATS = 0.05
 """Largest mean difference of log-probabilities that may be rounding alone, that of bfloat16."""
 MOVED_NATS = 1e-3
 """The same of a model under another name: a neighbouring checkpoint differs by more."""
+RESTORE = "restore it, or delete it if you are sure that the run has the teacher that it had"
 FILE = teacher_file()
 """That of the default teacher."""
 
@@ -69,7 +70,7 @@ def check_same_teacher(folder: Path, now: TeacherInfo, name: str = DEFAULT_TEACH
         stored = json.loads(path.read_text(encoding="utf-8"))
         before = TeacherInfo(**stored)
     except (ValueError, TypeError) as error:
-        raise TeacherError(f"{path} must describe a teacher, got {error}: restore it") from error
+        raise TeacherError(f"{path} must describe a teacher, got {error}: {RESTORE}") from error
     hashed = before.weights is not None and now.weights is not None
     apart = None if hashed else _apart(before, now)
     copied = before.files is not None and before.files == now.files

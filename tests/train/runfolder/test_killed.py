@@ -297,7 +297,6 @@ def test_a_folder_that_cannot_be_written_is_named(config: Config) -> None:
     folder = settings.out / "checkpoints"
     more = replace(settings, steps=2, resume=True)
     kept = folder.rename(folder.with_name("kept"))
-
     folder.write_text("in the way")
     with pytest.raises(OSError, match=r"step 1 must be written to .*checkpoints, got FileExists"):
         run(replace(more, steps=1))
@@ -354,6 +353,10 @@ def test_a_kill_between_pointer_and_rename_does_no_harm(config: Config) -> None:
     settings = config(steps=1)
     run(settings)
     (settings.out / "checkpoints" / ".tmp_LATEST").write_text("step_000002\n")
+    (settings.out / "checkpoints" / ".tmp_step_000000_old").mkdir()  # a kill while it was deleted
+    run(replace(settings, resume=True))  # the run is done, so nothing is saved
+    names = {path.name for path in (settings.out / "checkpoints").iterdir()}
+    assert names == {"LATEST", "step_000001"}
     records = run(replace(settings, steps=2, resume=True))
     assert [record["step"] for record in records] == [0, 1]
     names = {path.name for path in (settings.out / "checkpoints").iterdir()}

@@ -39,6 +39,7 @@ def loaded(tokenizer: Any, ends: list[int], **added: int) -> Any:
     return SimpleNamespace(policy=SimpleNamespace(model=model), tokenizer=tokens)
 
 
+@pytest.mark.fault("another policy")
 def test_another_policy_of_the_same_shape_is_refused(
     config: Config, policy: Path, tokenizer: Any
 ) -> None:
