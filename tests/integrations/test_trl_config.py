@@ -13,6 +13,7 @@ from trl import GRPOConfig, TrlParser
 import kdrl_kernels as kk
 from kdrl_kernels.integrations import trl
 from kdrl_kernels.integrations.trl import KdrlConfig
+from kdrl_kernels.integrations.trl import config as module
 from kdrl_train.method.config import MethodConfig, ScheduleConfig
 
 pytestmark = pytest.mark.filterwarnings(
@@ -172,3 +173,28 @@ def test_the_guide_lists_every_option_with_its_default() -> None:
     table = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", section, flags=re.MULTILINE))
     defaults = {one.name: one.default for one in fields(KdrlConfig) if one.name in NEW}
     assert {name: ast.literal_eval(value) for name, value in table.items()} == defaults
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"kd": "k2"}, None),
+        ({"kd": "k2", "temperature": 0.7}, None),
+        ({"kd": "k2", "top_p": 0.9, "min_p": 0.1}, "top_p=0.9 and min_p=0.1"),
+        ({"kd": "k3", "top_k": 20}, "top_k=20"),
+        ({"kd": "k3_ratio", "repetition_penalty": 1.1}, "repetition_penalty=1.1"),
+        ({"kd": "k2", "generation_kwargs": {"temperature": 0.5}}, "temperature=0.5"),
+        ({"kd": "rkl", "top_p": 0.9}, None),
+    ],
+    ids=str,
+)
+def test_a_sampler_of_another_distribution_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], named: str | None
+) -> None:
+    """A sampled kind has the gradient of a KL where tokens come from the loss's distribution."""
+    warnings: list[str] = []
+    monkeypatch.setattr(
+        module.logger, "warning", lambda text, *values: warnings.append(text % values)
+    )
+    module.check_sampler(config(tmp_path, **options))
+    assert [f"got {named}:" in text for text in warnings] == [True] * (named is not None)

@@ -18,6 +18,7 @@ from kdrl_kernels.integrations.trl import (
     KdrlDistillationConfig,
     KdrlDistillationTrainer,
     KdrlTrainer,
+    config,
 )
 from kdrl_kernels.integrations.trl.distillation import _check_states
 from tests.integrations.full_logits import BETA, FullLogitsTrainer
@@ -110,3 +111,19 @@ def test_what_distillation_would_leave_out_is_refused(tmp_path: Path) -> None:
             )
         assert "\n" not in str(error.value)
     _check_states(small_model(1), "model")
+
+
+def test_both_trainers_look_at_the_sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[Any] = []
+    monkeypatch.setattr(config.logger, "warning", lambda *values: warnings.append(values[2]))
+    options = {"kd": "k2", "top_p": 0.9}
+    args = arguments(KdrlConfig, tmp_path, **options)
+    trainer_of(KdrlTrainer, args, teacher_model=small_model(2))
+    KdrlDistillationTrainer(
+        small_model(1),
+        small_model(2),
+        arguments(KdrlDistillationConfig, tmp_path, **options),
+        train_dataset=prompts(),
+        processing_class=tokenizer(),
+    )
+    assert warnings == ["top_p=0.9"] * 2

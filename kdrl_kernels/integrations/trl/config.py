@@ -5,18 +5,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar, get_args
 
+from transformers.utils import logging
 from trl import GRPOConfig
 from trl.trainer.utils import get_config_model_id
 
 import kdrl_kernels as kk
+from kdrl_kernels.integrations.logprob_losses import SampledKind
 from kdrl_kernels.objective import Kd, Policy, TopkKd
 from kdrl_kernels.plain import check_flag, check_number
 from kdrl_train.method.config import MethodConfig, ScheduleConfig
 
 Arguments = TypeVar("Arguments")
+logger = logging.get_logger(__name__)
 
 TEACHER_APIS = ("kdrl", "openai")
 HEAD_BACKWARDS = ("exact", "sketch")
+
+WHOLE = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+"""Settings of the sampler with which it draws from the whole distribution."""
 
 READERS: dict[str, tuple[str, ...]] = {
     "k3_bound": ("k3", "k3_ratio"),
@@ -32,6 +38,28 @@ KD_REWARD_REFUSED = (
     "kd must not be 'reward': TRL computes advantages from the rewards before the teacher is read; "
     "use kd='k2', whose gradient is that of the reverse KL"
 )
+
+
+def check_sampler(args: Any) -> None:
+    """Warn where a kind that reads the sampled tokens gets them from another distribution.
+
+    Its expected gradient is that of a KL for tokens that are drawn by the log-probabilities of the
+    loss: at TRL's temperature, from the whole vocabulary. An exact kind is its own at any token.
+
+    args: KdrlConfig or KdrlDistillationConfig.
+    """
+    if args.kd not in get_args(SampledKind):
+        return
+    loss = WHOLE | {"temperature": args.temperature}
+    sampler = {name: getattr(args, name) for name in loss} | (args.generation_kwargs or {})
+    others = [f"{n}={sampler[n]}" for n, value in loss.items() if (sampler[n] or 0) != value]
+    if others:
+        logger.warning(
+            "the sampler should draw from the distribution of the loss with kd=%r, got %s: the "
+            "expected gradient is then not that of the KL; leave it out, or take an exact kind",
+            args.kd,
+            " and ".join(others),
+        )
 
 
 def _help(text: str) -> dict[str, str]:

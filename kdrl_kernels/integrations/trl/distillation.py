@@ -18,6 +18,7 @@ from kdrl_kernels.integrations.trl.config import (
     READERS,
     KdrlConfig,
     arguments_of,
+    check_sampler,
 )
 from kdrl_kernels.integrations.trl.head import bare, model_head
 from kdrl_kernels.integrations.trl.head_loss import HeadTerms, one_pass, places_of
@@ -173,6 +174,7 @@ class KdrlDistillationTrainer(DistillationTrainer):
         tokens = tokenizer_of(name, args) if name else None
         if tokens is not None:
             check_tokens(tokens, self._tokenizer)
+        check_sampler(args)
         self._objective = args.objective()
         self._head_metrics: dict[str, Tensor] = {}
 

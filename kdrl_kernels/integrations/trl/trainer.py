@@ -23,7 +23,7 @@ from kdrl_kernels.integrations.trl.coefficients import (
     token_weights_of_kd,
     total_rewards,
 )
-from kdrl_kernels.integrations.trl.config import KdrlConfig, arguments_of
+from kdrl_kernels.integrations.trl.config import KdrlConfig, arguments_of, check_sampler
 from kdrl_kernels.integrations.trl.fused import FusedHead
 from kdrl_kernels.integrations.trl.head import ModelHead, bare, head_adapters, model_head
 from kdrl_kernels.integrations.trl.head_loss import HeadTerms
@@ -100,6 +100,7 @@ class KdrlTrainer(GRPOTrainer):
     ) -> None:
         args = arguments_of(args, KdrlConfig, model, "KDRL")
         check_teacher_model(teacher_model, args, model)
+        check_sampler(args)
         with head_adapters():
             super().__init__(model, reward_funcs, args, *positional, **options)
         self._check_head()
