@@ -51,12 +51,16 @@ class Buffers:
         gemm.project(hidden, head.weight[: self.vocab_size], logits)
         if head.bias is not None:
             logits += head.bias[: self.vocab_size]
-        temperature = head.temperature
-        if isinstance(temperature, Tensor):
-            temperature = take(temperature, rows)
         masses = self.masses[stream]
-        masses = None if masses is None else masses[: len(hidden)]
-        return Stream(logits, temperature, head.softcap, masses=masses)
+        return stream_of(head, rows, logits, None if masses is None else masses[: len(hidden)])
+
+
+def stream_of(head: Head, rows: RowSet, logits: Tensor, masses: Tensor | None = None) -> Stream:
+    """Put beside the logits of some rows what turns them into z."""
+    temperature = head.temperature
+    if isinstance(temperature, Tensor):
+        temperature = take(temperature, rows)
+    return Stream(logits, temperature, head.softcap, masses=masses)
 
 
 def gradient_view(logits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdrl_kernels.buffers import Buffers, gradient_view
-from kdrl_kernels.call import LogprobCall, take
+from kdrl_kernels.buffers import Buffers, gradient_view, stream_of
+from kdrl_kernels.call import LogprobCall
 from kdrl_kernels.checks import bad_ids, bad_tokens, check_head_values, poison
 from kdrl_kernels.chunks import accumulator, balanced, chunks_of, held_rows, padded
 from kdrl_kernels.gradients import Gradients, writes_at_once
 from kdrl_kernels.head import Head, in_one_dtype
 from kdrl_kernels.rows.best_columns import best_columns
 from kdrl_kernels.rows.ids import IdStats
-from kdrl_kernels.rows.streams import Stats, Stream
+from kdrl_kernels.rows.streams import Stats
 from kdrl_kernels.token_rows import Coefficients
 from kdrl_kernels.truncation import truncate_
 from kdrl_kernels.vocab_shard import VocabShard
@@ -194,10 +194,7 @@ def gradients(
         stats = Stats(*numbers, at_ids=at_ids)
         buffer = buffers.streams[0][: rows.stop - rows.start]
         if rows.stop <= len(scores.cache):
-            temperature = head.temperature
-            if isinstance(temperature, Tensor):
-                temperature = take(temperature, rows)
-            stream = Stream(scores.cache[rows, :V], temperature, head.softcap)
+            stream = stream_of(head, rows, scores.cache[rows, :V])
         else:
             stream = buffers.project(head, rows)
             truncate_(stream.logits, tokens[rows], stream.temperature, call.truncation)
