@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdrl_train.errors import EngineError
-from kdrl_train.model import kept
+from kdrl_train.model import kept, rotary
 
 COMPARED = 256
 """Tokens of a completion that are compared, the first ones."""
@@ -39,14 +39,19 @@ class Agreement:
     ) -> None:
         """Compare two completions of a batch, those of the shortest and of the longest prompt.
 
+        Where rotary factors change at some length, a token before it is sampled with other factors
+        than a pass over a longer sequence has: only the tokens up to that length are compared.
+
         Args:
             prompts, completions: B token ids each, at least one token each.
             logprobs: B times what the sampler recorded for the tokens of a completion, in nats.
         Raises: EngineError where the mean over all tokens compared so far is larger than allowed.
         """
         lengths = [len(prompt) for prompt in prompts]
+        same = rotary.longest(self.model.config.get_text_config())
         for b in sorted({lengths.index(min(lengths)), lengths.index(max(lengths))}):
-            ids = completions[b][:COMPARED]
+            count = COMPARED if same is None else min(COMPARED, max(1, same + 1 - lengths[b]))
+            ids = completions[b][:count]
             alone = self.alone(prompts[b], ids)
             self.total += (alone - logprobs[b][: len(ids)]).abs().sum().item()
             self.tokens += len(ids)

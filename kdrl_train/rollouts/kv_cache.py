@@ -4,6 +4,7 @@ transformers' own layer joins all its keys and values with those of each new tok
 them: of T tokens it moves T² / 2, on a GPU more than attention reads.
 """
 
+from inspect import signature
 from typing import Any
 
 from torch import Tensor
@@ -52,8 +53,11 @@ class RoomyLayer(DynamicLayer):
 def roomy_cache(model: Any) -> DynamicCache | None:
     """Return an empty cache for a causal LM, or None where `generate` makes one of another kind.
 
-    Layers with a sliding window keep transformers' own, which copies a window at most.
+    Layers with a sliding window keep transformers' own, which copies a window at most. The
+    first GPT takes no cache.
     """
+    if "past_key_values" not in signature(model.forward).parameters:
+        return None
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     kinds = {type(layer) for layer in cache.layers}
     ours = {DynamicLayer}

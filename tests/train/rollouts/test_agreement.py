@@ -23,7 +23,7 @@ def model(tiny: Callable[..., Any]) -> Any:
     return tiny("llama", initializer_range=0.1)
 
 
-def draw(model: Any, tokenizer: Any, agreement: Agreement | None, size: int = 4) -> Any:
+def draw(model: Any, tokenizer: Any, agreement: Agreement, size: int = 4) -> Any:
     sampling = SamplingConfig(group_size=2, max_new_tokens=12, batch_size=size, temperature=0.7)
     request = SampleRequest(prompts=PROMPTS, sampling=sampling, seed=0, step=0)
     return generate_rollouts(
@@ -81,9 +81,11 @@ def test_state_of_an_earlier_call_is_noticed(model: Any, tokenizer: Any) -> None
 
 def test_a_prompt_of_one_token_begins_anew(tokenizer: Any) -> None:
     """RecurrentGemma's layers keep the state of the completion before."""
-    model = make("recurrent_gemma")
-    rollouts = draw(model, tokenizer, None)
-    agreement = Agreement(model, 0.7, COLUMNS, 1e-3)
+    model = make("recurrent_gemma", num_hidden_layers=3)
+    sampling = SamplingConfig(group_size=2, max_new_tokens=4)
+    request = SampleRequest(prompts=[[5]], sampling=sampling, seed=0, step=0)
+    rollouts = generate_rollouts(model, tokenizer, request)
+    agreement = Agreement(model, 1.0, None, 1e-3)
     for r in (0, 1):
         expected = agreement.alone(rollouts.prompt_ids[r], rollouts.completion_ids[r])
         torch.testing.assert_close(rollouts.logprobs[r], expected, rtol=0, atol=1e-4)
@@ -102,3 +104,21 @@ def test_factors_of_a_longer_sequence_are_forgotten(tokenizer: Any) -> None:
         for one in (prompts[:1], prompts[1:], prompts[:1])
     )
     assert torch.equal(first.logprobs[0], again.logprobs[0])
+
+
+def test_factors_that_change_while_a_completion_grows_are_no_fault(tokenizer: Any) -> None:
+    """They are one where another prompt of the batch is longer."""
+    model = make("phi3", num_hidden_layers=2)  # whose factors change after 64 tokens
+    prompts = [list(range(20, 82)), list(range(20, 90))]
+
+    def compared(prompts: list[list[int]]) -> int:
+        agreement = Agreement(model, 1.0, None, 1e-4)
+        sampling = SamplingConfig(group_size=1, max_new_tokens=8)
+        request = SampleRequest(prompts=prompts, sampling=sampling, seed=0, step=0)
+        generate_rollouts(model, tokenizer, request, agreement=agreement)
+        return agreement.tokens
+
+    assert compared(prompts[:1]) == 3
+    assert compared(prompts[1:]) == 1
+    with pytest.raises(EngineError, match="lets the prompts of a batch"):
+        compared(prompts)

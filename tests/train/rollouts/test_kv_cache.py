@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MambaConfig, MistralConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    MambaConfig,
+    MistralConfig,
+    OpenAIGPTConfig,
+    Qwen2Config,
+)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kdrl_train.config import SamplingConfig
@@ -22,7 +28,11 @@ def states(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def stand_in(config: Any, *, default: bool = True) -> Any:
     """Make what roomy_cache reads of a model."""
-    return SimpleNamespace(config=config, _supports_default_dynamic_cache=lambda: default)
+    return SimpleNamespace(
+        config=config,
+        forward=lambda past_key_values: past_key_values,
+        _supports_default_dynamic_cache=lambda: default,
+    )
 
 
 def test_a_layer_holds_what_transformers_holds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,6 +77,8 @@ def test_only_caches_of_keys_and_values_are_replaced() -> None:
     assert roomy_cache(stand_in(MistralConfig(**sizes, sliding_window=4))) is None
     assert roomy_cache(stand_in(MambaConfig(hidden_size=8, num_hidden_layers=2))) is None
     assert roomy_cache(stand_in(Qwen2Config(**sizes), default=False)) is None
+    first = OpenAIGPTConfig(vocab_size=9, n_embd=8, n_head=2, n_layer=1)
+    assert roomy_cache(AutoModelForCausalLM.from_config(first)) is None  # it takes none
 
 
 def test_completions_are_those_of_transformers_cache(

@@ -298,8 +298,6 @@ def test_prompts_that_change_each_other_stop_a_measurement(
     with pytest.raises(EngineError, match=r"set sampling\.batch_size to 1$"):
         evaluate_sets(config)
     assert evaluate_sets(replace(config, max_sampler_mismatch=50.0))["data"].problems == 4
-    alone = replace(config, sampling=replace(SAMPLING, batch_size=1))
-    assert evaluate_sets(alone)["data"].problems == 4
 
 
 def test_prompts_and_completions_must_fit_the_window(folders: dict[str, Path]) -> None:
