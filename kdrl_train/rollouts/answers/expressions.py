@@ -111,16 +111,18 @@ class _Parser:
 
     def product(self) -> Node:
         node, divided = self.power(), False
+        last = node
         while True:
             if self.at("*", "/"):
                 sign = self.take().text
                 factor = self.signed_factor()
                 node = Node("mul" if sign == "*" else "div", (node, factor))
                 divided = sign == "/"
-            elif self.starts_factor():
+            elif self.starts_factor() or (last.operation == "factorial" and self.at_factorial()):
                 if divided:
                     raise UnreadableError("a/bc may be (a/b)c or a/(bc)")
-                node = Node("mul", (node, self.power()))
+                last = self.power()
+                node = Node("mul", (node, last))
             else:
                 return node
 
@@ -338,6 +340,10 @@ class _Parser:
                 factors.append(self.power())
             node = Node(name, (_product(factors), *operands))
         return node if power is None else Node("pow", (node, power))
+
+    def at_factorial(self) -> bool:
+        """Say whether the factorial of a number follows, as the second one of 3!4!."""
+        return self.next.kind == "number" and self.peek(1).text == "!"
 
     def at_function(self) -> bool:
         return self.next.text.removeprefix("\\") in FUNCTIONS

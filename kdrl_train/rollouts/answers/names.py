@@ -28,6 +28,7 @@ _SQUARED = r"(?:\^\{?2\}?)?"
 _QUANTITY = re.compile(
     rf"(?:(?:{_POINT}){{2,}}|{_MARKED}){_SQUARED}"  # a length, an angle
     rf"|\[(?:\\triangle)?(?:{_POINT}){{3,}}\]"  # an area
+    rf"|(?:(?:{_POINT})+|[a-z])(?::(?:(?:{_POINT})+|[a-z]))+"  # a ratio
     rf"|\|(?:[zw]{_SUBSCRIPT}|(?:{_POINT})+|{_SET}|{_MARKED})\|"
     rf"|\\?(?:sin|cos|tan|cot|sec|csc){_SQUARED}[({{]?(?:{_MARKED}|(?:{_POINT})+|{_LETTER})[)}}]?",
     re.ASCII,

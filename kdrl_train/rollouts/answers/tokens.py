@@ -65,6 +65,13 @@ _SPELLINGS = (  # in this order
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
     (r"^([^{}]*)\\over(?![A-Za-z])([^{}]*)$", r"\\frac{\1}{\2}"),
+    (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
+    (r"^([^{}]*)\\choose(?![A-Za-z])([^{}]*)$", r"\\binom{\1}{\2}"),
+    (r"\\colon(?![A-Za-z])", ":"),
+    (
+        r"\\text\{\s*([a-z]+) and\s*\}",
+        r"\\text{\1}\\text{and}",
+    ),  # 2\text{ feet and }3\text{ inches}
     (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
     (r"\\text(?:bf|it|rm|tt|sc|sf|up|md|normal)\s*\{", r"\\text{"),  # \textsuperscript is a power
     (r"\\(?:mathrm|mathbf|mathit|mathsf|mbox|operatorname|text)\s*\{", r"\\text{"),
