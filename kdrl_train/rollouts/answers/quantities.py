@@ -43,6 +43,21 @@ def read_number(tokens: Sequence[AnswerToken]) -> Value:
     return Value("number", tag, node, unit)
 
 
+def add_up(parts: Sequence[Value]) -> Value | None:
+    """Return the sum of 2 hours and 30 minutes; None where each unit is not a smaller one."""
+    total, (first, *others) = parts[0].node, [part.unit for part in parts]
+    if first is None or total is None:
+        return None
+    for part, unit, larger in zip(parts[1:], others, [first, *others], strict=False):
+        if not (unit and larger and part.node and unit.dimensions == first.dimensions):
+            return None
+        if unit.factor >= larger.factor:
+            return None
+        share = Node("number", number=unit.factor / first.factor)
+        total = Node("add", (total, Node("mul", (part.node, share))))
+    return Value("number", node=total, unit=first)
+
+
 def _without_unit(
     tokens: list[AnswerToken], currency: str
 ) -> tuple[list[AnswerToken], Unit | None, int]:

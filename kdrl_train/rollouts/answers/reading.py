@@ -21,7 +21,7 @@ from kdrl_train.rollouts.answers.comparing import (
 from kdrl_train.rollouts.answers.expressions import FUNCTIONS, SHORT_WORDS, parse
 from kdrl_train.rollouts.answers.names import is_of_unknowns, quantity, variable
 from kdrl_train.rollouts.answers.numerals import based_number, with_digits
-from kdrl_train.rollouts.answers.quantities import read_number
+from kdrl_train.rollouts.answers.quantities import add_up, read_number
 from kdrl_train.rollouts.answers.statement import MAX_ANSWER_CHARS
 from kdrl_train.rollouts.answers.tokens import AnswerToken, UnreadableError, cut, plain_spelling
 from kdrl_train.rollouts.answers.units import read_unit
@@ -172,9 +172,9 @@ def _listing(tokens: Sequence[AnswerToken]) -> Value:
     items = [_element(part) for part in parts]
     first = items[0]
     joints = {token.text.strip() for token, is_outside in _with_depth(tokens) if is_outside}
-    is_choice = "or" in joints and not joints & {",", ";", "and"}
-    if is_choice and all(item.kind == "number" and equal_values(item, first) for item in items):
-        return first  # 1/2 or 0.5
+    one = _one_value(items, joints & {",", ";", "and", "or"})
+    if one:
+        return one
     if any(item.kind == "text" for item in items) and any(item.kind != "text" for item in items):
         raise UnreadableError("words and numbers must not be mixed in a list")
     if first.kind == "named" and all(item.kind == "number" for item in items[1:]):  # x = 1, 2
@@ -188,6 +188,14 @@ def _listing(tokens: Sequence[AnswerToken]) -> Value:
         either = Value("union", items=tuple(inner)) if intervals else make_set(inner)
         return Value("named", first.tag, items=(either,))
     return make_set(items)
+
+
+def _one_value(items: Sequence[Value], joints: set[str]) -> Value | None:
+    """Return the value of "1/2 or 0.5" and of "2 hours and 30 minutes"; None for a list."""
+    numbers = all(item.kind == "number" for item in items)
+    if joints == {"or"} and numbers and all(equal_values(item, items[0]) for item in items):
+        return items[0]
+    return add_up(items) if joints == {"and"} and numbers else None
 
 
 def _element(tokens: Sequence[AnswerToken]) -> Value:
