@@ -23,6 +23,13 @@ PARTS |= {"happened", "tinted", "bins"}
 """Retired between underscores too, as in rollout_lag."""
 
 
+NAME_OF = {ast.Name: "id", ast.Attribute: "attr", ast.alias: "asname"}
+NAME_OF |= dict.fromkeys((ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef), "name")
+NAME_OF |= dict.fromkeys((ast.ExceptHandler, ast.MatchAs, ast.MatchStar), "name")
+NAME_OF |= dict.fromkeys((ast.arg, ast.keyword), "arg")
+"""Kind of a node that defines a name -> its attribute that holds it."""
+
+
 @dataclass(frozen=True, order=True)
 class Place:
     """One definition."""
@@ -45,18 +52,10 @@ def retired(name: str) -> list[str]:
 def definitions(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Line and name of every variable, argument, attribute, function, class and keyword."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            yield node.lineno, node.name
-        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-            yield node.lineno, node.id
-        elif isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
-            yield node.lineno, node.attr
-        elif isinstance(node, ast.arg | ast.keyword) and node.arg:
-            yield node.lineno, node.arg
-        elif isinstance(node, ast.alias) and node.asname:
-            yield node.lineno, node.asname
-        elif isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar) and node.name:
-            yield node.lineno, node.name
+        field = NAME_OF.get(type(node))
+        name = getattr(node, field) if field else None
+        if name and not isinstance(getattr(node, "ctx", None), ast.Load):
+            yield node.lineno, name
 
 
 def places_in(file: str, source: str) -> list[Place]:
