@@ -8,7 +8,6 @@ import ast
 import graphlib
 import sys
 from collections.abc import Iterator, Mapping
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -66,18 +65,14 @@ def sources_of(package: str) -> Sources:
     }
 
 
-@cache  # several tests read the same modules
-def parsed(source: str) -> ast.Module:
-    """Parse a source once."""
-    return ast.parse(source)
-
-
 def imports_of(sources: Sources) -> list[Import]:
     """List every import of every module, wherever it stands in the module."""
     return [
         (module, line, _resolve(name, sources))
         for module, source in sources.items()
-        for line, name in _names(module, parsed(source), {name.split(".")[0] for name in sources})
+        for line, name in _names(
+            module, ast.parse(source), {name.split(".")[0] for name in sources}
+        )
     ]
 
 
