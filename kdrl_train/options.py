@@ -2,7 +2,8 @@
 
 import re
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from operator import attrgetter
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -33,6 +34,8 @@ MAPPING: Any = Annotated[
     ),
 ]
 """An option whose value is a mapping in YAML; it takes the place of the whole mapping."""
+BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")
+"""What people write behind a switch, in small letters."""
 
 
 def read_options(
@@ -61,22 +64,33 @@ def read_options(
         )
     except SystemExit as end:
         if end.code:
-            sys.stderr.writelines(_meant(argv, keys_of(kind)))
+            sys.stderr.writelines(_meant(argv, default))
         if end.code and short:
             sys.stderr.write(f"{program} --help-all explains all options.\n")
         raise
     return values
 
 
-def _meant(argv: Sequence[str], keys: Collection[str]) -> Iterator[str]:
-    """Write a line for each option that there is not, if another section or TRL or verl have it."""
-    for word in argv:
+def _meant(argv: Sequence[str], default: Any) -> Iterator[str]:
+    """Write a line for each option that is another's name, a switch with a value, or a section."""
+    keys = keys_of(type(default))
+    for word, following in pairwise([*argv, ""]):
         option = word.partition("=")[0]
         key = option.removeprefix("--").replace("-", "_")
-        if re.fullmatch(r"--[\w.-]+", option) and key not in keys:
+        if not re.fullmatch(r"--[\w.-]+", option):
+            continue
+        if key not in keys:
             meant = key_of(key.rpartition(".")[2], keys)
-            if meant:
-                yield f"{option}: did you mean --{meant.replace('_', '-')}?\n"
+        else:
+            section, _, name = key.rpartition(".")
+            owner = type(attrgetter(section)(default) if section else default)
+            kind = owner.__pydantic_fields__[name].annotation
+            if kind is bool and (option != word or following.lower() in BOOLEANS):
+                off = f"--{section}{'.' if section else ''}no-{name}".replace("_", "-")
+                yield f"{option} takes no value: write {option} for true, {off} for false\n"
+            meant = f"{key}.initial" if f"{key}.initial" in keys else None
+        if meant:
+            yield f"{option}: did you mean --{meant.replace('_', '-')}?\n"
 
 
 def _registry(root: Any, extra: Sequence[StructFieldSpec]) -> ConstructorRegistry:

@@ -7,6 +7,7 @@ import json
 import re
 import struct
 import zipfile
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from transformers import (
 )
 
 from kdrl_train.hub import DEADLINE_S, unreachable
-from kdrl_train.settings import nearest
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -145,11 +145,13 @@ def place_problem(name: str) -> str:
     if path.exists():
         return "it is a file: name the folder that it is in"
     parent = path.parent
-    folders = [str(path) for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+    folders = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+    close = get_close_matches(path.name, folders, n=1)  # whole paths are always alike
+    hint = f" (did you mean {parent / close[0]}?)" if close else ""
     if _is_hub_id(name) and not ("/" in name and parent.is_dir()):
         problem = _hub_problem(name)
-        return problem and problem + nearest(name, folders)
-    return f"there is no such folder{nearest(name, folders)}"
+        return problem and problem + hint
+    return f"there is no such folder{hint}"
 
 
 def _run_problem(path: Path) -> str:

@@ -64,6 +64,28 @@ def test_an_option_is_refused_with_ours(capsys: pytest.CaptureFixture[str]) -> N
     assert error.count("did you mean") == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            "--model.liger yes",
+            "--model.liger takes no value: write --model.liger for true, --model.no-liger for ",
+        ),
+        ("--save-async=True", "write --save-async for true, --no-save-async for false\n"),
+        ("--method.kd-coef 1e-3", "--method.kd-coef: did you mean --method.kd-coef.initial?\n"),
+        ("--model.liger x --resume True", ""),
+    ],
+)
+def test_a_switch_with_a_value_and_a_section_are_explained(
+    words: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", *words.split()])
+    error = capsys.readouterr().err
+    assert line in error
+    assert line or "takes no value" not in error
+
+
 def test_the_table_of_the_readme_has_these_names() -> None:
     text = Path(kdrl_train.__file__).with_name("README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\|(.*?)\|(.*?)\|(.*?)\|$", text.split("Coming from TRL")[1], re.M)[2:]

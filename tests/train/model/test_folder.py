@@ -171,6 +171,7 @@ def test_a_mistyped_name_waits_for_no_hub(
     for name in ("/no/such", "./mdoel", "absent/", "a/b/c", "runs/frist", "a b", "~/x"):
         assert message(name).startswith("there is no such folder")
     assert message(str(tmp_path / "mdoel")).endswith(f"(did you mean {tmp_path / 'model'}?)")
+    assert message(str(tmp_path / "other")) == "there is no such folder"
     assert message("model/config.json") == "it is a file: name the folder that it is in"
     assert tries == []
     for name, hint in (("mdoel", " (did you mean model?)"), ("org/mdoel", "")):
