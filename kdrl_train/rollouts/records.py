@@ -52,9 +52,10 @@ def data_records(config: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     elif _HUB_ID.fullmatch(config.path) and path.suffix not in SUFFIXES:
         yield from _hub_records(config)
     else:
+        got = f"{config.path!r} (looked in {Path.cwd()}): correct data.path"
         raise FileNotFoundError(
             f"data.path must be an existing {KINDS} file, a folder of them, or a hub id, "
-            f"got {config.path!r} (looked in {Path.cwd()}): correct data.path"
+            f"got {got if config.path else 'nothing: set data.path'}"
         )
 
 
@@ -222,8 +223,11 @@ def _jsonl_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 record = json.loads(line, object_pairs_hook=_object)
             except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, deep brackets
+                said = str(error)
+                if isinstance(error, json.JSONDecodeError):  # its "line 1" is this one
+                    said = f"{error.msg} at column {error.colno}"
                 raise ValueError(
-                    f"{place} in {path.parent} must be one JSON object in UTF-8, got {error}: "
+                    f"{place} in {path.parent} must be one JSON object in UTF-8, got {said}: "
                     "correct the line"
                 ) from error
             yield place, _require_record(path, place, record)

@@ -182,12 +182,26 @@ def test_a_bad_record_is_named(tmp_path: Path, record: Any, message: str) -> Non
         load_examples(DataConfig(path=str(path)))
 
 
-@pytest.mark.parametrize("line", [b'{"question": 1', b'{"question": "\xff"}'])
-def test_a_broken_line_is_named(tmp_path: Path, line: bytes) -> None:
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b'{"question": 1', "Expecting ',' delimiter at column 15: correct the line"),
+        (b'{"question": "\xff"}', "'utf-8' codec can't decode byte"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path: Path, line: bytes, said: str) -> None:
     path = tmp_path / "set.jsonl"
     path.write_bytes(json.dumps(RECORDS[0]).encode() + b"\n" + line)
-    with pytest.raises(ValueError, match=r"set\.jsonl:2 in .* must be one JSON object in UTF-8"):
+    message = rf"set\.jsonl:2 in .* must be one JSON object in UTF-8, got {said}"
+    with pytest.raises(ValueError, match=message):
         load_examples(DataConfig(path=str(path)))
+
+
+def test_no_path_is_refused() -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"^data\.path must .* got nothing: set data\.path$"
+    ):
+        load_examples(DataConfig())
 
 
 @pytest.mark.parametrize("name", ["set.jsonl", "set.parquet"])
@@ -209,7 +223,7 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
         load_examples(DataConfig(path=str(tmp_path)))
 
 
-@pytest.mark.parametrize("path", ["missing.jsonl", "/no/such/folder", "a/b/c", ""])
+@pytest.mark.parametrize("path", ["missing.jsonl", "/no/such/folder", "a/b/c"])
 def test_a_missing_file_is_named(path: str) -> None:
     expected = rf"data\.path must be an existing .* got '{path}' \(looked in .*correct data\.path"
     with pytest.raises(FileNotFoundError, match=expected):
