@@ -14,6 +14,7 @@ from transformers import (
     LlamaConfig,
     PhiConfig,
     Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
@@ -84,6 +85,24 @@ def test_a_patched_model_has_the_numbers_of_full_logits(family: str) -> None:
     out = model(**inputs, temperature=0.7, return_dict=True, use_cache=False)
     ours = scores_and_gradients(model, (out.log_probs, out.entropy))
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+class Doubled(Qwen2ForCausalLM):
+    """Doubles its logits, and its configuration says nothing of it."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = 2 * output.logits
+        return output
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_model_that_does_more_to_its_logits_is_refused(device: str) -> None:
+    """On the meta device too, where verl makes the models of all ranks but the first."""
+    with torch.device(device):
+        model = Doubled(Qwen2Config(**SIZES))
+    with pytest.raises(ValueError, match=r"^model must compute .*, got Doubled, whose own"):
+        patch(model, "kdrl")
 
 
 def test_packed_sequences_have_the_numbers_of_sequences_alone() -> None:
