@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
 import kdrl_kernels
 from tests.train.ranks import on_processes
@@ -189,6 +189,48 @@ def test_autocast_differs_by_its_rounding_alone(tmp_path: Path) -> None:
         trainer.train()
     torch.testing.assert_close(figures(ours), figures(theirs), rtol=2**-7, atol=0)
     assert ours.model.lm_head.weight.dtype == torch.float32
+
+
+HEADS: dict[str, tuple[str, dict[str, Any]]] = {
+    "soft cap": ("gemma2", {"final_logit_softcapping": 2.0, "head_dim": 8}),
+    "scale": ("granite", {"logits_scaling": 4.0}),
+    "bias": ("phi", {}),
+    "adapter": ("llama", {}),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_every_head_counts(name: str) -> None:
+    """A model's own loss, and one of a teacher of the same kind by full logits."""
+    family, values = HEADS[name]
+    values |= {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 32, "pad_token_id": 0}
+    values |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    values |= {"initializer_range": 0.3}
+    models = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        config = AutoConfig.for_model(family, **values)
+        models.append(AutoModelForCausalLM.from_config(config).eval())
+    if name == "adapter":
+        lora = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+        for model in models[:2]:
+            torch.manual_seed(0)
+            peft.inject_adapter_in_model(lora, model)
+    ours, theirs, teacher = models
+    rows = {key: torch.stack([row[key] for row in dataset(3)]) for key in dataset(1)[0]}
+    labels = rows["labels"][:, 1:]
+    logp, logq = (
+        model(**rows).logits[:, :-1][labels != -100].log_softmax(-1) for model in (theirs, teacher)
+    )
+    kl = (logq.exp() * (logq - logp)).sum(-1)
+    expected = kl.mean() / 2 - logp.gather(1, labels[labels != -100][:, None]).mean() / 2
+    loss = lean()(ours, teacher=teacher)(**rows).loss
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    (loss + expected).backward()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, **CLOSE)
 
 
 def test_generation_is_unchanged() -> None:
