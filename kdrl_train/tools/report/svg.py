@@ -157,12 +157,17 @@ class Axis:
         return (log_ticks if self.log else ticks)(self.low, self.high)
 
     def label(self, value: float) -> str:
-        """Writes a tick in no more digits than it needs."""
+        """Writes a tick in no more digits than tell it from the next one."""
         if value == 0:
             return "0"
+        digits, marks = 6, self.ticks
+        if not self.log and len(marks) > 1:
+            last = math.floor(math.log10(marks[1] - marks[0]) + 1e-6)
+            digits = max(digits, math.floor(math.log10(abs(value)) + 1e-6) - last + 1)
         if not 1e-3 <= abs(value) < 1e6:
-            return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
-        return f"{value:,.10g}" if abs(value) >= 1000 else f"{value:.6g}"
+            mantissa, power = f"{value:.{digits - 1}e}".split("e")
+            return f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}"
+        return f"{value:,.10g}" if abs(value) >= 1000 else f"{value:.{digits}g}"
 
 
 def marker(kind: str, x: float, y: float, color: str, size: float = 3.2) -> str:

@@ -66,6 +66,24 @@ def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None
     assert ticks(low, high, 6) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "labels"),
+    [
+        (1.7e-7, 2.45e-7, ["1.8e-7", "2e-7", "2.2e-7", "2.4e-7"]),
+        (4.9e-6, 2.1e-5, ["5e-6", "1e-5", "1.5e-5", "2e-5"]),
+        (-2e-4, 2e-4, ["-2e-4", "-1e-4", "0", "1e-4", "2e-4"]),
+        (1.2e6, 2.1e6, ["1.2e6", "1.4e6", "1.6e6", "1.8e6", "2e6"]),
+        (0.99999991, 1.00000001, ["0.99999992", "0.99999994", "0.99999996", "0.99999998", "1"]),
+        (9.5e11, 1.06e12, ["9.5e11", "1e12", "1.05e12"]),
+    ],
+)
+def test_labels_of_small_and_large_numbers_differ(
+    low: float, high: float, labels: list[str]
+) -> None:
+    axis = Axis(low, high, 0, 100)
+    assert [axis.label(tick) for tick in axis.ticks] == labels
+
+
 def test_ticks_of_a_logarithmic_axis() -> None:
     assert log_ticks(0.9, 60, 6) == [1, 2, 5, 10, 20, 50]
     assert log_ticks(0.9, 60, 4) == [1, 3, 10, 30]
