@@ -8,14 +8,15 @@ _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _NUMERAL = r"\d\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209c\u2150-\u218f"
 _TIMES = r"\\(?:times|cdot|div)(?![a-z])|[\u00d7\u00b7\u00f7\u22c5]"
 _GOES_ON_BEFORE = re.compile(
-    rf"(?:[{_NUMERAL}+/^\u2212\u2013\u221a-\u221c\u03c0-]|(?:{_TIMES}|\\pi)\s*"
+    rf"(?:[{_NUMERAL}+/^\u2212\u2013\u221a-\u221c\u03c0-]"
+    rf"|(?:{_TIMES}|\\(?:pi|pm|mp|over|choose)|\u00b1)\s*"
     r"|(?:\\(?:sqrt(?:\s*\[[^\]]*\])?|[dtc]?frac(?:\s*\{[^{}]*\})?|[dt]?binom)|\^)\s*\{?\s*"
     r"|_\s*\{\s*|[\w)}$]\s*\+\s+)\Z"
 )
 _GOES_ON_BEHIND = re.compile(
     rf"[{_NUMERAL}\u221a-\u221c\u03c0]|[a-z](?![a-z])|[/+=@&_-](?=[0-9\\(]|[a-z](?![a-z]))"
-    rf"|\s*\^(?!\s*\{{?\s*\\circ)|\s*\\(?:frac|pi|sqrt)(?![a-z])|\s*(?:{_TIMES})\s*[0-9(\\]"
-    r"|\s*\+\s*[\w(\\$]|\s*[*/]\s*[0-9]|\s+[-\u2212]\s+[0-9]"
+    rf"|\s*\^(?!\s*\{{?\s*\\circ)|\s*\\(?:frac|pi|sqrt|over|choose)(?![a-z])|\s*(?:{_TIMES})\s*[0-9(\\]"
+    r"|_\{|!\s*(?:\$|\\[)\]])|\s*\+\s*[\w(\\$]|\s*[*/]\s*[0-9]|\s+[-\u2212]\s+[0-9]"
     r"|\s*(?:\\text\{\s*)?(?:dozen|hundred|thousand|[mbtr]+illion)\b",
     re.IGNORECASE,
 )

@@ -138,6 +138,7 @@ PARTS += [
 ]
 PARTS += [r"\pi {}", "{}\N{GREEK SMALL LETTER PI}", "{}\N{MULTIPLICATION SIGN}3", r"{}\div 2"]
 PARTS += ["1 + {}", "{} + 1", "{} - 1", "{} * 2", r"{} \sqrt{{2}}"]
+PARTS += [r"\pm {}", "\N{PLUS-MINUS SIGN}{}", r"{} \over 2", r"1 \over {}", r"{}_{{2}}", "${}!$"]
 PARTS += ["\N{EN DASH}{}", "{}\N{ARABIC-INDIC DIGIT SIX}", r"2^{{{}}}"]
 
 
