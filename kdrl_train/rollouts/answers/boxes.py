@@ -11,12 +11,15 @@ _GOES_ON_BEFORE = re.compile(
     rf"(?:[{_NUMERAL}+/^\u2212\u2013\u221a-\u221c\u03c0-]"
     rf"|(?:{_TIMES}|\\(?:pi|pm|mp|over|choose)|\u00b1)\s*"
     r"|(?:\\(?:sqrt(?:\s*\[[^\]]*\])?|[dtc]?frac(?:\s*\{[^{}]*\})?|[dt]?binom)|\^)\s*\{?\s*"
-    r"|_\s*\{\s*|[\w)}$]\s*\+\s+)\Z"
+    r"|_\s*\{\s*|[\w)}$]\s*\+\s+|[=$][^\n=$]*[\d)}]\s+[-\u2212]\s+"
+    r"|\\(?:ln|log|exp|(?:arc)?(?:sin|cos|tan))(?:_\w|_\{\w+\})?\s*\(?"
+    r"|\b(?:[Nn]ot|[Hh]alf(?: of)?|[Tt]wice|[Tt]hrice)[\s$]+)\Z"
 )
 _GOES_ON_BEHIND = re.compile(
     rf"[{_NUMERAL}\u221a-\u221c\u03c0]|[a-z](?![a-z])|[/+=@&_-](?=[0-9\\(]|[a-z](?![a-z]))"
     rf"|\s*\^(?!\s*\{{?\s*\\circ)|\s*\\(?:frac|pi|sqrt|over|choose)(?![a-z])|\s*(?:{_TIMES})\s*[0-9(\\]"
     r"|_\{|!\s*(?:\$|\\[)\]])|\s*\+\s*[\w(\\$]|\s*[*/]\s*[0-9]|\s+[-\u2212]\s+[0-9]"
+    r"|\s*\\[lc]?dots|\s*(?:\\text\{\s*)?or (?:more|less|fewer|greater)\b"
     r"|\s*(?:\\text\{\s*)?(?:dozen|hundred|thousand|[mbtr]+illion)\b",
     re.IGNORECASE,
 )

@@ -139,6 +139,15 @@ PARTS += [
 PARTS += [r"\pi {}", "{}\N{GREEK SMALL LETTER PI}", "{}\N{MULTIPLICATION SIGN}3", r"{}\div 2"]
 PARTS += ["1 + {}", "{} + 1", "{} - 1", "{} * 2", r"{} \sqrt{{2}}"]
 PARTS += [r"\pm {}", "\N{PLUS-MINUS SIGN}{}", r"{} \over 2", r"1 \over {}", r"{}_{{2}}", "${}!$"]
+PARTS += [
+    "not ${}$",
+    "half of {}",
+    r"\ln {}",
+    r"\log_2({})",
+    "$x = 12 - {}$",
+    "{} or more",
+    r"{}\ldots",
+]
 PARTS += ["\N{EN DASH}{}", "{}\N{ARABIC-INDIC DIGIT SIX}", r"2^{{{}}}"]
 
 
@@ -150,7 +159,7 @@ def test_a_box_in_an_expression_is_no_answer(form: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "behind", ["", ".", r"^\circ", r"^{\circ}", r"\%", " cm", r"\text{ cm}", "\n2"]
+    "behind", ["", ".", "!", r"^\circ", r"^{\circ}", r"\%", " cm", r"\text{ cm}", "\n2"]
 )
 def test_a_box_is_read_alone_beside_words_and_units(behind: str) -> None:
     assert math_reward(rf"x = $\boxed{{5}}${behind}", "5") == 1.0
