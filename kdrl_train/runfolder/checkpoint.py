@@ -39,7 +39,7 @@ from kdrl_train.errors import RunError
 from kdrl_train.ranks import ALONE, World
 from kdrl_train.runfolder.adapters import check_adapters, has_adapters, of_trained
 from kdrl_train.runfolder.best import BestSoFar, resolved
-from kdrl_train.runfolder.durable import sync, write_through
+from kdrl_train.runfolder.durable import point_to, sync, write_through
 from kdrl_train.runfolder.hashes import HashingWriter, require_same, sealed, sha256_of, unsealed
 from kdrl_train.runfolder.untrusted import Planner, Reader
 from kdrl_train.runfolder.writable import remove
@@ -241,9 +241,7 @@ def publish(work: Path, state: RunState, hashes: dict[str, str]) -> None:
     sync(work, *log)  # after a power cut the records of the steps that are saved exist, too
     work.rename(final)
     sync(final.parent)
-    pointer = final.with_name(".tmp_LATEST")
-    write_through(pointer, final.name + "\n")
-    pointer.rename(final.with_name("LATEST"))
+    point_to(final)
     every = state.config.keep_every
     for old in checkpoints(final.parent)[: -state.config.keep_checkpoints]:
         step = int(old.name.removeprefix("step_"))

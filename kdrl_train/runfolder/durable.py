@@ -12,6 +12,13 @@ def write_through(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def point_to(checkpoint: Path) -> None:
+    """Write the name of the newest checkpoint into the file LATEST beside it."""
+    work = checkpoint.with_name(".tmp_LATEST")
+    write_through(work, checkpoint.name + "\n")
+    work.rename(checkpoint.with_name("LATEST"))
+
+
 def sync(folder: Path, *more: Path) -> None:
     """Flush every file of a folder, its directory entry, and more files to the disk."""
     if os.name == "nt":  # it flushes no directory; each file was flushed as it was written

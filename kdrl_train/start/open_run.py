@@ -30,6 +30,7 @@ from kdrl_train.rollouts.verifier import Verifier
 from kdrl_train.runfolder import checkpoint
 from kdrl_train.runfolder.async_saver import Saver
 from kdrl_train.runfolder.best import BestSoFar, measures
+from kdrl_train.runfolder.durable import point_to
 from kdrl_train.runfolder.lock import FILE as LOCK
 from kdrl_train.runfolder.lock import WAIT_S, RunLock
 from kdrl_train.runfolder.log import RunLog, read_postponed, read_records
@@ -238,7 +239,8 @@ def begin_folder(
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
     if newest is not None:
-        checkpoint.clean(newest.folder.parent)  # a run that is done saves, and cleans, no more
+        checkpoint.clean(newest.folder.parent)  # what a kill left: a run that is done saves no more
+        point_to(newest.folder)
     save_yaml(replace(config, resume=False, allow_changes=()), config.out / "config.yaml")
     for name, teacher in teachers.items():
         keep_teacher(config.out, teacher, name)

@@ -352,7 +352,7 @@ def test_bits_that_rot_are_found(config: Config) -> None:
 def test_a_kill_between_pointer_and_rename_does_no_harm(config: Config) -> None:
     settings = config(steps=1)
     run(settings)
-    (settings.out / "checkpoints" / ".tmp_LATEST").write_text("step_000002\n")
+    (settings.out / "checkpoints" / "LATEST").rename(settings.out / "checkpoints" / ".tmp_LATEST")
     (settings.out / "checkpoints" / ".tmp_step_000000_old").mkdir()  # a kill while it was deleted
     run(replace(settings, resume=True))  # the run is done, so nothing is saved
     names = {path.name for path in (settings.out / "checkpoints").iterdir()}
