@@ -1,9 +1,9 @@
 """Defines rewards: pure functions of a completion, its gold answer and more, without torch.
 
-The answer that a completion states is what its last closed `\\boxed{}` holds; without a box, what
-follows its last `####` or "answer is" (also "answer:", "answer ="). A last number alone is not an
-answer: in a completion that was cut off it is an intermediate result, and a reward for it would
-teach the policy to ramble.
+The answer that a completion states is what its last closed `\\boxed{}` holds, with the boxes that a
+comma, "and" or "or" joins to it; without a box, what follows its last `####` or "answer is" (also
+"answer:", "answer ="). A last number alone is not an answer: in a completion that was cut off it is
+an intermediate result, and a reward for it would teach the policy to ramble.
 """
 
 import inspect

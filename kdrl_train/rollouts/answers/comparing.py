@@ -1,5 +1,6 @@
 """Holds what an answer says, and decides which answers are equal."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -116,6 +117,8 @@ def _equal_across(a: Value, b: Value) -> bool:
     """
     if {a.kind, b.kind} == {"number", "text"}:
         return a.tag.casefold() == b.tag.casefold()
+    if a.kind == "number" and b.tag == "::":
+        return _equal_ratio(a, b)
     if {a.kind, b.kind} == {"union", "group"}:
         holes = [_holes(x) for x in (a, b)]
         return None not in holes and _match(*map(list, holes))  # type: ignore[arg-type]
@@ -126,6 +129,21 @@ def _equal_across(a: Value, b: Value) -> bool:
         if items and other.kind == "group" and other.tag in VECTORS:
             return _equal_parts(Value("group", other.tag, items=items), other)
     return False
+
+
+def _equal_ratio(stated: Value, gold: Value) -> bool:
+    """Say whether a fraction is the gold ratio: 3/2 is 3:2, and no time of day such as 10:30.
+
+    Where the gold answer is 1/4, 1:4 is not: it may be odds, or one part to another.
+    """
+    nodes = [item.node for item in gold.items if item.node]
+    parts = [values.exact(node) for node in nodes]
+    if len(nodes) != 2 or gold.unit or stated.unit or stated.node is None:
+        return False
+    first, second = (part if part and part.denominator == 1 else None for part in parts)
+    if not first or not second or math.gcd(int(first), int(second)) != 1:
+        return False
+    return values.equal(stated.node, Node("div", tuple(nodes)))
 
 
 def _holes(value: Value) -> tuple[Value, ...] | None:

@@ -217,3 +217,11 @@ def test_a_percentage_is_no_fraction() -> None:
         assert reward(r"0.25\%", gold) == 0.0
     assert reward("0.25", r"0.25\%") == 1.0  # the question may ask for percent
     assert reward(r"25\%", "25") == 1.0
+
+
+def test_a_fraction_is_the_gold_ratio() -> None:
+    assert reward(r"\frac{3}{2}", "3:2") == 1.0
+    assert reward("1.5", "3:2") == 1.0
+    assert reward("2/3", "3:2") == 0.0
+    assert reward("1/3", "10:30") == 0.0
+    assert reward("1:4", "1/4") == 0.0  # perhaps odds
