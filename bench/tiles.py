@@ -90,7 +90,7 @@ def _measure(key: Key, tile: Tile) -> float:
     teacher = TeacherStream(t, 1.0, cap, kd) if streams == 2 else None
     stats = kernels.sweep(student, tokens, teacher=teacher)
     coef = Coefficients(torch.randn(ROWS, device="cuda"), kl=stats.max if teacher else None)
-    grid = Sketch(COARSE).of_head(z).grid(slice(None), COLUMNS, coef)
+    grid = Sketch(COARSE).of_head(z, COLUMNS).grid(slice(None), COLUMNS, coef)
     out = torch.empty(ROWS, COLUMNS, device="cuda", dtype=torch.bfloat16)
     temperatures = torch.ones(2, ROWS, device="cuda")
     row_sums = torch.randn(kernels.STATS, ROWS, device="cuda")

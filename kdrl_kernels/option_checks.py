@@ -126,7 +126,7 @@ def check_sketch(backward: str, sketch: Sketch | None, impl: str, head: Head) ->
             f"sketch must be a Sketch or None, got {type(sketch).__name__}: pass "
             "kk.Sketch(seed=...)"
         )
-    sketch = (sketch or Sketch()).of_head(head.hidden)
+    sketch = (sketch or Sketch()).of_head(head.hidden, len(head.weight))
     if head.hidden.dtype == torch.float16:  # an exact row would need a unit of its own
         return replace(sketch, flat=math.inf)
     return sketch

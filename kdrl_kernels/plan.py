@@ -114,7 +114,7 @@ class ChunkPlan:
 
 def usual_entries(dtype: torch.dtype) -> float:
     """Return how many entries a row of RL has at the default threshold of a dtype, on average."""
-    return ROW_ENTRIES[default_threshold(dtype)]
+    return ROW_ENTRIES[COARSE if dtype.itemsize == 2 else FINE]
 
 
 def _entries(N: int, row_entries: float | None, dtype: torch.dtype) -> int:
@@ -224,7 +224,7 @@ def chunk_plan(
         )
         read = entries * (H * hidden_grad + trained * weight_grad)
         product_bytes = dtype.itemsize * (outputs + read)
-        room = rows * row_room(V, threshold or default_threshold(dtype)) * (impl == "triton")
+        room = rows * row_room(V, threshold or default_threshold(dtype, V)) * (impl == "triton")
         # PyTorch reads a few blocks again; Triton p, and q where its entries count
         gradient = learns * (impl == "triton") * (2 if exact_kd in FORWARD else 1)
     reads = (sweeps + gradient) * N * geometry.logit_bytes

@@ -35,7 +35,8 @@ class Sketch:
         threshold: an entry of probability p >= threshold is kept exactly, a smaller one with
             probability p / threshold: at most 1 / threshold + 2 entries a row. 1: a single entry a
             row, beside the sampled token. None: 1e-4, and 5e-4 for 16-bit hidden states, whatever
-            the weight's dtype: rounding both to bfloat16 costs a GRPO gradient as much.
+            the weight's dtype: rounding both to bfloat16 costs a GRPO gradient as much; but at
+            least 2 / V, twice the probability of each token where all have the same.
         seed: integer; take another one each step. The same seed gives the same entries, however
             rows are cut into chunks, calls or ranks.
         rows: the number of each row, which with the seed decides its random number: an integer,
@@ -73,14 +74,14 @@ class Sketch:
         elif self.rows.dtype != torch.int64:
             raise TypeError(f"sketch.rows must be int64, got {self.rows.dtype}")
 
-    def of_head(self, hidden: Tensor) -> "Sketch":
+    def of_head(self, hidden: Tensor, V: int) -> "Sketch":
         """Return this sketch with a threshold, and the number of each row of hidden, [N].
 
         Raises: ValueError where rows has another size or device.
         """
         N, device, threshold = len(hidden), hidden.device, self.threshold
         if threshold is None:
-            threshold = default_threshold(hidden.dtype)
+            threshold = default_threshold(hidden.dtype, V)
         if not isinstance(self.rows, Tensor):
             rows = torch.arange(N, device=device) + self.rows
             return replace(self, rows=rows, threshold=threshold)
@@ -133,9 +134,9 @@ def _share_of_rest(ids: IdStats, coef: Coefficients | None) -> Tensor:
     return torch.where(coef.rest == 0, 1, share).double()
 
 
-def default_threshold(dtype: torch.dtype) -> float:
-    """Return the threshold of hidden states of a dtype where none is set."""
-    return COARSE if dtype.itemsize == 2 else FINE
+def default_threshold(dtype: torch.dtype, V: int) -> float:
+    """Return the threshold of hidden states of a dtype and V columns where none is set."""
+    return min(1.0, max(COARSE if dtype.itemsize == 2 else FINE, 2 / V))
 
 
 def uniform(seed: int, rows: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def compare(inputs: Inputs, beta: float, threshold: float) -> dict[str, Any]:
     p, dz, squares = row_gradients(inputs, beta)
     N, V = p.shape
     coef = Coefficients(-inputs.advantages, kl=torch.full_like(inputs.advantages, beta))
-    sketch = kk.Sketch(threshold=threshold).of_head(p)
+    sketch = kk.Sketch(threshold=threshold).of_head(p, V)
     grid = sketch.grid(slice(0, N), V, coef)
     lengths = p / grid.thresholds[:, None].to(p.dtype)
     flat = lengths.clamp(max=1).sum(dim=1) > grid.most_entries

@@ -123,7 +123,7 @@ class ModelConfig:
     sketch_noise in the log is its relative error."""
     head_threshold: PositiveFloat | None = None
     """With a sketched head: the probability from which an entry is kept exactly, in [2^-24, 1];
-    null: 1e-4, or 5e-4 where model.dtype has 16 bits."""
+    null: 1e-4, or 5e-4 where model.dtype has 16 bits; at least 2 / vocabulary."""
     head_flat: NaturalOrInf = 1.0
     """With a sketched head: a token whose entries would cost more than this share of its part of
     the GEMMs gets its exact gradient. At a small vocabulary these are nearly all tokens. inf: no

@@ -216,13 +216,23 @@ def test_what_is_kept_takes_no_more_than_a_quarter_of_the_gradient_of_the_head()
         assert most_kept(Head(torch.zeros(1, H, dtype=dtype), weight)) == rows * V
 
 
-@pytest.mark.parametrize(("dtype", "threshold"), [(BF16, 5e-4), (F32, 1e-4), (F64, 1e-4)])
+@pytest.mark.parametrize(
+    ("dtype", "V", "threshold"),
+    [
+        (BF16, 10**5, 5e-4),
+        (F32, 10**5, 1e-4),
+        (F64, 10**5, 1e-4),
+        (F32, 8192, 2**-12),
+        (BF16, 2, 1),
+    ],
+)
 def test_the_default_threshold_is_coarser_for_operands_that_are(
-    dtype: torch.dtype, threshold: float
+    dtype: torch.dtype, V: int, threshold: float
 ) -> None:
+    """And in a small vocabulary."""
     hidden = torch.zeros(2, 3, dtype=dtype)
-    assert kk.Sketch().of_head(hidden).threshold == threshold
-    assert kk.Sketch(0.25).of_head(hidden).threshold == 0.25
+    assert kk.Sketch().of_head(hidden, V).threshold == threshold
+    assert kk.Sketch(0.25).of_head(hidden, V).threshold == 0.25
 
 
 def test_a_negative_share_is_refused() -> None:

@@ -220,7 +220,7 @@ def test_a_row_has_at_most_so_many_entries() -> None:
 
 
 def test_the_threshold_grows_where_a_row_counts_less_() -> None:
-    sketch = sketch_of(threshold=0.01, scale=2.0).of_head(torch.zeros(5, 1))
+    sketch = sketch_of(threshold=0.01, scale=2.0).of_head(torch.zeros(5, 1), 10)
     c = torch.tensor([2.0, -1.0, 0.5, 8.0, 0.0])
     grid = sketch.grid(slice(0, 5), 100_000, kk.token_rows.Coefficients(c))
     assert grid.thresholds.tolist() == [0.01, 0.02, 0.04, 0.01, float("inf")]

@@ -135,7 +135,7 @@ def test_thresholds_are_finer_where_the_rest_weighs_more_than_the_row() -> None:
     ids = IdStats(torch.zeros(4, 1, dtype=torch.int64), rest[:, None], rest=rest)
     by_rest = torch.tensor(derivatives, dtype=F64)
     coef = Coefficients(0.5 - by_rest, rest=by_rest)
-    sketch = kk.Sketch(0.01, scale=0).of_head(torch.zeros(4, 2))
+    sketch = kk.Sketch(0.01, scale=0).of_head(torch.zeros(4, 2), V)
     thresholds = sketch.grid(slice(0, 4), V, coef, ids).thresholds
     torch.testing.assert_close(thresholds, 0.01 * torch.tensor(expected, dtype=F64))
     unknown = sketch.grid(slice(0, 4), V, None, ids).thresholds
