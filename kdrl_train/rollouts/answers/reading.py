@@ -74,7 +74,10 @@ def read(text: str) -> Answer:
             raise UnreadableError(why)
     letter, behind = _LETTER.match(plain), _LETTER_BEHIND.fullmatch(plain)
     if letter is None and behind:
-        return Answer(behind[2], _value(behind[1]))
+        value = _value(behind[1])
+        if value.kind == "text":  # not (B)
+            raise UnreadableError("a letter behind words may not be the choice")
+        return Answer(behind[2], value)
     if letter is None or _GOES_ON.match(plain, letter.end()):
         return Answer(None, _value(plain))
     rest = plain[letter.end() :].strip()
