@@ -79,6 +79,31 @@ def test_a_run_is_that_of_the_teacher_in_process(config: Config, folders: dict[s
     assert common_width(wide, model) == 258
 
 
+@pytest.mark.slow
+@pytest.mark.fault("another teacher")
+def test_a_resumed_run_finds_its_teacher_in_another_folder(
+    config: Config, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    first = Path(shutil.copytree(folders["teacher"], tmp_path / "first"))
+    sampling = SamplingConfig(prompts_per_step=2, group_size=2, max_new_tokens=4)
+    with running(PoolingServer(first).app()) as url:
+        settings = behind(config("run", steps=1, sampling=sampling, method=EXACT), url, first)
+        run(settings)
+    moved = first.rename(tmp_path / "moved")
+    with running(PoolingServer(moved).app()) as url:
+        more = replace(behind(settings, url, moved), out=settings.out, resume=True, steps=2)
+        records, said = run(more)
+    assert [record["step"] for record in records] == [0, 1]
+    assert "cannot be compared" not in said
+    tensors = load_file(moved / "model.safetensors")
+    tensors["lm_head.weight"][0, 0] += 1e-4  # its log-probabilities are nearly the same
+    save_file(tensors, moved / "model.safetensors", {"format": "pt"})
+    with running(PoolingServer(moved).app()) as url:
+        other = replace(behind(more, url, moved), out=settings.out, steps=3)
+        with pytest.raises(TeacherError, match=r"files: \w+ in the file, \w+ now"):
+            run(other)
+
+
 def test_states_are_requested_and_read(folders: dict[str, Path]) -> None:
     server = PoolingServer(folders["teacher"])
     with connected(server) as client:
