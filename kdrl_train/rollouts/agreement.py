@@ -62,7 +62,8 @@ class Agreement:
                 "completions must be sampled at the log-probabilities that the model has for them "
                 f"alone, to {self.allowed:g} nats (max_sampler_mismatch), got a mean difference of "
                 f"{mean:.2g} over {self.tokens} tokens: the model's code lets the prompts of a "
-                f"batch, or a call before it, change a completion; {remedy}"
+                "batch, a call before it or tokens behind it change what a token is drawn from; "
+                f"{remedy}"
             )
 
     @torch.no_grad()

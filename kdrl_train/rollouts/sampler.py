@@ -59,7 +59,7 @@ class SampleRequest:
         return self.seed, self.step, self.first + prompt, sample
 
 
-MIXES_BATCHES = frozenset({"deepseek_v4", "doge", "git", "recurrent_gemma", "rwkv"})
+MIXES_BATCHES = frozenset({"deepseek_v4", "doge", "git", "recurrent_gemma", "rwkv", "xlstm"})
 """Model types whose code lets the padding of a batch, or its other prompts, change what a prompt is
 continued with: each completion is drawn alone."""
 

@@ -62,7 +62,7 @@ def test_prompts_that_change_each_other_are_noticed(model: Any, tokenizer: Any) 
         return states + 0.5 * states.roll(1, dims=0)  # those of another prompt
 
     model.model.layers[0].register_forward_hook(mix)
-    with pytest.raises(EngineError, match=r"a completion; set sampling\.batch_size to 1$"):
+    with pytest.raises(EngineError, match=r"drawn from; set sampling\.batch_size to 1$"):
         draw(model, tokenizer, Agreement(model, 0.7, COLUMNS, 1e-3))
     draw(model, tokenizer, Agreement(model, 0.7, COLUMNS, 1e-3), size=1)
 
@@ -75,7 +75,7 @@ def test_state_of_an_earlier_call_is_noticed(model: Any, tokenizer: Any) -> None
         return states * (1 + 0.01 * len(calls))
 
     model.model.layers[0].register_forward_hook(remember)
-    with pytest.raises(EngineError, match=r"a call before it, .*; name another model$"):
+    with pytest.raises(EngineError, match=r"a call before it .*; name another model$"):
         draw(model, tokenizer, Agreement(model, 0.7, COLUMNS, 1e-3), size=1)
 
 
