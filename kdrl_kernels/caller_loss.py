@@ -1,10 +1,11 @@
 """Takes a caller's own loss of each token, whose coefficients come by autograd."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from kdrl_kernels.objective import Divergence, Objective
 from kdrl_kernels.token_rows import Coefficients, Rows
@@ -16,6 +17,11 @@ NO_GRADIENT = (
 OTHER_GRADIENT = (
     "loss_fn must read no tensor that needs a gradient, besides rows, got one of shape {}, which "
     "would get none: detach it, or take linear_logprobs, whose outputs may meet any parameter"
+)
+OTHER_ROWS = (
+    "loss_fn must compute the loss of a row from that row alone, since the chunk plan decides "
+    "which rows come together, got one with a gradient in other rows ({}): compute what needs "
+    "several rows before the call, or take linear_logprobs, whose outputs may meet in any loss"
 )
 COEFFICIENTS = {"extra_logprobs": "extra", "rest_logprob": "rest"}
 """The fields of Coefficients whose names are not those of Rows."""
@@ -75,7 +81,11 @@ def coefficients(
         if not losses.requires_grad:
             return losses, None
         refuse_other_leaves(losses, list(leaves.values()))
-        grads = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
+        checked = isinstance(loss, CallerLoss) and _is_read(rows.logprobs)
+        inputs = list(leaves.values())
+        grads = torch.autograd.grad(losses.sum(), inputs, allow_unused=True, retain_graph=checked)
+        if checked:
+            refuse_other_rows(losses, leaves, grads)
     if all(grad is None for grad in grads):
         return losses.detach(), None
     derivatives = {
@@ -83,6 +93,36 @@ def coefficients(
         for name, grad in zip(names, grads, strict=True)
     }
     return losses.detach(), Coefficients(**derivatives)
+
+
+def _is_read(tensor: Tensor) -> bool:
+    """Say whether a value can be read without waiting for a device."""
+    return tensor.device.type == "cpu" and not is_fake(tensor)
+
+
+def refuse_other_rows(
+    losses: Tensor, leaves: dict[str, Tensor], grads: Sequence[Tensor | None]
+) -> None:
+    """Raise where the gradient of a row comes from the losses of other rows.
+
+    It is linear in what autograd gets for each loss: with a power of two for each row, which has no
+    pattern, the gradient of each row is its own times that power, to the bit.
+
+    Args:
+        losses: [C], whose graph is still there.
+        leaves: what the losses were computed from, by name, [C] or [C, K].
+        grads: the derivatives of the sum of the losses in the leaves.
+    """
+    numbers = torch.arange(len(losses), device=losses.device)
+    factors = (2.0 ** ((numbers * 2654435761 >> 16) % 8)).to(losses.dtype)
+    others = torch.autograd.grad(losses, list(leaves.values()), factors, allow_unused=True)
+    for (name, leaf), grad, other in zip(leaves.items(), grads, others, strict=True):
+        if grad is None or other is None:
+            continue
+        expected = grad * factors.view(-1, *[1] * (leaf.ndim - 1))
+        room = 1e-6 * expected.abs() + 1e-30  # of numbers so small that they have fewer digits
+        if bool(((other - expected).abs() > room).any()):
+            raise ValueError(OTHER_ROWS.format(f"rows.{name}"))
 
 
 def refuse_other_leaves(losses: Tensor, leaves: list[Tensor]) -> None:

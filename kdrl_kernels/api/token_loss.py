@@ -75,9 +75,9 @@ def linear_token_loss(
             b · T + t: advantages.flatten()[rows.index]. rows.logprobs, rows.kl, rows.forward_kl,
             rows.entropy, rows.lse, rows.extra_logprobs and rows.rest_logprob carry the gradient;
             rows.teacher_logprobs does not. The loss of a row may depend on that row alone, since
-            the chunk plan decides which rows come together. Gradients reach hidden, weight, bias
-            and adapter alone, so a parameter in loss_fn raises (impl "reference" is plain autograd,
-            and reaches all).
+            the chunk plan decides which rows come together (on a CPU a gradient in another row
+            raises). Gradients reach hidden, weight, bias and adapter alone, so a parameter in
+            loss_fn raises (impl "reference" is plain autograd, and reaches all).
         teacher, teacher_logprobs: set rows.teacher_logprobs.
         kl: "rkl", "fkl" or "jsd" sets rows.kl; "rkl+fkl" sets rows.kl to KL(p‖q) and
             rows.forward_kl to KL(q‖p), in one pass. Needs a TeacherHead.
