@@ -23,8 +23,8 @@ from kdrl_kernels.sketch import COARSE, FINE, Sketch, default_threshold
 Backward = Literal["exact", "sketch"]
 ROW_ENTRIES = {FINE: 150.0, COARSE: 64.0}
 """Entries of a row at each default threshold, with the entropies of RL: at 1e-4 122 and with an
-exact KL 153 of V = 32,768 (bench/results/sketch-cpu), at 5e-4 63 and 73 of V = 152,064
-(bench/results/predicted-h200)."""
+exact KL 153 of V = 32,768 (bench/results/sketch-cpu), at 5e-4 46 and 58 there, and 67 and 92 of V =
+152,064 (bench/results/predicted-h200)."""
 
 
 @dataclass(frozen=True, slots=True)
