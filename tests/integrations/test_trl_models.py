@@ -20,7 +20,6 @@ from kdrl_kernels.integrations.trl import (
     KdrlTrainer,
     config,
 )
-from kdrl_kernels.integrations.trl.distillation import _check_states
 from tests.integrations.full_logits import BETA, FullLogitsTrainer
 from tests.integrations.test_own_logits import gemma3
 from tests.integrations.trl_runs import (
@@ -95,22 +94,22 @@ def test_a_cap_that_the_code_does_not_read_is_refused(tmp_path: Path) -> None:
 
 def test_what_distillation_would_leave_out_is_refused(tmp_path: Path) -> None:
     args = arguments(KdrlDistillationConfig, tmp_path)
-    cap = gemma3(final_logit_softcapping=2.0, vocab_size=262)
+    cap = {"final_logit_softcapping": 2.0, "vocab_size": 262}
     virtual = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
-    student = small_model(1)
+    student, other = small_model(1), small_model(2)
     cases = [
-        (cap, r"^teacher_model must compute logits as .* soft cap 2 "),
-        (llama4(), r"^teacher_model must have a bas"),
-        (get_peft_model(small_model(2), virtual), r"^teacher_model must have no virtual tokens"),
-        (student, r"^teacher_model must not share weights with model"),
+        (student, gemma3(**cap), r"^teacher_model must compute logits as .* soft cap 2 "),
+        (gemma3(**cap), other, r"^model must compute logits as .* soft cap 2 "),
+        (student, llama4(), r"^teacher_model must have a base_model below .* Llama4ForCausalLM"),
+        (student, get_peft_model(other, virtual), r"^teacher_model must have no virtual tokens"),
+        (student, student, r"^teacher_model must not share weights with model"),
     ]
-    for teacher, message in cases:
+    for model, teacher, message in cases:
         with pytest.raises(ValueError, match=message) as error:
             KdrlDistillationTrainer(
-                student, teacher, args, train_dataset=prompts(), processing_class=tokenizer()
+                model, teacher, args, train_dataset=prompts(), processing_class=tokenizer()
             )
         assert "\n" not in str(error.value)
-    _check_states(small_model(1), "model")
 
 
 def test_both_trainers_look_at_the_sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
