@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from transformers.trainer_utils import set_seed
 from trl import GRPOConfig, GRPOTrainer
 
@@ -59,6 +60,8 @@ def main(kind: str, zero3: bool, out: str) -> None:
     if one.accelerator.is_main_process:
         steps = [(record["loss"], record["grad_norm"]) for record in logs(one)]
         Path(out).write_text(json.dumps(steps))
+    dist.barrier()  # else one that ends first has been seen to abort at its exit
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
