@@ -113,7 +113,7 @@ class ChunkPlan:
 
 
 def usual_entries(dtype: torch.dtype) -> float:
-    """Return how many entries a row of RL has at the default threshold of a dtype, on average."""
+    """Return how many entries a row of RL has at a dtype's default threshold, for large V."""
     return ROW_ENTRIES[COARSE if dtype.itemsize == 2 else FINE]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kdrl_kernels.call import RowSet, take
 from kdrl_kernels.plain import check_number
-from kdrl_kernels.rows.entries import Grid
+from kdrl_kernels.rows.entries import FORWARD, Grid
 from kdrl_kernels.rows.ids import IdStats, normalizer_factor, rest_factor
 from kdrl_kernels.token_rows import Coefficients
 
@@ -98,13 +98,19 @@ class Sketch:
         return replace(self, rows=take(self.rows, rows))
 
     def grid(
-        self, rows: RowSet, V: int, coef: Coefficients | None, ids: IdStats | None = None
+        self,
+        rows: RowSet,
+        V: int,
+        coef: Coefficients | None,
+        ids: IdStats | None = None,
+        kd: str | None = None,
     ) -> Grid:
         """Return thresholds and random numbers of some rows of a call; rows is [N] here.
 
         coef: derivatives of these rows; None where they are not known yet.
-        ids: what the loss reads beside the token: no id is sampled, so that a threshold is one of
-            the other columns. It gets finer where log r, that of their probability, is read.
+        ids: what the loss reads beside the token. No id is sampled; thresholds are for the other
+            columns, and finer where the loss reads log r, r their probability.
+        kd: the divergence whose gradient is sketched, if any.
         """
         assert isinstance(self.rows, Tensor)
         assert self.threshold is not None
@@ -116,7 +122,10 @@ class Sketch:
             thresholds *= (self.scale / largest).clamp(min=1)  # NaN stays NaN
             thresholds.masked_fill_(largest == 0, math.inf)
         if ids is not None and ids.rest is not None and (coef is None or coef.rest is not None):
-            thresholds = (thresholds * _share_of_rest(ids, coef)).clamp(min=LEAST)
+            share = _share_of_rest(ids, coef)
+            if kd in FORWARD:  # of (p + q) / 2 these columns may hold half, however small r is
+                share = torch.maximum(share, (1 + ids.rest.double().exp()) / 2)
+            thresholds = (thresholds * share).clamp(min=LEAST)
         return Grid(thresholds, uniforms, self.threshold, most_entries)
 
 

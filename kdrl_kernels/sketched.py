@@ -51,8 +51,8 @@ class Lists:
         rows, student, stats, coef = chunk.rows, chunk.student, chunk.stats, chunk.coef
         V = call.vocab_size
         ids = stats.at_ids if coef.reads_ids else None  # kdrl_loss may return ids that it ignores
-        grid = self.sketch.grid(rows, V, coef, ids)
         teacher = None if coef.kl is None else chunk.teacher
+        grid = self.sketch.grid(rows, V, coef, ids, None if teacher is None else teacher.kd)
         work, used_or_flat = row_work.load_sketch(call.impl), coef.used()
         entries, flat = work.sketch(student, stats, coef, grid, teacher)
         used = used_or_flat & ~flat

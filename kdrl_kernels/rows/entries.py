@@ -31,7 +31,8 @@ class Grid:
     uniforms: Tensor
     """[C] float64 in [0, 1)."""
     least: float
-    """No threshold is below: a row has at most 1 / least + 1 entries."""
+    """No threshold is below, but where log r is read, by the share of those columns: a row has at
+    most 1 / least + 1 entries beside its K ids."""
     most_entries: float
     """A row that would have more entries on average, Σ min(1, length), is flat: nothing is kept."""
 

@@ -75,12 +75,14 @@ def _sketch_kernel(
             chance = tl.where(kept, tl.minimum(length, 1.0), 1.0)
             dz = with_terms(-c_p * p, p, log2_p, log2_q, row_ptr, C, alpha, HAS_ENTROPY, KD)
             number = kept.to(tl.int32)
-            slot = place + count + tl.cumsum(number, axis=0) - 1
+            slot = count + tl.cumsum(number, axis=0) - 1
+            kept = kept & (slot < slots)  # a whole number at a tile's edge may count twice
+            slot += place
             tl.store(column_ptr + slot, v, mask=kept)
             tl.store(entry_ptr + slot, chance, mask=kept)
             tl.store(entry_ptr + C * slots + slot, dz / chance, mask=kept)
             tl.store(entry_ptr + 2 * C * slots + slot, log2_p * LN2, mask=kept)
-            count += tl.sum(number, axis=0)
+            count = tl.minimum(count + tl.sum(number, axis=0), slots)
         position = after
     flat = tl.sum(mean, axis=0) > most_entries
     tl.store(count_ptr + n, tl.where(flat, -1, count))

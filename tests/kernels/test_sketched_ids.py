@@ -140,6 +140,8 @@ def test_thresholds_are_finer_where_the_rest_weighs_more_than_the_row() -> None:
     torch.testing.assert_close(thresholds, 0.01 * torch.tensor(expected, dtype=F64))
     unknown = sketch.grid(slice(0, 4), V, None, ids).thresholds
     torch.testing.assert_close(unknown, torch.full((4,), 0.01 / 8, dtype=F64))
+    forward = sketch.grid(slice(0, 4), V, coef, ids, "fkl").thresholds
+    torch.testing.assert_close(forward, thresholds.clamp(min=0.01 * (1 + 0.125) / 2))
     small = IdStats(ids.columns, ids.logprobs, rest=rest - 100)
     assert sketch.grid(slice(0, 4), V, coef, small).thresholds[1:].unique() == LEAST
 
@@ -208,6 +210,38 @@ def test_a_loss_that_reads_no_id_has_the_entries_it_has_without(impl: str, devic
     without, with_ids = results
     for name, value in without.items():
         assert torch.equal(with_ids[name], value), name
+
+
+@pytest.mark.parametrize("kl", ["fkl", "rkl+fkl"])
+def test_triton_has_room_where_the_teacher_is_flat_on_a_small_rest(kl: str, device: str) -> None:
+    """Nearly all of p is on the ids, and next to none of q: 1 / threshold + 2 + 5 entries a row."""
+    N, columns, room = 2, 300, 20 + 2 + 5
+    problem = make_problem(N, H=6, V=columns, kd="rkl", device=device)
+    problem.student["bias"][[3, 66, 10]] += 25
+    assert problem.teacher is not None
+    problem.teacher["hidden"] *= 0
+    ids = torch.tensor([IDS], device=device).expand(N, -1)
+    grads = []
+    for impl in ("torch", "triton"):
+        student = {k: v.clone().requires_grad_() for k, v in problem.student.items()}
+        out = kk.linear_token_loss(
+            student["hidden"],
+            student["weight"],
+            problem.tokens,
+            lambda rows: rows.kl - 0.6 * rows.rest_logprob,
+            bias=student["bias"],
+            extra_tokens=ids,
+            rest=True,
+            kl=kl,
+            teacher=kk.TeacherHead(**problem.teacher),
+            impl=impl,
+            backward="sketch",
+            sketch=sketch_of(threshold=1 / 20, scale=0),
+        )
+        assert out.metrics["entries"] <= N * room
+        out.loss.backward()
+        grads.append(student["weight"].grad)
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("options", [CASES["rest"], CASES["jsd"]], ids=["rest", "jsd"])
