@@ -225,6 +225,8 @@ class ModelConfig:
 
 POLICY_FILE = "policy.json"
 """The file of a run folder that describes the policy besides its weights."""
+BASE_FILE = "base.json"
+"""The file of a run folder with the name of the base of its adapters and a hash of its weights."""
 
 
 def teacher_file(name: str = DEFAULT_TEACHER) -> str:

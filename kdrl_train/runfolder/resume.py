@@ -1,11 +1,19 @@
 """Decides whether a run may start in a folder or resume it, and which settings may change then."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from kdrl_train.config import EvalConfig, OptimConfig, TrainConfig
-from kdrl_train.config.models import DEFAULT_TEACHER, POLICY_FILE, SELF, is_url, teacher_file
+from kdrl_train.config.models import (
+    BASE_FILE,
+    DEFAULT_TEACHER,
+    POLICY_FILE,
+    SELF,
+    is_url,
+    teacher_file,
+)
 from kdrl_train.config_file import differences, load_yaml, to_dict, update
 from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.best import comparable
@@ -151,8 +159,8 @@ def check_config(place: Path, written: dict[str, Any], config: TrainConfig) -> N
     Raises: ValueError naming the settings that differ, if any of them may not.
     """
     may_change = {*MAY_CHANGE, *config.allow_changes}
-    if place != config.out and (config.out / POLICY_FILE).exists():
-        may_change.add("model.policy")  # a checkpoint has its weights, and the file the rest
+    if place != config.out and _knows_policy(config):
+        may_change.add("model.policy")
     if any(schedule.waits_for_plateau for schedule in config.method.schedules.values()):
         may_change.remove("eval")  # its scores decide when the schedule switches
     models = written.get("model", {})
@@ -178,6 +186,36 @@ def check_config(place: Path, written: dict[str, Any], config: TrainConfig) -> N
             + "\n".join(lines)
             + f"\nset them back{remedy}, or start a new run with another --out"
         )
+
+
+def _knows_policy(config: TrainConfig) -> bool:
+    """Say whether a run with a checkpoint knows its policy by more than its name: the checkpoint
+    has the trained weights, and files of the folder describe what else comes from model.policy."""
+    models, places = config.model, config.model.teacher_places
+    frozen = models.self_teacher == "frozen"
+    files = [teacher_file(name) for name, place in places.items() if frozen and place == SELF]
+    if not all((config.out / name).exists() for name in (POLICY_FILE, *files)):
+        return False
+    return not models.lora.rank or base_hash(config.out) is not None
+
+
+def base_hash(folder: Path) -> str | None:
+    """Read the hash of the weights under a run's adapters; None where its folder has none.
+
+    Raises: ValueError for a file that is damaged.
+    """
+    path = folder / BASE_FILE
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} must be readable JSON, got {error}: restore it, or, where model.policy is "
+            "unchanged, delete it"
+        ) from error
+    weights = described.get("weights") if isinstance(described, dict) else None
+    return weights if isinstance(weights, str) else None
 
 
 def changed_rate(checkpoint: Checkpoint, config: TrainConfig) -> str | None:

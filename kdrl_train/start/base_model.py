@@ -6,14 +6,13 @@ from pathlib import Path
 
 from kdrl_train import output
 from kdrl_train.config import ModelConfig, TrainConfig
+from kdrl_train.config.models import BASE_FILE
 from kdrl_train.model.fingerprint import weights_hash
 from kdrl_train.model.folder import base_of
 from kdrl_train.runfolder import jsonl
 from kdrl_train.runfolder.best import resolved
 from kdrl_train.runfolder.checkpoint import read
-
-FILE = "base.json"
-"""The file of a run folder with the name of the base and a hash of its weights."""
+from kdrl_train.runfolder.resume import base_hash
 
 
 def check_base(config: TrainConfig) -> dict[str, str | None] | None:
@@ -55,29 +54,17 @@ def model_of_adapters(config: ModelConfig) -> ModelConfig:
 
 def _require_same(run: Path, base: dict[str, str | None]) -> None:
     """Raise ValueError where the weights of a base are not those that a run's folder describes."""
-    before = _read(run / FILE)
+    before = base_hash(run)
     if None not in (before, base["weights"]) and before != base["weights"]:
         raise ValueError(
             f"model.policy must have the weights that the adapters of {run} were trained on, "
-            f"got other ones in {base['base']} ({FILE} has their hash): restore that folder, or "
-            "name a copy of it"
+            f"got other ones in {base['base']} ({BASE_FILE} has their hash): restore that folder, "
+            "or name a copy of it"
         )
 
 
 def keep_base(config: TrainConfig, base: dict[str, str | None] | None) -> None:
     """Write the description of the base into the run's folder."""
-    path = config.out / FILE
+    path = config.out / BASE_FILE
     if base is not None:
         jsonl.replace_text(path, json.dumps(base, indent=2) + "\n")
-
-
-def _read(path: Path) -> str | None:
-    """Read the hash of the weights in such a file; None where there is none."""
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} must be readable JSON, got {error}: delete it") from error
-    weights = described.get("weights") if isinstance(described, dict) else None
-    return weights if isinstance(weights, str) else None

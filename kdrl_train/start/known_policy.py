@@ -30,14 +30,18 @@ def check_policy(config: TrainConfig, loaded: Loaded) -> dict[str, Any]:
     try:
         changed = differences(json.loads(path.read_text(encoding="utf-8")), now)
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} must be as a run wrote it, got {error}: delete it") from error
+        raise ValueError(
+            f"{path} must be as a run wrote it, got {error}: restore it, or, where model.policy is "
+            "unchanged, delete it"
+        ) from error
     if changed:
         listed = "; ".join(
             f"{key}: {a!s:.20} before, {b!s:.20} now" for key, (a, b) in changed.items()
         )
         raise ValueError(
             f"model.policy must be the model that the run began with, got another one in "
-            f"{config.model.policy} ({listed}): restore it, or delete {path} to go on with this one"
+            f"{config.model.policy} ({listed}): restore it, or, where model.policy is unchanged, "
+            f"delete {path} to go on with this one"
         )
     return now
 

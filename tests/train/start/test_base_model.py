@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from kdrl_train.config import LoraConfig, ModelConfig, TrainConfig
+from kdrl_train.config.models import BASE_FILE
 from kdrl_train.runfolder.checkpoint import Checkpoint
 from kdrl_train.start import base_model
-from kdrl_train.start.base_model import FILE, check_base, keep_base
+from kdrl_train.start.base_model import check_base, keep_base
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(base_model, "read", read)
     monkeypatch.setattr(base_model, "base_of", lambda policy: policy)
     monkeypatch.setattr(base_model, "weights_hash", lambda name: Path(name).name)
-    (tmp_path / base_model.FILE).write_text(json.dumps({"base": "BASE", "weights": "BASE"}))
+    (tmp_path / BASE_FILE).write_text(json.dumps({"base": "BASE", "weights": "BASE"}))
     return tmp_path
 
 
@@ -55,7 +56,7 @@ def test_the_base_of_other_adapters_is_compared(
     (first.out / "best.json").write_text(json.dumps(content | {"measured": {}}), "utf-8")
     keep_base(first, check_base(first))
     settings = replace(second, model=replace(second.model, weights=first.out / name))
-    assert check_base(settings) == json.loads((first.out / FILE).read_text("utf-8"))
+    assert check_base(settings) == json.loads((first.out / BASE_FILE).read_text("utf-8"))
     other = replace(settings.model, policy=str(folders["other_teacher"]))
     with pytest.raises(ValueError, match=r"weights that the adapters of .*first were trained on"):
         check_base(replace(settings, model=other))

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from kdrl_train.config import TrainConfig
-from kdrl_train.config.models import POLICY_FILE
+from kdrl_train.config import LoraConfig, TrainConfig
+from kdrl_train.config.models import BASE_FILE, POLICY_FILE, SELF, teacher_file
+from kdrl_train.config_file import to_dict
+from kdrl_train.runfolder.resume import check_config
 from kdrl_train.start.known_policy import check_policy, keep_policy
 from tests.train.test_train import run, weights, without_times
 
@@ -51,7 +53,10 @@ def test_another_policy_of_the_same_shape_is_refused(
     resumed = replace(settings, resume=True)
     assert check_policy(resumed, same) == json.loads((settings.out / POLICY_FILE).read_text())
     for other, message in (
-        (loaded(tokenizer, [0]), r"\(eos_ids: \[0, 7\] before, \[0\] now\): restore it, or delete"),
+        (
+            loaded(tokenizer, [0]),
+            r"\(eos_ids: \[0, 7\] before, \[0\] now\): restore it, or, where model",
+        ),
         (loaded(tokenizer, [0, 7], new=258), r"\(tokenizer: \w{20} before, \w{20} now\)"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -65,10 +70,41 @@ def test_another_policy_of_the_same_shape_is_refused(
         check_policy(resumed, same)
     for damaged in ("", "[]", "{}", "null"):
         (settings.out / POLICY_FILE).write_text(damaged)
-        with pytest.raises(ValueError, match=r"policy\.json"):
+        with pytest.raises(ValueError, match=r"where model\.policy is unchanged, delete"):
             check_policy(resumed, same)
     (settings.out / POLICY_FILE).unlink()  # as of an older version
     check_policy(resumed, same)
+
+
+@pytest.mark.parametrize(
+    ("changes", "file"),
+    [
+        ({"teacher": None}, POLICY_FILE),
+        ({"teacher": None, "lora": LoraConfig(rank=2)}, BASE_FILE),
+        ({"teacher": SELF}, teacher_file()),
+        ({"reference": SELF}, teacher_file("reference")),
+        ({"teacher": SELF, "self_teacher": "ema"}, POLICY_FILE),  # the checkpoint has it
+    ],
+)
+def test_another_folder_is_taken_where_a_file_says_what_it_must_hold(
+    config: Config, changes: dict[str, Any], file: str
+) -> None:
+    """Weights that no checkpoint has, of a base or a frozen teacher, went unnoticed."""
+    settings = config()
+    settings = replace(settings, model=replace(settings.model, **changes))
+    settings.out.mkdir()
+    place, moved = settings.out / "checkpoints/step_000001", of(settings, Path("moved"))
+    (settings.out / POLICY_FILE).write_text("{}")
+    (settings.out / file).write_text(json.dumps({"weights": "a"}))
+    check_config(place, to_dict(settings), moved)
+    if file == BASE_FILE:
+        (settings.out / file).write_text(json.dumps({"weights": None}))
+        with pytest.raises(ValueError, match=r"  model\.policy: .* before, moved now"):
+            check_config(place, to_dict(settings), moved)
+    (settings.out / file).unlink()
+    with pytest.raises(ValueError, match=r"  model\.policy: .* before, moved now"):
+        check_config(place, to_dict(settings), moved)
+    check_config(place, to_dict(settings), settings)
 
 
 @pytest.mark.slow
