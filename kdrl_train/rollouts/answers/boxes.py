@@ -54,9 +54,9 @@ def boxed_answer(text: str) -> tuple[bool, str | None]:
     if _GOES_ON_BEFORE.search(before) or _GOES_ON_BEHIND.match(behind.lstrip("$")):
         return True, None
     contents = [text[start:end].strip() for start, end in spans]
-    if len(set(contents)) == 1:
-        return True, contents[0]
-    return True, _joined(text, spans, contents, before, behind)
+    return True, contents[0] if len(contents) == 1 else _joined(
+        text, spans, contents, before, behind
+    )
 
 
 def box_spans(text: str) -> Iterator[tuple[int, int]]:
@@ -90,19 +90,27 @@ def _last_boxes(text: str) -> list[tuple[int, int]]:
 def _joined(
     text: str, spans: list[tuple[int, int]], contents: list[str], before: str, behind: str
 ) -> str | None:
-    """Return what boxes hold as a list, or as a tuple; None where nothing stands between two."""
+    """Return what boxes hold: as a list, as a tuple, or once where one is only repeated.
+
+    It is None where nothing stands between two, and for an interval such as [1, 2).
+    """
+    once = contents[0] if len(set(contents)) == 1 else None
     joints = []
     for (_, end), (start, _) in pairwise(spans):
         joint = _BETWEEN.fullmatch(text, end + 1, start)
         if joint is None:
-            return None
+            return once
         joints.append(joint)
     first = _BEFORE.search(before)
     if first and all(joint[2] for joint in joints):  # x = \boxed{2}, y = \boxed{3}
         names = [first[1], *(joint[2] for joint in joints)]
         contents = [f"{name} {content}" for name, content in zip(names, contents, strict=True)]
+    opening = before.replace(r"\[", "").rstrip("$ ")[-1:]  # \[ begins mathematics
+    closing = behind.lstrip("$ ").removeprefix(r"\right")[:1]
+    is_tuple = opening == "(" and closing == ")"
+    if opening and opening in "([" and closing and closing in ")]" and not is_tuple:
+        return None
+    if once and len(set(contents)) == 1 and not is_tuple:
+        return once
     listing = (" or " if all(joint[1] == "or" for joint in joints) else ", ").join(contents)
-    is_tuple = before.rstrip("$ ").endswith("(") and behind.lstrip("$ ").startswith(
-        (")", r"\right)")
-    )
     return f"({listing})" if is_tuple and "or" not in listing else listing

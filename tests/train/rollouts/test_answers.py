@@ -198,12 +198,26 @@ BOXES += [
     (r"\boxed{1/2}, or \boxed{0.5}", "1/2"),
     (r"\boxed{A}, \boxed{B} and \boxed{C}", "A, B, C"),
 ]
+BOXES += [(r"$(\boxed{2}, \boxed{2})$", "(2, 2)"), (r"\[\boxed{1}, \boxed{2}\]", "1, 2")]
+BOXES += [(r"$x = \boxed{2}, y = \boxed{2}$", "x = 2, y = 2"), (r"\boxed{2}, \boxed{2}", "2")]
 
 
 @pytest.mark.parametrize(("text", "answer"), BOXES)
 def test_boxes_with_a_comma_or_a_word_between_them_are_one_answer(text: str, answer: str) -> None:
     assert math_reward(text, answer) == 1.0
     assert answer == "3" or math_reward(text, "3") == 0.0
+
+
+@pytest.mark.parametrize("form", ["$({0}, {0})$", r"$\left({0}, {0}\right)$", "x = {0}, y = {0}"])
+def test_a_repeated_box_is_no_single_one_in_a_tuple_and_behind_names(form: str) -> None:
+    assert math_reward(form.format(r"\boxed{2}"), "2") == 0.0
+
+
+@pytest.mark.parametrize("form", ["$[{}, {}]$", "$({}, {}]$", r"$\left[{}, {}\right)$"])
+@pytest.mark.parametrize("boxes", [(r"\boxed{1}", r"\boxed{2}"), (r"\boxed{1}", r"\boxed{1}")])
+def test_boxes_in_an_interval_are_no_answer(form: str, boxes: tuple[str, str]) -> None:
+    with pytest.raises(UnparseableError, match="must state an answer"):
+        math_reward(form.format(*boxes), "1, 2")
 
 
 def test_boxes_side_by_side_are_no_answer() -> None:
