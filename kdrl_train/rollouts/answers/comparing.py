@@ -35,7 +35,7 @@ class Value:
     matrix, relation, named (x = ...), or group (a tuple, interval or ratio)."""
     tag: str = ""
     """Words, name, base, rows of a matrix, sign of a relation or infinity, brackets of a group; of
-    a number that was written in letters alone, these."""
+    a number that was written in letters alone, these. A ratio has ::, and one such as 7:30 time."""
     node: Node | None = None
     """Of a number; of a relation left minus right side."""
     unit: Unit | None = None
@@ -132,7 +132,7 @@ def _equal_across(a: Value, b: Value) -> bool:
 
 
 def _equal_ratio(stated: Value, gold: Value) -> bool:
-    """Say whether a fraction is the gold ratio: 3/2 is 3:2, and no time of day such as 10:30.
+    """Say whether a fraction is the gold ratio: 3/2 is 3:2.
 
     Where the gold answer is 1/4, 1:4 is not: it may be odds, or one part to another.
     """

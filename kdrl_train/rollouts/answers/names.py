@@ -98,10 +98,13 @@ def is_of_unknowns(node: Node) -> bool:
 
 
 def _is_of_letters(node: Node) -> bool:
-    """Say whether an expression has no number but 1 and exponents."""
+    """Say whether an expression has no number but exponents, the 1 of 1/x and the -1 of a minus."""
     if node.operation == "number":
-        return abs(node.number) == 1
+        return False
     operands = node.operands[:1] if node.operation == "pow" else node.operands
+    sign = {"div": 1, "mul": -1}.get(node.operation)
+    if sign and operands[0].operation == "number" and operands[0].number == sign:
+        operands = operands[1:]
     return node.operation != "root" and all(map(_is_of_letters, operands))
 
 

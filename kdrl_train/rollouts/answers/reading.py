@@ -41,7 +41,7 @@ _GOES_ON = re.compile(  # a letter that more of its expression or list follows; 
     r"\s*(?:[=+*/^_(!,;<>]|and\b|or\b|\\text\{\s*(?:and|or)\b|\\(?:cup|in|le|ge|ne|setminus)\b)"
     r"|-|\s+-\s"
 )
-_LETTER_BEHIND = re.compile(r"(.*[\d})%])\s+\(([A-E])\)")  # 12 (C)
+_LETTER_BEHIND = re.compile(r"((?:(?!\([A-J]\)|\bor\b|\\ne\b|\b[A-E],).)*[\d})%])\s+\(([A-E])\)")
 _CHOICE = re.compile(r"^(?:\\text\{\s*)?(?i:option|choice|answer:?)\s*\}?\s*(?=\(?[A-J]\b)")
 _LETTER_IN_TEXT = re.compile(
     r"\\text\{\s*(?:(?i:option|choice|answer:?)\s+)?(\(?[A-Z]\)?[.:)]?)\s*\}"
@@ -341,13 +341,14 @@ def _constant(tokens: Sequence[AnswerToken]) -> Value | None:
 
 def _ratio(parts: Sequence[Sequence[AnswerToken]]) -> Value:
     """Read a ratio, or a time of day: 1:2, 10:30 a.m."""
-    *before, last = parts
-    suffix = [token for token in last if token.kind in ("text", "word")]
-    items = [read_number(part) for part in [*before, [t for t in last if t not in suffix]]]
+    suffix = [token for token in parts[-1] if token.kind in ("text", "word")]
+    last = [token for token in parts[-1] if token not in suffix]
+    items = [read_number(part) for part in [*parts[:-1], last]]
     unit = read_unit(" ".join(token.text for token in suffix)) if suffix else None
     if any(item.unit for item in items) or (suffix and unit is None):
         raise UnreadableError("a ratio or a time of day must be of numbers")
-    return Value("group", "::", unit=unit, items=tuple(items))
+    is_time = len(parts) == 2 and re.fullmatch(r"[0-5]\d", "".join(t.text for t in last))
+    return Value("group", "time" if is_time else "::", unit=unit, items=tuple(items))
 
 
 def _group(tokens: Sequence[AnswerToken]) -> Value | None:

@@ -59,7 +59,8 @@ _SPELLINGS = (  # in this order
     (r"(?<!\\)\\[()\[\]]", " "),  # the ends of mathematics mode
     (r"\\(?:left|right|[bB]igg?[lr]?)\s*\.", " "),  # no bracket, and no decimal point
     (r"\\(?:displaystyle|textstyle|limits|left|right|[bB]igg?[lr]?)(?![A-Za-z])", ""),
-    (r"\{,\}(?=\d{3})|(?<=\d)\\[,!:; ](?=\d{3}(?!\d|\s*/))", ""),  # 1{,}234 and 1\,234
+    (r"\{,\}(?=\d{3})|(?<=\d)\\[,!:;](?=\d{3}(?!\d))", ""),  # 1{,}234 and 1\,234
+    (r"(?<=\d)\\ (?=\d{3}(?!\d|\s*/))", ""),  # 1\ 234; 1\ 000/3 may be a mixed number
     (r"(?<=\d,)\\!(?=\d{3})", ""),  # 1,\!234
     (r"(?<!\\)\\[,;:!> ]|\\q?quad(?![A-Za-z])|~|\s+", " "),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
@@ -175,7 +176,7 @@ def _without_style(text: str) -> str:
 def _is_balanced(text: str) -> bool:
     """Say whether each brace of a text closes one that it opens."""
     depth = 0
-    for brace in re.findall(r"\.|[{}]", text, re.DOTALL):
+    for brace in re.findall(r"\\.|[{}]", text, re.DOTALL):
         depth += (brace == "{") - (brace == "}")
         if depth < 0:
             return False
