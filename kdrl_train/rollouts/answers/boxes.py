@@ -10,10 +10,13 @@ _TIMES = r"\\(?:times|cdot|div)(?![a-z])|[\u00d7\u00b7\u00f7\u22c5]"
 _GOES_ON_BEFORE = re.compile(
     rf"(?:[{_NUMERAL}+/^\u2212\u2013\u221a-\u221c\u03c0-]"
     rf"|(?:{_TIMES}|\\(?:pi|pm|mp|over|choose)|\u00b1)\s*"
-    r"|(?:\\(?:sqrt(?:\s*\[[^\]]*\])?|[dtc]?frac(?:\s*\{[^{}]*\})?|[dt]?binom)|\^)\s*\{?\s*"
+    r"|(?:\\(?:sqrt(?:\s*\[[^\]]*\])?|[dtc]?frac(?:\s*\{(?:[^{}]|\{[^{}]*\})*\})?|[dt]?binom)|\^)"
+    r"\s*\{?\s*"
     r"|_\s*\{\s*|[\w)}$]\s*\+\s+|[=$][^\n=$]*[\d)}]\s+[-\u2212]\s+"
     r"|\\(?:ln|log|exp|(?:arc)?(?:sin|cos|tan))(?:_\w|_\{\w+\})?\s*\(?"
-    r"|\b(?:[Nn]ot|[Hh]alf(?: of)?|[Tt]wice|[Tt]hrice)[\s$]+)\Z"
+    r"|[\w)}$] +\* *|\d\*|[\w)}$] */ +|(?:\\n(?:e|eq|ot\s*=)|\u2260|!=)\s*"
+    r"|\b(?i:not|half(?: of)?|twice|thrice|times|plus|minus|negative|at (?:least|most)"
+    r"|(?:more|less|fewer|greater) than)[\s$]+)\Z"
 )
 _GOES_ON_BEHIND = re.compile(
     rf"[{_NUMERAL}\u221a-\u221c\u03c0]|[a-z](?![a-z])|[/+=@&_-](?=[0-9\\(]|[a-z](?![a-z]))"
@@ -24,6 +27,8 @@ _GOES_ON_BEHIND = re.compile(
     re.IGNORECASE,
 )
 r"""A box is read alone where words or units follow it, and the degrees of \boxed{90}^\circ."""
+_OPENING = re.compile(r"(?:\\left\s*)?(?<!\\)\(\s*\Z")
+_CLOSING = re.compile(r"\s*(?:\\right\s*)?\)")
 _SPACE = r"(?:[\s$~]|\\(?:[,;:! ]|q?quad\b))*"
 _BOX = r"\\(?:boxed|fbox)\s*\{"
 _LEFT_SIDE = r"([A-Za-z](?:_\{?\w\}?)?\s*=)"
@@ -51,7 +56,7 @@ def boxed_answer(text: str) -> tuple[bool, str | None]:
     (start, _), (_, end) = spans[0], spans[-1]
     first = text.rindex("\\", 0, start)
     before, behind = text[max(0, first - 40) : first], text[end + 1 : end + 100]
-    if _GOES_ON_BEFORE.search(before) or _GOES_ON_BEHIND.match(behind.lstrip("$")):
+    if _goes_on(before, behind):
         return True, None
     contents = [text[start:end].strip() for start, end in spans]
     return True, contents[0] if len(contents) == 1 else _joined(
@@ -71,6 +76,16 @@ def box_spans(text: str) -> Iterator[tuple[int, int]]:
             open_braces.append(None)
         elif token[0].endswith("{") and len(token[0]) > 2:  # \boxed{, not the escaped \{
             open_braces.append(token.end())
+
+
+def _goes_on(before: str, behind: str) -> bool:
+    r"""Say whether boxes are a part of an expression, also in brackets, as in 2(\boxed{3})."""
+    while not (_GOES_ON_BEFORE.search(before) or _GOES_ON_BEHIND.match(behind.lstrip("$"))):
+        opening, closing = _OPENING.search(before), _CLOSING.match(behind)
+        if not (opening and closing):
+            return False
+        before, behind = before[: opening.start()], behind[closing.end() :]
+    return True
 
 
 def _last_boxes(text: str) -> list[tuple[int, int]]:

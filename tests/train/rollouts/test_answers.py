@@ -149,6 +149,9 @@ PARTS += [
     r"{}\ldots",
 ]
 PARTS += ["\N{EN DASH}{}", "{}\N{ARABIC-INDIC DIGIT SIX}", r"2^{{{}}}"]
+PARTS += ["1 / {}", "2 * {}", "2*{}", "({})^2", r"$\left({}\right)^2$", "2({})", "-(({}))"]
+PARTS += [r"$x \ne {}$", r"$x \neq {}$", r"\frac{{\boxed{{3}}}}{{{}}}", "minus {}", "at least {}"]
+PARTS += ["3 plus ${}$", "less than {}"]
 
 
 @pytest.mark.fault("hostile completion")
@@ -166,7 +169,13 @@ def test_a_box_is_read_alone_beside_words_and_units(behind: str) -> None:
     assert math_reward(rf"So \boxed{{5}}{behind}", "5") == 1.0
 
 
-@pytest.mark.parametrize("form", [r"\textcolor{{red}}{{{}}}", "- {}", "_{}_", r"\text{{it is }}{}"])
+WHOLE = ["So (a)\n* {}", "*Answer* {}", "**Answer:** {}", "so ({}).", r"\({}\)", "it is 5 ({})"]
+WHOLE += ["So ({}) feet", r"$x = \left({}\right)$", r"\({}\) and so on"]
+
+
+@pytest.mark.parametrize(
+    "form", [r"\textcolor{{red}}{{{}}}", "- {}", "_{}_", r"\text{{it is }}{}", *WHOLE]
+)
 def test_a_box_is_read_alone_in_a_colour_a_list_and_words(form: str) -> None:
     assert math_reward(form.format(r"\boxed{5}"), "5") == 1.0
 
