@@ -55,7 +55,11 @@ def require_own_logits(model: Any, name: str) -> None:
 
 
 def _small(model: Any) -> Any:
-    """Return a small random copy of a model on the CPU; None where none can be built."""
+    """Return a small random copy of a model on the CPU; None where none can be built.
+
+    miniature says so by a ValueError, whatever the code of the model has raised: this forgives no
+    less than _compared does.
+    """
     with suppress(ValueError), torch.random.fork_rng(devices=[]):
         return miniature(model, torch.device("cpu"), torch.float32)
     return None
