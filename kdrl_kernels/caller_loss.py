@@ -20,8 +20,9 @@ OTHER_GRADIENT = (
 )
 OTHER_ROWS = (
     "loss_fn must compute the loss of a row from that row alone, since the chunk plan decides "
-    "which rows come together, got one with a gradient in other rows ({}): compute what needs "
-    "several rows before the call, or take linear_logprobs, whose outputs may meet in any loss"
+    "which rows come together, got one with a gradient in other rows ({}), or a backward that is "
+    "not linear in its gradient: compute what needs several rows before the call, or take "
+    "linear_logprobs, whose outputs may meet in any loss"
 )
 COEFFICIENTS = {"extra_logprobs": "extra", "rest_logprob": "rest"}
 """The fields of Coefficients whose names are not those of Rows."""
