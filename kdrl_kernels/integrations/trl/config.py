@@ -170,7 +170,7 @@ class KdrlConfig(GRPOConfig):
         default=None,
         metadata=_help(
             "sketch: the probability from which an entry is kept exactly, in [2^-24, 1]; None: "
-            "1e-4, and 5e-4 where hidden states have 16 bits."
+            "1e-4, and 5e-4 where hidden states have 16 bits, but at least 2 / V, the vocabulary."
         ),
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
