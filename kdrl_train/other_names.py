@@ -4,7 +4,6 @@ from collections.abc import Collection
 
 _TRL = {
     "attn_implementation": "model.attention",
-    "beta": "method.kd_coef.initial",
     "bf16": "model.dtype",
     "chat_template_kwargs": "data.template_arguments",
     "dataset_name": "data.path",
@@ -63,7 +62,8 @@ _VERL = {
 }
 NAMES = _TRL | _VERL
 """The last part of a setting's name in TRL 1.16 or verl 0.9 -> the key of ours that is most like
-it; its values may be others."""
+it; its values may be others. TRL's beta, of the KL to the reference policy, has none: kd_coef is of
+that to a teacher."""
 
 
 def key_of(name: str, keys: Collection[str]) -> str | None:

@@ -28,6 +28,7 @@ def test_names_stand_for_keys_that_there_are_and_are_none_themselves() -> None:
         ("path", None),  # of several
         ("temperature", None),
         ("bogus", None),
+        ("beta", None),  # of the KL to the reference policy, which method.kd_coef is not
     ],
 )
 def test_key_of(name: str, key: str | None) -> None:
