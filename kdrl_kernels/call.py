@@ -5,10 +5,10 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
 from kdrl_kernels.caller_loss import CallerLoss, TokenLoss
 from kdrl_kernels.head import Head, Needs, StudentHead
+from kdrl_kernels.plain import has_values
 from kdrl_kernels.token_rows import Rows
 from kdrl_kernels.truncation import Truncation
 
@@ -16,13 +16,6 @@ RowSet = slice | Tensor
 """Some of N rows: a slice, or their int64 indices."""
 HAVE_NONZERO_STATIC = ("cpu", "cuda", "meta")
 """Devices on which PyTorch finds a known number of rows; elsewhere they are counted."""
-
-
-def has_values(tensor: Tensor) -> bool:
-    """Say whether there is anything to read: a meta tensor and a FakeTensor have shapes alone."""
-    if torch.compiler.is_compiling():  # it traces no is_fake, and stands for a call with values
-        return True
-    return not (tensor.is_meta or is_fake(tensor))
 
 
 def take(tensor: Tensor, rows: RowSet) -> Tensor:

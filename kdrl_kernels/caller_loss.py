@@ -5,9 +5,9 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
 from kdrl_kernels.objective import Divergence, Objective
+from kdrl_kernels.plain import is_read
 from kdrl_kernels.token_rows import Coefficients, Rows
 
 NO_GRADIENT = (
@@ -82,7 +82,7 @@ def coefficients(
         if not losses.requires_grad:
             return losses, None
         refuse_other_leaves(losses, list(leaves.values()))
-        checked = isinstance(loss, CallerLoss) and _is_read(rows.logprobs)
+        checked = isinstance(loss, CallerLoss) and is_read(rows.logprobs)
         inputs = list(leaves.values())
         grads = torch.autograd.grad(losses.sum(), inputs, allow_unused=True, retain_graph=checked)
         if checked:
@@ -94,11 +94,6 @@ def coefficients(
         for name, grad in zip(names, grads, strict=True)
     }
     return losses.detach(), Coefficients(**derivatives)
-
-
-def _is_read(tensor: Tensor) -> bool:
-    """Say whether a value can be read without waiting for a device."""
-    return tensor.device.type == "cpu" and not is_fake(tensor)
 
 
 def refuse_other_rows(

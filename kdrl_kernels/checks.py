@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdrl_kernels.call import LossCall, has_values
+from kdrl_kernels.call import LossCall
 from kdrl_kernels.chunks import accumulator
 from kdrl_kernels.head import Head, check_device
-from kdrl_kernels.plain import check_flag, check_number
+from kdrl_kernels.plain import check_flag, check_number, has_values, is_read
 
 IMPLS = ("triton", "torch", "reference")
 
@@ -185,11 +185,6 @@ def bad_ids(
             f"got {int(ids[row, k])} in row {row}"
         )
     return count
-
-
-def is_read(tensor: Tensor) -> bool:
-    """Say whether reading a value of the tensor waits for nothing."""
-    return tensor.device.type == "cpu" and has_values(tensor)
 
 
 def poison(values: Tensor, bad: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Checks the type of plain arguments: numbers and flags, before anything compares them."""
+"""Checks the type of plain arguments, and says which tensors can be read: before anything compares
+either."""
 
 import math
 from numbers import Integral, Real
@@ -6,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 NUMBERS = (int, float, Real, torch.SymInt, torch.SymFloat)
 INTEGERS = (int, Integral, torch.SymInt)
@@ -46,3 +48,15 @@ def check_bytes(name: str, value: float | None, *, optional: bool = True) -> Non
 
 def _shown(value: Any) -> str:
     return "a tensor" if isinstance(value, Tensor) else repr(value)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Say whether there is anything to read: a meta tensor and a FakeTensor have shapes alone."""
+    if torch.compiler.is_compiling():  # it traces no is_fake, and stands for a call with values
+        return True
+    return not (tensor.is_meta or is_fake(tensor))
+
+
+def is_read(tensor: Tensor) -> bool:
+    """Say whether reading a value of the tensor waits for nothing."""
+    return tensor.device.type == "cpu" and has_values(tensor)

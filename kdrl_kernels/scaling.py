@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kdrl_kernels.call import has_values
+from kdrl_kernels.plain import has_values
 
 
 def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, impl: str = "torch") -> Tensor:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from kdrl_kernels.call import LossCall
-from kdrl_kernels.checks import check_extra_tokens, is_read
+from kdrl_kernels.checks import check_extra_tokens
 from kdrl_kernels.chunks import accumulator
 from kdrl_kernels.head import Head, check_device
+from kdrl_kernels.plain import is_read
 
 MOST_MASS = 1.001
 """The most that probabilities of a row may sum to: rounding of float32 stays far below."""

@@ -20,12 +20,12 @@ from torch.distributed.tensor import DTensor
 
 from kdrl_kernels import logprobs, reference, scaling
 from kdrl_kernels.autocast import without_autocast
-from kdrl_kernels.call import LogprobCall, LossCall, RowOutputs, has_values
+from kdrl_kernels.call import LogprobCall, LossCall, RowOutputs
 from kdrl_kernels.checks import check_vocab_size
 from kdrl_kernels.head import AnyHead, Head, gradient_dtypes
 from kdrl_kernels.logprobs import BackwardCall, Scores
 from kdrl_kernels.operators import logprobs as operator
-from kdrl_kernels.plain import check_number
+from kdrl_kernels.plain import check_number, has_values
 from kdrl_kernels.token_loss import token_loss
 from kdrl_kernels.vocab_shard import VocabShard, gather
 

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from kdrl_kernels import checks, option_checks, reference, sketched
 from kdrl_kernels.adapter import LowRank, check_adapter, with_adapter
-from kdrl_kernels.call import LossCall, RowOutputs, has_values
+from kdrl_kernels.call import LossCall, RowOutputs
 from kdrl_kernels.caller_loss import TokenLoss
 from kdrl_kernels.chunks import Geometry, free_bytes_of, max_rows, memory_of, warn_of_few_rows
 from kdrl_kernels.gradients import sums_need_no_rounding, writes_at_once
 from kdrl_kernels.head import Head, StudentHead, TeacherHead, gathered, needs_gradient
 from kdrl_kernels.outputs import LossOutput
-from kdrl_kernels.plain import check_bytes, check_flag
+from kdrl_kernels.plain import check_bytes, check_flag, has_values
 from kdrl_kernels.sketch import Sketch
 from kdrl_kernels.token_rows import Rows
 from kdrl_kernels.topk_checks import check_topk

@@ -9,11 +9,11 @@ from kdrl_kernels import checks, logprobs, operators, option_checks, reference, 
 from kdrl_kernels.adapter import LowRank, check_adapter
 from kdrl_kernels.api.calls import adapted, geometry
 from kdrl_kernels.batches import takes_batches
-from kdrl_kernels.call import LogprobCall, has_values
+from kdrl_kernels.call import LogprobCall
 from kdrl_kernels.chunks import free_bytes_of, max_rows, warn_of_few_rows
 from kdrl_kernels.head import StudentHead, gathered, needs_gradient
 from kdrl_kernels.outputs import LogprobOutput
-from kdrl_kernels.plain import check_bytes, check_flag
+from kdrl_kernels.plain import check_bytes, check_flag, has_values
 from kdrl_kernels.plan import Backward
 from kdrl_kernels.sketch import Sketch
 from kdrl_kernels.tangents import refuses_tangents
