@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdrl_kernels.rows.entries import Entries, Grid, row_room
+from kdrl_kernels.rows.entries import BLOCK, Entries, Grid, row_room
 from kdrl_kernels.rows.kernel_gradient import log2_teacher, record, with_terms
 from kdrl_kernels.rows.kernel_loads import load_a, temperatures_of, width_of
 from kdrl_kernels.rows.kernel_math import (
@@ -29,6 +29,7 @@ from kdrl_kernels.token_rows import Coefficients
 
 UNIT = tl.constexpr(2.0**32)
 BITS = tl.constexpr(32)
+COLUMNS = tl.constexpr(BLOCK)
 
 
 @triton.jit
@@ -52,7 +53,7 @@ def _sketch_kernel(
     c_p = tl.load(row_ptr + 14 * C)
     top, log2_s = tl.load(row_ptr), tl.load(row_ptr + C) * LOG2_E
     k = LOG2_E / tl.load(row_ptr + 15 * C)
-    count, mean = 0, tl.zeros((BLOCK_V,), tl.float32)
+    count, mean = 0, tl.zeros((BLOCK_V // COLUMNS,), tl.float32)
     for start in range(0, V, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
         log2_p = (load_a(z_ptr, v, V, width, softcap) - top) * k - log2_s
@@ -62,7 +63,8 @@ def _sketch_kernel(
         if KD >= BOTH and KD != JSD_CODE:
             log2_q = log2_teacher(t_ptr, v, row_ptr, V, width, C, t_softcap)
             length = (p + tl.exp2(log2_q)) * (0.5 * per_unit)
-        mean += tl.minimum(length, 1.0)
+        shares = tl.reshape(tl.minimum(length, 1.0), (BLOCK_V // COLUMNS, COLUMNS))
+        mean += tl.sum(shares, axis=1)  # few registers
         tile = (tl.sum(length, axis=0) * UNIT).to(tl.int64)
         after = position + tile
         # the sum of the lengths as they are used below may be larger by their rounding
@@ -75,14 +77,12 @@ def _sketch_kernel(
             chance = tl.where(kept, tl.minimum(length, 1.0), 1.0)
             dz = with_terms(-c_p * p, p, log2_p, log2_q, row_ptr, C, alpha, HAS_ENTROPY, KD)
             number = kept.to(tl.int32)
-            slot = count + tl.cumsum(number, axis=0) - 1
-            kept = kept & (slot < slots)  # a whole number at a tile's edge may count twice
-            slot += place
+            slot = place + count + tl.cumsum(number, axis=0) - 1
             tl.store(column_ptr + slot, v, mask=kept)
             tl.store(entry_ptr + slot, chance, mask=kept)
             tl.store(entry_ptr + C * slots + slot, dz / chance, mask=kept)
             tl.store(entry_ptr + 2 * C * slots + slot, log2_p * LN2, mask=kept)
-            count = tl.minimum(count + tl.sum(number, axis=0), slots)
+            count += tl.sum(number, axis=0)
         position = after
     flat = tl.sum(mean, axis=0) > most_entries
     tl.store(count_ptr + n, tl.where(flat, -1, count))
